@@ -1,0 +1,132 @@
+"""The embedded default dataset: drawn clips in MSR-VTT's own annotation formats."""
+
+import csv
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_prep.annotations import (
+    Annotations,
+    group_captions,
+    read_csv_columns,
+    read_sentences,
+    with_all_captions,
+)
+from data_prep.retrieval_builder import RetrievalBuilder
+from data_prep.shapes.draw import draw_clip, write_mp4
+from data_prep.shapes.scenes import Scene, captions, deal_scenes
+
+# Clips of train, val and test.
+SIZES = {"full": (6000, 128, 256), "smoke": (192, 32, 32)}
+_CAPTIONS = 20
+_SEED = 0
+_SENTENCES = "SHAPES_data.json"
+_TRAIN, _VAL, _TEST = "SHAPES_train.csv", "SHAPES_val.csv", "SHAPES_test.csv"
+_PAIRS = "SHAPES_test_pairs.csv"
+
+
+class Builder(RetrievalBuilder):
+    """Two coloured shapes, each with its own motion; half of the test clips come in pairs that
+    differ in the direction of one motion alone."""
+
+    def read_annotations(self, directory: Path) -> Annotations:
+        captions_of = read_sentences(directory / _SENTENCES)
+        train = [video for (video,) in read_csv_columns(directory / _TRAIN, ("video_id",))]
+        splits = {
+            "train": with_all_captions(
+                train, captions_of, directory / _TRAIN, directory / _SENTENCES
+            )
+        }
+        for split, file in (("val", _VAL), ("test", _TEST)):
+            splits[split] = group_captions(
+                read_csv_columns(directory / file, ("video_id", "sentence"))
+            )
+        pairs = read_csv_columns(directory / _PAIRS, ("video_id", "reversed_id"))
+        return Annotations(splits, reversed_pairs={"test": pairs})
+
+
+def draw_dataset(directory: Path, size: str) -> None:
+    """Draws the clips into `directory/videos/SPLIT/*.mp4` and annotates them in `directory`.
+
+    Every file is a function of the size alone. Clips that are there already are kept, so an
+    interrupted drawing continues.
+
+    Args:
+      directory: created if absent.
+      size: a key of SIZES.
+    """
+    deal = deal_scenes(*SIZES[size], seed=_SEED)
+    clips = [
+        (split, scene)
+        for split in ("train", "val", "test")
+        for scene in getattr(deal, split)
+    ]
+    names = [f"video{number}" for number in range(len(clips))]
+    first_test = len(deal.train) + len(deal.val)
+    pairs = [(first_test + a, first_test + b) for a, b in deal.test_pairs]
+    # A clip and its reverse are drawn with one seed: the same frames.
+    seeds = list(range(len(clips)))
+    for one, other in pairs:
+        seeds[other] = seeds[one]
+
+    for split in ("train", "val", "test"):
+        (directory / "videos" / split).mkdir(parents=True, exist_ok=True)
+    for (split, scene), name, seed in tqdm(
+        zip(clips, names, seeds, strict=True), "drawing", len(clips), unit="video"
+    ):
+        path = directory / "videos" / split / f"{name}.mp4"
+        if not path.exists():
+            unfinished = path.with_suffix(".part.mp4")
+            write_mp4(unfinished, draw_clip(scene, seed))
+            unfinished.rename(path)
+    _write_annotations(directory, clips, names, pairs)
+
+
+def _write_annotations(
+    directory: Path,
+    clips: list[tuple[str, Scene]],
+    names: list[str],
+    pairs: list[tuple[int, int]],
+) -> None:
+    rng = random.Random(_SEED)
+    sentences = [captions(scene, _CAPTIONS, rng) for _, scene in clips]
+    by_split: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for number, (split, _) in enumerate(clips):
+        by_split[split].append(number)
+    document = {
+        "videos": [
+            {"video_id": name, "split": split}
+            for name, (split, _) in zip(names, clips, strict=True)
+        ],
+        "sentences": [
+            {"video_id": name, "caption": caption, "sen_id": number * _CAPTIONS + k}
+            for number, name in enumerate(names)
+            for k, caption in enumerate(sentences[number])
+        ],
+    }
+    (directory / _SENTENCES).write_text(json.dumps(document), encoding="utf-8")
+    _write_csv(directory / _TRAIN, ("video_id",), ((names[n],) for n in by_split["train"]))
+    for file, split in ((_VAL, "val"), (_TEST, "test")):
+        _write_csv(
+            directory / file,
+            ("key", "vid_key", "video_id", "sentence"),
+            (
+                (f"ret{row}", f"shape{n}", names[n], sentences[n][0])
+                for row, n in enumerate(by_split[split])
+            ),
+        )
+    _write_csv(
+        directory / _PAIRS,
+        ("video_id", "reversed_id"),
+        ((names[one], names[other]) for one, other in pairs),
+    )
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

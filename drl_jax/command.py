@@ -1,0 +1,57 @@
+"""What the entry points share: flags, and errors as one line."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from drl_jax.errors import UserError
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """`--config=configs/NAME.py[:VARIANT]` with typed overrides `--config.group.field=value`."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "Configuration file, e.g. configs/shapes.py.", lock_config=True
+    )
+    flags.mark_flag_as_required("config")
+    return holder
+
+
+def default_workdir() -> str:
+    """`runs/NAME` or `runs/NAME_VARIANT` of the configuration that was given."""
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    path, _, variant = name.partition(":")
+    return str(Path("runs") / "_".join(filter(None, (Path(path).stem, variant))))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, runs `main`, and exits; a user's mistake is one line and status 1."""
+    app.run(lambda _: _report_errors(main), flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(arguments)
+    # A config file is code: what it raises, and what ml_collections raises about a field that it
+    # does not have, is about the flags.
+    except Exception as error:
+        _fail(" ".join(str(error).split()), status=2)
+    if rest[1:]:
+        _fail(f"unexpected argument {rest[1]!r}; flags look like --name=value", status=2)
+    return rest
+
+
+def _report_errors(main: Callable[[], None]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error), status=1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,222 @@
+"""The configuration as frozen dataclasses. Their defaults are the reference's.
+
+`ml_collections` stops at the entry points: a config file under `configs/` is
+`ConfigDict(asdict(Config(...)))`, and `Config.from_dict` makes a Config of what flags left of it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from drl_jax.errors import UserError
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work; the message says which field and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of the two CLIP towers; the defaults are ViT-B/32."""
+
+    embed_dim: int = 512
+    image_resolution: int = 224
+    vision_layers: int = 12
+    vision_width: int = 768
+    vision_heads: int = 12
+    vision_patch_size: int = 32
+    context_length: int = 77
+    vocab_size: int = 49408
+    text_width: int = 512
+    text_heads: int = 8
+    text_layers: int = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    clip: ClipConfig = ClipConfig()
+    # Transformer layers over the frames of a video (seqTransf).
+    temporal_layers: int = 4
+    # Standard deviation of fresh frame position embeddings. 0: they start as a copy of the text
+    # tower's, as in the reference. Training from scratch wants about 0.6: the copy would be noise
+    # of 0.01 beside frame features of 1 a channel, and the order of frames would stay unseen.
+    frame_position_std: float = 0.0
+    # Layers that lax.scan unrolls in one iteration. More compiles longer; measure before changing.
+    scan_unroll: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Channel decorrelation: alpha1 pulls matched channels together, alpha2 pushes others apart."""
+
+    cdcr_alpha1: float = 0.11
+    cdcr_alpha2: float = 0.0
+    cdcr_lambda: float = 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """BertAdam: no bias correction, decoupled decay multiplied by the learning rate."""
+
+    lr: float = 1e-4
+    # CLIP's parameters learn at lr * coef_lr.
+    coef_lr: float = 1e-3
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup_proportion: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    dataset: str = "msrvtt"
+    # Where built datasets lie.
+    data_dir: str = "data"
+    train_split: str = "train_9k"
+    # Split for the evaluation of each epoch and the choice of the best one. If `holdout` is set,
+    # that many videos are taken out of `train_split` for it instead (one caption each).
+    val_split: str = ""
+    holdout: int = 0
+    test_split: str = "test"
+    max_words: int = 32
+    max_frames: int = 12
+    # How the dataset was stored: "jpeg" (quality 95, 4:4:4) or "raw" (exact).
+    storage: str = "jpeg"
+    # True: every (video, caption) pair is an example, as in the reference. False: every video is,
+    # with one of its captions drawn at random each time.
+    expand_captions: bool = True
+    # Threads that decode frames ahead of the step.
+    num_threads: int = 4
+    # Build the dataset first if it is absent. Only `shapes` needs no source files.
+    build_if_absent: bool = False
+    # Flags for that build, e.g. "--size=smoke".
+    build_flags: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    # Pairs of the global batch, over all devices.
+    batch_size: int = 128
+    epochs: int = 5
+    log_every: int = 20
+    # Steps between checkpoints inside an epoch (0: only at its end).
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    # Videos or captions that are embedded at once, over all devices.
+    batch_size: int = 64
+    # Captions and videos of one block of the similarity matrix.
+    text_block: int = 64
+    video_block: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Builds and validates a Config.
+
+        Args:
+          values: nested dict, as `dataclasses.asdict` makes it.
+
+        Raises:
+          ConfigError: an unknown or missing field, a wrong type, or values that cannot work.
+        """
+        config = _from_dict(cls, values, "config")
+        _validate(config)
+        return config
+
+
+def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a group of fields, not {values!r}")
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(f"{where} has no field {unknown[0]!r}; it has {', '.join(fields)}")
+    if missing := sorted(set(fields) - set(values)):
+        raise ConfigError(f"{where}.{missing[0]} is missing")
+    return cls(**{name: _typed(fields[name], values[name], f"{where}.{name}") for name in fields})
+
+
+def _typed(expected: type, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(expected):
+        return _from_dict(expected, value, where)
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise ConfigError(f"{where} must be {expected.__name__}, not {value!r}")
+    return value
+
+
+def _validate(config: Config) -> None:
+    clip, data, train = config.model.clip, config.data, config.train
+    for where, value in _positive_fields(config):
+        if value <= 0:
+            raise ConfigError(f"{where} must be positive, not {value}")
+    checks = (
+        (
+            clip.image_resolution % clip.vision_patch_size == 0,
+            "model.clip.image_resolution must be a multiple of model.clip.vision_patch_size",
+        ),
+        (
+            clip.vision_width % clip.vision_heads == 0,
+            "model.clip.vision_width must be a multiple of model.clip.vision_heads",
+        ),
+        (
+            clip.text_width % clip.text_heads == 0,
+            "model.clip.text_width must be a multiple of model.clip.text_heads",
+        ),
+        (
+            clip.text_width == clip.embed_dim,
+            "model.clip.text_width must equal model.clip.embed_dim: the temporal head starts as a"
+            " copy of the text tower's blocks",
+        ),
+        (
+            3 <= data.max_words <= clip.context_length,
+            f"data.max_words must be 3 to model.clip.context_length ({clip.context_length})",
+        ),
+        (
+            data.max_frames <= clip.context_length,
+            f"data.max_frames must be at most model.clip.context_length ({clip.context_length})",
+        ),
+        (data.storage in ("jpeg", "raw"), f"data.storage is jpeg or raw, not {data.storage!r}"),
+        (config.model.frame_position_std >= 0, "model.frame_position_std must be 0 or more"),
+        (data.holdout >= 0, "data.holdout must be 0 (none) or a number of videos"),
+        (
+            bool(data.val_split) != bool(data.holdout),
+            "set one of data.val_split (a stored split) and data.holdout (videos taken out of the"
+            " training split): training evaluates on it after each epoch",
+        ),
+        (train.checkpoint_every >= 0, "train.checkpoint_every must be 0 (off) or a step count"),
+        (0 <= config.optim.warmup_proportion < 1, "optim.warmup_proportion must lie in [0, 1)"),
+    )
+    for holds, message in checks:
+        if not holds:
+            raise ConfigError(f"config.{message}")
+
+
+def _positive_fields(config: Config):
+    for name, value in dataclasses.asdict(config.model.clip).items():
+        yield f"config.model.clip.{name}", value
+    for group, names in {
+        "data": ("max_words", "max_frames", "num_threads"),
+        "model": ("temporal_layers", "scan_unroll"),
+        "optim": ("lr", "coef_lr", "eps", "max_grad_norm"),
+        "train": ("batch_size", "epochs", "log_every", "keep_checkpoints"),
+        "eval": ("batch_size", "text_block", "video_block"),
+    }.items():
+        for name in names:
+            yield f"config.{group}.{name}", getattr(getattr(config, group), name)

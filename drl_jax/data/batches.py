@@ -1,0 +1,122 @@
+"""Batches of a built dataset, for training and for evaluation.
+
+A batch is `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, F, H, W, 3] and
+`frame_mask` bool [B, F] (the reference calls the last two `video` and `video_mask`).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from drl_jax.config import DataConfig
+from drl_jax.data.records import DatasetError, Split, VideoDataset
+from drl_jax.tokenizer import tokenize
+
+HOLDOUT = "holdout"
+
+
+def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
+    """A split by the name that the rest of the program uses: `train`, `val`, `test`, or a stored one.
+
+    With `config.holdout`, `val` is that many videos of the training split, chosen by the hash of
+    their names, with the first caption of each; `train` is the rest.
+
+    Raises:
+      DatasetError: the dataset has no such split, or too few videos to hold out.
+    """
+    stored = {"train": config.train_split, "val": config.val_split, "test": config.test_split}
+    if not config.holdout or name not in ("train", "val"):
+        return dataset.split(stored.get(name, name))
+    whole = dataset.split(config.train_split)
+    if config.holdout >= len(whole.videos):
+        raise DatasetError(
+            f"config.data.holdout={config.holdout} leaves nothing to train on:"
+            f" {config.train_split} has {len(whole.videos)} videos"
+        )
+    ids = dataset.video_ids
+    by_hash = sorted(
+        range(len(whole.videos)),
+        key=lambda row: hashlib.sha256(ids[whole.videos[row]].encode()).digest(),
+    )
+    if name == "val":
+        kept = sorted(by_hash[: config.holdout])
+        captions = [whole.captions[row][:1] for row in kept]
+    else:
+        kept = sorted(by_hash[config.holdout :])
+        captions = [whole.captions[row] for row in kept]
+    return Split(whole.videos[kept], captions, np.zeros((0, 2), np.int32))
+
+
+def pad_frames(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [F, H, W, 3] -> the same padded with black to [max_frames, H, W, 3], and bool [max_frames]."""
+    padding = max_frames - len(frames)
+    mask = np.arange(max_frames) < len(frames)
+    return np.pad(frames, ((0, padding), (0, 0), (0, 0), (0, 0))), mask
+
+
+class TrainBatches:
+    """The training batches from any step on.
+
+    The order is a function of the seed and the position alone, so a checkpoint needs no more than
+    the step, and any number of processes or threads sees the same order.
+    """
+
+    def __init__(
+        self, dataset: VideoDataset, split: Split, config: DataConfig, batch_size: int, seed: int
+    ):
+        """Tokenises the captions.
+
+        Raises:
+          DatasetError: the split has fewer examples than a batch.
+        """
+        owners, captions = split.caption_pairs()
+        self._dataset, self._config, self._seed = dataset, config, seed
+        self._videos = split.videos[owners]
+        self._text_ids, self._text_mask = tokenize(captions, config.max_words)
+        # First caption and number of captions of each video.
+        self._counts = split.caption_counts()
+        self._firsts = np.concatenate([[0], np.cumsum(self._counts)[:-1]])
+        self._batch_size = batch_size
+        self.num_examples = len(captions) if config.expand_captions else len(split.videos)
+        if self.num_examples < batch_size:
+            raise DatasetError(
+                f"{config.train_split} has {self.num_examples} examples, fewer than a batch"
+                f" (config.train.batch_size={batch_size})"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of an epoch; the few examples left over wait for the next shuffle."""
+        return self.num_examples // self._batch_size
+
+    def iterate(self, start_step: int, process: int, processes: int) -> Iterator[dict]:
+        """This process's part of each batch from `start_step` on, without end."""
+        epoch_size = self.steps_per_epoch * self._batch_size
+        examples = (
+            grain.MapDataset.range(self.num_examples)
+            .seed(self._seed)
+            .shuffle()[:epoch_size]
+            .repeat(None)
+            .random_map(self._read)
+        )
+        start = start_step * self._batch_size
+        mine = examples[start + process :: processes].batch(self._batch_size // processes)
+        options = grain.ReadOptions(num_threads=self._config.num_threads, prefetch_buffer_size=4 * self._batch_size)
+        return iter(mine.to_iter_dataset(options))
+
+    def _read(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        pair = example
+        if not self._config.expand_captions:
+            pair = self._firsts[example] + rng.integers(self._counts[example])
+        frames, mask = pad_frames(
+            self._dataset.read_frames(self._videos[pair]), self._config.max_frames
+        )
+        return {
+            "text_ids": self._text_ids[pair],
+            "text_mask": self._text_mask[pair],
+            "frames": frames,
+            "frame_mask": mask,
+        }

@@ -1,0 +1,83 @@
+"""Evaluates a checkpoint of a run.
+
+    python -m drl_jax.evaluate --workdir=DIR [--checkpoint=best|latest|STEP] [--split=test]
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from drl_jax import command
+from drl_jax.checkpoint import DIRECTORY, CheckpointError, Checkpoints
+from drl_jax.config import Config
+from drl_jax.data.batches import load_split
+from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.evaluation import Evaluator
+from drl_jax.metrics import format_table
+from drl_jax.sharding import make_mesh
+from drl_jax.state import abstract_params
+from drl_jax.workdir import load_config, write_json
+
+
+def evaluate(workdir: Path, config: Config, checkpoint: str, split_name: str) -> dict[str, Any]:
+    """Metrics of one checkpoint on one split; also written to `eval_SPLIT_STEP.json`.
+
+    Args:
+      workdir: directory of the run.
+      config: the run's configuration.
+      checkpoint: "best", "latest" or a step.
+      split_name: "test", "val", "train", or a stored split of the dataset.
+
+    Returns:
+      {"split": .., "step": .., "metrics": {"t2v": .., "v2t": ..}}.
+
+    Raises:
+      UserError: no such run, checkpoint, dataset or split.
+    """
+    if not (workdir / DIRECTORY).is_dir():
+        raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
+    mesh = make_mesh()
+    dataset = VideoDataset(dataset_dir(config))
+    split = load_split(dataset, split_name, config.data)
+    with Checkpoints(workdir) as checkpoints:
+        step = _find_step(checkpoints, checkpoint)
+        params = checkpoints.restore_params(step, abstract_params(config.model, mesh))
+    metrics = Evaluator(config, dataset, mesh).run(params, split).metrics
+    result = {"split": split_name, "step": step, "metrics": metrics}
+    write_json(workdir / f"eval_{split_name}_{step}.json", result)
+    print(f"{split_name} of checkpoint {step}, {len(split.videos)} videos:")
+    print(format_table(metrics))
+    return result
+
+
+def _find_step(checkpoints: Checkpoints, checkpoint: str) -> int:
+    named = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
+    if checkpoint in named:
+        step = named[checkpoint]()
+        if step is None:
+            raise CheckpointError(f"there is no {checkpoint} checkpoint yet; train for an epoch")
+        return step
+    if not checkpoint.isdigit():
+        raise CheckpointError(f"--checkpoint is best, latest or a step, not {checkpoint!r}")
+    return int(checkpoint)
+
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
+_SPLIT = flags.DEFINE_string("split", "test", "train, val, test or a stored split.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Where datasets lie, if they were moved.")
+
+
+def main() -> None:
+    workdir = Path(_WORKDIR.value)
+    config = load_config(workdir)
+    if _DATA_DIR.value:
+        data = dataclasses.replace(config.data, data_dir=_DATA_DIR.value)
+        config = dataclasses.replace(config, data=data)
+    evaluate(workdir, config, _CHECKPOINT.value, _SPLIT.value)
+
+
+if __name__ == "__main__":
+    command.run(main)

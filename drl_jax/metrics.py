@@ -1,0 +1,99 @@
+"""Retrieval metrics of a similarity matrix. NumPy only; no model in here.
+
+Tie rule: a candidate with the same similarity as the right one shares its place, so the rank is
+the mean of the places they take together (1 + those above + half of those level). A model that
+gives every pair the same similarity gets chance, not R@1 = 100.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+RECALLS = (1, 5, 10)
+NAMES = ("R@1", "R@5", "R@10", "MdR", "MnR")
+
+# Of two clips that hold the same frames, similarities closer than this differ by the order of
+# float32 sums only.
+_SAME_SIMILARITY = 1e-5
+
+
+def retrieval_metrics(
+    sim_matrix: np.ndarray, text_to_video: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """Both directions of retrieval.
+
+    Args:
+      sim_matrix: float [A, B], texts by videos.
+      text_to_video: int [A], the column of each text's video; every video has at least one text.
+
+    Returns:
+      {"t2v": .., "v2t": ..}, each with R@1, R@5, R@10 in percent and the median and mean rank,
+      counted from 1. t2v: each text looks for its video. v2t: each video looks for any of its
+      texts; the best placed one counts, against the texts of other videos.
+
+    Raises:
+      ValueError: shapes that do not match, a video without text, or a similarity that is not
+        finite.
+    """
+    sim_matrix, text_to_video = np.asarray(sim_matrix), np.asarray(text_to_video)
+    texts, videos = sim_matrix.shape
+    if text_to_video.shape != (texts,):
+        raise ValueError(f"{texts} rows of similarities, but {text_to_video.shape} owners")
+    if not np.array_equal(np.unique(text_to_video), np.arange(videos)):
+        raise ValueError("text_to_video must name every column of sim_matrix and no other")
+    if not np.isfinite(sim_matrix).all():
+        raise ValueError("sim_matrix has values that are not finite")
+    right = sim_matrix[np.arange(texts), text_to_video]  # [A]
+    t2v = _ranks(sim_matrix, right, np.zeros_like(sim_matrix, bool), itself=1)
+
+    own = text_to_video[None, :] == np.arange(videos)[:, None]  # [B, A]
+    best = np.where(own, sim_matrix.T, -np.inf).max(axis=1)  # [B]
+    v2t = _ranks(sim_matrix.T, best, own, itself=0)
+    return {"t2v": _summary(t2v), "v2t": _summary(v2t)}
+
+
+def _ranks(scores: np.ndarray, right: np.ndarray, excluded: np.ndarray, itself: int) -> np.ndarray:
+    """Rank of `right` among the rest of each row; `itself` of the candidates is the right one."""
+    above = ((scores > right[:, None]) & ~excluded).sum(axis=1)
+    level = ((scores == right[:, None]) & ~excluded).sum(axis=1) - itself
+    return 1 + above + level / 2
+
+
+def _summary(ranks: np.ndarray) -> dict[str, float]:
+    recalls = {f"R@{k}": float((ranks <= k).mean() * 100) for k in RECALLS}
+    return {**recalls, "MdR": float(np.median(ranks)), "MnR": float(ranks.mean())}
+
+
+def pair_accuracy(
+    sim_matrix: np.ndarray, text_to_video: np.ndarray, reversed_pairs: np.ndarray
+) -> float:
+    """How often a text prefers its clip to the same clip played backwards, in percent.
+
+    Chance is 50, and a model that cannot see the order of frames gets exactly that: similarities
+    that agree to float32 rounding (1e-5) count as a tie, and a tie as half.
+
+    Args:
+      sim_matrix: float [A, B].
+      text_to_video: int [A].
+      reversed_pairs: int [P, 2], P >= 1, columns of clips and their reverses.
+    """
+    scores = []
+    for pair in np.asarray(reversed_pairs):
+        for own, other in (pair, pair[::-1]):
+            margin = sim_matrix[text_to_video == own][:, own] - (
+                sim_matrix[text_to_video == own][:, other]
+            )
+            tie = np.abs(margin) <= _SAME_SIMILARITY
+            scores.extend(np.where(tie, 0.5, margin > 0))
+    return float(np.mean(scores) * 100)
+
+
+def format_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """The two directions as a table of text."""
+    lines = ["      " + "".join(f"{name:>8}" for name in NAMES)]
+    for direction in ("t2v", "v2t"):
+        values = "".join(f"{metrics[direction][name]:8.1f}" for name in NAMES)
+        lines.append(f"{direction:<6}{values}")
+    if "pair_accuracy" in metrics:
+        lines.append(f"pair accuracy {metrics['pair_accuracy']:.1f} (chance 50)")
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Mask arithmetic and normalisation: the one place where masks meet numbers.
+
+Masks are bool, True = valid. Everything here computes in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# A channel whose standard deviation is below this fraction of its largest magnitude holds nothing
+# but float32 rounding: its rows are all alike.
+_DEGENERATE_STD = 1e-6
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Divides the last axis by its L2 norm; an all-zero vector stays zero, with a zero gradient."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the valid positions of the last axis.
+
+    Args:
+      logits: [..., L].
+      mask: bool [..., L]; at least one position of each row is valid.
+
+    Returns:
+      float32 [..., L]; exactly 0 at masked positions, the rest sums to 1.
+    """
+    return jax.nn.softmax(jnp.where(mask, logits.astype(jnp.float32), -jnp.inf), axis=-1)
+
+
+def masked_standardize(rows: jax.Array, mask: jax.Array) -> jax.Array:
+    """(x - mean) / std of each channel over the valid rows, with the unbiased std.
+
+    A channel in which all valid rows are alike has no std to divide by: it becomes 0, and so does
+    its gradient (the reference divides by zero and turns NaN).
+
+    Args:
+      rows: [N, D].
+      mask: bool [N].
+
+    Returns:
+      float32 [N, D]; masked rows are 0.
+    """
+    rows = rows.astype(jnp.float32)
+    valid = mask.astype(jnp.float32)[:, None]
+    count = jnp.sum(valid)
+    mean = jnp.sum(rows * valid, axis=0) / jnp.maximum(count, 1.0)
+    centred = (rows - mean) * valid
+    variance = jnp.sum(centred * centred, axis=0) / jnp.maximum(count - 1.0, 1.0)
+    largest = jnp.max(jnp.abs(rows) * valid, axis=0)
+    varies = variance > (_DEGENERATE_STD * largest) ** 2
+    return jnp.where(varies, centred * jax.lax.rsqrt(jnp.where(varies, variance, 1.0)), 0.0)

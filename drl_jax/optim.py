@@ -1,0 +1,84 @@
+"""The reference's optimiser, BertAdam, as an optax transformation."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from drl_jax.config import OptimConfig
+
+# CLIP's temperature never exceeds 100.
+MAX_LOGIT_SCALE = 4.605170185988092
+
+
+class BertAdamState(NamedTuple):
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+def scale_by_bert_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam without bias correction, which optax.scale_by_adam cannot leave out."""
+
+    def init(params):
+        return BertAdamState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates, state, params=None):
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, BertAdamState(mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_schedule(
+    base_lr: float, warmup_proportion: float, total_steps: int
+) -> Callable[[jax.Array], jax.Array]:
+    """BertAdam's `warmup_cosine`: linear warm-up, then a cosine that is *not* restarted after it.
+
+    Step 0 has learning rate 0; the curve jumps a little where warm-up ends.
+    """
+
+    def schedule(step):
+        x = step / total_steps
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * x))
+        warmup = x / max(warmup_proportion, 1e-9)
+        return base_lr * jnp.where(x < warmup_proportion, warmup, cosine)
+
+    return schedule
+
+
+def parameter_group(path: tuple) -> str:
+    """`clip` for the pretrained towers and the temperature, `new` for everything else."""
+    return "clip" if path[0].key == "clip" else "new"
+
+
+def decays(path: tuple) -> bool:
+    """The reference decays every parameter without `bias` in its name (LayerNorm's too)."""
+    return "bias" not in path[-1].key
+
+
+def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """Global clip, BertAdam, decoupled decay multiplied by the learning rate of each group."""
+    lr = {"clip": config.lr * config.coef_lr, "new": config.lr}
+
+    def by_path(function):
+        return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: function(p), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        scale_by_bert_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=by_path(decays)),
+        optax.partition(
+            {
+                group: optax.scale_by_learning_rate(
+                    make_schedule(base, config.warmup_proportion, total_steps)
+                )
+                for group, base in lr.items()
+            },
+            by_path(parameter_group),
+        ),
+    )

@@ -1,0 +1,123 @@
+"""The compiled steps: pure functions of arrays, with their layout over the mesh.
+
+Under jit the loss sees the *global* batch, so there is no hand-written gather, gradients are exact
+and the result does not depend on the number of devices.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.lax import with_sharding_constraint
+from jax.sharding import Mesh
+
+from drl_jax.config import LossConfig, ModelConfig
+from drl_jax.losses import cdcr_loss, contrastive_loss
+from drl_jax.models.drl import Params, model_definition
+from drl_jax.models.interaction import matched_token_similarity
+from drl_jax.optim import MAX_LOGIT_SCALE
+from drl_jax.sharding import replicated, rows
+from drl_jax.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def loss_and_parts(
+    params: Params, batch: Batch, *, definition: nnx.GraphDef, config: LossConfig, mesh: Mesh
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The training loss of a global batch.
+
+    Args:
+      params: the model's parameters.
+      batch: `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, F, H, W, 3],
+        `frame_mask` bool [B, F], split over the mesh by rows.
+
+    Returns:
+      loss, and its parts by name.
+    """
+    model = nnx.merge(definition, params)
+    text = model.encode_text(batch["text_ids"], batch["text_mask"])
+    video = model.encode_frames(batch["frames"], batch["frame_mask"])
+
+    # Rows (texts) stay where they are, videos are gathered once. Left alone, XLA gathers whichever
+    # operand is smaller and may split the columns instead.
+    all_videos = jax.tree.map(lambda x: with_sharding_constraint(x, replicated(mesh)), video)
+    sim_matrix = model.similarity(text, all_videos)
+    sim_matrix = with_sharding_constraint(sim_matrix, rows(mesh))
+    contrastive = contrastive_loss(jnp.exp(model.clip.logit_scale[...]) * sim_matrix)
+
+    token_sim = matched_token_similarity(
+        text["text_feat"], video["frame_feat"], text["text_mask"], video["frame_mask"]
+    )
+    cdcr = cdcr_loss(
+        **text, **video, token_sim=token_sim, alpha1=config.cdcr_alpha1, alpha2=config.cdcr_alpha2
+    )
+    loss = contrastive + config.cdcr_lambda * cdcr
+    return loss, {"loss": loss, "contrastive_loss": contrastive, "cdcr_loss": cdcr}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    definition: nnx.GraphDef,
+    config: LossConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step: the new state, and scalars to log (of the state before the step)."""
+    loss_function = functools.partial(
+        loss_and_parts, definition=definition, config=config, mesh=mesh
+    )
+    grads, scalars = jax.grad(loss_function, has_aux=True)(state.params, batch)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    logit_scale = params["clip"]["logit_scale"]
+    params["clip"]["logit_scale"] = jnp.minimum(logit_scale, MAX_LOGIT_SCALE)
+    scalars["grad_norm"] = optax.global_norm(grads)
+    scalars["logit_scale"] = jnp.exp(state.params["clip"]["logit_scale"])
+    return TrainState(state.step + 1, params, opt_state), scalars
+
+
+def make_train_step(
+    model: ModelConfig, loss: LossConfig, tx: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step` compiled for the mesh; it consumes the state it is given."""
+    step = functools.partial(
+        train_step, definition=model_definition(model), config=loss, tx=tx, mesh=mesh
+    )
+    whole = replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(whole, rows(mesh)),
+        out_shardings=(whole, whole),
+        donate_argnums=0,
+    )
+
+
+def make_embed_steps(model: ModelConfig, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
+    """Compiled `encode_text(params, text_ids, text_mask)`, `encode_frames(params, frames,
+    frame_mask)` and `similarity(params, text, video)` for evaluation.
+
+    Inputs and results are split over the mesh by rows; `similarity` gathers the videos.
+    """
+    definition = model_definition(model)
+    whole, split = replicated(mesh), rows(mesh)
+
+    def encode_text(params, text_ids, text_mask):
+        return nnx.merge(definition, params).encode_text(text_ids, text_mask)
+
+    def encode_frames(params, frames, frame_mask):
+        return nnx.merge(definition, params).encode_frames(frames, frame_mask)
+
+    def similarity(params, text, video):
+        return nnx.merge(definition, params).similarity(text, video)
+
+    return (
+        jax.jit(encode_text, in_shardings=(whole, split, split), out_shardings=whole),
+        jax.jit(encode_frames, in_shardings=(whole, split, split), out_shardings=whole),
+        jax.jit(similarity, in_shardings=(whole, split, whole), out_shardings=whole),
+    )
