@@ -37,7 +37,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             train_split="train",
             val_split="val",
             max_words=24,
-            max_frames=6,
+            max_frames=4,
             storage="raw",
             # The 20 captions of a clip say the same.
             expand_captions=False,

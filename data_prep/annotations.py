@@ -63,7 +63,7 @@ def read_csv_columns(path: Path, columns: tuple[str, ...]) -> list[tuple[str, ..
         raise AnnotationError(f"{path} is not a csv file in UTF-8 ({error})") from error
     for number, row in enumerate(rows, start=2):
         if not all(row):
-            raise AnnotationError(f"{path}, row {number}: {' and '.join(columns)} must not be empty")
+            raise AnnotationError(f"{path}, row {number}: {' or '.join(columns)} is empty")
     return rows
 
 

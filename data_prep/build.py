@@ -1,7 +1,7 @@
 """Decodes a dataset once, so that training never opens a video.
 
-    python -m data_prep.build shapes --data_dir=data
-    python -m data_prep.build msrvtt --videos=DIR --annotations=DIR --data_dir=data
+python -m data_prep.build shapes --data_dir=data
+python -m data_prep.build msrvtt --videos=DIR --annotations=DIR --data_dir=data
 """
 
 import argparse
@@ -28,7 +28,7 @@ from drl_jax.data.records import FORMAT_VERSION
 from drl_jax.errors import UserError
 
 BUILDERS: dict[str, type[RetrievalBuilder]] = {"msrvtt": Msrvtt, "shapes": shapes.Builder}
-_DEFAULT_FORMS = {"msrvtt": (224, 12, "jpeg"), "shapes": (64, 6, "raw")}
+_DEFAULT_FORMS = {"msrvtt": (224, 12, "jpeg"), "shapes": (64, 4, "raw")}
 
 
 def build(
@@ -108,7 +108,8 @@ def _report(builder: RetrievalBuilder) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "data_prep.build", description="Decodes a dataset once, so that training never opens a video."
+        "data_prep.build",
+        description=__doc__.splitlines()[0],
     )
     parser.add_argument("dataset", choices=sorted(BUILDERS))
     parser.add_argument("--videos", type=Path, help="folder of the video files")

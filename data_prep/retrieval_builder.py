@@ -47,9 +47,14 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registrati
     """
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
-    BUILDER_CONFIGS: ClassVar = [StorageConfig.of(224, 12, "jpeg"), StorageConfig.of(224, 12, "raw")]
+    BUILDER_CONFIGS: ClassVar = [
+        StorageConfig.of(224, 12, "jpeg"),
+        StorageConfig.of(224, 12, "raw"),
+    ]
 
-    def __init__(self, *, videos: Path | None = None, annotations: Path | None = None, **kwargs: Any):
+    def __init__(
+        self, *, videos: Path | None = None, annotations: Path | None = None, **kwargs: Any
+    ):
         """Builder of a dataset.
 
         Args:

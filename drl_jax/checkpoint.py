@@ -32,8 +32,8 @@ class Checkpoints:
     (Without the wait the last asynchronous save is lost, even when a program ends normally.)
     """
 
-    def __init__(self, workdir: Path, keep_latest: int = 1):
-        """Opens, or creates, the checkpoints of a run."""
+    def __init__(self, workdir: Path, keep_latest: int = 1, *, read_only: bool = False):
+        """Opens the checkpoints of a run; creates them unless `read_only`."""
         best = checkpoint_managers.BestN(
             get_metric_fn=_selection_metric, n=1, keep_checkpoints_without_metrics=False
         )
@@ -53,7 +53,8 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [checkpoint_managers.LatestN(keep_latest), best]
                 ),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
         )
 

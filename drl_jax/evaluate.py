@@ -1,6 +1,6 @@
 """Evaluates a checkpoint of a run.
 
-    python -m drl_jax.evaluate --workdir=DIR [--checkpoint=best|latest|STEP] [--split=test]
+python -m drl_jax.evaluate --workdir=DIR [--checkpoint=best|latest|STEP] [--split=test]
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def evaluate(workdir: Path, config: Config, checkpoint: str, split_name: str) ->
     mesh = make_mesh()
     dataset = VideoDataset(dataset_dir(config))
     split = load_split(dataset, split_name, config.data)
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, read_only=True) as checkpoints:
         step = _find_step(checkpoints, checkpoint)
         params = checkpoints.restore_params(step, abstract_params(config.model, mesh))
     metrics = Evaluator(config, dataset, mesh).run(params, split).metrics

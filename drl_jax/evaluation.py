@@ -86,7 +86,7 @@ class Evaluator:
     def embed_videos(
         self, params: Params, videos: np.ndarray, *, frame_order: FrameOrder | None = None
     ) -> Features:
-        """Positions of N videos in the dataset -> the arrays of `DRL.encode_frames`, on the host."""
+        """Positions of N stored videos -> the arrays of `DRL.encode_frames`, on the host."""
 
         def read(video: int) -> tuple[np.ndarray, np.ndarray]:
             frames = self._dataset.read_frames(video)

@@ -80,8 +80,9 @@ def pair_accuracy(
     scores = []
     for pair in np.asarray(reversed_pairs):
         for own, other in (pair, pair[::-1]):
-            margin = sim_matrix[text_to_video == own][:, own] - (
-                sim_matrix[text_to_video == own][:, other]
+            margin = (
+                sim_matrix[text_to_video == own][:, own]
+                - (sim_matrix[text_to_video == own][:, other])
             )
             tie = np.abs(margin) <= _SAME_SIMILARITY
             scores.extend(np.where(tie, 0.5, margin > 0))

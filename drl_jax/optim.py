@@ -22,7 +22,9 @@ def scale_by_bert_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
     """Adam without bias correction, which optax.scale_by_adam cannot leave out."""
 
     def init(params):
-        return BertAdamState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+        return BertAdamState(
+            jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+        )
 
     def update(updates, state, params=None):
         del params

@@ -35,9 +35,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     return _with_layout(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), mesh)
 
 
-def abstract_state(
-    config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and layout of the whole state, without its memory."""
     params = abstract_params(config, mesh)
     step = jax.ShapeDtypeStruct((), jnp.int32)

@@ -55,7 +55,7 @@ def tokenize(captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.nd
     text_ids = np.zeros((len(captions), max_words), np.int32)
     text_mask = np.zeros((len(captions), max_words), bool)
     for row, caption in enumerate(captions):
-        ids = [bos, *tokenizer.encode(caption)][: max_words - 1] + [eos]
+        ids = [bos, *tokenizer.encode(caption)[: max_words - 2], eos]
         text_ids[row, : len(ids)] = ids
         text_mask[row, : len(ids)] = True
     return text_ids, text_mask

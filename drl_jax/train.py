@@ -29,7 +29,7 @@ from drl_jax.interrupt import StopRequest
 from drl_jax.metrics import format_table
 from drl_jax.optim import make_optimizer, make_schedule
 from drl_jax.sharding import make_mesh, shard_rows
-from drl_jax.state import TrainState, abstract_state, create_state
+from drl_jax.state import abstract_state, create_state
 from drl_jax.steps import make_train_step
 from drl_jax.workdir import JsonlWriter, claim_workdir, write_json
 
@@ -87,13 +87,13 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         else:
             state = checkpoints.restore_state(resumed, abstract_state(config.model, tx, mesh))
             print(f"resuming {workdir} from step {resumed} of {total_steps}")
-        step = int(state.step)
-        log = _Log(workdir, config, step, total_steps)
+        start = int(state.step)
+        log = _Log(workdir, config, start, total_steps)
         log.announce(len(dataset), batches.num_examples, mesh)
 
         # ---------------------------------------------------------------- the loop
-        stream = batches.iterate(step, jax.process_index(), jax.process_count())
-        for step in range(step + 1, total_steps + 1):
+        stream = batches.iterate(start, jax.process_index(), jax.process_count())
+        for step in range(start + 1, total_steps + 1):
             state, scalars = step_function(state, shard_rows(next(stream), mesh))
             log.train_step(step, scalars)
             if step % steps_per_epoch == 0:
@@ -120,7 +120,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
     write_json(workdir / "result.json", result)
-    print(f"test of the best checkpoint (step {best_step} of {total_steps}), {len(test.videos)} videos:")
+    print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
     print(format_table(result["test"]))
     return result
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ class JsonlWriter:
             ]
             unfinished = self._path.with_name(self._path.name + ".part")
             unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(unfinished, self._path)
+            unfinished.replace(self._path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {tag: float(value) for tag, value in scalars.items()}

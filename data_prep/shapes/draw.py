@@ -14,7 +14,7 @@ from data_prep.shapes.scenes import MovingShape, Scene
 
 SIZE = 64  # pixels a side
 FPS = 4
-SECONDS = 5
+SECONDS = 3
 # One frame more than SECONDS * FPS, so that sampling one frame a second takes the first and the
 # last: a reversed clip gives the same frames in reverse order.
 FRAMES = SECONDS * FPS + 1

@@ -9,8 +9,8 @@ import itertools
 import random
 from collections.abc import Iterable
 
-SHAPES = ("circle", "square", "triangle", "star")
-COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle")
+COLOURS = ("red", "green", "blue")
 # Motions with a direction, each with what it looks like played backwards.
 REVERSED = {
     "right": "left",
@@ -21,7 +21,7 @@ REVERSED = {
     "shrink": "grow",
 }
 # Motions that look the same backwards.
-SYMMETRIC = ("still", "swing", "bounce")
+SYMMETRIC = ("still", "swing")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -109,9 +109,7 @@ def deal_scenes(train: int, val: int, test: int, seed: int) -> Deal:
             test_scenes += group
         else:
             test_scenes.append(rng.choice(group))
-    return Deal(
-        train_scenes, [rng.choice(group) for group in val_groups], test_scenes, test_pairs
-    )
+    return Deal(train_scenes, [rng.choice(group) for group in val_groups], test_scenes, test_pairs)
 
 
 _SHAPE_WORDS = {

@@ -59,11 +59,7 @@ def draw_dataset(directory: Path, size: str) -> None:
       size: a key of SIZES.
     """
     deal = deal_scenes(*SIZES[size], seed=_SEED)
-    clips = [
-        (split, scene)
-        for split in ("train", "val", "test")
-        for scene in getattr(deal, split)
-    ]
+    clips = [(split, scene) for split in ("train", "val", "test") for scene in getattr(deal, split)]
     names = [f"video{number}" for number in range(len(clips))]
     first_test = len(deal.train) + len(deal.val)
     pairs = [(first_test + a, first_test + b) for a, b in deal.test_pairs]

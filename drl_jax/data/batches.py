@@ -4,7 +4,6 @@ A batch is `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, 
 `frame_mask` bool [B, F] (the reference calls the last two `video` and `video_mask`).
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 
@@ -19,7 +18,7 @@ HOLDOUT = "holdout"
 
 
 def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
-    """A split by the name that the rest of the program uses: `train`, `val`, `test`, or a stored one.
+    """A split by its role, `train`, `val` or `test`, or by the name it is stored under.
 
     With `config.holdout`, `val` is that many videos of the training split, chosen by the hash of
     their names, with the first caption of each; `train` is the rest.
@@ -51,7 +50,7 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
 
 
 def pad_frames(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [F, H, W, 3] -> the same padded with black to [max_frames, H, W, 3], and bool [max_frames]."""
+    """uint8 [F, H, W, 3] -> [max_frames, H, W, 3], padded with black, and bool [max_frames]."""
     padding = max_frames - len(frames)
     mask = np.arange(max_frames) < len(frames)
     return np.pad(frames, ((0, padding), (0, 0), (0, 0), (0, 0))), mask
@@ -104,7 +103,9 @@ class TrainBatches:
         )
         start = start_step * self._batch_size
         mine = examples[start + process :: processes].batch(self._batch_size // processes)
-        options = grain.ReadOptions(num_threads=self._config.num_threads, prefetch_buffer_size=4 * self._batch_size)
+        options = grain.ReadOptions(
+            num_threads=self._config.num_threads, prefetch_buffer_size=4 * self._batch_size
+        )
         return iter(mine.to_iter_dataset(options))
 
     def _read(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ VIDEOS_SPLIT = "videos"
 
 
 class DatasetError(UserError):
-    """A dataset that is absent or does not hold what is asked of it; the message says what to do."""
+    """A dataset that is absent or does not hold what is asked of it."""
 
 
 @dataclasses.dataclass(frozen=True)

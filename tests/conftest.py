@@ -1,0 +1,89 @@
+"""Shared fixtures. The tests run on 8 fake CPU devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+from drl_jax.config import ClipConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelConfig:
+    """A model small enough to compile in a second."""
+    clip = ClipConfig(
+        embed_dim=32,
+        image_resolution=64,
+        vision_layers=2,
+        vision_width=32,
+        vision_heads=2,
+        vision_patch_size=16,
+        text_width=32,
+        text_heads=2,
+        text_layers=2,
+    )
+    return ModelConfig(clip=clip, temporal_layers=3)
+
+
+@pytest.fixture(scope="session")
+def shapes_data(tmp_path_factory) -> Path:
+    """A data directory with the small form of `shapes`, built by its command."""
+    data_dir = tmp_path_factory.mktemp("data")
+    run_module("data_prep.build", "shapes", f"--data_dir={data_dir}", "--size=smoke")
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def shapes_config(shapes_data, tiny_model) -> Config:
+    return Config(
+        data=DataConfig(
+            dataset="shapes",
+            data_dir=str(shapes_data),
+            train_split="train",
+            val_split="val",
+            max_words=24,
+            max_frames=4,
+            storage="raw",
+            expand_captions=False,
+            num_threads=2,
+        ),
+        model=tiny_model,
+        train=TrainConfig(batch_size=16, epochs=1),
+        eval=EvalConfig(batch_size=16, text_block=16, video_block=16),
+    )
+
+
+def run_module(
+    module: str, *arguments: str, check: bool = True, env: dict[str, str] | None = None, **kwargs
+) -> subprocess.CompletedProcess:
+    """Runs `python -m module` as a user would, from the repository's root, on one device."""
+    finished = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=kwargs.pop("cwd", ROOT),
+        env={**os.environ, **(env or {})},
+        timeout=600,
+        **kwargs,
+    )
+    if check and finished.returncode:
+        raise AssertionError(f"{module} {arguments}: {finished.stdout}\n{finished.stderr}")
+    return finished
+
+
+def error_line(finished: subprocess.CompletedProcess) -> str:
+    """The one line that a failed command leaves on stderr; progress bars aside."""
+    assert finished.returncode != 0, finished.stdout
+    assert "Traceback" not in finished.stderr, finished.stderr
+    lines = [line for line in finished.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line for line in lines if "video/s]" not in line]
+    assert len(lines) == 1, finished.stderr
+    return lines[0]

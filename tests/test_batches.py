@@ -1,0 +1,111 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from drl_jax.data.batches import TrainBatches, load_split, pad_frames
+from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+
+
+@pytest.fixture(scope="module")
+def dataset(shapes_config):
+    return VideoDataset(dataset_dir(shapes_config))
+
+
+def take(batches, start, count, process=0, processes=1):
+    stream = batches.iterate(start, process, processes)
+    return [next(stream) for _ in range(count)]
+
+
+def make(dataset, config, seed=0, **changes):
+    data = dataclasses.replace(config.data, **changes)
+    return TrainBatches(dataset, load_split(dataset, "train", data), data, 16, seed)
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_batch_is_what_the_step_takes(dataset, shapes_config):
+    (batch,) = take(make(dataset, shapes_config), 0, 1)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        "text_ids": ((16, 24), np.int32),
+        "text_mask": ((16, 24), np.bool_),
+        "frames": ((16, 4, 64, 64, 3), np.uint8),
+        "frame_mask": ((16, 4), np.bool_),
+    }
+
+
+def test_any_step_can_be_reached_at_once(dataset, shapes_config):
+    run = take(make(dataset, shapes_config), 0, 30)
+    assert_same(run[27:], take(make(dataset, shapes_config, num_threads=1), 27, 3))
+
+
+def test_processes_share_the_batch_that_one_would_have(dataset, shapes_config):
+    (whole,) = take(make(dataset, shapes_config), 5, 1)
+    parts = [take(make(dataset, shapes_config), 5, 1, p, 4)[0] for p in range(4)]
+    for name, array in whole.items():
+        interleaved = np.stack([part[name] for part in parts], axis=1).reshape(array.shape)
+        np.testing.assert_array_equal(interleaved, array)
+
+
+def test_an_epoch_shows_every_video_once_in_a_new_order(dataset, shapes_config):
+    batches = make(dataset, shapes_config)
+    assert batches.num_examples == 192
+    assert batches.steps_per_epoch == 12
+
+    def fingerprints(steps):
+        return [frames.tobytes() for batch in steps for frames in batch["frames"]]
+
+    run = take(batches, 0, 24)
+    first, second = fingerprints(run[:12]), fingerprints(run[12:])
+    assert sorted(first) == sorted(second)
+    assert first != second
+    texts = [batch["text_ids"].tobytes() for batch in run]
+    assert len(set(texts)) == 24  # captions are drawn anew
+
+
+def test_every_pair_is_an_example_when_captions_are_expanded(dataset, shapes_config):
+    batches = make(dataset, shapes_config, expand_captions=True)
+    assert batches.num_examples == 192 * 20
+    assert batches.steps_per_epoch == 240
+
+
+def test_another_seed_is_another_order(dataset, shapes_config):
+    one, other = (take(make(dataset, shapes_config, seed=s), 0, 1)[0] for s in (0, 1))
+    assert not np.array_equal(one["frames"], other["frames"])
+
+
+def test_holdout_takes_videos_out_of_training(dataset, shapes_config):
+    data = dataclasses.replace(shapes_config.data, holdout=20, val_split="")
+    train, val = (load_split(dataset, name, data) for name in ("train", "val"))
+    assert len(val.videos) == 20
+    assert {len(captions) for captions in val.captions} == {1}
+    assert len(train.videos) == 172
+    assert not set(train.videos) & set(val.videos)
+    again = load_split(dataset, "val", data)
+    np.testing.assert_array_equal(val.videos, again.videos)
+    with pytest.raises(DatasetError, match="leaves nothing"):
+        load_split(dataset, "val", dataclasses.replace(data, holdout=192))
+
+
+def test_padding_is_black_and_masked():
+    frames, mask = pad_frames(np.full((2, 4, 4, 3), 7, np.uint8), 5)
+    assert frames.shape == (5, 4, 4, 3)
+    assert mask.tolist() == [True, True, False, False, False]
+    assert frames[:2].min() == 7
+    assert frames[2:].max() == 0
+
+
+def test_a_missing_dataset_says_how_to_build_it(shapes_config, tmp_path):
+    data = dataclasses.replace(shapes_config.data, data_dir=str(tmp_path))
+    directory = dataset_dir(dataclasses.replace(shapes_config, data=data))
+    with pytest.raises(DatasetError, match=r"python -m data_prep.build shapes --data_dir"):
+        VideoDataset(directory)
+
+
+def test_a_missing_split_names_those_there_are(dataset):
+    with pytest.raises(DatasetError, match="no split 'train_9k'; it has train, val, test"):
+        dataset.split("train_9k")

@@ -1,0 +1,162 @@
+"""`python -m data_prep.build` on real files, right and wrong."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import error_line, run_module
+from test_video import SHARED, numbered_frames, write_video
+
+from drl_jax.data.records import VideoDataset
+
+FORM = "32px_4f_raw"
+
+
+def write_csv(path, header, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@pytest.fixture
+def msrvtt(tmp_path):
+    """Six small videos laid out as MSR-VTT: four to train on, two to test."""
+    videos, annotations = tmp_path / "videos", tmp_path / "annotations"
+    (videos / "TrainValVideo").mkdir(parents=True)
+    annotations.mkdir()
+    names = [f"video{n}" for n in range(6)]
+    for number, name in enumerate(names):
+        write_video(
+            videos / "TrainValVideo" / f"{name}.mp4", numbered_frames(10 + 10 * number), fps=10
+        )
+    sentences = [
+        {"video_id": name, "caption": f"caption {k} of {name}", "sen_id": k}
+        for name in names
+        for k in range(3)
+    ]
+    (annotations / "MSRVTT_data.json").write_text(json.dumps({"sentences": sentences}))
+    for size, count in (("9k", 4), ("7k", 2)):
+        rows = [(name,) for name in names[:count]]
+        write_csv(annotations / f"MSRVTT_train.{size}.csv", ["video_id"], rows)
+    write_csv(
+        annotations / "MSRVTT_JSFUSION_test.csv",
+        ["key", "vid_key", "video_id", "sentence"],
+        [("ret0", "msr4", "video4", "a query, with a comma"), ("ret1", "msr5", "video5", "b")],
+    )
+    return tmp_path
+
+
+def build(root, *extra, check=True):
+    return run_module(
+        "data_prep.build",
+        "msrvtt",
+        f"--videos={root / 'videos'}",
+        f"--annotations={root / 'annotations'}",
+        f"--data_dir={root / 'data'}",
+        "--image_size=32",
+        "--max_frames=4",
+        *extra,
+        check=check,
+    )
+
+
+def opened(root, form=FORM):
+    return VideoDataset(root / "data" / "msrvtt" / form / "1.0.0")
+
+
+def test_msrvtt(msrvtt):
+    report = build(msrvtt, "--storage=raw").stdout
+    dataset = opened(msrvtt)
+    assert len(dataset) == 6
+    assert dataset.split_names == ["train_9k", "train_7k", "test"]
+    train = dataset.split("train_9k")
+    assert [dataset.video_ids[v] for v in train.videos] == [f"video{n}" for n in range(4)]
+    assert train.captions[1] == [f"caption {k} of video1" for k in range(3)]
+    assert len(dataset.split("train_7k").videos) == 2
+    test = dataset.split("test")
+    assert test.captions == [["a query, with a comma"], ["b"]]
+    assert "train_9k: 4 videos, 12 captions" in report
+    # Videos are stored once and looked up by position: each has its own number of frames.
+    for video, name in enumerate(dataset.video_ids):
+        seconds = int(name.removeprefix("video")) + 1
+        assert dataset.read_frames(video).shape == (min(seconds, 4), 32, 32, 3)
+    levels = dataset.read_frames(test.videos[0]).reshape(4, -1).mean(1)
+    np.testing.assert_allclose(levels, [0, 40, 80, 160], atol=2)
+
+
+def test_jpeg_is_close_to_raw_and_several_forms_live_together(msrvtt):
+    build(msrvtt, "--storage=raw")
+    build(msrvtt, "--storage=jpeg")
+    raw, jpeg = opened(msrvtt), opened(msrvtt, "32px_4f_jpeg")
+    for video in range(6):
+        difference = raw.read_frames(video).astype(int) - jpeg.read_frames(video)
+        assert np.abs(difference).max() <= 6
+
+
+def test_missing_and_broken_videos_are_listed_and_left_out(msrvtt):
+    folder = msrvtt / "videos" / "TrainValVideo"
+    (folder / "video0.mp4").unlink()
+    (folder / "video1.mp4").write_text("not a video")
+    (folder / "video5.mp4").write_bytes(b"")
+    (msrvtt / "annotations" / "MSRVTT_train.7k.csv").unlink()
+    report = build(msrvtt, "--storage=raw").stdout
+    assert "left out 3 videos" in report
+    assert "video0: no such file" in report
+    assert "video1: cannot be read as a video" in report
+    assert "MSRVTT_train.7k.csv (the split train_7k): it is absent" in report
+    dataset = opened(msrvtt)
+    assert dataset.video_ids == ["video2", "video3", "video4"]
+    assert dataset.split("test").captions == [["a query, with a comma"]]
+    unusable = json.loads((dataset.directory / "unusable.json").read_text())
+    assert set(unusable) == {"video0", "video1", "video5"}
+
+
+def test_what_is_built_stays_until_its_replacement_is_whole(msrvtt):
+    build(msrvtt, "--storage=raw")
+    assert "built already" in build(msrvtt, "--storage=raw").stdout
+    for path in (msrvtt / "videos").rglob("*.mp4"):
+        path.write_text("broken")
+    failed = build(msrvtt, "--storage=raw", "--overwrite", check=False)
+    assert "none of the 6 annotated videos can be used" in error_line(failed)
+    assert len(opened(msrvtt)) == 6
+    assert [p.name for p in (msrvtt / "data" / "msrvtt" / FORM).iterdir()] == ["1.0.0"]
+
+
+@pytest.mark.parametrize("mistake", ["no videos", "no folder", "no column", "no json", "nothing"])
+def test_a_mistake_is_one_line(msrvtt, mistake):
+    annotations = msrvtt / "annotations"
+    if mistake == "no videos":
+        shutil.rmtree(msrvtt / "videos" / "TrainValVideo")
+        expected = "no video in"
+    elif mistake == "no folder":
+        shutil.rmtree(msrvtt / "videos")
+        expected = "no directory"
+    elif mistake == "no column":
+        write_csv(annotations / "MSRVTT_train.9k.csv", ["video"], [("video0",)])
+        expected = "MSRVTT_train.9k.csv has no column 'video_id'"
+    elif mistake == "no json":
+        (annotations / "MSRVTT_data.json").write_text("{")
+        expected = "MSRVTT_data.json is not a JSON file"
+    else:
+        for path in annotations.iterdir():
+            path.unlink()
+        expected = "no split can be read"
+    assert expected in error_line(build(msrvtt, "--storage=raw", check=False))
+    assert not list((msrvtt / "data").rglob("*.array_record*"))
+
+
+@pytest.mark.skipif(not (SHARED / "msrvtt").is_dir(), reason="no MSR-VTT files beside the project")
+def test_the_real_csv_files_have_their_published_sizes(tmp_path):
+    from data_prep.msrvtt.msrvtt_dataset_builder import Builder
+
+    for path in (SHARED / "msrvtt").iterdir():
+        shutil.copy(path, tmp_path)
+    with (SHARED / "msrvtt" / "MSRVTT_train.9k.csv").open() as file:
+        names = [row["video_id"] for row in csv.DictReader(file)]
+    sentences = [{"video_id": name, "caption": "a"} for name in names]
+    (tmp_path / "MSRVTT_data.json").write_text(json.dumps({"sentences": sentences}))
+    annotations = Builder.read_annotations(None, tmp_path)
+    assert len(annotations.splits["train_9k"]) == 9000
+    assert len(annotations.splits["test"]) == 1000
+    assert set(annotations.missing_files) == {"MSRVTT_train.7k.csv"}

@@ -1,0 +1,94 @@
+"""Every shipped configuration is resolved, and its training step traced."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from drl_jax.config import Config, ConfigError
+from drl_jax.models.drl import init_params
+from drl_jax.optim import make_optimizer
+from drl_jax.sharding import make_mesh
+from drl_jax.state import abstract_state
+from drl_jax.steps import make_train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ["msrvtt", "shapes", "shapes:smoke"]
+
+
+def load(name: str):
+    file, _, variant = name.partition(":")
+    spec = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def test_every_file_is_listed_here():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert {name.partition(":")[0] for name in SHIPPED} == files
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_config_resolves_and_traces(name):
+    config = Config.from_dict(json.loads(load(name).to_json_best_effort()))
+    mesh = make_mesh()
+    batch, data, size = config.train.batch_size, config.data, config.model.clip.image_resolution
+    tx = make_optimizer(config.optim, 100)
+    shapes = {
+        "text_ids": jax.ShapeDtypeStruct((batch, data.max_words), jnp.int32),
+        "text_mask": jax.ShapeDtypeStruct((batch, data.max_words), jnp.bool_),
+        "frames": jax.ShapeDtypeStruct((batch, data.max_frames, size, size, 3), jnp.uint8),
+        "frame_mask": jax.ShapeDtypeStruct((batch, data.max_frames), jnp.bool_),
+    }
+    state = abstract_state(config.model, tx, mesh)
+    step = make_train_step(config.model, config.loss, tx, mesh)
+    new_state, scalars = jax.eval_shape(step, state, shapes)
+    assert jax.tree.map(lambda x: x.shape, new_state.params) == jax.tree.map(
+        lambda x: x.shape, jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    )
+    assert scalars["loss"].shape == ()
+
+
+def test_msrvtt_is_the_reference_s_readme_command():
+    config = Config.from_dict(load("msrvtt").to_dict())
+    assert config.model.clip.vision_patch_size == 32
+    assert config.train.batch_size == 128
+    assert config.train.epochs == 5
+    assert (config.optim.lr, config.optim.coef_lr) == (1e-4, 1e-3)
+    assert (config.data.max_words, config.data.max_frames) == (32, 12)
+    loss = config.loss
+    assert (loss.cdcr_alpha1, loss.cdcr_alpha2, loss.cdcr_lambda) == (0.11, 0.0, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1.5}, "config.seed must be int"),
+        ({"sead": 1}, "config has no field 'sead'"),
+        ({"data.max_words": 100}, "config.data.max_words must be 3 to"),
+        ({"data.holdout": 5}, "set one of data.val_split"),
+        ({"data.storage": "png"}, "config.data.storage is jpeg or raw"),
+        ({"model.clip.vision_heads": 7}, "config.model.clip.vision_width must be a multiple"),
+        ({"train.batch_size": 0}, "config.train.batch_size must be positive"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(change, message):
+    values = load("shapes").to_dict()
+    for path, value in change.items():
+        *groups, name = path.split(".")
+        target = values
+        for group in groups:
+            target = target[group]
+        target[name] = value
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict(values)
+
+
+def test_an_integer_is_a_float_where_one_is_wanted():
+    values = load("shapes").to_dict()
+    values["optim"]["lr"] = 1
+    assert Config.from_dict(values).optim.lr == 1.0

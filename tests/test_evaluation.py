@@ -1,0 +1,69 @@
+"""Evaluation of random parameters: blocks, padding, order of frames."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from drl_jax.data.batches import load_split
+from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.evaluation import Evaluator
+from drl_jax.models.drl import init_params
+from drl_jax.sharding import make_mesh
+
+
+@pytest.fixture(scope="module")
+def dataset(shapes_config):
+    return VideoDataset(dataset_dir(shapes_config))
+
+
+@pytest.fixture(scope="module")
+def params(tiny_model):
+    # Positions that are large enough for the order of frames to matter without training.
+    model = dataclasses.replace(tiny_model, frame_position_std=1.0)
+    return init_params(model, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def test_split(dataset, shapes_config):
+    return load_split(dataset, "test", shapes_config.data)
+
+
+@pytest.fixture(scope="module")
+def plain(shapes_config, dataset, params, test_split):
+    return Evaluator(shapes_config, dataset, make_mesh()).run(params, test_split)
+
+
+def test_metrics_have_both_directions(plain, test_split):
+    assert plain.sim_matrix.shape == (32, 32)
+    assert set(plain.metrics) == {"t2v", "v2t", "pair_accuracy"}
+    assert len(test_split.reversed_pairs) == 8
+
+
+def test_block_and_batch_sizes_change_nothing(shapes_config, dataset, params, test_split, plain):
+    sizes = dataclasses.replace(shapes_config.eval, batch_size=24, text_block=8, video_block=7)
+    config = dataclasses.replace(shapes_config, eval=sizes)
+    other = Evaluator(config, dataset, make_mesh()).run(params, test_split)
+    np.testing.assert_allclose(other.sim_matrix, plain.sim_matrix, atol=1e-6)
+
+
+def by_content(frames: np.ndarray) -> np.ndarray:
+    """Frames in an order that does not depend on time."""
+    return np.stack(sorted(frames, key=lambda frame: frame.tobytes()))
+
+
+def test_pair_accuracy_is_exactly_chance_without_time(
+    shapes_config, dataset, params, test_split, plain
+):
+    """Sorted by content, a clip and its reverse are the same input; in time they are not."""
+    evaluator = Evaluator(shapes_config, dataset, make_mesh())
+    timeless = evaluator.run(params, test_split, frame_order=by_content)
+    assert timeless.metrics["pair_accuracy"] == 50
+    one, other = test_split.reversed_pairs.T
+    sorted_gap = np.abs(timeless.sim_matrix[:, one] - timeless.sim_matrix[:, other]).max()
+    timed_gap = np.abs(plain.sim_matrix[:, one] - plain.sim_matrix[:, other]).max()
+    assert sorted_gap < 1e-6
+    assert timed_gap > 1e-4
+    reverse = evaluator.run(params, test_split, frame_order=lambda frames: frames[::-1])
+    np.testing.assert_allclose(reverse.sim_matrix[:, one], plain.sim_matrix[:, other], atol=1e-6)

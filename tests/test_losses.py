@@ -1,0 +1,106 @@
+"""The losses against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drl_jax.losses import cdcr_loss, contrastive_loss
+from drl_jax.models.interaction import matched_token_similarity, weighted_token_wise
+
+B, L, F, D = 5, 7, 4, 6
+
+
+@pytest.fixture
+def features():
+    rng = np.random.default_rng(0)
+    text_mask = np.arange(L) < rng.integers(3, L + 1, (B, 1))
+    frame_mask = np.arange(F) < rng.integers(1, F + 1, (B, 1))
+    frame_mask[0] = True
+
+    def weights(mask):
+        raw = rng.random(mask.shape) * mask
+        return (raw / raw.sum(1, keepdims=True)).astype(np.float32)
+
+    return {
+        "text_feat": rng.normal(size=(B, L, D)).astype(np.float32),
+        "frame_feat": rng.normal(size=(B, F, D)).astype(np.float32),
+        "text_mask": text_mask,
+        "frame_mask": frame_mask,
+        "text_weight": weights(text_mask),
+        "frame_weight": weights(frame_mask),
+    }
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def token_similarity(f):
+    return matched_token_similarity(
+        f["text_feat"], f["frame_feat"], f["text_mask"], f["frame_mask"]
+    )
+
+
+def test_contrastive_loss_is_the_mean_cross_entropy_of_both_directions():
+    logits = np.random.default_rng(0).normal(size=(B, B)).astype(np.float32)
+    t2v = np.log(np.exp(logits).sum(1)) - np.diag(logits)
+    v2t = np.log(np.exp(logits).sum(0)) - np.diag(logits)
+    np.testing.assert_allclose(contrastive_loss(logits), (t2v.mean() + v2t.mean()) / 2, rtol=1e-6)
+
+
+def test_weighted_token_wise_loops_over_pairs(features):
+    f = features
+    text, frame = unit(f["text_feat"]), unit(f["frame_feat"])
+    expected = np.zeros((B, B))
+    for a in range(B):
+        for b in range(B):
+            sim = text[a] @ frame[b].T
+            sim = sim * f["text_mask"][a][:, None] * f["frame_mask"][b][None]
+            t2v = (sim.max(1) * f["text_weight"][a]).sum()
+            v2t = (sim.max(0) * f["frame_weight"][b]).sum()
+            expected[a, b] = (t2v + v2t) / 2
+    np.testing.assert_allclose(weighted_token_wise(**f), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cdcr_equals_the_reference_s_tensor(features):
+    """The reference contracts an [N, D, D] tensor with the weights."""
+    f = features
+    text, frame = unit(f["text_feat"]), unit(f["frame_feat"])
+    sim = np.asarray(token_similarity(f))
+
+    def correlation(own, partner, weight):
+        def z(rows):
+            return (rows - rows.mean(0)) / rows.std(0, ddof=1)
+
+        return np.einsum("ncd,n->cd", np.einsum("nc,nd->ncd", z(own), z(partner)), weight) / B
+
+    rows = np.argwhere(f["text_mask"])
+    own = np.array([text[b, k] for b, k in rows])
+    partner = np.array([frame[b, sim[b, k].argmax()] for b, k in rows])
+    by_token = correlation(own, partner, f["text_weight"][f["text_mask"]])
+    rows = np.argwhere(f["frame_mask"])
+    own = np.array([frame[b, k] for b, k in rows])
+    partner = np.array([text[b, sim[b, :, k].argmax()] for b, k in rows])
+    by_frame = correlation(own, partner, f["frame_weight"][f["frame_mask"]])
+    c = (by_token + by_frame) / 2
+    on = ((np.diag(c) - 1) ** 2).sum()
+    off = (c**2).sum() - (np.diag(c) ** 2).sum()
+    found = cdcr_loss(**f, token_sim=sim, alpha1=0.5, alpha2=0.25)
+    np.testing.assert_allclose(found, 0.5 * on + 0.25 * off, rtol=1e-5)
+
+
+def test_cdcr_stays_finite_where_all_rows_are_alike(features):
+    """Every caption's first token has the same feature: picked by all, its std is zero."""
+    f = dict(features)
+    f["text_feat"] = np.broadcast_to(f["text_feat"][:1, :1], (B, L, D))
+
+    def loss(text_feat, frame_feat):
+        g = {**f, "text_feat": text_feat, "frame_feat": frame_feat}
+        return cdcr_loss(**g, token_sim=token_similarity(g), alpha1=0.11, alpha2=0.1)
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(
+        jnp.asarray(f["text_feat"]), jnp.asarray(f["frame_feat"])
+    )
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in gradients)

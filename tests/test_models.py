@@ -1,0 +1,122 @@
+"""The towers and the whole model on a tiny configuration."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from drl_jax.models.drl import init_params, model_definition
+
+L, F = 10, 4
+
+
+@pytest.fixture(scope="module")
+def params(tiny_model):
+    return init_params(tiny_model, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_model):
+    definition = model_definition(tiny_model)
+
+    @jax.jit
+    def encode_text(params, ids, mask):
+        return nnx.merge(definition, params).encode_text(ids, mask)
+
+    @jax.jit
+    def encode_frames(params, frames, mask):
+        return nnx.merge(definition, params).encode_frames(frames, mask)
+
+    @jax.jit
+    def similarity(params, text, video):
+        return nnx.merge(definition, params).similarity(text, video)
+
+    return encode_text, encode_frames, similarity
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "text_ids": rng.integers(1, 40000, (3, L)).astype(np.int32),
+        "text_mask": np.arange(L) < np.array([[10], [6], [3]]),
+        "frames": rng.integers(0, 256, (3, F, 64, 64, 3)).astype(np.uint8),
+        "frame_mask": np.arange(F) < np.array([[4], [2], [1]]),
+    }
+
+
+def test_shapes(params, encoders, batch):
+    text = encoders[0](params, batch["text_ids"], batch["text_mask"])
+    video = encoders[1](params, batch["frames"], batch["frame_mask"])
+    assert text["text_feat"].shape == (3, L, 32)
+    assert video["frame_feat"].shape == (3, F, 32)
+    np.testing.assert_allclose(text["text_weight"].sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(video["frame_weight"].sum(1), 1, rtol=1e-6)
+    assert encoders[2](params, text, video).shape == (3, 3)
+
+
+def test_masked_content_changes_nothing_that_is_valid(params, encoders, batch):
+    rng = np.random.default_rng(1)
+    other = dict(batch)
+    noise = rng.integers(1, 40000, (3, L)).astype(np.int32)
+    other["text_ids"] = np.where(batch["text_mask"], batch["text_ids"], noise)
+    noise = rng.integers(0, 256, batch["frames"].shape).astype(np.uint8)
+    shown = batch["frame_mask"][:, :, None, None, None]
+    other["frames"] = np.where(shown, batch["frames"], noise)
+
+    def run(b):
+        text = encoders[0](params, b["text_ids"], b["text_mask"])
+        video = encoders[1](params, b["frames"], b["frame_mask"])
+        return text, video, encoders[2](params, text, video)
+
+    (text_1, video_1, sim_1), (text_2, video_2, sim_2) = run(batch), run(other)
+    valid = batch["text_mask"]
+    np.testing.assert_array_equal(text_1["text_feat"][valid], text_2["text_feat"][valid])
+    valid = batch["frame_mask"]
+    np.testing.assert_array_equal(video_1["frame_feat"][valid], video_2["frame_feat"][valid])
+    np.testing.assert_array_equal(sim_1, sim_2)
+
+
+def test_text_attention_is_causal(params, encoders, batch):
+    changed = batch["text_ids"].copy()
+    changed[:, 5:] += 1
+    mask = np.ones_like(batch["text_mask"])
+    one = encoders[0](params, batch["text_ids"], mask)["text_feat"]
+    other = encoders[0](params, changed, mask)["text_feat"]
+    np.testing.assert_array_equal(one[:, :5], other[:, :5])
+    assert not np.allclose(one[:, 5:], other[:, 5:])
+
+
+def test_the_temporal_head_sees_the_order_of_frames(params, encoders, batch):
+    mask = np.ones_like(batch["frame_mask"])
+    forward = encoders[1](params, batch["frames"], mask)["frame_feat"]
+    backward = encoders[1](params, batch["frames"][:, ::-1], mask)["frame_feat"]
+    assert np.abs(forward - backward[:, ::-1]).max() > 1e-4
+
+
+def test_the_temporal_head_starts_as_a_copy_of_the_text_tower(tiny_model, params):
+    text, temporal = params["clip"], params["temporal"]
+    np.testing.assert_array_equal(
+        temporal["frame_position_embeddings"]["embedding"], text["positional_embedding"]
+    )
+    old = jax.tree.leaves(text["transformer"]["resblocks"])
+    new = jax.tree.leaves(temporal["transformer"]["resblocks"])
+    for a, b in zip(old, new, strict=True):
+        np.testing.assert_array_equal(a, b[:2])  # the text tower has two blocks, the head three
+    fresh = init_params(dataclasses.replace(tiny_model, frame_position_std=0.5), jax.random.key(0))
+    spread = fresh["temporal"]["frame_position_embeddings"]["embedding"].std()
+    assert 0.45 < spread < 0.55
+
+
+def test_vit_b32_has_its_published_size():
+    from drl_jax.config import ModelConfig
+
+    shapes = jax.eval_shape(lambda: init_params(ModelConfig(), jax.random.key(0)))
+
+    def count(tree):
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+    assert count(shapes["clip"]) == 151_277_313  # OpenAI's ViT-B/32
+    assert count(shapes["temporal"]["transformer"]) == 4 * 3_152_384

@@ -1,0 +1,69 @@
+"""BertAdam against a line-by-line NumPy version of the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from drl_jax.config import OptimConfig
+from drl_jax.models.drl import init_params
+from drl_jax.optim import decays, make_optimizer, make_schedule, parameter_group
+
+
+def test_five_steps_equal_bert_adam():
+    config = OptimConfig(lr=0.1, coef_lr=0.5)
+    total = 10
+    rng = np.random.default_rng(0)
+    params = {
+        "clip": {"kernel": rng.normal(size=(3, 2)).astype(np.float32)},
+        "head": {"bias": rng.normal(size=4).astype(np.float32)},
+    }
+    tx = make_optimizer(config, total)
+    state = tx.init(params)
+    expected = jax.tree.map(lambda x: x.astype(np.float64), params)
+    m = jax.tree.map(np.zeros_like, expected)
+    v = jax.tree.map(np.zeros_like, expected)
+    found = params
+    for step in range(5):
+        grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+        updates, state = tx.update(grads, state, found)
+        found = optax.apply_updates(found, updates)
+
+        norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+        x = step / total
+        factor = x / 0.1 if x < 0.1 else 0.5 * (1 + np.cos(np.pi * x))
+        for group, name, lr, decay in (
+            ("clip", "kernel", 0.05, 0.2),
+            ("head", "bias", 0.1, 0.0),
+        ):
+            g = grads[group][name] * min(1.0, 1 / (norm + 1e-6))
+            m[group][name] = 0.9 * m[group][name] + 0.1 * g
+            v[group][name] = 0.98 * v[group][name] + 0.02 * g * g
+            p = expected[group][name]
+            update = m[group][name] / (np.sqrt(v[group][name]) + 1e-6) + decay * p
+            expected[group][name] = p - lr * factor * update
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.0), (5, 0.5), (10, 0.5 * (1 + np.cos(np.pi * 0.1))), (50, 0.5), (100, 0.0)],
+)
+def test_schedule_warms_up_then_follows_the_whole_cosine(step, expected):
+    assert make_schedule(1.0, 0.1, 100)(jnp.int32(step)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_groups_and_decay_cover_every_parameter(tiny_model):
+    params = jax.eval_shape(lambda: init_params(tiny_model, jax.random.key(0)))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = {"/".join(entry.key for entry in path): path for path in paths}
+    clip = {name for name, path in names.items() if parameter_group(path) == "clip"}
+    assert clip == {name for name in names if name.startswith("clip/")}
+    assert "clip/logit_scale" in clip
+    undecayed = {name for name, path in names.items() if not decays(path)}
+    assert undecayed == {name for name in names if name.endswith("/bias")}
+    # The reference decays LayerNorm's weights and the temperature.
+    assert decays(names["clip/logit_scale"])
+    assert decays(names["clip/visual/ln_pre/scale"])

@@ -1,0 +1,112 @@
+"""The drawn dataset: what a fair test of time needs of it."""
+
+import collections
+import random
+
+import av
+import numpy as np
+import pytest
+
+from data_prep.shapes.draw import FRAMES, draw_clip, write_mp4
+from data_prep.shapes.scenes import (
+    REVERSED,
+    SYMMETRIC,
+    MovingShape,
+    Scene,
+    all_scenes,
+    captions,
+    deal_scenes,
+)
+from data_prep.shapes.shapes_dataset_builder import SIZES
+from drl_jax.video import read_frames
+
+
+@pytest.fixture(scope="module")
+def deal():
+    return deal_scenes(*SIZES["full"], seed=0)
+
+
+def test_no_scene_is_in_two_splits_not_even_backwards(deal):
+    def with_reverses(scenes):
+        return {s for scene in scenes for s in (scene, scene.reversed())}
+
+    train, val, test = map(with_reverses, (deal.train, deal.val, deal.test))
+    assert not train & val
+    assert not train & test
+    assert not val & test
+    assert len(set(deal.test)) == len(deal.test) == 256
+
+
+def test_half_of_the_test_clips_are_pairs_of_one_reversed_motion(deal):
+    assert len(deal.test_pairs) == len(deal.test) // 4
+    for one, other in deal.test_pairs:
+        a, b = deal.test[one], deal.test[other]
+        assert a.reversed() == b
+        changed = collections.Counter([a.first, a.second]) - collections.Counter(
+            [b.first, b.second]
+        )
+        assert sum(changed.values()) == 1
+
+
+def test_every_shape_colour_and_motion_occurs_in_training(deal):
+    for attribute in ("shape", "colour", "motion"):
+        values = {
+            getattr(s, attribute) for scene in all_scenes() for s in (scene.first, scene.second)
+        }
+        seen = {getattr(s, attribute) for scene in deal.train for s in (scene.first, scene.second)}
+        assert seen == values
+
+
+def test_a_caption_fits_one_scene_only():
+    owners = {}
+    for scene in all_scenes():
+        for caption in captions(scene, 3, random.Random(0)):
+            assert owners.setdefault(caption, scene) == scene
+
+
+def test_captions_of_a_scene_are_different_sentences():
+    found = captions(all_scenes()[0], 20, random.Random(0))
+    assert len(set(found)) == 20
+
+
+@pytest.mark.parametrize("motion", sorted(REVERSED))
+def test_a_reversed_scene_is_the_same_frames_backwards(motion):
+    still = MovingShape("red", "circle", "still")
+    scene = Scene.of(MovingShape("blue", "square", motion), still)
+    forward, backward = draw_clip(scene, 7), draw_clip(scene.reversed(), 7)
+    assert len(forward) == FRAMES
+    np.testing.assert_array_equal(forward, backward[::-1])
+    assert not np.array_equal(forward, backward)
+
+
+@pytest.mark.parametrize("motion", SYMMETRIC)
+def test_a_symmetric_motion_looks_the_same_backwards(motion):
+    scene = Scene.of(MovingShape("blue", "square", motion), MovingShape("red", "circle", "still"))
+    frames = np.array(draw_clip(scene, 3)).astype(int)
+    assert np.abs(frames - frames[::-1]).max() <= 2  # supersampled edges round either way
+
+
+def test_directions_are_what_they_are_called():
+    def centre(frame):
+        blue = frame[..., 2].astype(int) > 180
+        return np.argwhere(blue).mean(0)
+
+    for motion, axis, sign in (("right", 1, 1), ("left", 1, -1), ("up", 0, -1), ("down", 0, 1)):
+        moving = MovingShape("blue", "square", motion)
+        frames = draw_clip(Scene.of(moving, MovingShape("red", "circle", "still")), 1)
+        moved = centre(frames[-1]) - centre(frames[0])
+        assert moved[axis] * sign > 15, motion
+        assert abs(moved[1 - axis]) < 3, motion
+
+
+def test_the_file_is_h264_and_keeps_reversed_clips_alike(tmp_path):
+    scene = Scene.of(MovingShape("blue", "square", "left"), MovingShape("red", "circle", "swing"))
+    write_mp4(tmp_path / "a.mp4", draw_clip(scene, 5))
+    write_mp4(tmp_path / "b.mp4", draw_clip(scene.reversed(), 5))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert container.streams.video[0].frames == FRAMES
+    a, b = (read_frames(tmp_path / name, 12, 64) for name in ("a.mp4", "b.mp4"))
+    np.testing.assert_array_equal(a, b[::-1])
+    write_mp4(tmp_path / "again.mp4", draw_clip(scene, 5))
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "a.mp4").read_bytes()

@@ -1,0 +1,218 @@
+"""Training and evaluation as a user runs them: real processes, real files, real signals."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, error_line, run_module
+
+METRICS = {"R@1", "R@5", "R@10", "MdR", "MnR"}
+# Small enough for a few seconds; the fake devices of this process are not inherited.
+TINY = (
+    "--config.model.clip.embed_dim=32",
+    "--config.model.clip.text_width=32",
+    "--config.model.clip.text_heads=2",
+    "--config.model.clip.text_layers=1",
+    "--config.model.clip.vision_width=32",
+    "--config.model.clip.vision_heads=2",
+    "--config.model.clip.vision_layers=1",
+    "--config.model.temporal_layers=1",
+)
+
+
+def train_arguments(data, workdir, *extra):
+    return (
+        "--config=configs/shapes.py:smoke",
+        f"--workdir={workdir}",
+        f"--config.data.data_dir={data}",
+        *TINY,
+        *extra,
+    )
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(shapes_data, tmp_path_factory):
+    """A finished run and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    process = run_module("drl_jax.train", *train_arguments(shapes_data, workdir))
+    return workdir, process.stdout
+
+
+def test_the_run_leaves_what_it_promises(finished):
+    workdir, printed = finished
+    result = json.loads((workdir / "result.json").read_text())
+    assert set(result["test"]) == {"t2v", "v2t", "pair_accuracy"}
+    assert set(result["test"]["t2v"]) == set(result["test"]["v2t"]) == METRICS
+    assert "pair accuracy" in printed
+    for name in METRICS:
+        assert name in printed
+    steps = [entry["step"] for entry in read_metrics(workdir)]
+    assert steps == sorted(steps)
+    assert steps[-1] == result["total_steps"] == 12
+    train = next(entry for entry in read_metrics(workdir) if "train/loss" in entry)
+    for name in (
+        "loss",
+        "contrastive_loss",
+        "cdcr_loss",
+        "logit_scale",
+        "lr",
+        "lr_clip",
+        "grad_norm",
+        "examples_per_second",
+    ):
+        assert math.isfinite(train[f"train/{name}"])
+    assert train["train/logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
+
+
+def test_tensorboard_reads_the_same_numbers(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    workdir, _ = finished
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    for tag in ("train/loss", "eval/t2v_R1"):
+        found = [(e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors(tag)]
+        expected = [(e["step"], e[tag]) for e in read_metrics(workdir) if tag in e]
+        assert found == pytest.approx(expected)
+
+
+def test_evaluate_repeats_the_test_of_the_run(finished):
+    workdir, _ = finished
+    result = json.loads((workdir / "result.json").read_text())
+    for checkpoint in ("best", str(result["best_step"])):
+        run_module("drl_jax.evaluate", f"--workdir={workdir}", f"--checkpoint={checkpoint}")
+        written = json.loads((workdir / f"eval_test_{result['best_step']}.json").read_text())
+        assert written["metrics"] == result["test"]
+    printed = run_module(
+        "drl_jax.evaluate", f"--workdir={workdir}", "--checkpoint=latest", "--split=val"
+    ).stdout
+    assert "val of checkpoint 12, 32 videos" in printed
+    latest = json.loads((workdir / "eval_val_12.json").read_text())["metrics"]["t2v"]
+    logged = read_metrics(workdir)[-1]
+    assert latest["R@1"] == logged["eval/t2v_R1"]
+
+
+def test_a_finished_run_only_tests_again(finished, shapes_data):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    printed = run_module("drl_jax.train", *train_arguments(shapes_data, workdir)).stdout
+    assert "from step 12 of 12" in printed
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_sigterm_saves_and_the_same_command_ends_where_it_would_have(
+    finished, shapes_data, tmp_path
+):
+    workdir = tmp_path / "interrupted"
+    arguments = train_arguments(shapes_data, workdir)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "drl_jax.train", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (workdir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "SIGTERM: saving a checkpoint" in errors
+    assert "the same command resumes" in errors
+    assert "Traceback" not in errors
+    assert not (workdir / "result.json").exists()
+
+    printed = run_module("drl_jax.train", *arguments).stdout
+    assert "resuming" in printed
+    whole = json.loads((finished[0] / "result.json").read_text())
+    assert json.loads((workdir / "result.json").read_text()) == whole
+    last = read_metrics(finished[0])[-1]
+    assert read_metrics(workdir)[-1] == last
+    steps = [entry["step"] for entry in read_metrics(workdir) if "train/loss" in entry]
+    assert len(steps) == len(set(steps))
+
+
+def test_without_tensorflow_training_says_so_and_goes_on(shapes_data, tmp_path):
+    """A directory in front of the installed packages whose `tensorflow` cannot be imported."""
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "tensorflow.py").write_text("raise ImportError('hidden')")
+    workdir = tmp_path / "run"
+    printed = run_module(
+        "drl_jax.train",
+        *train_arguments(shapes_data, workdir, "--config.train.epochs=1"),
+        env={"PYTHONPATH": str(tmp_path / "hide")},
+    ).stdout
+    assert "TensorFlow is not installed: no TensorBoard files, only metrics.jsonl" in printed
+    assert (workdir / "result.json").exists()
+    assert not list(workdir.glob("events*"))
+    assert any("train/loss" in entry for entry in read_metrics(workdir))
+
+
+def test_evaluation_imports_neither_tensorflow_nor_torch():
+    code = (
+        "import drl_jax.evaluate, drl_jax.data.batches, sys;"
+        "bad = {'tensorflow', 'torch', 'clu'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.typo=1", "typo"),
+        ("--config.train.batch_size=many", "batch_size"),
+        ("--config.train.batch_size=1000", "fewer than a batch"),
+        ("--config.data.dataset=msrvtt", "python -m data_prep.build msrvtt"),
+        ("--config.data.train_split=train_9k", "no split 'train_9k'"),
+        ("--config=configs/nowhere.py", "nowhere.py"),
+        ("--config=configs/shapes.py:huge", "has the variant smoke, not 'huge'"),
+        ("extra", "unexpected argument 'extra'"),
+    ],
+)
+def test_a_mistake_is_one_line(shapes_data, tmp_path, flag, message):
+    off = "--config.data.build_if_absent=False"
+    arguments = train_arguments(shapes_data, tmp_path / "run", off, flag)
+    process = run_module("drl_jax.train", *arguments, check=False)
+    assert message in error_line(process)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_devices_do_not_divide(shapes_data, tmp_path):
+    arguments = train_arguments(shapes_data, tmp_path / "run", "--config.train.batch_size=30")
+    process = run_module("drl_jax.train", *arguments, check=False, env={"JAX_NUM_CPU_DEVICES": "8"})
+    assert "config.train.batch_size=30 does not divide over 8 devices" in error_line(process)
+
+
+def test_a_workdir_of_another_run_is_left_alone(finished, shapes_data):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_text()
+    arguments = train_arguments(shapes_data, workdir, "--config.optim.lr=0.5")
+    line = error_line(run_module("drl_jax.train", *arguments, check=False))
+    assert "config.optim.lr was 0.001, now 0.5" in line
+    assert (workdir / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=nowhere"], "no run in nowhere"),
+        (["--checkpoint=5"], "no checkpoint of step 5"),
+        (["--checkpoint=first"], "best, latest or a step"),
+        (["--split=dev"], "no split 'dev'"),
+        (["--data_dir=nowhere"], "no dataset in nowhere"),
+    ],
+)
+def test_evaluation_mistakes_are_one_line(finished, arguments, message):
+    process = run_module("drl_jax.evaluate", f"--workdir={finished[0]}", *arguments, check=False)
+    assert message in error_line(process)

@@ -1,0 +1,127 @@
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from drl_jax.video import VideoError, read_frames, resize_crop, sample_positions
+
+SHARED = Path(os.environ.get("DRL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int, *, codec: str = "libx264", **options):
+    """uint8 [F, H, W, 3] -> a lossless file; the numbers below can be exact."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options={"qp": "0", **options})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        for array in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """Grey frames; the level of each tells its number."""
+    levels = np.arange(count, dtype=np.uint8) * 4
+    return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "fps", "max_frames", "expected"),
+    [
+        (90, 30, 12, [0, 30, 60]),
+        (90, 29.97, 12, [0, 30, 60]),
+        (10, 0.25, 12, list(range(10))),
+        (1, 30, 12, [0]),
+        (0, 30, 12, []),
+        (50, 3, 12, [0, 3, 6, 12, 15, 21, 24, 30, 33, 39, 42, 48]),
+        (6000, 10, 3, [0, 2990, 5990]),
+    ],
+)
+def test_sample_positions(n_frames, fps, max_frames, expected):
+    assert sample_positions(n_frames, fps, max_frames) == expected
+
+
+def test_frames_come_one_a_second_in_order(tmp_path):
+    write_video(tmp_path / "v.mp4", numbered_frames(41), fps=10)
+    frames = read_frames(tmp_path / "v.mp4", max_frames=12, size=32)
+    assert frames.shape == (5, 32, 32, 3)
+    assert frames.dtype == np.uint8
+    levels = frames.reshape(5, -1).mean(1)
+    np.testing.assert_allclose(levels, [0, 40, 80, 120, 160], atol=2)
+
+
+def test_bframes_are_counted_in_the_order_of_display(tmp_path):
+    write_video(tmp_path / "v.mp4", numbered_frames(41), fps=10, bf="3")
+    levels = read_frames(tmp_path / "v.mp4", max_frames=3, size=32).reshape(3, -1).mean(1)
+    np.testing.assert_allclose(levels, [0, 80, 160], atol=2)
+
+
+def test_resize_crop_is_pils_bicubic_and_central():
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    found = resize_crop(image, 20)
+    expected = (
+        Image.fromarray(image).resize((30, 20), Image.Resampling.BICUBIC).crop((5, 0, 25, 20))
+    )
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    assert resize_crop(image.transpose(1, 0, 2), 20).shape == (20, 20, 3)
+
+
+def test_a_picture_of_the_right_size_is_untouched():
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(resize_crop(image, 20), image)
+
+
+def test_what_is_no_video_says_why(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video at all")
+    (tmp_path / "empty.mp4").touch()
+    write_video(tmp_path / "whole.mp4", numbered_frames(30), fps=10)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:300])
+    for name in ("text.mp4", "empty.mp4", "cut.mp4", "absent.mp4"):
+        with pytest.raises(VideoError, match=r"cannot be read as a video \(.+\)"):
+            read_frames(tmp_path / name, 12, 32)
+    write_video(tmp_path / "thin.mkv", np.zeros((4, 2, 320, 3), np.uint8), fps=2)
+    with pytest.raises(VideoError, match="320 x 2"):
+        read_frames(tmp_path / "thin.mkv", 12, 32)
+
+
+# Frames that a correct decoder gives for files that break others, or the start of the reason.
+HARD = {
+    "anim.gif": 2,
+    "audio_only.mp4": "has no video stream",
+    "av1_10bit.mkv": 3,
+    "bitflips.mp4": 10,
+    "fps_0p25.mp4": 3,
+    "fps_1000.mp4": 3,
+    "height_1px.mkv": "picture of 320 x 1",
+    "hevc_10bit.mp4": 3,
+    "long_10min.mp4": 12,
+    "missing_moov.mp4": "cannot be read",
+    "no_duration.webm": 5,
+    "odd_161x91_444.mp4": 2,
+    "odd_h91_420.avi": 2,
+    "rotated_90.mp4": 3,
+    "sar_16_9.mp4": 3,
+    "short_0p3s.mp4": 1,
+    "single_frame.mp4": 1,
+    "text.mp4": "cannot be read",
+    "truncated_60pct.mp4": 7,
+    "vfr.mp4": 10,
+    "vp9.webm": 3,
+    "zero_byte.mp4": "cannot be read",
+}
+
+
+@pytest.mark.skipif(not (SHARED / "hard_clips").is_dir(), reason="no hard clips beside the project")
+@pytest.mark.parametrize("name", sorted(HARD))
+def test_hard_clips(name):
+    expected = HARD[name]
+    if isinstance(expected, str):
+        with pytest.raises(VideoError, match=expected):
+            read_frames(SHARED / "hard_clips" / name, 12, 224)
+    else:
+        frames = read_frames(SHARED / "hard_clips" / name, 12, 224)
+        assert frames.shape == (expected, 224, 224, 3)
+        assert frames.reshape(expected, -1).std(1).min() > 1  # never an all-black frame
