@@ -37,15 +37,22 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
     # A config file is code: what it raises, and what ml_collections raises about a field that it
     # does not have, is about the flags.
     except Exception as error:
-        _fail(" ".join(str(error).split()), status=2)
+        _fail(_in_one_line(error), status=2)
     if rest[1:]:
         _fail(f"unexpected argument {rest[1]!r}; flags look like --name=value", status=2)
     return rest
 
 
+def _in_one_line(error: Exception) -> str:
+    """The message without the traceback that ml_collections puts into it."""
+    start, traceback, rest = str(error).partition("Traceback")
+    message = start + rest.strip().splitlines()[-1] if traceback else start
+    return " ".join(message.split())
+
+
 def _report_errors(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+        logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it touches
     try:
         main()
     except UserError as error:

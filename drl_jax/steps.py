@@ -77,7 +77,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     logit_scale = params["clip"]["logit_scale"]
     params["clip"]["logit_scale"] = jnp.minimum(logit_scale, MAX_LOGIT_SCALE)
-    scalars["grad_norm"] = optax.global_norm(grads)
+    scalars["grad_norm"] = optax.tree.norm(grads)
     scalars["logit_scale"] = jnp.exp(state.params["clip"]["logit_scale"])
     return TrainState(state.step + 1, params, opt_state), scalars
 

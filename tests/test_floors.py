@@ -10,7 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # The floors of the house, from the ground up.
 FLOORS = (
     ("errors",),
-    ("ops", "tokenizer", "metrics", "config", "sharding", "video", "command", "interrupt"),
+    (
+        "ops",
+        "tokenizer",
+        "metrics",
+        "config",
+        "sharding",
+        "video",
+        "command",
+        "interrupt",
+        "host_memory",
+    ),
     ("models.layers", "models.interaction", "losses", "optim", "data.records", "data.batches"),
     ("models.clip", "models.temporal"),
     ("models.drl",),

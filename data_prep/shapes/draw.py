@@ -62,44 +62,31 @@ def draw_clip(scene: Scene, seed: int) -> list[np.ndarray]:
 def _track(shape: MovingShape, rng: random.Random) -> Track:
     """Where the shape is and how big, frame by frame.
 
-    A motion and its reverse draw from the same places: a single frame never tells the direction.
+    A motion and its reverse draw from the same positions: a single frame never tells the direction.
     """
-    radius = rng.uniform(7, 9)
+    radius = rng.uniform(6.5, 8.5)
+    low, high = radius + 1, SIZE - radius - 1
     if shape.motion in ("grow", "shrink"):
-        small, big = rng.uniform(4.5, 6), rng.uniform(11, 13)
-        x, y = (rng.uniform(14, SIZE - 14) for _ in range(2))
+        small, big = rng.uniform(4, 5.5), rng.uniform(10.5, 12)
+        x, y = (rng.uniform(big + 1, SIZE - big - 1) for _ in range(2))
         track = [(x, y, small + (big - small) * t) for t in _times()]
         return track if shape.motion == "grow" else track[::-1]
-    low, high = radius + 1, SIZE - radius - 1
-    if shape.motion in ("right", "left", "up", "down"):
-        span = rng.uniform(0.65, 1.0) * (high - low)
-        start, across = rng.uniform(low, high - span), rng.uniform(low, high)
-        along = [start + span * t for t in _times()]
-        if shape.motion in ("left", "up"):
-            along.reverse()
-        if shape.motion in ("right", "left"):
-            return [(x, across, radius) for x in along]
-        return [(across, y, radius) for y in along]
-    if shape.motion in ("clockwise", "counterclockwise"):
-        orbit = rng.uniform(13, 17)
-        x, y = (rng.uniform(low + orbit, high - orbit) for _ in range(2))
-        # Three quarters of a turn; y points down, so growing angles turn clockwise.
-        start = rng.uniform(0, 2 * math.pi)
-        angles = [start + 1.5 * math.pi * t for t in _times()]
-        if shape.motion == "counterclockwise":
-            angles.reverse()
-        return [(x + orbit * math.cos(a), y + orbit * math.sin(a), radius) for a in angles]
     x, y = (rng.uniform(low, high) for _ in range(2))
     if shape.motion == "still":
         return [(x, y, radius)] * FRAMES
-    # There and back twice, from rest to rest: the same backwards.
-    reach = rng.uniform(10, 14)
-    sway = [reach * math.cos(4 * math.pi * t) for t in _times()]
     if shape.motion == "swing":
+        # There and back twice, from rest to rest: the same backwards.
+        reach = rng.uniform(10, 14)
         x = rng.uniform(low + reach, high - reach)
-        return [(x + s, y, radius) for s in sway]
-    y = rng.uniform(low + reach, high - reach)
-    return [(x, y + s, radius) for s in sway]
+        return [(x + reach * math.cos(4 * math.pi * t), y, radius) for t in _times()]
+    span = rng.uniform(0.65, 1.0) * (high - low)
+    start = rng.uniform(low, high - span)
+    along = [start + span * t for t in _times()]
+    if shape.motion in ("left", "up"):
+        along.reverse()
+    if shape.motion in ("right", "left"):
+        return [(position, y, radius) for position in along]
+    return [(x, position, radius) for position in along]
 
 
 def _times() -> Iterator[float]:

@@ -1,13 +1,12 @@
 """What happens in a clip of `shapes`: two coloured shapes, each with its own motion.
 
-A *scene* is the pair of moving shapes; a clip draws it once, with random places and sizes. Scenes
+A *scene* is the pair of moving shapes; a clip draws it once, with random positions and sizes. Scenes
 are dealt to train, val and test so that none occurs in two of them, not even played backwards.
 """
 
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterable
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("red", "green", "blue")
@@ -157,7 +156,3 @@ def captions(scene: Scene, count: int, rng: random.Random) -> list[str]:
             )
         ] = None
     return list(found)
-
-
-def vocabulary(sentences: Iterable[str]) -> set[str]:
-    return {word for sentence in sentences for word in sentence.split()}
