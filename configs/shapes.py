@@ -18,14 +18,14 @@ from drl_jax.config import (
 )
 
 _CLIP = ClipConfig(
-    embed_dim=96,
+    embed_dim=64,
     image_resolution=64,
     vision_layers=3,
-    vision_width=96,
-    vision_heads=3,
+    vision_width=64,
+    vision_heads=2,
     vision_patch_size=16,
-    text_width=96,
-    text_heads=3,
+    text_width=64,
+    text_heads=4,
     text_layers=3,
 )
 
@@ -44,10 +44,10 @@ def get_config(variant: str = "full") -> ConfigDict:
             num_threads=2,
             build_if_absent=True,
         ),
-        model=ModelConfig(clip=_CLIP, temporal_layers=2, frame_position_std=0.6, scan_unroll=3),
+        model=ModelConfig(clip=_CLIP, position_std=0.8, scan_unroll=4),
         # Nothing is pretrained: all parameters learn at the same rate.
-        optim=OptimConfig(lr=1e-3, coef_lr=1.0),
-        train=TrainConfig(batch_size=64, epochs=16, checkpoint_every=0),
+        optim=OptimConfig(lr=1.5e-3, coef_lr=1.0),
+        train=TrainConfig(batch_size=96, epochs=16, checkpoint_every=0),
         eval=EvalConfig(batch_size=64, text_block=64, video_block=256),
     )
     config = ConfigDict(dataclasses.asdict(config))

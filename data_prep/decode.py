@@ -1,17 +1,14 @@
-"""Decodes many videos in a pool of processes, in order, with bounded memory."""
+"""Decodes many videos with all cores."""
 
-import collections
 import dataclasses
 import io
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_prep.processes import map_in_processes
 from drl_jax.video import VideoError, read_frames
 
 _JPEG_QUALITY = 95
@@ -44,20 +41,7 @@ def decode_videos(
     Yields:
       One Decoded for each path, in order. A file that cannot be read is a value, not an exception.
     """
-    workers = min(os.cpu_count() or 1, len(paths))
-    # Spawned, because forking a process that runs jax's or TFDS's threads can deadlock.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting: collections.deque[Future[Decoded]] = collections.deque()
-        try:
-            for path in paths:
-                waiting.append(pool.submit(_decode, path, max_frames, image_size, storage))
-                # The window bounds how many decoded videos wait for a slow one before them.
-                if len(waiting) > 8 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    return map_in_processes(_decode, [(path, max_frames, image_size, storage) for path in paths])
 
 
 def _decode(path: Path, max_frames: int, image_size: int, storage: str) -> Decoded:

@@ -37,10 +37,11 @@ class ModelConfig:
     clip: ClipConfig = ClipConfig()
     # Transformer layers over the frames of a video (seqTransf).
     temporal_layers: int = 4
-    # Standard deviation of fresh frame position embeddings. 0: they start as a copy of the text
-    # tower's, as in the reference. Training from scratch wants about 0.6: the copy would be noise
-    # of 0.01 beside frame features of 1 a channel, and the order of frames would stay unseen.
-    frame_position_std: float = 0.0
+    # Standard deviation of fresh position embeddings of patches and frames. 0: those of patches
+    # are OpenAI's (width**-0.5), those of frames a copy of the text tower's, as in the reference.
+    # Training from scratch wants about 0.8: beside features of 1 a channel the fainter ones leave
+    # where a patch is, and when a frame is, unseen for long.
+    position_std: float = 0.0
     # Layers that lax.scan unrolls in one iteration. More compiles longer; measure before changing.
     scan_unroll: int = 1
 
@@ -193,7 +194,7 @@ def _validate(config: Config) -> None:
             f"data.max_frames must be at most model.clip.context_length ({clip.context_length})",
         ),
         (data.storage in ("jpeg", "raw"), f"data.storage is jpeg or raw, not {data.storage!r}"),
-        (config.model.frame_position_std >= 0, "model.frame_position_std must be 0 or more"),
+        (config.model.position_std >= 0, "model.position_std must be 0 or more"),
         (data.holdout >= 0, "data.holdout must be 0 (none) or a number of videos"),
         (
             bool(data.val_split) != bool(data.holdout),

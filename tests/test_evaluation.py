@@ -21,7 +21,7 @@ def dataset(shapes_config):
 @pytest.fixture(scope="module")
 def params(tiny_model):
     # Positions that are large enough for the order of frames to matter without training.
-    model = dataclasses.replace(tiny_model, frame_position_std=1.0)
+    model = dataclasses.replace(tiny_model, position_std=1.0)
     return init_params(model, jax.random.key(0))
 
 

@@ -105,7 +105,7 @@ def test_the_temporal_head_starts_as_a_copy_of_the_text_tower(tiny_model, params
     new = jax.tree.leaves(temporal["transformer"]["resblocks"])
     for a, b in zip(old, new, strict=True):
         np.testing.assert_array_equal(a, b[:2])  # the text tower has two blocks, the head three
-    fresh = init_params(dataclasses.replace(tiny_model, frame_position_std=0.5), jax.random.key(0))
+    fresh = init_params(dataclasses.replace(tiny_model, position_std=0.5), jax.random.key(0))
     spread = fresh["temporal"]["frame_position_embeddings"]["embedding"].std()
     assert 0.45 < spread < 0.55
 

@@ -137,7 +137,7 @@ def write_mp4(path: Path, frames: list[np.ndarray]) -> None:
     Lossless, because a clip and its reverse must decode to the same frames; a lossy encoder would
     leave its own traces of time in them.
     """
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
         stream.codec_context.thread_count = 1  # byte-identical files on every run

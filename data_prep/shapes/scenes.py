@@ -1,7 +1,8 @@
 """What happens in a clip of `shapes`: two coloured shapes, each with its own motion.
 
-A *scene* is the pair of moving shapes; a clip draws it once, with random positions and sizes. Scenes
-are dealt to train, val and test so that none occurs in two of them, not even played backwards.
+A *scene* is the pair of moving shapes; a clip draws it once, with random positions and sizes.
+Scenes are dealt to train, val and test so that none occurs in two of them, not even played
+backwards.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """The embedded default dataset: drawn clips in MSR-VTT's own annotation formats."""
 
+import collections
 import csv
 import json
 import random
@@ -15,12 +16,13 @@ from data_prep.annotations import (
     read_sentences,
     with_all_captions,
 )
+from data_prep.processes import map_in_processes
 from data_prep.retrieval_builder import RetrievalBuilder
 from data_prep.shapes.draw import draw_clip, write_mp4
 from data_prep.shapes.scenes import Scene, captions, deal_scenes
 
 # Clips of train, val and test.
-SIZES = {"full": (6000, 128, 256), "smoke": (192, 32, 32)}
+SIZES = {"full": (9000, 128, 256), "smoke": (192, 32, 32)}
 _CAPTIONS = 20
 _SEED = 0
 _SENTENCES = "SHAPES_data.json"
@@ -70,15 +72,20 @@ def draw_dataset(directory: Path, size: str) -> None:
 
     for split in ("train", "val", "test"):
         (directory / "videos" / split).mkdir(parents=True, exist_ok=True)
-    for (split, scene), name, seed in tqdm(
-        zip(clips, names, seeds, strict=True), "drawing", len(clips), unit="video"
-    ):
-        path = directory / "videos" / split / f"{name}.mp4"
-        if not path.exists():
-            unfinished = path.with_suffix(".part.mp4")
-            write_mp4(unfinished, draw_clip(scene, seed))
-            unfinished.rename(path)
+    drawings = [
+        (directory / "videos" / split / f"{name}.mp4", scene, seed)
+        for (split, scene), name, seed in zip(clips, names, seeds, strict=True)
+    ]
+    absent = [drawing for drawing in drawings if not drawing[0].exists()]
+    drawn = map_in_processes(_draw_file, absent)
+    collections.deque(tqdm(drawn, "drawing", len(absent), unit="video"), maxlen=0)
     _write_annotations(directory, clips, names, pairs)
+
+
+def _draw_file(path: Path, scene: Scene, seed: int) -> None:
+    unfinished = path.with_suffix(".part")
+    write_mp4(unfinished, draw_clip(scene, seed))
+    unfinished.rename(path)
 
 
 def _write_annotations(

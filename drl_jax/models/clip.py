@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.nn.initializers import normal
+from jax.nn.initializers import normal, variance_scaling
 
-from drl_jax.config import ClipConfig
+from drl_jax.config import ModelConfig
 from drl_jax.models.layers import Transformer, causal_mask, clip_block_init
 
 # Mean and standard deviation of CLIP's training pixels, RGB in [0, 1].
@@ -36,15 +36,25 @@ def normalize_frames(frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
 
 
 class VisionTransformer(nnx.Module):
-    def __init__(self, config: ClipConfig, unroll: int, *, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
+        config = model.clip
         width, patch = config.vision_width, config.vision_patch_size
         self.patch_size = patch
         patches = (config.image_resolution // patch) ** 2
         scale = width**-0.5
-        # A convolution whose stride is its kernel is a matrix product over patches.
-        self.conv1 = nnx.Linear(patch * patch * 3, width, use_bias=False, rngs=rngs)
+        # A convolution whose stride is its kernel is a matrix product over patches. The
+        # initialiser is torch's for convolutions, which OpenAI left as it was.
+        self.conv1 = nnx.Linear(
+            patch * patch * 3,
+            width,
+            use_bias=False,
+            kernel_init=variance_scaling(1 / 3, "fan_in", "uniform"),
+            rngs=rngs,
+        )
         self.class_embedding = nnx.Param(scale * rngs.params.normal((width,)))
-        self.positional_embedding = nnx.Param(scale * rngs.params.normal((patches + 1, width)))
+        self.positional_embedding = nnx.Param(
+            (model.position_std or scale) * rngs.params.normal((patches + 1, width))
+        )
         self.ln_pre = nnx.LayerNorm(width, epsilon=_LN_EPS, rngs=rngs)
         self.transformer = Transformer(
             width,
@@ -52,7 +62,7 @@ class VisionTransformer(nnx.Module):
             config.vision_heads,
             eps=_LN_EPS,
             init=clip_block_init(width, config.vision_layers),
-            unroll=unroll,
+            unroll=model.scan_unroll,
             rngs=rngs,
         )
         self.ln_post = nnx.LayerNorm(width, epsilon=_LN_EPS, rngs=rngs)
@@ -74,9 +84,10 @@ class VisionTransformer(nnx.Module):
 class CLIP(nnx.Module):
     """Both towers and the temperature."""
 
-    def __init__(self, config: ClipConfig, unroll: int, *, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
+        config = model.clip
         width = config.text_width
-        self.visual = VisionTransformer(config, unroll, rngs=rngs)
+        self.visual = VisionTransformer(model, rngs=rngs)
         self.token_embedding = nnx.Embed(
             config.vocab_size, width, embedding_init=normal(0.02), rngs=rngs
         )
@@ -89,7 +100,7 @@ class CLIP(nnx.Module):
             config.text_heads,
             eps=_LN_EPS,
             init=clip_block_init(width, config.text_layers),
-            unroll=unroll,
+            unroll=model.scan_unroll,
             rngs=rngs,
         )
         self.ln_final = nnx.LayerNorm(width, epsilon=_LN_EPS, rngs=rngs)

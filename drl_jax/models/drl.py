@@ -23,7 +23,7 @@ class DRL(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width = config.clip.embed_dim
-        self.clip = CLIP(config.clip, config.scan_unroll, rngs=rngs)
+        self.clip = CLIP(config, rngs=rngs)
         self.temporal = SequenceTransformer(config, rngs=rngs)
         self.text_weight_fc = TokenWeight(width, rngs=rngs)
         self.video_weight_fc = TokenWeight(width, rngs=rngs)
@@ -62,11 +62,11 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh parameters as a nested dict; the temporal head starts as a copy of the text tower.
 
     The copy is the reference's: as many of the temporal blocks as the text tower has, and, unless
-    `frame_position_std` is set, `frame_position_embeddings` from `positional_embedding`.
+    `position_std` is set, `frame_position_embeddings` from `positional_embedding`.
     """
     params = nnx.to_pure_dict(nnx.split(DRL(config, rngs=nnx.Rngs(key)))[1])
     clip, temporal = params["clip"], params["temporal"]
-    if not config.frame_position_std:
+    if not config.position_std:
         temporal["frame_position_embeddings"]["embedding"] = clip["positional_embedding"]
     copied = min(config.temporal_layers, config.clip.text_layers)
     temporal["transformer"]["resblocks"] = jax.tree.map(

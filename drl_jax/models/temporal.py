@@ -20,7 +20,7 @@ class SequenceTransformer(nnx.Module):
         self.frame_position_embeddings = nnx.Embed(
             config.clip.context_length,
             width,
-            embedding_init=normal(config.frame_position_std),
+            embedding_init=normal(config.position_std),
             rngs=rngs,
         )
         self.transformer = Transformer(
