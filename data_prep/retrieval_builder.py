@@ -9,7 +9,7 @@ import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -47,10 +47,6 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registrati
     """
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
-    BUILDER_CONFIGS: ClassVar = [
-        StorageConfig.of(224, 12, "jpeg"),
-        StorageConfig.of(224, 12, "raw"),
-    ]
 
     def __init__(
         self, *, videos: Path | None = None, annotations: Path | None = None, **kwargs: Any

@@ -46,9 +46,6 @@ class Evaluator:
         self._encode_text, self._encode_frames, self._similarity = make_embed_steps(
             config.model, mesh
         )
-        devices = mesh.devices.size
-        self._batch_size = _round_up(config.eval.batch_size, devices)
-        self._text_block = _round_up(config.eval.text_block, devices)
 
     def run(
         self, params: Params, split: Split, *, frame_order: FrameOrder | None = None
@@ -79,7 +76,7 @@ class Evaluator:
         text_ids, text_mask = tokenize(captions, self._config.data.max_words)
         batches = (
             {"text_ids": text_ids[rows], "text_mask": text_mask[rows]}
-            for rows in _slices(len(captions), self._batch_size)
+            for rows in _slices(len(captions), self._rows(self._config.eval.batch_size))
         )
         return self._embed(params, self._encode_text, batches, len(captions), "captions")
 
@@ -96,11 +93,17 @@ class Evaluator:
 
         def batches() -> Iterator[Features]:
             with ThreadPoolExecutor(self._config.data.num_threads) as pool:
-                for rows in _slices(len(videos), self._batch_size):
+                for rows in _slices(len(videos), self._rows(self._config.eval.batch_size)):
                     frames, masks = zip(*pool.map(read, videos[rows]), strict=True)
                     yield {"frames": np.stack(frames), "frame_mask": np.stack(masks)}
 
         return self._embed(params, self._encode_frames, batches(), len(videos), "videos")
+
+    def _rows(self, wanted: int, available: int | None = None) -> int:
+        """Rows of a batch: those wanted or available, rounded up to what the devices divide."""
+        rows = wanted if available is None else min(wanted, available)
+        devices = self._mesh.devices.size
+        return -(-rows // devices) * devices
 
     def _embed(
         self,
@@ -110,12 +113,12 @@ class Evaluator:
         count: int,
         unit: str,
     ) -> Features:
-        parts = []
+        parts, size = [], self._rows(self._config.eval.batch_size, count)
         with tqdm(total=count, desc=f"embedding {unit}", unit=unit[:-1], leave=False) as progress:
             for batch in batches:
                 rows = len(next(iter(batch.values())))
                 # One shape, one compilation: the last batch repeats its last row.
-                padded = {name: _pad_rows(array, self._batch_size) for name, array in batch.items()}
+                padded = {name: _pad_rows(array, size) for name, array in batch.items()}
                 feat = encode(params, *shard_rows(padded, self._mesh).values())
                 parts.append({name: np.asarray(array)[:rows] for name, array in feat.items()})
                 progress.update(rows)
@@ -127,7 +130,7 @@ class Evaluator:
         The token-wise product of a block is what has to fit in memory, whatever A and B are.
         """
         texts, videos = len(text["text_feat"]), len(video["frame_feat"])
-        text_block = min(self._text_block, _round_up(texts, self._mesh.devices.size))
+        text_block = self._rows(self._config.eval.text_block, texts)
         video_block = min(self._config.eval.video_block, videos)
         sim_matrix = np.empty((texts, videos), np.float32)
         for columns in _slices(videos, video_block):
@@ -139,12 +142,13 @@ class Evaluator:
         return sim_matrix
 
 
+def order_by_content(frames: np.ndarray) -> np.ndarray:
+    """Frames in an order that does not depend on time: a clip and its reverse become the same."""
+    return np.stack(sorted(frames, key=lambda frame: frame.tobytes()))
+
+
 def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
 
 
 def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:

@@ -9,7 +9,8 @@ import pytest
 from conftest import error_line, run_module
 from test_video import SHARED, numbered_frames, write_video
 
-from drl_jax.data.records import VideoDataset
+from drl_jax.config import Config, DataConfig
+from drl_jax.data.records import VideoDataset, dataset_dir
 
 FORM = "32px_4f_raw"
 
@@ -47,15 +48,14 @@ def msrvtt(tmp_path):
     return tmp_path
 
 
-def build(root, *extra, check=True):
+def build(root, *extra, size=("--image_size=32", "--max_frames=4"), check=True):
     return run_module(
         "data_prep.build",
         "msrvtt",
         f"--videos={root / 'videos'}",
         f"--annotations={root / 'annotations'}",
         f"--data_dir={root / 'data'}",
-        "--image_size=32",
-        "--max_frames=4",
+        *size,
         *extra,
         check=check,
     )
@@ -92,6 +92,13 @@ def test_jpeg_is_close_to_raw_and_several_forms_live_together(msrvtt):
     for video in range(6):
         difference = raw.read_frames(video).astype(int) - jpeg.read_frames(video)
         assert np.abs(difference).max() <= 6
+
+
+def test_the_default_form_is_the_one_that_training_looks_for(msrvtt):
+    build(msrvtt, size=())
+    data = DataConfig(data_dir=str(msrvtt / "data"), holdout=1)
+    dataset = VideoDataset(dataset_dir(Config(data=data)))
+    assert dataset.read_frames(5).shape == (6, 224, 224, 3)
 
 
 def test_missing_and_broken_videos_are_listed_and_left_out(msrvtt):

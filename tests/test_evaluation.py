@@ -8,7 +8,7 @@ import pytest
 
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
-from drl_jax.evaluation import Evaluator
+from drl_jax.evaluation import Evaluator, order_by_content
 from drl_jax.models.drl import init_params
 from drl_jax.sharding import make_mesh
 
@@ -48,17 +48,12 @@ def test_block_and_batch_sizes_change_nothing(shapes_config, dataset, params, te
     np.testing.assert_allclose(other.sim_matrix, plain.sim_matrix, atol=1e-6)
 
 
-def by_content(frames: np.ndarray) -> np.ndarray:
-    """Frames in an order that does not depend on time."""
-    return np.stack(sorted(frames, key=lambda frame: frame.tobytes()))
-
-
 def test_pair_accuracy_is_exactly_chance_without_time(
     shapes_config, dataset, params, test_split, plain
 ):
     """Sorted by content, a clip and its reverse are the same input; in time they are not."""
     evaluator = Evaluator(shapes_config, dataset, make_mesh())
-    timeless = evaluator.run(params, test_split, frame_order=by_content)
+    timeless = evaluator.run(params, test_split, frame_order=order_by_content)
     assert timeless.metrics["pair_accuracy"] == 50
     one, other = test_split.reversed_pairs.T
     sorted_gap = np.abs(timeless.sim_matrix[:, one] - timeless.sim_matrix[:, other]).max()
