@@ -200,7 +200,7 @@ def test_a_workdir_of_another_run_is_left_alone(finished, shapes_data):
     before = (workdir / "config.json").read_text()
     arguments = train_arguments(shapes_data, workdir, "--config.optim.lr=0.5")
     line = error_line(run_module("drl_jax.train", *arguments, check=False))
-    assert "config.optim.lr was 0.001, now 0.5" in line
+    assert "config.optim.lr was 0.0015, now 0.5" in line
     assert (workdir / "config.json").read_text() == before
 
 
