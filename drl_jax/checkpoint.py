@@ -87,6 +87,24 @@ class Checkpoints:
             self._manager.delete(step)
         self._manager.save(step, args=items, metrics=metrics, force=True)
 
+    def find_step(self, name: str) -> int:
+        """The step of a checkpoint by name: "best", "latest" or a number.
+
+        A run that was never evaluated has no best one; it is then the latest.
+
+        Raises:
+          CheckpointError: there is none, or the name is none of these.
+        """
+        if name.isdigit():
+            return int(name)
+        if name not in ("best", "latest"):
+            raise CheckpointError(f"--checkpoint is best, latest or a step, not {name!r}")
+        step = self.best_step() if name == "best" else None
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"there is no checkpoint in {self._manager.directory} yet")
+        return step
+
     def restore_params(self, step: int, abstract: Params) -> Params:
         """Parameters of a checkpoint in the layout of `abstract`.
 

@@ -31,15 +31,35 @@ def run(main: Callable[[], None]) -> None:
     app.run(lambda _: _report_errors(main), flags_parser=_parse_flags)
 
 
-def _parse_flags(arguments: Sequence[str]) -> list[str]:
+def run_with_paths(main: Callable[..., None], *names: str) -> None:
+    """As `run`, for a command that takes paths before its flags: `main(path, ...)`.
+
+    Args:
+      main: called with one Path for each name.
+      names: what the paths are called in the message about a wrong number of them.
+    """
+
+    def parse(arguments: Sequence[str]) -> list[str]:
+        rest = _parse_flags(arguments, positional=len(names))
+        if len(rest) != 1 + len(names):
+            _fail(f"needs {len(names)} paths: {' '.join(names)}", status=2)
+        return rest
+
+    app.run(
+        lambda rest: _report_errors(lambda: main(*map(Path, rest[1:]))),
+        flags_parser=parse,
+    )
+
+
+def _parse_flags(arguments: Sequence[str], positional: int = 0) -> list[str]:
     try:
         rest = flags.FLAGS(arguments)
     # A config file is code: what it raises, and what ml_collections raises about a field that it
     # does not have, is about the flags.
     except Exception as error:
         _fail(_in_one_line(error), status=2)
-    if rest[1:]:
-        _fail(f"unexpected argument {rest[1]!r}; flags look like --name=value", status=2)
+    if len(rest) > 1 + positional:
+        _fail(f"unexpected argument {rest[1 + positional]!r}; flags look like --name=value", 2)
     return rest
 
 

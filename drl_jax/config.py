@@ -35,8 +35,20 @@ class ClipConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     clip: ClipConfig = ClipConfig()
-    # Transformer layers over the frames of a video (seqTransf).
+    # File of weights to start from: OpenAI's or Hugging Face's CLIP, or a DRL checkpoint. The sizes
+    # in `clip` are then the file's. Empty: from scratch.
+    init: str = ""
+    # How texts and videos are compared: dp (dot product), ti (token-wise), wti (weighted
+    # token-wise), xti (cross transformer).
+    interaction: str = "wti"
+    # Linear layers of wti's weights: 1, 2 or 3.
+    wti_arch: int = 2
+    # What relates the frames of a video: none, seqLSTM or seqTransf.
+    agg_module: str = "seqTransf"
+    # Layers of seqTransf, and of xti's cross transformer with the dropout of its input.
     temporal_layers: int = 4
+    cross_layers: int = 4
+    cross_dropout: float = 0.1
     # Standard deviation of fresh position embeddings of patches and frames. 0: those of patches
     # are OpenAI's (width**-0.5), those of frames a copy of the text tower's, as in the reference.
     # Training from scratch wants about 0.8: beside features of 1 a channel the fainter ones leave
@@ -50,9 +62,16 @@ class ModelConfig:
 class LossConfig:
     """Channel decorrelation: alpha1 pulls matched channels together, alpha2 pushes others apart."""
 
+    # 0: none. 1: sentence and video vectors (dp), or a random token and frame of each pair (ti,
+    # wti). 2: every token and frame with its best partner. 3: the same, weighted (wti).
+    cdcr: int = 3
     cdcr_alpha1: float = 0.11
     cdcr_alpha2: float = 0.0
     cdcr_lambda: float = 0.001
+
+
+# The CDCR variants that each interaction has.
+CDCR_OF = {"dp": (0, 1, 2, 3), "ti": (0, 1, 2), "wti": (0, 1, 2, 3), "xti": (0,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +119,7 @@ class DataConfig:
 class TrainConfig:
     # Pairs of the global batch, over all devices.
     batch_size: int = 128
+    # 0: no training; the test of what `model.init` brings.
     epochs: int = 5
     log_every: int = 20
     # Steps between checkpoints inside an epoch (0: only at its end).
@@ -163,7 +183,8 @@ def _typed(expected: type, value: Any, where: str) -> Any:
 
 
 def _validate(config: Config) -> None:
-    clip, data, train = config.model.clip, config.data, config.train
+    model, data, train = config.model, config.data, config.train
+    clip = model.clip
     for where, value in _positive_fields(config):
         if value <= 0:
             raise ConfigError(f"{where} must be positive, not {value}")
@@ -182,25 +203,45 @@ def _validate(config: Config) -> None:
         ),
         (
             clip.text_width == clip.embed_dim,
-            "model.clip.text_width must equal model.clip.embed_dim: the temporal head starts as a"
-            " copy of the text tower's blocks",
+            "model.clip.text_width must equal model.clip.embed_dim: the heads start as copies of"
+            " the text tower's blocks",
+        ),
+        (
+            model.interaction in CDCR_OF,
+            f"model.interaction is dp, ti, wti or xti, not {model.interaction!r}",
+        ),
+        (
+            config.loss.cdcr in CDCR_OF.get(model.interaction, ()),
+            f"loss.cdcr={config.loss.cdcr} does not go with model.interaction={model.interaction};"
+            f" it takes {', '.join(map(str, CDCR_OF.get(model.interaction, ())))}",
+        ),
+        (
+            model.agg_module in ("none", "seqLSTM", "seqTransf"),
+            f"model.agg_module is none, seqLSTM or seqTransf, not {model.agg_module!r}",
+        ),
+        (model.wti_arch in (1, 2, 3), f"model.wti_arch is 1, 2 or 3, not {model.wti_arch}"),
+        (0 <= model.cross_dropout < 1, "model.cross_dropout must lie in [0, 1)"),
+        (
+            model.interaction != "xti" or clip.embed_dim % 8 == 0,
+            "model.clip.embed_dim must be a multiple of xti's 8 heads",
         ),
         (
             3 <= data.max_words <= clip.context_length,
             f"data.max_words must be 3 to model.clip.context_length ({clip.context_length})",
         ),
         (
-            data.max_frames <= clip.context_length,
-            f"data.max_frames must be at most model.clip.context_length ({clip.context_length})",
+            data.max_frames < clip.context_length,
+            f"data.max_frames must be below model.clip.context_length ({clip.context_length})",
         ),
         (data.storage in ("jpeg", "raw"), f"data.storage is jpeg or raw, not {data.storage!r}"),
-        (config.model.position_std >= 0, "model.position_std must be 0 or more"),
+        (model.position_std >= 0, "model.position_std must be 0 or more"),
         (data.holdout >= 0, "data.holdout must be 0 (none) or a number of videos"),
         (
             bool(data.val_split) != bool(data.holdout),
             "set one of data.val_split (a stored split) and data.holdout (videos taken out of the"
             " training split): training evaluates on it after each epoch",
         ),
+        (train.epochs >= 0, "train.epochs must be 0 (evaluate what init brings) or more"),
         (train.checkpoint_every >= 0, "train.checkpoint_every must be 0 (off) or a step count"),
         (0 <= config.optim.warmup_proportion < 1, "optim.warmup_proportion must lie in [0, 1)"),
     )
@@ -214,9 +255,9 @@ def _positive_fields(config: Config):
         yield f"config.model.clip.{name}", value
     for group, names in {
         "data": ("max_words", "max_frames", "num_threads"),
-        "model": ("temporal_layers", "scan_unroll"),
+        "model": ("temporal_layers", "cross_layers", "scan_unroll"),
         "optim": ("lr", "coef_lr", "eps", "max_grad_norm"),
-        "train": ("batch_size", "epochs", "log_every", "keep_checkpoints"),
+        "train": ("batch_size", "log_every", "keep_checkpoints"),
         "eval": ("batch_size", "text_block", "video_block"),
     }.items():
         for name in names:

@@ -54,7 +54,7 @@ def evaluate(
     dataset = VideoDataset(dataset_dir(config))
     split = load_split(dataset, split_name, config.data)
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        step = _find_step(checkpoints, checkpoint)
+        step = checkpoints.find_step(checkpoint)
         params = checkpoints.restore_params(step, abstract_params(config.model, mesh))
     evaluator = Evaluator(config, dataset, mesh)
     order = order_by_content if frame_order == "content" else None
@@ -65,18 +65,6 @@ def evaluate(
     print(f"{split_name} of checkpoint {step}, {len(split.videos)} videos:")
     print(format_table(metrics))
     return result
-
-
-def _find_step(checkpoints: Checkpoints, checkpoint: str) -> int:
-    named = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
-    if checkpoint in named:
-        step = named[checkpoint]()
-        if step is None:
-            raise CheckpointError(f"there is no {checkpoint} checkpoint yet; train for an epoch")
-        return step
-    if not checkpoint.isdigit():
-        raise CheckpointError(f"--checkpoint is best, latest or a step, not {checkpoint!r}")
-    return int(checkpoint)
 
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)

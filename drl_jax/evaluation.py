@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from drl_jax.config import Config
+from drl_jax.config import Config, ConfigError
 from drl_jax.data.batches import pad_frames
 from drl_jax.data.records import Split, VideoDataset
 from drl_jax.metrics import pair_accuracy, retrieval_metrics
 from drl_jax.models.drl import Params
 from drl_jax.sharding import shard_rows
 from drl_jax.steps import make_embed_steps
-from drl_jax.tokenizer import tokenize
+from drl_jax.tokenizer import VOCABULARY_SIZE, tokenize
 
 Features = dict[str, np.ndarray]
 # uint8 [F, H, W, 3] -> the same shape.
@@ -42,6 +42,11 @@ class Evaluator:
     """Evaluates parameters on splits of a dataset; compiles once."""
 
     def __init__(self, config: Config, dataset: VideoDataset, mesh: Mesh):
+        if config.model.clip.vocab_size < VOCABULARY_SIZE:
+            raise ConfigError(
+                f"config.model.clip.vocab_size={config.model.clip.vocab_size} is too small for"
+                f" CLIP's tokeniser, which has {VOCABULARY_SIZE} tokens"
+            )
         self._config, self._dataset, self._mesh = config, dataset, mesh
         self._encode_text, self._encode_frames, self._similarity = make_embed_steps(
             config.model, mesh
@@ -129,7 +134,7 @@ class Evaluator:
 
         The token-wise product of a block is what has to fit in memory, whatever A and B are.
         """
-        texts, videos = len(text["text_feat"]), len(video["frame_feat"])
+        texts, videos = (len(next(iter(arrays.values()))) for arrays in (text, video))
         text_block = self._rows(self._config.eval.text_block, texts)
         video_block = min(self._config.eval.video_block, videos)
         sim_matrix = np.empty((texts, videos), np.float32)

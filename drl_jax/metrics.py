@@ -28,8 +28,8 @@ def retrieval_metrics(
 
     Returns:
       {"t2v": .., "v2t": ..}, each with R@1, R@5, R@10 in percent and the median and mean rank,
-      counted from 1. t2v: each text looks for its video. v2t: each video looks for any of its
-      texts; the best placed one counts, against the texts of other videos.
+      counted from 1. t2v: each text looks for its video. v2t: each video looks for its set of
+      texts; a set is as similar as its best text (the multi-caption protocol of the field).
 
     Raises:
       ValueError: shapes that do not match, a video without text, or a similarity that is not
@@ -43,19 +43,19 @@ def retrieval_metrics(
         raise ValueError("text_to_video must name every column of sim_matrix and no other")
     if not np.isfinite(sim_matrix).all():
         raise ValueError("sim_matrix has values that are not finite")
-    right = sim_matrix[np.arange(texts), text_to_video]  # [A]
-    t2v = _ranks(sim_matrix, right, np.zeros_like(sim_matrix, bool), itself=1)
+    t2v = _ranks(sim_matrix, text_to_video)
 
-    own = text_to_video[None, :] == np.arange(videos)[:, None]  # [B, A]
-    best = np.where(own, sim_matrix.T, -np.inf).max(axis=1)  # [B]
-    v2t = _ranks(sim_matrix.T, best, own, itself=0)
+    best = np.full((videos, videos), -np.inf, sim_matrix.dtype)  # sets of texts by videos
+    np.maximum.at(best, text_to_video, sim_matrix)
+    v2t = _ranks(best.T, np.arange(videos))
     return {"t2v": _summary(t2v), "v2t": _summary(v2t)}
 
 
-def _ranks(scores: np.ndarray, right: np.ndarray, excluded: np.ndarray, itself: int) -> np.ndarray:
-    """Rank of `right` among the rest of each row; `itself` of the candidates is the right one."""
-    above = ((scores > right[:, None]) & ~excluded).sum(axis=1)
-    level = ((scores == right[:, None]) & ~excluded).sum(axis=1) - itself
+def _ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Rank of the candidate `right` of each row [N, C] among all; ties by the rule above."""
+    score = np.take_along_axis(scores, right[:, None], axis=1)
+    above = (scores > score).sum(axis=1)
+    level = (scores == score).sum(axis=1) - 1
     return 1 + above + level / 2
 
 

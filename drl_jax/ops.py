@@ -31,6 +31,12 @@ def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(mask, logits.astype(jnp.float32), -jnp.inf), axis=-1)
 
 
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the valid positions of the second axis: [B, L, D], bool [B, L] -> [B, D]."""
+    valid = mask[:, :, None].astype(jnp.float32)
+    return jnp.sum(x * valid, axis=1) / jnp.maximum(jnp.sum(valid, axis=1), 1.0)
+
+
 def masked_standardize(rows: jax.Array, mask: jax.Array) -> jax.Array:
     """(x - mean) / std of each channel over the valid rows, with the unbiased std.
 

@@ -45,7 +45,7 @@ def make_schedule(
     """
 
     def schedule(step):
-        x = step / total_steps
+        x = step / max(total_steps, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * x))
         warmup = x / max(warmup_proportion, 1e-9)
         return base_lr * jnp.where(x < warmup_proportion, warmup, cosine)

@@ -24,10 +24,18 @@ def create_state(
     """Fresh state, created on the devices in its final layout."""
 
     def create() -> TrainState:
-        params = init_params(config, jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        return _state_of(init_params(config, jax.random.key(seed)), tx)
 
     return jax.jit(create, out_shardings=replicated(mesh))()
+
+
+def state_from_params(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step from given parameters."""
+    return jax.jit(lambda p: _state_of(p, tx), out_shardings=replicated(mesh))(params)
+
+
+def _state_of(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.losses import cdcr_loss, contrastive_loss
 from drl_jax.models.drl import Params, model_definition
-from drl_jax.models.interaction import matched_token_similarity
 from drl_jax.optim import MAX_LOGIT_SCALE
 from drl_jax.sharding import replicated, rows
 from drl_jax.state import TrainState
@@ -26,7 +25,13 @@ Batch = dict[str, jax.Array]
 
 
 def loss_and_parts(
-    params: Params, batch: Batch, *, definition: nnx.GraphDef, config: LossConfig, mesh: Mesh
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    definition: nnx.GraphDef,
+    config: LossConfig,
+    mesh: Mesh,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The training loss of a global batch.
 
@@ -34,6 +39,7 @@ def loss_and_parts(
       params: the model's parameters.
       batch: `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, F, H, W, 3],
         `frame_mask` bool [B, F], split over the mesh by rows.
+      key: for what is random in training (xti's dropout, the rows of `cdcr` 1).
 
     Returns:
       loss, and its parts by name.
@@ -41,22 +47,20 @@ def loss_and_parts(
     model = nnx.merge(definition, params)
     text = model.encode_text(batch["text_ids"], batch["text_mask"])
     video = model.encode_frames(batch["frames"], batch["frame_mask"])
+    dropout_key, cdcr_key = jax.random.split(key)
 
     # Rows (texts) stay where they are, videos are gathered once. Left alone, XLA gathers whichever
     # operand is smaller and may split the columns instead.
     all_videos = jax.tree.map(lambda x: with_sharding_constraint(x, replicated(mesh)), video)
-    sim_matrix = model.similarity(text, all_videos)
+    sim_matrix = model.similarity(text, all_videos, dropout_key)
     sim_matrix = with_sharding_constraint(sim_matrix, rows(mesh))
     contrastive = contrastive_loss(jnp.exp(model.clip.logit_scale[...]) * sim_matrix)
-
-    token_sim = matched_token_similarity(
-        text["text_feat"], video["frame_feat"], text["text_mask"], video["frame_mask"]
-    )
-    cdcr = cdcr_loss(
-        **text, **video, token_sim=token_sim, alpha1=config.cdcr_alpha1, alpha2=config.cdcr_alpha2
-    )
-    loss = contrastive + config.cdcr_lambda * cdcr
-    return loss, {"loss": loss, "contrastive_loss": contrastive, "cdcr_loss": cdcr}
+    parts = {"contrastive_loss": contrastive, "cdcr_loss": jnp.zeros(())}
+    if config.cdcr:
+        alphas = {"alpha1": config.cdcr_alpha1, "alpha2": config.cdcr_alpha2}
+        parts["cdcr_loss"] = cdcr_loss(text, video, cdcr_key, cdcr=config.cdcr, **alphas)
+    loss = contrastive + config.cdcr_lambda * parts["cdcr_loss"]
+    return loss, {"loss": loss, **parts}
 
 
 def train_step(
@@ -66,13 +70,16 @@ def train_step(
     definition: nnx.GraphDef,
     config: LossConfig,
     tx: optax.GradientTransformation,
+    seed: int,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step: the new state, and scalars to log (of the state before the step)."""
     loss_function = functools.partial(
         loss_and_parts, definition=definition, config=config, mesh=mesh
     )
-    grads, scalars = jax.grad(loss_function, has_aux=True)(state.params, batch)
+    # A function of the seed and the step alone, so that a resumed run draws what it would have.
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    grads, scalars = jax.grad(loss_function, has_aux=True)(state.params, batch, key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     logit_scale = params["clip"]["logit_scale"]
@@ -83,11 +90,16 @@ def train_step(
 
 
 def make_train_step(
-    model: ModelConfig, loss: LossConfig, tx: optax.GradientTransformation, mesh: Mesh
+    model: ModelConfig,
+    loss: LossConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` compiled for the mesh; it consumes the state it is given."""
     step = functools.partial(
-        train_step, definition=model_definition(model), config=loss, tx=tx, mesh=mesh
+        train_step, definition=model_definition(model), config=loss, tx=tx, seed=seed, mesh=mesh
     )
     whole = replicated(mesh)
     return jax.jit(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+VOCABULARY_SIZE = 49408
 _VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 

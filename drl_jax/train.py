@@ -30,8 +30,9 @@ from drl_jax.interrupt import StopRequest
 from drl_jax.metrics import format_table
 from drl_jax.optim import make_optimizer, make_schedule
 from drl_jax.sharding import make_mesh, shard_rows
-from drl_jax.state import abstract_state, create_state
+from drl_jax.state import TrainState, abstract_state, create_state, state_from_params
 from drl_jax.steps import make_train_step
+from drl_jax.weights.load import initial_params, read_weights, with_sizes_of
 from drl_jax.workdir import JsonlWriter, claim_workdir, write_json
 
 Scalars = dict[str, float]
@@ -59,7 +60,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
       UserError: wrong configuration, missing data, another run in `workdir`, a loss that is not
         finite, or a signal that asked to stop (after a checkpoint).
     """
-    # ---------------------------------------------------------------- devices and data
+    # ---------------------------------------------------------------- devices, weights, data
+    weights = read_weights(Path(config.model.init)) if config.model.init else None
+    if weights:
+        config = with_sizes_of(config, weights)
     mesh = make_mesh()
     _check_divisible(config.train.batch_size, mesh)
     dataset = _open_dataset(config)
@@ -77,30 +81,39 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- model and optimiser
     tx = make_optimizer(config.optim, total_steps)
-    step_function = make_train_step(config.model, config.loss, tx, mesh)
+    step_function = make_train_step(config.model, config.loss, tx, mesh, seed=config.seed)
     evaluator = Evaluator(config, dataset, mesh)
 
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, StopRequest() as stop:
-        # The order of initialisation: resume > scratch.
+        # The order of initialisation: resume > init > scratch.
         resumed = checkpoints.latest_step()
-        if resumed is None:
-            state = create_state(config.model, tx, config.seed, mesh)
-        else:
+        if resumed is not None:
             state = checkpoints.restore_state(resumed, abstract_state(config.model, tx, mesh))
             print(f"resuming {workdir} from step {resumed} of {total_steps}")
+        elif weights:
+            params = initial_params(config.model, weights, jax.random.key(config.seed))
+            state = state_from_params(params, tx, mesh)
+        else:
+            state = create_state(config.model, tx, config.seed, mesh)
+        del weights
         start = int(state.step)
         log = _Log(workdir, config, start, total_steps)
         log.announce(len(dataset), batches.num_examples, mesh)
 
         # ---------------------------------------------------------------- the loop
+        def evaluate_and_save(step: int, state: TrainState) -> None:
+            found = evaluator.run(state.params, val).metrics
+            log.evaluation(step, found)
+            checkpoints.save(state, {SELECTION_METRIC: found["t2v"]["R@1"]})
+
+        if total_steps == 0 and resumed is None:
+            evaluate_and_save(0, state)
         stream = batches.iterate(start, jax.process_index(), jax.process_count())
         for step in range(start + 1, total_steps + 1):
             state, scalars = step_function(state, shard_rows(next(stream), mesh))
             log.train_step(step, scalars)
             if step % steps_per_epoch == 0:
-                found = evaluator.run(state.params, val).metrics
-                log.evaluation(step, found)
-                checkpoints.save(state, {SELECTION_METRIC: found["t2v"]["R@1"]})
+                evaluate_and_save(step, state)
             elif stop.pending or _is_due(step, config.train.checkpoint_every):
                 checkpoints.save(state)
             if stop.pending:

@@ -16,7 +16,23 @@ from drl_jax.state import abstract_state
 from drl_jax.steps import make_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ["msrvtt", "shapes", "shapes:smoke"]
+MSRVTT = [
+    "zeroshot",
+    "dp_none",
+    "dp",
+    "xti_none",
+    "xti",
+    "ti",
+    "wti",
+    "dp_cdcr",
+    "ti_cdcr",
+    "wti_cdcr",
+    "wti_b16",
+    "dp_cdcr_b16",
+    "ti_cdcr_b16",
+    "wti_cdcr_b16",
+]
+SHIPPED = ["msrvtt", *(f"msrvtt:{name}" for name in MSRVTT), "shapes", "shapes:smoke"]
 
 
 def load(name: str):
@@ -64,6 +80,18 @@ def test_msrvtt_is_the_reference_s_readme_command():
     assert (loss.cdcr_alpha1, loss.cdcr_alpha2, loss.cdcr_lambda) == (0.11, 0.0, 0.001)
 
 
+@pytest.mark.parametrize("name", MSRVTT)
+def test_rows_of_the_ablation(name):
+    config = Config.from_dict(load(f"msrvtt:{name}").to_dict())
+    row = name.removesuffix("_b16")
+    assert config.model.interaction == row.split("_")[0].replace("zeroshot", "dp")
+    assert (config.model.agg_module == "none") == (row.endswith("_none") or row == "zeroshot")
+    assert (config.loss.cdcr > 0) == row.endswith("_cdcr")
+    assert config.model.clip.vision_patch_size == (16 if name.endswith("_b16") else 32)
+    alphas = {"dp_cdcr": 0.14, "ti_cdcr": 0.16, "wti_cdcr": 0.11}
+    assert config.loss.cdcr_alpha1 == alphas.get(row, 0.0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -73,6 +101,16 @@ def test_msrvtt_is_the_reference_s_readme_command():
         ({"data.holdout": 5}, "set one of data.val_split"),
         ({"data.storage": "png"}, "config.data.storage is jpeg or raw"),
         ({"model.clip.vision_heads": 7}, "config.model.clip.vision_width must be a multiple"),
+        ({"model.interaction": "mlp"}, "model.interaction is dp, ti, wti or xti, not 'mlp'"),
+        (
+            {"model.interaction": "ti", "loss.cdcr": 3},
+            r"loss.cdcr=3 does not go with model.interaction=ti; it takes 0, 1, 2",
+        ),
+        (
+            {"model.interaction": "xti", "loss.cdcr": 1},
+            r"loss.cdcr=1 does not go with model.interaction=xti; it takes 0",
+        ),
+        ({"model.agg_module": "mean"}, "model.agg_module is none, seqLSTM or seqTransf"),
         ({"train.batch_size": 0}, "config.train.batch_size must be positive"),
     ],
 )

@@ -23,9 +23,9 @@ FLOORS = (
     ),
     ("models.layers", "models.interaction", "losses", "optim", "data.records", "data.batches"),
     ("models.clip", "models.temporal"),
-    ("models.drl",),
+    ("models.drl", "weights.torch_file", "weights.names", "weights.load"),
     ("state", "steps", "checkpoint", "evaluation", "workdir"),
-    ("train", "evaluate"),
+    ("train", "evaluate", "convert"),
 )
 FLOOR_OF = {f"drl_jax.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Inside a floor, an import goes from a room to one that stands before it in the list.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from drl_jax.losses import cdcr_loss, contrastive_loss
-from drl_jax.models.interaction import matched_token_similarity, weighted_token_wise
+from drl_jax.models.interaction import weighted_token_wise
 
 B, L, F, D = 5, 7, 4, 6
 
@@ -36,10 +36,37 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def token_similarity(f):
-    return matched_token_similarity(
-        f["text_feat"], f["frame_feat"], f["text_mask"], f["frame_mask"]
-    )
+def sides(f):
+    """The features as the interaction's arrays of texts and of videos."""
+    text = {name: f[name] for name in ("text_feat", "text_mask", "text_weight")}
+    video = {name: f[name] for name in ("frame_feat", "frame_mask", "frame_weight")}
+    return text, video
+
+
+def reference_cdcr(f, cdcr, alpha1, alpha2):
+    """Variants 2 and 3 as the reference computes them, with its [N, D, D] tensor."""
+    text, frame = unit(f["text_feat"]), unit(f["frame_feat"])
+    sim = np.einsum("bld,bfd->blf", text, frame)
+    sim = sim * f["text_mask"][:, :, None] * f["frame_mask"][:, None]
+
+    def correlation(own, partner, weight):
+        def z(rows):
+            return (rows - rows.mean(0)) / rows.std(0, ddof=1)
+
+        tensor = np.einsum("nc,nd->ncd", z(own), z(partner))
+        return tensor.mean(0) if cdcr == 2 else np.einsum("ncd,n->cd", tensor, weight) / B
+
+    rows = np.argwhere(f["text_mask"])
+    own = np.array([text[b, k] for b, k in rows])
+    partner = np.array([frame[b, sim[b, k].argmax()] for b, k in rows])
+    by_token = correlation(own, partner, f["text_weight"][f["text_mask"]])
+    rows = np.argwhere(f["frame_mask"])
+    own = np.array([frame[b, k] for b, k in rows])
+    partner = np.array([text[b, sim[b, :, k].argmax()] for b, k in rows])
+    by_frame = correlation(own, partner, f["frame_weight"][f["frame_mask"]])
+    c = (by_token + by_frame) / 2
+    on = ((np.diag(c) - 1) ** 2).sum()
+    return alpha1 * on + alpha2 * ((c**2).sum() - (np.diag(c) ** 2).sum())
 
 
 def test_contrastive_loss_is_the_mean_cross_entropy_of_both_directions():
@@ -63,44 +90,58 @@ def test_weighted_token_wise_loops_over_pairs(features):
     np.testing.assert_allclose(weighted_token_wise(**f), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_cdcr_equals_the_reference_s_tensor(features):
-    """The reference contracts an [N, D, D] tensor with the weights."""
-    f = features
-    text, frame = unit(f["text_feat"]), unit(f["frame_feat"])
-    sim = np.asarray(token_similarity(f))
+@pytest.mark.parametrize("cdcr", [2, 3])
+def test_cdcr_equals_the_reference_s_tensor(features, cdcr):
+    found = cdcr_loss(*sides(features), jax.random.key(0), cdcr=cdcr, alpha1=0.5, alpha2=0.25)
+    np.testing.assert_allclose(found, reference_cdcr(features, cdcr, 0.5, 0.25), rtol=1e-5)
 
-    def correlation(own, partner, weight):
-        def z(rows):
-            return (rows - rows.mean(0)) / rows.std(0, ddof=1)
 
-        return np.einsum("ncd,n->cd", np.einsum("nc,nd->ncd", z(own), z(partner)), weight) / B
-
-    rows = np.argwhere(f["text_mask"])
-    own = np.array([text[b, k] for b, k in rows])
-    partner = np.array([frame[b, sim[b, k].argmax()] for b, k in rows])
-    by_token = correlation(own, partner, f["text_weight"][f["text_mask"]])
-    rows = np.argwhere(f["frame_mask"])
-    own = np.array([frame[b, k] for b, k in rows])
-    partner = np.array([text[b, sim[b, :, k].argmax()] for b, k in rows])
-    by_frame = correlation(own, partner, f["frame_weight"][f["frame_mask"]])
-    c = (by_token + by_frame) / 2
+def test_cdcr_of_vectors(features):
+    rng = np.random.default_rng(1)
+    a, b = (rng.normal(size=(B, D)).astype(np.float32) for _ in range(2))
+    za, zb = ((x - x.mean(0)) / x.std(0, ddof=1) for x in (a, b))
+    c = za.T @ zb / B
     on = ((np.diag(c) - 1) ** 2).sum()
-    off = (c**2).sum() - (np.diag(c) ** 2).sum()
-    found = cdcr_loss(**f, token_sim=sim, alpha1=0.5, alpha2=0.25)
-    np.testing.assert_allclose(found, 0.5 * on + 0.25 * off, rtol=1e-5)
+    expected = 0.5 * on + 0.25 * ((c**2).sum() - (np.diag(c) ** 2).sum())
+    for cdcr in (1, 2, 3):
+        found = cdcr_loss(
+            {"sentence_feat": a},
+            {"video_feat": b},
+            jax.random.key(0),
+            cdcr=cdcr,
+            alpha1=0.5,
+            alpha2=0.25,
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_cdcr_stays_finite_where_all_rows_are_alike(features):
+def test_cdcr_1_draws_valid_positions(features):
+    """What is masked is never drawn; what is drawn changes with the key."""
+    f = dict(features)
+    f["text_feat"] = np.where(f["text_mask"][..., None], f["text_feat"], np.nan)
+    f["frame_feat"] = np.where(f["frame_mask"][..., None], f["frame_feat"], np.nan)
+    losses = [
+        float(cdcr_loss(*sides(f), jax.random.key(n), cdcr=1, alpha1=1.0, alpha2=0.1))
+        for n in range(20)
+    ]
+    assert np.isfinite(losses).all()
+    assert len(set(losses)) > 10
+
+
+@pytest.mark.parametrize("cdcr", [1, 2, 3])
+def test_cdcr_stays_finite_where_all_rows_are_alike(features, cdcr):
     """Every caption's first token has the same feature: picked by all, its std is zero."""
     f = dict(features)
     f["text_feat"] = np.broadcast_to(f["text_feat"][:1, :1], (B, L, D))
 
     def loss(text_feat, frame_feat):
         g = {**f, "text_feat": text_feat, "frame_feat": frame_feat}
-        return cdcr_loss(**g, token_sim=token_similarity(g), alpha1=0.11, alpha2=0.1)
+        return cdcr_loss(*sides(g), jax.random.key(0), cdcr=cdcr, alpha1=0.11, alpha2=0.1)
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(
         jnp.asarray(f["text_feat"]), jnp.asarray(f["frame_feat"])
     )
-    assert np.isfinite(value)
-    assert all(np.isfinite(g).all() for g in gradients)
+    # No correlation with what does not vary: alpha1 for each channel.
+    assert value == pytest.approx(0.11 * D)
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0)

@@ -7,8 +7,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from conftest import ROOT, error_line, run_module
+
+from drl_jax.config import ClipConfig, ModelConfig
+from drl_jax.models.drl import init_params
+from drl_jax.weights.load import read_weights, save_state, state_dict_from_params
 
 METRICS = {"R@1", "R@5", "R@10", "MdR", "MnR"}
 # Small enough for a few seconds; the fake devices of this process are not inherited.
@@ -158,6 +163,48 @@ def test_without_tensorflow_training_says_so_and_goes_on(shapes_data, tmp_path):
     assert (workdir / "result.json").exists()
     assert not list(workdir.glob("events*"))
     assert any("train/loss" in entry for entry in read_metrics(workdir))
+
+
+def test_training_starts_from_foreign_weights(shapes_data, tmp_path):
+    """A small CLIP of CLIP's own vocabulary: its sizes are the run's, zero-shot tests it as it is."""
+    clip = ClipConfig(
+        embed_dim=64,
+        image_resolution=64,
+        vision_layers=1,
+        vision_width=64,
+        vision_heads=1,
+        vision_patch_size=16,
+        text_width=64,
+        text_heads=1,
+        text_layers=1,
+    )
+    params = init_params(ModelConfig(clip=clip), jax.random.key(1))
+    save_state(tmp_path / "clip.safetensors", state_dict_from_params({"clip": params["clip"]}))
+    arguments = (
+        "--config=configs/shapes.py:smoke",
+        f"--config.data.data_dir={shapes_data}",
+        f"--config.model.init={tmp_path / 'clip.safetensors'}",
+        "--config.model.interaction=dp",
+        "--config.model.agg_module=none",
+        "--config.loss.cdcr=0",
+        "--config.train.epochs=0",
+    )
+    run_module("drl_jax.train", *arguments, f"--workdir={tmp_path / 'run'}")
+    run_module("drl_jax.train", *arguments, f"--workdir={tmp_path / 'run'}")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["best_step"], result["total_steps"]) == (0, 0)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["clip"]["vision_width"] == 64
+    exported = tmp_path / "exported.safetensors"
+    run_module("drl_jax.convert", str(tmp_path / "run"), str(exported))
+    assert read_weights(exported).keys() == read_weights(tmp_path / "clip.safetensors").keys()
+
+    (tmp_path / "clip.safetensors").write_bytes(b"no weights")
+    process = run_module(
+        "drl_jax.train", *arguments, f"--workdir={tmp_path / 'other'}", check=False
+    )
+    assert "clip.safetensors is not a whole safetensors file" in error_line(process)
+    assert not (tmp_path / "other").exists()
 
 
 def test_evaluation_imports_neither_tensorflow_nor_torch():

@@ -1,4 +1,4 @@
-"""The paper's model, composed of its parts: CLIP towers, temporal head, WTI."""
+"""The paper's model, composed of its parts: CLIP towers, temporal head, interaction."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from flax import nnx
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.clip import CLIP, normalize_frames
-from drl_jax.models.interaction import TokenWeight, weighted_token_wise
-from drl_jax.models.temporal import SequenceTransformer
+from drl_jax.models.interaction import INTERACTIONS, Arrays
+from drl_jax.models.temporal import HEADS
 
 Params = dict[str, Any]
 
@@ -16,41 +16,34 @@ Params = dict[str, Any]
 class DRL(nnx.Module):
     """Text-video similarity.
 
-    Texts are `text_feat [A,L,D]`, `text_mask [A,L]`, `text_weight [A,L]`; videos are `frame_feat
-    [B,F,D]`, `frame_mask [B,F]`, `frame_weight [B,F]`. Each side is encoded alone, so evaluation
+    Each side is encoded alone, into the named arrays that the interaction compares, so evaluation
     embeds every caption and every video once.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width = config.clip.embed_dim
         self.clip = CLIP(config, rngs=rngs)
-        self.temporal = SequenceTransformer(config, rngs=rngs)
-        self.text_weight_fc = TokenWeight(width, rngs=rngs)
-        self.video_weight_fc = TokenWeight(width, rngs=rngs)
+        head = HEADS[config.agg_module]
+        self.temporal = head and head(config, rngs=rngs)
+        self.interaction = INTERACTIONS[config.interaction](config, rngs=rngs)
 
-    def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> dict[str, jax.Array]:
-        """int32 [A, L], bool [A, L] -> the three arrays of a text."""
-        text_feat = self.clip.encode_text(text_ids)
-        return {
-            "text_feat": text_feat,
-            "text_mask": text_mask,
-            "text_weight": self.text_weight_fc(text_feat, text_mask),
-        }
+    def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> Arrays:
+        """int32 [A, L], bool [A, L] -> the interaction's arrays of the texts."""
+        return self.interaction.text(self.clip.encode_text(text_ids), text_mask)
 
-    def encode_frames(self, frames: jax.Array, frame_mask: jax.Array) -> dict[str, jax.Array]:
-        """uint8 [B, F, H, W, 3], bool [B, F] -> the three arrays of a video."""
+    def encode_frames(self, frames: jax.Array, frame_mask: jax.Array) -> Arrays:
+        """uint8 [B, F, H, W, 3], bool [B, F] -> the interaction's arrays of the videos."""
+        return self.interaction.video(self.frame_features(frames, frame_mask), frame_mask)
+
+    def frame_features(self, frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        """uint8 [B, F, H, W, 3], bool [B, F] -> frame_feat [B, F, D], after the temporal head."""
         pixels = normalize_frames(frames, frame_mask)
         feat = self.clip.visual(pixels.reshape(-1, *pixels.shape[2:]))  # [B*F, D]
-        frame_feat = self.temporal(feat.reshape(*frame_mask.shape, -1), frame_mask)
-        return {
-            "frame_feat": frame_feat,
-            "frame_mask": frame_mask,
-            "frame_weight": self.video_weight_fc(frame_feat, frame_mask),
-        }
+        frame_feat = feat.reshape(*frame_mask.shape, -1)
+        return frame_feat if self.temporal is None else self.temporal(frame_feat, frame_mask)
 
-    def similarity(self, text: dict[str, jax.Array], video: dict[str, jax.Array]) -> jax.Array:
-        """sim_matrix float32 [A, B], without the temperature."""
-        return weighted_token_wise(**text, **video)
+    def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
+        """sim_matrix float32 [A, B], without the temperature; `key` is for dropout in training."""
+        return self.interaction.similarity(text, video, key)
 
 
 def model_definition(config: ModelConfig) -> nnx.GraphDef:
@@ -59,19 +52,44 @@ def model_definition(config: ModelConfig) -> nnx.GraphDef:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh parameters as a nested dict; the temporal head starts as a copy of the text tower.
+    """Fresh parameters as a nested dict; the heads start as copies of the text tower.
 
-    The copy is the reference's: as many of the temporal blocks as the text tower has, and, unless
-    `position_std` is set, `frame_position_embeddings` from `positional_embedding`.
+    The copies are the reference's: see `copy_text_tower`. With `position_std`, frames get positions
+    of their own.
     """
     params = nnx.to_pure_dict(nnx.split(DRL(config, rngs=nnx.Rngs(key)))[1])
-    clip, temporal = params["clip"], params["temporal"]
-    if not config.position_std:
-        temporal["frame_position_embeddings"]["embedding"] = clip["positional_embedding"]
-    copied = min(config.temporal_layers, config.clip.text_layers)
-    temporal["transformer"]["resblocks"] = jax.tree.map(
-        lambda new, old: new.at[:copied].set(old[:copied]),
-        temporal["transformer"]["resblocks"],
-        clip["transformer"]["resblocks"],
-    )
+    return copy_text_tower(config, params)
+
+
+def copy_text_tower(config: ModelConfig, params: Params) -> Params:
+    """Starts the position embeddings and the first blocks of the heads as the text tower's.
+
+    As many blocks are copied as both have ("Initialization trick" of the reference).
+
+    Args:
+      config: the model.
+      params: its parameters, with CLIP's in their final values; not changed.
+
+    Returns:
+      The parameters with fresh heads.
+    """
+    text = params["clip"]
+    params = dict(params)
+    copies = []
+    if config.agg_module == "seqTransf":
+        positions = None if config.position_std else "frame_position_embeddings"
+        copies.append(("temporal", positions))
+    if config.interaction == "xti":
+        copies.append(("interaction", "position_embeddings"))
+    for name, positions in copies:
+        head = params[name] = dict(params[name])
+        if positions:
+            head[positions] = {"embedding": text["positional_embedding"]}
+        new, old = head["transformer"]["resblocks"], text["transformer"]["resblocks"]
+        head["transformer"] = {"resblocks": jax.tree.map(_copy_first_blocks, new, old)}
     return params
+
+
+def _copy_first_blocks(new: jax.Array, old: jax.Array) -> jax.Array:
+    count = min(len(new), len(old))
+    return new.at[:count].set(old[:count])

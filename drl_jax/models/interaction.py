@@ -1,34 +1,156 @@
-"""Weighted token-wise interaction (WTI, section 3.2 of the paper).
+"""Interactions: how texts and videos are compared (section 3.2 of the paper).
+
+Each interaction prepares the two sides alone (`text`, `video`: what has to be kept of an item, as
+named arrays whose first axis is the item), and compares all texts with all videos (`similarity`).
 
 A texts of L tokens, B videos of F frames, D channels.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
 
-from drl_jax.ops import l2_normalize, masked_softmax
+from drl_jax.config import ModelConfig
+from drl_jax.models.layers import Transformer, new_block_init, quick_gelu
+from drl_jax.ops import l2_normalize, masked_mean, masked_softmax
+
+Arrays = dict[str, jax.Array]
+# The reference's cross transformer uses BERT's LayerNorm.
+_LN_EPS = 1e-12
+_CROSS_HEADS = 8
+
+
+def sentence_feature(text_feat: jax.Array, text_mask: jax.Array) -> jax.Array:
+    """The feature of the last valid token (EOS): [A, L, D], bool [A, L] -> [A, D]."""
+    last = jnp.sum(text_mask, axis=1) - 1
+    return jnp.take_along_axis(text_feat, last[:, None, None], axis=1)[:, 0]
+
+
+class DotProduct(nnx.Module):
+    """dp: cosine of the sentence feature and the mean of the unit frame features."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        del config, rngs
+
+    def text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+        return {"sentence_feat": l2_normalize(sentence_feature(text_feat, text_mask))}
+
+    def video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
+        return {"video_feat": l2_normalize(masked_mean(l2_normalize(frame_feat), frame_mask))}
+
+    def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
+        del key
+        return text["sentence_feat"] @ video["video_feat"].T
+
+
+class TokenWise(nnx.Module):
+    """ti: every token looks for its best frame and every frame for its best token, all alike."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        del config, rngs
+
+    def text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+        weight = text_mask / jnp.sum(text_mask, axis=1, keepdims=True)
+        return {"text_feat": text_feat, "text_mask": text_mask, "text_weight": weight}
+
+    def video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
+        weight = frame_mask / jnp.sum(frame_mask, axis=1, keepdims=True)
+        return {"frame_feat": frame_feat, "frame_mask": frame_mask, "frame_weight": weight}
+
+    def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
+        del key
+        return weighted_token_wise(**text, **video)
+
+
+class WeightedTokenWise(TokenWise):
+    """wti: as ti, with weights that are learnt for tokens and frames."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width, layers = config.clip.embed_dim, config.wti_arch
+        self.text_weight_fc = TokenWeight(width, layers, rngs=rngs)
+        self.video_weight_fc = TokenWeight(width, layers, rngs=rngs)
+
+    def text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+        weight = self.text_weight_fc(text_feat, text_mask)
+        return {"text_feat": text_feat, "text_mask": text_mask, "text_weight": weight}
+
+    def video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
+        weight = self.video_weight_fc(frame_feat, frame_mask)
+        return {"frame_feat": frame_feat, "frame_mask": frame_mask, "frame_weight": weight}
 
 
 class TokenWeight(nnx.Module):
     """The share that each token (or frame) has in its sentence (or video)."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.fc_0 = nnx.Linear(width, width, kernel_init=normal(0.02), rngs=rngs)
-        self.fc_1 = nnx.Linear(width, 1, kernel_init=normal(0.02), rngs=rngs)
+    def __init__(self, width: int, layers: int, *, rngs: nnx.Rngs):
+        sizes = [width] * layers + [1]
+        self.fc = nnx.List(
+            nnx.Linear(n_in, n_out, kernel_init=normal(0.02), rngs=rngs)
+            for n_in, n_out in itertools.pairwise(sizes)
+        )
 
     def __call__(self, feat: jax.Array, mask: jax.Array) -> jax.Array:
         """feat [B, L, D] *before* normalisation, mask bool [B, L] -> weights float32 [B, L]."""
-        return masked_softmax(self.fc_1(jax.nn.relu(self.fc_0(feat)))[..., 0], mask)
+        for layer in self.fc[:-1]:
+            feat = jax.nn.relu(layer(feat))
+        return masked_softmax(self.fc[-1](feat)[..., 0], mask)
 
 
-def matched_token_similarity(
-    text_feat: jax.Array, frame_feat: jax.Array, text_mask: jax.Array, frame_mask: jax.Array
-) -> jax.Array:
-    """Cosine of every token with every frame of its own video: [B,L,D], [B,F,D] -> [B,L,F]."""
-    sim = jnp.einsum("bld,bfd->blf", l2_normalize(text_feat), l2_normalize(frame_feat))
-    return sim * text_mask[:, :, None] * frame_mask[:, None, :]
+class CrossTransformer(nnx.Module):
+    """xti: a transformer over the sentence and the frames of each pair."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width = config.clip.embed_dim
+        self.dropout = config.cross_dropout
+        self.position_embeddings = nnx.Embed(
+            config.clip.context_length, width, embedding_init=normal(0.02), rngs=rngs
+        )
+        self.transformer = Transformer(
+            width,
+            config.cross_layers,
+            _CROSS_HEADS,
+            eps=_LN_EPS,
+            init=new_block_init(),
+            unroll=config.scan_unroll,
+            remat=True,  # it sees every pair of the batch
+            rngs=rngs,
+        )
+        self.ln_pool = nnx.LayerNorm(width, epsilon=_LN_EPS, rngs=rngs)
+        self.dense = nnx.Linear(width, width, kernel_init=normal(0.02), rngs=rngs)
+        self.similarity_dense = nnx.Linear(width, 1, kernel_init=normal(0.02), rngs=rngs)
+
+    def text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+        return {"sentence_feat": sentence_feature(text_feat, text_mask)}
+
+    def video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
+        return {"frame_feat": frame_feat, "frame_mask": frame_mask}
+
+    def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
+        """With a key, drops out embeddings as in training."""
+        sentence, frames, mask = text["sentence_feat"], video["frame_feat"], video["frame_mask"]
+        (texts, width), (videos, length) = sentence.shape, mask.shape
+        sentence = jnp.broadcast_to(sentence[:, None, None], (texts, videos, 1, width))
+        frames = jnp.broadcast_to(frames, (texts, *frames.shape))
+        x = jnp.concatenate([sentence, frames], axis=2)  # [A, B, 1+F, D]
+        x = x + self.position_embeddings(jnp.arange(1 + length))
+        if key is not None and self.dropout:
+            x = nnx.Dropout(self.dropout)(x, rngs=nnx.Rngs(dropout=key))
+        mask = jnp.concatenate([jnp.ones((videos, 1), bool), mask], axis=1)
+        mask = jnp.broadcast_to(mask, (texts, *mask.shape)).reshape(-1, 1, 1, 1 + length)
+        x = self.transformer(x.reshape(-1, 1 + length, width), mask)  # [A*B, 1+F, D]
+        pooled = quick_gelu(self.dense(self.ln_pool(x)[:, 0]))
+        return self.similarity_dense(pooled).reshape(texts, videos)
+
+
+INTERACTIONS = {
+    "dp": DotProduct,
+    "ti": TokenWise,
+    "wti": WeightedTokenWise,
+    "xti": CrossTransformer,
+}
 
 
 def weighted_token_wise(
@@ -39,7 +161,7 @@ def weighted_token_wise(
     text_weight: jax.Array,
     frame_weight: jax.Array,
 ) -> jax.Array:
-    """Similarity of every text with every video.
+    """Token-wise similarity of every text with every video.
 
     Each token looks for its best frame and each frame for its best token; the weights add up both.
 

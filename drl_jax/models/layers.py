@@ -91,9 +91,22 @@ class Transformer(nnx.Module):
         eps: float,
         init: BlockInit,
         unroll: int,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.unroll = min(unroll, layers)
+        """Stacks `layers` blocks.
+
+        Args:
+          width: D.
+          layers: number of blocks.
+          heads: K.
+          eps: of the LayerNorms.
+          init: initialisers of each block's kernels.
+          unroll: blocks that one iteration of the scan runs.
+          remat: keep only the input of each block for the backward pass and run it again there.
+          rngs: key of the fresh parameters.
+        """
+        self.unroll, self.remat = min(unroll, layers), remat
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(layer_rngs: nnx.Rngs) -> ResidualAttentionBlock:
@@ -116,6 +129,8 @@ class Transformer(nnx.Module):
         def run_block(carry, params):
             return nnx.merge(block, params)(carry, mask), None
 
+        if self.remat:
+            run_block = jax.checkpoint(run_block)
         return jax.lax.scan(run_block, x, stacked, unroll=self.unroll)[0]
 
 

@@ -1,0 +1,101 @@
+"""Converts weights between the reference's files and runs of this program.
+
+    python -m drl_jax.convert ViT-B-32.pt runs/clip        (a file becomes a run's directory)
+    python -m drl_jax.convert runs/msrvtt drl.safetensors  (a run's checkpoint becomes a file)
+
+Files that are read: OpenAI's and Hugging Face's CLIP, DRL's `pytorch_model.bin`. The file that is
+written holds safetensors under the reference's names.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from drl_jax import command
+from drl_jax.checkpoint import Checkpoints
+from drl_jax.config import Config, DataConfig
+from drl_jax.optim import make_optimizer
+from drl_jax.sharding import make_mesh
+from drl_jax.state import abstract_params, state_from_params
+from drl_jax.weights.load import (
+    infer_heads,
+    initial_params,
+    is_whole_drl,
+    read_weights,
+    save_state,
+    state_dict_from_params,
+    with_sizes_of,
+)
+from drl_jax.workdir import WorkdirError, claim_workdir, load_config
+
+
+def import_weights(source: Path, workdir: Path, config: Config, seed: int = 0) -> Config:
+    """Makes a run's directory, with one checkpoint of step 0, of a file of weights.
+
+    Args:
+      source: CLIP alone (its heads start as training would start them) or a whole DRL checkpoint.
+      workdir: must not hold checkpoints yet.
+      config: for all that the weights do not tell.
+      seed: for the heads that CLIP does not bring.
+
+    Returns:
+      The configuration of the run, with the sizes and heads of the weights.
+
+    Raises:
+      UserError: the file cannot be read, does not fit, or `workdir` holds a run.
+    """
+    if (workdir / "config.json").exists():
+        raise WorkdirError(f"{workdir} holds a run already; give another directory")
+    weights = read_weights(source)
+    if is_whole_drl(weights):
+        config = dataclasses.replace(config, model=infer_heads(config.model, weights))
+    config = with_sizes_of(config, weights)
+    params = initial_params(config.model, weights, jax.random.key(seed))
+    claim_workdir(workdir, config)
+    state = state_from_params(params, make_optimizer(config.optim, 0), make_mesh())
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(state)
+    return config
+
+
+def export_weights(workdir: Path, target: Path, checkpoint: str = "best") -> int:
+    """Writes a checkpoint of a run as safetensors under the reference's names; returns its step.
+
+    Raises:
+      UserError: no such run or checkpoint.
+    """
+    config = load_config(workdir)
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.find_step(checkpoint)
+        params = checkpoints.restore_params(step, abstract_params(config.model, make_mesh()))
+    save_state(target, state_dict_from_params(params))
+    return step
+
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest or a step of the run.")
+_INTERACTION = flags.DEFINE_enum(
+    "interaction", "dp", ["dp", "ti"], "Of a file without interaction weights."
+)
+
+
+def main(source: Path, target: Path) -> None:
+    if source.is_dir():
+        if target.suffix != ".safetensors":
+            raise WorkdirError(f"a run is written to a file NAME.safetensors, not {target}")
+        step = export_weights(source, target, _CHECKPOINT.value)
+        print(f"wrote {target}: checkpoint {step} of {source}")
+    else:
+        # What a file says of its heads replaces these; CLIP alone is what zero-shot retrieval uses.
+        heads = {"interaction": _INTERACTION.value, "agg_module": "none"}
+        model = dataclasses.replace(Config().model, **heads)
+        loss = dataclasses.replace(Config().loss, cdcr=0)
+        data = DataConfig(holdout=500)
+        config = import_weights(source, target, Config(data=data, model=model, loss=loss))
+        model = config.model
+        print(f"wrote {target}: interaction {model.interaction}, agg_module {model.agg_module}")
+
+
+if __name__ == "__main__":
+    command.run_with_paths(main, "IN", "OUT")

@@ -1,0 +1,319 @@
+"""Foreign files: read bit for bit, refused by name where they are wrong, and left as they came."""
+
+import collections
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from conftest import error_line, run_module
+from safetensors.numpy import load_file, save_file
+from test_reference_parity import GOLDEN, SPEC, case_state, clip_state, load
+
+from drl_jax.config import ModelConfig
+from drl_jax.models.drl import init_params
+from drl_jax.weights.load import (
+    WeightsError,
+    infer_clip,
+    infer_heads,
+    initial_params,
+    params_from_state,
+    read_weights,
+    state_dict_from_params,
+)
+from drl_jax.weights.torch_file import TorchFileError, read_torch_file
+
+WHOLE = "drl_wti_seqtransf.bin"
+KEY = jax.random.key(0)
+
+
+def assert_states_equal(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape, name
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("file", ["clip_torchscript.pt", "clip_legacy.pt"])
+def test_archives_of_clip_read_bit_for_bit(file):
+    assert_states_equal(read_weights(GOLDEN / file), clip_state())
+
+
+def test_a_drl_checkpoint_reads_bit_for_bit():
+    found = read_weights(GOLDEN / WHOLE)
+    expected = case_state(SPEC["cases"]["wti_seqtransf_cdcr3"])
+    assert_states_equal(found, {name: expected[name] for name in found})
+    model = infer_heads(ModelConfig(interaction="dp"), found)
+    assert (model.interaction, model.wti_arch, model.agg_module) == ("wti", 2, "seqTransf")
+
+
+# ---------------------------------------------------------------- damaged and dangerous files
+
+
+class Call:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+class Global:
+    """A name that the file asks for, pickled without importing it."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+
+class Pickler(pickle._Pickler):
+    """Writes Globals by name and Storages as torch does."""
+
+    def save(self, obj, **kwargs):
+        if isinstance(obj, Global):
+            self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+        else:
+            super().save(obj, **kwargs)
+
+    def persistent_id(self, obj):
+        return obj.reference if isinstance(obj, Storage) else None
+
+    def save_reduce(self, func, args, *rest, **kwargs):
+        if isinstance(func, Global):
+            self.save(func)
+            self.save(args)
+            self.write(pickle.REDUCE)
+        else:
+            super().save_reduce(func, args, *rest, **kwargs)
+
+
+class Storage:
+    def __init__(self, numel, key="0", kind="FloatStorage"):
+        self.reference = ("storage", Global("torch", kind), key, "cpu", numel)
+
+
+def tensor(numel=6, offset=0, size=(2, 3), stride=(3, 1)):
+    rebuild = Global("torch._utils", "_rebuild_tensor_v2")
+    return Call(rebuild, Storage(numel), offset, size, stride, False, collections.OrderedDict())
+
+
+def write_zip(path, content, data=None, compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    Pickler(file, 2).dump(content)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", file.getvalue())
+        archive.writestr("archive/data/0", struct.pack("<6f", *range(6)) if data is None else data)
+
+
+def test_the_test_s_own_writer_makes_good_files(tmp_path):
+    write_zip(tmp_path / "good.pt", {"a": tensor(), "b": tensor(offset=5, size=(), stride=())})
+    found = read_torch_file(tmp_path / "good.pt")
+    np.testing.assert_array_equal(found["a"], [[0, 1, 2], [3, 4, 5]])
+    assert found["b"].shape == ()
+    assert found["b"] == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": Call(os.system, "touch {sentinel}")}, r"posix\.system"),
+        ({"a": Call(eval, "open('{sentinel}', 'w')")}, r"builtins\.eval|__builtin__\.eval"),
+        ({"a": Call(getattr, "a", "upper")}, "getattr"),
+        ({"a": Global("torch", "load")}, r"torch\.load"),
+        ({"a": Global("torch._utils", "os.system")}, r"torch\._utils\.os\.system"),
+        ({"a": tensor(offset=1)}, r"reaches element 6 of a storage of 6"),
+        ({"a": tensor(stride=(300, 1))}, "reaches element 302"),
+        ({"a": tensor(size=(2, 3), stride=(-3, 1))}, "stride"),
+        ({"a": tensor(size=(100000, 100000), stride=(0, 0))}, "overlaps itself"),
+        ({"a": tensor(numel=7)}, "has 24 bytes, not 7 elements"),
+        ({"a": tensor(numel=2**60, size=(1,), stride=(1,))}, "has 24 bytes"),
+    ],
+)
+def test_what_is_dangerous_is_refused_by_name(tmp_path, content, message):
+    sentinel = tmp_path / "sentinel"
+    for value in content.values():
+        if isinstance(value, Call):
+            function, arguments = value.call
+            filled = (a.format(sentinel=sentinel) if isinstance(a, str) else a for a in arguments)
+            value.call = (function, tuple(filled))
+    write_zip(tmp_path / "bad.pt", content)
+    with pytest.raises(TorchFileError, match=message):
+        read_torch_file(tmp_path / "bad.pt")
+    assert not sentinel.exists()
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    zeros = bytes(24)
+    write_zip(tmp_path / "bomb.pt", {"a": tensor()}, zeros, zipfile.ZIP_DEFLATED)
+    with pytest.raises(TorchFileError, match="is compressed"):
+        read_torch_file(tmp_path / "bomb.pt")
+
+
+def test_overlapping_entries_are_refused(tmp_path):
+    write_zip(tmp_path / "good.pt", {"a": tensor()})
+    raw = bytearray((tmp_path / "good.pt").read_bytes())
+    # The second entry of the central directory now points at the first entry's bytes.
+    directory = [match.start() for match in re.finditer(b"PK\x01\x02", bytes(raw))]
+    struct.pack_into("<I", raw, directory[1] + 42, 10)
+    (tmp_path / "bad.pt").write_bytes(raw)
+    with pytest.raises(TorchFileError, match="overlaps another"):
+        read_torch_file(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("file", ["clip_torchscript.pt", "clip_legacy.pt", WHOLE])
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, file, kept):
+    whole = (GOLDEN / file).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(TorchFileError, match=r"cut\.pt"):
+        read_torch_file(tmp_path / "cut.pt")
+
+
+def test_flipped_bytes_never_escape(tmp_path):
+    """Whatever a damaged pickle does, it ends in our error or in tensors."""
+    whole = (GOLDEN / "clip_legacy.pt").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for position in rng.integers(0, 20000, 3):
+            damaged[position] = rng.integers(256)
+        (tmp_path / "flipped.pt").write_bytes(damaged)
+        with contextlib.suppress(TorchFileError):
+            read_torch_file(tmp_path / "flipped.pt")
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path):
+    save_file({"a": np.zeros((2, 3), np.float32)}, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(TorchFileError, match="not a whole safetensors file"):
+        read_torch_file(tmp_path / "a.safetensors")
+
+
+# ---------------------------------------------------------------- accounting
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    model = ModelConfig(clip=infer_clip(clip_state()), interaction="dp", agg_module="none")
+    return jax.eval_shape(lambda: init_params(model, KEY))
+
+
+def test_every_name_of_both_sides_is_accounted_for(shapes):
+    state = clip_state()
+    lacking = {name: t for name, t in state.items() if name != "clip.ln_final.bias"}
+    with pytest.raises(WeightsError, match=r"lack clip\.ln_final\.bias"):
+        params_from_state(lacking, shapes)
+    with pytest.raises(WeightsError, match=r"have clip\.extra, which the model has not"):
+        params_from_state({**state, "clip.extra": np.zeros(3)}, shapes)
+    wrong = {**state, "clip.text_projection": np.zeros((3, 5), np.float32)}
+    with pytest.raises(WeightsError, match=r"clip\.text_projection is \(3, 5\) in the weights"):
+        params_from_state(wrong, shapes)
+
+
+def test_what_is_no_vit_is_refused(tmp_path):
+    save_file({"visual.layer1.0.conv1.weight": np.zeros(3)}, tmp_path / "rn.safetensors")
+    with pytest.raises(WeightsError, match="ResNet"):
+        read_weights(tmp_path / "rn.safetensors")
+    save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="holds no CLIP"):
+        read_weights(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("agg_module", ["none", "seqLSTM", "seqTransf"])
+@pytest.mark.parametrize(
+    ("interaction", "arch"), [("dp", 2), ("wti", 1), ("wti", 2), ("wti", 3), ("xti", 2)]
+)
+def test_parameters_come_back_bit_for_bit(agg_module, interaction, arch):
+    clip = infer_clip(clip_state())
+    model = ModelConfig(clip=clip, agg_module=agg_module, interaction=interaction, wti_arch=arch)
+    params = initial_params(model, clip_state(), KEY)
+    state = state_dict_from_params(params)
+    again = params_from_state(state, jax.eval_shape(lambda: params))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    inferred = infer_heads(ModelConfig(clip=clip, interaction="dp"), state)
+    assert (inferred.interaction, inferred.agg_module) == (interaction, agg_module)
+    assert interaction != "wti" or inferred.wti_arch == arch
+
+
+def to_hugging_face(state):
+    """OpenAI's names -> Hugging Face's, as their converter writes them."""
+    rules = (
+        ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+        ("transformer.resblocks.", "text_model.encoder.layers."),
+        (".attn.out_proj.", ".self_attn.out_proj."),
+        (".ln_1.", ".layer_norm1."),
+        (".ln_2.", ".layer_norm2."),
+        (".c_fc.", ".fc1."),
+        (".c_proj.", ".fc2."),
+        ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+        ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+        ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+        ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+        ("visual.ln_post.", "vision_model.post_layernorm."),
+        ("visual.proj", "visual_projection.weight"),
+        ("text_projection", "text_projection.weight"),
+        ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+        ("ln_final.", "text_model.final_layer_norm."),
+    )
+    renamed = {"text_model.embeddings.position_ids": np.arange(77)[None]}
+    for name, value in state.items():
+        if name == "positional_embedding":
+            renamed["text_model.embeddings.position_embedding.weight"] = value
+            continue
+        transposed = name in ("visual.proj", "text_projection")
+        for old, new in rules:
+            name = name.replace(old, new, 1) if old in name else name
+        if match := re.match(r"(.*)\.attn\.in_proj_(weight|bias)$", name):
+            for part, piece in zip("qkv", np.split(value, 3), strict=True):
+                renamed[f"{match[1]}.self_attn.{part}_proj.{match[2]}"] = piece
+        else:
+            renamed[name] = np.ascontiguousarray(value.T) if transposed else value
+    return renamed
+
+
+def test_hugging_face_names(tmp_path):
+    save_file(to_hugging_face(load("clip")), tmp_path / "hf.safetensors")
+    assert_states_equal(read_weights(tmp_path / "hf.safetensors"), clip_state())
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def test_convert_round_trips_bit_for_bit(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    printed = run_module("drl_jax.convert", str(GOLDEN / WHOLE), str(first)).stdout
+    assert "interaction wti, agg_module seqTransf" in printed
+    run_module("drl_jax.convert", str(first), str(tmp_path / "a.safetensors"))
+    exported = load_file(tmp_path / "a.safetensors")
+    original = read_weights(GOLDEN / WHOLE)
+    assert_states_equal(exported, {n: t.astype(np.float32) for n, t in original.items()})
+    run_module("drl_jax.convert", str(tmp_path / "a.safetensors"), str(second))
+    run_module("drl_jax.convert", str(second), str(tmp_path / "b.safetensors"))
+    assert_states_equal(load_file(tmp_path / "b.safetensors"), exported)
+    config = json.loads((first / "config.json").read_text())
+    assert config["model"]["clip"]["vision_width"] == SPEC["clip"]["vwidth"]
+
+    again = run_module("drl_jax.convert", str(GOLDEN / WHOLE), str(first), check=False)
+    assert "holds a run already" in error_line(again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one"], "needs 2 paths: IN OUT"),
+        (["absent.pt", "out"], "cannot read absent.pt"),
+        (["README.md", "out"], "README.md is damaged, or not a PyTorch or safetensors file"),
+    ],
+)
+def test_convert_mistakes_are_one_line(arguments, message):
+    assert message in error_line(run_module("drl_jax.convert", *arguments, check=False))
