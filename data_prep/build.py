@@ -162,7 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"data_prep.build: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("data_prep.build: interrupted; nothing was stored", file=sys.stderr)
+        print(
+            "data_prep.build: interrupted; no dataset was stored, the same command starts over",
+            file=sys.stderr,
+        )
         return 130
     _report(builder)
     return 0

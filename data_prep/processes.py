@@ -2,6 +2,7 @@
 
 import collections
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -22,7 +23,8 @@ def map_in_processes(function: Callable[..., T], arguments: Sequence[tuple]) -> 
     """
     workers = max(1, min(os.cpu_count() or 1, len(arguments)))
     # Spawned, because forking a process in which TFDS or jax runs threads can deadlock.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_ctrl_c) as pool:
         waiting: collections.deque[Future[T]] = collections.deque()
         try:
             for call in arguments:
@@ -33,3 +35,8 @@ def map_in_processes(function: Callable[..., T], arguments: Sequence[tuple]) -> 
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _ignore_ctrl_c() -> None:
+    """Ctrl-C reaches every process of a terminal; the one that owns the pool ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

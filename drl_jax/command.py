@@ -77,6 +77,8 @@ def _report_errors(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _fail(str(error), status=1)
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130)
 
 
 def _fail(message: str, status: int) -> None:

@@ -166,7 +166,7 @@ def test_without_tensorflow_training_says_so_and_goes_on(shapes_data, tmp_path):
 
 
 def test_training_starts_from_foreign_weights(shapes_data, tmp_path):
-    """A small CLIP of CLIP's own vocabulary: its sizes are the run's, zero-shot tests it as it is."""
+    """The file's sizes are the run's; without epochs, what it brings is tested as it is."""
     clip = ClipConfig(
         embed_dim=64,
         image_resolution=64,
