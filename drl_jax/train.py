@@ -61,9 +61,12 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         finite, or a signal that asked to stop (after a checkpoint).
     """
     # ---------------------------------------------------------------- devices, weights, data
-    weights = read_weights(Path(config.model.init)) if config.model.init else None
-    if weights:
+    brought = None
+    if config.model.init:
+        weights = read_weights(Path(config.model.init))
         config = with_sizes_of(config, weights)
+        brought = initial_params(config.model, weights, jax.random.key(config.seed))
+        del weights
     mesh = make_mesh()
     _check_divisible(config.train.batch_size, mesh)
     dataset = _open_dataset(config)
@@ -75,7 +78,6 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         config.seed,
     )
     val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
-    claim_workdir(workdir, config)
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.train.epochs * steps_per_epoch
 
@@ -83,6 +85,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     tx = make_optimizer(config.optim, total_steps)
     step_function = make_train_step(config.model, config.loss, tx, mesh, seed=config.seed)
     evaluator = Evaluator(config, dataset, mesh)
+    claim_workdir(workdir, config)  # nothing is written before all of the above holds
 
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, StopRequest() as stop:
         # The order of initialisation: resume > init > scratch.
@@ -90,18 +93,18 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         if resumed is not None:
             state = checkpoints.restore_state(resumed, abstract_state(config.model, tx, mesh))
             print(f"resuming {workdir} from step {resumed} of {total_steps}")
-        elif weights:
-            params = initial_params(config.model, weights, jax.random.key(config.seed))
-            state = state_from_params(params, tx, mesh)
+        elif brought is not None:
+            state = state_from_params(brought, tx, mesh)
         else:
             state = create_state(config.model, tx, config.seed, mesh)
-        del weights
+        del brought
         start = int(state.step)
         log = _Log(workdir, config, start, total_steps)
         log.announce(len(dataset), batches.num_examples, mesh)
 
         # ---------------------------------------------------------------- the loop
         def evaluate_and_save(step: int, state: TrainState) -> None:
+            log.flush(step)
             found = evaluator.run(state.params, val).metrics
             log.evaluation(step, found)
             checkpoints.save(state, {SELECTION_METRIC: found["t2v"]["R@1"]})
@@ -115,6 +118,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             if step % steps_per_epoch == 0:
                 evaluate_and_save(step, state)
             elif stop.pending or _is_due(step, config.train.checkpoint_every):
+                log.flush(step)
                 checkpoints.save(state)
             if stop.pending:
                 log.close()
@@ -193,9 +197,16 @@ class _Log:
         self._since.append(scalars)
         self._bar.update()
         if step % self._config.train.log_every == 0:
-            self._write_train(step)
+            self.flush(step)
 
-    def _write_train(self, step: int) -> None:
+    def flush(self, step: int) -> None:
+        """Writes the mean of the steps since the last time.
+
+        Raises:
+          TrainingError: the loss is not finite; before a checkpoint or an evaluation sees it.
+        """
+        if not self._since:
+            return
         host = jax.device_get(self._since)
         means = {f"train/{name}": float(np.mean([s[name] for s in host])) for name in host[0]}
         if not np.isfinite(means["train/loss"]):
@@ -225,7 +236,7 @@ class _Log:
         self._write(step, scalars)
         self._status["val R@1"] = f"{scalars['eval/t2v_R1']:.1f}"
         self._bar.set_postfix(self._status)
-        self._since, self._last_time = [], time.monotonic()
+        self._last_time = time.monotonic()  # what an evaluation takes is not the steps'
 
     def _write(self, step: int, scalars: Scalars) -> None:
         for writer in self._writers:

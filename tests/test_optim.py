@@ -58,7 +58,7 @@ def test_schedule_warms_up_then_follows_the_whole_cosine(step, expected):
 def test_groups_and_decay_cover_every_parameter(tiny_model):
     params = jax.eval_shape(lambda: init_params(tiny_model, jax.random.key(0)))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = {"/".join(entry.key for entry in path): path for path in paths}
+    names = {"/".join(str(entry.key) for entry in path): path for path in paths}
     clip = {name for name, path in names.items() if parameter_group(path) == "clip"}
     assert clip == {name for name in names if name.startswith("clip/")}
     assert "clip/logit_scale" in clip

@@ -242,6 +242,16 @@ def test_a_batch_that_devices_do_not_divide(shapes_data, tmp_path):
     assert "config.train.batch_size=30 does not divide over 8 devices" in error_line(process)
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(shapes_data, tmp_path):
+    arguments = train_arguments(
+        shapes_data, tmp_path / "run", "--config.optim.lr=1e30", "--config.optim.weight_decay=0.0"
+    )
+    process = run_module("drl_jax.train", *arguments, check=False)
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    assert "the loss is not finite near step" in process.stderr
+
+
 def test_a_workdir_of_another_run_is_left_alone(finished, shapes_data):
     workdir, _ = finished
     before = (workdir / "config.json").read_text()
