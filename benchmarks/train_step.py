@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from drl_jax.config import ClipConfig, LossConfig, ModelConfig, OptimConfig
-from drl_jax.host_memory import keep_freed_memory
 from drl_jax.optim import make_optimizer
 from drl_jax.sharding import make_mesh, shard_rows
 from drl_jax.state import create_state
@@ -121,7 +120,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after a warm-up")
     parser.add_argument("--scan_unroll", type=int, default=ModelConfig.scan_unroll)
     options = parser.parse_args()
-    keep_freed_memory()
     config = ModelConfig(clip=ClipConfig(), scan_unroll=options.scan_unroll)
     device = jax.devices()[0]
     result = {

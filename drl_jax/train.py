@@ -25,7 +25,6 @@ from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.errors import UserError
 from drl_jax.evaluation import Evaluator
-from drl_jax.host_memory import keep_freed_memory
 from drl_jax.interrupt import StopRequest
 from drl_jax.metrics import format_table
 from drl_jax.optim import make_optimizer, make_schedule
@@ -266,7 +265,6 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main() -> None:
-    keep_freed_memory()
     config = Config.from_dict(_CONFIG.value.to_dict())
     workdir = Path(_WORKDIR.value or command.default_workdir())
     train(config, workdir)

@@ -19,7 +19,6 @@ FLOORS = (
         "video",
         "command",
         "interrupt",
-        "host_memory",
     ),
     ("models.layers", "models.interaction", "losses", "optim", "data.records", "data.batches"),
     ("models.clip", "models.temporal"),
