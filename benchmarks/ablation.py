@@ -3,16 +3,20 @@
     python -m benchmarks.ablation [--workdir=runs/ablation] [--seeds=3]
 
 Trains `configs/shapes.py` for each of {dp, ti, wti, wti + CDCR} x {none, seqTransf} and each seed,
-and prints mean and standard deviation as a Markdown table. What is finished is kept: interrupted,
-the same command goes on.
+prints mean and standard deviation as a Markdown table, and with `--record=FILE` writes every run's
+test as JSON. What is finished is kept: interrupted, the same command goes on.
 """
 
 import argparse
+import datetime
 import json
+import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import jax
 
 INTERACTIONS = {"dp": ("dp", 0), "ti": ("ti", 0), "wti": ("wti", 0), "wti + CDCR": ("wti", 3)}
 HEADS = ("none", "seqTransf")
@@ -49,13 +53,18 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--record", type=Path, help="JSON file for the test of every run")
     options, flags = parser.parse_known_args()
-    rows = []
+    rows, tests = [], []
     for agg_module in HEADS:
         for interaction in INTERACTIONS:
             results = [
                 run(options.workdir, interaction, agg_module, seed, flags)["test"]
                 for seed in range(options.seeds)
+            ]
+            tests += [
+                {"interaction": interaction, "agg_module": agg_module, "seed": seed, **result}
+                for seed, result in enumerate(results)
             ]
             columns = (
                 [result["t2v"]["R@1"] for result in results],
@@ -64,6 +73,15 @@ def main() -> None:
                 [result["pair_accuracy"] for result in results],
             )
             rows.append(f"| {interaction} | {agg_module} | {' | '.join(map(spread, columns))} |")
+    if options.record:
+        record = {
+            "benchmark": "ablation",
+            "device": f"{jax.default_backend()} {platform.machine()}",
+            "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
+            "runs": tests,
+        }
+        options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("| interaction | temporal head | t2v R@1 | t2v R@5 | v2t R@1 | pair accuracy |")
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))
