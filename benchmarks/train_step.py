@@ -19,7 +19,7 @@ import numpy as np
 
 from drl_jax.config import ClipConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.optim import make_optimizer
-from drl_jax.sharding import make_mesh, shard_rows
+from drl_jax.sharding import make_layout
 from drl_jax.state import create_state
 from drl_jax.steps import make_train_step
 
@@ -65,9 +65,9 @@ def matmul_rate(repeats: int = 5) -> float:
 
 def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int) -> dict[str, Any]:
     """Compiles and times the training step on random input."""
-    mesh = make_mesh()
+    layout = make_layout()
     tx = make_optimizer(OptimConfig(), total_steps=1000)
-    state = create_state(config, tx, seed=0, mesh=mesh)
+    state = create_state(config, tx, seed=0, layout=layout)
     rng = np.random.default_rng(0)
     size = config.clip.image_resolution
     arrays = {
@@ -76,9 +76,9 @@ def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int
         "frames": rng.integers(0, 256, (batch, frames, size, size, 3)).astype(np.uint8),
         "frame_mask": np.ones((batch, frames), bool),
     }
-    data = shard_rows(arrays, mesh)
+    data = layout.put_rows(arrays)
     start = time.perf_counter()
-    step = make_train_step(config, LossConfig(), tx, mesh).lower(state, data).compile()
+    step = make_train_step(config, LossConfig(), tx, layout).lower(state, data).compile()
     compile_seconds = time.perf_counter() - start
 
     seconds = []

@@ -48,7 +48,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         # Nothing is pretrained: all parameters learn at the same rate.
         optim=OptimConfig(lr=1.5e-3, coef_lr=1.0),
         train=TrainConfig(batch_size=96, epochs=16, checkpoint_every=0),
-        eval=EvalConfig(batch_size=64, text_block=64, video_block=256),
+        eval=EvalConfig(batch_size=64, text_block=64),
     )
     config = ConfigDict(dataclasses.asdict(config))
     if variant == "smoke":

@@ -1,9 +1,11 @@
 """What the entry points share: flags, and errors as one line."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -73,12 +75,29 @@ def _in_one_line(error: Exception) -> str:
 def _report_errors(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it touches
+    _cache_compilations()
     try:
         main()
     except UserError as error:
         _fail(str(error), status=1)
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
+
+
+def _cache_compilations() -> None:
+    """Keeps what XLA compiles in the user's cache directory, for the next run of any command.
+
+    JAX_COMPILATION_CACHE_DIR, JAX's own setting, names another directory, or none if it is empty.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(home) / "drl_jax" / "xla"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # no place to keep anything, as in some containers: only slower
+    jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def _fail(message: str, status: int) -> None:

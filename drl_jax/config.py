@@ -54,8 +54,17 @@ class ModelConfig:
     # `shapes`, from scratch, uses 0.8: in single trial runs with the frames' copies of 0.01 the
     # order of frames stayed unseen. What it does for patches was not measured on its own.
     position_std: float = 0.0
+    # What the transformers compute in: float32 or bfloat16. Parameters, norms, softmax, features,
+    # similarities and losses are float32 either way.
+    dtype: str = "float32"
+    # Keep only the input of each transformer layer for the backward pass and run the layer again
+    # there: less memory, a third more work.
+    remat: bool = False
     # Layers that lax.scan unrolls in one iteration. More compiles longer; measure before changing.
     scan_unroll: int = 1
+    # Videos that all texts are compared with at a time; what is compared is held once for each
+    # (text, video, word, frame) of a block, and computed again in the backward pass. 0: all videos.
+    similarity_block: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +116,12 @@ class DataConfig:
     # True: every (video, caption) pair is an example, as in the reference. False: every video is,
     # with one of its captions drawn at random each time.
     expand_captions: bool = True
-    # Threads that decode frames ahead of the step.
+    # Threads that read frames ahead of the step.
     num_threads: int = 4
+    # Where the frames of the training split stay once they were read. none: on disk, read anew each
+    # epoch. memory: in this host's memory, decoded (max_frames x 3 x resolution^2 bytes a video).
+    # device: the same, split over the accelerators, where batches are gathered; read at the start.
+    cache: str = "none"
     # Build the dataset first if it is absent. Only `shapes` needs no source files.
     build_if_absent: bool = False
     # Flags for that build, e.g. "--size=smoke".
@@ -119,6 +132,9 @@ class DataConfig:
 class TrainConfig:
     # Pairs of the global batch, over all devices.
     batch_size: int = 128
+    # Pairs that are encoded at a time, over all devices; the backward pass encodes them again. The
+    # loss is that of the whole batch, and so is its gradient. 0: the whole batch at once.
+    microbatch: int = 0
     # 0: no training; the test of what `model.init` brings.
     epochs: int = 5
     log_every: int = 20
@@ -131,9 +147,14 @@ class TrainConfig:
 class EvalConfig:
     # Videos or captions that are embedded at once, over all devices.
     batch_size: int = 64
-    # Captions and videos of one block of the similarity matrix.
-    text_block: int = 64
-    video_block: int = 512
+    # Captions that are compared with all videos at once, over all devices.
+    text_block: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    # Split parameters and the optimiser's state over the devices instead of copying them to each.
+    fsdp: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +166,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    sharding: ShardingConfig = ShardingConfig()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
@@ -233,6 +255,21 @@ def _validate(config: Config) -> None:
             data.max_frames < clip.context_length,
             f"data.max_frames must be below model.clip.context_length ({clip.context_length})",
         ),
+        (
+            model.dtype in ("float32", "bfloat16"),
+            f"model.dtype is float32 or bfloat16, not {model.dtype!r}",
+        ),
+        (model.similarity_block >= 0, "model.similarity_block must be 0 (all videos) or a number"),
+        (
+            train.microbatch >= 0
+            and (not train.microbatch or train.batch_size % train.microbatch == 0),
+            f"train.microbatch={train.microbatch} must divide train.batch_size={train.batch_size}"
+            " (or be 0)",
+        ),
+        (
+            data.cache in ("none", "memory", "device"),
+            f"data.cache is none, memory or device, not {data.cache!r}",
+        ),
         (data.storage in ("jpeg", "raw"), f"data.storage is jpeg or raw, not {data.storage!r}"),
         (model.position_std >= 0, "model.position_std must be 0 or more"),
         (data.holdout >= 0, "data.holdout must be 0 (none) or a number of videos"),
@@ -258,7 +295,7 @@ def _positive_fields(config: Config):
         "model": ("temporal_layers", "cross_layers", "scan_unroll"),
         "optim": ("lr", "coef_lr", "eps", "max_grad_norm"),
         "train": ("batch_size", "log_every", "keep_checkpoints"),
-        "eval": ("batch_size", "text_block", "video_block"),
+        "eval": ("batch_size", "text_block"),
     }.items():
         for name in names:
             yield f"config.{group}.{name}", getattr(getattr(config, group), name)

@@ -17,7 +17,7 @@ from drl_jax import command
 from drl_jax.checkpoint import Checkpoints
 from drl_jax.config import Config, DataConfig
 from drl_jax.optim import make_optimizer
-from drl_jax.sharding import make_mesh
+from drl_jax.sharding import make_layout
 from drl_jax.state import abstract_params, state_from_params
 from drl_jax.weights.load import (
     infer_heads,
@@ -54,7 +54,7 @@ def import_weights(source: Path, workdir: Path, config: Config, seed: int = 0) -
     config = with_sizes_of(config, weights)
     params = initial_params(config.model, weights, jax.random.key(seed))
     claim_workdir(workdir, config)
-    state = state_from_params(params, make_optimizer(config.optim, 0), make_mesh())
+    state = state_from_params(params, make_optimizer(config.optim, 0), make_layout())
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(state)
     return config
@@ -69,7 +69,7 @@ def export_weights(workdir: Path, target: Path, checkpoint: str = "best") -> int
     config = load_config(workdir)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.find_step(checkpoint)
-        params = checkpoints.restore_params(step, abstract_params(config.model, make_mesh()))
+        params = checkpoints.restore_params(step, abstract_params(config.model, make_layout()))
     save_state(target, state_dict_from_params(params))
     return step
 

@@ -19,7 +19,7 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation import Evaluator, order_by_content
 from drl_jax.metrics import format_table
-from drl_jax.sharding import make_mesh
+from drl_jax.sharding import make_layout
 from drl_jax.state import abstract_params
 from drl_jax.workdir import load_config, write_json
 
@@ -50,13 +50,13 @@ def evaluate(
     """
     if not (workdir / DIRECTORY).is_dir():
         raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
-    mesh = make_mesh()
+    layout = make_layout(fsdp=config.sharding.fsdp)
     dataset = VideoDataset(dataset_dir(config))
     split = load_split(dataset, split_name, config.data)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.find_step(checkpoint)
-        params = checkpoints.restore_params(step, abstract_params(config.model, mesh))
-    evaluator = Evaluator(config, dataset, mesh)
+        params = checkpoints.restore_params(step, abstract_params(config.model, layout))
+    evaluator = Evaluator(config, dataset, layout)
     order = order_by_content if frame_order == "content" else None
     metrics = evaluator.run(params, split, frame_order=order).metrics
     result = {"split": split_name, "step": step, "frame_order": frame_order, "metrics": metrics}

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from drl_jax.ops import l2_normalize, masked_standardize
 
@@ -18,9 +17,12 @@ def contrastive_loss(logits: jax.Array) -> jax.Array:
     Returns:
       float32 scalar.
     """
-    labels = jnp.arange(logits.shape[0])
-    t2v = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    v2t = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
+    # Of rows and of columns where they are: with rows on different devices, a transposition would
+    # send the whole matrix around, and sums of columns send one number each.
+    matched = jnp.sum(jnp.where(jnp.eye(len(logits), dtype=bool), logits, 0.0), axis=1)
+    # Subtracted first: what is common to all logits then cancels in the gradient, too.
+    t2v = jax.nn.logsumexp(logits - matched[:, None], axis=1)
+    v2t = jax.nn.logsumexp(logits - matched[None, :], axis=0)
     return (t2v.mean() + v2t.mean()) / 2
 
 

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.drl import Params, init_params
-from drl_jax.sharding import replicated
+from drl_jax.sharding import Layout
 
 
 class TrainState(NamedTuple):
@@ -19,37 +18,48 @@ class TrainState(NamedTuple):
 
 
 def create_state(
-    config: ModelConfig, tx: optax.GradientTransformation, seed: int, mesh: Mesh
+    config: ModelConfig, tx: optax.GradientTransformation, seed: int, layout: Layout
 ) -> TrainState:
     """Fresh state, created on the devices in its final layout."""
 
     def create() -> TrainState:
         return _state_of(init_params(config, jax.random.key(seed)), tx)
 
-    return jax.jit(create, out_shardings=replicated(mesh))()
+    return jax.jit(create, out_shardings=layout.parameters(jax.eval_shape(create)))()
 
 
-def state_from_params(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step from given parameters."""
-    return jax.jit(lambda p: _state_of(p, tx), out_shardings=replicated(mesh))(params)
+def state_from_params(
+    params: Params, tx: optax.GradientTransformation, layout: Layout
+) -> TrainState:
+    """The state before the first step from given parameters, on the host or on one device."""
+    params = jax.device_get(params)
+
+    def create(params: Params) -> TrainState:
+        return _state_of(params, tx)
+
+    out = layout.parameters(jax.eval_shape(create, params))
+    return jax.jit(create, out_shardings=out)(params)
 
 
 def _state_of(params: Params, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+def abstract_params(config: ModelConfig, layout: Layout) -> Params:
     """Shapes, dtypes and layout of the parameters, without their memory."""
-    return _with_layout(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), mesh)
+    return _with_layout(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), layout)
 
 
-def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    config: ModelConfig, tx: optax.GradientTransformation, layout: Layout
+) -> TrainState:
     """Shapes, dtypes and layout of the whole state, without its memory."""
-    params = abstract_params(config, mesh)
+    params = abstract_params(config, layout)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return _with_layout(TrainState(step, params, jax.eval_shape(tx.init, params)), mesh)
+    return _with_layout(TrainState(step, params, jax.eval_shape(tx.init, params)), layout)
 
 
-def _with_layout(tree: Any, mesh: Mesh) -> Any:
-    layout = replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
+def _with_layout(tree: Any, layout: Layout) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.parameter(x.shape)), tree
+    )

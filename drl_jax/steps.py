@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.lax import with_sharding_constraint
-from jax.sharding import Mesh
 
 from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.losses import cdcr_loss, contrastive_loss
 from drl_jax.models.drl import Params, model_definition
 from drl_jax.optim import MAX_LOGIT_SCALE
-from drl_jax.sharding import replicated, rows
-from drl_jax.state import TrainState
+from drl_jax.sharding import Layout, map_row_chunks
+from drl_jax.state import TrainState, abstract_params, abstract_state
 
-Batch = dict[str, jax.Array]
+Arrays = Batch = dict[str, jax.Array]
 
 
 def loss_and_parts(
@@ -31,7 +30,8 @@ def loss_and_parts(
     *,
     definition: nnx.GraphDef,
     config: LossConfig,
-    mesh: Mesh,
+    layout: Layout,
+    microbatch: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The training loss of a global batch.
 
@@ -40,20 +40,31 @@ def loss_and_parts(
       batch: `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, F, H, W, 3],
         `frame_mask` bool [B, F], split over the mesh by rows.
       key: for what is random in training (xti's dropout, the rows of `cdcr` 1).
+      definition: the model.
+      config: the loss.
+      layout: of the batch over the devices.
+      microbatch: pairs to encode at a time; 0: all. The loss is that of the whole batch.
 
     Returns:
       loss, and its parts by name.
     """
     model = nnx.merge(definition, params)
-    text = model.encode_text(batch["text_ids"], batch["text_mask"])
-    video = model.encode_frames(batch["frames"], batch["frame_mask"])
+
+    def encode(batch: Batch) -> tuple[Arrays, Arrays]:
+        text = model.encode_text(batch["text_ids"], batch["text_mask"])
+        return text, model.encode_frames(batch["frames"], batch["frame_mask"])
+
+    if microbatch and microbatch < len(batch["text_ids"]):
+        text, video = map_row_chunks(encode, batch, chunk=microbatch, layout=layout)
+    else:
+        text, video = encode(batch)
     dropout_key, cdcr_key = jax.random.split(key)
 
     # Rows (texts) stay where they are, videos are gathered once. Left alone, XLA gathers whichever
     # operand is smaller and may split the columns instead.
-    all_videos = jax.tree.map(lambda x: with_sharding_constraint(x, replicated(mesh)), video)
+    all_videos = jax.tree.map(lambda x: with_sharding_constraint(x, layout.whole), video)
     sim_matrix = model.similarity(text, all_videos, dropout_key)
-    sim_matrix = with_sharding_constraint(sim_matrix, rows(mesh))
+    sim_matrix = with_sharding_constraint(sim_matrix, layout.rows)
     contrastive = contrastive_loss(jnp.exp(model.clip.logit_scale[...]) * sim_matrix)
     parts = {"contrastive_loss": contrastive, "cdcr_loss": jnp.zeros(())}
     if config.cdcr:
@@ -71,11 +82,12 @@ def train_step(
     config: LossConfig,
     tx: optax.GradientTransformation,
     seed: int,
-    mesh: Mesh,
+    layout: Layout,
+    microbatch: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step: the new state, and scalars to log (of the state before the step)."""
     loss_function = functools.partial(
-        loss_and_parts, definition=definition, config=config, mesh=mesh
+        loss_and_parts, definition=definition, config=config, layout=layout, microbatch=microbatch
     )
     # A function of the seed and the step alone, so that a resumed run draws what it would have.
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -93,31 +105,40 @@ def make_train_step(
     model: ModelConfig,
     loss: LossConfig,
     tx: optax.GradientTransformation,
-    mesh: Mesh,
+    layout: Layout,
     *,
     seed: int = 0,
+    microbatch: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` compiled for the mesh; it consumes the state it is given."""
     step = functools.partial(
-        train_step, definition=model_definition(model), config=loss, tx=tx, seed=seed, mesh=mesh
+        train_step,
+        definition=model_definition(model),
+        config=loss,
+        tx=tx,
+        seed=seed,
+        layout=layout,
+        microbatch=microbatch,
     )
-    whole = replicated(mesh)
+    state = layout.parameters(abstract_state(model, tx, layout))
     return jax.jit(
         step,
-        in_shardings=(whole, rows(mesh)),
-        out_shardings=(whole, whole),
+        in_shardings=(state, layout.rows),
+        out_shardings=(state, layout.whole),
         donate_argnums=0,
     )
 
 
-def make_embed_steps(model: ModelConfig, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
+def make_embed_steps(model: ModelConfig, layout: Layout) -> tuple[Callable, Callable, Callable]:
     """Compiled `encode_text(params, text_ids, text_mask)`, `encode_frames(params, frames,
     frame_mask)` and `similarity(params, text, video)` for evaluation.
 
     Inputs and results are split over the mesh by rows; `similarity` gathers the videos.
     """
     definition = model_definition(model)
-    whole, split = replicated(mesh), rows(mesh)
+    whole, split = layout.whole, layout.rows
+    # Under fsdp parameters stay split between calls.
+    params = layout.parameters(abstract_params(model, layout))
 
     def encode_text(params, text_ids, text_mask):
         return nnx.merge(definition, params).encode_text(text_ids, text_mask)
@@ -129,7 +150,7 @@ def make_embed_steps(model: ModelConfig, mesh: Mesh) -> tuple[Callable, Callable
         return nnx.merge(definition, params).similarity(text, video)
 
     return (
-        jax.jit(encode_text, in_shardings=(whole, split, split), out_shardings=whole),
-        jax.jit(encode_frames, in_shardings=(whole, split, split), out_shardings=whole),
-        jax.jit(similarity, in_shardings=(whole, split, whole), out_shardings=whole),
+        jax.jit(encode_text, in_shardings=(params, split, split), out_shardings=whole),
+        jax.jit(encode_frames, in_shardings=(params, split, split), out_shardings=whole),
+        jax.jit(similarity, in_shardings=(params, split, whole), out_shardings=whole),
     )

@@ -15,20 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from drl_jax import command
+from drl_jax import command, distributed
 from drl_jax.checkpoint import SELECTION_METRIC, Checkpoints
-from drl_jax.config import Config, ConfigError
+from drl_jax.config import Config, ConfigError, TrainConfig
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.distributed import any_process, is_main
 from drl_jax.errors import UserError
 from drl_jax.evaluation import Evaluator
 from drl_jax.interrupt import StopRequest
 from drl_jax.metrics import format_table
 from drl_jax.optim import make_optimizer, make_schedule
-from drl_jax.sharding import make_mesh, shard_rows
+from drl_jax.sharding import Layout, make_layout
 from drl_jax.state import TrainState, abstract_state, create_state, state_from_params
 from drl_jax.steps import make_train_step
 from drl_jax.weights.load import initial_params, read_weights, with_sizes_of
@@ -66,8 +66,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         config = with_sizes_of(config, weights)
         brought = initial_params(config.model, weights, jax.random.key(config.seed))
         del weights
-    mesh = make_mesh()
-    _check_divisible(config.train.batch_size, mesh)
+    layout = make_layout(fsdp=config.sharding.fsdp)
+    _check_divisible(config.train, layout)
     dataset = _open_dataset(config)
     batches = TrainBatches(
         dataset,
@@ -82,24 +82,32 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- model and optimiser
     tx = make_optimizer(config.optim, total_steps)
-    step_function = make_train_step(config.model, config.loss, tx, mesh, seed=config.seed)
-    evaluator = Evaluator(config, dataset, mesh)
+    step_function = make_train_step(
+        config.model,
+        config.loss,
+        tx,
+        layout,
+        seed=config.seed,
+        microbatch=config.train.microbatch,
+    )
+    evaluator = Evaluator(config, dataset, layout)
     claim_workdir(workdir, config)  # nothing is written before all of the above holds
 
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, StopRequest() as stop:
         # The order of initialisation: resume > init > scratch.
         resumed = checkpoints.latest_step()
         if resumed is not None:
-            state = checkpoints.restore_state(resumed, abstract_state(config.model, tx, mesh))
-            print(f"resuming {workdir} from step {resumed} of {total_steps}")
+            state = checkpoints.restore_state(resumed, abstract_state(config.model, tx, layout))
+            if is_main():
+                print(f"resuming {workdir} from step {resumed} of {total_steps}")
         elif brought is not None:
-            state = state_from_params(brought, tx, mesh)
+            state = state_from_params(brought, tx, layout)
         else:
-            state = create_state(config.model, tx, config.seed, mesh)
+            state = create_state(config.model, tx, config.seed, layout)
         del brought
         start = int(state.step)
         log = _Log(workdir, config, start, total_steps)
-        log.announce(len(dataset), batches.num_examples, mesh)
+        log.announce(len(dataset), batches.num_examples, layout)
 
         # ---------------------------------------------------------------- the loop
         def evaluate_and_save(step: int, state: TrainState) -> None:
@@ -111,15 +119,18 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         if total_steps == 0 and resumed is None:
             evaluate_and_save(0, state)
         stream = batches.iterate(start, jax.process_index(), jax.process_count())
+        stopping = False
         for step in range(start + 1, total_steps + 1):
-            state, scalars = step_function(state, shard_rows(next(stream), mesh))
+            state, scalars = step_function(state, layout.put_rows(next(stream)))
             log.train_step(step, scalars)
+            if jax.process_count() == 1 or _is_due(step, config.train.log_every):
+                stopping = any_process(stop.pending)  # all stop after the same step
             if step % steps_per_epoch == 0:
                 evaluate_and_save(step, state)
-            elif stop.pending or _is_due(step, config.train.checkpoint_every):
+            elif stopping or _is_due(step, config.train.checkpoint_every):
                 log.flush(step)
                 checkpoints.save(state)
-            if stop.pending:
+            if stopping:
                 log.close()
                 raise Interrupted(f"stopped after step {step}; the same command resumes")
         log.close()
@@ -127,7 +138,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         # ---------------------------------------------------------------- the best one's test
         best_step = checkpoints.best_step()
         params = checkpoints.restore_params(
-            best_step, abstract_state(config.model, tx, mesh).params
+            best_step, abstract_state(config.model, tx, layout).params
         )
     result = {
         "test": evaluator.run(params, test).metrics,
@@ -136,9 +147,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         "total_steps": total_steps,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
-    write_json(workdir / "result.json", result)
-    print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
-    print(format_table(result["test"]))
+    if is_main():
+        write_json(workdir / "result.json", result)
+        print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
+        print(format_table(result["test"]))
     return result
 
 
@@ -146,19 +158,19 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_divisible(batch_size: int, mesh: Mesh) -> None:
-    devices = mesh.devices.size
-    if batch_size % devices:
-        raise ConfigError(
-            f"config.train.batch_size={batch_size} does not divide over {devices} devices; choose a"
-            f" multiple of {devices}"
-        )
+def _check_divisible(train: TrainConfig, layout: Layout) -> None:
+    for name in ("batch_size", "microbatch"):
+        if getattr(train, name) % layout.devices:
+            raise ConfigError(
+                f"config.train.{name}={getattr(train, name)} does not divide over"
+                f" {layout.devices} devices; choose a multiple of {layout.devices}"
+            )
 
 
 def _open_dataset(config: Config) -> VideoDataset:
     """The dataset, built first if the configuration says so and it is absent."""
     directory, data = dataset_dir(config), config.data
-    if data.build_if_absent and not directory.exists():
+    if data.build_if_absent and not directory.exists() and jax.process_count() == 1:
         print(f"no dataset in {directory} yet: building it", flush=True)
         # A program of its own: data_prep builds on this package, never the reverse.
         build = ["-m", "data_prep.build", data.dataset, f"--data_dir={data.data_dir}"]
@@ -174,19 +186,29 @@ class _Log:
         self._config = config
         optim = config.optim
         self._schedule = make_schedule(optim.lr, optim.warmup_proportion, total_steps)
-        self._writers = [JsonlWriter(workdir, step), *_tensorboard_writers(workdir)]
+        self._writers: list = []
+        if is_main():
+            self._writers = [JsonlWriter(workdir, step), *_tensorboard_writers(workdir)]
         self._since: list[dict[str, jax.Array]] = []
         self._last_time = time.monotonic()
         self._bar = tqdm(
-            total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True
+            total=total_steps,
+            initial=step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_main(),
         )
         self._status: dict[str, str] = {}
 
-    def announce(self, videos: int, examples: int, mesh: Mesh) -> None:
-        devices = mesh.devices
+    def announce(self, videos: int, examples: int, layout: Layout) -> None:
+        if not is_main():
+            return
+        devices = layout.mesh.devices
         tqdm.write(
             f"{self._config.data.dataset}: {videos} videos, {examples} examples an epoch;"
-            f" {devices.size} {devices.flat[0].platform} device(s)"
+            f" {devices.size} {devices.flat[0].platform} device(s),"
+            f" {jax.process_count()} process(es)"
         )
 
     def train_step(self, step: int, scalars: dict[str, jax.Array]) -> None:
@@ -264,7 +286,11 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
+distributed.define_flags()
+
+
 def main() -> None:
+    distributed.initialize_from_flags()
     config = Config.from_dict(_CONFIG.value.to_dict())
     workdir = Path(_WORKDIR.value or command.default_workdir())
     train(config, workdir)

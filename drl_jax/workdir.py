@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from drl_jax.config import Config, ConfigError
+from drl_jax.distributed import is_main
 from drl_jax.errors import UserError
 
 # Fields that may change between the parts of an interrupted run: they change no number.
@@ -15,13 +16,16 @@ _FREE_FIELDS = (
     "data.num_threads",
     "data.build_if_absent",
     "data.build_flags",
+    "train.microbatch",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "eval.batch_size",
     "eval.text_block",
-    "eval.video_block",
+    "model.remat",
     "model.scan_unroll",
+    "model.similarity_block",
+    "sharding.fsdp",
 )
 
 
@@ -69,6 +73,8 @@ def claim_workdir(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run of another configuration: config.{name} was {old[name]!r},"
                 f" now {new[name]!r} ({len(changed)} such fields); give another --workdir"
             )
+    if not is_main():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", dataclasses.asdict(config))

@@ -1,9 +1,12 @@
 """Shared fixtures. The tests run on 8 fake CPU devices."""
 
+import atexit
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,9 +15,24 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+# The commands that tests run share what they compile, and leave nothing in the user's cache.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="drl_jax_tests_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
 from drl_jax.config import ClipConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+# Flags that make `configs/shapes.py:smoke` a matter of seconds.
+TINY = (
+    "--config.model.clip.embed_dim=32",
+    "--config.model.clip.text_width=32",
+    "--config.model.clip.text_heads=2",
+    "--config.model.clip.text_layers=1",
+    "--config.model.clip.vision_width=32",
+    "--config.model.clip.vision_heads=2",
+    "--config.model.clip.vision_layers=1",
+    "--config.model.temporal_layers=1",
+)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +76,7 @@ def shapes_config(shapes_data, tiny_model) -> Config:
         ),
         model=tiny_model,
         train=TrainConfig(batch_size=16, epochs=1),
-        eval=EvalConfig(batch_size=16, text_block=16, video_block=16),
+        eval=EvalConfig(batch_size=16, text_block=16),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import init_params
 from drl_jax.optim import make_optimizer
-from drl_jax.sharding import make_mesh
+from drl_jax.sharding import make_layout
 from drl_jax.state import abstract_state
 from drl_jax.steps import make_train_step
 
@@ -51,7 +51,7 @@ def test_every_file_is_listed_here():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_config_resolves_and_traces(name):
     config = Config.from_dict(json.loads(load(name).to_json_best_effort()))
-    mesh = make_mesh()
+    layout = make_layout()
     batch, data, size = config.train.batch_size, config.data, config.model.clip.image_resolution
     tx = make_optimizer(config.optim, 100)
     shapes = {
@@ -60,8 +60,8 @@ def test_config_resolves_and_traces(name):
         "frames": jax.ShapeDtypeStruct((batch, data.max_frames, size, size, 3), jnp.uint8),
         "frame_mask": jax.ShapeDtypeStruct((batch, data.max_frames), jnp.bool_),
     }
-    state = abstract_state(config.model, tx, mesh)
-    step = make_train_step(config.model, config.loss, tx, mesh)
+    state = abstract_state(config.model, tx, layout)
+    step = make_train_step(config.model, config.loss, tx, layout)
     new_state, scalars = jax.eval_shape(step, state, shapes)
     assert jax.tree.map(lambda x: x.shape, new_state.params) == jax.tree.map(
         lambda x: x.shape, jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))

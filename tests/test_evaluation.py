@@ -10,7 +10,7 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation import Evaluator, order_by_content
 from drl_jax.models.drl import init_params
-from drl_jax.sharding import make_mesh
+from drl_jax.sharding import make_layout
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_split(dataset, shapes_config):
 
 @pytest.fixture(scope="module")
 def plain(shapes_config, dataset, params, test_split):
-    return Evaluator(shapes_config, dataset, make_mesh()).run(params, test_split)
+    return Evaluator(shapes_config, dataset, make_layout()).run(params, test_split)
 
 
 def test_metrics_have_both_directions(plain, test_split):
@@ -42,9 +42,10 @@ def test_metrics_have_both_directions(plain, test_split):
 
 
 def test_block_and_batch_sizes_change_nothing(shapes_config, dataset, params, test_split, plain):
-    sizes = dataclasses.replace(shapes_config.eval, batch_size=24, text_block=8, video_block=7)
-    config = dataclasses.replace(shapes_config, eval=sizes)
-    other = Evaluator(config, dataset, make_mesh()).run(params, test_split)
+    sizes = dataclasses.replace(shapes_config.eval, batch_size=24, text_block=8)
+    model = dataclasses.replace(shapes_config.model, similarity_block=7)
+    config = dataclasses.replace(shapes_config, eval=sizes, model=model)
+    other = Evaluator(config, dataset, make_layout()).run(params, test_split)
     np.testing.assert_allclose(other.sim_matrix, plain.sim_matrix, atol=1e-6)
 
 
@@ -52,7 +53,7 @@ def test_pair_accuracy_is_exactly_chance_without_time(
     shapes_config, dataset, params, test_split, plain
 ):
     """Sorted by content, a clip and its reverse are the same input; in time they are not."""
-    evaluator = Evaluator(shapes_config, dataset, make_mesh())
+    evaluator = Evaluator(shapes_config, dataset, make_layout())
     timeless = evaluator.run(params, test_split, frame_order=order_by_content)
     assert timeless.metrics["pair_accuracy"] == 50
     one, other = test_split.reversed_pairs.T

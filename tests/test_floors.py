@@ -18,6 +18,7 @@ FLOORS = (
         "sharding",
         "video",
         "command",
+        "distributed",
         "interrupt",
     ),
     ("models.layers", "models.interaction", "losses", "optim", "data.records", "data.batches"),

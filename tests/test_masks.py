@@ -10,6 +10,7 @@ from flax import nnx
 
 from drl_jax.config import CDCR_OF, LossConfig
 from drl_jax.models.drl import init_params, model_definition
+from drl_jax.sharding import make_layout
 from drl_jax.steps import loss_and_parts
 
 L, F = 8, 4
@@ -86,7 +87,7 @@ def test_masked_frames_change_no_gradient(model, params, batch):
         loss_and_parts,
         definition=model_definition(model),
         config=LossConfig(cdcr=max(CDCR_OF[model.interaction])),
-        mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)),
+        layout=make_layout(jax.devices()[:1]),
     )
     gradient = jax.jit(jax.grad(lambda p, b: loss(p, b, jax.random.key(0))[0]))
     one, other = gradient(params, batch), gradient(params, with_noise(batch, "frames"))

@@ -18,6 +18,7 @@ from drl_jax.metrics import retrieval_metrics
 from drl_jax.models.drl import init_params, model_definition
 from drl_jax.models.interaction import sentence_feature
 from drl_jax.optim import make_optimizer
+from drl_jax.sharding import make_layout
 from drl_jax.state import TrainState
 from drl_jax.steps import loss_and_parts, train_step
 from drl_jax.tokenizer import tokenize
@@ -82,7 +83,7 @@ class Case:
         self.initial = {name: np.asarray(state[name], np.float32) for name in names}
         self.params = params_from_state(self.initial, shapes)
         self.definition = model_definition(self.model)
-        self.mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+        self.layout = make_layout(jax.devices()[:1])
         self.batches = load("batches")
 
     def batch(self, number: int) -> dict[str, np.ndarray]:
@@ -94,7 +95,7 @@ class Case:
         }
 
     def step_arguments(self) -> dict:
-        return {"definition": self.definition, "config": self.loss, "mesh": self.mesh}
+        return {"definition": self.definition, "config": self.loss, "layout": self.layout}
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -1,6 +1,8 @@
-"""One training step, and that it does not depend on the number of devices."""
+"""One training step: the same on any number of devices, in any blocks; small memory, few bytes."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,14 @@ import numpy as np
 import pytest
 
 from drl_jax.config import LossConfig, OptimConfig
+from drl_jax.models.drl import init_params, model_definition
 from drl_jax.optim import MAX_LOGIT_SCALE, make_optimizer
-from drl_jax.sharding import make_mesh, shard_rows
-from drl_jax.state import create_state
-from drl_jax.steps import make_train_step
+from drl_jax.sharding import make_layout
+from drl_jax.state import abstract_state, create_state
+from drl_jax.steps import loss_and_parts, make_train_step
 
 B, L, F = 16, 12, 4
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -31,40 +35,152 @@ def batch():
 def model(tiny_model):
     """With a small vocabulary: its rows are most of the optimiser's work."""
     clip = dataclasses.replace(tiny_model.clip, vocab_size=500)
-    return dataclasses.replace(tiny_model, clip=clip)
+    return dataclasses.replace(tiny_model, clip=clip, temporal_layers=1)
 
 
 class Trainer:
     """A compiled step on some devices, and the state it starts from."""
 
-    def __init__(self, model, devices):
-        self.mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    def __init__(self, model, devices, *, fsdp=False, microbatch=0):
+        self.layout = make_layout(jax.devices()[:devices], fsdp=fsdp)
         tx = make_optimizer(OptimConfig(lr=1e-3, coef_lr=1.0), total_steps=20)
-        self.state = create_state(model, tx, 0, self.mesh)
-        self._step = make_train_step(model, LossConfig(), tx, self.mesh)
+        self.state = create_state(model, tx, 0, self.layout)
+        self.step = make_train_step(model, LossConfig(), tx, self.layout, microbatch=microbatch)
 
-    def run(self, batch, steps):
+    def run(self, batch, steps=STEPS):
         history = []
         for _ in range(steps):
-            self.state, scalars = self._step(self.state, shard_rows(batch, self.mesh))
+            self.state, scalars = self.step(self.state, self.layout.put_rows(batch))
             history.append({name: float(value) for name, value in scalars.items()})
         return history
 
 
-def test_steps_on_one_and_on_eight_devices(model, batch):
-    assert make_mesh().devices.size == 8
-    eight, one = (Trainer(model, jax.devices()[:count]) for count in (8, 1))
-    history = eight.run(batch, 4)
-    for a, b in zip(one.run(batch, 4), history, strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    for a, b in zip(
-        jax.tree.leaves(one.state.params), jax.tree.leaves(eight.state.params), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
-    assert history[-1]["loss"] < history[0]["loss"]
-    assert int(one.state.step) == 4
+@pytest.fixture(scope="module")
+def one_device(model, batch):
+    trainer = Trainer(model, 1)
+    return trainer.run(batch), jax.device_get(trainer.state)
 
-    # The temperature of CLIP never exceeds 100, wherever a step would take it.
-    one.state.params["clip"]["logit_scale"] = jnp.float32(MAX_LOGIT_SCALE + 0.5)
-    one.run(batch, 1)
-    assert float(one.state.params["clip"]["logit_scale"]) == pytest.approx(MAX_LOGIT_SCALE)
+
+def assert_same_run(trainer, history, expected):
+    expected_history, expected_state = expected
+    for step, expected_step in zip(history, expected_history, strict=True):
+        assert step == pytest.approx(expected_step, rel=1e-4)
+    found = jax.device_get(trainer.state)
+    assert int(found.step) == STEPS
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected_state.params):
+        other = functools.reduce(lambda tree, entry: tree[entry.key], path, found.params)
+        difference = np.abs(other - leaf).max() / max(np.abs(leaf).max(), 1e-2)
+        assert difference < 1e-4, (jax.tree_util.keystr(path), difference)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_ten_steps_do_not_depend_on_the_number_of_devices(model, batch, one_device, devices):
+    trainer = Trainer(model, devices)
+    history = trainer.run(batch)
+    assert_same_run(trainer, history, one_device)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_ten_steps_with_split_parameters_in_blocks(model, batch, one_device):
+    """Everything that saves memory, together: fsdp, microbatches, blocks, rematerialised layers."""
+    model = dataclasses.replace(model, similarity_block=5, remat=True)
+    trainer = Trainer(model, 8, fsdp=True, microbatch=8)
+    assert_same_run(trainer, trainer.run(batch), one_device)
+    for tree in (trainer.state.params, trainer.state.opt_state):
+        held, total = 0, 0
+        for leaf in jax.tree.leaves(tree):
+            total += leaf.size
+            held += leaf.addressable_shards[0].data.size
+        # Nearly an eighth: what is too small to split is on every device.
+        assert held < 0.3 * total
+
+
+def test_the_temperature_never_exceeds_100(model, batch):
+    trainer = Trainer(model, 1)
+    trainer.state.params["clip"]["logit_scale"] = jnp.float32(MAX_LOGIT_SCALE + 0.5)
+    trainer.run(batch, 1)
+    scale = float(trainer.state.params["clip"]["logit_scale"])
+    assert scale == pytest.approx(MAX_LOGIT_SCALE)
+
+
+def gradient(model, batch, devices=1, **blocks):
+    params = init_params(model, jax.random.key(0))
+    layout = make_layout(jax.devices()[:devices])
+    loss = functools.partial(
+        loss_and_parts,
+        definition=model_definition(model),
+        config=LossConfig(cdcr=0 if model.interaction == "xti" else 3),
+        layout=layout,
+        **blocks,
+    )
+    grad = jax.jit(jax.grad(loss, has_aux=True), in_shardings=(None, layout.rows, None))
+    return jax.device_get(grad(params, layout.put_rows(batch), jax.random.key(1))[0])
+
+
+@pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
+def test_blocks_leave_the_gradient_as_it_is(model, batch, interaction):
+    model = dataclasses.replace(model, interaction=interaction, cross_dropout=0.0, cross_layers=1)
+    plain = gradient(model, batch)
+    blocks = dataclasses.replace(model, similarity_block=7, remat=True)
+    for found in (
+        gradient(blocks, batch, microbatch=4),
+        gradient(blocks, batch, devices=4, microbatch=8),
+    ):
+        whole = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(plain)))
+        apart = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), found, plain)
+        assert np.sqrt(sum(jax.tree.leaves(apart))) < 1e-5 * whole
+
+
+def test_bfloat16_computes_near_float32_and_keeps_its_parameters(model, batch, one_device):
+    half = Trainer(dataclasses.replace(model, dtype="bfloat16"), 1)
+    history = half.run(batch)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.state.params)} == {"float32"}
+    losses, expected = ([step["loss"] for step in run] for run in (history, one_device[0]))
+    np.testing.assert_allclose(losses, expected, rtol=0.05)
+    assert losses != expected
+
+
+def collectives(hlo):
+    return set(re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|reduce-scatter)", hlo))
+
+
+def largest_array(hlo):
+    """Elements of the largest array of one device's program."""
+    shapes = re.findall(r"\b(?:f32|bf16|pred|s32|u8)\[([\d,]+)\]", hlo)
+    return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
+
+
+def test_what_the_compiled_step_sends_and_holds(model):
+    """On 8 devices: video features are gathered, and neither product nor matrix is ever whole."""
+    pairs, words, frames = 1024, 12, 4
+    clip = dataclasses.replace(model.clip, image_resolution=16, vision_patch_size=16)
+    model = dataclasses.replace(model, clip=clip, similarity_block=16)
+    layout = make_layout()
+    tx = make_optimizer(OptimConfig(), total_steps=20)
+    step = make_train_step(model, LossConfig(), tx, layout, microbatch=256)
+    rows = layout.rows
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=rows)
+
+    batch = {
+        "text_ids": array((words,), jnp.int32),
+        "text_mask": array((words,), jnp.bool_),
+        "frames": array((frames, 16, 16, 3), jnp.uint8),
+        "frame_mask": array((frames,), jnp.bool_),
+    }
+    hlo = step.lower(abstract_state(model, tx, layout), batch).compile().as_text()
+    assert collectives(hlo) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    # What is gathered is the videos' features, masks and weights, and one number a pair.
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", hlo)
+    width = model.clip.embed_dim
+    allowed = {(pairs, frames, width), (pairs, frames), (pairs,)}
+    assert {tuple(map(int, shape.split(","))) for shape in gathered} <= allowed
+    assert (pairs, frames, width) in {tuple(map(int, shape.split(","))) for shape in gathered}
+    # Rows of the similarity matrix stay where they are: no whole one on any device.
+    assert f"[{pairs},{pairs}]" not in hlo
+    assert f"[{pairs // 8},{pairs}]" in hlo
+    # A block of the token-wise product is there; all of it, even of one device's rows, is not.
+    product = words * frames * pairs // 8
+    assert f"[16,{frames},{pairs // 8},{words}]" in hlo
+    assert largest_array(hlo) < product * pairs / 10

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,24 +10,13 @@ import time
 
 import jax
 import pytest
-from conftest import ROOT, error_line, run_module
+from conftest import ROOT, TINY, error_line, run_module
 
 from drl_jax.config import ClipConfig, ModelConfig
 from drl_jax.models.drl import init_params
 from drl_jax.weights.load import read_weights, save_state, state_dict_from_params
 
 METRICS = {"R@1", "R@5", "R@10", "MdR", "MnR"}
-# Small enough for a few seconds; the fake devices of this process are not inherited.
-TINY = (
-    "--config.model.clip.embed_dim=32",
-    "--config.model.clip.text_width=32",
-    "--config.model.clip.text_heads=2",
-    "--config.model.clip.text_layers=1",
-    "--config.model.clip.vision_width=32",
-    "--config.model.clip.vision_heads=2",
-    "--config.model.clip.vision_layers=1",
-    "--config.model.temporal_layers=1",
-)
 
 
 def train_arguments(data, workdir, *extra):
@@ -147,6 +137,26 @@ def test_sigterm_saves_and_the_same_command_ends_where_it_would_have(
     assert read_metrics(workdir)[-1] == last
     steps = [entry["step"] for entry in read_metrics(workdir) if "train/loss" in entry]
     assert len(steps) == len(set(steps))
+
+
+def test_a_second_run_compiles_nothing_again(shapes_data, tmp_path):
+    """The cache is where the user's caches are; JAX_COMPILATION_CACHE_DIR turns it off."""
+    arguments = (*train_arguments(shapes_data, tmp_path / "run"), "--config.train.epochs=0")
+    off = {"XDG_CACHE_HOME": str(tmp_path / "off"), "JAX_COMPILATION_CACHE_DIR": ""}
+    run_module("drl_jax.train", *arguments, env=off)
+    assert not (tmp_path / "off").exists()
+
+    def cached():
+        return {path.name for path in (tmp_path / "on" / "drl_jax" / "xla").glob("*-cache")}
+
+    shutil.rmtree(tmp_path / "run")
+    on = {"XDG_CACHE_HOME": str(tmp_path / "on")}
+    run_module("drl_jax.train", *arguments, env=on)
+    first = cached()
+    assert first
+    shutil.rmtree(tmp_path / "run")
+    run_module("drl_jax.train", *arguments, env=on)
+    assert cached() == first
 
 
 def test_without_tensorflow_training_says_so_and_goes_on(shapes_data, tmp_path):

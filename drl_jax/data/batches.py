@@ -101,11 +101,11 @@ class TrainBatches:
             .repeat(None)
             .random_map(self._read)
         )
-        start = start_step * self._batch_size
-        mine = examples[start + process :: processes].batch(self._batch_size // processes)
-        options = grain.ReadOptions(
-            num_threads=self._config.num_threads, prefetch_buffer_size=4 * self._batch_size
-        )
+        # Process p's part is the p-th piece of each batch, so the order of a batch's rows, too, is
+        # the same for any number of processes.
+        pieces = examples.batch(self._batch_size // processes)
+        mine = pieces[start_step * processes + process :: processes]
+        options = grain.ReadOptions(num_threads=self._config.num_threads, prefetch_buffer_size=4)
         return iter(mine.to_iter_dataset(options))
 
     def _read(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

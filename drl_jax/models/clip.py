@@ -10,7 +10,7 @@ from flax import nnx
 from jax.nn.initializers import normal, variance_scaling
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.layers import Transformer, causal_mask, clip_block_init
+from drl_jax.models.layers import Run, Transformer, causal_mask, clip_block_init
 
 # Mean and standard deviation of CLIP's training pixels, RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -49,27 +49,28 @@ class VisionTransformer(nnx.Module):
             width,
             use_bias=False,
             kernel_init=variance_scaling(1 / 3, "fan_in", "uniform"),
+            dtype=jnp.dtype(model.dtype),
             rngs=rngs,
         )
         self.class_embedding = nnx.Param(scale * rngs.params.normal((width,)))
         self.positional_embedding = nnx.Param(
             (model.position_std or scale) * rngs.params.normal((patches + 1, width))
         )
-        self.ln_pre = nnx.LayerNorm(width, epsilon=_LN_EPS, rngs=rngs)
+        self.ln_pre = nnx.LayerNorm(width, epsilon=_LN_EPS, dtype=jnp.float32, rngs=rngs)
         self.transformer = Transformer(
             width,
             config.vision_layers,
             config.vision_heads,
             eps=_LN_EPS,
             init=clip_block_init(width, config.vision_layers),
-            unroll=model.scan_unroll,
+            run=Run.of(model),
             rngs=rngs,
         )
-        self.ln_post = nnx.LayerNorm(width, epsilon=_LN_EPS, rngs=rngs)
+        self.ln_post = nnx.LayerNorm(width, epsilon=_LN_EPS, dtype=jnp.float32, rngs=rngs)
         self.proj = nnx.Param(scale * rngs.params.normal((width, config.embed_dim)))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Normalised images float32 [B, H, W, 3] -> features [B, D]."""
+        """Normalised images float32 [B, H, W, 3] -> features float32 [B, D]."""
         rows, height, width, _ = images.shape
         patch = self.patch_size
         x = images.reshape(rows, height // patch, patch, width // patch, patch, 3)
@@ -100,17 +101,17 @@ class CLIP(nnx.Module):
             config.text_heads,
             eps=_LN_EPS,
             init=clip_block_init(width, config.text_layers),
-            unroll=model.scan_unroll,
+            run=Run.of(model),
             rngs=rngs,
         )
-        self.ln_final = nnx.LayerNorm(width, epsilon=_LN_EPS, rngs=rngs)
+        self.ln_final = nnx.LayerNorm(width, epsilon=_LN_EPS, dtype=jnp.float32, rngs=rngs)
         self.text_projection = nnx.Param(
             width**-0.5 * rngs.params.normal((width, config.embed_dim))
         )
         self.logit_scale = nnx.Param(jnp.asarray(INITIAL_LOGIT_SCALE, jnp.float32))
 
     def encode_text(self, text_ids: jax.Array) -> jax.Array:
-        """Token ids int32 [B, L] -> a feature for every position, [B, L, D].
+        """Token ids int32 [B, L] -> a feature for every position, float32 [B, L, D].
 
         Attention is causal, so a padded position never reaches a valid one.
         """

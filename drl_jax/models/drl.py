@@ -1,5 +1,6 @@
 """The paper's model, composed of its parts: CLIP towers, temporal head, interaction."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ from flax import nnx
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.clip import CLIP, normalize_frames
-from drl_jax.models.interaction import INTERACTIONS, Arrays
+from drl_jax.models.interaction import INTERACTIONS, Arrays, over_video_blocks
 from drl_jax.models.temporal import HEADS
 
 Params = dict[str, Any]
@@ -25,6 +26,7 @@ class DRL(nnx.Module):
         head = HEADS[config.agg_module]
         self.temporal = head and head(config, rngs=rngs)
         self.interaction = INTERACTIONS[config.interaction](config, rngs=rngs)
+        self.similarity_block = config.similarity_block
 
     def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> Arrays:
         """int32 [A, L], bool [A, L] -> the interaction's arrays of the texts."""
@@ -43,7 +45,8 @@ class DRL(nnx.Module):
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
         """sim_matrix float32 [A, B], without the temperature; `key` is for dropout in training."""
-        return self.interaction.similarity(text, video, key)
+        compare = functools.partial(self.interaction.similarity, text)
+        return over_video_blocks(compare, video, key, self.similarity_block)
 
 
 def model_definition(config: ModelConfig) -> nnx.GraphDef:

@@ -7,6 +7,7 @@ A texts of L tokens, B videos of F frames, D channels.
 """
 
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.layers import Transformer, new_block_init, quick_gelu
+from drl_jax.models.layers import Run, Transformer, new_block_init, quick_gelu
 from drl_jax.ops import l2_normalize, masked_mean, masked_softmax
 
 Arrays = dict[str, jax.Array]
@@ -114,11 +115,11 @@ class CrossTransformer(nnx.Module):
             _CROSS_HEADS,
             eps=_LN_EPS,
             init=new_block_init(),
-            unroll=config.scan_unroll,
-            remat=True,  # it sees every pair of the batch
+            # It sees every pair of the batch: kept whole, its layers would fill any memory.
+            run=Run.of(config)._replace(remat=True),
             rngs=rngs,
         )
-        self.ln_pool = nnx.LayerNorm(width, epsilon=_LN_EPS, rngs=rngs)
+        self.ln_pool = nnx.LayerNorm(width, epsilon=_LN_EPS, dtype=jnp.float32, rngs=rngs)
         self.dense = nnx.Linear(width, width, kernel_init=normal(0.02), rngs=rngs)
         self.similarity_dense = nnx.Linear(width, 1, kernel_init=normal(0.02), rngs=rngs)
 
@@ -142,7 +143,11 @@ class CrossTransformer(nnx.Module):
         mask = jnp.broadcast_to(mask, (texts, *mask.shape)).reshape(-1, 1, 1, 1 + length)
         x = self.transformer(x.reshape(-1, 1 + length, width), mask)  # [A*B, 1+F, D]
         pooled = quick_gelu(self.dense(self.ln_pool(x)[:, 0]))
-        return self.similarity_dense(pooled).reshape(texts, videos)
+        # The bias adds the same to every logit, which the loss cannot see: what would reach it as a
+        # gradient is rounding, and Adam would enlarge it.
+        bias = jax.lax.stop_gradient(self.similarity_dense.bias[...])
+        sim_matrix = pooled @ self.similarity_dense.kernel[...] + bias
+        return sim_matrix.reshape(texts, videos)
 
 
 INTERACTIONS = {
@@ -176,10 +181,51 @@ def weighted_token_wise(
     Returns:
       sim_matrix float32 [A, B], in [-1, 1], without the temperature.
     """
-    token_sim = jnp.einsum("ald,bfd->ablf", l2_normalize(text_feat), l2_normalize(frame_feat))
-    # Multiplied, not set to -inf, as in the reference: where every valid similarity is negative,
-    # the maximum is the 0 of the padding. Trained checkpoints depend on it.
-    token_sim = token_sim * text_mask[:, None, :, None] * frame_mask[None, :, None, :]
-    t2v = jnp.einsum("abl,al->ab", token_sim.max(axis=3), text_weight)
-    v2t = jnp.einsum("abf,bf->ab", token_sim.max(axis=2), frame_weight)
+    # Masked before the product, so that what is masked has similarity 0 and not -inf, as in the
+    # reference: where every valid similarity is negative, the maximum is the 0 of the padding.
+    # Trained checkpoints depend on it.
+    text_feat = l2_normalize(text_feat) * text_mask[:, :, None]
+    frame_feat = l2_normalize(frame_feat) * frame_mask[:, :, None]
+    # [B, F, A, L] is how the product comes out of the matrix unit: no transposition.
+    token_sim = jnp.einsum("bfd,ald->bfal", frame_feat, text_feat)
+    t2v = jnp.einsum("bal,al->ab", token_sim.max(axis=1), text_weight)
+    v2t = jnp.einsum("bfa,bf->ab", token_sim.max(axis=3), frame_weight)
     return (t2v + v2t) / 2
+
+
+def over_video_blocks(
+    similarity: Callable[[Arrays, jax.Array | None], jax.Array],
+    video: Arrays,
+    key: jax.Array | None,
+    block: int,
+) -> jax.Array:
+    """`similarity(video, key)`, over blocks of videos one after another to save memory.
+
+    The backward pass compares each block again instead of keeping what it needs.
+
+    Args:
+      similarity: of the arrays of N videos, to [A, N]; each column depends on its video alone.
+      video: the interaction's arrays of B videos.
+      key: for dropout (each block has its own), or None.
+      block: videos of a block; 0: all.
+
+    Returns:
+      [A, B].
+    """
+    videos = len(jax.tree.leaves(video)[0])
+    if not block or videos <= block:
+        return similarity(video, key)
+    blocks = -(-videos // block)
+    size = -(-videos // blocks)  # even blocks need the least padding
+
+    def split(x: jax.Array) -> jax.Array:
+        padding = ((0, blocks * size - videos), *[(0, 0)] * (x.ndim - 1))
+        return jnp.pad(x, padding).reshape(blocks, size, *x.shape[1:])
+
+    @jax.checkpoint
+    def compare(part: tuple[jax.Array, Arrays]) -> jax.Array:
+        index, arrays = part
+        return similarity(arrays, None if key is None else jax.random.fold_in(key, index))
+
+    columns = jax.lax.map(compare, (jnp.arange(blocks), jax.tree.map(split, video)))
+    return jnp.moveaxis(columns, 0, 1).reshape(columns.shape[1], -1)[:, :videos]

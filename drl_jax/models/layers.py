@@ -3,12 +3,33 @@
 Shapes: B rows, T positions, D channels, K heads.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer, normal, xavier_uniform
+
+from drl_jax.config import ModelConfig
+
+
+class Run(NamedTuple):
+    """How blocks run, which changes no parameter.
+
+    Attributes:
+      dtype: of the matrix products and of the stream between blocks.
+      remat: keep only the input of each block for the backward pass and run it again there.
+      unroll: blocks that one iteration of the scan runs.
+    """
+
+    dtype: jnp.dtype
+    remat: bool
+    unroll: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Run":
+        return cls(jnp.dtype(config.dtype), config.remat, config.scan_unroll)
 
 
 class BlockInit(NamedTuple):
@@ -39,36 +60,51 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with one fused projection, as torch's MultiheadAttention."""
 
-    def __init__(self, width: int, heads: int, init: BlockInit, *, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs
+    ):
         self.heads = heads
-        self.in_proj = nnx.Linear(width, 3 * width, kernel_init=init.in_proj, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, kernel_init=init.out_proj, rngs=rngs)
+        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        self.in_proj = linear(width, 3 * width, kernel_init=init.in_proj)
+        self.out_proj = linear(width, width, kernel_init=init.out_proj)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         rows, positions, width = x.shape
         # [B, T, 3D] -> three of [B, T, K, D/K]
         qkv = self.in_proj(x).reshape(rows, positions, 3, self.heads, width // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        # Its softmax is float32 whatever the inputs are.
         return self.out_proj(jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape))
 
 
 class MLP(nnx.Module):
-    def __init__(self, width: int, init: BlockInit, *, rngs: nnx.Rngs):
-        self.c_fc = nnx.Linear(width, 4 * width, kernel_init=init.c_fc, rngs=rngs)
-        self.c_proj = nnx.Linear(4 * width, width, kernel_init=init.c_proj, rngs=rngs)
+    def __init__(self, width: int, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        self.c_fc = linear(width, 4 * width, kernel_init=init.c_fc)
+        self.c_proj = linear(4 * width, width, kernel_init=init.c_proj)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.c_proj(quick_gelu(self.c_fc(x)))
 
 
 class ResidualAttentionBlock(nnx.Module):
-    """Pre-LN block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+    """Pre-LN block: x + attn(ln_1(x)), then x + mlp(ln_2(x)). The norms are float32."""
 
-    def __init__(self, width: int, heads: int, eps: float, init: BlockInit, *, rngs: nnx.Rngs):
-        self.ln_1 = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)
-        self.attn = SelfAttention(width, heads, init, rngs=rngs)
-        self.ln_2 = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)
-        self.mlp = MLP(width, init, rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        eps: float,
+        init: BlockInit,
+        dtype: jnp.dtype,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        norm = functools.partial(nnx.LayerNorm, width, epsilon=eps, dtype=jnp.float32, rngs=rngs)
+        self.ln_1 = norm()
+        self.attn = SelfAttention(width, heads, init, dtype, rngs=rngs)
+        self.ln_2 = norm()
+        self.mlp = MLP(width, init, dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         x = x + self.attn(self.ln_1(x), mask)
@@ -90,8 +126,7 @@ class Transformer(nnx.Module):
         *,
         eps: float,
         init: BlockInit,
-        unroll: int,
-        remat: bool = False,
+        run: Run,
         rngs: nnx.Rngs,
     ):
         """Stacks `layers` blocks.
@@ -102,15 +137,14 @@ class Transformer(nnx.Module):
           heads: K.
           eps: of the LayerNorms.
           init: initialisers of each block's kernels.
-          unroll: blocks that one iteration of the scan runs.
-          remat: keep only the input of each block for the backward pass and run it again there.
+          run: how they run.
           rngs: key of the fresh parameters.
         """
-        self.unroll, self.remat = min(unroll, layers), remat
+        self.run = run._replace(unroll=min(run.unroll, layers))
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(layer_rngs: nnx.Rngs) -> ResidualAttentionBlock:
-            return ResidualAttentionBlock(width, heads, eps, init, rngs=layer_rngs)
+            return ResidualAttentionBlock(width, heads, eps, init, run.dtype, rngs=layer_rngs)
 
         self.resblocks = stack(rngs.split(layers))
 
@@ -122,16 +156,17 @@ class Transformer(nnx.Module):
           mask: bool, broadcastable to [B, K, T, T] (queries, keys), True = may attend; or None.
 
         Returns:
-          [B, T, D].
+          [B, T, D] of the dtype that the blocks run in.
         """
         block, stacked = nnx.split(self.resblocks)
 
         def run_block(carry, params):
             return nnx.merge(block, params)(carry, mask), None
 
-        if self.remat:
+        if self.run.remat:
             run_block = jax.checkpoint(run_block)
-        return jax.lax.scan(run_block, x, stacked, unroll=self.unroll)[0]
+        x = x.astype(self.run.dtype)
+        return jax.lax.scan(run_block, x, stacked, unroll=self.run.unroll)[0]
 
 
 def causal_mask(positions: int) -> jax.Array:

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.layers import Transformer, new_block_init
+from drl_jax.models.layers import Run, Transformer, new_block_init
 
 # The reference's heads use BERT's LayerNorm, whose epsilon is not CLIP's 1e-5.
 LN_EPS = 1e-12
@@ -29,7 +29,7 @@ class SequenceTransformer(nnx.Module):
             config.clip.text_heads,
             eps=LN_EPS,
             init=new_block_init(),
-            unroll=config.scan_unroll,
+            run=Run.of(config),
             rngs=rngs,
         )
 

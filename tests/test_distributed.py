@@ -1,0 +1,183 @@
+"""Training over two real processes: the same numbers, one writer, and mistakes that end."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, error_line, run_module
+
+from drl_jax.checkpoint import Checkpoints
+from drl_jax.sharding import make_layout
+from drl_jax.state import abstract_params
+from drl_jax.workdir import load_config
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def arguments(data, workdir):
+    return (
+        "--config=configs/shapes.py:smoke",
+        f"--workdir={workdir}",
+        f"--config.data.data_dir={data}",
+        *TINY,
+    )
+
+
+def start_pair(data, workdir) -> list[subprocess.Popen]:
+    """Two processes of two devices each."""
+    port = free_port()
+    flags = ("--distributed=manual", f"--coordinator=localhost:{port}", "--num_processes=2")
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "drl_jax.train", *arguments(data, workdir), *flags),
+                f"--process_id={process}",
+                "--init_timeout=120",
+            ],
+            cwd=ROOT,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in (0, 1)
+    ]
+
+
+def wait_for(process: subprocess.Popen) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=300)
+    finally:
+        process.kill()
+
+
+def train_metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    changing = "train/examples_per_second"
+    return [{tag: value for tag, value in line.items() if tag != changing} for line in lines]
+
+
+def params_of(workdir):
+    model = load_config(workdir).model
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.find_step("latest")
+        return step, checkpoints.restore_params(step, abstract_params(model, make_layout()))
+
+
+@pytest.fixture(scope="module")
+def alone(shapes_data, tmp_path_factory):
+    """A run in one process of four devices."""
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    run_module("drl_jax.train", *arguments(shapes_data, workdir), env={"JAX_NUM_CPU_DEVICES": "4"})
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_give_what_one_gives(alone, shapes_data, tmp_path):
+    """Interrupted once (the signal reaches one of the two), resumed, equal to the end."""
+    workdir = tmp_path / "two"
+    pair = start_pair(shapes_data, workdir)
+    deadline = time.monotonic() + 300
+    while not (workdir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in pair), pair[0].communicate()
+        time.sleep(0.02)
+    pair[1].send_signal(signal.SIGTERM)
+    for process in pair:
+        _, errors = wait_for(process)
+        assert process.returncode == 1
+        assert "the same command resumes" in errors
+        assert "Traceback" not in errors
+    assert not (workdir / "result.json").exists()
+
+    pair = start_pair(shapes_data, workdir)
+    (main_output, main_errors), (other_output, other_errors) = map(wait_for, pair)
+    assert [process.returncode for process in pair] == [0, 0], (main_errors, other_errors)
+    assert "resuming" in main_output
+    assert "4 cpu device(s), 2 process(es)" in main_output
+    # The other one says nothing, but for what gloo prints.
+    assert all(line.startswith("[Gloo]") for line in other_output.splitlines()), other_output
+    assert len(list(workdir.glob("events*"))) == 2  # of the main process, before and after
+
+    found, expected = train_metrics(workdir), train_metrics(alone)
+    last = {"step": 12}
+    assert {"step": found[-1]["step"]} == {"step": expected[-1]["step"]} == last
+    # The lines of the interrupted run are means over other steps; those at the end are the same.
+    assert found[-2:] == [pytest.approx(line, rel=1e-4) for line in expected[-2:]]
+    (step, params), (expected_step, expected_params) = params_of(workdir), params_of(alone)
+    assert step == expected_step == 12
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
+        assert np.abs(one - other).max() <= 1e-4 * max(np.abs(other).max(), 1e-2)
+    results = [json.loads((run / "result.json").read_text()) for run in (workdir, alone)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_missing_peer_ends_in_one_line(shapes_data, tmp_path, process):
+    started = time.monotonic()
+    finished = run_module(
+        "drl_jax.train",
+        *arguments(shapes_data, tmp_path / "run"),
+        "--distributed=manual",
+        f"--coordinator=localhost:{free_port()}",
+        "--num_processes=2",
+        f"--process_id={process}",
+        "--init_timeout=3",
+        check=False,
+    )
+    message = {
+        0: r"not all 2 processes came to localhost:\d+ within 3 s",
+        1: r"process 0 does not answer on --coordinator=localhost:\d+",
+    }
+    assert re.search(message[process], error_line(finished))
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--distributed=manual"], "needs --coordinator too"),
+        (["--num_processes=2"], "--num_processes goes with --distributed=manual"),
+        (["--local_device_ids=0"], "--local_device_ids goes with --distributed=auto or manual"),
+        (["--distributed=auto"], "the processes of the run cannot be joined"),
+        (["--distributed=some"], "--distributed"),
+        (["manual", "--coordinator=nowhere", "--process_id=0"], "is HOST:PORT, not 'nowhere'"),
+        (["manual", "--coordinator=localhost:1", "--process_id=2"], "is not one of 0 to 1"),
+        (["manual", "--coordinator=no.invalid:99", "--process_id=1"], "no.invalid:99"),
+    ],
+)
+def test_wrong_flags_are_one_line(shapes_data, tmp_path, flags, message):
+    if flags[0] == "manual":
+        flags = ["--distributed=manual", "--num_processes=2", *flags[1:]]
+    finished = run_module(
+        "drl_jax.train", *arguments(shapes_data, tmp_path / "run"), *flags, check=False
+    )
+    assert message in error_line(finished)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken(shapes_data, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        finished = run_module(
+            "drl_jax.train",
+            *arguments(shapes_data, tmp_path / "run"),
+            *("--distributed=manual", f"--coordinator=localhost:{port}", "--num_processes=2"),
+            "--process_id=0",
+            check=False,
+        )
+    assert f"port {port} of --coordinator=localhost:{port} is taken here" in error_line(finished)
