@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from drl_jax.config import Config, ConfigError
-from drl_jax.data.batches import pad_frames
+from drl_jax.data.frames import pad_frames
 from drl_jax.data.records import Split, VideoDataset
 from drl_jax.distributed import is_main
 from drl_jax.metrics import pair_accuracy, retrieval_metrics

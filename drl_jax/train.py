@@ -118,10 +118,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
         if total_steps == 0 and resumed is None:
             evaluate_and_save(0, state)
-        stream = batches.iterate(start, jax.process_index(), jax.process_count())
+        stream = batches.on_devices(start, layout)
         stopping = False
         for step in range(start + 1, total_steps + 1):
-            state, scalars = step_function(state, layout.put_rows(next(stream)))
+            state, scalars = step_function(state, next(stream))
             log.train_step(step, scalars)
             if jax.process_count() == 1 or _is_due(step, config.train.log_every):
                 stopping = any_process(stop.pending)  # all stop after the same step

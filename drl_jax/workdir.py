@@ -12,6 +12,7 @@ from drl_jax.errors import UserError
 
 # Fields that may change between the parts of an interrupted run: they change no number.
 _FREE_FIELDS = (
+    "data.cache",
     "data.data_dir",
     "data.num_threads",
     "data.build_if_absent",

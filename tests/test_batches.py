@@ -1,10 +1,14 @@
 import dataclasses
+import os
 
+import jax
 import numpy as np
 import pytest
 
-from drl_jax.data.batches import TrainBatches, load_split, pad_frames
+from drl_jax.data.batches import TrainBatches, load_split
+from drl_jax.data.frames import pad_frames
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+from drl_jax.sharding import make_layout
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,7 @@ def test_processes_share_the_batch_that_one_would_have(dataset, shapes_config):
     (whole,) = take(make(dataset, shapes_config), 5, 1)
     parts = [take(make(dataset, shapes_config), 5, 1, p, 4)[0] for p in range(4)]
     for name, array in whole.items():
-        interleaved = np.stack([part[name] for part in parts], axis=1).reshape(array.shape)
-        np.testing.assert_array_equal(interleaved, array)
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
 
 
 def test_an_epoch_shows_every_video_once_in_a_new_order(dataset, shapes_config):
@@ -109,3 +112,30 @@ def test_a_missing_dataset_says_how_to_build_it(shapes_config, tmp_path):
 def test_a_missing_split_names_those_there_are(dataset):
     with pytest.raises(DatasetError, match="no split 'train_9k'; it has train, val, test"):
         dataset.split("train_9k")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("cache", ["none", "memory", "device"])
+def test_every_cache_gives_the_same_batches(dataset, shapes_config, cache, devices):
+    expected = take(make(dataset, shapes_config), 9, 4)
+    layout = make_layout(jax.devices()[:devices])
+    stream = make(dataset, shapes_config, cache=cache).on_devices(9, layout)
+    found = [next(stream) for _ in expected]
+    assert_same(found, expected)
+    assert_same(expected, found)
+    for array in found[0].values():
+        assert array.sharding.is_equivalent_to(layout.rows, array.ndim)
+
+
+def test_a_full_memory_cache_reads_nothing(dataset, shapes_config, monkeypatch):
+    batches = make(dataset, shapes_config, cache="memory")
+    expected = take(batches, 0, 12)  # an epoch
+    monkeypatch.setattr(dataset, "read_frames", None)
+    found = take(batches, 0, 12)
+    assert_same(found, expected)
+
+
+def test_a_cache_that_does_not_fit_is_refused(dataset, shapes_config, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(DatasetError, match=r"cache=memory: 192 videos take 0.0 GB.* 0.0 GB free"):
+        make(dataset, shapes_config, cache="memory")

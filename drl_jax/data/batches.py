@@ -8,10 +8,13 @@ import hashlib
 from collections.abc import Iterator
 
 import grain
+import jax
 import numpy as np
 
 from drl_jax.config import DataConfig
+from drl_jax.data.frames import DeviceFrames, DiskFrames, MemoryFrames, to_devices
 from drl_jax.data.records import DatasetError, Split, VideoDataset
+from drl_jax.sharding import Layout
 from drl_jax.tokenizer import tokenize
 
 HOLDOUT = "holdout"
@@ -49,13 +52,6 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
     return Split(whole.videos[kept], captions, np.zeros((0, 2), np.int32))
 
 
-def pad_frames(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [F, H, W, 3] -> [max_frames, H, W, 3], padded with black, and bool [max_frames]."""
-    padding = max_frames - len(frames)
-    mask = np.arange(max_frames) < len(frames)
-    return np.pad(frames, ((0, padding), (0, 0), (0, 0), (0, 0))), mask
-
-
 class TrainBatches:
     """The training batches from any step on.
 
@@ -66,13 +62,14 @@ class TrainBatches:
     def __init__(
         self, dataset: VideoDataset, split: Split, config: DataConfig, batch_size: int, seed: int
     ):
-        """Tokenises the captions.
+        """Tokenises the captions; `config.cache` says where frames come from.
 
         Raises:
-          DatasetError: the split has fewer examples than a batch.
+          DatasetError: the split has fewer examples than a batch, or does not fit in the cache.
         """
         owners, captions = split.caption_pairs()
-        self._dataset, self._config, self._seed = dataset, config, seed
+        self._dataset, self._split, self._config, self._seed = dataset, split, config, seed
+        self._owners = owners
         self._videos = split.videos[owners]
         self._text_ids, self._text_mask = tokenize(captions, config.max_words)
         # First caption and number of captions of each video.
@@ -85,14 +82,39 @@ class TrainBatches:
                 f"{config.train_split} has {self.num_examples} examples, fewer than a batch"
                 f" (config.train.batch_size={batch_size})"
             )
+        self._frames = DiskFrames(dataset, config.max_frames)
+        if config.cache == "memory":
+            self._frames = MemoryFrames(dataset, np.unique(split.videos), config.max_frames)
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches of an epoch; the few examples left over wait for the next shuffle."""
         return self.num_examples // self._batch_size
 
+    def on_devices(self, start_step: int, layout: Layout) -> Iterator[dict[str, jax.Array]]:
+        """The global batches from `start_step` on, without end, on the devices.
+
+        Raises:
+          DatasetError: the frames do not fit on the devices, with `config.cache` = "device".
+        """
+        fill = None
+        if self._config.cache == "device":
+            fill = DeviceFrames(
+                self._dataset,
+                self._split.videos,
+                self._config.max_frames,
+                layout,
+                self._config.num_threads,
+            ).fill
+        stream = self.iterate(start_step, jax.process_index(), jax.process_count())
+        yield from to_devices(stream, layout, fill)
+
     def iterate(self, start_step: int, process: int, processes: int) -> Iterator[dict]:
-        """This process's part of each batch from `start_step` on, without end."""
+        """This process's part of each batch from `start_step` on, without end.
+
+        With `config.cache` = "device" it has `video` int32 [B], the place of the video in the
+        split, instead of frames.
+        """
         epoch_size = self.steps_per_epoch * self._batch_size
         examples = (
             grain.MapDataset.range(self.num_examples)
@@ -112,12 +134,8 @@ class TrainBatches:
         pair = example
         if not self._config.expand_captions:
             pair = self._firsts[example] + rng.integers(self._counts[example])
-        frames, mask = pad_frames(
-            self._dataset.read_frames(self._videos[pair]), self._config.max_frames
-        )
-        return {
-            "text_ids": self._text_ids[pair],
-            "text_mask": self._text_mask[pair],
-            "frames": frames,
-            "frame_mask": mask,
-        }
+        text = {"text_ids": self._text_ids[pair], "text_mask": self._text_mask[pair]}
+        if self._config.cache == "device":
+            return {**text, "video": self._owners[pair]}
+        frames, mask = self._frames.read(self._videos[pair])
+        return {**text, "frames": frames, "frame_mask": mask}
