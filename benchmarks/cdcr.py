@@ -6,9 +6,7 @@ Forward and backward, float32. Each way runs in a process of its own, whose peak
 reported beside that of the idle process. Needs jax, flax and optax only.
 """
 
-import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import arguments, peak_memory, report
 from drl_jax import losses
 
 
@@ -52,7 +51,7 @@ def measure(way: str, batch: int, words: int, frames: int, width: int, repeats: 
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     arrays = features(words), features(frames)
-    idle = _resident_gb()
+    idle = peak_memory() / 1e9
     value, _ = jax.block_until_ready(step(*arrays))
     seconds = []
     for _ in range(repeats):
@@ -62,33 +61,29 @@ def measure(way: str, batch: int, words: int, frames: int, width: int, repeats: 
     return {
         "loss": float(value),
         "seconds": round(min(seconds), 4),
-        "peak_memory_gb": round(_resident_gb(), 2),
+        "peak_memory_gb": round(peak_memory() / 1e9, 2),
         "idle_memory_gb": round(idle, 2),
     }
 
 
-def _resident_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser("benchmarks.cdcr", description=__doc__.splitlines()[0])
+    parser = arguments("cdcr", __doc__.splitlines()[0])
     sizes = {"batch": 128, "words": 32, "frames": 12, "width": 512, "repeats": 3}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--way", choices=("product", "tensor"), help="measure one, here")
-    options = vars(parser.parse_args())
-    if options["way"]:
-        print(json.dumps(measure(**options)))
+    options = parser.parse_args()
+    sizes = {name: getattr(options, name) for name in sizes}
+    if options.way:
+        print(json.dumps(measure(options.way, **sizes)))
         return
-    result = {"benchmark": "cdcr", **{name: options[name] for name in sizes}}
-    flags = [f"--{name}={options[name]}" for name in sizes]
+    rows = []
+    flags = [f"--{name}={value}" for name, value in sizes.items()]
     for way in ("product", "tensor"):
         command = [sys.executable, "-m", "benchmarks.cdcr", *flags, f"--way={way}"]
-        finished = subprocess.run(command, capture_output=True, text=True, check=True)
-        result[way] = json.loads(finished.stdout)
-    device = jax.devices()[0]
-    print(json.dumps({**result, "device": device.device_kind, "jax": jax.__version__}))
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append({"way": way, **json.loads(finished.stdout)})
+    report(rows, options, **sizes)
 
 
 if __name__ == "__main__":

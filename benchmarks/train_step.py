@@ -1,22 +1,21 @@
 """Time, arithmetic rate and memory of one training step.
 
-    python -m benchmarks.train_step --batch=4
+    python -m benchmarks.train_step [--models=32,16] [--dtypes=float32,bfloat16] [--batches=4,8]
 
-Needs jax, flax, optax and numpy only. Prints one JSON object; `fraction_of_matmul` sets the step's
-rate against that of a large matrix product measured in the same process.
+Needs jax, flax, optax and numpy only. `fraction_of_matmul` sets the step's rate against that of a
+large matrix product of the same dtype in the same process; of several rows, `peak_memory_gb` is the
+peak so far.
 """
 
-import argparse
-import json
-import resource
+import itertools
 import statistics
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import arguments, matmul_rate, peak_memory, report
 from drl_jax.config import ClipConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.optim import make_optimizer
 from drl_jax.sharding import make_layout
@@ -49,21 +48,9 @@ def train_step_flops(config: ModelConfig, batch: int, frames: int, words: int) -
     return 3 * (batch * pair + interaction)
 
 
-def matmul_rate(repeats: int = 5) -> float:
-    """Floating-point operations a second of a large square float32 matrix product."""
-    size = 3072 if jax.default_backend() == "cpu" else 16384
-    a = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
-def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int) -> dict[str, Any]:
+def measure(
+    config: ModelConfig, batch: int, frames: int, words: int, steps: int, microbatch: int
+) -> dict[str, Any]:
     """Compiles and times the training step on random input."""
     layout = make_layout()
     tx = make_optimizer(OptimConfig(), total_steps=1000)
@@ -78,60 +65,63 @@ def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int
     }
     data = layout.put_rows(arrays)
     start = time.perf_counter()
-    step = make_train_step(config, LossConfig(), tx, layout).lower(state, data).compile()
+    step = make_train_step(config, LossConfig(), tx, layout, microbatch=microbatch)
+    step = step.lower(state, data).compile()
     compile_seconds = time.perf_counter() - start
 
-    seconds = []
+    taken = []
     for _ in range(steps + 1):
         start = time.perf_counter()
         state, scalars = step(state, data)
         jax.block_until_ready((state, scalars))
-        seconds.append(time.perf_counter() - start)
-    step_seconds = statistics.median(seconds[1:])  # the first one warms up
+        taken.append(time.perf_counter() - start)
+    step_seconds = statistics.median(taken[1:])  # the first one warms up
     flops = train_step_flops(config, batch, frames, words)
-    matmul = matmul_rate()
+    matmul = matmul_rate(config.dtype) * jax.device_count()
     return {
+        "model": f"ViT-B/{config.clip.vision_patch_size}",
+        "dtype": config.dtype,
         "batch": batch,
-        "frames": frames,
-        "words": words,
+        "microbatch": microbatch,
+        "remat": config.remat,
         "step_seconds": round(step_seconds, 4),
         "pairs_per_second": round(batch / step_seconds, 3),
         "tflops_per_second": round(flops / step_seconds / 1e12, 4),
         "matmul_tflops_per_second": round(matmul / 1e12, 4),
         "fraction_of_matmul": round(flops / step_seconds / matmul, 3),
         "compile_seconds": round(compile_seconds, 1),
-        "peak_memory_gb": round(_peak_memory() / 1e9, 2),
+        "peak_memory_gb": round(peak_memory() / 1e9, 2),
     }
 
 
-def _peak_memory() -> int:
-    """Bytes: the device's own count, or this process's resident memory where it has none."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser("benchmarks.train_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=4)
+    parser = arguments("train_step", __doc__.splitlines()[0])
+    parser.add_argument("--models", default="32", help="patch sizes of ViT-B: 32, 16 or 32,16")
+    parser.add_argument("--dtypes", default="float32", help="float32, bfloat16 or both")
+    parser.add_argument("--batches", default="4", help="pairs; several are a sweep")
+    parser.add_argument("--microbatch", type=int, default=0)
+    parser.add_argument("--remat", action="store_true")
     parser.add_argument("--frames", type=int, default=12)
     parser.add_argument("--words", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after a warm-up")
     parser.add_argument("--scan_unroll", type=int, default=ModelConfig.scan_unroll)
     options = parser.parse_args()
-    config = ModelConfig(clip=ClipConfig(), scan_unroll=options.scan_unroll)
-    device = jax.devices()[0]
-    result = {
-        "benchmark": "train_step",
-        "model": "ViT-B/32",
-        "dtype": "float32",
-        "scan_unroll": options.scan_unroll,
-        "device": f"{jax.device_count()} x {device.device_kind}",
-        "jax": jax.__version__,
-        **measure(config, options.batch, options.frames, options.words, options.steps),
-    }
-    print(json.dumps(result))
+    rows = []
+    for patch, dtype, batch in itertools.product(
+        options.models.split(","), options.dtypes.split(","), options.batches.split(",")
+    ):
+        config = ModelConfig(
+            clip=ClipConfig(vision_patch_size=int(patch)),
+            dtype=dtype,
+            remat=options.remat,
+            scan_unroll=options.scan_unroll,
+        )
+        microbatch = options.microbatch if options.microbatch < int(batch) else 0
+        rows.append(
+            measure(config, int(batch), options.frames, options.words, options.steps, microbatch)
+        )
+    settings = {name: getattr(options, name) for name in ("frames", "words", "scan_unroll")}
+    report(rows, options, **settings)
 
 
 if __name__ == "__main__":

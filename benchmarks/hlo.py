@@ -1,0 +1,55 @@
+"""Reads what a compiled program sends between devices from its HLO text."""
+
+import math
+import re
+from collections import Counter
+
+_BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+_COLLECTIVE = re.compile(
+    r"= (?P<result>.+?) "
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+def collective_bytes(hlo: str) -> dict[str, int]:
+    """Bytes of the results of each kind of collective on one device in one run of the program.
+
+    What stands in a loop counts as often as the loop runs.
+
+    Args:
+      hlo: `compiled.as_text()`.
+
+    Returns:
+      {"all-reduce": bytes, ...}.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = header[2]
+            bodies[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            bodies[name].append(line)
+
+    total: Counter[str] = Counter()
+
+    def walk(computation: str, times: int) -> None:
+        for line in bodies[computation]:
+            if found := _COLLECTIVE.search(line):
+                total[found["kind"]] += times * _array_bytes(found["result"])
+            for called in re.findall(r"(?:body|to_apply|calls)=%?([\w.\-]+)", line):
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                walk(called, times * (int(trips[1]) if " while(" in line and trips else 1))
+
+    walk(entry, 1)
+    return dict(total)
+
+
+def _array_bytes(shape: str) -> int:
+    """Of one array, `f32[8,4]{1,0}`, or of a tuple of them."""
+    return sum(
+        _BYTES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        if dtype in _BYTES
+    )
