@@ -97,7 +97,16 @@ class TokenWeight(nnx.Module):
         """feat [B, L, D] *before* normalisation, mask bool [B, L] -> weights float32 [B, L]."""
         for layer in self.fc[:-1]:
             feat = jax.nn.relu(layer(feat))
-        return masked_softmax(self.fc[-1](feat)[..., 0], mask)
+        return masked_softmax(_shifted(self.fc[-1], feat)[..., 0], mask)
+
+
+def _shifted(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """A linear layer whose bias adds the same to everything that a softmax then compares.
+
+    The loss cannot see that bias. What would reach it as a gradient is rounding, which Adam enlarges
+    and which differs between device counts; so it gets none.
+    """
+    return x @ layer.kernel[...] + jax.lax.stop_gradient(layer.bias[...])
 
 
 class CrossTransformer(nnx.Module):
@@ -143,11 +152,7 @@ class CrossTransformer(nnx.Module):
         mask = jnp.broadcast_to(mask, (texts, *mask.shape)).reshape(-1, 1, 1, 1 + length)
         x = self.transformer(x.reshape(-1, 1 + length, width), mask)  # [A*B, 1+F, D]
         pooled = quick_gelu(self.dense(self.ln_pool(x)[:, 0]))
-        # The bias adds the same to every logit, which the loss cannot see: what would reach it as a
-        # gradient is rounding, and Adam would enlarge it.
-        bias = jax.lax.stop_gradient(self.similarity_dense.bias[...])
-        sim_matrix = pooled @ self.similarity_dense.kernel[...] + bias
-        return sim_matrix.reshape(texts, videos)
+        return _shifted(self.similarity_dense, pooled).reshape(texts, videos)
 
 
 INTERACTIONS = {
