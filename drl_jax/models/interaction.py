@@ -103,8 +103,8 @@ class TokenWeight(nnx.Module):
 def _shifted(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     """A linear layer whose bias adds the same to everything that a softmax then compares.
 
-    The loss cannot see that bias. What would reach it as a gradient is rounding, which Adam enlarges
-    and which differs between device counts; so it gets none.
+    The loss cannot see that bias. What would reach it as a gradient is rounding, which Adam
+    enlarges and which differs between device counts; so it gets none.
     """
     return x @ layer.kernel[...] + jax.lax.stop_gradient(layer.bias[...])
 
