@@ -159,22 +159,19 @@ def to_devices(
     layout: Layout,
     fill: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices, the next one under way while a step runs.
+    """Batches on the devices.
+
+    Steps are asynchronous: a batch is read and sent while the step before it runs, as long as the
+    caller does not wait for that step first.
 
     Args:
       stream: this process's rows of each batch.
       layout: of the batches.
       fill: completes a batch on the devices (`DeviceFrames.fill`).
     """
-
-    def send() -> dict[str, jax.Array]:
-        batch = layout.put_rows(next(stream))
-        return fill(batch) if fill else batch
-
-    following = send()  # transfers are asynchronous: this returns at once
-    while True:
-        batch, following = following, send()
-        yield batch
+    for rows in stream:
+        batch = layout.put_rows(rows)
+        yield fill(batch) if fill else batch
 
 
 def _check_room(videos: int, shape: tuple, free: int, cache: str, place: str) -> None:
