@@ -246,10 +246,12 @@ def test_a_mistake_is_one_line(shapes_data, tmp_path, flag, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_devices_do_not_divide(shapes_data, tmp_path):
-    arguments = train_arguments(shapes_data, tmp_path / "run", "--config.train.batch_size=30")
+@pytest.mark.parametrize(("name", "pairs"), [("batch_size", 30), ("microbatch", 4)])
+def test_a_batch_that_devices_do_not_divide(shapes_data, tmp_path, name, pairs):
+    flag = f"--config.train.{name}={pairs}"
+    arguments = train_arguments(shapes_data, tmp_path / "run", flag)
     process = run_module("drl_jax.train", *arguments, check=False, env={"JAX_NUM_CPU_DEVICES": "8"})
-    assert "config.train.batch_size=30 does not divide over 8 devices" in error_line(process)
+    assert f"config.train.{name}={pairs} does not divide over 8 devices" in error_line(process)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shapes_data, tmp_path):
