@@ -119,8 +119,9 @@ class DataConfig:
     # Threads that read frames ahead of the step.
     num_threads: int = 4
     # Where the frames of the training split stay once they were read. none: on disk, read anew each
-    # epoch. memory: in each process's memory, decoded (max_frames x 3 x resolution^2 bytes a video).
-    # device: the same, split over the accelerators, where batches are gathered; read at the start.
+    # epoch. memory: in each process's memory, decoded (max_frames x 3 x resolution^2 bytes a
+    # video). device: the same, split over the accelerators, where batches are gathered; read at
+    # the start.
     cache: str = "none"
     # Build the dataset first if it is absent. Only `shapes` needs no source files.
     build_if_absent: bool = False
