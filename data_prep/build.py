@@ -2,16 +2,16 @@
 
 python -m data_prep.build shapes --data_dir=data
 python -m data_prep.build msrvtt --videos=DIR --annotations=DIR --data_dir=data
+python -m data_prep.build custom --videos=DIR --annotations=FILE --data_dir=data
 """
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
@@ -21,105 +21,120 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import tensorflow_datasets as tfds
 
-from data_prep.msrvtt.msrvtt_dataset_builder import Builder as Msrvtt
-from data_prep.retrieval_builder import RetrievalBuilder, StorageConfig
+from data_prep import estimate
+from data_prep.command import add_source_flags, form_of, report_errors
+from data_prep.datasets import builder_class, dataset_names
+from data_prep.manifest import describe_split
+from data_prep.quarantine import quarantine_file, read_quarantine
+from data_prep.retrieval_builder import DECODE_TIMEOUT, StorageConfig
 from data_prep.shapes import shapes_dataset_builder as shapes
-from drl_jax.data.records import FORMAT_VERSION
-from drl_jax.errors import UserError
-
-BUILDERS: dict[str, type[RetrievalBuilder]] = {"msrvtt": Msrvtt, "shapes": shapes.Builder}
-_DEFAULT_FORMS = {"msrvtt": (224, 12, "jpeg"), "shapes": (64, 4, "raw")}
+from data_prep.video_folder import Plan, make_plan
+from drl_jax.data.records import FORMAT_VERSION, MANIFEST
 
 
 def build(
     dataset: str,
-    *,
-    videos: Path,
-    annotations: Path,
+    plan: Plan,
     data_dir: Path,
-    form: tuple[int, int, str] | None = None,
-) -> RetrievalBuilder:
-    """Decodes and stores a dataset.
+    form: tuple[int, int, str],
+    *,
+    timeout: float = DECODE_TIMEOUT,
+    keep_cache: bool | None = None,
+) -> Path:
+    """Decodes and stores a dataset. What an earlier build decoded, even a killed one, is used.
 
     Args:
-      dataset: a key of BUILDERS.
-      videos: directory of the video files.
-      annotations: directory of the annotation files.
+      dataset: one of `dataset_names()`.
+      plan: what to store.
       data_dir: where the dataset goes.
-      form: side of the frames in pixels, frames a video at most, and "jpeg" or "raw"; None for the
-        dataset's default. A dataset that is built already in this form is built again.
+      form: side of the frames in pixels, frames a video at most, and "jpeg" or "raw". A dataset
+        that is built already in this form is built again.
+      timeout: seconds that a video may take.
+      keep_cache: whether decoded frames stay for a later build; None for the dataset's default.
 
     Returns:
-      The builder; it says where the dataset lies (`data_dir`) and what it left out (`unusable`).
+      The dataset's directory.
 
     Raises:
-      UserError: nothing can be built. The data directory is as it was before.
+      UserError: nothing can be built. A dataset that was there before is as it was.
     """
-    storage = StorageConfig.of(*(form or _DEFAULT_FORMS[dataset]))
+    cls = builder_class(dataset)
+    storage = StorageConfig.of(*form)
     target = data_dir / dataset / storage.name / FORMAT_VERSION
-    with _replacing(target):
-        builder = BUILDERS[dataset](
-            videos=videos,
-            annotations=annotations,
-            data_dir=data_dir,
-            config=storage,
-            file_format="array_record",
-        )
-        # TFDS announces a download that does not happen.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
-        if builder.unusable:
-            (target / "unusable.json").write_text(json.dumps(builder.unusable, indent=1))
-    return builder
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[None]:
-    """Moves what stands in the way aside, and puts it back if the new dataset fails."""
-    previous = target.with_name(f"previous.{target.name}")
-    if target.exists():
-        target.rename(previous)
+    _tidy(target)
+    # Not in its place until it is whole: whatever happens, what is built already stays.
+    unfinished = target.parent / "unfinished"
+    cache = data_dir / "cache" / dataset
+    builder = cls(data_dir=unfinished, config=storage, file_format="array_record")
     try:
-        yield
-    except BaseException:
-        for unfinished in target.parent.glob(f"*incomplete*{target.name}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        if previous.exists():
-            previous.rename(target)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
+        builder.store(plan, cache, timeout)
+        _replace(target, Path(builder.data_dir))
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if not (cls.KEEPS_CACHE if keep_cache is None else keep_cache):
+        shutil.rmtree(cache, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            cache.parent.rmdir()  # unless other datasets have theirs there
+    return target
 
 
-def _report(builder: RetrievalBuilder) -> None:
-    for name, use in builder.missing_files.items():
+def _previous(target: Path) -> Path:
+    return target.with_name(f"previous.{target.name}")
+
+
+def _replace(target: Path, new: Path) -> None:
+    if target.exists():
+        target.rename(_previous(target))
+    new.rename(target)
+    shutil.rmtree(_previous(target), ignore_errors=True)
+
+
+def _tidy(target: Path) -> None:
+    """Removes what a build left that was killed; one killed in `_replace` gets its dataset back."""
+    if _previous(target).exists() and not target.exists():
+        _previous(target).rename(target)
+    for left in (_previous(target), target.parent / "unfinished"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def announce(dataset: str, plan: Plan, data_dir: Path, form: tuple[int, int, str]) -> None:
+    """Prints what a build is going to do and how much room that takes, before it starts."""
+    stored = estimate.in_words(estimate.stored_bytes(len(plan.clips) * form[1], form))
+    print(
+        f"{dataset}: {len(plan.clips):,} of {len(plan.annotations.video_ids()):,} annotated videos"
+        f" are there; as {StorageConfig.of(*form).name} they take up to {stored}, and the cache of"
+        f" decoded frames as much again; {data_dir} has"
+        f" {estimate.in_words(estimate.free_bytes(data_dir))} free",
+        flush=True,
+    )
+
+
+def report(target: Path) -> None:
+    """Prints what was built, from its manifest."""
+    manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    for name, use in manifest["missing_files"].items():
         print(f"built without the annotation file {name} ({use}): it is absent")
-    splits = builder.info.metadata["splits"]
-    print(f"built {builder.data_dir}: {len(builder.info.metadata['video_ids'])} videos")
-    for name, split in splits.items():
-        captions = sum(map(len, split["captions"]))
-        print(f"  {name}: {len(split['videos'])} videos, {captions} captions")
-    if unusable := builder.unusable:
-        print(f"left out {len(unusable)} videos (all in {builder.data_dir}/unusable.json):")
-        for video, reason in list(unusable.items())[:10]:
+    print(f"built {target}: {manifest['videos']:,} videos")
+    for name, split in manifest["splits"].items():
+        print(f"  {describe_split(name, split)}")
+    if left_out := manifest["left_out"]:
+        print(f"left out {len(left_out)} videos (all in {target / MANIFEST}):")
+        for video, reason in list(left_out.items())[:10]:
             print(f"  {video}: {reason}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "data_prep.build",
-        description=__doc__.splitlines()[0],
-    )
-    parser.add_argument("dataset", choices=sorted(BUILDERS))
-    parser.add_argument("--videos", type=Path, help="folder of the video files")
-    parser.add_argument("--annotations", type=Path, help="folder of the annotation files")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets go")
-    parser.add_argument("--image_size", type=int, help="side of the stored frames, pixels")
-    parser.add_argument("--max_frames", type=int, help="stored frames a video, at most")
-    parser.add_argument("--storage", choices=("jpeg", "raw"), help="jpeg: small; raw: exact")
+    parser = argparse.ArgumentParser("data_prep.build", description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", choices=dataset_names())
+    add_source_flags(parser, required=False)
     parser.add_argument("--size", choices=sorted(shapes.SIZES), help="shapes only: how many clips")
     parser.add_argument("--overwrite", action="store_true", help="build again what is built")
+    parser.add_argument(
+        "--discard_cache",
+        action="store_true",
+        help="delete the decoded frames of each video after the build; a later build with other"
+        " annotations then decodes all again",
+    )
     options = parser.parse_args(arguments)
     if options.dataset == "shapes":
         if options.videos or options.annotations:
@@ -127,7 +142,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         source = options.data_dir / "source" / f"shapes_{options.size or 'full'}"
         options.videos, options.annotations = source / "videos", source
     elif not options.videos or not options.annotations:
-        parser.error(f"{options.dataset} needs --videos=DIR and --annotations=DIR")
+        kind = "FILE" if options.dataset == "custom" else "DIR"
+        parser.error(f"{options.dataset} needs --videos=DIR and --annotations={kind}")
     elif options.size:
         parser.error("--size is for shapes only")
     return options
@@ -138,37 +154,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logging.set_verbosity(logging.ERROR)  # TFDS warns of every form it was not shipped with
     tfds.disable_progress_bar()
-    default = _DEFAULT_FORMS[options.dataset]
-    form = (
-        options.image_size or default[0],
-        options.max_frames or default[1],
-        options.storage or default[2],
-    )
+    form = form_of(options)
     target = options.data_dir / options.dataset / StorageConfig.of(*form).name / FORMAT_VERSION
     if target.exists() and not options.overwrite:
         print(f"{target} is built already; --overwrite builds it again")
         return 0
-    try:
+
+    def run() -> int:
         if options.dataset == "shapes":
             shapes.draw_dataset(options.annotations, options.size or "full")
-        builder = build(
+        quarantine = quarantine_file(options.data_dir, options.dataset)
+        reasons = read_quarantine(quarantine)
+        if reasons:
+            print(f"{quarantine} keeps {len(reasons)} videos out")
+        annotations = builder_class(options.dataset).read_annotations(options.annotations)
+        plan = make_plan(annotations, options.videos, reasons)
+        announce(options.dataset, plan, options.data_dir, form)
+        built = build(
             options.dataset,
-            videos=options.videos,
-            annotations=options.annotations,
-            data_dir=options.data_dir,
-            form=form,
+            plan,
+            options.data_dir,
+            form,
+            timeout=options.timeout,
+            keep_cache=False if options.discard_cache else None,
         )
-    except UserError as error:
-        print(f"data_prep.build: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "data_prep.build: interrupted; no dataset was stored, the same command starts over",
-            file=sys.stderr,
-        )
-        return 130
-    _report(builder)
-    return 0
+        report(built)
+        return 0
+
+    return report_errors(
+        "data_prep.build", run, "what was decoded is kept, and the same command goes on"
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from drl_jax import command, distributed
 from drl_jax.checkpoint import SELECTION_METRIC, Checkpoints
 from drl_jax.config import Config, ConfigError, TrainConfig
 from drl_jax.data.batches import TrainBatches, load_split
-from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.data.records import MANIFEST, VideoDataset, dataset_dir
 from drl_jax.distributed import any_process, is_main
 from drl_jax.errors import UserError
 from drl_jax.evaluation import Evaluator
@@ -107,7 +107,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         del brought
         start = int(state.step)
         log = _Log(workdir, config, start, total_steps)
-        log.announce(len(dataset), batches.num_examples, layout)
+        log.announce(dataset, batches.num_examples, layout)
 
         # ---------------------------------------------------------------- the loop
         def evaluate_and_save(step: int, state: TrainState) -> None:
@@ -201,15 +201,24 @@ class _Log:
         )
         self._status: dict[str, str] = {}
 
-    def announce(self, videos: int, examples: int, layout: Layout) -> None:
+    def announce(self, dataset: VideoDataset, examples: int, layout: Layout) -> None:
         if not is_main():
             return
         devices = layout.mesh.devices
         tqdm.write(
-            f"{self._config.data.dataset}: {videos} videos, {examples} examples an epoch;"
+            f"{self._config.data.dataset}: {len(dataset)} videos, {examples} examples an epoch;"
             f" {devices.size} {devices.flat[0].platform} device(s),"
             f" {jax.process_count()} process(es)"
         )
+        if manifest := dataset.manifest:
+            annotations = ", ".join(
+                f"{name} {digest[:8]}" for name, digest in manifest["annotations"].items()
+            )
+            tqdm.write(
+                f"made of {annotations}; content {manifest['content'][:8]}, decoded by PyAV"
+                f" {manifest['versions']['av']}, {len(manifest['left_out'])} videos left out"
+                f" ({dataset.directory / MANIFEST})"
+            )
 
     def train_step(self, step: int, scalars: dict[str, jax.Array]) -> None:
         """Waits for the step before this one, so that the host is one step ahead, not hundreds."""

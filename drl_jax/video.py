@@ -5,6 +5,9 @@ decoder can: one sequential pass of one thread, frames counted as decoded, no se
 wrong frames in files with edit lists or B-frames in AVI), swscale's default flags.
 """
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -12,26 +15,41 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+# What counts as a video file in a folder.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv"),
+    *(".flv", ".mpg", ".mpeg", ".3gp", ".ogv", ".gif"),
+)
+# Seconds from the start of a video: from, to.
+Span = tuple[float, float]
 # Beyond this ratio of sides the resize to a square's short side would not fit in memory.
 _MAX_ASPECT_RATIO = 64
+# Black in a video's limited range decodes to a few levels above 0.
+_BLACK_LEVEL = 8
 
 
 class VideoError(ValueError):
     """A file that gives no frames; the message says why, without the path."""
 
 
-def sample_positions(n_frames: int, fps: float, max_frames: int) -> list[int]:
+def sample_positions(
+    n_frames: int, fps: float, max_frames: int, span: Span | None = None
+) -> list[int]:
     """Which frames to take: one a second, thinned out evenly if these are too many.
 
     Args:
       n_frames: frames of the video.
       fps: its average rate; the stride is this number rounded (the reference's), at least 1.
       max_frames: how many to return at most.
+      span: only from the frame at its start to the frame at its end, that one included.
 
     Returns:
-      Increasing frame numbers.
+      Increasing frame numbers; none if the span starts after the last frame.
     """
-    positions = range(0, n_frames, max(1, round(fps)))
+    first, last = 0, n_frames - 1
+    if span is not None:
+        first, last = int(span[0] * fps), min(int(span[1] * fps), last)
+    positions = range(first, last + 1, max(1, round(fps)))
     if len(positions) <= max_frames:
         return list(positions)
     return [positions[i] for i in np.linspace(0, len(positions) - 1, num=max_frames, dtype=int)]
@@ -62,7 +80,7 @@ def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def read_frames(path: Path, max_frames: int, size: int) -> np.ndarray:
+def read_frames(path: Path, max_frames: int, size: int, span: Span | None = None) -> np.ndarray:
     """Decodes a video's sampled frames.
 
     Damaged packets are skipped; a file that ends early gives the frames it has.
@@ -71,6 +89,7 @@ def read_frames(path: Path, max_frames: int, size: int) -> np.ndarray:
       path: any file that FFmpeg reads.
       max_frames: see `sample_positions`.
       size: side of the square frames, pixels.
+      span: only this part of the video.
 
     Returns:
       uint8 [F, size, size, 3], 1 <= F <= max_frames.
@@ -78,19 +97,91 @@ def read_frames(path: Path, max_frames: int, size: int) -> np.ndarray:
     Raises:
       VideoError: no frame could be decoded; the message says why.
     """
-    try:
+    with _readable():
         n_frames, fps = _count_frames(path)
-        positions = sample_positions(n_frames, fps, max_frames)
-        frames = _decode_positions(path, positions, size)
-    except (av.error.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"cannot be read as a video ({reason})") from error
+        positions = sample_positions(n_frames, fps, max_frames, span)
+        if n_frames and not positions:
+            raise VideoError(
+                f"its span {span[0]:g}-{span[1]:g} s lies outside the file ({n_frames / fps:.1f} s)"
+            )
+        wanted, sampled = set(positions), []
+        to_rgb = _RgbConverter()
+        with contextlib.closing(_decode(path)) as decoded:
+            frames = (frame for frame in decoded if frame is not None)
+            for position, frame in enumerate(frames):
+                if position in wanted:
+                    sampled.append(resize_crop(to_rgb(frame), size))
+                if position >= positions[-1]:
+                    break
+    return _stacked(sampled)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFacts:
+    """What a whole decode of a file finds.
+
+    Attributes:
+      frames: frames that could be decoded.
+      damaged_packets: packets that could not.
+      fps: average rate.
+      duration: seconds that the file says it lasts; 0 where it says nothing.
+      variable_rate: whether more than one in twenty frames lasts longer or shorter than most.
+      black: whether the frames that would be sampled show nothing.
+    """
+
+    frames: int
+    damaged_packets: int
+    fps: float
+    duration: float
+    variable_rate: bool
+    black: bool
+
+
+def inspect_video(path: Path, max_frames: int, size: int) -> VideoFacts:
+    """Decodes all of a file and judges it as `read_frames` would.
+
+    Args:
+      path: any file that FFmpeg reads.
+      max_frames: see `sample_positions`.
+      size: side of the square frames, pixels.
+
+    Raises:
+      VideoError: what `read_frames` raises for the whole file.
+    """
+    with _readable():
+        n_frames, fps = _count_frames(path)
+        wanted, sampled = set(sample_positions(n_frames, fps, max_frames)), []
+        to_rgb, times, frames, damaged = _RgbConverter(), [], 0, 0
+        for frame in _decode(path):
+            if frame is None:
+                damaged += 1
+                continue
+            if frames in wanted:
+                sampled.append(resize_crop(to_rgb(frame), size))
+            frames += 1
+            times.append(frame.time)
+        duration = _stated_duration(path)
+    black = bool(_stacked(sampled).max() <= _BLACK_LEVEL)
+    return VideoFacts(frames, damaged, fps, duration, _varies(times), black)
+
+
+def _stacked(frames: list[np.ndarray]) -> np.ndarray:
     if not frames:
         raise VideoError("no frame could be decoded")
     return np.stack(frames)
 
 
-def _video_stream(container: av.container.InputContainer):
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """FFmpeg's errors as VideoError."""
+    try:
+        yield
+    except (av.error.FFmpegError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"cannot be read as a video ({reason})") from error
+
+
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     stream = container.streams.best("video")
     if stream is None:
         raise VideoError("has no video stream")
@@ -107,10 +198,8 @@ def _count_frames(path: Path) -> tuple[int, float]:
         return sum(1 for packet in container.demux(stream) if packet.size), float(rate)
 
 
-def _decode_positions(path: Path, positions: list[int], size: int) -> list[np.ndarray]:
-    wanted, frames = set(positions), []
-    reformatter = VideoReformatter()  # one for all frames: it keeps the scaler's set-up
-    position = 0
+def _decode(path: Path) -> Iterator[av.VideoFrame | None]:
+    """Every frame in the order of display; None for a packet that is damaged."""
     with av.open(str(path)) as container:
         stream = _video_stream(container)
         # Frame threads give different pictures on each reading of a damaged file.
@@ -118,16 +207,34 @@ def _decode_positions(path: Path, positions: list[int], size: int) -> list[np.nd
         stream.codec_context.thread_count = 1
         for packet in container.demux(stream):
             try:
-                decoded = packet.decode()
+                yield from packet.decode()
             except av.error.InvalidDataError:
-                continue
-            for frame in decoded:
-                if position in wanted:
-                    rgb = reformatter.reformat(frame, format="rgb24").to_ndarray()
-                    quarter_turns = round(frame.rotation) % 360 // 90
-                    rgb = np.ascontiguousarray(np.rot90(rgb, quarter_turns))
-                    frames.append(resize_crop(rgb, size))
-                position += 1
-            if positions and position > positions[-1]:
-                break
-    return frames
+                yield None
+
+
+class _RgbConverter:
+    """Frames to upright uint8 [H, W, 3]; one for all frames of a video: it keeps its set-up."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        rgb = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        quarter_turns = round(frame.rotation) % 360 // 90
+        return np.ascontiguousarray(np.rot90(rgb, quarter_turns))
+
+
+def _stated_duration(path: Path) -> float:
+    with av.open(str(path)) as container:
+        stream = _video_stream(container)
+        if stream.duration and stream.time_base:
+            return float(stream.duration * stream.time_base)
+        return (container.duration or 0) / av.time_base
+
+
+def _varies(times: list[float | None]) -> bool:
+    gaps = np.diff(np.sort([time for time in times if time is not None]))
+    if len(gaps) < 2:
+        return False
+    usual = np.median(gaps)
+    return bool((np.abs(gaps - usual) > usual / 4).mean() > 1 / 20)

@@ -115,8 +115,10 @@ def test_missing_and_broken_videos_are_listed_and_left_out(msrvtt):
     dataset = opened(msrvtt)
     assert dataset.video_ids == ["video2", "video3", "video4"]
     assert dataset.split("test").captions == [["a query, with a comma"]]
-    unusable = json.loads((dataset.directory / "unusable.json").read_text())
-    assert set(unusable) == {"video0", "video1", "video5"}
+    assert set(dataset.manifest["left_out"]) == {"video0", "video1", "video5"}
+    train = dataset.manifest["splits"]["train_9k"]
+    assert (train["annotated_videos"], train["videos"], train["captions"]) == (4, 2, 6)
+    assert "train_9k: 2 of 4 annotated videos, 6 captions; published videos: 9,000" in report
 
 
 def test_what_is_built_stays_until_its_replacement_is_whole(msrvtt):
@@ -150,7 +152,7 @@ def test_a_mistake_is_one_line(msrvtt, mistake):
             path.unlink()
         expected = "no split can be read"
     assert expected in error_line(build(msrvtt, "--storage=raw", check=False))
-    assert not list((msrvtt / "data").rglob("*.array_record*"))
+    assert not [path for path in (msrvtt / "data").rglob("*") if path.is_file()]
 
 
 @pytest.mark.skipif(not (SHARED / "msrvtt").is_dir(), reason="no MSR-VTT files beside the project")
@@ -163,7 +165,10 @@ def test_the_real_csv_files_have_their_published_sizes(tmp_path):
         names = [row["video_id"] for row in csv.DictReader(file)]
     sentences = [{"video_id": name, "caption": "a"} for name in names]
     (tmp_path / "MSRVTT_data.json").write_text(json.dumps({"sentences": sentences}))
-    annotations = Builder.read_annotations(None, tmp_path)
+    annotations = Builder.read_annotations(tmp_path)
     assert len(annotations.splits["train_9k"]) == 9000
     assert len(annotations.splits["test"]) == 1000
     assert set(annotations.missing_files) == {"MSRVTT_train.7k.csv"}
+    for split in ("train_9k", "test"):
+        low, high = Builder.PUBLISHED[split]["videos"]
+        assert low <= len(annotations.splits[split]) <= high

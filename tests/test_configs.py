@@ -1,5 +1,7 @@
 """Every shipped configuration is resolved, and its training step traced."""
 
+import dataclasses
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -8,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from drl_jax.config import Config, ConfigError
+from data_prep.datasets import builder_class
+from drl_jax.config import Config, ConfigError, DataConfig
 from drl_jax.models.drl import init_params
 from drl_jax.optim import make_optimizer
 from drl_jax.sharding import make_layout
@@ -32,7 +35,11 @@ MSRVTT = [
     "ti_cdcr_b16",
     "wti_cdcr_b16",
 ]
-SHIPPED = ["msrvtt", *(f"msrvtt:{name}" for name in MSRVTT), "shapes", "shapes:smoke"]
+OTHERS = ["activitynet", "custom", "didemo", "lsmdc", "msvd", "vatex"]
+SHIPPED = [
+    *("msrvtt", *(f"msrvtt:{name}" for name in MSRVTT), "shapes", "shapes:smoke"),
+    *OTHERS,
+]
 
 
 def load(name: str):
@@ -48,9 +55,9 @@ def test_every_file_is_listed_here():
     assert {name.partition(":")[0] for name in SHIPPED} == files
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_config_resolves_and_traces(name):
-    config = Config.from_dict(json.loads(load(name).to_json_best_effort()))
+@functools.cache
+def traced(config: Config) -> tuple:
+    """Shapes of the parameters after a step, and those they started with; once for equal models."""
     layout = make_layout()
     batch, data, size = config.train.batch_size, config.data, config.model.clip.image_resolution
     tx = make_optimizer(config.optim, 100)
@@ -63,10 +70,18 @@ def test_config_resolves_and_traces(name):
     state = abstract_state(config.model, tx, layout)
     step = make_train_step(config.model, config.loss, tx, layout)
     new_state, scalars = jax.eval_shape(step, state, shapes)
-    assert jax.tree.map(lambda x: x.shape, new_state.params) == jax.tree.map(
-        lambda x: x.shape, jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    )
     assert scalars["loss"].shape == ()
+    fresh = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    return tuple(jax.tree.map(lambda x: x.shape, tree) for tree in (new_state.params, fresh))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_config_resolves_and_traces(name):
+    config = Config.from_dict(json.loads(load(name).to_json_best_effort()))
+    # Where a step does not look.
+    data = DataConfig(max_words=config.data.max_words, max_frames=config.data.max_frames)
+    after, before = traced(dataclasses.replace(config, data=data))
+    assert after == before
 
 
 def test_msrvtt_is_the_reference_s_readme_command():
@@ -78,6 +93,19 @@ def test_msrvtt_is_the_reference_s_readme_command():
     assert (config.data.max_words, config.data.max_frames) == (32, 12)
     loss = config.loss
     assert (loss.cdcr_alpha1, loss.cdcr_alpha2, loss.cdcr_lambda) == (0.11, 0.0, 0.001)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_datasets_have_the_form_that_their_builder_stores(name):
+    config = Config.from_dict(load(name).to_dict())
+    size, frames, storage = builder_class(name).DEFAULT_FORM
+    assert config.data.dataset == name
+    assert (config.model.clip.image_resolution, config.data.max_frames) == (size, frames)
+    assert config.data.storage == storage
+    # Paragraphs are long.
+    assert config.data.max_words == (64 if frames == 64 else 32)
+    assert (config.optim.lr, config.optim.coef_lr, config.train.epochs) == (1e-4, 1e-3, 5)
+    assert config.train.batch_size == (32 if name == "custom" else 128)
 
 
 @pytest.mark.parametrize("name", MSRVTT)

@@ -1,13 +1,17 @@
-"""MSR-VTT, splits of the 1k-A protocol."""
+"""MSR-VTT: the 1k-A protocol, and the official split."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
     group_captions,
+    look_for,
     read_csv_columns,
+    read_json,
     read_sentences,
+    require_splits,
     with_all_captions,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
@@ -15,37 +19,63 @@ from data_prep.retrieval_builder import RetrievalBuilder
 _SENTENCES = "MSRVTT_data.json"
 _TRAIN = {"train_9k": "MSRVTT_train.9k.csv", "train_7k": "MSRVTT_train.7k.csv"}
 _TEST = "MSRVTT_JSFUSION_test.csv"
+# The official split stands in the JSON itself.
+_FULL = {"train": "full_train", "validate": "full_val", "test": "full_test"}
 
 
 class Builder(RetrievalBuilder):
-    """MSR-VTT: 10,000 videos of 20 captions each; 9k and 7k training splits, 1k-A test."""
+    """MSR-VTT: 10,000 videos of 20 captions each; 1k-A (9k or 7k to train on), official split."""
 
-    def read_annotations(self, directory: Path) -> Annotations:
-        files = {
-            _SENTENCES: "the captions of all videos",
-            **{file: f"the split {split}" for split, file in _TRAIN.items()},
-            _TEST: "the split test (1k-A)",
-        }
-        missing = {name: use for name, use in files.items() if not (directory / name).is_file()}
-        annotations = Annotations({}, missing_files=missing)
-        if _SENTENCES not in missing:
-            captions = read_sentences(directory / _SENTENCES)
-            for split, file in _TRAIN.items():
-                if file not in missing:
-                    rows = read_csv_columns(directory / file, ("video_id",))
-                    annotations.splits[split] = with_all_captions(
-                        [video for (video,) in rows],
-                        captions,
-                        directory / file,
-                        directory / _SENTENCES,
-                    )
-        if _TEST not in missing:
+    PUBLISHED: ClassVar = {
+        "train_9k": {"videos": (9000, 9000), "captions": (180000, 180000)},
+        "train_7k": {"videos": (7010, 7010), "captions": (140200, 140200)},
+        "test": {"videos": (1000, 1000), "captions": (1000, 1000)},
+        "full_train": {"videos": (6513, 6513)},
+        "full_val": {"videos": (497, 497)},
+        "full_test": {"videos": (2990, 2990), "captions": (59800, 59800)},
+    }
+
+    @classmethod
+    def read_annotations(cls, path: Path) -> Annotations:
+        annotations = look_for(
+            path,
+            {
+                _SENTENCES: "the captions of all videos",
+                **{file: f"the split {split}" for split, file in _TRAIN.items()},
+                _TEST: "the split test (1k-A)",
+            },
+        )
+        present = {file.name for file in annotations.files}
+        if _SENTENCES in present:
+            captions = read_sentences(path / _SENTENCES)
+            lists = {
+                split: [video for (video,) in read_csv_columns(path / file, ("video_id",))]
+                for split, file in _TRAIN.items()
+                if file in present
+            }
+            lists |= _official_splits(path / _SENTENCES)
+            for split, videos in lists.items():
+                source = path / _TRAIN.get(split, _SENTENCES)
+                annotations.splits[split] = with_all_captions(
+                    videos, captions, source, path / _SENTENCES
+                )
+        if _TEST in present:
             # The protocol's own sentence of each video; a row is a query.
-            rows = read_csv_columns(directory / _TEST, ("video_id", "sentence"))
+            rows = read_csv_columns(path / _TEST, ("video_id", "sentence"))
             annotations.splits["test"] = group_captions(rows)
-        if not annotations.splits:
-            raise AnnotationError(
-                f"no split can be read from {directory}: it lacks "
-                + ", ".join(f"{name} ({use})" for name, use in missing.items())
-            )
-        return annotations
+        return require_splits(annotations, path)
+
+
+def _official_splits(path: Path) -> dict[str, list[str]]:
+    """Videos of each official split, from `{"videos": [{"video_id": .., "split": ..}, ..]}`."""
+    splits: dict[str, list[str]] = {}
+    try:
+        for video in read_json(path, dict).get("videos", []):
+            if "split" in video:
+                splits.setdefault(_FULL[video["split"]], []).append(video["video_id"])
+    except (KeyError, TypeError) as error:
+        raise AnnotationError(
+            f'{path}: "videos" does not list {{"video_id": .., "split": {" | ".join(_FULL)}}}'
+            f" ({type(error).__name__}: {error})"
+        ) from error
+    return splits

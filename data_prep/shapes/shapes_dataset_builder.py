@@ -34,20 +34,20 @@ class Builder(RetrievalBuilder):
     """Two coloured shapes, each with its own motion; half of the test clips come in pairs that
     differ in the direction of one motion alone."""
 
-    def read_annotations(self, directory: Path) -> Annotations:
-        captions_of = read_sentences(directory / _SENTENCES)
-        train = [video for (video,) in read_csv_columns(directory / _TRAIN, ("video_id",))]
-        splits = {
-            "train": with_all_captions(
-                train, captions_of, directory / _TRAIN, directory / _SENTENCES
-            )
-        }
+    DEFAULT_FORM = (64, 4, "raw")
+    # The clips themselves lie beside it and take as long to draw.
+    KEEPS_CACHE = False
+
+    @classmethod
+    def read_annotations(cls, path: Path) -> Annotations:
+        captions_of = read_sentences(path / _SENTENCES)
+        train = [video for (video,) in read_csv_columns(path / _TRAIN, ("video_id",))]
+        splits = {"train": with_all_captions(train, captions_of, path / _TRAIN, path / _SENTENCES)}
         for split, file in (("val", _VAL), ("test", _TEST)):
-            splits[split] = group_captions(
-                read_csv_columns(directory / file, ("video_id", "sentence"))
-            )
-        pairs = read_csv_columns(directory / _PAIRS, ("video_id", "reversed_id"))
-        return Annotations(splits, reversed_pairs={"test": pairs})
+            splits[split] = group_captions(read_csv_columns(path / file, ("video_id", "sentence")))
+        pairs = read_csv_columns(path / _PAIRS, ("video_id", "reversed_id"))
+        files = [path / name for name in (_SENTENCES, _TRAIN, _VAL, _TEST, _PAIRS)]
+        return Annotations(splits, files=files, reversed_pairs={"test": pairs})
 
 
 def draw_dataset(directory: Path, size: str) -> None:

@@ -6,7 +6,9 @@ needs no TensorFlow.
 """
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,6 +19,8 @@ from drl_jax.errors import UserError
 # Raise it when the layout of the records or of the metadata changes.
 FORMAT_VERSION = "1.0.0"
 VIDEOS_SPLIT = "videos"
+# What a dataset was made of (`data_prep.manifest`).
+MANIFEST = "manifest.json"
 
 
 class DatasetError(UserError):
@@ -87,6 +91,18 @@ class VideoDataset:
     def video_ids(self) -> list[str]:
         """Names of all stored videos, in the order of the records."""
         return self._metadata["video_ids"]
+
+    @property
+    def sources(self) -> list[list]:
+        """Where each record comes from: [path in the folder of the videos] or [path, start, end]
+        (seconds); empty for a dataset that was built before this was stored."""
+        return self._metadata.get("sources", [])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the dataset was made of (`data_prep/manifest.py`); empty if it does not say."""
+        path = self.directory / MANIFEST
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def split(self, name: str) -> Split:
         """The videos and captions of a split.

@@ -1,0 +1,26 @@
+"""A dataset of one's own, as `python -m data_prep.build custom` makes it.
+
+Weights, and with them the sizes of the towers, are named by `--config.model.init=ViT-B-32.pt`.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from drl_jax.config import Config, DataConfig, TrainConfig
+
+
+def get_config() -> ConfigDict:
+    # What is not named here is the reference's recipe: the defaults of `drl_jax/config.py`.
+    config = Config(
+        data=DataConfig(
+            dataset="custom",
+            train_split="train",
+            val_split="val",
+            max_words=32,
+            max_frames=12,
+        ),
+        # A small dataset should not be smaller than a batch.
+        train=TrainConfig(batch_size=32, epochs=5),
+    )
+    return ConfigDict(dataclasses.asdict(config))

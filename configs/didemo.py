@@ -1,0 +1,24 @@
+"""DiDeMo: a paragraph looks for the first half minute of a video.
+
+Weights, and with them the sizes of the towers, are named by `--config.model.init=ViT-B-32.pt`.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from drl_jax.config import Config, DataConfig
+
+
+def get_config() -> ConfigDict:
+    # What is not named here is the reference's recipe: the defaults of `drl_jax/config.py`.
+    config = Config(
+        data=DataConfig(
+            dataset="didemo",
+            train_split="train",
+            val_split="val",
+            max_words=64,
+            max_frames=64,
+        ),
+    )
+    return ConfigDict(dataclasses.asdict(config))

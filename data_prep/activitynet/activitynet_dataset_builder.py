@@ -1,0 +1,68 @@
+"""ActivityNet Captions as paragraph retrieval: all sentences of a video are one query."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    Source,
+    look_for,
+    read_json,
+    require_splits,
+    with_all_captions,
+)
+from data_prep.retrieval_builder import RetrievalBuilder
+
+# Ids and captions; the field tests on val_1.
+_FILES = {"train": ("train_ids.json", "train.json"), "test": ("val_ids.json", "val_1.json")}
+
+
+class Builder(RetrievalBuilder):
+    """ActivityNet Captions: whole videos of about two minutes, described by paragraphs."""
+
+    DEFAULT_FORM = (224, 64, "jpeg")
+    PUBLISHED: ClassVar = {"train": {"videos": (10009, 10009)}, "test": {"videos": (4917, 4917)}}
+
+    @classmethod
+    def read_annotations(cls, path: Path) -> Annotations:
+        annotations = look_for(
+            path,
+            {
+                name: f"the split {split}"
+                for split, (ids, captions) in _FILES.items()
+                for name in (ids, captions)
+            },
+        )
+        for split, (ids, captions) in _FILES.items():
+            if annotations.missing_files.keys() & {ids, captions}:
+                continue
+            annotations.splits[split] = with_all_captions(
+                map(_without_prefix, map(str, read_json(path / ids, list))),
+                _paragraphs(path / captions),
+                path / ids,
+                path / captions,
+            )
+        annotations.sources = {
+            video: (Source(video), Source(f"v_{video}")) for video in annotations.video_ids()
+        }
+        return require_splits(annotations, path)
+
+
+def _without_prefix(video_id: str) -> str:
+    return video_id.removeprefix("v_")
+
+
+def _paragraphs(path: Path) -> dict[str, list[str]]:
+    """One caption a video, from `{"v_ID": {"sentences": [..], ..}}`."""
+    paragraphs = {}
+    try:
+        for video, entry in read_json(path, dict).items():
+            text = " ".join(sentence.strip() for sentence in entry["sentences"]).strip()
+            paragraphs[_without_prefix(video)] = [text] if text else []
+    except (AttributeError, KeyError, TypeError) as error:
+        raise AnnotationError(
+            f'{path} does not have ActivityNet\'s form, {{"v_ID": {{"sentences": [..], ..}}}}'
+            f" ({type(error).__name__}: {error})"
+        ) from error
+    return paragraphs

@@ -1,0 +1,61 @@
+"""LSMDC: short clips of movies with one sentence each."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    group_captions,
+    look_for,
+    require_splits,
+)
+from data_prep.retrieval_builder import RetrievalBuilder
+
+_FILES = {
+    "train": "LSMDC16_annos_training.csv",
+    "val": "LSMDC16_annos_val.csv",
+    "test": "LSMDC16_challenge_1000_publictect.csv",
+}
+_COLUMNS = "CLIP_ID, START_ALIGNED, END_ALIGNED, START_EXTRACTED, END_EXTRACTED, SENTENCE"
+
+
+class Builder(RetrievalBuilder):
+    """LSMDC: some 118,000 clips of 202 movies, already cut, in a folder a movie."""
+
+    # A few training clips have several sentences, which makes them fewer videos.
+    PUBLISHED: ClassVar = {
+        "train": {"captions": (101079, 101079)},
+        "val": {"captions": (7408, 7408)},
+        "test": {"videos": (1000, 1000), "captions": (1000, 1000)},
+    }
+
+    @classmethod
+    def read_annotations(cls, path: Path) -> Annotations:
+        annotations = look_for(path, {file: f"the split {split}" for split, file in _FILES.items()})
+        for split, file in _FILES.items():
+            if file not in annotations.missing_files:
+                annotations.splits[split] = group_captions(_read_rows(path / file))
+        return require_splits(annotations, path)
+
+
+def _read_rows(path: Path) -> list[tuple[str, str]]:
+    """(clip, sentence) of each row; the `.csv` has tabs, no header, and quotes mean nothing."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"{path} is not a text file in UTF-8 ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        fields = [field.strip() for field in line.split("\t")]
+        if len(fields) != 6 or not fields[0] or not fields[5]:
+            raise AnnotationError(
+                f"{path}, line {number}: expected 6 fields between tabs ({_COLUMNS}), found"
+                f" {len(fields)}{'' if len(fields) != 6 else ' with an empty one'}"
+            )
+        rows.append((fields[0], fields[5]))
+    if not rows:
+        raise AnnotationError(f"{path} is empty")
+    return rows

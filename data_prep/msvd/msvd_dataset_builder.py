@@ -1,0 +1,64 @@
+"""MSVD (the YouTube2Text clips): every caption is a query."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    checked_captions,
+    look_for,
+    read_json,
+    read_lines,
+    read_plain_pickle,
+    require_splits,
+    with_all_captions,
+)
+from data_prep.retrieval_builder import RetrievalBuilder
+
+_LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
+# Either holds the captions: lists of words, or sentences.
+_PICKLE, _JSON = "raw-captions.pkl", "captions_msvd.json"
+
+
+class Builder(RetrievalBuilder):
+    """MSVD: 1,970 clips of about 40 captions each."""
+
+    PUBLISHED: ClassVar = {
+        "train": {"videos": (1200, 1200)},
+        "val": {"videos": (100, 100)},
+        "test": {"videos": (670, 670)},
+    }
+
+    @classmethod
+    def read_annotations(cls, path: Path) -> Annotations:
+        annotations = look_for(path, {file: f"the split {split}" for split, file in _LISTS.items()})
+        captions_path = next(
+            (path / name for name in (_PICKLE, _JSON) if (path / name).is_file()), None
+        )
+        if captions_path is None:
+            raise AnnotationError(f"{path} has no captions: neither {_PICKLE} nor {_JSON}")
+        annotations.files.append(captions_path)
+        captions = _read_captions(captions_path)
+        for split, file in _LISTS.items():
+            if file not in annotations.missing_files:
+                annotations.splits[split] = with_all_captions(
+                    read_lines(path / file), captions, path / file, captions_path
+                )
+        return require_splits(annotations, path)
+
+
+def _read_captions(path: Path) -> dict[str, list[str]]:
+    if path.name == _JSON:
+        return checked_captions(path, read_json(path, dict))
+    words = read_plain_pickle(path)
+    try:
+        captions = {
+            video: [" ".join(sentence) for sentence in sentences]
+            for video, sentences in words.items()
+        }
+    except (AttributeError, TypeError) as error:
+        raise AnnotationError(
+            f"{path} does not have MSVD's form, {{video: [[word, ..], ..]}} ({error})"
+        ) from error
+    return checked_captions(path, captions)

@@ -1,0 +1,99 @@
+"""VATEX: ten English captions a clip, in any of the three forms that its users publish."""
+
+import re
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    Source,
+    checked_captions,
+    look_for,
+    read_json,
+    read_lines,
+    require_splits,
+    with_all_captions,
+)
+from data_prep.retrieval_builder import RetrievalBuilder
+
+_LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
+# {id: [caption]}, or {id: {"enCap": [caption]}}.
+_CAPTIONS = ("ref_captions.json", "vatex_data.json")
+# The official files, and copies of them with one more field: [{"videoID": id, "enCap": [..]}].
+_OFFICIAL = {"train": "vatex_training_v1.0*.json", "test": "vatex_validation_v1.0*.json"}
+# YouTube's id, and the seconds from and to which the clip was cut.
+_CLIP_ID = re.compile(r"(?P<youtube>.{11})_(?P<start>\d{6})_(?P<end>\d{6})")
+
+
+class Builder(RetrievalBuilder):
+    """VATEX: clips of ten seconds; the split of HGR, both test halves from the official val."""
+
+    PUBLISHED: ClassVar = {
+        "train": {"videos": (25991, 25991)},
+        "val": {"videos": (1500, 1500)},
+        "test": {"videos": (1500, 1500)},
+    }
+
+    @classmethod
+    def read_annotations(cls, path: Path) -> Annotations:
+        annotations = look_for(path, {file: f"the split {split}" for split, file in _LISTS.items()})
+        lists = {
+            split: read_lines(path / file)
+            for split, file in _LISTS.items()
+            if file not in annotations.missing_files
+        }
+        captions: dict[str, list[str]] = {}
+        official: dict[str, list[str]] = {}
+        sources = [path / name for name in _CAPTIONS if (path / name).is_file()]
+        for source in sources:
+            captions |= _captions_by_id(source)
+        for split, pattern in _OFFICIAL.items():
+            for source in sorted(path.glob(pattern)):
+                found = _official_captions(source)
+                official[split] = list(found)
+                captions |= found
+                sources.append(source)
+        if not captions:
+            raise AnnotationError(
+                f"{path} has no captions: none of {', '.join((*_CAPTIONS, *_OFFICIAL.values()))}"
+            )
+        annotations.files += sources
+        if not lists:
+            # The official files are their own splits, and the list files are not missed.
+            lists, annotations.missing_files = official, {}
+        for split, videos in lists.items():
+            annotations.splits[split] = with_all_captions(
+                videos, captions, path / _LISTS[split], sources[-1]
+            )
+        annotations.sources = {video: _sources(video) for video in annotations.video_ids()}
+        return require_splits(annotations, path)
+
+
+def _captions_by_id(path: Path) -> dict[str, list[str]]:
+    captions = read_json(path, dict)
+    unwrapped = {
+        video: value.get("enCap") if isinstance(value, dict) else value
+        for video, value in captions.items()
+    }
+    return checked_captions(path, unwrapped)
+
+
+def _official_captions(path: Path) -> dict[str, list[str]]:
+    try:
+        captions = {entry["videoID"]: entry["enCap"] for entry in read_json(path, list)}
+    except (KeyError, TypeError) as error:
+        raise AnnotationError(
+            f'{path} does not list {{"videoID": .., "enCap": [..]}} ({type(error).__name__}:'
+            f" {error})"
+        ) from error
+    return checked_captions(path, captions)
+
+
+def _sources(video_id: str) -> tuple[Source, ...]:
+    """The cut clip, or else the whole YouTube video with the clip's times."""
+    match = _CLIP_ID.fullmatch(video_id)
+    if not match:
+        return (Source(video_id),)
+    span = (float(match["start"]), float(match["end"]))
+    return Source(video_id), Source(match["youtube"], span)
