@@ -89,10 +89,15 @@ def _replace(target: Path, new: Path) -> None:
     shutil.rmtree(_previous(target), ignore_errors=True)
 
 
-def _tidy(target: Path) -> None:
-    """Removes what a build left that was killed; one killed in `_replace` gets its dataset back."""
+def restore_previous(target: Path) -> None:
+    """Gives a dataset back whose build was killed just when it moved its result into place."""
     if _previous(target).exists() and not target.exists():
         _previous(target).rename(target)
+
+
+def _tidy(target: Path) -> None:
+    """Removes what a killed build left."""
+    restore_previous(target)
     for left in (_previous(target), target.parent / "unfinished"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -156,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tfds.disable_progress_bar()
     form = form_of(options)
     target = options.data_dir / options.dataset / StorageConfig.of(*form).name / FORMAT_VERSION
+    restore_previous(target)
     if target.exists() and not options.overwrite:
         print(f"{target} is built already; --overwrite builds it again")
         return 0

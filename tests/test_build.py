@@ -3,10 +3,14 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from conftest import error_line, run_module
+from conftest import ROOT, error_line, run_module
 from test_video import SHARED, numbered_frames, write_video
 
 from drl_jax.config import Config, DataConfig
@@ -130,6 +134,99 @@ def test_what_is_built_stays_until_its_replacement_is_whole(msrvtt):
     assert "none of the 6 annotated videos can be used" in error_line(failed)
     assert len(opened(msrvtt)) == 6
     assert [p.name for p in (msrvtt / "data" / "msrvtt" / FORM).iterdir()] == ["1.0.0"]
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A dataset whose build takes a while: 40 videos of 200 frames."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (200, 96, 128, 3)).astype(np.uint8)
+    write_video(videos / "0.mp4", noise, fps=20)
+    for number in range(1, 40):
+        shutil.copy(videos / "0.mp4", videos / f"{number}.mp4")
+    write_csv(tmp_path / "mine.csv", ["video", "caption"], [(n, f"number {n}") for n in range(40)])
+    return tmp_path
+
+
+def build_slow(root, data_dir):
+    flags = (f"--videos={root / 'videos'}", f"--annotations={root / 'mine.csv'}")
+    return ["data_prep.build", "custom", *flags, f"--data_dir={data_dir}", "--image_size=64"]
+
+
+def stored_files(data_dir):
+    directory = data_dir / "custom" / "64px_12f_jpeg" / "1.0.0"
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_killed_build_goes_on_where_it_was(slow):
+    run_module(*build_slow(slow, slow / "whole"))
+    command = [sys.executable, "-m", *build_slow(slow, slow / "killed")]
+    entries = slow / "killed" / "cache"
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(entries.rglob("*.npz"))) < 8:
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (slow / "killed" / "custom" / "64px_12f_jpeg" / "1.0.0").exists()
+    done = {path: path.stat().st_mtime_ns for path in entries.rglob("*.npz")}
+    assert 8 <= len(done) < 40
+    # One entry as a machine that lost power may leave it.
+    damaged = min(done)
+    damaged.write_bytes(damaged.read_bytes()[:-500])
+    del done[damaged]
+
+    run_module(*build_slow(slow, slow / "killed"))
+    assert stored_files(slow / "killed") == stored_files(slow / "whole")
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # none was decoded again
+    forms = [path.name for path in (slow / "killed" / "custom" / "64px_12f_jpeg").iterdir()]
+    assert forms == ["1.0.0"]
+
+
+def test_other_annotations_decode_nothing_again(msrvtt):
+    build(msrvtt)
+    entries = {p: p.stat().st_mtime_ns for p in (msrvtt / "data" / "cache").rglob("*.npz")}
+    assert len(entries) == 6
+    before = opened(msrvtt, "32px_4f_jpeg").manifest
+    rows = [("ret0", "msr4", "video4", "another query")]
+    header = ["key", "vid_key", "video_id", "sentence"]
+    write_csv(msrvtt / "annotations" / "MSRVTT_JSFUSION_test.csv", header, rows)
+    build(msrvtt, "--overwrite")
+    assert {p: p.stat().st_mtime_ns for p in (msrvtt / "data" / "cache").rglob("*.npz")} == entries
+    dataset = opened(msrvtt, "32px_4f_jpeg")
+    assert dataset.split("test").captions == [["another query"]]
+    changed = {
+        name
+        for name, digest in dataset.manifest["annotations"].items()
+        if before["annotations"][name] != digest
+    }
+    assert changed == {"MSRVTT_JSFUSION_test.csv"}
+    # A changed file is another video.
+    path = msrvtt / "videos" / "TrainValVideo" / "video0.mp4"
+    write_video(path, numbered_frames(40), fps=10)
+    build(msrvtt, "--overwrite", "--discard_cache")
+    assert opened(msrvtt, "32px_4f_jpeg").read_frames(0).shape[0] == 4
+    assert not (msrvtt / "data" / "cache").exists()
+
+
+def test_a_build_killed_while_it_moved_its_result_gets_the_old_dataset_back(msrvtt):
+    build(msrvtt, "--storage=raw")
+    place = msrvtt / "data" / "msrvtt" / FORM
+    (place / "1.0.0").rename(place / "previous.1.0.0")
+    assert "built already" in build(msrvtt, "--storage=raw").stdout
+    assert len(opened(msrvtt)) == 6
+
+
+def test_an_interrupted_build_says_that_it_can_go_on(slow):
+    command = [sys.executable, "-m", *build_slow(slow, slow / "data")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list((slow / "data").rglob("*.npz")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        error = process.stderr.read()
+    assert process.returncode == 130
+    assert "interrupted; what was decoded is kept, and the same command goes on" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("mistake", ["no videos", "no folder", "no column", "no json", "nothing"])

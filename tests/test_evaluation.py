@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from drl_jax.config import EvalConfig
 from drl_jax.data.batches import load_split
-from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.data.records import Split, VideoDataset, dataset_dir
 from drl_jax.evaluation import Evaluator, order_by_content
 from drl_jax.models.drl import init_params
 from drl_jax.sharding import make_layout
@@ -47,6 +48,43 @@ def test_block_and_batch_sizes_change_nothing(shapes_config, dataset, params, te
     config = dataclasses.replace(shapes_config, eval=sizes, model=model)
     other = Evaluator(config, dataset, make_layout()).run(params, test_split)
     np.testing.assert_allclose(other.sim_matrix, plain.sim_matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize("interaction", ["dp", "ti", "wti", "xti"])
+def test_several_captions_of_a_video(interaction, shapes_config, dataset):
+    """Each caption looks for its video, each video for its set of captions; padding never counts.
+
+    Seven videos of one to three captions divide by no batch, block or number of devices.
+    """
+    train = load_split(dataset, "train", shapes_config.data)
+    captions = [train.captions[video][: 1 + video % 3] for video in range(7)]
+    split = Split(train.videos[:7], captions, np.zeros((0, 2), np.int32))
+    model = dataclasses.replace(shapes_config.model, interaction=interaction)
+    params = init_params(model, jax.random.key(1))
+
+    def run(devices, **sizes):
+        config = dataclasses.replace(
+            shapes_config,
+            model=dataclasses.replace(model, similarity_block=sizes.pop("block")),
+            eval=EvalConfig(**sizes),
+        )
+        return Evaluator(config, dataset, make_layout(jax.devices()[:devices])).run(params, split)
+
+    whole = run(1, batch_size=64, text_block=64, block=0)
+    parts = run(8, batch_size=3, text_block=5, block=2)
+    assert whole.sim_matrix.shape == (13, 7)
+    np.testing.assert_allclose(parts.sim_matrix, whole.sim_matrix, atol=1e-5)
+
+    owner = [video for video in range(7) for _ in captions[video]]
+    for evaluation in (whole, parts):
+        sim, metrics = evaluation.sim_matrix, evaluation.metrics
+        t2v = [1 + sum(sim[text] > sim[text, owner[text]]) for text in range(13)]
+        sets = np.array([[sim[np.equal(owner, s), v].max() for s in range(7)] for v in range(7)])
+        v2t = [1 + sum(sets[video] > sets[video, video]) for video in range(7)]
+        for ranks, found in ((t2v, metrics["t2v"]), (v2t, metrics["v2t"])):
+            assert found["R@1"] == pytest.approx(100 * np.mean(np.equal(ranks, 1)))
+            assert found["MnR"] == pytest.approx(np.mean(ranks))
+            assert found["MdR"] == np.median(ranks)
 
 
 def test_pair_accuracy_is_exactly_chance_without_time(

@@ -1,0 +1,432 @@
+"""Every builder on a small set in its true layout: real videos, real annotation syntax."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from test_video import numbered_frames, write_video
+
+from data_prep.annotations import AnnotationError
+from data_prep.build import main as build
+from data_prep.datasets import builder_class, dataset_names
+from drl_jax.data.records import VideoDataset
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Videos of 1 to 4 seconds: `place(path, seconds)` puts one somewhere."""
+    made = tmp_path_factory.mktemp("clips")
+    for suffix in (".mp4", ".avi", ".webm"):
+        codec = {"codec": "libvpx-vp9", "lossless": "1"} if suffix == ".webm" else {}
+        for seconds in range(1, 5):
+            frames = numbered_frames(10 * seconds)
+            write_video(made / f"{seconds}{suffix}", frames, fps=10, **codec)
+
+    def place(path, seconds=2):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / f"{seconds}{path.suffix}", path)
+
+    return place
+
+
+# Each lays a dataset out below `root` and returns what its splits should be: captions by video.
+
+
+def lay_out_msrvtt(root, place):
+    videos = [f"video{n}" for n in range(6)]
+    for video in videos[:5]:
+        place(root / "videos" / "TrainVal" / f"{video}.mp4")
+    place(root / "videos" / "Test" / "video5.webm")
+    splits = ["train", "train", "train", "validate", "test", "test"]
+    write_json(
+        root / "annotations" / "MSRVTT_data.json",
+        {
+            "info": {},
+            "videos": [
+                {"video_id": v, "url": "", "start time": 0.0, "split": split}
+                for v, split in zip(videos, splits, strict=True)
+            ],
+            "sentences": [
+                {"video_id": v, "caption": f"{v} caption {k}", "sen_id": k}
+                for v in videos
+                for k in range(2)
+            ],
+        },
+    )
+    write(root / "annotations" / "MSRVTT_train.9k.csv", "video_id\nvideo0\nvideo1\nvideo2\n")
+    write(root / "annotations" / "MSRVTT_train.7k.csv", "video_id\nvideo0\n")
+    write(
+        root / "annotations" / "MSRVTT_JSFUSION_test.csv",
+        'key,vid_key,video_id,sentence\nret0,msr4,video4,"one, two"\nret1,msr5,video5,three\n',
+    )
+    both = {v: [f"{v} caption 0", f"{v} caption 1"] for v in videos}
+    return {
+        "train_9k": {v: both[v] for v in videos[:3]},
+        "train_7k": {"video0": both["video0"]},
+        "full_train": {v: both[v] for v in videos[:3]},
+        "full_val": {"video3": both["video3"]},
+        "full_test": {v: both[v] for v in videos[4:]},
+        "test": {"video4": ["one, two"], "video5": ["three"]},
+    }
+
+
+MSVD_WORDS = {
+    "-4wsuPCjDBc_5_15": [["a", "squirrel", "is", "eating"], ["the", "squirrel", "eats"]],
+    "0bSz70pYAP0_5_15": [["a", "man", "cooks"]],
+    "04Gt01vatkk_248_265": [["a", "dog", "runs"]],
+    "unused": [["never", "listed"]],
+}
+
+
+def lay_out_msvd(root, place):
+    names = list(MSVD_WORDS)
+    for name in names:
+        place(root / "videos" / f"{name}.avi")
+    for split, name in zip(("train", "val", "test"), names, strict=False):
+        write(root / "annotations" / f"{split}_list.txt", f"{name}\n\n")
+    # As Python 2 wrote it.
+    (root / "annotations" / "raw-captions.pkl").write_bytes(pickle.dumps(MSVD_WORDS, protocol=0))
+    joined = {v: [" ".join(words) for words in captions] for v, captions in MSVD_WORDS.items()}
+    return {
+        split: {name: joined[name]}
+        for split, name in zip(("train", "val", "test"), names, strict=False)
+    }
+
+
+VATEX = ["Ptf_2VRj-V0_000122_000132", "bpKK_SpjHMA_000001_000003", "TkfL3wyNrhg_000018_000028"]
+
+
+def lay_out_vatex(root, place, form="ref_captions"):
+    captions = {v: [f"{v} caption {k}" for k in range(10)] for v in VATEX}
+    # The second one lies there as the whole YouTube video, the others are cut.
+    place(root / "videos" / f"{VATEX[0]}.mp4")
+    place(root / "videos" / "bpKK_SpjHMA.mp4", 4)
+    place(root / "videos" / f"{VATEX[2]}.mp4")
+    annotations = root / "annotations"
+    splits = {"train": VATEX[:2], "test": VATEX[2:]}
+    if form == "ref_captions":
+        write_json(annotations / "ref_captions.json", captions)
+    elif form == "vatex_data":
+        both = {v: {"enCap": c, "chCap": ["不看"]} for v, c in captions.items()}
+        write_json(annotations / "vatex_data.json", both)
+        splits = {"train": VATEX[:1], "val": VATEX[1:2], "test": VATEX[2:]}
+    else:
+        for name, split in (("training", "train"), ("validation", "test")):
+            entries = [{"videoID": v, "enCap": captions[v], "path": "x"} for v in splits[split]]
+            write_json(annotations / f"vatex_{name}_v1.0_ceph.json", entries)
+    if form != "official":
+        for split, videos in splits.items():
+            write(annotations / f"{split}_list.txt", "\n".join(videos))
+    return {split: {v: captions[v] for v in videos} for split, videos in splits.items()}
+
+
+LSMDC = [
+    "0001_American_Beauty_00.00.51.926-00.00.54.129",
+    "0001_American_Beauty_00.01.45.884-00.01.49.090",
+    "3064_SPARKLE_2012_01.41.06.000-01.41.10.793",
+]
+
+
+def lay_out_lsmdc(root, place):
+    for clip in LSMDC:
+        movie = clip.rsplit("_", 1)[0]
+        place(root / "videos" / movie / f"{clip}.avi")
+
+    def row(clip, sentence):
+        return "\t".join((clip, "00.00.51.926", "00.00.54.129", "0", "1", sentence)) + "\n"
+
+    annotations = root / "annotations"
+    # A clip may have several rows, and a quotation mark is nothing but one.
+    write(
+        annotations / "LSMDC16_annos_training.csv",
+        row(LSMDC[0], 'SOMEONE says "go.') + row(LSMDC[0], "She goes."),
+    )
+    write(annotations / "LSMDC16_annos_val.csv", row(LSMDC[1], "He waits, bored."))
+    write(
+        annotations / "LSMDC16_challenge_1000_publictect.csv", row(LSMDC[2], "Dancers take a bow.")
+    )
+    return {
+        "train": {LSMDC[0]: ['SOMEONE says "go.', "She goes."]},
+        "val": {LSMDC[1]: ["He waits, bored."]},
+        "test": {LSMDC[2]: ["Dancers take a bow."]},
+    }
+
+
+def lay_out_activitynet(root, place):
+    place(root / "videos" / "train" / "v_QOlSCBRmfWY.mp4")
+    place(root / "videos" / "val" / "uqiMw7tQ1Cc.webm")
+    annotations = root / "annotations"
+    write_json(annotations / "train_ids.json", ["v_QOlSCBRmfWY"])
+    write_json(annotations / "val_ids.json", ["v_uqiMw7tQ1Cc"])
+    entry = {"duration": 2.0, "timestamps": [[0, 1], [1, 2]]}
+    sentences = ["A woman is seen. ", " She dances."]
+    write_json(annotations / "train.json", {"v_QOlSCBRmfWY": {**entry, "sentences": sentences}})
+    write_json(
+        annotations / "val_1.json", {"v_uqiMw7tQ1Cc": {**entry, "sentences": ["A man lifts."]}}
+    )
+    return {
+        "train": {"QOlSCBRmfWY": ["A woman is seen. She dances."]},
+        "test": {"uqiMw7tQ1Cc": ["A man lifts."]},
+    }
+
+
+DIDEMO = ["54322086@N00_2408598493_274c77d26a.avi", "12090392@N02_13482799053_87ef417396.mov"]
+
+
+def lay_out_didemo(root, place):
+    place(root / "videos" / DIDEMO[0])
+    # A download in another container than the annotation's.
+    place(root / "videos" / DIDEMO[1].replace(".mov", ".mp4"))
+    annotations = root / "annotations"
+    for split, video in zip(("train", "test"), DIDEMO, strict=True):
+        write(annotations / f"{split}_list.txt", f"{video}\n")
+        entries = [
+            {"video": video, "description": text, "times": [[0, 0]], "annotation_id": k}
+            for k, text in enumerate(("a dog turns", "the dog barks"))
+        ]
+        other = {"video": "absent.avi", "description": "x", "times": []}
+        write_json(annotations / f"{split}_data.json", [*entries, other])
+    both = ["a dog turns the dog barks"]
+    return {
+        split: {video.rpartition(".")[0]: both}
+        for split, video in zip(("train", "test"), DIDEMO, strict=True)
+    }
+
+
+def lay_out_custom(root, place):
+    place(root / "videos" / "holiday" / "beach.mp4", 4)
+    place(root / "videos" / "garden.webm")
+    place(root / "videos" / "cat.mp4")
+    rows = [
+        {"video": "holiday/beach.mp4", "caption": "waves", "start": 0, "end": 1, "split": "train"},
+        {"video": "holiday/beach.mp4", "caption": "sand", "start": 2, "end": 3, "split": "train"},
+        {"video": "garden", "captions": ["a rose", "two roses"], "split": "val"},
+        {"video": "cat.mp4", "caption": "it sleeps", "split": "test"},
+    ]
+    write(root / "annotations", "\n".join(map(json.dumps, rows)), suffix=".jsonl")
+    return {
+        "train": {"holiday/beach.mp4@0-1": ["waves"], "holiday/beach.mp4@2-3": ["sand"]},
+        "val": {"garden": ["a rose", "two roses"]},
+        "test": {"cat.mp4": ["it sleeps"]},
+    }
+
+
+LAYOUTS = {
+    "msrvtt": lay_out_msrvtt,
+    "msvd": lay_out_msvd,
+    "vatex": lay_out_vatex,
+    "lsmdc": lay_out_lsmdc,
+    "activitynet": lay_out_activitynet,
+    "didemo": lay_out_didemo,
+    "custom": lay_out_custom,
+}
+
+
+def write(path, text, suffix=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(suffix or path.suffix).write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write(path, json.dumps(value))
+
+
+def annotations_of(root, name):
+    return root / ("annotations.jsonl" if name == "custom" else "annotations")
+
+
+def described(splits):
+    return {name: {c.video_id: c.captions for c in split} for name, split in splits.items()}
+
+
+def test_every_dataset_is_laid_out_here():
+    assert {*LAYOUTS, "shapes"} == set(dataset_names())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_small_set_is_built(name, tmp_path, clips, capsys):
+    expected = LAYOUTS[name](tmp_path, clips)
+    status = build(
+        [
+            name,
+            f"--videos={tmp_path / 'videos'}",
+            f"--annotations={annotations_of(tmp_path, name)}",
+            f"--data_dir={tmp_path / 'data'}",
+            "--image_size=32",
+            "--storage=raw",
+        ]
+    )
+    report = capsys.readouterr().out
+    assert status == 0
+    assert "left out" not in report
+    frames = builder_class(name).DEFAULT_FORM[1]
+    dataset = VideoDataset(tmp_path / "data" / name / f"32px_{frames}f_raw" / "1.0.0")
+    found = {
+        split: {
+            dataset.video_ids[video]: captions
+            for video, captions in zip(
+                dataset.split(split).videos, dataset.split(split).captions, strict=True
+            )
+        }
+        for split in dataset.split_names
+    }
+    assert found == expected
+    for video in range(len(dataset)):
+        assert dataset.read_frames(video).shape[0] >= 1
+    published = builder_class(name).PUBLISHED
+    assert set(published) <= {*expected, "val"}
+    for split in expected.keys() & published.keys():
+        for unit, (low, _) in published[split].items():
+            assert f"published {unit}: {low:,}" in report
+    # Where an annotation means a part of a file, only that is stored.
+    parts = {
+        "vatex": (VATEX[1], [40, 80, 120]),
+        "custom": ("holiday/beach.mp4@2-3", [80, 120]),
+    }
+    if name in parts:
+        video, levels = parts[name]
+        stored = dataset.read_frames(dataset.video_ids.index(video))
+        np.testing.assert_allclose(stored.reshape(len(stored), -1).mean(1), levels, atol=3)
+
+
+@pytest.mark.parametrize("form", ["vatex_data", "official"])
+def test_other_forms_of_vatex(form, tmp_path, clips):
+    expected = lay_out_vatex(tmp_path, clips, form)
+    annotations = builder_class("vatex").read_annotations(tmp_path / "annotations")
+    assert described(annotations.splits) == expected
+    assert set(annotations.missing_files) == set()
+
+
+def test_msvd_takes_sentences_too(tmp_path, clips):
+    expected = lay_out_msvd(tmp_path, clips)
+    (tmp_path / "annotations" / "raw-captions.pkl").unlink()
+    sentences = {v: [" ".join(words) for words in captions] for v, captions in MSVD_WORDS.items()}
+    write_json(tmp_path / "annotations" / "captions_msvd.json", sentences)
+    annotations = builder_class("msvd").read_annotations(tmp_path / "annotations")
+    assert described(annotations.splits) == expected
+
+
+class Malicious:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/never",)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_runs_nothing(protocol, tmp_path, clips):
+    lay_out_msvd(tmp_path, clips)
+    path = tmp_path / "annotations" / "raw-captions.pkl"
+    path.write_bytes(pickle.dumps({"a": [["b", Malicious()]]}, protocol))
+    with pytest.raises(AnnotationError, match=r"is refused: it wants to run (posix|nt)\.system"):
+        builder_class("msvd").read_annotations(tmp_path / "annotations")
+
+
+# (dataset, file, its new text or None to remove it, the message)
+MISTAKES = [
+    ("msvd", "raw-captions.pkl", "no pickle", "is not a pickle file of captions"),
+    ("msvd", "raw-captions.pkl", None, "has no captions: neither raw-captions.pkl nor"),
+    ("msvd", "test_list.txt", "other_1_2\n", "1 of the 1 videos of .*test_list.txt have no capt"),
+    ("msvd", "val_list.txt", "", "val_list.txt is empty"),
+    ("vatex", "ref_captions.json", "[]", "should hold an object, and holds list"),
+    ("vatex", "ref_captions.json", '{"a": "b"}', "a: expected a list of captions, found 'b'"),
+    ("lsmdc", "LSMDC16_annos_val.csv", "a,b,c\n", "line 1: expected 6 fields between tabs"),
+    ("lsmdc", "LSMDC16_annos_val.csv", "a\t1\t2\t3\t4\t \n", "found 6 with an empty one"),
+    ("activitynet", "train.json", '{"v_a": {}}', "does not have ActivityNet's form"),
+    ("activitynet", "train_ids.json", "{}", "should hold a list, and holds dict"),
+    ("didemo", "train_data.json", '[{"video": "a"}]', 'does not list {"video": .., "description"'),
+    ("didemo", "train_data.json", "[", "train_data.json is not a JSON file"),
+    ("msrvtt", "MSRVTT_data.json", '{"sentences": [{}]}', "does not have MSR-VTT's form"),
+    (
+        "msrvtt",
+        "MSRVTT_data.json",
+        '{"videos": [{"video_id": "a", "split": "tset"}], "sentences": []}',
+        '"videos" does not list',
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "text", "message"), MISTAKES)
+def test_a_wrong_file_is_named(name, file, text, message, tmp_path, clips):
+    LAYOUTS[name](tmp_path, clips)
+    path = tmp_path / "annotations" / file
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    with pytest.raises(AnnotationError, match=message) as error:
+        builder_class(name).read_annotations(tmp_path / "annotations")
+    assert "\n" not in str(error.value)
+
+
+def read_custom(tmp_path, text, suffix=".csv"):
+    path = tmp_path / f"mine{suffix}"
+    path.write_text(text)
+    return builder_class("custom").read_annotations(path)
+
+
+def test_a_csv_of_one_s_own(tmp_path):
+    annotations = read_custom(
+        tmp_path,
+        'video,caption,start,end,split\na.mp4,"one, two",,,train\na.mp4,three,,,train\n'
+        "b.mp4,four,1.5,3,test\n",
+    )
+    assert described(annotations.splits) == {
+        "train": {"a.mp4": ["one, two", "three"]},
+        "test": {"b.mp4@1.5-3": ["four"]},
+    }
+    assert annotations.sources["b.mp4@1.5-3"][0].span == (1.5, 3)
+    lists = read_custom(tmp_path, 'video,captions,split\na,"[""x"", ""y""]",train\n')
+    assert described(lists.splits) == {"train": {"a": ["x", "y"]}}
+
+
+def test_without_splits_a_tenth_of_the_files_is_held_out_for_each(tmp_path):
+    rows = [f"v{n}.mp4,caption {part},{part},{part + 1}" for n in range(30) for part in range(3)]
+    annotations = read_custom(tmp_path, "video,caption,start,end\n" + "\n".join(rows) + "\n")
+    files = {
+        name: {annotations.sources[c.video_id][0].file for c in split}
+        for name, split in annotations.splits.items()
+    }
+    assert {name: len(names) for name, names in files.items()} == {"train": 24, "val": 3, "test": 3}
+    # No file in two of them, and the same again for the same files.
+    assert len(set.union(*files.values())) == 30
+    again = read_custom(tmp_path, "video,caption,start,end\n" + "\n".join(rows[::-1]) + "\n")
+    assert {c.video_id for c in again.splits["test"]} == {
+        c.video_id for c in annotations.splits["test"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "message"),
+    [
+        ("file,caption\na,b\n", ".csv", "mine.csv has no video; it has file, caption"),
+        ("video\na\n", ".csv", "mine.csv has no caption"),
+        ("video,caption\n", ".csv", "has no rows"),
+        ("video,caption\na,\n", ".csv", "row 2: caption is empty"),
+        ("video,caption\n,b\n", ".csv", "row 2: video is empty"),
+        ("video,captions\na,b\n", ".csv", "row 2: captions must be a JSON list"),
+        ("video,caption,start,end\na,b,5,3\n", ".csv", "row 2: no time lies from 5 to 3 s"),
+        ("video,caption,start,end\na,b,x,3\n", ".csv", "start and end must be seconds"),
+        ("video,caption,start,end\na,b,5,\n", ".csv", "start is given and end is not"),
+        ("video,caption,split\na,b,train\nc,d,\n", ".csv", "some rows have a split and others"),
+        ('{"video": "a"}\n', ".jsonl", "line 1 has no caption; it has video"),
+        ("{\n", ".jsonl", "line 1 is not JSON"),
+        ("[]\n", ".jsonl", "line 1 is not an object"),
+        ('{"video": "a", "captions": "b"}\n', ".jsonl", "line 1: captions must be a list"),
+    ],
+)
+def test_a_mistake_in_one_s_own_file_is_named(text, suffix, message, tmp_path):
+    with pytest.raises(AnnotationError, match=message):
+        read_custom(tmp_path, text, suffix)
+
+
+def test_a_name_that_several_files_have_is_not_guessed(tmp_path, clips, capsys):
+    lay_out_custom(tmp_path, clips)
+    clips(tmp_path / "videos" / "elsewhere" / "garden.mp4")
+    flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
+    annotations = f"--annotations={annotations_of(tmp_path, 'custom')}"
+    assert build(["custom", *flags, annotations, "--image_size=32"]) == 0
+    found = "garden: several files have this name: elsewhere/garden.mp4, garden.webm"
+    assert found in capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""Work that hangs or dies costs its own call and no other; real processes, real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT
+from test_video import numbered_frames, write_video
+
+from data_prep.decode import decode_clips
+from data_prep.frame_cache import FrameCache
+from data_prep.processes import Lost, map_in_processes
+from data_prep.video_folder import Clip
+
+
+def work(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if number == 5:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        time.sleep(600)
+    return number
+
+
+def test_a_call_that_dies_or_hangs_is_lost_alone():
+    results = list(map_in_processes(work, [(n,) for n in range(9)], timeout=2))
+    assert results.pop(5) == Lost("took longer than 2 s")
+    assert results.pop(3) == Lost("the process that worked on it died (exit code -11)")
+    assert results == [0, 1, 2, 4, 6, 7, 8]
+
+
+def test_a_file_that_hangs_its_reader_is_a_reason(tmp_path):
+    write_video(tmp_path / "good.mp4", numbered_frames(30), fps=10)
+    os.mkfifo(tmp_path / "hangs.mp4")  # whoever opens it waits for a writer, inside FFmpeg
+    clips = [Clip(name, tmp_path / f"{name}.mp4", None) for name in ("hangs", "good", "absent")]
+    cache = FrameCache(tmp_path / "cache", 32, 4, "raw")
+    form = {"max_frames": 4, "image_size": 32, "storage": "raw"}
+    hangs, good, absent = decode_clips(clips, cache=cache, timeout=3, **form)
+    assert (hangs.frames, hangs.error) == (None, "took longer than 3 s")
+    assert good.frames.shape == (3, 32, 32, 3)
+    assert (absent.frames, absent.error) == (None, "cannot be opened")
+
+
+def test_workers_do_not_outlive_a_killed_parent():
+    code = (
+        "import time\n"
+        "from data_prep.processes import map_in_processes\n"
+        "if __name__ == '__main__':\n"
+        "    list(map_in_processes(time.sleep, [(600,), (600,)]))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        wait_until(lambda: len(children_of(parent.pid)) >= 2)
+        workers = children_of(parent.pid)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(map(is_running, workers)))
+
+
+def status(pid: int) -> tuple[str, int] | None:
+    """State and parent of a process; None if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return fields[0], int(fields[1])
+
+
+def children_of(pid: int) -> list[int]:
+    running = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [child for child in running if (status(child) or ("", 0))[1] == pid]
+
+
+def is_running(pid: int) -> bool:
+    found = status(pid)
+    return found is not None and found[0] != "Z"
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
