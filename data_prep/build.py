@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import tensorflow_datasets as tfds
 
 from data_prep import estimate
-from data_prep.command import add_source_flags, form_of, report_errors
+from data_prep.command import add_source_flags, form_of
 from data_prep.datasets import builder_class, dataset_names
 from data_prep.manifest import describe_split
 from data_prep.quarantine import quarantine_file, read_quarantine
@@ -30,6 +30,7 @@ from data_prep.retrieval_builder import DECODE_TIMEOUT, StorageConfig
 from data_prep.shapes import shapes_dataset_builder as shapes
 from data_prep.video_folder import Plan, make_plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST
+from drl_jax.errors import report_errors
 
 
 def build(

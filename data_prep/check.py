@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from data_prep import estimate
 from data_prep.annotations import Annotations
-from data_prep.command import add_source_flags, form_of, report_errors
+from data_prep.command import add_source_flags, form_of
 from data_prep.datasets import builder_class, dataset_names
 from data_prep.manifest import count_splits, describe_split
-from data_prep.processes import Lost, map_in_processes
 from data_prep.quarantine import quarantine_file, read_quarantine, write_quarantine
 from data_prep.video_folder import Clip, Plan, make_plan
-from drl_jax.errors import UserError
+from drl_jax.errors import UserError, report_errors
+from drl_jax.processes import Lost, map_in_processes
 from drl_jax.video import VideoError, VideoFacts, inspect_video, sample_positions
 from drl_jax.workdir import write_json
 

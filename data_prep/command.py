@@ -1,13 +1,10 @@
-"""What the commands on datasets share: flags, and errors as one line."""
+"""Flags that the commands on datasets share."""
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.datasets import builder_class
 from data_prep.retrieval_builder import DECODE_TIMEOUT
-from drl_jax.errors import UserError
 
 
 def add_source_flags(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -45,24 +42,3 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, not {text!r}")
     return int(text)
-
-
-def report_errors(command: str, run: Callable[[], int], if_interrupted: str) -> int:
-    """Runs a command; a user's mistake and Ctrl-C are one line each.
-
-    Args:
-      command: its name.
-      run: does the work and returns the exit status.
-      if_interrupted: what became of the work, for the line about an interruption.
-
-    Returns:
-      The exit status.
-    """
-    try:
-        return run()
-    except UserError as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted; {if_interrupted}", file=sys.stderr)
-        return 130

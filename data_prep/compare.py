@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.command import positive, report_errors
+from data_prep.command import positive
 from data_prep.datasets import dataset_names
-from data_prep.processes import Lost, map_in_processes
 from data_prep.retrieval_builder import DECODE_TIMEOUT
 from drl_jax.data.records import FORMAT_VERSION, DatasetError, VideoDataset
+from drl_jax.errors import report_errors
+from drl_jax.processes import Lost, map_in_processes
 from drl_jax.video import Span, VideoError, read_frames
 
 # Mean difference of a video above which JPEG cannot be the reason: it has 1 to 3 levels.

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
-from data_prep.processes import Lost, map_in_processes
 from data_prep.video_folder import Clip
 from drl_jax.errors import UserError
+from drl_jax.processes import Lost, map_in_processes
 from drl_jax.video import Span, VideoError, read_frames
 
 _JPEG_QUALITY = 95

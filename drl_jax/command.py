@@ -75,7 +75,7 @@ def _in_one_line(error: Exception) -> str:
 def _report_errors(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it touches
-    _cache_compilations()
+    cache_compilations()
     try:
         main()
     except UserError as error:
@@ -84,7 +84,7 @@ def _report_errors(main: Callable[[], None]) -> None:
         _fail("interrupted", status=130)
 
 
-def _cache_compilations() -> None:
+def cache_compilations() -> None:
     """Keeps what XLA compiles in the user's cache directory, for the next run of any command.
 
     JAX_COMPILATION_CACHE_DIR, JAX's own setting, names another directory, or none if it is empty.

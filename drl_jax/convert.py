@@ -7,7 +7,6 @@ Files that are read: OpenAI's and Hugging Face's CLIP, DRL's `pytorch_model.bin`
 written holds safetensors under the reference's names.
 """
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,29 +14,27 @@ from absl import flags
 
 from drl_jax import command
 from drl_jax.checkpoint import Checkpoints
-from drl_jax.config import Config, DataConfig
+from drl_jax.config import Config
 from drl_jax.optim import make_optimizer
 from drl_jax.sharding import make_layout
 from drl_jax.state import abstract_params, state_from_params
 from drl_jax.weights.load import (
-    infer_heads,
+    config_of_weights,
     initial_params,
-    is_whole_drl,
     read_weights,
     save_state,
     state_dict_from_params,
-    with_sizes_of,
 )
 from drl_jax.workdir import WorkdirError, claim_workdir, load_config
 
 
-def import_weights(source: Path, workdir: Path, config: Config, seed: int = 0) -> Config:
+def import_weights(source: Path, workdir: Path, interaction: str = "dp", seed: int = 0) -> Config:
     """Makes a run's directory, with one checkpoint of step 0, of a file of weights.
 
     Args:
       source: CLIP alone (its heads start as training would start them) or a whole DRL checkpoint.
       workdir: must not hold checkpoints yet.
-      config: for all that the weights do not tell.
+      interaction: "dp" or "ti", of a file that does not say.
       seed: for the heads that CLIP does not bring.
 
     Returns:
@@ -49,9 +46,7 @@ def import_weights(source: Path, workdir: Path, config: Config, seed: int = 0) -
     if (workdir / "config.json").exists():
         raise WorkdirError(f"{workdir} holds a run already; give another directory")
     weights = read_weights(source)
-    if is_whole_drl(weights):
-        config = dataclasses.replace(config, model=infer_heads(config.model, weights))
-    config = with_sizes_of(config, weights)
+    config = config_of_weights(weights, interaction)
     params = initial_params(config.model, weights, jax.random.key(seed))
     claim_workdir(workdir, config)
     state = state_from_params(params, make_optimizer(config.optim, 0), make_layout())
@@ -87,13 +82,7 @@ def main(source: Path, target: Path) -> None:
         step = export_weights(source, target, _CHECKPOINT.value)
         print(f"wrote {target}: checkpoint {step} of {source}")
     else:
-        # What a file says of its heads replaces these; CLIP alone is what zero-shot retrieval uses.
-        heads = {"interaction": _INTERACTION.value, "agg_module": "none"}
-        model = dataclasses.replace(Config().model, **heads)
-        loss = dataclasses.replace(Config().loss, cdcr=0)
-        data = DataConfig(holdout=500)
-        config = import_weights(source, target, Config(data=data, model=model, loss=loss))
-        model = config.model
+        model = import_weights(source, target, _INTERACTION.value).model
         print(f"wrote {target}: interaction {model.interaction}, agg_module {model.agg_module}")
 
 

@@ -129,11 +129,19 @@ def make_train_step(
     )
 
 
-def make_embed_steps(model: ModelConfig, layout: Layout) -> tuple[Callable, Callable, Callable]:
+def make_embed_steps(
+    model: ModelConfig, layout: Layout, *, keep_tokens: bool = False
+) -> tuple[Callable, Callable, Callable]:
     """Compiled `encode_text(params, text_ids, text_mask)`, `encode_frames(params, frames,
     frame_mask)` and `similarity(params, text, video)` for evaluation.
 
     Inputs and results are split over the mesh by rows; `similarity` gathers the videos.
+
+    Args:
+      model: the model.
+      layout: of inputs and parameters.
+      keep_tokens: whether the encoders return `text_feat`, `text_mask` and `frame_feat`,
+        `frame_mask` for every interaction, beside the arrays that it compares.
     """
     definition = model_definition(model)
     whole, split = layout.whole, layout.rows
@@ -141,10 +149,16 @@ def make_embed_steps(model: ModelConfig, layout: Layout) -> tuple[Callable, Call
     params = layout.parameters(abstract_params(model, layout))
 
     def encode_text(params, text_ids, text_mask):
-        return nnx.merge(definition, params).encode_text(text_ids, text_mask)
+        model = nnx.merge(definition, params)
+        feat = model.clip.encode_text(text_ids)
+        tokens = {"text_feat": feat, "text_mask": text_mask} if keep_tokens else {}
+        return {**tokens, **model.interaction.text(feat, text_mask)}
 
     def encode_frames(params, frames, frame_mask):
-        return nnx.merge(definition, params).encode_frames(frames, frame_mask)
+        model = nnx.merge(definition, params)
+        feat = model.frame_features(frames, frame_mask)
+        tokens = {"frame_feat": feat, "frame_mask": frame_mask} if keep_tokens else {}
+        return {**tokens, **model.interaction.video(feat, frame_mask)}
 
     def similarity(params, text, video):
         return nnx.merge(definition, params).similarity(text, video)

@@ -60,3 +60,9 @@ def tokenize(captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.nd
         text_ids[row, : len(ids)] = ids
         text_mask[row, : len(ids)] = True
     return text_ids, text_mask
+
+
+def token_strings(text_ids: np.ndarray) -> list[str]:
+    """The text of each token id of a row, int [L]; a word may be several tokens."""
+    decoder = _simple_tokenizer()
+    return [decoder.decode([int(token)]).strip() for token in text_ids]

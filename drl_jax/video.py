@@ -81,6 +81,13 @@ def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def read_frames(path: Path, max_frames: int, size: int, span: Span | None = None) -> np.ndarray:
+    """The frames of `read_timed_frames`: uint8 [F, size, size, 3]."""
+    return read_timed_frames(path, max_frames, size, span)[0]
+
+
+def read_timed_frames(
+    path: Path, max_frames: int, size: int, span: Span | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Decodes a video's sampled frames.
 
     Damaged packets are skipped; a file that ends early gives the frames it has.
@@ -92,7 +99,8 @@ def read_frames(path: Path, max_frames: int, size: int, span: Span | None = None
       span: only this part of the video.
 
     Returns:
-      uint8 [F, size, size, 3], 1 <= F <= max_frames.
+      uint8 [F, size, size, 3], 1 <= F <= max_frames, and when each is shown, float64 [F], seconds
+      from the first frame of the file.
 
     Raises:
       VideoError: no frame could be decoded; the message says why.
@@ -104,16 +112,20 @@ def read_frames(path: Path, max_frames: int, size: int, span: Span | None = None
             raise VideoError(
                 f"its span {span[0]:g}-{span[1]:g} s lies outside the file ({n_frames / fps:.1f} s)"
             )
-        wanted, sampled = set(positions), []
-        to_rgb = _RgbConverter()
+        wanted, sampled, times = set(positions), [], []
+        to_rgb, first = _RgbConverter(), None
         with contextlib.closing(_decode(path)) as decoded:
             frames = (frame for frame in decoded if frame is not None)
             for position, frame in enumerate(frames):
+                # Files without times of their frames are taken to have even ones.
+                time = position / fps if frame.time is None else frame.time
+                first = time if first is None else first
                 if position in wanted:
                     sampled.append(resize_crop(to_rgb(frame), size))
+                    times.append(time - first)
                 if position >= positions[-1]:
                     break
-    return _stacked(sampled)
+    return _stacked(sampled), np.array(times)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ FLOORS = (
         "command",
         "distributed",
         "interrupt",
+        "processes",
     ),
     (
         "models.layers",
@@ -32,8 +33,21 @@ FLOORS = (
     ),
     ("models.clip", "models.temporal"),
     ("models.drl", "weights.torch_file", "weights.names", "weights.load"),
-    ("state", "steps", "checkpoint", "evaluation", "workdir"),
-    ("train", "evaluate", "convert"),
+    ("state", "steps", "checkpoint", "embedding", "evaluation", "workdir"),
+    (
+        "train",
+        "evaluate",
+        "convert",
+        "search.reading",
+        "search.store",
+        "search.model",
+        "search.engine",
+        "search.explain",
+        "search.indexing",
+        "search.session",
+        "search.prompt",
+        "search.__main__",
+    ),
 )
 FLOOR_OF = {f"drl_jax.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Inside a floor, an import goes from a room to one that stands before it in the list.

@@ -16,10 +16,10 @@ from data_prep.annotations import (
     read_sentences,
     with_all_captions,
 )
-from data_prep.processes import map_in_processes
 from data_prep.retrieval_builder import RetrievalBuilder
 from data_prep.shapes.draw import draw_clip, write_mp4
 from data_prep.shapes.scenes import Scene, captions, deal_scenes
+from drl_jax.processes import map_in_processes
 
 # Clips of train, val and test.
 SIZES = {"full": (9000, 128, 256), "smoke": (192, 32, 32)}

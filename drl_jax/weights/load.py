@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from drl_jax.config import ClipConfig, Config, ModelConfig
+from drl_jax.config import ClipConfig, Config, DataConfig, ModelConfig
 from drl_jax.errors import UserError
 from drl_jax.models.drl import Params, copy_text_tower, init_params
 from drl_jax.weights.names import entries, from_hugging_face, is_hugging_face
@@ -110,6 +110,24 @@ def infer_heads(config: ModelConfig, state: StateDict) -> ModelConfig:
     if count := layers("cross.transformer.resblocks."):
         changes["cross_layers"] = count
     return dataclasses.replace(config, **changes)
+
+
+def config_of_weights(state: StateDict, interaction: str = "dp") -> Config:
+    """A configuration for weights alone.
+
+    Args:
+      state: a whole DRL checkpoint, whose heads are inferred, or CLIP alone, which is then used
+        without a temporal head, as zero-shot retrieval does.
+      interaction: "dp" or "ti", of weights that do not say.
+
+    Raises:
+      ConfigError: the sizes are impossible.
+    """
+    model = dataclasses.replace(Config().model, interaction=interaction, agg_module="none")
+    if is_whole_drl(state):
+        model = infer_heads(model, state)
+    data, loss = DataConfig(holdout=500), dataclasses.replace(Config().loss, cdcr=0)
+    return with_sizes_of(Config(data=data, model=model, loss=loss), state)
 
 
 def is_whole_drl(state: StateDict) -> bool:

@@ -1,0 +1,82 @@
+"""The prompt: sentences and test captions as queries, until `q`."""
+
+from collections.abc import Callable, Sequence
+
+from drl_jax.errors import UserError
+from drl_jax.search.session import Hit, SearchSession
+
+_HELP = "t SENTENCE searches, i NUMBER searches with a caption of the test split, q quits"
+
+
+def format_hits(hits: Sequence[Hit]) -> str:
+    """Hits as lines of text: rank, score, moment, path, and when each word was found."""
+    lines = []
+    for hit in hits:
+        moment = "" if hit.explanation is None else f"at {clock(hit.explanation.moment)}  "
+        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {moment}{hit.path}")
+        if hit.explanation is not None:
+            words = (f"{word} {clock(time)}" for word, time, _, _ in hit.explanation.matches())
+            lines.append(f"{'':14}{', '.join(words)}")
+    return "\n".join(lines)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02.5, or 1:00:02.5 with hours."""
+    minutes, rest = divmod(round(seconds, 1), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:04.1f}"
+    return f"{minutes}:{rest:04.1f}"
+
+
+def run_prompt(
+    session: SearchSession,
+    captions: Sequence[str],
+    top: int,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = print,
+) -> None:
+    """Asks and answers until `q` or the end of the input.
+
+    Args:
+      session: answers.
+      captions: what `i` chooses from; may be empty.
+      top: hits of an answer.
+      read: asks with a prompt and returns a line; EOFError ends.
+      write: prints.
+    """
+    write(f"{len(session.videos)} videos. {_HELP}")
+    while True:
+        try:
+            command, _, rest = read("> ").strip().partition(" ")
+            if command == "t" and not rest.strip():
+                rest = read("sentence: ")
+            elif command == "i" and not rest.strip():
+                rest = read("number: ")
+        except EOFError:
+            write("")
+            return
+        if command == "q":
+            return
+        try:
+            write(_answer(session, captions, top, command, rest.strip()))
+        except UserError as error:
+            write(str(error))
+
+
+def _answer(
+    session: SearchSession, captions: Sequence[str], top: int, command: str, rest: str
+) -> str:
+    if command not in ("t", "i"):
+        return _HELP
+    sentence = rest if command == "t" else _caption(captions, rest)
+    (hits,) = session.search([sentence], top)
+    return f"{sentence}\n{format_hits(hits)}"
+
+
+def _caption(captions: Sequence[str], number: str) -> str:
+    if not captions:
+        raise UserError("there are no captions to choose from; --captions=FILE brings some")
+    if not number.isdecimal() or int(number) >= len(captions):
+        raise UserError(f"i takes a number from 0 to {len(captions) - 1}, not {number!r}")
+    return captions[int(number)]
