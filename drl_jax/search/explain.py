@@ -63,8 +63,12 @@ def explain(
     if weighted:
         word_weights = text["text_weight"][text["text_mask"]]
         frame_weights = video["frame_weight"][video["frame_mask"]]
-        shares = frame_weights * similarity.max(axis=0)
-        np.add.at(shares, similarity.argmax(axis=1), word_weights * similarity.max(axis=1))
+        # Where there is padding, a word or a frame that nothing is like finds its similarity, 0.
+        word_floor = -np.inf if video["frame_mask"].all() else 0
+        frame_floor = -np.inf if text["text_mask"].all() else 0
+        shares = frame_weights * np.maximum(similarity.max(axis=0), frame_floor)
+        found = word_weights * np.maximum(similarity.max(axis=1), word_floor)
+        np.add.at(shares, similarity.argmax(axis=1), found)
         shares = shares / 2
     else:
         word_weights = np.full(len(words), 1 / len(words))
