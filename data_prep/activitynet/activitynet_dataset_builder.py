@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import ClassVar
 
+from data_prep.annotation_files import read_json
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    look_for,
-    read_json,
+    look_for_pairs,
     require_splits,
     with_all_captions,
 )
@@ -26,22 +26,11 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = look_for(
-            path,
-            {
-                name: f"the split {split}"
-                for split, (ids, captions) in _FILES.items()
-                for name in (ids, captions)
-            },
-        )
-        for split, (ids, captions) in _FILES.items():
-            if annotations.missing_files.keys() & {ids, captions}:
-                continue
+        annotations, pairs = look_for_pairs(path, _FILES)
+        for split, (ids, captions) in pairs.items():
+            videos = map(_without_prefix, map(str, read_json(ids, list)))
             annotations.splits[split] = with_all_captions(
-                map(_without_prefix, map(str, read_json(path / ids, list))),
-                _paragraphs(path / captions),
-                path / ids,
-                path / captions,
+                videos, _paragraphs(captions), ids, captions
             )
         annotations.sources = {
             video: (Source(video), Source(f"v_{video}")) for video in annotations.video_ids()

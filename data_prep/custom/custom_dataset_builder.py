@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data_prep.annotation_files import (
+    numbered_lines,
+    parse_span,
+    read_csv_rows,
+)
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
     group_captions,
-    parse_span,
-    read_csv_rows,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
 
@@ -76,13 +79,7 @@ def _read_csv(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
 
 
 def _read_jsonl(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise AnnotationError(f"{path} is not a text file in UTF-8 ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import ClassVar
 
+from data_prep.annotation_files import read_json, read_lines
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    look_for,
-    read_json,
-    read_lines,
+    look_for_pairs,
     require_splits,
     with_all_captions,
     without_video_suffix,
@@ -34,25 +33,12 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = look_for(
-            path,
-            {
-                name: f"the split {split}"
-                for split, (names, data) in _FILES.items()
-                for name in (names, data)
-            },
-        )
-        for split, (names, data) in _FILES.items():
-            if annotations.missing_files.keys() & {names, data}:
-                continue
+        annotations, pairs = look_for_pairs(path, _FILES)
+        for split, (names, data) in pairs.items():
             # A list may name a file with its suffix, and the data without, and a download may have
             # another one.
-            annotations.splits[split] = with_all_captions(
-                map(without_video_suffix, read_lines(path / names)),
-                _paragraphs(path / data),
-                path / names,
-                path / data,
-            )
+            videos = map(without_video_suffix, read_lines(names))
+            annotations.splits[split] = with_all_captions(videos, _paragraphs(data), names, data)
         annotations.sources = {video: (Source(video, _SPAN),) for video in annotations.video_ids()}
         return require_splits(annotations, path)
 

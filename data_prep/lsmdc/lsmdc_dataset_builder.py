@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
+from data_prep.annotation_files import numbered_lines
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
@@ -42,13 +43,7 @@ class Builder(RetrievalBuilder):
 def _read_rows(path: Path) -> list[tuple[str, str]]:
     """(clip, sentence) of each row; the `.csv` has tabs, no header, and quotes mean nothing."""
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise AnnotationError(f"{path} is not a text file in UTF-8 ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 6 or not fields[0] or not fields[5]:
             raise AnnotationError(

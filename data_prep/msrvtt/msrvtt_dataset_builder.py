@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import ClassVar
 
+from data_prep.annotation_files import (
+    read_csv_columns,
+    read_json,
+    read_sentences,
+)
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
     group_captions,
     look_for,
-    read_csv_columns,
-    read_json,
-    read_sentences,
     require_splits,
     with_all_captions,
 )

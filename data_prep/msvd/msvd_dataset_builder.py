@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import ClassVar
 
-from data_prep.annotations import (
-    AnnotationError,
-    Annotations,
+from data_prep.annotation_files import (
     checked_captions,
-    look_for,
     read_json,
     read_lines,
     read_plain_pickle,
+)
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    look_for,
     require_splits,
     with_all_captions,
 )

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_prep.annotation_files import read_csv_columns, read_sentences
 from data_prep.annotations import (
     Annotations,
     group_captions,
-    read_csv_columns,
-    read_sentences,
     with_all_captions,
 )
 from data_prep.retrieval_builder import RetrievalBuilder

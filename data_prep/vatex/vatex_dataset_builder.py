@@ -4,14 +4,16 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
+from data_prep.annotation_files import (
+    checked_captions,
+    read_json,
+    read_lines,
+)
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    checked_captions,
     look_for,
-    read_json,
-    read_lines,
     require_splits,
     with_all_captions,
 )
