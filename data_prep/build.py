@@ -7,6 +7,7 @@ python -m data_prep.build custom --videos=DIR --annotations=FILE --data_dir=data
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from data_prep.retrieval_builder import DECODE_TIMEOUT, StorageConfig
 from data_prep.shapes import shapes_dataset_builder as shapes
 from data_prep.video_folder import Plan, make_plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST
-from drl_jax.errors import report_errors
+from drl_jax.errors import UserError, report_errors
 
 
 def build(
@@ -70,6 +71,13 @@ def build(
     try:
         builder.store(plan, cache, timeout)
         _replace(target, Path(builder.data_dir))
+    except (OSError, RuntimeError) as error:
+        # array_record has no error of its own for it.
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise UserError(
+            f"no space is left in {data_dir}; free some, and the same command goes on"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if not (cls.KEEPS_CACHE if keep_cache is None else keep_cache):

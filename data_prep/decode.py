@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from PIL import Image
 
 from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
 from data_prep.video_folder import Clip
-from drl_jax.errors import UserError
 from drl_jax.processes import Lost, map_in_processes
 from drl_jax.video import Span, VideoError, read_frames
 
@@ -54,7 +54,7 @@ def decode_clips(
       One Decoded for each clip, in order. A file that cannot be read is a value, not an exception.
 
     Raises:
-      UserError: the disk is full.
+      OSError: the disk is full.
     """
     entries: list[Path | None] = []
     for clip in clips:
@@ -76,9 +76,7 @@ def decode_clips(
         if isinstance(error, Lost):
             yield Decoded(None, error.reason)
         elif error == _DISK_FULL:
-            raise UserError(
-                f"no space is left in {cache.directory}; free some, and the same command goes on"
-            )
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache.directory))
         elif error:
             yield Decoded(None, error)
         else:

@@ -118,7 +118,8 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
           timeout: seconds that the decoding of a video may take.
 
         Raises:
-          UserError: no video can be used, or the disk is full.
+          AnnotationError: no video can be used.
+          OSError, RuntimeError: the disk is full.
         """
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)

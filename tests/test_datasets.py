@@ -1,6 +1,8 @@
 """Every builder on a small set in its true layout: real videos, real annotation syntax."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 
@@ -310,8 +312,6 @@ def test_msvd_takes_sentences_too(tmp_path, clips):
 
 class Malicious:
     def __reduce__(self):
-        import os
-
         return os.system, ("touch /tmp/never",)
 
 
@@ -420,6 +420,29 @@ def test_without_splits_a_tenth_of_the_files_is_held_out_for_each(tmp_path):
 def test_a_mistake_in_one_s_own_file_is_named(text, suffix, message, tmp_path):
     with pytest.raises(AnnotationError, match=message):
         read_custom(tmp_path, text, suffix)
+
+
+@pytest.mark.parametrize("when", ["decoding", "writing"])
+def test_a_full_disk_is_one_line_and_leaves_no_half_dataset(
+    when, tmp_path, clips, capsys, monkeypatch
+):
+    lay_out_custom(tmp_path, clips)
+
+    def full(*_, **__):
+        if when == "decoding":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # What array_record raises on a full disk.
+        raise RuntimeError("write() failed: No space left on device; writing x; at byte 3100672")
+
+    target = "data_prep.retrieval_builder.decode_clips"
+    if when == "writing":
+        target = "tensorflow_datasets.core.SequentialWriter.close_all"
+    monkeypatch.setattr(target, full)
+    flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
+    annotations = f"--annotations={annotations_of(tmp_path, 'custom')}"
+    assert build(["custom", *flags, annotations, "--image_size=32"]) == 1
+    assert "no space is left in" in capsys.readouterr().err
+    assert not list((tmp_path / "data").rglob("*.array_record*"))
 
 
 def test_a_name_that_several_files_have_is_not_guessed(tmp_path, clips, capsys):

@@ -78,12 +78,10 @@ class SearchSession:
             known = store.videos()
             arrays = store.arrays()
         self.videos = [video for video in known if not video.error]
-        self.bad = {video.path: video.error for video in known if video.error}
         if not self.videos:
             raise SearchIndexError(
-                f"the index {directory} has no video that can be searched ({len(self.bad)} cannot)"
+                f"the index {directory} has no video that can be searched ({len(known)} cannot)"
             )
-        self.directory = directory
         self.folder = Path(self.header["videos"])
         self.model = models.from_source(self.header["source"]) if model is None else model
         if self.model.fingerprint != self.header["fingerprint"]:
@@ -174,17 +172,6 @@ class SearchSession:
         """The arrays of an indexed video, float32."""
         rows = {name: np.asarray(array[video.slot]) for name, array in self._arrays.items()}
         return {name: np.asarray(array) for name, array in jax.device_get(restored(rows)).items()}
-
-    def thumbnails(self, video: IndexedVideo) -> bytes:
-        """A JPEG file with the frames of a video side by side."""
-        with Store(self.directory) as store:
-            return store.thumbnails(video.path)
-
-    def explain(self, sentence: str, video: IndexedVideo) -> Explanation:
-        """Why a sentence and an indexed video have their score."""
-        text = {name: array[0] for name, array in self.embed([sentence]).items()}
-        text_ids, _ = tokenize([sentence], self.model.config.data.max_words)
-        return explain(text, self.stored(video), token_strings(text_ids[0]), video.times)
 
     def _video(self, slot: int) -> IndexedVideo:
         return self.videos[self._row_of[int(slot)]]
