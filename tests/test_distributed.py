@@ -19,6 +19,9 @@ from drl_jax.sharding import make_layout
 from drl_jax.state import abstract_params
 from drl_jax.workdir import load_config
 
+# What gloo prints on stdout, whatever we do.
+GLOO_LINE = "Gloo Rank is connected to peer ranks Expected number of connected peer ranks is"
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -106,8 +109,9 @@ def test_two_processes_stop_together_and_give_what_one_gives(alone, shapes_data,
     assert [process.returncode for process in pair] == [0, 0], (main_errors, other_errors)
     assert "resuming" in main_output
     assert "4 cpu device(s), 2 process(es)" in main_output
-    # The other one says nothing, but for what gloo prints.
-    assert all(line.startswith("[Gloo]") for line in other_output.splitlines()), other_output
+    # The other one says nothing, but for what gloo's threads print into each other's lines.
+    said = set(re.findall("[A-Za-z]+", other_output))
+    assert said <= set(GLOO_LINE.split()), other_output
     assert len(list(workdir.glob("events*"))) == 2  # of the main process, before and after
 
     found, expected = train_metrics(workdir), train_metrics(alone)
