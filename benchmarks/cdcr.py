@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.measure import arguments, peak_memory, report
 from drl_jax import losses
+from drl_jax.ops import l2_normalize
 
 
 def tensor_correlation(own, partner, mask, weight):
@@ -37,7 +38,7 @@ def measure(way: str, batch: int, words: int, frames: int, width: int, repeats: 
     rng = np.random.default_rng(0)
 
     def features(length):
-        return jnp.asarray(rng.normal(size=(batch, length, width)), jnp.float32)
+        return l2_normalize(jnp.asarray(rng.normal(size=(batch, length, width)), jnp.float32))
 
     def side(name, feat, length):
         even = jnp.full((batch, length), 1 / length)

@@ -20,9 +20,7 @@ WORDS, FRAMES, WIDTH = 32, 12, 512
 
 def plain(text: dict, video: dict) -> jax.Array:
     """The formula as it is written: one product [A, B, L, F], masked, maximised."""
-    sim = jnp.einsum(
-        "ald,bfd->ablf", l2_normalize(text["text_feat"]), l2_normalize(video["frame_feat"])
-    )
+    sim = jnp.einsum("ald,bfd->ablf", text["text_feat"], video["frame_feat"])
     sim = sim * text["text_mask"][:, None, :, None] * video["frame_mask"][None, :, None, :]
     t2v = jnp.einsum("abl,al->ab", sim.max(axis=3), text["text_weight"])
     v2t = jnp.einsum("abf,bf->ab", sim.max(axis=2), video["frame_weight"])
@@ -37,8 +35,9 @@ def blocks(text: dict, video: dict) -> jax.Array:
 def side(name: str, count: int, length: int, seed: int) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
     mask = np.arange(length) < rng.integers(1, length + 1, (count, 1))
+    feat = jnp.asarray(rng.normal(size=(count, length, WIDTH)), jnp.float32)
     return {
-        f"{name}_feat": jnp.asarray(rng.normal(size=(count, length, WIDTH)), jnp.float32),
+        f"{name}_feat": l2_normalize(feat),
         f"{name}_mask": jnp.asarray(mask),
         f"{name}_weight": jnp.asarray(mask / mask.sum(1, keepdims=True), jnp.float32),
     }

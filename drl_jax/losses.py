@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from drl_jax.ops import l2_normalize, masked_standardize
+from drl_jax.ops import masked_standardize
 
 Arrays = dict[str, jax.Array]
 
@@ -41,7 +41,7 @@ def cdcr_loss(
     - wti, 3: the same, rows weighted by the interaction's weights.
 
     Args:
-      text: the interaction's arrays of B texts.
+      text: the interaction's arrays of B texts; features are unit vectors.
       video: the interaction's arrays of the B videos that belong to them.
       key: for variant 1.
       cdcr: 1, 2 or 3 (the reference's `--cdcr`).
@@ -75,7 +75,7 @@ def _random_positions(text: Arrays, video: Arrays, key: jax.Array) -> tuple[jax.
     def draw(feat, mask, key):
         logits = jnp.where(mask, 0.0, -jnp.inf)
         position = jax.random.categorical(key, logits, axis=1)
-        return l2_normalize(jnp.take_along_axis(feat, position[:, None, None], axis=1)[:, 0])
+        return jnp.take_along_axis(feat, position[:, None, None], axis=1)[:, 0]
 
     text_key, video_key = jax.random.split(key)
     return (
@@ -96,7 +96,6 @@ def _matched_correlation(
 ) -> jax.Array:
     """Correlation over tokens and their best frames, and frames and their best tokens: [D, D]."""
     pairs = text_feat.shape[0]
-    text_feat, frame_feat = l2_normalize(text_feat), l2_normalize(frame_feat)
     # The partners of a pair are looked for in the pair alone: [B, L, F], masked as the interaction
     # masks (a padded position has similarity 0, and may be picked over negative ones).
     token_sim = jnp.einsum("bld,bfd->blf", text_feat, frame_feat)

@@ -11,6 +11,10 @@ from drl_jax.models.interaction import weighted_token_wise
 B, L, F, D = 5, 7, 4, 6
 
 
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
 @pytest.fixture
 def features():
     rng = np.random.default_rng(0)
@@ -23,17 +27,13 @@ def features():
         return (raw / raw.sum(1, keepdims=True)).astype(np.float32)
 
     return {
-        "text_feat": rng.normal(size=(B, L, D)).astype(np.float32),
-        "frame_feat": rng.normal(size=(B, F, D)).astype(np.float32),
+        "text_feat": unit(rng.normal(size=(B, L, D)).astype(np.float32)),
+        "frame_feat": unit(rng.normal(size=(B, F, D)).astype(np.float32)),
         "text_mask": text_mask,
         "frame_mask": frame_mask,
         "text_weight": weights(text_mask),
         "frame_weight": weights(frame_mask),
     }
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def sides(f):
@@ -45,7 +45,7 @@ def sides(f):
 
 def reference_cdcr(f, cdcr, alpha1, alpha2):
     """Variants 2 and 3 as the reference computes them, with its [N, D, D] tensor."""
-    text, frame = unit(f["text_feat"]), unit(f["frame_feat"])
+    text, frame = f["text_feat"], f["frame_feat"]
     sim = np.einsum("bld,bfd->blf", text, frame)
     sim = sim * f["text_mask"][:, :, None] * f["frame_mask"][:, None]
 
@@ -78,7 +78,7 @@ def test_contrastive_loss_is_the_mean_cross_entropy_of_both_directions():
 
 def test_weighted_token_wise_loops_over_pairs(features):
     f = features
-    text, frame = unit(f["text_feat"]), unit(f["frame_feat"])
+    text, frame = f["text_feat"], f["frame_feat"]
     expected = np.zeros((B, B))
     for a in range(B):
         for b in range(B):

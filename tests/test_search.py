@@ -27,7 +27,7 @@ from drl_jax.search.indexing import update_index
 from drl_jax.search.model import from_workdir
 from drl_jax.search.prompt import clock, run_prompt
 from drl_jax.search.session import SearchSession
-from drl_jax.search.store import IndexedVideo, SearchIndexError, Store, stored_arrays
+from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
 from drl_jax.sharding import make_layout
 from drl_jax.state import create_state
 from drl_jax.workdir import claim_workdir
@@ -124,18 +124,19 @@ def test_blocks_and_devices_change_nothing(devices, model):
     expected = model.embedder.similarity(model.params, text, {k: v[rows] for k, v in video.items()})
     model = dataclasses.replace(model, layout=make_layout(jax.devices()[:devices]))
     model = dataclasses.replace(model, params=jax.device_put(model.params, model.layout.whole))
-    for resident in (False, True):
-        gallery = Gallery(stored_arrays(video, "float32"), rows, model.layout, block=16)
-        if resident:
-            gallery.keep_on_devices()
-        ranking = SearchEngine(model, gallery).search(text, top=10)
+    gallery, engine = Gallery(video, rows, model.layout, block=16), SearchEngine(model)
+    for _ in range(2):  # the second time the blocks are on the devices
+        ranking = engine.search(text, gallery, top=10)
         order = np.argsort(-expected, axis=1)[:, :10]
-        np.testing.assert_array_equal(ranking.rows, rows[order])
+        np.testing.assert_array_equal(ranking.slots, rows[order])
         found = np.take_along_axis(expected, order, 1)
         np.testing.assert_allclose(ranking.scores, found, atol=1e-5)
-    everything = SearchEngine(model, gallery).search(text, top=100)
-    assert everything.rows.shape == (3, 37)
-    assert sorted(everything.rows[0]) == sorted(rows)
+    everything = engine.search(text, gallery, top=100)
+    assert everything.slots.shape == (3, 37)
+    assert sorted(everything.slots[0]) == sorted(rows)
+    few = engine.search(text, gallery.only(rows[5:15]), top=3)
+    order = np.argsort(-expected[:, 5:15], axis=1)[:, :3]
+    np.testing.assert_array_equal(few.slots, order)
 
 
 def snapshot(directory):

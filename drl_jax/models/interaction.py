@@ -54,12 +54,20 @@ class TokenWise(nnx.Module):
         del config, rngs
 
     def text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
-        weight = text_mask / jnp.sum(text_mask, axis=1, keepdims=True)
-        return {"text_feat": text_feat, "text_mask": text_mask, "text_weight": weight}
+        unit, weight = l2_normalize(text_feat), self.text_weights(text_feat, text_mask)
+        return {"text_feat": unit, "text_mask": text_mask, "text_weight": weight}
 
     def video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
-        weight = frame_mask / jnp.sum(frame_mask, axis=1, keepdims=True)
-        return {"frame_feat": frame_feat, "frame_mask": frame_mask, "frame_weight": weight}
+        unit, weight = l2_normalize(frame_feat), self.frame_weights(frame_feat, frame_mask)
+        return {"frame_feat": unit, "frame_mask": frame_mask, "frame_weight": weight}
+
+    def text_weights(self, text_feat: jax.Array, text_mask: jax.Array) -> jax.Array:
+        """The share of each token in its sentence, [A, L], from features of any length."""
+        return text_mask / jnp.sum(text_mask, axis=1, keepdims=True)
+
+    def frame_weights(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        """The share of each frame in its video, [B, F]."""
+        return frame_mask / jnp.sum(frame_mask, axis=1, keepdims=True)
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
         del key
@@ -74,13 +82,11 @@ class WeightedTokenWise(TokenWise):
         self.text_weight_fc = TokenWeight(width, layers, rngs=rngs)
         self.video_weight_fc = TokenWeight(width, layers, rngs=rngs)
 
-    def text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
-        weight = self.text_weight_fc(text_feat, text_mask)
-        return {"text_feat": text_feat, "text_mask": text_mask, "text_weight": weight}
+    def text_weights(self, text_feat: jax.Array, text_mask: jax.Array) -> jax.Array:
+        return self.text_weight_fc(text_feat, text_mask)
 
-    def video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
-        weight = self.video_weight_fc(frame_feat, frame_mask)
-        return {"frame_feat": frame_feat, "frame_mask": frame_mask, "frame_weight": weight}
+    def frame_weights(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        return self.video_weight_fc(frame_feat, frame_mask)
 
 
 class TokenWeight(nnx.Module):
@@ -176,8 +182,8 @@ def weighted_token_wise(
     Each token looks for its best frame and each frame for its best token; the weights add up both.
 
     Args:
-      text_feat: [A, L, D].
-      frame_feat: [B, F, D].
+      text_feat: [A, L, D], unit vectors.
+      frame_feat: [B, F, D], unit vectors.
       text_mask: bool [A, L].
       frame_mask: bool [B, F].
       text_weight: [A, L], sums to 1 over valid tokens.
@@ -189,8 +195,8 @@ def weighted_token_wise(
     # Masked before the product, so that what is masked has similarity 0 and not -inf, as in the
     # reference: where every valid similarity is negative, the maximum is the 0 of the padding.
     # Trained checkpoints depend on it.
-    text_feat = l2_normalize(text_feat) * text_mask[:, :, None]
-    frame_feat = l2_normalize(frame_feat) * frame_mask[:, :, None]
+    text_feat = text_feat * text_mask[:, :, None]
+    frame_feat = frame_feat * frame_mask[:, :, None]
     # [B, F, A, L] is how the product comes out of the matrix unit: no transposition.
     token_sim = jnp.einsum("bfd,ald->bfal", frame_feat, text_feat)
     t2v = jnp.einsum("bal,al->ab", token_sim.max(axis=1), text_weight)

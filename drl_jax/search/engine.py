@@ -5,7 +5,7 @@ its share, and only those are merged.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from drl_jax.embedding import Features
 from drl_jax.models.drl import model_definition
+from drl_jax.models.interaction import over_video_blocks
 from drl_jax.search.model import SearchModel
 from drl_jax.sharding import AXIS, Layout
 
@@ -28,127 +29,166 @@ class Ranking:
 
     Attributes:
       scores: float32 [Q, k], descending; k is smaller than asked for in a small gallery.
-      rows: int [Q, k], rows of the gallery.
+      slots: int [Q, k], rows of the gallery's arrays.
     """
 
     scores: np.ndarray
-    rows: np.ndarray
+    slots: np.ndarray
 
 
 class Gallery:
-    """Stored arrays of videos, in blocks on the devices or fed to them from the disk."""
+    """Stored arrays of videos, in blocks of consecutive slots, split over the devices.
 
-    def __init__(self, arrays: Features, rows: np.ndarray, layout: Layout, *, block: int = BLOCK):
-        """Puts nothing on the devices yet.
+    Where the blocks fit, they stay on the devices after the first query. On a CPU nothing is
+    copied: a block is the memory map itself.
+    """
+
+    def __init__(
+        self, arrays: Features, slots: Sequence[int], layout: Layout, *, block: int = BLOCK
+    ):
+        """Reads nothing yet.
 
         Args:
           arrays: stored arrays (`store.stored_arrays`), a row a slot; memory maps will do.
-          rows: int [V], the rows to search.
+          slots: int [V], the rows that are videos.
           layout: over which devices.
-          block: videos that are compared at a time.
+          block: slots that are compared at a time.
         """
-        devices = layout.devices
-        self.rows = np.asarray(rows, np.int64)
+        end = max(slots) + 1
+        self.size = len(slots)
         self.layout = layout
-        size = min(block, max(1, len(self.rows)))
-        self.block = -(-size // devices) * devices
-        self._arrays = arrays
-        self._resident: list[tuple[dict, jax.Array]] | None = None
+        self.block = -(-min(block, end) // layout.devices) * layout.devices
+        self._arrays = {name: array[:end] for name, array in arrays.items()}
+        self._valid = np.zeros(end, bool)
+        self._valid[np.asarray(slots)] = True
+        self._kept: list[dict[str, jax.Array]] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a query has to read."""
-        return sum(array[:1].nbytes * len(self.rows) for array in self._arrays.values())
+        return sum(array.nbytes for array in self._arrays.values())
 
-    def keep_on_devices(self) -> None:
-        """Reads all blocks once and keeps them; queries then read nothing."""
-        self._resident = list(self._read())
+    def only(self, slots: Sequence[int]) -> "Gallery":
+        """Some videos, copied out of the rest; slot n of it is the n-th of `slots`."""
+        rows = np.asarray(slots)
+        arrays = {name: array[rows] for name, array in self._arrays.items()}
+        return Gallery(arrays, range(len(rows)), self.layout, block=self.block)
 
-    def blocks(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        """Each block's arrays and which of its rows are videos, split over the devices by rows."""
-        return iter(self._resident) if self._resident is not None else self._read()
+    def blocks(self) -> Iterator[dict[str, jax.Array]]:
+        """The arrays of each block, and `valid`, which of its slots are videos."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = [] if self._fits() else None
+        for block in self._read():
+            if kept is not None:
+                kept.append(block)
+            yield block
+        self._kept = kept
 
-    def _read(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        for start in range(0, len(self.rows), self.block):
-            picked = self.rows[start : start + self.block]
-            padded = np.pad(picked, (0, self.block - len(picked)), mode="edge")
-            arrays = {name: array[padded] for name, array in self._arrays.items()}
-            valid = np.arange(self.block) < len(picked)
-            placed = self.layout.put_rows({**arrays, "valid": valid})
-            yield placed, placed.pop("valid")
+    def _read(self) -> Iterator[dict[str, jax.Array]]:
+        arrays = {**self._arrays, "valid": self._valid}
+        for start in range(0, len(self._valid), self.block):
+            part = {name: array[start : start + self.block] for name, array in arrays.items()}
+            missing = self.block - len(part["valid"])
+            if missing:
+                part = {
+                    name: np.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
+                    for name, array in part.items()
+                }
+            yield self.layout.put_rows(part)
+
+    def _fits(self) -> bool:
+        """Whether all blocks together leave the devices half of their free memory."""
+        stats = jax.local_devices()[0].memory_stats()
+        if not stats:
+            return True  # a CPU, whose memory maps cost nothing
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        return self.nbytes / self.layout.devices < free / 2
 
 
 class SearchEngine:
-    """Compares queries with a gallery."""
+    """Compares queries with galleries."""
 
-    def __init__(self, model: SearchModel, gallery: Gallery):
-        self._model, self._gallery = model, gallery
-        self._steps: dict[int, Callable] = {}
+    def __init__(self, model: SearchModel):
+        self._model = model
+        self._steps: dict[tuple[int, int], Callable] = {}
 
-    def search(self, text: Features, top: int) -> Ranking:
+    def search(self, text: Features, gallery: Gallery, top: int) -> Ranking:
         """The best videos for each of Q queries.
 
         Args:
           text: the arrays of `DRL.encode_text`; also of `video_as_query`.
+          gallery: where to search.
           top: how many.
         """
-        gallery = self._gallery
         count = len(next(iter(text.values())))
-        top = min(top, len(gallery.rows))
+        top = min(top, gallery.size)
         # A few shapes instead of one for every number of queries.
         padded = 1 << (count - 1).bit_length()
         rows = np.minimum(np.arange(padded), count - 1)
         text = {name: array[rows] for name, array in _without_padding(text).items()}
         text = jax.device_put(text, gallery.layout.whole)
+        step = self._step(gallery, min(top, gallery.block))
         scores = np.full((count, 0), -np.inf, np.float32)
-        places = np.zeros((count, 0), np.int64)
+        slots = np.zeros((count, 0), np.int64)
         pending = []  # the next block is read while this one is compared
-        for number, (arrays, valid) in enumerate(gallery.blocks()):
-            found = self._step(min(top, gallery.block))(self._model.params, text, arrays, valid)
-            pending.append((number * gallery.block, found))
+        for number, arrays in enumerate(gallery.blocks()):
+            pending.append((number * gallery.block, step(self._model.params, text, arrays)))
             if len(pending) > 1:
-                scores, places = _merge(scores, places, pending.pop(0), count, top)
+                scores, slots = _merge(scores, slots, pending.pop(0), count, top)
         for block in pending:
-            scores, places = _merge(scores, places, block, count, top)
-        return Ranking(scores, gallery.rows[places])
+            scores, slots = _merge(scores, slots, block, count, top)
+        return Ranking(scores, slots)
 
-    def _step(self, top: int) -> Callable:
+    def _step(self, gallery: Gallery, top: int) -> Callable:
         """Compiled: the best `top` of each device's share of a block, side by side."""
-        if top not in self._steps:
-            definition = model_definition(self._model.config.model)
-            layout = self._gallery.layout
-            share = self._gallery.block // layout.devices
+        layout, share = gallery.layout, gallery.block // gallery.layout.devices
+        if (share, top) not in self._steps:
+            model = self._model.config.model
+            definition = model_definition(model)
             local_top = min(top, share)
 
-            def compare(params, text, arrays, valid):
-                sim = nnx.merge(definition, params).similarity(text, restored(arrays))
+            def compare(params, text, arrays):
+                arrays = dict(arrays)
+                valid = arrays.pop("valid")
+                interaction = nnx.merge(definition, params).interaction
+                sim = over_video_blocks(
+                    lambda part, _: interaction.similarity(text, restored(part)),
+                    arrays,
+                    None,
+                    model.similarity_block,
+                )
                 sim = jnp.where(valid, sim, -jnp.inf)
                 scores, places = jax.lax.top_k(sim, local_top)  # [Q, k]
                 return scores, places + share * jax.lax.axis_index(AXIS)
 
             whole, rows, columns = PartitionSpec(), PartitionSpec(AXIS), PartitionSpec(None, AXIS)
-            self._steps[top] = jax.jit(
+            self._steps[share, top] = jax.jit(
                 jax.shard_map(
                     compare,
                     mesh=layout.mesh,
-                    in_specs=(whole, whole, rows, rows),
+                    in_specs=(whole, whole, rows),
                     out_specs=(columns, columns),
                     check_vma=False,
                 )
             )
-        return self._steps[top]
+        return self._steps[share, top]
 
 
 def restored(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Stored arrays as the interaction takes them, features float32."""
+    """Stored arrays (`store.stored_arrays`) as the interaction takes them, features float32."""
     features = {}
     for name, array in arrays.items():
         if name.endswith(".scale"):
             continue
-        if name.endswith("_feat"):
-            array = array.astype(jnp.float32)
-            if f"{name}.scale" in arrays:
-                array = array * arrays[f"{name}.scale"][..., None]
+        if array.dtype == jnp.uint16:
+            # bfloat16 is the upper half of a float32. XLA's own conversion, and any slice of a
+            # bfloat16 array, is ten times slower than this on a CPU.
+            bits = jnp.asarray(array).astype(jnp.uint32) << 16
+            array = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        elif array.dtype == jnp.int8:
+            array = array.astype(jnp.float32) * arrays[f"{name}.scale"][..., None]
         features[name] = array
     return features
 
@@ -166,15 +206,15 @@ def _without_padding(text: Features) -> Features:
 
 
 def _merge(
-    scores: np.ndarray, places: np.ndarray, block: tuple, count: int, top: int
+    scores: np.ndarray, slots: np.ndarray, block: tuple, count: int, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best so far, with those of another block; among equals the earlier video is first."""
     offset, found = block
-    new_scores, new_places = (np.asarray(array)[:count] for array in found)
+    new_scores, new_slots = (np.asarray(array)[:count] for array in found)
     scores = np.concatenate([scores, new_scores], axis=1)
-    places = np.concatenate([places, new_places + offset], axis=1)
-    order = np.lexsort((places, -scores), axis=1)[:, :top]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
+    slots = np.concatenate([slots, new_slots + offset], axis=1)
+    order = np.lexsort((slots, -scores), axis=1)[:, :top]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(slots, order, 1)
 
 
 def video_as_query(video: Features) -> Features:

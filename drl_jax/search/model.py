@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -9,12 +10,30 @@ import numpy as np
 
 from drl_jax.checkpoint import Checkpoints
 from drl_jax.config import Config
-from drl_jax.embedding import Embedder
+from drl_jax.embedding import Embedder, Features
+from drl_jax.errors import UserError
 from drl_jax.models.drl import Params
 from drl_jax.sharding import Layout, make_layout
 from drl_jax.state import abstract_params
+from drl_jax.tokenizer import token_strings, tokenize
+from drl_jax.video import VideoError, read_timed_frames
 from drl_jax.weights.load import config_of_weights, initial_params, read_weights
 from drl_jax.workdir import load_config
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedFile:
+    """A video file as the model sees it.
+
+    Attributes:
+      frames: uint8 [F, S, S, 3].
+      times: F seconds at which they are shown.
+      features: the arrays of `DRL.encode_frames`, of one video.
+    """
+
+    frames: np.ndarray
+    times: tuple[float, ...]
+    features: Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +56,37 @@ class SearchModel:
     embedder: Embedder
     source: dict[str, str]
     fingerprint: str
+
+    def embed_sentences(self, sentences: Sequence[str]) -> Features:
+        """N sentences -> the arrays of `DRL.encode_text`.
+
+        Raises:
+          UserError: there is none, or one is blank.
+        """
+        if not sentences or not all(sentence.strip() for sentence in sentences):
+            raise UserError("a query is blank; write a sentence")
+        return self.embedder.captions(self.params, list(sentences))
+
+    def tokens(self, sentences: Sequence[str]) -> list[list[str]]:
+        """The tokens of each sentence, as long as the model reads, with those of start and end."""
+        text_ids, text_mask = tokenize(list(sentences), self.config.data.max_words)
+        return [token_strings(ids[mask]) for ids, mask in zip(text_ids, text_mask, strict=True)]
+
+    def embed_file(self, path: Path) -> EmbeddedFile:
+        """A video file, decoded now.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        config = self.config
+        try:
+            frames, times = read_timed_frames(
+                path, config.data.max_frames, config.model.clip.image_resolution
+            )
+        except VideoError as error:
+            raise UserError(f"{path} {error}") from error
+        features = self.embedder.videos(self.params, lambda rows: [frames] * len(rows), 1)
+        return EmbeddedFile(frames, tuple(map(float, times)), features)
 
 
 def from_workdir(workdir: Path, checkpoint: str = "best") -> SearchModel:

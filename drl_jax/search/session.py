@@ -9,14 +9,11 @@ import jax
 import numpy as np
 
 from drl_jax.embedding import Features
-from drl_jax.errors import UserError
 from drl_jax.search import model as models
-from drl_jax.search.engine import Gallery, SearchEngine, restored, video_as_query
+from drl_jax.search.engine import Gallery, Ranking, SearchEngine, restored, video_as_query
 from drl_jax.search.explain import Explanation, explain
 from drl_jax.search.model import SearchModel
 from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
-from drl_jax.tokenizer import token_strings, tokenize
-from drl_jax.video import VideoError, read_timed_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +24,14 @@ class Hit:
       rank: from 1.
       score: similarity, as evaluation computes it.
       path: of the file.
+      video: what the index knows of it.
       explanation: None where the query is a video.
     """
 
     rank: int
     score: float
     path: Path
+    video: IndexedVideo
     explanation: Explanation | None
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +68,7 @@ class SearchSession:
         Raises:
           UserError: no index, nothing in it to search, or not its model.
         """
+        self.directory = directory
         with Store(directory) as store:
             if not store.header:
                 raise SearchIndexError(
@@ -90,10 +90,9 @@ class SearchSession:
                 f" {' '.join(self.model.source.values())}; make a new one, or name its own model"
             )
         self._arrays = arrays
-        slots = np.array([video.slot for video in self.videos])
-        self._row_of = {slot: row for row, slot in enumerate(slots)}
-        self.gallery = Gallery(arrays, slots, self.model.layout)
-        self._engine = SearchEngine(self.model, self.gallery)
+        self._video_of = {video.slot: video for video in self.videos}
+        self.gallery = Gallery(arrays, list(self._video_of), self.model.layout)
+        self._engine = SearchEngine(self.model)
 
     def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
         """The best videos for each sentence.
@@ -101,22 +100,24 @@ class SearchSession:
         Raises:
           UserError: a sentence is blank.
         """
-        text = self.embed(sentences)
-        ranking = self._engine.search(text, top)
-        text_ids, _ = tokenize(list(sentences), self.model.config.data.max_words)
-        return [
-            [
-                self._hit(
-                    rank,
-                    ranking.scores[query, rank],
-                    self._video(ranking.rows[query, rank]),
-                    {name: array[query] for name, array in text.items()},
-                    token_strings(text_ids[query]),
-                )
-                for rank in range(ranking.scores.shape[1])
-            ]
-            for query in range(len(sentences))
-        ]
+        text = self.model.embed_sentences(sentences)
+        return self._explained(sentences, text, self._engine.search(text, self.gallery, top))
+
+    def search_among(
+        self, sentence: str, text: Features, videos: Sequence[IndexedVideo], top: int
+    ) -> list[Hit]:
+        """The best of some videos of the index for a sentence, compared as `search` does.
+
+        Args:
+          sentence: the query.
+          text: its arrays, of `SearchModel.embed_sentences`.
+          videos: candidates that another engine found, without repetition.
+          top: how many.
+        """
+        slots = np.array([video.slot for video in videos])
+        found = self._engine.search(text, self.gallery.only(slots), top)
+        ranking = Ranking(found.scores, slots[found.slots])
+        return self._explained([sentence], text, ranking)[0]
 
     def search_by_video(self, path: Path, top: int) -> list[Hit]:
         """The videos that are most like a file, itself included if it is indexed.
@@ -124,11 +125,12 @@ class SearchSession:
         Raises:
           UserError: the file cannot be read.
         """
-        ranking = self._engine.search(video_as_query(self.embed_video(path)), top)
+        query = video_as_query(self.model.embed_file(path).features)
+        ranking = self._engine.search(query, self.gallery, top)
         return [
-            Hit(rank + 1, float(score), self.folder / self._video(row).path, None)
-            for rank, (score, row) in enumerate(
-                zip(ranking.scores[0], ranking.rows[0], strict=True)
+            self._hit(rank, score, slot, None)
+            for rank, (score, slot) in enumerate(
+                zip(ranking.scores[0], ranking.slots[0], strict=True), start=1
             )
         ]
 
@@ -138,46 +140,41 @@ class SearchSession:
         Raises:
           UserError: the file cannot be read, or a sentence is blank.
         """
-        text, video = self.embed(sentences), self.embed_video(path)
-        scores = self.model.embedder.similarity(self.model.params, text, video)[:, 0]
+        model = self.model
+        text, video = model.embed_sentences(sentences), model.embed_file(path).features
+        scores = model.embedder.similarity(model.params, text, video)[:, 0]
         order = np.argsort(-scores, kind="stable")
         return [(float(scores[row]), sentences[row]) for row in order]
-
-    def embed(self, sentences: Sequence[str]) -> Features:
-        """The arrays of sentences.
-
-        Raises:
-          UserError: one is blank.
-        """
-        if not sentences or not all(sentence.strip() for sentence in sentences):
-            raise UserError("a query is blank; write a sentence")
-        return self.model.embedder.captions(self.model.params, list(sentences))
-
-    def embed_video(self, path: Path) -> Features:
-        """The arrays of one file, decoded now.
-
-        Raises:
-          UserError: it cannot be read.
-        """
-        config = self.model.config
-        try:
-            frames, _ = read_timed_frames(
-                path, config.data.max_frames, config.model.clip.image_resolution
-            )
-        except VideoError as error:
-            raise UserError(f"{path} {error}") from error
-        return self.model.embedder.videos(self.model.params, lambda rows: [frames] * len(rows), 1)
 
     def stored(self, video: IndexedVideo) -> Features:
         """The arrays of an indexed video, float32."""
         rows = {name: np.asarray(array[video.slot]) for name, array in self._arrays.items()}
         return {name: np.asarray(array) for name, array in jax.device_get(restored(rows)).items()}
 
-    def _video(self, slot: int) -> IndexedVideo:
-        return self.videos[self._row_of[int(slot)]]
+    def thumbnails(self, video: IndexedVideo) -> bytes:
+        """A JPEG file with the frames of an indexed video side by side."""
+        with Store(self.directory) as store:
+            return store.thumbnails(video.path)
+
+    def _explained(
+        self, sentences: Sequence[str], text: Features, ranking: Ranking
+    ) -> list[list[Hit]]:
+        return [
+            [
+                self._hit(rank, score, slot, ({name: a[query] for name, a in text.items()}, tokens))
+                for rank, (score, slot) in enumerate(
+                    zip(ranking.scores[query], ranking.slots[query], strict=True), start=1
+                )
+            ]
+            for query, tokens in enumerate(self.model.tokens(sentences))
+        ]
 
     def _hit(
-        self, rank: int, score: float, video: IndexedVideo, text: Features, tokens: list[str]
+        self, rank: int, score: float, slot: int, query: tuple[Features, list[str]] | None
     ) -> Hit:
-        explanation = explain(text, self.stored(video), tokens, video.times)
-        return Hit(rank + 1, float(score), self.folder / video.path, explanation)
+        video = self._video_of[int(slot)]
+        explanation = None
+        if query is not None:
+            text, tokens = query
+            explanation = explain(text, self.stored(video), tokens, video.times)
+        return Hit(rank, float(score), self.folder / video.path, video, explanation)

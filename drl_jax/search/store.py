@@ -21,7 +21,7 @@ from drl_jax.embedding import Features
 from drl_jax.errors import UserError
 
 _DATABASE = "index.sqlite"
-_FORMAT = 1
+_FORMAT = 2
 # How features are stored; masks and weights are stored as they are.
 STORAGES = ("bfloat16", "int8", "float32")
 # Rows that an array's file grows by.
@@ -184,9 +184,7 @@ class Store:
         """
         described = self.header.get("arrays", {})
         return {
-            name: np.memmap(self._file(name), _dtype(array["dtype"]), "r").reshape(
-                -1, *array["shape"]
-            )
+            name: np.memmap(self._file(name), array["dtype"], "r").reshape(-1, *array["shape"])
             for name, array in described.items()
         }
 
@@ -226,10 +224,6 @@ class Store:
             os.fsync(file.fileno())  # before the transaction that names the slots
 
 
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
 def stored_arrays(features: Features, storage: str) -> Features:
     """Features in the form that they are stored in.
 
@@ -241,7 +235,7 @@ def stored_arrays(features: Features, storage: str) -> Features:
         if not name.endswith("_feat") or storage == "float32":
             stored[name] = array
         elif storage == "bfloat16":
-            stored[name] = array.astype(ml_dtypes.bfloat16)
+            stored[name] = array.astype(ml_dtypes.bfloat16).view(np.uint16)
         else:
             largest = np.abs(array).max(axis=-1).astype(np.float32)
             scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
