@@ -14,12 +14,10 @@ from drl_jax.config import Config, ConfigError
 from drl_jax.data.frames import pad_frames
 from drl_jax.distributed import is_main
 from drl_jax.models.drl import Params
+from drl_jax.models.interaction import Features
 from drl_jax.sharding import Layout
 from drl_jax.steps import make_embed_steps
 from drl_jax.tokenizer import VOCABULARY_SIZE, tokenize
-
-# Arrays of N items by name, on the host: what the interaction keeps of a text or a video.
-Features = dict[str, np.ndarray]
 
 
 class Embedder:

@@ -22,10 +22,10 @@ from drl_jax.evaluation import Evaluator
 from drl_jax.metrics import retrieval_metrics
 from drl_jax.optim import make_optimizer
 from drl_jax.search.engine import Gallery, SearchEngine
-from drl_jax.search.explain import explain
+from drl_jax.search.explain import clock, explain
 from drl_jax.search.indexing import update_index
 from drl_jax.search.model import from_workdir
-from drl_jax.search.prompt import clock, run_prompt
+from drl_jax.search.prompt import run_prompt
 from drl_jax.search.session import SearchSession
 from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
 from drl_jax.sharding import make_layout
@@ -124,7 +124,8 @@ def test_blocks_and_devices_change_nothing(devices, model):
     expected = model.embedder.similarity(model.params, text, {k: v[rows] for k, v in video.items()})
     model = dataclasses.replace(model, layout=make_layout(jax.devices()[:devices]))
     model = dataclasses.replace(model, params=jax.device_put(model.params, model.layout.whole))
-    gallery, engine = Gallery(video, rows, model.layout, block=16), SearchEngine(model)
+    gallery = Gallery(video, rows, model.layout, block=16)
+    engine = SearchEngine(model.config.model, model.params)
     for _ in range(2):  # the second time the blocks are on the devices
         ranking = engine.search(text, gallery, top=10)
         order = np.argsort(-expected, axis=1)[:, :10]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import normal
 
@@ -19,6 +20,8 @@ from drl_jax.models.layers import Run, Transformer, new_block_init, quick_gelu
 from drl_jax.ops import l2_normalize, masked_mean, masked_softmax
 
 Arrays = dict[str, jax.Array]
+# The same, of N items on the host.
+Features = dict[str, np.ndarray]
 # The reference's cross transformer uses BERT's LayerNorm.
 _LN_EPS = 1e-12
 _CROSS_HEADS = 8

@@ -2,13 +2,17 @@
 
 python -m drl_jax.search index --workdir=RUN --videos=DIR --index=DIR
 python -m drl_jax.search query --index=DIR "a dog catches a ball" --top=5
+python -m drl_jax.search serve --index=DIR
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -17,6 +21,8 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.errors import UserError, report_errors
 from drl_jax.search import model as models
+from drl_jax.search.explain import clock
+from drl_jax.search.explain import explain as explain_pair
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.model import SearchModel
 from drl_jax.search.prompt import format_hits, run_prompt
@@ -57,7 +63,13 @@ def query(options: argparse.Namespace) -> int:
         queries += _lines(options.queries)
     if queries and options.video:
         raise UserError("give sentences or --video as the query, not both")
+    if options.video and options.engine != "exact":
+        raise UserError(f"--engine={options.engine} answers sentences; leave it out with --video")
     session = SearchSession(options.index, _named_model(options))
+    if options.engine == "qdrant":
+        with _qdrant(options, session, candidates=options.candidates) as searcher:
+            searcher.check()
+            return _answer_sentences(options, queries, session, searcher)
     if options.video and options.sentences:
         ranked = session.rank_sentences(options.video, _lines(options.sentences))[: options.top]
         if options.json:
@@ -68,11 +80,100 @@ def query(options: argparse.Namespace) -> int:
     elif options.video:
         hits = session.search_by_video(options.video, options.top)
         _print_hits(str(options.video), hits, options.json)
-    elif queries:
-        for sentence, hits in zip(queries, session.search(queries, options.top), strict=True):
-            _print_hits(sentence, hits, options.json)
     else:
-        run_prompt(session, _captions(options, session), options.top)
+        return _answer_sentences(options, queries, session, session)
+    return 0
+
+
+def _answer_sentences(
+    options: argparse.Namespace, queries: list[str], session: SearchSession, searcher: Any
+) -> int:
+    """Answers the queries, or asks for some; `searcher` is the session or an engine before it."""
+    if not queries:
+        run_prompt(searcher, _captions(options, session), options.top)
+        return 0
+    for sentence, hits in zip(queries, searcher.search(queries, options.top), strict=True):
+        _print_hits(sentence, hits, options.json)
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Writes the frames' vectors to Qdrant, or brings what is there up to date."""
+    session = SearchSession(options.index, _named_model(options))
+    with _qdrant(options, session) as engine:
+        report = engine.export()
+    print(
+        f"{report.collection}: {report.sent} videos sent, {report.deleted} deleted,"
+        f" {report.unchanged} unchanged"
+    )
+    return 0
+
+
+def recall(options: argparse.Namespace) -> int:
+    """Tells how much of the exact answer the engine's candidates hold, and what each way takes."""
+    session = SearchSession(options.index, _named_model(options))
+    queries = _lines(options.queries)
+    with _qdrant(options, session) as engine:
+        engine.check()
+        counts = [count for count in options.candidates if count <= len(session.videos)]
+        if not counts:
+            raise UserError(f"the index has {len(session.videos)} videos; ask for fewer candidates")
+        rows = engine.recall(queries, counts, options.top)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        return 0
+    print(f"{len(session.videos)} videos, {len(queries)} queries, milliseconds a query")
+    print(f"candidates  recall@{options.top:<3} engine  rerank   exact")
+    for row in rows:
+        times = (row.engine_seconds, row.rerank_seconds, row.exact_seconds)
+        print(
+            f"{row.candidates:10}  {100 * row.recall:9.1f}  "
+            + "  ".join(f"{1e3 * t:6.1f}" for t in times)
+        )
+    return 0
+
+
+def _qdrant(options: argparse.Namespace, session: SearchSession, **more: int) -> Any:
+    try:
+        from drl_jax.search.qdrant import QdrantSearch
+    except ImportError as error:
+        raise UserError("Qdrant's client is not here: pip install 'drl_jax[qdrant]'") from error
+    engine = QdrantSearch(session, url=options.url, collection=options.collection, **more)
+    return contextlib.closing(engine)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serves a page to search with, on this machine alone."""
+    # Not for the other commands, which need no server.
+    from drl_jax.search.serve import serve as serve_page
+
+    serve_page(
+        options.index, _named_model(options), host=options.host, port=options.port, top=options.top
+    )
+    return 0
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Draws why a video has its score for a sentence."""
+    from drl_jax.search.figure import save_figure
+
+    model, path = _named_model(options), options.video
+    if options.index is not None:
+        session = SearchSession(options.index, model)
+        model = session.model
+        path = path if path.exists() else session.folder / path
+    if model is None:
+        raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
+    text, video = model.embed_sentences([options.query]), model.embed_file(path)
+    score = model.embedder.similarity(model.params, text, video.features)[0, 0]
+    explanation = explain_pair(
+        {name: array[0] for name, array in text.items()},
+        {name: array[0] for name, array in video.features.items()},
+        model.tokens([options.query])[0],
+        video.times,
+    )
+    save_figure(options.out, explanation, video.frames, title=path.name, score=float(score))
+    print(f"{score:.4f}, best moment {clock(explanation.moment)}: {options.out}")
     return 0
 
 
@@ -116,11 +217,15 @@ def _lines(path: Path) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("drl_jax.search", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--workdir", type=Path, help="run whose model is used")
+    model.add_argument("--checkpoint", default="best", help="of the run: best, latest or a step")
+    model.add_argument("--weights", type=Path, help="or a file of weights: CLIP, or a DRL model")
+    common = argparse.ArgumentParser(add_help=False, parents=[model])
     common.add_argument("--index", type=Path, required=True, help="directory of the index")
-    common.add_argument("--workdir", type=Path, help="run whose model is used")
-    common.add_argument("--checkpoint", default="best", help="of the run: best, latest or a step")
-    common.add_argument("--weights", type=Path, help="or a file of weights: CLIP, or a DRL model")
+    engine = argparse.ArgumentParser(add_help=False)
+    engine.add_argument("--url", default="", help="of a Qdrant cluster; embedded without it")
+    engine.add_argument("--collection", default="", help="its name, if it is to have another")
 
     making = commands.add_parser("index", parents=[common], help=index.__doc__)
     making.add_argument("--videos", type=Path, required=True, help="folder, with its subfolders")
@@ -128,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     making.add_argument("--timeout", type=float, default=300.0, help="seconds for a video")
     making.set_defaults(run=index)
 
-    asking = commands.add_parser("query", parents=[common], help=query.__doc__)
+    asking = commands.add_parser("query", parents=[common, engine], help=query.__doc__)
     asking.add_argument("query", nargs="*", help="sentences; none, and you are asked for them")
     asking.add_argument("--queries", type=Path, help="file with a sentence a line")
     asking.add_argument("--video", type=Path, help="a video file as the query")
@@ -136,7 +241,34 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument("--captions", type=Path, help="what the prompt's i chooses from")
     asking.add_argument("--top", type=_positive, default=5, help="hits of a query")
     asking.add_argument("--json", action="store_true", help="one JSON object a query")
+    asking.add_argument("--engine", choices=("exact", "qdrant"), default="exact")
+    asking.add_argument("--candidates", type=_positive, default=100, help="of the engine")
     asking.set_defaults(run=query)
+
+    exporting = commands.add_parser("export", parents=[common, engine], help=export.__doc__)
+    exporting.set_defaults(run=export)
+
+    judging = commands.add_parser("recall", parents=[common, engine], help=recall.__doc__)
+    judging.add_argument("--queries", type=Path, required=True, help="file with a sentence a line")
+    judging.add_argument(
+        "--candidates", type=_numbers, default=[10, 20, 50, 100, 200, 500], help="10,20,50"
+    )
+    judging.add_argument("--top", type=_positive, default=10, help="of the exact answer")
+    judging.add_argument("--json", action="store_true", help="one JSON list")
+    judging.set_defaults(run=recall)
+
+    serving = commands.add_parser("serve", parents=[common], help=serve.__doc__)
+    serving.add_argument("--host", default="127.0.0.1", help="where to listen: this machine alone")
+    serving.add_argument("--port", type=int, default=8000, help="0 finds a free one")
+    serving.add_argument("--top", type=_positive, default=5, help="videos of a query")
+    serving.set_defaults(run=serve)
+
+    showing = commands.add_parser("explain", parents=[model], help=explain.__doc__)
+    showing.add_argument("--index", type=Path, help="whose model is used")
+    showing.add_argument("--query", required=True, help="a sentence")
+    showing.add_argument("--video", type=Path, required=True, help="file, or its path in the index")
+    showing.add_argument("--out", type=Path, required=True, help="figure: .png, .svg or .pdf")
+    showing.set_defaults(run=explain)
     return parser
 
 
@@ -144,6 +276,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, not {text!r}")
     return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(number) for number in text.split(",")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

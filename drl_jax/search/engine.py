@@ -13,14 +13,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from drl_jax.embedding import Features
-from drl_jax.models.drl import model_definition
-from drl_jax.models.interaction import over_video_blocks
-from drl_jax.search.model import SearchModel
+from drl_jax.config import ModelConfig
+from drl_jax.models.drl import Params, model_definition
+from drl_jax.models.interaction import Features, over_video_blocks
 from drl_jax.sharding import AXIS, Layout
 
 # Videos of a block, over all devices.
-BLOCK = 4096
+BLOCK = 16384
+# Videos that a device compares at a time: their features, as float32, stay in its caches.
+_COMPARED = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,10 @@ class Gallery:
         end = max(slots) + 1
         self.size = len(slots)
         self.layout = layout
-        self.block = -(-min(block, end) // layout.devices) * layout.devices
+        share = -(-min(block, end) // layout.devices)
+        if share > _COMPARED:  # no remainder, for which all of the block would be copied
+            share = -(-share // _COMPARED) * _COMPARED
+        self.block = share * layout.devices
         self._arrays = {name: array[:end] for name, array in arrays.items()}
         self._valid = np.zeros(end, bool)
         self._valid[np.asarray(slots)] = True
@@ -110,8 +114,8 @@ class Gallery:
 class SearchEngine:
     """Compares queries with galleries."""
 
-    def __init__(self, model: SearchModel):
-        self._model = model
+    def __init__(self, config: ModelConfig, params: Params):
+        self._config, self._params = config, params
         self._steps: dict[tuple[int, int], Callable] = {}
 
     def search(self, text: Features, gallery: Gallery, top: int) -> Ranking:
@@ -134,7 +138,7 @@ class SearchEngine:
         slots = np.zeros((count, 0), np.int64)
         pending = []  # the next block is read while this one is compared
         for number, arrays in enumerate(gallery.blocks()):
-            pending.append((number * gallery.block, step(self._model.params, text, arrays)))
+            pending.append((number * gallery.block, step(self._params, text, arrays)))
             if len(pending) > 1:
                 scores, slots = _merge(scores, slots, pending.pop(0), count, top)
         for block in pending:
@@ -145,8 +149,7 @@ class SearchEngine:
         """Compiled: the best `top` of each device's share of a block, side by side."""
         layout, share = gallery.layout, gallery.block // gallery.layout.devices
         if (share, top) not in self._steps:
-            model = self._model.config.model
-            definition = model_definition(model)
+            definition = model_definition(self._config)
             local_top = min(top, share)
 
             def compare(params, text, arrays):
@@ -157,7 +160,7 @@ class SearchEngine:
                     lambda part, _: interaction.similarity(text, restored(part)),
                     arrays,
                     None,
-                    model.similarity_block,
+                    _COMPARED,
                 )
                 sim = jnp.where(valid, sim, -jnp.inf)
                 scores, places = jax.lax.top_k(sim, local_top)  # [Q, k]

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from drl_jax.embedding import Features
+from drl_jax.models.interaction import Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Explanation:
       times: float [F], seconds at which the frames are shown.
       similarity: float [L, F], cosine of each word and frame.
       word_weights: float [L], shares of the words in the score; alike where none are learnt.
+      mark_weight: share of the marks of start and end, which is left of 1.
       frame_weights: float [F], the same of frames.
       frame_shares: float [F], what each frame adds to the score (of dp and xti: its cosine with the
         sentence), so that the largest is the best moment.
@@ -25,6 +26,7 @@ class Explanation:
     times: np.ndarray
     similarity: np.ndarray
     word_weights: np.ndarray
+    mark_weight: float
     frame_weights: np.ndarray
     frame_shares: np.ndarray
 
@@ -80,9 +82,19 @@ def explain(
         np.asarray(times[: len(frames)]),
         similarity[inner],
         word_weights[inner],
+        max(0.0, 1.0 - float(word_weights[inner].sum())),
         frame_weights,
         shares,
     )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02.5, or 1:00:02.5 with hours."""
+    minutes, rest = divmod(round(seconds, 1), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:04.1f}"
+    return f"{minutes}:{rest:04.1f}"
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

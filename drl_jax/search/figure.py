@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from drl_jax.errors import UserError
 from drl_jax.search.explain import Explanation, clock
@@ -51,7 +52,7 @@ def save_figure(
     pictures.set_xticks(columns, [clock(time) for time in explanation.times], fontsize=9)
     pictures.xaxis.tick_top()
     pictures.spines[:].set_visible(False)
-    pictures.add_patch(_frame((best - 0.48, 0.01), 0.96, 0.98, _MOMENT))
+    pictures.add_patch(_outline(best - 0.48, 0.01, 0.96, 0.98, _MOMENT))
 
     heat = figure.add_subplot(grid[1, 0])
     image = heat.imshow(explanation.similarity, aspect="auto", cmap="viridis")
@@ -62,17 +63,22 @@ def save_figure(
         for column, value in enumerate(values):
             dark = value < (low + high) / 2
             heat.text(
-                *(column, row, f"{value:.2f}"),
-                **dict(ha="center", va="center", fontsize=8, color="white" if dark else "black"),
+                column,
+                row,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
             )
         found = int(np.argmax(values))
-        heat.add_patch(_frame((found - 0.47, row - 0.47), 0.94, 0.94, "white"))
+        heat.add_patch(_outline(found - 0.47, row - 0.47, 0.94, 0.94, "white"))
 
     right = figure.add_subplot(grid[1, 1])
     right.barh(np.arange(len(words)), explanation.word_weights, color=_BLUE)
     right.set_ylim(len(words) - 0.5, -0.5)
     right.set_yticks([])
-    right.set_title("word weight", fontsize=9)
+    right.set_title(f"word weight\n(start, end: {explanation.mark_weight:.2f})", fontsize=9)
     right.tick_params(labelsize=8)
     right.spines[["top", "right"]].set_visible(False)
 
@@ -93,3 +99,7 @@ def save_figure(
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot write --out={path} ({reason})") from error
+
+
+def _outline(x: float, y: float, width: float, height: float, color: str) -> Rectangle:
+    return Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=2)

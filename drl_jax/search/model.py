@@ -10,9 +10,10 @@ import numpy as np
 
 from drl_jax.checkpoint import Checkpoints
 from drl_jax.config import Config
-from drl_jax.embedding import Embedder, Features
+from drl_jax.embedding import Embedder
 from drl_jax.errors import UserError
 from drl_jax.models.drl import Params
+from drl_jax.models.interaction import Features
 from drl_jax.sharding import Layout, make_layout
 from drl_jax.state import abstract_params
 from drl_jax.tokenizer import token_strings, tokenize

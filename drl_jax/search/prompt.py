@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from drl_jax.errors import UserError
+from drl_jax.search.explain import clock
 from drl_jax.search.session import Hit, SearchSession
 
 _HELP = "t SENTENCE searches, i NUMBER searches with a caption of the test split, q quits"
@@ -18,15 +19,6 @@ def format_hits(hits: Sequence[Hit]) -> str:
             words = (f"{word} {clock(time)}" for word, time, _, _ in hit.explanation.matches())
             lines.append(f"{'':14}{', '.join(words)}")
     return "\n".join(lines)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 1:02.5, or 1:00:02.5 with hours."""
-    minutes, rest = divmod(round(seconds, 1), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:04.1f}"
-    return f"{minutes}:{rest:04.1f}"
 
 
 def run_prompt(

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from drl_jax.embedding import Features
+from drl_jax.models.interaction import Features
 from drl_jax.search import model as models
 from drl_jax.search.engine import Gallery, Ranking, SearchEngine, restored, video_as_query
 from drl_jax.search.explain import Explanation, explain
 from drl_jax.search.model import SearchModel
-from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
+from drl_jax.search.store import IndexedVideo, SearchIndexError, Store, database_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ class SearchSession:
           UserError: no index, nothing in it to search, or not its model.
         """
         self.directory = directory
+        self._version = database_version(directory)
         with Store(directory) as store:
             if not store.header:
                 raise SearchIndexError(
@@ -91,8 +92,9 @@ class SearchSession:
             )
         self._arrays = arrays
         self._video_of = {video.slot: video for video in self.videos}
+        self._video_at = {video.path: video for video in self.videos}
         self.gallery = Gallery(arrays, list(self._video_of), self.model.layout)
-        self._engine = SearchEngine(self.model)
+        self._engine = SearchEngine(self.model.config.model, self.model.params)
 
     def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
         """The best videos for each sentence.
@@ -101,7 +103,7 @@ class SearchSession:
           UserError: a sentence is blank.
         """
         text = self.model.embed_sentences(sentences)
-        return self._explained(sentences, text, self._engine.search(text, self.gallery, top))
+        return self._explained(sentences, text, self.rank(text, top))
 
     def search_among(
         self, sentence: str, text: Features, videos: Sequence[IndexedVideo], top: int
@@ -114,10 +116,17 @@ class SearchSession:
           videos: candidates that another engine found, without repetition.
           top: how many.
         """
+        return self._explained([sentence], text, self.rank(text, top, videos))[0]
+
+    def rank(
+        self, text: Features, top: int, videos: Sequence[IndexedVideo] | None = None
+    ) -> Ranking:
+        """The best videos for embedded sentences, of all or of those given."""
+        if videos is None:
+            return self._engine.search(text, self.gallery, top)
         slots = np.array([video.slot for video in videos])
         found = self._engine.search(text, self.gallery.only(slots), top)
-        ranking = Ranking(found.scores, slots[found.slots])
-        return self._explained([sentence], text, ranking)[0]
+        return Ranking(found.scores, slots[found.slots])
 
     def search_by_video(self, path: Path, top: int) -> list[Hit]:
         """The videos that are most like a file, itself included if it is indexed.
@@ -146,10 +155,27 @@ class SearchSession:
         order = np.argsort(-scores, kind="stable")
         return [(float(scores[row]), sentences[row]) for row in order]
 
-    def stored(self, video: IndexedVideo) -> Features:
-        """The arrays of an indexed video, float32."""
-        rows = {name: np.asarray(array[video.slot]) for name, array in self._arrays.items()}
+    def stored(self, videos: Sequence[IndexedVideo]) -> Features:
+        """The arrays of indexed videos, features float32, a row a video."""
+        slots = [video.slot for video in videos]
+        rows = {name: np.asarray(array[slots]) for name, array in self._arrays.items()}
         return {name: np.asarray(array) for name, array in jax.device_get(restored(rows)).items()}
+
+    def is_current(self) -> bool:
+        """Whether the index is as it was when the session was opened."""
+        return self._version == database_version(self.directory)
+
+    def is_unchanged(self, video: IndexedVideo) -> bool:
+        """Whether a video's file is the one that was indexed, by its size and time of change."""
+        try:
+            status = (self.folder / video.path).stat()
+        except OSError:
+            return False
+        return (status.st_size, status.st_mtime_ns) == (video.size, video.mtime_ns)
+
+    def video_at(self, path: str) -> IndexedVideo | None:
+        """The video with exactly this path below the folder, if it can be searched."""
+        return self._video_at.get(path)
 
     def thumbnails(self, video: IndexedVideo) -> bytes:
         """A JPEG file with the frames of an indexed video side by side."""
@@ -176,5 +202,6 @@ class SearchSession:
         explanation = None
         if query is not None:
             text, tokens = query
-            explanation = explain(text, self.stored(video), tokens, video.times)
+            stored = {name: array[0] for name, array in self.stored([video]).items()}
+            explanation = explain(text, stored, tokens, video.times)
         return Hit(rank, float(score), self.folder / video.path, video, explanation)

@@ -17,8 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from drl_jax.embedding import Features
 from drl_jax.errors import UserError
+from drl_jax.models.interaction import Features
 
 _DATABASE = "index.sqlite"
 _FORMAT = 2
@@ -222,6 +222,15 @@ class Store:
                 file.write(np.ascontiguousarray(row).tobytes())
             file.flush()
             os.fsync(file.fileno())  # before the transaction that names the slots
+
+
+def database_version(directory: Path) -> tuple[int, int]:
+    """Another one after each change to an index."""
+    try:
+        status = (directory / _DATABASE).stat()
+    except OSError:
+        return (0, 0)
+    return status.st_mtime_ns, status.st_size
 
 
 def stored_arrays(features: Features, storage: str) -> Features:
