@@ -63,6 +63,18 @@ def tokenize(captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.nd
 
 
 def token_strings(text_ids: np.ndarray) -> list[str]:
-    """The text of each token id of a row, int [L]; a word may be several tokens."""
-    decoder = _simple_tokenizer()
-    return [decoder.decode([int(token)]).strip() for token in text_ids]
+    """The text of each token id of a row, int [L].
+
+    A word may be several tokens: "-" follows those that it goes on after. The marks of start and
+    end are "[start]" and "[end]".
+    """
+    tokenizer = _simple_tokenizer()
+    marks = {
+        tokenizer.encoder["<|startoftext|>"]: "[start]",
+        tokenizer.encoder["<|endoftext|>"]: "[end]",
+    }
+    strings = []
+    for token in map(int, text_ids):
+        text = tokenizer.decode([token])
+        strings.append(marks.get(token) or (text.strip() if text.endswith(" ") else f"{text}-"))
+    return strings

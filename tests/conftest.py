@@ -1,6 +1,7 @@
 """Shared fixtures. The tests run on 8 fake CPU devices."""
 
 import atexit
+import dataclasses
 import os
 import re
 import shutil
@@ -19,7 +20,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="drl_jax_tests_")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+from drl_jax.checkpoint import Checkpoints
 from drl_jax.config import ClipConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from drl_jax.optim import make_optimizer
+from drl_jax.search.model import SearchModel, from_workdir
+from drl_jax.sharding import make_layout
+from drl_jax.state import create_state
+from drl_jax.workdir import claim_workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 # Flags that make `configs/shapes.py:smoke` a matter of seconds.
@@ -78,6 +85,36 @@ def shapes_config(shapes_data, tiny_model) -> Config:
         train=TrainConfig(batch_size=16, epochs=1),
         eval=EvalConfig(batch_size=16, text_block=16),
     )
+
+
+def make_run(workdir: Path, config: Config, interaction: str = "wti") -> Config:
+    """A run with a checkpoint of random parameters, positions large enough for frames to differ."""
+    model = dataclasses.replace(config.model, interaction=interaction, position_std=1.0)
+    loss = dataclasses.replace(config.loss, cdcr=0)
+    config = dataclasses.replace(config, model=model, loss=loss)
+    claim_workdir(workdir, config)
+    with Checkpoints(workdir) as checkpoints:
+        tx = make_optimizer(config.optim, 1)
+        checkpoints.save(create_state(config.model, tx, 3, make_layout()))
+    return config
+
+
+@pytest.fixture(scope="session")
+def search_run(shapes_config, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("search") / "run"
+    make_run(workdir, shapes_config)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def search_model(search_run) -> SearchModel:
+    return from_workdir(search_run)
+
+
+@pytest.fixture(scope="session")
+def test_videos(shapes_data) -> Path:
+    """The 32 mp4 files of the small `shapes`' test split."""
+    return shapes_data / "source" / "shapes_smoke" / "videos" / "test"
 
 
 def run_module(

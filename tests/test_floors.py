@@ -43,9 +43,12 @@ FLOORS = (
         "search.model",
         "search.engine",
         "search.explain",
+        "search.figure",
         "search.indexing",
         "search.session",
         "search.prompt",
+        "search.qdrant",
+        "search.serve",
         "search.__main__",
     ),
 )

@@ -1,6 +1,7 @@
 """Search on real files: exact, incremental, and whole after any interruption."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -12,15 +13,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, error_line, run_module
+from conftest import ROOT, error_line, make_run, run_module
+from PIL import Image
 from test_video import HARD, SHARED, numbered_frames, write_video
 
-from drl_jax.checkpoint import Checkpoints
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation import Evaluator
 from drl_jax.metrics import retrieval_metrics
-from drl_jax.optim import make_optimizer
 from drl_jax.search.engine import Gallery, SearchEngine
 from drl_jax.search.explain import clock, explain
 from drl_jax.search.indexing import update_index
@@ -29,32 +29,11 @@ from drl_jax.search.prompt import run_prompt
 from drl_jax.search.session import SearchSession
 from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
 from drl_jax.sharding import make_layout
-from drl_jax.state import create_state
-from drl_jax.workdir import claim_workdir
 
 
-def make_run(workdir, config, interaction="wti"):
-    """A run with a checkpoint of random parameters, positions large enough for frames to differ."""
-    model = dataclasses.replace(config.model, interaction=interaction, position_std=1.0)
-    loss = dataclasses.replace(config.loss, cdcr=0)
-    config = dataclasses.replace(config, model=model, loss=loss)
-    claim_workdir(workdir, config)
-    with Checkpoints(workdir) as checkpoints:
-        tx = make_optimizer(config.optim, 1)
-        checkpoints.save(create_state(config.model, tx, 3, make_layout()))
-    return config
-
-
-@pytest.fixture(scope="module")
-def run(shapes_config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    make_run(workdir, shapes_config)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return from_workdir(run)
+@pytest.fixture
+def model(search_model):
+    return search_model
 
 
 @pytest.fixture
@@ -72,7 +51,7 @@ def videos(tmp_path):
 
 
 @pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
-def test_search_is_what_evaluation_finds(interaction, shapes_config, shapes_data, tmp_path):
+def test_search_is_what_evaluation_finds(interaction, shapes_config, test_videos, tmp_path):
     """The same similarities and ranks, from the mp4 files and from the built dataset."""
     config = make_run(tmp_path / "run", shapes_config, interaction)
     model = from_workdir(tmp_path / "run")
@@ -80,8 +59,7 @@ def test_search_is_what_evaluation_finds(interaction, shapes_config, shapes_data
     split = load_split(dataset, "test", config.data)
     evaluation = Evaluator(config, dataset, make_layout()).run(model.params, split)
 
-    folder = shapes_data / "source" / "shapes_smoke" / "videos" / "test"
-    update_index(model, folder, tmp_path / "index", storage="float32")
+    update_index(model, test_videos, tmp_path / "index", storage="float32")
     session = SearchSession(tmp_path / "index", model)
     sentences = [captions[0] for captions in split.captions]
     hits = session.search(sentences, top=32)
@@ -186,10 +164,10 @@ def test_bad_files_are_listed_and_not_tried_again(model, videos, tmp_path):
     assert not update_index(model, videos, tmp_path / "index").bad
 
 
-def test_a_killed_indexer_loses_nothing(run, model, videos, tmp_path):
+def test_a_killed_indexer_loses_nothing(search_run, model, videos, tmp_path):
     for number in range(60):
         shutil.copy(videos / f"{2 * (number % 3)}.mp4", videos / f"copy{number}.mp4")
-    flags = [f"--workdir={run}", f"--videos={videos}", f"--index={tmp_path / 'killed'}"]
+    flags = [f"--workdir={search_run}", f"--videos={videos}", f"--index={tmp_path / 'killed'}"]
     command = [sys.executable, "-m", "drl_jax.search", "index", *flags]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and stored(tmp_path / "killed") < 16:
@@ -272,7 +250,8 @@ def test_a_score_is_the_sum_of_its_frames_shares(model, videos, tmp_path):
     for hit in hits:
         shown = hit.explanation
         assert shown.frame_shares.sum() == pytest.approx(hit.score, abs=1e-4)
-        assert shown.words == ["a", "red", "circle"]
+        assert shown.words == ["[start]", "a", "red", "circle", "[end]"]
+        assert shown.word_weights.sum() == pytest.approx(1, abs=1e-5)
         assert shown.moment == shown.times[shown.frame_shares.argmax()]
 
 
@@ -288,12 +267,13 @@ def test_an_explanation_by_hand():
         "frame_mask": np.array([True, True, False]),
         "frame_weight": np.array([0.7, 0.3, 0.0], np.float32),
     }
-    shown = explain(text, video, ["<start>", "red", "dog", "<end>", "!"], (0.0, 1.5))
-    assert shown.words == ["red", "dog"]
-    np.testing.assert_allclose(shown.similarity, [[0, 1], [1, 0]])
+    shown = explain(text, video, ["[start]", "red", "dog", "[end]"], (0.0, 1.5))
+    assert shown.words == ["[start]", "red", "dog", "[end]"]
+    np.testing.assert_allclose(shown.similarity, [[0, 1], [0, 1], [1, 0], [0, 1]])
     np.testing.assert_allclose(shown.frame_shares, [(0.6 + 0.7) / 2, (0.4 + 0.3) / 2])
     assert shown.moment == 0.0
-    assert [(word, when) for word, when, _, _ in shown.matches()] == [("red", 1.5), ("dog", 0.0)]
+    found = [(word, when) for word, when, _, _ in shown.matches()]
+    assert found == [("[start]", 1.5), ("red", 1.5), ("dog", 0.0), ("[end]", 1.5)]
 
 
 def test_the_prompt(model, videos, tmp_path):
@@ -328,9 +308,11 @@ def test_clock():
     assert [clock(s) for s in (0, 9.96, 62.5, 3661)] == ["0:00.0", "0:10.0", "1:02.5", "1:01:01.0"]
 
 
-def test_the_commands(run, videos, tmp_path):
+def test_the_commands(search_run, videos, tmp_path):
     index = f"--index={tmp_path / 'index'}"
-    made = run_module("drl_jax.search", "index", f"--workdir={run}", f"--videos={videos}", index)
+    made = run_module(
+        "drl_jax.search", "index", f"--workdir={search_run}", f"--videos={videos}", index
+    )
     assert "6 added" in made.stdout
     asked = run_module(
         "drl_jax.search", "query", index, "a red circle", "a dog", "--json", "--top=2"
@@ -339,7 +321,7 @@ def test_the_commands(run, videos, tmp_path):
     assert [answer["query"] for answer in answers] == ["a red circle", "a dog"]
     hit = answers[0]["hits"][0]
     assert set(hit) == {"rank", "score", "path", "moment", "words"}
-    assert [word["word"] for word in hit["words"]] == ["a", "red", "circle"]
+    assert [word["word"] for word in hit["words"]][1:-1] == ["a", "red", "circle"]
     prompt = run_module("drl_jax.search", "query", index, input="t a dog\ni 5\n\nq\n")
     assert "a dog\n" in prompt.stdout
     # The captions of the run's own test split.
@@ -359,6 +341,9 @@ def test_the_commands(run, videos, tmp_path):
         (("query", "--index=nowhere", "a dog"), "no index in nowhere; make one with"),
         (("query", "--index=I", "a dog", "--video=v.mp4"), "give sentences or --video"),
         (("query", "--index=I", "--sentences=s.txt"), "--sentences goes with --video"),
+        (("query", "--index=I", "--video=v", "--engine=qdrant"), "leave it out with --video"),
+        (("serve", "--index=nowhere"), "no index in nowhere"),
+        (("explain", "--query=a", "--video=v.mp4", "--out=f.png"), "name the model with --index"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, tmp_path):
@@ -380,6 +365,39 @@ def test_real_clips_are_indexed_or_listed(model, tmp_path):
         assert report.bad[name].startswith(reason)
     files = [path for path in folder.rglob("*") if path.suffix not in ("", ".json", ".txt")]
     assert report.added == len(files)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, tmp_path, monkeypatch):
+    update_index(model, videos, tmp_path / "index")
+    before = snapshot(tmp_path / "index")
+    write_video(videos / "0.mp4", numbered_frames(40, 64, 64), fps=10)
+
+    def full(self, name, rows, slots):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_write_rows", full)
+        with pytest.raises(SearchIndexError, match=r"No space left on device.*the same command"):
+            update_index(model, videos, tmp_path / "index")
+    assert snapshot(tmp_path / "index") == before
+    assert update_index(model, videos, tmp_path / "index").changed == 1
+
+
+def test_a_figure_of_a_pair(search_run, test_videos, tmp_path):
+    """Of a file that is in no index, with the model of a run; and what can go wrong."""
+    video = sorted(test_videos.iterdir())[0]
+    flags = (f"--workdir={search_run}", "--query=a red circle", f"--video={video}")
+    drawn = run_module("drl_jax.search", "explain", *flags, f"--out={tmp_path / 'figure.png'}")
+    assert "best moment 0:0" in drawn.stdout
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.size[0] > 800
+        assert len(figure.convert("RGB").getcolors(1 << 24)) > 100
+    for out, message in (("figure.xyz", "xyz"), ("none/figure.png", "No such file")):
+        failed = run_module(
+            "drl_jax.search", "explain", *flags, f"--out={tmp_path / out}", check=False
+        )
+        assert f"cannot write --out={tmp_path / out}" in error_line(failed)
+        assert message in error_line(failed)
 
 
 def test_times_of_frames_are_stored(model, videos, tmp_path):

@@ -1,6 +1,6 @@
 import numpy as np
 
-from drl_jax.tokenizer import tokenize
+from drl_jax.tokenizer import token_strings, tokenize
 
 
 def test_known_ids():
@@ -17,6 +17,13 @@ def test_a_long_caption_keeps_its_end_mark():
     assert ids[0, -1] == 49407
     assert mask[0].all()
     assert mask[1].sum() == 3
+
+
+def test_tokens_as_text():
+    ids, mask = tokenize(["a red dog!"], 12)
+    assert token_strings(ids[0][mask[0]]) == ["[start]", "a", "red", "dog", "!", "[end]"]
+    ids, mask = tokenize(["it shrinks"], 12)
+    assert token_strings(ids[0][mask[0]]) == ["[start]", "it", "shrin-", "ks", "[end]"]
 
 
 def test_cleaning_is_openais():

@@ -26,7 +26,7 @@ from drl_jax.search.explain import explain as explain_pair
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.model import SearchModel
 from drl_jax.search.prompt import format_hits, run_prompt
-from drl_jax.search.session import SearchSession
+from drl_jax.search.session import Searcher, SearchSession
 from drl_jax.search.store import STORAGES
 
 
@@ -86,9 +86,9 @@ def query(options: argparse.Namespace) -> int:
 
 
 def _answer_sentences(
-    options: argparse.Namespace, queries: list[str], session: SearchSession, searcher: Any
+    options: argparse.Namespace, queries: list[str], session: SearchSession, searcher: Searcher
 ) -> int:
-    """Answers the queries, or asks for some; `searcher` is the session or an engine before it."""
+    """Answers the queries, or asks for some."""
     if not queries:
         run_prompt(searcher, _captions(options, session), options.top)
         return 0
@@ -172,7 +172,8 @@ def explain(options: argparse.Namespace) -> int:
         model.tokens([options.query])[0],
         video.times,
     )
-    save_figure(options.out, explanation, video.frames, title=path.name, score=float(score))
+    title = f"“{options.query}”  {score:.4f}\n{path.name}"
+    save_figure(options.out, explanation, video.frames, title)
     print(f"{score:.4f}, best moment {clock(explanation.moment)}: {options.out}")
     return 0
 

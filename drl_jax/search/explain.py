@@ -12,11 +12,11 @@ class Explanation:
     """One query and one video, word by word and frame by frame; padding is left out.
 
     Attributes:
-      words: L tokens of the query, without the marks of its start and end.
+      words: L tokens of the query, with the marks of its start and end: they are compared, too, and
+        a model may give them most of the weight.
       times: float [F], seconds at which the frames are shown.
       similarity: float [L, F], cosine of each word and frame.
       word_weights: float [L], shares of the words in the score; alike where none are learnt.
-      mark_weight: share of the marks of start and end, which is left of 1.
       frame_weights: float [F], the same of frames.
       frame_shares: float [F], what each frame adds to the score (of dp and xti: its cosine with the
         sentence), so that the largest is the best moment.
@@ -26,7 +26,6 @@ class Explanation:
     times: np.ndarray
     similarity: np.ndarray
     word_weights: np.ndarray
-    mark_weight: float
     frame_weights: np.ndarray
     frame_shares: np.ndarray
 
@@ -55,7 +54,7 @@ def explain(
       text: arrays of one query, as `DRL.encode_text` with token-level features, without the axis of
         queries.
       video: arrays of one video, the same, float32.
-      tokens: the query's tokens, with those of start and end.
+      tokens: the query's, with the marks of start and end.
       times: seconds of the video's frames.
     """
     words = _unit(text["text_feat"][text["text_mask"]])
@@ -76,13 +75,11 @@ def explain(
         word_weights = np.full(len(words), 1 / len(words))
         frame_weights = np.full(len(frames), 1 / len(frames))
         shares = _unit(frames) @ _unit(text["sentence_feat"])
-    inner = slice(1, -1) if len(words) > 2 else slice(None)
     return Explanation(
-        tokens[: len(words)][inner],
+        tokens,
         np.asarray(times[: len(frames)]),
-        similarity[inner],
-        word_weights[inner],
-        max(0.0, 1.0 - float(word_weights[inner].sum())),
+        similarity,
+        word_weights,
         frame_weights,
         shares,
     )

@@ -14,9 +14,7 @@ _COLUMN, _ROW = 1.1, 0.42
 _BLUE, _MOMENT = "#3b6ea5", "#d1603d"
 
 
-def save_figure(
-    path: Path, explanation: Explanation, frames: np.ndarray, *, title: str, score: float
-) -> None:
+def save_figure(path: Path, explanation: Explanation, frames: np.ndarray, title: str) -> None:
     """Draws the interaction picture of the paper (its figure of words and frames) to a file.
 
     Frames stand above the columns of a map of word by frame similarities; bars to its right are the
@@ -27,8 +25,7 @@ def save_figure(
       path: a file of a form that matplotlib writes, by its suffix: .png, .svg, .pdf.
       explanation: of L words and F frames.
       frames: uint8 [F, S, S, 3].
-      title: the name of the video, say.
-      score: similarity of the pair.
+      title: the query and the video, say.
 
     Raises:
       UserError: the file cannot be written.
@@ -39,7 +36,7 @@ def save_figure(
     grid = figure.add_gridspec(
         3, 2, height_ratios=(_COLUMN, max(height, 0.8), 1.0), width_ratios=(width, 1.4)
     )
-    figure.suptitle(f"“{' '.join(words)}”   {score:.4f}\n{title}", fontsize=11)
+    figure.suptitle(title, fontsize=11, wrap=True)
 
     columns = np.arange(count)
     best = int(np.argmax(explanation.frame_shares))
@@ -78,7 +75,8 @@ def save_figure(
     right.barh(np.arange(len(words)), explanation.word_weights, color=_BLUE)
     right.set_ylim(len(words) - 0.5, -0.5)
     right.set_yticks([])
-    right.set_title(f"word weight\n(start, end: {explanation.mark_weight:.2f})", fontsize=9)
+    right.set_xlim(0, 1)
+    right.set_title("word weight", fontsize=9)
     right.tick_params(labelsize=8)
     right.spines[["top", "right"]].set_visible(False)
 
@@ -86,6 +84,7 @@ def save_figure(
     colors = [_MOMENT if column == best else _BLUE for column in columns]
     below.bar(columns, explanation.frame_weights, color=colors, width=0.6)
     below.set_xlim(-0.5, count - 0.5)
+    below.set_ylim(0, 1)
     below.set_xticks([])
     below.set_ylabel("frame weight", fontsize=9)
     below.tick_params(labelsize=8)

@@ -4,25 +4,28 @@ from collections.abc import Callable, Sequence
 
 from drl_jax.errors import UserError
 from drl_jax.search.explain import clock
-from drl_jax.search.session import Hit, SearchSession
+from drl_jax.search.session import Hit, Searcher
 
 _HELP = "t SENTENCE searches, i NUMBER searches with a caption of the test split, q quits"
 
 
 def format_hits(hits: Sequence[Hit]) -> str:
-    """Hits as lines of text: rank, score, moment, path, and when each word was found."""
+    """Hits as lines of text: rank, score, moment, path; when each word was found, its weight."""
     lines = []
     for hit in hits:
         moment = "" if hit.explanation is None else f"at {clock(hit.explanation.moment)}  "
         lines.append(f"{hit.rank:4}  {hit.score:.4f}  {moment}{hit.path}")
         if hit.explanation is not None:
-            words = (f"{word} {clock(time)}" for word, time, _, _ in hit.explanation.matches())
-            lines.append(f"{'':14}{', '.join(words)}")
+            words = (
+                f"{word} {clock(time)}" + (f" ({weight:.0%})" if weight >= 0.005 else "")
+                for word, time, _, weight in hit.explanation.matches()
+            )
+            lines.append(f"{'':14}{'  '.join(words)}")
     return "\n".join(lines)
 
 
 def run_prompt(
-    session: SearchSession,
+    searcher: Searcher,
     captions: Sequence[str],
     top: int,
     read: Callable[[str], str] = input,
@@ -31,13 +34,13 @@ def run_prompt(
     """Asks and answers until `q` or the end of the input.
 
     Args:
-      session: answers.
+      searcher: answers.
       captions: what `i` chooses from; may be empty.
       top: hits of an answer.
       read: asks with a prompt and returns a line; EOFError ends.
       write: prints.
     """
-    write(f"{len(session.videos)} videos. {_HELP}")
+    write(f"{len(searcher.videos)} videos. {_HELP}")
     while True:
         try:
             command, _, rest = read("> ").strip().partition(" ")
@@ -51,18 +54,16 @@ def run_prompt(
         if command == "q":
             return
         try:
-            write(_answer(session, captions, top, command, rest.strip()))
+            write(_answer(searcher, captions, top, command, rest.strip()))
         except UserError as error:
             write(str(error))
 
 
-def _answer(
-    session: SearchSession, captions: Sequence[str], top: int, command: str, rest: str
-) -> str:
+def _answer(searcher: Searcher, captions: Sequence[str], top: int, command: str, rest: str) -> str:
     if command not in ("t", "i"):
         return _HELP
     sentence = rest if command == "t" else _caption(captions, rest)
-    (hits,) = session.search([sentence], top)
+    (hits,) = searcher.search([sentence], top)
     return f"{sentence}\n{format_hits(hits)}"
 
 

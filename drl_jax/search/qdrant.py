@@ -95,7 +95,9 @@ class QdrantSearch:
         with self._errors():
             if url:
                 api_key = os.environ.get("QDRANT_API_KEY") or None
-                self._client = QdrantClient(url=url, api_key=api_key, timeout=60)
+                self._client = QdrantClient(
+                    url=url, api_key=api_key, timeout=60, check_compatibility=False
+                )
             else:
                 self._client = QdrantClient(path=self._where)
 

@@ -74,6 +74,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -196,7 +197,6 @@ def _shown(hit: Hit) -> dict[str, Any]:
         "words": _rows(hit.explanation),
         "frames": _bars(hit.explanation.frame_weights),
         "best": int(hit.explanation.frame_shares.argmax()),
-        "mark_weight": hit.explanation.mark_weight,
     }
 
 

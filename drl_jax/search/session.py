@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -53,6 +53,17 @@ class Hit:
                 for word, time, similarity, weight in self.explanation.matches()
             ]
         return found
+
+
+class Searcher(Protocol):
+    """What answers sentences: a session, or an engine before it."""
+
+    @property
+    def videos(self) -> Sequence[IndexedVideo]:
+        """Those that can be found."""
+
+    def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
+        """The best videos for each sentence."""
 
 
 class SearchSession:

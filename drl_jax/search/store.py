@@ -5,12 +5,13 @@ features go to a free slot, and one transaction then makes them the video's. So 
 writer, an index is as it was before or after each change.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class Store:
     def set_header(self, header: Mapping[str, Any]) -> None:
         """Stores what an index is made of; "storage" is one of STORAGES."""
         self.header = {"format": _FORMAT, **header}
-        with self._database:
+        with self._writing(), self._database:
             self._database.execute("DELETE FROM header")
             self._database.execute("INSERT INTO header VALUES (?)", (json.dumps(self.header),))
 
@@ -144,11 +145,12 @@ class Store:
         """
         usable = [video for video in videos if not video.error]
         slots = self._free_slots(len(usable))
-        for name, rows in stored_arrays(features, self.header["storage"]).items():
-            self._write_rows(name, rows, slots)
+        with self._writing():
+            for name, rows in stored_arrays(features, self.header["storage"]).items():
+                self._write_rows(name, rows, slots)
         strips = dict(zip((video.path for video in usable), thumbnails, strict=True))
         slot_of = dict(zip((video.path for video in usable), slots, strict=True))
-        with self._database:
+        with self._writing(), self._database:
             self._database.executemany(
                 "INSERT OR REPLACE INTO videos VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [
@@ -163,17 +165,29 @@ class Store:
 
     def touch(self, video: IndexedVideo) -> None:
         """Notes that a file has another time of change and the same content."""
-        with self._database:
+        with self._writing(), self._database:
             self._database.execute(
                 "UPDATE videos SET mtime_ns = ? WHERE path = ?", (video.mtime_ns, video.path)
             )
 
     def remove(self, paths: Sequence[str]) -> None:
         """Forgets videos; their slots become free."""
-        with self._database:
+        with self._writing(), self._database:
             self._database.executemany(
                 "DELETE FROM videos WHERE path = ?", [(path,) for path in paths]
             )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, or one that fails, as one line; what was stored before is as it was."""
+        try:
+            yield
+        except (OSError, sqlite3.OperationalError) as error:
+            raise SearchIndexError(
+                f"cannot write to the index {self.directory}"
+                f" ({getattr(error, 'strerror', None) or error}); when that is mended, the same"
+                " command goes on"
+            ) from error
 
     # ------------------------------------------------------------------ arrays
 
@@ -206,10 +220,6 @@ class Store:
         return free
 
     def _write_rows(self, name: str, rows: np.ndarray, slots: Sequence[int]) -> None:
-        described = dict(self.header.get("arrays", {}))
-        if name not in described:
-            described[name] = {"dtype": rows.dtype.name, "shape": list(rows.shape[1:])}
-            self.set_header({**self.header, "arrays": described})
         if not slots:
             return
         row_bytes = rows[0].nbytes
@@ -222,6 +232,10 @@ class Store:
                 file.write(np.ascontiguousarray(row).tobytes())
             file.flush()
             os.fsync(file.fileno())  # before the transaction that names the slots
+        described = self.header.get("arrays", {})
+        if name not in described:
+            form = {"dtype": rows.dtype.name, "shape": list(rows.shape[1:])}
+            self.set_header({**self.header, "arrays": {**described, name: form}})
 
 
 def database_version(directory: Path) -> tuple[int, int]:

@@ -15,7 +15,7 @@ window.addEventListener("pageshow", () => {
   form.removeAttribute("aria-busy");
   button.disabled = false;
   const hits = document.querySelectorAll(".hit").length;
-  status.textContent = hits ? `${hits} videos, the most similar first` : "";
+  status.textContent = hits ? `${hits} video${hits > 1 ? "s" : ""}, the most similar first` : "";
 });
 
 document.addEventListener("keydown", (event) => {
@@ -39,10 +39,12 @@ const seen = new IntersectionObserver((entries) => {
 
 for (const hit of document.querySelectorAll(".hit")) {
   const video = hit.querySelector("video");
-  video.addEventListener("error", () => {
+  const fail = () => {
     video.hidden = true;
     hit.querySelector(".unplayable").hidden = false;
-  });
+  };
+  video.addEventListener("error", fail);
+  if (video.error) fail(); // before this script ran
   video.addEventListener("ended", () => {
     video.currentTime = Number(video.dataset.moment);
   });
