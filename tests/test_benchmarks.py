@@ -35,6 +35,7 @@ def test_what_runs_on_a_bare_gpu_machine_imports_little():
         "import sys\n"
         f"for name in {absent.split()}: sys.modules[name] = None\n"
         "import benchmarks.train_step, benchmarks.similarity, benchmarks.memory\n"
-        "import benchmarks.collectives, benchmarks.compile, benchmarks.cdcr, benchmarks.gpu\n"
+        "import benchmarks.collectives, benchmarks.compile, benchmarks.cdcr, benchmarks.search\n"
+        "import benchmarks.gpu\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -186,6 +186,7 @@ def test_an_empty_page_says_what_to_do(page: Page):
 
 
 def test_a_sentence_finds_videos_that_play_from_their_best_moment(page: Page, served):
+    expect(page.locator("#q")).to_be_focused()
     page.keyboard.type(SENTENCE)
     page.keyboard.press("Enter")
     expect(page.locator(".hit")).to_have_count(5)
@@ -214,6 +215,7 @@ def test_a_sentence_finds_videos_that_play_from_their_best_moment(page: Page, se
 
 
 def test_the_keyboard_is_enough(page: Page):
+    expect(page.locator("#q")).to_be_focused()
     page.keyboard.type("two words")
     page.keyboard.press("Tab")
     expect(page.locator("#top")).to_be_focused()

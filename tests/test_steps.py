@@ -117,7 +117,7 @@ def gradient(model, batch, devices=1, **blocks):
     return jax.device_get(grad(params, layout.put_rows(batch), jax.random.key(1))[0])
 
 
-@pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
+@pytest.mark.parametrize("interaction", ["wti", "xti"])
 def test_blocks_leave_the_gradient_as_it_is(model, batch, interaction):
     model = dataclasses.replace(model, interaction=interaction, cross_dropout=0.0, cross_layers=1)
     plain = gradient(model, batch)

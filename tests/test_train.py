@@ -144,7 +144,7 @@ def test_a_second_run_compiles_nothing_again(shapes_data, tmp_path):
     arguments = (*train_arguments(shapes_data, tmp_path / "run"), "--config.train.epochs=0")
     off = {"XDG_CACHE_HOME": str(tmp_path / "off"), "JAX_COMPILATION_CACHE_DIR": ""}
     run_module("drl_jax.train", *arguments, env=off)
-    assert not (tmp_path / "off").exists()
+    assert not (tmp_path / "off" / "drl_jax").exists()
 
     def cached():
         return {path.name for path in (tmp_path / "on" / "drl_jax" / "xla").glob("*-cache")}

@@ -137,7 +137,7 @@ def _qdrant(options: argparse.Namespace, session: SearchSession, **more: int) ->
     try:
         from drl_jax.search.qdrant import QdrantSearch
     except ImportError as error:
-        raise UserError("Qdrant's client is not here: pip install 'drl_jax[qdrant]'") from error
+        raise UserError("Qdrant's client is not here: pip install qdrant-client") from error
     engine = QdrantSearch(session, url=options.url, collection=options.collection, **more)
     return contextlib.closing(engine)
 
