@@ -98,18 +98,17 @@ def make_app(
     index = _OpenIndex(directory, model)
     templates = Jinja2Templates(_PAGE)
     templates.env.filters["clock"] = clock
-    # A request that asks for the page waits here for another's query, and not inside jax.
-    lock = threading.Lock()
+    searching = threading.Lock()  # one query at a time has all cores
 
     def page(request: Request) -> Response:
         context: dict[str, Any] = {"query": request.query_params.get("q"), "top": top}
         status = 200
         try:
             context["top"] = _number_of_hits(request.query_params.get("top", str(top)))
-            with lock:
-                session = index.session()
-                context |= {"videos": len(session.videos), "folder": session.folder}
-                if context["query"] is not None:
+            session = index.session()
+            context |= {"videos": len(session.videos), "folder": session.folder}
+            if context["query"] is not None:
+                with searching:
                     context |= _found(session, context["query"], context["top"])
         except UserError as error:
             context["error"], status = str(error), 400
@@ -120,8 +119,7 @@ def make_app(
     def of_video(answer: Callable[[SearchSession, IndexedVideo], Response]) -> Callable:
         def endpoint(request: Request) -> Response:
             try:
-                with lock:
-                    session = index.session()
+                session = index.session()
             except UserError as error:
                 return PlainTextResponse(str(error), 503, _HEADERS)
             video = session.video_at(request.path_params["path"])
@@ -162,11 +160,13 @@ class _OpenIndex:
     def __init__(self, directory: Path, model: SearchModel | None):
         self._directory = directory
         self._session = SearchSession(directory, model)
+        self._opening = threading.Lock()
 
     def session(self) -> SearchSession:
-        if not self._session.is_current():
-            self._session = SearchSession(self._directory, self._session.model)
-        return self._session
+        with self._opening:
+            if not self._session.is_current():
+                self._session = SearchSession(self._directory, self._session.model)
+            return self._session
 
 
 def _number_of_hits(text: str) -> int:

@@ -129,9 +129,9 @@ class Store:
         return [IndexedVideo(*row[:6], tuple(json.loads(row[6]))) for row in rows]
 
     def thumbnails(self, path: str) -> bytes:
-        """A JPEG file with the frames of a video side by side; empty for one with an error."""
-        row = self._database.execute("SELECT thumbnails FROM videos WHERE path = ?", (path,))
-        return row.fetchone()[0] or b""
+        """A JPEG file with the frames of a video side by side; empty where there are none."""
+        rows = self._database.execute("SELECT thumbnails FROM videos WHERE path = ?", (path,))
+        return next(rows, (None,))[0] or b""
 
     def put(
         self, videos: Sequence[IndexedVideo], features: Features, thumbnails: Sequence[bytes]
