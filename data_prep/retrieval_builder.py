@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
 from data_prep.annotations import AnnotationError, Annotations
@@ -125,7 +126,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         directory.mkdir(parents=True)
         form, annotations = self.builder_config, plan.annotations
         unusable = dict(plan.unusable)
-        writer = tfds.core.SequentialWriter(
+        writer = _StableWriter(
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
         )
         writer.initialize_splits([VIDEOS_SPLIT])
@@ -172,6 +173,23 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             if self.builder_config.storage == "jpeg":
                 frames = [io.BytesIO(jpeg) for jpeg in frames]
             yield {"video_id": clip.video_id, "frames": frames}
+
+
+class _StableWriter(tfds.core.SequentialWriter):
+    """Writes the same bytes in every process.
+
+    A tf.Example is a map, and protobuf serialises a map in an order that differs between processes
+    unless it is told not to.
+    """
+
+    def __init__(self, ds_info: tfds.core.DatasetInfo, **settings: Any):
+        super().__init__(ds_info, **settings)
+        self._serializer = _StableSerializer(ds_info.features.get_serialized_info())
+
+
+class _StableSerializer(ExampleSerializer):
+    def serialize_example(self, example: Any) -> bytes:
+        return self.get_tf_example(example).SerializeToString(deterministic=True)
 
 
 def _none_left(annotations: Annotations, unusable: Mapping[str, str]) -> str:
