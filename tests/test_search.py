@@ -158,8 +158,11 @@ def test_bad_files_are_listed_and_not_tried_again(model, videos, tmp_path):
     first = update_index(model, videos, tmp_path / "index")
     assert first.bad.keys() == {"text.mp4"}
     assert "cannot be read as a video" in first.bad["text.mp4"]
+    (videos / "latin\udce9.mp4").write_bytes(b"")  # the byte 0xe9 alone
     second = update_index(model, videos, tmp_path / "index")
-    assert (second.unchanged, second.bad) == (7, first.bad)
+    misnamed = {"latin\\udce9.mp4": "its name is not UTF-8; rename it"}
+    assert (second.unchanged, second.bad) == (7, {**first.bad, **misnamed})
+    (videos / "latin\udce9.mp4").unlink()
     write_video(videos / "text.mp4", numbered_frames(20, 64, 64), fps=10)
     assert not update_index(model, videos, tmp_path / "index").bad
 

@@ -65,6 +65,9 @@ def update_index(
         _check_header(store, model, videos, storage)
         known = {video.path: video for video in store.videos()}
         found = dict(_walk(videos))
+        unnamable = [path for path in found if not _is_text(path)]
+        for path in unnamable:
+            del found[path]
         if not found and not known:
             raise UserError(f"no video in {videos} (looked for {' '.join(VIDEO_SUFFIXES)})")
         report = IndexReport()
@@ -91,6 +94,7 @@ def update_index(
         for batch in _batches(progress, model.config.eval.batch_size):
             _store_batch(store, model, known, batch, report)
         report.bad = {video.path: video.error for video in store.videos() if video.error}
+        report.bad |= {ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in unnamable}
         report.nbytes = store.nbytes()
     return report
 
@@ -123,6 +127,11 @@ def _walk(videos: Path) -> Iterator[tuple[str, IndexedVideo]]:
             status = path.stat()
             name = str(path.relative_to(videos))
             yield name, IndexedVideo(name, status.st_size, status.st_mtime_ns, "")
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path has characters only, and no bytes that are none in UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def _state(video: IndexedVideo) -> tuple[int, int]:
