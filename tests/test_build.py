@@ -223,7 +223,13 @@ def test_a_build_killed_while_it_moved_its_result_gets_the_old_dataset_back(msrv
 
 def test_an_interrupted_build_says_that_it_can_go_on(slow):
     command = [sys.executable, "-m", *build_slow(slow, slow / "data")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_interrupts():  # which whoever started the tests in the background turned off
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         while process.poll() is None and not list((slow / "data").rglob("*.npz")):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
