@@ -345,6 +345,7 @@ def test_the_commands(search_run, videos, tmp_path):
         (("query", "--index=I", "a dog", "--video=v.mp4"), "give sentences or --video"),
         (("query", "--index=I", "--sentences=s.txt"), "--sentences goes with --video"),
         (("query", "--index=I", "--video=v", "--engine=qdrant"), "leave it out with --video"),
+        (("query", "--index=I", "--url=http://h:6333", "a"), "go with --engine=qdrant"),
         (("serve", "--index=nowhere"), "no index in nowhere"),
         (("explain", "--query=a", "--video=v.mp4", "--out=f.png"), "name the model with --index"),
     ],

@@ -131,7 +131,7 @@ def test_mistakes_in_a_request_are_said_on_the_page(served):
         assert status == 400
         assert message in body
     assert b"&lt;script&gt;" in served.get("/?q=%3Cscript%3E")[2]
-    assert b"first 22 tokens was not read" in served.get("/?q=" + "dog+" * 40)[2]
+    assert b"no more than its first 22 tokens are read" in served.get("/?q=" + "dog+" * 40)[2]
 
 
 def test_a_changed_index_is_searched_as_it_is_now(served, search_model):
@@ -144,6 +144,13 @@ def test_a_changed_index_is_searched_as_it_is_now(served, search_model):
     added.unlink()
     update_index(search_model, served.videos, served.index)
     assert served.get("/videos/another.mp4")[0] == 404
+
+
+def test_more_videos_than_a_page_shows_is_one_line(served):
+    failed = run_module(
+        *("drl_jax.search", "serve", f"--index={served.index}", "--top=51"), check=False
+    )
+    assert "from 1 to 50, not '51'" in error_line(failed)
 
 
 def test_a_taken_port_is_one_line(served):

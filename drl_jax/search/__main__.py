@@ -63,6 +63,8 @@ def query(options: argparse.Namespace) -> int:
         queries += _lines(options.queries)
     if queries and options.video:
         raise UserError("give sentences or --video as the query, not both")
+    if options.engine == "exact" and (options.url or options.collection):
+        raise UserError("--url and --collection go with --engine=qdrant")
     if options.video and options.engine != "exact":
         raise UserError(f"--engine={options.engine} answers sentences; leave it out with --video")
     session = SearchSession(options.index, _named_model(options))

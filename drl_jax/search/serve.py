@@ -94,7 +94,11 @@ def make_app(
       top: hits of a query.
       hosts: names under which the page may be asked for: another one is a foreign page's, whose
         name was pointed here.
+
+    Raises:
+      UserError: the index cannot be opened, or `top` is more than the page shows.
     """
+    _number_of_hits(str(top))
     index = _OpenIndex(directory, model)
     templates = Jinja2Templates(_PAGE)
     templates.env.filters["clock"] = clock
@@ -136,8 +140,7 @@ def make_app(
         return FileResponse(session.folder / video.path, headers=_HEADERS)
 
     def frames(session: SearchSession, video: IndexedVideo) -> Response:
-        headers = {**_HEADERS, "Cache-Control": "max-age=3600"}
-        return Response(session.thumbnails(video), media_type="image/jpeg", headers=headers)
+        return Response(session.thumbnails(video), media_type="image/jpeg", headers=_HEADERS)
 
     app = Starlette(
         routes=[
