@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import arguments, peak_memory, report
-from drl_jax import losses
-from drl_jax.ops import l2_normalize
+from drl_jax.models.ops import l2_normalize
+from drl_jax.training import losses
 
 
 def tensor_correlation(own, partner, mask, weight):

@@ -38,11 +38,11 @@ from drl_jax.config import ClipConfig, DataConfig, LossConfig, ModelConfig, Opti
 from drl_jax.data.batches import TrainBatches
 from drl_jax.data.frames import DiskFrames
 from drl_jax.data.records import Split, VideoDataset
-from drl_jax.optim import make_optimizer
+from drl_jax.data.video import VideoError, read_frames
 from drl_jax.sharding import make_layout
-from drl_jax.state import create_state
-from drl_jax.steps import make_train_step
-from drl_jax.video import VideoError, read_frames
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import create_state
+from drl_jax.training.train_step import make_train_step
 
 FRAMES, SIZE, WORDS = 12, 224, 32
 _CAPTIONS = 8

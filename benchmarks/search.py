@@ -20,7 +20,7 @@ from benchmarks.measure import arguments, matmul_rate, peak_memory, report, seco
 from drl_jax.config import ClipConfig, ModelConfig
 from drl_jax.models.drl import init_params
 from drl_jax.models.interaction import Features
-from drl_jax.ops import l2_normalize
+from drl_jax.models.ops import l2_normalize
 from drl_jax.search.engine import Gallery, SearchEngine
 from drl_jax.search.store import stored_arrays
 from drl_jax.sharding import make_layout

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.measure import arguments, matmul_rate, report, seconds
 from drl_jax.config import EvalConfig, ModelConfig
 from drl_jax.models.interaction import over_video_blocks, weighted_token_wise
-from drl_jax.ops import l2_normalize
+from drl_jax.models.ops import l2_normalize
 
 WORDS, FRAMES, WIDTH = 32, 12, 512
 

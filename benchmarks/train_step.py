@@ -17,10 +17,10 @@ import numpy as np
 
 from benchmarks.measure import arguments, matmul_rate, peak_memory, report
 from drl_jax.config import ClipConfig, LossConfig, ModelConfig, OptimConfig
-from drl_jax.optim import make_optimizer
 from drl_jax.sharding import make_layout
-from drl_jax.state import create_state
-from drl_jax.steps import make_train_step
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import create_state
+from drl_jax.training.train_step import make_train_step
 
 
 def train_step_flops(config: ModelConfig, batch: int, frames: int, words: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.annotations import AnnotationError
-from drl_jax.video import Span
+from drl_jax.data.video import Span
 
 
 def read_csv_columns(path: Path, columns: tuple[str, ...]) -> list[tuple[str, ...]]:

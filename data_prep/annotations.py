@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from drl_jax.errors import UserError
-from drl_jax.video import VIDEO_SUFFIXES, Span
+from drl_jax.data.video import VIDEO_SUFFIXES, Span
+from drl_jax.runtime.errors import UserError
 
 
 class AnnotationError(UserError):

@@ -31,7 +31,7 @@ from data_prep.retrieval_builder import DECODE_TIMEOUT, StorageConfig
 from data_prep.shapes import shapes_dataset_builder as shapes
 from data_prep.video_folder import Plan, make_plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST
-from drl_jax.errors import UserError, report_errors
+from drl_jax.runtime.errors import UserError, report_errors
 
 
 def build(

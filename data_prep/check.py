@@ -29,10 +29,10 @@ from data_prep.datasets import builder_class, dataset_names
 from data_prep.manifest import count_splits, describe_split
 from data_prep.quarantine import quarantine_file, read_quarantine, write_quarantine
 from data_prep.video_folder import Clip, Plan, make_plan
-from drl_jax.errors import UserError, report_errors
-from drl_jax.processes import Lost, map_in_processes
-from drl_jax.video import VideoError, VideoFacts, inspect_video, sample_positions
-from drl_jax.workdir import write_json
+from drl_jax.data.video import VideoError, VideoFacts, inspect_video, sample_positions
+from drl_jax.runs.workdir import write_json
+from drl_jax.runtime.errors import UserError, report_errors
+from drl_jax.runtime.worker_pool import Lost, map_in_processes
 
 # A file whose frames differ from what its duration says by more than this share, and by more than
 # this number, is suspicious.

@@ -22,9 +22,9 @@ from data_prep.command import positive
 from data_prep.datasets import dataset_names
 from data_prep.retrieval_builder import DECODE_TIMEOUT
 from drl_jax.data.records import FORMAT_VERSION, DatasetError, VideoDataset
-from drl_jax.errors import report_errors
-from drl_jax.processes import Lost, map_in_processes
-from drl_jax.video import Span, VideoError, read_frames
+from drl_jax.data.video import Span, VideoError, read_frames
+from drl_jax.runtime.errors import report_errors
+from drl_jax.runtime.worker_pool import Lost, map_in_processes
 
 # Mean difference of a video above which JPEG cannot be the reason: it has 1 to 3 levels.
 _SAME_VIDEO = 6.0

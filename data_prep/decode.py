@@ -12,8 +12,8 @@ from PIL import Image
 
 from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
 from data_prep.video_folder import Clip
-from drl_jax.processes import Lost, map_in_processes
-from drl_jax.video import Span, VideoError, read_frames
+from drl_jax.data.video import Span, VideoError, read_frames
+from drl_jax.runtime.worker_pool import Lost, map_in_processes
 
 _JPEG_QUALITY = 95
 
@@ -45,7 +45,7 @@ def decode_clips(
     Args:
       clips: the videos.
       cache: where decoded frames are kept.
-      max_frames: see `drl_jax.video.sample_positions`.
+      max_frames: see `drl_jax.data.video.sample_positions`.
       image_size: side of the frames, pixels.
       storage: "jpeg" or "raw".
       timeout: seconds that a video may take.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from drl_jax.errors import UserError
+from drl_jax.runtime.errors import UserError
 
 _SERVER = "https://openaipublic.azureedge.net/clip/models"
 # sha256 of each file; it is also part of its address.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data_prep.annotations import AnnotationError, Annotations, Source, without_video_suffix
-from drl_jax.video import VIDEO_SUFFIXES, Span
+from drl_jax.data.video import VIDEO_SUFFIXES, Span
 
 
 @dataclasses.dataclass(frozen=True)

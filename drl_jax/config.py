@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from drl_jax.errors import UserError
+from drl_jax.runtime.errors import UserError
 
 
 class ConfigError(UserError):

@@ -12,12 +12,13 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from drl_jax import command
-from drl_jax.checkpoint import Checkpoints
 from drl_jax.config import Config
-from drl_jax.optim import make_optimizer
+from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
+from drl_jax.runtime import cli as command
 from drl_jax.sharding import make_layout
-from drl_jax.state import abstract_params, state_from_params
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import abstract_params, state_from_params
 from drl_jax.weights.load import (
     config_of_weights,
     initial_params,
@@ -25,7 +26,6 @@ from drl_jax.weights.load import (
     save_state,
     state_dict_from_params,
 )
-from drl_jax.workdir import WorkdirError, claim_workdir, load_config
 
 
 def import_weights(source: Path, workdir: Path, interaction: str = "dp", seed: int = 0) -> Config:

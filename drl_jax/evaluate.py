@@ -12,16 +12,16 @@ from typing import Any
 
 from absl import flags
 
-from drl_jax import command
-from drl_jax.checkpoint import DIRECTORY, CheckpointError, Checkpoints
 from drl_jax.config import Config
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
-from drl_jax.evaluation import Evaluator, order_by_content
-from drl_jax.metrics import format_table
+from drl_jax.evaluation.evaluator import Evaluator, order_by_content
+from drl_jax.evaluation.metrics import format_table
+from drl_jax.runs.checkpoints import DIRECTORY, CheckpointError, Checkpoints
+from drl_jax.runs.workdir import load_config, write_json
+from drl_jax.runtime import cli as command
 from drl_jax.sharding import make_layout
-from drl_jax.state import abstract_params
-from drl_jax.workdir import load_config, write_json
+from drl_jax.training.state import abstract_params
 
 
 def evaluate(

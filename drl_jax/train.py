@@ -17,22 +17,23 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from drl_jax import command, distributed
-from drl_jax.checkpoint import SELECTION_METRIC, Checkpoints
 from drl_jax.config import Config, ConfigError, TrainConfig
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.records import MANIFEST, VideoDataset, dataset_dir
-from drl_jax.distributed import any_process, is_main
-from drl_jax.errors import UserError
-from drl_jax.evaluation import Evaluator
-from drl_jax.interrupt import StopRequest
-from drl_jax.metrics import format_table
-from drl_jax.optim import make_optimizer, make_schedule
+from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.evaluation.metrics import format_table
+from drl_jax.runs.checkpoints import SELECTION_METRIC, Checkpoints
+from drl_jax.runs.workdir import JsonlWriter, claim_workdir, write_json
+from drl_jax.runtime import cli as command
+from drl_jax.runtime import distributed
+from drl_jax.runtime.distributed import any_process, is_main
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.signals import StopRequest
 from drl_jax.sharding import Layout, make_layout
-from drl_jax.state import TrainState, abstract_state, create_state, state_from_params
-from drl_jax.steps import make_train_step
+from drl_jax.training.optimizer import make_optimizer, make_schedule
+from drl_jax.training.state import TrainState, abstract_state, create_state, state_from_params
+from drl_jax.training.train_step import make_train_step
 from drl_jax.weights.load import initial_params, read_weights, with_sizes_of
-from drl_jax.workdir import JsonlWriter, claim_workdir, write_json
 
 Scalars = dict[str, float]
 

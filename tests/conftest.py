@@ -23,13 +23,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="drl_jax_tests_")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-from drl_jax.checkpoint import Checkpoints
 from drl_jax.config import ClipConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
-from drl_jax.optim import make_optimizer
-from drl_jax.search.model import SearchModel, from_workdir
+from drl_jax.pretrained import SearchModel, from_workdir
+from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.workdir import claim_workdir
 from drl_jax.sharding import make_layout
-from drl_jax.state import create_state
-from drl_jax.workdir import claim_workdir
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import create_state
 
 ROOT = Path(__file__).resolve().parent.parent
 # Flags that make `configs/shapes.py:smoke` a matter of seconds.

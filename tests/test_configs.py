@@ -13,10 +13,10 @@ import pytest
 from data_prep.datasets import builder_class
 from drl_jax.config import Config, ConfigError, DataConfig
 from drl_jax.models.drl import init_params
-from drl_jax.optim import make_optimizer
 from drl_jax.sharding import make_layout
-from drl_jax.state import abstract_state
-from drl_jax.steps import make_train_step
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import abstract_state
+from drl_jax.training.train_step import make_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 MSRVTT = [

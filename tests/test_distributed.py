@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, error_line, run_module
 
-from drl_jax.checkpoint import Checkpoints
+from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.workdir import load_config
 from drl_jax.sharding import make_layout
-from drl_jax.state import abstract_params
-from drl_jax.workdir import load_config
+from drl_jax.training.state import abstract_params
 
 # What gloo prints on stdout, whatever we do.
 GLOO_LINE = "Gloo Rank is connected to peer ranks Expected number of connected peer ranks is"

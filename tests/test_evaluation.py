@@ -9,7 +9,7 @@ import pytest
 from drl_jax.config import EvalConfig
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import Split, VideoDataset, dataset_dir
-from drl_jax.evaluation import Evaluator, order_by_content
+from drl_jax.evaluation.evaluator import Evaluator, order_by_content
 from drl_jax.models.drl import init_params
 from drl_jax.sharding import make_layout
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drl_jax.losses import cdcr_loss, contrastive_loss
 from drl_jax.models.interaction import weighted_token_wise
+from drl_jax.training.losses import cdcr_loss, contrastive_loss
 
 B, L, F, D = 5, 7, 4, 6
 

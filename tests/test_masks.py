@@ -11,7 +11,7 @@ from flax import nnx
 from drl_jax.config import CDCR_OF, LossConfig
 from drl_jax.models.drl import init_params, model_definition
 from drl_jax.sharding import make_layout
-from drl_jax.steps import loss_and_parts
+from drl_jax.training.train_step import loss_and_parts
 
 L, F = 8, 4
 B = 3

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from drl_jax import metrics
+from drl_jax.evaluation import metrics
 
 
 def test_hand_computed_ranks():

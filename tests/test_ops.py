@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drl_jax import ops
+from drl_jax.models import ops
 
 
 def test_l2_normalize_of_zero_is_zero_with_zero_gradient():

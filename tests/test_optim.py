@@ -8,7 +8,7 @@ import pytest
 
 from drl_jax.config import OptimConfig
 from drl_jax.models.drl import init_params
-from drl_jax.optim import decays, make_optimizer, make_schedule, parameter_group
+from drl_jax.training.optimizer import decays, make_optimizer, make_schedule, parameter_group
 
 
 def test_five_steps_equal_bert_adam():

@@ -13,7 +13,7 @@ from test_video import numbered_frames, write_video
 from data_prep.decode import decode_clips
 from data_prep.frame_cache import FrameCache
 from data_prep.video_folder import Clip
-from drl_jax.processes import Lost, map_in_processes
+from drl_jax.runtime.worker_pool import Lost, map_in_processes
 
 
 def work(number: int) -> int:
@@ -47,7 +47,7 @@ def test_a_file_that_hangs_its_reader_is_a_reason(tmp_path):
 def test_workers_do_not_outlive_a_killed_parent():
     code = (
         "import time\n"
-        "from drl_jax.processes import map_in_processes\n"
+        "from drl_jax.runtime.worker_pool import map_in_processes\n"
         "if __name__ == '__main__':\n"
         "    list(map_in_processes(time.sleep, [(600,), (600,)]))\n"
     )

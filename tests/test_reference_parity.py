@@ -14,14 +14,14 @@ import pytest
 from flax import nnx
 
 from drl_jax.config import ClipConfig, LossConfig, ModelConfig, OptimConfig
-from drl_jax.metrics import retrieval_metrics
+from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.drl import init_params, model_definition
 from drl_jax.models.interaction import sentence_feature
-from drl_jax.optim import make_optimizer
+from drl_jax.models.tokenizer import tokenize
 from drl_jax.sharding import make_layout
-from drl_jax.state import TrainState
-from drl_jax.steps import loss_and_parts, train_step
-from drl_jax.tokenizer import tokenize
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import TrainState
+from drl_jax.training.train_step import loss_and_parts, train_step
 from drl_jax.weights.load import (
     infer_clip,
     initial_params,

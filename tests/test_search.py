@@ -19,12 +19,12 @@ from test_video import HARD, SHARED, numbered_frames, write_video
 
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
-from drl_jax.evaluation import Evaluator
-from drl_jax.metrics import retrieval_metrics
+from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.evaluation.metrics import retrieval_metrics
+from drl_jax.pretrained import from_workdir
 from drl_jax.search.engine import Gallery, SearchEngine
 from drl_jax.search.explain import clock, explain
 from drl_jax.search.indexing import update_index
-from drl_jax.search.model import from_workdir
 from drl_jax.search.prompt import run_prompt
 from drl_jax.search.session import SearchSession
 from drl_jax.search.store import IndexedVideo, SearchIndexError, Store

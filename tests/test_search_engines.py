@@ -9,9 +9,9 @@ import pytest
 from conftest import error_line, make_run, run_module
 from test_video import numbered_frames, write_video
 
-from drl_jax.errors import UserError
+from drl_jax.pretrained import from_workdir
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.indexing import update_index
-from drl_jax.search.model import from_workdir
 from drl_jax.search.qdrant import QdrantSearch, _query_vectors
 from drl_jax.search.session import SearchSession
 

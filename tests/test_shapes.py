@@ -18,7 +18,7 @@ from data_prep.shapes.scenes import (
     deal_scenes,
 )
 from data_prep.shapes.shapes_dataset_builder import SIZES
-from drl_jax.video import read_frames
+from drl_jax.data.video import read_frames
 
 
 @pytest.fixture(scope="module")

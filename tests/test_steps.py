@@ -11,10 +11,10 @@ import pytest
 
 from drl_jax.config import LossConfig, OptimConfig
 from drl_jax.models.drl import init_params, model_definition
-from drl_jax.optim import MAX_LOGIT_SCALE, make_optimizer
 from drl_jax.sharding import make_layout
-from drl_jax.state import abstract_state, create_state
-from drl_jax.steps import loss_and_parts, make_train_step
+from drl_jax.training.optimizer import MAX_LOGIT_SCALE, make_optimizer
+from drl_jax.training.state import abstract_state, create_state
+from drl_jax.training.train_step import loss_and_parts, make_train_step
 
 B, L, F = 16, 12, 4
 STEPS = 10

@@ -1,6 +1,6 @@
 import numpy as np
 
-from drl_jax.tokenizer import token_strings, tokenize
+from drl_jax.models.tokenizer import token_strings, tokenize
 
 
 def test_known_ids():

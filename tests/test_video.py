@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drl_jax.video import (
+from drl_jax.data.video import (
     VideoError,
     VideoFacts,
     inspect_video,

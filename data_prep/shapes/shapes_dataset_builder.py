@@ -18,7 +18,7 @@ from data_prep.annotations import (
 from data_prep.retrieval_builder import RetrievalBuilder
 from data_prep.shapes.draw import draw_clip, write_mp4
 from data_prep.shapes.scenes import Scene, captions, deal_scenes
-from drl_jax.processes import map_in_processes
+from drl_jax.runtime.worker_pool import map_in_processes
 
 # Clips of train, val and test.
 SIZES = {"full": (9000, 128, 256), "smoke": (192, 32, 32)}

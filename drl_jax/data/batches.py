@@ -14,8 +14,8 @@ import numpy as np
 from drl_jax.config import DataConfig
 from drl_jax.data.frames import DeviceFrames, DiskFrames, MemoryFrames, to_devices
 from drl_jax.data.records import DatasetError, Split, VideoDataset
+from drl_jax.models.tokenizer import tokenize
 from drl_jax.sharding import Layout
-from drl_jax.tokenizer import tokenize
 
 HOLDOUT = "holdout"
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from drl_jax.data.records import DatasetError, VideoDataset
-from drl_jax.distributed import is_main
+from drl_jax.runtime.distributed import is_main
 from drl_jax.sharding import AXIS, Layout
 
 # Videos that go to the devices together while `DeviceFrames` fills.

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from drl_jax.config import Config
-from drl_jax.errors import UserError
+from drl_jax.runtime.errors import UserError
 
 # Raise it when the layout of the records or of the metadata changes.
 FORMAT_VERSION = "1.0.0"

@@ -17,7 +17,7 @@ from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.layers import Run, Transformer, new_block_init, quick_gelu
-from drl_jax.ops import l2_normalize, masked_mean, masked_softmax
+from drl_jax.models.ops import l2_normalize, masked_mean, masked_softmax
 
 Arrays = dict[str, jax.Array]
 # The same, of N items on the host.

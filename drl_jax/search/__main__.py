@@ -16,15 +16,15 @@ from typing import Any
 
 from absl import logging
 
-from drl_jax.command import cache_compilations
+from drl_jax import pretrained as models
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
-from drl_jax.errors import UserError, report_errors
-from drl_jax.search import model as models
+from drl_jax.pretrained import SearchModel
+from drl_jax.runtime.cli import cache_compilations
+from drl_jax.runtime.errors import UserError, report_errors
 from drl_jax.search.explain import clock
 from drl_jax.search.explain import explain as explain_pair
 from drl_jax.search.indexing import IndexReport, update_index
-from drl_jax.search.model import SearchModel
 from drl_jax.search.prompt import format_hits, run_prompt
 from drl_jax.search.session import Searcher, SearchSession
 from drl_jax.search.store import STORAGES

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from drl_jax.errors import UserError
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import Explanation, clock
 
 # Inches of a frame's column and of a word's row.

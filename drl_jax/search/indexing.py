@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from drl_jax.errors import UserError
-from drl_jax.processes import Lost, map_in_processes
-from drl_jax.search.model import SearchModel
+from drl_jax.data.video import VIDEO_SUFFIXES
+from drl_jax.pretrained import SearchModel
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.worker_pool import Lost, map_in_processes
 from drl_jax.search.reading import VideoRead, read_video
 from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
-from drl_jax.video import VIDEO_SUFFIXES
 
 
 @dataclasses.dataclass

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from drl_jax.errors import UserError
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import clock
 from drl_jax.search.session import Hit, Searcher
 

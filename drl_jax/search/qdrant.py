@@ -19,8 +19,8 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException
 from tqdm import tqdm
 
-from drl_jax.errors import UserError
 from drl_jax.models.interaction import Features
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.session import Hit, SearchSession
 from drl_jax.search.store import IndexedVideo
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from drl_jax.video import VideoError, read_timed_frames
+from drl_jax.data.video import VideoError, read_timed_frames
 
 # Side of the thumbnails, pixels.
 THUMBNAIL = 112
@@ -39,7 +39,7 @@ def read_video(path: Path, known_sha256: str, max_frames: int, size: int) -> Vid
     Args:
       path: of the file.
       known_sha256: of its content when it was last read; empty if it was not.
-      max_frames: see `drl_jax.video.sample_positions`.
+      max_frames: see `drl_jax.data.video.sample_positions`.
       size: side of the frames, pixels.
     """
     try:

@@ -20,9 +20,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
-from drl_jax.errors import UserError
+from drl_jax.pretrained import SearchModel
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import Explanation, clock
-from drl_jax.search.model import SearchModel
 from drl_jax.search.session import Hit, SearchSession
 from drl_jax.search.store import IndexedVideo
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from drl_jax import pretrained as models
 from drl_jax.models.interaction import Features
-from drl_jax.search import model as models
+from drl_jax.pretrained import SearchModel
 from drl_jax.search.engine import Gallery, Ranking, SearchEngine, restored, video_as_query
 from drl_jax.search.explain import Explanation, explain
-from drl_jax.search.model import SearchModel
 from drl_jax.search.store import IndexedVideo, SearchIndexError, Store, database_version
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from drl_jax.errors import UserError
 from drl_jax.models.interaction import Features
+from drl_jax.runtime.errors import UserError
 
 _DATABASE = "index.sqlite"
 _FORMAT = 2

@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from drl_jax.config import ClipConfig, Config, DataConfig, ModelConfig
-from drl_jax.errors import UserError
 from drl_jax.models.drl import Params, copy_text_tower, init_params
+from drl_jax.runtime.errors import UserError
 from drl_jax.weights.names import entries, from_hugging_face, is_hugging_face
 from drl_jax.weights.torch_file import StateDict, read_torch_file
 

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from drl_jax.errors import UserError
+from drl_jax.runtime.errors import UserError
 
 StateDict = dict[str, np.ndarray]
 

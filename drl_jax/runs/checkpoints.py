@@ -13,9 +13,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from drl_jax.errors import UserError
 from drl_jax.models.drl import Params
-from drl_jax.state import TrainState
+from drl_jax.runtime.errors import UserError
+from drl_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
 # The metric that the best checkpoint has most of.

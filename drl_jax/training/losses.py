@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from drl_jax.ops import masked_standardize
+from drl_jax.models.ops import masked_standardize
 
 Arrays = dict[str, jax.Array]
 

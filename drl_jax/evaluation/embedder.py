@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from drl_jax.config import Config, ConfigError
 from drl_jax.data.frames import pad_frames
-from drl_jax.distributed import is_main
 from drl_jax.models.drl import Params
 from drl_jax.models.interaction import Features
+from drl_jax.models.tokenizer import VOCABULARY_SIZE, tokenize
+from drl_jax.runtime.distributed import is_main
 from drl_jax.sharding import Layout
-from drl_jax.steps import make_embed_steps
-from drl_jax.tokenizer import VOCABULARY_SIZE, tokenize
+from drl_jax.training.train_step import make_embed_steps
 
 
 class Embedder:

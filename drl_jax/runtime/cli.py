@@ -9,7 +9,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from drl_jax.errors import UserError
+from drl_jax.runtime.errors import UserError
 
 
 def define_config_flag() -> flags.FlagHolder:

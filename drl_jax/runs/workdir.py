@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from drl_jax.config import Config, ConfigError
-from drl_jax.distributed import is_main
-from drl_jax.errors import UserError
+from drl_jax.runtime.distributed import is_main
+from drl_jax.runtime.errors import UserError
 
 # Fields that may change between the parts of an interrupted run: they change no number.
 _FREE_FIELDS = (

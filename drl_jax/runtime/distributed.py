@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from drl_jax.errors import UserError
+from drl_jax.runtime.errors import UserError
 
 
 class DistributedError(UserError):

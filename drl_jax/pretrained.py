@@ -8,18 +8,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from drl_jax.checkpoint import Checkpoints
 from drl_jax.config import Config
-from drl_jax.embedding import Embedder
-from drl_jax.errors import UserError
+from drl_jax.data.video import VideoError, read_timed_frames
+from drl_jax.evaluation.embedder import Embedder
 from drl_jax.models.drl import Params
 from drl_jax.models.interaction import Features
+from drl_jax.models.tokenizer import token_strings, tokenize
+from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.workdir import load_config
+from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
-from drl_jax.state import abstract_params
-from drl_jax.tokenizer import token_strings, tokenize
-from drl_jax.video import VideoError, read_timed_frames
+from drl_jax.training.state import abstract_params
 from drl_jax.weights.load import config_of_weights, initial_params, read_weights
-from drl_jax.workdir import load_config
 
 
 @dataclasses.dataclass(frozen=True)

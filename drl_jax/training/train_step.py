@@ -14,11 +14,11 @@ from flax import nnx
 from jax.lax import with_sharding_constraint
 
 from drl_jax.config import LossConfig, ModelConfig
-from drl_jax.losses import cdcr_loss, contrastive_loss
 from drl_jax.models.drl import Params, model_definition
-from drl_jax.optim import MAX_LOGIT_SCALE
 from drl_jax.sharding import Layout, map_row_chunks
-from drl_jax.state import TrainState, abstract_params, abstract_state
+from drl_jax.training.losses import cdcr_loss, contrastive_loss
+from drl_jax.training.optimizer import MAX_LOGIT_SCALE
+from drl_jax.training.state import TrainState, abstract_params, abstract_state
 
 Arrays = Batch = dict[str, jax.Array]
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from drl_jax.config import Config
 from drl_jax.data.records import Split, VideoDataset
-from drl_jax.embedding import Embedder
-from drl_jax.metrics import pair_accuracy, retrieval_metrics
+from drl_jax.evaluation.embedder import Embedder
+from drl_jax.evaluation.metrics import pair_accuracy, retrieval_metrics
 from drl_jax.models.drl import Params
 from drl_jax.sharding import Layout
 
@@ -23,7 +23,7 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-      metrics: {"t2v": .., "v2t": ..} of `drl_jax.metrics`, and "pair_accuracy" where the split has
+      metrics: {"t2v": .., "v2t": ..} of `drl_jax.evaluation.metrics`, and "pair_accuracy" where the split has
         clips together with their reverses.
       sim_matrix: float32 [A, B], captions by videos.
     """

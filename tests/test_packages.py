@@ -1,0 +1,74 @@
+"""Package rules: which package may import which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A package or module of drl_jax imports only itself and what stands before it here.
+ORDER = (
+    *("runtime", "config", "sharding"),
+    *("models", "data", "weights"),
+    *("training", "evaluation", "runs"),
+    *("pretrained", "search"),
+    *("train", "evaluate", "convert"),
+)
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted((ROOT / "drl_jax").rglob("*.py"))
+    if path != ROOT / "drl_jax" / "__init__.py"
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def package_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_package_has_a_place():
+    assert {package_of(module) for module in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_packages_import_only_lower_ones(package):
+    allowed = set(ORDER[: ORDER.index(package) + 1])
+    for module, path in MODULES.items():
+        if package_of(module) == package:
+            used = {package_of(name) for name in imports(path) if name.startswith("drl_jax.")}
+            assert used <= allowed, f"{module} imports {used - allowed}"
+
+
+def test_the_package_needs_nothing_built_on_it():
+    for module, path in MODULES.items():
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert not roots & {"data_prep", "configs", "tests", "benchmarks"}, module
+
+
+def test_one_module_imports_orbax_and_one_imports_clu():
+    users = {
+        library: {
+            module
+            for module, path in MODULES.items()
+            if library in {name.split(".")[0] for name in imports(path)}
+        }
+        for library in ("orbax", "clu", "tensorflow", "torch")
+    }
+    assert users == {
+        "orbax": {"drl_jax.runs.checkpoints"},
+        "clu": {"drl_jax.train"},
+        "tensorflow": set(),
+        "torch": set(),
+    }
