@@ -1,34 +1,41 @@
-"""The ablation of interactions and temporal heads on the test split of `shapes`.
+"""Ablation of interactions and temporal heads on the test split of `shapes`.
 
-    python -m benchmarks.ablation [--workdir=runs/ablation] [--seeds=3]
+    python -m benchmarks.ablation [--workdir=runs/ablation] [--seeds=3] [--record=FILE]
 
-Trains `configs/shapes.py` for each of {dp, ti, wti, wti + CDCR} x {none, seqTransf} and each seed,
-prints mean and standard deviation as a Markdown table, and with `--record=FILE` writes every run's
-test as JSON. What is finished is kept: interrupted, the same command goes on.
+Trains `configs/shapes.py` with each of {dp, ti, wti, wti + CDCR} x {none, seqTransf} and each seed,
+and prints the mean and standard deviation of the test metrics as a Markdown table. Other flags
+(`--config.GROUP.FIELD=VALUE`) are passed to the trainings. Finished runs are kept: rerun the
+command to continue.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
+from drl_jax.runtime.cli import Parser, positive_int, run_command
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import write_json
 
+# Values of `config.model.interaction` and `config.loss.cdcr`.
 INTERACTIONS = {"dp": ("dp", 0), "ti": ("ti", 0), "wti": ("wti", 0), "wti + CDCR": ("wti", 3)}
 HEADS = ("none", "seqTransf")
 
 
-def run(workdir: Path, interaction: str, agg_module: str, seed: int, flags: list[str]) -> dict:
-    """The `result.json` of one training, which runs unless it has finished before."""
+def train(workdir: Path, interaction: str, agg_module: str, seed: int, flags: list[str]) -> dict:
+    """Trains one model, unless it is already trained, and returns its `result.json`.
+
+    Raises:
+      UserError: the training failed.
+    """
     name, cdcr = INTERACTIONS[interaction]
     directory = workdir / f"{name}_cdcr{cdcr}_{agg_module}_seed{seed}"
     result = directory / "result.json"
     if not result.exists():
-        # A process of its own: what training allocates goes with it.
+        # In its own process, which frees all memory when it ends.
         command = [
             *(sys.executable, "-m", "drl_jax.train", "--config=configs/shapes.py"),
             f"--workdir={directory}",
@@ -38,31 +45,30 @@ def run(workdir: Path, interaction: str, agg_module: str, seed: int, flags: list
             f"--config.seed={seed}",
             *flags,
         ]
-        if subprocess.run(command).returncode:
-            sys.exit(f"benchmarks.ablation: {directory.name} failed or was stopped; see above")
-    return json.loads(result.read_text())
+        if status := subprocess.run(command).returncode:
+            raise UserError(
+                f"training {directory} ended with exit status {status}; fix the error above, then"
+                " rerun the command to continue"
+            )
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
-def spread(values: list[float]) -> str:
-    """Mean and, of several, the standard deviation of the sample."""
+def format_spread(values: list[float]) -> str:
+    """Formats the mean and, for several values, the sample standard deviation."""
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("benchmarks.ablation", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--record", type=Path, help="JSON file for the test of every run")
-    options, flags = parser.parse_known_args()
-    rows, tests = [], []
+def run_ablation(options: argparse.Namespace, flags: list[str]) -> None:
+    """Trains all models, writes the record and prints the table."""
+    lines, rows = [], []
     for agg_module in HEADS:
         for interaction in INTERACTIONS:
             results = [
-                run(options.workdir, interaction, agg_module, seed, flags)["test"]
+                train(options.workdir, interaction, agg_module, seed, flags)["test"]
                 for seed in range(options.seeds)
             ]
-            tests += [
+            rows += [
                 {"interaction": interaction, "agg_module": agg_module, "seed": seed, **result}
                 for seed, result in enumerate(results)
             ]
@@ -72,20 +78,40 @@ def main() -> None:
                 [result["v2t"]["R@1"] for result in results],
                 [result["pair_accuracy"] for result in results],
             )
-            rows.append(f"| {interaction} | {agg_module} | {' | '.join(map(spread, columns))} |")
+            cells = (interaction, agg_module, *map(format_spread, columns))
+            lines.append(f"| {' | '.join(cells)} |")
     if options.record:
-        record = {
-            "benchmark": "ablation",
-            "device": f"{jax.default_backend()} {platform.machine()}",
-            "jax": jax.__version__,
-            "date": datetime.date.today().isoformat(),
-            "runs": tests,
-        }
-        options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        from benchmarks.measure import make_record
+
+        write_json(options.record, make_record("ablation", rows))
     print("| interaction | temporal head | t2v R@1 | t2v R@5 | v2t R@1 | pair accuracy |")
     print("|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    print("\n".join(lines))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = Parser("python -m benchmarks.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path("runs/ablation"),
+        metavar="DIR",
+        help="parent directory of the runs (%(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=positive_int, default=3, help="seeds per model (%(default)s)"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write the test metrics of all runs as JSON"
+    )
+    options, flags = parser.parse_known_args(arguments)
+    return run_command(
+        "benchmarks.ablation",
+        lambda: run_ablation(options, flags),
+        on_interrupt="finished runs are kept; rerun the command to continue",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,16 +1,18 @@
-"""Bytes that one training step moves between devices, from its compiled HLO, beside the formula.
+"""Bytes that a training step moves between devices, from its compiled HLO and by a formula.
 
     python -m benchmarks.collectives [--devices=1,2,8,64] [--batch=1024] [--record]
 
-ViT-B/32, WTI + CDCR, float32, parameters whole. The video features are gathered (and their gradient
-reduced), the parameters' gradient is reduced: the formula below. Nothing runs; the devices are
-fake. Needs jax, flax, optax and numpy only.
+ViT-B/32, WTI + CDCR, float32, replicated parameters. The step gathers the video features, and
+reduces their gradient and that of the parameters (`formula`). It is compiled for simulated CPU
+devices and not run. Needs jax, flax, optax and numpy only.
 """
+
+from collections.abc import Sequence
 
 import jax
 
 from benchmarks.hlo import collective_bytes
-from benchmarks.measure import arguments, report
+from benchmarks.measure import arguments, positive_int, positive_ints, report
 from benchmarks.memory import FRAMES, compile_step
 from drl_jax.config import ModelConfig
 from drl_jax.models.drl import init_params
@@ -18,14 +20,19 @@ from drl_jax.sharding import make_layout
 
 
 def formula(config: ModelConfig, pairs: int) -> dict[str, int]:
-    """Bytes of the results on one device, whatever their number (above one).
+    """Expected bytes of the results on each device, for any number of devices above 1.
 
-    Gathered: frame features, masks and weights of all pairs. Reduced: their gradient (features and
-    weights) and that of every parameter.
+    Args:
+      config: the model.
+      pairs: pairs of the global batch.
+
+    Returns:
+      `gathered`: frame features, masks and weights of all pairs; `reduced`: gradients of these
+      features and weights, and of all parameters.
     """
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    features, weights = pairs * FRAMES * config.clip.embed_dim, pairs * FRAMES
+    features, weights = pairs * FRAMES * config.backbone.embed_dim, pairs * FRAMES
     return {
         "gathered": 4 * features + 4 * weights + weights,
         "reduced": 4 * (features + weights + parameters),
@@ -33,6 +40,7 @@ def formula(config: ModelConfig, pairs: int) -> dict[str, int]:
 
 
 def measure(config: ModelConfig, pairs: int, devices: int) -> dict:
+    """Compiles the step for a number of devices and counts the bytes of its collectives."""
     layout = make_layout(jax.devices()[:devices])
     moved = collective_bytes(compile_step(config, pairs, 0, layout).as_text())
     expected = formula(config, pairs) if devices > 1 else {"gathered": 0, "reduced": 0}
@@ -49,15 +57,22 @@ def measure(config: ModelConfig, pairs: int, devices: int) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures each number of devices."""
     parser = arguments("collectives", __doc__.splitlines()[0])
-    parser.add_argument("--devices", default="1,2,4,8,16,32,64")
-    parser.add_argument("--batch", type=int, default=1024)
-    options = parser.parse_args()
-    counts = [int(count) for count in options.devices.split(",")]
+    parser.add_argument(
+        "--devices",
+        type=positive_ints,
+        default="1,2,4,8,16,32,64",
+        help="numbers of simulated devices (%(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=positive_int, default=1024, help="pairs of the global batch (%(default)s)"
+    )
+    options = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(counts))
-    rows = [measure(ModelConfig(), options.batch, devices) for devices in counts]
+    jax.config.update("jax_num_cpu_devices", max(options.devices))
+    rows = [measure(ModelConfig(), options.batch, devices) for devices in options.devices]
     report(rows, options)
 
 

@@ -1,8 +1,8 @@
-"""Seconds to compile the training step: cold, and again from the persistent cache.
+"""Seconds to trace and compile the training step, without and with JAX's persistent cache.
 
     python -m benchmarks.compile [--record]
 
-ViT-B/32, batch 4, each time in a process of its own with the same fresh cache directory. Needs jax,
+ViT-B/32, batch 4. Two processes use the same cache directory, which is empty at first. Needs jax,
 flax, optax and numpy only.
 """
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -21,15 +22,19 @@ from drl_jax.sharding import make_layout
 
 
 def compile_once() -> float:
+    """Traces and compiles the step for one device; returns the seconds it took."""
     start = time.perf_counter()
     compile_step(ModelConfig(), 4, 0, make_layout(jax.devices()[:1]))
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compiles in two processes, or once in this one (`--once`)."""
     parser = arguments("compile", __doc__.splitlines()[0])
-    parser.add_argument("--once", action="store_true", help="compile here, print seconds")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--once", action="store_true", help="compile in this process, print seconds"
+    )
+    options = parser.parse_args(argv)
     if options.once:
         print(compile_once())
         return

@@ -1,15 +1,19 @@
-"""The whole record of a GPU with one command.
+"""Runs and records all benchmarks of a GPU.
 
     python -m benchmarks.gpu
 
-Runs the benchmarks that need only jax, flax, optax and numpy, each in a process of its own, with
-sizes for one large GPU, and writes their records. What fails (out of memory, say) is named at the
-end, and the rest goes on. `--try` runs the same with sizes for a CPU and records nothing.
+Runs the benchmarks that need only jax, flax, optax and numpy, each in its own process, with sizes
+for one large GPU, and writes their records. A benchmark that fails, e.g. out of memory, does not
+stop the others; failures are listed at the end. `--try` runs the same programs with sizes for a CPU
+and writes no records.
 """
 
-import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
+
+from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.errors import UserError
 
 _LARGE = ("--name=train_step_large", "--microbatch=128", "--remat")
 RUNS = (
@@ -34,26 +38,42 @@ TRY = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--try", dest="small", action="store_true", help="small sizes, any device")
-    options = parser.parse_args()
-    # Asked in another process: this one must not hold the GPU's memory.
-    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    backend = subprocess.run(ask, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    if backend == "cpu" and not options.small:
-        sys.exit(
-            "benchmarks.gpu: JAX sees no GPU here (pip install 'jax[cuda]'); --try runs anyway"
+def run_all(small: bool) -> None:
+    """Runs the benchmarks one after another.
+
+    Args:
+      small: use small sizes on any device and write no records.
+
+    Raises:
+      UserError: JAX finds no GPU (unless `small`), or a benchmark failed.
+    """
+    # In another process, because initialising JAX here would reserve the GPU's memory.
+    query = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    backend = subprocess.run(query, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    if backend == "cpu" and not small:
+        raise UserError(
+            "JAX finds no GPU: install it with pip install 'jax[cuda]', or use --try for small"
+            " sizes on the CPU"
         )
     failed = []
-    for name, *flags in TRY if options.small else RUNS:
+    for name, *flags in TRY if small else RUNS:
         print(f"== {name} {' '.join(flags)}", flush=True)
         command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
-        if subprocess.run([*command, *([] if options.small else ["--record"])]).returncode:
+        if subprocess.run([*command, *([] if small else ["--record"])]).returncode:
             failed.append(" ".join([name, *flags]))
     if failed:
-        sys.exit("benchmarks.gpu: failed: " + "; ".join(failed))
+        raise UserError(f"failed: {'; '.join(failed)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = Parser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--try", dest="small", action="store_true", help="small sizes, any device, no records"
+    )
+    options = parser.parse_args(arguments)
+    return run_command("benchmarks.gpu", lambda: run_all(options.small))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

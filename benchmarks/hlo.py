@@ -1,4 +1,4 @@
-"""Reads what a compiled program sends between devices from its HLO text."""
+"""Counts the bytes that a compiled program moves between devices, from its HLO text."""
 
 import math
 import re
@@ -12,16 +12,17 @@ _COLLECTIVE = re.compile(
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
-    """Bytes of the results of each kind of collective on one device in one run of the program.
+    """Bytes of the results of the collectives on each device, in one run of the program.
 
-    What stands in a loop counts as often as the loop runs.
+    A collective in a loop counts once per iteration.
 
     Args:
       hlo: `compiled.as_text()`.
 
     Returns:
-      {"all-reduce": bytes, ...}.
+      The bytes by kind of collective, e.g. {"all-reduce": 4096}.
     """
+    # Lines of each computation, by name.
     bodies: dict[str, list[str]] = {}
     entry = name = ""
     for line in hlo.splitlines():
@@ -47,7 +48,7 @@ def collective_bytes(hlo: str) -> dict[str, int]:
 
 
 def _array_bytes(shape: str) -> int:
-    """Of one array, `f32[8,4]{1,0}`, or of a tuple of them."""
+    """Size of an array, `f32[8,4]{1,0}`, or of a tuple of arrays."""
     return sum(
         _BYTES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
         for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)

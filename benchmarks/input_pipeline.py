@@ -1,27 +1,27 @@
-"""Whether input keeps up with the training step: what a read takes, and which steps wait.
+"""Time per read of each source of frames, and whether training steps wait for their batches.
 
     python -m benchmarks.input_pipeline [--videos=DIR] [--batch=4] [--steps=6] [--record]
 
-Builds a dataset of real H.264 files (of DIR, or drawn: 15 s of 320 x 240 at 30 frames a second) as
+Builds a dataset of H.264 files (those in DIR, or synthetic ones: 15 s, 320 x 240, 30 frames/s) as
 `raw` and as `jpeg`, and trains ViT-B/32 on it from each source of frames:
 
-- `mp4`: decoded anew for each example, and normalised on the host, as the reference does;
-- `jpeg`, `raw`: read from the built dataset; `memory`: kept decoded in host memory; `device`: kept
-  on the devices, where batches are gathered.
+- `mp4`: decodes the file for each example and normalises on the host, as the reference does;
+- `jpeg`, `raw`: reads the built dataset;
+- `memory`: caches decoded frames in host memory;
+- `device`: caches decoded frames on the devices, which gather batches.
 
-`read_ms` is one example in one thread. `step_alone` repeats the step on one batch that is on the
-device; `step_fed` takes batches as training does, after a warm-up. `waits` counts the steps whose
-batch was not there yet when the step before it was done.
+`read_ms` is the time to read one example in one thread. `step_alone` repeats the step on one batch
+that is on the devices; `step_fed` takes batches as training does; both after a warm-up. `waits`
+counts the steps whose batch was not ready when the previous step ended.
 """
 
 import argparse
 import contextlib
 import io
 import itertools
-import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +29,54 @@ import av
 import jax
 import numpy as np
 
-from benchmarks.measure import arguments, report
+from benchmarks.measure import arguments, positive_int, report
 from data_prep.annotations import Annotations, Captioned
-from data_prep.build import build
+from data_prep.command import DECODE_TIMEOUT
+from data_prep.dataset_build import build_dataset
 from data_prep.estimate import stored_bytes
 from data_prep.video_folder import VideoFolder, make_plan
-from drl_jax.config import ClipConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
+from drl_jax.config import BackboneConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.data.batches import TrainBatches
 from drl_jax.data.frames import DiskFrames
 from drl_jax.data.records import Split, VideoDataset
+from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import VideoError, read_frames
+from drl_jax.models.tokenizer import tokenize
+from drl_jax.runtime.resources import available_cpus
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import create_state
+from drl_jax.training.state import TrainState, create_state
 from drl_jax.training.train_step import make_train_step
 
 FRAMES, SIZE, WORDS = 12, 224, 32
-_CAPTIONS = 8
+_CAPTIONS_PER_VIDEO = 8
+# CLIP's mean and standard deviation of RGB values in [0, 1].
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-class Mp4Files:
-    """Stands in for a dataset, and decodes a file whenever it is read."""
+class Mp4Dataset:
+    """Has `read_frames` like `VideoDataset`, but decodes the video file on each call."""
 
     def __init__(self, paths: list[Path]):
         self._paths = paths
 
     def read_frames(self, video: int) -> np.ndarray:
         frames = read_frames(self._paths[video], FRAMES, SIZE)
-        _as_the_reference(frames)
+        _normalize_on_host(frames)
         return frames
 
 
-def _as_the_reference(frames: np.ndarray) -> np.ndarray:
-    """Its ToTensor, Normalize and zero-padded float64 array."""
-    clip = np.zeros((FRAMES, 3, SIZE, SIZE))
-    normalised = (frames.astype(np.float32) / 255 - _MEAN) / _STD
-    clip[: len(frames)] = normalised.transpose(0, 3, 1, 2)
-    return clip
+def _normalize_on_host(frames: np.ndarray) -> np.ndarray:
+    """What the reference does on the host: ToTensor, Normalize and a zero-padded float64 array."""
+    padded = np.zeros((FRAMES, 3, SIZE, SIZE))
+    normalized = (frames.astype(np.float32) / 255 - _MEAN) / _STD
+    padded[: len(frames)] = normalized.transpose(0, 3, 1, 2)
+    return padded
 
 
 def draw_videos(directory: Path, count: int) -> None:
-    """H.264 files as MSR-VTT has them in length, size and rate: drifting texture and some grain."""
+    """Writes H.264 files of MSR-VTT's length, size and frame rate: moving waves with noise."""
     y, x = np.mgrid[0:240, 0:320].astype(np.float32)
     for number in range(count):
         rng = np.random.default_rng(number)
@@ -91,25 +96,36 @@ def draw_videos(directory: Path, count: int) -> None:
             container.mux(stream.encode())
 
 
-def build_forms(videos: Path, data_dir: Path) -> tuple[dict[str, VideoDataset], list[Path], float]:
-    """The built datasets by storage, their files, and seconds a video of the JPEG build."""
+def make_captions() -> list[str]:
+    return [f"caption {number} of a clip" for number in range(_CAPTIONS_PER_VIDEO)]
+
+
+def build_datasets(
+    videos: Path, data_dir: Path
+) -> tuple[dict[str, VideoDataset], list[Path], float]:
+    """Builds the videos of a folder in each encoding.
+
+    Returns:
+      The datasets by encoding, the video file of each record, and the seconds per video of the JPEG
+      build.
+    """
     names = [str(path.relative_to(videos)) for path in VideoFolder(videos).files]
-    captions = [f"caption {number} of a clip" for number in range(_CAPTIONS)]
-    splits = {"train": [Captioned(name, captions) for name in names]}
+    splits = {"train": [Captioned(name, make_captions()) for name in names]}
     plan = make_plan(Annotations(splits), videos, {})
-    datasets, seconds = {}, 0.0
-    for storage in ("raw", "jpeg"):
+    datasets, seconds = {}, {}
+    for encoding in ("raw", "jpeg"):
+        storage = StorageSpec(SIZE, FRAMES, encoding)
         start = time.perf_counter()
-        with contextlib.redirect_stderr(io.StringIO()):
-            directory = build("custom", plan, data_dir, (SIZE, FRAMES, storage))
-        datasets[storage] = VideoDataset(directory)
-        seconds = (time.perf_counter() - start) / len(names)
+        with contextlib.redirect_stderr(io.StringIO()):  # Hides the progress bars.
+            directory = build_dataset("custom", plan, data_dir, storage, timeout=DECODE_TIMEOUT)
+        datasets[encoding] = VideoDataset(directory)
+        seconds[encoding] = (time.perf_counter() - start) / len(names)
     files = [videos / name for name in datasets["jpeg"].video_ids]
-    return datasets, files, seconds
+    return datasets, files, seconds["jpeg"]
 
 
-def milliseconds(read: Callable[[int], Any], videos: int, seconds: float = 3.0) -> float:
-    """Of a read, in one thread, over all videos again and again."""
+def read_milliseconds(read: Callable[[int], Any], videos: int, seconds: float = 3.0) -> float:
+    """Mean time of `read(video)` in one thread, over all videos repeatedly for some seconds."""
     start = time.perf_counter()
     for count in itertools.count(1):
         read(count % videos)
@@ -118,22 +134,29 @@ def milliseconds(read: Callable[[int], Any], videos: int, seconds: float = 3.0) 
             return taken / count * 1e3
 
 
-def make_step(config: ModelConfig) -> tuple[Any, Callable]:
+def make_step(config: ModelConfig) -> tuple[TrainState, Callable]:
+    """A new training state and the compiled training step."""
     layout = make_layout()
     tx = make_optimizer(OptimConfig(), total_steps=1000)
     state = create_state(config, tx, seed=0, layout=layout)
     return state, make_train_step(config, LossConfig(), tx, layout)
 
 
-def time_steps(state: Any, step: Callable, batches: Any, steps: int) -> tuple[Any, float, int]:
-    """The state, seconds a step, and how many steps waited; as the training loop does it."""
+def time_steps(
+    state: TrainState, step: Callable, batches: Iterator[dict[str, jax.Array]], steps: int
+) -> tuple[TrainState, float, int]:
+    """Runs steps as the training loop does, after a warm-up.
+
+    Returns:
+      The new state, seconds per step, and the number of steps that waited for their batch.
+    """
     waits, previous, start = 0, None, 0.0
     for number in range(steps + 2):
-        if number == 2:  # two to warm up
+        if number == 2:  # The first two steps are the warm-up.
             jax.block_until_ready(previous)
             start = time.perf_counter()
         batch = next(batches)
-        # The step before this one is done, and this one's batch has only come now.
+        # The previous step ended before this batch was ready.
         waits += number > 2 and previous.is_ready()
         state, scalars = step(state, batch)
         if previous is not None:
@@ -143,16 +166,17 @@ def time_steps(state: Any, step: Callable, batches: Any, steps: int) -> tuple[An
     return state, (time.perf_counter() - start) / steps, int(waits)
 
 
-def measure(options: argparse.Namespace, videos: Path, work: Path) -> tuple[list[dict], dict]:
-    datasets, files, build_seconds = build_forms(videos, work)
+def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[list[dict], dict]:
+    """Builds the datasets and measures each source; returns the rows and settings of the record."""
+    datasets, files, build_seconds = build_datasets(videos, data_dir)
     count = len(files)
-    captions = [[f"caption {number} of a clip" for number in range(_CAPTIONS)]] * count
+    captions = [make_captions()] * count
     split = Split(np.arange(count, dtype=np.int32), captions, np.zeros((0, 2), np.int32))
     layout = make_layout()
-    model = ModelConfig(clip=ClipConfig(), dtype=options.dtype)
+    model = ModelConfig(backbone=BackboneConfig(), dtype=options.dtype)
     state, step = make_step(model)
     sources = {
-        "mp4": (Mp4Files(files), "none"),
+        "mp4": (Mp4Dataset(files), "none"),
         "jpeg": (datasets["jpeg"], "none"),
         "raw": (datasets["raw"], "none"),
         "memory": (datasets["raw"], "memory"),
@@ -160,10 +184,10 @@ def measure(options: argparse.Namespace, videos: Path, work: Path) -> tuple[list
     }
     rows, decode_ms = [], 0.0
     for name, (dataset, cache) in sources.items():
-        read_ms = milliseconds(DiskFrames(dataset, FRAMES).read, count)
+        read_ms = read_milliseconds(DiskFrames(dataset, FRAMES).read, count)
         decode_ms = decode_ms or read_ms
         data = DataConfig(max_words=WORDS, cache=cache, num_threads=options.threads)
-        batches = TrainBatches(dataset, split, data, options.batch, seed=0)
+        batches = TrainBatches(dataset, split, data, options.batch, 0, tokenize)
         stream = batches.on_devices(0, layout)
         state, alone, _ = time_steps(state, step, itertools.repeat(next(stream)), options.steps)
         state, fed, waits = time_steps(state, step, stream, options.steps)
@@ -186,40 +210,61 @@ def measure(options: argparse.Namespace, videos: Path, work: Path) -> tuple[list
         "dtype": options.dtype,
         "build_seconds_per_video": round(build_seconds, 3),
         "build_hours_for_10000": round(build_seconds * 10000 / 3600, 2),
-        "jpeg_gb_for_10000": round(stored_bytes(10000 * FRAMES, (SIZE, FRAMES, "jpeg")) / 1e9, 1),
-        "cores": os.cpu_count(),
+        "jpeg_gb_for_10000": round(
+            stored_bytes(10000 * FRAMES, StorageSpec(SIZE, FRAMES, "jpeg")) / 1e9, 1
+        ),
+        "cores": available_cpus(),
     }
     return rows, settings
 
 
-def readable(videos: Path, into: Path) -> None:
-    """Links to the files of a folder that can be decoded."""
+def link_readable_videos(videos: Path, directory: Path) -> None:
+    """Creates links in `directory` to the files of a folder that can be decoded."""
     for path in VideoFolder(videos).files:
         with contextlib.suppress(VideoError):
             read_frames(path, 1, SIZE)
-            (into / path.name).symlink_to(path.absolute())
+            (directory / path.name).symlink_to(path.absolute())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures all sources on the videos of a folder, or on synthetic ones."""
     parser = arguments("input_pipeline", __doc__.splitlines()[0])
-    parser.add_argument("--videos", type=Path, help="folder of video files; drawn if not given")
-    parser.add_argument("--count", type=int, default=16, help="how many are drawn")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps, after a warm-up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--videos", type=Path, metavar="DIR", help="folder of video files (default: synthetic)"
+    )
+    parser.add_argument(
+        "--count", type=positive_int, default=16, help="number of synthetic videos (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=positive_int, default=4, help="pairs of the global batch (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=6, help="timed steps, after a warm-up (%(default)s)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=available_cpus(),
+        help="reader threads (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the model's matrix products (%(default)s)",
+    )
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         videos = Path(directory) / "videos"
         videos.mkdir()
         if options.videos:
-            readable(options.videos, videos)
+            link_readable_videos(options.videos, videos)
         else:
             draw_videos(videos, options.count)
         rows, settings = measure(options, videos, Path(directory) / "data")
     report(rows, options, files="drawn" if options.videos is None else "real", **settings)
 
 
-# Build workers start by importing this module.
+# The guard also protects the build's worker processes, which import this module.
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: time, memory, the machine's own matrix-product rate, records.
+"""Shared parts of the benchmark programs: arguments, timing, peak memory, records.
 
 Needs jax and numpy only.
 """
@@ -19,46 +19,61 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from drl_jax.runtime.cli import Parser, positive_int
+from drl_jax.runtime.files import write_json
+
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(module: str, description: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(f"benchmarks.{module}", description=description)
+def arguments(name: str, description: str) -> Parser:
+    """A parser with the flags of every benchmark program."""
+    parser = Parser(f"python -m benchmarks.{name}", description=description)
     parser.add_argument(
         "--record", action="store_true", help="write benchmarks/results/NAME_DEVICE.json"
     )
-    parser.add_argument("--name", default=module, help="NAME of the record")
+    parser.add_argument("--name", default=name, help="NAME of the record (%(default)s)")
     return parser
 
 
-def report(rows: list[dict[str, Any]], options: argparse.Namespace, **more: Any) -> None:
-    """Prints a table of the rows and the whole record as JSON; `--record` writes it too."""
-    device = jax.devices()[0]
-    result = {
-        "benchmark": options.name,
-        "device": f"{jax.device_count()} x {device.device_kind}",
+def positive_ints(text: str) -> list[int]:
+    """Argument type: whole numbers above 0, separated by commas."""
+    return [positive_int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """Argument type: names separated by commas."""
+    return text.split(",")
+
+
+def make_record(name: str, rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    """A benchmark's results, with the device, the versions of the packages and the date."""
+    return {
+        "benchmark": name,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "versions": {
             package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")
         },
         "date": datetime.date.today().isoformat(),
-        **more,
+        **settings,
         "rows": rows,
     }
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any) -> None:
+    """Prints the rows as a table and the record as JSON; writes the record with `--record`."""
+    record = make_record(options.name, rows, **settings)
     print(table(rows))
-    print(json.dumps(result))
+    print(json.dumps(record))
     if options.record:
-        kind = re.sub(r"\W+", "_", device.device_kind).lower()
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{options.name}_{kind}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        device = re.sub(r"\W+", "_", jax.devices()[0].device_kind).lower()
+        write_json(RESULTS / f"{options.name}_{device}.json", record)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as aligned columns."""
-    names = list(rows[0])
-    cells = [names, *([str(row[name]) for name in names] for row in rows)]
+    """Formats rows with the same keys as aligned columns."""
+    columns = list(rows[0])
+    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
@@ -67,7 +82,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def seconds(function: Callable, *inputs: Any, repeats: int = 3) -> float:
-    """The shortest of some runs, after one that warms up."""
+    """Seconds of the fastest of several calls, after a warm-up call."""
     jax.block_until_ready(function(*inputs))
     taken = []
     for _ in range(repeats):
@@ -79,14 +94,14 @@ def seconds(function: Callable, *inputs: Any, repeats: int = 3) -> float:
 
 @functools.cache
 def matmul_rate(dtype: str = "float32") -> float:
-    """Floating-point operations a second of a large square matrix product, here and now."""
+    """Measured FLOP/s of the product of two large square matrices on one device."""
     size = 3072 if jax.default_backend() == "cpu" else 16384
     a = jnp.ones((size, size), dtype)
     return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, a, repeats=5)
 
 
 def peak_memory() -> int:
-    """Bytes: the device's own count, or this process's resident memory where it has none."""
+    """Peak bytes in use on the device; of this process on devices without memory statistics."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]

@@ -1,16 +1,18 @@
-"""Memory of a compiled training step on one device, by global batch and number of devices.
+"""Memory per device of a compiled training step, by global batch and number of devices.
 
     python -m benchmarks.memory [--batches=128,512,2048,8192,16384] [--devices=1,8] [--record]
 
-ViT-B/32, bfloat16, WTI + CDCR, microbatches, similarity blocks and rematerialised layers. Nothing
-runs: the step is compiled for fake CPU devices and its buffers are counted. Needs jax, flax, optax
-and numpy only.
+ViT-B/32, bfloat16, WTI + CDCR, with microbatches, similarity blocks and rematerialised layers. The
+step is compiled for simulated CPU devices and not run: the compiler reports the sizes of its
+buffers. Needs jax, flax, optax and numpy only.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import arguments, report
+from benchmarks.measure import arguments, positive_ints, report
 from drl_jax.config import LossConfig, ModelConfig, OptimConfig
 from drl_jax.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
@@ -20,11 +22,14 @@ from drl_jax.training.train_step import make_train_step
 WORDS, FRAMES = 32, 12
 
 
-def abstract_batch(config: ModelConfig, pairs: int, layout: Layout) -> dict:
-    size = config.clip.image_resolution
+def abstract_batch(
+    config: ModelConfig, pairs: int, layout: Layout
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a training batch."""
+    size = config.backbone.image_resolution
 
     def array(shape: tuple, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=layout.rows)
+        return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=layout.batch_sharded)
 
     return {
         "text_ids": array((WORDS,), jnp.int32),
@@ -37,6 +42,14 @@ def abstract_batch(config: ModelConfig, pairs: int, layout: Layout) -> dict:
 def compile_step(
     config: ModelConfig, pairs: int, microbatch: int, layout: Layout
 ) -> jax.stages.Compiled:
+    """Compiles the training step without running it.
+
+    Args:
+      config: the model.
+      pairs: pairs of the global batch.
+      microbatch: pairs encoded at a time, over all devices; 0: all.
+      layout: mesh and shardings.
+    """
     tx = make_optimizer(OptimConfig(), total_steps=1000)
     step = make_train_step(config, LossConfig(), tx, layout, microbatch=microbatch)
     state = abstract_state(config, tx, layout)
@@ -44,7 +57,14 @@ def compile_step(
 
 
 def measure(pairs: int, devices: int, microbatch: int, block: int) -> dict:
-    """Bytes on one device."""
+    """Sizes of the step's buffers on each device.
+
+    Args:
+      pairs: pairs of the global batch.
+      devices: number of devices.
+      microbatch: pairs encoded at a time on each device.
+      block: videos compared at a time (`config.model.similarity_block`).
+    """
     config = ModelConfig(dtype="bfloat16", remat=True, similarity_block=block)
     layout = make_layout(jax.devices()[:devices])
     memory = compile_step(config, pairs, microbatch * devices, layout).memory_analysis()
@@ -57,20 +77,40 @@ def measure(pairs: int, devices: int, microbatch: int, block: int) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures each global batch on each number of devices."""
     parser = arguments("memory", __doc__.splitlines()[0])
-    parser.add_argument("--batches", default="128,512,2048,8192,16384")
-    parser.add_argument("--devices", default="1,8")
-    parser.add_argument("--microbatch", type=int, default=64, help="pairs at a time on a device")
-    parser.add_argument("--similarity_block", type=int, default=64)
-    options = parser.parse_args()
-    counts = [int(count) for count in options.devices.split(",")]
+    parser.add_argument(
+        "--batches",
+        type=positive_ints,
+        default="128,512,2048,8192,16384",
+        help="pairs of the global batch (%(default)s)",
+    )
+    parser.add_argument(
+        "--devices",
+        type=positive_ints,
+        default="1,8",
+        help="numbers of simulated devices (%(default)s)",
+    )
+    parser.add_argument(
+        "--microbatch",
+        type=int,
+        default=64,
+        help="pairs encoded at a time on each device; 0: all (%(default)s)",
+    )
+    parser.add_argument(
+        "--similarity_block",
+        type=int,
+        default=64,
+        help="videos compared at a time; 0: all (%(default)s)",
+    )
+    options = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(counts))
+    jax.config.update("jax_num_cpu_devices", max(options.devices))
     rows = [
-        measure(int(pairs), devices, options.microbatch, options.similarity_block)
-        for devices in counts
-        for pairs in options.batches.split(",")
+        measure(pairs, devices, options.microbatch, options.similarity_block)
+        for devices in options.devices
+        for pairs in options.batches
     ]
     settings = {"microbatch_per_device": options.microbatch}
     report(rows, options, similarity_block=options.similarity_block, **settings)

@@ -1,57 +1,78 @@
-"""Weighted token-wise similarity of all captions with all videos: time, memory, arithmetic rate.
+"""Time, FLOP/s and memory of the weighted token-wise similarity of all captions and videos.
 
     python -m benchmarks.similarity [--sizes=1000,2000] [--record]
 
-Sets what evaluation runs (blocks of videos) against the plain product of everything with
-everything. 32 words, 12 frames, 512 channels, float32. Needs jax, flax and numpy only.
+Compares the blockwise computation of the evaluation with a direct implementation of the formula. 32
+tokens per caption, 12 frames per video, 512 channels, float32. Needs jax, flax, optax and numpy
+only.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import arguments, matmul_rate, report, seconds
+from benchmarks.measure import (
+    arguments,
+    matmul_rate,
+    positive_int,
+    positive_ints,
+    report,
+    seconds,
+)
 from drl_jax.config import EvalConfig, ModelConfig
-from drl_jax.models.interaction import over_video_blocks, weighted_token_wise
+from drl_jax.models.interactions import Arrays
+from drl_jax.models.interactions.base import similarity_in_blocks
+from drl_jax.models.interactions.token_wise import weighted_token_wise
 from drl_jax.models.ops import l2_normalize
 
 WORDS, FRAMES, WIDTH = 32, 12, 512
 
 
-def plain(text: dict, video: dict) -> jax.Array:
-    """The formula as it is written: one product [A, B, L, F], masked, maximised."""
-    sim = jnp.einsum("ald,bfd->ablf", text["text_feat"], video["frame_feat"])
+def plain(text: Arrays, video: Arrays) -> jax.Array:
+    """Similarity [A, B] from all token similarities at once, [A, B, L, F]."""
+    sim = jnp.einsum("ald,bfd->ablf", text["text_unit"], video["frame_unit"])
     sim = sim * text["text_mask"][:, None, :, None] * video["frame_mask"][None, :, None, :]
     t2v = jnp.einsum("abl,al->ab", sim.max(axis=3), text["text_weight"])
     v2t = jnp.einsum("abf,bf->ab", sim.max(axis=2), video["frame_weight"])
     return (t2v + v2t) / 2
 
 
-def blocks(text: dict, video: dict) -> jax.Array:
-    block = ModelConfig().similarity_block
-    return over_video_blocks(lambda v, _: weighted_token_wise(**text, **v), video, None, block)
+def blocks(text: Arrays, video: Arrays) -> jax.Array:
+    """Similarity [A, B], computed in blocks of videos as in the evaluation."""
+    block = ModelConfig.similarity_block
+    return similarity_in_blocks(lambda v, _: weighted_token_wise(**text, **v), video, None, block)
 
 
-def side(name: str, count: int, length: int, seed: int) -> dict[str, jax.Array]:
+def random_arrays(name: str, count: int, length: int, seed: int) -> Arrays:
+    """Arrays of `wti` for texts (name "text") or videos ("frame") of random length."""
     rng = np.random.default_rng(seed)
     mask = np.arange(length) < rng.integers(1, length + 1, (count, 1))
     feat = jnp.asarray(rng.normal(size=(count, length, WIDTH)), jnp.float32)
     return {
-        f"{name}_feat": l2_normalize(feat),
+        f"{name}_unit": l2_normalize(feat),
         f"{name}_mask": jnp.asarray(mask),
         f"{name}_weight": jnp.asarray(mask / mask.sum(1, keepdims=True), jnp.float32),
     }
 
 
 def measure(way: str, size: int) -> dict:
-    """Captions go in blocks of `eval.text_block`, as in evaluation; for `plain`, all at once."""
-    text, video = side("text", size, WORDS, 0), side("frame", size, FRAMES, 1)
-    rows = size if way == "plain" else min(size, EvalConfig().text_block)
+    """Measures the similarity of `size` captions with `size` videos.
+
+    Args:
+      way: "blocks", with blocks of `config.eval.text_block` captions as in the evaluation, or
+        "plain", with all captions at once.
+      size: number of captions and of videos.
+    """
+    text = random_arrays("text", size, WORDS, seed=0)
+    video = random_arrays("frame", size, FRAMES, seed=1)
+    rows = size if way == "plain" else min(size, EvalConfig.text_block)
     part = {name: array[:rows] for name, array in text.items()}
     step = jax.jit(plain if way == "plain" else blocks).lower(part, video).compile()
     calls = -(-size // rows)
     taken = seconds(step, part, video, repeats=2 if size > 2000 else 3) * calls
-    # Rows that the last block repeats cost time and are no result.
+    # Without the captions that pad the last block: they take time but are no result.
     flops = 2 * size * size * WORDS * FRAMES * WIDTH
     return {
         "captions": size,
@@ -64,13 +85,24 @@ def measure(way: str, size: int) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures each size both ways."""
     parser = arguments("similarity", __doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="1000,2000", help="captions (= videos), for each run")
-    parser.add_argument("--plain_up_to", type=int, default=2000, help="its product fills memory")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--sizes",
+        type=positive_ints,
+        default="1000,2000",
+        help="numbers of captions, and of videos (%(default)s)",
+    )
+    parser.add_argument(
+        "--plain_up_to",
+        type=positive_int,
+        default=2000,
+        help="largest size of the direct implementation, which needs much memory (%(default)s)",
+    )
+    options = parser.parse_args(argv)
     rows = []
-    for size in map(int, options.sizes.split(",")):
+    for size in options.sizes:
         ways = ("plain", "blocks") if size <= options.plain_up_to else ("blocks",)
         rows += [measure(way, size) for way in ways]
     report(rows, options, matmul_gflops=round(matmul_rate() / 1e9, 1))

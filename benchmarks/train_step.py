@@ -1,22 +1,31 @@
-"""Time, arithmetic rate and memory of one training step.
+"""Time, FLOP/s and memory of one training step.
 
     python -m benchmarks.train_step [--models=32,16] [--dtypes=float32,bfloat16] [--batches=4,8]
 
-Needs jax, flax, optax and numpy only. `fraction_of_matmul` sets the step's rate against that of a
-large matrix product of the same dtype in the same process; of several rows, `peak_memory_gb` is the
-peak so far.
+`fraction_of_matmul` is the step's FLOP/s divided by that of a large matrix product of the same
+dtype in the same process. `peak_memory_gb` is the peak of the process, including earlier rows.
+Needs jax, flax, optax and numpy only.
 """
 
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.measure import arguments, matmul_rate, peak_memory, report
-from drl_jax.config import ClipConfig, LossConfig, ModelConfig, OptimConfig
+from benchmarks.measure import (
+    arguments,
+    matmul_rate,
+    names,
+    peak_memory,
+    positive_int,
+    positive_ints,
+    report,
+)
+from drl_jax.config import BackboneConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import create_state
@@ -24,46 +33,55 @@ from drl_jax.training.train_step import make_train_step
 
 
 def train_step_flops(config: ModelConfig, batch: int, frames: int, words: int) -> float:
-    """Floating-point operations of one step: matrix products of the forward pass, three times.
+    """FLOPs of one step: three times the matrix products of the forward pass.
 
-    XLA's own count (`cost_analysis`) counts the body of a scan over layers once.
+    XLA's own count (`cost_analysis`) counts the body of the scan over layers only once.
     """
-    clip = config.clip
-    patches = (clip.image_resolution // clip.vision_patch_size) ** 2
+    backbone = config.backbone
+    patches = (backbone.image_resolution // backbone.vision_patch_size) ** 2
 
     def transformer(tokens: int, width: int, layers: int) -> float:
         projections = 2 * tokens * width * 12 * width
         attention = 2 * 2 * tokens * tokens * width
         return layers * (projections + attention)
 
-    patch_embedding = 2 * patches * 3 * clip.vision_patch_size**2 * clip.vision_width
-    projection = 2 * clip.vision_width * clip.embed_dim
-    image = transformer(patches + 1, clip.vision_width, clip.vision_layers)
-    text = transformer(words, clip.text_width, clip.text_layers)
-    text += 2 * words * clip.text_width * clip.embed_dim
-    temporal = transformer(frames, clip.text_width, config.temporal_layers)
-    weights = 2 * (words + frames) * clip.embed_dim * (clip.embed_dim + 1)
+    patch_embedding = 2 * patches * 3 * backbone.vision_patch_size**2 * backbone.vision_width
+    projection = 2 * backbone.vision_width * backbone.embed_dim
+    image = transformer(patches + 1, backbone.vision_width, backbone.vision_layers)
+    text = transformer(words, backbone.text_width, backbone.text_layers)
+    text += 2 * words * backbone.text_width * backbone.embed_dim
+    temporal = transformer(frames, backbone.text_width, config.temporal_layers)
+    weights = 2 * (words + frames) * backbone.embed_dim * (backbone.embed_dim + 1)
     pair = frames * (image + patch_embedding + projection) + text + temporal + weights
-    interaction = 2 * batch * batch * words * frames * clip.embed_dim
+    interaction = 2 * batch * batch * words * frames * backbone.embed_dim
     return 3 * (batch * pair + interaction)
 
 
 def measure(
     config: ModelConfig, batch: int, frames: int, words: int, steps: int, microbatch: int
 ) -> dict[str, Any]:
-    """Compiles and times the training step on random input."""
+    """Compiles and times the training step on random input.
+
+    Args:
+      config: the model.
+      batch: pairs of the global batch.
+      frames: frames per video.
+      words: tokens per text.
+      steps: timed steps.
+      microbatch: pairs encoded at a time; 0: all.
+    """
     layout = make_layout()
     tx = make_optimizer(OptimConfig(), total_steps=1000)
     state = create_state(config, tx, seed=0, layout=layout)
     rng = np.random.default_rng(0)
-    size = config.clip.image_resolution
+    size = config.backbone.image_resolution
     arrays = {
-        "text_ids": rng.integers(0, config.clip.vocab_size, (batch, words)).astype(np.int32),
+        "text_ids": rng.integers(0, config.backbone.vocab_size, (batch, words)).astype(np.int32),
         "text_mask": np.ones((batch, words), bool),
         "frames": rng.integers(0, 256, (batch, frames, size, size, 3)).astype(np.uint8),
         "frame_mask": np.ones((batch, frames), bool),
     }
-    data = layout.put_rows(arrays)
+    data = layout.put_batch(arrays)
     start = time.perf_counter()
     step = make_train_step(config, LossConfig(), tx, layout, microbatch=microbatch)
     step = step.lower(state, data).compile()
@@ -75,11 +93,11 @@ def measure(
         state, scalars = step(state, data)
         jax.block_until_ready((state, scalars))
         taken.append(time.perf_counter() - start)
-    step_seconds = statistics.median(taken[1:])  # the first one warms up
+    step_seconds = statistics.median(taken[1:])  # The first step is the warm-up.
     flops = train_step_flops(config, batch, frames, words)
     matmul = matmul_rate(config.dtype) * jax.device_count()
     return {
-        "model": f"ViT-B/{config.clip.vision_patch_size}",
+        "model": f"ViT-B/{config.backbone.vision_patch_size}",
         "dtype": config.dtype,
         "batch": batch,
         "microbatch": microbatch,
@@ -94,31 +112,58 @@ def measure(
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures each combination of model, dtype and batch."""
     parser = arguments("train_step", __doc__.splitlines()[0])
-    parser.add_argument("--models", default="32", help="patch sizes of ViT-B: 32, 16 or 32,16")
-    parser.add_argument("--dtypes", default="float32", help="float32, bfloat16 or both")
-    parser.add_argument("--batches", default="4", help="pairs; several are a sweep")
-    parser.add_argument("--microbatch", type=int, default=0)
-    parser.add_argument("--remat", action="store_true")
-    parser.add_argument("--frames", type=int, default=12)
-    parser.add_argument("--words", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after a warm-up")
-    parser.add_argument("--scan_unroll", type=int, default=ModelConfig.scan_unroll)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--models",
+        type=positive_ints,
+        default="32",
+        help="patch sizes of ViT-B, e.g. 32,16 (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=names,
+        default="float32",
+        help="dtypes, e.g. float32,bfloat16 (%(default)s)",
+    )
+    parser.add_argument(
+        "--batches",
+        type=positive_ints,
+        default="4",
+        help="pairs of the global batch, e.g. 4,8 (%(default)s)",
+    )
+    parser.add_argument(
+        "--microbatch", type=int, default=0, help="pairs encoded at a time; 0: all (%(default)s)"
+    )
+    parser.add_argument("--remat", action="store_true", help="rematerialise transformer layers")
+    parser.add_argument(
+        "--frames", type=positive_int, default=12, help="frames per video (%(default)s)"
+    )
+    parser.add_argument(
+        "--words", type=positive_int, default=32, help="tokens per text (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=5, help="timed steps, after a warm-up (%(default)s)"
+    )
+    parser.add_argument(
+        "--scan_unroll",
+        type=positive_int,
+        default=ModelConfig.scan_unroll,
+        help="layers per iteration of the scan (%(default)s)",
+    )
+    options = parser.parse_args(argv)
     rows = []
-    for patch, dtype, batch in itertools.product(
-        options.models.split(","), options.dtypes.split(","), options.batches.split(",")
-    ):
+    for patch, dtype, batch in itertools.product(options.models, options.dtypes, options.batches):
         config = ModelConfig(
-            clip=ClipConfig(vision_patch_size=int(patch)),
+            backbone=BackboneConfig(vision_patch_size=patch),
             dtype=dtype,
             remat=options.remat,
             scan_unroll=options.scan_unroll,
         )
-        microbatch = options.microbatch if options.microbatch < int(batch) else 0
+        microbatch = options.microbatch if options.microbatch < batch else 0
         rows.append(
-            measure(config, int(batch), options.frames, options.words, options.steps, microbatch)
+            measure(config, batch, options.frames, options.words, options.steps, microbatch)
         )
     settings = {name: getattr(options, name) for name in ("frames", "words", "scan_unroll")}
     report(rows, options, **settings)

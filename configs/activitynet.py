@@ -1,25 +1,13 @@
-"""ActivityNet Captions: a paragraph looks for a whole video.
+"""ActivityNet Captions: paragraph-to-video retrieval.
 
-Weights, and with them the sizes of the towers, are named by `--config.model.init=ViT-B-32.pt`.
+Set the weights, and with them the sizes of the towers, with `--config.model.init=ViT-B-32.pt`.
 """
-
-import dataclasses
 
 from ml_collections import ConfigDict
 
-from drl_jax.config import Config, DataConfig
+from data_prep.dataset_config import finetuning_config
 
 
 def get_config() -> ConfigDict:
-    # What is not named here is the reference's recipe: the defaults of `drl_jax/config.py`.
-    config = Config(
-        data=DataConfig(
-            dataset="activitynet",
-            train_split="train",
-            # val_1 is the field's test split, so that none is left to choose a checkpoint on.
-            holdout=500,
-            max_words=64,
-            max_frames=64,
-        ),
-    )
-    return ConfigDict(dataclasses.asdict(config))
+    # val_1 is the test split of the literature, so checkpoints are chosen on held-out videos.
+    return finetuning_config("activitynet", holdout=500)

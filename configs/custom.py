@@ -1,26 +1,13 @@
-"""A dataset of one's own, as `python -m data_prep.build custom` makes it.
+"""Your own dataset, built with `python -m data_prep.build custom`.
 
-Weights, and with them the sizes of the towers, are named by `--config.model.init=ViT-B-32.pt`.
+Set the weights, and with them the sizes of the towers, with `--config.model.init=ViT-B-32.pt`.
 """
-
-import dataclasses
 
 from ml_collections import ConfigDict
 
-from drl_jax.config import Config, DataConfig, TrainConfig
+from data_prep.dataset_config import finetuning_config
 
 
 def get_config() -> ConfigDict:
-    # What is not named here is the reference's recipe: the defaults of `drl_jax/config.py`.
-    config = Config(
-        data=DataConfig(
-            dataset="custom",
-            train_split="train",
-            val_split="val",
-            max_words=32,
-            max_frames=12,
-        ),
-        # A small dataset should not be smaller than a batch.
-        train=TrainConfig(batch_size=32, epochs=5),
-    )
-    return ConfigDict(dataclasses.asdict(config))
+    # A dataset needs at least as many training pairs as a batch has.
+    return finetuning_config("custom", val_split="val", batch_size=32)

@@ -1,24 +1,12 @@
-"""DiDeMo: a paragraph looks for the first half minute of a video.
+"""DiDeMo: paragraph-to-video retrieval over the first half minute of each video.
 
-Weights, and with them the sizes of the towers, are named by `--config.model.init=ViT-B-32.pt`.
+Set the weights, and with them the sizes of the towers, with `--config.model.init=ViT-B-32.pt`.
 """
-
-import dataclasses
 
 from ml_collections import ConfigDict
 
-from drl_jax.config import Config, DataConfig
+from data_prep.dataset_config import finetuning_config
 
 
 def get_config() -> ConfigDict:
-    # What is not named here is the reference's recipe: the defaults of `drl_jax/config.py`.
-    config = Config(
-        data=DataConfig(
-            dataset="didemo",
-            train_split="train",
-            val_split="val",
-            max_words=64,
-            max_frames=64,
-        ),
-    )
-    return ConfigDict(dataclasses.asdict(config))
+    return finetuning_config("didemo", val_split="val")

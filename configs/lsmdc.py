@@ -1,26 +1,14 @@
-"""LSMDC: one sentence a clip.
+"""LSMDC: movie clips with one sentence each.
 
-Its val split has 7,408 clips; ranks on it are not to be compared with those on the 1,000 of test.
+The val split has 7,408 clips; ranks on it are not comparable with those on the 1,000 of test.
 
-Weights, and with them the sizes of the towers, are named by `--config.model.init=ViT-B-32.pt`.
+Set the weights, and with them the sizes of the towers, with `--config.model.init=ViT-B-32.pt`.
 """
-
-import dataclasses
 
 from ml_collections import ConfigDict
 
-from drl_jax.config import Config, DataConfig
+from data_prep.dataset_config import finetuning_config
 
 
 def get_config() -> ConfigDict:
-    # What is not named here is the reference's recipe: the defaults of `drl_jax/config.py`.
-    config = Config(
-        data=DataConfig(
-            dataset="lsmdc",
-            train_split="train",
-            val_split="val",
-            max_words=32,
-            max_frames=12,
-        ),
-    )
-    return ConfigDict(dataclasses.asdict(config))
+    return finetuning_config("lsmdc", val_split="val")

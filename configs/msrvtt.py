@@ -1,7 +1,7 @@
-"""MSR-VTT 1k-A: the reference's README command, and every row of its ablation.
+"""MSR-VTT 1k-A: the command of the reference's README, and every row of its ablation.
 
-`configs/msrvtt.py:VARIANT`, with ViT-B/32; `wti_cdcr` if none is given. Weights are named by
-`--config.model.init=ViT-B-32.pt`. Build the dataset first:
+`configs/msrvtt.py:VARIANT`; the default is `wti_cdcr`. `--config.model.init=ViT-B-32.pt` sets the
+pretrained weights. Build the dataset first:
 python -m data_prep.build msrvtt --videos=DIR --annotations=DIR
 """
 
@@ -9,18 +9,18 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from data_prep.dataset_config import data_config
 from drl_jax.config import (
-    ClipConfig,
+    BackboneConfig,
     Config,
-    DataConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
 )
 
-# interaction, agg_module, cdcr, alpha1. The reference's rows "without CDCR" leave its `--cdcr` at
-# the default 3; here they are without.
+# interaction, agg_module, cdcr, alpha1. The reference's script trains its rows "without CDCR" with
+# its default of `--cdcr`, 3; here they have none.
 VARIANTS = {
     "zeroshot": ("dp", "none", 0, 0.0),
     "dp_none": ("dp", "none", 0, 0.0),
@@ -34,7 +34,7 @@ VARIANTS = {
     # 0.11 in the reference's README, 0.14 in its script.
     "wti_cdcr": ("wti", "seqTransf", 3, 0.11),
 }
-# These also exist as NAME_b16, with ViT-B/16.
+# Rows that also exist with ViT-B/16, as NAME_b16.
 B16 = ("wti", "dp_cdcr", "ti_cdcr", "wti_cdcr")
 
 
@@ -45,18 +45,16 @@ def get_config(variant: str = "wti_cdcr") -> ConfigDict:
         raise ValueError(f"configs/msrvtt.py has no variant {variant!r}; it has {', '.join(names)}")
     interaction, agg_module, cdcr, alpha1 = VARIANTS[name]
     config = Config(
-        data=DataConfig(
-            dataset="msrvtt",
+        data=data_config(
+            "msrvtt",
             train_split="train_9k",
-            # 1k-A has no val. The reference picks its best epoch on the test split; here it is
-            # picked on videos kept out of training. `--config.data.holdout=0
-            # --config.data.val_split=test` is the reference's way.
+            # 1k-A has no val split. The reference chooses its best epoch on the test split; here it
+            # is chosen on 500 training videos. `--config.data.holdout=0
+            # --config.data.val_split=test` does what the reference does.
             holdout=500,
-            max_words=32,
-            max_frames=12,
         ),
         model=ModelConfig(
-            clip=ClipConfig(vision_patch_size=32 if name == variant else 16),
+            backbone=BackboneConfig(vision_patch_size=32 if name == variant else 16),
             interaction=interaction,
             agg_module=agg_module,
         ),

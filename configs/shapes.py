@@ -1,25 +1,26 @@
-"""The embedded default: a tiny DRL from scratch on drawn clips, in minutes on two CPU cores.
+"""The embedded dataset: a tiny DRL trained from scratch on drawn clips, in minutes on two cores.
 
-`configs/shapes.py:smoke` runs the same road in seconds, for tests; its numbers mean nothing.
+`configs/shapes.py:smoke` runs the same steps in seconds, for tests; its results mean nothing.
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
+from data_prep.dataset_config import data_config
+from data_prep.datasets import builder_class
 from drl_jax.config import (
-    ClipConfig,
+    BackboneConfig,
     Config,
-    DataConfig,
     EvalConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
 )
 
-_CLIP = ClipConfig(
+_BACKBONE = BackboneConfig(
     embed_dim=64,
-    image_resolution=64,
+    image_resolution=builder_class("shapes").DEFAULT_STORAGE.image_size,
     vision_layers=3,
     vision_width=64,
     vision_heads=2,
@@ -32,20 +33,17 @@ _CLIP = ClipConfig(
 
 def get_config(variant: str = "full") -> ConfigDict:
     config = Config(
-        data=DataConfig(
-            dataset="shapes",
+        data=data_config(
+            "shapes",
             train_split="train",
             val_split="val",
-            max_words=24,
-            max_frames=4,
-            storage="raw",
-            # The 20 captions of a clip say the same.
+            # The 20 captions of a clip mean the same.
             expand_captions=False,
             num_threads=2,
             build_if_absent=True,
         ),
-        model=ModelConfig(clip=_CLIP, position_std=0.8, scan_unroll=4),
-        # Nothing is pretrained: all parameters learn at the same rate.
+        model=ModelConfig(backbone=_BACKBONE, position_std=0.8, scan_unroll=4),
+        # Nothing is pretrained: all parameters have the same learning rate.
         optim=OptimConfig(lr=1.5e-3, coef_lr=1.0),
         train=TrainConfig(batch_size=96, epochs=16, checkpoint_every=0),
         eval=EvalConfig(batch_size=64, text_block=64),

@@ -1,3 +1,27 @@
-"""Disentangled Representation Learning for text-video retrieval, in JAX/Flax."""
+"""Disentangled Representation Learning for text-video retrieval, in JAX/Flax.
 
-__version__ = "0.1.0"
+import drl_jax
+model = drl_jax.load("runs/shapes")
+text = model.encode_text(["a red circle moves left"])
+video = model.encode_video(["clip.mp4"])
+model.similarity(text, video)  # float32 [1, 1]
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from drl_jax.pretrained import RetrievalModel, Video, load
+    from drl_jax.runtime.errors import UserError
+
+__version__ = "0.2.0"
+__all__ = ["RetrievalModel", "UserError", "Video", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the API at its first use: commands import this package and start without jax."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module = "drl_jax.runtime.errors" if name == "UserError" else "drl_jax.pretrained"
+    return getattr(importlib.import_module(module), name)

@@ -1,24 +1,29 @@
-"""The configuration as frozen dataclasses. Their defaults are the reference's.
+"""The configuration as frozen dataclasses. Defaults are the reference's.
 
-`ml_collections` stops at the entry points: a config file under `configs/` is
-`ConfigDict(asdict(Config(...)))`, and `Config.from_dict` makes a Config of what flags left of it.
+`ml_collections` is used at the entry points only: a file under `configs/` returns
+`ConfigDict(asdict(Config(...)))`, and `models.drl.config_from_dict` builds a checked Config from
+it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from drl_jax.runtime.errors import UserError
 
+# Encodings of stored frames: JPEG (quality 95, 4:4:4) or exact pixels.
+STORAGE_ENCODINGS = ("jpeg", "raw")
+
 
 class ConfigError(UserError):
-    """A configuration that cannot work; the message says which field and what to do."""
+    """A configuration that cannot work; the message names the field and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipConfig:
-    """Sizes of the two CLIP towers; the defaults are ViT-B/32."""
+class BackboneConfig:
+    """Family and sizes of the image and the text tower; the defaults are CLIP ViT-B/32."""
 
+    family: str = "clip"
     embed_dim: int = 512
     image_resolution: int = 224
     vision_layers: int = 12
@@ -34,61 +39,59 @@ class ClipConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    clip: ClipConfig = ClipConfig()
-    # File of weights to start from: OpenAI's or Hugging Face's CLIP, or a DRL checkpoint. The sizes
-    # in `clip` are then the file's. Empty: from scratch.
+    backbone: BackboneConfig = BackboneConfig()
+    # File of initial weights: OpenAI's or Hugging Face's CLIP, or a DRL checkpoint. Its sizes
+    # replace those in `backbone`. Empty: random initialisation.
     init: str = ""
     # How texts and videos are compared: dp (dot product), ti (token-wise), wti (weighted
-    # token-wise), xti (cross transformer).
+    # token-wise) or xti (cross transformer).
     interaction: str = "wti"
     # Linear layers of wti's weights: 1, 2 or 3.
     wti_arch: int = 2
-    # What relates the frames of a video: none, seqLSTM or seqTransf.
+    # Temporal aggregation of frame features: none, seqLSTM or seqTransf.
     agg_module: str = "seqTransf"
-    # Layers of seqTransf, and of xti's cross transformer with the dropout of its input.
+    # Layers of seqTransf.
     temporal_layers: int = 4
+    # Layers of xti's cross transformer, and the dropout of its input.
     cross_layers: int = 4
     cross_dropout: float = 0.1
-    # Standard deviation of fresh position embeddings of patches and frames. 0: those of patches
-    # are OpenAI's (width**-0.5), those of frames a copy of the text tower's, as in the reference.
-    # `shapes`, from scratch, uses 0.8: in single trial runs with the frames' copies of 0.01 the
-    # order of frames stayed unseen. What it does for patches was not measured on its own.
+    # Standard deviation of new position embeddings of patches and frames. 0: patches use OpenAI's
+    # width**-0.5 and frames copy the text tower's, as in the reference. `shapes`, which trains from
+    # scratch, uses 0.8: in single runs with the copied frame positions (standard deviation 0.01)
+    # the model did not learn the order of frames. The effect on patches was not measured
+    # separately.
     position_std: float = 0.0
-    # What the transformers compute in: float32 or bfloat16. Parameters, norms, softmax, features,
-    # similarities and losses are float32 either way.
+    # Dtype of the transformers' matrix products: float32 or bfloat16. Parameters, norms, softmax,
+    # features, similarities and losses are float32 in both cases.
     dtype: str = "float32"
-    # Keep only the input of each transformer layer for the backward pass and run the layer again
-    # there: less memory, a third more work.
+    # Keep only the input of each transformer layer for the backward pass and recompute the layer
+    # there: less memory, a third more arithmetic.
     remat: bool = False
-    # Layers that lax.scan unrolls in one iteration. More compiles longer; measure before changing.
+    # Layers per iteration of lax.scan. More take longer to compile; measure before changing it.
     scan_unroll: int = 1
-    # Videos that all texts are compared with at a time; what is compared is held once for each
-    # (text, video, word, frame) of a block, and computed again in the backward pass. 0: all videos.
+    # Videos compared with all texts at a time; bounds the memory of the token-wise product, which
+    # is recomputed in the backward pass. 0: all videos.
     similarity_block: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Channel decorrelation: alpha1 pulls matched channels together, alpha2 pushes others apart."""
+    """Channel decorrelation: alpha1 weights matched channels, alpha2 all other pairs."""
 
     # 0: none. 1: sentence and video vectors (dp), or a random token and frame of each pair (ti,
-    # wti). 2: every token and frame with its best partner. 3: the same, weighted (wti).
+    # wti). 2: every token and frame with its best match. 3: as 2, weighted (wti).
     cdcr: int = 3
     cdcr_alpha1: float = 0.11
     cdcr_alpha2: float = 0.0
     cdcr_lambda: float = 0.001
 
 
-# The CDCR variants that each interaction has.
-CDCR_OF = {"dp": (0, 1, 2, 3), "ti": (0, 1, 2), "wti": (0, 1, 2, 3), "xti": (0,)}
-
-
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """BertAdam: no bias correction, decoupled decay multiplied by the learning rate."""
+    """BertAdam: Adam without bias correction, decoupled decay multiplied by the learning rate."""
 
     lr: float = 1e-4
-    # CLIP's parameters learn at lr * coef_lr.
+    # The learning rate of the backbone is lr * coef_lr.
     coef_lr: float = 1e-3
     b1: float = 0.9
     b2: float = 0.98
@@ -101,31 +104,30 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     dataset: str = "msrvtt"
-    # Where built datasets lie.
+    # Directory of built datasets.
     data_dir: str = "data"
     train_split: str = "train_9k"
-    # Split for the evaluation of each epoch and the choice of the best one. If `holdout` is set,
-    # that many videos are taken out of `train_split` for it instead (one caption each).
+    # Split that is evaluated after each epoch and chooses the best checkpoint. With `holdout`, that
+    # many videos of `train_split` are used instead, with one caption each.
     val_split: str = ""
     holdout: int = 0
     test_split: str = "test"
     max_words: int = 32
     max_frames: int = 12
-    # How the dataset was stored: "jpeg" (quality 95, 4:4:4) or "raw" (exact).
+    # Encoding of the stored frames, one of STORAGE_ENCODINGS.
     storage: str = "jpeg"
-    # True: every (video, caption) pair is an example, as in the reference. False: every video is,
-    # with one of its captions drawn at random each time.
+    # True: every (video, caption) pair is an example, as in the reference. False: every video is an
+    # example, with one of its captions drawn at random each time.
     expand_captions: bool = True
     # Threads that read frames ahead of the step.
     num_threads: int = 4
-    # Where the frames of the training split stay once they were read. none: on disk, read anew each
-    # epoch. memory: in each process's memory, decoded (max_frames x 3 x resolution^2 bytes a
-    # video). device: the same, split over the accelerators, where batches are gathered; read at
-    # the start.
+    # Cache of the training split's frames. none: read from disk each epoch. memory: decoded, in the
+    # memory of each process (max_frames x 3 x resolution^2 bytes a video). device: decoded, split
+    # over the devices, which gather batches; read before the first step.
     cache: str = "none"
-    # Build the dataset first if it is absent. Only `shapes` needs no source files.
+    # Build the dataset if it is absent. Only `shapes` needs no source files.
     build_if_absent: bool = False
-    # Flags for that build, e.g. "--size=smoke".
+    # Flags of that build, e.g. "--size=smoke".
     build_flags: str = ""
 
 
@@ -133,28 +135,28 @@ class DataConfig:
 class TrainConfig:
     # Pairs of the global batch, over all devices.
     batch_size: int = 128
-    # Pairs that are encoded at a time, over all devices; the backward pass encodes them again. The
-    # loss is that of the whole batch, and so is its gradient. 0: the whole batch at once.
+    # Pairs encoded at a time, over all devices; the backward pass encodes them again. Loss and
+    # gradient are those of the whole batch. 0: the whole batch at once.
     microbatch: int = 0
-    # 0: no training; the test of what `model.init` brings.
+    # 0: no training; tests the weights of `model.init`.
     epochs: int = 5
     log_every: int = 20
-    # Steps between checkpoints inside an epoch (0: only at its end).
+    # Steps between checkpoints within an epoch (0: only at its end).
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    # Videos or captions that are embedded at once, over all devices.
+    # Videos or captions encoded at a time, over all devices.
     batch_size: int = 64
-    # Captions that are compared with all videos at once, over all devices.
+    # Captions compared with all videos at a time, over all devices.
     text_block: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    # Split parameters and the optimiser's state over the devices instead of copying them to each.
+    # Split parameters and optimiser state over the devices instead of replicating them.
     fsdp: bool = False
 
 
@@ -171,17 +173,29 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """Builds and validates a Config.
+        """Builds a Config and checks the values that do not depend on a model family.
+
+        `models.drl.config_from_dict` checks the rest; use it unless the model is not needed.
 
         Args:
-          values: nested dict, as `dataclasses.asdict` makes it.
+          values: nested dict, as `dataclasses.asdict` returns it.
 
         Raises:
-          ConfigError: an unknown or missing field, a wrong type, or values that cannot work.
+          ConfigError: an unknown or missing field, a wrong type, or a value that cannot work.
         """
-        config = _from_dict(cls, values, "config")
-        _validate(config)
+        config = _from_dict(cls, _with_backbone_group(values), "config")
+        _check_values(config)
         return config
+
+
+def _with_backbone_group(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Reads configurations of version 0.1, where `model.backbone` was `model.clip`."""
+    model = values.get("model")
+    if not isinstance(model, Mapping) or "clip" not in model or "backbone" in model:
+        return values
+    model = dict(model)
+    model["backbone"] = {"family": "clip", **model.pop("clip")}
+    return {**values, "model": model}
 
 
 def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -205,62 +219,18 @@ def _typed(expected: type, value: Any, where: str) -> Any:
     return value
 
 
-def _validate(config: Config) -> None:
+def _check_values(config: Config) -> None:
     model, data, train = config.model, config.data, config.train
-    clip = model.clip
     for where, value in _positive_fields(config):
         if value <= 0:
             raise ConfigError(f"{where} must be positive, not {value}")
     checks = (
-        (
-            clip.image_resolution % clip.vision_patch_size == 0,
-            "model.clip.image_resolution must be a multiple of model.clip.vision_patch_size",
-        ),
-        (
-            clip.vision_width % clip.vision_heads == 0,
-            "model.clip.vision_width must be a multiple of model.clip.vision_heads",
-        ),
-        (
-            clip.text_width % clip.text_heads == 0,
-            "model.clip.text_width must be a multiple of model.clip.text_heads",
-        ),
-        (
-            clip.text_width == clip.embed_dim,
-            "model.clip.text_width must equal model.clip.embed_dim: the heads start as copies of"
-            " the text tower's blocks",
-        ),
-        (
-            model.interaction in CDCR_OF,
-            f"model.interaction is dp, ti, wti or xti, not {model.interaction!r}",
-        ),
-        (
-            config.loss.cdcr in CDCR_OF.get(model.interaction, ()),
-            f"loss.cdcr={config.loss.cdcr} does not go with model.interaction={model.interaction};"
-            f" it takes {', '.join(map(str, CDCR_OF.get(model.interaction, ())))}",
-        ),
-        (
-            model.agg_module in ("none", "seqLSTM", "seqTransf"),
-            f"model.agg_module is none, seqLSTM or seqTransf, not {model.agg_module!r}",
-        ),
-        (model.wti_arch in (1, 2, 3), f"model.wti_arch is 1, 2 or 3, not {model.wti_arch}"),
-        (0 <= model.cross_dropout < 1, "model.cross_dropout must lie in [0, 1)"),
-        (
-            model.interaction != "xti" or clip.embed_dim % 8 == 0,
-            "model.clip.embed_dim must be a multiple of xti's 8 heads",
-        ),
-        (
-            3 <= data.max_words <= clip.context_length,
-            f"data.max_words must be 3 to model.clip.context_length ({clip.context_length})",
-        ),
-        (
-            data.max_frames < clip.context_length,
-            f"data.max_frames must be below model.clip.context_length ({clip.context_length})",
-        ),
+        (0 <= model.cross_dropout < 1, "model.cross_dropout must be in [0, 1)"),
         (
             model.dtype in ("float32", "bfloat16"),
             f"model.dtype is float32 or bfloat16, not {model.dtype!r}",
         ),
-        (model.similarity_block >= 0, "model.similarity_block must be 0 (all videos) or a number"),
+        (model.similarity_block >= 0, "model.similarity_block must be 0 (all videos) or positive"),
         (
             train.microbatch >= 0
             and (not train.microbatch or train.batch_size % train.microbatch == 0),
@@ -271,26 +241,30 @@ def _validate(config: Config) -> None:
             data.cache in ("none", "memory", "device"),
             f"data.cache is none, memory or device, not {data.cache!r}",
         ),
-        (data.storage in ("jpeg", "raw"), f"data.storage is jpeg or raw, not {data.storage!r}"),
-        (model.position_std >= 0, "model.position_std must be 0 or more"),
+        (
+            data.storage in STORAGE_ENCODINGS,
+            f"data.storage is {' or '.join(STORAGE_ENCODINGS)}, not {data.storage!r}",
+        ),
+        (model.position_std >= 0, "model.position_std must be 0 or positive"),
         (data.holdout >= 0, "data.holdout must be 0 (none) or a number of videos"),
         (
             bool(data.val_split) != bool(data.holdout),
-            "set one of data.val_split (a stored split) and data.holdout (videos taken out of the"
-            " training split): training evaluates on it after each epoch",
+            "set one of data.val_split (a stored split) and data.holdout (a number of training"
+            " videos): training evaluates on it after each epoch",
         ),
-        (train.epochs >= 0, "train.epochs must be 0 (evaluate what init brings) or more"),
-        (train.checkpoint_every >= 0, "train.checkpoint_every must be 0 (off) or a step count"),
-        (0 <= config.optim.warmup_proportion < 1, "optim.warmup_proportion must lie in [0, 1)"),
+        (train.epochs >= 0, "train.epochs must be 0 (no training) or positive"),
+        (train.checkpoint_every >= 0, "train.checkpoint_every must be 0 (off) or positive"),
+        (0 <= config.optim.warmup_proportion < 1, "optim.warmup_proportion must be in [0, 1)"),
     )
     for holds, message in checks:
         if not holds:
             raise ConfigError(f"config.{message}")
 
 
-def _positive_fields(config: Config):
-    for name, value in dataclasses.asdict(config.model.clip).items():
-        yield f"config.model.clip.{name}", value
+def _positive_fields(config: Config) -> Iterator[tuple[str, float]]:
+    for name, value in dataclasses.asdict(config.model.backbone).items():
+        if name != "family":
+            yield f"config.model.backbone.{name}", value
     for group, names in {
         "data": ("max_words", "max_frames", "num_threads"),
         "model": ("temporal_layers", "cross_layers", "scan_unroll"),

@@ -1,7 +1,16 @@
-"""The model that videos are indexed with and that queries are asked of."""
+"""The Python API: loads a model and encodes, compares and explains with it.
+
+model = drl_jax.load("runs/shapes")
+text = model.encode_text(["a red circle moves left"])
+video = model.encode_video(["clip.mp4"])
+model.similarity(text, video)  # [1, 1]
+"""
 
 import dataclasses
+import functools
 import hashlib
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,132 +20,217 @@ import numpy as np
 from drl_jax.config import Config
 from drl_jax.data.video import VideoError, read_timed_frames
 from drl_jax.evaluation.embedder import Embedder
-from drl_jax.models.drl import Params
-from drl_jax.models.interaction import Features
-from drl_jax.models.tokenizer import token_strings, tokenize
-from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.models.drl import BACKBONES, Params
+from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
+from drl_jax.runs.checkpoints import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
-from drl_jax.training.state import abstract_params
 from drl_jax.weights.load import config_of_weights, initial_params, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
-class EmbeddedFile:
-    """A video file as the model sees it.
+class Video:
+    """Decoded frames of a video.
 
     Attributes:
-      frames: uint8 [F, S, S, 3].
-      times: F seconds at which they are shown.
-      features: the arrays of `DRL.encode_frames`, of one video.
+      frames: uint8 [F, S, S, 3], F at most the model's `data.max_frames`.
+      times: F seconds from the start of the video.
     """
 
     frames: np.ndarray
     times: tuple[float, ...]
-    features: Features
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchModel:
-    """A model, ready to embed.
+class RetrievalModel:
+    """A model with parameters, ready to encode.
 
     Attributes:
       config: its configuration.
       params: its parameters.
-      layout: of arrays over the devices.
-      embedder: keeps token-level features, whatever the interaction.
-      source: where it comes from: "workdir" and "checkpoint", or "weights".
-      fingerprint: of configuration and parameters; features of two models with the same one can be
-        compared.
+      layout: mesh and shardings.
+      source: where it was loaded from: "workdir" and "checkpoint", or "weights".
     """
 
     config: Config
     params: Params
     layout: Layout
-    embedder: Embedder
     source: dict[str, str]
-    fingerprint: str
+    _embedder: Embedder = dataclasses.field(repr=False)
 
-    def embed_sentences(self, sentences: Sequence[str]) -> Features:
-        """N sentences -> the arrays of `DRL.encode_text`.
+    @property
+    def interaction(self) -> type[Interaction]:
+        """The class of the model's interaction."""
+        return INTERACTIONS[self.config.model.interaction]
+
+    def encode_text(self, captions: Sequence[str]) -> Features:
+        """Encodes captions.
+
+        Args:
+          captions: N strings.
+
+        Returns:
+          NumPy arrays by name, first axis N: what the interaction compares (for wti `text_unit`
+          [N, L, D], `text_mask` [N, L], `text_weight` [N, L]), and features of all tokens.
 
         Raises:
-          UserError: there is none, or one is blank.
+          UserError: there is no caption, or one is blank.
         """
-        if not sentences or not all(sentence.strip() for sentence in sentences):
+        if isinstance(captions, str):
+            raise UserError("encode_text takes a list of captions, not one string")
+        if not len(captions):
+            raise UserError("there is no caption to encode")
+        if not all(caption.strip() for caption in captions):
             raise UserError("a query is blank; write a sentence")
-        return self.embedder.captions(self.params, list(sentences))
+        return self._embedder.encode_text(self.params, list(captions))
 
-    def tokens(self, sentences: Sequence[str]) -> list[list[str]]:
-        """The tokens of each sentence, as long as the model reads, with those of start and end."""
-        text_ids, text_mask = tokenize(list(sentences), self.config.data.max_words)
-        return [token_strings(ids[mask]) for ids, mask in zip(text_ids, text_mask, strict=True)]
+    def encode_video(self, videos: Sequence[str | os.PathLike | np.ndarray]) -> Features:
+        """Encodes videos.
 
-    def embed_file(self, path: Path) -> EmbeddedFile:
-        """A video file, decoded now.
+        Args:
+          videos: N paths of video files, or arrays of frames, uint8 [F, S, S, 3], as `read_video`
+            returns them.
+
+        Returns:
+          NumPy arrays by name, first axis N: what the interaction compares (for wti `frame_unit`
+          [N, F, D], `frame_mask` [N, F], `frame_weight` [N, F]), and features of all frames.
+
+        Raises:
+          UserError: there is no video, a file cannot be read, or frames have a wrong shape.
+        """
+        if isinstance(videos, str | os.PathLike):
+            raise UserError("encode_video takes a list of videos, not one path")
+        if not len(videos):
+            raise UserError("there is no video to encode")
+
+        def read(rows: np.ndarray) -> list[np.ndarray]:
+            # The embedder repeats the last row to fill its batch.
+            frames = {row: self._frames(videos[row]) for row in dict.fromkeys(rows.tolist())}
+            return [frames[row] for row in rows.tolist()]
+
+        return self._embedder.encode_video(self.params, read, len(videos))
+
+    def read_video(self, path: str | os.PathLike) -> Video:
+        """Decodes the frames of a video file that the model encodes.
 
         Raises:
           UserError: it cannot be read.
         """
-        config = self.config
         try:
             frames, times = read_timed_frames(
-                path, config.data.max_frames, config.model.clip.image_resolution
+                Path(path), self.config.data.max_frames, self._image_size
             )
         except VideoError as error:
             raise UserError(f"{path} {error}") from error
-        features = self.embedder.videos(self.params, lambda rows: [frames] * len(rows), 1)
-        return EmbeddedFile(frames, tuple(map(float, times)), features)
+        return Video(frames, tuple(map(float, times)))
+
+    def similarity(self, text: Features, video: Features) -> np.ndarray:
+        """Compares all texts with all videos.
+
+        Args:
+          text: arrays of A texts (`encode_text`).
+          video: arrays of B videos (`encode_video`).
+
+        Returns:
+          float32 [A, B], without the temperature, as evaluation ranks them.
+        """
+        return self._embedder.similarity(self.params, text, video)
+
+    def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
+        """The tokens of each caption as the model reads them, truncated, with start and end."""
+        backbone = BACKBONES[self.config.model.backbone.family]
+        text_ids, text_mask = backbone.tokenize(list(captions), self.config.data.max_words)
+        return [
+            backbone.token_strings(ids[mask]) for ids, mask in zip(text_ids, text_mask, strict=True)
+        ]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that features and similarities depend on.
+
+        Features of two models with the same fingerprint can be compared. Fields that change how the
+        model is computed (`similarity_block`, `remat`, ...) are left out.
+        """
+        model = self.config.model
+        identity = {
+            "backbone": dataclasses.asdict(model.backbone),
+            "interaction": model.interaction,
+            "agg_module": model.agg_module,
+            "dtype": model.dtype,
+            "max_frames": self.config.data.max_frames,
+            "max_words": self.config.data.max_words,
+        }
+        return self._digest(json.dumps(identity, sort_keys=True))
+
+    @functools.cached_property
+    def format_2_fingerprint(self) -> str:
+        """The fingerprint that search indexes of format 2 (version 0.1) store."""
+        model = dataclasses.replace(self.config.model, init="", remat=False, scan_unroll=1)
+        model_repr = repr(model).replace(
+            "backbone=BackboneConfig(family='clip', ", "clip=ClipConfig("
+        )
+        return self._digest(f"({model_repr}, {self.config.data.max_frames})")
+
+    def _digest(self, identity: str) -> str:
+        digest = hashlib.sha256(identity.encode())
+        for leaf in jax.tree.leaves(self.params):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def _image_size(self) -> int:
+        return self.config.model.backbone.image_resolution
+
+    def _frames(self, video: str | os.PathLike | np.ndarray) -> np.ndarray:
+        if not isinstance(video, np.ndarray):
+            return self.read_video(video).frames
+        most, size = self.config.data.max_frames, self._image_size
+        valid = video.dtype == np.uint8 and video.ndim == 4 and video.shape[1:] == (size, size, 3)
+        if not valid or not 1 <= len(video) <= most:
+            raise UserError(
+                f"frames must be uint8 [1 to {most}, {size}, {size}, 3], not"
+                f" {video.dtype} {list(video.shape)}"
+            )
+        return video
 
 
-def from_workdir(workdir: Path, checkpoint: str = "best") -> SearchModel:
-    """The model of a run.
+def load(path: str | os.PathLike, checkpoint: str | int = "best") -> RetrievalModel:
+    """Loads a model.
 
     Args:
-      workdir: of the run.
-      checkpoint: "best", "latest" or a step.
+      path: directory of a run; or a file of weights: OpenAI's or Hugging Face's CLIP, which gets no
+        temporal head and the interaction dp, as in zero-shot retrieval; a DRL checkpoint; or an
+        exported run.
+      checkpoint: of a run: "best", "latest" or a step.
 
     Raises:
-      UserError: no such run or checkpoint.
+      UserError: there is no such run, checkpoint or file, or it cannot be read.
     """
-    config = load_config(workdir)
+    path = Path(path)
     layout = make_layout()
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        step = checkpoints.find_step(checkpoint)
-        params = checkpoints.restore_params(step, abstract_params(config.model, layout))
-    return _ready(config, params, layout, {"workdir": str(workdir), "checkpoint": str(step)})
+    if not path.exists():
+        raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")
+    if path.is_dir():
+        config = load_config(path)
+        step, params = restore_params(path, config.model, layout, str(checkpoint))
+        source = {"workdir": str(path), "checkpoint": str(step)}
+    else:
+        weights = read_weights(path)
+        config = config_of_weights(weights)
+        params = initial_params(config.model, weights, jax.random.key(0))
+        params = jax.device_put(params, layout.replicated)
+        source = {"weights": str(path)}
+    embedder = Embedder(config, layout, keep_tokens=True)
+    return RetrievalModel(config, params, layout, source, embedder)
 
 
-def from_weights(path: Path) -> SearchModel:
-    """The model of a file: a whole DRL checkpoint, or CLIP as zero-shot retrieval uses it.
+def load_source(source: dict[str, str]) -> RetrievalModel:
+    """Loads the model that `RetrievalModel.source` describes.
 
     Raises:
-      UserError: the file cannot be read.
-    """
-    weights = read_weights(path)
-    config = config_of_weights(weights)
-    layout = make_layout()
-    params = initial_params(config.model, weights, jax.random.key(0))
-    return _ready(config, jax.device_put(params, layout.whole), layout, {"weights": str(path)})
-
-
-def from_source(source: dict[str, str]) -> SearchModel:
-    """The model that an index says it was made with.
-
-    Raises:
-      UserError: it is not there any more.
+      UserError: see `load`.
     """
     if "weights" in source:
-        return from_weights(Path(source["weights"]))
-    return from_workdir(Path(source["workdir"]), source["checkpoint"])
-
-
-def _ready(config: Config, params: Params, layout: Layout, source: dict[str, str]) -> SearchModel:
-    # What is compared and how wide it is, but not how it is computed.
-    model = dataclasses.replace(config.model, init="", remat=False, scan_unroll=1)
-    digest = hashlib.sha256(repr((model, config.data.max_frames)).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    embedder = Embedder(config, layout, keep_tokens=True)
-    return SearchModel(config, params, layout, embedder, source, digest.hexdigest())
+        return load(source["weights"])
+    return load(source["workdir"], source["checkpoint"])

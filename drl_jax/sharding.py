@@ -1,7 +1,7 @@
-"""How arrays lie on devices: one mesh over all of them, axis `data`, and the layouts used on it.
+"""Device mesh and array shardings.
 
-Batches and similarity rows are split over the mesh. Parameters (with what the optimiser keeps of
-them) are whole on every device, or split too (`fsdp`).
+One mesh over all devices with the axis `data`. Batches and the rows of the similarity matrix are
+split over it. Parameters and optimiser state are replicated, or split too (`fsdp`).
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from jax.lax import with_sharding_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
-# What has fewer elements than this is cheaper to copy than to gather.
+# Arrays with fewer elements are cheaper to replicate than to gather.
 _MIN_SPLIT_ELEMENTS = 2**12
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The layouts of a program on a mesh.
+    """The shardings of a program on a mesh.
 
     Attributes:
       mesh: all devices on the axis `data`.
@@ -32,28 +32,28 @@ class Layout:
     fsdp: bool = False
 
     @property
-    def devices(self) -> int:
+    def device_count(self) -> int:
         return self.mesh.devices.size
 
     @property
-    def rows(self) -> NamedSharding:
-        """The first axis split over the devices, the rest whole: batches, similarity rows."""
+    def batch_sharded(self) -> NamedSharding:
+        """First axis split over the devices: batches, rows of the similarity matrix."""
         return NamedSharding(self.mesh, PartitionSpec(AXIS))
 
     @property
-    def whole(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """A copy on every device: parameters, gathered features."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def parameter(self, shape: Sequence[int]) -> NamedSharding:
-        """Layout of a parameter, and of its moments in the optimiser, by its shape alone.
+        """Sharding of a parameter, and of its optimiser moments, from its shape.
 
-        Under `fsdp` the longest axis that the devices divide is split; small parameters, and those
-        without such an axis, are whole.
+        With `fsdp`, splits the longest axis that is divisible by the number of devices. Small
+        parameters and those without such an axis are replicated.
         """
-        axes = [axis for axis, size in enumerate(shape) if size % self.devices == 0]
+        axes = [axis for axis, size in enumerate(shape) if size % self.device_count == 0]
         if not self.fsdp or not axes or math.prod(shape) < _MIN_SPLIT_ELEMENTS:
-            return self.whole
+            return self.replicated
         axis = max(axes, key=lambda axis: shape[axis])
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
 
@@ -61,58 +61,64 @@ class Layout:
         """`parameter` of each leaf of a tree of arrays or shapes."""
         return jax.tree.map(lambda leaf: self.parameter(leaf.shape), tree)
 
+    def abstract(self, tree: Any) -> Any:
+        """Shapes and dtypes of a tree of parameters, with their shardings."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.parameter(x.shape)), tree
+        )
+
     def local_rows(self, rows: int) -> slice:
-        """Which rows of a global batch of `rows` lie on this process's devices."""
-        own = self.rows.addressable_devices_indices_map((rows,)).values()
+        """The rows of a global batch of `rows` that belong to this process's devices."""
+        own = self.batch_sharded.addressable_devices_indices_map((rows,)).values()
         ranges = [index[0].indices(rows) for index in own]
         return slice(min(start for start, _, _ in ranges), max(stop for _, stop, _ in ranges))
 
-    def put_rows(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Puts this process's rows of a batch on its devices; the result is the global batch."""
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Puts this process's rows of a batch on its devices and returns the global batch."""
         return {
-            name: jax.make_array_from_process_local_data(self.rows, array)
+            name: jax.make_array_from_process_local_data(self.batch_sharded, array)
             for name, array in batch.items()
         }
 
 
 def make_layout(devices: Sequence[jax.Device] | None = None, *, fsdp: bool = False) -> Layout:
-    """A mesh over the given devices, or over all devices of all processes."""
+    """Creates a mesh over the given devices, by default over all devices of all processes."""
     devices = jax.devices() if devices is None else devices
-    # Auto axes (the default is Explicit now, under which the token-wise product, both operands
-    # split on `data`, is an error rather than a choice of layout).
+    # The default axis type is Explicit, under which the token-wise product of two operands that are
+    # both split on `data` is an error.
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     return Layout(mesh, fsdp)
 
 
-def map_row_chunks(
+def map_batch_chunks(
     function: Callable[[Any], Any], arrays: Any, *, chunk: int, layout: Layout
 ) -> Any:
-    """`function(arrays)`, computed over chunks of rows one after another to save memory.
+    """Computes `function(arrays)` for one chunk of rows after another to save memory.
 
-    The backward pass runs each chunk again instead of keeping what it needs, so memory is that of
-    one chunk, and the gradient is exact. Each chunk takes its rows from all devices alike, so that
-    none of them moves and none idles.
+    The backward pass recomputes each chunk, so it needs the memory of one chunk and the gradient is
+    exact. Each chunk takes the same number of rows from every device: no row moves and no device
+    idles.
 
     Args:
-      function: of arrays with C rows, to arrays with C rows; each row depends on that row alone.
-      arrays: tree of [B, ...] arrays, split over the devices by rows.
-      chunk: C, over all devices; the devices divide it, and it divides B.
+      function: maps arrays with C rows to arrays with C rows; each row depends on that row alone.
+      arrays: tree of [B, ...] arrays, batch-sharded.
+      chunk: C, over all devices; a multiple of the device count and a divisor of B.
       layout: of the rows.
 
     Returns:
-      What `function` returns for all B rows, split over the devices by rows.
+      The result of `function` for all B rows, batch-sharded.
     """
-    devices = layout.devices
+    devices = layout.device_count
     chunks = NamedSharding(layout.mesh, PartitionSpec(None, AXIS))
 
-    # A device has its rows together: [devices, chunks, rows of a chunk] -> chunks first.
+    # The rows of a device are consecutive: [devices, chunks, rows per chunk] -> chunks first.
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(devices, -1, chunk // devices, *x.shape[1:]).swapaxes(0, 1)
         return with_sharding_constraint(x.reshape(-1, chunk, *x.shape[3:]), chunks)
 
     def join(y: jax.Array) -> jax.Array:
         y = y.reshape(-1, devices, chunk // devices, *y.shape[2:]).swapaxes(0, 1)
-        return with_sharding_constraint(y.reshape(-1, *y.shape[3:]), layout.rows)
+        return with_sharding_constraint(y.reshape(-1, *y.shape[3:]), layout.batch_sharded)
 
     results = jax.lax.map(jax.checkpoint(function), jax.tree.map(split, arrays))
     return jax.tree.map(join, results)

@@ -1,11 +1,11 @@
-"""Batches of a built dataset, for training and for evaluation.
+"""Training batches of a built dataset, and its splits.
 
-A batch is `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, F, H, W, 3] and
+A batch has `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, F, H, W, 3] and
 `frame_mask` bool [B, F] (the reference calls the last two `video` and `video_mask`).
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -14,17 +14,14 @@ import numpy as np
 from drl_jax.config import DataConfig
 from drl_jax.data.frames import DeviceFrames, DiskFrames, MemoryFrames, to_devices
 from drl_jax.data.records import DatasetError, Split, VideoDataset
-from drl_jax.models.tokenizer import tokenize
 from drl_jax.sharding import Layout
-
-HOLDOUT = "holdout"
 
 
 def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
-    """A split by its role, `train`, `val` or `test`, or by the name it is stored under.
+    """Loads a split by its role (`train`, `val` or `test`) or by its stored name.
 
     With `config.holdout`, `val` is that many videos of the training split, chosen by the hash of
-    their names, with the first caption of each; `train` is the rest.
+    their ids, with the first caption of each; `train` is the rest.
 
     Raises:
       DatasetError: the dataset has no such split, or too few videos to hold out.
@@ -32,47 +29,65 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
     stored = {"train": config.train_split, "val": config.val_split, "test": config.test_split}
     if not config.holdout or name not in ("train", "val"):
         return dataset.split(stored.get(name, name))
-    whole = dataset.split(config.train_split)
-    if config.holdout >= len(whole.videos):
+    full = dataset.split(config.train_split)
+    if config.holdout >= len(full.videos):
         raise DatasetError(
             f"config.data.holdout={config.holdout} leaves nothing to train on:"
-            f" {config.train_split} has {len(whole.videos)} videos"
+            f" {config.train_split} has {len(full.videos)} videos"
         )
     ids = dataset.video_ids
     by_hash = sorted(
-        range(len(whole.videos)),
-        key=lambda row: hashlib.sha256(ids[whole.videos[row]].encode()).digest(),
+        range(len(full.videos)),
+        key=lambda row: hashlib.sha256(ids[full.videos[row]].encode()).digest(),
     )
     if name == "val":
         kept = sorted(by_hash[: config.holdout])
-        captions = [whole.captions[row][:1] for row in kept]
+        captions = [full.captions[row][:1] for row in kept]
     else:
         kept = sorted(by_hash[config.holdout :])
-        captions = [whole.captions[row] for row in kept]
-    return Split(whole.videos[kept], captions, np.zeros((0, 2), np.int32))
+        captions = [full.captions[row] for row in kept]
+    return Split(full.videos[kept], captions, np.zeros((0, 2), np.int32))
+
+
+# Maps N captions and L to text_ids int32 [N, L] and text_mask bool [N, L].
+Tokenize = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
 
 
 class TrainBatches:
-    """The training batches from any step on.
+    """Training batches, starting at any step.
 
-    The order is a function of the seed and the position alone, so a checkpoint needs no more than
-    the step, and any number of processes or threads sees the same order.
+    The order depends only on the seed and the step. A checkpoint therefore stores only the step,
+    and the order is the same for any number of processes or threads.
     """
 
     def __init__(
-        self, dataset: VideoDataset, split: Split, config: DataConfig, batch_size: int, seed: int
+        self,
+        dataset: VideoDataset,
+        split: Split,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+        tokenize: Tokenize,
     ):
-        """Tokenises the captions; `config.cache` says where frames come from.
+        """Tokenises the captions; `config.cache` selects where frames are read from.
+
+        Args:
+          dataset: the dataset.
+          split: videos and captions to train on.
+          config: frames, words and cache.
+          batch_size: pairs of the global batch.
+          seed: of the order and the drawn captions.
+          tokenize: the tokenizer of the backbone (`Backbone.tokenize`).
 
         Raises:
           DatasetError: the split has fewer examples than a batch, or does not fit in the cache.
         """
-        owners, captions = split.caption_pairs()
+        caption_to_video, captions = split.caption_pairs()
         self._dataset, self._split, self._config, self._seed = dataset, split, config, seed
-        self._owners = owners
-        self._videos = split.videos[owners]
+        self._caption_to_video = caption_to_video
+        self._records = split.videos[caption_to_video]
         self._text_ids, self._text_mask = tokenize(captions, config.max_words)
-        # First caption and number of captions of each video.
+        # Index of the first caption, and number of captions, of each video.
         self._counts = split.caption_counts()
         self._firsts = np.concatenate([[0], np.cumsum(self._counts)[:-1]])
         self._batch_size = batch_size
@@ -88,14 +103,14 @@ class TrainBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches of an epoch; the few examples left over wait for the next shuffle."""
+        """Full batches per epoch; each epoch leaves out the remaining examples of its shuffle."""
         return self.num_examples // self._batch_size
 
     def on_devices(self, start_step: int, layout: Layout) -> Iterator[dict[str, jax.Array]]:
-        """The global batches from `start_step` on, without end, on the devices.
+        """Yields the global batches from `start_step` on, on the devices, indefinitely.
 
         Raises:
-          DatasetError: the frames do not fit on the devices, with `config.cache` = "device".
+          DatasetError: `config.cache` is "device" and the frames do not fit on the devices.
         """
         fill = None
         if self._config.cache == "device":
@@ -110,10 +125,10 @@ class TrainBatches:
         yield from to_devices(stream, layout, fill)
 
     def iterate(self, start_step: int, process: int, processes: int) -> Iterator[dict]:
-        """This process's part of each batch from `start_step` on, without end.
+        """Iterates over this process's part of each batch from `start_step` on, indefinitely.
 
-        With `config.cache` = "device" it has `video` int32 [B], the place of the video in the
-        split, instead of frames.
+        With `config.cache` = "device" a batch has `video_index` int32 [B], the index of the video
+        in the split, instead of frames.
         """
         epoch_size = self.steps_per_epoch * self._batch_size
         examples = (
@@ -123,12 +138,12 @@ class TrainBatches:
             .repeat(None)
             .random_map(self._read)
         )
-        # Process p's part is the p-th piece of each batch, so the order of a batch's rows, too, is
-        # the same for any number of processes.
-        pieces = examples.batch(self._batch_size // processes)
-        mine = pieces[start_step * processes + process :: processes]
+        # Process p reads the p-th part of each batch, so that the order of a batch's rows is the
+        # same for any number of processes.
+        parts = examples.batch(self._batch_size // processes)
+        own_parts = parts[start_step * processes + process :: processes]
         options = grain.ReadOptions(num_threads=self._config.num_threads, prefetch_buffer_size=4)
-        return iter(mine.to_iter_dataset(options))
+        return iter(own_parts.to_iter_dataset(options))
 
     def _read(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pair = example
@@ -136,6 +151,6 @@ class TrainBatches:
             pair = self._firsts[example] + rng.integers(self._counts[example])
         text = {"text_ids": self._text_ids[pair], "text_mask": self._text_mask[pair]}
         if self._config.cache == "device":
-            return {**text, "video": self._owners[pair]}
-        frames, mask = self._frames.read(self._videos[pair])
+            return {**text, "video_index": self._caption_to_video[pair]}
+        frames, mask = self._frames.read(self._records[pair])
         return {**text, "frames": frames, "frame_mask": mask}

@@ -1,8 +1,8 @@
-"""Built datasets on disk: where they lie, what they hold, how a video's frames are read.
+"""Built datasets on disk: location, splits and captions, and random access to frames.
 
-A dataset is what `python -m data_prep.build` makes: one TFDS split, `videos`, that holds every
-video once, and in its metadata the splits of the protocol as lists of (video, captions). Reading
-needs no TensorFlow.
+`python -m data_prep.build` writes a dataset as one TFDS split, `videos`, with one record per video.
+The splits of the dataset's protocol are in its metadata, as lists of (video, captions). Reading
+does not import TensorFlow.
 """
 
 import dataclasses
@@ -14,28 +14,29 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from drl_jax.config import Config
+from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.errors import UserError
 
-# Raise it when the layout of the records or of the metadata changes.
+# Increase it when the layout of the records or of the metadata changes.
 FORMAT_VERSION = "1.0.0"
 VIDEOS_SPLIT = "videos"
-# What a dataset was made of (`data_prep.manifest`).
+# File that records what a dataset was built from (`data_prep/manifest.py`).
 MANIFEST = "manifest.json"
 
 
 class DatasetError(UserError):
-    """A dataset that is absent or does not hold what is asked of it."""
+    """A dataset is missing, or does not contain what was requested."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Captions of some videos.
+    """Videos of a split and their captions.
 
     Attributes:
-      videos: int32 [V], positions of the videos in the dataset's records.
-      captions: for each video its captions, at least one.
-      reversed_pairs: int32 [P, 2], positions in `videos` of clips and the same clips backwards
-        (P = 0 for most datasets).
+      videos: int32 [V], record indices of the videos.
+      captions: the captions of each video, at least one.
+      reversed_pairs: int32 [P, 2], indices into `videos` of a clip and its time reversal (P = 0 for
+        most datasets).
     """
 
     videos: np.ndarray
@@ -43,24 +44,25 @@ class Split:
     reversed_pairs: np.ndarray
 
     def caption_pairs(self) -> tuple[np.ndarray, list[str]]:
-        """Every (video, caption) pair: positions in `videos` int32 [N], and N captions."""
-        owners = np.repeat(np.arange(len(self.videos), dtype=np.int32), self.caption_counts())
-        return owners, [caption for captions in self.captions for caption in captions]
+        """All (video, caption) pairs.
+
+        Returns:
+          caption_to_video int32 [N], the index into `videos` of each caption, and the N captions.
+        """
+        videos = np.arange(len(self.videos), dtype=np.int32)
+        caption_to_video = np.repeat(videos, self.caption_counts())
+        return caption_to_video, [caption for captions in self.captions for caption in captions]
 
     def caption_counts(self) -> np.ndarray:
+        """Number of captions of each video, int64 [V]."""
         return np.array([len(captions) for captions in self.captions], np.int64)
 
 
-def storage_name(image_size: int, max_frames: int, storage: str) -> str:
-    """Name of one stored form of a dataset, e.g. `224px_12f_jpeg`."""
-    return f"{image_size}px_{max_frames}f_{storage}"
-
-
 def dataset_dir(config: Config) -> Path:
-    """Where the dataset that a configuration asks for lies once it is built."""
+    """Directory of the built dataset that a configuration uses; it may not exist yet."""
     data = config.data
-    form = storage_name(config.model.clip.image_resolution, data.max_frames, data.storage)
-    return Path(data.data_dir) / data.dataset / form / FORMAT_VERSION
+    storage = StorageSpec(config.model.backbone.image_resolution, data.max_frames, data.storage)
+    return Path(data.data_dir) / data.dataset / storage.name / FORMAT_VERSION
 
 
 class VideoDataset:
@@ -70,10 +72,10 @@ class VideoDataset:
         """Opens the dataset in `directory`.
 
         Raises:
-          DatasetError: there is none.
+          DatasetError: there is no dataset in it.
         """
         if not (directory / "dataset_info.json").is_file():
-            raise DatasetError(_absent(directory))
+            raise DatasetError(_not_built_message(directory))
         builder = tfds.builder_from_directory(str(directory))
         self.directory = directory
         self._metadata = dict(builder.info.metadata)
@@ -89,18 +91,20 @@ class VideoDataset:
 
     @property
     def video_ids(self) -> list[str]:
-        """Names of all stored videos, in the order of the records."""
+        """Ids of all stored videos, in record order."""
         return self._metadata["video_ids"]
 
     @property
     def sources(self) -> list[list]:
-        """Where each record comes from: [path in the folder of the videos] or [path, start, end]
-        (seconds); empty for a dataset that was built before this was stored."""
+        """Source of each record: [path below the videos' folder] or [path, start, end] in seconds.
+
+        Empty for a dataset built by a version that did not store it.
+        """
         return self._metadata.get("sources", [])
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the dataset was made of (`data_prep/manifest.py`); empty if it does not say."""
+        """What the dataset was built from (`data_prep/manifest.py`); empty without a manifest."""
         path = self.directory / MANIFEST
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -108,7 +112,7 @@ class VideoDataset:
         """The videos and captions of a split.
 
         Raises:
-          DatasetError: no such split.
+          DatasetError: the dataset has no such split.
         """
         if name not in self._metadata["splits"]:
             raise DatasetError(
@@ -123,16 +127,15 @@ class VideoDataset:
         )
 
     def read_frames(self, video: int) -> np.ndarray:
-        """Frames of the video at a position of the records: uint8 [F, H, W, 3]."""
+        """Frames of the video with a record index: uint8 [F, H, W, 3]."""
         return np.asarray(self._source[int(video)]["frames"])
 
 
-def _absent(directory: Path) -> str:
-    """What to do about a missing dataset."""
-    dataset, form = directory.parent.parent, directory.parent.name
+def _not_built_message(directory: Path) -> str:
+    dataset, storage = directory.parent.parent, directory.parent.name
     built = sorted(path.parent.name for path in dataset.glob("*/" + directory.name))
-    found = f" (built there: {', '.join(built)})" if built else ""
+    found = f" (built variants: {', '.join(built)})" if built else ""
     return (
         f"no dataset in {directory}{found}; build it with: python -m data_prep.build"
-        f" {dataset.name} --data_dir={dataset.parent}, so that its form is {form}"
+        f" {dataset.name} --data_dir={dataset.parent}, with flags that give {storage}"
     )

@@ -1,8 +1,10 @@
-"""Video files to frames: decode, sample, resize. No jax in here: build workers import it.
+"""Decodes, samples and resizes the frames of video files.
 
-The result equals the reference's (decord + PIL + torchvision's crop) bit for bit wherever a correct
-decoder can: one sequential pass of one thread, frames counted as decoded, no seeking (it picks
-wrong frames in files with edit lists or B-frames in AVI), swscale's default flags.
+Decoding workers import this module, so it does not import jax.
+
+The result is bit for bit that of the reference (decord, PIL, torchvision's crop) wherever decord
+decodes correctly: one sequential pass in one thread, frames counted as decoded, swscale's default
+flags. It never seeks: seeking returns wrong frames in files with edit lists or B-frames in AVI.
 """
 
 import contextlib
@@ -15,36 +17,36 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-# What counts as a video file in a folder.
+# Suffixes of video files, lower case.
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv"),
     *(".flv", ".mpg", ".mpeg", ".3gp", ".ogv", ".gif"),
 )
-# Seconds from the start of a video: from, to.
+# Start and end of a part of a video, seconds.
 Span = tuple[float, float]
-# Beyond this ratio of sides the resize to a square's short side would not fit in memory.
+# Above this aspect ratio, the picture resized by its short side would not fit in memory.
 _MAX_ASPECT_RATIO = 64
-# Black in a video's limited range decodes to a few levels above 0.
+# Black in limited-range video decodes to a few levels above 0.
 _BLACK_LEVEL = 8
 
 
 class VideoError(ValueError):
-    """A file that gives no frames; the message says why, without the path."""
+    """No frames can be read from a file; the message gives the reason, without the path."""
 
 
 def sample_positions(
     n_frames: int, fps: float, max_frames: int, span: Span | None = None
 ) -> list[int]:
-    """Which frames to take: one a second, thinned out evenly if these are too many.
+    """Samples one frame per second, and evenly spaced ones of these if there are too many.
 
     Args:
-      n_frames: frames of the video.
-      fps: its average rate; the stride is this number rounded (the reference's), at least 1.
-      max_frames: how many to return at most.
-      span: only from the frame at its start to the frame at its end, that one included.
+      n_frames: number of frames of the video.
+      fps: average frame rate; as in the reference, the stride is this number rounded, at least 1.
+      max_frames: maximum number of sampled frames.
+      span: only sample from the frame at its start to the frame at its end, inclusive.
 
     Returns:
-      Increasing frame numbers; none if the span starts after the last frame.
+      Increasing frame indices; empty if the span starts after the last frame.
     """
     first, last = 0, n_frames - 1
     if span is not None:
@@ -56,7 +58,7 @@ def sample_positions(
 
 
 def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic resize of the short side to `size`, then the central square.
+    """Resizes the short side to `size` (bicubic), then crops the central square.
 
     Args:
       image: uint8 [H, W, 3].
@@ -66,13 +68,13 @@ def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
       uint8 [size, size, 3].
 
     Raises:
-      VideoError: the picture is too thin to be resized.
+      VideoError: the aspect ratio is too large.
     """
     height, width = image.shape[:2]
     short, long = min(height, width), max(height, width)
     if long > _MAX_ASPECT_RATIO * short:
         raise VideoError(f"picture of {width} x {height} pixels is too thin to resize")
-    # torchvision's arithmetic: the long side is cut, the crop's offset rounded half to even.
+    # As in torchvision: the long side is truncated, the offset of the crop rounded half to even.
     scaled = int(size * long / short)
     new_width, new_height = (size, scaled) if width <= height else (scaled, size)
     left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
@@ -81,43 +83,43 @@ def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def read_frames(path: Path, max_frames: int, size: int, span: Span | None = None) -> np.ndarray:
-    """The frames of `read_timed_frames`: uint8 [F, size, size, 3]."""
+    """Like `read_timed_frames`, without the times: uint8 [F, size, size, 3]."""
     return read_timed_frames(path, max_frames, size, span)[0]
 
 
 def read_timed_frames(
     path: Path, max_frames: int, size: int, span: Span | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes a video's sampled frames.
+    """Decodes the sampled frames of a video.
 
-    Damaged packets are skipped; a file that ends early gives the frames it has.
+    Damaged packets are skipped; a truncated file gives the frames before its end.
 
     Args:
       path: any file that FFmpeg reads.
       max_frames: see `sample_positions`.
       size: side of the square frames, pixels.
-      span: only this part of the video.
+      span: only sample this part of the video.
 
     Returns:
-      uint8 [F, size, size, 3], 1 <= F <= max_frames, and when each is shown, float64 [F], seconds
-      from the first frame of the file.
+      Frames uint8 [F, size, size, 3], 1 <= F <= max_frames, and their presentation times float64
+      [F], seconds from the first frame of the file.
 
     Raises:
-      VideoError: no frame could be decoded; the message says why.
+      VideoError: no frame could be decoded.
     """
-    with _readable():
+    with _ffmpeg_errors():
         n_frames, fps = _count_frames(path)
         positions = sample_positions(n_frames, fps, max_frames, span)
         if n_frames and not positions:
             raise VideoError(
-                f"its span {span[0]:g}-{span[1]:g} s lies outside the file ({n_frames / fps:.1f} s)"
+                f"its span {span[0]:g}-{span[1]:g} s is outside the file ({n_frames / fps:.1f} s)"
             )
         wanted, sampled, times = set(positions), [], []
         to_rgb, first = _RgbConverter(), None
         with contextlib.closing(_decode(path)) as decoded:
             frames = (frame for frame in decoded if frame is not None)
             for position, frame in enumerate(frames):
-                # Files without times of their frames are taken to have even ones.
+                # Without timestamps, assume a constant frame rate.
                 time = position / fps if frame.time is None else frame.time
                 first = time if first is None else first
                 if position in wanted:
@@ -130,15 +132,15 @@ def read_timed_frames(
 
 @dataclasses.dataclass(frozen=True)
 class VideoFacts:
-    """What a whole decode of a file finds.
+    """Result of decoding a file completely.
 
     Attributes:
-      frames: frames that could be decoded.
-      damaged_packets: packets that could not.
-      fps: average rate.
-      duration: seconds that the file says it lasts; 0 where it says nothing.
-      variable_rate: whether more than one in twenty frames lasts longer or shorter than most.
-      black: whether the frames that would be sampled show nothing.
+      frames: number of decoded frames.
+      damaged_packets: number of packets that could not be decoded.
+      fps: average frame rate.
+      duration: duration in the file's header, seconds; 0 if it has none.
+      variable_rate: whether the durations of more than 5% of the frames differ from the median.
+      black: whether all sampled frames are black.
     """
 
     frames: int
@@ -150,7 +152,7 @@ class VideoFacts:
 
 
 def inspect_video(path: Path, max_frames: int, size: int) -> VideoFacts:
-    """Decodes all of a file and judges it as `read_frames` would.
+    """Decodes a file completely.
 
     Args:
       path: any file that FFmpeg reads.
@@ -158,9 +160,9 @@ def inspect_video(path: Path, max_frames: int, size: int) -> VideoFacts:
       size: side of the square frames, pixels.
 
     Raises:
-      VideoError: what `read_frames` raises for the whole file.
+      VideoError: as in `read_frames`.
     """
-    with _readable():
+    with _ffmpeg_errors():
         n_frames, fps = _count_frames(path)
         wanted, sampled = set(sample_positions(n_frames, fps, max_frames)), []
         to_rgb, times, frames, damaged = _RgbConverter(), [], 0, 0
@@ -172,9 +174,9 @@ def inspect_video(path: Path, max_frames: int, size: int) -> VideoFacts:
                 sampled.append(resize_crop(to_rgb(frame), size))
             frames += 1
             times.append(frame.time)
-        duration = _stated_duration(path)
+        duration = _header_duration(path)
     black = bool(_stacked(sampled).max() <= _BLACK_LEVEL)
-    return VideoFacts(frames, damaged, fps, duration, _varies(times), black)
+    return VideoFacts(frames, damaged, fps, duration, _is_variable(times), black)
 
 
 def _stacked(frames: list[np.ndarray]) -> np.ndarray:
@@ -184,8 +186,8 @@ def _stacked(frames: list[np.ndarray]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _readable() -> Iterator[None]:
-    """FFmpeg's errors as VideoError."""
+def _ffmpeg_errors() -> Iterator[None]:
+    """Converts FFmpeg's errors to VideoError."""
     try:
         yield
     except (av.error.FFmpegError, OSError) as error:
@@ -203,7 +205,10 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def _count_frames(path: Path) -> tuple[int, float]:
-    """Packets of the best stream (the reference's frame count; headers lie) and its rate."""
+    """Number of packets of the best stream, and its frame rate.
+
+    The reference counts frames in the same way; the counts in headers are unreliable.
+    """
     with av.open(str(path)) as container:
         stream = _video_stream(container)
         rate = stream.average_rate or stream.guessed_rate or 1
@@ -211,10 +216,10 @@ def _count_frames(path: Path) -> tuple[int, float]:
 
 
 def _decode(path: Path) -> Iterator[av.VideoFrame | None]:
-    """Every frame in the order of display; None for a packet that is damaged."""
+    """Yields all frames in display order, and None for each damaged packet."""
     with av.open(str(path)) as container:
         stream = _video_stream(container)
-        # Frame threads give different pictures on each reading of a damaged file.
+        # With frame threads, the decoded frames of a damaged file differ from run to run.
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         for packet in container.demux(stream):
@@ -225,7 +230,7 @@ def _decode(path: Path) -> Iterator[av.VideoFrame | None]:
 
 
 class _RgbConverter:
-    """Frames to upright uint8 [H, W, 3]; one for all frames of a video: it keeps its set-up."""
+    """Converts frames to upright uint8 [H, W, 3]; reusing one for a whole video is faster."""
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()
@@ -236,7 +241,7 @@ class _RgbConverter:
         return np.ascontiguousarray(np.rot90(rgb, quarter_turns))
 
 
-def _stated_duration(path: Path) -> float:
+def _header_duration(path: Path) -> float:
     with av.open(str(path)) as container:
         stream = _video_stream(container)
         if stream.duration and stream.time_base:
@@ -244,9 +249,9 @@ def _stated_duration(path: Path) -> float:
         return (container.duration or 0) / av.time_base
 
 
-def _varies(times: list[float | None]) -> bool:
+def _is_variable(times: list[float | None]) -> bool:
     gaps = np.diff(np.sort([time for time in times if time is not None]))
     if len(gaps) < 2:
         return False
-    usual = np.median(gaps)
-    return bool((np.abs(gaps - usual) > usual / 4).mean() > 1 / 20)
+    median = np.median(gaps)
+    return bool((np.abs(gaps - median) > median / 4).mean() > 1 / 20)

@@ -1,64 +1,70 @@
-"""Captions and videos to the arrays that an interaction compares, and their similarity.
+"""Encodes captions and videos into the arrays that an interaction compares, and compares them.
 
-Evaluation and search share it: everything is embedded once, in batches of one shape, and compared
-in blocks.
+Used by evaluation and search. Everything is encoded once, in batches of one shape.
 """
 
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
-from drl_jax.config import Config, ConfigError
+from drl_jax.config import Config, ConfigError, ModelConfig
 from drl_jax.data.frames import pad_frames
-from drl_jax.models.drl import Params
-from drl_jax.models.interaction import Features
-from drl_jax.models.tokenizer import VOCABULARY_SIZE, tokenize
+from drl_jax.models.drl import BACKBONES, Params, abstract_params, model_definition
+from drl_jax.models.interactions import Features
 from drl_jax.runtime.distributed import is_main
 from drl_jax.sharding import Layout
-from drl_jax.training.train_step import make_embed_steps
 
 
 class Embedder:
-    """A model's encoders and its similarity, compiled once.
+    """The encoders and the similarity of a model, compiled once.
 
-    Parameters are given to each call, so that training evaluates its own.
+    Parameters are passed to each call, so that training can evaluate its current ones.
     """
 
     def __init__(self, config: Config, layout: Layout, *, keep_tokens: bool = False):
-        """Compiles nothing yet; for `keep_tokens` see `make_embed_steps`.
+        """Creates the functions; they are compiled at their first call.
+
+        Args:
+          config: the configuration.
+          layout: shardings of parameters and batches.
+          keep_tokens: see `make_embed_steps`.
 
         Raises:
-          ConfigError: the model has fewer tokens than CLIP's tokeniser.
+          ConfigError: the model has fewer tokens than its tokenizer.
         """
-        if config.model.clip.vocab_size < VOCABULARY_SIZE:
+        backbone = config.model.backbone
+        self._tokenizer = BACKBONES[backbone.family]
+        if backbone.vocab_size < self._tokenizer.VOCABULARY_SIZE:
             raise ConfigError(
-                f"config.model.clip.vocab_size={config.model.clip.vocab_size} is too small for"
-                f" CLIP's tokeniser, which has {VOCABULARY_SIZE} tokens"
+                f"config.model.backbone.vocab_size={backbone.vocab_size} is too small for the"
+                f" tokenizer of {backbone.family}, which has"
+                f" {self._tokenizer.VOCABULARY_SIZE} tokens"
             )
         self._config, self._layout = config, layout
-        self._encode_text, self._encode_frames, self._similarity = make_embed_steps(
+        self._encode_text, self._encode_video, self._similarity = make_embed_steps(
             config.model, layout, keep_tokens=keep_tokens
         )
 
-    def captions(self, params: Params, captions: list[str]) -> Features:
+    def encode_text(self, params: Params, captions: list[str]) -> Features:
         """N captions -> the arrays of `DRL.encode_text`."""
-        text_ids, text_mask = tokenize(captions, self._config.data.max_words)
+        text_ids, text_mask = self._tokenizer.tokenize(captions, self._config.data.max_words)
 
         def read(rows: np.ndarray) -> Features:
             return {"text_ids": text_ids[rows], "text_mask": text_mask[rows]}
 
-        return self._embed(params, self._encode_text, read, len(captions), "captions")
+        return self._encode(params, self._encode_text, read, len(captions), "caption")
 
-    def videos(
+    def encode_video(
         self, params: Params, read: Callable[[np.ndarray], list[np.ndarray]], count: int
     ) -> Features:
-        """N videos -> the arrays of `DRL.encode_frames`.
+        """N videos -> the arrays of `DRL.encode_video`.
 
         Args:
           params: the model's parameters.
-          read: from video numbers, int [B], to the frames of each, uint8 [F, H, W, 3].
+          read: maps indices of videos, int [B], to the frames of each, uint8 [F, H, W, 3].
           count: N.
         """
 
@@ -67,15 +73,33 @@ class Embedder:
             frames, masks = zip(*padded, strict=True)
             return {"frames": np.stack(frames), "frame_mask": np.stack(masks)}
 
-        return self._embed(params, self._encode_frames, read_padded, count, "videos")
+        return self._encode(params, self._encode_video, read_padded, count, "video")
 
-    def _rows(self, wanted: int, available: int | None = None) -> int:
-        """Rows of a batch: those wanted or available, rounded up to what the devices divide."""
-        rows = wanted if available is None else min(wanted, available)
-        devices = self._layout.devices
-        return -(-rows // devices) * devices
+    def similarity(self, params: Params, text: Features, video: Features) -> np.ndarray:
+        """sim_matrix float32 [A, B] of encoded captions and videos.
 
-    def _embed(
+        Compares `eval.text_block` captions with `model.similarity_block` videos at a time: the
+        token-wise product of two blocks has to fit in memory, for any A and B.
+        """
+        texts, videos = (len(next(iter(arrays.values()))) for arrays in (text, video))
+        size = self._batch_rows(self._config.eval.text_block, texts)
+        video = jax.device_put(video, self._layout.replicated)
+        sim_matrix = np.empty((texts, videos), np.float32)
+        own = self._layout.local_rows(size)
+        for start in range(0, texts, size):
+            rows = np.minimum(np.arange(start, start + size), texts - 1)
+            part = {name: array[rows[own]] for name, array in text.items()}
+            block = self._similarity(params, self._layout.put_batch(part), video)
+            valid = min(size, texts - start)
+            sim_matrix[start : start + valid] = np.asarray(block)[:valid]
+        return sim_matrix
+
+    def _batch_rows(self, wanted: int, available: int) -> int:
+        """Rows of a batch: at most `wanted`, rounded up to a multiple of the device count."""
+        devices = self._layout.device_count
+        return -(-min(wanted, available) // devices) * devices
+
+    def _encode(
         self,
         params: Params,
         encode: Callable[..., dict[str, jax.Array]],
@@ -83,39 +107,66 @@ class Embedder:
         count: int,
         unit: str,
     ) -> Features:
-        parts, size = [], self._rows(self._config.eval.batch_size, count)
+        parts, size = [], self._batch_rows(self._config.eval.batch_size, count)
         own = self._layout.local_rows(size)
-        with self._progress(count, unit) as progress:
+        with _progress(count, unit) as progress:
             for start in range(0, count, size):
-                # One shape, one compilation: the last batch repeats the last row.
+                # The last batch repeats the last row: one shape, one compilation.
                 rows = np.minimum(np.arange(start, start + size), count - 1)
-                feat = encode(params, *self._layout.put_rows(read(rows[own])).values())
+                feat = encode(params, *self._layout.put_batch(read(rows[own])).values())
                 valid = min(size, count - start)
                 parts.append({name: np.asarray(array)[:valid] for name, array in feat.items()})
                 progress.update(valid)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _progress(self, count: int, unit: str) -> tqdm:
-        hidden = True if not is_main() else None  # None: shown on a terminal
-        return tqdm(
-            total=count, desc=f"embedding {unit}", unit=unit[:-1], leave=False, disable=hidden
-        )
 
-    def similarity(self, params: Params, text: Features, video: Features) -> np.ndarray:
-        """sim_matrix float32 [A, B] of embedded captions and videos, captions in blocks.
+def _progress(count: int, unit: str) -> tqdm:
+    hidden = True if not is_main() else None  # None: shown on a terminal only.
+    return tqdm(total=count, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden)
 
-        Captions go in blocks of `eval.text_block`, videos in blocks of `model.similarity_block`:
-        the token-wise product of two blocks is what has to fit in memory, whatever A and B are.
-        """
-        texts, videos = (len(next(iter(arrays.values()))) for arrays in (text, video))
-        size = self._rows(self._config.eval.text_block, texts)
-        video = jax.device_put(video, self._layout.whole)
-        sim_matrix = np.empty((texts, videos), np.float32)
-        own = self._layout.local_rows(size)
-        for start in range(0, texts, size):
-            rows = np.minimum(np.arange(start, start + size), texts - 1)
-            part = {name: array[rows[own]] for name, array in text.items()}
-            block = self._similarity(params, self._layout.put_rows(part), video)
-            valid = min(size, texts - start)
-            sim_matrix[start : start + valid] = np.asarray(block)[:valid]
-        return sim_matrix
+
+def make_embed_steps(
+    model: ModelConfig, layout: Layout, *, keep_tokens: bool = False
+) -> tuple[Callable, Callable, Callable]:
+    """Compiled `encode_text(params, text_ids, text_mask)`, `encode_video(params, frames,
+    frame_mask)` and `similarity(params, text, video)` for evaluation.
+
+    Inputs are batch-sharded, except the videos of `similarity`, which are replicated. Results are
+    replicated.
+
+    Args:
+      model: the model.
+      layout: shardings of inputs and parameters.
+      keep_tokens: whether the encoders also return the features and masks of tokens and frames for
+        an interaction that does not need them (`text_feat`, `frame_feat`), for search.
+    """
+    definition = model_definition(model)
+    replicated, sharded = layout.replicated, layout.batch_sharded
+    # With fsdp, parameters stay split between calls.
+    params = layout.parameters(abstract_params(model, layout))
+
+    def encode_text(params, text_ids, text_mask):
+        model = nnx.merge(definition, params)
+        feat = model.backbone.encode_text(text_ids)
+        return with_tokens(model.interaction.encode_text(feat, text_mask), "text", feat, text_mask)
+
+    def encode_video(params, frames, frame_mask):
+        model = nnx.merge(definition, params)
+        feat = model.frame_features(frames, frame_mask)
+        video = model.interaction.encode_video(feat, frame_mask)
+        return with_tokens(video, "frame", feat, frame_mask)
+
+    def with_tokens(arrays, name, feat, mask):
+        if not keep_tokens:
+            return arrays
+        tokens = {} if f"{name}_unit" in arrays else {f"{name}_feat": feat}
+        return {**tokens, f"{name}_mask": mask, **arrays}
+
+    def similarity(params, text, video):
+        return nnx.merge(definition, params).similarity(text, video)
+
+    return (
+        jax.jit(encode_text, in_shardings=(params, sharded, sharded), out_shardings=replicated),
+        jax.jit(encode_video, in_shardings=(params, sharded, sharded), out_shardings=replicated),
+        jax.jit(similarity, in_shardings=(params, sharded, replicated), out_shardings=replicated),
+    )

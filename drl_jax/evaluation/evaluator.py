@@ -1,4 +1,4 @@
-"""Retrieval evaluation: every caption and every video is embedded once, then compared in blocks."""
+"""Retrieval evaluation on a split of a dataset."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,11 +20,11 @@ FrameOrder = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
-      metrics: {"t2v": .., "v2t": ..} of `drl_jax.evaluation.metrics`, and "pair_accuracy" where the split has
-        clips together with their reverses.
+      metrics: {"t2v": .., "v2t": ..} of `drl_jax.evaluation.metrics`, and "pair_accuracy" where the
+        split has pairs of a clip and its reverse.
       sim_matrix: float32 [A, B], captions by videos.
     """
 
@@ -33,7 +33,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates parameters on splits of a dataset; compiles once."""
+    """Evaluates parameters on splits of a dataset; compiled once."""
 
     def __init__(self, config: Config, dataset: VideoDataset, layout: Layout):
         self._dataset, self._num_threads = dataset, config.data.num_threads
@@ -42,15 +42,15 @@ class Evaluator:
     def run(
         self, params: Params, split: Split, *, frame_order: FrameOrder | None = None
     ) -> Evaluation:
-        """Metrics of a split.
+        """Computes the metrics of a split.
 
         Args:
           params: the model's parameters.
           split: captions and their videos.
-          frame_order: applied to the frames of each video before it is embedded.
+          frame_order: applied to the frames of each video before they are encoded.
 
         Returns:
-          The metrics and the similarities they come from.
+          The metrics and the similarities.
         """
         text_to_video, captions = split.caption_pairs()
 
@@ -61,9 +61,9 @@ class Evaluator:
         def read(rows: np.ndarray) -> list[np.ndarray]:
             return list(pool.map(read_one, split.videos[rows]))
 
-        text = self._embedder.captions(params, captions)
+        text = self._embedder.encode_text(params, captions)
         with ThreadPoolExecutor(self._num_threads) as pool:
-            video = self._embedder.videos(params, read, len(split.videos))
+            video = self._embedder.encode_video(params, read, len(split.videos))
         sim_matrix = self._embedder.similarity(params, text, video)
         metrics: dict[str, Any] = retrieval_metrics(sim_matrix, text_to_video)
         if len(split.reversed_pairs):
@@ -74,5 +74,5 @@ class Evaluator:
 
 
 def order_by_content(frames: np.ndarray) -> np.ndarray:
-    """Frames in an order that does not depend on time: a clip and its reverse become the same."""
+    """Sorts frames by their pixels, so that a clip and its reverse become the same."""
     return np.stack(sorted(frames, key=lambda frame: frame.tobytes()))

@@ -1,7 +1,7 @@
-"""Retrieval metrics of a similarity matrix. NumPy only; no model in here.
+"""Retrieval metrics of a similarity matrix, in NumPy.
 
-Tie rule: a candidate with the same similarity as the right one shares its place, so the rank is
-the mean of the places they take together (1 + those above + half of those level). A model that
+Tie rule: candidates with the same similarity share the mean of their ranks, so the rank of the
+correct one is 1 + the number of higher similarities + half the number of equal ones. A model that
 gives every pair the same similarity gets chance, not R@1 = 100.
 """
 
@@ -12,15 +12,15 @@ import numpy as np
 RECALLS = (1, 5, 10)
 NAMES = ("R@1", "R@5", "R@10", "MdR", "MnR")
 
-# Of two clips that hold the same frames, similarities closer than this differ by the order of
-# float32 sums only.
+# Similarities of two clips with the same frames differ by less than this, from the order of float32
+# sums.
 _SAME_SIMILARITY = 1e-5
 
 
 def retrieval_metrics(
     sim_matrix: np.ndarray, text_to_video: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """Both directions of retrieval.
+    """Computes the metrics of both directions.
 
     Args:
       sim_matrix: float [A, B], texts by videos.
@@ -28,8 +28,8 @@ def retrieval_metrics(
 
     Returns:
       {"t2v": .., "v2t": ..}, each with R@1, R@5, R@10 in percent and the median and mean rank,
-      counted from 1. t2v: each text looks for its video. v2t: each video looks for its set of
-      texts; a set is as similar as its best text (the multi-caption protocol of the field).
+      counted from 1. t2v ranks the videos for each text. v2t ranks, for each video, the sets of
+      texts of all videos by their most similar text (the multi-caption protocol of the field).
 
     Raises:
       ValueError: shapes that do not match, a video without text, or a similarity that is not
@@ -38,7 +38,9 @@ def retrieval_metrics(
     sim_matrix, text_to_video = np.asarray(sim_matrix), np.asarray(text_to_video)
     texts, videos = sim_matrix.shape
     if text_to_video.shape != (texts,):
-        raise ValueError(f"{texts} rows of similarities, but {text_to_video.shape} owners")
+        raise ValueError(
+            f"sim_matrix has {texts} rows, but text_to_video has shape {text_to_video.shape}"
+        )
     if not np.array_equal(np.unique(text_to_video), np.arange(videos)):
         raise ValueError("text_to_video must name every column of sim_matrix and no other")
     if not np.isfinite(sim_matrix).all():
@@ -51,12 +53,12 @@ def retrieval_metrics(
     return {"t2v": _summary(t2v), "v2t": _summary(v2t)}
 
 
-def _ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Rank of the candidate `right` of each row [N, C] among all; ties by the rule above."""
-    score = np.take_along_axis(scores, right[:, None], axis=1)
-    above = (scores > score).sum(axis=1)
-    level = (scores == score).sum(axis=1) - 1
-    return 1 + above + level / 2
+def _ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Rank of the candidate `correct` of each row [N, C], with the tie rule above."""
+    score = np.take_along_axis(scores, correct[:, None], axis=1)
+    higher = (scores > score).sum(axis=1)
+    equal = (scores == score).sum(axis=1) - 1
+    return 1 + higher + equal / 2
 
 
 def _summary(ranks: np.ndarray) -> dict[str, float]:
@@ -67,10 +69,10 @@ def _summary(ranks: np.ndarray) -> dict[str, float]:
 def pair_accuracy(
     sim_matrix: np.ndarray, text_to_video: np.ndarray, reversed_pairs: np.ndarray
 ) -> float:
-    """How often a text prefers its clip to the same clip played backwards, in percent.
+    """Percentage of texts that are more similar to their clip than to the same clip in reverse.
 
-    Chance is 50, and a model that cannot see the order of frames gets exactly that: similarities
-    that agree to float32 rounding (1e-5) count as a tie, and a tie as half.
+    Chance is 50, and a model that does not see the order of frames gets exactly 50: similarities
+    within float32 rounding (1e-5) are ties, which count half.
 
     Args:
       sim_matrix: float [A, B].
@@ -90,7 +92,7 @@ def pair_accuracy(
 
 
 def format_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """The two directions as a table of text."""
+    """Formats both directions as a table."""
     lines = ["      " + "".join(f"{name:>8}" for name in NAMES)]
     for direction in ("t2v", "v2t"):
         values = "".join(f"{metrics[direction][name]:8.1f}" for name in NAMES)

@@ -1,7 +1,10 @@
-"""CLIP's two towers. Names and arithmetic are OpenAI's (`clip/model.py`).
+"""CLIP's image and text tower. Names and arithmetic are OpenAI's (`clip/model.py`).
 
-The text tower returns a feature for every token, where OpenAI's returns only the last one.
+The text tower returns a feature for every token; OpenAI's returns that of the last one.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,10 @@ import numpy as np
 from flax import nnx
 from jax.nn.initializers import normal, variance_scaling
 
-from drl_jax.config import ModelConfig
-from drl_jax.models.layers import Run, Transformer, causal_mask, clip_block_init
+from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.models import tokenizer
+from drl_jax.models.backbone import Backbone, TemporalInit
+from drl_jax.models.layers import BlockRunConfig, Transformer, causal_mask, clip_block_init
 
 # Mean and standard deviation of CLIP's training pixels, RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -19,31 +24,17 @@ INITIAL_LOGIT_SCALE = np.log(1 / 0.07)
 _LN_EPS = 1e-5
 
 
-def normalize_frames(frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
-    """Pixels to the tower's input.
-
-    Args:
-      frames: uint8 [B, F, H, W, 3].
-      frame_mask: bool [B, F].
-
-    Returns:
-      float32 [B, F, H, W, 3]; padded frames are exactly 0 *after* normalisation, as in the
-      reference.
-    """
-    mean, std = np.asarray(PIXEL_MEAN, np.float32), np.asarray(PIXEL_STD, np.float32)
-    pixels = (frames.astype(jnp.float32) / 255.0 - mean) / std
-    return pixels * frame_mask[:, :, None, None, None]
-
-
 class VisionTransformer(nnx.Module):
+    """The image tower: patch embedding, class token, transformer, projection."""
+
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
-        config = model.clip
+        config = model.backbone
         width, patch = config.vision_width, config.vision_patch_size
         self.patch_size = patch
         patches = (config.image_resolution // patch) ** 2
         scale = width**-0.5
-        # A convolution whose stride is its kernel is a matrix product over patches. The
-        # initialiser is torch's for convolutions, which OpenAI left as it was.
+        # A convolution whose stride equals its kernel size is a matrix product over patches. OpenAI
+        # uses torch's default initialiser of convolutions.
         self.conv1 = nnx.Linear(
             patch * patch * 3,
             width,
@@ -63,7 +54,7 @@ class VisionTransformer(nnx.Module):
             config.vision_heads,
             eps=_LN_EPS,
             init=clip_block_init(width, config.vision_layers),
-            run=Run.of(model),
+            run=BlockRunConfig.of(model),
             rngs=rngs,
         )
         self.ln_post = nnx.LayerNorm(width, epsilon=_LN_EPS, dtype=jnp.float32, rngs=rngs)
@@ -82,11 +73,13 @@ class VisionTransformer(nnx.Module):
         return self.ln_post(x[:, 0]) @ self.proj[...]
 
 
-class CLIP(nnx.Module):
-    """Both towers and the temperature."""
+class CLIP(Backbone):
+    """OpenAI's CLIP with a vision transformer."""
+
+    VOCABULARY_SIZE: ClassVar = tokenizer.VOCABULARY_SIZE
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
-        config = model.clip
+        config = model.backbone
         width = config.text_width
         self.visual = VisionTransformer(model, rngs=rngs)
         self.token_embedding = nnx.Embed(
@@ -101,7 +94,7 @@ class CLIP(nnx.Module):
             config.text_heads,
             eps=_LN_EPS,
             init=clip_block_init(width, config.text_layers),
-            run=Run.of(model),
+            run=BlockRunConfig.of(model),
             rngs=rngs,
         )
         self.ln_final = nnx.LayerNorm(width, epsilon=_LN_EPS, dtype=jnp.float32, rngs=rngs)
@@ -110,12 +103,45 @@ class CLIP(nnx.Module):
         )
         self.logit_scale = nnx.Param(jnp.asarray(INITIAL_LOGIT_SCALE, jnp.float32))
 
-    def encode_text(self, text_ids: jax.Array) -> jax.Array:
-        """Token ids int32 [B, L] -> a feature for every position, float32 [B, L, D].
+    @staticmethod
+    def config_error(config: BackboneConfig) -> str:
+        if config.image_resolution % config.vision_patch_size:
+            return "image_resolution must be a multiple of model.backbone.vision_patch_size"
+        for tower in ("vision", "text"):
+            if getattr(config, f"{tower}_width") % getattr(config, f"{tower}_heads"):
+                return f"{tower}_width must be a multiple of model.backbone.{tower}_heads"
+        if config.text_width != config.embed_dim:
+            return (
+                "text_width must equal model.backbone.embed_dim: the heads start as copies of the"
+                " text tower's blocks"
+            )
+        return ""
 
-        Attention is causal, so a padded position never reaches a valid one.
-        """
+    @staticmethod
+    def tokenize(captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.ndarray]:
+        return tokenizer.tokenize(captions, max_words)
+
+    @staticmethod
+    def token_strings(text_ids: np.ndarray) -> list[str]:
+        return tokenizer.token_strings(text_ids)
+
+    @staticmethod
+    def normalize(frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        """Padded frames are exactly 0 *after* normalisation, as in the reference."""
+        mean, std = np.asarray(PIXEL_MEAN, np.float32), np.asarray(PIXEL_STD, np.float32)
+        pixels = (frames.astype(jnp.float32) / 255.0 - mean) / std
+        return pixels * frame_mask[:, :, None, None, None]
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        return self.visual(images)
+
+    def encode_text(self, text_ids: jax.Array) -> jax.Array:
+        """Attention is causal, so padding after a caption does not affect its tokens."""
         length = text_ids.shape[1]
         x = self.token_embedding(text_ids) + self.positional_embedding[:length]
         x = self.transformer(x, causal_mask(length))
         return self.ln_final(x) @ self.text_projection[...]
+
+    @staticmethod
+    def temporal_init(params: Mapping[str, Any]) -> TemporalInit:
+        return TemporalInit(params["positional_embedding"], params["transformer"]["resblocks"])

@@ -1,98 +1,148 @@
-"""The paper's model, composed of its parts: CLIP towers, temporal head, interaction."""
+"""The model of the paper: backbone, temporal head and interaction."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from drl_jax.config import ModelConfig
-from drl_jax.models.clip import CLIP, normalize_frames
-from drl_jax.models.interaction import INTERACTIONS, Arrays, over_video_blocks
-from drl_jax.models.temporal import HEADS
+from drl_jax.config import Config, ConfigError, ModelConfig
+from drl_jax.models.backbone import Backbone
+from drl_jax.models.clip import CLIP
+from drl_jax.models.interactions import INTERACTIONS, Arrays
+from drl_jax.models.interactions.base import similarity_in_blocks
+from drl_jax.models.temporal import TEMPORAL_HEADS
+from drl_jax.sharding import Layout
 
 Params = dict[str, Any]
+
+BACKBONES: dict[str, type[Backbone]] = {"clip": CLIP}
 
 
 class DRL(nnx.Module):
     """Text-video similarity.
 
-    Each side is encoded alone, into the named arrays that the interaction compares, so evaluation
-    embeds every caption and every video once.
+    Texts and videos are encoded separately into the arrays that the interaction compares, so
+    evaluation encodes every caption and every video once.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.clip = CLIP(config, rngs=rngs)
-        head = HEADS[config.agg_module]
+        self.backbone = BACKBONES[config.backbone.family](config, rngs=rngs)
+        head = TEMPORAL_HEADS[config.agg_module]
         self.temporal = head and head(config, rngs=rngs)
         self.interaction = INTERACTIONS[config.interaction](config, rngs=rngs)
         self.similarity_block = config.similarity_block
 
     def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> Arrays:
         """int32 [A, L], bool [A, L] -> the interaction's arrays of the texts."""
-        return self.interaction.text(self.clip.encode_text(text_ids), text_mask)
+        return self.interaction.encode_text(self.backbone.encode_text(text_ids), text_mask)
 
-    def encode_frames(self, frames: jax.Array, frame_mask: jax.Array) -> Arrays:
+    def encode_video(self, frames: jax.Array, frame_mask: jax.Array) -> Arrays:
         """uint8 [B, F, H, W, 3], bool [B, F] -> the interaction's arrays of the videos."""
-        return self.interaction.video(self.frame_features(frames, frame_mask), frame_mask)
+        return self.interaction.encode_video(self.frame_features(frames, frame_mask), frame_mask)
 
     def frame_features(self, frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
         """uint8 [B, F, H, W, 3], bool [B, F] -> frame_feat [B, F, D], after the temporal head."""
-        pixels = normalize_frames(frames, frame_mask)
-        feat = self.clip.visual(pixels.reshape(-1, *pixels.shape[2:]))  # [B*F, D]
+        pixels = self.backbone.normalize(frames, frame_mask)
+        feat = self.backbone.encode_image(pixels.reshape(-1, *pixels.shape[2:]))  # [B*F, D]
         frame_feat = feat.reshape(*frame_mask.shape, -1)
         return frame_feat if self.temporal is None else self.temporal(frame_feat, frame_mask)
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
-        """sim_matrix float32 [A, B], without the temperature; `key` is for dropout in training."""
+        """sim_matrix float32 [A, B], without the temperature; `key` enables dropout."""
         compare = functools.partial(self.interaction.similarity, text)
-        return over_video_blocks(compare, video, key, self.similarity_block)
+        return similarity_in_blocks(compare, video, key, self.similarity_block)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds a Config and checks that its model can be built.
+
+    Args:
+      values: nested dict, as `dataclasses.asdict(Config(...))` returns it.
+
+    Raises:
+      ConfigError: names the field that is unknown, missing, of a wrong type or cannot work.
+    """
+    config = Config.from_dict(values)
+    model, data = config.model, config.data
+    for field, value, registry in (
+        ("backbone.family", model.backbone.family, BACKBONES),
+        ("interaction", model.interaction, INTERACTIONS),
+        ("agg_module", model.agg_module, TEMPORAL_HEADS),
+    ):
+        if value not in registry:
+            names = " or ".join((", ".join(registry)).rsplit(", ", 1))
+            raise ConfigError(f"config.model.{field} is {names}, not {value!r}")
+    if error := BACKBONES[model.backbone.family].config_error(model.backbone):
+        raise ConfigError(f"config.model.backbone.{error}")
+    if error := INTERACTIONS[model.interaction].config_error(model):
+        raise ConfigError(f"config.{error}")
+    variants = INTERACTIONS[model.interaction].CDCR_VARIANTS
+    if config.loss.cdcr not in variants:
+        raise ConfigError(
+            f"config.loss.cdcr={config.loss.cdcr} does not go with model.interaction="
+            f"{model.interaction}; it takes {', '.join(map(str, variants))}"
+        )
+    length = model.backbone.context_length
+    if not 3 <= data.max_words <= length:
+        raise ConfigError(
+            f"config.data.max_words must be 3 to model.backbone.context_length ({length})"
+        )
+    if data.max_frames >= length:
+        raise ConfigError(
+            f"config.data.max_frames must be below model.backbone.context_length ({length})"
+        )
+    return config
 
 
 def model_definition(config: ModelConfig) -> nnx.GraphDef:
-    """The model without its parameters: `nnx.merge(definition, params)` makes it whole."""
+    """The model without parameters; `nnx.merge(definition, params)` reconstructs the model."""
     return nnx.split(nnx.eval_shape(lambda: DRL(config, rngs=nnx.Rngs(0))))[0]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh parameters as a nested dict; the heads start as copies of the text tower.
+    """New parameters as a nested dict; heads start as copies of the text tower (`copy_text_tower`).
 
-    The copies are the reference's: see `copy_text_tower`. With `position_std`, frames get positions
-    of their own.
+    With `position_std`, frame positions are drawn instead of copied.
     """
     params = nnx.to_pure_dict(nnx.split(DRL(config, rngs=nnx.Rngs(key)))[1])
     return copy_text_tower(config, params)
 
 
 def copy_text_tower(config: ModelConfig, params: Params) -> Params:
-    """Starts the position embeddings and the first blocks of the heads as the text tower's.
+    """Initialises position embeddings and blocks of the heads with those of the text tower.
 
-    As many blocks are copied as both have ("Initialization trick" of the reference).
+    Copies as many blocks as both have ("Initialization trick" of the reference).
 
     Args:
       config: the model.
-      params: its parameters, with CLIP's in their final values; not changed.
+      params: its parameters, with final values of the backbone; not changed.
 
     Returns:
-      The parameters with fresh heads.
+      The parameters with initialised heads.
     """
-    text = params["clip"]
+    source = BACKBONES[config.backbone.family].temporal_init(params["backbone"])
     params = dict(params)
-    copies = []
-    if config.agg_module == "seqTransf":
-        positions = None if config.position_std else "frame_position_embeddings"
-        copies.append(("temporal", positions))
-    if config.interaction == "xti":
-        copies.append(("interaction", "position_embeddings"))
-    for name, positions in copies:
-        head = params[name] = dict(params[name])
-        if positions:
-            head[positions] = {"embedding": text["positional_embedding"]}
-        new, old = head["transformer"]["resblocks"], text["transformer"]["resblocks"]
-        head["transformer"] = {"resblocks": jax.tree.map(_copy_first_blocks, new, old)}
+    for name, head in (
+        ("temporal", TEMPORAL_HEADS[config.agg_module]),
+        ("interaction", INTERACTIONS[config.interaction]),
+    ):
+        if head is None or not head.COPIED_POSITIONS:
+            continue
+        new = params[name] = dict(params[name])
+        if name != "temporal" or not config.position_std:
+            new[head.COPIED_POSITIONS] = {"embedding": source.positions}
+        blocks = jax.tree.map(_copy_first_blocks, new["transformer"]["resblocks"], source.blocks)
+        new["transformer"] = {"resblocks": blocks}
     return params
 
 
 def _copy_first_blocks(new: jax.Array, old: jax.Array) -> jax.Array:
     count = min(len(new), len(old))
     return new.at[:count].set(old[:count])
+
+
+def abstract_params(config: ModelConfig, layout: Layout) -> Params:
+    """Shapes, dtypes and shardings of the parameters, without their memory."""
+    return layout.abstract(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))

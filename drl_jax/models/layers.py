@@ -1,4 +1,4 @@
-"""CLIP's transformer, stacked over layers and run with `lax.scan`. Names are OpenAI's.
+"""Transformer layers, stacked and run with `lax.scan`. Names are OpenAI's.
 
 Shapes: B rows, T positions, D channels, K heads.
 """
@@ -13,14 +13,18 @@ from jax.nn.initializers import Initializer, normal, xavier_uniform
 
 from drl_jax.config import ModelConfig
 
+# LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
+# towers use 1e-5.
+BERT_LN_EPS = 1e-12
 
-class Run(NamedTuple):
-    """How blocks run, which changes no parameter.
+
+class BlockRunConfig(NamedTuple):
+    """How blocks run; changes no parameter.
 
     Attributes:
-      dtype: of the matrix products and of the stream between blocks.
-      remat: keep only the input of each block for the backward pass and run it again there.
-      unroll: blocks that one iteration of the scan runs.
+      dtype: of the matrix products and of the residual stream.
+      remat: keep only the input of each block for the backward pass and recompute the block there.
+      unroll: blocks per iteration of the scan.
     """
 
     dtype: jnp.dtype
@@ -28,7 +32,7 @@ class Run(NamedTuple):
     unroll: int
 
     @classmethod
-    def of(cls, config: ModelConfig) -> "Run":
+    def of(cls, config: ModelConfig) -> "BlockRunConfig":
         return cls(jnp.dtype(config.dtype), config.remat, config.scan_unroll)
 
 
@@ -48,7 +52,7 @@ def clip_block_init(width: int, layers: int) -> BlockInit:
 
 
 def new_block_init() -> BlockInit:
-    """The reference's initialisation of blocks that no checkpoint brings."""
+    """The reference's initialisation of blocks that are not in a checkpoint."""
     return BlockInit(xavier_uniform(), normal(0.02), normal(0.02), normal(0.02))
 
 
@@ -58,7 +62,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention with one fused projection, as torch's MultiheadAttention."""
+    """Multi-head self-attention with a fused input projection, as torch's MultiheadAttention."""
 
     def __init__(
         self, width: int, heads: int, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs
@@ -73,11 +77,13 @@ class SelfAttention(nnx.Module):
         # [B, T, 3D] -> three of [B, T, K, D/K]
         qkv = self.in_proj(x).reshape(rows, positions, 3, self.heads, width // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        # Its softmax is float32 whatever the inputs are.
+        # The softmax is float32 for every input dtype.
         return self.out_proj(jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape))
 
 
 class MLP(nnx.Module):
+    """Two linear layers with QuickGELU between them; the hidden width is 4 D."""
+
     def __init__(self, width: int, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.c_fc = linear(width, 4 * width, kernel_init=init.c_fc)
@@ -112,10 +118,10 @@ class ResidualAttentionBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """`layers` blocks whose parameters are stacked on a leading axis and scanned over.
+    """Blocks with parameters stacked on a leading axis, run with `lax.scan`.
 
-    One block is compiled instead of `layers` of them; at the size of ViT-B/32 that also runs twice
-    as fast on a CPU as a Python loop over blocks.
+    One block is compiled instead of all. With ViT-B/32 on a CPU this also runs twice as fast as a
+    Python loop over blocks.
     """
 
     def __init__(
@@ -126,7 +132,7 @@ class Transformer(nnx.Module):
         *,
         eps: float,
         init: BlockInit,
-        run: Run,
+        run: BlockRunConfig,
         rngs: nnx.Rngs,
     ):
         """Stacks `layers` blocks.
@@ -137,8 +143,8 @@ class Transformer(nnx.Module):
           heads: K.
           eps: of the LayerNorms.
           init: initialisers of each block's kernels.
-          run: how they run.
-          rngs: key of the fresh parameters.
+          run: dtype, rematerialisation and unrolling.
+          rngs: random keys of new parameters.
         """
         self.run = run._replace(unroll=min(run.unroll, layers))
 
@@ -156,7 +162,7 @@ class Transformer(nnx.Module):
           mask: bool, broadcastable to [B, K, T, T] (queries, keys), True = may attend; or None.
 
         Returns:
-          [B, T, D] of the dtype that the blocks run in.
+          [B, T, D] in the dtype of `run`.
         """
         block, stacked = nnx.split(self.resblocks)
 
@@ -170,5 +176,5 @@ class Transformer(nnx.Module):
 
 
 def causal_mask(positions: int) -> jax.Array:
-    """bool [1, 1, T, T]: each position attends to itself and to earlier ones."""
+    """bool [1, 1, T, T]: each position attends to itself and to earlier positions."""
     return jnp.tril(jnp.ones((positions, positions), bool))[None, None]

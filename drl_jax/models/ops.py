@@ -1,18 +1,18 @@
-"""Mask arithmetic and normalisation: the one place where masks meet numbers.
+"""Masked reductions, normalisation and correlation.
 
-Masks are bool, True = valid. Everything here computes in float32.
+Masks are bool, True = valid. All functions compute in float32.
 """
 
 import jax
 import jax.numpy as jnp
 
-# A channel whose standard deviation is below this fraction of its largest magnitude holds nothing
-# but float32 rounding: its rows are all alike.
+# A channel whose standard deviation is below this fraction of its largest magnitude is constant up
+# to float32 rounding.
 _DEGENERATE_STD = 1e-6
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """Divides the last axis by its L2 norm; an all-zero vector stays zero, with a zero gradient."""
+    """Divides the last axis by its L2 norm; a zero vector stays zero and has a zero gradient."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
@@ -26,7 +26,7 @@ def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
       mask: bool [..., L]; at least one position of each row is valid.
 
     Returns:
-      float32 [..., L]; exactly 0 at masked positions, the rest sums to 1.
+      float32 [..., L]; exactly 0 at masked positions, and the sum is 1.
     """
     return jax.nn.softmax(jnp.where(mask, logits.astype(jnp.float32), -jnp.inf), axis=-1)
 
@@ -40,8 +40,8 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 def masked_standardize(rows: jax.Array, mask: jax.Array) -> jax.Array:
     """(x - mean) / std of each channel over the valid rows, with the unbiased std.
 
-    A channel in which all valid rows are alike has no std to divide by: it becomes 0, and so does
-    its gradient (the reference divides by zero and turns NaN).
+    A channel that is constant over the valid rows becomes 0, and so does its gradient (the
+    reference divides by zero and turns NaN).
 
     Args:
       rows: [N, D].
@@ -59,3 +59,32 @@ def masked_standardize(rows: jax.Array, mask: jax.Array) -> jax.Array:
     largest = jnp.max(jnp.abs(rows) * valid, axis=0)
     varies = variance > (_DEGENERATE_STD * largest) ** 2
     return jnp.where(varies, centred * jax.lax.rsqrt(jnp.where(varies, variance, 1.0)), 0.0)
+
+
+def mean_outer_product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Mean over rows of the outer product of standardised rows: [B, D], [B, D] -> [D, D]."""
+    ones = jnp.ones(len(left), jnp.float32)
+    return weighted_outer_product(left, right, ones > 0, ones / len(left))
+
+
+def weighted_outer_product(
+    left: jax.Array, right: jax.Array, mask: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """Weighted sum over valid rows of the outer product of standardised rows.
+
+    The reference sums an [N, D, D] tensor; a matrix product gives the same sum.
+
+    Args:
+      left: [..., D].
+      right: [..., D], of the same shape.
+      mask: bool [...].
+      weight: [...], used where the mask holds.
+
+    Returns:
+      float32 [D, D].
+    """
+    channels = left.shape[-1]
+    mask, weight = mask.reshape(-1), weight.reshape(-1)
+    left = masked_standardize(left.reshape(-1, channels), mask)
+    right = masked_standardize(right.reshape(-1, channels), mask)
+    return jnp.einsum("nc,nd->cd", left * weight[:, None], right)

@@ -1,4 +1,8 @@
-"""The temporal head: what relates the frames of a video (`agg_module` in the reference)."""
+"""Temporal aggregation of frame features (the reference's `agg_module`)."""
+
+import re
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +10,44 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.layers import Run, Transformer, new_block_init
-
-# The reference's heads use BERT's LayerNorm, whose epsilon is not CLIP's 1e-5.
-LN_EPS = 1e-12
+from drl_jax.models.layers import BERT_LN_EPS, BlockRunConfig, Transformer, new_block_init
 
 
-class SequenceTransformer(nnx.Module):
+class TemporalHead(nnx.Module):
+    """Maps frame features to frame features that depend on each other.
+
+    A new head is a subclass and an entry of `TEMPORAL_HEADS`.
+    """
+
+    # As in `Interaction`.
+    COPIED_POSITIONS: ClassVar[str] = ""
+    # Tensors of the reference's state dict that it never uses.
+    UNUSED_REFERENCE_NAMES: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        """frame_feat [B, F, D], frame_mask bool [B, F] -> [B, F, D]."""
+        raise NotImplementedError
+
+    @classmethod
+    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
+        """As `Interaction.reference_name`, for paths below `temporal/`."""
+        raise NotImplementedError
+
+    @classmethod
+    def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
+        """As `Interaction.config_of_weights`."""
+        raise NotImplementedError
+
+
+class SequenceTransformer(TemporalHead):
     """seqTransf: position embeddings, CLIP-style blocks over the valid frames, and a residual."""
 
+    COPIED_POSITIONS: ClassVar = "frame_position_embeddings"
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width = config.clip.text_width
+        width = config.backbone.text_width
         self.frame_position_embeddings = nnx.Embed(
-            config.clip.context_length,
+            config.backbone.context_length,
             width,
             embedding_init=normal(config.position_std or 0.02),
             rngs=rngs,
@@ -26,29 +55,44 @@ class SequenceTransformer(nnx.Module):
         self.transformer = Transformer(
             width,
             config.temporal_layers,
-            config.clip.text_heads,
-            eps=LN_EPS,
+            config.backbone.text_heads,
+            eps=BERT_LN_EPS,
             init=new_block_init(),
-            run=Run.of(config),
+            run=BlockRunConfig.of(config),
             rngs=rngs,
         )
 
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
-        """frame_feat [B, F, D], frame_mask bool [B, F] -> [B, F, D]."""
         positions = jnp.arange(frame_feat.shape[1])
         x = frame_feat + self.frame_position_embeddings(positions)
-        # Keys only: a padded frame still gets an output, which later masks drop.
+        # Masks keys only: padded frames have an output, which later masks drop.
         return frame_feat + self.transformer(x, frame_mask[:, None, None, :])
 
+    @classmethod
+    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
+        del paths
+        if path.startswith("transformer/"):
+            return path.replace("transformer/", "transformerClip/", 1)
+        return path if path.startswith("frame_position_embeddings/") else None
 
-class SequenceLSTM(nnx.Module):
-    """seqLSTM: one LSTM layer over the valid frames, plus its input; gates are torch's i, f, g, o.
+    @classmethod
+    def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
+        prefix = "transformerClip.resblocks."
+        layers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+        return {"temporal_layers": len(layers)} if layers else None
 
-    Valid frames come first, so a padded frame never reaches a valid one; it keeps its input.
+
+class SequenceLSTM(TemporalHead):
+    """seqLSTM: one LSTM layer over the valid frames, and a residual; torch's gate order i, f, g, o.
+
+    Valid frames come first, so a padded frame never affects a valid one; its output is its input.
     """
 
+    # Positions of seqTransf, which the reference creates for seqLSTM, too.
+    UNUSED_REFERENCE_NAMES: ClassVar = ("frame_position_embeddings.weight",)
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width = config.clip.embed_dim
+        width = config.backbone.embed_dim
         bound = width**-0.5
 
         def linear() -> nnx.Linear:
@@ -58,7 +102,6 @@ class SequenceLSTM(nnx.Module):
         self.ih, self.hh = linear(), linear()
 
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
-        """frame_feat [B, F, D], frame_mask bool [B, F] -> [B, F, D]."""
         gates_of_input = jnp.moveaxis(self.ih(frame_feat), 1, 0)  # [F, B, 4D]
         recurrent, weights = nnx.split(self.hh)
 
@@ -73,6 +116,18 @@ class SequenceLSTM(nnx.Module):
         _, outputs = jax.lax.scan(run_frame, (zeros, zeros), gates_of_input)
         return frame_feat + jnp.moveaxis(outputs, 0, 1) * frame_mask[:, :, None]
 
+    @classmethod
+    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
+        del paths
+        match = re.match(r"(ih|hh)/(kernel|bias)$", path)
+        if not match:
+            return None
+        return f"lstm_visual/{'weight' if match[2] == 'kernel' else 'bias'}_{match[1]}_l0"
+
+    @classmethod
+    def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
+        return {} if "lstm_visual.weight_ih_l0" in names else None
+
 
 def _symmetric_uniform(bound: float) -> Initializer:
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
@@ -82,4 +137,9 @@ def _symmetric_uniform(bound: float) -> Initializer:
     return init
 
 
-HEADS = {"none": None, "seqTransf": SequenceTransformer, "seqLSTM": SequenceLSTM}
+# None: frame features are used as the backbone gives them.
+TEMPORAL_HEADS: dict[str, type[TemporalHead] | None] = {
+    "none": None,
+    "seqLSTM": SequenceLSTM,
+    "seqTransf": SequenceTransformer,
+}

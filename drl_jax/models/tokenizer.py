@@ -1,8 +1,7 @@
-"""Captions to CLIP token ids.
+"""CLIP's byte-pair tokenizer.
 
-The tokeniser is OpenAI's own file, `clip/simple_tokenizer.py` of the PyPI package `openai-clip`,
-with the vocabulary that lies beside it. It is loaded by its path, because importing the package
-would import torch.
+Uses OpenAI's own `clip/simple_tokenizer.py` and its vocabulary from the PyPI package `openai-clip`.
+The file is loaded by its path, because importing the package imports torch.
 """
 
 import functools
@@ -20,7 +19,7 @@ _VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48
 
 @functools.cache
 def _simple_tokenizer():
-    """OpenAI's SimpleTokenizer (one per process: building it takes about 0.2 s).
+    """OpenAI's SimpleTokenizer, created once per process (about 0.2 s).
 
     Raises:
       RuntimeError: the installed vocabulary is not OpenAI's.
@@ -37,10 +36,10 @@ def _simple_tokenizer():
 
 
 def tokenize(captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes captions as the reference does.
+    """Tokenizes captions as the reference does.
 
-    ids = BOS + BPE tokens, cut to `max_words - 1` in all, + EOS, padded with 0. Cleaning (ftfy,
-    html-unescape twice, white space, lower case) is OpenAI's.
+    ids = BOS + BPE tokens, truncated to `max_words - 1` ids, + EOS, padded with 0. Text cleaning
+    (ftfy, html-unescape twice, white space, lower case) is OpenAI's.
 
     Args:
       captions: N strings.
@@ -48,8 +47,8 @@ def tokenize(captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.nd
 
     Returns:
       text_ids: int32 [N, L].
-      text_mask: bool [N, L], True from BOS to EOS. Id 0 is also the token "!", so the mask cannot
-        be guessed from the ids.
+      text_mask: bool [N, L], True from BOS to EOS. Id 0 is also the token "!", so the ids do not
+        determine the mask.
     """
     tokenizer = _simple_tokenizer()
     bos, eos = tokenizer.encoder["<|startoftext|>"], tokenizer.encoder["<|endoftext|>"]
@@ -65,8 +64,8 @@ def tokenize(captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.nd
 def token_strings(text_ids: np.ndarray) -> list[str]:
     """The text of each token id of a row, int [L].
 
-    A word may be several tokens: "-" follows those that it goes on after. The marks of start and
-    end are "[start]" and "[end]".
+    A word may have several tokens: a trailing "-" means the word continues. BOS and EOS are
+    "[start]" and "[end]".
     """
     tokenizer = _simple_tokenizer()
     marks = {

@@ -1,62 +1,64 @@
-"""Checkpoints of a run: the only room that knows Orbax.
+"""Checkpoints of a run. The only module that imports Orbax.
 
-A checkpoint is three items, `params`, `opt_state` and `step`, so that evaluation reads the first
-alone. Those kept are the last few and the best of those that were evaluated.
+A checkpoint has three items, `params`, `opt_state` and `step`, so that evaluation can read the
+parameters alone. Its metric is attached later, in `metrics.json`. The latest checkpoints and the
+best evaluated one are kept.
 """
 
+import contextlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from drl_jax.models.drl import Params
+from drl_jax.config import ModelConfig
+from drl_jax.models.drl import Params, abstract_params
+from drl_jax.runtime.distributed import barrier, is_main
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import write_json
+from drl_jax.sharding import Layout
 from drl_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
-# The metric that the best checkpoint has most of.
+# Metric maximised to choose the best checkpoint.
 SELECTION_METRIC = "val_t2v_R1"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is absent or belongs to another model."""
+    """A checkpoint that is missing or belongs to another model."""
 
 
 class Checkpoints:
-    """The checkpoints of a run; use it in a `with` block, which waits for the last save.
+    """The checkpoints of a run, as a context manager.
 
-    (Without the wait the last asynchronous save is lost, even when a program ends normally.)
+    Leaving the block waits for the last save; without it, an asynchronous save is lost even when
+    the program ends normally.
     """
 
     def __init__(self, workdir: Path, keep_latest: int = 1, *, read_only: bool = False):
-        """Opens the checkpoints of a run; creates them unless `read_only`."""
-        best = checkpoint_managers.BestN(
-            get_metric_fn=_selection_metric, n=1, keep_checkpoints_without_metrics=False
-        )
-        self._manager = ocp.CheckpointManager(
-            (workdir / DIRECTORY).absolute(),
-            item_names=("params", "opt_state", "step"),
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "opt_state": ocp.StandardCheckpointHandler(),
-                "step": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_selection_metric,
-                best_mode="max",
-                # `max_to_keep` with `best_fn` would delete the latest checkpoint when its metric
-                # is poor, and the run would resume from an old one.
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [checkpoint_managers.LatestN(keep_latest), best]
+        """Opens the checkpoints of a run; creates the directory unless `read_only`."""
+        self._directory = (workdir / DIRECTORY).absolute()
+        with _without_warnings():
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                item_names=("params", "opt_state", "step"),
+                item_handlers={
+                    "params": ocp.StandardCheckpointHandler(),
+                    "opt_state": ocp.StandardCheckpointHandler(),
+                    "step": ocp.JsonCheckpointHandler(),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_LatestAndBest(self, keep_latest),
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
                 ),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
-        )
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -68,89 +70,149 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Step of the best evaluated checkpoint."""
-        return self._manager.best_step()
+        """Step of the best evaluated checkpoint; the latest of several equally good ones."""
+        values = {step: value for step in self.steps() if (value := self.metric(step)) is not None}
+        return max(values, key=lambda step: (values[step], step), default=None)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
-        """Saves in the background. `metrics` must hold SELECTION_METRIC, if given."""
+    def metric(self, step: int) -> float | None:
+        """Value of SELECTION_METRIC that is attached to a checkpoint; None if there is none.
+
+        NaN ranks below every number.
+        """
+        directory = self._directory / str(step)
+        # Runs of version 0.1 have Orbax's own file.
+        for path in (directory / "metrics.json", directory / "metrics" / "metrics"):
+            if path.is_file():
+                value = json.loads(path.read_text(encoding="utf-8"))[SELECTION_METRIC]
+                return -math.inf if math.isnan(value) else value
+        return None
+
+    def save(self, state: TrainState) -> None:
+        """Saves in the background; does nothing if the step is saved already."""
         step = int(state.step)
+        if step in self._manager.all_steps():
+            return
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.StandardSave(state.opt_state),
             step=ocp.args.JsonSave({"step": step}),
         )
-        # An epoch may end where a checkpoint was already saved: that one has no metrics.
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
-        self._manager.save(step, args=items, metrics=metrics, force=True)
+        self._manager.save(step, args=items, force=True)
+
+    def attach_metric(self, step: int, value: float) -> None:
+        """Stores the metric of a saved checkpoint; waits until the save has finished."""
+        self._manager.wait_until_finished()
+        if is_main():
+            write_json(self._directory / str(step) / "metrics.json", {SELECTION_METRIC: value})
+        barrier(f"metric of checkpoint {step}")
 
     def find_step(self, name: str) -> int:
-        """The step of a checkpoint by name: "best", "latest" or a number.
+        """Resolves the name of a checkpoint: "best", "latest" or a number.
 
-        A run that was never evaluated has no best one; it is then the latest.
+        Without an evaluated checkpoint, "best" is the latest.
 
         Raises:
-          CheckpointError: there is none, or the name is none of these.
+          CheckpointError: there is no checkpoint, or the name is none of these.
         """
         if name.isdigit():
             return int(name)
         if name not in ("best", "latest"):
-            raise CheckpointError(f"--checkpoint is best, latest or a step, not {name!r}")
+            raise CheckpointError(f"checkpoint is best, latest or a step, not {name!r}")
         step = self.best_step() if name == "best" else None
         step = self.latest_step() if step is None else step
         if step is None:
-            raise CheckpointError(f"there is no checkpoint in {self._manager.directory} yet")
+            raise CheckpointError(f"there is no checkpoint in {self._directory} yet")
         return step
 
     def restore_params(self, step: int, abstract: Params) -> Params:
-        """Parameters of a checkpoint in the layout of `abstract`.
+        """Restores the parameters of a checkpoint with the shardings of `abstract`.
 
         Raises:
           CheckpointError: there is no such checkpoint, or its parameters have other shapes.
         """
-        self._check(step, abstract)
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=items)["params"]
+        return self._restore(step, params=abstract)["params"]
 
     def restore_state(self, step: int, abstract: TrainState) -> TrainState:
-        """The whole state of a checkpoint in the layout of `abstract`.
+        """Restores the state of a checkpoint with the shardings of `abstract`.
 
         Raises:
           CheckpointError: see `restore_params`.
         """
-        self._check(step, abstract.params)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            opt_state=ocp.args.StandardRestore(abstract.opt_state),
-        )
-        restored = self._manager.restore(step, args=items)
+        items = self._restore(step, params=abstract.params, opt_state=abstract.opt_state)
         counter = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-        return TrainState(counter, restored["params"], restored["opt_state"])
+        return TrainState(counter, items["params"], items["opt_state"])
 
-    def _check(self, step: int, abstract: Params) -> None:
-        """Compares shapes before Orbax reads: its own message is pages long."""
-        self._manager.wait_until_finished()  # the save may be this very moment's
+    def _restore(self, step: int, **abstract: Any) -> dict[str, Any]:
+        stored = self._stored_params(step)
+        # Version 0.1 called the backbone `clip`, also in the optimiser state.
+        renamed = "clip" in stored and "backbone" not in stored
+        if renamed:
+            abstract = _rename_keys(abstract, {"backbone": "clip"})
+        self._check(step, _shapes(stored), _shapes(abstract["params"]))
+        items = ocp.args.Composite(
+            **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        )
+        restored = dict(self._manager.restore(step, args=items).items())
+        return _rename_keys(restored, {"clip": "backbone"}) if renamed else restored
+
+    def _stored_params(self, step: int) -> Any:
+        """Metadata of the parameters of a checkpoint."""
+        self._manager.wait_until_finished()  # The checkpoint may be in the middle of its save.
         if step not in self._manager.all_steps():
             found = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
-                f"no checkpoint of step {step} in {self._manager.directory}; there are: {found}"
+                f"no checkpoint of step {step} in {self._directory}; there are: {found}"
             )
-        stored = _shapes(self._manager.item_metadata(step)["params"].tree)
-        wanted = _shapes(abstract)
+        return self._manager.item_metadata(step)["params"].tree
+
+    def _check(self, step: int, stored: dict, wanted: dict) -> None:
+        """Compares shapes before Orbax does: its own message is pages long."""
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
                 raise CheckpointError(
-                    f"checkpoint {step} in {self._manager.directory} is of another model: {name} is"
-                    f" {stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+                    f"checkpoint {step} in {self._directory} is of another model: {name} is"
+                    f" {stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
                 )
 
 
-def _selection_metric(metrics: Mapping[str, float]) -> float:
-    value = metrics[SELECTION_METRIC]
-    return -math.inf if math.isnan(value) else value
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns of every option that a read-only manager ignores."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the latest checkpoints and the best evaluated one.
+
+    (Orbax's `best_fn` with `max_to_keep` deletes the latest checkpoint when its metric is poor.)
+    """
+
+    def __init__(self, checkpoints: Checkpoints, keep_latest: int):
+        self._checkpoints, self._keep_latest = checkpoints, keep_latest
+
+    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
+        del context
+        steps = [info.step for info in checkpoints]
+        kept = {*sorted(steps)[-self._keep_latest :], self._checkpoints.best_step()}
+        return [step in kept for step in steps]
+
+
+def _rename_keys(tree: Any, names: dict[str, str]) -> Any:
+    """Renames dictionary keys at every depth of a tree of dicts and (named) tuples."""
+    if isinstance(tree, dict):
+        return {names.get(key, key): _rename_keys(value, names) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        values = [_rename_keys(value, names) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
+    return tree
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -158,3 +220,27 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         "/".join(str(entry.key) for entry in path): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def restore_params(
+    workdir: Path, model: ModelConfig, layout: Layout, checkpoint: str
+) -> tuple[int, Params]:
+    """Restores the parameters of a run.
+
+    Args:
+      workdir: directory of the run.
+      model: its model.
+      layout: shardings of the parameters.
+      checkpoint: "best", "latest" or a step.
+
+    Returns:
+      The step and the parameters.
+
+    Raises:
+      CheckpointError: the run has no such checkpoint.
+    """
+    if not (workdir / DIRECTORY).is_dir():
+        raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.find_step(checkpoint)
+        return step, checkpoints.restore_params(step, abstract_params(model, layout))

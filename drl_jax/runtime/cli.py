@@ -1,105 +1,127 @@
-"""What the entry points share: flags, and errors as one line."""
+"""Command-line layer of every entry point: parser, configuration flags, errors, exit status.
 
-import os
+Exit status: 0 success; 1 an error the user can fix, or a training run that stopped after a
+checkpoint; 2 wrong arguments; 130 interrupted.
+
+Entry points import what they need inside their work function, so that `--help` and a wrong argument
+are answered before jax is imported.
+"""
+
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from drl_jax.runtime.errors import UserError
 
-
-def define_config_flag() -> flags.FlagHolder:
-    """`--config=configs/NAME.py[:VARIANT]` with typed overrides `--config.group.field=value`."""
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "Configuration file, e.g. configs/shapes.py.", lock_config=True
-    )
-    flags.mark_flag_as_required("config")
-    return holder
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
-def default_workdir() -> str:
-    """`runs/NAME` or `runs/NAME_VARIANT` of the configuration that was given."""
-    name = config_flags.get_config_filename(flags.FLAGS["config"])
-    path, _, variant = name.partition(":")
-    return str(Path("runs") / "_".join(filter(None, (Path(path).stem, variant))))
+class Parser(argparse.ArgumentParser):
+    """An argument parser, also of subcommands, that prints an error in one line.
 
-
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags, runs `main`, and exits; a user's mistake is one line and status 1."""
-    app.run(lambda _: _report_errors(main), flags_parser=_parse_flags)
-
-
-def run_with_paths(main: Callable[..., None], *names: str) -> None:
-    """As `run`, for a command that takes paths before its flags: `main(path, ...)`.
-
-    Args:
-      main: called with one Path for each name.
-      names: what the paths are called in the message about a wrong number of them.
+    Flags cannot be abbreviated: an abbreviation would change its meaning when a flag is added.
     """
 
-    def parse(arguments: Sequence[str]) -> list[str]:
-        rest = _parse_flags(arguments, positional=len(names))
-        if len(rest) != 1 + len(names):
-            _fail(f"needs {len(names)} paths: {' '.join(names)}", status=2)
-        return rest
+    def __init__(self, prog: str, **options: Any):
+        """Creates the parser of a command, e.g. `python -m drl_jax.train`."""
+        super().__init__(prog, allow_abbrev=False, **options)
 
-    app.run(
-        lambda rest: _report_errors(lambda: main(*map(Path, rest[1:]))),
-        flags_parser=parse,
+    def error(self, message: str) -> NoReturn:
+        """Prints the error in one line and exits with status 2."""
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    """Argument type: a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, not {text!r}")
+    return int(text)
+
+
+def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
+    """Runs the work of a command and reports what a user can fix in one line on stderr.
+
+    Args:
+      command: name of the command, e.g. `drl_jax.train`.
+      work: does the work; may return an exit status.
+      on_interrupt: what an interruption with Ctrl-C leaves behind, for the message.
+
+    Returns:
+      The exit status.
+    """
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS log every file they touch.
+    try:
+        return work() or 0
+    except UserError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        line = (
+            f"{command}: interrupted; {on_interrupt}" if on_interrupt else f"{command}: interrupted"
+        )
+        print(line, file=sys.stderr)
+        return 130
+
+
+# ---------------------------------------------------------------- configuration files
+
+
+def add_config_flag(parser: Parser) -> None:
+    """Adds `--config`; `parse_with_config` reads it and its overrides."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:VARIANT]",
+        help="configuration file, e.g. configs/shapes.py; --config.GROUP.FIELD=VALUE overrides a"
+        " field (all fields: drl_jax/config.py)",
     )
 
 
-def _parse_flags(arguments: Sequence[str], positional: int = 0) -> list[str]:
+def parse_with_config(
+    parser: Parser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, "ConfigDict"]:
+    """Parses arguments and loads the configuration file with typed overrides.
+
+    Args:
+      parser: has `--config` (`add_config_flag`).
+      arguments: the arguments; None: those of the process.
+
+    Returns:
+      The options, and the configuration as a ConfigDict. A wrong file, field, type or argument ends
+      the process with one line and status 2.
+    """
+    options, rest = parser.parse_known_args(arguments)
+    from absl import flags
+    from ml_collections import config_flags
+
+    arguments = [parser.prog, f"--config={options.config}", *rest]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", flag_values=values, lock_config=True, sys_argv=arguments
+    )
     try:
-        rest = flags.FLAGS(arguments)
-    # A config file is code: what it raises, and what ml_collections raises about a field that it
-    # does not have, is about the flags.
+        unparsed = values(arguments)[1:]
+    # A configuration file is code and may raise anything.
     except Exception as error:
-        _fail(_in_one_line(error), status=2)
-    if len(rest) > 1 + positional:
-        _fail(f"unexpected argument {rest[1 + positional]!r}; flags look like --name=value", 2)
-    return rest
+        parser.error(_one_line(error))
+    if unparsed:
+        parser.error(f"unexpected argument {unparsed[0]!r}; flags look like --name=value")
+    return options, values.config
 
 
-def _in_one_line(error: Exception) -> str:
-    """The message without the traceback that ml_collections puts into it."""
+def default_workdir(config: str) -> Path:
+    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`."""
+    path, _, variant = config.partition(":")
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, variant)))
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error, without the traceback that ml_collections puts into it."""
     start, traceback, rest = str(error).partition("Traceback")
     message = start + rest.strip().splitlines()[-1] if traceback else start
     return " ".join(message.split())
-
-
-def _report_errors(main: Callable[[], None]) -> None:
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it touches
-    cache_compilations()
-    try:
-        main()
-    except UserError as error:
-        _fail(str(error), status=1)
-    except KeyboardInterrupt:
-        _fail("interrupted", status=130)
-
-
-def cache_compilations() -> None:
-    """Keeps what XLA compiles in the user's cache directory, for the next run of any command.
-
-    JAX_COMPILATION_CACHE_DIR, JAX's own setting, names another directory, or none if it is empty.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(home) / "drl_jax" / "xla"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # no place to keep anything, as in some containers: only slower
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-def _fail(message: str, status: int) -> None:
-    print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
-    sys.exit(status)

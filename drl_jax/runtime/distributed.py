@@ -1,68 +1,69 @@
-"""Training over several processes: flags, a bounded start, and what the processes agree on."""
+"""Runs of several processes: start-up with a time limit, and agreement between processes."""
 
 import os
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
 from drl_jax.runtime.errors import UserError
 
 
 class DistributedError(UserError):
-    """Flags that name no cluster, or processes that do not find each other."""
+    """Arguments that describe no cluster, or processes that cannot connect."""
 
 
-def define_flags() -> None:
-    """The flags that `initialize_from_flags` reads."""
-    flags.DEFINE_enum(
-        "distributed",
-        "none",
-        ["none", "auto", "manual"],
-        "Processes of the run. none: this one. auto: those of SLURM, Open MPI or Kubernetes."
-        " manual: those of --coordinator, --num_processes and --process_id.",
-    )
-    flags.DEFINE_string("coordinator", None, "HOST:PORT on which process 0 is reached.")
-    flags.DEFINE_integer("num_processes", None, "Number of processes.")
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-    flags.DEFINE_list(
-        "local_device_ids", None, "Devices of this host that are this process's; default: all."
-    )
-    flags.DEFINE_integer("init_timeout", 300, "Seconds to wait for the other processes.")
+def initialize(
+    mode: str,
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    local_device_ids: str | None = None,
+    timeout: int = 300,
+) -> None:
+    """Joins the processes of a run; must be called before any computation.
 
-
-def initialize_from_flags() -> None:
-    """Joins the processes of the run; to be called before anything is computed.
+    Args:
+      mode: "none" (this process alone), "auto" (a cluster that JAX detects: SLURM, Open MPI,
+        Kubernetes) or "manual" (the next three arguments).
+      coordinator: HOST:PORT of process 0.
+      num_processes: number of processes.
+      process_id: index of this process.
+      local_device_ids: devices of this process, separated by commas; None: all of the host.
+      timeout: seconds to wait for the other processes.
 
     Raises:
-      DistributedError: flags that do not fit together, or no cluster to be found.
+      DistributedError: arguments that do not fit together, or no cluster.
     """
-    given = flags.FLAGS
-    manual = {name: given[name].value for name in ("coordinator", "num_processes", "process_id")}
-    if given.distributed != "manual":
+    manual = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    if mode != "manual":
         if unused := [name for name, value in manual.items() if value is not None]:
             raise DistributedError(f"--{unused[0]} goes with --distributed=manual")
     elif missing := [name for name, value in manual.items() if value is None]:
         raise DistributedError(f"--distributed=manual needs --{missing[0]} too")
-    if given.init_timeout <= 0:
-        raise DistributedError("--init_timeout must be a positive number of seconds")
-    if given.distributed == "none":
-        if given.local_device_ids is not None:
+    if mode == "none":
+        if local_device_ids is not None:
             raise DistributedError("--local_device_ids goes with --distributed=auto or manual")
         return
-    if given.distributed == "manual":
-        _check_manual(**manual)
+    if mode == "manual":
+        _check_manual(coordinator, num_processes, process_id)
     _initialize(
-        given.init_timeout,
-        coordinator_address=manual["coordinator"],
-        num_processes=manual["num_processes"],
-        process_id=manual["process_id"],
-        local_device_ids=_device_ids(given.local_device_ids),
+        timeout,
+        coordinator_address=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        local_device_ids=_device_ids(local_device_ids),
     )
 
 
@@ -83,7 +84,7 @@ def _check_manual(coordinator: str, num_processes: int, process_id: int) -> None
         raise DistributedError(f"--coordinator={coordinator}: {error.strerror}") from error
     if process_id == 0:
         with socket.socket() as probe:
-            # As the coordinator binds it: a port in its last closing minute is free.
+            # As the coordinator binds it: a port in TIME_WAIT is free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", int(port)))
@@ -93,25 +94,24 @@ def _check_manual(coordinator: str, num_processes: int, process_id: int) -> None
                 ) from error
 
 
-def _device_ids(values: list[str] | None) -> list[int] | None:
-    if values is None:
+def _device_ids(text: str | None) -> list[int] | None:
+    if text is None:
         return None
-    if not values or not all(value.isdigit() for value in values):
-        raise DistributedError(
-            f"--local_device_ids is a list such as 0,1, not {','.join(values)!r}"
-        )
+    values = text.split(",")
+    if not all(value.isdigit() for value in values):
+        raise DistributedError(f"--local_device_ids is a list such as 0,1, not {text!r}")
     return [int(value) for value in values]
 
 
 def _initialize(timeout: int, **arguments: object) -> None:
-    """`jax.distributed.initialize`, ended by one line when it takes longer than `timeout`.
+    """Calls `jax.distributed.initialize`; prints one line and exits after `timeout` seconds.
 
-    Its own time limit aborts the process with a stack trace of C++, so it gets a later one.
+    JAX's own time limit aborts the process with a C++ stack trace, so it is set to a later time.
     """
 
     def give_up() -> None:
         print(f"{_program()}: {_diagnosis(timeout, arguments)}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread is inside C++ and cannot be interrupted
+        os._exit(1)  # The main thread is inside C++ and cannot be interrupted.
 
     watchdog = threading.Timer(timeout, give_up)
     watchdog.daemon = True
@@ -130,7 +130,7 @@ def _diagnosis(timeout: int, arguments: dict) -> str:
     if address is None:
         return f"the processes of the cluster did not find each other within {timeout} s"
     others = (
-        f"not all {arguments['num_processes']} processes came to {address} within {timeout} s;"
+        f"not all {arguments['num_processes']} processes connected to {address} within {timeout} s;"
         " each needs its own --process_id and the same --coordinator and --num_processes"
     )
     host, _, port = address.rpartition(":")
@@ -147,12 +147,52 @@ def _program() -> str:
 
 
 def is_main() -> bool:
-    """Whether this process writes logs and results: process 0."""
+    """Whether this is process 0, which writes logs and results."""
     return jax.process_index() == 0
 
 
-def any_process(flag: bool) -> bool:
-    """Whether `flag` holds in any process; all of them have to ask at the same time."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+def barrier(name: str) -> None:
+    """Waits until all processes have reached the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class StopPoll:
+    """Agrees across processes on the step after which to stop.
+
+    Each poll synchronises all processes, so it runs about every `seconds`. The interval in steps
+    is estimated from the slowest process and is the same in all of them.
+    """
+
+    def __init__(self, pending: Callable[[], bool], *, seconds: float = 5.0):
+        """Creates the poll.
+
+        Args:
+          pending: whether a stop is pending in this process.
+          seconds: time between polls, and so the longest delay of a stop, beside one step.
+        """
+        self._pending, self._seconds = pending, seconds
+        self._last_step: int | None = None
+        self._last_time = time.monotonic()
+        self._next_step = 0
+
+    def __call__(self, step: int) -> bool:
+        """Whether to stop after `step`; all processes call it after every step."""
+        if jax.process_count() == 1:
+            return self._pending()
+        if step < self._next_step:
+            return False
+        now = time.monotonic()
+        steps = 1 if self._last_step is None else max(step - self._last_step, 1)
+        own = np.array([self._pending(), (now - self._last_time) / steps], np.float32)
+        pending, step_seconds = multihost_utils.process_allgather(own).T
+        self._last_step, self._last_time = step, now
+        # At most doubled: steps may become slower than the past ones.
+        interval = poll_interval(self._seconds, float(step_seconds.max()))
+        self._next_step = step + min(interval, 2 * steps)
+        return bool(pending.any())
+
+
+def poll_interval(seconds: float, step_seconds: float) -> int:
+    """Steps between two polls; at least 1."""
+    return max(1, int(seconds / max(step_seconds, 1e-3)))

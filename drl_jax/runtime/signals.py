@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a long job grants at its next safe point."""
+"""Handles SIGINT and SIGTERM at the next safe point of a long job."""
 
 import signal
 import sys
@@ -6,7 +6,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `pending`; a second SIGINT interrupts."""
+    """Context manager: the first SIGINT or SIGTERM sets `pending`; a second SIGINT interrupts."""
 
     def __init__(self) -> None:
         self.pending = False
@@ -28,6 +28,6 @@ class StopRequest:
         self.pending = True
         print(
             f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping"
-            " (Ctrl-C again to stop without)",
+            " (Ctrl-C again stops at once)",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""A pool of processes that keeps order, bounds memory and survives what its workers run into."""
+"""Ordered map over a pool of processes, with bounded memory and per-call failures."""
 
 import collections
 import concurrent.futures
@@ -13,31 +13,33 @@ from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from drl_jax.runtime.resources import available_cpus
+
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Lost:
-    """A call without a result: its process died or took too long."""
+class WorkerFailure:
+    """Result of a call whose process died or timed out."""
 
     reason: str
 
 
 def map_in_processes(
     function: Callable[..., T], arguments: Sequence[tuple], *, timeout: float | None = None
-) -> Iterator[T | Lost]:
-    """`function(*a)` for each `a` of `arguments`, in order, computed by all cores.
+) -> Iterator[T | WorkerFailure]:
+    """Computes `function(*a)` for each `a` of `arguments`, in order, on all available processors.
 
     Args:
-      function: at the top level of a module; it returns the errors that it expects as values.
-      arguments: one tuple a call.
-      timeout: seconds that a call may take; the process is then killed, whatever it hangs in.
+      function: defined at the top level of a module; returns expected errors as values.
+      arguments: one tuple for each call.
+      timeout: seconds per call; the process of a call that takes longer is killed.
 
     Yields:
-      The results. At most a few for each core wait for a slow one before them.
+      The results in order. At most 8 finished or running calls per worker are held at a time.
     """
-    workers = max(1, min(os.cpu_count() or 1, len(arguments)))
-    # Spawned, because forking a process in which TFDS or jax runs threads can deadlock.
+    workers = max(1, min(available_cpus(), len(arguments)))
+    # Spawned: forking a process in which TFDS or jax runs threads can deadlock.
     pool = ProcessPool(
         workers, context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
     )
@@ -54,23 +56,23 @@ def map_in_processes(
         pool.join()
 
 
-def _result(future: ProcessFuture, timeout: float | None) -> T | Lost:
+def _result(future: ProcessFuture, timeout: float | None) -> T | WorkerFailure:
     try:
         return future.result()
     except concurrent.futures.TimeoutError:
-        return Lost(f"took longer than {timeout:g} s")
+        return WorkerFailure(f"took longer than {timeout:g} s")
     except ProcessExpired as error:
-        return Lost(f"the process that worked on it died (exit code {error.exitcode})")
+        return WorkerFailure(f"the process that worked on it died (exit code {error.exitcode})")
 
 
 def _start_worker(parent: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the one that owns the pool ends the others.
+    # Ctrl-C reaches every process of a terminal; the owner of the pool ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """A parent that was killed cannot end its workers: they look after themselves."""
+def _exit_with_parent(parent: int) -> None:
+    """A parent that was killed cannot end its workers, so each worker watches its parent."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

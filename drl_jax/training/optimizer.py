@@ -9,17 +9,19 @@ import optax
 
 from drl_jax.config import OptimConfig
 
-# CLIP's temperature never exceeds 100.
+# CLIP bounds exp(logit_scale) by 100.
 MAX_LOGIT_SCALE = 4.605170185988092
 
 
 class BertAdamState(NamedTuple):
+    """First and second moments of the gradients."""
+
     mu: optax.Updates
     nu: optax.Updates
 
 
 def scale_by_bert_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam without bias correction, which optax.scale_by_adam cannot leave out."""
+    """Adam without bias correction, which optax.scale_by_adam always applies."""
 
     def init(params):
         return BertAdamState(
@@ -39,9 +41,10 @@ def scale_by_bert_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 def make_schedule(
     base_lr: float, warmup_proportion: float, total_steps: int
 ) -> Callable[[jax.Array], jax.Array]:
-    """BertAdam's `warmup_cosine`: linear warm-up, then a cosine that is *not* restarted after it.
+    """BertAdam's `warmup_cosine`: linear warm-up, then a cosine over all steps.
 
-    Step 0 has learning rate 0; the curve jumps a little where warm-up ends.
+    The cosine starts at step 0, not at the end of warm-up, so the curve is discontinuous there. The
+    learning rate of step 0 is 0.
     """
 
     def schedule(step):
@@ -54,18 +57,18 @@ def make_schedule(
 
 
 def parameter_group(path: tuple) -> str:
-    """`clip` for the pretrained towers and the temperature, `new` for everything else."""
-    return "clip" if path[0].key == "clip" else "new"
+    """`backbone` for the pretrained towers and the temperature, `new` for everything else."""
+    return "backbone" if path[0].key == "backbone" else "new"
 
 
 def decays(path: tuple) -> bool:
-    """The reference decays every parameter without `bias` in its name (LayerNorm's too)."""
+    """The reference decays every parameter without `bias` in its name, also LayerNorm's."""
     return "bias" not in path[-1].key
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """Global clip, BertAdam, decoupled decay multiplied by the learning rate of each group."""
-    lr = {"clip": config.lr * config.coef_lr, "new": config.lr}
+    """Gradient clipping by global norm, then BertAdam with the learning rate of each group."""
+    lr = {"backbone": config.lr * config.coef_lr, "new": config.lr}
 
     def by_path(function):
         return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: function(p), params)

@@ -1,4 +1,4 @@
-"""Everything that training changes: step, parameters, optimiser state. Nothing hides elsewhere."""
+"""The training state: step, parameters and optimiser state."""
 
 from typing import Any, NamedTuple
 
@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.drl import Params, init_params
+from drl_jax.models.drl import Params, abstract_params, init_params
 from drl_jax.sharding import Layout
 
 
 class TrainState(NamedTuple):
+    """Everything that a training step changes."""
+
     step: jax.Array
     params: Params
     opt_state: Any
@@ -20,10 +22,10 @@ class TrainState(NamedTuple):
 def create_state(
     config: ModelConfig, tx: optax.GradientTransformation, seed: int, layout: Layout
 ) -> TrainState:
-    """Fresh state, created on the devices in its final layout."""
+    """New state with random parameters, created on the devices with its final shardings."""
 
     def create() -> TrainState:
-        return _state_of(init_params(config, jax.random.key(seed)), tx)
+        return _initial_state(init_params(config, jax.random.key(seed)), tx)
 
     return jax.jit(create, out_shardings=layout.parameters(jax.eval_shape(create)))()
 
@@ -31,35 +33,24 @@ def create_state(
 def state_from_params(
     params: Params, tx: optax.GradientTransformation, layout: Layout
 ) -> TrainState:
-    """The state before the first step from given parameters, on the host or on one device."""
+    """The state before the first step, with given parameters on the host or on one device."""
     params = jax.device_get(params)
 
     def create(params: Params) -> TrainState:
-        return _state_of(params, tx)
+        return _initial_state(params, tx)
 
     out = layout.parameters(jax.eval_shape(create, params))
     return jax.jit(create, out_shardings=out)(params)
 
 
-def _state_of(params: Params, tx: optax.GradientTransformation) -> TrainState:
+def _initial_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-
-def abstract_params(config: ModelConfig, layout: Layout) -> Params:
-    """Shapes, dtypes and layout of the parameters, without their memory."""
-    return _with_layout(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), layout)
 
 
 def abstract_state(
     config: ModelConfig, tx: optax.GradientTransformation, layout: Layout
 ) -> TrainState:
-    """Shapes, dtypes and layout of the whole state, without its memory."""
+    """Shapes, dtypes and shardings of the state, without its memory."""
     params = abstract_params(config, layout)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return _with_layout(TrainState(step, params, jax.eval_shape(tx.init, params)), layout)
-
-
-def _with_layout(tree: Any, layout: Layout) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.parameter(x.shape)), tree
-    )
+    return layout.abstract(TrainState(step, params, jax.eval_shape(tx.init, params)))

@@ -1,39 +1,64 @@
-"""Foreign weights into our parameters and back, every name of both sides accounted for."""
+"""Loads foreign weights into our parameters and back; every name of both sides is accounted for."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from drl_jax.config import ClipConfig, Config, DataConfig, ModelConfig
-from drl_jax.models.drl import Params, copy_text_tower, init_params
+from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, ModelConfig
+from drl_jax.models.drl import Params, config_from_dict, copy_text_tower, init_params
+from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import replacing
 from drl_jax.weights.names import entries, from_hugging_face, is_hugging_face
-from drl_jax.weights.torch_file import StateDict, read_torch_file
+from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
 
-# Integers that OpenAI's archives carry beside the weights.
+# Integers that OpenAI's archives store beside the weights.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
-# Beside seqLSTM the reference keeps the positions of seqTransf, and never uses them.
-_UNUSED_POSITIONS = "frame_position_embeddings.weight"
+# Channels of an attention head in every CLIP that OpenAI published.
+_OPENAI_HEAD_WIDTH = 64
+# Key of the configuration in the metadata of a safetensors file that we write.
+_CONFIG_KEY = "drl_jax_config"
 
 
 class WeightsError(UserError):
     """Weights that do not fit the model; the message names the tensors."""
 
 
-def read_weights(path: Path) -> StateDict:
-    """A file's tensors under the reference's names (CLIP's with the prefix `clip.`).
+class Weights(NamedTuple):
+    """The content of a file of weights.
+
+    Attributes:
+      state: tensors under the reference's names (CLIP's with the prefix `clip.`).
+      config: the configuration that the file was exported with; None if it does not have one.
+    """
+
+    state: StateDict
+    config: Config | None = None
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the file has DRL heads beside CLIP."""
+        return any(not name.startswith("clip.") for name in self.state)
+
+
+def read_weights(path: Path) -> Weights:
+    """Reads a file of weights.
 
     Args:
-      path: OpenAI's CLIP, Hugging Face's CLIP or a DRL checkpoint, in any form that
-        `read_torch_file` reads.
+      path: OpenAI's CLIP, Hugging Face's CLIP, a DRL checkpoint in any form that `read_torch_file`
+        reads, or a file that `save_weights` wrote.
 
     Raises:
       TorchFileError: the file cannot be read safely.
-      WeightsError: it holds something else.
+      WeightsError: it does not hold a CLIP ViT or a DRL checkpoint.
     """
     state = read_torch_file(path)
     if state and all(name.startswith("module.") for name in state):
@@ -45,18 +70,50 @@ def read_weights(path: Path) -> StateDict:
     for name in _OPENAI_EXTRAS:
         state.pop(f"clip.{name}", None)
     if "clip.visual.layer1.0.conv1.weight" in state:
-        raise WeightsError(f"{path} is a ResNet CLIP; DRL is built on the ViTs")
+        raise WeightsError(f"{path} is a ResNet CLIP; DRL needs a ViT")
     if "clip.visual.conv1.weight" not in state:
         raise WeightsError(f"{path} holds no CLIP: it has no visual.conv1.weight")
-    return state
+    return Weights(state, _stored_config(path))
 
 
-def infer_clip(state: StateDict) -> ClipConfig:
-    """Sizes of the towers from the shapes of their weights, as OpenAI's `build_model` does.
+def _stored_config(path: Path) -> Config | None:
+    stored = read_metadata(path).get(_CONFIG_KEY)
+    if stored is None:
+        return None
+    try:
+        return config_from_dict(json.loads(stored))
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise WeightsError(f"{path}: its stored configuration cannot be used: {error}") from error
+
+
+def save_weights(path: Path, params: Params, config: Config) -> None:
+    """Writes safetensors atomically under the reference's names, with the configuration.
 
     Raises:
-      WeightsError: a tensor that tells a size is missing.
+      WeightsError: the file cannot be written.
     """
+    metadata = {"format": "pt", _CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
+    try:
+        with replacing(path) as unfinished:
+            save_file(state_dict_from_params(params), unfinished, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WeightsError(f"cannot write {path}: {reason}") from error
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def backbone_of_weights(weights: Weights) -> BackboneConfig:
+    """Sizes of the towers: as stored with the weights, or inferred as OpenAI's `build_model` does.
+
+    Raises:
+      WeightsError: a tensor that tells a size is missing, or a width has no whole number of heads
+        of 64 channels.
+    """
+    if weights.config is not None:
+        return weights.config.model.backbone
+    state = weights.state
 
     def shape(name: str) -> tuple[int, ...]:
         if f"clip.{name}" not in state:
@@ -67,80 +124,93 @@ def infer_clip(state: StateDict) -> ClipConfig:
         start = f"clip.{prefix}.resblocks."
         return len({n[len(start) :].split(".")[0] for n in state if n.startswith(start)})
 
+    def heads(tower: str, width: int) -> int:
+        if width % _OPENAI_HEAD_WIDTH:
+            raise WeightsError(
+                f"the {tower} tower has {width} channels, which are not heads of"
+                f" {_OPENAI_HEAD_WIDTH} as in OpenAI's CLIP, and the file does not store its"
+                " configuration; export the run again with: python -m drl_jax.convert RUN"
+                " FILE.safetensors"
+            )
+        return width // _OPENAI_HEAD_WIDTH
+
     vision_width, _, patch, _ = shape("visual.conv1.weight")
     grid = round((shape("visual.positional_embedding")[0] - 1) ** 0.5)
     text_width = shape("ln_final.weight")[0]
-    return ClipConfig(
+    return BackboneConfig(
+        family="clip",
         embed_dim=shape("text_projection")[1],
         image_resolution=grid * patch,
         vision_layers=layers("visual.transformer"),
         vision_width=vision_width,
-        vision_heads=vision_width // 64,
+        vision_heads=heads("image", vision_width),
         vision_patch_size=patch,
         context_length=shape("positional_embedding")[0],
         vocab_size=shape("token_embedding.weight")[0],
         text_width=text_width,
-        text_heads=text_width // 64,
+        text_heads=heads("text", text_width),
         text_layers=layers("transformer"),
     )
 
 
-def infer_heads(config: ModelConfig, state: StateDict) -> ModelConfig:
-    """The interaction and the temporal head that a DRL checkpoint has, with their sizes.
+def heads_of_weights(config: ModelConfig, weights: Weights) -> ModelConfig:
+    """The configuration with the interaction and the temporal head of a DRL checkpoint.
 
-    `dp` and `ti` have no parameters: of these two, the configuration's own is kept, or `dp`.
+    `dp` and `ti` have no parameters: the configuration's own is kept if it is one of them, else
+    `dp`.
     """
-    linear = {name for name in state if name.startswith("text_weight_fc.") and "weight" in name}
-    changes = {}
-    if "similarity_dense.weight" in state:
-        changes["interaction"] = "xti"
-    elif linear:
-        changes.update(interaction="wti", wti_arch=sum(n.endswith(".weight") for n in linear))
-    elif config.interaction not in ("dp", "ti"):
-        changes["interaction"] = "dp"
-
-    def layers(start: str) -> int:
-        return len({name[len(start) :].split(".")[0] for name in state if name.startswith(start)})
-
+    names = weights.state.keys()
+    changes = {} if config.interaction in ("dp", "ti") else {"interaction": "dp"}
+    for interaction, cls in INTERACTIONS.items():
+        if (fields := cls.config_of_weights(names)) is not None:
+            changes = {"interaction": interaction, **fields}
     changes["agg_module"] = "none"
-    if "lstm_visual.weight_ih_l0" in state:
-        changes["agg_module"] = "seqLSTM"
-    elif count := layers("transformerClip.resblocks."):
-        changes.update(agg_module="seqTransf", temporal_layers=count)
-    if count := layers("cross.transformer.resblocks."):
-        changes["cross_layers"] = count
+    for agg_module, head in TEMPORAL_HEADS.items():
+        if head and (fields := head.config_of_weights(names)) is not None:
+            changes |= {"agg_module": agg_module, **fields}
     return dataclasses.replace(config, **changes)
 
 
-def config_of_weights(state: StateDict, interaction: str = "dp") -> Config:
-    """A configuration for weights alone.
+def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
+    """The configuration of a model that is made of weights alone.
 
     Args:
-      state: a whole DRL checkpoint, whose heads are inferred, or CLIP alone, which is then used
-        without a temporal head, as zero-shot retrieval does.
-      interaction: "dp" or "ti", of weights that do not say.
+      weights: with a stored configuration, which is used; or a complete DRL checkpoint, whose heads
+        are inferred; or CLIP alone, which gets no temporal head, as in zero-shot retrieval.
+      interaction: "dp" or "ti", for weights without interaction parameters.
 
     Raises:
       ConfigError: the sizes are impossible.
     """
+    if weights.config is not None:
+        model = dataclasses.replace(weights.config.model, init="")
+        return dataclasses.replace(weights.config, model=model)
     model = dataclasses.replace(Config().model, interaction=interaction, agg_module="none")
-    if is_whole_drl(state):
-        model = infer_heads(model, state)
+    if weights.has_heads:
+        model = heads_of_weights(model, weights)
     data, loss = DataConfig(holdout=500), dataclasses.replace(Config().loss, cdcr=0)
-    return with_sizes_of(Config(data=data, model=model, loss=loss), state)
+    return with_backbone_of(Config(data=data, model=model, loss=loss), weights)
 
 
-def is_whole_drl(state: StateDict) -> bool:
-    """Whether a state dict has more than CLIP in it."""
-    return any(not name.startswith("clip.") for name in state)
+def with_backbone_of(config: Config, weights: Weights) -> Config:
+    """The configuration with the sizes of the towers from the weights, checked again.
+
+    Raises:
+      ConfigError: the rest of the configuration does not go with these sizes.
+    """
+    model = dataclasses.replace(config.model, backbone=backbone_of_weights(weights))
+    return config_from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))
+
+
+# ---------------------------------------------------------------- parameters
 
 
 def params_from_state(state: StateDict, shapes: Params) -> Params:
-    """A state dict as parameters of the given shapes.
+    """Converts a state dict to parameters of the given shapes.
 
     Args:
-      state: the reference's names.
-      shapes: abstract parameters: the whole model, or {"clip": ..} alone.
+      state: tensors under the reference's names.
+      shapes: abstract parameters of the whole model, or {"backbone": ..} alone.
 
     Returns:
       float32 arrays in the structure of `shapes`.
@@ -151,12 +221,13 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
     table = list(entries(shapes))
     wanted = {name: entry for entry in table for name in entry.names}
     known = set(wanted)
-    if any(name.startswith("lstm_visual.") for name in wanted):
-        known.add(_UNUSED_POSITIONS)
+    for head in filter(None, TEMPORAL_HEADS.values()):
+        if head.config_of_weights(wanted.keys()) is not None:
+            known.update(head.UNUSED_REFERENCE_NAMES)
     if missing := sorted(set(wanted) - set(state)):
         raise WeightsError(f"the weights lack {_some(missing)}, which the model has")
     if unknown := sorted(set(state) - known):
-        raise WeightsError(f"the weights have {_some(unknown)}, which the model has not")
+        raise WeightsError(f"the weights have {_some(unknown)}, which the model does not have")
     for name, entry in wanted.items():
         if state[name].shape != entry.reference_shape():
             raise WeightsError(
@@ -175,7 +246,7 @@ def _some(names: list[str]) -> str:
 
 
 def state_dict_from_params(params: Params) -> StateDict:
-    """Parameters as a state dict with the reference's names, float32."""
+    """Converts parameters to a state dict under the reference's names, float32."""
     leaves = jax.tree.leaves(params)
     return {
         name: np.ascontiguousarray(tensor) if tensor.ndim else tensor
@@ -184,37 +255,20 @@ def state_dict_from_params(params: Params) -> StateDict:
     }
 
 
-def save_state(path: Path, state: StateDict) -> None:
-    """Writes safetensors: the whole file or nothing."""
-    unfinished = path.with_name(path.name + ".part")
-    save_file(state, unfinished, metadata={"format": "pt"})
-    unfinished.replace(path)
-
-
-def with_sizes_of(config: Config, state: StateDict) -> Config:
-    """The configuration with CLIP's sizes from the weights, checked again.
-
-    Raises:
-      ConfigError: the rest of the configuration does not go with these sizes.
-    """
-    model = dataclasses.replace(config.model, clip=infer_clip(state))
-    return Config.from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))
-
-
-def initial_params(config: ModelConfig, state: StateDict, key: jax.Array) -> Params:
+def initial_params(config: ModelConfig, weights: Weights, key: jax.Array) -> Params:
     """Parameters to start training from.
 
     Args:
       config: the model, with the sizes of the weights.
-      state: CLIP's tensors, or those of a whole DRL checkpoint.
-      key: for the heads that CLIP does not bring; these start as copies of its text tower.
+      weights: CLIP, or a complete DRL checkpoint.
+      key: for the heads that CLIP does not have; they start as copies of its text tower.
 
     Raises:
       WeightsError: the weights do not fit the model.
     """
     shapes = jax.eval_shape(lambda: init_params(config, key))
-    if is_whole_drl(state):
-        return params_from_state(state, shapes)
-    clip = params_from_state(state, {"clip": shapes["clip"]})["clip"]
-    fresh = jax.jit(init_params, static_argnums=0)(config, key)
-    return copy_text_tower(config, {**fresh, "clip": clip})
+    if weights.has_heads:
+        return params_from_state(weights.state, shapes)
+    backbone = params_from_state(weights.state, {"backbone": shapes["backbone"]})["backbone"]
+    params = jax.jit(init_params, static_argnums=0)(config, key)
+    return copy_text_tower(config, {**params, "backbone": backbone})

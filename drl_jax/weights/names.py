@@ -1,8 +1,8 @@
-"""The table of names: our parameters on one side, the reference's state dict on the other.
+"""Parameter names: ours on one side, those of the reference's state dict on the other.
 
-The reference's names are OpenAI's for CLIP, prefixed with `clip.`, and DRL's own for the heads.
-Ours differ in three ways: layers of a transformer are stacked on a leading axis, kernels are
-[in, out] where torch's are [out, in], and a few heads are called by what they are.
+The reference uses OpenAI's names for CLIP, with the prefix `clip.`, and its own names for the
+heads, which each head translates (`reference_name`). Two differences are common to all: layers of a
+transformer are stacked on a leading axis, and kernels are [in, out] where torch's are [out, in].
 """
 
 import re
@@ -12,27 +12,29 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-# (pattern of our path, the reference's name), applied in order; `{n}` becomes the layer.
-_TABLE = (
-    (r"^temporal/transformer/", "transformerClip/"),
-    (r"^temporal/frame_position_embeddings/", "frame_position_embeddings/"),
-    (r"^temporal/(ih|hh)/kernel$", r"lstm_visual/weight_\1_l0"),
-    (r"^temporal/(ih|hh)/bias$", r"lstm_visual/bias_\1_l0"),
-    (r"^interaction/(text|video)_weight_fc/fc/", r"\1_weight_fc/"),
-    (r"^interaction/position_embeddings/", "cross/embeddings/position_embeddings/"),
-    (r"^interaction/transformer/", "cross/transformer/"),
-    (r"^interaction/(ln_pool|dense)/", r"cross/pooler/\1/"),
-    (r"^interaction/similarity_dense/", "similarity_dense/"),
+from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.models.temporal import TEMPORAL_HEADS
+
+# (pattern of our path, the reference's name), applied in order; `{n}` stands for the layer.
+_SUFFIXES = (
     (r"/resblocks/", "/resblocks/{n}/"),
     (r"/in_proj/kernel$", "/in_proj_weight"),
     (r"/in_proj/bias$", "/in_proj_bias"),
     (r"/(kernel|scale|embedding)$", "/weight"),
     (r"/", "."),
 )
+_HEADS = {"interaction": INTERACTIONS, "temporal": TEMPORAL_HEADS}
 
 
 class Entry(NamedTuple):
-    """A parameter of ours and the tensors of the reference that it is made of."""
+    """One of our parameters and the tensors of the reference that hold it.
+
+    Attributes:
+      path: of our parameter, separated by "/".
+      shape: of our parameter.
+      names: of the reference's tensors, one for each layer.
+      stacked: whether our parameter has a leading axis of layers.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -56,36 +58,33 @@ class Entry(NamedTuple):
 
 
 def entries(params: Any) -> Iterator[Entry]:
-    """An entry for each parameter of a (possibly abstract) nested dict."""
+    """Yields an entry for each parameter of a (possibly abstract) nested dict, in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
     for path, leaf in paths.items():
-        name = path
-        for pattern, replacement in _TABLE:
+        name = _reference_path(path, paths)
+        for pattern, replacement in _SUFFIXES:
             name = re.sub(pattern, replacement, name)
-        name = _weight_layer(name, paths)
         stacked = "{n}" in name
         layers = range(leaf.shape[0]) if stacked else range(1)
         yield Entry(path, tuple(leaf.shape), [name.format(n=n) for n in layers], stacked)
 
 
-def _weight_layer(name: str, paths: dict[str, Any]) -> str:
-    """`text_weight_fc.1.weight` -> torch's number in a Sequential of linear layers and ReLUs.
-
-    With one layer only, the reference has no Sequential around it.
-    """
-    match = re.match(r"(text|video)_weight_fc\.(\d+)\.(.*)", name)
-    if not match:
-        return name
-    side, layer, leaf = match.groups()
-    if f"interaction/{side}_weight_fc/fc/1/kernel" not in paths:
-        return f"{side}_weight_fc.{leaf}"
-    return f"{side}_weight_fc.{2 * int(layer)}.{leaf}"
+def _reference_path(path: str, paths: dict[str, Any]) -> str:
+    """The path below the reference's names of the modules."""
+    module, _, rest = path.partition("/")
+    if module == "backbone":
+        return f"clip/{rest}"
+    siblings = {p.partition("/")[2] for p in paths if p.startswith(f"{module}/")}
+    for head in _HEADS[module].values():
+        if head is not None and (name := head.reference_name(rest, siblings)):
+            return name
+    raise KeyError(f"no head has a parameter {path}")
 
 
 def _transposed(path: str, tensor: np.ndarray) -> np.ndarray:
     if path.endswith("conv1/kernel") and tensor.ndim == 4:
-        # [D, 3, p, p] -> rows in the order of a patch's pixels, [p*p*3, D]
+        # [D, 3, p, p] -> [p*p*3, D], rows in the order of the pixels of a patch
         return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
     return tensor.T if path.endswith("/kernel") else tensor
 
@@ -139,7 +138,7 @@ def from_hugging_face(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, tensor in renamed.items():
         query = re.sub(r"\.attn\.[kv]_proj\.", ".attn.q_proj.", name)
         if query != name and query in renamed:
-            continue  # it goes into the projection of its query
+            continue  # Part of the fused projection, added with the query.
         if match := re.match(r"(.*\.attn)\.q_proj\.(weight|bias)$", name):
             parts = [f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv"]
             if all(part in renamed for part in parts):

@@ -1,9 +1,9 @@
-"""Reads PyTorch files without PyTorch and without running what is in them.
+"""Reads PyTorch files without PyTorch and without executing code in them.
 
-A `.pt` or `.bin` file is a pickle, and a pickle is a program. This reader knows four forms (the
+A `.pt` or `.bin` file is a pickle, that is, a program. This reader supports four formats (the
 TorchScript archives that OpenAI published, `torch.save` as zip and as the older stream, and Hugging
-Face's safetensors) and builds tensors from an exact whitelist of constructors; whatever else a file
-names is refused by name, and every tensor is checked to lie inside its storage before it is read.
+Face's safetensors). It builds tensors from an exact whitelist of constructors, refuses everything
+else by name, and checks that every tensor is inside its storage before it reads it.
 """
 
 import collections
@@ -43,17 +43,17 @@ _MAX_PICKLE_BYTES = 256 * 2**20
 
 
 class TorchFileError(UserError):
-    """A file that is damaged, dangerous or of a form that this reader does not know."""
+    """A file that is damaged, dangerous or of an unknown format."""
 
 
 class _StorageType(NamedTuple):
-    """Stands for `torch.FloatStorage` and its like."""
+    """Represents `torch.FloatStorage` and the other storage types."""
 
     dtype: np.dtype
 
 
 class _Storage(NamedTuple):
-    """A named run of bytes of the file."""
+    """A named range of bytes in the file."""
 
     key: str
     dtype: np.dtype
@@ -61,7 +61,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage; nothing has been read yet."""
+    """A view of a storage that has not been read."""
 
     storage: _Storage
     offset: int
@@ -70,7 +70,7 @@ class _Tensor(NamedTuple):
 
 
 class _Module:
-    """A TorchScript object: its attributes, none of its code."""
+    """A TorchScript object: its attributes without its code."""
 
     def __init__(self) -> None:
         self.attributes: dict[str, Any] = {}
@@ -81,18 +81,18 @@ class _Module:
 
 
 def read_torch_file(path: Path) -> StateDict:
-    """The tensors of a file by name.
+    """Reads the tensors of a file by name.
 
     Args:
       path: a TorchScript archive, a `torch.save` file (zip or legacy) that holds a dict of tensors,
         or a safetensors file.
 
     Returns:
-      Arrays in the file's own dtypes (bfloat16 is ml_dtypes'), in the order of the file. Tensors
-      that share storage become copies.
+      Arrays with the dtypes of the file (bfloat16 from ml_dtypes), in the order of the file.
+      Tensors that share storage are copied.
 
     Raises:
-      TorchFileError: the file cannot be read safely and wholly. Nothing in it was executed.
+      TorchFileError: the file cannot be read safely and completely; no code in it was executed.
     """
     try:
         with path.open("rb") as file:
@@ -108,8 +108,8 @@ def read_torch_file(path: Path) -> StateDict:
     except TorchFileError as error:
         raise TorchFileError(f"{path}: {error}") from error
     except safetensors.SafetensorError as error:
-        raise TorchFileError(f"{path} is not a whole safetensors file ({error})") from error
-    # Whatever a damaged pickle or archive makes the standard library raise.
+        raise TorchFileError(f"{path} is not a complete safetensors file ({error})") from error
+    # The standard library raises many types of errors for damaged pickles and archives.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise TorchFileError(
@@ -117,7 +117,15 @@ def read_torch_file(path: Path) -> StateDict:
         ) from error
 
 
-# ---------------------------------------------------------------- the restricted pickle
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_torch_file` can read; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
+# ---------------------------------------------------------------- restricted pickle
 
 
 class _Unpickler(pickle.Unpickler):
@@ -130,7 +138,7 @@ class _Unpickler(pickle.Unpickler):
             return _CONSTRUCTORS[module, name]
         except KeyError:
             raise TorchFileError(
-                f"refused: the file wants {module}.{name}, which a state dict does not need"
+                f"refused: the file asks for {module}.{name}, which a state dict does not need"
             ) from None
 
     def persistent_load(self, reference: Any) -> _Storage:
@@ -158,7 +166,7 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
                 f"refused: a tensor of size {tuple(size)} reaches element {last} of a storage of"
                 f" {storage.numel}"
             )
-        # A view whose elements fall on one another can be larger than the file: a memory bomb.
+        # A view with overlapping elements can be larger than the file: a memory bomb.
         if math.prod(size) > storage.numel:
             raise TorchFileError(
                 f"refused: a tensor of size {tuple(size)} overlaps itself in a storage of"
@@ -179,9 +187,9 @@ _CONSTRUCTORS: dict[tuple[str, str], Callable] = {
 
 
 def _named_tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:
-    """The tensors of nested dicts and modules; names are joined by dots.
+    """Yields the tensors of nested dicts and modules; names are joined by dots.
 
-    A training checkpoint wraps its state dict; the wrapper's names are not the tensors'.
+    The state dict of a training checkpoint is unwrapped first.
     """
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
@@ -201,7 +209,7 @@ def _named_tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:
 
 
 def _materialise(tensor: _Tensor, data: bytes | memoryview) -> np.ndarray:
-    """The values of a tensor; `data` holds the whole storage."""
+    """Reads the values of a tensor from the bytes of its storage."""
     flat = np.frombuffer(data, tensor.storage.dtype)
     itemsize = tensor.storage.dtype.itemsize
     view = np.lib.stride_tricks.as_strided(
@@ -211,7 +219,7 @@ def _materialise(tensor: _Tensor, data: bytes | memoryview) -> np.ndarray:
     return view.copy()
 
 
-# ---------------------------------------------------------------- the zip form
+# ---------------------------------------------------------------- zip format
 
 
 def _read_zip(path: Path) -> StateDict:
@@ -242,7 +250,7 @@ def _read_zip(path: Path) -> StateDict:
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:
-    """PyTorch stores its entries side by side and uncompressed; anything else may be a bomb."""
+    """PyTorch stores entries uncompressed and without overlap; refuses others as possible bombs."""
     end = 0
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         if entry.header_offset < end:
@@ -255,11 +263,11 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
             raise TorchFileError(f"refused: a pickle of {entry.file_size} bytes")
 
 
-# ---------------------------------------------------------------- the legacy form
+# ---------------------------------------------------------------- legacy format
 
 
 def _read_legacy(path: Path) -> StateDict:
-    """magic, protocol, system info, content, storage keys, then each storage's bytes."""
+    """Reads magic, protocol, system info, content, storage keys, then the bytes of each storage."""
     with path.open("rb") as file:
 
         def load() -> Any:

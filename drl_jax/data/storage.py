@@ -1,0 +1,23 @@
+"""How the frames of a dataset are stored."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageSpec:
+    """Storage variant of a dataset: one dataset can be built in several of them.
+
+    Attributes:
+      image_size: side of the square frames, pixels.
+      max_frames: maximum number of frames per video.
+      encoding: one of `config.STORAGE_ENCODINGS`.
+    """
+
+    image_size: int
+    max_frames: int
+    encoding: str
+
+    @property
+    def name(self) -> str:
+        """Name of the variant's directory, e.g. `224px_12f_jpeg`."""
+        return f"{self.image_size}px_{self.max_frames}f_{self.encoding}"

@@ -1,0 +1,233 @@
+"""What every interaction provides, and the blockwise comparison of many videos.
+
+Shapes: A texts of L tokens, B videos of F frames, D channels. Names of features: `*_feat` are as
+the encoder gives them, `*_unit` are divided by their L2 norm.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from drl_jax.config import ModelConfig
+
+# Named arrays of texts or of videos; the first axis is the item.
+Arrays = dict[str, jax.Array]
+# The same on the host.
+Features = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribution:
+    """How the tokens and frames of one pair contribute to its similarity; without padding.
+
+    Attributes:
+      similarity: float [L, F], cosine of each token and frame.
+      token_weight: float [L], share of each token in the similarity.
+      frame_weight: float [F], share of each frame.
+      frame_contribution: float [F], what each frame adds to the similarity. For interactions that
+        pool the frames: its cosine with the sentence.
+    """
+
+    similarity: np.ndarray
+    token_weight: np.ndarray
+    frame_weight: np.ndarray
+    frame_contribution: np.ndarray
+
+
+class Interaction(nnx.Module):
+    """Compares texts with videos (section 3.2 of the paper).
+
+    Both sides are encoded separately, so that a caption or a video is encoded once and compared
+    with everything. A new interaction is a subclass in a module of its own and an entry of
+    `INTERACTIONS`; everything that depends on the choice of the interaction is defined here.
+    """
+
+    # Values of `config.loss.cdcr` that the interaction supports.
+    CDCR_VARIANTS: ClassVar[tuple[int, ...]] = (0,)
+    # Whether `query_vectors` and `video_vectors` exist.
+    HAS_VECTORS: ClassVar[bool] = False
+    # Parameter that starts as a copy of the text tower's position embeddings; its blocks, then,
+    # start as copies of the text tower's. Empty: no transformer.
+    COPIED_POSITIONS: ClassVar[str] = ""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        del config, rngs
+
+    # ---------------------------------------------------------------- model
+
+    def encode_text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+        """The arrays of texts that `similarity` needs: [A, L, D], bool [A, L] -> [A, ...] each."""
+        raise NotImplementedError
+
+    def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
+        """The arrays of videos that `similarity` needs: [B, F, D], bool [B, F] -> [B, ...] each."""
+        raise NotImplementedError
+
+    def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
+        """sim_matrix float32 [A, B], without the temperature; `key` enables dropout."""
+        raise NotImplementedError
+
+    def channel_correlation(
+        self, text: Arrays, video: Arrays, key: jax.Array, cdcr: int
+    ) -> jax.Array:
+        """Cross-correlation of the channels of matched texts and videos (CDCR, section 3.3).
+
+        Args:
+          text: arrays of B texts.
+          video: arrays of the B videos that belong to them.
+          key: for variants that draw rows at random.
+          cdcr: one of CDCR_VARIANTS, not 0.
+
+        Returns:
+          float32 [D, D].
+        """
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- configuration and weights
+
+    @classmethod
+    def config_error(cls, config: ModelConfig) -> str:
+        """Why the interaction cannot be built from a configuration; empty if it can."""
+        del config
+        return ""
+
+    @classmethod
+    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
+        """The reference's name of a parameter, before common suffixes are translated.
+
+        Args:
+          path: path of the parameter below `interaction/`, separated by "/".
+          paths: the paths of all parameters below `interaction/`.
+
+        Returns:
+          The name, separated by "/"; None if the interaction has no such parameter.
+        """
+        del path, paths
+        return None
+
+    @classmethod
+    def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
+        """Fields of ModelConfig that a checkpoint of the reference implies.
+
+        Args:
+          names: names of its tensors.
+
+        Returns:
+          The fields, or None if the checkpoint is not of this interaction (or it has no parameters
+          to tell it by).
+        """
+        del names
+        return None
+
+    # ---------------------------------------------------------------- search, on the host
+
+    @classmethod
+    def attribution(cls, text: Features, video: Features) -> Attribution:
+        """Explains one pair.
+
+        Args:
+          text: arrays of one text, with features of its tokens, without the axis of items.
+          video: arrays of one video, with features of its frames, float32.
+        """
+        tokens = unit_features(text, "text")[text["text_mask"]]
+        frames = unit_features(video, "frame")[video["frame_mask"]]
+        return Attribution(
+            similarity=tokens @ frames.T,
+            token_weight=np.full(len(tokens), 1 / len(tokens)),
+            frame_weight=np.full(len(frames), 1 / len(frames)),
+            frame_contribution=frames @ unit_features(text, "sentence"),
+        )
+
+    @classmethod
+    def query_vectors(cls, text: Features) -> np.ndarray:
+        """Vectors of one text for an engine that ranks by MaxSim: float32 [n, D].
+
+        The engine's score is the sum over them of the largest dot product with a video's vectors.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def video_vectors(cls, video: Features) -> np.ndarray:
+        """Vectors of one video for such an engine: float32 [m, D]."""
+        raise NotImplementedError
+
+    @classmethod
+    def video_as_text(cls, video: Features) -> Features:
+        """Arrays of videos in the place of texts, for queries by video: frames stand for tokens.
+
+        Args:
+          video: arrays of videos, with features of their frames.
+        """
+        raise NotImplementedError
+
+
+def unit_features(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """`NAME_unit`, or `NAME_feat` divided by its L2 norm."""
+    if f"{name}_unit" in arrays:
+        return arrays[f"{name}_unit"]
+    feat = np.asarray(arrays[f"{name}_feat"], np.float32)
+    return feat / np.maximum(np.linalg.norm(feat, axis=-1, keepdims=True), 1e-12)
+
+
+def frames_as_tokens(video: Features) -> Features:
+    """Features and mask of frames under the names of tokens."""
+    kind = "unit" if "frame_unit" in video else "feat"
+    return {f"text_{kind}": video[f"frame_{kind}"], "text_mask": video["frame_mask"]}
+
+
+def sentence_feature(text_feat: jax.Array, text_mask: jax.Array) -> jax.Array:
+    """The feature of the last valid token (EOS): [A, L, D], bool [A, L] -> [A, D]."""
+    last = jnp.sum(text_mask, axis=1) - 1
+    return jnp.take_along_axis(text_feat, last[:, None, None], axis=1)[:, 0]
+
+
+def linear_without_bias_gradient(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """A linear layer whose bias shifts all values that a softmax then compares.
+
+    The loss does not depend on that bias. Its gradient would be rounding error, which Adam
+    amplifies and which differs between device counts; so it gets none.
+    """
+    return x @ layer.kernel[...] + jax.lax.stop_gradient(layer.bias[...])
+
+
+def similarity_in_blocks(
+    similarity: Callable[[Arrays, jax.Array | None], jax.Array],
+    video: Arrays,
+    key: jax.Array | None,
+    block: int,
+) -> jax.Array:
+    """`similarity(video, key)`, computed for one block of videos after another to save memory.
+
+    The backward pass recomputes each block.
+
+    Args:
+      similarity: maps the arrays of N videos to [A, N]; each column depends on its video alone.
+      video: the interaction's arrays of B videos.
+      key: for dropout (each block folds in its index), or None.
+      block: videos per block; 0: all.
+
+    Returns:
+      [A, B].
+    """
+    videos = len(jax.tree.leaves(video)[0])
+    if not block or videos <= block:
+        return similarity(video, key)
+    blocks = -(-videos // block)
+    size = -(-videos // blocks)  # Blocks of equal size need the least padding.
+
+    def split(x: jax.Array) -> jax.Array:
+        padding = ((0, blocks * size - videos), *[(0, 0)] * (x.ndim - 1))
+        return jnp.pad(x, padding).reshape(blocks, size, *x.shape[1:])
+
+    @jax.checkpoint
+    def compare(part: tuple[jax.Array, Arrays]) -> jax.Array:
+        index, arrays = part
+        return similarity(arrays, None if key is None else jax.random.fold_in(key, index))
+
+    columns = jax.lax.map(compare, (jnp.arange(blocks), jax.tree.map(split, video)))
+    return jnp.moveaxis(columns, 0, 1).reshape(columns.shape[1], -1)[:, :videos]

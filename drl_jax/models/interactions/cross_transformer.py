@@ -1,0 +1,116 @@
+"""xti: a transformer over the sentence and the frames of each pair."""
+
+import re
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn.initializers import normal
+
+from drl_jax.config import ModelConfig
+from drl_jax.models.interactions.base import (
+    Arrays,
+    Features,
+    Interaction,
+    frames_as_tokens,
+    linear_without_bias_gradient,
+    sentence_feature,
+    unit_features,
+)
+from drl_jax.models.layers import (
+    BERT_LN_EPS,
+    BlockRunConfig,
+    Transformer,
+    new_block_init,
+    quick_gelu,
+)
+
+_HEADS = 8
+_REFERENCE_NAMES = (
+    (r"^position_embeddings/", "cross/embeddings/position_embeddings/"),
+    (r"^transformer/", "cross/transformer/"),
+    (r"^(ln_pool|dense)/", r"cross/pooler/\1/"),
+    (r"^similarity_dense/", "similarity_dense/"),
+)
+
+
+class CrossTransformer(Interaction):
+    """Transformer over [sentence, frames], then a pooler and a linear layer."""
+
+    COPIED_POSITIONS: ClassVar = "position_embeddings"
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width = config.backbone.embed_dim
+        self.dropout = config.cross_dropout
+        self.position_embeddings = nnx.Embed(
+            config.backbone.context_length, width, embedding_init=normal(0.02), rngs=rngs
+        )
+        self.transformer = Transformer(
+            width,
+            config.cross_layers,
+            _HEADS,
+            eps=BERT_LN_EPS,
+            init=new_block_init(),
+            # It runs on every pair of the batch: stored activations would not fit in memory.
+            run=BlockRunConfig.of(config)._replace(remat=True),
+            rngs=rngs,
+        )
+        self.ln_pool = nnx.LayerNorm(width, epsilon=BERT_LN_EPS, dtype=jnp.float32, rngs=rngs)
+        self.dense = nnx.Linear(width, width, kernel_init=normal(0.02), rngs=rngs)
+        self.similarity_dense = nnx.Linear(width, 1, kernel_init=normal(0.02), rngs=rngs)
+
+    def encode_text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+        return {"sentence_feat": sentence_feature(text_feat, text_mask)}
+
+    def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
+        return {"frame_feat": frame_feat, "frame_mask": frame_mask}
+
+    def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
+        """With a key, applies dropout to the embeddings, as in training."""
+        sentence, frames, mask = text["sentence_feat"], video["frame_feat"], video["frame_mask"]
+        (texts, width), (videos, length) = sentence.shape, mask.shape
+        sentence = jnp.broadcast_to(sentence[:, None, None], (texts, videos, 1, width))
+        frames = jnp.broadcast_to(frames, (texts, *frames.shape))
+        x = jnp.concatenate([sentence, frames], axis=2)  # [A, B, 1+F, D]
+        x = x + self.position_embeddings(jnp.arange(1 + length))
+        if key is not None and self.dropout:
+            x = nnx.Dropout(self.dropout)(x, rngs=nnx.Rngs(dropout=key))
+        mask = jnp.concatenate([jnp.ones((videos, 1), bool), mask], axis=1)
+        mask = jnp.broadcast_to(mask, (texts, *mask.shape)).reshape(-1, 1, 1, 1 + length)
+        x = self.transformer(x.reshape(-1, 1 + length, width), mask)  # [A*B, 1+F, D]
+        pooled = quick_gelu(self.dense(self.ln_pool(x)[:, 0]))
+        logits = linear_without_bias_gradient(self.similarity_dense, pooled)
+        return logits.reshape(texts, videos)
+
+    @classmethod
+    def config_error(cls, config: ModelConfig) -> str:
+        width = config.backbone.embed_dim
+        if width % _HEADS:
+            return f"model.backbone.embed_dim={width} must be a multiple of xti's {_HEADS} heads"
+        return ""
+
+    @classmethod
+    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
+        del paths
+        for pattern, replacement in _REFERENCE_NAMES:
+            if re.match(pattern, path):
+                return re.sub(pattern, replacement, path)
+        return None
+
+    @classmethod
+    def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
+        if "similarity_dense.weight" not in names:
+            return None
+        prefix = "cross.transformer.resblocks."
+        layers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+        return {"cross_layers": len(layers)}
+
+    @classmethod
+    def video_as_text(cls, video: Features) -> Features:
+        """The sentence of a video is the mean of its unit frames."""
+        frames, mask = unit_features(video, "frame"), video["frame_mask"]
+        mean = (frames * mask[..., None]).sum(1) / np.maximum(mask.sum(1), 1)[:, None]
+        return {**frames_as_tokens(video), "sentence_feat": mean}

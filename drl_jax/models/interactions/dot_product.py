@@ -1,0 +1,53 @@
+"""dp: cosine of the sentence feature and the pooled frame features."""
+
+from typing import ClassVar
+
+import jax
+import numpy as np
+
+from drl_jax.models.interactions.base import (
+    Arrays,
+    Features,
+    Interaction,
+    frames_as_tokens,
+    sentence_feature,
+    unit_features,
+)
+from drl_jax.models.ops import l2_normalize, masked_mean, mean_outer_product
+
+
+class DotProduct(Interaction):
+    """Cosine of the sentence feature and the mean of the unit frame features."""
+
+    # The reference computes the same for 1, 2 and 3.
+    CDCR_VARIANTS: ClassVar = (0, 1, 2, 3)
+    HAS_VECTORS: ClassVar = True
+
+    def encode_text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+        return {"sentence_unit": l2_normalize(sentence_feature(text_feat, text_mask))}
+
+    def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
+        return {"video_unit": l2_normalize(masked_mean(l2_normalize(frame_feat), frame_mask))}
+
+    def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
+        del key
+        return text["sentence_unit"] @ video["video_unit"].T
+
+    def channel_correlation(
+        self, text: Arrays, video: Arrays, key: jax.Array, cdcr: int
+    ) -> jax.Array:
+        """Rows: the sentence and the video vector of each pair."""
+        del key, cdcr
+        return mean_outer_product(text["sentence_unit"], video["video_unit"])
+
+    @classmethod
+    def query_vectors(cls, text: Features) -> np.ndarray:
+        return text["sentence_unit"][None]
+
+    @classmethod
+    def video_vectors(cls, video: Features) -> np.ndarray:
+        return video["video_unit"][None]
+
+    @classmethod
+    def video_as_text(cls, video: Features) -> Features:
+        return {**frames_as_tokens(video), "sentence_unit": unit_features(video, "video")}

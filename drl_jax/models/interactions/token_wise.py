@@ -1,0 +1,250 @@
+"""ti and wti: every token is matched with its best frame, every frame with its best token."""
+
+import itertools
+import re
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn.initializers import normal
+
+from drl_jax.config import ModelConfig
+from drl_jax.models.interactions.base import (
+    Arrays,
+    Attribution,
+    Features,
+    Interaction,
+    frames_as_tokens,
+    linear_without_bias_gradient,
+    unit_features,
+)
+from drl_jax.models.ops import (
+    l2_normalize,
+    masked_softmax,
+    mean_outer_product,
+    weighted_outer_product,
+)
+
+
+class TokenWise(Interaction):
+    """ti: token-wise interaction with equal weights."""
+
+    CDCR_VARIANTS: ClassVar = (0, 1, 2)
+    HAS_VECTORS: ClassVar = True
+
+    def encode_text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+        return {
+            "text_unit": l2_normalize(text_feat),
+            "text_mask": text_mask,
+            "text_weight": self.text_weights(text_feat, text_mask),
+        }
+
+    def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
+        return {
+            "frame_unit": l2_normalize(frame_feat),
+            "frame_mask": frame_mask,
+            "frame_weight": self.frame_weights(frame_feat, frame_mask),
+        }
+
+    def text_weights(self, text_feat: jax.Array, text_mask: jax.Array) -> jax.Array:
+        """Weight of each token in its sentence, [A, L], from features before normalisation."""
+        return text_mask / jnp.sum(text_mask, axis=1, keepdims=True)
+
+    def frame_weights(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        """Weight of each frame in its video, [B, F], from features before normalisation."""
+        return frame_mask / jnp.sum(frame_mask, axis=1, keepdims=True)
+
+    def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
+        del key
+        return weighted_token_wise(**text, **video)
+
+    def channel_correlation(
+        self, text: Arrays, video: Arrays, key: jax.Array, cdcr: int
+    ) -> jax.Array:
+        """Rows of the correlation by variant.
+
+        1: a random valid token and frame of each pair. 2: every valid token with its most similar
+        frame, and every valid frame with its most similar token; the mean of both correlations. 3:
+        as 2, weighted by the interaction's weights.
+        """
+        if cdcr == 1:
+            return mean_outer_product(*_random_positions(text, video, key))
+        return matched_correlation(**text, **video, weighted=cdcr == 3)
+
+    @classmethod
+    def attribution(cls, text: Features, video: Features) -> Attribution:
+        tokens = unit_features(text, "text")[text["text_mask"]]
+        frames = unit_features(video, "frame")[video["frame_mask"]]
+        similarity = tokens @ frames.T
+        token_weight = text["text_weight"][text["text_mask"]]
+        frame_weight = video["frame_weight"][video["frame_mask"]]
+        # Where there is padding, the largest similarity is at least the padding's 0.
+        token_floor = -np.inf if video["frame_mask"].all() else 0
+        frame_floor = -np.inf if text["text_mask"].all() else 0
+        contribution = frame_weight * np.maximum(similarity.max(axis=0), frame_floor)
+        by_token = token_weight * np.maximum(similarity.max(axis=1), token_floor)
+        np.add.at(contribution, similarity.argmax(axis=1), by_token)
+        return Attribution(similarity, token_weight, frame_weight, contribution / 2)
+
+    @classmethod
+    def query_vectors(cls, text: Features) -> np.ndarray:
+        """Weighted tokens; their MaxSim, sum_l w_l max_f <t_l, v_f>, is half of the similarity."""
+        weighted = text["text_unit"] * text["text_weight"][:, None]
+        return weighted[text["text_mask"]]
+
+    @classmethod
+    def video_vectors(cls, video: Features) -> np.ndarray:
+        vectors = video["frame_unit"][video["frame_mask"]]
+        if not video["frame_mask"].all():
+            # A token with negative similarities only takes the padding's 0 (`weighted_token_wise`).
+            vectors = np.concatenate([vectors, np.zeros_like(vectors[:1])])
+        return vectors
+
+    @classmethod
+    def video_as_text(cls, video: Features) -> Features:
+        return {**frames_as_tokens(video), "text_weight": video["frame_weight"]}
+
+
+class WeightedTokenWise(TokenWise):
+    """wti: token-wise interaction with learned weights of tokens and frames."""
+
+    CDCR_VARIANTS: ClassVar = (0, 1, 2, 3)
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width, layers = config.backbone.embed_dim, config.wti_arch
+        self.text_weight_fc = TokenWeight(width, layers, rngs=rngs)
+        self.video_weight_fc = TokenWeight(width, layers, rngs=rngs)
+
+    def text_weights(self, text_feat: jax.Array, text_mask: jax.Array) -> jax.Array:
+        return self.text_weight_fc(text_feat, text_mask)
+
+    def frame_weights(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        return self.video_weight_fc(frame_feat, frame_mask)
+
+    @classmethod
+    def config_error(cls, config: ModelConfig) -> str:
+        if config.wti_arch not in (1, 2, 3):
+            return f"model.wti_arch is 1, 2 or 3, not {config.wti_arch}"
+        return ""
+
+    @classmethod
+    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
+        """Layers are numbered as in torch's Sequential of linear layers and ReLUs.
+
+        With one layer, the reference has no Sequential.
+        """
+        match = re.match(r"(text|video)_weight_fc/fc/(\d+)/(\w+)$", path)
+        if not match:
+            return None
+        side, layer, leaf = match.groups()
+        if f"{side}_weight_fc/fc/1/kernel" not in paths:
+            return f"{side}_weight_fc/{leaf}"
+        return f"{side}_weight_fc/{2 * int(layer)}/{leaf}"
+
+    @classmethod
+    def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
+        layers = [n for n in names if re.match(r"text_weight_fc\.(\d+\.)?weight$", n)]
+        return {"wti_arch": len(layers)} if layers else None
+
+
+class TokenWeight(nnx.Module):
+    """Weight of each token in its sentence, or of each frame in its video."""
+
+    def __init__(self, width: int, layers: int, *, rngs: nnx.Rngs):
+        sizes = [width] * layers + [1]
+        self.fc = nnx.List(
+            nnx.Linear(n_in, n_out, kernel_init=normal(0.02), rngs=rngs)
+            for n_in, n_out in itertools.pairwise(sizes)
+        )
+
+    def __call__(self, feat: jax.Array, mask: jax.Array) -> jax.Array:
+        """feat [B, L, D] *before* normalisation, mask bool [B, L] -> weights float32 [B, L]."""
+        for layer in self.fc[:-1]:
+            feat = jax.nn.relu(layer(feat))
+        return masked_softmax(linear_without_bias_gradient(self.fc[-1], feat)[..., 0], mask)
+
+
+def weighted_token_wise(
+    text_unit: jax.Array,
+    frame_unit: jax.Array,
+    text_mask: jax.Array,
+    frame_mask: jax.Array,
+    text_weight: jax.Array,
+    frame_weight: jax.Array,
+) -> jax.Array:
+    """Token-wise similarity of every text with every video.
+
+    The mean of two weighted sums: over tokens, of the similarity with their best frame, and over
+    frames, of the similarity with their best token.
+
+    Args:
+      text_unit: [A, L, D], unit vectors.
+      frame_unit: [B, F, D], unit vectors.
+      text_mask: bool [A, L].
+      frame_mask: bool [B, F].
+      text_weight: [A, L], sums to 1 over valid tokens.
+      frame_weight: [B, F], sums to 1 over valid frames.
+
+    Returns:
+      sim_matrix float32 [A, B], in [-1, 1], without the temperature.
+    """
+    # Masked by multiplication, as in the reference: a padded position has similarity 0, not -inf.
+    # Where all valid similarities are negative, the maximum is the 0 of the padding. Trained
+    # checkpoints depend on it.
+    text_unit = text_unit * text_mask[:, :, None]
+    frame_unit = frame_unit * frame_mask[:, :, None]
+    # The product is [B, F, A, L] without a transposition.
+    token_sim = jnp.einsum("bfd,ald->bfal", frame_unit, text_unit)
+    t2v = jnp.einsum("bal,al->ab", token_sim.max(axis=1), text_weight)
+    v2t = jnp.einsum("bfa,bf->ab", token_sim.max(axis=3), frame_weight)
+    return (t2v + v2t) / 2
+
+
+def _random_positions(text: Arrays, video: Arrays, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A valid token and a valid frame of each pair, drawn uniformly: two of [B, D], unit rows."""
+
+    def draw(feat, mask, key):
+        logits = jnp.where(mask, 0.0, -jnp.inf)
+        position = jax.random.categorical(key, logits, axis=1)
+        return jnp.take_along_axis(feat, position[:, None, None], axis=1)[:, 0]
+
+    text_key, video_key = jax.random.split(key)
+    return (
+        draw(text["text_unit"], text["text_mask"], text_key),
+        draw(video["frame_unit"], video["frame_mask"], video_key),
+    )
+
+
+def matched_correlation(
+    text_unit: jax.Array,
+    frame_unit: jax.Array,
+    text_mask: jax.Array,
+    frame_mask: jax.Array,
+    text_weight: jax.Array,
+    frame_weight: jax.Array,
+    *,
+    weighted: bool,
+) -> jax.Array:
+    """Correlation over tokens with their best frames and frames with their best tokens: [D, D]."""
+    pairs = text_unit.shape[0]
+    # Partners come from the matched pair alone: [B, L, F], masked as in `weighted_token_wise` (a
+    # padded position has similarity 0 and may be chosen over negative ones).
+    token_sim = jnp.einsum("bld,bfd->blf", text_unit, frame_unit)
+    token_sim = token_sim * text_mask[:, :, None] * frame_mask[:, None, :]
+    best_frame = jnp.argmax(token_sim, axis=2)[:, :, None]  # [B, L, 1]
+    best_token = jnp.argmax(token_sim, axis=1)[:, :, None]  # [B, F, 1]
+    if weighted:
+        text_weight, frame_weight = text_weight / pairs, frame_weight / pairs
+    else:
+        text_weight = text_mask / jnp.sum(text_mask)
+        frame_weight = frame_mask / jnp.sum(frame_mask)
+    by_token = weighted_outer_product(
+        text_unit, jnp.take_along_axis(frame_unit, best_frame, axis=1), text_mask, text_weight
+    )
+    by_frame = weighted_outer_product(
+        frame_unit, jnp.take_along_axis(text_unit, best_token, axis=1), frame_mask, frame_weight
+    )
+    return (by_token + by_frame) / 2

@@ -1,0 +1,54 @@
+"""Converts files of weights to runs, and runs to files of weights."""
+
+from pathlib import Path
+
+import jax
+
+from drl_jax.config import Config
+from drl_jax.runs.checkpoints import Checkpoints, restore_params
+from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
+from drl_jax.sharding import make_layout
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import state_from_params
+from drl_jax.weights.load import config_of_weights, initial_params, read_weights, save_weights
+
+
+def import_weights(source: Path, workdir: Path, interaction: str = "dp", seed: int = 0) -> Config:
+    """Creates a run with one checkpoint, of step 0, from a file of weights.
+
+    Args:
+      source: an exported run, CLIP alone (its heads start as in training), or a DRL checkpoint.
+      workdir: must not hold a run.
+      interaction: "dp" or "ti", for a file without interaction parameters.
+      seed: for the heads that CLIP does not have.
+
+    Returns:
+      The configuration of the run, with the sizes and heads of the weights.
+
+    Raises:
+      UserError: the file cannot be read or does not fit, or `workdir` holds a run.
+    """
+    if (workdir / "config.json").exists():
+        raise WorkdirError(f"{workdir} already holds a run; choose another directory")
+    weights = read_weights(source)
+    config = config_of_weights(weights, interaction)
+    params = initial_params(config.model, weights, jax.random.key(seed))
+    claim_workdir(workdir, config)
+    state = state_from_params(params, make_optimizer(config.optim, 0), make_layout())
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(state)
+    return config
+
+
+def export_weights(workdir: Path, target: Path, checkpoint: str = "best") -> int:
+    """Writes a checkpoint as safetensors under the reference's names; returns its step.
+
+    The file holds the configuration, so that importing it gives the same model.
+
+    Raises:
+      UserError: no such run or checkpoint, or the file cannot be written.
+    """
+    config = load_config(workdir)
+    step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
+    save_weights(target, params, config)
+    return step

@@ -1,0 +1,168 @@
+"""Trains a run: the loop, its evaluations and checkpoints, and the final test."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from drl_jax.config import Config, ConfigError, TrainConfig
+from drl_jax.data.batches import TrainBatches, load_split
+from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.evaluation.metrics import format_table
+from drl_jax.models.drl import BACKBONES, abstract_params
+from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.logging import TrainingError, TrainLog
+from drl_jax.runs.workdir import claim_workdir
+from drl_jax.runtime.distributed import StopPoll, is_main
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import write_json
+from drl_jax.runtime.signals import StopRequest
+from drl_jax.sharding import Layout, make_layout
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import TrainState, abstract_state, create_state, state_from_params
+from drl_jax.training.train_step import make_train_step
+from drl_jax.weights.load import initial_params, read_weights, with_backbone_of
+
+
+class Interrupted(UserError):
+    """A run that was stopped after a checkpoint."""
+
+
+def train(config: Config, workdir: Path) -> dict[str, Any]:
+    """Trains, evaluates every epoch on val, and tests the best checkpoint.
+
+    Args:
+      config: the configuration.
+      workdir: directory for checkpoints, logs and results. A run in it is resumed.
+
+    Returns:
+      The content of `result.json`: {"test": {"t2v": .., "v2t": ..}, "best_step": .., ..}.
+
+    Raises:
+      UserError: wrong configuration, missing data, another run in `workdir`, a loss that is not
+        finite, or SIGINT or SIGTERM (after a checkpoint).
+    """
+    # ---------------------------------------------------------------- devices, weights, data
+    pretrained = None
+    if config.model.init:
+        weights = read_weights(Path(config.model.init))
+        config = with_backbone_of(config, weights)
+        pretrained = initial_params(config.model, weights, jax.random.key(config.seed))
+        del weights
+    layout = make_layout(fsdp=config.sharding.fsdp)
+    _check_divisible(config.train, layout)
+    dataset = _open_dataset(config)
+    batches = TrainBatches(
+        dataset,
+        load_split(dataset, "train", config.data),
+        config.data,
+        config.train.batch_size,
+        config.seed,
+        BACKBONES[config.model.backbone.family].tokenize,
+    )
+    val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
+    steps_per_epoch = batches.steps_per_epoch
+    total_steps = config.train.epochs * steps_per_epoch
+
+    # ---------------------------------------------------------------- model and optimiser
+    tx = make_optimizer(config.optim, total_steps)
+    step_function = make_train_step(
+        config.model,
+        config.loss,
+        tx,
+        layout,
+        seed=config.seed,
+        microbatch=config.train.microbatch,
+    )
+    evaluator = Evaluator(config, dataset, layout)
+    claim_workdir(workdir, config)  # Nothing is written before all of the above succeeds.
+
+    with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, StopRequest() as stop:
+        # Order of initialisation: resume > init > random.
+        resumed = checkpoints.latest_step()
+        if resumed is not None:
+            state = checkpoints.restore_state(resumed, abstract_state(config.model, tx, layout))
+            if is_main():
+                print(f"resuming {workdir} from step {resumed} of {total_steps}")
+        elif pretrained is not None:
+            state = state_from_params(pretrained, tx, layout)
+        else:
+            state = create_state(config.model, tx, config.seed, layout)
+        del pretrained
+        start = int(state.step)
+        evaluated = resumed is not None and checkpoints.metric(resumed) is not None
+
+        # ---------------------------------------------------------------- the loop
+        with TrainLog(workdir, config, start, total_steps, evaluated=evaluated) as log:
+            log.announce(dataset, batches.num_examples, layout)
+
+            def evaluate(step: int, state: TrainState) -> None:
+                metrics = evaluator.run(state.params, val).metrics
+                log.evaluation(step, metrics)
+                checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
+
+            if total_steps == 0 and resumed is None:
+                checkpoints.save(state)
+            # For a new run without epochs, or a run that was killed in the evaluation of an epoch.
+            if not evaluated and start % steps_per_epoch == 0 and (start or total_steps == 0):
+                evaluate(start, state)
+            stream = batches.on_devices(start, layout)
+            stop_requested = StopPoll(lambda: stop.pending)
+            for step in range(start + 1, total_steps + 1):
+                state, scalars = step_function(state, next(stream))
+                log.train_step(step, scalars)
+                stopping = stop_requested(step)
+                ends_epoch = step % steps_per_epoch == 0
+                if ends_epoch or stopping or _is_due(step, config.train.checkpoint_every):
+                    log.flush(step)
+                    # Before the evaluation, which may take long.
+                    checkpoints.save(state)
+                # Resuming evaluates the checkpoint of an epoch that was not evaluated.
+                if ends_epoch and not stopping:
+                    evaluate(step, state)
+                if stopping:
+                    raise Interrupted(f"stopped after step {step}; rerun the command to resume")
+
+        # ---------------------------------------------------------------- test of the best
+        best_step = checkpoints.best_step()
+        params = checkpoints.restore_params(best_step, abstract_params(config.model, layout))
+    result = {
+        "test": evaluator.run(params, test).metrics,
+        "val": evaluator.run(params, val).metrics,
+        "best_step": best_step,
+        "total_steps": total_steps,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    }
+    if is_main():
+        write_json(workdir / "result.json", result)
+        print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
+        print(format_table(result["test"]))
+    return result
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_divisible(train: TrainConfig, layout: Layout) -> None:
+    for name in ("batch_size", "microbatch"):
+        if getattr(train, name) % layout.device_count:
+            raise ConfigError(
+                f"config.train.{name}={getattr(train, name)} is not divisible by the"
+                f" {layout.device_count} devices; choose a multiple of {layout.device_count}"
+            )
+
+
+def _open_dataset(config: Config) -> VideoDataset:
+    """Opens the dataset; builds it first if the configuration says so and it is absent."""
+    directory, data = dataset_dir(config), config.data
+    if data.build_if_absent and not directory.exists() and jax.process_count() == 1:
+        print(f"no dataset in {directory} yet: building it", flush=True)
+        # In a process: data_prep may import drl_jax, never the reverse.
+        build = ["-m", "data_prep.build", data.dataset, f"--data_dir={data.data_dir}"]
+        if subprocess.run([sys.executable, *build, *data.build_flags.split()]).returncode:
+            raise TrainingError(f"building {data.dataset} failed; see above")
+    return VideoDataset(directory)
