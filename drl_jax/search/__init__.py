@@ -1,0 +1,4 @@
+"""Text-video search over an index of the features of video files."""
+
+# How features are stored in an index; masks and weights are stored exactly.
+STORAGES = ("bfloat16", "int8", "float32")

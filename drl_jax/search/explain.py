@@ -1,99 +1,67 @@
-"""Why a video has its score: which word found which frame, and the moment that counts most."""
+"""Explains a score: which token matches which frame, and the moment that contributes most."""
 
 import dataclasses
 
 import numpy as np
 
-from drl_jax.models.interaction import Features
+from drl_jax.models.interactions import Attribution, Features, Interaction
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """One query and one video, word by word and frame by frame; padding is left out.
+    """Tokens and frames of one query and one video.
 
     Attributes:
-      words: L tokens of the query, with the marks of its start and end: they are compared, too, and
-        a model may give them most of the weight.
-      times: float [F], seconds at which the frames are shown.
-      similarity: float [L, F], cosine of each word and frame.
-      word_weights: float [L], shares of the words in the score; alike where none are learnt.
-      frame_weights: float [F], the same of frames.
-      frame_shares: float [F], what each frame adds to the score (of dp and xti: its cosine with the
-        sentence), so that the largest is the best moment.
+      words: L tokens of the query, with those of its start and end: they are compared too, and a
+        model may give them most of the weight.
+      times: float [F], times of the frames, seconds.
+      attribution: how they contribute to the score.
     """
 
     words: list[str]
     times: np.ndarray
-    similarity: np.ndarray
-    word_weights: np.ndarray
-    frame_weights: np.ndarray
-    frame_shares: np.ndarray
+    attribution: Attribution
 
     @property
     def moment(self) -> float:
-        """When the frame that adds most is shown, seconds."""
-        return float(self.times[np.argmax(self.frame_shares)])
+        """Time of the frame that contributes most, seconds."""
+        return float(self.times[np.argmax(self.attribution.frame_contribution)])
 
     def matches(self) -> list[tuple[str, float, float, float]]:
-        """For each word: itself, when its best frame is shown, their cosine, the word's weight."""
-        best = self.similarity.argmax(axis=1)
+        """For each token: the token, the time of its best frame, their cosine, its weight."""
+        similarity, weights = self.attribution.similarity, self.attribution.token_weight
+        best = similarity.argmax(axis=1)
         return [
-            (word, float(self.times[frame]), float(self.similarity[row, frame]), float(weight))
-            for row, (word, frame, weight) in enumerate(
-                zip(self.words, best, self.word_weights, strict=True)
-            )
+            (word, float(self.times[frame]), float(similarity[row, frame]), float(weight))
+            for row, (word, frame, weight) in enumerate(zip(self.words, best, weights, strict=True))
         ]
 
 
 def explain(
-    text: Features, video: Features, tokens: list[str], times: tuple[float, ...]
+    interaction: type[Interaction],
+    text: Features,
+    video: Features,
+    words: list[str],
+    times: tuple[float, ...],
 ) -> Explanation:
-    """Explains a pair.
+    """Explains the score of one pair.
 
     Args:
-      text: arrays of one query, as `DRL.encode_text` with token-level features, without the axis of
-        queries.
-      video: arrays of one video, the same, float32.
-      tokens: the query's, with the marks of start and end.
-      times: seconds of the video's frames.
+      interaction: of the model.
+      text: arrays of one text, without the axis of items (see `Interaction.attribution`).
+      video: arrays of one video, likewise, float32.
+      words: tokens of the text, with start and end.
+      times: times of the video's frames, seconds.
     """
-    words = _unit(text["text_feat"][text["text_mask"]])
-    frames = _unit(video["frame_feat"][video["frame_mask"]])
-    similarity = words @ frames.T
-    weighted = "text_weight" in text and "frame_weight" in video
-    if weighted:
-        word_weights = text["text_weight"][text["text_mask"]]
-        frame_weights = video["frame_weight"][video["frame_mask"]]
-        # Where there is padding, a word or a frame that nothing is like finds its similarity, 0.
-        word_floor = -np.inf if video["frame_mask"].all() else 0
-        frame_floor = -np.inf if text["text_mask"].all() else 0
-        shares = frame_weights * np.maximum(similarity.max(axis=0), frame_floor)
-        found = word_weights * np.maximum(similarity.max(axis=1), word_floor)
-        np.add.at(shares, similarity.argmax(axis=1), found)
-        shares = shares / 2
-    else:
-        word_weights = np.full(len(words), 1 / len(words))
-        frame_weights = np.full(len(frames), 1 / len(frames))
-        shares = _unit(frames) @ _unit(text["sentence_feat"])
-    return Explanation(
-        tokens,
-        np.asarray(times[: len(frames)]),
-        similarity,
-        word_weights,
-        frame_weights,
-        shares,
-    )
+    attribution = interaction.attribution(text, video)
+    frames = len(attribution.frame_contribution)
+    return Explanation(words, np.asarray(times[:frames]), attribution)
 
 
-def clock(seconds: float) -> str:
-    """Seconds as 1:02.5, or 1:00:02.5 with hours."""
+def format_timestamp(seconds: float) -> str:
+    """Formats seconds as 1:02.5, or 1:00:02.5 with hours."""
     minutes, rest = divmod(round(seconds, 1), 60)
     hours, minutes = divmod(int(minutes), 60)
     if hours:
         return f"{hours}:{minutes:02}:{rest:04.1f}"
     return f"{minutes}:{rest:04.1f}"
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""A picture of one query and one video: which word found which frame, and what each weighs."""
+"""Figure of one query and one video: similarities of tokens and frames, and their weights."""
 
 from pathlib import Path
 
@@ -7,30 +7,31 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.explain import Explanation, clock
+from drl_jax.search.explain import Explanation, format_timestamp
 
-# Inches of a frame's column and of a word's row.
+# Width of a frame's column and height of a token's row, inches.
 _COLUMN, _ROW = 1.1, 0.42
 _BLUE, _MOMENT = "#3b6ea5", "#d1603d"
 
 
 def save_figure(path: Path, explanation: Explanation, frames: np.ndarray, title: str) -> None:
-    """Draws the interaction picture of the paper (its figure of words and frames) to a file.
+    """Draws the token-frame interaction, as the paper does, and writes it to a file.
 
-    Frames stand above the columns of a map of word by frame similarities; bars to its right are the
-    words' weights, bars below it the frames' weights. The best frame of each word is framed, and
-    the frame that adds most to the score is marked.
+    A heat map of the similarities of tokens (rows) and frames (columns), with the frames above it,
+    the weights of tokens to its right and the weights of frames below it. The best frame of each
+    token is outlined, and so is the frame that contributes most to the score.
 
     Args:
-      path: a file of a form that matplotlib writes, by its suffix: .png, .svg, .pdf.
-      explanation: of L words and F frames.
+      path: a file with a suffix that matplotlib writes: .png, .svg, .pdf.
+      explanation: L tokens and F frames.
       frames: uint8 [F, S, S, 3].
-      title: the query and the video, say.
+      title: title of the figure.
 
     Raises:
       UserError: the file cannot be written.
     """
     words, count = explanation.words, len(explanation.times)
+    attribution = explanation.attribution
     height, width = _ROW * len(words), _COLUMN * count
     figure = Figure(figsize=(width + 3.4, height + 3.6), layout="constrained")
     grid = figure.add_gridspec(
@@ -39,24 +40,24 @@ def save_figure(path: Path, explanation: Explanation, frames: np.ndarray, title:
     figure.suptitle(title, fontsize=11, wrap=True)
 
     columns = np.arange(count)
-    best = int(np.argmax(explanation.frame_shares))
+    best = int(np.argmax(attribution.frame_contribution))
     pictures = figure.add_subplot(grid[0, 0])
     for column, frame in enumerate(frames):
         pictures.imshow(frame, extent=(column - 0.47, column + 0.47, 0, 1), aspect="auto")
     pictures.set_xlim(-0.5, count - 0.5)
     pictures.set_ylim(0, 1)
     pictures.set_yticks([])
-    pictures.set_xticks(columns, [clock(time) for time in explanation.times], fontsize=9)
+    pictures.set_xticks(columns, [format_timestamp(time) for time in explanation.times], fontsize=9)
     pictures.xaxis.tick_top()
     pictures.spines[:].set_visible(False)
     pictures.add_patch(_outline(best - 0.48, 0.01, 0.96, 0.98, _MOMENT))
 
     heat = figure.add_subplot(grid[1, 0])
-    image = heat.imshow(explanation.similarity, aspect="auto", cmap="viridis")
+    image = heat.imshow(attribution.similarity, aspect="auto", cmap="viridis")
     heat.set_yticks(np.arange(len(words)), words, fontsize=10)
     heat.set_xticks([])
     low, high = image.get_clim()
-    for row, values in enumerate(explanation.similarity):
+    for row, values in enumerate(attribution.similarity):
         for column, value in enumerate(values):
             dark = value < (low + high) / 2
             heat.text(
@@ -72,7 +73,7 @@ def save_figure(path: Path, explanation: Explanation, frames: np.ndarray, title:
         heat.add_patch(_outline(found - 0.47, row - 0.47, 0.94, 0.94, "white"))
 
     right = figure.add_subplot(grid[1, 1])
-    right.barh(np.arange(len(words)), explanation.word_weights, color=_BLUE)
+    right.barh(np.arange(len(words)), attribution.token_weight, color=_BLUE)
     right.set_ylim(len(words) - 0.5, -0.5)
     right.set_yticks([])
     right.set_xlim(0, 1)
@@ -82,7 +83,7 @@ def save_figure(path: Path, explanation: Explanation, frames: np.ndarray, title:
 
     below = figure.add_subplot(grid[2, 0])
     colors = [_MOMENT if column == best else _BLUE for column in columns]
-    below.bar(columns, explanation.frame_weights, color=colors, width=0.6)
+    below.bar(columns, attribution.frame_weight, color=colors, width=0.6)
     below.set_xlim(-0.5, count - 0.5)
     below.set_ylim(0, 1)
     below.set_xticks([])
@@ -90,7 +91,7 @@ def save_figure(path: Path, explanation: Explanation, frames: np.ndarray, title:
     below.tick_params(labelsize=8)
     below.spines[["top", "right"]].set_visible(False)
     below.set_xlabel(
-        f"cosine of words and frames, 0:00 = start; best moment {clock(explanation.moment)}",
+        f"cosine of words and frames; best moment {format_timestamp(explanation.moment)}",
         fontsize=9,
     )
     try:

@@ -1,4 +1,4 @@
-"""Fills an index from a folder of videos, and keeps it up to date with the folder."""
+"""Creates and updates the index of a folder of videos."""
 
 import dataclasses
 import itertools
@@ -8,23 +8,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 from drl_jax.data.video import VIDEO_SUFFIXES
-from drl_jax.pretrained import SearchModel
+from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.worker_pool import Lost, map_in_processes
+from drl_jax.runtime.files import files_with_suffix
+from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
+from drl_jax.search.format_2 import made_with
 from drl_jax.search.reading import VideoRead, read_video
 from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
 
 
 @dataclasses.dataclass
 class IndexReport:
-    """What an update did to an index.
+    """Result of an update.
 
     Attributes:
-      added: files that are new.
-      changed: files whose content is another than before.
-      removed: files that are gone.
-      unchanged: files that were left alone.
-      bad: why files cannot be searched, by path; of all files, also of unchanged ones.
+      added: number of new files.
+      changed: number of files with changed content.
+      removed: number of files that were deleted.
+      unchanged: number of other files.
+      bad: why files cannot be searched, by path; of all files, also unchanged ones.
       nbytes: size of the stored features.
     """
 
@@ -37,26 +39,26 @@ class IndexReport:
 
 
 def update_index(
-    model: SearchModel,
+    model: RetrievalModel,
     videos: Path,
     directory: Path,
     *,
     storage: str = "bfloat16",
     timeout: float = 300.0,
 ) -> IndexReport:
-    """Brings an index up to date with a folder; what is unchanged is not decoded again.
+    """Updates an index to the files of a folder; decodes only new and changed files.
 
-    Every few videos are stored as they are done: after an interruption the same call goes on.
+    Features are stored batch by batch: after an interruption, the same call continues.
 
     Args:
-      model: embeds the videos.
-      videos: folder, with all folders below it.
-      directory: of the index; created if absent.
-      storage: how features are stored, of `store.STORAGES`.
-      timeout: seconds that the decoding of a video may take.
+      model: encodes the videos.
+      videos: folder of the videos, searched recursively.
+      directory: of the index; created if it does not exist.
+      storage: how features are stored, one of `drl_jax.search.STORAGES`.
+      timeout: seconds for decoding one video.
 
     Raises:
-      UserError: no such folder, no video in it and none indexed, or the index is of another model,
+      UserError: the folder does not exist, there is no video, or the index is of another model,
         folder or storage.
     """
     if not videos.is_dir():
@@ -64,73 +66,80 @@ def update_index(
     with Store(directory, write=True) as store:
         _check_header(store, model, videos, storage)
         known = {video.path: video for video in store.videos()}
-        found = dict(_walk(videos))
-        unnamable = [path for path in found if not _is_text(path)]
-        for path in unnamable:
+        found = {video.path: video for video in _find_videos(videos)}
+        misnamed = [path for path in found if not _is_text(path)]
+        for path in misnamed:
             del found[path]
         if not found and not known:
             raise UserError(f"no video in {videos} (looked for {' '.join(VIDEO_SUFFIXES)})")
         report = IndexReport()
-        gone = sorted(known.keys() - found.keys())
-        store.remove(gone)
-        report.removed = len(gone)
-        due = [
+        missing = sorted(known.keys() - found.keys())
+        store.remove(missing)
+        report.removed = len(missing)
+        pending = [
             video
             for path, video in found.items()
             if path not in known or _state(known[path]) != _state(video)
         ]
-        report.unchanged = len(found) - len(due)
+        report.unchanged = len(found) - len(pending)
         calls = [
             (
                 videos / video.path,
                 known[video.path].sha256 if video.path in known else "",
                 model.config.data.max_frames,
-                model.config.model.clip.image_resolution,
+                model.config.model.backbone.image_resolution,
             )
-            for video in due
+            for video in pending
         ]
         reads = map_in_processes(read_video, calls, timeout=timeout)
-        progress = tqdm(zip(due, reads, strict=True), "indexing", len(due), unit="video")
+        progress = tqdm(
+            zip(pending, reads, strict=True),
+            desc="indexing",
+            total=len(pending),
+            unit="video",
+            disable=not pending,
+        )
         for batch in _batches(progress, model.config.eval.batch_size):
             _store_batch(store, model, known, batch, report)
+        store.compact()
         report.bad = {video.path: video.error for video in store.videos() if video.error}
-        report.bad |= {ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in unnamable}
+        report.bad |= {ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in misnamed}
         report.nbytes = store.nbytes()
     return report
 
 
-def _check_header(store: Store, model: SearchModel, videos: Path, storage: str) -> None:
-    header = {
-        "source": model.source,
-        "fingerprint": model.fingerprint,
-        "videos": str(videos.resolve()),
-        "storage": storage,
-    }
-    if not store.header:
-        store.set_header(header)
+def _check_header(store: Store, model: RetrievalModel, videos: Path, storage: str) -> None:
+    """Writes the header of a new index, or checks that an index matches; upgrades format 2."""
+    folder, header = str(videos.resolve()), store.header
+    if not header:
+        store.update_header(
+            source=model.source, fingerprint=model.fingerprint, videos=folder, storage=storage
+        )
         return
-    for name, what in (
-        ("fingerprint", "another model"),
-        ("videos", f"another folder, {store.header['videos']}"),
-        ("storage", f"another storage, {store.header['storage']}"),
+    for matches, other in (
+        (made_with(header, model), "model"),
+        (header["videos"] == folder, f"folder, {header['videos']}"),
+        (header["storage"] == storage, f"storage, {header['storage']}"),
     ):
-        if store.header[name] != header[name]:
+        if not matches:
             raise SearchIndexError(
-                f"the index {store.directory} was made with {what}; give another --index, or delete"
-                " it"
+                f"the index {store.directory} was made with another {other}; give another --index,"
+                " or delete it"
             )
+    if not header["fingerprint"]:
+        store.update_header(fingerprint=model.fingerprint)
 
 
-def _walk(videos: Path) -> Iterator[tuple[str, IndexedVideo]]:
-    for path in sorted(videos.rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-            status = path.stat()
-            name = str(path.relative_to(videos))
-            yield name, IndexedVideo(name, status.st_size, status.st_mtime_ns, "")
+def _find_videos(folder: Path) -> Iterator[IndexedVideo]:
+    for path in files_with_suffix(folder, VIDEO_SUFFIXES):
+        status = path.stat()
+        yield IndexedVideo(
+            str(path.relative_to(folder)), status.st_size, status.st_mtime_ns, sha256=""
+        )
 
 
 def _is_text(path: str) -> bool:
-    """Whether a path has characters only, and no bytes that are none in UTF-8."""
+    """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
@@ -146,17 +155,17 @@ def _batches(items: Iterable, size: int) -> Iterator[list]:
 
 def _store_batch(
     store: Store,
-    model: SearchModel,
+    model: RetrievalModel,
     known: dict[str, IndexedVideo],
-    batch: list[tuple[IndexedVideo, VideoRead | Lost]],
+    batch: list[tuple[IndexedVideo, VideoRead | WorkerFailure]],
     report: IndexReport,
 ) -> None:
-    """Embeds and stores some files that were read; counts them in the report."""
+    """Encodes and stores files that were read, and counts them in the report."""
     records, clips, thumbnails = [], [], []
     for video, read in batch:
-        if isinstance(read, Lost):
+        if isinstance(read, WorkerFailure):
             read = VideoRead("", read.reason)
-        if not read.error and read.frames is None:  # only its time of change is another
+        if not read.error and read.frames is None:  # Only its modification time changed.
             store.touch(video)
             report.unchanged += 1
             continue
@@ -172,9 +181,5 @@ def _store_batch(
             thumbnails.append(read.thumbnails)
     if not records:
         return
-    features = {}
-    if clips:
-        features = model.embedder.videos(
-            model.params, lambda rows: [clips[row] for row in rows], len(clips)
-        )
+    features = model.encode_video(clips) if clips else {}
     store.put(records, features, thumbnails)

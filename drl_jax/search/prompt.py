@@ -1,23 +1,25 @@
-"""The prompt: sentences and test captions as queries, until `q`."""
+"""The prompt: answers sentences and captions until `q`."""
 
 from collections.abc import Callable, Sequence
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.explain import clock
+from drl_jax.search.explain import format_timestamp
 from drl_jax.search.session import Hit, Searcher
 
-_HELP = "t SENTENCE searches, i NUMBER searches with a caption of the test split, q quits"
+_HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, q: quit"
 
 
 def format_hits(hits: Sequence[Hit]) -> str:
-    """Hits as lines of text: rank, score, moment, path; when each word was found, its weight."""
+    """Formats hits as text: rank, score, moment and path; then each word, its moment and weight."""
     lines = []
     for hit in hits:
-        moment = "" if hit.explanation is None else f"at {clock(hit.explanation.moment)}  "
+        moment = (
+            "" if hit.explanation is None else f"at {format_timestamp(hit.explanation.moment)}  "
+        )
         lines.append(f"{hit.rank:4}  {hit.score:.4f}  {moment}{hit.path}")
         if hit.explanation is not None:
             words = (
-                f"{word} {clock(time)}" + (f" ({weight:.0%})" if weight >= 0.005 else "")
+                f"{word} {format_timestamp(time)}" + (f" ({weight:.0%})" if weight >= 0.005 else "")
                 for word, time, _, weight in hit.explanation.matches()
             )
             lines.append(f"{'':14}{'  '.join(words)}")
@@ -31,13 +33,13 @@ def run_prompt(
     read: Callable[[str], str] = input,
     write: Callable[[str], None] = print,
 ) -> None:
-    """Asks and answers until `q` or the end of the input.
+    """Reads and answers queries until `q` or the end of the input.
 
     Args:
       searcher: answers.
-      captions: what `i` chooses from; may be empty.
-      top: hits of an answer.
-      read: asks with a prompt and returns a line; EOFError ends.
+      captions: the captions that `i` selects from; may be empty.
+      top: number of hits.
+      read: shows a prompt and returns a line; EOFError ends the prompt.
       write: prints.
     """
     write(f"{len(searcher.videos)} videos. {_HELP}")
@@ -69,7 +71,7 @@ def _answer(searcher: Searcher, captions: Sequence[str], top: int, command: str,
 
 def _caption(captions: Sequence[str], number: str) -> str:
     if not captions:
-        raise UserError("there are no captions to choose from; --captions=FILE brings some")
+        raise UserError("there are no captions to select from; give --captions=FILE")
     if not number.isdecimal() or int(number) >= len(captions):
         raise UserError(f"i takes a number from 0 to {len(captions) - 1}, not {number!r}")
     return captions[int(number)]

@@ -1,7 +1,9 @@
-"""Reads video files for an index, in worker processes: no jax in here."""
+"""Reads video files for an index.
+
+Worker processes import this module, so it does not import jax.
+"""
 
 import dataclasses
-import hashlib
 import io
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from drl_jax.data.video import VideoError, read_timed_frames
+from drl_jax.runtime.files import sha256
 
 # Side of the thumbnails, pixels.
 THUMBNAIL = 112
@@ -16,13 +19,13 @@ THUMBNAIL = 112
 
 @dataclasses.dataclass(frozen=True)
 class VideoRead:
-    """A file as it was read.
+    """A file that was read.
 
     Attributes:
       sha256: of its content; empty if it cannot be opened.
-      error: why it gives no frames; empty if it does.
-      frames: uint8 [F, S, S, 3]; None with an error, and for a file whose content was known.
-      times: F seconds.
+      error: why it has no frames; empty if it has.
+      frames: uint8 [F, S, S, 3]; None with an error, or if the content was known.
+      times: F times, seconds from the start.
       thumbnails: JPEG file with the frames side by side.
     """
 
@@ -34,30 +37,29 @@ class VideoRead:
 
 
 def read_video(path: Path, known_sha256: str, max_frames: int, size: int) -> VideoRead:
-    """Reads a file; decodes it unless its content is known.
+    """Reads a file, and decodes it unless its content is known.
 
     Args:
       path: of the file.
-      known_sha256: of its content when it was last read; empty if it was not.
+      known_sha256: of its content when it was last read; empty if it was not read before.
       max_frames: see `drl_jax.data.video.sample_positions`.
       size: side of the frames, pixels.
     """
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
     except OSError as error:
         return VideoRead("", f"cannot be opened ({error.strerror})")
-    if sha256 == known_sha256:
-        return VideoRead(sha256)
+    if digest == known_sha256:
+        return VideoRead(digest)
     try:
         frames, times = read_timed_frames(path, max_frames, size)
     except VideoError as error:
-        return VideoRead(sha256, str(error))
-    return VideoRead(sha256, "", frames, tuple(map(float, times)), _strip(frames))
+        return VideoRead(digest, str(error))
+    return VideoRead(digest, "", frames, tuple(map(float, times)), _strip(frames))
 
 
 def _strip(frames: np.ndarray) -> bytes:
-    """Frames side by side as a JPEG file."""
+    """Returns a JPEG file with the frames side by side."""
     side = min(THUMBNAIL, frames.shape[1])
     small = [np.asarray(Image.fromarray(frame).resize((side, side))) for frame in frames]
     file = io.BytesIO()

@@ -1,7 +1,7 @@
-"""The page: a sentence, the videos that it finds, playing from their best moment, and why.
+"""The search page: a sentence, its hits playing from their best moment, and explanations.
 
-Everything that the page loads comes from this program; of files, only those of the index, as they
-were when they were indexed.
+The page loads nothing from other hosts. The server serves only files of the index, and only while
+they are unchanged since they were indexed.
 """
 
 import socket
@@ -20,18 +20,18 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
-from drl_jax.pretrained import SearchModel
+from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.explain import Explanation, clock
-from drl_jax.search.session import Hit, SearchSession
+from drl_jax.search.explain import Explanation, format_timestamp
+from drl_jax.search.session import Hit, IndexSnapshot, SearchSession
 from drl_jax.search.store import IndexedVideo
 
 _PAGE = Path(__file__).parent / "page"
 _LOOPBACK = ("127.0.0.1", "localhost")
-# Of the number of hits that a request may ask for.
-_MOST_HITS = 50
+# Maximum hits per request.
+_MAX_HITS = 50
 _HEADERS = {
-    # Nothing from elsewhere, and nobody else's frame around it.
+    # Loads nothing from other hosts, and cannot be embedded in another page.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"
         " img-src 'self'; media-src 'self'; form-action 'self'; base-uri 'none';"
@@ -42,7 +42,7 @@ _HEADERS = {
 }
 
 
-def serve(directory: Path, model: SearchModel | None, *, host: str, port: int, top: int) -> None:
+def serve(directory: Path, model: RetrievalModel | None, *, host: str, port: int, top: int) -> None:
     """Serves the page until it is interrupted.
 
     Args:
@@ -50,15 +50,15 @@ def serve(directory: Path, model: SearchModel | None, *, host: str, port: int, t
       model: see `SearchSession`.
       host: name or address to listen on.
       port: 0 chooses a free one.
-      top: hits of a query, unless the request says another number.
+      top: number of hits, unless the request has another.
 
     Raises:
-      UserError: the index cannot be opened, or the address cannot be had.
+      UserError: the index cannot be opened, or the address is not available.
     """
     app = make_app(directory, model, top=top, hosts=_LOOPBACK if host in _LOOPBACK else ("*",))
     listener = _listen(host, port)
     print(
-        f"{app.state.videos} videos on http://{host}:{listener.getsockname()[1]}/  (Ctrl-C ends)",
+        f"{app.state.videos} videos on http://{host}:{listener.getsockname()[1]}/  (Ctrl-C stops)",
         flush=True,
     )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
@@ -78,69 +78,68 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"cannot listen on --host={host} --port={port} ({reason}); --port=0 finds a free one"
+            f"cannot listen on --host={host} --port={port} ({reason}); --port=0 chooses a free one"
         ) from error
     return listener
 
 
 def make_app(
-    directory: Path, model: SearchModel | None, *, top: int, hosts: tuple[str, ...] = _LOOPBACK
+    directory: Path, model: RetrievalModel | None, *, top: int, hosts: tuple[str, ...] = _LOOPBACK
 ) -> Starlette:
-    """The page as an ASGI application; answers one query to be ready for the first.
+    """Creates the ASGI application; answers one query, so that the first is not slow.
 
     Args:
       directory: of the index.
       model: see `SearchSession`.
-      top: hits of a query.
-      hosts: names under which the page may be asked for: another one is a foreign page's, whose
-        name was pointed here.
+      top: number of hits.
+      hosts: accepted values of the Host header; refuses DNS rebinding.
 
     Raises:
-      UserError: the index cannot be opened, or `top` is more than the page shows.
+      UserError: the index cannot be opened, or `top` is too large.
     """
     _number_of_hits(str(top))
-    index = _OpenIndex(directory, model)
+    session = SearchSession(directory, model)
     templates = Jinja2Templates(_PAGE)
-    templates.env.filters["clock"] = clock
-    searching = threading.Lock()  # one query at a time has all cores
+    templates.env.filters["format_timestamp"] = format_timestamp
+    searching = threading.Lock()  # A query uses all cores.
 
     def page(request: Request) -> Response:
         context: dict[str, Any] = {"query": request.query_params.get("q"), "top": top}
         status = 200
         try:
             context["top"] = _number_of_hits(request.query_params.get("top", str(top)))
-            session = index.session()
-            context |= {"videos": len(session.videos), "folder": session.folder}
+            index = session.snapshot()
+            context |= {"videos": len(index.videos), "folder": index.folder}
             if context["query"] is not None:
                 with searching:
-                    context |= _found(session, context["query"], context["top"])
+                    context |= _found(index, context["query"], context["top"])
         except UserError as error:
             context["error"], status = str(error), 400
         return templates.TemplateResponse(
             request, "page.html", context, status_code=status, headers=_HEADERS
         )
 
-    def of_video(answer: Callable[[SearchSession, IndexedVideo], Response]) -> Callable:
+    def of_video(answer: Callable[[IndexSnapshot, IndexedVideo], Response]) -> Callable:
         def endpoint(request: Request) -> Response:
             try:
-                session = index.session()
+                index = session.snapshot()
             except UserError as error:
                 return PlainTextResponse(str(error), 503, _HEADERS)
-            video = session.video_at(request.path_params["path"])
+            video = index.video_at(request.path_params["path"])
             if video is None:
                 return PlainTextResponse("no such video in the index", 404, _HEADERS)
-            return answer(session, video)
+            return answer(index, video)
 
         return endpoint
 
-    def video(session: SearchSession, video: IndexedVideo) -> Response:
-        # What lies there now may be a link to anywhere.
-        if not session.is_unchanged(video):
-            return PlainTextResponse("it has changed since it was indexed", 409, _HEADERS)
-        return FileResponse(session.folder / video.path, headers=_HEADERS)
+    def video(index: IndexSnapshot, video: IndexedVideo) -> Response:
+        # A file that was replaced could be a link to any file.
+        if not index.is_unchanged(video):
+            return PlainTextResponse("the file has changed since it was indexed", 409, _HEADERS)
+        return FileResponse(index.folder / video.path, headers=_HEADERS)
 
-    def frames(session: SearchSession, video: IndexedVideo) -> Response:
-        return Response(session.thumbnails(video), media_type="image/jpeg", headers=_HEADERS)
+    def frames(index: IndexSnapshot, video: IndexedVideo) -> Response:
+        return Response(index.thumbnails(video), media_type="image/jpeg", headers=_HEADERS)
 
     app = Starlette(
         routes=[
@@ -151,46 +150,31 @@ def make_app(
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
     )
-    session = index.session()
-    session.search(["ready"], top)
+    session.search(["warm-up"], top)
     app.state.videos = len(session.videos)
     return app
 
 
-class _OpenIndex:
-    """The session of an index, opened again when the index has changed."""
-
-    def __init__(self, directory: Path, model: SearchModel | None):
-        self._directory = directory
-        self._session = SearchSession(directory, model)
-        self._opening = threading.Lock()
-
-    def session(self) -> SearchSession:
-        with self._opening:
-            if not self._session.is_current():
-                self._session = SearchSession(self._directory, self._session.model)
-            return self._session
-
-
 def _number_of_hits(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= _MOST_HITS:
-        raise UserError(f"the number of videos is from 1 to {_MOST_HITS}, not {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= _MAX_HITS:
+        raise UserError(f"the number of videos must be 1 to {_MAX_HITS}, not {text!r}")
     return int(text)
 
 
-def _found(session: SearchSession, query: str, top: int) -> dict[str, Any]:
-    """What the page shows of a query's answer."""
-    (hits,) = session.search([query], top)
-    (tokens,) = session.model.tokens([query])
-    longest = session.model.config.data.max_words
+def _found(index: IndexSnapshot, query: str, top: int) -> dict[str, Any]:
+    """Answers a query with the variables of the template."""
+    (hits,) = index.search([query], top)
+    (tokens,) = index.model.token_strings([query])
+    longest = index.model.config.data.max_words
     return {
         "hits": [_shown(hit) for hit in hits],
-        "cut_at": longest if len(tokens) == longest else None,
+        "truncated_at": longest if len(tokens) == longest else None,
     }
 
 
 def _shown(hit: Hit) -> dict[str, Any]:
-    assert hit.explanation is not None  # the query is a sentence
+    assert hit.explanation is not None  # The query is a sentence.
+    attribution = hit.explanation.attribution
     return {
         "rank": hit.rank,
         "score": hit.score,
@@ -198,14 +182,14 @@ def _shown(hit: Hit) -> dict[str, Any]:
         "moment": hit.explanation.moment,
         "times": hit.explanation.times,
         "words": _rows(hit.explanation),
-        "frames": _bars(hit.explanation.frame_weights),
-        "best": int(hit.explanation.frame_shares.argmax()),
+        "frames": _bars(attribution.frame_weight),
+        "best": int(attribution.frame_contribution.argmax()),
     }
 
 
 def _rows(explanation: Explanation) -> list[dict[str, Any]]:
-    """Of each word: cells (similarity, its place between the smallest and the largest, best)."""
-    similarity = explanation.similarity
+    """Rows of the table, one per word; `heat` is the similarity scaled to 0 ... 1."""
+    similarity = explanation.attribution.similarity
     low, high = float(similarity.min()), float(similarity.max())
     heat = (similarity - low) / (high - low or 1)
     best = similarity.argmax(axis=1)
@@ -219,7 +203,7 @@ def _rows(explanation: Explanation) -> list[dict[str, Any]]:
             "bar": bar,
         }
         for row, (word, bar) in enumerate(
-            zip(explanation.words, _bars(explanation.word_weights), strict=True)
+            zip(explanation.words, _bars(explanation.attribution.token_weight), strict=True)
         )
     ]
 

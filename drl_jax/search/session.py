@@ -1,6 +1,7 @@
-"""An open index that answers: sentences and videos as queries, hits with their reasons."""
+"""Searches an index: by sentences and by videos, with explained hits."""
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,12 +9,14 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from drl_jax import pretrained as models
-from drl_jax.models.interaction import Features
-from drl_jax.pretrained import SearchModel
-from drl_jax.search.engine import Gallery, Ranking, SearchEngine, restored, video_as_query
+from drl_jax.models.interactions import Features
+from drl_jax.pretrained import RetrievalModel, load_source
+from drl_jax.search.database import index_version
+from drl_jax.search.engine import Gallery, Ranking, SearchEngine
 from drl_jax.search.explain import Explanation, explain
-from drl_jax.search.store import IndexedVideo, SearchIndexError, Store, database_version
+from drl_jax.search.format_2 import made_with
+from drl_jax.search.quantization import dequantize
+from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Hit:
       rank: from 1.
       score: similarity, as evaluation computes it.
       path: of the file.
-      video: what the index knows of it.
-      explanation: None where the query is a video.
+      video: the file in the index.
+      explanation: None if the query is a video.
     """
 
     rank: int
@@ -56,97 +59,162 @@ class Hit:
 
 
 class Searcher(Protocol):
-    """What answers sentences: a session, or an engine before it."""
+    """Answers sentences: a session, or a candidate engine in front of it."""
 
     @property
     def videos(self) -> Sequence[IndexedVideo]:
-        """Those that can be found."""
+        """The videos that can be found."""
 
     def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
         """The best videos for each sentence."""
 
 
 class SearchSession:
-    """An index and its model, ready for queries."""
+    """An open index and its model.
 
-    def __init__(self, directory: Path, model: SearchModel | None = None):
+    Every query is answered from the current state of the index, also while another process updates
+    it. Safe to use from several threads.
+
+    Attributes:
+      directory: of the index.
+      model: the model that the index was made with.
+    """
+
+    def __init__(self, directory: Path, model: RetrievalModel | None = None):
         """Opens an index.
 
         Args:
           directory: of the index.
-          model: the one it was made with; None: it is loaded from where the index says it is.
+          model: the model it was made with; None: loaded from where the index says it is.
 
         Raises:
-          UserError: no index, nothing in it to search, or not its model.
+          UserError: there is no index, no video to search, or the model is another one.
         """
         self.directory = directory
-        self._version = database_version(directory)
+        if model is None:
+            with Store(directory) as store:
+                source = store.header["source"]
+            model = load_source(source)
+        self.model = model
+        self._engine = SearchEngine(model.config.model, model.params)
+        self._refreshing = threading.Lock()
+        self._version: tuple[int, ...] | None = None
+        self._snapshot = self.snapshot()
+
+    @property
+    def videos(self) -> Sequence[IndexedVideo]:
+        """The videos that can be found."""
+        return self.snapshot().videos
+
+    def snapshot(self) -> "IndexSnapshot":
+        """The current state of the index; opened again if the index has changed.
+
+        Raises:
+          UserError: see `__init__`.
+        """
+        with self._refreshing:
+            version = index_version(self.directory)
+            if not version or version != self._version:
+                self._snapshot = IndexSnapshot(self.directory, self.model, self._engine)
+                self._version = version
+            return self._snapshot
+
+    def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
+        """See `IndexSnapshot.search`."""
+        return self.snapshot().search(sentences, top)
+
+    def search_by_video(self, path: Path, top: int) -> list[Hit]:
+        """See `IndexSnapshot.search_by_video`."""
+        return self.snapshot().search_by_video(path, top)
+
+    def rank_sentences(self, path: Path, sentences: Sequence[str]) -> list[tuple[float, str]]:
+        """Ranks sentences by their similarity to a video file.
+
+        Returns:
+          Pairs of similarity and sentence, the best first.
+
+        Raises:
+          UserError: the file cannot be read, or a sentence is blank.
+        """
+        model = self.model
+        scores = model.similarity(model.encode_text(sentences), model.encode_video([path]))[:, 0]
+        order = np.argsort(-scores, kind="stable")
+        return [(float(scores[row]), sentences[row]) for row in order]
+
+
+class IndexSnapshot:
+    """One state of an index, ready for queries.
+
+    Attributes:
+      directory: of the index.
+      header: what the index was made with.
+      folder: folder of the videos.
+      videos: the videos that can be found.
+      model: the model of the index.
+    """
+
+    def __init__(self, directory: Path, model: RetrievalModel, engine: SearchEngine):
+        """Reads the list of videos and maps the arrays.
+
+        Args:
+          directory: of the index.
+          model: the model of the index.
+          engine: compares texts and videos with that model.
+
+        Raises:
+          SearchIndexError: there is no index, no video to search, or the model is another one.
+        """
+        self.directory, self.model, self._engine = directory, model, engine
         with Store(directory) as store:
-            if not store.header:
-                raise SearchIndexError(
-                    f"the index {directory} is empty: its making was interrupted at once"
-                )
-            self.header = store.header
-            known = store.videos()
-            arrays = store.arrays()
+            self.header, known, self._arrays = store.header, store.videos(), store.arrays()
+        if not made_with(self.header, model):
+            raise SearchIndexError(
+                f"the index {directory} was made with another model than"
+                f" {' '.join(model.source.values())}; give the model of the index, or make a new"
+                " index"
+            )
         self.videos = [video for video in known if not video.error]
         if not self.videos:
             raise SearchIndexError(
                 f"the index {directory} has no video that can be searched ({len(known)} cannot)"
             )
         self.folder = Path(self.header["videos"])
-        self.model = models.from_source(self.header["source"]) if model is None else model
-        if self.model.fingerprint != self.header["fingerprint"]:
-            raise SearchIndexError(
-                f"the index {directory} was made with another model than"
-                f" {' '.join(self.model.source.values())}; make a new one, or name its own model"
-            )
-        self._arrays = arrays
         self._video_of = {video.slot: video for video in self.videos}
         self._video_at = {video.path: video for video in self.videos}
-        self.gallery = Gallery(arrays, list(self._video_of), self.model.layout)
-        self._engine = SearchEngine(self.model.config.model, self.model.params)
+        self._gallery = Gallery(self._arrays, list(self._video_of), model.layout)
+
+    # ------------------------------------------------------------------ queries
 
     def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
-        """The best videos for each sentence.
+        """Finds the best videos for each sentence.
 
         Raises:
           UserError: a sentence is blank.
         """
-        text = self.model.embed_sentences(sentences)
+        text = self.model.encode_text(sentences)
         return self._explained(sentences, text, self.rank(text, top))
 
     def search_among(
         self, sentence: str, text: Features, videos: Sequence[IndexedVideo], top: int
     ) -> list[Hit]:
-        """The best of some videos of the index for a sentence, compared as `search` does.
+        """Finds the best of some videos for a sentence, compared as in `search`.
 
         Args:
           sentence: the query.
-          text: its arrays, of `SearchModel.embed_sentences`.
-          videos: candidates that another engine found, without repetition.
-          top: how many.
+          text: its arrays, [1, ...] each.
+          videos: candidates of another engine, without repetition.
+          top: number of hits.
         """
         return self._explained([sentence], text, self.rank(text, top, videos))[0]
 
-    def rank(
-        self, text: Features, top: int, videos: Sequence[IndexedVideo] | None = None
-    ) -> Ranking:
-        """The best videos for embedded sentences, of all or of those given."""
-        if videos is None:
-            return self._engine.search(text, self.gallery, top)
-        slots = np.array([video.slot for video in videos])
-        found = self._engine.search(text, self.gallery.only(slots), top)
-        return Ranking(found.scores, slots[found.slots])
-
     def search_by_video(self, path: Path, top: int) -> list[Hit]:
-        """The videos that are most like a file, itself included if it is indexed.
+        """Finds the videos that are most similar to a file, itself included if it is indexed.
 
         Raises:
           UserError: the file cannot be read.
         """
-        query = video_as_query(self.model.embed_file(path).features)
-        ranking = self._engine.search(query, self.gallery, top)
+        query = self.model.interaction.video_as_text(self.model.encode_video([path]))
+        ranking = self.rank(query, top)
         return [
             self._hit(rank, score, slot, None)
             for rank, (score, slot) in enumerate(
@@ -154,39 +222,35 @@ class SearchSession:
             )
         ]
 
-    def rank_sentences(self, path: Path, sentences: Sequence[str]) -> list[tuple[float, str]]:
-        """Sentences with their similarity to a video file, the best first.
+    def rank(
+        self, text: Features, top: int, videos: Sequence[IndexedVideo] | None = None
+    ) -> Ranking:
+        """Ranks all videos, or some, for encoded texts."""
+        if videos is None:
+            return self._engine.search(text, self._gallery, top)
+        slots = np.array([video.slot for video in videos])
+        found = self._engine.search(text, self._gallery.only(slots), top)
+        return Ranking(found.scores, slots[found.slots])
 
-        Raises:
-          UserError: the file cannot be read, or a sentence is blank.
-        """
-        model = self.model
-        text, video = model.embed_sentences(sentences), model.embed_file(path).features
-        scores = model.embedder.similarity(model.params, text, video)[:, 0]
-        order = np.argsort(-scores, kind="stable")
-        return [(float(scores[row]), sentences[row]) for row in order]
+    # ------------------------------------------------------------------ videos
 
     def stored(self, videos: Sequence[IndexedVideo]) -> Features:
-        """The arrays of indexed videos, features float32, a row a video."""
+        """The arrays of indexed videos, one row per video, features float32."""
         slots = [video.slot for video in videos]
         rows = {name: np.asarray(array[slots]) for name, array in self._arrays.items()}
-        return {name: np.asarray(array) for name, array in jax.device_get(restored(rows)).items()}
+        return {name: np.asarray(array) for name, array in jax.device_get(dequantize(rows)).items()}
 
-    def is_current(self) -> bool:
-        """Whether the index is as it was when the session was opened."""
-        return self._version == database_version(self.directory)
+    def video_at(self, path: str) -> IndexedVideo | None:
+        """The video with exactly this path relative to the folder, if it can be searched."""
+        return self._video_at.get(path)
 
     def is_unchanged(self, video: IndexedVideo) -> bool:
-        """Whether a video's file is the one that was indexed, by its size and time of change."""
+        """Whether a file is the one that was indexed, by its size and modification time."""
         try:
             status = (self.folder / video.path).stat()
         except OSError:
             return False
         return (status.st_size, status.st_mtime_ns) == (video.size, video.mtime_ns)
-
-    def video_at(self, path: str) -> IndexedVideo | None:
-        """The video with exactly this path below the folder, if it can be searched."""
-        return self._video_at.get(path)
 
     def thumbnails(self, video: IndexedVideo) -> bytes:
         """A JPEG file with the frames of an indexed video side by side."""
@@ -198,12 +262,12 @@ class SearchSession:
     ) -> list[list[Hit]]:
         return [
             [
-                self._hit(rank, score, slot, ({name: a[query] for name, a in text.items()}, tokens))
+                self._hit(rank, score, slot, ({name: a[query] for name, a in text.items()}, words))
                 for rank, (score, slot) in enumerate(
                     zip(ranking.scores[query], ranking.slots[query], strict=True), start=1
                 )
             ]
-            for query, tokens in enumerate(self.model.tokens(sentences))
+            for query, words in enumerate(self.model.token_strings(sentences))
         ]
 
     def _hit(
@@ -212,7 +276,7 @@ class SearchSession:
         video = self._video_of[int(slot)]
         explanation = None
         if query is not None:
-            text, tokens = query
+            text, words = query
             stored = {name: array[0] for name, array in self.stored([video]).items()}
-            explanation = explain(text, stored, tokens, video.times)
+            explanation = explain(self.model.interaction, text, stored, words, video.times)
         return Hit(rank, float(score), self.folder / video.path, video, explanation)

@@ -1,57 +1,72 @@
-"""The files of an index: what is indexed in `index.sqlite`, features in one file an array.
+"""Files of a search index.
 
-A video has a slot, the same row of every array. Slots are never overwritten while a video has them:
-features go to a free slot, and one transaction then makes them the video's. So whatever kills a
-writer, an index is as it was before or after each change.
+- `index.sqlite`: the header (JSON) and one row per video file.
+- `NAME.bin`, `NAME.GENERATION.bin`: one array of features each. Row n of every array belongs to the
+  video whose slot is n.
+- `lock`: locked by the process that writes; a crash releases the lock.
+
+Writes. Features are written to slots that were never used, then one SQLite transaction assigns the
+slots to videos. A writer that is killed leaves the index in the state after its last transaction.
+
+Slots are not reused. Removing or changing a video leaves its old slot unused, so the rows that a
+reader has memory-mapped stay those of the videos it lists, and readers need no lock. `compact`
+reclaims the space: it copies the used rows to files of a new generation, and one transaction
+switches to them. The old files are deleted when the index is next opened for writing, long after
+the queries that were running at the switch.
+
+Reads. A Store opened for reading sees one state of the index: it reads in one transaction, and
+the files it maps keep their rows. `index_version` changes with every transaction; `SearchSession`
+checks it before each query.
+
+Format 3. Format 2 is converted in memory when it is read (`format_2.py`), and in the database, in
+one transaction that renames no files, when its own model first updates it.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
-from drl_jax.models.interaction import Features
+from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError
+from drl_jax.search.array_files import GROWTH, copy_rows, map_arrays, write_rows
+from drl_jax.search.database import database_path, open_database, transaction
+from drl_jax.search.format_2 import header_from_format_2
+from drl_jax.search.quantization import quantize
 
-_DATABASE = "index.sqlite"
-_FORMAT = 2
-# How features are stored; masks and weights are stored as they are.
-STORAGES = ("bfloat16", "int8", "float32")
-# Rows that an array's file grows by.
-_GROWTH = 256
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS header (value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS videos (
-  path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
-  error TEXT NOT NULL, slot INTEGER UNIQUE, times TEXT NOT NULL, thumbnails BLOB
-);
-"""
+_FORMAT = 3
+# `compact` copies the arrays if more than this share of the slots, and `GROWTH` slots, are unused.
+_MAX_UNUSED = 0.25
+# Header of an index without videos; `update_header` adds the rest.
+_NEW_HEADER = {
+    "format": _FORMAT,
+    "arrays": {},
+    "generation": 0,
+    "next_slot": 0,
+    "obsolete_files": [],
+}
 
 
 class SearchIndexError(UserError):
-    """An index that is absent, in use, or of another model."""
+    """An index that is missing, in use, damaged, or of another model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexedVideo:
-    """A file that an index knows.
+    """A video file of an index.
 
     Attributes:
-      path: below the folder of the videos.
+      path: relative to the folder of the videos.
       size: bytes.
-      mtime_ns: when it was last changed.
+      mtime_ns: modification time.
       sha256: of its content; empty if it could not be read.
       error: why it cannot be searched; empty if it can.
-      slot: its row of the arrays; None with an error.
-      times: seconds from its start at which its frames are shown.
+      slot: its row in the arrays; None with an error.
+      times: times of its frames, seconds from the start.
     """
 
     path: str
@@ -64,45 +79,43 @@ class IndexedVideo:
 
 
 class Store:
-    """An index on disk; use it in a `with` block."""
+    """An index on disk; a context manager.
+
+    Attributes:
+      directory: of the index.
+      header: what the index was made with; empty for a new index.
+    """
 
     def __init__(self, directory: Path, *, write: bool = False):
-        """Opens an index; with `write`, creates the directory and keeps other writers out.
+        """Opens an index.
+
+        Args:
+          directory: of the index.
+          write: also creates the directory, and excludes other writers.
 
         Raises:
-          SearchIndexError: there is none to read, or another process writes to it.
+          SearchIndexError: there is no index to read, or another process writes to it.
         """
         self.directory = directory
-        self._lock = None
-        database = directory / _DATABASE
-        if write:
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-                self._lock = (directory / "lock").open("w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise SearchIndexError(
-                    f"another process writes to the index {directory}"
-                ) from error
-            except OSError as error:
-                raise SearchIndexError(
-                    f"cannot write to --index={directory}: {error.strerror}"
-                ) from error
-        elif not database.is_file():
+        self._lock = self._locked() if write else None
+        database = database_path(directory)
+        if not write and not database.is_file():
             raise SearchIndexError(
                 f"no index in {directory}; make one with: python -m drl_jax.search index"
                 f" --workdir=RUN --videos=DIR --index={directory}"
             )
         try:
-            self._database = sqlite3.connect(database)
-            if write:
-                self._database.executescript(_SCHEMA)
-            row = self._database.execute("SELECT value FROM header").fetchone()
+            self._database = open_database(directory, write=write)
+            self.header: dict[str, Any] = self._read_header()
         except sqlite3.DatabaseError as error:
             raise SearchIndexError(f"{database} is not an index ({error})") from error
-        self.header: dict[str, Any] = json.loads(row[0]) if row else {}
-        if self.header and self.header["format"] != _FORMAT:
-            raise SearchIndexError(f"{directory} is of another version; delete it and index again")
+        if not write and not self.header:
+            raise SearchIndexError(
+                f"the index {directory} is empty: indexing was interrupted before the first video;"
+                " rerun it"
+            )
+        if write:
+            self._delete_obsolete_files()
 
     def __enter__(self) -> "Store":
         return self
@@ -112,156 +125,166 @@ class Store:
         if self._lock:
             self._lock.close()
 
-    def set_header(self, header: Mapping[str, Any]) -> None:
-        """Stores what an index is made of; "storage" is one of STORAGES."""
-        self.header = {"format": _FORMAT, **header}
-        with self._writing(), self._database:
-            self._database.execute("DELETE FROM header")
-            self._database.execute("INSERT INTO header VALUES (?)", (json.dumps(self.header),))
+    def update_header(self, **changes: Any) -> None:
+        """Changes fields of the header, in one transaction.
+
+        A new index needs: `source` and `fingerprint` of its model, `videos` (folder of the videos)
+        and `storage` (one of `drl_jax.search.STORAGES`).
+        """
+        with self._transaction(**changes):
+            pass
 
     # ------------------------------------------------------------------ videos
 
     def videos(self) -> list[IndexedVideo]:
-        """Every file, in the order of paths."""
+        """All files, ordered by path."""
         rows = self._database.execute(
             "SELECT path, size, mtime_ns, sha256, error, slot, times FROM videos ORDER BY path"
         )
         return [IndexedVideo(*row[:6], tuple(json.loads(row[6]))) for row in rows]
 
     def thumbnails(self, path: str) -> bytes:
-        """A JPEG file with the frames of a video side by side; empty where there are none."""
+        """A JPEG file with the frames of a video side by side; empty if there are none."""
         rows = self._database.execute("SELECT thumbnails FROM videos WHERE path = ?", (path,))
         return next(rows, (None,))[0] or b""
 
     def put(
         self, videos: Sequence[IndexedVideo], features: Features, thumbnails: Sequence[bytes]
     ) -> None:
-        """Adds or replaces videos.
+        """Adds or replaces videos, in one transaction.
 
         Args:
-          videos: of those without an error, `slot` is chosen here.
-          features: for each name, the rows of the videos without an error, in order.
-          thumbnails: of the same.
+          videos: their slots are chosen here.
+          features: arrays; row n is that of the n-th video without an error.
+          thumbnails: JPEG files of the videos without an error.
         """
         usable = [video for video in videos if not video.error]
-        slots = self._free_slots(len(usable))
-        with self._writing():
-            for name, rows in stored_arrays(features, self.header["storage"]).items():
-                self._write_rows(name, rows, slots)
-        strips = dict(zip((video.path for video in usable), thumbnails, strict=True))
-        slot_of = dict(zip((video.path for video in usable), slots, strict=True))
-        with self._writing(), self._database:
+        first = self.header["next_slot"]
+        slot_of = {video.path: first + row for row, video in enumerate(usable)}
+        strip_of = dict(zip((video.path for video in usable), thumbnails, strict=True))
+        arrays = self.header["arrays"]
+        if usable:
+            rows = quantize(features, self.header["storage"])
+            with self._writing():
+                arrays = write_rows(self.directory, arrays, self.header["generation"], rows, first)
+        with self._transaction(arrays=arrays, next_slot=first + len(usable)):
             self._database.executemany(
                 "INSERT OR REPLACE INTO videos VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
                         *(video.path, video.size, video.mtime_ns, video.sha256, video.error),
                         *(slot_of.get(video.path), json.dumps(video.times)),
-                        strips.get(video.path),
+                        strip_of.get(video.path),
                     )
                     for video in videos
                 ],
             )
 
     def touch(self, video: IndexedVideo) -> None:
-        """Notes that a file has another time of change and the same content."""
-        with self._writing(), self._database:
+        """Stores a new modification time of a file with unchanged content."""
+        with self._transaction():
             self._database.execute(
                 "UPDATE videos SET mtime_ns = ? WHERE path = ?", (video.mtime_ns, video.path)
             )
 
     def remove(self, paths: Sequence[str]) -> None:
-        """Forgets videos; their slots become free."""
-        with self._writing(), self._database:
+        """Removes videos, in one transaction."""
+        if paths:
+            with self._transaction():
+                self._database.executemany(
+                    "DELETE FROM videos WHERE path = ?", [(path,) for path in paths]
+                )
+
+    def compact(self) -> None:
+        """Removes unused slots from the arrays if there are many; see the module's docstring."""
+        rows = self._database.execute(
+            "SELECT slot FROM videos WHERE slot IS NOT NULL ORDER BY slot"
+        )
+        used = [slot for (slot,) in rows]
+        unused = self.header["next_slot"] - len(used)
+        if not used or unused < GROWTH or unused < _MAX_UNUSED * self.header["next_slot"]:
+            return
+        generation = self.header["generation"] + 1
+        with self._writing():
+            arrays = copy_rows(self.directory, self.header["arrays"], generation, used)
+        old_files = [array["file"] for array in self.header["arrays"].values()]
+        with self._transaction(
+            arrays=arrays, generation=generation, next_slot=len(used), obsolete_files=old_files
+        ):
+            # In increasing order, so that each new slot is free.
             self._database.executemany(
-                "DELETE FROM videos WHERE path = ?", [(path,) for path in paths]
+                "UPDATE videos SET slot = ? WHERE slot = ?", list(enumerate(used))
             )
+
+    # ------------------------------------------------------------------ arrays
+
+    def arrays(self) -> Features:
+        """The stored arrays (`quantization.quantize`), memory-mapped; row n is slot n."""
+        return map_arrays(self.directory, self.header["arrays"])
+
+    def nbytes(self) -> int:
+        """Size of all arrays on disk, bytes."""
+        files = [self.directory / array["file"] for array in self.header["arrays"].values()]
+        return sum(file.stat().st_size for file in files)
+
+    def _delete_obsolete_files(self) -> None:
+        if self.header and self.header["obsolete_files"]:
+            with self._writing():
+                for file in self.header["obsolete_files"]:
+                    (self.directory / file).unlink(missing_ok=True)
+            self.update_header(obsolete_files=[])
+
+    # ------------------------------------------------------------------ database
+
+    def _locked(self) -> Any:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = (self.directory / "lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SearchIndexError(
+                f"another process writes to the index {self.directory}"
+            ) from error
+        except OSError as error:
+            raise SearchIndexError(
+                f"cannot write to --index={self.directory}: {error.strerror}"
+            ) from error
+        return lock
+
+    def _read_header(self) -> dict[str, Any]:
+        row = self._database.execute("SELECT value FROM header").fetchone()
+        if row is None:
+            return {}
+        header = json.loads(row[0])
+        if header["format"] == 2:
+            query = "SELECT COALESCE(MAX(slot) + 1, 0) FROM videos"
+            return header_from_format_2(header, self._database.execute(query).fetchone()[0])
+        if header["format"] != _FORMAT:
+            raise SearchIndexError(
+                f"the index {self.directory} has format {header['format']}, this version reads"
+                f" formats 2 and {_FORMAT}; delete it and index again"
+            )
+        return header
+
+    @contextlib.contextmanager
+    def _transaction(self, **changes: Any) -> Iterator[None]:
+        """One transaction of the database, with changes of the header."""
+        header = {**_NEW_HEADER, **self.header, **changes}
+        with self._writing(), transaction(self._database):
+            yield
+            if header != self.header:
+                self._database.execute("DELETE FROM header")
+                self._database.execute("INSERT INTO header VALUES (?)", (json.dumps(header),))
+        self.header = header
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A full disk, or one that fails, as one line; what was stored before is as it was."""
+        """Reports a full or failing disk in one line; what was stored before is unchanged."""
         try:
             yield
         except (OSError, sqlite3.OperationalError) as error:
             raise SearchIndexError(
                 f"cannot write to the index {self.directory}"
-                f" ({getattr(error, 'strerror', None) or error}); when that is mended, the same"
-                " command goes on"
+                f" ({getattr(error, 'strerror', None) or error}); fix this, then rerun the command"
+                " to continue"
             ) from error
-
-    # ------------------------------------------------------------------ arrays
-
-    def arrays(self) -> Features:
-        """The stored arrays, memory-mapped, with a row a slot, free ones included.
-
-        `NAME.scale` belongs to an int8 array; see `stored_arrays`.
-        """
-        described = self.header.get("arrays", {})
-        return {
-            name: np.memmap(self._file(name), array["dtype"], "r").reshape(-1, *array["shape"])
-            for name, array in described.items()
-        }
-
-    def nbytes(self) -> int:
-        """Bytes of all arrays on disk."""
-        return sum(self._file(name).stat().st_size for name in self.header.get("arrays", {}))
-
-    def _file(self, name: str) -> Path:
-        return self.directory / f"{name}.bin"
-
-    def _free_slots(self, count: int) -> list[int]:
-        rows = self._database.execute("SELECT slot FROM videos WHERE slot IS NOT NULL")
-        taken = {slot for (slot,) in rows}
-        free, slot = [], 0
-        while len(free) < count:
-            if slot not in taken:
-                free.append(slot)
-            slot += 1
-        return free
-
-    def _write_rows(self, name: str, rows: np.ndarray, slots: Sequence[int]) -> None:
-        if not slots:
-            return
-        row_bytes = rows[0].nbytes
-        with self._file(name).open("r+b" if self._file(name).exists() else "w+b") as file:
-            end = -(-(max(slots) + 1) // _GROWTH) * _GROWTH * row_bytes
-            if file.seek(0, 2) < end:
-                file.truncate(end)  # a hole: no bytes on disk until they are written
-            for slot, row in zip(slots, rows, strict=True):
-                file.seek(slot * row_bytes)
-                file.write(np.ascontiguousarray(row).tobytes())
-            file.flush()
-            os.fsync(file.fileno())  # before the transaction that names the slots
-        described = self.header.get("arrays", {})
-        if name not in described:
-            form = {"dtype": rows.dtype.name, "shape": list(rows.shape[1:])}
-            self.set_header({**self.header, "arrays": {**described, name: form}})
-
-
-def database_version(directory: Path) -> tuple[int, int]:
-    """Another one after each change to an index."""
-    try:
-        status = (directory / _DATABASE).stat()
-    except OSError:
-        return (0, 0)
-    return status.st_mtime_ns, status.st_size
-
-
-def stored_arrays(features: Features, storage: str) -> Features:
-    """Features in the form that they are stored in.
-
-    int8 keeps for each vector (the last axis) a scale, so that `NAME * NAME.scale[..., None]` is
-    within 1/254 of the vector's largest channel.
-    """
-    stored: Features = {}
-    for name, array in features.items():
-        if not name.endswith("_feat") or storage == "float32":
-            stored[name] = array
-        elif storage == "bfloat16":
-            stored[name] = array.astype(ml_dtypes.bfloat16).view(np.uint16)
-        else:
-            largest = np.abs(array).max(axis=-1).astype(np.float32)
-            scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-            stored[name] = np.rint(array / scale[..., None]).astype(np.int8)
-            stored[f"{name}.scale"] = scale
-    return stored

@@ -10,27 +10,27 @@ form.addEventListener("submit", () => {
   status.textContent = "Searching …";
 });
 
-// A page that the browser brings back, by its back button, is not busy any more.
+// Also runs when the back button restores the page, which must not look busy then.
 window.addEventListener("pageshow", () => {
   form.removeAttribute("aria-busy");
   button.disabled = false;
   const hits = document.querySelectorAll(".hit").length;
-  status.textContent = hits ? `${hits} video${hits > 1 ? "s" : ""}, the most similar first` : "";
+  status.textContent = hits ? `${hits} video${hits > 1 ? "s" : ""}, most similar first` : "";
 });
 
 document.addEventListener("keydown", (event) => {
-  const writing = event.target.closest("input, select, textarea");
-  if (event.key === "/" && !writing && !event.ctrlKey && !event.metaKey && !event.altKey) {
+  const editing = event.target.closest("input, select, textarea");
+  if (event.key === "/" && !editing && !event.ctrlKey && !event.metaKey && !event.altKey) {
     event.preventDefault();
     document.getElementById("q").select();
   }
 });
 
-const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-const seen = new IntersectionObserver((entries) => {
+const reducedMotion = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+const visible = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
-    if (isIntersecting && !still) {
-      target.play().catch(() => {}); // the browser may forbid it; the controls are there
+    if (isIntersecting && !reducedMotion) {
+      target.play().catch(() => {}); // Autoplay may be blocked; the controls remain.
     } else {
       target.pause();
     }
@@ -39,12 +39,12 @@ const seen = new IntersectionObserver((entries) => {
 
 for (const hit of document.querySelectorAll(".hit")) {
   const video = hit.querySelector("video");
-  const fail = () => {
+  const showUnplayable = () => {
     video.hidden = true;
     hit.querySelector(".unplayable").hidden = false;
   };
-  video.addEventListener("error", fail);
-  if (video.error) fail(); // before this script ran
+  video.addEventListener("error", showUnplayable);
+  if (video.error) showUnplayable(); // The error came before this script ran.
   video.addEventListener("ended", () => {
     video.currentTime = Number(video.dataset.moment);
   });
@@ -54,5 +54,5 @@ for (const hit of document.querySelectorAll(".hit")) {
       video.play().catch(() => {});
     });
   }
-  seen.observe(video);
+  visible.observe(video);
 }

@@ -1,0 +1,89 @@
+"""Array files of an index: row n of every file belongs to slot n.
+
+An index describes its arrays by name: {"dtype", "shape" (of a row), "file"}.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from drl_jax.models.interactions import Features
+
+Described = dict[str, dict[str, Any]]
+
+# Files grow by this many rows, and are copied in blocks of as many.
+GROWTH = 256
+
+
+def map_arrays(directory: Path, described: Mapping[str, Mapping[str, Any]]) -> Features:
+    """Memory-maps arrays: [slots, ...] each."""
+    return {
+        name: np.memmap(directory / array["file"], array["dtype"], "r").reshape(-1, *array["shape"])
+        for name, array in described.items()
+    }
+
+
+def write_rows(
+    directory: Path, described: Described, generation: int, arrays: Features, first: int
+) -> Described:
+    """Writes rows to slots `first`, `first + 1`, ..., and flushes them to disk.
+
+    Args:
+      directory: of the index.
+      described: the arrays that exist.
+      generation: used in the names of new files.
+      arrays: the rows, [B, ...] each.
+      first: the slot of the first row.
+
+    Returns:
+      The arrays that exist now.
+    """
+    described = dict(described)
+    for name, rows in arrays.items():
+        if name not in described:
+            described[name] = {
+                "dtype": rows.dtype.name,
+                "shape": list(rows.shape[1:]),
+                "file": _file_name(name, generation),
+            }
+        path = directory / described[name]["file"]
+        row_bytes = rows[0].nbytes
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            end = -(-(first + len(rows)) // GROWTH) * GROWTH * row_bytes
+            if file.seek(0, os.SEEK_END) < end:
+                file.truncate(end)  # Sparse: takes no space until it is written.
+            file.seek(first * row_bytes)
+            file.write(np.ascontiguousarray(rows).tobytes())
+            _flush(file)
+    return described
+
+
+def copy_rows(
+    directory: Path, described: Described, generation: int, slots: Sequence[int]
+) -> Described:
+    """Copies the rows of some slots to slots 0, 1, ... of files of another generation.
+
+    Returns:
+      The description of the copies.
+    """
+    copies = {}
+    for name, array in map_arrays(directory, described).items():
+        file_name = _file_name(name, generation)
+        with (directory / file_name).open("wb") as file:
+            for start in range(0, len(slots), GROWTH):
+                file.write(array[slots[start : start + GROWTH]].tobytes())
+            _flush(file)
+        copies[name] = {**described[name], "file": file_name}
+    return copies
+
+
+def _file_name(name: str, generation: int) -> str:
+    return f"{name}.{generation}.bin" if generation else f"{name}.bin"
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,214 @@
+"""Subcommands of `python -m drl_jax.search`; `__main__.py` has their flags."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drl_jax.data.batches import load_split
+from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+from drl_jax.pretrained import RetrievalModel, load
+from drl_jax.runtime.errors import UserError
+from drl_jax.search.explain import explain, format_timestamp
+from drl_jax.search.indexing import IndexReport, update_index
+from drl_jax.search.prompt import format_hits, run_prompt
+from drl_jax.search.session import Hit, Searcher, SearchSession
+
+if TYPE_CHECKING:
+    from drl_jax.search.qdrant import QdrantSearch
+
+
+def _index(options: argparse.Namespace) -> None:
+    model = _model_of_flags(options)
+    if model is None:
+        raise UserError("name the model with --workdir=RUN or --weights=FILE")
+    report = update_index(
+        model, options.videos, options.index, storage=options.storage, timeout=options.timeout
+    )
+    print(_format_report(report, options.index, options.storage))
+
+
+def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
+    lines = [
+        f"{directory}: {report.added} added, {report.changed} changed, {report.removed} removed,"
+        f" {report.unchanged} unchanged; features take {report.nbytes / 1e6:.1f} MB ({storage})"
+    ]
+    if report.bad:
+        lines.append(f"{len(report.bad)} files cannot be searched:")
+        lines += [f"  {path}: {reason}" for path, reason in report.bad.items()]
+    return "\n".join(lines)
+
+
+def _query(options: argparse.Namespace) -> None:
+    if options.sentences and not options.video:
+        raise UserError("--sentences needs --video: it ranks sentences for a video")
+    if (options.query or options.queries) and options.video:
+        raise UserError("give sentences or --video as the query, not both")
+    if options.engine == "exact" and (options.url or options.collection):
+        raise UserError("--url and --collection need --engine=qdrant")
+    if options.video and options.engine != "exact":
+        raise UserError(f"--engine={options.engine} answers sentences only; omit it with --video")
+    queries = list(options.query)
+    if options.queries:
+        queries += _lines(options.queries)
+    session = SearchSession(options.index, _model_of_flags(options))
+    if options.video and options.sentences:
+        _rank_sentences(options, session)
+    elif options.video:
+        hits = session.search_by_video(options.video, options.top)
+        _print_hits(str(options.video), hits, options.json)
+    elif options.engine == "qdrant":
+        with contextlib.closing(_qdrant(options, session, options.candidates)) as engine:
+            engine.check()
+            _answer_sentences(options, queries, session.model, engine)
+    else:
+        _answer_sentences(options, queries, session.model, session)
+
+
+def _answer_sentences(
+    options: argparse.Namespace, queries: list[str], model: RetrievalModel, searcher: Searcher
+) -> None:
+    if not queries:
+        run_prompt(searcher, _captions(options, model), options.top)
+        return
+    for sentence, hits in zip(queries, searcher.search(queries, options.top), strict=True):
+        _print_hits(sentence, hits, options.json)
+
+
+def _rank_sentences(options: argparse.Namespace, session: SearchSession) -> None:
+    ranked = session.rank_sentences(options.video, _lines(options.sentences))[: options.top]
+    if options.json:
+        found = [{"score": round(score, 6), "sentence": text} for score, text in ranked]
+        print(json.dumps({"video": str(options.video), "sentences": found}))
+    else:
+        print("\n".join(f"{score:8.4f}  {text}" for score, text in ranked))
+
+
+def _print_hits(query: str, hits: Sequence[Hit], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"query": query, "hits": [hit.to_json() for hit in hits]}))
+    else:
+        print(f"{query}\n{format_hits(hits)}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    session = SearchSession(options.index, _model_of_flags(options))
+    with contextlib.closing(_qdrant(options, session)) as engine:
+        report = engine.export()
+    print(
+        f"{report.collection}: {report.sent} videos sent, {report.deleted} deleted,"
+        f" {report.unchanged} unchanged"
+    )
+
+
+def _recall(options: argparse.Namespace) -> None:
+    session = SearchSession(options.index, _model_of_flags(options))
+    queries, videos = _lines(options.queries), len(session.videos)
+    with contextlib.closing(_qdrant(options, session)) as engine:
+        from drl_jax.search.recall import measure_recall
+
+        engine.check()
+        counts = [count for count in options.candidates if count <= videos]
+        if not counts:
+            raise UserError(f"the index has {videos} videos; ask for fewer candidates")
+        rows = measure_recall(engine, queries, counts, options.top)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        return
+    print(f"{videos} videos, {len(queries)} queries, milliseconds per query")
+    print(f"candidates  recall@{options.top:<3} engine  rerank   exact")
+    for row in rows:
+        times = (row.engine_seconds, row.rerank_seconds, row.exact_seconds)
+        print(
+            f"{row.candidates:10}  {100 * row.recall:9.1f}  "
+            + "  ".join(f"{1e3 * t:6.1f}" for t in times)
+        )
+
+
+def _qdrant(
+    options: argparse.Namespace, session: SearchSession, candidates: int = 100
+) -> "QdrantSearch":
+    try:
+        from drl_jax.search.qdrant import QdrantSearch
+    except ImportError as error:
+        raise UserError("Qdrant's client is not installed: pip install qdrant-client") from error
+    return QdrantSearch(
+        session, url=options.url, collection=options.collection, candidates=candidates
+    )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    # The other commands need no server.
+    from drl_jax.search.serve import serve
+
+    model = _model_of_flags(options)
+    serve(options.index, model, host=options.host, port=options.port, top=options.top)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    # The other commands need no matplotlib.
+    from drl_jax.search.figure import save_figure
+
+    model, path = _model_of_flags(options), options.video
+    if options.index is not None:
+        session = SearchSession(options.index, model)
+        model = session.model
+        path = path if path.exists() else session.snapshot().folder / path
+    if model is None:
+        raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
+    video = model.read_video(path)
+    texts, videos = model.encode_text([options.query]), model.encode_video([video.frames])
+    score = model.similarity(texts, videos)[0, 0]
+    explanation = explain(
+        model.interaction,
+        {name: array[0] for name, array in texts.items()},
+        {name: array[0] for name, array in videos.items()},
+        model.token_strings([options.query])[0],
+        video.times,
+    )
+    title = f"“{options.query}”  {score:.4f}\n{path.name}"
+    save_figure(options.out, explanation, video.frames, title)
+    print(f"{score:.4f}, best moment {format_timestamp(explanation.moment)}: {options.out}")
+
+
+def _model_of_flags(options: argparse.Namespace) -> RetrievalModel | None:
+    if options.workdir and options.weights:
+        raise UserError("give --workdir or --weights, not both")
+    if options.workdir:
+        return load(options.workdir, options.checkpoint)
+    return load(options.weights) if options.weights else None
+
+
+def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:
+    """Captions for the prompt's `i`: those of a file, or of the test split of the model's run."""
+    if options.captions:
+        return _lines(options.captions)
+    config = model.config
+    try:
+        return load_split(VideoDataset(dataset_dir(config)), "test", config.data).caption_pairs()[1]
+    except DatasetError:
+        return []
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as lines of text ({error})") from error
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"{path} has no lines")
+    return lines
+
+
+COMMANDS = {
+    "index": _index,
+    "query": _query,
+    "export": _export,
+    "recall": _recall,
+    "serve": _serve,
+    "explain": _explain,
+}
