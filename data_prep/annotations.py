@@ -1,4 +1,4 @@
-"""What the annotation files of a dataset say: captioned videos in splits, and where they lie."""
+"""Annotations of a dataset: captioned videos by split, and the files and spans they come from."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -9,12 +9,12 @@ from drl_jax.runtime.errors import UserError
 
 
 class AnnotationError(UserError):
-    """Annotation files that cannot be used; the message says which, why and what to do."""
+    """Annotation files or source videos that cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Captioned:
-    """A video of a split with its captions."""
+    """A video of a split, with its captions."""
 
     video_id: str
     captions: list[str]
@@ -22,11 +22,11 @@ class Captioned:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a video lies.
+    """File, or part of a file, that an annotated video is read from.
 
     Attributes:
-      file: its path in the folder of the videos, or its name, with or without suffix.
-      span: the part of the file that is meant; None: all.
+      file: path below the videos' folder, or file name, with or without suffix.
+      span: start and end in seconds; None: the whole file.
     """
 
     file: str
@@ -35,16 +35,15 @@ class Source:
 
 @dataclasses.dataclass
 class Annotations:
-    """Everything that annotation files say.
+    """Contents of a dataset's annotation files.
 
     Attributes:
-      splits: captioned videos of each split; a video may stand in several.
-      files: the files that were read.
-      sources: for videos that are not a whole file of their name, where they may lie; the first
-        that exists is meant.
-      reversed_pairs: for each split, pairs of ids of a clip and the same clip played backwards.
-      missing_files: files that the dataset can have and this directory has not, with what they are
-        for.
+      splits: captioned videos of each split; a video may be in several splits.
+      files: the annotation files that were read.
+      sources: candidate sources by video id, in order of preference, for videos that are not a
+        whole file named after their id.
+      reversed_pairs: for each split, pairs of ids of a clip and its time reversal.
+      missing_files: optional annotation files that are missing, with their purpose.
     """
 
     splits: dict[str, list[Captioned]]
@@ -54,45 +53,53 @@ class Annotations:
     missing_files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def video_ids(self) -> list[str]:
-        """Every video once, in the order of the splits."""
+        """Ids of all videos, without duplicates, in split order."""
         return list(dict.fromkeys(v.video_id for split in self.splits.values() for v in split))
 
     def sources_of(self, video_id: str) -> tuple[Source, ...]:
+        """Candidate sources of a video, in order of preference."""
         return self.sources.get(video_id, (Source(video_id),))
 
 
-def look_for(directory: Path, files: Mapping[str, str]) -> Annotations:
-    """Annotations without splits yet, that know which of `files` (name -> use) a directory has.
+def find_annotation_files(directory: Path, files: Mapping[str, str]) -> Annotations:
+    """Looks for a dataset's annotation files.
+
+    Args:
+      directory: directory of the files.
+      files: purpose of each file, by file name.
+
+    Returns:
+      Annotations without splits, with `files` and `missing_files` filled in.
 
     Raises:
-      AnnotationError: there is no such directory.
+      AnnotationError: the directory does not exist.
     """
     if not directory.is_dir():
         raise AnnotationError(
-            f"no directory {directory}; --annotations names the folder of the annotation files"
+            f"no directory {directory}; --annotations must be the folder of the annotation files"
         )
-    missing = {name: use for name, use in files.items() if not (directory / name).is_file()}
+    missing = {name: purpose for name, purpose in files.items() if not (directory / name).is_file()}
     present = [directory / name for name in files if name not in missing]
     return Annotations({}, files=present, missing_files=missing)
 
 
-def look_for_pairs(
+def find_annotation_pairs(
     directory: Path, files: Mapping[str, tuple[str, str]]
 ) -> tuple[Annotations, dict[str, tuple[Path, Path]]]:
-    """As `look_for`, where a split has a file of ids and one of captions.
+    """Like `find_annotation_files`, for splits that have one file of ids and one of captions.
 
     Args:
-      directory: of the files.
-      files: the two names for each split.
+      directory: directory of the files.
+      files: names of the two files of each split.
 
     Returns:
-      Annotations without splits yet, and both paths for each split that has both.
+      Annotations without splits, and the two paths of each split that has both files.
 
     Raises:
-      AnnotationError: there is no such directory.
+      AnnotationError: the directory does not exist.
     """
-    uses = {name: f"the split {split}" for split, pair in files.items() for name in pair}
-    annotations = look_for(directory, uses)
+    purposes = {name: f"the split {split}" for split, pair in files.items() for name in pair}
+    annotations = find_annotation_files(directory, purposes)
     return annotations, {
         split: (directory / ids, directory / captions)
         for split, (ids, captions) in files.items()
@@ -101,15 +108,15 @@ def look_for_pairs(
 
 
 def require_splits(annotations: Annotations, directory: Path) -> Annotations:
-    """The annotations, if they have a split.
+    """Returns the annotations if they have at least one split.
 
     Raises:
-      AnnotationError: they have none.
+      AnnotationError: they have no split.
     """
     if not annotations.splits:
+        missing = (f"{name} ({purpose})" for name, purpose in annotations.missing_files.items())
         raise AnnotationError(
-            f"no split can be read from {directory}: it lacks "
-            + ", ".join(f"{name} ({use})" for name, use in annotations.missing_files.items())
+            f"no split can be read from {directory}: missing {', '.join(missing)}"
         )
     return annotations
 
@@ -117,7 +124,7 @@ def require_splits(annotations: Annotations, directory: Path) -> Annotations:
 def with_all_captions(
     video_ids: Iterable[str], captions: dict[str, list[str]], list_path: Path, captions_path: Path
 ) -> list[Captioned]:
-    """The videos that one file lists with the captions that another has.
+    """Combines a list of videos with the captions from another file.
 
     Raises:
       AnnotationError: a listed video has no caption.
@@ -126,13 +133,13 @@ def with_all_captions(
     if without := [video for video in video_ids if not captions.get(video)]:
         raise AnnotationError(
             f"{len(without)} of the {len(video_ids)} videos of {list_path} have no caption in"
-            f" {captions_path} (the first: {without[0]}); the two files do not belong together"
+            f" {captions_path} (the first: {without[0]}); check that the two files belong together"
         )
     return [Captioned(video, captions[video]) for video in video_ids]
 
 
 def group_captions(rows: Iterable[tuple[str, str]]) -> list[Captioned]:
-    """(video, caption) rows, one query each, with the rows of a video put together."""
+    """Groups (video, caption) rows by video."""
     captions: dict[str, list[str]] = {}
     for video, caption in rows:
         captions.setdefault(video, []).append(caption)
@@ -140,6 +147,6 @@ def group_captions(rows: Iterable[tuple[str, str]]) -> list[Captioned]:
 
 
 def without_video_suffix(name: str) -> str:
-    """A file's name without the suffix of a video; dots that belong to the name stay."""
+    """Removes a video suffix from a file name; other dots in the name are kept."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and f".{suffix.lower()}" in VIDEO_SUFFIXES else name

@@ -1,4 +1,4 @@
-"""Decodes many videos with all cores, each only once."""
+"""Decodes videos in parallel. Worker processes import this module, so its imports are light."""
 
 import dataclasses
 import errno
@@ -12,46 +12,37 @@ from PIL import Image
 
 from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
 from data_prep.video_folder import Clip
+from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import Span, VideoError, read_frames
-from drl_jax.runtime.worker_pool import Lost, map_in_processes
+from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 _JPEG_QUALITY = 95
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """A video's frames in stored form, or why there are none.
+    """Encoded frames of a video, or the reason why it could not be decoded.
 
     Attributes:
-      frames: uint8 [F, S, S, 3] for `raw`, a list of F JPEG files for `jpeg`; None if unreadable.
-      error: empty if readable.
+      frames: uint8 [F, S, S, 3] for `raw`, a list of F JPEG files for `jpeg`; None on failure.
+      error: the reason; empty on success.
     """
 
     frames: Frames | None
     error: str = ""
 
 
-def decode_clips(
-    clips: Sequence[Clip],
-    *,
-    cache: FrameCache,
-    max_frames: int,
-    image_size: int,
-    storage: str,
-    timeout: float,
-) -> Iterator[Decoded]:
-    """Decodes videos with all cores, except those that the cache has.
+def decode_clips(clips: Sequence[Clip], *, cache: FrameCache, timeout: float) -> Iterator[Decoded]:
+    """Decodes videos on all available processors, except those that the cache has.
 
     Args:
       clips: the videos.
-      cache: where decoded frames are kept.
-      max_frames: see `drl_jax.data.video.sample_positions`.
-      image_size: side of the frames, pixels.
-      storage: "jpeg" or "raw".
-      timeout: seconds that a video may take.
+      cache: cache of decoded frames; it sets the storage variant.
+      timeout: maximum seconds per video.
 
     Yields:
-      One Decoded for each clip, in order. A file that cannot be read is a value, not an exception.
+      One Decoded for each clip, in order. A file that cannot be read gives a Decoded with an error,
+      not an exception.
 
     Raises:
       OSError: the disk is full.
@@ -63,7 +54,7 @@ def decode_clips(
         except OSError:
             entries.append(None)
     calls = [
-        (clip.path, clip.span, entry, max_frames, image_size, storage)
+        (clip.path, clip.span, entry, cache.storage)
         for clip, entry in zip(clips, entries, strict=True)
         if entry is not None
     ]
@@ -73,7 +64,7 @@ def decode_clips(
             yield Decoded(None, "cannot be opened")
             continue
         error = next(errors)
-        if isinstance(error, Lost):
+        if isinstance(error, WorkerFailure):
             yield Decoded(None, error.reason)
         elif error == _DISK_FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache.directory))
@@ -86,18 +77,17 @@ def decode_clips(
 _DISK_FULL = "disk full"
 
 
-def _ensure_entry(
-    path: Path, span: Span | None, entry: Path, max_frames: int, image_size: int, storage: str
-) -> str:
-    """Decodes a video into the cache unless it is there; returns why it cannot, or ""."""
+def _ensure_entry(path: Path, span: Span | None, entry: Path, storage: StorageSpec) -> str:
+    """Decodes a video into the cache unless it is there; returns an error, or "" on success."""
     if read_entry(entry) is not None:
         return ""
+    frames = read_frames_or_error(path, storage, span)
+    if isinstance(frames, str):
+        return frames
+    if storage.encoding == "jpeg":
+        frames = [encode_jpeg(frame) for frame in frames]
     try:
-        frames = read_frames(path, max_frames, image_size, span)
-    except VideoError as error:
-        return str(error)
-    try:
-        write_entry(entry, frames if storage == "raw" else [encode_jpeg(f) for f in frames])
+        write_entry(entry, frames)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _DISK_FULL
@@ -105,9 +95,26 @@ def _ensure_entry(
     return ""
 
 
+def read_frames_or_error(path: Path, storage: StorageSpec, span: Span | None) -> np.ndarray | str:
+    """Decodes a video's sampled frames.
+
+    Args:
+      path: the video file.
+      storage: image size and maximum number of frames.
+      span: start and end in seconds; None: the whole file.
+
+    Returns:
+      uint8 [F, S, S, 3], or the reason why the file cannot be decoded.
+    """
+    try:
+        return read_frames(path, storage.max_frames, storage.image_size, span)
+    except VideoError as error:
+        return str(error)
+
+
 def encode_jpeg(frame: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] -> a JPEG file of quality 95."""
+    """Encodes uint8 [H, W, 3] as a JPEG file of quality 95."""
     file = io.BytesIO()
-    # 4:4:4: halved chroma costs more than the quality step from 95 to 90.
+    # 4:4:4: chroma subsampling loses more than the step from quality 95 to 90.
     Image.fromarray(frame).save(file, "JPEG", quality=_JPEG_QUALITY, subsampling="4:4:4")
     return file.getvalue()

@@ -1,10 +1,8 @@
-"""Downloads OpenAI's CLIP weights, checks them, and continues where it was interrupted.
+"""Downloads and verifies OpenAI's CLIP weights; an interrupted download continues.
 
 python -m data_prep.download_clip ViT-B/32 --out=weights
 """
 
-import argparse
-import hashlib
 import sys
 import urllib.error
 import urllib.request
@@ -13,10 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import sha256
 
 _SERVER = "https://openaipublic.azureedge.net/clip/models"
-# sha256 of each file; it is also part of its address.
+# SHA-256 of each file; it is also part of its URL.
 MODELS = {
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
@@ -27,37 +27,37 @@ _CHUNK = 2**20
 
 
 class DownloadError(UserError):
-    """A download that did not give the file; what it gave so far is kept."""
+    """A download failed; a partial download is kept."""
 
 
-def address_of(model: str) -> str:
-    """Where OpenAI keeps a model's weights."""
+def url_of(model: str) -> str:
+    """URL of a model's weights on OpenAI's server."""
     return f"{_SERVER}/{MODELS[model]}/{model.replace('/', '-').replace('@', '-')}.pt"
 
 
-def download(address: str, sha256: str, target: Path) -> None:
-    """Downloads a file, unless it is there already; `target` appears only once it is checked.
+def download(url: str, digest: str, target: Path) -> None:
+    """Downloads a file unless it exists; `target` is created only after verification.
 
     Args:
-      address: its URL.
-      sha256: hexadecimal digest of the whole file.
-      target: its path; an interrupted download continues in `target`.part.
+      url: URL of the file.
+      digest: expected SHA-256 of the file, hexadecimal.
+      target: path of the file; a partial download is in `target`.part and is continued.
 
     Raises:
-      DownloadError: no connection, the server refuses, or the file is not the one expected.
+      DownloadError: no connection, an error from the server, or a file with another digest.
     """
     if target.exists():
-        if _sha256(target) == sha256:
+        if sha256(target) == digest:
             return
-        raise DownloadError(f"{target} is there, but is another file; move it away")
+        raise DownloadError(f"{target} exists but is a different file; move or delete it")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".part")
     done = total = unfinished.stat().st_size if unfinished.exists() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             if done and response.status != 206:
-                done = 0  # the server sends the whole file
+                done = 0  # The server does not support ranges and sends the whole file.
             total = done + int(response.headers.get("Content-Length", 0))
             with (
                 unfinished.open("ab" if done else "wb") as file,
@@ -69,42 +69,50 @@ def download(address: str, sha256: str, target: Path) -> None:
                     file.write(chunk)
                     progress.update(len(chunk))
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # the part is whole already: nothing is left to send
-            raise DownloadError(f"{address}: the server answers {error.code}") from error
+        if error.code != 416:  # The partial download is already complete.
+            raise DownloadError(f"{url}: the server returned status {error.code}") from error
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise DownloadError(
-            f"cannot download {address} ({reason}); on a machine without internet, copy the file"
-            f" to {target} yourself. What has come so far is kept"
+            f"cannot download {url} ({reason}); rerun the command to continue, or copy the file to"
+            f" {target} on a machine without internet"
         ) from error
-    if (found := _sha256(unfinished)) != sha256:
+    if (found := sha256(unfinished)) != digest:
         if total > unfinished.stat().st_size:
-            raise DownloadError(f"the download of {target.name} stopped early; run it again")
+            raise DownloadError(
+                f"the download of {target.name} ended early; rerun the command to continue"
+            )
         unfinished.unlink()
-        raise DownloadError(f"{address} gave a file with sha256 {found}, not {sha256}; removed it")
+        raise DownloadError(
+            f"{url} returned a file with SHA-256 {found}, not {digest}; deleted the file"
+        )
     unfinished.rename(target)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser("data_prep.download_clip", description=__doc__.splitlines()[0])
+    """Runs the command and returns its exit status."""
+    parser = Parser("python -m data_prep.download_clip", description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--out", type=Path, default=Path("weights"), help="folder for the file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("weights"),
+        metavar="DIR",
+        help="directory for the file (%(default)s)",
+    )
     options = parser.parse_args(arguments)
-    address = address_of(options.model)
-    target = options.out / address.rsplit("/", 1)[1]
-    try:
-        download(address, MODELS[options.model], target)
-    except UserError as error:
-        print(f"data_prep.download_clip: {error}", file=sys.stderr)
-        return 1
-    print(f"{target}; train with --config.model.init={target}")
-    return 0
+
+    def work() -> None:
+        url = url_of(options.model)
+        target = options.out / url.rsplit("/", 1)[1]
+        download(url, MODELS[options.model], target)
+        print(f"{target}; train with --config.model.init={target}")
+
+    return run_command(
+        "data_prep.download_clip",
+        work,
+        on_interrupt="the partial download is kept; rerun the command to continue",
+    )
 
 
 if __name__ == "__main__":

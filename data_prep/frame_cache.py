@@ -1,22 +1,21 @@
-"""Decoded frames of each video in a file of its own, so that no video is decoded twice.
+"""Cache of decoded frames, one file per video, so that no video is decoded twice.
 
-An entry belongs to a source file as it is now (path, size, time of change), a part of it and a
-stored form. Annotations do not matter to it. Decoders do: other versions have another folder.
+The key of an entry is the source file (path, size, modification time), the span, the storage
+variant and the versions of the decoding packages. It does not depend on annotations.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.video_folder import Clip
-from drl_jax.data.records import storage_name
+from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.files import replacing
 
-# Frames in stored form: uint8 [F, S, S, 3] for `raw`, F JPEG files for `jpeg`.
+# Encoded frames of a video: uint8 [F, S, S, 3] for `raw`, F JPEG files for `jpeg`.
 Frames = np.ndarray | list[bytes]
 
 
@@ -26,18 +25,24 @@ def decoder_versions() -> dict[str, str]:
 
 
 class FrameCache:
-    """The entries of one stored form."""
+    """Cache entries of one storage variant.
 
-    def __init__(self, directory: Path, image_size: int, max_frames: int, storage: str):
-        """Names the folder of the form below `directory`; nothing is created."""
+    Attributes:
+      directory: directory of the entries; it may not exist yet.
+      storage: the storage variant.
+    """
+
+    def __init__(self, directory: Path, storage: StorageSpec):
+        """Chooses the variant's directory below `directory`; creates nothing."""
         versions = "_".join(f"{name}{version}" for name, version in decoder_versions().items())
-        self.directory = directory / f"{storage_name(image_size, max_frames, storage)}_{versions}"
+        self.directory = directory / f"{storage.name}_{versions}"
+        self.storage = storage
 
     def entry(self, clip: Clip) -> Path:
-        """The file of a clip, whether it exists or not.
+        """Path of a clip's entry, which may not exist.
 
         Raises:
-          OSError: the source file cannot be looked at.
+          OSError: the source file cannot be accessed.
         """
         status = clip.path.stat()
         identity = (str(clip.path.resolve()), status.st_size, status.st_mtime_ns, clip.span)
@@ -46,25 +51,19 @@ class FrameCache:
 
 
 def write_entry(path: Path, frames: Frames) -> None:
-    """Writes the whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Writes an entry atomically."""
     arrays = [frames]
     if isinstance(frames, list):
         arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in frames]
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, *arrays)
-        unfinished.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
+    # Through a file object: numpy appends .npz to a path.
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, *arrays)
 
 
 def read_entry(path: Path) -> Frames | None:
-    """The frames of an entry; None if there is none, or one that is damaged."""
+    """Reads the frames of an entry; None if it does not exist or is damaged."""
     try:
-        # Every array has a checksum (the file is a zip).
+        # The file is a zip: every array has a checksum.
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[f"arr_{number}"] for number in range(len(file.files))]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

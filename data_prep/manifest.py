@@ -1,7 +1,7 @@
-"""What a built dataset is made of: `manifest.json`, stored with it.
+"""Manifest of a built dataset: what it was built from, in `manifest.json` beside the records.
 
-It holds nothing that differs between two builds of the same files (no date, no path), so that two
-people can compare theirs: equal `content` means equal frames, equal `annotations` equal captions.
+It contains nothing that differs between two builds of the same files (no dates, no paths), so two
+builds can be compared: equal `content` means equal frames, equal `annotations` equal captions.
 """
 
 import hashlib
@@ -14,15 +14,21 @@ from av import ffmpeg_version_info
 
 from data_prep.annotations import Annotations
 from data_prep.frame_cache import Frames, decoder_versions
+from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.files import sha256
+
+# For each split, the minimum and maximum "videos" and "captions" that publications report.
+PublishedSizes = Mapping[str, Mapping[str, tuple[int, int]]]
 
 
 class ContentHash:
-    """A running hash over stored videos: names and frames, in order."""
+    """Running hash of the stored videos: ids and frames, in order."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def update(self, video_id: str, frames: Frames) -> None:
+        """Adds a video."""
         self._hash.update(video_id.encode() + b"\0")
         for frame in frames:
             self._hash.update(frame)
@@ -33,31 +39,32 @@ class ContentHash:
 
 def make_manifest(
     dataset: str,
-    settings: Mapping[str, Any],
+    storage: StorageSpec,
     annotations: Annotations,
     stored: Collection[str],
     unusable: Mapping[str, str],
-    published: Mapping[str, Mapping[str, tuple[int, int]]],
+    published: PublishedSizes,
     content: ContentHash,
 ) -> dict[str, Any]:
-    """The manifest of a dataset that was just decoded.
+    """Makes the manifest of a dataset.
 
     Args:
       dataset: its name.
-      settings: the stored form.
-      annotations: what its annotation files say.
-      stored: ids of the videos that could be stored.
-      unusable: why the others could not, by id.
-      published: for a split, the least and the most "videos" and "captions" of publications.
-      content: hash over what is stored.
+      storage: its storage variant.
+      annotations: its annotations.
+      stored: ids of the stored videos.
+      unusable: reasons why the other videos are left out, by id.
+      published: see `PublishedSizes`.
+      content: hash of the stored videos.
     """
     return {
         "dataset": dataset,
-        "settings": dict(settings),
-        "annotations": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(annotations.files)
+        "settings": {
+            "image_size": storage.image_size,
+            "max_frames": storage.max_frames,
+            "storage": storage.encoding,
         },
+        "annotations": {path.name: sha256(path) for path in sorted(annotations.files)},
         "missing_files": annotations.missing_files,
         "content": content.hexdigest(),
         "videos": len(stored),
@@ -75,12 +82,16 @@ def make_manifest(
     }
 
 
+def storage_of(manifest: Mapping[str, Any]) -> StorageSpec:
+    """Storage variant that a manifest records."""
+    settings = manifest["settings"]
+    return StorageSpec(settings["image_size"], settings["max_frames"], settings["storage"])
+
+
 def count_splits(
-    annotations: Annotations,
-    usable: Collection[str],
-    published: Mapping[str, Mapping[str, tuple[int, int]]],
+    annotations: Annotations, usable: Collection[str], published: PublishedSizes
 ) -> dict[str, dict[str, Any]]:
-    """Sizes of the splits: annotated, usable, and published where publications agree on them."""
+    """Sizes of the splits: annotated, usable, and published where publications agree."""
     splits = {}
     for name, captioned in annotations.splits.items():
         kept = [entry for entry in captioned if entry.video_id in usable]
@@ -94,7 +105,7 @@ def count_splits(
 
 
 def describe_split(name: str, split: Mapping[str, Any]) -> str:
-    """A split's line of a report: what was found beside what was expected."""
+    """One line for a report: sizes of a split that were found and that were expected."""
     of_annotated = ""
     if split["videos"] != split["annotated_videos"]:
         of_annotated = f"of {split['annotated_videos']:,} annotated "

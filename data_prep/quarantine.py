@@ -1,21 +1,24 @@
-"""The list of videos that a build leaves out: `DATA_DIR/DATASET/quarantine.txt`.
+"""List of videos that a build leaves out: `DATA_DIR/DATASET/quarantine.txt`.
 
-A video and the reason a line, with a tab between them; `python -m data_prep.check` writes it, and
-lines may be added or removed by hand.
+One video per line: id, tab, reason. `python -m data_prep.check` writes the file; lines may be added
+or removed by hand.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
-_HEADER = "# Videos that builds leave out: name, tab, reason. Remove a line to let one in.\n"
+from drl_jax.runtime.files import write_text
+
+_HEADER = "# Videos that builds leave out: id, tab, reason. Remove a line to include its video.\n"
 
 
 def quarantine_file(data_dir: Path, dataset: str) -> Path:
+    """Path of a dataset's quarantine list, which may not exist."""
     return data_dir / dataset / "quarantine.txt"
 
 
 def read_quarantine(path: Path) -> dict[str, str]:
-    """Reasons by video; none where there is no such file."""
+    """Reads the reasons by video id; empty if the file does not exist."""
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -24,9 +27,11 @@ def read_quarantine(path: Path) -> dict[str, str]:
 
 
 def write_quarantine(path: Path, reasons: Mapping[str, str]) -> None:
-    """Writes the whole list or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
+    """Writes the list atomically.
+
+    Args:
+      path: the file.
+      reasons: reason for each video, by video id.
+    """
     lines = (f"{video}\t{reason}\n" for video, reason in sorted(reasons.items()))
-    unfinished.write_text(_HEADER + "".join(lines), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, _HEADER + "".join(lines))

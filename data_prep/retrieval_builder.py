@@ -1,14 +1,13 @@
-"""The TFDS builder that every dataset of text-video retrieval shares.
+"""TFDS builder that all text-video retrieval datasets share.
 
-A dataset's own builder says what its annotation files mean (`read_annotations`); finding, decoding
-and storing the videos happens here.
+The builder of a dataset reads its annotation files (`read_annotations`); this one finds, decodes
+and stores the videos.
 """
 
 import abc
 import dataclasses
 import io
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,66 +21,56 @@ from tqdm import tqdm
 from data_prep.annotations import AnnotationError, Annotations
 from data_prep.decode import Decoded, decode_clips
 from data_prep.frame_cache import FrameCache
-from data_prep.manifest import ContentHash, make_manifest
+from data_prep.manifest import ContentHash, PublishedSizes, make_manifest
 from data_prep.video_folder import Clip, Plan
-from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT, storage_name
+from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT
+from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.files import write_json
 
-# Videos of a file of records.
 _VIDEOS_PER_SHARD = 1000
-# Videos that are written together: TFDS writes its description of the dataset each time.
+# Videos per write: TFDS rewrites its description of the dataset each time.
 _VIDEOS_PER_WRITE = 64
-# Seconds that the decoding of a video may take.
-DECODE_TIMEOUT = 300
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class StorageConfig(tfds.core.BuilderConfig):
-    """How frames are stored."""
+    """TFDS configuration of a storage variant, named after it."""
 
-    image_size: int = 224
-    max_frames: int = 12
-    storage: str = "jpeg"
+    spec: StorageSpec = dataclasses.field(kw_only=True)
 
     @classmethod
-    def of(cls, image_size: int, max_frames: int, storage: str) -> "StorageConfig":
-        return cls(
-            name=storage_name(image_size, max_frames, storage),
-            image_size=image_size,
-            max_frames=max_frames,
-            storage=storage,
-        )
-
-    def settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("image_size", "max_frames", "storage")}
+    def of(cls, spec: StorageSpec) -> "StorageConfig":
+        return cls(name=spec.name, spec=spec)
 
 
 class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     """Stores every video of a dataset once, and its splits as metadata."""
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
-    # Side of the frames in pixels, frames a video at most, and storage, unless asked otherwise.
-    DEFAULT_FORM: ClassVar[tuple[int, int, str]] = (224, 12, "jpeg")
-    # For each split, the least and the most "videos" and "captions" that publications give it.
-    PUBLISHED: ClassVar[Mapping[str, Mapping[str, tuple[int, int]]]] = {}
-    # Whether decoded frames stay after a build, for the next one with other annotations.
+    # Storage variant of a build without flags, and of the dataset's training configuration.
+    DEFAULT_STORAGE: ClassVar[StorageSpec] = StorageSpec(224, 12, "jpeg")
+    # Tokens per caption in the dataset's training configuration.
+    MAX_WORDS: ClassVar[int] = 32
+    PUBLISHED: ClassVar[PublishedSizes] = {}
+    # Whether decoded frames stay cached after a build, for a build with other annotations.
     KEEPS_CACHE: ClassVar[bool] = True
 
     @classmethod
     @abc.abstractmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        """What the annotation files say.
+        """Reads the annotation files.
 
         Args:
-          path: their directory (of `custom`, the file).
+          path: their directory (for `custom`, the file).
 
         Raises:
           AnnotationError: they cannot be used.
         """
 
     def _info(self) -> tfds.core.DatasetInfo:
-        form = self.builder_config
-        shape = (form.image_size, form.image_size, 3)
-        if form.storage == "raw":
+        storage = self.builder_config.spec
+        shape = (storage.image_size, storage.image_size, 3)
+        if storage.encoding == "raw":
             # The default encoding of a Tensor stores bytes as varints: larger, and 15 times slower.
             frames = tfds.features.Tensor(
                 shape=(None, *shape), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
@@ -97,7 +86,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
                 {"video_id": tfds.features.Text(), "frames": frames}
             ),
             metadata=tfds.core.MetadataDict(),
-            # Positions in the metadata are positions of the records.
+            # The metadata refers to records by index.
             disable_shuffling=True,
         )
 
@@ -107,16 +96,16 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             " --annotations=DIR --data_dir=DIR"
         )
 
-    def store(self, plan: Plan, cache_dir: Path, timeout: float = DECODE_TIMEOUT) -> None:
-        """Decodes and writes the dataset into `data_dir`, which is then to be moved to its place.
+    def store(self, plan: Plan, cache_dir: Path, timeout: float) -> None:
+        """Decodes the videos and writes the dataset into `data_dir`.
 
-        Records are written one after another. (`download_and_prepare` collects them to shuffle
-        them; without shuffling, what exceeds 1 GB is then sorted in memory in one piece.)
+        Records are written sequentially. (`download_and_prepare` collects all records first and,
+        even without shuffling, sorts what exceeds 1 GB in memory.)
 
         Args:
           plan: the videos and captions to store.
-          cache_dir: directory for decoded frames.
-          timeout: seconds that the decoding of a video may take.
+          cache_dir: directory of the cache of decoded frames.
+          timeout: maximum seconds to decode one video.
 
         Raises:
           AnnotationError: no video can be used.
@@ -124,7 +113,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)
-        form, annotations = self.builder_config, plan.annotations
+        storage, annotations = self.builder_config.spec, plan.annotations
         unusable = dict(plan.unusable)
         writer = _StableWriter(
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
@@ -132,26 +121,19 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         writer.initialize_splits([VIDEOS_SPLIT])
         records: dict[str, int] = {}
         content = ContentHash()
-        cache = FrameCache(cache_dir, **form.settings())
-        decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, **form.settings())
+        cache = FrameCache(cache_dir, storage)
+        decoded = decode_clips(plan.clips, cache=cache, timeout=timeout)
         examples = self._examples(plan.clips, decoded, records, unusable, content)
-        while some := list(itertools.islice(examples, _VIDEOS_PER_WRITE)):
-            writer.add_examples({VIDEOS_SPLIT: some})
+        while group := list(itertools.islice(examples, _VIDEOS_PER_WRITE)):
+            writer.add_examples({VIDEOS_SPLIT: group})
         if not records:
-            raise AnnotationError(_none_left(annotations, unusable))
+            raise AnnotationError(_no_usable_video_message(annotations, unusable))
         self.info.metadata.update(_metadata(plan, records))
         writer.close_all()
         manifest = make_manifest(
-            self.name,
-            form.settings(),
-            annotations,
-            records,
-            unusable,
-            self.PUBLISHED,
-            content,
+            self.name, storage, annotations, records, unusable, self.PUBLISHED, content
         )
-        manifest_json = json.dumps(manifest, indent=1) + "\n"
-        (directory / MANIFEST).write_text(manifest_json, encoding="utf-8")
+        write_json(directory / MANIFEST, manifest)
 
     def _examples(
         self,
@@ -161,16 +143,16 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         unusable: dict[str, str],
         content: ContentHash,
     ) -> Iterator[dict[str, Any]]:
-        """Records of the clips that could be decoded; fills `records`, `unusable`, `content`."""
+        """Yields a record for each decoded clip; updates `records`, `unusable` and `content`."""
         progress = tqdm(zip(clips, decoded, strict=True), "decoding", len(clips), unit="video")
-        for clip, found in progress:
-            if found.frames is None:
-                unusable[clip.video_id] = found.error
+        for clip, result in progress:
+            frames = result.frames
+            if frames is None:
+                unusable[clip.video_id] = result.error
                 continue
             records[clip.video_id] = len(records)
-            content.update(clip.video_id, found.frames)
-            frames = found.frames
-            if self.builder_config.storage == "jpeg":
+            content.update(clip.video_id, frames)
+            if self.builder_config.spec.encoding == "jpeg":
                 frames = [io.BytesIO(jpeg) for jpeg in frames]
             yield {"video_id": clip.video_id, "frames": frames}
 
@@ -178,8 +160,8 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
 class _StableWriter(tfds.core.SequentialWriter):
     """Writes the same bytes in every process.
 
-    A tf.Example is a map, and protobuf serialises a map in an order that differs between processes
-    unless it is told not to.
+    A tf.Example contains a map, and by default protobuf serialises a map in an order that differs
+    between processes.
     """
 
     def __init__(self, ds_info: tfds.core.DatasetInfo, **settings: Any):
@@ -192,16 +174,16 @@ class _StableSerializer(ExampleSerializer):
         return self.get_tf_example(example).SerializeToString(deterministic=True)
 
 
-def _none_left(annotations: Annotations, unusable: Mapping[str, str]) -> str:
+def _no_usable_video_message(annotations: Annotations, unusable: Mapping[str, str]) -> str:
     shown = [f"{video}: {reason}" for video, reason in list(unusable.items())[:3]]
     return (
-        f"none of the {len(annotations.video_ids())} annotated videos can be used; the first are"
+        f"none of the {len(annotations.video_ids())} annotated videos can be used; the first:"
         f" {'; '.join(shown)}"
     )
 
 
 def _metadata(plan: Plan, records: Mapping[str, int]) -> dict[str, Any]:
-    """The splits in terms of stored records; videos that are not stored drop out."""
+    """Metadata of the dataset: ids and sources of the records, and the splits by record index."""
     splits = {}
     for name, captioned in plan.annotations.splits.items():
         usable = [entry for entry in captioned if entry.video_id in records]
@@ -214,7 +196,7 @@ def _metadata(plan: Plan, records: Mapping[str, int]) -> dict[str, Any]:
             "captions": [entry.captions for entry in usable],
             "reversed_pairs": [[row[a], row[b]] for a, b in pairs if a in row and b in row],
         }
-    # Where each record comes from: path below the folder of the videos, start and end in seconds.
+    # Source of each record: path below the videos' folder, and start and end in seconds if cut.
     sources = [
         [str(clip.path.relative_to(plan.folder)), *(clip.span or ())]
         for clip in plan.clips

@@ -1,4 +1,4 @@
-"""ActivityNet Captions as paragraph retrieval: all sentences of a video are one query."""
+"""ActivityNet Captions as paragraph retrieval: all sentences of a video form one query."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -8,25 +8,27 @@ from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    look_for_pairs,
+    find_annotation_pairs,
     require_splits,
     with_all_captions,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
+from drl_jax.data.storage import StorageSpec
 
-# Ids and captions; the field tests on val_1.
+# Files of ids and of captions; the literature tests on val_1.
 _FILES = {"train": ("train_ids.json", "train.json"), "test": ("val_ids.json", "val_1.json")}
 
 
 class Builder(RetrievalBuilder):
     """ActivityNet Captions: whole videos of about two minutes, described by paragraphs."""
 
-    DEFAULT_FORM = (224, 64, "jpeg")
+    DEFAULT_STORAGE = StorageSpec(224, 64, "jpeg")
+    MAX_WORDS = 64
     PUBLISHED: ClassVar = {"train": {"videos": (10009, 10009)}, "test": {"videos": (4917, 4917)}}
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations, pairs = look_for_pairs(path, _FILES)
+        annotations, pairs = find_annotation_pairs(path, _FILES)
         for split, (ids, captions) in pairs.items():
             videos = map(_without_prefix, map(str, read_json(ids, list)))
             annotations.splits[split] = with_all_captions(
@@ -43,7 +45,7 @@ def _without_prefix(video_id: str) -> str:
 
 
 def _paragraphs(path: Path) -> dict[str, list[str]]:
-    """One caption a video, from `{"v_ID": {"sentences": [..], ..}}`."""
+    """One caption per video, from `{"v_ID": {"sentences": [..], ..}}`."""
     paragraphs = {}
     try:
         for video, entry in read_json(path, dict).items():
@@ -51,7 +53,7 @@ def _paragraphs(path: Path) -> dict[str, list[str]]:
             paragraphs[_without_prefix(video)] = [text] if text else []
     except (AttributeError, KeyError, TypeError) as error:
         raise AnnotationError(
-            f'{path} does not have ActivityNet\'s form, {{"v_ID": {{"sentences": [..], ..}}}}'
+            f'{path} does not have ActivityNet\'s structure, {{"v_ID": {{"sentences": [..], ..}}}}'
             f" ({type(error).__name__}: {error})"
         ) from error
     return paragraphs

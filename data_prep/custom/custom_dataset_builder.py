@@ -1,4 +1,4 @@
-"""A dataset of one's own, described by one CSV or JSONL file."""
+"""Your own dataset, described by one CSV or JSONL file."""
 
 import hashlib
 import json
@@ -21,23 +21,23 @@ from data_prep.annotations import (
 from data_prep.retrieval_builder import RetrievalBuilder
 
 _FIELDS = ("video", "caption", "captions", "start", "end", "split")
-# Of videos without a split, the share that becomes val, and the same again test.
+# Without splits, the fraction of files that becomes val, and the fraction that becomes test.
 _HELD_OUT = 0.1
 
 
 class Builder(RetrievalBuilder):
-    """Videos and captions that a file lists.
+    """Videos and captions listed in a file.
 
-    A row has `video` (a file's path in the folder, or its name), `caption` or a list `captions`,
-    and if wanted `start` and `end` in seconds and `split`. Rows of the same video and times are one
-    video with several captions. Without splits, a tenth of the videos becomes val and a tenth
-    test, chosen by their names.
+    A row has `video` (path below the videos' folder, or file name), `caption` or a list `captions`,
+    and optionally `start` and `end` in seconds and `split`. Rows with the same video and span are
+    one video with several captions. Without splits, a tenth of the files becomes val and a tenth
+    test, chosen by the hash of their names.
     """
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
         if not path.is_file():
-            raise AnnotationError(f"no file {path}; --annotations names a .csv or .jsonl file")
+            raise AnnotationError(f"no file {path}; --annotations must be a .csv or .jsonl file")
         rows = list(_read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path))
         if not rows:
             raise AnnotationError(f"{path} has no rows")
@@ -53,10 +53,10 @@ class Builder(RetrievalBuilder):
             (by_split.setdefault(split, []) if split else unassigned).extend(pairs)
         if unassigned and by_split:
             raise AnnotationError(
-                f"{path}: some rows have a split and others none; give it to all or to none"
+                f"{path}: some rows have a split and others have none; set it in all rows or none"
             )
         if unassigned:
-            by_split = _deal(unassigned, sources)
+            by_split = _assign_splits(unassigned, sources)
         splits = {name: group_captions(pairs) for name, pairs in by_split.items()}
         return Annotations(splits, files=[path], sources=sources)
 
@@ -72,8 +72,8 @@ def _read_csv(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
                 row["captions"] = json.loads(row["captions"])
             except json.JSONDecodeError as error:
                 raise AnnotationError(
-                    f'{where}: captions must be a JSON list such as ["one", "two"]; for one'
-                    " caption a row, call the column caption"
+                    f'{where}: captions must be a JSON list such as ["one", "two"]; with'
+                    " one caption per row, name the column caption"
                 ) from error
         yield where, row
 
@@ -109,12 +109,12 @@ def _source(row: dict[str, Any], where: str) -> Source:
     if start in (None, "") and end in (None, ""):
         return Source(video.strip())
     if end in (None, ""):
-        raise AnnotationError(f"{where}: start is given and end is not")
+        raise AnnotationError(f"{where}: start is set but end is not")
     return Source(video.strip(), parse_span(0.0 if start in (None, "") else start, end, where))
 
 
 def _video_id(source: Source) -> str:
-    """The file; for a part of it, the times too."""
+    """Id of a video: its file, followed by the span if it has one."""
     if source.span is None:
         return source.file
     return f"{source.file}@{source.span[0]:g}-{source.span[1]:g}"
@@ -130,20 +130,20 @@ def _captions(row: dict[str, Any], where: str) -> list[str]:
     return [caption.strip() for caption in captions]
 
 
-def _deal(
+def _assign_splits(
     pairs: list[tuple[str, str]], sources: dict[str, tuple[Source, ...]]
 ) -> dict[str, list[tuple[str, str]]]:
-    """Splits by file, so that no two parts of one video are in different ones."""
+    """Assigns splits by file, so that all clips cut from a file are in the same split."""
     files = sorted(
         {sources[video][0].file for video, _ in pairs},
         key=lambda file: hashlib.sha256(file.encode()).digest(),
     )
     held_out = math.ceil(len(files) * _HELD_OUT) if len(files) >= 3 else 0
     split_of = {
-        file: "val" if place < held_out else "test" if place < 2 * held_out else "train"
-        for place, file in enumerate(files)
+        file: "val" if rank < held_out else "test" if rank < 2 * held_out else "train"
+        for rank, file in enumerate(files)
     }
-    dealt: dict[str, list[tuple[str, str]]] = {}
+    by_split: dict[str, list[tuple[str, str]]] = {}
     for video, caption in pairs:
-        dealt.setdefault(split_of[sources[video][0].file], []).append((video, caption))
-    return dealt
+        by_split.setdefault(split_of[sources[video][0].file], []).append((video, caption))
+    return by_split

@@ -1,4 +1,4 @@
-"""DiDeMo as paragraph retrieval: all descriptions of a video's moments are one query."""
+"""DiDeMo as paragraph retrieval: all descriptions of a video's moments form one query."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -8,22 +8,24 @@ from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    look_for_pairs,
+    find_annotation_pairs,
     require_splits,
     with_all_captions,
     without_video_suffix,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
+from drl_jax.data.storage import StorageSpec
 
 _FILES = {name: (f"{name}_list.txt", f"{name}_data.json") for name in ("train", "val", "test")}
-# Videos were cut to 30 seconds for the annotators; the field's loaders take the first 31.
+# Annotators saw the first 30 seconds of a video; published loaders read the first 31.
 _SPAN = (0.0, 31.0)
 
 
 class Builder(RetrievalBuilder):
-    """DiDeMo: Flickr videos, the moments of which were described."""
+    """DiDeMo: Flickr videos with descriptions of their moments."""
 
-    DEFAULT_FORM = (224, 64, "jpeg")
+    DEFAULT_STORAGE = StorageSpec(224, 64, "jpeg")
+    MAX_WORDS = 64
     # Publications differ by a few videos.
     PUBLISHED: ClassVar = {
         "train": {"videos": (8392, 8395)},
@@ -33,10 +35,10 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations, pairs = look_for_pairs(path, _FILES)
+        annotations, pairs = find_annotation_pairs(path, _FILES)
         for split, (names, data) in pairs.items():
-            # A list may name a file with its suffix, and the data without, and a download may have
-            # another one.
+            # The list may have suffixes where the captions have none, and a downloaded file may
+            # have a different one.
             videos = map(without_video_suffix, read_lines(names))
             annotations.splits[split] = with_all_captions(videos, _paragraphs(data), names, data)
         annotations.sources = {video: (Source(video, _SPAN),) for video in annotations.video_ids()}
@@ -44,7 +46,7 @@ class Builder(RetrievalBuilder):
 
 
 def _paragraphs(path: Path) -> dict[str, list[str]]:
-    """One caption a video, from `[{"video": .., "description": .., ..}]`."""
+    """One caption per video, from `[{"video": .., "description": .., ..}]`."""
     sentences: dict[str, list[str]] = {}
     try:
         for entry in read_json(path, list):

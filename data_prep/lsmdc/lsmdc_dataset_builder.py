@@ -1,4 +1,4 @@
-"""LSMDC: short clips of movies with one sentence each."""
+"""LSMDC: short movie clips with one sentence each."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -7,8 +7,8 @@ from data_prep.annotation_files import numbered_lines
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
+    find_annotation_files,
     group_captions,
-    look_for,
     require_splits,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
@@ -22,9 +22,9 @@ _COLUMNS = "CLIP_ID, START_ALIGNED, END_ALIGNED, START_EXTRACTED, END_EXTRACTED,
 
 
 class Builder(RetrievalBuilder):
-    """LSMDC: some 118,000 clips of 202 movies, already cut, in a folder a movie."""
+    """LSMDC: about 118,000 clips cut from 202 movies, with one folder per movie."""
 
-    # A few training clips have several sentences, which makes them fewer videos.
+    # A few training clips have several sentences, so there are fewer videos than captions.
     PUBLISHED: ClassVar = {
         "train": {"captions": (101079, 101079)},
         "val": {"captions": (7408, 7408)},
@@ -33,7 +33,9 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = look_for(path, {file: f"the split {split}" for split, file in _FILES.items()})
+        annotations = find_annotation_files(
+            path, {file: f"the split {split}" for split, file in _FILES.items()}
+        )
         for split, file in _FILES.items():
             if file not in annotations.missing_files:
                 annotations.splits[split] = group_captions(_read_rows(path / file))
@@ -41,13 +43,13 @@ class Builder(RetrievalBuilder):
 
 
 def _read_rows(path: Path) -> list[tuple[str, str]]:
-    """(clip, sentence) of each row; the `.csv` has tabs, no header, and quotes mean nothing."""
+    """(clip, sentence) of each row; the `.csv` is tab-separated, without header or quoting."""
     rows = []
     for number, line in numbered_lines(path):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 6 or not fields[0] or not fields[5]:
             raise AnnotationError(
-                f"{path}, line {number}: expected 6 fields between tabs ({_COLUMNS}), found"
+                f"{path}, line {number}: expected 6 tab-separated fields ({_COLUMNS}), found"
                 f" {len(fields)}{'' if len(fields) != 6 else ' with an empty one'}"
             )
         rows.append((fields[0], fields[5]))

@@ -1,4 +1,4 @@
-"""MSR-VTT: the 1k-A protocol, and the official split."""
+"""MSR-VTT: the 1k-A protocol and the official splits."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -11,8 +11,8 @@ from data_prep.annotation_files import (
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
+    find_annotation_files,
     group_captions,
-    look_for,
     require_splits,
     with_all_captions,
 )
@@ -21,12 +21,12 @@ from data_prep.retrieval_builder import RetrievalBuilder
 _SENTENCES = "MSRVTT_data.json"
 _TRAIN = {"train_9k": "MSRVTT_train.9k.csv", "train_7k": "MSRVTT_train.7k.csv"}
 _TEST = "MSRVTT_JSFUSION_test.csv"
-# The official split stands in the JSON itself.
+# The official splits are in the JSON file.
 _FULL = {"train": "full_train", "validate": "full_val", "test": "full_test"}
 
 
 class Builder(RetrievalBuilder):
-    """MSR-VTT: 10,000 videos of 20 captions each; 1k-A (9k or 7k to train on), official split."""
+    """MSR-VTT: 10,000 videos with 20 captions each; 1k-A (train on 9k or 7k), official splits."""
 
     PUBLISHED: ClassVar = {
         "train_9k": {"videos": (9000, 9000), "captions": (180000, 180000)},
@@ -39,7 +39,7 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = look_for(
+        annotations = find_annotation_files(
             path,
             {
                 _SENTENCES: "the captions of all videos",
@@ -62,7 +62,7 @@ class Builder(RetrievalBuilder):
                     videos, captions, source, path / _SENTENCES
                 )
         if _TEST in present:
-            # The protocol's own sentence of each video; a row is a query.
+            # 1k-A has one sentence per test video; each row is a query.
             rows = read_csv_columns(path / _TEST, ("video_id", "sentence"))
             annotations.splits["test"] = group_captions(rows)
         return require_splits(annotations, path)

@@ -1,4 +1,4 @@
-"""MSVD (the YouTube2Text clips): every caption is a query."""
+"""MSVD (YouTube2Text): every caption is a query."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -12,19 +12,19 @@ from data_prep.annotation_files import (
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
-    look_for,
+    find_annotation_files,
     require_splits,
     with_all_captions,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
 
 _LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
-# Either holds the captions: lists of words, or sentences.
+# Captions are read from one of these: lists of words, or sentences.
 _PICKLE, _JSON = "raw-captions.pkl", "captions_msvd.json"
 
 
 class Builder(RetrievalBuilder):
-    """MSVD: 1,970 clips of about 40 captions each."""
+    """MSVD: 1,970 clips with about 40 captions each."""
 
     PUBLISHED: ClassVar = {
         "train": {"videos": (1200, 1200)},
@@ -34,7 +34,9 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = look_for(path, {file: f"the split {split}" for split, file in _LISTS.items()})
+        annotations = find_annotation_files(
+            path, {file: f"the split {split}" for split, file in _LISTS.items()}
+        )
         captions_path = next(
             (path / name for name in (_PICKLE, _JSON) if (path / name).is_file()), None
         )
@@ -61,6 +63,6 @@ def _read_captions(path: Path) -> dict[str, list[str]]:
         }
     except (AttributeError, TypeError) as error:
         raise AnnotationError(
-            f"{path} does not have MSVD's form, {{video: [[word, ..], ..]}} ({error})"
+            f"{path} does not have MSVD's structure, {{video: [[word, ..], ..]}} ({error})"
         ) from error
     return checked_captions(path, captions)

@@ -1,4 +1,4 @@
-"""Draws a scene as frames and writes them as a real H.264 file."""
+"""Draws scenes as frames and writes them as H.264 files. Worker processes import this module."""
 
 import math
 import random
@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.shapes.scenes import MovingShape, Scene
+from drl_jax.runtime.files import replacing
 
-SIZE = 64  # pixels a side
+SIZE = 64  # side of a frame, pixels
 FPS = 4
 SECONDS = 3
-# One frame more than SECONDS * FPS, so that sampling one frame a second takes the first and the
-# last: a reversed clip gives the same frames in reverse order.
+# One frame more than SECONDS * FPS, so that sampling at 1 frame per second includes the first and
+# the last frame: a reversed clip then gives the same frames in reverse order.
 FRAMES = SECONDS * FPS + 1
 _SUPERSAMPLE = 4
 _COLOURS = {
@@ -32,21 +33,21 @@ Track = list[tuple[float, float, float]]
 
 
 def draw_clip(scene: Scene, seed: int) -> list[np.ndarray]:
-    """The frames of a clip.
+    """Draws the frames of a clip.
 
     Args:
       scene: what to draw.
-      seed: fixes places, sizes, background; a scene and its reverse give, with one seed, the same
-        frames in reverse order.
+      seed: determines positions, sizes and background. With the same seed, a scene and its reverse
+        give the same frames in opposite order.
 
     Returns:
       FRAMES arrays uint8 [SIZE, SIZE, 3].
     """
-    # Of a scene and its reverse, the lesser is drawn; the other is that one played backwards.
+    # Only the smaller of a scene and its reverse is drawn; the other is its time reversal.
     forward = min(scene, scene.reversed())
     rng = random.Random(seed)
     background = tuple(rng.randint(10, 60) for _ in range(3))
-    # Of a few placements, the one in which the shapes overlap least.
+    # Of 8 random placements, take the one in which the shapes overlap least.
     first, second = max(
         ([_track(shape, rng) for shape in (forward.first, forward.second)] for _ in range(8)),
         key=lambda tracks: _least_gap(*tracks),
@@ -60,9 +61,10 @@ def draw_clip(scene: Scene, seed: int) -> list[np.ndarray]:
 
 
 def _track(shape: MovingShape, rng: random.Random) -> Track:
-    """Where the shape is and how big, frame by frame.
+    """Position and radius of a shape in each frame.
 
-    A motion and its reverse draw from the same positions: a single frame never tells the direction.
+    A motion and its reverse have the same distribution of positions, so a single frame does not
+    show the direction.
     """
     radius = rng.uniform(6.5, 8.5)
     low, high = radius + 1, SIZE - radius - 1
@@ -75,7 +77,7 @@ def _track(shape: MovingShape, rng: random.Random) -> Track:
     if shape.motion == "still":
         return [(x, y, radius)] * FRAMES
     if shape.motion == "swing":
-        # There and back twice, from rest to rest: the same backwards.
+        # Two full periods, starting and ending at rest: symmetric in time.
         reach = rng.uniform(10, 14)
         x = rng.uniform(low + reach, high - reach)
         return [(x + reach * math.cos(4 * math.pi * t), y, radius) for t in _times()]
@@ -119,7 +121,7 @@ def _draw_frame(background, placed) -> np.ndarray:
 
 
 def _polygon(points: int, inner: float | None = None) -> list[tuple[float, float]]:
-    """Corners on the unit circle, the first on top; with `inner`, notches between them (a star)."""
+    """Corners on the unit circle, the first at the top; `inner` is the inner radius of a star."""
     radii = [1.0] if inner is None else [1.0, inner]
     steps = points * len(radii)
     return [
@@ -134,8 +136,8 @@ def _polygon(points: int, inner: float | None = None) -> list[tuple[float, float
 def write_mp4(path: Path, frames: list[np.ndarray]) -> None:
     """Writes frames as H.264 in mp4, lossless after the conversion to yuv420p.
 
-    Lossless, because a clip and its reverse must decode to the same frames; a lossy encoder would
-    leave its own traces of time in them.
+    Lossless, because a clip and its reverse must decode to the same frames; artefacts of a lossy
+    encoder would depend on the direction of time.
     """
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=FPS)
@@ -147,3 +149,9 @@ def write_mp4(path: Path, frames: list[np.ndarray]) -> None:
             frame.pts, frame.time_base = index, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def draw_file(path: Path, scene: Scene, seed: int) -> None:
+    """Draws a clip and writes it atomically; see `draw_clip`."""
+    with replacing(path) as unfinished:
+        write_mp4(unfinished, draw_clip(scene, seed))

@@ -1,17 +1,19 @@
-"""What happens in a clip of `shapes`: two coloured shapes, each with its own motion.
+"""Scenes of the `shapes` dataset: two coloured shapes, each with its own motion.
 
-A *scene* is the pair of moving shapes; a clip draws it once, with random positions and sizes.
-Scenes are dealt to train, val and test so that none occurs in two of them, not even played
-backwards.
+A *scene* is the pair of moving shapes; a clip is a drawing of it with random positions and sizes. A
+scene and its time reversal occur in only one of train, val and test.
 """
 
 import dataclasses
 import itertools
 import random
 
+# Number of clips of train, val and test.
+SIZES = {"full": (9000, 128, 256), "smoke": (192, 32, 32)}
+
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("red", "green", "blue")
-# Motions with a direction, each with what it looks like played backwards.
+# Motions with a direction, each with its time reversal.
 REVERSED = {
     "right": "left",
     "left": "right",
@@ -20,7 +22,7 @@ REVERSED = {
     "grow": "shrink",
     "shrink": "grow",
 }
-# Motions that look the same backwards.
+# Motions that are symmetric in time.
 SYMMETRIC = ("still", "swing")
 
 
@@ -36,7 +38,7 @@ class MovingShape:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Scene:
-    """Two shapes of different look, in canonical (sorted) order."""
+    """Two shapes that differ in colour or shape, in sorted order."""
 
     first: MovingShape
     second: MovingShape
@@ -46,7 +48,7 @@ class Scene:
         return cls(*sorted((one, other)))
 
     def reversed(self) -> "Scene":
-        """The scene that this one's frames show in reverse order."""
+        """The time reversal of this scene."""
         return Scene.of(self.first.reversed(), self.second.reversed())
 
     def differs_from_reverse_in_one_motion(self) -> bool:
@@ -54,8 +56,8 @@ class Scene:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deal:
-    """Scenes of each split. `test_pairs` are positions in `test` of a scene and its reverse."""
+class SceneSplits:
+    """Scenes of each split. `test_pairs` are indices into `test` of a scene and its reverse."""
 
     train: list[Scene]
     val: list[Scene]
@@ -64,7 +66,7 @@ class Deal:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene: two shapes that differ in colour or shape, so that a caption can tell them."""
+    """All scenes: two shapes that differ in colour or shape, which captions can distinguish."""
     looks = list(itertools.product(COLOURS, SHAPES))
     motions = (*REVERSED, *SYMMETRIC)
     return [
@@ -74,18 +76,20 @@ def all_scenes() -> list[Scene]:
     ]
 
 
-def deal_scenes(train: int, val: int, test: int, seed: int) -> Deal:
-    """Deals scenes to splits; half of `test` are pairs of a scene and its reverse.
+def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
+    """Assigns scenes to splits; half of `test` are pairs of a scene and its reverse.
 
     Args:
-      train: number of training scenes; val, test: likewise. `test` is a multiple of 4.
-      seed: fixes the deal.
+      train: number of training scenes, drawn with replacement.
+      val: number of validation scenes.
+      test: number of test scenes, a multiple of 4.
+      seed: random seed.
 
     Raises:
-      ValueError: more scenes are asked for than there are.
+      ValueError: there are too few scenes for `val` and `test`.
     """
     rng = random.Random(seed)
-    # Scenes are dealt together with their reverse.
+    # A scene and its reverse form a group, which is assigned as a whole.
     groups = sorted({tuple(sorted({scene, scene.reversed()})) for scene in all_scenes()})
     rng.shuffle(groups)
     pairs = [g for g in groups if len(g) == 2 and g[0].differs_from_reverse_in_one_motion()]
@@ -96,10 +100,10 @@ def deal_scenes(train: int, val: int, test: int, seed: int) -> Deal:
             test_groups.append(group)
         elif len(val_groups) < val and group not in chosen:
             val_groups.append(group)
-    dealt = set(test_groups) | set(val_groups)
-    train_scenes = [scene for group in groups if group not in dealt for scene in group]
+    held_out = set(test_groups) | set(val_groups)
+    train_scenes = [scene for group in groups if group not in held_out for scene in group]
     if len(val_groups) < val or not train_scenes:
-        raise ValueError(f"there are too few scenes for {val} in val and {test} in test")
+        raise ValueError(f"too few scenes for {val} in val and {test} in test")
     train_scenes = rng.choices(train_scenes, k=train)
     test_scenes: list[Scene] = []
     test_pairs = []
@@ -109,7 +113,9 @@ def deal_scenes(train: int, val: int, test: int, seed: int) -> Deal:
             test_scenes += group
         else:
             test_scenes.append(rng.choice(group))
-    return Deal(train_scenes, [rng.choice(group) for group in val_groups], test_scenes, test_pairs)
+    return SceneSplits(
+        train_scenes, [rng.choice(group) for group in val_groups], test_scenes, test_pairs
+    )
 
 
 _SHAPE_WORDS = {
@@ -141,9 +147,9 @@ _TEMPLATES = (
 
 
 def captions(scene: Scene, count: int, rng: random.Random) -> list[str]:
-    """`count` different sentences that say the same: everything about both shapes.
+    """Draws `count` distinct captions of a scene.
 
-    A caption names colour, shape and motion of both, so that it fits no other scene.
+    Each caption states colour, shape and motion of both shapes, so it fits no other scene.
     """
     found: dict[str, None] = {}
     while len(found) < count:

@@ -1,4 +1,4 @@
-"""The embedded default dataset: drawn clips in MSR-VTT's own annotation formats."""
+"""Default dataset: synthetic clips, annotated in the file formats of MSR-VTT."""
 
 import collections
 import csv
@@ -16,12 +16,12 @@ from data_prep.annotations import (
     with_all_captions,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
-from data_prep.shapes.draw import draw_clip, write_mp4
-from data_prep.shapes.scenes import Scene, captions, deal_scenes
+from data_prep.shapes.draw import draw_file
+from data_prep.shapes.scenes import SIZES, Scene, captions, split_scenes
+from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.files import replacing, write_text
 from drl_jax.runtime.worker_pool import map_in_processes
 
-# Clips of train, val and test.
-SIZES = {"full": (9000, 128, 256), "smoke": (192, 32, 32)}
 _CAPTIONS = 20
 _SEED = 0
 _SENTENCES = "SHAPES_data.json"
@@ -30,11 +30,12 @@ _PAIRS = "SHAPES_test_pairs.csv"
 
 
 class Builder(RetrievalBuilder):
-    """Two coloured shapes, each with its own motion; half of the test clips come in pairs that
-    differ in the direction of one motion alone."""
+    """Two coloured shapes, each with its own motion; half of the test clips are pairs that differ
+    only in the direction of one motion."""
 
-    DEFAULT_FORM = (64, 4, "raw")
-    # The clips themselves lie beside it and take as long to draw.
+    DEFAULT_STORAGE = StorageSpec(64, 4, "raw")
+    MAX_WORDS = 24
+    # The clips stay in the data directory, and decoding them again is cheap.
     KEEPS_CACHE = False
 
     @classmethod
@@ -50,21 +51,22 @@ class Builder(RetrievalBuilder):
 
 
 def draw_dataset(directory: Path, size: str) -> None:
-    """Draws the clips into `directory/videos/SPLIT/*.mp4` and annotates them in `directory`.
+    """Draws the clips into `directory/videos/SPLIT/*.mp4`, and writes annotations to `directory`.
 
-    Every file is a function of the size alone. Clips that are there already are kept, so an
-    interrupted drawing continues.
+    The files depend only on the size. Existing clips are kept, so an interrupted call can continue.
 
     Args:
-      directory: created if absent.
-      size: a key of SIZES.
+      directory: created if it does not exist.
+      size: a key of `SIZES`.
     """
-    deal = deal_scenes(*SIZES[size], seed=_SEED)
-    clips = [(split, scene) for split in ("train", "val", "test") for scene in getattr(deal, split)]
+    splits = split_scenes(*SIZES[size], seed=_SEED)
+    clips = [
+        (split, scene) for split in ("train", "val", "test") for scene in getattr(splits, split)
+    ]
     names = [f"video{number}" for number in range(len(clips))]
-    first_test = len(deal.train) + len(deal.val)
-    pairs = [(first_test + a, first_test + b) for a, b in deal.test_pairs]
-    # A clip and its reverse are drawn with one seed: the same frames.
+    first_test = len(splits.train) + len(splits.val)
+    pairs = [(first_test + a, first_test + b) for a, b in splits.test_pairs]
+    # A clip and its reverse have the same seed, and therefore the same frames.
     seeds = list(range(len(clips)))
     for one, other in pairs:
         seeds[other] = seeds[one]
@@ -76,15 +78,9 @@ def draw_dataset(directory: Path, size: str) -> None:
         for (split, scene), name, seed in zip(clips, names, seeds, strict=True)
     ]
     absent = [drawing for drawing in drawings if not drawing[0].exists()]
-    drawn = map_in_processes(_draw_file, absent)
+    drawn = map_in_processes(draw_file, absent)
     collections.deque(tqdm(drawn, "drawing", len(absent), unit="video"), maxlen=0)
     _write_annotations(directory, clips, names, pairs)
-
-
-def _draw_file(path: Path, scene: Scene, seed: int) -> None:
-    unfinished = path.with_suffix(".part")
-    write_mp4(unfinished, draw_clip(scene, seed))
-    unfinished.rename(path)
 
 
 def _write_annotations(
@@ -109,7 +105,7 @@ def _write_annotations(
             for k, caption in enumerate(sentences[number])
         ],
     }
-    (directory / _SENTENCES).write_text(json.dumps(document), encoding="utf-8")
+    write_text(directory / _SENTENCES, json.dumps(document))
     _write_csv(directory / _TRAIN, ("video_id",), ((names[n],) for n in by_split["train"]))
     for file, split in ((_VAL, "val"), (_TEST, "test")):
         _write_csv(
@@ -128,7 +124,10 @@ def _write_annotations(
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(path) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""VATEX: ten English captions a clip, in any of the three forms that its users publish."""
+"""VATEX: ten English captions per clip, from any of three published file layouts."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    look_for,
+    find_annotation_files,
     require_splits,
     with_all_captions,
 )
@@ -22,14 +22,14 @@ from data_prep.retrieval_builder import RetrievalBuilder
 _LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
 # {id: [caption]}, or {id: {"enCap": [caption]}}.
 _CAPTIONS = ("ref_captions.json", "vatex_data.json")
-# The official files, and copies of them with one more field: [{"videoID": id, "enCap": [..]}].
+# The official files, or copies with extra fields: [{"videoID": id, "enCap": [..], ..}].
 _OFFICIAL = {"train": "vatex_training_v1.0*.json", "test": "vatex_validation_v1.0*.json"}
-# YouTube's id, and the seconds from and to which the clip was cut.
+# YouTube id, start and end of the clip in seconds.
 _CLIP_ID = re.compile(r"(?P<youtube>.{11})_(?P<start>\d{6})_(?P<end>\d{6})")
 
 
 class Builder(RetrievalBuilder):
-    """VATEX: clips of ten seconds; the split of HGR, both test halves from the official val."""
+    """VATEX: ten-second clips; HGR's splits, whose val and test are halves of the official val."""
 
     PUBLISHED: ClassVar = {
         "train": {"videos": (25991, 25991)},
@@ -39,7 +39,9 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = look_for(path, {file: f"the split {split}" for split, file in _LISTS.items()})
+        annotations = find_annotation_files(
+            path, {file: f"the split {split}" for split, file in _LISTS.items()}
+        )
         lists = {
             split: read_lines(path / file)
             for split, file in _LISTS.items()
@@ -62,7 +64,7 @@ class Builder(RetrievalBuilder):
             )
         annotations.files += sources
         if not lists:
-            # The official files are their own splits, and the list files are not missed.
+            # The official files define the splits, so the list files are not missing.
             lists, annotations.missing_files = official, {}
         for split, videos in lists.items():
             annotations.splits[split] = with_all_captions(
@@ -93,7 +95,7 @@ def _official_captions(path: Path) -> dict[str, list[str]]:
 
 
 def _sources(video_id: str) -> tuple[Source, ...]:
-    """The cut clip, or else the whole YouTube video with the clip's times."""
+    """The cut clip, or else the clip's span of the whole YouTube video."""
     match = _CLIP_ID.fullmatch(video_id)
     if not match:
         return (Source(video_id),)

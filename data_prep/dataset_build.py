@@ -1,0 +1,127 @@
+"""Builds a dataset: decodes its videos once and stores the frames."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+from data_prep import estimate
+from data_prep.datasets import builder_class
+from data_prep.manifest import describe_split
+from data_prep.retrieval_builder import StorageConfig
+from data_prep.video_folder import Plan
+from drl_jax.data.records import FORMAT_VERSION, MANIFEST
+from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.errors import UserError
+
+
+def built_dir(data_dir: Path, dataset: str, storage: StorageSpec) -> Path:
+    """Directory of a built dataset; it may not exist yet."""
+    return data_dir / dataset / storage.name / FORMAT_VERSION
+
+
+def build_dataset(
+    dataset: str,
+    plan: Plan,
+    data_dir: Path,
+    storage: StorageSpec,
+    *,
+    timeout: float,
+    keep_cache: bool | None = None,
+) -> Path:
+    """Decodes and stores a dataset, and replaces an existing one with the same storage.
+
+    Frames decoded by an earlier build, even one that was killed, are reused.
+
+    Args:
+      dataset: one of `dataset_names()`.
+      plan: the videos and captions to store.
+      data_dir: directory of built datasets.
+      storage: the storage variant.
+      timeout: maximum seconds to decode one video.
+      keep_cache: whether decoded frames stay cached; None: the dataset's default.
+
+    Returns:
+      The dataset's directory.
+
+    Raises:
+      UserError: nothing can be built. An existing dataset is unchanged.
+    """
+    cls = builder_class(dataset)
+    target = built_dir(data_dir, dataset, storage)
+    _remove_leftovers(target)
+    # Moved to `target` when it is complete, so that a failure leaves the existing dataset in place.
+    unfinished = target.parent / "unfinished"
+    cache = data_dir / "cache" / dataset
+    config = StorageConfig.of(storage)
+    builder = cls(data_dir=unfinished, config=config, file_format="array_record")
+    try:
+        builder.store(plan, cache, timeout)
+        _replace(target, Path(builder.data_dir))
+    except (OSError, RuntimeError) as error:
+        # array_record raises a RuntimeError for it.
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise UserError(
+            f"no space left in {data_dir}; free disk space, then rerun the command to continue"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if not (cls.KEEPS_CACHE if keep_cache is None else keep_cache):
+        shutil.rmtree(cache, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            cache.parent.rmdir()  # Fails if it has the caches of other datasets.
+    return target
+
+
+def restore_previous(target: Path) -> None:
+    """Restores a dataset whose build was killed while it moved its result to `target`."""
+    if _previous(target).exists() and not target.exists():
+        _previous(target).rename(target)
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f"previous.{target.name}")
+
+
+def _replace(target: Path, new: Path) -> None:
+    if target.exists():
+        target.rename(_previous(target))
+    new.rename(target)
+    shutil.rmtree(_previous(target), ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes the files of a build that was killed."""
+    restore_previous(target)
+    for leftover in (_previous(target), target.parent / "unfinished"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -> None:
+    """Prints the number of videos and the disk space of a build before it starts."""
+    frames = len(plan.clips) * storage.max_frames
+    stored = estimate.format_bytes(estimate.stored_bytes(frames, storage))
+    free = estimate.format_bytes(estimate.free_bytes(data_dir))
+    print(
+        f"{dataset}: found {len(plan.clips):,} of {len(plan.annotations.video_ids()):,} annotated"
+        f" videos; {storage.name} takes up to {stored}, and the cache of decoded frames the same"
+        f" again; {data_dir} has {free} free",
+        flush=True,
+    )
+
+
+def print_report(target: Path) -> None:
+    """Prints the contents of a built dataset from its manifest."""
+    manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    for name, purpose in manifest["missing_files"].items():
+        print(f"built without the annotation file {name} ({purpose}): not found")
+    print(f"built {target}: {manifest['videos']:,} videos")
+    for name, split in manifest["splits"].items():
+        print(f"  {describe_split(name, split)}")
+    if left_out := manifest["left_out"]:
+        print(f"left out {len(left_out)} videos (full list: {target / MANIFEST}):")
+        for video, reason in list(left_out.items())[:10]:
+            print(f"  {video}: {reason}")

@@ -1,0 +1,275 @@
+"""Validates the source files of a dataset. Worker processes import this module."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep import estimate
+from data_prep.annotations import Annotations
+from data_prep.manifest import PublishedSizes, count_splits, describe_split
+from data_prep.quarantine import read_quarantine, write_quarantine
+from data_prep.video_folder import Clip, Plan
+from drl_jax.data.storage import StorageSpec
+from drl_jax.data.video import VideoError, VideoFacts, inspect_video, sample_positions
+from drl_jax.runtime.files import sha256, write_json
+from drl_jax.runtime.resources import available_cpus
+from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
+
+# A file is suspicious if its number of frames differs from what its duration implies by more than
+# this fraction and by more than this number.
+_FRAMES_TOLERANCE = (0.05, 2)
+# A file shorter than this is suspicious, seconds.
+_TOO_SHORT = 1.0
+# Maximum number of problems of a kind that are printed; the report has all of them.
+_MAX_PRINTED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Result of the inspection of one file.
+
+    Attributes:
+      facts: None if the file cannot be decoded.
+      error: reason why the file should be left out; empty if it can be used.
+      digest: SHA-256 of the file; empty if it could not be read.
+      seconds: duration of the inspection.
+    """
+
+    facts: VideoFacts | None
+    error: str
+    digest: str
+    seconds: float
+
+
+def check_dataset(
+    plan: Plan, published: PublishedSizes, storage: StorageSpec, timeout: float
+) -> dict[str, Any]:
+    """Decodes all videos of a plan and reports what is wrong.
+
+    Args:
+      plan: the dataset's videos, including those in quarantine.
+      published: see `PublishedSizes`.
+      storage: storage variant for the estimates.
+      timeout: maximum seconds per file.
+
+    Returns:
+      The report: "missing", "unusable" and "suspicious" (reasons by video), "duplicate_videos"
+      (groups of ids with the same file content), "captions_in_several_splits",
+      "repeated_captions", "splits", "build" (estimates), "unannotated_files".
+    """
+    findings = _inspect_files([clip.path for clip in plan.clips], storage, timeout)
+    unusable, suspicious, frames = {}, {}, 0
+    for clip in plan.clips:
+        finding = findings[clip.path]
+        error = finding.error or _span_error(clip, finding.facts)
+        if error:
+            unusable[clip.video_id] = error
+            continue
+        facts = finding.facts
+        frames += len(sample_positions(facts.frames, facts.fps, storage.max_frames, clip.span))
+        if reasons := suspicions(facts):
+            suspicious[clip.video_id] = "; ".join(reasons)
+    usable = {clip.video_id for clip in plan.clips} - unusable.keys()
+    seconds = sum(finding.seconds for finding in findings.values())
+    return {
+        "missing": plan.unusable,
+        "unusable": unusable,
+        "suspicious": suspicious,
+        "duplicate_videos": _duplicate_videos(plan.clips, findings, plan.annotations),
+        "captions_in_several_splits": _shared_captions(plan.annotations),
+        "repeated_captions": _repeated_captions(plan.annotations),
+        "splits": count_splits(plan.annotations, usable, published),
+        "build": {
+            "videos": len(usable),
+            "frames": frames,
+            "bytes": estimate.stored_bytes(frames, storage),
+            "minutes": round(seconds / available_cpus() / 60, 1),
+        },
+        "unannotated_files": plan.unannotated,
+    }
+
+
+def _inspect_files(
+    paths: Iterable[Path], storage: StorageSpec, timeout: float
+) -> dict[Path, Finding]:
+    """Inspects each distinct file once, in parallel."""
+    files = list(dict.fromkeys(paths))
+    results = map_in_processes(_inspect, [(path, storage) for path in files], timeout=timeout)
+    findings = {}
+    progress = tqdm(zip(files, results, strict=True), "checking", len(files), unit="video")
+    for path, finding in progress:
+        if isinstance(finding, WorkerFailure):
+            finding = Finding(None, finding.reason, "", timeout)
+        findings[path] = finding
+    return findings
+
+
+def _inspect(path: Path, storage: StorageSpec) -> Finding:
+    start = time.monotonic()
+    digest = ""
+    try:
+        digest = sha256(path)
+        facts, error = inspect_video(path, storage.max_frames, storage.image_size), ""
+        if facts.black:
+            # A build would store it, but no caption can match it.
+            error = "all its sampled frames are black"
+    except VideoError as problem:
+        facts, error = None, str(problem)
+    except OSError as problem:
+        facts, error = None, f"cannot be opened ({problem.strerror})"
+    return Finding(facts, error, digest, time.monotonic() - start)
+
+
+def _span_error(clip: Clip, facts: VideoFacts) -> str:
+    if clip.span is None or sample_positions(facts.frames, facts.fps, 1, clip.span):
+        return ""
+    length = facts.frames / facts.fps
+    return f"its span {clip.span[0]:g}-{clip.span[1]:g} s is outside the file ({length:.1f} s)"
+
+
+def suspicions(facts: VideoFacts) -> list[str]:
+    """Reasons to look at a file that can be decoded."""
+    found = []
+    if facts.damaged_packets:
+        found.append(f"{facts.damaged_packets} packets are damaged")
+    seconds = facts.frames / facts.fps
+    if facts.duration:
+        expected = facts.duration * facts.fps
+        fraction, number = _FRAMES_TOLERANCE
+        if abs(facts.frames - expected) > max(fraction * expected, number):
+            found.append(
+                f"{facts.frames} frames, but its duration of {facts.duration:.1f} s at"
+                f" {facts.fps:.2f} frames per second implies {expected:.0f}"
+            )
+    if seconds < _TOO_SHORT:
+        found.append(f"only {facts.frames} frames ({seconds:.2f} s)")
+    if facts.variable_rate:
+        found.append("variable frame rate: its frames are sampled by index, not by time")
+    return found
+
+
+def _splits_by_video(annotations: Annotations) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {}
+    for name, captioned in annotations.splits.items():
+        for entry in captioned:
+            splits.setdefault(entry.video_id, []).append(name)
+    return splits
+
+
+def _duplicate_videos(
+    clips: Iterable[Clip], findings: Mapping[Path, Finding], annotations: Annotations
+) -> list[dict[str, list[str]]]:
+    """Groups of videos with the same content under different ids, with their splits."""
+    splits = _splits_by_video(annotations)
+    groups = collections.defaultdict(list)
+    for clip in clips:
+        if digest := findings[clip.path].digest:
+            groups[digest, clip.span].append(clip.video_id)
+    return [
+        {"videos": videos, "splits": sorted({s for video in videos for s in splits[video]})}
+        for videos in groups.values()
+        if len(videos) > 1
+    ]
+
+
+def _shared_captions(annotations: Annotations) -> dict[str, int]:
+    """Number of common captions for each pair of splits without common videos."""
+    captions, videos = {}, {}
+    for name, captioned in annotations.splits.items():
+        captions[name] = {_normalise(text) for entry in captioned for text in entry.captions}
+        videos[name] = {entry.video_id for entry in captioned}
+    shared = {}
+    for one, other in itertools.combinations(captions, 2):
+        # Splits such as 1k-A's 9k and 7k share videos, and therefore captions, by design.
+        common = len(captions[one] & captions[other])
+        if common and not videos[one] & videos[other]:
+            shared[f"{one} and {other}"] = common
+    return shared
+
+
+def _repeated_captions(annotations: Annotations) -> dict[str, int]:
+    """Number of captions of each split that several of its videos have (ambiguous queries)."""
+    repeated = {}
+    for name, captioned in annotations.splits.items():
+        video_counts = collections.Counter(
+            text for entry in captioned for text in {_normalise(text) for text in entry.captions}
+        )
+        if count := sum(1 for videos in video_counts.values() if videos > 1):
+            repeated[name] = count
+    return repeated
+
+
+def _normalise(caption: str) -> str:
+    return " ".join(caption.lower().split())
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Prints the report of `check_dataset`."""
+    for name, split in report["splits"].items():
+        print(f"  {describe_split(name, split)}")
+    for kind, title in (
+        ("missing", "annotated videos are missing"),
+        ("unusable", "videos cannot be used"),
+        ("suspicious", "videos can be used but are suspicious"),
+    ):
+        _print_some(title, [f"{video}: {why}" for video, why in report[kind].items()])
+    _print_some(
+        "groups of videos have the same content",
+        [
+            f"{', '.join(group['videos'])} (in {', '.join(group['splits'])})"
+            for group in report["duplicate_videos"]
+        ],
+    )
+    for splits, count in report["captions_in_several_splits"].items():
+        print(f"{count} captions are in both {splits}")
+    for split, count in report["repeated_captions"].items():
+        print(f"{count} captions of {split} belong to several videos")
+    if count := len(report["unannotated_files"]):
+        print(f"{count} video files have no annotation")
+    build = report["build"]
+    print(
+        f"a build stores {build['videos']:,} videos, {build['frames']:,} frames,"
+        f" {estimate.format_bytes(build['bytes'])}, and takes about {build['minutes']} minutes on"
+        " this machine"
+    )
+
+
+def _print_some(title: str, lines: Sequence[str]) -> None:
+    if not lines:
+        return
+    print(f"{len(lines)} {title}:")
+    for line in lines[:_MAX_PRINTED]:
+        print(f"  {line}")
+    if len(lines) > _MAX_PRINTED:
+        print(f"  and {len(lines) - _MAX_PRINTED} more")
+
+
+def report_file(quarantine: Path) -> Path:
+    """Path of the JSON report, beside the quarantine list."""
+    return quarantine.with_name("check.json")
+
+
+def write_report(report: Mapping[str, Any], quarantine: Path) -> None:
+    """Writes the report, and adds the unusable videos to the quarantine list.
+
+    Lines of the list that were added by hand are kept; those of the previous check are replaced.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    path = report_file(quarantine)
+    previous = json.loads(path.read_text(encoding="utf-8"))["unusable"] if path.is_file() else {}
+    added_by_hand = {
+        video: reason
+        for video, reason in read_quarantine(quarantine).items()
+        if video not in previous
+    }
+    write_quarantine(quarantine, {**added_by_hand, **report["unusable"]})
+    write_json(path, report)

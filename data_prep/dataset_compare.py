@@ -1,0 +1,97 @@
+"""Compares stored frames with a fresh decode of their source files."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.decode import read_frames_or_error
+from data_prep.manifest import storage_of
+from drl_jax.data.records import FORMAT_VERSION, DatasetError, VideoDataset
+from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
+
+# Mean difference, in levels, above which the frames are not those of the file; JPEG gives 1 to 3.
+_MAX_JPEG_DIFFERENCE = 6.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Differences between stored and decoded frames, in levels of 255.
+
+    Attributes:
+      videos: number of compared videos.
+      largest: largest difference of a pixel.
+      mean: mean difference over all pixels.
+      wrong: reasons, by id, for videos whose stored frames are not those of their file.
+    """
+
+    videos: int
+    largest: int
+    mean: float
+    wrong: dict[str, str]
+
+
+def compare_dataset(
+    directory: Path, videos: Path, samples: int, *, timeout: float, seed: int = 0
+) -> Comparison:
+    """Compares random videos of a built dataset with their source files.
+
+    Args:
+      directory: directory of the built dataset.
+      videos: folder of the video files.
+      samples: number of videos to compare.
+      timeout: maximum seconds to decode one video.
+      seed: random seed of the choice of videos.
+
+    Raises:
+      DatasetError: there is no dataset, or it does not record its source files.
+    """
+    dataset = VideoDataset(directory)
+    if not dataset.sources:
+        raise DatasetError(
+            f"{directory} does not record its source files; rebuild it with --overwrite"
+        )
+    storage = storage_of(dataset.manifest)
+    picked = sorted(random.Random(seed).sample(range(len(dataset)), min(samples, len(dataset))))
+    calls = []
+    for video in picked:
+        file, *span = dataset.sources[video]
+        calls.append((videos / file, storage, tuple(span) or None))
+    largest, total, pixels, wrong = 0, 0.0, 0, {}
+    decoded = map_in_processes(read_frames_or_error, calls, timeout=timeout)
+    for video, frames in tqdm(
+        zip(picked, decoded, strict=True), storage.name, len(picked), unit="video"
+    ):
+        video_id = dataset.video_ids[video]
+        stored = dataset.read_frames(video)
+        if isinstance(frames, WorkerFailure):
+            wrong[video_id] = frames.reason
+        elif isinstance(frames, str):
+            wrong[video_id] = f"its file {frames}"
+        elif frames.shape != stored.shape:
+            wrong[video_id] = f"{len(stored)} frames are stored, but its file has {len(frames)}"
+        else:
+            difference = np.abs(frames.astype(np.int16) - stored)
+            largest = max(largest, int(difference.max()))
+            total, pixels = total + float(difference.sum()), pixels + difference.size
+            allowed = 0 if storage.encoding == "raw" else _MAX_JPEG_DIFFERENCE
+            if difference.mean() > allowed:
+                wrong[video_id] = f"its pixels differ by {difference.mean():.1f} levels on average"
+    return Comparison(len(picked), largest, total / max(pixels, 1), wrong)
+
+
+def built_variants(data_dir: Path, dataset: str) -> list[Path]:
+    """Directories of all built storage variants of a dataset.
+
+    Raises:
+      DatasetError: there is none.
+    """
+    found = sorted((data_dir / dataset).glob(f"*/{FORMAT_VERSION}"))
+    if not found:
+        raise DatasetError(
+            f"{dataset} is not built in {data_dir}; build it with: python -m data_prep.build"
+            f" {dataset} --data_dir={data_dir}"
+        )
+    return found

@@ -1,0 +1,60 @@
+"""Configurations of a dataset, derived from its builder."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data_prep.datasets import builder_class
+from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig, TrainConfig
+
+
+def finetuning_config(
+    dataset: str,
+    *,
+    train_split: str = "train",
+    val_split: str = "",
+    holdout: int = 0,
+    batch_size: int = TrainConfig.batch_size,
+) -> ConfigDict:
+    """Makes the configuration that fine-tunes CLIP on a dataset with the reference's recipe.
+
+    Image size, frames, storage encoding and words are those of the dataset's builder, so that
+    training opens the dataset that `python -m data_prep.build` writes by default. All other fields
+    have the defaults of `drl_jax/config.py`.
+
+    Args:
+      dataset: one of `dataset_names()`.
+      train_split: split to train on.
+      val_split: split for the evaluation after each epoch; empty if `holdout` is set.
+      holdout: number of training videos held out for that evaluation; 0 if `val_split` is set.
+      batch_size: pairs per global batch.
+
+    Returns:
+      The configuration as a ConfigDict, for `--config` and its overrides.
+    """
+    data = data_config(dataset, train_split=train_split, val_split=val_split, holdout=holdout)
+    image_size = builder_class(dataset).DEFAULT_STORAGE.image_size
+    config = Config(
+        data=data,
+        model=ModelConfig(backbone=BackboneConfig(image_resolution=image_size)),
+        train=TrainConfig(batch_size=batch_size),
+    )
+    return ConfigDict(dataclasses.asdict(config))
+
+
+def data_config(dataset: str, **fields: Any) -> DataConfig:
+    """The DataConfig of a dataset with the frames, words and storage of its builder.
+
+    Args:
+      dataset: one of `dataset_names()`.
+      **fields: other fields.
+    """
+    builder = builder_class(dataset)
+    return DataConfig(
+        dataset=dataset,
+        max_words=builder.MAX_WORDS,
+        max_frames=builder.DEFAULT_STORAGE.max_frames,
+        storage=builder.DEFAULT_STORAGE.encoding,
+        **fields,
+    )
