@@ -1,5 +1,4 @@
 import dataclasses
-import os
 
 import jax
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.frames import pad_frames
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+from drl_jax.models.tokenizer import tokenize
 from drl_jax.sharding import make_layout
 
 
@@ -23,7 +23,7 @@ def take(batches, start, count, process=0, processes=1):
 
 def make(dataset, config, seed=0, **changes):
     data = dataclasses.replace(config.data, **changes)
-    return TrainBatches(dataset, load_split(dataset, "train", data), data, 16, seed)
+    return TrainBatches(dataset, load_split(dataset, "train", data), data, 16, seed, tokenize)
 
 
 def assert_same(one, other):
@@ -32,7 +32,7 @@ def assert_same(one, other):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_a_batch_is_what_the_step_takes(dataset, shapes_config):
+def test_shapes_and_dtypes_of_a_batch(dataset, shapes_config):
     (batch,) = take(make(dataset, shapes_config), 0, 1)
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "text_ids": ((16, 24), np.int32),
@@ -42,19 +42,20 @@ def test_a_batch_is_what_the_step_takes(dataset, shapes_config):
     }
 
 
-def test_any_step_can_be_reached_at_once(dataset, shapes_config):
+def test_iteration_can_start_at_any_step(dataset, shapes_config):
     run = take(make(dataset, shapes_config), 0, 30)
     assert_same(run[27:], take(make(dataset, shapes_config, num_threads=1), 27, 3))
 
 
-def test_processes_share_the_batch_that_one_would_have(dataset, shapes_config):
+def test_processes_split_the_batch_of_a_single_process(dataset, shapes_config):
     (whole,) = take(make(dataset, shapes_config), 5, 1)
-    parts = [take(make(dataset, shapes_config), 5, 1, p, 4)[0] for p in range(4)]
+    batches = make(dataset, shapes_config)
+    parts = [take(batches, 5, 1, p, 4)[0] for p in range(4)]
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
 
 
-def test_an_epoch_shows_every_video_once_in_a_new_order(dataset, shapes_config):
+def test_an_epoch_has_every_video_once_in_a_new_order(dataset, shapes_config):
     batches = make(dataset, shapes_config)
     assert batches.num_examples == 192
     assert batches.steps_per_epoch == 12
@@ -67,21 +68,21 @@ def test_an_epoch_shows_every_video_once_in_a_new_order(dataset, shapes_config):
     assert sorted(first) == sorted(second)
     assert first != second
     texts = [batch["text_ids"].tobytes() for batch in run]
-    assert len(set(texts)) == 24  # captions are drawn anew
+    assert len(set(texts)) == 24  # Captions are drawn anew each time.
 
 
-def test_every_pair_is_an_example_when_captions_are_expanded(dataset, shapes_config):
+def test_expanded_captions_make_every_pair_an_example(dataset, shapes_config):
     batches = make(dataset, shapes_config, expand_captions=True)
     assert batches.num_examples == 192 * 20
     assert batches.steps_per_epoch == 240
 
 
-def test_another_seed_is_another_order(dataset, shapes_config):
+def test_another_seed_gives_another_order(dataset, shapes_config):
     one, other = (take(make(dataset, shapes_config, seed=s), 0, 1)[0] for s in (0, 1))
     assert not np.array_equal(one["frames"], other["frames"])
 
 
-def test_holdout_takes_videos_out_of_training(dataset, shapes_config):
+def test_holdout_removes_videos_from_training(dataset, shapes_config):
     data = dataclasses.replace(shapes_config.data, holdout=20, val_split="")
     train, val = (load_split(dataset, name, data) for name in ("train", "val"))
     assert len(val.videos) == 20
@@ -109,33 +110,37 @@ def test_a_missing_dataset_says_how_to_build_it(shapes_config, tmp_path):
         VideoDataset(directory)
 
 
-def test_a_missing_split_names_those_there_are(dataset):
+def test_a_missing_split_lists_the_existing_ones(dataset):
     with pytest.raises(DatasetError, match="no split 'train_9k'; it has train, val, test"):
         dataset.split("train_9k")
 
 
+@pytest.fixture(scope="module")
+def expected(dataset, shapes_config):
+    return take(make(dataset, shapes_config), 9, 4)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("cache", ["none", "memory", "device"])
-def test_every_cache_gives_the_same_batches(dataset, shapes_config, cache, devices):
-    expected = take(make(dataset, shapes_config), 9, 4)
+def test_every_cache_gives_the_same_batches(dataset, shapes_config, expected, cache, devices):
     layout = make_layout(jax.devices()[:devices])
     stream = make(dataset, shapes_config, cache=cache).on_devices(9, layout)
     found = [next(stream) for _ in expected]
     assert_same(found, expected)
     assert_same(expected, found)
     for array in found[0].values():
-        assert array.sharding.is_equivalent_to(layout.rows, array.ndim)
+        assert array.sharding.is_equivalent_to(layout.batch_sharded, array.ndim)
 
 
 def test_a_full_memory_cache_reads_nothing(dataset, shapes_config, monkeypatch):
     batches = make(dataset, shapes_config, cache="memory")
-    expected = take(batches, 0, 12)  # an epoch
+    expected = take(batches, 0, 12)  # One epoch.
     monkeypatch.setattr(dataset, "read_frames", None)
     found = take(batches, 0, 12)
     assert_same(found, expected)
 
 
-def test_a_cache_that_does_not_fit_is_refused(dataset, shapes_config, monkeypatch):
-    monkeypatch.setattr(os, "sysconf", lambda name: 100)
-    with pytest.raises(DatasetError, match=r"cache=memory: 192 videos take 0.0 GB.* 0.0 GB free"):
+def test_a_cache_that_does_not_fit_is_an_error(dataset, shapes_config, monkeypatch):
+    monkeypatch.setattr("drl_jax.data.frames.available_memory", lambda: 10_000)
+    with pytest.raises(DatasetError, match=r"cache=memory: 192 videos need 0.0 GB.* 0.0 GB free"):
         make(dataset, shapes_config, cache="memory")

@@ -1,35 +1,35 @@
-"""What the benchmarks rest on: they count right, and import no more than they say."""
+"""Collectives are counted correctly, and GPU benchmarks import only the packages they name."""
 
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
-from conftest import ROOT
 from jax.lax import with_sharding_constraint
+from support.commands import ROOT
 
 from benchmarks.hlo import collective_bytes
 from drl_jax.sharding import make_layout
 
 
-def test_collectives_are_counted_as_often_as_their_loop_runs():
+def test_collectives_in_a_loop_count_once_per_iteration():
     layout = make_layout()
 
     @jax.jit
     def program(x):
-        def turn(rows, _):
-            # Each turn needs all rows of the turn before.
-            whole = with_sharding_constraint(jnp.sin(rows), layout.whole)
-            return with_sharding_constraint(jnp.sort(whole, axis=0), layout.rows), None
+        def iteration(rows, _):
+            # Each iteration needs all rows of the previous one.
+            gathered = with_sharding_constraint(jnp.sin(rows), layout.replicated)
+            return with_sharding_constraint(jnp.sort(gathered, axis=0), layout.batch_sharded), None
 
-        return jax.lax.scan(turn, x, None, length=5)[0]
+        return jax.lax.scan(iteration, x, None, length=5)[0]
 
-    x = jax.ShapeDtypeStruct((64, 3), jnp.float32, sharding=layout.rows)
+    x = jax.ShapeDtypeStruct((64, 3), jnp.float32, sharding=layout.batch_sharded)
     moved = collective_bytes(program.lower(x).compile().as_text())
     assert moved == {"all-gather": 5 * 64 * 3 * 4}
 
 
-def test_what_runs_on_a_bare_gpu_machine_imports_little():
+def test_gpu_benchmarks_need_only_jax_flax_optax_and_numpy():
     absent = "tensorflow clu tensorflow_datasets grain av orbax ml_collections torch PIL tqdm"
     code = (
         "import sys\n"

@@ -1,4 +1,4 @@
-"""`python -m data_prep.build` on real files, right and wrong."""
+"""`python -m data_prep.build` on valid and invalid files."""
 
 import csv
 import hashlib
@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, error_line, run_module
-from test_video import SHARED, numbered_frames, write_video
+from support.commands import ROOT, error_line, error_of, run_module
+from support.videos import SHARED, numbered_frames, write_video
 
+from data_prep.build import main
 from drl_jax.config import Config, DataConfig
 from drl_jax.data.records import VideoDataset, dataset_dir
 
-FORM = "32px_4f_raw"
+RAW, JPEG = "32px_4f_raw", "32px_4f_jpeg"
 
 
 def write_csv(path, header, rows):
@@ -25,17 +27,35 @@ def write_csv(path, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
-@pytest.fixture
-def msrvtt(tmp_path):
-    """Six small videos laid out as MSR-VTT: four to train on, two to test."""
-    videos, annotations = tmp_path / "videos", tmp_path / "annotations"
-    (videos / "TrainValVideo").mkdir(parents=True)
+def flags(root, *extra, size=("--image_size=32", "--max_frames=4")):
+    return [
+        "msrvtt",
+        f"--videos={root / 'videos'}",
+        f"--annotations={root / 'annotations'}",
+        f"--data_dir={root / 'data'}",
+        *size,
+        *extra,
+    ]
+
+
+def build(root, *extra, **options):
+    assert main(flags(root, *extra, **options)) == 0
+
+
+def opened(root, storage=RAW):
+    return VideoDataset(root / "data" / "msrvtt" / storage / "1.0.0")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """Six small videos with the layout of MSR-VTT: four for training, two for testing."""
+    root = tmp_path_factory.mktemp("sources")
+    videos, annotations = root / "videos" / "TrainValVideo", root / "annotations"
+    videos.mkdir(parents=True)
     annotations.mkdir()
     names = [f"video{n}" for n in range(6)]
     for number, name in enumerate(names):
-        write_video(
-            videos / "TrainValVideo" / f"{name}.mp4", numbered_frames(10 + 10 * number), fps=10
-        )
+        write_video(videos / f"{name}.mp4", numbered_frames(10 + 10 * number), fps=10)
     sentences = [
         {"video_id": name, "caption": f"caption {k} of {name}", "sen_id": k}
         for name in names
@@ -50,29 +70,32 @@ def msrvtt(tmp_path):
         ["key", "vid_key", "video_id", "sentence"],
         [("ret0", "msr4", "video4", "a query, with a comma"), ("ret1", "msr5", "video5", "b")],
     )
-    return tmp_path
+    return root
 
 
-def build(root, *extra, size=("--image_size=32", "--max_frames=4"), check=True):
-    return run_module(
-        "data_prep.build",
-        "msrvtt",
-        f"--videos={root / 'videos'}",
-        f"--annotations={root / 'annotations'}",
-        f"--data_dir={root / 'data'}",
-        *size,
-        *extra,
-        check=check,
-    )
+@pytest.fixture(scope="module")
+def raw_build(sources, tmp_path_factory) -> tuple[Path, str]:
+    """The sources, built as `raw` by the real command, and what it printed."""
+    root = tmp_path_factory.mktemp("built") / "root"
+    shutil.copytree(sources, root)
+    return root, run_module("data_prep.build", *flags(root, "--storage=raw")).stdout
 
 
-def opened(root, form=FORM):
-    return VideoDataset(root / "data" / "msrvtt" / form / "1.0.0")
+@pytest.fixture
+def msrvtt(sources, tmp_path) -> Path:
+    """A copy of the sources that a test may change."""
+    return Path(shutil.copytree(sources, tmp_path / "msrvtt"))
 
 
-def test_msrvtt(msrvtt):
-    report = build(msrvtt, "--storage=raw").stdout
-    dataset = opened(msrvtt)
+@pytest.fixture
+def built(raw_build, tmp_path) -> Path:
+    """A copy of the sources and of their `raw` build that a test may change."""
+    return Path(shutil.copytree(raw_build[0], tmp_path / "built"))
+
+
+def test_msrvtt(raw_build):
+    root, report = raw_build
+    dataset = opened(root)
     assert len(dataset) == 6
     assert dataset.split_names == ["train_9k", "train_7k", "test"]
     train = dataset.split("train_9k")
@@ -82,7 +105,7 @@ def test_msrvtt(msrvtt):
     test = dataset.split("test")
     assert test.captions == [["a query, with a comma"], ["b"]]
     assert "train_9k: 4 videos, 12 captions" in report
-    # Videos are stored once and looked up by position: each has its own number of frames.
+    # Videos are stored once, each with its own number of frames, and read by record index.
     for video, name in enumerate(dataset.video_ids):
         seconds = int(name.removeprefix("video")) + 1
         assert dataset.read_frames(video).shape == (min(seconds, 4), 32, 32, 3)
@@ -90,33 +113,33 @@ def test_msrvtt(msrvtt):
     np.testing.assert_allclose(levels, [0, 40, 80, 160], atol=2)
 
 
-def test_jpeg_is_close_to_raw_and_several_forms_live_together(msrvtt):
-    build(msrvtt, "--storage=raw")
-    build(msrvtt, "--storage=jpeg")
-    raw, jpeg = opened(msrvtt), opened(msrvtt, "32px_4f_jpeg")
+def test_jpeg_is_close_to_raw_in_the_same_data_directory(built):
+    build(built, "--storage=jpeg")
+    raw, jpeg = opened(built), opened(built, JPEG)
     for video in range(6):
         difference = raw.read_frames(video).astype(int) - jpeg.read_frames(video)
         assert np.abs(difference).max() <= 6
 
 
-def test_the_default_form_is_the_one_that_training_looks_for(msrvtt):
+def test_training_opens_the_default_storage(msrvtt):
     build(msrvtt, size=())
     data = DataConfig(data_dir=str(msrvtt / "data"), holdout=1)
     dataset = VideoDataset(dataset_dir(Config(data=data)))
     assert dataset.read_frames(5).shape == (6, 224, 224, 3)
 
 
-def test_missing_and_broken_videos_are_listed_and_left_out(msrvtt):
+def test_missing_and_broken_videos_are_reported_and_left_out(msrvtt, capsys):
     folder = msrvtt / "videos" / "TrainValVideo"
     (folder / "video0.mp4").unlink()
     (folder / "video1.mp4").write_text("not a video")
     (folder / "video5.mp4").write_bytes(b"")
     (msrvtt / "annotations" / "MSRVTT_train.7k.csv").unlink()
-    report = build(msrvtt, "--storage=raw").stdout
+    build(msrvtt, "--storage=raw")
+    report = capsys.readouterr().out
     assert "left out 3 videos" in report
     assert "video0: no such file" in report
     assert "video1: cannot be read as a video" in report
-    assert "MSRVTT_train.7k.csv (the split train_7k): it is absent" in report
+    assert "MSRVTT_train.7k.csv (the split train_7k): not found" in report
     dataset = opened(msrvtt)
     assert dataset.video_ids == ["video2", "video3", "video4"]
     assert dataset.split("test").captions == [["a query, with a comma"]]
@@ -126,78 +149,88 @@ def test_missing_and_broken_videos_are_listed_and_left_out(msrvtt):
     assert "train_9k: 2 of 4 annotated videos, 6 captions; published videos: 9,000" in report
 
 
-def test_what_is_built_stays_until_its_replacement_is_whole(msrvtt):
-    build(msrvtt, "--storage=raw")
-    assert "built already" in build(msrvtt, "--storage=raw").stdout
-    for path in (msrvtt / "videos").rglob("*.mp4"):
+def test_a_failed_build_keeps_the_existing_dataset(built, capsys):
+    build(built, "--storage=raw")
+    assert "is already built" in capsys.readouterr().out
+    for path in (built / "videos").rglob("*.mp4"):
         path.write_text("broken")
-    failed = build(msrvtt, "--storage=raw", "--overwrite", check=False)
+    failed = run_module(
+        "data_prep.build", *flags(built, "--storage=raw", "--overwrite"), check=False
+    )
     assert "none of the 6 annotated videos can be used" in error_line(failed)
-    assert len(opened(msrvtt)) == 6
-    assert [p.name for p in (msrvtt / "data" / "msrvtt" / FORM).iterdir()] == ["1.0.0"]
+    assert failed.returncode == 1
+    assert len(opened(built)) == 6
+    assert [p.name for p in (built / "data" / "msrvtt" / RAW).iterdir()] == ["1.0.0"]
 
 
-@pytest.fixture
-def slow(tmp_path):
-    """A dataset whose build takes a while: 40 videos of 200 frames."""
-    videos = tmp_path / "videos"
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Path:
+    """A dataset whose build takes a while: 28 videos of 120 frames."""
+    root = tmp_path_factory.mktemp("slow")
+    videos = root / "videos"
     videos.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (200, 96, 128, 3)).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (120, 96, 128, 3)).astype(np.uint8)
     write_video(videos / "0.mp4", noise, fps=20)
-    for number in range(1, 40):
+    for number in range(1, 28):
         shutil.copy(videos / "0.mp4", videos / f"{number}.mp4")
-    write_csv(tmp_path / "mine.csv", ["video", "caption"], [(n, f"number {n}") for n in range(40)])
-    return tmp_path
+    write_csv(root / "mine.csv", ["video", "caption"], [(n, f"number {n}") for n in range(28)])
+    return root
 
 
-def build_slow(root, data_dir):
-    flags = (f"--videos={root / 'videos'}", f"--annotations={root / 'mine.csv'}")
-    return ["data_prep.build", "custom", *flags, f"--data_dir={data_dir}", "--image_size=64"]
+def slow_flags(root, data_dir):
+    sources = (f"--videos={root / 'videos'}", f"--annotations={root / 'mine.csv'}")
+    return ["custom", *sources, f"--data_dir={data_dir}", "--image_size=64"]
+
+
+def start(arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "data_prep.build", *arguments], cwd=ROOT, **options
+    )
 
 
 def stored_files(data_dir):
     directory = data_dir / "custom" / "64px_12f_jpeg" / "1.0.0"
-    # Hashes: pytest would compare unequal contents for hours.
+    # Hashes: pytest's comparison of unequal contents would take hours.
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()
     }
 
 
-def test_a_killed_build_goes_on_where_it_was(slow):
-    run_module(*build_slow(slow, slow / "whole"))
-    command = [sys.executable, "-m", *build_slow(slow, slow / "killed")]
-    entries = slow / "killed" / "cache"
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+def test_a_killed_build_continues_and_gives_the_same_files(slow, tmp_path):
+    assert main(slow_flags(slow, tmp_path / "whole")) == 0
+    entries = tmp_path / "killed" / "cache"
+    with start(slow_flags(slow, tmp_path / "killed"), stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and len(list(entries.rglob("*.npz"))) < 8:
             time.sleep(0.02)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert not (slow / "killed" / "custom" / "64px_12f_jpeg" / "1.0.0").exists()
+    assert not (tmp_path / "killed" / "custom" / "64px_12f_jpeg" / "1.0.0").exists()
     done = {path: path.stat().st_mtime_ns for path in entries.rglob("*.npz")}
-    assert 8 <= len(done) < 40
-    # One entry as a machine that lost power may leave it.
+    assert 8 <= len(done) < 28
+    # A truncated entry, as after a power failure.
     damaged = min(done)
     damaged.write_bytes(damaged.read_bytes()[:-500])
     del done[damaged]
 
-    run_module(*build_slow(slow, slow / "killed"))
-    assert stored_files(slow / "killed") == stored_files(slow / "whole")
-    assert {path: path.stat().st_mtime_ns for path in done} == done  # none was decoded again
-    forms = [path.name for path in (slow / "killed" / "custom" / "64px_12f_jpeg").iterdir()]
-    assert forms == ["1.0.0"]
+    # In another process than the first build: the bytes must not depend on the process.
+    run_module("data_prep.build", *slow_flags(slow, tmp_path / "killed"))
+    assert stored_files(tmp_path / "killed") == stored_files(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # None was decoded again.
+    variant = tmp_path / "killed" / "custom" / "64px_12f_jpeg"
+    assert [path.name for path in variant.iterdir()] == ["1.0.0"]
 
 
-def test_other_annotations_decode_nothing_again(msrvtt):
+def test_changed_annotations_use_the_cached_frames(msrvtt):
     build(msrvtt)
     entries = {p: p.stat().st_mtime_ns for p in (msrvtt / "data" / "cache").rglob("*.npz")}
     assert len(entries) == 6
-    before = opened(msrvtt, "32px_4f_jpeg").manifest
+    before = opened(msrvtt, JPEG).manifest
     rows = [("ret0", "msr4", "video4", "another query")]
     header = ["key", "vid_key", "video_id", "sentence"]
     write_csv(msrvtt / "annotations" / "MSRVTT_JSFUSION_test.csv", header, rows)
     build(msrvtt, "--overwrite")
     assert {p: p.stat().st_mtime_ns for p in (msrvtt / "data" / "cache").rglob("*.npz")} == entries
-    dataset = opened(msrvtt, "32px_4f_jpeg")
+    dataset = opened(msrvtt, JPEG)
     assert dataset.split("test").captions == [["another query"]]
     changed = {
         name
@@ -205,42 +238,39 @@ def test_other_annotations_decode_nothing_again(msrvtt):
         if before["annotations"][name] != digest
     }
     assert changed == {"MSRVTT_JSFUSION_test.csv"}
-    # A changed file is another video.
+    # A changed video file is decoded again.
     path = msrvtt / "videos" / "TrainValVideo" / "video0.mp4"
     write_video(path, numbered_frames(40), fps=10)
     build(msrvtt, "--overwrite", "--discard_cache")
-    assert opened(msrvtt, "32px_4f_jpeg").read_frames(0).shape[0] == 4
+    assert opened(msrvtt, JPEG).read_frames(0).shape[0] == 4
     assert not (msrvtt / "data" / "cache").exists()
 
 
-def test_a_build_killed_while_it_moved_its_result_gets_the_old_dataset_back(msrvtt):
-    build(msrvtt, "--storage=raw")
-    place = msrvtt / "data" / "msrvtt" / FORM
-    (place / "1.0.0").rename(place / "previous.1.0.0")
-    assert "built already" in build(msrvtt, "--storage=raw").stdout
-    assert len(opened(msrvtt)) == 6
+def test_a_build_killed_while_replacing_restores_the_old_dataset(built, capsys):
+    variant = built / "data" / "msrvtt" / RAW
+    (variant / "1.0.0").rename(variant / "previous.1.0.0")
+    build(built, "--storage=raw")
+    assert "is already built" in capsys.readouterr().out
+    assert len(opened(built)) == 6
 
 
-def test_an_interrupted_build_says_that_it_can_go_on(slow):
-    command = [sys.executable, "-m", *build_slow(slow, slow / "data")]
-
-    def heed_interrupts():  # which whoever started the tests in the background turned off
+def test_an_interrupted_build_says_how_to_continue(slow, tmp_path):
+    def default_interrupt():  # Ignored if the tests run in the background.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    ) as process:
-        while process.poll() is None and not list((slow / "data").rglob("*.npz")):
+    options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": default_interrupt}
+    with start(slow_flags(slow, tmp_path), **options) as process:
+        while process.poll() is None and not list(tmp_path.rglob("*.npz")):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
     assert process.returncode == 130
-    assert "interrupted; what was decoded is kept, and the same command goes on" in error
+    assert "interrupted; decoded videos are kept; rerun the command to continue" in error
     assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("mistake", ["no videos", "no folder", "no column", "no json", "nothing"])
-def test_a_mistake_is_one_line(msrvtt, mistake):
+def test_an_input_error_is_one_line(msrvtt, mistake, capsys):
     annotations = msrvtt / "annotations"
     if mistake == "no videos":
         shutil.rmtree(msrvtt / "videos" / "TrainValVideo")
@@ -258,12 +288,51 @@ def test_a_mistake_is_one_line(msrvtt, mistake):
         for path in annotations.iterdir():
             path.unlink()
         expected = "no split can be read"
-    assert expected in error_line(build(msrvtt, "--storage=raw", check=False))
+    line = error_of("data_prep.build", *flags(msrvtt, "--storage=raw"), capsys=capsys)
+    assert line.startswith("data_prep.build: ")
+    assert expected in line
     assert not [path for path in (msrvtt / "data").rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["imagenet"], "invalid choice: 'imagenet'"),
+        (["msvd"], "msvd needs --videos=DIR and --annotations=DIR"),
+        (["custom", "--videos=a"], "custom needs --videos=DIR and --annotations=FILE"),
+        (["shapes", "--videos=a"], "shapes draws its own videos"),
+        (["msvd", "--videos=a", "--annotations=b", "--size=smoke"], "--size is for shapes only"),
+        (["shapes", "--image_size=0"], "must be a positive whole number, not '0'"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data_prep.build: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("command", ["build", "check", "compare", "download_clip"])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{command}', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('data_prep.{command}', run_name='__main__')\n"
+        "finally:\n"
+        "    print({'jax', 'numpy', 'av', 'tensorflow_datasets'} & sys.modules.keys())\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert finished.stdout.startswith(f"usage: python -m data_prep.{command} ")
+    assert finished.stdout.endswith("set()\n")
+
+
 @pytest.mark.skipif(not (SHARED / "msrvtt").is_dir(), reason="no MSR-VTT files beside the project")
-def test_the_real_csv_files_have_their_published_sizes(tmp_path):
+def test_the_original_csv_files_have_their_published_sizes(tmp_path):
     from data_prep.msrvtt.msrvtt_dataset_builder import Builder
 
     for path in (SHARED / "msrvtt").iterdir():

@@ -1,4 +1,4 @@
-"""Every builder on a small set in its true layout: real videos, real annotation syntax."""
+"""Every builder on a small dataset with the real directory layout and annotation syntax."""
 
 import errno
 import json
@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_video import numbered_frames, write_video
+from support.videos import numbered_frames, write_video
 
 from data_prep.annotations import AnnotationError
 from data_prep.build import main as build
@@ -18,7 +18,7 @@ from drl_jax.data.records import VideoDataset
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Videos of 1 to 4 seconds: `place(path, seconds)` puts one somewhere."""
+    """Returns `place(path, seconds)`, which writes a video of 1 to 4 seconds to a path."""
     made = tmp_path_factory.mktemp("clips")
     for suffix in (".mp4", ".avi", ".webm"):
         codec = {"codec": "libvpx-vp9", "lossless": "1"} if suffix == ".webm" else {}
@@ -33,7 +33,8 @@ def clips(tmp_path_factory):
     return place
 
 
-# Each lays a dataset out below `root` and returns what its splits should be: captions by video.
+# Each function writes a small dataset below `root`, and returns the expected splits: captions by
+# video. Videos have 2 seconds unless stated otherwise.
 
 
 def lay_out_msrvtt(root, place):
@@ -88,7 +89,7 @@ def lay_out_msvd(root, place):
         place(root / "videos" / f"{name}.avi")
     for split, name in zip(("train", "val", "test"), names, strict=False):
         write(root / "annotations" / f"{split}_list.txt", f"{name}\n\n")
-    # As Python 2 wrote it.
+    # Protocol 0, as written by Python 2.
     (root / "annotations" / "raw-captions.pkl").write_bytes(pickle.dumps(MSVD_WORDS, protocol=0))
     joined = {v: [" ".join(words) for words in captions] for v, captions in MSVD_WORDS.items()}
     return {
@@ -100,17 +101,17 @@ def lay_out_msvd(root, place):
 VATEX = ["Ptf_2VRj-V0_000122_000132", "bpKK_SpjHMA_000001_000003", "TkfL3wyNrhg_000018_000028"]
 
 
-def lay_out_vatex(root, place, form="ref_captions"):
+def lay_out_vatex(root, place, files="ref_captions"):
     captions = {v: [f"{v} caption {k}" for k in range(10)] for v in VATEX}
-    # The second one lies there as the whole YouTube video, the others are cut.
+    # The second one is a whole YouTube video of 4 seconds; the others are cut clips.
     place(root / "videos" / f"{VATEX[0]}.mp4")
     place(root / "videos" / "bpKK_SpjHMA.mp4", 4)
     place(root / "videos" / f"{VATEX[2]}.mp4")
     annotations = root / "annotations"
     splits = {"train": VATEX[:2], "test": VATEX[2:]}
-    if form == "ref_captions":
+    if files == "ref_captions":
         write_json(annotations / "ref_captions.json", captions)
-    elif form == "vatex_data":
+    elif files == "vatex_data":
         both = {v: {"enCap": c, "chCap": ["不看"]} for v, c in captions.items()}
         write_json(annotations / "vatex_data.json", both)
         splits = {"train": VATEX[:1], "val": VATEX[1:2], "test": VATEX[2:]}
@@ -118,7 +119,7 @@ def lay_out_vatex(root, place, form="ref_captions"):
         for name, split in (("training", "train"), ("validation", "test")):
             entries = [{"videoID": v, "enCap": captions[v], "path": "x"} for v in splits[split]]
             write_json(annotations / f"vatex_{name}_v1.0_ceph.json", entries)
-    if form != "official":
+    if files != "official":
         for split, videos in splits.items():
             write(annotations / f"{split}_list.txt", "\n".join(videos))
     return {split: {v: captions[v] for v in videos} for split, videos in splits.items()}
@@ -140,7 +141,7 @@ def lay_out_lsmdc(root, place):
         return "\t".join((clip, "00.00.51.926", "00.00.54.129", "0", "1", sentence)) + "\n"
 
     annotations = root / "annotations"
-    # A clip may have several rows, and a quotation mark is nothing but one.
+    # A clip may have several rows; quotation marks are not CSV quoting.
     write(
         annotations / "LSMDC16_annos_training.csv",
         row(LSMDC[0], 'SOMEONE says "go.') + row(LSMDC[0], "She goes."),
@@ -179,7 +180,7 @@ DIDEMO = ["54322086@N00_2408598493_274c77d26a.avi", "12090392@N02_13482799053_87
 
 def lay_out_didemo(root, place):
     place(root / "videos" / DIDEMO[0])
-    # A download in another container than the annotation's.
+    # A file in another container than the annotations say.
     place(root / "videos" / DIDEMO[1].replace(".mov", ".mp4"))
     annotations = root / "annotations"
     for split, video in zip(("train", "test"), DIDEMO, strict=True):
@@ -243,12 +244,31 @@ def described(splits):
     return {name: {c.video_id: c.captions for c in split} for name, split in splits.items()}
 
 
-def test_every_dataset_is_laid_out_here():
+def test_all_datasets_have_a_layout():
     assert {*LAYOUTS, "shapes"} == set(dataset_names())
 
 
+# Mean level of each stored frame, by video. `numbered_frames` at 10 frames per second has the level
+# 40 s after s seconds, and one frame per second is stored, so a video of 2 seconds gives 0 and 40.
+LEVELS = {
+    "msrvtt": {f"video{n}": [0, 40] for n in range(6)},
+    "msvd": {name: [0, 40] for name in list(MSVD_WORDS)[:3]},
+    # The whole YouTube video is cut to the seconds 1 to 3, both included.
+    "vatex": {VATEX[0]: [0, 40], VATEX[1]: [40, 80, 120], VATEX[2]: [0, 40]},
+    "lsmdc": {name: [0, 40] for name in LSMDC},
+    "activitynet": {"QOlSCBRmfWY": [0, 40], "uqiMw7tQ1Cc": [0, 40]},
+    "didemo": {name.rpartition(".")[0]: [0, 40] for name in DIDEMO},
+    "custom": {
+        "holiday/beach.mp4@0-1": [0, 40],
+        "holiday/beach.mp4@2-3": [80, 120],
+        "garden": [0, 40],
+        "cat.mp4": [0, 40],
+    },
+}
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_small_set_is_built(name, tmp_path, clips, capsys):
+def test_a_small_dataset_is_built(name, tmp_path, clips, capsys):
     expected = LAYOUTS[name](tmp_path, clips)
     status = build(
         [
@@ -263,8 +283,8 @@ def test_a_small_set_is_built(name, tmp_path, clips, capsys):
     report = capsys.readouterr().out
     assert status == 0
     assert "left out" not in report
-    frames = builder_class(name).DEFAULT_FORM[1]
-    dataset = VideoDataset(tmp_path / "data" / name / f"32px_{frames}f_raw" / "1.0.0")
+    max_frames = builder_class(name).DEFAULT_STORAGE.max_frames
+    dataset = VideoDataset(tmp_path / "data" / name / f"32px_{max_frames}f_raw" / "1.0.0")
     found = {
         split: {
             dataset.video_ids[video]: captions
@@ -275,33 +295,27 @@ def test_a_small_set_is_built(name, tmp_path, clips, capsys):
         for split in dataset.split_names
     }
     assert found == expected
-    for video in range(len(dataset)):
-        assert dataset.read_frames(video).shape[0] >= 1
+    assert set(dataset.video_ids) == LEVELS[name].keys()
+    for video, video_id in enumerate(dataset.video_ids):
+        frames, levels = dataset.read_frames(video), LEVELS[name][video_id]
+        assert frames.shape == (len(levels), 32, 32, 3)
+        np.testing.assert_allclose(frames.reshape(len(levels), -1).mean(1), levels, atol=3)
     published = builder_class(name).PUBLISHED
     assert set(published) <= {*expected, "val"}
     for split in expected.keys() & published.keys():
         for unit, (low, _) in published[split].items():
             assert f"published {unit}: {low:,}" in report
-    # Where an annotation means a part of a file, only that is stored.
-    parts = {
-        "vatex": (VATEX[1], [40, 80, 120]),
-        "custom": ("holiday/beach.mp4@2-3", [80, 120]),
-    }
-    if name in parts:
-        video, levels = parts[name]
-        stored = dataset.read_frames(dataset.video_ids.index(video))
-        np.testing.assert_allclose(stored.reshape(len(stored), -1).mean(1), levels, atol=3)
 
 
-@pytest.mark.parametrize("form", ["vatex_data", "official"])
-def test_other_forms_of_vatex(form, tmp_path, clips):
-    expected = lay_out_vatex(tmp_path, clips, form)
+@pytest.mark.parametrize("files", ["vatex_data", "official"])
+def test_other_annotation_files_of_vatex(files, tmp_path, clips):
+    expected = lay_out_vatex(tmp_path, clips, files)
     annotations = builder_class("vatex").read_annotations(tmp_path / "annotations")
     assert described(annotations.splits) == expected
     assert set(annotations.missing_files) == set()
 
 
-def test_msvd_takes_sentences_too(tmp_path, clips):
+def test_msvd_captions_can_be_sentences(tmp_path, clips):
     expected = lay_out_msvd(tmp_path, clips)
     (tmp_path / "annotations" / "raw-captions.pkl").unlink()
     sentences = {v: [" ".join(words) for words in captions] for v, captions in MSVD_WORDS.items()}
@@ -311,17 +325,26 @@ def test_msvd_takes_sentences_too(tmp_path, clips):
 
 
 class Malicious:
+    """Its pickle creates a file when it is loaded."""
+
+    def __init__(self, sentinel):
+        self._sentinel = sentinel
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/never",)
+        return os.system, (f"touch '{self._sentinel}'",)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_pickle_runs_nothing(protocol, tmp_path, clips):
+def test_reading_a_pickle_runs_no_code(protocol, tmp_path, clips):
     lay_out_msvd(tmp_path, clips)
-    path = tmp_path / "annotations" / "raw-captions.pkl"
-    path.write_bytes(pickle.dumps({"a": [["b", Malicious()]]}, protocol))
-    with pytest.raises(AnnotationError, match=r"is refused: it wants to run (posix|nt)\.system"):
+    path, sentinel = tmp_path / "annotations" / "raw-captions.pkl", tmp_path / "sentinel"
+    content = pickle.dumps({"a": [["b", Malicious(sentinel)]]}, protocol)
+    path.write_bytes(content)
+    with pytest.raises(AnnotationError, match=r"is rejected: it refers to (posix|nt)\.system"):
         builder_class("msvd").read_annotations(tmp_path / "annotations")
+    assert not sentinel.exists()
+    pickle.loads(content)  # The pickle does run code elsewhere.
+    assert sentinel.exists()
 
 
 # (dataset, file, its new text or None to remove it, the message)
@@ -330,15 +353,15 @@ MISTAKES = [
     ("msvd", "raw-captions.pkl", None, "has no captions: neither raw-captions.pkl nor"),
     ("msvd", "test_list.txt", "other_1_2\n", "1 of the 1 videos of .*test_list.txt have no capt"),
     ("msvd", "val_list.txt", "", "val_list.txt is empty"),
-    ("vatex", "ref_captions.json", "[]", "should hold an object, and holds list"),
+    ("vatex", "ref_captions.json", "[]", "must contain an object, but contains list"),
     ("vatex", "ref_captions.json", '{"a": "b"}', "a: expected a list of captions, found 'b'"),
-    ("lsmdc", "LSMDC16_annos_val.csv", "a,b,c\n", "line 1: expected 6 fields between tabs"),
+    ("lsmdc", "LSMDC16_annos_val.csv", "a,b,c\n", "line 1: expected 6 tab-separated fields"),
     ("lsmdc", "LSMDC16_annos_val.csv", "a\t1\t2\t3\t4\t \n", "found 6 with an empty one"),
-    ("activitynet", "train.json", '{"v_a": {}}', "does not have ActivityNet's form"),
-    ("activitynet", "train_ids.json", "{}", "should hold a list, and holds dict"),
+    ("activitynet", "train.json", '{"v_a": {}}', "does not have ActivityNet's structure"),
+    ("activitynet", "train_ids.json", "{}", "must contain a list, but contains dict"),
     ("didemo", "train_data.json", '[{"video": "a"}]', 'does not list {"video": .., "description"'),
     ("didemo", "train_data.json", "[", "train_data.json is not a JSON file"),
-    ("msrvtt", "MSRVTT_data.json", '{"sentences": [{}]}', "does not have MSR-VTT's form"),
+    ("msrvtt", "MSRVTT_data.json", '{"sentences": [{}]}', "does not have MSR-VTT's structure"),
     (
         "msrvtt",
         "MSRVTT_data.json",
@@ -349,7 +372,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("name", "file", "text", "message"), MISTAKES)
-def test_a_wrong_file_is_named(name, file, text, message, tmp_path, clips):
+def test_an_invalid_annotation_file_is_named(name, file, text, message, tmp_path, clips):
     LAYOUTS[name](tmp_path, clips)
     path = tmp_path / "annotations" / file
     if text is None:
@@ -367,7 +390,7 @@ def read_custom(tmp_path, text, suffix=".csv"):
     return builder_class("custom").read_annotations(path)
 
 
-def test_a_csv_of_one_s_own(tmp_path):
+def test_custom_csv(tmp_path):
     annotations = read_custom(
         tmp_path,
         'video,caption,start,end,split\na.mp4,"one, two",,,train\na.mp4,three,,,train\n'
@@ -382,7 +405,7 @@ def test_a_csv_of_one_s_own(tmp_path):
     assert described(lists.splits) == {"train": {"a": ["x", "y"]}}
 
 
-def test_without_splits_a_tenth_of_the_files_is_held_out_for_each(tmp_path):
+def test_custom_without_splits_holds_out_a_tenth_of_the_files_for_val_and_for_test(tmp_path):
     rows = [f"v{n}.mp4,caption {part},{part},{part + 1}" for n in range(30) for part in range(3)]
     annotations = read_custom(tmp_path, "video,caption,start,end\n" + "\n".join(rows) + "\n")
     files = {
@@ -390,7 +413,7 @@ def test_without_splits_a_tenth_of_the_files_is_held_out_for_each(tmp_path):
         for name, split in annotations.splits.items()
     }
     assert {name: len(names) for name, names in files.items()} == {"train": 24, "val": 3, "test": 3}
-    # No file in two of them, and the same again for the same files.
+    # No file is in two splits, and the order of the rows does not matter.
     assert len(set.union(*files.values())) == 30
     again = read_custom(tmp_path, "video,caption,start,end\n" + "\n".join(rows[::-1]) + "\n")
     assert {c.video_id for c in again.splits["test"]} == {
@@ -407,9 +430,9 @@ def test_without_splits_a_tenth_of_the_files_is_held_out_for_each(tmp_path):
         ("video,caption\na,\n", ".csv", "row 2: caption is empty"),
         ("video,caption\n,b\n", ".csv", "row 2: video is empty"),
         ("video,captions\na,b\n", ".csv", "row 2: captions must be a JSON list"),
-        ("video,caption,start,end\na,b,5,3\n", ".csv", "row 2: no time lies from 5 to 3 s"),
+        ("video,caption,start,end\na,b,5,3\n", ".csv", "row 2: end must be after start"),
         ("video,caption,start,end\na,b,x,3\n", ".csv", "start and end must be seconds"),
-        ("video,caption,start,end\na,b,5,\n", ".csv", "start is given and end is not"),
+        ("video,caption,start,end\na,b,5,\n", ".csv", "start is set but end is not"),
         ("video,caption,split\na,b,train\nc,d,\n", ".csv", "some rows have a split and others"),
         ('{"video": "a"}\n', ".jsonl", "line 1 has no caption; it has video"),
         ("{\n", ".jsonl", "line 1 is not JSON"),
@@ -417,13 +440,13 @@ def test_without_splits_a_tenth_of_the_files_is_held_out_for_each(tmp_path):
         ('{"video": "a", "captions": "b"}\n', ".jsonl", "line 1: captions must be a list"),
     ],
 )
-def test_a_mistake_in_one_s_own_file_is_named(text, suffix, message, tmp_path):
+def test_an_error_in_a_custom_file_is_named(text, suffix, message, tmp_path):
     with pytest.raises(AnnotationError, match=message):
         read_custom(tmp_path, text, suffix)
 
 
 @pytest.mark.parametrize("when", ["decoding", "writing"])
-def test_a_full_disk_is_one_line_and_leaves_no_half_dataset(
+def test_a_full_disk_is_one_line_and_leaves_no_partial_dataset(
     when, tmp_path, clips, capsys, monkeypatch
 ):
     lay_out_custom(tmp_path, clips)
@@ -431,7 +454,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_dataset(
     def full(*_, **__):
         if when == "decoding":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        # What array_record raises on a full disk.
+        # As array_record does on a full disk.
         raise RuntimeError("write() failed: No space left on device; writing x; at byte 3100672")
 
     target = "data_prep.retrieval_builder.decode_clips"
@@ -441,11 +464,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_dataset(
     flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
     annotations = f"--annotations={annotations_of(tmp_path, 'custom')}"
     assert build(["custom", *flags, annotations, "--image_size=32"]) == 1
-    assert "no space is left in" in capsys.readouterr().err
+    assert "no space left in" in capsys.readouterr().err
     assert not list((tmp_path / "data").rglob("*.array_record*"))
 
 
-def test_a_name_that_several_files_have_is_not_guessed(tmp_path, clips, capsys):
+def test_a_video_whose_name_several_files_have_is_left_out(tmp_path, clips, capsys):
     lay_out_custom(tmp_path, clips)
     clips(tmp_path / "videos" / "elsewhere" / "garden.mp4")
     flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]

@@ -1,19 +1,20 @@
-"""The download helper against a server on this machine."""
+"""`data_prep.download_clip` with a local server."""
 
 import hashlib
 import http.server
 import threading
 
 import pytest
+from support.commands import error_of
 
-from data_prep.download_clip import MODELS, DownloadError, address_of, download
+from data_prep.download_clip import MODELS, DownloadError, download, main, url_of
 
 CONTENT = bytes(range(256)) * 5000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, with ranges; `/short` hangs up half-way."""
+    """Serves CONTENT, with ranges; `/short` closes the connection half-way."""
 
     def do_GET(self):
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
@@ -35,13 +36,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.starts = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # Polls often, because shutting down waits for the next poll.
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         server.address = f"http://127.0.0.1:{server.server_port}"
         yield server
         server.shutdown()
 
 
-def test_a_whole_download_is_checked_and_not_repeated(server, tmp_path):
+def test_a_complete_download_is_verified_and_not_repeated(server, tmp_path):
     target = tmp_path / "weights" / "a.pt"
     for _ in range(2):
         download(f"{server.address}/a.pt", SHA256, target)
@@ -52,7 +54,7 @@ def test_a_whole_download_is_checked_and_not_repeated(server, tmp_path):
 
 def test_an_interrupted_download_continues(server, tmp_path):
     target = tmp_path / "a.pt"
-    with pytest.raises(DownloadError, match=r"run it again|What has come so far is kept"):
+    with pytest.raises(DownloadError, match="rerun the command to continue"):
         download(f"{server.address}/short", SHA256, target)
     assert not target.exists()
     half = (tmp_path / "a.pt.part").stat().st_size
@@ -62,28 +64,43 @@ def test_an_interrupted_download_continues(server, tmp_path):
     assert target.read_bytes() == CONTENT
 
 
-def test_a_whole_part_is_only_checked(server, tmp_path):
+def test_a_complete_partial_file_is_only_verified(server, tmp_path):
     (tmp_path / "a.pt.part").write_bytes(CONTENT)
     download(f"{server.address}/a.pt", SHA256, tmp_path / "a.pt")
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
 
 
-def test_another_file_is_refused(server, tmp_path):
+def test_a_file_with_another_digest_is_an_error(server, tmp_path):
     with pytest.raises(DownloadError, match="not 0000"):
         download(f"{server.address}/a.pt", "0" * 64, tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a.pt").write_bytes(b"mine")
-    with pytest.raises(DownloadError, match="is another file"):
+    with pytest.raises(DownloadError, match="is a different file"):
         download(f"{server.address}/a.pt", SHA256, tmp_path / "a.pt")
     assert (tmp_path / "a.pt").read_bytes() == b"mine"
 
 
-def test_without_a_connection_it_says_what_to_do(tmp_path):
-    with pytest.raises(DownloadError, match=r"copy the file to .*a\.pt yourself"):
+def test_without_a_connection_the_error_says_what_to_do(tmp_path):
+    with pytest.raises(DownloadError, match=r"or copy the file to .*a\.pt"):
         download("http://127.0.0.1:9/a.pt", SHA256, tmp_path / "a.pt")
 
 
-def test_the_address_holds_the_digest():
-    for model, sha256 in MODELS.items():
-        assert sha256 in address_of(model)
-    assert address_of("ViT-L/14@336px").endswith("/ViT-L-14-336px.pt")
+def test_the_url_contains_the_digest():
+    for model, digest in MODELS.items():
+        assert digest in url_of(model)
+    assert url_of("ViT-L/14@336px").endswith("/ViT-L-14-336px.pt")
+
+
+def test_the_command(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data_prep.download_clip._SERVER", server.address)
+    monkeypatch.setitem(MODELS, "ViT-B/32", SHA256)
+    arguments = ["ViT-B/32", f"--out={tmp_path}"]
+    assert main(arguments) == 0
+    target = tmp_path / "ViT-B-32.pt"
+    assert target.read_bytes() == CONTENT
+    assert f"train with --config.model.init={target}" in capsys.readouterr().out
+    target.write_bytes(b"mine")
+    line = error_of("data_prep.download_clip", *arguments, capsys=capsys)
+    assert line == (
+        f"data_prep.download_clip: {target} exists but is a different file; move or delete it"
+    )

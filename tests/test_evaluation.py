@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from support.params import random_params
 
 from drl_jax.config import EvalConfig
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import Split, VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator, order_by_content
-from drl_jax.models.drl import init_params
 from drl_jax.sharding import make_layout
 
 
@@ -21,9 +21,8 @@ def dataset(shapes_config):
 
 @pytest.fixture(scope="module")
 def params(tiny_model):
-    # Positions that are large enough for the order of frames to matter without training.
-    model = dataclasses.replace(tiny_model, position_std=1.0)
-    return init_params(model, jax.random.key(0))
+    # With large positions the order of frames matters without training.
+    return random_params(tiny_model, position_std=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_several_captions_of_a_video(interaction, shapes_config, dataset):
     captions = [train.captions[video][: 1 + video % 3] for video in range(7)]
     split = Split(train.videos[:7], captions, np.zeros((0, 2), np.int32))
     model = dataclasses.replace(shapes_config.model, interaction=interaction)
-    params = init_params(model, jax.random.key(1))
+    params = random_params(model, seed=1)
 
     def run(devices, **sizes):
         config = dataclasses.replace(

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drl_jax.models.interaction import weighted_token_wise
-from drl_jax.training.losses import cdcr_loss, contrastive_loss
+from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.models.interactions.token_wise import weighted_token_wise
+from drl_jax.training.losses import contrastive_loss, decorrelation_loss
 
 B, L, F, D = 5, 7, 4, 6
 
@@ -27,8 +28,8 @@ def features():
         return (raw / raw.sum(1, keepdims=True)).astype(np.float32)
 
     return {
-        "text_feat": unit(rng.normal(size=(B, L, D)).astype(np.float32)),
-        "frame_feat": unit(rng.normal(size=(B, F, D)).astype(np.float32)),
+        "text_unit": unit(rng.normal(size=(B, L, D)).astype(np.float32)),
+        "frame_unit": unit(rng.normal(size=(B, F, D)).astype(np.float32)),
         "text_mask": text_mask,
         "frame_mask": frame_mask,
         "text_weight": weights(text_mask),
@@ -38,14 +39,21 @@ def features():
 
 def sides(f):
     """The features as the interaction's arrays of texts and of videos."""
-    text = {name: f[name] for name in ("text_feat", "text_mask", "text_weight")}
-    video = {name: f[name] for name in ("frame_feat", "frame_mask", "frame_weight")}
+    text = {name: f[name] for name in ("text_unit", "text_mask", "text_weight")}
+    video = {name: f[name] for name in ("frame_unit", "frame_mask", "frame_weight")}
     return text, video
+
+
+def cdcr_loss(text, video, key, *, cdcr, alpha1, alpha2, interaction="wti"):
+    """The penalty of an interaction's channel correlation."""
+    # The correlation needs no parameters.
+    correlate = INTERACTIONS[interaction].channel_correlation
+    return decorrelation_loss(correlate(None, text, video, key, cdcr), alpha1, alpha2)
 
 
 def reference_cdcr(f, cdcr, alpha1, alpha2):
     """Variants 2 and 3 as the reference computes them, with its [N, D, D] tensor."""
-    text, frame = f["text_feat"], f["frame_feat"]
+    text, frame = f["text_unit"], f["frame_unit"]
     sim = np.einsum("bld,bfd->blf", text, frame)
     sim = sim * f["text_mask"][:, :, None] * f["frame_mask"][:, None]
 
@@ -78,7 +86,7 @@ def test_contrastive_loss_is_the_mean_cross_entropy_of_both_directions():
 
 def test_weighted_token_wise_loops_over_pairs(features):
     f = features
-    text, frame = f["text_feat"], f["frame_feat"]
+    text, frame = f["text_unit"], f["frame_unit"]
     expected = np.zeros((B, B))
     for a in range(B):
         for b in range(B):
@@ -91,7 +99,7 @@ def test_weighted_token_wise_loops_over_pairs(features):
 
 
 @pytest.mark.parametrize("cdcr", [2, 3])
-def test_cdcr_equals_the_reference_s_tensor(features, cdcr):
+def test_cdcr_matches_the_tensor_of_the_reference(features, cdcr):
     found = cdcr_loss(*sides(features), jax.random.key(0), cdcr=cdcr, alpha1=0.5, alpha2=0.25)
     np.testing.assert_allclose(found, reference_cdcr(features, cdcr, 0.5, 0.25), rtol=1e-5)
 
@@ -105,12 +113,13 @@ def test_cdcr_of_vectors(features):
     expected = 0.5 * on + 0.25 * ((c**2).sum() - (np.diag(c) ** 2).sum())
     for cdcr in (1, 2, 3):
         found = cdcr_loss(
-            {"sentence_feat": a},
-            {"video_feat": b},
+            {"sentence_unit": a},
+            {"video_unit": b},
             jax.random.key(0),
             cdcr=cdcr,
             alpha1=0.5,
             alpha2=0.25,
+            interaction="dp",
         )
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -118,8 +127,8 @@ def test_cdcr_of_vectors(features):
 def test_cdcr_1_draws_valid_positions(features):
     """What is masked is never drawn; what is drawn changes with the key."""
     f = dict(features)
-    f["text_feat"] = np.where(f["text_mask"][..., None], f["text_feat"], np.nan)
-    f["frame_feat"] = np.where(f["frame_mask"][..., None], f["frame_feat"], np.nan)
+    f["text_unit"] = np.where(f["text_mask"][..., None], f["text_unit"], np.nan)
+    f["frame_unit"] = np.where(f["frame_mask"][..., None], f["frame_unit"], np.nan)
     losses = [
         float(cdcr_loss(*sides(f), jax.random.key(n), cdcr=1, alpha1=1.0, alpha2=0.1))
         for n in range(20)
@@ -132,14 +141,14 @@ def test_cdcr_1_draws_valid_positions(features):
 def test_cdcr_stays_finite_where_all_rows_are_alike(features, cdcr):
     """Every caption's first token has the same feature: picked by all, its std is zero."""
     f = dict(features)
-    f["text_feat"] = np.broadcast_to(f["text_feat"][:1, :1], (B, L, D))
+    f["text_unit"] = np.broadcast_to(f["text_unit"][:1, :1], (B, L, D))
 
-    def loss(text_feat, frame_feat):
-        g = {**f, "text_feat": text_feat, "frame_feat": frame_feat}
+    def loss(text_unit, frame_unit):
+        g = {**f, "text_unit": text_unit, "frame_unit": frame_unit}
         return cdcr_loss(*sides(g), jax.random.key(0), cdcr=cdcr, alpha1=0.11, alpha2=0.1)
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(
-        jnp.asarray(f["text_feat"]), jnp.asarray(f["frame_feat"])
+        jnp.asarray(f["text_unit"]), jnp.asarray(f["frame_unit"])
     )
     # No correlation with what does not vary: alpha1 for each channel.
     assert value == pytest.approx(0.11 * D)

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from support.params import random_params
 
-from drl_jax.config import CDCR_OF, LossConfig
-from drl_jax.models.drl import init_params, model_definition
+from drl_jax.config import LossConfig
+from drl_jax.models.drl import model_definition
+from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.sharding import make_layout
 from drl_jax.training.train_step import loss_and_parts
 
@@ -50,15 +52,19 @@ def with_noise(batch, *names):
 )
 def model(request, tiny_model):
     interaction, agg_module = request.param
-    clip = dataclasses.replace(tiny_model.clip, vocab_size=500)
+    backbone = dataclasses.replace(tiny_model.backbone, vocab_size=500)
     return dataclasses.replace(
-        tiny_model, clip=clip, interaction=interaction, agg_module=agg_module, temporal_layers=2
+        tiny_model,
+        backbone=backbone,
+        interaction=interaction,
+        agg_module=agg_module,
+        temporal_layers=2,
     )
 
 
 @pytest.fixture(scope="module")
 def params(model):
-    return init_params(model, jax.random.key(0))
+    return random_params(model)
 
 
 def test_no_valid_feature_and_no_similarity_changes(model, params, batch):
@@ -68,8 +74,8 @@ def test_no_valid_feature_and_no_similarity_changes(model, params, batch):
     def evaluate(params, batch):
         whole = nnx.merge(definition, params)
         text = whole.encode_text(batch["text_ids"], batch["text_mask"])
-        video = whole.encode_frames(batch["frames"], batch["frame_mask"])
-        text_feat = whole.clip.encode_text(batch["text_ids"])
+        video = whole.encode_video(batch["frames"], batch["frame_mask"])
+        text_feat = whole.backbone.encode_text(batch["text_ids"])
         frame_feat = whole.frame_features(batch["frames"], batch["frame_mask"])
         return text_feat, frame_feat, whole.similarity(text, video)
 
@@ -86,7 +92,7 @@ def test_masked_frames_change_no_gradient(model, params, batch):
     loss = functools.partial(
         loss_and_parts,
         definition=model_definition(model),
-        config=LossConfig(cdcr=max(CDCR_OF[model.interaction])),
+        config=LossConfig(cdcr=max(INTERACTIONS[model.interaction].CDCR_VARIANTS)),
         layout=make_layout(jax.devices()[:1]),
     )
     gradient = jax.jit(jax.grad(lambda p, b: loss(p, b, jax.random.key(0))[0]))

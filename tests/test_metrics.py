@@ -51,16 +51,16 @@ def test_ranks_equal_a_brute_force_search():
 
 
 @pytest.mark.parametrize(
-    ("sim_matrix", "owners", "message"),
+    ("sim_matrix", "caption_to_video", "message"),
     [
         (np.zeros((2, 2)), [0, 0], "every column"),
         (np.zeros((2, 2)), [0, 1, 1], "2 rows"),
         (np.full((2, 2), np.nan), [0, 1], "not finite"),
     ],
 )
-def test_what_makes_no_sense_is_refused(sim_matrix, owners, message):
+def test_invalid_inputs_are_refused(sim_matrix, caption_to_video, message):
     with pytest.raises(ValueError, match=message):
-        metrics.retrieval_metrics(sim_matrix, np.array(owners))
+        metrics.retrieval_metrics(sim_matrix, np.array(caption_to_video))
 
 
 def test_pair_accuracy_counts_ties_as_half():

@@ -6,15 +6,17 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from support.params import random_params
 
-from drl_jax.models.drl import init_params, model_definition
+from drl_jax.models.drl import copy_text_tower, init_params, model_definition
+from drl_jax.models.temporal import SequenceTransformer
 
 L, F = 10, 4
 
 
 @pytest.fixture(scope="module")
 def params(tiny_model):
-    return init_params(tiny_model, jax.random.key(0))
+    return random_params(tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +28,14 @@ def encoders(tiny_model):
         return nnx.merge(definition, params).encode_text(ids, mask)
 
     @jax.jit
-    def encode_frames(params, frames, mask):
-        return nnx.merge(definition, params).encode_frames(frames, mask)
+    def encode_video(params, frames, mask):
+        return nnx.merge(definition, params).encode_video(frames, mask)
 
     @jax.jit
     def similarity(params, text, video):
         return nnx.merge(definition, params).similarity(text, video)
 
-    return encode_text, encode_frames, similarity
+    return encode_text, encode_video, similarity
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,8 @@ def batch():
 def test_shapes(params, encoders, batch):
     text = encoders[0](params, batch["text_ids"], batch["text_mask"])
     video = encoders[1](params, batch["frames"], batch["frame_mask"])
-    assert text["text_feat"].shape == (3, L, 32)
-    assert video["frame_feat"].shape == (3, F, 32)
+    assert text["text_unit"].shape == (3, L, 32)
+    assert video["frame_unit"].shape == (3, F, 32)
     np.testing.assert_allclose(text["text_weight"].sum(1), 1, rtol=1e-6)
     np.testing.assert_allclose(video["frame_weight"].sum(1), 1, rtol=1e-6)
     assert encoders[2](params, text, video).shape == (3, 3)
@@ -61,21 +63,23 @@ def test_text_attention_is_causal(params, encoders, batch):
     changed = batch["text_ids"].copy()
     changed[:, 5:] += 1
     mask = np.ones_like(batch["text_mask"])
-    one = encoders[0](params, batch["text_ids"], mask)["text_feat"]
-    other = encoders[0](params, changed, mask)["text_feat"]
+    one = encoders[0](params, batch["text_ids"], mask)["text_unit"]
+    other = encoders[0](params, changed, mask)["text_unit"]
     np.testing.assert_array_equal(one[:, :5], other[:, :5])
     assert not np.allclose(one[:, 5:], other[:, 5:])
 
 
 def test_the_temporal_head_sees_the_order_of_frames(params, encoders, batch):
     mask = np.ones_like(batch["frame_mask"])
-    forward = encoders[1](params, batch["frames"], mask)["frame_feat"]
-    backward = encoders[1](params, batch["frames"][:, ::-1], mask)["frame_feat"]
+    forward = encoders[1](params, batch["frames"], mask)["frame_unit"]
+    backward = encoders[1](params, batch["frames"][:, ::-1], mask)["frame_unit"]
     assert np.abs(forward - backward[:, ::-1]).max() > 1e-4
 
 
-def test_the_temporal_head_starts_as_a_copy_of_the_text_tower(tiny_model, params):
-    text, temporal = params["clip"], params["temporal"]
+def test_the_temporal_head_starts_as_a_copy_of_the_text_tower(tiny_model):
+    init = jax.jit(init_params, static_argnums=0)
+    params = init(tiny_model, jax.random.key(0))
+    text, temporal = params["backbone"], params["temporal"]
     np.testing.assert_array_equal(
         temporal["frame_position_embeddings"]["embedding"], text["positional_embedding"]
     )
@@ -83,9 +87,16 @@ def test_the_temporal_head_starts_as_a_copy_of_the_text_tower(tiny_model, params
     new = jax.tree.leaves(temporal["transformer"]["resblocks"])
     for a, b in zip(old, new, strict=True):
         np.testing.assert_array_equal(a, b[:2])  # the text tower has two blocks, the head three
-    fresh = init_params(dataclasses.replace(tiny_model, position_std=0.5), jax.random.key(0))
-    spread = fresh["temporal"]["frame_position_embeddings"]["embedding"].std()
-    assert 0.45 < spread < 0.55
+
+
+def test_new_frame_positions_have_the_configured_deviation(tiny_model):
+    config = dataclasses.replace(tiny_model, position_std=0.5)
+    head = SequenceTransformer(config, rngs=nnx.Rngs(0))
+    assert 0.45 < head.frame_position_embeddings.embedding[...].std() < 0.55
+    # And are not replaced by a copy of the text tower's.
+    params = random_params(config)
+    kept = copy_text_tower(config, params)["temporal"]["frame_position_embeddings"]
+    assert kept is params["temporal"]["frame_position_embeddings"]
 
 
 def test_vit_b32_has_its_published_size():
@@ -96,5 +107,5 @@ def test_vit_b32_has_its_published_size():
     def count(tree):
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
-    assert count(shapes["clip"]) == 151_277_313  # OpenAI's ViT-B/32
+    assert count(shapes["backbone"]) == 151_277_313  # OpenAI's ViT-B/32
     assert count(shapes["temporal"]["transformer"]) == 4 * 3_152_384

@@ -16,7 +16,7 @@ def test_five_steps_equal_bert_adam():
     total = 10
     rng = np.random.default_rng(0)
     params = {
-        "clip": {"kernel": rng.normal(size=(3, 2)).astype(np.float32)},
+        "backbone": {"kernel": rng.normal(size=(3, 2)).astype(np.float32)},
         "head": {"bias": rng.normal(size=4).astype(np.float32)},
     }
     tx = make_optimizer(config, total)
@@ -34,7 +34,7 @@ def test_five_steps_equal_bert_adam():
         x = step / total
         factor = x / 0.1 if x < 0.1 else 0.5 * (1 + np.cos(np.pi * x))
         for group, name, lr, decay in (
-            ("clip", "kernel", 0.05, 0.2),
+            ("backbone", "kernel", 0.05, 0.2),
             ("head", "bias", 0.1, 0.0),
         ):
             g = grads[group][name] * min(1.0, 1 / (norm + 1e-6))
@@ -59,11 +59,11 @@ def test_groups_and_decay_cover_every_parameter(tiny_model):
     params = jax.eval_shape(lambda: init_params(tiny_model, jax.random.key(0)))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     names = {"/".join(str(entry.key) for entry in path): path for path in paths}
-    clip = {name for name, path in names.items() if parameter_group(path) == "clip"}
-    assert clip == {name for name in names if name.startswith("clip/")}
-    assert "clip/logit_scale" in clip
+    backbone = {name for name, path in names.items() if parameter_group(path) == "backbone"}
+    assert backbone == {name for name in names if name.startswith("backbone/")}
+    assert "backbone/logit_scale" in backbone
     undecayed = {name for name, path in names.items() if not decays(path)}
     assert undecayed == {name for name in names if name.endswith("/bias")}
     # The reference decays LayerNorm's weights and the temperature.
-    assert decays(names["clip/logit_scale"])
-    assert decays(names["clip/visual/ln_pre/scale"])
+    assert decays(names["backbone/logit_scale"])
+    assert decays(names["backbone/visual/ln_pre/scale"])

@@ -68,7 +68,14 @@ def test_one_module_imports_orbax_and_one_imports_clu():
     }
     assert users == {
         "orbax": {"drl_jax.runs.checkpoints"},
-        "clu": {"drl_jax.train"},
+        "clu": {"drl_jax.runs.logging"},
         "tensorflow": set(),
         "torch": set(),
     }
+
+
+def test_only_the_backbone_knows_its_tokenizer():
+    users = {
+        module for module, path in MODULES.items() if "drl_jax.models.tokenizer" in imports(path)
+    }
+    assert users == {"drl_jax.models.clip"}

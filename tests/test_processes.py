@@ -1,4 +1,4 @@
-"""Work that hangs or dies costs its own call and no other; real processes, real signals."""
+"""A call of a worker pool that hangs or dies fails alone; real processes and signals."""
 
 import os
 import signal
@@ -7,16 +7,18 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT
-from test_video import numbered_frames, write_video
+from support.commands import ROOT
+from support.videos import numbered_frames, write_video
 
 from data_prep.decode import decode_clips
 from data_prep.frame_cache import FrameCache
 from data_prep.video_folder import Clip
-from drl_jax.runtime.worker_pool import Lost, map_in_processes
+from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 
 def work(number: int) -> int:
+    """Dies for 3, hangs for 5. Workers import this module, so its imports are light."""
     if number == 3:
         os.kill(os.getpid(), signal.SIGSEGV)
     if number == 5:
@@ -25,21 +27,20 @@ def work(number: int) -> int:
     return number
 
 
-def test_a_call_that_dies_or_hangs_is_lost_alone():
+def test_a_call_that_dies_or_hangs_fails_alone():
     results = list(map_in_processes(work, [(n,) for n in range(9)], timeout=2))
-    assert results.pop(5) == Lost("took longer than 2 s")
-    assert results.pop(3) == Lost("the process that worked on it died (exit code -11)")
+    assert results.pop(5) == WorkerFailure("took longer than 2 s")
+    assert results.pop(3) == WorkerFailure("the process that worked on it died (exit code -11)")
     assert results == [0, 1, 2, 4, 6, 7, 8]
 
 
-def test_a_file_that_hangs_its_reader_is_a_reason(tmp_path):
+def test_a_file_that_hangs_its_reader_times_out(tmp_path):
     write_video(tmp_path / "good.mp4", numbered_frames(30), fps=10)
-    os.mkfifo(tmp_path / "hangs.mp4")  # whoever opens it waits for a writer, inside FFmpeg
+    os.mkfifo(tmp_path / "hangs.mp4")  # Opening it blocks inside FFmpeg until there is a writer.
     clips = [Clip(name, tmp_path / f"{name}.mp4", None) for name in ("hangs", "good", "absent")]
-    cache = FrameCache(tmp_path / "cache", 32, 4, "raw")
-    form = {"max_frames": 4, "image_size": 32, "storage": "raw"}
-    hangs, good, absent = decode_clips(clips, cache=cache, timeout=3, **form)
-    assert (hangs.frames, hangs.error) == (None, "took longer than 3 s")
+    cache = FrameCache(tmp_path / "cache", StorageSpec(32, 4, "raw"))
+    hangs, good, absent = decode_clips(clips, cache=cache, timeout=2)
+    assert (hangs.frames, hangs.error) == (None, "took longer than 2 s")
     assert good.frames.shape == (3, 32, 32, 3)
     assert (absent.frames, absent.error) == (None, "cannot be opened")
 
@@ -83,5 +84,5 @@ def is_running(pid: int) -> bool:
 def wait_until(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)

@@ -1,11 +1,13 @@
-"""Search on real files: exact, incremental, and whole after any interruption."""
+"""Search on real files: exact, incremental, and consistent after interruptions and updates."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,17 +15,23 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, error_line, make_run, run_module
 from PIL import Image
-from test_video import HARD, SHARED, numbered_frames, write_video
+from support.commands import ROOT, error_of, run_module
+from support.search import random_model
+from support.videos import HARD, SHARED, numbered_frames, write_video
 
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import retrieval_metrics
-from drl_jax.pretrained import from_workdir
+from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.runtime.errors import UserError
+from drl_jax.search import store as store_module
+from drl_jax.search.__main__ import main
 from drl_jax.search.engine import Gallery, SearchEngine
-from drl_jax.search.explain import clock, explain
+from drl_jax.search.explain import explain, format_timestamp
+from drl_jax.search.figure import save_figure
+from drl_jax.search.format_2 import header_from_format_2
 from drl_jax.search.indexing import update_index
 from drl_jax.search.prompt import run_prompt
 from drl_jax.search.session import SearchSession
@@ -36,10 +44,10 @@ def model(search_model):
     return search_model
 
 
-@pytest.fixture
-def videos(tmp_path):
-    """Six small videos that differ, in a folder and below it."""
-    folder = tmp_path / "videos"
+@pytest.fixture(scope="module")
+def shared_videos(tmp_path_factory):
+    """Six small videos that differ, in a folder and its subfolder; not to be changed."""
+    folder = tmp_path_factory.mktemp("shared") / "videos"
     (folder / "sub").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(6):
@@ -50,61 +58,120 @@ def videos(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def shared_index(search_model, shared_videos):
+    """An index of these videos (bfloat16); not to be changed."""
+    directory = shared_videos.parent / "index"
+    report = update_index(search_model, shared_videos, directory)
+    assert (report.added, report.changed, report.removed, report.unchanged) == (6, 0, 0, 0)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def shared_session(search_model, shared_videos):
+    """A session on an index of these videos with exact features (float32)."""
+    directory = shared_videos.parent / "float32"
+    update_index(search_model, shared_videos, directory, storage="float32")
+    return SearchSession(directory, search_model)
+
+
+@pytest.fixture
+def videos(shared_videos, tmp_path):
+    """A copy of the videos."""
+    return shutil.copytree(shared_videos, tmp_path / "videos")
+
+
+@pytest.fixture
+def index(shared_index, videos, tmp_path):
+    """A copy of the index, of the copied videos."""
+    directory = shutil.copytree(shared_index, tmp_path / "index")
+    with Store(directory, write=True) as store:
+        store.update_header(videos=str(videos.resolve()))
+    return directory
+
+
+def write_other_video(path, level=0):
+    """Writes a video that is in no index."""
+    write_video(path, numbered_frames(40, 64, 64) // 2 + np.uint8(level), fps=10)
+
+
+def scores(searcher, top=20):
+    """Path -> score of all videos, for one query."""
+    return {hit.path.name: hit.score for hit in searcher.search(["a red circle"], top)[0]}
+
+
+def stored_features(directory):
+    """Path -> (slot, features) of an index."""
+    with Store(directory) as store:
+        arrays = store.arrays()
+        return {
+            video.path: (video.slot, arrays["frame_unit"][video.slot].tobytes())
+            for video in store.videos()
+            if video.slot is not None
+        }
+
+
+# ---------------------------------------------------------------------- exact search
+
+
 @pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
-def test_search_is_what_evaluation_finds(interaction, shapes_config, test_videos, tmp_path):
+def test_search_matches_evaluation(interaction, model, shapes_config, test_videos, tmp_path):
     """The same similarities and ranks, from the mp4 files and from the built dataset."""
-    config = make_run(tmp_path / "run", shapes_config, interaction)
-    model = from_workdir(tmp_path / "run")
-    dataset = VideoDataset(dataset_dir(config))
-    split = load_split(dataset, "test", config.data)
-    evaluation = Evaluator(config, dataset, make_layout()).run(model.params, split)
+    if interaction != model.config.model.interaction:
+        model = random_model(shapes_config, interaction)
+    dataset = VideoDataset(dataset_dir(model.config))
+    split = load_split(dataset, "test", model.config.data)
+    evaluation = Evaluator(model.config, dataset, model.layout).run(model.params, split)
 
     update_index(model, test_videos, tmp_path / "index", storage="float32")
     session = SearchSession(tmp_path / "index", model)
     sentences = [captions[0] for captions in split.captions]
     hits = session.search(sentences, top=32)
     column = {dataset.video_ids[video]: place for place, video in enumerate(split.videos)}
-    scores = np.zeros((32, 32), np.float32)
+    found_scores = np.zeros((32, 32), np.float32)
     for row, found in enumerate(hits):
         assert [hit.rank for hit in found] == list(range(1, 33))
         for hit in found:
-            scores[row, column[hit.path.stem]] = hit.score
-    np.testing.assert_allclose(scores, evaluation.sim_matrix, atol=2e-5)
-    by_search = retrieval_metrics(scores, np.arange(32))
+            found_scores[row, column[hit.path.stem]] = hit.score
+    np.testing.assert_allclose(found_scores, evaluation.sim_matrix, atol=2e-5)
+    by_search = retrieval_metrics(found_scores, np.arange(32))
     assert by_search["t2v"]["MnR"] == pytest.approx(evaluation.metrics["t2v"]["MnR"], abs=0.2)
 
+    (similar,) = session.search_by_video(hits[0][0].path, top=1)
+    if (
+        interaction != "xti"
+    ):  # The transformer's similarity of a video and itself is not the largest.
+        assert similar.path == hits[0][0].path
+        assert similar.score == pytest.approx(1, abs=1e-4)
 
-@pytest.mark.parametrize(("storage", "error"), [("bfloat16", 5e-3), ("int8", 1e-2)])
-def test_smaller_storage_is_close(storage, error, model, videos, tmp_path):
-    scores = {}
-    for kind in ("float32", storage):
-        report = update_index(model, videos, tmp_path / kind, storage=kind)
-        (hits,) = SearchSession(tmp_path / kind, model).search(["a red circle"], top=6)
-        scores[kind] = {hit.path: hit.score for hit in hits}
-        scores[f"{kind} bytes"] = report.nbytes
-    for path, score in scores["float32"].items():
-        assert abs(scores[storage][path] - score) < error
-    assert scores[f"{storage} bytes"] < 0.7 * scores["float32 bytes"]
+
+def test_quantized_storage_is_close(model, shared_videos, shared_index, shared_session, tmp_path):
+    exact = scores(shared_session)
+    int8 = update_index(model, shared_videos, tmp_path / "int8", storage="int8")
+    with Store(shared_index) as bfloat16, Store(shared_session.directory) as float32:
+        assert bfloat16.nbytes() < 0.7 * float32.nbytes()
+        assert int8.nbytes < 0.7 * float32.nbytes()
+    for directory, error in ((shared_index, 5e-3), (tmp_path / "int8", 1e-2)):
+        assert scores(SearchSession(directory, model)) == pytest.approx(exact, abs=error)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_blocks_and_devices_change_nothing(devices, model):
-    """37 videos, some rows of the arrays free, in blocks that they do not fill."""
+    """37 videos in 50 slots, in blocks of which the last is not full."""
     rng = np.random.default_rng(0)
     mask = np.arange(4) < rng.integers(1, 5, (50, 1))
     video = {
-        "frame_feat": rng.normal(size=(50, 4, 32)).astype(np.float32),
+        "frame_unit": rng.normal(size=(50, 4, 32)).astype(np.float32),
         "frame_mask": mask,
         "frame_weight": (mask / mask.sum(1, keepdims=True)).astype(np.float32),
     }
     rows = rng.permutation(50)[:37]
-    text = model.embedder.captions(model.params, ["one", "two words", "three more words"])
-    expected = model.embedder.similarity(model.params, text, {k: v[rows] for k, v in video.items()})
-    model = dataclasses.replace(model, layout=make_layout(jax.devices()[:devices]))
-    model = dataclasses.replace(model, params=jax.device_put(model.params, model.layout.whole))
-    gallery = Gallery(video, rows, model.layout, block=16)
-    engine = SearchEngine(model.config.model, model.params)
-    for _ in range(2):  # the second time the blocks are on the devices
+    text = model.encode_text(["one", "two words", "three more words"])
+    expected = model.similarity(text, {k: v[rows] for k, v in video.items()})
+    layout = make_layout(jax.devices()[:devices])
+    gallery = Gallery(video, rows, layout, block=16)
+    engine = SearchEngine(model.config.model, jax.device_put(model.params, layout.replicated))
+    for _ in range(2):  # The second time, the blocks are on the devices.
         ranking = engine.search(text, gallery, top=10)
         order = np.argsort(-expected, axis=1)[:, :10]
         np.testing.assert_array_equal(ranking.slots, rows[order])
@@ -118,30 +185,18 @@ def test_blocks_and_devices_change_nothing(devices, model):
     np.testing.assert_array_equal(few.slots, order)
 
 
-def snapshot(directory):
-    """Path -> (slot, features) of an index."""
-    with Store(directory) as store:
-        arrays = store.arrays()
-        return {
-            video.path: (video.slot, arrays["frame_feat"][video.slot].tobytes())
-            for video in store.videos()
-            if video.slot is not None
-        }
+# ---------------------------------------------------------------------- updates
 
 
-def test_only_what_changed_is_indexed_again(model, videos, tmp_path):
-    index = tmp_path / "index"
-    first = update_index(model, videos, index)
-    assert (first.added, first.changed, first.removed, first.unchanged) == (6, 0, 0, 0)
-    before = snapshot(index)
-
-    write_video(videos / "new.mp4", numbered_frames(30, 64, 64), fps=10)
-    write_video(videos / "0.mp4", numbered_frames(40, 64, 64), fps=10)
+def test_only_changed_files_are_indexed_again(model, videos, index):
+    before = stored_features(index)
+    write_other_video(videos / "new.mp4", level=9)
+    write_other_video(videos / "0.mp4")
     (videos / "2.mp4").unlink()
-    os.utime(videos / "4.mp4", (1, 1))  # touched, and the same
+    os.utime(videos / "4.mp4", (1, 1))  # Another time, the same content.
     second = update_index(model, videos, index)
     assert (second.added, second.changed, second.removed, second.unchanged) == (1, 1, 1, 4)
-    after = snapshot(index)
+    after = stored_features(index)
     assert set(after) == set(before) - {"2.mp4"} | {"new.mp4"}
     assert after["0.mp4"][1] != before["0.mp4"][1]
     for path in ("4.mp4", "sub/1.mp4", "sub/3.mp4", "sub/5.mp4"):
@@ -153,209 +208,94 @@ def test_only_what_changed_is_indexed_again(model, videos, tmp_path):
     assert (third.added, third.changed, third.removed, third.unchanged) == (0, 0, 0, 6)
 
 
-def test_bad_files_are_listed_and_not_tried_again(model, videos, tmp_path):
+def test_an_open_session_sees_updates(model, videos, index):
+    """A video is deleted and another one added while a session is open."""
+    session = SearchSession(index, model)
+    old_snapshot, old = session.snapshot(), scores(session)
+    (videos / "0.mp4").unlink()
+    write_other_video(videos / "2.mp4")
+    write_other_video(videos / "new.mp4", level=9)
+    update_index(model, videos, index)
+    new = scores(session)
+    assert set(new) == {"1.mp4", "2.mp4", "3.mp4", "4.mp4", "5.mp4", "new.mp4"}
+    assert new == scores(SearchSession(index, model))
+    assert {name: new[name] for name in ("1.mp4", "4.mp4")} == pytest.approx(
+        {name: old[name] for name in ("1.mp4", "4.mp4")}, abs=1e-6
+    )
+    # A query that was running meanwhile has the features of the videos it lists.
+    assert scores(old_snapshot) == old
+    update_index(model, videos, index)
+    assert session.snapshot() is session.snapshot()  # Nothing changed: not opened again.
+
+
+def test_features_that_a_reader_mapped_do_not_change(model, videos, index):
+    """The same for a reader that has read nothing before the update."""
+    expected, snapshot = scores(SearchSession(index, model)), SearchSession(index, model).snapshot()
+    (videos / "0.mp4").unlink()
+    update_index(model, videos, index)
+    write_other_video(videos / "new.mp4")
+    update_index(model, videos, index)
+    assert scores(snapshot) == expected
+
+
+def test_a_deleted_and_recreated_index_is_opened_again(model, videos, index):
+    session = SearchSession(index, model)
+    assert len(scores(session)) == 6
+    shutil.rmtree(index)
+    with pytest.raises(SearchIndexError, match="no index in"):
+        session.search(["x"], top=1)
+    (videos / "0.mp4").unlink()
+    update_index(model, videos, index)
+    assert set(scores(session)) == {f"{number}.mp4" for number in range(1, 6)}
+
+
+def test_unused_slots_are_removed(model, videos, index, monkeypatch):
+    """Many unused slots: the arrays are copied without them; open readers keep the old files."""
+    monkeypatch.setattr(store_module, "GROWTH", 3)
+    session = SearchSession(index, model)
+    snapshot, old = session.snapshot(), scores(session)
+    old_files = set(index.glob("*.bin"))
+    for name in ("0.mp4", "2.mp4", "sub/1.mp4"):
+        (videos / name).unlink()
+
+    def killed(*arguments):
+        copy_rows(*arguments)
+        raise KeyboardInterrupt
+
+    copy_rows = store_module.copy_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "copy_rows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_index(model, videos, index)
+    kept = {name: old[name] for name in ("3.mp4", "4.mp4", "5.mp4")}
+    assert scores(session) == pytest.approx(kept, abs=1e-6)
+
+    update_index(model, videos, index)
+    assert sorted(slot for slot, _ in stored_features(index).values()) == [0, 1, 2]
+    assert scores(session) == pytest.approx(kept, abs=1e-6)
+    assert scores(snapshot) == old
+    assert old_files < set(index.glob("*.bin"))
+    write_other_video(videos / "new.mp4")
+    update_index(model, videos, index)
+    assert not old_files & set(index.glob("*.bin"))
+    assert set(scores(session)) == {*kept, "new.mp4"}
+
+
+def test_unreadable_files_are_listed_and_not_retried(model, videos, index):
     (videos / "text.mp4").write_text("no video")
-    first = update_index(model, videos, tmp_path / "index")
+    first = update_index(model, videos, index)
     assert first.bad.keys() == {"text.mp4"}
     assert "cannot be read as a video" in first.bad["text.mp4"]
-    (videos / "latin\udce9.mp4").write_bytes(b"")  # the byte 0xe9 alone
-    second = update_index(model, videos, tmp_path / "index")
+    (videos / "latin\udce9.mp4").write_bytes(b"")  # The byte 0xe9 alone.
+    second = update_index(model, videos, index)
     misnamed = {"latin\\udce9.mp4": "its name is not UTF-8; rename it"}
     assert (second.unchanged, second.bad) == (7, {**first.bad, **misnamed})
     (videos / "latin\udce9.mp4").unlink()
     write_video(videos / "text.mp4", numbered_frames(20, 64, 64), fps=10)
-    assert not update_index(model, videos, tmp_path / "index").bad
+    assert not update_index(model, videos, index).bad
 
 
-def test_a_killed_indexer_loses_nothing(search_run, model, videos, tmp_path):
-    for number in range(60):
-        shutil.copy(videos / f"{2 * (number % 3)}.mp4", videos / f"copy{number}.mp4")
-    flags = [f"--workdir={search_run}", f"--videos={videos}", f"--index={tmp_path / 'killed'}"]
-    command = [sys.executable, "-m", "drl_jax.search", "index", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and stored(tmp_path / "killed") < 16:
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    before = snapshot(tmp_path / "killed")
-    assert 16 <= len(before) < 66
-    report = update_index(model, videos, tmp_path / "killed")
-    assert (report.unchanged, report.added) == (len(before), 66 - len(before))
-    after = snapshot(tmp_path / "killed")
-    assert {path: after[path] for path in before} == before
-
-
-def stored(directory):
-    try:
-        return len(snapshot(directory))
-    except (SearchIndexError, KeyError):  # not there yet
-        return 0
-
-
-def test_a_change_that_is_not_committed_leaves_the_old_video(model, videos, tmp_path, monkeypatch):
-    """Features are written to a free slot; without the transaction nobody sees them."""
-    update_index(model, videos, tmp_path / "index")
-    before = snapshot(tmp_path / "index")
-    write_video(videos / "0.mp4", numbered_frames(40, 64, 64), fps=10)
-    write_rows = Store._write_rows
-
-    def killed(self, name, rows, slots):
-        write_rows(self, name, rows, slots)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Store, "_write_rows", killed)
-    with pytest.raises(KeyboardInterrupt):
-        update_index(model, videos, tmp_path / "index")
-    assert snapshot(tmp_path / "index") == before
-
-
-def test_one_writer_at_a_time(model, videos, tmp_path):
-    with (
-        Store(tmp_path / "index", write=True),
-        pytest.raises(SearchIndexError, match="another process writes to the index"),
-    ):
-        update_index(model, videos, tmp_path / "index")
-
-
-def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, tmp_path):
-    update_index(model, videos, tmp_path / "index")
-    other = dataclasses.replace(model, fingerprint="another")
-    with pytest.raises(SearchIndexError, match="was made with another model"):
-        update_index(other, videos, tmp_path / "index")
-    with pytest.raises(SearchIndexError, match="was made with another model"):
-        SearchSession(tmp_path / "index", other)
-    with pytest.raises(SearchIndexError, match="another folder"):
-        update_index(model, videos / "sub", tmp_path / "index")
-    with pytest.raises(SearchIndexError, match="another storage, bfloat16"):
-        update_index(model, videos, tmp_path / "index", storage="int8")
-
-
-def test_a_video_finds_itself_and_its_sentence(model, videos, tmp_path):
-    update_index(model, videos, tmp_path / "index", storage="float32")
-    session = SearchSession(tmp_path / "index", model)
-    for name in ("0.mp4", "sub/3.mp4"):
-        hits = session.search_by_video(videos / name, top=3)
-        assert hits[0].path == videos / name
-        assert hits[0].score == pytest.approx(1, abs=1e-4)
-    sentences = ["a circle", "a square", "two words more"]
-    ranked = session.rank_sentences(videos / "0.mp4", sentences)
-    assert sorted(text for _, text in ranked) == sorted(sentences)
-    assert [score for score, _ in ranked] == sorted((s for s, _ in ranked), reverse=True)
-    for score, text in ranked:
-        found = {hit.path: hit.score for hit in session.search([text], top=6)[0]}
-        assert score == pytest.approx(found[videos / "0.mp4"], abs=1e-5)
-
-
-def test_a_score_is_the_sum_of_its_frames_shares(model, videos, tmp_path):
-    update_index(model, videos, tmp_path / "index", storage="float32")
-    session = SearchSession(tmp_path / "index", model)
-    (hits,) = session.search(["a red circle"], top=6)
-    for hit in hits:
-        shown = hit.explanation
-        assert shown.frame_shares.sum() == pytest.approx(hit.score, abs=1e-4)
-        assert shown.words == ["[start]", "a", "red", "circle", "[end]"]
-        assert shown.word_weights.sum() == pytest.approx(1, abs=1e-5)
-        assert shown.moment == shown.times[shown.frame_shares.argmax()]
-
-
-def test_an_explanation_by_hand():
-    one, other = np.eye(2, dtype=np.float32)
-    text = {
-        "text_feat": np.stack([one, one, other, one, one]),
-        "text_mask": np.array([True, True, True, True, False]),
-        "text_weight": np.array([0.1, 0.2, 0.6, 0.1, 0.0], np.float32),
-    }
-    video = {
-        "frame_feat": np.stack([2 * other, 3 * one, one]),
-        "frame_mask": np.array([True, True, False]),
-        "frame_weight": np.array([0.7, 0.3, 0.0], np.float32),
-    }
-    shown = explain(text, video, ["[start]", "red", "dog", "[end]"], (0.0, 1.5))
-    assert shown.words == ["[start]", "red", "dog", "[end]"]
-    np.testing.assert_allclose(shown.similarity, [[0, 1], [0, 1], [1, 0], [0, 1]])
-    np.testing.assert_allclose(shown.frame_shares, [(0.6 + 0.7) / 2, (0.4 + 0.3) / 2])
-    assert shown.moment == 0.0
-    found = [(word, when) for word, when, _, _ in shown.matches()]
-    assert found == [("[start]", 1.5), ("red", 1.5), ("dog", 0.0), ("[end]", 1.5)]
-
-
-def test_the_prompt(model, videos, tmp_path):
-    update_index(model, videos, tmp_path / "index")
-    session = SearchSession(tmp_path / "index", model)
-
-    def talk(*lines, captions=("a test caption", "another")):
-        answers, left = [], list(lines)
-
-        def read(_):
-            if not left:
-                raise EOFError
-            return left.pop(0)
-
-        run_prompt(session, captions, 2, read, answers.append)
-        return answers[1:]
-
-    (found,) = talk("t a red circle", "q", "t never asked")
-    assert found.splitlines()[0] == "a red circle"
-    assert ".mp4" in found
-    assert talk("t", "a red circle")[0] == found  # asked for the sentence; then the input ends
-    assert talk("i 1")[0].splitlines()[0] == "another"
-    assert talk("i 2")[0] == talk("i", "2")[0] == "i takes a number from 0 to 1, not '2'"
-    assert talk("i -1")[0] == "i takes a number from 0 to 1, not '-1'"
-    assert "there are no captions" in talk("i 0", captions=())[0]
-    assert talk("t", "  ")[0] == "a query is blank; write a sentence"
-    assert talk("")[0] == talk("x")[0] == talk("?")[0]
-    assert "q quits" in talk("")[0]
-
-
-def test_clock():
-    assert [clock(s) for s in (0, 9.96, 62.5, 3661)] == ["0:00.0", "0:10.0", "1:02.5", "1:01:01.0"]
-
-
-def test_the_commands(search_run, videos, tmp_path):
-    index = f"--index={tmp_path / 'index'}"
-    made = run_module(
-        "drl_jax.search", "index", f"--workdir={search_run}", f"--videos={videos}", index
-    )
-    assert "6 added" in made.stdout
-    asked = run_module(
-        "drl_jax.search", "query", index, "a red circle", "a dog", "--json", "--top=2"
-    )
-    answers = [json.loads(line) for line in asked.stdout.splitlines()]
-    assert [answer["query"] for answer in answers] == ["a red circle", "a dog"]
-    hit = answers[0]["hits"][0]
-    assert set(hit) == {"rank", "score", "path", "moment", "words"}
-    assert [word["word"] for word in hit["words"]][1:-1] == ["a", "red", "circle"]
-    prompt = run_module("drl_jax.search", "query", index, input="t a dog\ni 5\n\nq\n")
-    assert "a dog\n" in prompt.stdout
-    # The captions of the run's own test split.
-    assert prompt.stdout.count(".mp4") == 2 * 5
-    (tmp_path / "sentences.txt").write_text("one\ntwo\n")
-    flags = (f"--video={videos / '0.mp4'}", f"--sentences={tmp_path / 'sentences.txt'}")
-    ranked = run_module("drl_jax.search", "query", index, *flags)
-    assert {line.split()[-1] for line in ranked.stdout.splitlines()} == {"one", "two"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("index", "--index=I", "--videos=V"), "name the model with --workdir=RUN or --weights"),
-        (("index", "--index=I", "--videos=V", "--workdir=nowhere"), "no run in nowhere"),
-        (("index", "--index=I", "--videos=V", "--weights=none.pt"), "none.pt"),
-        (("query", "--index=nowhere", "a dog"), "no index in nowhere; make one with"),
-        (("query", "--index=I", "a dog", "--video=v.mp4"), "give sentences or --video"),
-        (("query", "--index=I", "--sentences=s.txt"), "--sentences goes with --video"),
-        (("query", "--index=I", "--video=v", "--engine=qdrant"), "leave it out with --video"),
-        (("query", "--index=I", "--url=http://h:6333", "a"), "go with --engine=qdrant"),
-        (("serve", "--index=nowhere"), "no index in nowhere"),
-        (("explain", "--query=a", "--video=v.mp4", "--out=f.png"), "name the model with --index"),
-    ],
-)
-def test_a_mistake_is_one_line(arguments, message, tmp_path):
-    failed = run_module("drl_jax.search", *arguments, check=False)
-    assert message in error_line(failed)
-
-
-@pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips beside the project")
+@pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips beside the repository")
 def test_real_clips_are_indexed_or_listed(model, tmp_path):
     folder = tmp_path / "videos"
     for name in ("clips", "hard_clips"):
@@ -371,24 +311,257 @@ def test_real_clips_are_indexed_or_listed(model, tmp_path):
     assert report.added == len(files)
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, tmp_path, monkeypatch):
-    update_index(model, videos, tmp_path / "index")
-    before = snapshot(tmp_path / "index")
-    write_video(videos / "0.mp4", numbered_frames(40, 64, 64), fps=10)
+def test_frame_times_and_thumbnails_are_stored(shared_index):
+    with Store(shared_index) as store:
+        found = {video.path: video for video in store.videos()}
+        strip = store.thumbnails("sub/1.mp4")
+    assert isinstance(found["sub/1.mp4"], IndexedVideo)
+    assert found["sub/1.mp4"].times == (0.0, 1.0, 2.0)
+    assert strip[:2] == b"\xff\xd8"
 
-    def full(self, name, rows, slots):
+
+# ---------------------------------------------------------------------- interruptions and errors
+
+
+def test_a_killed_indexer_loses_nothing(search_run, model, videos, tmp_path):
+    for number in range(60):
+        shutil.copy(videos / f"{2 * (number % 3)}.mp4", videos / f"copy{number}.mp4")
+    flags = [f"--workdir={search_run}", f"--videos={videos}", f"--index={tmp_path / 'killed'}"]
+    command = [sys.executable, "-m", "drl_jax.search", "index", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and count_stored(tmp_path / "killed") < 16:
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    before = stored_features(tmp_path / "killed")
+    assert 16 <= len(before) < 66
+    report = update_index(model, videos, tmp_path / "killed")
+    assert (report.unchanged, report.added) == (len(before), 66 - len(before))
+    after = stored_features(tmp_path / "killed")
+    assert {path: after[path] for path in before} == before
+
+
+def count_stored(directory):
+    try:
+        return len(stored_features(directory))
+    except (SearchIndexError, KeyError):  # Not created yet, or no features yet.
+        return 0
+
+
+def test_an_uncommitted_change_leaves_the_old_video(model, videos, index, monkeypatch):
+    """Features are written to new slots; without the transaction no reader uses them."""
+    before = stored_features(index)
+    write_other_video(videos / "0.mp4")
+
+    def killed(*arguments):
+        write_rows(*arguments)
+        raise KeyboardInterrupt
+
+    write_rows = store_module.write_rows
+    monkeypatch.setattr(store_module, "write_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        update_index(model, videos, index)
+    assert stored_features(index) == before
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, index, monkeypatch):
+    before = stored_features(index)
+    write_other_video(videos / "0.mp4")
+
+    def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_write_rows", full)
-        with pytest.raises(SearchIndexError, match=r"No space left on device.*the same command"):
-            update_index(model, videos, tmp_path / "index")
-    assert snapshot(tmp_path / "index") == before
-    assert update_index(model, videos, tmp_path / "index").changed == 1
+        patch.setattr(store_module, "write_rows", full)
+        with pytest.raises(SearchIndexError, match=r"No space left on device.*rerun the command"):
+            update_index(model, videos, index)
+    assert stored_features(index) == before
+    assert update_index(model, videos, index).changed == 1
 
 
-def test_a_figure_of_a_pair(search_run, test_videos, tmp_path):
-    """Of a file that is in no index, with the model of a run; and what can go wrong."""
+def test_one_writer_at_a_time(model, videos, tmp_path):
+    with (
+        Store(tmp_path / "index", write=True),
+        pytest.raises(SearchIndexError, match="another process writes to the index"),
+    ):
+        update_index(model, videos, tmp_path / "index")
+
+
+def with_config(base, **groups):
+    """The same parameters in a model of another configuration."""
+    changed = {
+        name: dataclasses.replace(getattr(base.config, name), **fields)
+        for name, fields in groups.items()
+    }
+    return dataclasses.replace(base, config=dataclasses.replace(base.config, **changed))
+
+
+def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, index):
+    other = with_config(model, data={"max_words": 23})
+    with pytest.raises(SearchIndexError, match="was made with another model"):
+        update_index(other, videos, index)
+    with pytest.raises(SearchIndexError, match="was made with another model"):
+        SearchSession(index, other)
+    with pytest.raises(SearchIndexError, match="another folder"):
+        update_index(model, videos / "sub", index)
+    with pytest.raises(SearchIndexError, match="another storage, bfloat16"):
+        update_index(model, videos, index, storage="int8")
+
+
+def test_an_index_opens_with_another_similarity_block(model, videos, index):
+    other = with_config(model, model={"similarity_block": 3})
+    assert other.config.model != model.config.model
+    assert update_index(other, videos, index).unchanged == 6
+    assert scores(SearchSession(index, other)) == scores(SearchSession(index, model))
+
+
+# ---------------------------------------------------------------------- format 2
+
+
+def rewrite_as_format_2(index, model):
+    """Turns an index of a token-wise model into what version 0.1 stored.
+
+    Its unit vectors were named `frame_feat`; its header had no names of files and another
+    fingerprint.
+    """
+    with contextlib.closing(sqlite3.connect(index / "index.sqlite")) as database, database:
+        header = json.loads(database.execute("SELECT value FROM header").fetchone()[0])
+        arrays = {}
+        for name, array in header["arrays"].items():
+            old_name = name.replace("frame_unit", "frame_feat")
+            (index / array["file"]).rename(index / f"{old_name}.bin")
+            arrays[old_name] = {"dtype": array["dtype"], "shape": array["shape"]}
+        old_header = {
+            "format": 2,
+            "source": header["source"],
+            "fingerprint": model.format_2_fingerprint,
+            "videos": header["videos"],
+            "storage": header["storage"],
+            "arrays": arrays,
+        }
+        database.execute("UPDATE header SET value = ?", (json.dumps(old_header),))
+
+
+def stored_header(index):
+    with contextlib.closing(sqlite3.connect(index / "index.sqlite")) as database:
+        return json.loads(database.execute("SELECT value FROM header").fetchone()[0])
+
+
+def test_an_index_of_format_2_is_searched_and_updated(model, videos, tmp_path):
+    index = tmp_path / "index"
+    update_index(model, videos, index, storage="int8")
+    expected = scores(SearchSession(index, model))
+    rewrite_as_format_2(index, model)
+    assert (index / "frame_feat.scale.bin").exists()
+    files = sorted(path.name for path in index.iterdir())
+
+    session = SearchSession(index, model)
+    assert scores(session) == expected
+    assert stored_header(index)["format"] == 2
+    other = with_config(model, data={"max_frames": 3})
+    with pytest.raises(SearchIndexError, match="was made with another model"):
+        update_index(other, videos, index, storage="int8")
+    assert stored_header(index)["format"] == 2
+
+    (videos / "0.mp4").unlink()
+    write_other_video(videos / "new.mp4")
+    report = update_index(model, videos, index, storage="int8")
+    assert (report.added, report.changed, report.removed, report.unchanged) == (1, 0, 1, 5)
+    header = stored_header(index)
+    assert (header["format"], header["fingerprint"]) == (3, model.fingerprint)
+    assert sorted(path.name for path in index.iterdir()) == files
+    found = scores(session)
+    assert set(found) == {"1.mp4", "2.mp4", "3.mp4", "4.mp4", "5.mp4", "new.mp4"}
+    for name in found.keys() & expected.keys():
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_names_of_format_2():
+    """dp stored `video_feat` (a unit vector) and raw features of frames, xti only the latter."""
+
+    def new_names(*names):
+        header = {"source": {}, "fingerprint": "old", "videos": "V", "storage": "int8"}
+        header["arrays"] = {name: {"dtype": "int8", "shape": [2]} for name in names}
+        arrays = header_from_format_2(header, next_slot=5)["arrays"]
+        return {name: array["file"] for name, array in arrays.items()}
+
+    assert new_names("video_feat", "video_feat.scale", "frame_feat", "frame_mask") == {
+        "video_unit": "video_feat.bin",
+        "video_unit.scale": "video_feat.scale.bin",
+        "frame_feat": "frame_feat.bin",
+        "frame_mask": "frame_mask.bin",
+    }
+    assert set(new_names("frame_feat", "frame_mask")) == {"frame_feat", "frame_mask"}
+    assert set(new_names("frame_feat", "frame_weight")) == {"frame_unit", "frame_weight"}
+
+
+def test_an_unknown_format_is_one_line(model, index):
+    with Store(index, write=True) as store:
+        store.update_header(format=4)
+    with pytest.raises(SearchIndexError, match="has format 4, this version reads formats 2 and 3"):
+        SearchSession(index, model)
+
+
+# ---------------------------------------------------------------------- explanations
+
+
+def test_a_video_finds_itself_and_its_sentence(shared_session, shared_videos):
+    session, videos = shared_session, shared_videos
+    for name in ("0.mp4", "sub/3.mp4"):
+        hits = session.search_by_video(videos / name, top=3)
+        assert hits[0].path == videos / name
+        assert hits[0].score == pytest.approx(1, abs=1e-4)
+    sentences = ["a circle", "a square", "two words more"]
+    ranked = session.rank_sentences(videos / "0.mp4", sentences)
+    assert sorted(text for _, text in ranked) == sorted(sentences)
+    assert [score for score, _ in ranked] == sorted((s for s, _ in ranked), reverse=True)
+    for score, text in ranked:
+        found = {hit.path: hit.score for hit in session.search([text], top=6)[0]}
+        assert score == pytest.approx(found[videos / "0.mp4"], abs=1e-5)
+
+
+def test_a_score_is_the_sum_of_its_frame_contributions(shared_session):
+    (hits,) = shared_session.search(["a red circle"], top=6)
+    for hit in hits:
+        explanation, attribution = hit.explanation, hit.explanation.attribution
+        assert attribution.frame_contribution.sum() == pytest.approx(hit.score, abs=1e-4)
+        assert explanation.words == ["[start]", "a", "red", "circle", "[end]"]
+        assert attribution.token_weight.sum() == pytest.approx(1, abs=1e-5)
+        best = attribution.frame_contribution.argmax()
+        assert explanation.moment == explanation.times[best]
+
+
+def test_an_explanation_by_hand():
+    one, other = np.eye(2, dtype=np.float32)
+    text = {
+        "text_feat": np.stack([one, one, other, one, one]),
+        "text_mask": np.array([True, True, True, True, False]),
+        "text_weight": np.array([0.1, 0.2, 0.6, 0.1, 0.0], np.float32),
+    }
+    video = {
+        "frame_feat": np.stack([2 * other, 3 * one, one]),
+        "frame_mask": np.array([True, True, False]),
+        "frame_weight": np.array([0.7, 0.3, 0.0], np.float32),
+    }
+    words = ["[start]", "red", "dog", "[end]"]
+    explanation = explain(INTERACTIONS["wti"], text, video, words, (0.0, 1.5))
+    attribution = explanation.attribution
+    assert explanation.words == words
+    np.testing.assert_allclose(attribution.similarity, [[0, 1], [0, 1], [1, 0], [0, 1]])
+    contributions = [(0.6 + 0.7) / 2, (0.4 + 0.3) / 2]
+    np.testing.assert_allclose(attribution.frame_contribution, contributions)
+    assert explanation.moment == 0.0
+    found = [(word, when) for word, when, _, _ in explanation.matches()]
+    assert found == [("[start]", 1.5), ("red", 1.5), ("dog", 0.0), ("[end]", 1.5)]
+
+
+def test_timestamps_are_formatted():
+    times = {0: "0:00.0", 9.96: "0:10.0", 62.5: "1:02.5", 3661: "1:01:01.0"}
+    assert {seconds: format_timestamp(seconds) for seconds in times} == times
+
+
+def test_a_figure_of_a_pair(search_run, test_videos, shared_session, tmp_path, capsys):
+    """Of a file that is in no index, with the model of a run; and errors of the output file."""
     video = sorted(test_videos.iterdir())[0]
     flags = (f"--workdir={search_run}", "--query=a red circle", f"--video={video}")
     drawn = run_module("drl_jax.search", "explain", *flags, f"--out={tmp_path / 'figure.png'}")
@@ -396,19 +569,108 @@ def test_a_figure_of_a_pair(search_run, test_videos, tmp_path):
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.size[0] > 800
         assert len(figure.convert("RGB").getcolors(1 << 24)) > 100
-    for out, message in (("figure.xyz", "xyz"), ("none/figure.png", "No such file")):
-        failed = run_module(
-            "drl_jax.search", "explain", *flags, f"--out={tmp_path / out}", check=False
-        )
-        assert f"cannot write --out={tmp_path / out}" in error_line(failed)
-        assert message in error_line(failed)
+    flag = f"--out={tmp_path / 'figure.xyz'}"
+    error = error_of("drl_jax.search", "explain", *flags, flag, capsys=capsys)
+    assert f"cannot write {flag}" in error
+    assert "xyz" in error.removeprefix(f"cannot write {flag}")
+    (hits,) = shared_session.search(["a red circle"], top=1)
+    explanation, path = hits[0].explanation, tmp_path / "none" / "figure.png"
+    frames = np.zeros((len(explanation.times), 64, 64, 3), np.uint8)
+    with pytest.raises(UserError, match=rf"cannot write --out={path} \(No such file"):
+        save_figure(path, explanation, frames, "title")
 
 
-def test_times_of_frames_are_stored(model, videos, tmp_path):
-    update_index(model, videos, tmp_path / "index")
-    with Store(tmp_path / "index") as store:
-        found = {video.path: video for video in store.videos()}
-        strip = store.thumbnails("sub/1.mp4")
-    assert isinstance(found["sub/1.mp4"], IndexedVideo)
-    assert found["sub/1.mp4"].times == (0.0, 1.0, 2.0)
-    assert strip[:2] == b"\xff\xd8"
+# ---------------------------------------------------------------------- prompt and commands
+
+
+def talk(session, *lines, captions=("a test caption", "another")):
+    """What the prompt answers to lines of input; a callable runs before the next line."""
+    answers, left = [], list(lines)
+
+    def read(_):
+        while left and callable(left[0]):
+            left.pop(0)()
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    run_prompt(session, captions, 2, read, answers.append)
+    return answers[1:]
+
+
+def test_the_prompt(shared_session):
+    session = shared_session
+    (found,) = talk(session, "t a red circle", "q", "t never asked")
+    assert found.splitlines()[0] == "a red circle"
+    assert ".mp4" in found
+    # Asks for the sentence; then the input ends.
+    assert talk(session, "t", "a red circle")[0] == found
+    assert talk(session, "i 1")[0].splitlines()[0] == "another"
+    error = "i takes a number from 0 to 1, not '2'"
+    assert talk(session, "i 2")[0] == talk(session, "i", "2")[0] == error
+    assert talk(session, "i -1")[0] == "i takes a number from 0 to 1, not '-1'"
+    assert "there are no captions" in talk(session, "i 0", captions=())[0]
+    assert talk(session, "t", "  ")[0] == "a query is blank; write a sentence"
+    assert talk(session, "")[0] == talk(session, "x")[0] == talk(session, "?")[0]
+    assert "q: quit" in talk(session, "")[0]
+
+
+def test_the_prompt_answers_from_the_updated_index(model, videos, index):
+    def update():
+        for name in ("0.mp4", "2.mp4", "4.mp4", "sub/1.mp4", "sub/3.mp4"):
+            (videos / name).unlink()
+        write_other_video(videos / "new.mp4")
+        update_index(model, videos, index)
+
+    session = SearchSession(index, model)
+    before, after, _ = talk(session, "t a dog", update, "t a dog")
+    assert before != after
+    assert sorted(line.split("/")[-1] for line in after.splitlines() if ".mp4" in line) == [
+        "5.mp4",
+        "new.mp4",
+    ]
+
+
+def test_the_commands(search_run, videos, tmp_path, capsys):
+    index = f"--index={tmp_path / 'index'}"
+    made = run_module(
+        "drl_jax.search", "index", f"--workdir={search_run}", f"--videos={videos}", index
+    )
+    assert "6 added" in made.stdout
+    prompt = run_module("drl_jax.search", "query", index, input="t a dog\ni 5\n\nq\n")
+    assert "a dog\n" in prompt.stdout
+    # i: a caption of the run's own test split.
+    assert prompt.stdout.count(".mp4") == 2 * 5
+
+    assert main(["query", index, "a red circle", "a dog", "--json", "--top=2"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["query"] for answer in answers] == ["a red circle", "a dog"]
+    hit = answers[0]["hits"][0]
+    assert set(hit) == {"rank", "score", "path", "moment", "words"}
+    assert [word["word"] for word in hit["words"]][1:-1] == ["a", "red", "circle"]
+    (tmp_path / "sentences.txt").write_text("one\ntwo\n")
+    flags = (f"--video={videos / '0.mp4'}", f"--sentences={tmp_path / 'sentences.txt'}")
+    assert main(["query", index, *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[-1] for line in lines} == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("index", "--index=I", "--videos=V"), "name the model with --workdir=RUN or --weights"),
+        (("index", "--index=I", "--videos=V", "--workdir=nowhere"), "no run in nowhere"),
+        (("index", "--index=I", "--videos=V", "--weights=none.pt"), "none.pt"),
+        (("query", "--index=nowhere", "a dog"), "no index in nowhere; make one with"),
+        (("query", "--index=I", "a dog", "--video=v.mp4"), "give sentences or --video"),
+        (("query", "--index=I", "--sentences=s.txt"), "--sentences needs --video"),
+        (("query", "--index=I", "--video=v", "--engine=qdrant"), "omit it with --video"),
+        (("query", "--index=I", "--url=http://h:6333", "a"), "need --engine=qdrant"),
+        (("query", "--index=I", "--top=0", "a"), "must be a positive whole number, not '0'"),
+        (("query", "a dog"), "required: --index"),
+        (("serve", "--index=nowhere"), "no index in nowhere"),
+        (("explain", "--query=a", "--video=v.mp4", "--out=f.png"), "name the model with --index"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, capsys):
+    assert message in error_of("drl_jax.search", *arguments, capsys=capsys)

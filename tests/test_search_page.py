@@ -1,4 +1,4 @@
-"""The page of a real server, asked over HTTP and used in a real browser."""
+"""The search page of a real server, over HTTP and in a real browser."""
 
 import dataclasses
 import http.client
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, error_line, run_module
 from playwright.sync_api import Page, expect, sync_playwright
+from support.commands import ROOT, error_of
 
 from drl_jax.search.indexing import update_index
 
@@ -24,7 +24,7 @@ SENTENCE = "a red circle moves to the left"
 
 @dataclasses.dataclass
 class Served:
-    """A server that runs, on the index of a folder."""
+    """A running server on the index of a folder."""
 
     process: subprocess.Popen
     port: int
@@ -36,7 +36,7 @@ class Served:
         return f"http://127.0.0.1:{self.port}/"
 
     def get(self, path: str, **headers: str) -> tuple[int, str, bytes]:
-        """Status, type and body; the path is sent as it stands."""
+        """Status, content type and body; the path is sent unchanged."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
@@ -51,7 +51,7 @@ def served(search_model, test_videos, tmp_path_factory):
     for number, path in enumerate(sorted(test_videos.iterdir())[:6]):
         shutil.copy2(path, videos / f"sub folder/5's #{number}%.mp4" if number == 5 else videos)
     (videos / "no video.mp4").write_text("text")
-    (folder / "secret.mp4").write_text("outside of the folder")
+    (folder / "secret.mp4").write_text("outside the folder")
     update_index(search_model, videos, index)
     command = [sys.executable, "-m", "drl_jax.search", "serve", f"--index={index}", "--port=0"]
     process = subprocess.Popen(
@@ -69,11 +69,11 @@ def served(search_model, test_videos, tmp_path_factory):
 # ---------------------------------------------------------------------- files
 
 
-def test_videos_and_their_frames_are_served(served):
+def test_videos_and_thumbnails_are_served(served):
     name = next(path.name for path in sorted(served.videos.glob("video*.mp4")))
     content = (served.videos / name).read_bytes()
     assert served.get(f"/videos/{name}") == (200, "video/mp4", content)
-    # What a browser asks for to start in the middle.
+    # A browser's request when it starts in the middle.
     assert served.get(f"/videos/{name}", Range="bytes=100-199")[::2] == (206, content[100:200])
     status, kind, strip = served.get(f"/frames/{name}")
     assert (status, kind, strip[:2]) == (200, "image/jpeg", b"\xff\xd8")
@@ -96,69 +96,74 @@ def test_videos_and_their_frames_are_served(served):
         "/static/%2e%2e/%2e%2e/serve.py",
     ],
 )
-def test_nothing_but_the_index_is_served(served, path):
+def test_only_files_of_the_index_are_served(served, path):
     status, _, body = served.get(path)
     assert status == 404
     assert b"outside" not in body
 
 
-def test_a_file_that_became_a_link_to_elsewhere_is_refused(served):
+def test_a_file_replaced_by_a_link_is_refused(served):
     name = sorted(path.name for path in served.videos.glob("video*.mp4"))[1]
     path = served.videos / name
     kept = path.rename(served.videos / "kept")
     path.symlink_to(served.videos.parent / "secret.mp4")
     try:
         status, _, body = served.get(f"/videos/{name}")
-        assert (status, body) == (409, b"it has changed since it was indexed")
+        assert (status, body) == (409, b"the file has changed since it was indexed")
     finally:
         path.unlink()
         kept.rename(path)
     assert served.get(f"/videos/{name}")[0] == 200
 
 
-def test_a_foreign_name_for_this_machine_is_refused(served):
+def test_other_host_names_are_refused(served):
     assert served.get("/", Host="evil.example")[0] == 400
     assert served.get("/", Host=f"localhost:{served.port}")[0] == 200
 
 
-def test_mistakes_in_a_request_are_said_on_the_page(served):
+def test_errors_of_a_request_are_shown_on_the_page(served):
     for query, message in (
         ("?q=%20%20", b"a query is blank; write a sentence"),
-        ("?q=a+dog&top=0", b"from 1 to 50, not &#39;0&#39;"),
-        ("?q=a+dog&top=many", b"from 1 to 50"),
+        ("?q=a+dog&top=0", b"must be 1 to 50, not &#39;0&#39;"),
+        ("?q=a+dog&top=many", b"must be 1 to 50"),
     ):
         status, _, body = served.get(f"/{query}")
         assert status == 400
         assert message in body
     assert b"&lt;script&gt;" in served.get("/?q=%3Cscript%3E")[2]
-    assert b"no more than its first 22 tokens are read" in served.get("/?q=" + "dog+" * 40)[2]
+    assert b"only its first 22 tokens are used" in served.get("/?q=" + "dog+" * 40)[2]
 
 
-def test_a_changed_index_is_searched_as_it_is_now(served, search_model):
-    assert b"6 videos of" in served.get("/")[2]
+def test_an_updated_index_is_searched(served, search_model):
+    assert b"6 videos in" in served.get("/")[2]
     added = served.videos / "another.mp4"
     shutil.copy2(sorted(served.videos.glob("video*.mp4"))[0], added)
     update_index(search_model, served.videos, served.index)
-    assert b"7 videos of" in served.get("/")[2]
+    assert b"7 videos in" in served.get("/")[2]
     assert served.get("/videos/another.mp4")[0] == 200
-    added.unlink()
+    # One video is deleted and another one added between two queries.
+    assert b"another.mp4" in served.get("/?q=two+words&top=50")[2]
+    added.rename(served.videos / "renamed.mp4")
+    update_index(search_model, served.videos, served.index)
+    found = served.get("/?q=two+words&top=50")[2]
+    assert b"renamed.mp4" in found
+    assert b"another.mp4" not in found
+    (served.videos / "renamed.mp4").unlink()
     update_index(search_model, served.videos, served.index)
     assert served.get("/videos/another.mp4")[0] == 404
+    assert b"6 videos in" in served.get("/")[2]
 
 
-def test_more_videos_than_a_page_shows_is_one_line(served):
-    failed = run_module(
-        *("drl_jax.search", "serve", f"--index={served.index}", "--top=51"), check=False
-    )
-    assert "from 1 to 50, not '51'" in error_line(failed)
+def test_too_many_videos_per_page_is_one_line(served, capsys):
+    flags = (f"--index={served.index}", "--top=51")
+    error = error_of("drl_jax.search", "serve", *flags, capsys=capsys)
+    assert "must be 1 to 50, not '51'" in error
 
 
-def test_a_taken_port_is_one_line(served):
-    failed = run_module(
-        *("drl_jax.search", "serve", f"--index={served.index}", f"--port={served.port}"),
-        check=False,
-    )
-    assert "Address already in use); --port=0 finds a free one" in error_line(failed)
+def test_a_port_in_use_is_one_line(served, capsys):
+    flags = (f"--index={served.index}", f"--port={served.port}")
+    error = error_of("drl_jax.search", "serve", *flags, capsys=capsys)
+    assert "Address already in use); --port=0 chooses a free one" in error
 
 
 # ---------------------------------------------------------------------- browser
@@ -176,28 +181,28 @@ def browser():
 
 @pytest.fixture
 def page(browser, served):
-    """The page in a new window; what the browser complains about fails the test."""
+    """The page in a new window; console messages of the browser fail the test."""
     context = browser.new_context()
-    page, complaints = context.new_page(), []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page, messages = context.new_page(), []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     page.goto(served.url)
     yield page
     context.close()
-    assert [line for line in complaints if "400 (Bad Request)" not in line] == []
+    assert [line for line in messages if "400 (Bad Request)" not in line] == []
 
 
-def test_an_empty_page_says_what_to_do(page: Page):
-    expect(page.locator("#empty")).to_contain_text("6 videos of")
+def test_the_page_without_a_query_explains_itself(page: Page):
+    expect(page.locator("#empty")).to_contain_text("6 videos in")
     expect(page.locator("#q")).to_be_focused()
 
 
-def test_a_sentence_finds_videos_that_play_from_their_best_moment(page: Page, served):
+def test_hits_play_from_their_best_moment(page: Page, served):
     expect(page.locator("#q")).to_be_focused()
     page.keyboard.type(SENTENCE)
     page.keyboard.press("Enter")
     expect(page.locator(".hit")).to_have_count(5)
-    expect(page.locator("#status")).to_have_text("5 videos, the most similar first")
+    expect(page.locator("#status")).to_have_text("5 videos, most similar first")
     expect(page.locator("#q")).to_have_value(SENTENCE)
     scores = [float(text.split()[1]) for text in page.locator(".facts").all_text_contents()]
     assert scores == sorted(scores, reverse=True)
@@ -209,25 +214,25 @@ def test_a_sentence_finds_videos_that_play_from_their_best_moment(page: Page, se
         " return v.readyState >= 2 && v.currentTime >= moment && v.currentTime > 0; }",
         arg=moment,
     )
-    # The heat map: 9 tokens with the marks, 4 frames; weights that add up to 1.
+    # The heat map: 9 tokens with start and end, 4 frames; weights add up to 1.
     assert first.locator("tbody tr").count() == 9
     assert first.locator("tbody tr").first.locator(".cell").count() == 4
     assert first.locator("thead button.best").count() == 1
     for weights in (first.locator("td.bar"), first.locator("td.column")):
         assert sum(map(float, weights.all_text_contents())) == pytest.approx(1, abs=0.01)
-    colours = first.locator(".cell").evaluate_all(
+    colors = first.locator(".cell").evaluate_all(
         "cells => new Set(cells.map(c => getComputedStyle(c).backgroundColor)).size"
     )
-    assert colours > 5
+    assert colors > 5
 
 
-def test_the_keyboard_is_enough(page: Page):
+def test_the_page_works_with_the_keyboard(page: Page):
     expect(page.locator("#q")).to_be_focused()
     page.keyboard.type("two words")
     page.keyboard.press("Tab")
     expect(page.locator("#top")).to_be_focused()
     page.keyboard.press("Tab")
-    page.keyboard.press("Enter")  # the button
+    page.keyboard.press("Enter")  # The button.
     expect(page.locator(".hit")).to_have_count(5)
     last = page.locator(".hit").first.locator("thead button").last
     for _ in range(40):
@@ -248,8 +253,8 @@ def test_the_keyboard_is_enough(page: Page):
     expect(page.locator("#q")).to_be_focused()
 
 
-def test_while_it_searches_it_says_so(page: Page):
-    # An answer without content leaves the page as it is while it waits.
+def test_a_running_search_is_shown(page: Page):
+    # The browser keeps the page when the response has no content (204).
     page.route("**/?q=*", lambda route: route.fulfill(status=204))
     page.fill("#q", SENTENCE)
     page.keyboard.press("Enter")
@@ -275,7 +280,7 @@ def test_an_error_is_announced(page: Page, served):
     expect(page.locator(".hit")).to_have_count(5)
 
 
-def test_a_video_that_the_browser_cannot_play_says_so(page: Page, served):
+def test_a_video_that_the_browser_cannot_play_is_reported(page: Page, served):
     page.route("**/videos/**", lambda route: route.fulfill(body=b"no video", status=200))
     page.goto(f"{served.url}?q=two+words&top=1")
     expect(page.locator(".unplayable").first).to_be_visible()
@@ -283,8 +288,8 @@ def test_a_video_that_the_browser_cannot_play_says_so(page: Page, served):
 
 
 def test_light_and_dark_are_readable(browser, served):
-    """Writing on its ground has a contrast of 4.5 at least (WCAG AA), also in the heat map."""
-    grounds = set()
+    """Text has a contrast of at least 4.5 (WCAG AA), also in the heat map."""
+    backgrounds = set()
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme)
         page = context.new_page()
@@ -293,41 +298,41 @@ def test_light_and_dark_are_readable(browser, served):
         pairs = page.evaluate(
             """() => {
               const canvas = document.createElement('canvas').getContext('2d');
-              const rgb = (colour) => {
-                canvas.fillStyle = colour;
+              const rgb = (color) => {
+                canvas.fillStyle = color;
                 canvas.fillRect(0, 0, 1, 1);
                 return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
               };
-              const ground = (e) => {
+              const background = (e) => {
                 const own = getComputedStyle(e).backgroundColor;
-                return own === 'rgba(0, 0, 0, 0)' ? ground(e.parentElement) : own;
+                return own === 'rgba(0, 0, 0, 0)' ? background(e.parentElement) : own;
               };
               const shown = 'h1, h2, label, .facts, #status, #search button, th, td, th button';
               return [...document.querySelectorAll(shown)]
                 .filter((e) => e.textContent.trim())
-                .map((e) => [rgb(getComputedStyle(e).color), rgb(ground(e)), e.className]);
+                .map((e) => [rgb(getComputedStyle(e).color), rgb(background(e)), e.className]);
             }"""
         )
         assert len(pairs) > 100
         low = [pair for pair in pairs if contrast(*pair[:2]) < 4.5]
         assert low == []
-        grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         context.close()
-    assert len(grounds) == 2
+    assert len(backgrounds) == 2
 
 
 def contrast(one: list[int], other: list[int]) -> float:
-    """Of two sRGB colours, as WCAG defines it."""
+    """Contrast of two sRGB colors, as WCAG defines it."""
 
-    def luminance(colour):
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    def luminance(color):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    low, high = sorted(luminance([c / 255 for c in colour]) for colour in (one, other))
+    low, high = sorted(luminance([c / 255 for c in color]) for color in (one, other))
     return (high + 0.05) / (low + 0.05)
 
 
-def test_the_server_listens_on_this_machine_alone(served):
+def test_the_server_listens_on_this_machine_only(served):
     listening = Path(f"/proc/{served.process.pid}/net/tcp").read_text().splitlines()[1:]
     addresses = {line.split()[1] for line in listening if line.split()[3] == "0A"}
     assert f"0100007F:{served.port:04X}" in addresses  # 127.0.0.1

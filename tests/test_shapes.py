@@ -1,4 +1,4 @@
-"""The drawn dataset: what a fair test of time needs of it."""
+"""The synthetic dataset: scenes, captions and clips that make a fair test of temporal order."""
 
 import collections
 import random
@@ -10,37 +10,37 @@ import pytest
 from data_prep.shapes.draw import FRAMES, draw_clip, write_mp4
 from data_prep.shapes.scenes import (
     REVERSED,
+    SIZES,
     SYMMETRIC,
     MovingShape,
     Scene,
     all_scenes,
     captions,
-    deal_scenes,
+    split_scenes,
 )
-from data_prep.shapes.shapes_dataset_builder import SIZES
 from drl_jax.data.video import read_frames
 
 
 @pytest.fixture(scope="module")
-def deal():
-    return deal_scenes(*SIZES["full"], seed=0)
+def splits():
+    return split_scenes(*SIZES["full"], seed=0)
 
 
-def test_no_scene_is_in_two_splits_not_even_backwards(deal):
+def test_no_scene_or_its_reverse_is_in_two_splits(splits):
     def with_reverses(scenes):
         return {s for scene in scenes for s in (scene, scene.reversed())}
 
-    train, val, test = map(with_reverses, (deal.train, deal.val, deal.test))
+    train, val, test = map(with_reverses, (splits.train, splits.val, splits.test))
     assert not train & val
     assert not train & test
     assert not val & test
-    assert len(set(deal.test)) == len(deal.test) == 256
+    assert len(set(splits.test)) == len(splits.test) == 256
 
 
-def test_half_of_the_test_clips_are_pairs_of_one_reversed_motion(deal):
-    assert len(deal.test_pairs) == len(deal.test) // 4
-    for one, other in deal.test_pairs:
-        a, b = deal.test[one], deal.test[other]
+def test_half_of_the_test_clips_are_pairs_of_one_reversed_motion(splits):
+    assert len(splits.test_pairs) == len(splits.test) // 4
+    for one, other in splits.test_pairs:
+        a, b = splits.test[one], splits.test[other]
         assert a.reversed() == b
         changed = collections.Counter([a.first, a.second]) - collections.Counter(
             [b.first, b.second]
@@ -48,29 +48,31 @@ def test_half_of_the_test_clips_are_pairs_of_one_reversed_motion(deal):
         assert sum(changed.values()) == 1
 
 
-def test_every_shape_colour_and_motion_occurs_in_training(deal):
+def test_every_shape_colour_and_motion_occurs_in_training(splits):
     for attribute in ("shape", "colour", "motion"):
         values = {
             getattr(s, attribute) for scene in all_scenes() for s in (scene.first, scene.second)
         }
-        seen = {getattr(s, attribute) for scene in deal.train for s in (scene.first, scene.second)}
+        seen = {
+            getattr(s, attribute) for scene in splits.train for s in (scene.first, scene.second)
+        }
         assert seen == values
 
 
-def test_a_caption_fits_one_scene_only():
-    owners = {}
+def test_a_caption_fits_only_one_scene():
+    scene_of = {}
     for scene in all_scenes():
         for caption in captions(scene, 3, random.Random(0)):
-            assert owners.setdefault(caption, scene) == scene
+            assert scene_of.setdefault(caption, scene) == scene
 
 
-def test_captions_of_a_scene_are_different_sentences():
+def test_captions_of_a_scene_are_distinct():
     found = captions(all_scenes()[0], 20, random.Random(0))
     assert len(set(found)) == 20
 
 
 @pytest.mark.parametrize("motion", sorted(REVERSED))
-def test_a_reversed_scene_is_the_same_frames_backwards(motion):
+def test_a_reversed_scene_has_the_same_frames_in_reverse_order(motion):
     still = MovingShape("red", "circle", "still")
     scene = Scene.of(MovingShape("blue", "square", motion), still)
     forward, backward = draw_clip(scene, 7), draw_clip(scene.reversed(), 7)
@@ -80,13 +82,13 @@ def test_a_reversed_scene_is_the_same_frames_backwards(motion):
 
 
 @pytest.mark.parametrize("motion", SYMMETRIC)
-def test_a_symmetric_motion_looks_the_same_backwards(motion):
+def test_a_symmetric_motion_is_its_own_reverse(motion):
     scene = Scene.of(MovingShape("blue", "square", motion), MovingShape("red", "circle", "still"))
     frames = np.array(draw_clip(scene, 3)).astype(int)
-    assert np.abs(frames - frames[::-1]).max() <= 2  # supersampled edges round either way
+    assert np.abs(frames - frames[::-1]).max() <= 2  # Rounding of supersampled edges.
 
 
-def test_directions_are_what_they_are_called():
+def test_motions_have_the_direction_of_their_name():
     def centre(frame):
         blue = frame[..., 2].astype(int) > 180
         return np.argwhere(blue).mean(0)
@@ -99,7 +101,7 @@ def test_directions_are_what_they_are_called():
         assert abs(moved[1 - axis]) < 3, motion
 
 
-def test_the_file_is_h264_and_keeps_reversed_clips_alike(tmp_path):
+def test_files_are_h264_and_keep_reversed_clips_equal(tmp_path):
     scene = Scene.of(MovingShape("blue", "square", "left"), MovingShape("red", "circle", "swing"))
     write_mp4(tmp_path / "a.mp4", draw_clip(scene, 5))
     write_mp4(tmp_path / "b.mp4", draw_clip(scene.reversed(), 5))

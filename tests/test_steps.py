@@ -7,14 +7,16 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from support.params import random_params
 
 from drl_jax.config import LossConfig, OptimConfig
 from drl_jax.models.drl import init_params, model_definition
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, make_optimizer
-from drl_jax.training.state import abstract_state, create_state
-from drl_jax.training.train_step import loss_and_parts, make_train_step
+from drl_jax.training.state import TrainState, abstract_state, state_from_params
+from drl_jax.training.train_step import apply_gradients, loss_and_parts, make_train_step
 
 B, L, F = 16, 12, 4
 STEPS = 10
@@ -34,30 +36,36 @@ def batch():
 @pytest.fixture(scope="module")
 def model(tiny_model):
     """With a small vocabulary: its rows are most of the optimiser's work."""
-    clip = dataclasses.replace(tiny_model.clip, vocab_size=500)
-    return dataclasses.replace(tiny_model, clip=clip, temporal_layers=1)
+    backbone = dataclasses.replace(tiny_model.backbone, vocab_size=500)
+    return dataclasses.replace(tiny_model, backbone=backbone, temporal_layers=1)
 
 
 class Trainer:
     """A compiled step on some devices, and the state it starts from."""
 
-    def __init__(self, model, devices, *, fsdp=False, microbatch=0):
+    def __init__(self, model, params, devices, *, fsdp=False, microbatch=0):
         self.layout = make_layout(jax.devices()[:devices], fsdp=fsdp)
         tx = make_optimizer(OptimConfig(lr=1e-3, coef_lr=1.0), total_steps=20)
-        self.state = create_state(model, tx, 0, self.layout)
+        self.state = state_from_params(params, tx, self.layout)
         self.step = make_train_step(model, LossConfig(), tx, self.layout, microbatch=microbatch)
 
     def run(self, batch, steps=STEPS):
         history = []
         for _ in range(steps):
-            self.state, scalars = self.step(self.state, self.layout.put_rows(batch))
+            self.state, scalars = self.step(self.state, self.layout.put_batch(batch))
             history.append({name: float(value) for name, value in scalars.items()})
         return history
 
 
 @pytest.fixture(scope="module")
-def one_device(model, batch):
-    trainer = Trainer(model, 1)
+def params(model):
+    """The model's own initialisation: the bounds below hold for parameters of its size."""
+    return jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def one_device(model, params, batch):
+    trainer = Trainer(model, params, 1)
     return trainer.run(batch), jax.device_get(trainer.state)
 
 
@@ -74,17 +82,19 @@ def assert_same_run(trainer, history, expected):
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
-def test_ten_steps_do_not_depend_on_the_number_of_devices(model, batch, one_device, devices):
-    trainer = Trainer(model, devices)
+def test_ten_steps_do_not_depend_on_the_number_of_devices(
+    model, params, batch, one_device, devices
+):
+    trainer = Trainer(model, params, devices)
     history = trainer.run(batch)
     assert_same_run(trainer, history, one_device)
     assert history[-1]["loss"] < history[0]["loss"]
 
 
-def test_ten_steps_with_split_parameters_in_blocks(model, batch, one_device):
+def test_ten_steps_with_split_parameters_in_blocks(model, params, batch, one_device):
     """Everything that saves memory, together: fsdp, microbatches, blocks, rematerialised layers."""
     model = dataclasses.replace(model, similarity_block=5, remat=True)
-    trainer = Trainer(model, 8, fsdp=True, microbatch=8)
+    trainer = Trainer(model, params, 8, fsdp=True, microbatch=8)
     assert_same_run(trainer, trainer.run(batch), one_device)
     for tree in (trainer.state.params, trainer.state.opt_state):
         held, total = 0, 0
@@ -95,16 +105,17 @@ def test_ten_steps_with_split_parameters_in_blocks(model, batch, one_device):
         assert held < 0.3 * total
 
 
-def test_the_temperature_never_exceeds_100(model, batch):
-    trainer = Trainer(model, 1)
-    trainer.state.params["clip"]["logit_scale"] = jnp.float32(MAX_LOGIT_SCALE + 0.5)
-    trainer.run(batch, 1)
-    scale = float(trainer.state.params["clip"]["logit_scale"])
-    assert scale == pytest.approx(MAX_LOGIT_SCALE)
+def test_the_temperature_never_exceeds_100():
+    params = {"backbone": {"logit_scale": jnp.float32(MAX_LOGIT_SCALE)}}
+    tx = optax.sgd(1.0)
+    state = TrainState(jnp.int32(0), params, tx.init(params))
+    for gradient, expected in ((-0.5, MAX_LOGIT_SCALE), (0.5, MAX_LOGIT_SCALE - 0.5)):
+        grads = {"backbone": {"logit_scale": jnp.float32(gradient)}}
+        found = apply_gradients(state, grads, tx).params["backbone"]["logit_scale"]
+        assert float(found) == pytest.approx(expected)
 
 
-def gradient(model, batch, devices=1, **blocks):
-    params = init_params(model, jax.random.key(0))
+def gradient(model, params, batch, devices=1, **blocks):
     layout = make_layout(jax.devices()[:devices])
     loss = functools.partial(
         loss_and_parts,
@@ -113,26 +124,27 @@ def gradient(model, batch, devices=1, **blocks):
         layout=layout,
         **blocks,
     )
-    grad = jax.jit(jax.grad(loss, has_aux=True), in_shardings=(None, layout.rows, None))
-    return jax.device_get(grad(params, layout.put_rows(batch), jax.random.key(1))[0])
+    grad = jax.jit(jax.grad(loss, has_aux=True), in_shardings=(None, layout.batch_sharded, None))
+    return jax.device_get(grad(params, layout.put_batch(batch), jax.random.key(1))[0])
 
 
 @pytest.mark.parametrize("interaction", ["wti", "xti"])
-def test_blocks_leave_the_gradient_as_it_is(model, batch, interaction):
+def test_blocks_do_not_change_the_gradient(model, batch, interaction):
     model = dataclasses.replace(model, interaction=interaction, cross_dropout=0.0, cross_layers=1)
-    plain = gradient(model, batch)
+    params = random_params(model)
+    plain = gradient(model, params, batch)
     blocks = dataclasses.replace(model, similarity_block=7, remat=True)
     for found in (
-        gradient(blocks, batch, microbatch=4),
-        gradient(blocks, batch, devices=4, microbatch=8),
+        gradient(blocks, params, batch, microbatch=4),
+        gradient(blocks, params, batch, devices=4, microbatch=8),
     ):
         whole = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(plain)))
         apart = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), found, plain)
         assert np.sqrt(sum(jax.tree.leaves(apart))) < 1e-5 * whole
 
 
-def test_bfloat16_computes_near_float32_and_keeps_its_parameters(model, batch, one_device):
-    half = Trainer(dataclasses.replace(model, dtype="bfloat16"), 1)
+def test_bfloat16_computes_near_float32_and_keeps_its_parameters(model, params, batch, one_device):
+    half = Trainer(dataclasses.replace(model, dtype="bfloat16"), params, 1)
     history = half.run(batch)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.state.params)} == {"float32"}
     losses, expected = ([step["loss"] for step in run] for run in (history, one_device[0]))
@@ -150,15 +162,15 @@ def largest_array(hlo):
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
-def test_what_the_compiled_step_sends_and_holds(model):
-    """On 8 devices: video features are gathered, and neither product nor matrix is ever whole."""
+def test_collectives_and_memory_of_the_compiled_step(model):
+    """On 8 devices: video features are gathered; no device has the full product or matrix."""
     pairs, words, frames = 1024, 12, 4
-    clip = dataclasses.replace(model.clip, image_resolution=16, vision_patch_size=16)
-    model = dataclasses.replace(model, clip=clip, similarity_block=16)
+    backbone = dataclasses.replace(model.backbone, image_resolution=16, vision_patch_size=16)
+    model = dataclasses.replace(model, backbone=backbone, similarity_block=16)
     layout = make_layout()
     tx = make_optimizer(OptimConfig(), total_steps=20)
     step = make_train_step(model, LossConfig(), tx, layout, microbatch=256)
-    rows = layout.rows
+    rows = layout.batch_sharded
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=rows)
@@ -173,11 +185,11 @@ def test_what_the_compiled_step_sends_and_holds(model):
     assert collectives(hlo) <= {"all-gather", "all-reduce", "reduce-scatter"}
     # What is gathered is the videos' features, masks and weights, and one number a pair.
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", hlo)
-    width = model.clip.embed_dim
+    width = model.backbone.embed_dim
     allowed = {(pairs, frames, width), (pairs, frames), (pairs,)}
     assert {tuple(map(int, shape.split(","))) for shape in gathered} <= allowed
     assert (pairs, frames, width) in {tuple(map(int, shape.split(","))) for shape in gathered}
-    # Rows of the similarity matrix stay where they are: no whole one on any device.
+    # Rows of the similarity matrix stay sharded: no device has the full matrix.
     assert f"[{pairs},{pairs}]" not in hlo
     assert f"[{pairs // 8},{pairs}]" in hlo
     # A block of the token-wise product is there; all of it, even of one device's rows, is not.

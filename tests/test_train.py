@@ -2,31 +2,42 @@
 
 import json
 import math
-import shutil
+import os
 import signal
 import subprocess
 import sys
 import time
 
-import jax
+import numpy as np
 import pytest
-from conftest import ROOT, TINY, error_line, run_module
+from safetensors.numpy import save_file
+from support.commands import ROOT, TINY, error_of, run_module
+from support.params import random_params
 
-from drl_jax.config import ClipConfig, ModelConfig
-from drl_jax.models.drl import init_params
-from drl_jax.weights.load import read_weights, save_state, state_dict_from_params
+from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.convert import main as convert
+from drl_jax.evaluate import main as evaluate
+from drl_jax.train import main as train
+from drl_jax.weights.load import read_weights, state_dict_from_params
 
 METRICS = {"R@1", "R@5", "R@10", "MdR", "MnR"}
 
 
-def train_arguments(data, workdir, *extra):
-    return (
-        "--config=configs/shapes.py:smoke",
-        f"--workdir={workdir}",
-        f"--config.data.data_dir={data}",
-        *TINY,
-        *extra,
-    )
+@pytest.fixture(scope="module")
+def train_arguments(shapes_data, tiny_weights):
+    """Makes the arguments of a tiny run in a directory."""
+
+    def make(workdir, *extra):
+        return (
+            "--config=configs/shapes.py:smoke",
+            f"--workdir={workdir}",
+            f"--config.data.data_dir={shapes_data}",
+            f"--config.model.init={tiny_weights}",
+            *TINY,
+            *extra,
+        )
+
+    return make
 
 
 def read_metrics(workdir):
@@ -34,14 +45,14 @@ def read_metrics(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(shapes_data, tmp_path_factory):
+def finished(train_arguments, tmp_path_factory):
     """A finished run and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    process = run_module("drl_jax.train", *train_arguments(shapes_data, workdir))
+    process = run_module("drl_jax.train", *train_arguments(workdir))
     return workdir, process.stdout
 
 
-def test_the_run_leaves_what_it_promises(finished):
+def test_a_run_writes_its_files(finished):
     workdir, printed = finished
     result = json.loads((workdir / "result.json").read_text())
     assert set(result["test"]) == {"t2v", "v2t", "pair_accuracy"}
@@ -81,35 +92,29 @@ def test_tensorboard_reads_the_same_numbers(finished):
         assert [v for _, v in found] == pytest.approx([v for _, v in expected])
 
 
-def test_evaluate_repeats_the_test_of_the_run(finished):
+def test_evaluate_repeats_the_test_of_the_run(finished, capsys):
     workdir, _ = finished
     result = json.loads((workdir / "result.json").read_text())
-    for checkpoint in ("best", str(result["best_step"])):
-        run_module("drl_jax.evaluate", f"--workdir={workdir}", f"--checkpoint={checkpoint}")
-        written = json.loads((workdir / f"eval_test_{result['best_step']}.json").read_text())
-        assert written["metrics"] == result["test"]
-    printed = run_module(
-        "drl_jax.evaluate", f"--workdir={workdir}", "--checkpoint=latest", "--split=val"
-    ).stdout
-    assert "val of checkpoint 12, 32 videos" in printed
+    run_module("drl_jax.evaluate", f"--workdir={workdir}")
+    written = json.loads((workdir / f"eval_test_{result['best_step']}.json").read_text())
+    assert written["metrics"] == result["test"]
+    assert evaluate([f"--workdir={workdir}", "--checkpoint=latest", "--split=val"]) == 0
+    assert "val of checkpoint 12, 32 videos" in capsys.readouterr().out
     latest = json.loads((workdir / "eval_val_12.json").read_text())["metrics"]["t2v"]
-    logged = read_metrics(workdir)[-1]
-    assert latest["R@1"] == logged["eval/t2v_R1"]
+    assert latest["R@1"] == read_metrics(workdir)[-1]["eval/t2v_R1"]
 
 
-def test_a_finished_run_only_tests_again(finished, shapes_data):
+def test_a_finished_run_only_tests_again(finished, train_arguments, capsys):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
-    printed = run_module("drl_jax.train", *train_arguments(shapes_data, workdir)).stdout
-    assert "from step 12 of 12" in printed
+    assert train([*train_arguments(workdir)]) == 0
+    assert "from step 12 of 12" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_sigterm_saves_and_the_same_command_ends_where_it_would_have(
-    finished, shapes_data, tmp_path
-):
+def test_resuming_after_sigterm_gives_the_same_result(finished, train_arguments, tmp_path):
     workdir = tmp_path / "interrupted"
-    arguments = train_arguments(shapes_data, workdir)
+    arguments = train_arguments(workdir)
     process = subprocess.Popen(
         [sys.executable, "-m", "drl_jax.train", *arguments],
         cwd=ROOT,
@@ -125,7 +130,7 @@ def test_sigterm_saves_and_the_same_command_ends_where_it_would_have(
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "SIGTERM: saving a checkpoint" in errors
-    assert "the same command resumes" in errors
+    assert "rerun the command to resume" in errors
     assert "Traceback" not in errors
     assert not (workdir / "result.json").exists()
 
@@ -139,34 +144,37 @@ def test_sigterm_saves_and_the_same_command_ends_where_it_would_have(
     assert len(steps) == len(set(steps))
 
 
-def test_a_second_run_compiles_nothing_again(shapes_data, tmp_path):
-    """The cache is where the user's caches are; JAX_COMPILATION_CACHE_DIR turns it off."""
-    arguments = (*train_arguments(shapes_data, tmp_path / "run"), "--config.train.epochs=0")
-    off = {"XDG_CACHE_HOME": str(tmp_path / "off"), "JAX_COMPILATION_CACHE_DIR": ""}
-    run_module("drl_jax.train", *arguments, env=off)
-    assert not (tmp_path / "off" / "drl_jax").exists()
+def test_compiled_programs_are_cached_for_later_processes(tmp_path):
+    """In the user's cache directory; an empty JAX_COMPILATION_CACHE_DIR turns the cache off."""
+    code = (
+        "import jax\n"
+        "from drl_jax.runtime.compilation_cache import cache_compilations\n"
+        "cache_compilations()\n"
+        "print(jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((3, 3)))[0, 0])\n"
+    )
 
-    def cached():
-        return {path.name for path in (tmp_path / "on" / "drl_jax" / "xla").glob("*-cache")}
+    def run(directory, **env):
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / directory), **env}
+        subprocess.run([sys.executable, "-c", code], check=True, env=env)
+        return {path.name for path in (tmp_path / directory).rglob("*-cache")}
 
-    shutil.rmtree(tmp_path / "run")
-    on = {"XDG_CACHE_HOME": str(tmp_path / "on")}
-    run_module("drl_jax.train", *arguments, env=on)
-    first = cached()
+    assert run("off", JAX_COMPILATION_CACHE_DIR="") == set()
+    first = run("on")
     assert first
-    shutil.rmtree(tmp_path / "run")
-    run_module("drl_jax.train", *arguments, env=on)
-    assert cached() == first
+    assert {path.parent for path in (tmp_path / "on").rglob("*-cache")} == {
+        tmp_path / "on" / "drl_jax" / "xla"
+    }
+    assert run("on") == first
 
 
-def test_without_tensorflow_training_says_so_and_goes_on(shapes_data, tmp_path):
+def test_training_without_tensorflow_warns_and_continues(train_arguments, tmp_path):
     """A directory in front of the installed packages whose `tensorflow` cannot be imported."""
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "tensorflow.py").write_text("raise ImportError('hidden')")
     workdir = tmp_path / "run"
     printed = run_module(
         "drl_jax.train",
-        *train_arguments(shapes_data, workdir, "--config.train.epochs=1"),
+        *train_arguments(workdir),
         env={"PYTHONPATH": str(tmp_path / "hide")},
     ).stdout
     assert "TensorFlow is not installed: no TensorBoard files, only metrics.jsonl" in printed
@@ -175,9 +183,9 @@ def test_without_tensorflow_training_says_so_and_goes_on(shapes_data, tmp_path):
     assert any("train/loss" in entry for entry in read_metrics(workdir))
 
 
-def test_training_starts_from_foreign_weights(shapes_data, tmp_path):
-    """The file's sizes are the run's; without epochs, what it brings is tested as it is."""
-    clip = ClipConfig(
+def test_training_starts_from_foreign_weights(shapes_data, tmp_path, capsys):
+    """The run takes the sizes of the file; without epochs, its weights are tested unchanged."""
+    backbone = BackboneConfig(
         embed_dim=64,
         image_resolution=64,
         vision_layers=1,
@@ -188,41 +196,35 @@ def test_training_starts_from_foreign_weights(shapes_data, tmp_path):
         text_heads=1,
         text_layers=1,
     )
-    params = init_params(ModelConfig(clip=clip), jax.random.key(1))
-    save_state(tmp_path / "clip.safetensors", state_dict_from_params({"clip": params["clip"]}))
+    params = random_params(ModelConfig(backbone=backbone))
+    weights = tmp_path / "clip.safetensors"
+    save_file(state_dict_from_params({"backbone": params["backbone"]}), weights)
     arguments = (
         "--config=configs/shapes.py:smoke",
         f"--config.data.data_dir={shapes_data}",
-        f"--config.model.init={tmp_path / 'clip.safetensors'}",
+        f"--config.model.init={weights}",
         "--config.model.interaction=dp",
         "--config.model.agg_module=none",
         "--config.loss.cdcr=0",
         "--config.train.epochs=0",
     )
-    run_module("drl_jax.train", *arguments, f"--workdir={tmp_path / 'run'}")
-    run_module("drl_jax.train", *arguments, f"--workdir={tmp_path / 'run'}")
+    for _ in range(2):  # The second time, the run is resumed.
+        assert train([*arguments, f"--workdir={tmp_path / 'run'}"]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["best_step"], result["total_steps"]) == (0, 0)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["model"]["clip"]["vision_width"] == 64
+    assert config["model"]["backbone"]["vision_width"] == 64
     exported = tmp_path / "exported.safetensors"
-    run_module("drl_jax.convert", str(tmp_path / "run"), str(exported))
-    assert read_weights(exported).keys() == read_weights(tmp_path / "clip.safetensors").keys()
+    assert convert([str(tmp_path / "run"), str(exported)]) == 0
+    expected, found = (read_weights(path).state for path in (weights, exported))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
 
-    (tmp_path / "clip.safetensors").write_bytes(b"no weights")
-    process = run_module(
-        "drl_jax.train", *arguments, f"--workdir={tmp_path / 'other'}", check=False
-    )
-    assert "clip.safetensors is not a whole safetensors file" in error_line(process)
+    weights.write_bytes(b"no weights")
+    line = error_of("drl_jax.train", *arguments, f"--workdir={tmp_path / 'other'}", capsys=capsys)
+    assert "clip.safetensors is not a complete safetensors file" in line
     assert not (tmp_path / "other").exists()
-
-
-def test_evaluation_imports_neither_tensorflow_nor_torch():
-    code = (
-        "import drl_jax.evaluate, drl_jax.data.batches, sys;"
-        "bad = {'tensorflow', 'torch', 'clu'} & set(sys.modules); assert not bad, bad"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -238,37 +240,36 @@ def test_evaluation_imports_neither_tensorflow_nor_torch():
         ("extra", "unexpected argument 'extra'"),
     ],
 )
-def test_a_mistake_is_one_line(shapes_data, tmp_path, flag, message):
+def test_a_mistake_is_one_line(train_arguments, tmp_path, flag, message, capsys):
     off = "--config.data.build_if_absent=False"
-    arguments = train_arguments(shapes_data, tmp_path / "run", off, flag)
-    process = run_module("drl_jax.train", *arguments, check=False)
-    assert message in error_line(process)
+    arguments = train_arguments(tmp_path / "run", off, flag)
+    assert message in error_of("drl_jax.train", *arguments, capsys=capsys)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "pairs"), [("batch_size", 30), ("microbatch", 4)])
-def test_a_batch_that_devices_do_not_divide(shapes_data, tmp_path, name, pairs):
+def test_a_batch_that_is_not_divisible_by_the_devices(
+    train_arguments, tmp_path, name, pairs, capsys
+):
     flag = f"--config.train.{name}={pairs}"
-    arguments = train_arguments(shapes_data, tmp_path / "run", flag)
-    process = run_module("drl_jax.train", *arguments, check=False, env={"JAX_NUM_CPU_DEVICES": "8"})
-    assert f"config.train.{name}={pairs} does not divide over 8 devices" in error_line(process)
+    arguments = train_arguments(tmp_path / "run", flag)
+    line = error_of("drl_jax.train", *arguments, capsys=capsys)
+    assert f"config.train.{name}={pairs} is not divisible by the 8 devices" in line
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(shapes_data, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(train_arguments, tmp_path, capsys):
     arguments = train_arguments(
-        shapes_data, tmp_path / "run", "--config.optim.lr=1e30", "--config.optim.weight_decay=0.0"
+        tmp_path / "run", "--config.optim.lr=1e30", "--config.optim.weight_decay=0.0"
     )
-    process = run_module("drl_jax.train", *arguments, check=False)
-    assert process.returncode == 1
-    assert "Traceback" not in process.stderr
-    assert "the loss is not finite near step" in process.stderr
+    line = error_of("drl_jax.train", *arguments, capsys=capsys)
+    assert "the loss is not finite near step" in line
 
 
-def test_a_workdir_of_another_run_is_left_alone(finished, shapes_data):
+def test_a_workdir_of_another_run_is_refused(finished, train_arguments, capsys):
     workdir, _ = finished
     before = (workdir / "config.json").read_text()
-    arguments = train_arguments(shapes_data, workdir, "--config.optim.lr=0.5")
-    line = error_line(run_module("drl_jax.train", *arguments, check=False))
+    arguments = train_arguments(workdir, "--config.optim.lr=0.5")
+    line = error_of("drl_jax.train", *arguments, capsys=capsys)
     assert "config.optim.lr was 0.0015, now 0.5" in line
     assert (workdir / "config.json").read_text() == before
 
@@ -283,6 +284,6 @@ def test_a_workdir_of_another_run_is_left_alone(finished, shapes_data):
         (["--data_dir=nowhere"], "no dataset in nowhere"),
     ],
 )
-def test_evaluation_mistakes_are_one_line(finished, arguments, message):
-    process = run_module("drl_jax.evaluate", f"--workdir={finished[0]}", *arguments, check=False)
-    assert message in error_line(process)
+def test_evaluation_mistakes_are_one_line(finished, arguments, message, capsys):
+    arguments = (f"--workdir={finished[0]}", *arguments)
+    assert message in error_of("drl_jax.evaluate", *arguments, capsys=capsys)

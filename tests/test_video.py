@@ -1,12 +1,11 @@
 import hashlib
 import json
-import os
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
+from support.videos import HARD, SHARED, numbered_frames, write_video
 
 from drl_jax.data.video import (
     VideoError,
@@ -16,25 +15,6 @@ from drl_jax.data.video import (
     resize_crop,
     sample_positions,
 )
-
-SHARED = Path(os.environ.get("DRL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-
-
-def write_video(path: Path, frames: np.ndarray, fps: int, *, codec: str = "libx264", **options):
-    """uint8 [F, H, W, 3] -> a lossless file; the numbers below can be exact."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options={"qp": "0", **options})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv444p"
-        for array in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """Grey frames; the level of each tells its number."""
-    levels = np.arange(count, dtype=np.uint8) * 4
-    return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
 
 
 @pytest.mark.parametrize(
@@ -56,19 +36,19 @@ def test_sample_positions(n_frames, fps, max_frames, expected):
 @pytest.mark.parametrize(
     ("n_frames", "fps", "max_frames", "span", "expected"),
     [
-        (100, 10, 12, (2, 5), [20, 30, 40, 50]),  # the frame at the end is included
+        (100, 10, 12, (2, 5), [20, 30, 40, 50]),  # The end is included.
         (100, 10, 12, (0.55, 1.2), [5]),
-        (100, 10, 12, (8, 31), [80, 90]),  # longer than the video
+        (100, 10, 12, (8, 31), [80, 90]),  # The end is after the last frame.
         (100, 10, 12, (10, 12), []),
         (1000, 29.97, 12, (3, 6), [89, 119, 149, 179]),
         (1000, 10, 3, (10, 50), [100, 300, 500]),
     ],
 )
-def test_sample_positions_of_a_part(n_frames, fps, max_frames, span, expected):
+def test_sample_positions_of_a_span(n_frames, fps, max_frames, span, expected):
     assert sample_positions(n_frames, fps, max_frames, span) == expected
 
 
-def test_frames_come_one_a_second_in_order(tmp_path):
+def test_one_frame_per_second_is_read_in_order(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(41), fps=10)
     frames = read_frames(tmp_path / "v.mp4", max_frames=12, size=32)
     assert frames.shape == (5, 32, 32, 3)
@@ -77,15 +57,15 @@ def test_frames_come_one_a_second_in_order(tmp_path):
     np.testing.assert_allclose(levels, [0, 40, 80, 120, 160], atol=2)
 
 
-def test_a_part_of_a_video(tmp_path):
+def test_a_span_of_a_video(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(60), fps=10)
     frames = read_frames(tmp_path / "v.mp4", max_frames=12, size=32, span=(2, 4))
     np.testing.assert_allclose(frames.reshape(3, -1).mean(1), [80, 120, 160], atol=2)
-    with pytest.raises(VideoError, match=r"its span 7-9 s lies outside the file \(6.0 s\)"):
+    with pytest.raises(VideoError, match=r"its span 7-9 s is outside the file \(6.0 s\)"):
         read_frames(tmp_path / "v.mp4", max_frames=12, size=32, span=(7, 9))
 
 
-def test_what_a_whole_decode_finds(tmp_path):
+def test_inspect_video(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(60), fps=10)
     facts = inspect_video(tmp_path / "v.mp4", 12, 32)
     assert facts == VideoFacts(60, 0, 10.0, 6.0, variable_rate=False, black=False)
@@ -93,13 +73,13 @@ def test_what_a_whole_decode_finds(tmp_path):
     assert inspect_video(tmp_path / "black.mp4", 12, 32).black
 
 
-def test_bframes_are_counted_in_the_order_of_display(tmp_path):
+def test_bframes_are_counted_in_display_order(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(41), fps=10, bf="3")
     levels = read_frames(tmp_path / "v.mp4", max_frames=3, size=32).reshape(3, -1).mean(1)
     np.testing.assert_allclose(levels, [0, 80, 160], atol=2)
 
 
-def test_resize_crop_is_pils_bicubic_and_central():
+def test_resize_crop_is_pil_bicubic_and_central():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
     found = resize_crop(image, 20)
     expected = (
@@ -109,12 +89,12 @@ def test_resize_crop_is_pils_bicubic_and_central():
     assert resize_crop(image.transpose(1, 0, 2), 20).shape == (20, 20, 3)
 
 
-def test_a_picture_of_the_right_size_is_untouched():
+def test_a_picture_of_the_right_size_is_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
     np.testing.assert_array_equal(resize_crop(image, 20), image)
 
 
-def test_what_is_no_video_says_why(tmp_path):
+def test_a_file_that_is_no_video_gives_a_reason(tmp_path):
     (tmp_path / "text.mp4").write_text("no video at all")
     (tmp_path / "empty.mp4").touch()
     write_video(tmp_path / "whole.mp4", numbered_frames(30), fps=10)
@@ -127,33 +107,6 @@ def test_what_is_no_video_says_why(tmp_path):
         read_frames(tmp_path / "thin.mkv", 12, 32)
 
 
-# Frames that a correct decoder gives for files that break others, or the start of the reason.
-HARD = {
-    "anim.gif": 2,
-    "audio_only.mp4": "has no video stream",
-    "av1_10bit.mkv": 3,
-    "bitflips.mp4": 10,
-    "fps_0p25.mp4": 3,
-    "fps_1000.mp4": 3,
-    "height_1px.mkv": "picture of 320 x 1",
-    "hevc_10bit.mp4": 3,
-    "long_10min.mp4": 12,
-    "missing_moov.mp4": "cannot be read",
-    "no_duration.webm": 5,
-    "odd_161x91_444.mp4": 2,
-    "odd_h91_420.avi": 2,
-    "rotated_90.mp4": 3,
-    "sar_16_9.mp4": 3,
-    "short_0p3s.mp4": 1,
-    "single_frame.mp4": 1,
-    "text.mp4": "cannot be read",
-    "truncated_60pct.mp4": 7,
-    "vfr.mp4": 10,
-    "vp9.webm": 3,
-    "zero_byte.mp4": "cannot be read",
-}
-
-
 @pytest.mark.skipif(not (SHARED / "hard_clips").is_dir(), reason="no hard clips beside the project")
 @pytest.mark.parametrize("name", sorted(HARD))
 def test_hard_clips(name):
@@ -164,18 +117,18 @@ def test_hard_clips(name):
     else:
         frames = read_frames(SHARED / "hard_clips" / name, 12, 224)
         assert frames.shape == (expected, 224, 224, 3)
-        assert frames.reshape(expected, -1).std(1).min() > 1  # never an all-black frame
+        assert frames.reshape(expected, -1).std(1).min() > 1  # No black frame.
 
 
-# Where no correct decoder agrees with decord: it repeats a frame that does not exist, or converts
-# 10-bit pictures and odd heights another way.
+# Files that decord reads differently: it repeats a frame that does not exist, and converts 10-bit
+# pictures and odd heights in another way.
 UNLIKE_DECORD = {"stream-of-water.webm", "hevc_10bit.mp4", "odd_h91_420.avi"}
 DECORD = json.loads((Path(__file__).parent / "golden" / "decord.json").read_text())
 
 
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips beside the project")
 @pytest.mark.parametrize("name", sorted(DECORD))
-def test_pixels_are_those_of_the_reference_s_decoder(name):
+def test_pixels_equal_those_of_decord(name):
     frames = read_frames(SHARED / name, 12, 224)
     same = hashlib.sha256(frames.tobytes()).hexdigest() == DECORD[name]["sha256"]
     assert same == (Path(name).name not in UNLIKE_DECORD)

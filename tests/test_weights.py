@@ -13,17 +13,22 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from conftest import error_line, run_module
 from safetensors.numpy import load_file, save_file
-from test_reference_parity import GOLDEN, SPEC, case_state, clip_state, load
+from support.commands import error_of, run_module
+from support.golden import GOLDEN, SPEC, case_state, clip_state, load
+from support.params import random_params
+from support.runs import make_run
 
+import drl_jax
 from drl_jax.config import ModelConfig
+from drl_jax.convert import main as convert
 from drl_jax.models.drl import init_params
+from drl_jax.runs.workdir import load_config
 from drl_jax.weights.load import (
+    Weights,
     WeightsError,
-    infer_clip,
-    infer_heads,
-    initial_params,
+    backbone_of_weights,
+    heads_of_weights,
     params_from_state,
     read_weights,
     state_dict_from_params,
@@ -43,14 +48,15 @@ def assert_states_equal(found, expected):
 
 @pytest.mark.parametrize("file", ["clip_torchscript.pt", "clip_legacy.pt"])
 def test_archives_of_clip_read_bit_for_bit(file):
-    assert_states_equal(read_weights(GOLDEN / file), clip_state())
+    assert_states_equal(read_weights(GOLDEN / file).state, clip_state())
 
 
 def test_a_drl_checkpoint_reads_bit_for_bit():
-    found = read_weights(GOLDEN / WHOLE)
+    weights = read_weights(GOLDEN / WHOLE)
+    found = weights.state
     expected = case_state(SPEC["cases"]["wti_seqtransf_cdcr3"])
     assert_states_equal(found, {name: expected[name] for name in found})
-    model = infer_heads(ModelConfig(interaction="dp"), found)
+    model = heads_of_weights(ModelConfig(interaction="dp"), weights)
     assert (model.interaction, model.wti_arch, model.agg_module) == ("wti", 2, "seqTransf")
 
 
@@ -113,7 +119,7 @@ def write_zip(path, content, data=None, compression=zipfile.ZIP_STORED):
         archive.writestr("archive/data/0", struct.pack("<6f", *range(6)) if data is None else data)
 
 
-def test_the_test_s_own_writer_makes_good_files(tmp_path):
+def test_the_test_writer_makes_valid_files(tmp_path):
     write_zip(tmp_path / "good.pt", {"a": tensor(), "b": tensor(offset=5, size=(), stride=())})
     found = read_torch_file(tmp_path / "good.pt")
     np.testing.assert_array_equal(found["a"], [[0, 1, 2], [3, 4, 5]])
@@ -137,7 +143,7 @@ def test_the_test_s_own_writer_makes_good_files(tmp_path):
         ({"a": tensor(numel=2**60, size=(1,), stride=(1,))}, "has 24 bytes"),
     ],
 )
-def test_what_is_dangerous_is_refused_by_name(tmp_path, content, message):
+def test_unsafe_pickles_are_refused_by_name(tmp_path, content, message):
     sentinel = tmp_path / "sentinel"
     for value in content.values():
         if isinstance(value, Call):
@@ -194,7 +200,7 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path):
     save_file({"a": np.zeros((2, 3), np.float32)}, tmp_path / "a.safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(TorchFileError, match="not a whole safetensors file"):
+    with pytest.raises(TorchFileError, match="not a complete safetensors file"):
         read_torch_file(tmp_path / "a.safetensors")
 
 
@@ -203,7 +209,9 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def shapes():
-    model = ModelConfig(clip=infer_clip(clip_state()), interaction="dp", agg_module="none")
+    model = ModelConfig(
+        backbone=backbone_of_weights(Weights(clip_state())), interaction="dp", agg_module="none"
+    )
     return jax.eval_shape(lambda: init_params(model, KEY))
 
 
@@ -212,14 +220,14 @@ def test_every_name_of_both_sides_is_accounted_for(shapes):
     lacking = {name: t for name, t in state.items() if name != "clip.ln_final.bias"}
     with pytest.raises(WeightsError, match=r"lack clip\.ln_final\.bias"):
         params_from_state(lacking, shapes)
-    with pytest.raises(WeightsError, match=r"have clip\.extra, which the model has not"):
+    with pytest.raises(WeightsError, match=r"have clip\.extra, which the model does not have"):
         params_from_state({**state, "clip.extra": np.zeros(3)}, shapes)
     wrong = {**state, "clip.text_projection": np.zeros((3, 5), np.float32)}
     with pytest.raises(WeightsError, match=r"clip\.text_projection is \(3, 5\) in the weights"):
         params_from_state(wrong, shapes)
 
 
-def test_what_is_no_vit_is_refused(tmp_path):
+def test_files_without_a_vit_are_refused(tmp_path):
     save_file({"visual.layer1.0.conv1.weight": np.zeros(3)}, tmp_path / "rn.safetensors")
     with pytest.raises(WeightsError, match="ResNet"):
         read_weights(tmp_path / "rn.safetensors")
@@ -233,14 +241,18 @@ def test_what_is_no_vit_is_refused(tmp_path):
     ("interaction", "arch"), [("dp", 2), ("wti", 1), ("wti", 2), ("wti", 3), ("xti", 2)]
 )
 def test_parameters_come_back_bit_for_bit(agg_module, interaction, arch):
-    clip = infer_clip(clip_state())
-    model = ModelConfig(clip=clip, agg_module=agg_module, interaction=interaction, wti_arch=arch)
-    params = initial_params(model, clip_state(), KEY)
+    backbone = backbone_of_weights(Weights(clip_state()))
+    model = ModelConfig(
+        backbone=backbone, agg_module=agg_module, interaction=interaction, wti_arch=arch
+    )
+    shapes = jax.eval_shape(lambda: init_params(model, KEY))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     state = state_dict_from_params(params)
-    again = params_from_state(state, jax.eval_shape(lambda: params))
+    again = params_from_state(state, shapes)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    inferred = infer_heads(ModelConfig(clip=clip, interaction="dp"), state)
+    inferred = heads_of_weights(ModelConfig(backbone=backbone, interaction="dp"), Weights(state))
     assert (inferred.interaction, inferred.agg_module) == (interaction, agg_module)
     assert interaction != "wti" or inferred.wti_arch == arch
 
@@ -283,37 +295,79 @@ def to_hugging_face(state):
 
 def test_hugging_face_names(tmp_path):
     save_file(to_hugging_face(load("clip")), tmp_path / "hf.safetensors")
-    assert_states_equal(read_weights(tmp_path / "hf.safetensors"), clip_state())
+    assert_states_equal(read_weights(tmp_path / "hf.safetensors").state, clip_state())
 
 
-# ---------------------------------------------------------------- the commands
+# ---------------------------------------------------------------- the command
 
 
-def test_convert_round_trips_bit_for_bit(tmp_path):
+def test_convert_round_trips_bit_for_bit(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     printed = run_module("drl_jax.convert", str(GOLDEN / WHOLE), str(first)).stdout
     assert "interaction wti, agg_module seqTransf" in printed
-    run_module("drl_jax.convert", str(first), str(tmp_path / "a.safetensors"))
-    exported = load_file(tmp_path / "a.safetensors")
-    original = read_weights(GOLDEN / WHOLE)
+    # Into a directory that does not exist yet.
+    one, other = tmp_path / "new" / "a.safetensors", tmp_path / "b.safetensors"
+    assert convert([str(first), str(one)]) == 0
+    exported = load_file(one)
+    original = read_weights(GOLDEN / WHOLE).state
     assert_states_equal(exported, {n: t.astype(np.float32) for n, t in original.items()})
-    run_module("drl_jax.convert", str(tmp_path / "a.safetensors"), str(second))
-    run_module("drl_jax.convert", str(second), str(tmp_path / "b.safetensors"))
-    assert_states_equal(load_file(tmp_path / "b.safetensors"), exported)
+    assert convert([str(one), str(second)]) == 0
+    assert convert([str(second), str(other)]) == 0
+    assert_states_equal(load_file(other), exported)
     config = json.loads((first / "config.json").read_text())
-    assert config["model"]["clip"]["vision_width"] == SPEC["clip"]["vwidth"]
+    assert config["model"]["backbone"]["vision_width"] == SPEC["clip"]["vwidth"]
+    line = error_of("drl_jax.convert", str(GOLDEN / WHOLE), str(first), capsys=capsys)
+    assert "already holds a run" in line
 
-    again = run_module("drl_jax.convert", str(GOLDEN / WHOLE), str(first), check=False)
-    assert "holds a run already" in error_line(again)
+
+def test_an_exported_run_comes_back_as_the_same_model(shapes_config, tmp_path):
+    """Head counts that are not width // 64, `max_words`, and the similarities."""
+    config = make_run(tmp_path / "run", shapes_config)
+    file = tmp_path / "exported.safetensors"
+    assert convert([str(tmp_path / "run"), str(file)]) == 0
+    assert convert([str(file), str(tmp_path / "again")]) == 0
+    again = load_config(tmp_path / "again")
+    assert again.model.backbone == config.model.backbone
+    assert (again.data.max_words, again.data.max_frames) == (24, 4)
+    captions = ["a red circle moves to the left", "two words"]
+    frames = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
+    models = [drl_jax.load(path) for path in (tmp_path / "run", file, tmp_path / "again")]
+    found = [m.similarity(m.encode_text(captions), m.encode_video([frames])) for m in models]
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+
+
+def test_heads_are_not_guessed_for_widths_that_openai_does_not_have(shapes_config, tmp_path):
+    params = random_params(shapes_config.model)
+    save_file(state_dict_from_params(params), tmp_path / "unknown.safetensors")
+    with pytest.raises(WeightsError, match=r"32 channels, which are not heads of 64.*convert RUN"):
+        backbone_of_weights(read_weights(tmp_path / "unknown.safetensors"))
+
+
+def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tmp_path):
+    state = state_dict_from_params(random_params(shapes_config.model))
+    for stored in ("{", '{"seed": 1}'):
+        save_file(state, tmp_path / "a.safetensors", metadata={"drl_jax_config": stored})
+        with pytest.raises(WeightsError, match=r"a\.safetensors: its stored configuration"):
+            read_weights(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["one"], "needs 2 paths: IN OUT"),
+        (["one"], "the following arguments are required: OUT"),
         (["absent.pt", "out"], "cannot read absent.pt"),
         (["README.md", "out"], "README.md is damaged, or not a PyTorch or safetensors file"),
+        (["tests", "out"], "a run is exported to a file NAME.safetensors, not out"),
+        (["tests", "out.safetensors"], "no run in tests"),
     ],
 )
-def test_convert_mistakes_are_one_line(arguments, message):
-    assert message in error_line(run_module("drl_jax.convert", *arguments, check=False))
+def test_convert_mistakes_are_one_line(arguments, message, capsys):
+    assert message in error_of("drl_jax.convert", *arguments, capsys=capsys)
+
+
+def test_an_export_that_cannot_be_written_is_one_line(search_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a directory")
+    target = tmp_path / "file" / "out.safetensors"
+    line = error_of("drl_jax.convert", str(search_run), str(target), capsys=capsys)
+    assert f"cannot write {target}" in line

@@ -1,0 +1,66 @@
+"""Runs commands as a user does: in a process, or in this one where only the messages matter."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Flags that make `configs/shapes.py:smoke` a matter of seconds.
+TINY = (
+    "--config.model.backbone.embed_dim=32",
+    "--config.model.backbone.text_width=32",
+    "--config.model.backbone.text_heads=2",
+    "--config.model.backbone.text_layers=1",
+    "--config.model.backbone.vision_width=32",
+    "--config.model.backbone.vision_heads=2",
+    "--config.model.backbone.vision_layers=1",
+    "--config.model.temporal_layers=1",
+)
+
+
+def run_module(
+    module: str, *arguments: str, check: bool = True, env: dict[str, str] | None = None, **kwargs
+) -> subprocess.CompletedProcess:
+    """Runs `python -m module` from the root of the repository, on one device."""
+    finished = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=kwargs.pop("cwd", ROOT),
+        env={**os.environ, **(env or {})},
+        timeout=600,
+        **kwargs,
+    )
+    if check and finished.returncode:
+        raise AssertionError(f"{module} {arguments}: {finished.stdout}\n{finished.stderr}")
+    return finished
+
+
+def error_line(finished: subprocess.CompletedProcess) -> str:
+    """The one line that a failed command prints on stderr, besides progress bars."""
+    assert finished.returncode != 0, finished.stdout
+    return _only_line(finished.stderr)
+
+
+def error_of(module: str, *arguments: str, capsys) -> str:
+    """The same for a command that runs in this process, on its 8 devices: `main([...])`."""
+    capsys.readouterr()
+    name = f"{module}.__main__" if module == "drl_jax.search" else module
+    try:
+        status = importlib.import_module(name).main(list(arguments))
+    except SystemExit as error:  # argparse
+        status = error.code
+    captured = capsys.readouterr()
+    assert status in (1, 2), (status, captured.out)
+    return _only_line(captured.err)
+
+
+def _only_line(errors: str) -> str:
+    assert "Traceback" not in errors, errors
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line for line in lines if not re.search(r"\| \d+/\d+ \[", line)]
+    assert len(lines) == 1, errors
+    return lines[0]

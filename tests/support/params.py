@@ -1,0 +1,40 @@
+"""Random parameters without the model's own initialisation, which takes seconds to compile."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drl_jax.config import ModelConfig
+from drl_jax.models.clip import INITIAL_LOGIT_SCALE
+from drl_jax.models.drl import Params, init_params
+
+
+def random_params(config: ModelConfig, seed: int = 0, *, position_std: float = 0.02) -> Params:
+    """Parameters at which features, similarities and gradients are of ordinary size.
+
+    Args:
+      config: the model.
+      seed: of the random numbers.
+      position_std: standard deviation of position embeddings; with 1, the order of frames matters
+        without training.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = [str(entry.key) for entry in path]
+        if names[-1] == "logit_scale":
+            value = np.full(leaf.shape, INITIAL_LOGIT_SCALE)
+        elif names[-1] == "scale":
+            value = np.ones(leaf.shape)
+        elif names[-1] == "bias":
+            value = np.zeros(leaf.shape)
+        elif "position" in "/".join(names):
+            value = position_std * rng.normal(size=leaf.shape)
+        elif names[-1] == "embedding":
+            value = 0.02 * rng.normal(size=leaf.shape)
+        else:
+            value = leaf.shape[-2:][0] ** -0.5 * rng.normal(size=leaf.shape)
+        return jnp.asarray(value, jnp.float32)
+
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(draw, shapes)

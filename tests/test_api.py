@@ -1,0 +1,134 @@
+"""The Python API as a user calls it."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support.commands import ROOT
+from support.golden import GOLDEN
+from support.params import random_params
+from support.runs import make_run
+
+import drl_jax
+from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.data.batches import load_split
+from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.weights.load import state_dict_from_params
+
+CAPTIONS = ["a red circle moves left", "two words"]
+
+
+def test_the_documented_lines_run_in_a_process_of_their_own(search_run, test_videos):
+    """Without flags, in any directory."""
+    video = sorted(test_videos.iterdir())[0]
+    code = (
+        "import drl_jax\n"
+        f"model = drl_jax.load({str(search_run)!r})\n"
+        "text = model.encode_text(['a red circle moves left'])\n"
+        f"video = model.encode_video([{str(video)!r}])\n"
+        "print(model.similarity(text, video).shape)\n"
+        "import sys; assert 'tensorflow' not in sys.modules\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert finished.stdout.strip() == "(1, 1)"
+
+
+@pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
+def test_similarities_are_those_of_evaluation(interaction, shapes_config, test_videos, tmp_path):
+    config = make_run(tmp_path / "run", shapes_config, interaction)
+    model = drl_jax.load(tmp_path / "run")
+    dataset = VideoDataset(dataset_dir(config))
+    split = load_split(dataset, "test", config.data)
+    expected = Evaluator(config, dataset, model.layout).run(model.params, split).sim_matrix
+    captions = [captions[0] for captions in split.captions]
+    files = [test_videos / f"{dataset.video_ids[video]}.mp4" for video in split.videos[:5]]
+    text, video = model.encode_text(captions), model.encode_video(files)
+    np.testing.assert_allclose(model.similarity(text, video), expected[:, :5], atol=2e-5)
+    # Frames instead of files, and parts of a result.
+    frames = [model.read_video(file).frames for file in files[:2]]
+    one = {name: array[1:2] for name, array in model.encode_video(frames).items()}
+    np.testing.assert_allclose(model.similarity(text, one), expected[:, 1:2], atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def openai_shaped():
+    """Random parameters of a model with heads of 64 channels, as OpenAI's CLIP has."""
+    backbone = BackboneConfig(
+        embed_dim=64,
+        image_resolution=32,
+        vision_layers=1,
+        vision_width=64,
+        vision_heads=1,
+        vision_patch_size=16,
+        text_width=64,
+        text_heads=1,
+        text_layers=1,
+    )
+    return random_params(ModelConfig(backbone=backbone, temporal_layers=1))
+
+
+def test_clip_alone_is_zero_shot_retrieval(openai_shaped, tmp_path):
+    state = state_dict_from_params({"backbone": openai_shaped["backbone"]})
+    save_file(state, tmp_path / "clip.safetensors")
+    model = drl_jax.load(tmp_path / "clip.safetensors")
+    assert (model.config.model.interaction, model.config.model.agg_module) == ("dp", "none")
+    frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    text, video = model.encode_text(CAPTIONS), model.encode_video([frames, frames[:1]])
+    expected = text["sentence_unit"] @ video["video_unit"].T
+    np.testing.assert_allclose(model.similarity(text, video), expected, atol=1e-6)
+    with pytest.raises(drl_jax.UserError, match=r"frames must be uint8 \[1 to 12, 32, 32, 3\]"):
+        model.encode_video([frames.astype(np.float32)])
+
+
+def test_a_drl_checkpoint_loads_with_its_heads(openai_shaped, tmp_path):
+    file = tmp_path / "drl.safetensors"
+    save_file(state_dict_from_params(openai_shaped), file)
+    model = drl_jax.load(file)
+    assert (model.config.model.interaction, model.config.model.agg_module) == ("wti", "seqTransf")
+    assert model.source == {"weights": str(file)}
+    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(openai_shaped), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused():
+    with pytest.raises(drl_jax.UserError, match="is too small for the tokenizer of clip"):
+        drl_jax.load(GOLDEN / "drl_wti_seqtransf.bin")
+
+
+def test_mistakes_say_what_to_do(search_model, tmp_path):
+    for call, message in (
+        (lambda: drl_jax.load("nowhere"), "no run in nowhere"),
+        (
+            lambda: drl_jax.load("none.pt"),
+            "no run in none.pt: there is no such directory, nor a file",
+        ),
+        (lambda: search_model.encode_text([]), "there is no caption"),
+        (lambda: search_model.encode_text(["a", " "]), "a query is blank"),
+        (lambda: search_model.encode_text("a dog"), "a list of captions, not one string"),
+        (lambda: search_model.encode_video([]), "there is no video"),
+        (lambda: search_model.encode_video("a.mp4"), "a list of videos, not one path"),
+        (lambda: search_model.encode_video(["a.mp4"]), r"a\.mp4 cannot be read as a video"),
+    ):
+        with pytest.raises(drl_jax.UserError, match=message):
+            call()
+
+
+def test_the_fingerprint_depends_on_results_only(search_model):
+    def fingerprint(**changes):
+        config = search_model.config
+        model = dataclasses.replace(config.model, **changes)
+        config = dataclasses.replace(config, model=model)
+        return dataclasses.replace(search_model, config=config).fingerprint
+
+    same = {"similarity_block": 7, "remat": True, "scan_unroll": 2, "init": "a.pt"}
+    for name, value in same.items():
+        assert fingerprint(**{name: value}) == search_model.fingerprint, name
+    assert fingerprint(interaction="ti") != search_model.fingerprint
+    assert fingerprint(dtype="bfloat16") != search_model.fingerprint

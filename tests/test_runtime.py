@@ -1,0 +1,153 @@
+"""Limits of processors and memory, atomic files, the command-line layer, agreement to stop."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from support.commands import ROOT
+
+from drl_jax.runtime import resources
+from drl_jax.runtime.distributed import StopPoll, poll_interval
+from drl_jax.runtime.files import replacing, write_text
+
+
+def test_processors_are_those_of_the_affinity_mask():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert resources.available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch):
+    """A machine with 64 processors and 100 GB, and a directory for the files of a cgroup."""
+    cgroup = tmp_path / "cgroup" / "job"
+    cgroup.mkdir(parents=True)
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable: 100000000 kB\n")
+    (tmp_path / "own").write_text("0::/job\n")
+    monkeypatch.setattr(resources, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(resources, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    return cgroup
+
+
+def test_limits_of_cgroup_version_2(cgroups):
+    assert resources.available_cpus() == 64
+    assert resources.available_memory() == 100_000_000 * 1024
+    (cgroups / "cpu.max").write_text("max 100000\n")
+    assert resources.available_cpus() == 64
+    (cgroups / "cpu.max").write_text("250000 100000\n")
+    (cgroups / "memory.max").write_text(f"{8 * 2**30}\n")
+    (cgroups / "memory.current").write_text(f"{5 * 2**30}\n")
+    (cgroups / "memory.stat").write_text(f"anon 1\ninactive_file {2**30}\n")
+    assert resources.available_cpus() == 3
+    assert resources.available_memory() == 4 * 2**30
+    # The parent may be stricter.
+    (cgroups.parent / "cpu.max").write_text("100000 100000\n")
+    assert resources.available_cpus() == 1
+
+
+def test_limits_of_cgroup_version_1(cgroups, tmp_path):
+    (tmp_path / "own").write_text("3:cpu:/job\n2:memory:/job\n")
+    for controller in ("cpu", "memory"):
+        (tmp_path / "cgroup" / controller / "job").mkdir(parents=True)
+    (tmp_path / "cgroup" / "cpu" / "job" / "cpu.cfs_quota_us").write_text("200000\n")
+    (tmp_path / "cgroup" / "cpu" / "job" / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cgroup" / "memory" / "job" / "memory.limit_in_bytes").write_text("1000\n")
+    (tmp_path / "cgroup" / "memory" / "job" / "memory.usage_in_bytes").write_text("400\n")
+    assert resources.available_cpus() == 2
+    assert resources.available_memory() == 600
+
+
+def test_files_are_replaced_atomically(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "first")
+
+    def interrupted():
+        with replacing(path) as unfinished:
+            unfinished.write_text("second")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_commands_answer_help_without_importing_jax():
+    """`--help` is answered at once: jax, NumPy and TFDS are imported by the work itself."""
+    heavy = "jax flax numpy tensorflow_datasets orbax av grain PIL matplotlib starlette"
+    code = (
+        "import sys\n"
+        f"for name in {heavy.split()}: sys.modules[name] = None\n"
+        "import drl_jax.train, drl_jax.evaluate, drl_jax.convert, drl_jax.search.__main__\n"
+        "import data_prep.build, data_prep.check, data_prep.compare, data_prep.download_clip\n"
+        "for module in (drl_jax.train, drl_jax.evaluate, drl_jax.convert,\n"
+        "               drl_jax.search.__main__, data_prep.build, data_prep.check,\n"
+        "               data_prep.compare, data_prep.download_clip):\n"
+        "    try:\n"
+        "        module.main(['--help'])\n"
+        "    except SystemExit as error:\n"
+        "        assert error.code == 0\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    commands = ("train", "evaluate", "convert", "search", "build", "check", "compare", "download_")
+    for command in commands:
+        assert f".{command}" in finished.stdout
+    assert finished.stdout.count("usage: python -m ") == 8
+
+
+def test_evaluation_and_the_api_import_neither_tensorflow_nor_torch():
+    code = (
+        "import sys, drl_jax; drl_jax.load\n"
+        "import drl_jax.runs.evaluate_run, drl_jax.data.batches\n"
+        "bad = {'tensorflow', 'torch', 'clu'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "steps"), [(0.01, 500), (0.5, 10), (4, 1), (60, 1), (0, 5000)]
+)
+def test_processes_agree_to_stop_within_seconds(step_seconds, steps):
+    assert poll_interval(5.0, step_seconds) == steps
+
+
+def test_one_process_stops_after_the_step_that_it_is_in():
+    pending = False
+    poll = StopPoll(lambda: pending)
+    assert not poll(1)
+    pending = True
+    assert poll(2)
+
+
+def test_processes_poll_after_the_same_steps(monkeypatch):
+    """Two processes, one of them slower; a signal reaches one of them."""
+    from drl_jax.runtime import distributed
+
+    clock = 0.0
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: clock)
+    other_pending = False
+    polls = []
+
+    def process_allgather(own):
+        polls.append(step)
+        return distributed.np.stack([own, [other_pending, 0.5]])
+
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", process_allgather)
+    poll = StopPoll(lambda: False, seconds=5.0)
+    for step in range(1, 30):
+        clock += 0.25
+        other_pending = step > 12
+        if poll(step):
+            break
+    # The slower process takes 0.5 s a step: intervals double up to 10 steps, 5 s.
+    assert polls == [1, 3, 7, 15]
+    assert step == 15
