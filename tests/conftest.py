@@ -35,6 +35,18 @@ from drl_jax.weights.load import save_weights
 cache_compilations()
 
 
+# Files that take longest. They start first, so that both workers finish at about the same time.
+SLOW_FILES = ("train", "steps", "distributed", "reference_parity", "search", "search_engines")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> ModelConfig:
     """A model that compiles in about a second."""
