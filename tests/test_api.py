@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 from support.commands import ROOT
 from support.golden import GOLDEN
-from support.params import random_params
+from support.params import openai_shaped_backbone, random_params
 from support.runs import make_run
 
 import drl_jax
-from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.config import ModelConfig
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
@@ -59,18 +59,8 @@ def test_similarities_are_those_of_evaluation(interaction, shapes_config, test_v
 
 @pytest.fixture(scope="module")
 def openai_shaped():
-    """Random parameters of a model with heads of 64 channels, as OpenAI's CLIP has."""
-    backbone = BackboneConfig(
-        embed_dim=64,
-        image_resolution=32,
-        vision_layers=1,
-        vision_width=64,
-        vision_heads=1,
-        vision_patch_size=16,
-        text_width=64,
-        text_heads=1,
-        text_layers=1,
-    )
+    """Random parameters of a complete DRL model with such a backbone."""
+    backbone = openai_shaped_backbone(32)
     return random_params(ModelConfig(backbone=backbone, temporal_layers=1))
 
 

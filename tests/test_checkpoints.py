@@ -32,7 +32,7 @@ def state(tiny_model, tx):
 
 
 def at_step(step: int) -> TrainState:
-    """A state with one small parameter: Orbax does not care."""
+    """A state with one small parameter; checkpoints do not depend on the model."""
     replicated = make_layout().replicated
     return jax.device_put(
         TrainState(np.int32(step), {"w": np.ones(3)}, {"m": np.ones(3)}), replicated

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support.commands import ROOT, TINY, error_of, run_module
-from support.params import random_params
+from support.params import openai_shaped_backbone, random_params
 
-from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.config import ModelConfig
 from drl_jax.convert import main as convert
 from drl_jax.evaluate import main as evaluate
 from drl_jax.train import main as train
@@ -185,18 +185,7 @@ def test_training_without_tensorflow_warns_and_continues(train_arguments, tmp_pa
 
 def test_training_starts_from_foreign_weights(shapes_data, tmp_path, capsys):
     """The run takes the sizes of the file; without epochs, its weights are tested unchanged."""
-    backbone = BackboneConfig(
-        embed_dim=64,
-        image_resolution=64,
-        vision_layers=1,
-        vision_width=64,
-        vision_heads=1,
-        vision_patch_size=16,
-        text_width=64,
-        text_heads=1,
-        text_layers=1,
-    )
-    params = random_params(ModelConfig(backbone=backbone))
+    params = random_params(ModelConfig(backbone=openai_shaped_backbone(64)))
     weights = tmp_path / "clip.safetensors"
     save_file(state_dict_from_params({"backbone": params["backbone"]}), weights)
     arguments = (

@@ -144,7 +144,7 @@ class TrainLog:
 class JsonlWriter:
     """Appends scalars to `metrics.jsonl`: one object per write, with "step" and the tags."""
 
-    def __init__(self, workdir: Path, resumed_step: int, *, keep_evaluation: bool = True):
+    def __init__(self, workdir: Path, resumed_step: int, *, keep_evaluation: bool):
         """Opens the file and removes the lines that the resumed run writes again.
 
         Args:

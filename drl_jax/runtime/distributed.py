@@ -169,7 +169,7 @@ class StopPoll:
 
         Args:
           pending: whether a stop is pending in this process.
-          seconds: time between polls, and so the longest delay of a stop, beside one step.
+          seconds: approximate time between polls, which is also the delay of a stop.
         """
         self._pending, self._seconds = pending, seconds
         self._last_step: int | None = None

@@ -4,9 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drl_jax.config import ModelConfig
+from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.clip import INITIAL_LOGIT_SCALE
 from drl_jax.models.drl import Params, init_params
+
+
+def openai_shaped_backbone(image_resolution: int) -> BackboneConfig:
+    """A small backbone with heads of 64 channels, as OpenAI's CLIP has."""
+    return BackboneConfig(
+        embed_dim=64,
+        image_resolution=image_resolution,
+        vision_layers=1,
+        vision_width=64,
+        vision_heads=1,
+        vision_patch_size=16,
+        text_width=64,
+        text_heads=1,
+        text_layers=1,
+    )
 
 
 def random_params(config: ModelConfig, seed: int = 0, *, position_std: float = 0.02) -> Params:

@@ -51,8 +51,8 @@ class Interaction(nnx.Module):
     CDCR_VARIANTS: ClassVar[tuple[int, ...]] = (0,)
     # Whether `query_vectors` and `video_vectors` exist.
     HAS_VECTORS: ClassVar[bool] = False
-    # Parameter that starts as a copy of the text tower's position embeddings; its blocks, then,
-    # start as copies of the text tower's. Empty: no transformer.
+    # Parameter that is initialised with the text tower's position embeddings; the blocks of the
+    # transformer are then initialised with the text tower's. Empty: no transformer.
     COPIED_POSITIONS: ClassVar[str] = ""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
