@@ -15,7 +15,7 @@ from benchmarks.hlo import collective_bytes
 from benchmarks.measure import arguments, positive_int, positive_ints, report
 from benchmarks.memory import FRAMES, compile_step
 from drl_jax.config import ModelConfig
-from drl_jax.models.drl import init_params
+from drl_jax.models.drl import param_shapes
 from drl_jax.sharding import make_layout
 
 
@@ -30,7 +30,7 @@ def formula(config: ModelConfig, pairs: int) -> dict[str, int]:
       `gathered`: frame features, masks and weights of all pairs; `reduced`: gradients of these
       features and weights, and of all parameters.
     """
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = param_shapes(config)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     features, weights = pairs * FRAMES * config.backbone.embed_dim, pairs * FRAMES
     return {

@@ -28,12 +28,12 @@ def tx():
 
 @pytest.fixture(scope="module")
 def state(tiny_model, tx):
-    return state_from_params(random_params(tiny_model), tx, make_layout())
+    return state_from_params(random_params(tiny_model), tx, make_layout(jax.devices()[:1]))
 
 
 def at_step(step: int) -> TrainState:
     """A state with one small parameter; checkpoints do not depend on the model."""
-    replicated = make_layout().replicated
+    replicated = make_layout(jax.devices()[:1]).replicated
     return jax.device_put(
         TrainState(np.int32(step), {"w": np.ones(3)}, {"m": np.ones(3)}), replicated
     )

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.datasets import builder_class
 from drl_jax.config import Config, ConfigError, DataConfig
-from drl_jax.models.drl import config_from_dict, init_params
+from drl_jax.models.drl import config_from_dict, param_shapes
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import abstract_state
@@ -71,7 +71,7 @@ def traced(config: Config) -> tuple:
     step = make_train_step(config.model, config.loss, tx, layout)
     new_state, scalars = jax.eval_shape(step, state, shapes)
     assert scalars["loss"].shape == ()
-    fresh = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    fresh = param_shapes(config.model)
     return tuple(jax.tree.map(lambda x: x.shape, tree) for tree in (new_state.params, fresh))
 
 

@@ -1,5 +1,6 @@
 """Training over two real processes: the same numbers, one writer, and mistakes that end."""
 
+import functools
 import json
 import os
 import re
@@ -124,8 +125,13 @@ def test_two_processes_stop_together_and_match_one_process(alone, arguments, tmp
     assert found[-2:] == [pytest.approx(line, rel=1e-4) for line in expected[-2:]]
     (step, params), (expected_step, expected_params) = params_of(workdir), params_of(alone)
     assert step == expected_step == 12
-    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
-        assert np.abs(one - other).max() <= 1e-4 * max(np.abs(other).max(), 1e-2)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected_params):
+        name = jax.tree_util.keystr(path)
+        difference = np.abs(functools.reduce(lambda tree, key: tree[key.key], path, params) - leaf)
+        # The softmax cancels the bias of the keys: its gradient is rounding error, which Adam
+        # amplifies.
+        bound = 1e-3 if "['in_proj']['bias']" in name else 1e-5
+        assert difference.max() < bound * max(np.abs(leaf).max(), 1e-2), name
     results = [json.loads((run / "result.json").read_text()) for run in (workdir, alone)]
     assert results[0] == results[1]
 

@@ -1,6 +1,7 @@
 """The towers and the whole model on a tiny configuration."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 from support.params import random_params
 
-from drl_jax.models.drl import copy_text_tower, init_params, model_definition
+from drl_jax.models.drl import copy_text_tower, init_params, model_definition, param_shapes
 from drl_jax.models.temporal import SequenceTransformer
 
 L, F = 10, 4
@@ -80,13 +81,13 @@ def test_the_temporal_head_starts_as_a_copy_of_the_text_tower(tiny_model):
     init = jax.jit(init_params, static_argnums=0)
     params = init(tiny_model, jax.random.key(0))
     text, temporal = params["backbone"], params["temporal"]
-    np.testing.assert_array_equal(
-        temporal["frame_position_embeddings"]["embedding"], text["positional_embedding"]
-    )
+    # To the last bits: a compiler may draw the random numbers of a copy again.
+    equal = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    equal(temporal["frame_position_embeddings"]["embedding"], text["positional_embedding"])
     old = jax.tree.leaves(text["transformer"]["resblocks"])
     new = jax.tree.leaves(temporal["transformer"]["resblocks"])
     for a, b in zip(old, new, strict=True):
-        np.testing.assert_array_equal(a, b[:2])  # the text tower has two blocks, the head three
+        equal(a, b[:2])  # the text tower has two blocks, the head three
 
 
 def test_new_frame_positions_have_the_configured_deviation(tiny_model):
@@ -102,7 +103,7 @@ def test_new_frame_positions_have_the_configured_deviation(tiny_model):
 def test_vit_b32_has_its_published_size():
     from drl_jax.config import ModelConfig
 
-    shapes = jax.eval_shape(lambda: init_params(ModelConfig(), jax.random.key(0)))
+    shapes = param_shapes(ModelConfig())
 
     def count(tree):
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

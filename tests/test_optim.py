@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from drl_jax.config import OptimConfig
-from drl_jax.models.drl import init_params
+from drl_jax.models.drl import param_shapes
 from drl_jax.training.optimizer import decays, make_optimizer, make_schedule, parameter_group
 
 
@@ -56,7 +56,7 @@ def test_schedule_warms_up_then_follows_the_whole_cosine(step, expected):
 
 
 def test_groups_and_decay_cover_every_parameter(tiny_model):
-    params = jax.eval_shape(lambda: init_params(tiny_model, jax.random.key(0)))
+    params = param_shapes(tiny_model)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     names = {"/".join(str(entry.key) for entry in path): path for path in paths}
     backbone = {name for name, path in names.items() if parameter_group(path) == "backbone"}

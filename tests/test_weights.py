@@ -22,7 +22,7 @@ from support.runs import make_run
 import drl_jax
 from drl_jax.config import ModelConfig
 from drl_jax.convert import main as convert
-from drl_jax.models.drl import init_params
+from drl_jax.models.drl import param_shapes
 from drl_jax.runs.workdir import load_config
 from drl_jax.weights.load import (
     Weights,
@@ -212,7 +212,7 @@ def shapes():
     model = ModelConfig(
         backbone=backbone_of_weights(Weights(clip_state())), interaction="dp", agg_module="none"
     )
-    return jax.eval_shape(lambda: init_params(model, KEY))
+    return param_shapes(model)
 
 
 def test_every_name_of_both_sides_is_accounted_for(shapes):
@@ -245,7 +245,7 @@ def test_parameters_come_back_bit_for_bit(agg_module, interaction, arch):
     model = ModelConfig(
         backbone=backbone, agg_module=agg_module, interaction=interaction, wti_arch=arch
     )
-    shapes = jax.eval_shape(lambda: init_params(model, KEY))
+    shapes = param_shapes(model)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     state = state_dict_from_params(params)

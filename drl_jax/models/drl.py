@@ -96,17 +96,43 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     return config
 
 
+@functools.cache
+def _abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model without parameters, and their shapes and dtypes. Tracing takes a large part of a
+    second, and several callers of one process need the same model."""
+    definition, params = nnx.split(nnx.eval_shape(lambda: DRL(config, rngs=nnx.Rngs(0))))
+    return definition, nnx.to_pure_dict(params)
+
+
 def model_definition(config: ModelConfig) -> nnx.GraphDef:
     """The model without parameters; `nnx.merge(definition, params)` reconstructs the model."""
-    return nnx.split(nnx.eval_shape(lambda: DRL(config, rngs=nnx.Rngs(0))))[0]
+    return _abstract_model(config)[0]
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
+def param_shapes(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`), without their memory."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_model(config)[1])
+
+
+def abstract_params(config: ModelConfig, layout: Layout) -> Params:
+    """Shapes, dtypes and shardings of the parameters, without their memory."""
+    return layout.abstract(param_shapes(config))
+
+
+def init_params(config: ModelConfig, key: jax.Array, backbone: Params | None = None) -> Params:
     """New parameters as a nested dict; heads start as copies of the text tower (`copy_text_tower`).
 
     With `position_std`, frame positions are drawn instead of copied.
+
+    Args:
+      config: the model.
+      key: of the random numbers.
+      backbone: parameters of a pretrained backbone, used instead of new ones. Under `jax.jit`, no
+        random numbers are drawn for it then.
     """
     params = nnx.to_pure_dict(nnx.split(DRL(config, rngs=nnx.Rngs(key)))[1])
+    if backbone is not None:
+        params["backbone"] = backbone
     return copy_text_tower(config, params)
 
 
@@ -141,8 +167,3 @@ def copy_text_tower(config: ModelConfig, params: Params) -> Params:
 def _copy_first_blocks(new: jax.Array, old: jax.Array) -> jax.Array:
     count = min(len(new), len(old))
     return new.at[:count].set(old[:count])
-
-
-def abstract_params(config: ModelConfig, layout: Layout) -> Params:
-    """Shapes, dtypes and shardings of the parameters, without their memory."""
-    return layout.abstract(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, ModelConfig
-from drl_jax.models.drl import Params, config_from_dict, copy_text_tower, init_params
+from drl_jax.models.drl import Params, config_from_dict, init_params, param_shapes
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.runtime.errors import UserError
@@ -266,9 +266,8 @@ def initial_params(config: ModelConfig, weights: Weights, key: jax.Array) -> Par
     Raises:
       WeightsError: the weights do not fit the model.
     """
-    shapes = jax.eval_shape(lambda: init_params(config, key))
+    shapes = param_shapes(config)
     if weights.has_heads:
         return params_from_state(weights.state, shapes)
     backbone = params_from_state(weights.state, {"backbone": shapes["backbone"]})["backbone"]
-    params = jax.jit(init_params, static_argnums=0)(config, key)
-    return copy_text_tower(config, {**params, "backbone": backbone})
+    return jax.jit(init_params, static_argnums=0)(config, key, backbone)

@@ -6,7 +6,7 @@ import numpy as np
 
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.clip import INITIAL_LOGIT_SCALE
-from drl_jax.models.drl import Params, init_params
+from drl_jax.models.drl import Params, param_shapes
 
 
 def openai_shaped_backbone(image_resolution: int) -> BackboneConfig:
@@ -51,5 +51,5 @@ def random_params(config: ModelConfig, seed: int = 0, *, position_std: float = 0
             value = leaf.shape[-2:][0] ** -0.5 * rng.normal(size=leaf.shape)
         return jnp.asarray(value, jnp.float32)
 
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = param_shapes(config)
     return jax.tree_util.tree_map_with_path(draw, shapes)

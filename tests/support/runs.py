@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+
 from drl_jax.config import Config
 from drl_jax.models.drl import config_from_dict
 from drl_jax.runs.checkpoints import Checkpoints
@@ -35,5 +37,6 @@ def make_run(workdir: Path, config: Config, interaction: str = "wti") -> Config:
     with Checkpoints(workdir) as checkpoints:
         tx = make_optimizer(config.optim, 1)
         params = random_params(model, seed=3, position_std=1.0)
-        checkpoints.save(state_from_params(params, tx, make_layout()))
+        # Saved from one device: Orbax slices an array for each of several devices.
+        checkpoints.save(state_from_params(params, tx, make_layout(jax.devices()[:1])))
     return config
