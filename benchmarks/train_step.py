@@ -1,10 +1,11 @@
 """Time, FLOP/s and memory of one training step.
 
     python -m benchmarks.train_step [--models=32,16] [--dtypes=float32,bfloat16] [--batches=4,8]
+    python -m benchmarks.train_step --models=shapes --batches=96 --frames=4 --words=24
 
 `fraction_of_matmul` is the step's FLOP/s divided by that of a large matrix product of the same
 dtype in the same process. `peak_memory_gb` is the peak of the process, including earlier rows.
-Needs jax, flax, optax and numpy only.
+Needs jax, flax, optax and numpy only; the model `shapes` also needs ml_collections.
 """
 
 import itertools
@@ -26,6 +27,7 @@ from benchmarks.measure import (
     report,
 )
 from drl_jax.config import BackboneConfig, LossConfig, ModelConfig, OptimConfig
+from drl_jax.runtime.allocator import keep_freed_memory
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import create_state
@@ -57,12 +59,28 @@ def train_step_flops(config: ModelConfig, batch: int, frames: int, words: int) -
     return 3 * (batch * pair + interaction)
 
 
+def backbone_of(model: str) -> BackboneConfig:
+    """The backbone of one of `--models`: `shapes`, or a patch size of ViT-B."""
+    if model == "shapes":
+        from data_prep.dataset_config import SHAPES_BACKBONE
+
+        return SHAPES_BACKBONE
+    return BackboneConfig(vision_patch_size=positive_int(model))
+
+
 def measure(
-    config: ModelConfig, batch: int, frames: int, words: int, steps: int, microbatch: int
+    name: str,
+    config: ModelConfig,
+    batch: int,
+    frames: int,
+    words: int,
+    steps: int,
+    microbatch: int,
 ) -> dict[str, Any]:
     """Compiles and times the training step on random input.
 
     Args:
+      name: of the model, for the table.
       config: the model.
       batch: pairs of the global batch.
       frames: frames per video.
@@ -97,7 +115,7 @@ def measure(
     flops = train_step_flops(config, batch, frames, words)
     matmul = matmul_rate(config.dtype) * jax.device_count()
     return {
-        "model": f"ViT-B/{config.backbone.vision_patch_size}",
+        "model": name,
         "dtype": config.dtype,
         "batch": batch,
         "microbatch": microbatch,
@@ -117,9 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("train_step", __doc__.splitlines()[0])
     parser.add_argument(
         "--models",
-        type=positive_ints,
+        type=names,
         default="32",
-        help="patch sizes of ViT-B, e.g. 32,16 (%(default)s)",
+        help="patch sizes of ViT-B, or shapes, the model of configs/shapes.py; e.g. 32,16"
+        " (%(default)s)",
     )
     parser.add_argument(
         "--dtypes",
@@ -152,20 +171,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=ModelConfig.scan_unroll,
         help="layers per iteration of the scan (%(default)s)",
     )
+    parser.add_argument(
+        "--default_allocator",
+        action="store_true",
+        help="return freed memory to the kernel, which training on the CPU does not",
+    )
     options = parser.parse_args(argv)
+    if not options.default_allocator:
+        keep_freed_memory()
     rows = []
-    for patch, dtype, batch in itertools.product(options.models, options.dtypes, options.batches):
+    for model, dtype, batch in itertools.product(options.models, options.dtypes, options.batches):
         config = ModelConfig(
-            backbone=BackboneConfig(vision_patch_size=patch),
+            backbone=backbone_of(model),
             dtype=dtype,
             remat=options.remat,
             scan_unroll=options.scan_unroll,
         )
         microbatch = options.microbatch if options.microbatch < batch else 0
-        rows.append(
-            measure(config, batch, options.frames, options.words, options.steps, microbatch)
-        )
-    settings = {name: getattr(options, name) for name in ("frames", "words", "scan_unroll")}
+        name = model if model == "shapes" else f"ViT-B/{model}"
+        sizes = (batch, options.frames, options.words)
+        rows.append(measure(name, config, *sizes, options.steps, microbatch))
+    names_of_settings = ("frames", "words", "scan_unroll", "default_allocator")
+    settings = {name: getattr(options, name) for name in names_of_settings}
     report(rows, options, **settings)
 
 

@@ -37,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from drl_jax.runs.evaluate_run import evaluate
         from drl_jax.runs.workdir import load_config
+        from drl_jax.runtime.allocator import keep_freed_memory
         from drl_jax.runtime.compilation_cache import cache_compilations
 
+        keep_freed_memory()
         cache_compilations()
         config = load_config(options.workdir)
         if options.data_dir:

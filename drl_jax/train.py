@@ -51,9 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         from drl_jax.models.drl import config_from_dict
         from drl_jax.runs.train_run import train
+        from drl_jax.runtime.allocator import keep_freed_memory
         from drl_jax.runtime.compilation_cache import cache_compilations
         from drl_jax.runtime.distributed import initialize
 
+        keep_freed_memory()
         cache_compilations()
         initialize(
             options.distributed,

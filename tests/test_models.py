@@ -10,6 +10,7 @@ from flax import nnx
 from support.params import random_params
 
 from drl_jax.models.drl import copy_text_tower, init_params, model_definition, param_shapes
+from drl_jax.models.layers import BlockRunConfig, Transformer, new_block_init
 from drl_jax.models.temporal import SequenceTransformer
 
 L, F = 10, 4
@@ -98,6 +99,25 @@ def test_new_frame_positions_have_the_configured_deviation(tiny_model):
     params = random_params(config)
     kept = copy_text_tower(config, params)["temporal"]["frame_position_embeddings"]
     assert kept is params["temporal"]["frame_position_embeddings"]
+
+
+def test_a_transformer_computes_only_the_positions_that_are_needed(tiny_model):
+    run = BlockRunConfig.of(dataclasses.replace(tiny_model, remat=True))
+    make = functools.partial(Transformer, 32, 3, 2, eps=1e-5, init=new_block_init(), run=run)
+    definition, params = nnx.split(make(rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 32))
+
+    def total(params, x, queries):
+        y = nnx.merge(definition, params)(x, None, queries)
+        assert y.shape == (2, queries or 5, 32)
+        return (y[:, :2] ** 2).sum()
+
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=2)
+    jax.tree.map(
+        lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6),
+        gradient(params, x, 2),
+        gradient(params, x, None),
+    )
 
 
 def test_vit_b32_has_its_published_size():

@@ -1,6 +1,7 @@
 """Limits of processors and memory, atomic files, the command-line layer, agreement to stop."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -101,6 +102,30 @@ def test_commands_answer_help_without_importing_jax():
     for command in commands:
         assert f".{command}" in finished.stdout
     assert finished.stdout.count("usage: python -m ") == 8
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_freed_memory_is_kept():
+    """A block of 64 MB that is allocated again has its pages already."""
+    code = (
+        "import resource, sys\n"
+        "import numpy as np\n"
+        "from drl_jax.runtime.allocator import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    np.ones(8_000_000)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "if sys.argv[1:]: keep_freed_memory()\n"
+        "faults()\n"
+        "print(faults())"
+    )
+
+    def faults(*arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        return int(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
+
+    assert faults("keep") < 100 < faults()
 
 
 def test_evaluation_and_the_api_import_neither_tensorflow_nor_torch():

@@ -69,7 +69,7 @@ class VisionTransformer(nnx.Module):
         x = self.conv1(x)
         cls = jnp.broadcast_to(self.class_embedding[...], (rows, 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self.positional_embedding[...]  # [B, N, D]
-        x = self.transformer(self.ln_pre(x), None)
+        x = self.transformer(self.ln_pre(x), None, queries=1)  # of the class token
         return self.ln_post(x[:, 0]) @ self.proj[...]
 
 

@@ -61,6 +61,18 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+class Linear(nnx.Linear):
+    """`nnx.Linear` that flattens the leading axes of its input.
+
+    The gradient of the kernel then contracts one axis instead of two, which XLA's CPU backend does
+    up to twice as fast.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., Din] -> [..., Dout]."""
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with a fused input projection, as torch's MultiheadAttention."""
 
@@ -68,24 +80,25 @@ class SelfAttention(nnx.Module):
         self, width: int, heads: int, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs
     ):
         self.heads = heads
-        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
         self.in_proj = linear(width, 3 * width, kernel_init=init.in_proj)
         self.out_proj = linear(width, width, kernel_init=init.out_proj)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, queries: int) -> jax.Array:
         rows, positions, width = x.shape
         # [B, T, 3D] -> three of [B, T, K, D/K]
         qkv = self.in_proj(x).reshape(rows, positions, 3, self.heads, width // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = qkv[:, :queries, 0], qkv[:, :, 1], qkv[:, :, 2]
         # The softmax is float32 for every input dtype.
-        return self.out_proj(jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape))
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return self.out_proj(attended.reshape(rows, queries, width))
 
 
 class MLP(nnx.Module):
     """Two linear layers with QuickGELU between them; the hidden width is 4 D."""
 
     def __init__(self, width: int, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
         self.c_fc = linear(width, 4 * width, kernel_init=init.c_fc)
         self.c_proj = linear(4 * width, width, kernel_init=init.c_proj)
 
@@ -94,7 +107,10 @@ class MLP(nnx.Module):
 
 
 class ResidualAttentionBlock(nnx.Module):
-    """Pre-LN block: x + attn(ln_1(x)), then x + mlp(ln_2(x)). The norms are float32."""
+    """Pre-LN block: x + attn(ln_1(x)), then x + mlp(ln_2(x)). The norms are float32.
+
+    Only the outputs of the first `queries` positions are computed.
+    """
 
     def __init__(
         self,
@@ -112,8 +128,8 @@ class ResidualAttentionBlock(nnx.Module):
         self.ln_2 = norm()
         self.mlp = MLP(width, init, dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        x = x + self.attn(self.ln_1(x), mask)
+    def __call__(self, x: jax.Array, mask: jax.Array | None, queries: int) -> jax.Array:
+        x = x[:, :queries] + self.attn(self.ln_1(x), mask, queries)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -154,25 +170,36 @@ class Transformer(nnx.Module):
 
         self.resblocks = stack(rngs.split(layers))
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, queries: int | None = None
+    ) -> jax.Array:
         """Runs the blocks.
 
         Args:
           x: [B, T, D].
           mask: bool, broadcastable to [B, K, T, T] (queries, keys), True = may attend; or None.
+          queries: number Q of leading positions whose output is needed, without a mask. The last
+            block computes nothing for the others. None: all.
 
         Returns:
-          [B, T, D] in the dtype of `run`.
+          [B, Q, D] in the dtype of `run`.
         """
         block, stacked = nnx.split(self.resblocks)
 
-        def run_block(carry, params):
-            return nnx.merge(block, params)(carry, mask), None
+        def block_function(queries: int):
+            def run_block(carry, params):
+                return nnx.merge(block, params)(carry, mask, queries), None
 
-        if self.run.remat:
-            run_block = jax.checkpoint(run_block)
+            return jax.checkpoint(run_block) if self.run.remat else run_block
+
         x = x.astype(self.run.dtype)
-        return jax.lax.scan(run_block, x, stacked, unroll=self.run.unroll)[0]
+        run_block = block_function(x.shape[1])
+        if queries is None:
+            return jax.lax.scan(run_block, x, stacked, unroll=self.run.unroll)[0]
+        first = jax.tree.map(lambda leaf: leaf[:-1], stacked)
+        last = jax.tree.map(lambda leaf: leaf[-1], stacked)
+        x = jax.lax.scan(run_block, x, first, unroll=self.run.unroll)[0]
+        return block_function(queries)(x, last)[0]
 
 
 def causal_mask(positions: int) -> jax.Array:
