@@ -1,6 +1,6 @@
 """Builds a dataset: decodes each video once, so that training reads stored frames.
 
-python -m data_prep.build shapes --data_dir=data
+python -m data_prep.build shapes --data_dir=data [--size=smoke]
 python -m data_prep.build msrvtt --videos=DIR --annotations=DIR --data_dir=data
 python -m data_prep.build custom --videos=DIR --annotations=FILE --data_dir=data
 """
@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from data_prep.command import add_source_flags, requested_storage
-from data_prep.datasets import builder_class, dataset_names
-from data_prep.shapes.scenes import SIZES
+from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.runtime.cli import Parser, run_command
 
 
@@ -29,7 +28,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("python -m data_prep.build", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=dataset_names())
     add_source_flags(parser, required=False)
-    parser.add_argument("--size", choices=sorted(SIZES), help="shapes only: number of clips")
+    parser.add_argument(
+        "--size", choices=sorted(DRAWN["shapes"]), help="shapes and shapes_stills: number of videos"
+    )
     parser.add_argument("--overwrite", action="store_true", help="rebuild an existing dataset")
     parser.add_argument(
         "--discard_cache",
@@ -38,16 +39,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         " annotations then decodes all videos again",
     )
     options = parser.parse_args(arguments)
-    if options.dataset == "shapes":
+    if options.dataset in DRAWN:
         if options.videos or options.annotations:
-            parser.error("shapes draws its own videos: omit --videos and --annotations")
-        source = options.data_dir / "source" / f"shapes_{options.size or 'full'}"
+            parser.error(f"{options.dataset} draws its own videos: omit --videos and --annotations")
+        options.size = options.size or "full"
+        source = options.data_dir / "source" / f"{options.dataset}_{options.size}"
         options.videos, options.annotations = source / "videos", source
     elif not options.videos or not options.annotations:
         kind = "FILE" if options.dataset == "custom" else "DIR"
         parser.error(f"{options.dataset} needs --videos=DIR and --annotations={kind}")
     elif options.size:
-        parser.error("--size is for shapes only")
+        parser.error("--size is for shapes and shapes_stills")
     return options
 
 
@@ -56,7 +58,6 @@ def _build(options: argparse.Namespace) -> None:
 
     from data_prep import dataset_build
     from data_prep.quarantine import quarantine_file, read_quarantine
-    from data_prep.shapes.shapes_dataset_builder import draw_dataset
     from data_prep.video_folder import make_plan
 
     tfds.disable_progress_bar()
@@ -67,13 +68,14 @@ def _build(options: argparse.Namespace) -> None:
     if target.exists() and not options.overwrite:
         print(f"{target} is already built; --overwrite rebuilds it")
         return
-    if dataset == "shapes":
-        draw_dataset(options.annotations, options.size or "full")
+    builder = builder_class(dataset)
+    if dataset in DRAWN:
+        builder.draw(options.annotations, options.size)
     quarantine = quarantine_file(data_dir, dataset)
     reasons = read_quarantine(quarantine)
     if reasons:
         print(f"leaving out {len(reasons)} videos listed in {quarantine}")
-    annotations = builder_class(dataset).read_annotations(options.annotations)
+    annotations = builder.read_annotations(options.annotations)
     plan = make_plan(annotations, options.videos, reasons)
     dataset_build.print_plan(dataset, plan, data_dir, storage)
     built = dataset_build.build_dataset(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from data_prep.command import add_source_flags, requested_storage
-from data_prep.datasets import builder_class, dataset_names
+from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
 
@@ -22,7 +22,7 @@ _NAME = "data_prep.check"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = Parser(f"python -m {_NAME}", description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", choices=sorted(set(dataset_names()) - {"shapes"}))
+    parser.add_argument("dataset", choices=sorted(set(dataset_names()) - set(DRAWN)))
     add_source_flags(parser, required=True)
     options = parser.parse_args(arguments)
     return run_command(_NAME, lambda: _check(options), on_interrupt="nothing was written")

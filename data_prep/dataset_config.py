@@ -8,6 +8,19 @@ from ml_collections import ConfigDict
 from data_prep.datasets import builder_class
 from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig, TrainConfig
 
+# The CLIP of `configs/shapes.py` and `configs/shapes_clip.py`.
+SHAPES_BACKBONE = BackboneConfig(
+    embed_dim=64,
+    image_resolution=64,
+    vision_layers=3,
+    vision_width=64,
+    vision_heads=2,
+    vision_patch_size=16,
+    text_width=64,
+    text_heads=4,
+    text_layers=2,
+)
+
 
 def finetuning_config(
     dataset: str,

@@ -4,8 +4,13 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.shapes import scenes, stills
+
 if TYPE_CHECKING:
     from data_prep.retrieval_builder import RetrievalBuilder
+
+# Datasets that the build draws, with their numbers of train, val and test videos by `--size`.
+DRAWN = {"shapes": scenes.SIZES, "shapes_stills": stills.SIZES}
 
 
 def dataset_names() -> list[str]:

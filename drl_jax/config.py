@@ -40,8 +40,9 @@ class BackboneConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     backbone: BackboneConfig = BackboneConfig()
-    # File of initial weights: OpenAI's or Hugging Face's CLIP, or a DRL checkpoint. Its sizes
-    # replace those in `backbone`. Empty: random initialisation.
+    # Initial weights: a file (OpenAI's or Hugging Face's CLIP, or a DRL checkpoint), or the name of
+    # weights that are installed with this package (`shapes_clip`). Their sizes replace those of
+    # `backbone` if it has the default ones. Empty: random initialisation.
     init: str = ""
     # How texts and videos are compared: dp (dot product), ti (token-wise), wti (weighted
     # token-wise) or xti (cross transformer).
@@ -56,10 +57,8 @@ class ModelConfig:
     cross_layers: int = 4
     cross_dropout: float = 0.1
     # Standard deviation of new position embeddings of patches and frames. 0: patches use OpenAI's
-    # width**-0.5 and frames copy the text tower's, as in the reference. `shapes`, which trains from
-    # scratch, uses 0.8: in single runs with the copied frame positions (standard deviation 0.01)
-    # the model did not learn the order of frames. The effect on patches was not measured
-    # separately.
+    # width**-0.5 and frames copy the text tower's, as in the reference. `shapes` uses 0.8, which
+    # small models learn places and the order of frames much faster with (docs/benchmarks.md).
     position_std: float = 0.0
     # Dtype of the transformers' matrix products: float32 or bfloat16. Parameters, norms, softmax,
     # features, similarities and losses are float32 in both cases.
@@ -125,7 +124,7 @@ class DataConfig:
     # memory of each process (max_frames x 3 x resolution^2 bytes a video). device: decoded, split
     # over the devices, which gather batches; read before the first step.
     cache: str = "none"
-    # Build the dataset if it is absent. Only `shapes` needs no source files.
+    # Build the dataset if it is absent. Only `shapes` and `shapes_stills` need no source files.
     build_if_absent: bool = False
     # Flags of that build, e.g. "--size=smoke".
     build_flags: str = ""

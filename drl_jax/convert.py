@@ -11,6 +11,7 @@ from pathlib import Path
 
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
+from drl_jax.weights.shipped import NAMES
 
 
 def _parser() -> Parser:
@@ -21,9 +22,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "source",
-        type=Path,
         metavar="IN",
-        help="OpenAI's or Hugging Face's CLIP, a DRL checkpoint, an exported run; or a run",
+        help="OpenAI's or Hugging Face's CLIP, a DRL checkpoint, an exported run, the name of"
+        f" shipped weights ({', '.join(NAMES)}); or a run",
     )
     parser.add_argument(
         "target", type=Path, metavar="OUT", help="directory of the new run; or NAME.safetensors"
@@ -36,6 +37,17 @@ def _parser() -> Parser:
         choices=("dp", "ti"),
         default="dp",
         help="for a file without interaction parameters (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the tensors of an exported run (%(default)s)",
+    )
+    parser.add_argument(
+        "--clip_only",
+        action="store_true",
+        help="export CLIP without the heads, under OpenAI's names",
     )
     return parser
 
@@ -50,13 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.runtime.compilation_cache import cache_compilations
 
         cache_compilations()
-        if not source.is_dir():
+        if source in NAMES or not Path(source).is_dir():
             model = import_weights(source, target, options.interaction).model
             print(f"wrote {target}: interaction {model.interaction}, agg_module {model.agg_module}")
             return
         if target.suffix != ".safetensors":
             raise UserError(f"a run is exported to a file NAME.safetensors, not {target}")
-        step = export_weights(source, target, options.checkpoint)
+        step = export_weights(
+            Path(source),
+            target,
+            options.checkpoint,
+            dtype=options.dtype,
+            clip_only=options.clip_only,
+        )
         print(f"wrote {target}: checkpoint {step} of {source}")
 
     return run_command("drl_jax.convert", work)

@@ -27,6 +27,7 @@ from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
 from drl_jax.weights.load import config_of_weights, initial_params, read_weights
+from drl_jax.weights.shipped import weights_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,30 +200,30 @@ def load(path: str | os.PathLike, checkpoint: str | int = "best") -> RetrievalMo
     """Loads a model.
 
     Args:
-      path: directory of a run; or a file of weights: OpenAI's or Hugging Face's CLIP, which gets no
-        temporal head and the interaction dp, as in zero-shot retrieval; a DRL checkpoint; or an
-        exported run.
+      path: directory of a run; a file of weights: OpenAI's or Hugging Face's CLIP, which gets no
+        temporal head and the interaction dp, as in zero-shot retrieval, a DRL checkpoint, or an
+        exported run; or the name of shipped weights (`drl_jax.weights.shipped.NAMES`).
       checkpoint: of a run: "best", "latest" or a step.
 
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
     """
-    path = Path(path)
+    source, path = os.fspath(path), weights_path(path)
     layout = make_layout()
     if not path.exists():
         raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")
     if path.is_dir():
         config = load_config(path)
         step, params = restore_params(path, config.model, layout, str(checkpoint))
-        source = {"workdir": str(path), "checkpoint": str(step)}
+        origin = {"workdir": source, "checkpoint": str(step)}
     else:
         weights = read_weights(path)
         config = config_of_weights(weights)
         params = initial_params(config.model, weights, jax.random.key(0))
         params = jax.device_put(params, layout.replicated)
-        source = {"weights": str(path)}
+        origin = {"weights": source}
     embedder = Embedder(config, layout, keep_tokens=True)
-    return RetrievalModel(config, params, layout, source, embedder)
+    return RetrievalModel(config, params, layout, origin, embedder)
 
 
 def load_source(source: dict[str, str]) -> RetrievalModel:

@@ -301,7 +301,11 @@ def test_an_input_error_is_one_line(msrvtt, mistake, capsys):
         (["msvd"], "msvd needs --videos=DIR and --annotations=DIR"),
         (["custom", "--videos=a"], "custom needs --videos=DIR and --annotations=FILE"),
         (["shapes", "--videos=a"], "shapes draws its own videos"),
-        (["msvd", "--videos=a", "--annotations=b", "--size=smoke"], "--size is for shapes only"),
+        (["shapes_stills", "--annotations=a"], "shapes_stills draws its own videos"),
+        (
+            ["msvd", "--videos=a", "--annotations=b", "--size=smoke"],
+            "--size is for shapes and shapes_stills",
+        ),
         (["shapes", "--image_size=0"], "must be a positive whole number, not '0'"),
     ],
 )

@@ -12,7 +12,7 @@ from support.videos import numbered_frames, write_video
 
 from data_prep.annotations import AnnotationError
 from data_prep.build import main as build
-from data_prep.datasets import builder_class, dataset_names
+from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.data.records import VideoDataset
 
 
@@ -245,7 +245,7 @@ def described(splits):
 
 
 def test_all_datasets_have_a_layout():
-    assert {*LAYOUTS, "shapes"} == set(dataset_names())
+    assert {*LAYOUTS, *DRAWN} == set(dataset_names())
 
 
 # Mean level of each stored frame, by video. `numbered_frames` at 10 frames per second has the level

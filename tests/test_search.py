@@ -511,7 +511,7 @@ def test_a_video_finds_itself_and_its_sentence(shared_session, shared_videos):
         hits = session.search_by_video(videos / name, top=3)
         assert hits[0].path == videos / name
         assert hits[0].score == pytest.approx(1, abs=1e-4)
-    sentences = ["a circle", "a square", "two words more"]
+    sentences = ["a circle", "a cross", "two words more"]
     ranked = session.rank_sentences(videos / "0.mp4", sentences)
     assert sorted(text for _, text in ranked) == sorted(sentences)
     assert [score for score, _ in ranked] == sorted((s for s, _ in ranked), reverse=True)

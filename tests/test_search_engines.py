@@ -18,7 +18,7 @@ from drl_jax.search.recall import measure_recall
 from drl_jax.search.session import SearchSession
 from drl_jax.search.store import Store
 
-QUERIES = ["a red circle moves to the left", "a green square grows", "two words"]
+QUERIES = ["a red circle moves to the left", "a green cross grows", "two words"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The synthetic dataset: scenes, captions and clips that make a fair test of temporal order."""
+"""The drawn datasets: clips that make a fair test of temporal order, and stills."""
 
 import collections
 import random
@@ -7,7 +7,8 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.shapes.draw import FRAMES, draw_clip, write_mp4
+from data_prep.shapes import stills
+from data_prep.shapes.draw import FRAMES, SIZE, draw_clip, draw_still, write_mp4
 from data_prep.shapes.scenes import (
     REVERSED,
     SIZES,
@@ -34,7 +35,7 @@ def test_no_scene_or_its_reverse_is_in_two_splits(splits):
     assert not train & val
     assert not train & test
     assert not val & test
-    assert len(set(splits.test)) == len(splits.test) == 256
+    assert len(set(splits.test)) == len(splits.test) == 512
 
 
 def test_half_of_the_test_clips_are_pairs_of_one_reversed_motion(splits):
@@ -74,7 +75,7 @@ def test_captions_of_a_scene_are_distinct():
 @pytest.mark.parametrize("motion", sorted(REVERSED))
 def test_a_reversed_scene_has_the_same_frames_in_reverse_order(motion):
     still = MovingShape("red", "circle", "still")
-    scene = Scene.of(MovingShape("blue", "square", motion), still)
+    scene = Scene.of(MovingShape("blue", "cross", motion), still)
     forward, backward = draw_clip(scene, 7), draw_clip(scene.reversed(), 7)
     assert len(forward) == FRAMES
     np.testing.assert_array_equal(forward, backward[::-1])
@@ -83,7 +84,7 @@ def test_a_reversed_scene_has_the_same_frames_in_reverse_order(motion):
 
 @pytest.mark.parametrize("motion", SYMMETRIC)
 def test_a_symmetric_motion_is_its_own_reverse(motion):
-    scene = Scene.of(MovingShape("blue", "square", motion), MovingShape("red", "circle", "still"))
+    scene = Scene.of(MovingShape("blue", "cross", motion), MovingShape("red", "circle", "still"))
     frames = np.array(draw_clip(scene, 3)).astype(int)
     assert np.abs(frames - frames[::-1]).max() <= 2  # Rounding of supersampled edges.
 
@@ -94,15 +95,46 @@ def test_motions_have_the_direction_of_their_name():
         return np.argwhere(blue).mean(0)
 
     for motion, axis, sign in (("right", 1, 1), ("left", 1, -1), ("up", 0, -1), ("down", 0, 1)):
-        moving = MovingShape("blue", "square", motion)
+        moving = MovingShape("blue", "cross", motion)
         frames = draw_clip(Scene.of(moving, MovingShape("red", "circle", "still")), 1)
         moved = centre(frames[-1]) - centre(frames[0])
         assert moved[axis] * sign > 15, motion
         assert abs(moved[1 - axis]) < 3, motion
 
 
+def test_no_still_is_in_two_splits():
+    splits = stills.split_stills(*stills.SIZES["full"], seed=0)
+    drawn = [still for split in splits.values() for still in split]
+    assert len(set(drawn)) == len(drawn) == sum(stills.SIZES["full"])
+    assert len(splits["test"]) == 512
+
+
+def test_a_caption_fits_only_one_still():
+    still_of = {}
+    for still in stills.all_stills()[::7]:
+        for caption in stills.captions(still, 2, random.Random(0)):
+            assert still_of.setdefault(caption, still) == still
+
+
+@pytest.mark.parametrize("size", stills.STILL_SIZES)
+@pytest.mark.parametrize("row", stills.ROWS)
+@pytest.mark.parametrize("column", stills.COLUMNS)
+def test_a_shape_of_a_still_is_where_its_caption_says(size, row, column):
+    placed = stills.PlacedShape("blue", "cross", size, row, column)
+    elsewhere = ("top" if row != "top" else "bottom", column)
+    other = stills.PlacedShape("red", "circle", "small", *elsewhere)
+    (frame,) = draw_still(stills.Still(*sorted((placed, other))), 3)
+    blue = frame[..., 2].astype(int) > 180
+    y, x = np.argwhere(blue).mean(0)
+    assert int(3 * y / SIZE) == stills.ROWS.index(row)
+    assert int(3 * x / SIZE) == stills.COLUMNS.index(column)
+    # The bars of a cross are a third as wide as they are long.
+    low, high = {"small": (5, 6.5), "medium": (8, 10), "big": (12, 14)}[size]
+    assert low - 0.7 < np.sqrt(blue.sum() * 9 / 20) < high + 0.7
+
+
 def test_files_are_h264_and_keep_reversed_clips_equal(tmp_path):
-    scene = Scene.of(MovingShape("blue", "square", "left"), MovingShape("red", "circle", "swing"))
+    scene = Scene.of(MovingShape("blue", "cross", "left"), MovingShape("red", "circle", "swing"))
     write_mp4(tmp_path / "a.mp4", draw_clip(scene, 5))
     write_mp4(tmp_path / "b.mp4", draw_clip(scene.reversed(), 5))
     with av.open(str(tmp_path / "a.mp4")) as container:

@@ -1,16 +1,18 @@
-"""Draws scenes as frames and writes them as H.264 files. Worker processes import this module."""
+"""Draws scenes and stills as frames, and writes H.264 files; worker processes import it."""
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.shapes.scenes import MovingShape, Scene
+from data_prep.shapes.stills import COLUMNS, ROWS, PlacedShape, Still
 from drl_jax.runtime.files import replacing
 
 SIZE = 64  # side of a frame, pixels
@@ -27,6 +29,12 @@ _COLOURS = {
     "yellow": (240, 215, 50),
     "white": (245, 245, 245),
 }
+
+# Corners of a triangle on the unit circle, the first at the top.
+_TRIANGLE = [(math.sin(2 * math.pi * k / 3), -math.cos(2 * math.pi * k / 3)) for k in range(3)]
+
+# Range of radii, pixels.
+_RADII = {"small": (5, 6.5), "medium": (8, 10), "big": (12, 14)}
 
 # (x, y, radius) at each frame, in pixels.
 Track = list[tuple[float, float, float]]
@@ -46,12 +54,8 @@ def draw_clip(scene: Scene, seed: int) -> list[np.ndarray]:
     # Only the smaller of a scene and its reverse is drawn; the other is its time reversal.
     forward = min(scene, scene.reversed())
     rng = random.Random(seed)
-    background = tuple(rng.randint(10, 60) for _ in range(3))
-    # Of 8 random placements, take the one in which the shapes overlap least.
-    first, second = max(
-        ([_track(shape, rng) for shape in (forward.first, forward.second)] for _ in range(8)),
-        key=lambda tracks: _least_gap(*tracks),
-    )
+    background = _background(rng)
+    first, second = _least_overlapping(_track, (forward.first, forward.second), rng)
     looks = (forward.first, forward.second)
     frames = [
         _draw_frame(background, zip(looks, places, strict=True))
@@ -60,16 +64,57 @@ def draw_clip(scene: Scene, seed: int) -> list[np.ndarray]:
     return frames if scene == forward else frames[::-1]
 
 
+def draw_still(still: Still, seed: int) -> list[np.ndarray]:
+    """Draws a still.
+
+    Args:
+      still: what to draw.
+      seed: determines positions, sizes and background.
+
+    Returns:
+      One array uint8 [SIZE, SIZE, 3].
+    """
+    rng = random.Random(seed)
+    background = _background(rng)
+    shapes = (still.first, still.second)
+    (first,), (second,) = _least_overlapping(_place, shapes, rng)
+    return [_draw_frame(background, zip(shapes, (first, second), strict=True))]
+
+
+def _background(rng: random.Random) -> tuple[int, ...]:
+    return tuple(rng.randint(10, 60) for _ in range(3))
+
+
+def _least_overlapping(
+    place: Callable[[Any, random.Random], Track], shapes: tuple[Any, Any], rng: random.Random
+) -> list[Track]:
+    """Of 16 random placements of two shapes, the one in which they overlap least."""
+    placements = ([place(shape, rng) for shape in shapes] for _ in range(16))
+    return max(placements, key=lambda tracks: _least_gap(*tracks))
+
+
+def _place(shape: PlacedShape, rng: random.Random) -> Track:
+    """Position and radius of a shape of a still, in its third of the image in both directions."""
+    radius = rng.uniform(*_RADII[shape.size])
+
+    def within(third: int) -> float:
+        margin = SIZE / 48  # A shape on the border of two places would fit both.
+        low, high = third * SIZE / 3 + margin, (third + 1) * SIZE / 3 - margin
+        return rng.uniform(max(low, radius + 1), min(high, SIZE - radius - 1))
+
+    return [(within(COLUMNS.index(shape.column)), within(ROWS.index(shape.row)), radius)]
+
+
 def _track(shape: MovingShape, rng: random.Random) -> Track:
     """Position and radius of a shape in each frame.
 
     A motion and its reverse have the same distribution of positions, so a single frame does not
     show the direction.
     """
-    radius = rng.uniform(6.5, 8.5)
+    radius = rng.uniform(*_RADII["medium"])
     low, high = radius + 1, SIZE - radius - 1
     if shape.motion in ("grow", "shrink"):
-        small, big = rng.uniform(4, 5.5), rng.uniform(10.5, 12)
+        small, big = rng.uniform(*_RADII["small"]), rng.uniform(*_RADII["big"])
         x, y = (rng.uniform(big + 1, SIZE - big - 1) for _ in range(2))
         track = [(x, y, small + (big - small) * t) for t in _times()]
         return track if shape.motion == "grow" else track[::-1]
@@ -110,27 +155,15 @@ def _draw_frame(background, placed) -> np.ndarray:
         colour = _COLOURS[look.colour]
         if look.shape == "circle":
             canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-        elif look.shape == "square":
-            side = radius * 0.88
-            canvas.rectangle((x - side, y - side, x + side, y + side), fill=colour)
+        elif look.shape == "cross":
+            long, short = radius, radius / 3
+            canvas.rectangle((x - long, y - short, x + long, y + short), fill=colour)
+            canvas.rectangle((x - short, y - long, x + short, y + long), fill=colour)
         else:
-            corners = {"triangle": _polygon(3), "star": _polygon(5, inner=0.42)}[look.shape]
             scale = radius * 1.2
-            canvas.polygon([(x + scale * dx, y + scale * dy) for dx, dy in corners], fill=colour)
+            corners = [(x + scale * dx, y + scale * dy) for dx, dy in _TRIANGLE]
+            canvas.polygon(corners, fill=colour)
     return np.asarray(image.reduce(_SUPERSAMPLE))
-
-
-def _polygon(points: int, inner: float | None = None) -> list[tuple[float, float]]:
-    """Corners on the unit circle, the first at the top; `inner` is the inner radius of a star."""
-    radii = [1.0] if inner is None else [1.0, inner]
-    steps = points * len(radii)
-    return [
-        (
-            radii[k % len(radii)] * math.sin(2 * math.pi * k / steps),
-            -radii[k % len(radii)] * math.cos(2 * math.pi * k / steps),
-        )
-        for k in range(steps)
-    ]
 
 
 def write_mp4(path: Path, frames: list[np.ndarray]) -> None:
@@ -151,7 +184,9 @@ def write_mp4(path: Path, frames: list[np.ndarray]) -> None:
         container.mux(stream.encode())
 
 
-def draw_file(path: Path, scene: Scene, seed: int) -> None:
-    """Draws a clip and writes it atomically; see `draw_clip`."""
+def draw_file(
+    path: Path, draw: Callable[[Any, int], list[np.ndarray]], item: Any, seed: int
+) -> None:
+    """Writes the frames of `draw(item, seed)` atomically."""
     with replacing(path) as unfinished:
-        write_mp4(unfinished, draw_clip(scene, seed))
+        write_mp4(unfinished, draw(item, seed))

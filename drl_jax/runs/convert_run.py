@@ -13,11 +13,14 @@ from drl_jax.training.state import state_from_params
 from drl_jax.weights.load import config_of_weights, initial_params, read_weights, save_weights
 
 
-def import_weights(source: Path, workdir: Path, interaction: str = "dp", seed: int = 0) -> Config:
+def import_weights(
+    source: str | Path, workdir: Path, interaction: str = "dp", seed: int = 0
+) -> Config:
     """Creates a run with one checkpoint, of step 0, from a file of weights.
 
     Args:
-      source: an exported run, CLIP alone (its heads start as in training), or a DRL checkpoint.
+      source: name or file of weights: an exported run, CLIP alone (its heads start as in training),
+        or a DRL checkpoint.
       workdir: must not hold a run.
       interaction: "dp" or "ti", for a file without interaction parameters.
       seed: for the heads that CLIP does not have.
@@ -40,15 +43,29 @@ def import_weights(source: Path, workdir: Path, interaction: str = "dp", seed: i
     return config
 
 
-def export_weights(workdir: Path, target: Path, checkpoint: str = "best") -> int:
+def export_weights(
+    workdir: Path,
+    target: Path,
+    checkpoint: str = "best",
+    *,
+    dtype: str = "float32",
+    clip_only: bool = False,
+) -> int:
     """Writes a checkpoint as safetensors under the reference's names; returns its step.
 
     The file holds the configuration, so that importing it gives the same model.
+
+    Args:
+      workdir: the run.
+      target: the file.
+      checkpoint: "best", "latest" or a step.
+      dtype: as in `save_weights`.
+      clip_only: as in `save_weights`.
 
     Raises:
       UserError: no such run or checkpoint, or the file cannot be written.
     """
     config = load_config(workdir)
     step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
-    save_weights(target, params, config)
+    save_weights(target, params, config, dtype=dtype, clip_only=clip_only)
     return step

@@ -48,7 +48,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     # ---------------------------------------------------------------- devices, weights, data
     pretrained = None
     if config.model.init:
-        weights = read_weights(Path(config.model.init))
+        weights = read_weights(config.model.init)
         config = with_backbone_of(config, weights)
         pretrained = initial_params(config.model, weights, jax.random.key(config.seed))
         del weights

@@ -99,7 +99,7 @@ def parse_with_config(
     from absl import flags
     from ml_collections import config_flags
 
-    arguments = [parser.prog, f"--config={options.config}", *rest]
+    arguments = [parser.prog, f"--config={_find_config(options.config)}", *rest]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", flag_values=values, lock_config=True, sys_argv=arguments
@@ -112,6 +112,15 @@ def parse_with_config(
     if unparsed:
         parser.error(f"unexpected argument {unparsed[0]!r}; flags look like --name=value")
     return options, values.config
+
+
+def _find_config(config: str) -> str:
+    """`configs/NAME.py` is that of the package if there is none below the working directory."""
+    path, colon, variant = config.partition(":")
+    installed = Path(__file__).parents[1] / path
+    if Path(path).parts[:1] != ("configs",) or Path(path).exists() or not installed.exists():
+        return config
+    return f"{installed}{colon}{variant}"
 
 
 def default_workdir(config: str) -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import replacing
 from drl_jax.weights.names import entries, from_hugging_face, is_hugging_face
+from drl_jax.weights.shipped import weights_path
 from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
 
 # Integers that OpenAI's archives store beside the weights.
@@ -49,17 +51,20 @@ class Weights(NamedTuple):
         return any(not name.startswith("clip.") for name in self.state)
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(source: str | os.PathLike) -> Weights:
     """Reads a file of weights.
 
     Args:
-      path: OpenAI's CLIP, Hugging Face's CLIP, a DRL checkpoint in any form that `read_torch_file`
-        reads, or a file that `save_weights` wrote.
+      source: name of shipped weights (`shipped.NAMES`), or the path of: OpenAI's CLIP, Hugging
+        Face's CLIP, a DRL checkpoint in any form that `read_torch_file` reads, or a file that
+        `save_weights` wrote.
 
     Raises:
+      ShippedWeightsError: shipped weights are missing or damaged.
       TorchFileError: the file cannot be read safely.
       WeightsError: it does not hold a CLIP ViT or a DRL checkpoint.
     """
+    path = weights_path(source)
     state = read_torch_file(path)
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -86,16 +91,46 @@ def _stored_config(path: Path) -> Config | None:
         raise WeightsError(f"{path}: its stored configuration cannot be used: {error}") from error
 
 
-def save_weights(path: Path, params: Params, config: Config) -> None:
+def save_weights(
+    path: Path,
+    params: Params,
+    config: Config,
+    *,
+    dtype: str = "float32",
+    clip_only: bool = False,
+) -> None:
     """Writes safetensors atomically under the reference's names, with the configuration.
 
+    Args:
+      path: of the file.
+      params: parameters of the model.
+      config: its configuration.
+      dtype: "float32" or "float16", of the tensors in the file.
+      clip_only: write CLIP alone, under OpenAI's names, as a model with the interaction dp and
+        without temporal head.
+
     Raises:
-      WeightsError: the file cannot be written.
+      WeightsError: the file cannot be written, or a parameter is too large for float16.
     """
+    if clip_only:
+        params = {"backbone": params["backbone"]}
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, interaction="dp", agg_module="none"),
+            loss=dataclasses.replace(config.loss, cdcr=0),
+        )
+    state = state_dict_from_params(params)
+    if clip_only:
+        state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
+    largest = float(np.finfo(dtype).max)
+    for name, tensor in state.items():
+        if np.abs(tensor).max() > largest:
+            raise WeightsError(f"{name} exceeds {largest:g}, the largest {dtype}; use float32")
+        state[name] = tensor.astype(dtype)
     metadata = {"format": "pt", _CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
     try:
         with replacing(path) as unfinished:
-            save_file(state_dict_from_params(params), unfinished, metadata=metadata)
+            save_file(state, unfinished, metadata=metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WeightsError(f"cannot write {path}: {reason}") from error
@@ -196,10 +231,36 @@ def with_backbone_of(config: Config, weights: Weights) -> Config:
     """The configuration with the sizes of the towers from the weights, checked again.
 
     Raises:
-      ConfigError: the rest of the configuration does not go with these sizes.
+      ConfigError: the configuration has other sizes, which are not the defaults; or the rest of it
+        does not go with those of the weights.
     """
-    model = dataclasses.replace(config.model, backbone=backbone_of_weights(weights))
+    backbone = backbone_of_weights(weights)
+    if different := _differences(config.model.backbone, backbone):
+        raise ConfigError(
+            f"config.model.init={config.model.init} has other sizes than the configuration:"
+            f" {', '.join(different)}; omit the change of config.model.backbone, choose other"
+            " weights, or train from scratch with --config.model.init="
+        )
+    model = dataclasses.replace(config.model, backbone=backbone)
     return config_from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))
+
+
+def _differences(wanted: BackboneConfig, found: BackboneConfig) -> list[str]:
+    """The sizes that a configuration asks for and the weights do not have.
+
+    A configuration with the default sizes asks for none, and none asks for the default image size.
+    """
+    size = BackboneConfig.image_resolution
+    if dataclasses.replace(wanted, image_resolution=size) == BackboneConfig():
+        wanted = dataclasses.replace(found, image_resolution=wanted.image_resolution)
+    if wanted.image_resolution == size:
+        wanted = dataclasses.replace(wanted, image_resolution=found.image_resolution)
+    values = dataclasses.asdict(found)
+    return [
+        f"{name} is {values[name]}, not {value}"
+        for name, value in dataclasses.asdict(wanted).items()
+        if value != values[name]
+    ]
 
 
 # ---------------------------------------------------------------- parameters

@@ -1,0 +1,94 @@
+"""Trains the CLIP that `configs/shapes.py` starts from, and writes the files that are installed.
+
+    python -m benchmarks.shapes_clip [--workdir=runs/shapes_clip] [--out=drl_jax/weights/files]
+
+Trains `configs/shapes_clip.py`, unless the run is finished, and writes shapes_clip.safetensors and
+its record, shapes_clip.json. Other flags (`--config.GROUP.FIELD=VALUE`) are passed to the training.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import sha256, write_json
+from drl_jax.weights.shipped import DIRECTORY
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = Parser("python -m benchmarks.shapes_clip", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path("runs/shapes_clip"),
+        metavar="DIR",
+        help="directory of the run (%(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=DIRECTORY,
+        metavar="DIR",
+        help="where to write the files (%(default)s)",
+    )
+    options, flags = parser.parse_known_args(arguments)
+    return run_command("benchmarks.shapes_clip", lambda: make_weights(options, flags))
+
+
+def make_weights(options: argparse.Namespace, flags: list[str]) -> None:
+    """Trains, exports and writes the record."""
+    commit = _commit()
+    train = ["-m", "drl_jax.train", "--config=configs/shapes_clip.py", *flags]
+    _run([*train, f"--workdir={options.workdir}"])
+    weights = options.out / "shapes_clip.safetensors"
+    convert = ["-m", "drl_jax.convert", str(options.workdir), str(weights)]
+    _run([*convert, "--clip_only", "--dtype=float16"])
+
+    from benchmarks.measure import make_record
+    from drl_jax.weights.load import read_weights
+
+    result = json.loads((options.workdir / "result.json").read_text(encoding="utf-8"))
+    record = make_record(
+        "shapes_clip",
+        [{"split": split, **result[split]} for split in ("val", "test")],
+        command=" ".join(["python -m benchmarks.shapes_clip", *flags]),
+        commit=commit,
+        seed=read_weights(weights).config.seed,
+        parameters=result["parameters"],
+        bytes=weights.stat().st_size,
+        sha256=sha256(weights),
+    )
+    write_json(weights.with_suffix(".json"), record)
+    print(json.dumps(record, indent=1))
+
+
+def _commit() -> str:
+    """The commit of the working tree, whose code must be unchanged."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        commit = git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError("the record names a commit: run this in a clone with git") from error
+    if changed:
+        raise UserError("commit your changes first: the record names the commit of the code")
+    return commit
+
+
+def _run(command: list[str]) -> None:
+    if status := subprocess.run([sys.executable, *command]).returncode:
+        raise UserError(f"python {' '.join(command)} ended with exit status {status}; see above")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Draws the files of a synthetic dataset: videos, and annotations in the formats of MSR-VTT."""
+
+import collections
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.annotation_files import read_csv_columns, read_sentences
+from data_prep.annotations import Annotations, group_captions, with_all_captions
+from data_prep.shapes.draw import draw_file
+from drl_jax.runtime.files import replacing, write_text
+from drl_jax.runtime.worker_pool import map_in_processes
+
+_SENTENCES = "SHAPES_data.json"
+_TRAIN, _VAL, _TEST = "SHAPES_train.csv", "SHAPES_val.csv", "SHAPES_test.csv"
+_PAIRS = "SHAPES_test_pairs.csv"
+
+
+def draw_files(
+    directory: Path,
+    splits: Mapping[str, Sequence[Any]],
+    *,
+    draw: Callable[[Any, int], list[np.ndarray]],
+    caption: Callable[[Any], list[str]],
+    test_pairs: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Draws videos into `directory/videos/SPLIT/*.mp4`, and writes annotations to `directory`.
+
+    Existing videos are kept, so an interrupted call can continue.
+
+    Args:
+      directory: created if it does not exist.
+      splits: what to draw for train, val and test.
+      draw: returns the frames of an item, given a seed. Worker processes import it.
+      caption: returns the captions of an item; called once for each, in order.
+      test_pairs: indices into `test` of items and their time reversals, which get the same seed.
+    """
+    items = [(split, item) for split, members in splits.items() for item in members]
+    names = [f"video{number}" for number in range(len(items))]
+    first_test = len(splits["train"]) + len(splits["val"])
+    pairs = [(first_test + a, first_test + b) for a, b in test_pairs]
+    seeds = list(range(len(items)))
+    for one, other in pairs:
+        seeds[other] = seeds[one]
+    for split in splits:
+        (directory / "videos" / split).mkdir(parents=True, exist_ok=True)
+    drawings = [
+        (directory / "videos" / split / f"{name}.mp4", draw, item, seed)
+        for (split, item), name, seed in zip(items, names, seeds, strict=True)
+    ]
+    absent = [drawing for drawing in drawings if not drawing[0].exists()]
+    drawn = map_in_processes(draw_file, absent)
+    collections.deque(tqdm(drawn, "drawing", len(absent), unit="video"), maxlen=0)
+    _write_annotations(directory, items, names, pairs, caption)
+
+
+def _write_annotations(
+    directory: Path,
+    items: list[tuple[str, Any]],
+    names: list[str],
+    pairs: list[tuple[int, int]],
+    caption: Callable[[Any], list[str]],
+) -> None:
+    sentences = [caption(item) for _, item in items]
+    by_split: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for number, (split, _) in enumerate(items):
+        by_split[split].append(number)
+    numbered = [
+        (name, sentence) for name, group in zip(names, sentences, strict=True) for sentence in group
+    ]
+    document = {
+        "videos": [
+            {"video_id": name, "split": split}
+            for name, (split, _) in zip(names, items, strict=True)
+        ],
+        "sentences": [
+            {"video_id": name, "caption": sentence, "sen_id": number}
+            for number, (name, sentence) in enumerate(numbered)
+        ],
+    }
+    write_text(directory / _SENTENCES, json.dumps(document))
+    _write_csv(directory / _TRAIN, ("video_id",), ((names[n],) for n in by_split["train"]))
+    for file, split in ((_VAL, "val"), (_TEST, "test")):
+        _write_csv(
+            directory / file,
+            ("key", "vid_key", "video_id", "sentence"),
+            (
+                (f"ret{row}", f"shape{n}", names[n], sentences[n][0])
+                for row, n in enumerate(by_split[split])
+            ),
+        )
+    _write_csv(
+        directory / _PAIRS,
+        ("video_id", "reversed_id"),
+        ((names[one], names[other]) for one, other in pairs),
+    )
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    with (
+        replacing(path) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def read_files(directory: Path) -> Annotations:
+    """Reads the annotations that `draw_files` wrote.
+
+    Raises:
+      AnnotationError: a file is missing or damaged.
+    """
+    captions_of = read_sentences(directory / _SENTENCES)
+    train = [video for (video,) in read_csv_columns(directory / _TRAIN, ("video_id",))]
+    splits = {
+        "train": with_all_captions(train, captions_of, directory / _TRAIN, directory / _SENTENCES)
+    }
+    for split, file in (("val", _VAL), ("test", _TEST)):
+        splits[split] = group_captions(read_csv_columns(directory / file, ("video_id", "sentence")))
+    pairs = read_csv_columns(directory / _PAIRS, ("video_id", "reversed_id"))
+    files = [directory / name for name in (_SENTENCES, _TRAIN, _VAL, _TEST, _PAIRS)]
+    return Annotations(splits, files=files, reversed_pairs={"test": pairs})
