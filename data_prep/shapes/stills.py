@@ -90,14 +90,13 @@ def captions(still: Still, count: int, rng: random.Random) -> list[str]:
     others leave out sizes, places or both, or nothing: two stills of a batch rarely agree in all
     but a shape, and a model that reads only complete captions hardly learns shapes.
     """
-    # The first is complete.
-    contents = itertools.chain([(True, True)], iter(lambda: rng.choices((True, False), k=2), None))
+    complete = _caption(still, rng, sizes=True, places=True)
 
     def draw() -> str:
-        sizes, places = next(contents)
+        sizes, places = rng.choices((True, False), k=2)
         return _caption(still, rng, sizes=sizes, places=places)
 
-    return distinct(draw, count)
+    return distinct(draw, count, [complete])
 
 
 def _caption(still: Still, rng: random.Random, *, sizes: bool, places: bool) -> str:
