@@ -32,7 +32,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         loss=LossConfig(cdcr=0),
         # Nothing is pretrained: all parameters have the same learning rate.
         optim=OptimConfig(lr=2e-3, coef_lr=1.0),
-        train=TrainConfig(batch_size=192, epochs=8, checkpoint_every=0),
+        train=TrainConfig(batch_size=192, epochs=30, checkpoint_every=0),
         eval=EvalConfig(batch_size=64, text_block=64),
     )
     config = ConfigDict(dataclasses.asdict(config))

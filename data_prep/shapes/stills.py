@@ -87,13 +87,13 @@ def captions(still: Still, count: int, rng: random.Random) -> list[str]:
     """Draws `count` distinct captions of a still.
 
     The first states colour, shape, size and place of both shapes, so it fits no other still. The
-    others leave out sizes, places or both, or nothing: two stills of a batch rarely agree in all
+    others leave out nothing, sizes, or sizes and places: two stills of a batch rarely agree in all
     but a shape, and a model that reads only complete captions hardly learns shapes.
     """
     complete = _caption(still, rng, sizes=True, places=True)
 
     def draw() -> str:
-        sizes, places = rng.choices((True, False), k=2)
+        sizes, places = rng.choice(((True, True), (False, True), (False, False)))
         return _caption(still, rng, sizes=sizes, places=places)
 
     return distinct(draw, count, [complete])
