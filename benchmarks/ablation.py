@@ -1,20 +1,22 @@
 """Ablation of interactions and temporal heads on the test split of `shapes`.
 
-    python -m benchmarks.ablation [--workdir=runs/ablation] [--seeds=3] [--record=FILE]
+    python -m benchmarks.ablation [--workdir=runs/ablation] [--seeds=6] [--record=FILE]
 
-Trains `configs/shapes.py` with each of {dp, ti, wti, wti + CDCR} x {none, seqTransf} and each seed,
-and prints the mean and standard deviation of the test metrics as a Markdown table. Other flags
-(`--config.GROUP.FIELD=VALUE`) are passed to the trainings. Finished runs are kept: rerun the
-command to continue.
+Fine-tunes `configs/shapes.py` with each of {dp, ti, wti, wti + CDCR} x {none, seqTransf} and each
+seed, tests its initial CLIP without training (zero-shot), and prints the mean of the test metrics
+with its 95 % confidence interval as a Markdown table. Other flags (`--config.GROUP.FIELD=VALUE`)
+are passed to the trainings. Finished runs are kept: rerun the command to continue.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from drl_jax.runtime.cli import Parser, positive_int, run_command
 from drl_jax.runtime.errors import UserError
@@ -25,24 +27,24 @@ INTERACTIONS = {"dp": ("dp", 0), "ti": ("ti", 0), "wti": ("wti", 0), "wti + CDCR
 HEADS = ("none", "seqTransf")
 
 
-def train(workdir: Path, interaction: str, agg_module: str, seed: int, flags: list[str]) -> dict:
+def train(workdir: Path, name: str, flags: list[str]) -> dict[str, Any]:
     """Trains one model, unless it is already trained, and returns its `result.json`.
+
+    Args:
+      workdir: parent directory of the runs.
+      name: of the run.
+      flags: of the training.
 
     Raises:
       UserError: the training failed.
     """
-    name, cdcr = INTERACTIONS[interaction]
-    directory = workdir / f"{name}_cdcr{cdcr}_{agg_module}_seed{seed}"
+    directory = workdir / name
     result = directory / "result.json"
     if not result.exists():
         # In its own process, which frees all memory when it ends.
         command = [
             *(sys.executable, "-m", "drl_jax.train", "--config=configs/shapes.py"),
             f"--workdir={directory}",
-            f"--config.model.interaction={name}",
-            f"--config.model.agg_module={agg_module}",
-            f"--config.loss.cdcr={cdcr}",
-            f"--config.seed={seed}",
             *flags,
         ]
         if status := subprocess.run(command).returncode:
@@ -53,40 +55,68 @@ def train(workdir: Path, interaction: str, agg_module: str, seed: int, flags: li
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-def format_spread(values: list[float]) -> str:
-    """Formats the mean and, for several values, the sample standard deviation."""
+def model_flags(interaction: str, agg_module: str, seed: int) -> list[str]:
+    """The flags of a row of the table, with a seed."""
+    name, cdcr = INTERACTIONS[interaction]
+    return [
+        f"--config.model.interaction={name}",
+        f"--config.model.agg_module={agg_module}",
+        f"--config.loss.cdcr={cdcr}",
+        f"--config.seed={seed}",
+    ]
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % confidence interval of the mean of several values (Student's t)."""
+    from scipy.stats import t
+
+    return t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def format_mean(values: Sequence[float]) -> str:
+    """Formats the mean and, for several values, half its 95 % confidence interval."""
     mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    return f"{mean} ± {half_interval(values):.1f}" if len(values) > 1 else mean
+
+
+def format_row(name: str, agg_module: str, results: Sequence[dict[str, Any]]) -> str:
+    """A row of the table from the test metrics of its seeds."""
+    recalls = [result["t2v"]["R@1"] for result in results]
+    columns = (
+        format_mean(recalls),
+        f"{min(recalls):.1f}",
+        format_mean([result["t2v"]["R@5"] for result in results]),
+        format_mean([result["v2t"]["R@1"] for result in results]),
+        format_mean([result["pair_accuracy"] for result in results]),
+    )
+    return f"| {' | '.join((name, agg_module, *columns))} |"
 
 
 def run_ablation(options: argparse.Namespace, flags: list[str]) -> None:
     """Trains all models, writes the record and prints the table."""
-    lines, rows = [], []
-    for agg_module in HEADS:
-        for interaction in INTERACTIONS:
-            results = [
-                train(options.workdir, interaction, agg_module, seed, flags)["test"]
-                for seed in range(options.seeds)
-            ]
-            rows += [
-                {"interaction": interaction, "agg_module": agg_module, "seed": seed, **result}
-                for seed, result in enumerate(results)
-            ]
-            columns = (
-                [result["t2v"]["R@1"] for result in results],
-                [result["t2v"]["R@5"] for result in results],
-                [result["v2t"]["R@1"] for result in results],
-                [result["pair_accuracy"] for result in results],
-            )
-            cells = (interaction, agg_module, *map(format_spread, columns))
-            lines.append(f"| {' | '.join(cells)} |")
+    zero_shot = [*model_flags("dp", "none", 0), "--config.train.epochs=0"]
+    found = {("zero-shot", "none"): [train(options.workdir, "zero_shot", [*zero_shot, *flags])]}
+    # Seeds last, so that each row has some when the program is interrupted.
+    for seed, agg_module, interaction in itertools.product(
+        range(options.seeds), HEADS, INTERACTIONS
+    ):
+        name, cdcr = INTERACTIONS[interaction]
+        run = f"{name}_cdcr{cdcr}_{agg_module}_seed{seed}"
+        result = train(options.workdir, run, [*model_flags(interaction, agg_module, seed), *flags])
+        found.setdefault((interaction, agg_module), []).append(result)
     if options.record:
         from benchmarks.measure import make_record
 
-        write_json(options.record, make_record("ablation", rows))
-    print("| interaction | temporal head | t2v R@1 | t2v R@5 | v2t R@1 | pair accuracy |")
-    print("|---|---|---|---|---|---|")
-    print("\n".join(lines))
+        rows = [
+            {"interaction": interaction, "agg_module": agg_module, "seed": seed, **result["test"]}
+            for (interaction, agg_module), results in found.items()
+            for seed, result in enumerate(results)
+        ]
+        write_json(options.record, make_record("ablation", rows, flags=flags))
+    print("| interaction | temporal head | t2v R@1 | worst | t2v R@5 | v2t R@1 | pair accuracy |")
+    print("|---|---|---|---|---|---|---|")
+    for (interaction, agg_module), results in found.items():
+        print(format_row(interaction, agg_module, [result["test"] for result in results]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="parent directory of the runs (%(default)s)",
     )
     parser.add_argument(
-        "--seeds", type=positive_int, default=3, help="seeds per model (%(default)s)"
+        "--seeds", type=positive_int, default=6, help="seeds per model (%(default)s)"
     )
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="write the test metrics of all runs as JSON"

@@ -9,10 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from support.commands import error_of
 
 from data_prep.datasets import builder_class
 from drl_jax.config import Config, ConfigError, DataConfig
 from drl_jax.models.drl import config_from_dict, param_shapes
+from drl_jax.runtime.cli import Parser, add_config_flag, parse_with_config
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import abstract_state
@@ -37,7 +39,8 @@ MSRVTT = [
 ]
 OTHERS = ["activitynet", "custom", "didemo", "lsmdc", "msvd", "vatex"]
 SHIPPED = [
-    *("msrvtt", *(f"msrvtt:{name}" for name in MSRVTT), "shapes", "shapes:smoke"),
+    *("msrvtt", *(f"msrvtt:{name}" for name in MSRVTT)),
+    *("shapes", "shapes:scratch", "shapes:smoke", "shapes_clip", "shapes_clip:smoke"),
     *OTHERS,
 ]
 
@@ -160,6 +163,27 @@ def test_invalid_fields_are_named(change, message):
         target[name] = value
     with pytest.raises(ConfigError, match=message):
         config_from_dict(values)
+
+
+def parse(*arguments):
+    parser = Parser("tests")
+    add_config_flag(parser)
+    return parse_with_config(parser, arguments)[1]
+
+
+def test_configurations_of_the_package_are_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config=configs/shapes.py:smoke").train.epochs == 2
+    # One in the working directory comes first.
+    (tmp_path / "configs").mkdir()
+    own = (ROOT / "configs" / "shapes.py").read_text().replace("epochs=", "epochs=77+")
+    (tmp_path / "configs" / "shapes.py").write_text(own)
+    assert parse("--config=configs/shapes.py").train.epochs > 77
+
+
+def test_an_absent_configuration_is_one_line(capsys):
+    line = error_of("drl_jax.train", "--config=configs/nowhere.py", capsys=capsys)
+    assert "configs/nowhere.py" in line
 
 
 def test_an_integer_is_a_float_where_one_is_wanted():

@@ -38,8 +38,8 @@ def arguments(shapes_data, tiny_weights):
             "--config=configs/shapes.py:smoke",
             f"--workdir={workdir}",
             f"--config.data.data_dir={shapes_data}",
-            f"--config.model.init={tiny_weights}",
             *TINY,
+            f"--config.model.init={tiny_weights}",
         )
 
     return make

@@ -7,10 +7,12 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -20,10 +22,14 @@ from support.params import random_params
 from support.runs import make_run
 
 import drl_jax
-from drl_jax.config import ModelConfig
+from data_prep.dataset_config import SHAPES_BACKBONE
+from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, ModelConfig
 from drl_jax.convert import main as convert
 from drl_jax.models.drl import param_shapes
 from drl_jax.runs.workdir import load_config
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import sha256
+from drl_jax.weights import shipped
 from drl_jax.weights.load import (
     Weights,
     WeightsError,
@@ -31,7 +37,9 @@ from drl_jax.weights.load import (
     heads_of_weights,
     params_from_state,
     read_weights,
+    save_weights,
     state_dict_from_params,
+    with_backbone_of,
 )
 from drl_jax.weights.torch_file import TorchFileError, read_torch_file
 
@@ -298,6 +306,98 @@ def test_hugging_face_names(tmp_path):
     assert_states_equal(read_weights(tmp_path / "hf.safetensors").state, clip_state())
 
 
+# ---------------------------------------------------------------- shipped weights
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_shipped_weights_are_those_of_their_record(name):
+    file = shipped.DIRECTORY / f"{name}.safetensors"
+    record = json.loads(file.with_suffix(".json").read_text())
+    assert record["sha256"] == sha256(file)
+    assert record["bytes"] == file.stat().st_size <= 7_000_000
+    assert len(record["commit"]) == 40
+    assert record["command"].startswith("python -m benchmarks.")
+    weights = read_weights(name)
+    assert weights.config.seed == record["seed"]
+    assert sum(tensor.size for tensor in weights.state.values()) == record["parameters"]
+    assert {tensor.dtype for tensor in weights.state.values()} == {np.dtype(np.float16)}
+
+
+def test_the_shipped_clip_fits_its_configuration_and_its_record():
+    record = json.loads((shipped.DIRECTORY / "shapes_clip.json").read_text())
+    (test,) = (row for row in record["rows"] if row["split"] == "test")
+    assert test["t2v"]["R@1"] >= 70
+    assert read_weights("shapes_clip").config.model.backbone == SHAPES_BACKBONE
+
+
+@pytest.fixture
+def shipped_copy(tmp_path, monkeypatch):
+    """A copy of the shipped files that can be damaged."""
+    copy = shutil.copytree(shipped.DIRECTORY, tmp_path / "files")
+    monkeypatch.setattr(shipped, "DIRECTORY", copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "problem"),
+    [
+        ("safetensors", lambda content: None, "is missing"),
+        ("json", lambda content: None, "is missing"),
+        ("safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is damaged"),
+        ("safetensors", lambda content: content[:1000], "is damaged"),
+        ("json", lambda content: content[:20], "is damaged"),
+        ("json", lambda content: b"[]", "is damaged"),
+    ],
+)
+def test_unusable_shipped_weights_are_one_line(
+    shipped_copy, tmp_path, suffix, damage, problem, capsys
+):
+    file = shipped_copy / f"shapes_clip.{suffix}"
+    damaged = damage(file.read_bytes())
+    file.unlink()
+    if damaged is not None:
+        file.write_bytes(damaged)
+    arguments = ("--config=configs/shapes.py:smoke", f"--workdir={tmp_path / 'run'}")
+    line = error_of("drl_jax.train", *arguments, capsys=capsys)
+    assert f"the weights shapes_clip cannot be used: {file} {problem}" in line
+    assert "reinstall drl_jax" in line
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="shapes_clip cannot be used"):
+        drl_jax.load("shapes_clip")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["vision_layers=5"], "vision_layers is 3, not 5;"),
+        # The size of ViT-B/32.
+        (["vision_layers=12"], "vision_layers is 3, not 12;"),
+        (["text_width=128", "embed_dim=128"], "embed_dim is 64, not 128, text_width is 64, not"),
+        (["image_resolution=32"], "image_resolution is 64, not 32;"),
+    ],
+)
+def test_sizes_that_weights_do_not_have_are_one_line(flags, message, tmp_path, capsys):
+    flags = [f"--config.model.backbone.{flag}" for flag in flags]
+    arguments = ("--config=configs/shapes.py:smoke", f"--workdir={tmp_path / 'run'}", *flags)
+    line = error_of("drl_jax.train", *arguments, capsys=capsys)
+    assert "config.model.init=shapes_clip has other sizes than the configuration: " in line
+    assert message in line
+    assert "or train from scratch with --config.model.init=" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_default_sizes_are_replaced_by_those_of_the_weights():
+    weights = read_weights("shapes_clip")
+    data = DataConfig(holdout=1)
+    for size in (224, 64):
+        model = ModelConfig(backbone=BackboneConfig(image_resolution=size))
+        found = with_backbone_of(Config(data=data, model=model), weights)
+        assert found.model.backbone == SHAPES_BACKBONE
+    model = ModelConfig(backbone=BackboneConfig(vision_patch_size=16), init="shapes_clip")
+    with pytest.raises(ConfigError, match="embed_dim is 64, not 512"):
+        with_backbone_of(Config(data=data, model=model), weights)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -364,6 +464,33 @@ def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tm
 )
 def test_convert_mistakes_are_one_line(arguments, message, capsys):
     assert message in error_of("drl_jax.convert", *arguments, capsys=capsys)
+
+
+def test_clip_is_exported_alone_under_its_own_names(shapes_config, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "clip.safetensors"
+    make_run(run, shapes_config)
+    assert convert([str(run), str(file), "--clip_only", "--dtype=float16"]) == 0
+    found = load_file(file)
+    assert "visual.conv1.weight" in found
+    whole = read_weights(file)
+    assert not whole.has_heads
+    assert (whole.config.model.interaction, whole.config.model.agg_module) == ("dp", "none")
+    params = drl_jax.load(run).params
+    expected = state_dict_from_params({"backbone": params["backbone"]})
+    assert {f"clip.{name}" for name in found} == set(expected)
+    for name, tensor in found.items():
+        assert tensor.dtype == np.float16
+        np.testing.assert_array_equal(tensor, expected[f"clip.{name}"].astype(np.float16))
+    loaded = drl_jax.load(file)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded.params))
+
+
+def test_a_parameter_too_large_for_float16_is_refused(shapes_config, tmp_path):
+    params = random_params(shapes_config.model)
+    params["backbone"]["logit_scale"] = jnp.float32(1e6)
+    with pytest.raises(WeightsError, match=r"clip.logit_scale exceeds 65504.*use float32"):
+        save_weights(tmp_path / "a.safetensors", params, shapes_config, dtype="float16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_that_cannot_be_written_is_one_line(search_run, tmp_path, capsys):

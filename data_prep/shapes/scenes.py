@@ -15,7 +15,7 @@ SIZES = {"full": (6000, 256, 512), "smoke": (192, 32, 32)}
 
 # Shapes that a small image tower distinguishes. (It confuses a circle and a square.)
 SHAPES = ("circle", "cross", "triangle")
-COLOURS = ("red", "green", "blue", "yellow", "white")
+COLOURS = ("red", "green", "blue")
 # Motions with a direction, each with its time reversal.
 REVERSED = {
     "right": "left",

@@ -1,18 +1,21 @@
 """Stills of the `shapes_stills` dataset: two coloured shapes, each with a size and a place.
 
-Shapes, colours and drawing are those of `shapes`; nothing is said about motion.
+Shapes and drawing are those of `shapes`, with two colours more; nothing is said about motion.
 """
 
 import dataclasses
 import itertools
 import random
 
+from data_prep.shapes import scenes
 from data_prep.shapes.captions import SHAPE_WORDS, distinct
-from data_prep.shapes.scenes import COLOURS, SHAPES
+from data_prep.shapes.scenes import SHAPES
 
 # Number of stills of train, val and test.
 SIZES = {"full": (20_000, 256, 512), "smoke": (96, 32, 32)}
 
+# A pretrained CLIP has seen more than the clips show.
+COLOURS = (*scenes.COLOURS, "yellow", "white")
 STILL_SIZES = ("small", "medium", "big")
 # Thirds of the image, from the top and from the left.
 ROWS = ("top", "middle", "bottom")

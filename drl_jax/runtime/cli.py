@@ -99,13 +99,18 @@ def parse_with_config(
     from absl import flags
     from ml_collections import config_flags
 
-    arguments = [parser.prog, f"--config={_find_config(options.config)}", *rest]
+    config = _find_config(options.config)
+    if not Path(config.partition(":")[0]).is_file():
+        parser.error(f"no configuration file {config}")
+    arguments = [parser.prog, f"--config={config}", *rest]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", flag_values=values, lock_config=True, sys_argv=arguments
     )
     try:
         unparsed = values(arguments)[1:]
+        # Without overrides, errors of the file are raised only here.
+        values.config.to_dict()
     # A configuration file is code and may raise anything.
     except Exception as error:
         parser.error(_one_line(error))

@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Flags that make `configs/shapes.py:smoke` a matter of seconds.
 TINY = (
+    "--config.model.init=",
     "--config.model.backbone.embed_dim=32",
     "--config.model.backbone.text_width=32",
     "--config.model.backbone.text_heads=2",
