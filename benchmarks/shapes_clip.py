@@ -1,12 +1,12 @@
 """Trains the CLIP that `configs/shapes.py` starts from, and writes the files that are installed.
 
-    python -m benchmarks.shapes_clip [--workdir=runs/shapes_clip] [--out=drl_jax/weights/files]
+    python -m benchmarks.shapes_clip
 
-Trains `configs/shapes_clip.py`, unless the run is finished, and writes shapes_clip.safetensors and
-its record, shapes_clip.json. Other flags (`--config.GROUP.FIELD=VALUE`) are passed to the training.
+Builds `shapes_stills`, trains `configs/shapes_clip.py` in a run of this commit, and writes
+shapes_clip.safetensors and its record, shapes_clip.json. Rerun the command to continue. Other flags
+(`--config.GROUP.FIELD=VALUE`) are passed to the training.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,37 +22,30 @@ from drl_jax.weights.shipped import DIRECTORY
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = Parser("python -m benchmarks.shapes_clip", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        default=Path("runs/shapes_clip"),
-        metavar="DIR",
-        help="directory of the run (%(default)s)",
+    _, flags = parser.parse_known_args(arguments)
+    return run_command(
+        "benchmarks.shapes_clip",
+        lambda: make_weights(flags),
+        on_interrupt="rerun the command to continue",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=DIRECTORY,
-        metavar="DIR",
-        help="where to write the files (%(default)s)",
-    )
-    options, flags = parser.parse_known_args(arguments)
-    return run_command("benchmarks.shapes_clip", lambda: make_weights(options, flags))
 
 
-def make_weights(options: argparse.Namespace, flags: list[str]) -> None:
-    """Trains, exports and writes the record."""
+def make_weights(flags: list[str]) -> None:
+    """Builds, trains, exports and writes the record."""
     commit = _commit()
-    train = ["-m", "drl_jax.train", "--config=configs/shapes_clip.py", *flags]
-    _run([*train, f"--workdir={options.workdir}"])
-    weights = options.out / "shapes_clip.safetensors"
-    convert = ["-m", "drl_jax.convert", str(options.workdir), str(weights)]
+    workdir = Path("runs") / f"shapes_clip_{commit[:12]}"
+    if not workdir.exists():
+        # A dataset that is there already may be of another commit.
+        _run(["-m", "data_prep.build", "shapes_stills", "--data_dir=data", "--overwrite"])
+    _run(["-m", "drl_jax.train", "--config=configs/shapes_clip.py", f"--workdir={workdir}", *flags])
+    weights = DIRECTORY / "shapes_clip.safetensors"
+    convert = ["-m", "drl_jax.convert", str(workdir), str(weights)]
     _run([*convert, "--clip_only", "--dtype=float16"])
 
     from benchmarks.measure import make_record
     from drl_jax.weights.load import read_weights
 
-    result = json.loads((options.workdir / "result.json").read_text(encoding="utf-8"))
+    result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     record = make_record(
         "shapes_clip",
         [{"split": split, **result[split]} for split in ("val", "test")],

@@ -6,7 +6,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data_prep.datasets import builder_class
-from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig, TrainConfig
+from drl_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 # The CLIP of `configs/shapes.py` and `configs/shapes_clip.py`.
 SHAPES_BACKBONE = BackboneConfig(
@@ -54,6 +63,46 @@ def finetuning_config(
         train=TrainConfig(batch_size=batch_size),
     )
     return ConfigDict(dataclasses.asdict(config))
+
+
+def drawn_dataset_config(
+    dataset: str,
+    *,
+    model: ModelConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    smoke: bool,
+) -> ConfigDict:
+    """Makes the configuration of a dataset that the build draws, in sizes for a small model.
+
+    Args:
+      dataset: a key of `DRAWN`.
+      model: the model.
+      loss: the loss.
+      optim: the optimiser.
+      train: batch size and epochs.
+      smoke: run the same steps on a few videos in seconds; the results mean nothing.
+
+    Returns:
+      The configuration as a ConfigDict, for `--config` and its overrides.
+    """
+    data = data_config(
+        dataset,
+        train_split="train",
+        val_split="val",
+        # The captions of a video are variants of one sentence.
+        expand_captions=False,
+        num_threads=2,
+        build_if_absent=True,
+    )
+    evaluation = EvalConfig(batch_size=64, text_block=64)
+    config = Config(data=data, model=model, loss=loss, optim=optim, train=train, eval=evaluation)
+    config = ConfigDict(dataclasses.asdict(config))
+    if smoke:
+        config.data.update({"data_dir": "data/smoke", "build_flags": "--size=smoke"})
+        config.train.update({"batch_size": 32, "epochs": 2, "log_every": 2})
+    return config
 
 
 def data_config(dataset: str, **fields: Any) -> DataConfig:

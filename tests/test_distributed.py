@@ -40,6 +40,9 @@ def arguments(shapes_data, tiny_weights):
             f"--config.data.data_dir={shapes_data}",
             *TINY,
             f"--config.model.init={tiny_weights}",
+            # With larger updates, 12 steps amplify the rounding of sums in another order to 1e-3 of
+            # the gradient norm.
+            "--config.optim.lr=1e-4",
         )
 
     return make
@@ -122,8 +125,7 @@ def test_two_processes_stop_together_and_match_one_process(alone, arguments, tmp
     last = {"step": 12}
     assert {"step": found[-1]["step"]} == {"step": expected[-1]["step"]} == last
     # The lines of the interrupted run are means over other steps; those at the end are the same.
-    # Sums over devices have another order, which Adam amplifies in 12 steps.
-    assert found[-2:] == [pytest.approx(line, rel=2e-3) for line in expected[-2:]]
+    assert found[-2:] == [pytest.approx(line, rel=1e-5) for line in expected[-2:]]
     (step, params), (expected_step, expected_params) = params_of(workdir), params_of(alone)
     assert step == expected_step == 12
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected_params):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.shapes import stills
+from data_prep.shapes.dataset_files import draw_files
 from data_prep.shapes.draw import FRAMES, SIZE, draw_clip, draw_still, write_mp4
 from data_prep.shapes.scenes import (
     REVERSED,
@@ -155,3 +156,23 @@ def test_files_are_h264_and_keep_reversed_clips_equal(tmp_path):
     np.testing.assert_array_equal(a, b[::-1])
     write_mp4(tmp_path / "again.mp4", draw_clip(scene, 5))
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "a.mp4").read_bytes()
+
+
+def test_only_videos_of_the_same_drawing_are_kept(tmp_path):
+    def draw(frame_of, members):
+        splits = {"train": members, "val": [], "test": []}
+        draw_files(tmp_path, splits, draw=frame_of, caption=lambda item: [f"caption {item}"])
+        return [path.stat().st_mtime_ns for path in sorted((tmp_path / "videos").rglob("*.mp4"))]
+
+    first = draw(one_frame, [0, 1])
+    assert draw(one_frame, [0, 1]) == first
+    again = draw(one_frame, [1, 0])
+    assert len(again) == 2
+    assert not set(again) & set(first)
+    (frame,) = read_frames(tmp_path / "videos" / "train" / "video0.mp4", 1, SIZE)
+    assert abs(int(frame.mean()) - 100) <= 2
+
+
+def one_frame(item, seed):
+    """A frame of one level, drawn by worker processes."""
+    return [np.full((SIZE, SIZE, 3), 100 * item, np.uint8)]

@@ -2,7 +2,9 @@
 
 import collections
 import csv
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from data_prep.annotation_files import read_csv_columns, read_sentences
 from data_prep.annotations import Annotations, group_captions, with_all_captions
+from data_prep.shapes import draw as draw_module
 from data_prep.shapes.draw import draw_file
 from drl_jax.runtime.files import replacing, write_text
 from drl_jax.runtime.worker_pool import map_in_processes
@@ -19,6 +22,8 @@ from drl_jax.runtime.worker_pool import map_in_processes
 _SENTENCES = "SHAPES_data.json"
 _TRAIN, _VAL, _TEST = "SHAPES_train.csv", "SHAPES_val.csv", "SHAPES_test.csv"
 _PAIRS = "SHAPES_test_pairs.csv"
+# Hash of what is drawn and of the code that draws it.
+_DIGEST = "drawing.sha256"
 
 
 def draw_files(
@@ -31,7 +36,8 @@ def draw_files(
 ) -> None:
     """Draws videos into `directory/videos/SPLIT/*.mp4`, and writes annotations to `directory`.
 
-    Existing videos are kept, so an interrupted call can continue.
+    Existing videos of the same drawing are kept, so an interrupted call can continue. Those of
+    another version of this program are drawn again.
 
     Args:
       directory: created if it does not exist.
@@ -47,6 +53,7 @@ def draw_files(
     seeds = list(range(len(items)))
     for one, other in pairs:
         seeds[other] = seeds[one]
+    _remove_other_drawing(directory, f"{items} {seeds}")
     for split in splits:
         (directory / "videos" / split).mkdir(parents=True, exist_ok=True)
     drawings = [
@@ -57,6 +64,17 @@ def draw_files(
     drawn = map_in_processes(draw_file, absent)
     collections.deque(tqdm(drawn, "drawing", len(absent), unit="video"), maxlen=0)
     _write_annotations(directory, items, names, pairs, caption)
+
+
+def _remove_other_drawing(directory: Path, content: str) -> None:
+    """Removes videos that were not drawn from this content by the code of this version."""
+    code = Path(draw_module.__file__).read_bytes()
+    digest = hashlib.sha256(code + content.encode()).hexdigest()
+    marker = directory / _DIGEST
+    if marker.exists() and marker.read_text(encoding="utf-8") == digest:
+        return
+    shutil.rmtree(directory / "videos", ignore_errors=True)
+    write_text(marker, digest)
 
 
 def _write_annotations(

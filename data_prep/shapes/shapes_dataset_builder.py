@@ -4,10 +4,9 @@ import functools
 import random
 from pathlib import Path
 
-from data_prep.annotations import Annotations
-from data_prep.retrieval_builder import RetrievalBuilder
-from data_prep.shapes.dataset_files import draw_files, read_files
+from data_prep.shapes.dataset_files import draw_files
 from data_prep.shapes.draw import draw_clip
+from data_prep.shapes.drawn_builder import DrawnBuilder
 from data_prep.shapes.scenes import SIZES, captions, split_scenes
 from drl_jax.data.storage import StorageSpec
 
@@ -15,22 +14,14 @@ _CAPTIONS = 20
 _SEED = 0
 
 
-class Builder(RetrievalBuilder):
+class Builder(DrawnBuilder):
     """Two coloured shapes, each with its own motion; half of the test clips are pairs that differ
     only in the direction of one motion."""
 
     DEFAULT_STORAGE = StorageSpec(64, 4, "raw")
-    MAX_WORDS = 24
-    # The clips stay in the data directory, and decoding them again is cheap.
-    KEEPS_CACHE = False
-
-    @classmethod
-    def read_annotations(cls, path: Path) -> Annotations:
-        return read_files(path)
 
     @classmethod
     def draw(cls, directory: Path, size: str) -> None:
-        """Draws the dataset; the files depend only on the size, a key of `SIZES`."""
         splits = split_scenes(*SIZES[size], seed=_SEED)
         draw_files(
             directory,

@@ -4,10 +4,9 @@ import functools
 import random
 from pathlib import Path
 
-from data_prep.annotations import Annotations
-from data_prep.retrieval_builder import RetrievalBuilder
-from data_prep.shapes.dataset_files import draw_files, read_files
+from data_prep.shapes.dataset_files import draw_files
 from data_prep.shapes.draw import draw_still
+from data_prep.shapes.drawn_builder import DrawnBuilder
 from data_prep.shapes.stills import SIZES, captions, split_stills
 from drl_jax.data.storage import StorageSpec
 
@@ -15,20 +14,13 @@ _CAPTIONS = 5
 _SEED = 0
 
 
-class Builder(RetrievalBuilder):
+class Builder(DrawnBuilder):
     """One frame with two coloured shapes, each with a size and one of 3 x 3 places."""
 
     DEFAULT_STORAGE = StorageSpec(64, 1, "raw")
-    MAX_WORDS = 24
-    KEEPS_CACHE = False
-
-    @classmethod
-    def read_annotations(cls, path: Path) -> Annotations:
-        return read_files(path)
 
     @classmethod
     def draw(cls, directory: Path, size: str) -> None:
-        """Draws the dataset; the files depend only on the size, a key of `SIZES`."""
         draw_files(
             directory,
             split_stills(*SIZES[size], seed=_SEED),
