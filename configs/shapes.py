@@ -20,13 +20,13 @@ def get_config(variant: str = "full") -> ConfigDict:
             backbone=SHAPES_BACKBONE, init="shapes_clip", position_std=0.4, scan_unroll=4
         ),
         loss=LossConfig(),
-        optim=OptimConfig(lr=1e-3, coef_lr=0.5),
-        train=TrainConfig(batch_size=96, epochs=8, checkpoint_every=0),
+        optim=OptimConfig(lr=1.5e-3, coef_lr=0.5),
+        train=TrainConfig(batch_size=96, epochs=10, checkpoint_every=0),
         smoke=variant == "smoke",
     )
     if variant == "scratch":
         config.model.update({"init": "", "position_std": 0.8})
         # Nothing is pretrained: all parameters have the same learning rate.
-        config.optim.update({"lr": 1.5e-3, "coef_lr": 1.0})
-        config.train.epochs = 16
+        config.optim.coef_lr = 1.0
+        config.train.epochs = 24
     return config

@@ -32,17 +32,20 @@ def test_no_scene_or_its_reverse_is_in_two_splits(splits):
     def with_reverses(scenes):
         return {s for scene in scenes for s in (scene, scene.reversed())}
 
-    train, val, test = map(with_reverses, (splits.train, splits.val, splits.test))
+    train, val, test = map(with_reverses, splits.scenes.values())
     assert not train & val
     assert not train & test
     assert not val & test
-    assert len(set(splits.test)) == len(splits.test) == 512
+    test_scenes = splits.scenes["test"]
+    assert len(set(test_scenes)) == len(test_scenes) == 512
 
 
-def test_half_of_the_test_clips_are_pairs_of_one_reversed_motion(splits):
-    assert len(splits.test_pairs) == len(splits.test) // 4
-    for one, other in splits.test_pairs:
-        a, b = splits.test[one], splits.test[other]
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_half_of_the_clips_are_pairs_of_one_reversed_motion(splits, split):
+    scenes, pairs = splits.scenes[split], splits.pairs[split]
+    assert len(pairs) == len(scenes) // 4
+    for one, other in pairs:
+        a, b = scenes[one], scenes[other]
         assert a.reversed() == b
         changed = collections.Counter([a.first, a.second]) - collections.Counter(
             [b.first, b.second]
@@ -56,7 +59,9 @@ def test_every_shape_colour_and_motion_occurs_in_training(splits):
             getattr(s, attribute) for scene in all_scenes() for s in (scene.first, scene.second)
         }
         seen = {
-            getattr(s, attribute) for scene in splits.train for s in (scene.first, scene.second)
+            getattr(s, attribute)
+            for scene in splits.scenes["train"]
+            for s in (scene.first, scene.second)
         }
         assert seen == values
 

@@ -21,7 +21,7 @@ from drl_jax.runtime.worker_pool import map_in_processes
 
 _SENTENCES = "SHAPES_data.json"
 _TRAIN, _VAL, _TEST = "SHAPES_train.csv", "SHAPES_val.csv", "SHAPES_test.csv"
-_PAIRS = "SHAPES_test_pairs.csv"
+_PAIRS = {"val": "SHAPES_val_pairs.csv", "test": "SHAPES_test_pairs.csv"}
 # Hash of what is drawn and of the code that draws it.
 _DIGEST = "drawing.sha256"
 
@@ -32,7 +32,7 @@ def draw_files(
     *,
     draw: Callable[[Any, int], list[np.ndarray]],
     caption: Callable[[Any], list[str]],
-    test_pairs: Sequence[tuple[int, int]] = (),
+    pairs: Mapping[str, Sequence[tuple[int, int]]] = {},
 ) -> None:
     """Draws videos into `directory/videos/SPLIT/*.mp4`, and writes annotations to `directory`.
 
@@ -44,15 +44,19 @@ def draw_files(
       splits: what to draw for train, val and test.
       draw: returns the frames of an item, given a seed. Worker processes import it.
       caption: returns the captions of an item; called once for each, in order.
-      test_pairs: indices into `test` of items and their time reversals, which get the same seed.
+      pairs: for some splits, indices of items and their time reversals, which get the same seed.
     """
     items = [(split, item) for split, members in splits.items() for item in members]
     names = [f"video{number}" for number in range(len(items))]
-    first_test = len(splits["train"]) + len(splits["val"])
-    pairs = [(first_test + a, first_test + b) for a, b in test_pairs]
-    seeds = list(range(len(items)))
-    for one, other in pairs:
-        seeds[other] = seeds[one]
+    numbered_pairs, seeds = {}, list(range(len(items)))
+    first = 0
+    for split, members in splits.items():
+        numbered_pairs[split] = [
+            (first + one, first + other) for one, other in pairs.get(split, ())
+        ]
+        first += len(members)
+        for one, other in numbered_pairs[split]:
+            seeds[other] = seeds[one]
     _remove_other_drawing(directory, f"{items} {seeds}")
     for split in splits:
         (directory / "videos" / split).mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ def draw_files(
     absent = [drawing for drawing in drawings if not drawing[0].exists()]
     drawn = map_in_processes(draw_file, absent)
     collections.deque(tqdm(drawn, "drawing", len(absent), unit="video"), maxlen=0)
-    _write_annotations(directory, items, names, pairs, caption)
+    _write_annotations(directory, items, names, numbered_pairs, caption)
 
 
 def _remove_other_drawing(directory: Path, content: str) -> None:
@@ -81,7 +85,7 @@ def _write_annotations(
     directory: Path,
     items: list[tuple[str, Any]],
     names: list[str],
-    pairs: list[tuple[int, int]],
+    pairs: dict[str, list[tuple[int, int]]],
     caption: Callable[[Any], list[str]],
 ) -> None:
     sentences = [caption(item) for _, item in items]
@@ -112,11 +116,12 @@ def _write_annotations(
                 for row, n in enumerate(by_split[split])
             ),
         )
-    _write_csv(
-        directory / _PAIRS,
-        ("video_id", "reversed_id"),
-        ((names[one], names[other]) for one, other in pairs),
-    )
+    for split, file in _PAIRS.items():
+        _write_csv(
+            directory / file,
+            ("video_id", "reversed_id"),
+            ((names[one], names[other]) for one, other in pairs[split]),
+        )
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
@@ -142,6 +147,9 @@ def read_files(directory: Path) -> Annotations:
     }
     for split, file in (("val", _VAL), ("test", _TEST)):
         splits[split] = group_captions(read_csv_columns(directory / file, ("video_id", "sentence")))
-    pairs = read_csv_columns(directory / _PAIRS, ("video_id", "reversed_id"))
-    files = [directory / name for name in (_SENTENCES, _TRAIN, _VAL, _TEST, _PAIRS)]
-    return Annotations(splits, files=files, reversed_pairs={"test": pairs})
+    pairs = {
+        split: read_csv_columns(directory / file, ("video_id", "reversed_id"))
+        for split, file in _PAIRS.items()
+    }
+    files = [directory / name for name in (_SENTENCES, _TRAIN, _VAL, _TEST, *_PAIRS.values())]
+    return Annotations(splits, files=files, reversed_pairs=pairs)

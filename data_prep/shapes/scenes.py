@@ -11,7 +11,7 @@ import random
 from data_prep.shapes.captions import SHAPE_WORDS, distinct
 
 # Number of clips of train, val and test.
-SIZES = {"full": (6000, 256, 512), "smoke": (192, 32, 32)}
+SIZES = {"full": (4000, 256, 512), "smoke": (192, 32, 32)}
 
 # Shapes that a small image tower distinguishes. (It confuses a circle and a square.)
 SHAPES = ("circle", "cross", "triangle")
@@ -60,12 +60,15 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class SceneSplits:
-    """Scenes of each split. `test_pairs` are indices into `test` of a scene and its reverse."""
+    """Scenes of each split.
 
-    train: list[Scene]
-    val: list[Scene]
-    test: list[Scene]
-    test_pairs: list[tuple[int, int]]
+    Attributes:
+      scenes: the scenes of train, val and test.
+      pairs: for val and test, indices of a scene and its reverse in that split.
+    """
+
+    scenes: dict[str, list[Scene]]
+    pairs: dict[str, list[tuple[int, int]]]
 
 
 def all_scenes() -> list[Scene]:
@@ -80,11 +83,11 @@ def all_scenes() -> list[Scene]:
 
 
 def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
-    """Assigns scenes to splits; half of `test` are pairs of a scene and its reverse.
+    """Assigns scenes to splits; half of val and of test are pairs of a scene and its reverse.
 
     Args:
       train: number of training scenes, drawn with replacement.
-      val: number of validation scenes.
+      val: number of validation scenes, a multiple of 4.
       test: number of test scenes, a multiple of 4.
       seed: random seed.
 
@@ -95,30 +98,18 @@ def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
     # A scene and its reverse form a group, which is assigned as a whole.
     groups = sorted({tuple(sorted({scene, scene.reversed()})) for scene in all_scenes()})
     rng.shuffle(groups)
-    pairs = [g for g in groups if len(g) == 2 and g[0].differs_from_reverse_in_one_motion()]
-    test_groups, val_groups = pairs[: test // 4], []
-    chosen = set(test_groups)
-    for group in groups:
-        if len(test_groups) < test // 4 + test // 2 and group not in chosen:
-            test_groups.append(group)
-        elif len(val_groups) < val and group not in chosen:
-            val_groups.append(group)
-    held_out = set(test_groups) | set(val_groups)
-    train_scenes = [scene for group in groups if group not in held_out for scene in group]
-    if len(val_groups) < val or not train_scenes:
-        raise ValueError(f"too few scenes for {val} in val and {test} in test")
-    train_scenes = rng.choices(train_scenes, k=train)
-    test_scenes: list[Scene] = []
-    test_pairs = []
-    for number, group in enumerate(test_groups):
-        if number < test // 4:
-            test_pairs.append((len(test_scenes), len(test_scenes) + 1))
-            test_scenes += group
-        else:
-            test_scenes.append(rng.choice(group))
-    return SceneSplits(
-        train_scenes, [rng.choice(group) for group in val_groups], test_scenes, test_pairs
-    )
+    scenes: dict[str, list[Scene]] = {}
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    for split, count in (("test", test), ("val", val)):
+        paired = [g for g in groups if g[0].differs_from_reverse_in_one_motion()][: count // 4]
+        rest = [group for group in groups if group not in set(paired)]
+        single, groups = rest[: count // 2], rest[count // 2 :]
+        scenes[split] = [*itertools.chain(*paired), *(rng.choice(group) for group in single)]
+        pairs[split] = [(2 * number, 2 * number + 1) for number in range(len(paired))]
+        if len(scenes[split]) < count or not groups:
+            raise ValueError(f"too few scenes for {val} in val and {test} in test")
+    scenes["train"] = rng.choices([*itertools.chain(*groups)], k=train)
+    return SceneSplits(scenes, pairs)
 
 
 _MOTION_WORDS = {

@@ -15,8 +15,8 @@ _SEED = 0
 
 
 class Builder(DrawnBuilder):
-    """Two coloured shapes, each with its own motion; half of the test clips are pairs that differ
-    only in the direction of one motion."""
+    """Two coloured shapes, each with its own motion; half of the clips of val and of test are pairs
+    that differ only in the direction of one motion."""
 
     DEFAULT_STORAGE = StorageSpec(64, 4, "raw")
 
@@ -25,8 +25,8 @@ class Builder(DrawnBuilder):
         splits = split_scenes(*SIZES[size], seed=_SEED)
         draw_files(
             directory,
-            {"train": splits.train, "val": splits.val, "test": splits.test},
+            splits.scenes,
             draw=draw_clip,
             caption=functools.partial(captions, count=_CAPTIONS, rng=random.Random(_SEED)),
-            test_pairs=splits.test_pairs,
+            pairs=splits.pairs,
         )
