@@ -18,7 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from drl_jax.runtime.cli import Parser, positive_int, run_command
+from drl_jax.models.drl import config_from_dict
+from drl_jax.runs.workdir import claim_workdir
+from drl_jax.runtime.cli import (
+    Parser,
+    add_config_flag,
+    parse_with_config,
+    positive_int,
+    run_command,
+)
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_json
 
@@ -36,17 +44,19 @@ def train(workdir: Path, name: str, flags: list[str]) -> dict[str, Any]:
       flags: of the training.
 
     Raises:
-      UserError: the training failed.
+      UserError: the training failed, or the run that is there has another configuration.
     """
     directory = workdir / name
     result = directory / "result.json"
-    if not result.exists():
+    flags = ["--config=configs/shapes.py", *flags]
+    if result.exists():
+        parser = Parser("benchmarks.ablation")
+        add_config_flag(parser)
+        config = parse_with_config(parser, flags)[1]
+        claim_workdir(directory, config_from_dict(config.to_dict()))
+    else:
         # In its own process, which frees all memory when it ends.
-        command = [
-            *(sys.executable, "-m", "drl_jax.train", "--config=configs/shapes.py"),
-            f"--workdir={directory}",
-            *flags,
-        ]
+        command = [sys.executable, "-m", "drl_jax.train", f"--workdir={directory}", *flags]
         if status := subprocess.run(command).returncode:
             raise UserError(
                 f"training {directory} ended with exit status {status}; fix the error above, then"
@@ -95,14 +105,14 @@ def format_row(name: str, agg_module: str, results: Sequence[dict[str, Any]]) ->
 def run_ablation(options: argparse.Namespace, flags: list[str]) -> None:
     """Trains all models, writes the record and prints the table."""
     zero_shot = [*model_flags("dp", "none", 0), "--config.train.epochs=0"]
-    found = {("zero-shot", "none"): [train(options.workdir, "zero_shot", [*zero_shot, *flags])]}
+    found = {("zero-shot", "none"): [train(options.workdir, "zero_shot", [*flags, *zero_shot])]}
     # Seeds last, so that each row has some when the program is interrupted.
     for seed, agg_module, interaction in itertools.product(
         range(options.seeds), HEADS, INTERACTIONS
     ):
         name, cdcr = INTERACTIONS[interaction]
         run = f"{name}_cdcr{cdcr}_{agg_module}_seed{seed}"
-        result = train(options.workdir, run, [*model_flags(interaction, agg_module, seed), *flags])
+        result = train(options.workdir, run, [*flags, *model_flags(interaction, agg_module, seed)])
         found.setdefault((interaction, agg_module), []).append(result)
     if options.record:
         from benchmarks.measure import make_record

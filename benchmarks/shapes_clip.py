@@ -69,7 +69,9 @@ def _commit() -> str:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        # An interrupted call may have written the weights.
+        others = (".", f":(exclude){DIRECTORY}")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *others)
         commit = git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError("the record names a commit: run this in a clone with git") from error

@@ -49,7 +49,11 @@ def train_step_flops(config: ModelConfig, batch: int, frames: int, words: int) -
 
     patch_embedding = 2 * patches * 3 * backbone.vision_patch_size**2 * backbone.vision_width
     projection = 2 * backbone.vision_width * backbone.embed_dim
-    image = transformer(patches + 1, backbone.vision_width, backbone.vision_layers)
+    width = backbone.vision_width
+    image = transformer(patches + 1, width, backbone.vision_layers - 1)
+    # The last block: keys and values of all tokens, everything else of the class token.
+    image += 2 * (patches + 1) * width * 2 * width + 2 * width * 10 * width
+    image += 2 * 2 * (patches + 1) * width
     text = transformer(words, backbone.text_width, backbone.text_layers)
     text += 2 * words * backbone.text_width * backbone.embed_dim
     temporal = transformer(frames, backbone.text_width, config.temporal_layers)
@@ -59,13 +63,17 @@ def train_step_flops(config: ModelConfig, batch: int, frames: int, words: int) -
     return 3 * (batch * pair + interaction)
 
 
-def backbone_of(model: str) -> BackboneConfig:
-    """The backbone of one of `--models`: `shapes`, or a patch size of ViT-B."""
-    if model == "shapes":
-        from data_prep.dataset_config import SHAPES_BACKBONE
+def backbones(text: str) -> dict[str, BackboneConfig]:
+    """Parses `--models`: `shapes`, and patch sizes of ViT-B, separated by commas."""
+    found = {}
+    for model in names(text):
+        if model == "shapes":
+            from data_prep.dataset_config import SHAPES_BACKBONE
 
-        return SHAPES_BACKBONE
-    return BackboneConfig(vision_patch_size=positive_int(model))
+            found[model] = SHAPES_BACKBONE
+        else:
+            found[f"ViT-B/{model}"] = BackboneConfig(vision_patch_size=positive_int(model))
+    return found
 
 
 def measure(
@@ -135,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("train_step", __doc__.splitlines()[0])
     parser.add_argument(
         "--models",
-        type=names,
+        type=backbones,
         default="32",
         help="patch sizes of ViT-B, or shapes, the model of configs/shapes.py; e.g. 32,16"
         " (%(default)s)",
@@ -180,15 +188,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.default_allocator:
         keep_freed_memory()
     rows = []
-    for model, dtype, batch in itertools.product(options.models, options.dtypes, options.batches):
+    for name, dtype, batch in itertools.product(options.models, options.dtypes, options.batches):
         config = ModelConfig(
-            backbone=backbone_of(model),
+            backbone=options.models[name],
             dtype=dtype,
             remat=options.remat,
             scan_unroll=options.scan_unroll,
         )
         microbatch = options.microbatch if options.microbatch < batch else 0
-        name = model if model == "shapes" else f"ViT-B/{model}"
         sizes = (batch, options.frames, options.words)
         rows.append(measure(name, config, *sizes, options.steps, microbatch))
     names_of_settings = ("frames", "words", "scan_unroll", "default_allocator")

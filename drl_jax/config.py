@@ -57,8 +57,8 @@ class ModelConfig:
     cross_layers: int = 4
     cross_dropout: float = 0.1
     # Standard deviation of new position embeddings of patches and frames. 0: patches use OpenAI's
-    # width**-0.5 and frames copy the text tower's, as in the reference. `shapes` uses 0.8, which
-    # small models learn places and the order of frames much faster with (docs/benchmarks.md).
+    # width**-0.5 and frames copy the text tower's, as in the reference. Small models learn
+    # places and the order of frames faster with larger values (docs/benchmarks.md).
     position_std: float = 0.0
     # Dtype of the transformers' matrix products: float32 or bfloat16. Parameters, norms, softmax,
     # features, similarities and losses are float32 in both cases.

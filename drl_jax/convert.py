@@ -24,7 +24,7 @@ def _parser() -> Parser:
         "source",
         metavar="IN",
         help="OpenAI's or Hugging Face's CLIP, a DRL checkpoint, an exported run, the name of"
-        f" shipped weights ({', '.join(NAMES)}); or a run",
+        f" installed weights ({', '.join(NAMES)}); or a run",
     )
     parser.add_argument(
         "target", type=Path, metavar="OUT", help="directory of the new run; or NAME.safetensors"
@@ -41,8 +41,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),
-        default="float32",
-        help="of the tensors of an exported run (%(default)s)",
+        help="of the tensors of an exported run (float32)",
     )
     parser.add_argument(
         "--clip_only",
@@ -62,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.runtime.compilation_cache import cache_compilations
 
         cache_compilations()
-        if source in NAMES or not Path(source).is_dir():
+        if not Path(source).is_dir():
+            if options.clip_only or options.dtype:
+                raise UserError(f"--dtype and --clip_only export a run, and {source} is none")
             model = import_weights(source, target, options.interaction).model
             print(f"wrote {target}: interaction {model.interaction}, agg_module {model.agg_module}")
             return
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(source),
             target,
             options.checkpoint,
-            dtype=options.dtype,
+            dtype=options.dtype or "float32",
             clip_only=options.clip_only,
         )
         print(f"wrote {target}: checkpoint {step} of {source}")

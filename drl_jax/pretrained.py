@@ -202,13 +202,15 @@ def load(path: str | os.PathLike, checkpoint: str | int = "best") -> RetrievalMo
     Args:
       path: directory of a run; a file of weights: OpenAI's or Hugging Face's CLIP, which gets no
         temporal head and the interaction dp, as in zero-shot retrieval, a DRL checkpoint, or an
-        exported run; or the name of shipped weights (`drl_jax.weights.shipped.NAMES`).
+        exported run; or the name of installed weights (`drl_jax.weights.shipped.NAMES`).
       checkpoint: of a run: "best", "latest" or a step.
 
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
     """
-    source, path = os.fspath(path), weights_path(path)
+    source = os.fspath(path)
+    # A run may have the name of installed weights.
+    path = Path(path) if Path(path).is_dir() else weights_path(path)
     layout = make_layout()
     if not path.exists():
         raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")

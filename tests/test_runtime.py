@@ -122,10 +122,11 @@ def test_freed_memory_is_kept():
 
     def faults(*arguments):
         command = [sys.executable, "-c", code, *arguments]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        # With huge pages, an allocation has few faults in both cases.
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "NUMPY_MADVISE_HUGEPAGE": "0"}
         return int(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
 
-    assert faults("keep") < 100 < faults()
+    assert faults("keep") < 100 < faults() / 10
 
 
 def test_evaluation_and_the_api_import_neither_tensorflow_nor_torch():

@@ -1,7 +1,11 @@
 """The drawn datasets: clips that make a fair test of temporal order, and stills."""
 
 import collections
+import errno
+import fcntl
 import random
+import shutil
+import threading
 
 import av
 import numpy as np
@@ -21,6 +25,7 @@ from data_prep.shapes.scenes import (
     split_scenes,
 )
 from drl_jax.data.video import read_frames
+from drl_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +181,40 @@ def test_only_videos_of_the_same_drawing_are_kept(tmp_path):
     assert not set(again) & set(first)
     (frame,) = read_frames(tmp_path / "videos" / "train" / "video0.mp4", 1, SIZE)
     assert abs(int(frame.mean()) - 100) <= 2
+
+
+def test_videos_that_cannot_be_removed_are_one_line(tmp_path, monkeypatch):
+    def draw(members):
+        splits = {"train": members, "val": [], "test": []}
+        draw_files(tmp_path, splits, draw=one_frame, caption=lambda item: [f"caption {item}"])
+
+    def rmtree(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    draw([0])
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(UserError, match=r"another version in .*videos: Permission denied"):
+            draw([1])
+    draw([1])  # The next call removes them.
+    (frame,) = read_frames(tmp_path / "videos" / "train" / "video0.mp4", 1, SIZE)
+    assert abs(int(frame.mean()) - 100) <= 2
+
+
+def test_drawing_waits_for_another_process(tmp_path):
+    def draw():
+        splits = {"train": [0], "val": [], "test": []}
+        draw_files(tmp_path, splits, draw=one_frame, caption=lambda item: ["a caption"])
+
+    waiting = threading.Thread(target=draw)
+    with (tmp_path / "drawing.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive()
+        assert [path.name for path in tmp_path.iterdir()] == ["drawing.lock"]
+    waiting.join(timeout=60)
+    assert (tmp_path / "videos" / "train" / "video0.mp4").exists()
 
 
 def one_frame(item, seed):

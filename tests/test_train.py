@@ -226,29 +226,23 @@ def test_training_starts_from_foreign_weights(shapes_data, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_few_steps_learn_from_the_shipped_clip(tmp_path, monkeypatch):
-    """To several times the zero-shot R@1, which wrong gradients, tokens or pairs prevent."""
+@pytest.mark.slow
+def test_a_few_steps_learn_from_the_installed_clip(tmp_path, monkeypatch):
+    """Wrong gradients, tokens, masks or pairs stay near the zero-shot R@1, which is 12."""
     monkeypatch.setitem(SIZES, "smoke", (960, 256, 32))
-    data = f"--data_dir={tmp_path / 'data'}"
-    assert build(["shapes", "--size=smoke", data]) == 0
-
-    def recall(name, *flags):
-        # In a process of its own, on one device, with the optimisations of the compiler.
-        run_module(
-            "drl_jax.train",
-            "--config=configs/shapes.py",
-            f"--config.data.data_dir={tmp_path / 'data'}",
-            f"--workdir={tmp_path / name}",
-            *flags,
-            env={"XLA_FLAGS": ""},
-        )
-        result = json.loads((tmp_path / name / "result.json").read_text())
-        return result["val"]["t2v"]["R@1"]
-
-    heads = ("interaction=dp", "agg_module=none")
-    zero_shot = (*(f"--config.model.{head}" for head in heads), "--config.loss.cdcr=0")
-    assert recall("zero_shot", *zero_shot, "--config.train.epochs=0") < 15
-    assert recall("trained", "--config.train.epochs=8") > 30
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    assert build(["shapes", "--size=smoke", f"--data_dir={data}"]) == 0
+    # In its own process, on one device; with optimisations that pay off within 80 steps.
+    run_module(
+        "drl_jax.train",
+        "--config=configs/shapes.py",
+        f"--config.data.data_dir={data}",
+        "--config.train.epochs=8",
+        f"--workdir={workdir}",
+        env={"XLA_FLAGS": "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"},
+    )
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["val"]["t2v"]["R@1"] > 30
 
 
 @pytest.mark.parametrize(
@@ -292,9 +286,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_arguments, tmp_path, caps
 def test_a_workdir_of_another_run_is_refused(finished, train_arguments, capsys):
     workdir, _ = finished
     before = (workdir / "config.json").read_text()
+    lr = json.loads(before)["optim"]["lr"]
     arguments = train_arguments(workdir, "--config.optim.lr=0.5")
     line = error_of("drl_jax.train", *arguments, capsys=capsys)
-    assert "config.optim.lr was 0.001, now 0.5" in line
+    assert f"config.optim.lr was {lr}, now 0.5" in line
     assert (workdir / "config.json").read_text() == before
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -306,7 +307,7 @@ def test_hugging_face_names(tmp_path):
     assert_states_equal(read_weights(tmp_path / "hf.safetensors").state, clip_state())
 
 
-# ---------------------------------------------------------------- shipped weights
+# ---------------------------------------------------------------- installed weights
 
 
 @pytest.mark.parametrize("name", shipped.NAMES)
@@ -398,7 +399,27 @@ def test_default_sizes_are_replaced_by_those_of_the_weights():
         with_backbone_of(Config(data=data, model=model), weights)
 
 
+def test_a_directory_or_a_path_with_the_name_of_installed_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("shapes_clip").mkdir()
+    with pytest.raises(UserError, match="no run in shapes_clip"):
+        drl_jax.load("shapes_clip")
+    line = error_of("drl_jax.convert", "shapes_clip", "out.safetensors", capsys=capsys)
+    assert "no run in shapes_clip" in line
+    Path("shapes_clip").rmdir()
+    with pytest.raises(UserError, match="no run in shapes_clip: there is no such directory"):
+        drl_jax.load(Path("shapes_clip"))
+
+
 # ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("flag", ["--clip_only", "--dtype=float32"])
+def test_flags_of_an_export_are_refused_for_an_import(tmp_path, flag, capsys):
+    target = tmp_path / "run"
+    line = error_of("drl_jax.convert", "shapes_clip", str(target), flag, capsys=capsys)
+    assert "--dtype and --clip_only export a run, and shapes_clip is none" in line
+    assert not target.exists()
 
 
 def test_convert_round_trips_bit_for_bit(tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Draws the files of a synthetic dataset: videos, and annotations in the formats of MSR-VTT."""
 
 import collections
+import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from data_prep.annotation_files import read_csv_columns, read_sentences
 from data_prep.annotations import Annotations, group_captions, with_all_captions
 from data_prep.shapes import draw as draw_module
 from data_prep.shapes.draw import draw_file
+from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import replacing, write_text
 from drl_jax.runtime.worker_pool import map_in_processes
 
 _SENTENCES = "SHAPES_data.json"
 _TRAIN, _VAL, _TEST = "SHAPES_train.csv", "SHAPES_val.csv", "SHAPES_test.csv"
 _PAIRS = {"val": "SHAPES_val_pairs.csv", "test": "SHAPES_test_pairs.csv"}
-# Hash of what is drawn and of the code that draws it.
+# Hash of the scenes and of the module that draws them.
 _DIGEST = "drawing.sha256"
 
 
@@ -45,6 +48,9 @@ def draw_files(
       draw: returns the frames of an item, given a seed. Worker processes import it.
       caption: returns the captions of an item; called once for each, in order.
       pairs: for some splits, indices of items and their time reversals, which get the same seed.
+
+    Raises:
+      UserError: videos of another version cannot be removed.
     """
     items = [(split, item) for split, members in splits.items() for item in members]
     names = [f"video{number}" for number in range(len(items))]
@@ -57,17 +63,25 @@ def draw_files(
         first += len(members)
         for one, other in numbered_pairs[split]:
             seeds[other] = seeds[one]
-    _remove_other_drawing(directory, f"{items} {seeds}")
-    for split in splits:
-        (directory / "videos" / split).mkdir(parents=True, exist_ok=True)
-    drawings = [
-        (directory / "videos" / split / f"{name}.mp4", draw, item, seed)
-        for (split, item), name, seed in zip(items, names, seeds, strict=True)
-    ]
-    absent = [drawing for drawing in drawings if not drawing[0].exists()]
-    drawn = map_in_processes(draw_file, absent)
-    collections.deque(tqdm(drawn, "drawing", len(absent), unit="video"), maxlen=0)
-    _write_annotations(directory, items, names, numbered_pairs, caption)
+    with _locked(directory):
+        _remove_other_drawing(directory, f"{items} {seeds}")
+        drawings = [
+            (directory / "videos" / split / f"{name}.mp4", draw, item, seed)
+            for (split, item), name, seed in zip(items, names, seeds, strict=True)
+        ]
+        absent = [drawing for drawing in drawings if not drawing[0].exists()]
+        drawn = map_in_processes(draw_file, absent)
+        collections.deque(tqdm(drawn, "drawing", len(absent), unit="video"), maxlen=0)
+        _write_annotations(directory, items, names, numbered_pairs, caption)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Waits while another process draws into a directory. A process that dies releases the lock."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "drawing.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _remove_other_drawing(directory: Path, content: str) -> None:
@@ -77,7 +91,15 @@ def _remove_other_drawing(directory: Path, content: str) -> None:
     marker = directory / _DIGEST
     if marker.exists() and marker.read_text(encoding="utf-8") == digest:
         return
-    shutil.rmtree(directory / "videos", ignore_errors=True)
+    videos = directory / "videos"
+    if videos.exists():
+        try:
+            shutil.rmtree(videos)
+        except OSError as error:
+            raise UserError(
+                f"cannot remove the videos of another version in {videos}: {error.strerror};"
+                " remove them, then rerun the command"
+            ) from error
     write_text(marker, digest)
 
 

@@ -23,7 +23,7 @@ def _parser() -> Parser:
         "--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)"
     )
     model.add_argument(
-        "--weights", type=Path, help="instead of a run: a file of CLIP or DRL weights"
+        "--weights", help="instead of a run: a file of CLIP or DRL weights, or shapes_clip"
     )
     common = Parser("", add_help=False, parents=[model])
     common.add_argument("--index", type=Path, required=True, help="directory of the index")

@@ -55,12 +55,12 @@ def read_weights(source: str | os.PathLike) -> Weights:
     """Reads a file of weights.
 
     Args:
-      source: name of shipped weights (`shipped.NAMES`), or the path of: OpenAI's CLIP, Hugging
+      source: name of installed weights (`shipped.NAMES`), or the path of: OpenAI's CLIP, Hugging
         Face's CLIP, a DRL checkpoint in any form that `read_torch_file` reads, or a file that
         `save_weights` wrote.
 
     Raises:
-      ShippedWeightsError: shipped weights are missing or damaged.
+      ShippedWeightsError: installed weights are missing or damaged.
       TorchFileError: the file cannot be read safely.
       WeightsError: it does not hold a CLIP ViT or a DRL checkpoint.
     """
@@ -122,10 +122,9 @@ def save_weights(
     state = state_dict_from_params(params)
     if clip_only:
         state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
-    largest = float(np.finfo(dtype).max)
     for name, tensor in state.items():
-        if np.abs(tensor).max() > largest:
-            raise WeightsError(f"{name} exceeds {largest:g}, the largest {dtype}; use float32")
+        if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
+            raise WeightsError(f"{name} is too large for float16; use float32")
         state[name] = tensor.astype(dtype)
     metadata = {"format": "pt", _CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
     try:
@@ -238,8 +237,9 @@ def with_backbone_of(config: Config, weights: Weights) -> Config:
     if different := _differences(config.model.backbone, backbone):
         raise ConfigError(
             f"config.model.init={config.model.init} has other sizes than the configuration:"
-            f" {', '.join(different)}; omit the change of config.model.backbone, choose other"
-            " weights, or train from scratch with --config.model.init="
+            f" {', '.join(different)}; choose a configuration with these sizes or with the default"
+            " sizes, which are those of any weights (configs/msrvtt.py), or train from scratch with"
+            " --config.model.init="
         )
     model = dataclasses.replace(config.model, backbone=backbone)
     return config_from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))

@@ -1,4 +1,4 @@
-"""Weights that are installed with the package, which have a name instead of a path."""
+"""Weights that are installed with the package; they have a name instead of a path."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def weights_path(source: str | os.PathLike) -> Path:
     """The path of a file of weights.
 
     Args:
-      source: a path; or one of `NAMES`, also if a file of that name exists (`./NAME` is that file).
+      source: a path; or one of `NAMES` as a string, also if a file of that name exists.
 
     Returns:
       The path, or that of the installed file, whose hash was compared with its record.
@@ -28,9 +28,9 @@ def weights_path(source: str | os.PathLike) -> Path:
     Raises:
       ShippedWeightsError: the installed file or its record is missing or damaged.
     """
-    name = os.fspath(source)
-    if name not in NAMES:
+    if source not in NAMES:
         return Path(source)
+    name = str(source)
     path = DIRECTORY / f"{name}.safetensors"
     try:
         recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
@@ -38,7 +38,9 @@ def weights_path(source: str | os.PathLike) -> Path:
     except FileNotFoundError as error:
         raise _unusable(name, Path(error.filename), "is missing") from error
     except OSError as error:
-        raise _unusable(name, Path(error.filename), f"is unreadable: {error.strerror}") from error
+        raise _unusable(
+            name, Path(error.filename or path), f"is unreadable: {error.strerror}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise _unusable(name, path.with_suffix(".json"), "is damaged") from error
     if found != recorded:
