@@ -1,9 +1,11 @@
 """Shared fixtures. Tests run on 8 fake CPU devices."""
 
 import atexit
+import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -66,12 +68,29 @@ def tiny_model() -> ModelConfig:
     return ModelConfig(backbone=backbone, temporal_layers=3)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A path that the first worker of pytest-xdist makes, and that all of them use."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    path = root / name
+    with (root / "made_once.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            unfinished = root / f"unfinished_{name}"
+            make(unfinished)
+            unfinished.rename(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory) -> Path:
-    """A data directory with the small `shapes` dataset, built by its command."""
-    data_dir = tmp_path_factory.mktemp("data")
-    run_module("data_prep.build", "shapes", f"--data_dir={data_dir}", "--size=smoke")
-    return data_dir
+    """A data directory with the small `shapes` dataset, built by its command. Not to be changed."""
+
+    def build(data_dir: Path) -> None:
+        run_module("data_prep.build", "shapes", f"--data_dir={data_dir}", "--size=smoke")
+
+    return made_once(tmp_path_factory, "shapes_data", build)
 
 
 @pytest.fixture(scope="session")
@@ -100,11 +119,13 @@ def tiny_weights(tmp_path_factory) -> Path:
 
     Runs that start from them do not compile the model's initialisation again, which takes seconds.
     """
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    config = tiny_shapes_config()
-    params = jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(0))
-    save_weights(path, params, config)
-    return path
+
+    def save(path: Path) -> None:
+        config = tiny_shapes_config()
+        params = jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(0))
+        save_weights(path, params, config)
+
+    return made_once(tmp_path_factory, "tiny.safetensors", save)
 
 
 @pytest.fixture(scope="session")

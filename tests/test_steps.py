@@ -81,7 +81,7 @@ def assert_same_run(trainer, history, expected):
         assert difference < 1e-4, (jax.tree_util.keystr(path), difference)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [2, 8])
 def test_ten_steps_do_not_depend_on_the_number_of_devices(
     model, params, batch, one_device, devices
 ):
@@ -134,13 +134,10 @@ def test_blocks_do_not_change_the_gradient(model, batch, interaction):
     params = random_params(model)
     plain = gradient(model, params, batch)
     blocks = dataclasses.replace(model, similarity_block=7, remat=True)
-    for found in (
-        gradient(blocks, params, batch, microbatch=4),
-        gradient(blocks, params, batch, devices=4, microbatch=8),
-    ):
-        whole = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(plain)))
-        apart = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), found, plain)
-        assert np.sqrt(sum(jax.tree.leaves(apart))) < 1e-5 * whole
+    found = gradient(blocks, params, batch, devices=4, microbatch=8)
+    whole = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(plain)))
+    apart = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), found, plain)
+    assert np.sqrt(sum(jax.tree.leaves(apart))) < 1e-5 * whole
 
 
 def test_bfloat16_computes_near_float32_and_keeps_its_parameters(model, params, batch, one_device):
