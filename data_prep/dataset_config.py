@@ -94,6 +94,8 @@ def drawn_dataset_config(
         # The captions of a video are variants of one sentence.
         expand_captions=False,
         num_threads=2,
+        # A few hundred MB; reading the records takes as long as a step of the small model.
+        cache="memory",
         build_if_absent=True,
     )
     evaluation = EvalConfig(batch_size=64, text_block=64)
