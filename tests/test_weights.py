@@ -510,7 +510,7 @@ def test_a_parameter_too_large_for_float16_is_refused(shapes_config, tmp_path):
     params = random_params(shapes_config.model)
     params["backbone"]["logit_scale"] = jnp.float32(1e6)
     with pytest.raises(
-        WeightsError, match="clip.logit_scale is too large for float16; use float32"
+        WeightsError, match=r"clip.logit_scale is too large for float16; use float32"
     ):
         save_weights(tmp_path / "a.safetensors", params, shapes_config, dtype="float16")
     assert not list(tmp_path.iterdir())
