@@ -11,7 +11,7 @@ from pathlib import Path
 
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
-from drl_jax.weights.shipped import NAMES
+from drl_jax.weights.installed import NAMES
 
 
 def _parser() -> Parser:

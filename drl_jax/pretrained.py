@@ -26,8 +26,8 @@ from drl_jax.runs.checkpoints import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
+from drl_jax.weights.installed import weights_path
 from drl_jax.weights.load import config_of_weights, initial_params, read_weights
-from drl_jax.weights.shipped import weights_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def load(path: str | os.PathLike, checkpoint: str | int = "best") -> RetrievalMo
     Args:
       path: directory of a run; a file of weights: OpenAI's or Hugging Face's CLIP, which gets no
         temporal head and the interaction dp, as in zero-shot retrieval, a DRL checkpoint, or an
-        exported run; or the name of installed weights (`drl_jax.weights.shipped.NAMES`).
+        exported run; or the name of installed weights (`drl_jax.weights.installed.NAMES`).
       checkpoint: of a run: "best", "latest" or a step.
 
     Raises:

@@ -128,13 +128,13 @@ def gradient(model, params, batch, devices=1, **blocks):
     return jax.device_get(grad(params, layout.put_batch(batch), jax.random.key(1))[0])
 
 
-@pytest.mark.parametrize("interaction", ["wti", "xti"])
-def test_blocks_do_not_change_the_gradient(model, batch, interaction):
+@pytest.mark.parametrize(("interaction", "devices"), [("wti", 4), ("xti", 1)])
+def test_blocks_do_not_change_the_gradient(model, batch, interaction, devices):
     model = dataclasses.replace(model, interaction=interaction, cross_dropout=0.0, cross_layers=1)
     params = random_params(model)
     plain = gradient(model, params, batch)
     blocks = dataclasses.replace(model, similarity_block=7, remat=True)
-    found = gradient(blocks, params, batch, devices=4, microbatch=8)
+    found = gradient(blocks, params, batch, devices=devices, microbatch=8)
     whole = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(plain)))
     apart = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), found, plain)
     assert np.sqrt(sum(jax.tree.leaves(apart))) < 1e-5 * whole

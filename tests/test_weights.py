@@ -30,7 +30,7 @@ from drl_jax.models.drl import param_shapes
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
-from drl_jax.weights import shipped
+from drl_jax.weights import installed
 from drl_jax.weights.load import (
     Weights,
     WeightsError,
@@ -310,9 +310,9 @@ def test_hugging_face_names(tmp_path):
 # ---------------------------------------------------------------- installed weights
 
 
-@pytest.mark.parametrize("name", shipped.NAMES)
-def test_shipped_weights_are_those_of_their_record(name):
-    file = shipped.DIRECTORY / f"{name}.safetensors"
+@pytest.mark.parametrize("name", installed.NAMES)
+def test_installed_weights_are_those_of_their_record(name):
+    file = installed.DIRECTORY / f"{name}.safetensors"
     record = json.loads(file.with_suffix(".json").read_text())
     assert record["sha256"] == sha256(file)
     assert record["bytes"] == file.stat().st_size <= 7_000_000
@@ -324,18 +324,18 @@ def test_shipped_weights_are_those_of_their_record(name):
     assert {tensor.dtype for tensor in weights.state.values()} == {np.dtype(np.float16)}
 
 
-def test_the_shipped_clip_fits_its_configuration_and_its_record():
-    record = json.loads((shipped.DIRECTORY / "shapes_clip.json").read_text())
+def test_the_installed_clip_fits_its_configuration_and_its_record():
+    record = json.loads((installed.DIRECTORY / "shapes_clip.json").read_text())
     (test,) = (row for row in record["rows"] if row["split"] == "test")
     assert test["t2v"]["R@1"] >= 70
     assert read_weights("shapes_clip").config.model.backbone == SHAPES_BACKBONE
 
 
 @pytest.fixture
-def shipped_copy(tmp_path, monkeypatch):
-    """A copy of the shipped files that can be damaged."""
-    copy = shutil.copytree(shipped.DIRECTORY, tmp_path / "files")
-    monkeypatch.setattr(shipped, "DIRECTORY", copy)
+def installed_copy(tmp_path, monkeypatch):
+    """A copy of the installed files that can be damaged."""
+    copy = shutil.copytree(installed.DIRECTORY, tmp_path / "files")
+    monkeypatch.setattr(installed, "DIRECTORY", copy)
     return copy
 
 
@@ -350,10 +350,10 @@ def shipped_copy(tmp_path, monkeypatch):
         ("json", lambda content: b"[]", "is damaged"),
     ],
 )
-def test_unusable_shipped_weights_are_one_line(
-    shipped_copy, tmp_path, suffix, damage, problem, capsys
+def test_unusable_installed_weights_are_one_line(
+    installed_copy, tmp_path, suffix, damage, problem, capsys
 ):
-    file = shipped_copy / f"shapes_clip.{suffix}"
+    file = installed_copy / f"shapes_clip.{suffix}"
     damaged = damage(file.read_bytes())
     file.unlink()
     if damaged is not None:

@@ -102,7 +102,8 @@ def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
     pairs: dict[str, list[tuple[int, int]]] = {}
     for split, count in (("test", test), ("val", val)):
         paired = [g for g in groups if g[0].differs_from_reverse_in_one_motion()][: count // 4]
-        rest = [group for group in groups if group not in set(paired)]
+        chosen = set(paired)
+        rest = [group for group in groups if group not in chosen]
         single, groups = rest[: count // 2], rest[count // 2 :]
         scenes[split] = [*itertools.chain(*paired), *(rng.choice(group) for group in single)]
         pairs[split] = [(2 * number, 2 * number + 1) for number in range(len(paired))]

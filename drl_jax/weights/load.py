@@ -18,8 +18,8 @@ from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import replacing
+from drl_jax.weights.installed import weights_path
 from drl_jax.weights.names import entries, from_hugging_face, is_hugging_face
-from drl_jax.weights.shipped import weights_path
 from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
 
 # Integers that OpenAI's archives store beside the weights.
@@ -55,12 +55,12 @@ def read_weights(source: str | os.PathLike) -> Weights:
     """Reads a file of weights.
 
     Args:
-      source: name of installed weights (`shipped.NAMES`), or the path of: OpenAI's CLIP, Hugging
+      source: name of installed weights (`installed.NAMES`), or the path of: OpenAI's CLIP, Hugging
         Face's CLIP, a DRL checkpoint in any form that `read_torch_file` reads, or a file that
         `save_weights` wrote.
 
     Raises:
-      ShippedWeightsError: installed weights are missing or damaged.
+      InstalledWeightsError: installed weights are missing or damaged.
       TorchFileError: the file cannot be read safely.
       WeightsError: it does not hold a CLIP ViT or a DRL checkpoint.
     """

@@ -12,7 +12,7 @@ DIRECTORY = Path(__file__).parent / "files"
 NAMES = ("shapes_clip",)
 
 
-class ShippedWeightsError(UserError):
+class InstalledWeightsError(UserError):
     """A file of this package is missing or damaged."""
 
 
@@ -26,30 +26,29 @@ def weights_path(source: str | os.PathLike) -> Path:
       The path, or that of the installed file, whose hash was compared with its record.
 
     Raises:
-      ShippedWeightsError: the installed file or its record is missing or damaged.
+      InstalledWeightsError: the installed file or its record is missing or damaged.
     """
     if source not in NAMES:
         return Path(source)
-    name = str(source)
-    path = DIRECTORY / f"{name}.safetensors"
+    path = DIRECTORY / f"{source}.safetensors"
     try:
         recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
         found = sha256(path)
     except FileNotFoundError as error:
-        raise _unusable(name, Path(error.filename), "is missing") from error
+        raise _unusable(source, Path(error.filename), "is missing") from error
     except OSError as error:
         raise _unusable(
-            name, Path(error.filename or path), f"is unreadable: {error.strerror}"
+            source, Path(error.filename or path), f"is unreadable: {error.strerror}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise _unusable(name, path.with_suffix(".json"), "is damaged") from error
+        raise _unusable(source, path.with_suffix(".json"), "is damaged") from error
     if found != recorded:
-        raise _unusable(name, path, "is damaged: its sha256 is not that of its record")
+        raise _unusable(source, path, "is damaged: its sha256 is not that of its record")
     return path
 
 
-def _unusable(name: str, file: Path, problem: str) -> ShippedWeightsError:
-    return ShippedWeightsError(
+def _unusable(name: str, file: Path, problem: str) -> InstalledWeightsError:
+    return InstalledWeightsError(
         f"the weights {name} cannot be used: {file} {problem}; reinstall drl_jax, or in a clone run"
         f" `git checkout -- drl_jax/weights/files`"
     )
