@@ -1,0 +1,78 @@
+"""A lock on a directory that is written, which ends with the process that holds it."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from drl_jax.runtime.errors import UserError
+
+# Name of a directory's lock file.
+LOCK_FILE = ".lock"
+# A file system that has no locks.
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class LockError(UserError):
+    """Another process holds the lock."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Holds an exclusive lock while the block runs.
+
+    The kernel releases the lock when the process ends, also when it is killed. The file stays: if
+    it were deleted, one process could lock the deleted file and another one a new file.
+
+    On NFS the lock holds between hosts (Linux 2.6.12 or later, with locking on the server). On a
+    file system without locks, a warning on stderr says so, and the block runs unprotected.
+
+    Args:
+      path: the lock file, which names its holder; created with its parents if it does not exist.
+      what: what the lock protects, for the message, e.g. "the dataset in data/msvd".
+
+    Raises:
+      LockError: another process holds it.
+      OSError: the file cannot be created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not truncated, so that a process that does not get the lock can read who has it. Not
+    # inherited: a child that outlives this process would keep the lock.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _acquire(descriptor, path, what)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: Path, what: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Over NFS the lock is one of fcntl, for which a held lock can be EACCES.
+    except (BlockingIOError, PermissionError) as error:
+        raise LockError(
+            f"{what} is in use by {_holder(descriptor)}; wait for it to end, or stop it"
+        ) from error
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}); nothing prevents a second"
+            f" process from writing to {path.parent}",
+            file=sys.stderr,
+        )
+        return
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+
+
+def _holder(descriptor: int) -> str:
+    """Whom the lock file names; it is empty for a moment after it was locked."""
+    holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+    host, _, process = holder.strip().rpartition(" ")
+    return f"process {process} on host {host}" if host else "another process"

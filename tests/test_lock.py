@@ -1,0 +1,96 @@
+"""The lock of a directory, between real processes."""
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from support.commands import ROOT
+
+from drl_jax.runtime.lock import LOCK_FILE, LockError, locked
+
+# Takes the lock, says so, and holds it until its stdin ends; then leaves the block.
+HOLDER = """
+import subprocess, sys
+from pathlib import Path
+from drl_jax.runtime.lock import locked
+with locked(Path(sys.argv[1]), "the dataset"):
+    child = subprocess.Popen(["sleep", "600"], close_fds=False) if "child" in sys.argv else None
+    print(child.pid if child else 0, flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_holder(path, *arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process, int(process.stdout.readline())
+
+
+def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path):
+    path = tmp_path / "new" / LOCK_FILE
+    process, _ = start_holder(path)
+    with process:
+        expected = (
+            f"the dataset is in use by process {process.pid} on host {socket.gethostname()};"
+            " wait for it to end, or stop it"
+        )
+        for _ in range(2):  # The refused attempt leaves the name of the holder.
+            with pytest.raises(LockError) as error, locked(path, "the dataset"):
+                pass
+            assert str(error.value) == expected
+        process.stdin.close()
+        process.wait()
+    with locked(path, "the dataset"):
+        assert path.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+    with locked(path, "the dataset"):  # It is released at the end of the block,
+        pass
+    assert path.exists()  # and the file stays.
+
+
+def test_a_killed_process_releases_its_lock(tmp_path):
+    process, child = start_holder(tmp_path / LOCK_FILE, "child")
+    try:
+        with process:
+            process.kill()
+        # Its child is alive and has no part in the lock.
+        os.kill(child, 0)
+        with locked(tmp_path / LOCK_FILE, "the dataset"):
+            pass
+    finally:
+        os.kill(child, 9)
+
+
+def test_the_lock_ends_with_an_exception_in_the_block(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="in the block"), locked(tmp_path / LOCK_FILE, "it"):
+            raise ValueError("in the block")
+
+
+def test_a_file_that_does_not_name_its_holder_yet(tmp_path):
+    with (tmp_path / LOCK_FILE).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(LockError, match="it is in use by another process; wait"):
+            locked(tmp_path / LOCK_FILE, "it").__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_a_warning(number, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path / LOCK_FILE, "it"):
+        ran = True
+    assert ran
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / LOCK_FILE} cannot be locked (")
+    assert "nothing prevents a second process" in line
