@@ -246,6 +246,28 @@ def test_changed_annotations_use_the_cached_frames(msrvtt):
     assert not (msrvtt / "data" / "cache").exists()
 
 
+def test_the_content_hash_is_that_of_frames_and_captions(built):
+    first = opened(built).content
+    assert len(first) == 64
+    build(built, "--storage=raw", "--overwrite")
+    assert opened(built).content == first
+    # Other captions, with the same frames.
+    manifest = opened(built).manifest
+    path = built / "annotations" / "MSRVTT_JSFUSION_test.csv"
+    path.write_text(path.read_text().replace(",b\n", ",c\n"))
+    build(built, "--storage=raw", "--overwrite")
+    assert opened(built).manifest["content"] == manifest["content"]
+    assert opened(built).content != first
+    # Other frames, with the same captions.
+    path.write_text(path.read_text().replace(",c\n", ",b\n"))
+    write_video(built / "videos" / "TrainValVideo" / "video0.mp4", numbered_frames(40), fps=10)
+    build(built, "--storage=raw", "--overwrite")
+    assert opened(built).content != first
+    # A dataset of a version without manifest.
+    (built / "data" / "msrvtt" / RAW / "1.0.0" / "manifest.json").unlink()
+    assert opened(built).content == ""
+
+
 def test_a_build_killed_while_replacing_restores_the_old_dataset(built, capsys):
     variant = built / "data" / "msrvtt" / RAW
     (variant / "1.0.0").rename(variant / "previous.1.0.0")

@@ -6,6 +6,7 @@ does not import TensorFlow.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,19 @@ class VideoDataset:
         """What the dataset was built from (`data_prep/manifest.py`); empty without a manifest."""
         path = self.directory / MANIFEST
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @property
+    def content(self) -> str:
+        """Hash of all stored frames, ids and captions: hexadecimal SHA-256.
+
+        Two builds of the same files have the same hash. Empty for a dataset of a version that
+        wrote no manifest.
+        """
+        if not (frames := self.manifest.get("content")):
+            return ""
+        described = {name: self._metadata[name] for name in ("video_ids", "splits")}
+        text = json.dumps({"frames": frames, **described}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def split(self, name: str) -> Split:
         """The videos and captions of a split.
