@@ -1,9 +1,7 @@
 """Decodes videos in parallel. Worker processes import this module, so its imports are light."""
 
 import dataclasses
-import errno
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -45,7 +43,7 @@ def decode_clips(clips: Sequence[Clip], *, cache: FrameCache, timeout: float) ->
       not an exception.
 
     Raises:
-      OSError: the disk is full.
+      OSError: the cache cannot be written, e.g. because the disk is full.
     """
     entries: list[Path | None] = []
     for clip in clips:
@@ -66,19 +64,22 @@ def decode_clips(clips: Sequence[Clip], *, cache: FrameCache, timeout: float) ->
         error = next(errors)
         if isinstance(error, WorkerFailure):
             yield Decoded(None, error.reason)
-        elif error == _DISK_FULL:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache.directory))
+        elif isinstance(error, OSError):
+            raise error
         elif error:
             yield Decoded(None, error)
         else:
             yield Decoded(read_entry(entry))
 
 
-_DISK_FULL = "disk full"
+def _ensure_entry(
+    path: Path, span: Span | None, entry: Path, storage: StorageSpec
+) -> str | OSError:
+    """Decodes a video into the cache unless it is there.
 
-
-def _ensure_entry(path: Path, span: Span | None, entry: Path, storage: StorageSpec) -> str:
-    """Decodes a video into the cache unless it is there; returns an error, or "" on success."""
+    Returns:
+      "" on success, what is wrong with the file, or why the cache cannot be written.
+    """
     if read_entry(entry) is not None:
         return ""
     frames = read_frames_or_error(path, storage, span)
@@ -89,9 +90,8 @@ def _ensure_entry(path: Path, span: Span | None, entry: Path, storage: StorageSp
     try:
         write_entry(entry, frames)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _DISK_FULL
-        raise
+        # Returned: an exception would be taken for one of this file.
+        return error
     return ""
 
 

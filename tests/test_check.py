@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import error_of, run_module
-from support.videos import HARD, SHARED, numbered_frames, write_video
+from support.videos import (
+    HARD,
+    SHARED,
+    numbered_frames,
+    write_video,
+    write_video_of_unknown_codec,
+    write_video_with_latin_title,
+)
 
 from data_prep.build import main as build
 from data_prep.check import main as check
@@ -87,6 +94,29 @@ def test_the_validator_reports_every_problem(mine, tmp_path):
         "1 video files have no annotation",
     ):
         assert line in out
+
+
+def test_one_bad_file_does_not_end_a_command(mine, tmp_path, capsys):
+    videos, frames = tmp_path / "videos", numbered_frames(30)
+    write_video_with_latin_title(videos / "latin.mp4", frames, fps=10)
+    write_video_of_unknown_codec(videos / "unknown.mp4", frames, fps=10)
+    (tmp_path / "mine.csv").write_text("video,caption\nunknown,a\nlatin,b\ngood0,c\n")
+    assert check(mine) == 1
+    report = json.loads((tmp_path / "data" / "custom" / "check.json").read_text())
+    expected = {"unknown": "has a video codec that FFmpeg cannot decode"}
+    assert report["unusable"] == expected
+    (tmp_path / "data" / "custom" / "quarantine.txt").unlink()
+    assert build(mine) == 0
+    dataset = VideoDataset(tmp_path / "data" / "custom" / "32px_12f_jpeg" / "1.0.0")
+    assert dataset.manifest["left_out"] == expected
+    assert dataset.video_ids == ["latin", "good0"]
+    assert len(dataset.read_frames(0)) == 3
+    # The file is damaged after the build.
+    shutil.copy(videos / "unknown.mp4", videos / "latin.mp4")
+    flags = ["custom", f"--videos={videos}", f"--data_dir={tmp_path / 'data'}"]
+    capsys.readouterr()
+    assert compare(flags) == 1
+    assert f"latin: its file {expected['unknown']}" in capsys.readouterr().out
 
 
 def test_builds_leave_out_the_quarantine_and_manual_entries_stay(mine, tmp_path, capsys):

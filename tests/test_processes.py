@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,20 +19,42 @@ from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 
 def work(number: int) -> int:
-    """Dies for 3, hangs for 5. Workers import this module, so its imports are light."""
+    """Dies for 3, hangs for 5, raises for 7 and 8.
+
+    Workers import this module, so its imports are light.
+    """
     if number == 3:
         os.kill(os.getpid(), signal.SIGSEGV)
     if number == 5:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         time.sleep(600)
+    if number == 7:
+        raise UnicodeDecodeError("utf-8", b"Caf\xe9", 3, 4, "unexpected\nend " + "of data " * 100)
+    if number == 8:
+        raise Unpicklable(number)
     return number
 
 
-def test_a_call_that_dies_or_hangs_fails_alone():
-    results = list(map_in_processes(work, [(n,) for n in range(9)], timeout=2))
+class Unpicklable(Exception):
+    """An exception that cannot be sent to another process."""
+
+    def __init__(self, number: int):
+        super().__init__("it holds a lock")
+        self.lock = threading.Lock()
+
+
+def test_a_call_that_dies_hangs_or_raises_fails_alone():
+    results = list(map_in_processes(work, [(n,) for n in range(10)], timeout=2))
+    unpicklable, raised = results.pop(8), results.pop(7)
+    assert isinstance(unpicklable, WorkerFailure)
+    assert "\n" not in unpicklable.reason
+    assert raised.reason.startswith("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in")
+    assert ": unexpected end of data of data" in raised.reason
+    assert raised.reason.endswith("...")
+    assert len(raised.reason) < 240
     assert results.pop(5) == WorkerFailure("took longer than 2 s")
     assert results.pop(3) == WorkerFailure("the process that worked on it died (exit code -11)")
-    assert results == [0, 1, 2, 4, 6, 7, 8]
+    assert results == [0, 1, 2, 4, 6, 9]
 
 
 def test_a_file_that_hangs_its_reader_times_out(tmp_path):

@@ -18,7 +18,14 @@ import pytest
 from PIL import Image
 from support.commands import ROOT, error_of, run_module
 from support.search import random_model
-from support.videos import HARD, SHARED, numbered_frames, write_video
+from support.videos import (
+    HARD,
+    SHARED,
+    numbered_frames,
+    write_video,
+    write_video_of_unknown_codec,
+    write_video_with_latin_title,
+)
 
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
@@ -283,13 +290,17 @@ def test_unused_slots_are_removed(model, videos, index, monkeypatch):
 
 def test_unreadable_files_are_listed_and_not_retried(model, videos, index):
     (videos / "text.mp4").write_text("no video")
+    write_video_of_unknown_codec(videos / "unknown.mp4", numbered_frames(20, 64, 64), fps=10)
+    write_video_with_latin_title(videos / "latin_title.mp4", numbered_frames(20, 64, 64), fps=10)
     first = update_index(model, videos, index)
-    assert first.bad.keys() == {"text.mp4"}
+    assert first.bad.keys() == {"text.mp4", "unknown.mp4"}
     assert "cannot be read as a video" in first.bad["text.mp4"]
+    assert first.bad["unknown.mp4"] == "has a video codec that FFmpeg cannot decode"
     (videos / "latin\udce9.mp4").write_bytes(b"")  # The byte 0xe9 alone.
     second = update_index(model, videos, index)
     misnamed = {"latin\\udce9.mp4": "its name is not UTF-8; rename it"}
-    assert (second.unchanged, second.bad) == (7, {**first.bad, **misnamed})
+    assert (second.unchanged, second.bad) == (9, {**first.bad, **misnamed})
+    (videos / "unknown.mp4").unlink()
     (videos / "latin\udce9.mp4").unlink()
     write_video(videos / "text.mp4", numbered_frames(20, 64, 64), fps=10)
     assert not update_index(model, videos, index).bad

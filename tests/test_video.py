@@ -5,7 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.videos import HARD, SHARED, numbered_frames, write_video
+from support.videos import (
+    HARD,
+    SHARED,
+    numbered_frames,
+    write_video,
+    write_video_of_unknown_codec,
+    write_video_with_latin_title,
+)
 
 from drl_jax.data.video import (
     VideoError,
@@ -105,6 +112,45 @@ def test_a_file_that_is_no_video_gives_a_reason(tmp_path):
     write_video(tmp_path / "thin.mkv", np.zeros((4, 2, 320, 3), np.uint8), fps=2)
     with pytest.raises(VideoError, match="320 x 2"):
         read_frames(tmp_path / "thin.mkv", 12, 32)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv", ".mov"])
+def test_a_title_in_latin_1_does_not_matter(suffix, tmp_path):
+    path = tmp_path / f"v{suffix}"
+    write_video_with_latin_title(path, numbered_frames(30), fps=10)
+    assert b"Caf\xe9" in path.read_bytes()
+    levels = read_frames(path, max_frames=12, size=32).reshape(3, -1).mean(1)
+    np.testing.assert_allclose(levels, [0, 40, 80], atol=2)
+    assert inspect_video(path, 12, 32).frames == 30
+
+
+def test_an_unknown_codec_gives_a_reason(tmp_path):
+    write_video_of_unknown_codec(tmp_path / "v.mp4", numbered_frames(30), fps=10)
+    for read in (read_frames, inspect_video):
+        with pytest.raises(VideoError, match="has a video codec that FFmpeg cannot decode"):
+            read(tmp_path / "v.mp4", 12, 32)
+
+
+def test_changed_bytes_give_frames_or_a_reason(tmp_path):
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for suffix in (".mp4", ".avi", ".mkv"):
+        write_video(tmp_path / f"whole{suffix}", numbered_frames(20), fps=10, title="A title")
+        content = (tmp_path / f"whole{suffix}").read_bytes()
+        # The header of an mp4 file is at its end.
+        first = content.rfind(b"moov") if suffix == ".mp4" else 0
+        last = min(len(content), first + 2000)
+        for _ in range(60):
+            changed = bytearray(content)
+            for position in rng.integers(first, last, 3):
+                changed[position] = rng.integers(256)
+            (tmp_path / f"changed{suffix}").write_bytes(changed)
+            try:
+                frames = read_frames(tmp_path / f"changed{suffix}", 4, 32)
+                outcomes.add(frames.shape[1:])
+            except VideoError as error:
+                outcomes.add(len(str(error).splitlines()))
+    assert outcomes == {(32, 32, 3), 1}
 
 
 @pytest.mark.skipif(not (SHARED / "hard_clips").is_dir(), reason="no hard clips beside the project")

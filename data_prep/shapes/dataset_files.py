@@ -1,13 +1,10 @@
 """Draws the files of a synthetic dataset: videos, and annotations in the formats of MSR-VTT."""
 
-import collections
-import contextlib
 import csv
-import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from data_prep.shapes import draw as draw_module
 from data_prep.shapes.draw import draw_file
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import replacing, write_text
-from drl_jax.runtime.worker_pool import map_in_processes
+from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 _SENTENCES = "SHAPES_data.json"
 _TRAIN, _VAL, _TEST = "SHAPES_train.csv", "SHAPES_val.csv", "SHAPES_test.csv"
@@ -40,7 +37,8 @@ def draw_files(
     """Draws videos into `directory/videos/SPLIT/*.mp4`, and writes annotations to `directory`.
 
     Existing videos of the same drawing are kept, so an interrupted call can continue. Those of
-    another version of this program are drawn again.
+    another version of this program are drawn again. Two calls must not draw into one directory at
+    once (the build has a lock).
 
     Args:
       directory: created if it does not exist.
@@ -50,7 +48,7 @@ def draw_files(
       pairs: for some splits, indices of items and their time reversals, which get the same seed.
 
     Raises:
-      UserError: videos of another version cannot be removed.
+      UserError: videos of another version cannot be removed, or one cannot be written.
     """
     items = [(split, item) for split, members in splits.items() for item in members]
     names = [f"video{number}" for number in range(len(items))]
@@ -63,25 +61,19 @@ def draw_files(
         first += len(members)
         for one, other in numbered_pairs[split]:
             seeds[other] = seeds[one]
-    with _locked(directory):
-        _remove_other_drawing(directory, f"{items} {seeds}")
-        drawings = [
-            (directory / "videos" / split / f"{name}.mp4", draw, item, seed)
-            for (split, item), name, seed in zip(items, names, seeds, strict=True)
-        ]
-        absent = [drawing for drawing in drawings if not drawing[0].exists()]
-        drawn = map_in_processes(draw_file, absent)
-        collections.deque(tqdm(drawn, "drawing", len(absent), unit="video"), maxlen=0)
-        _write_annotations(directory, items, names, numbered_pairs, caption)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Waits while another process draws into a directory. A process that dies releases the lock."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "drawing.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    _remove_other_drawing(directory, f"{items} {seeds}")
+    drawings = [
+        (directory / "videos" / split / f"{name}.mp4", draw, item, seed)
+        for (split, item), name, seed in zip(items, names, seeds, strict=True)
+    ]
+    absent = [drawing for drawing in drawings if not drawing[0].exists()]
+    drawn = map_in_processes(draw_file, absent)
+    for (path, *_), result in zip(
+        absent, tqdm(drawn, "drawing", len(absent), unit="video"), strict=True
+    ):
+        if isinstance(result, WorkerFailure):
+            raise UserError(f"cannot draw {path}: {result.reason}")
+    _write_annotations(directory, items, names, numbered_pairs, caption)
 
 
 def _remove_other_drawing(directory: Path, content: str) -> None:

@@ -187,12 +187,19 @@ def _stacked(frames: list[np.ndarray]) -> np.ndarray:
 
 @contextlib.contextmanager
 def _ffmpeg_errors() -> Iterator[None]:
-    """Converts FFmpeg's errors to VideoError."""
+    """Converts FFmpeg's errors, and those of impossible values in a file, to VideoError."""
     try:
         yield
-    except (av.error.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"cannot be read as a video ({reason})") from error
+    except VideoError:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise VideoError(f"cannot be read as a video ({' '.join(reason.split())})") from error
+
+
+def _open(path: Path) -> av.container.InputContainer:
+    # Titles in Latin-1 are common, and by default they are errors.
+    return av.open(str(path), metadata_errors="replace")
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -201,6 +208,8 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
         raise VideoError("has no video stream")
     if stream.disposition & av.stream.Disposition.attached_pic:
         raise VideoError("has no video stream, only a cover picture")
+    if stream.codec_context is None:
+        raise VideoError("has a video codec that FFmpeg cannot decode")
     return stream
 
 
@@ -209,7 +218,7 @@ def _count_frames(path: Path) -> tuple[int, float]:
 
     The reference counts frames in the same way; the counts in headers are unreliable.
     """
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = _video_stream(container)
         rate = stream.average_rate or stream.guessed_rate or 1
         return sum(1 for packet in container.demux(stream) if packet.size), float(rate)
@@ -217,7 +226,7 @@ def _count_frames(path: Path) -> tuple[int, float]:
 
 def _decode(path: Path) -> Iterator[av.VideoFrame | None]:
     """Yields all frames in display order, and None for each damaged packet."""
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = _video_stream(container)
         # With frame threads, the decoded frames of a damaged file differ from run to run.
         stream.thread_type = "NONE"
@@ -242,7 +251,7 @@ class _RgbConverter:
 
 
 def _header_duration(path: Path) -> float:
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = _video_stream(container)
         if stream.duration and stream.time_base:
             return float(stream.duration * stream.time_base)

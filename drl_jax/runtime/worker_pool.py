@@ -18,9 +18,17 @@ from drl_jax.runtime.resources import available_cpus
 T = TypeVar("T")
 
 
+# Maximum length of an exception's message in a reason.
+_MAX_MESSAGE = 200
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkerFailure:
-    """Result of a call whose process died or timed out."""
+    """Result of a call that raised an exception, timed out, or whose process died.
+
+    Attributes:
+      reason: one line.
+    """
 
     reason: str
 
@@ -31,12 +39,13 @@ def map_in_processes(
     """Computes `function(*a)` for each `a` of `arguments`, in order, on all available processors.
 
     Args:
-      function: defined at the top level of a module; returns expected errors as values.
+      function: defined at the top level of a module.
       arguments: one tuple for each call.
       timeout: seconds per call; the process of a call that takes longer is killed.
 
     Yields:
-      The results in order. At most 8 finished or running calls per worker are held at a time.
+      The results in order; a call that fails gives a WorkerFailure, and the others continue. At
+      most 8 finished or running calls per worker are held at a time.
     """
     workers = max(1, min(available_cpus(), len(arguments)))
     # Spawned: forking a process in which TFDS or jax runs threads can deadlock.
@@ -63,6 +72,17 @@ def _result(future: ProcessFuture, timeout: float | None) -> T | WorkerFailure:
         return WorkerFailure(f"took longer than {timeout:g} s")
     except ProcessExpired as error:
         return WorkerFailure(f"the process that worked on it died (exit code {error.exitcode})")
+    # Whatever one call raises must not end the others.
+    except Exception as error:
+        return WorkerFailure(_one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    """Type and message of an exception."""
+    message = " ".join(str(error).split())
+    if len(message) > _MAX_MESSAGE:
+        message = message[: _MAX_MESSAGE - 3] + "..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _start_worker(parent: int) -> None:

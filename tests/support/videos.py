@@ -10,15 +10,36 @@ import numpy as np
 SHARED = Path(os.environ.get("DRL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int, *, codec: str = "libx264", **options):
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    fps: int,
+    *,
+    codec: str = "libx264",
+    title: str = "",
+    **options: str,
+):
     """Writes frames uint8 [F, H, W, 3] without loss, so that tests can expect exact values."""
     with av.open(str(path), "w") as container:
+        container.metadata["title"] = title
         stream = container.add_stream(codec, rate=fps, options={"qp": "0", **options})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"
         for array in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_video_with_latin_title(path: Path, frames: np.ndarray, fps: int):
+    """Like `write_video`, with a title in Latin-1, as many cameras and editors write it."""
+    write_video(path, frames, fps, title="Cafe on the beach")
+    path.write_bytes(path.read_bytes().replace(b"Cafe on", b"Caf\xe9 on"))
+
+
+def write_video_of_unknown_codec(path: Path, frames: np.ndarray, fps: int):
+    """Like `write_video`, to an mp4 file whose header names a codec that does not exist."""
+    write_video(path, frames, fps)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
 
 
 def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
