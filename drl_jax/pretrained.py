@@ -22,7 +22,7 @@ from drl_jax.data.video import VideoError, read_timed_frames
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.models.drl import BACKBONES, Params
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
-from drl_jax.runs.checkpoints import restore_params
+from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout

@@ -13,7 +13,8 @@ from drl_jax.config import Config, LossConfig, OptimConfig
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.drl import abstract_params
 from drl_jax.runs import train_run
-from drl_jax.runs.checkpoints import CheckpointError, Checkpoints, _rename_keys
+from drl_jax.runs.checkpoint_files import CheckpointError, _rename_keys
+from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.train_run import train
 from drl_jax.runs.workdir import load_config
 from drl_jax.sharding import make_layout
@@ -77,9 +78,10 @@ def write_version_0_1(workdir, config: Config, state: TrainState) -> None:
             counter = jax.device_put(np.int32(step), state.step.sharding)
             checkpoints.save(old._replace(step=counter))
             checkpoints._manager.wait_until_finished()
-            directory = workdir / "checkpoints" / str(step) / "metrics"
-            directory.mkdir()
-            (directory / "metrics").write_text(json.dumps({"val_t2v_R1": value}))
+            directory = workdir / "checkpoints" / str(step)
+            (directory / "step" / "metadata").write_text(json.dumps({"step": step}))
+            (directory / "metrics").mkdir()
+            (directory / "metrics" / "metrics").write_text(json.dumps({"val_t2v_R1": value}))
 
 
 def test_a_run_of_version_0_1_opens(shapes_config, state, tx, tmp_path):
@@ -91,7 +93,7 @@ def test_a_run_of_version_0_1_opens(shapes_config, state, tx, tmp_path):
         assert (checkpoints.find_step("best"), checkpoints.find_step("latest")) == (3, 6)
         abstract = abstract_state(config.model, tx, layout)
         params = checkpoints.restore_params(3, abstract.params)
-        restored = checkpoints.restore_state(6, abstract)
+        restored, _ = checkpoints.restore_state(6, abstract)
     assert int(restored.step) == 6
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for found, tree in ((params, state.params), (restored[1:], state[1:])):

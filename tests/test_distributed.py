@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support.commands import ROOT, TINY, error_line, error_of, run_module
 
-from drl_jax.runs.checkpoints import restore_params
+from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.sharding import make_layout
 

@@ -67,7 +67,7 @@ def test_one_module_imports_orbax_and_one_imports_clu():
         for library in ("orbax", "clu", "tensorflow", "torch")
     }
     assert users == {
-        "orbax": {"drl_jax.runs.checkpoints"},
+        "orbax": {"drl_jax.runs.checkpoint_files", "drl_jax.runs.checkpoints"},
         "clu": {"drl_jax.runs.logging"},
         "tensorflow": set(),
         "torch": set(),

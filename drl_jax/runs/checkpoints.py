@@ -1,13 +1,11 @@
-"""Checkpoints of a run. The only module that imports Orbax.
+"""Checkpoints of a run: saving, choosing and restoring them.
 
-A checkpoint has three items, `params`, `opt_state` and `step`, so that evaluation can read the
-parameters alone. Its metric is attached later, in `metrics.json`. The latest checkpoints and the
-best evaluated one are kept.
+`runs/checkpoint_files.py` describes a checkpoint. Its metric is attached later, in `metrics.json`.
+The latest checkpoints and the best evaluated one are kept.
 """
 
 import contextlib
-import json
-import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,40 +15,49 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from drl_jax.config import ModelConfig
-from drl_jax.models.drl import Params, abstract_params
-from drl_jax.runtime.distributed import barrier, is_main
-from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import write_json
-from drl_jax.sharding import Layout
+from drl_jax.models.drl import Params
+from drl_jax.runs.checkpoint_files import (
+    ITEMS,
+    CheckpointError,
+    DamagedCheckpoint,
+    read_arrays,
+    read_info,
+    read_metric,
+    sealed_info,
+    stored_shapes,
+    verify_arrays,
+    write_metric,
+)
+from drl_jax.runs.checksums import path_name
+from drl_jax.runtime.distributed import barrier, failing_together, is_main
 from drl_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
-# Metric maximised to choose the best checkpoint.
-SELECTION_METRIC = "val_t2v_R1"
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing or belongs to another model."""
+# Where damaged checkpoints are moved to.
+DAMAGED_DIRECTORY = "damaged_checkpoints"
 
 
 class Checkpoints:
     """The checkpoints of a run, as a context manager.
 
     Leaving the block waits for the last save; without it, an asynchronous save is lost even when
-    the program ends normally.
+    the program ends normally. With several processes, all of them call each method.
     """
 
     def __init__(self, workdir: Path, keep_latest: int = 1, *, read_only: bool = False):
-        """Opens the checkpoints of a run; creates the directory unless `read_only`."""
+        """Opens the checkpoints of a run; creates the directory unless `read_only`.
+
+        Raises:
+          CheckpointError: the directory cannot be created or read.
+        """
         self._directory = (workdir / DIRECTORY).absolute()
-        with _without_warnings():
+        self._damaged = workdir / DAMAGED_DIRECTORY
+        with _without_warnings(), self._saving("open"):
             self._manager = ocp.CheckpointManager(
                 self._directory,
-                item_names=("params", "opt_state", "step"),
+                item_names=(*ITEMS, "step"),
                 item_handlers={
-                    "params": ocp.StandardCheckpointHandler(),
-                    "opt_state": ocp.StandardCheckpointHandler(),
+                    **{name: ocp.StandardCheckpointHandler() for name in ITEMS},
                     "step": ocp.JsonCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
@@ -63,14 +70,23 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        # An error of the last save must not hide the one that ended the block.
+        hidden = contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext()
+        with hidden, self._saving("save"):
+            self._manager.close()
+
+    # ------------------------------------------------------------ which there are
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Step of the best evaluated checkpoint; the latest of several equally good ones."""
+        """Step of the best evaluated checkpoint; the latest of several equally good ones.
+
+        Raises:
+          DamagedCheckpoint: a metric cannot be read.
+        """
         values = {step: value for step in self.steps() if (value := self.metric(step)) is not None}
         return max(values, key=lambda step: (values[step], step), default=None)
 
@@ -78,36 +94,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def metric(self, step: int) -> float | None:
-        """Value of SELECTION_METRIC that is attached to a checkpoint; None if there is none.
-
-        NaN ranks below every number.
-        """
-        directory = self._directory / str(step)
-        # Runs of version 0.1 have Orbax's own file.
-        for path in (directory / "metrics.json", directory / "metrics" / "metrics"):
-            if path.is_file():
-                value = json.loads(path.read_text(encoding="utf-8"))[SELECTION_METRIC]
-                return -math.inf if math.isnan(value) else value
-        return None
-
-    def save(self, state: TrainState) -> None:
-        """Saves in the background; does nothing if the step is saved already."""
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
-            step=ocp.args.JsonSave({"step": step}),
-        )
-        self._manager.save(step, args=items, force=True)
-
-    def attach_metric(self, step: int, value: float) -> None:
-        """Stores the metric of a saved checkpoint; waits until the save has finished."""
-        self._manager.wait_until_finished()
-        if is_main():
-            write_json(self._directory / str(step) / "metrics.json", {SELECTION_METRIC: value})
-        barrier(f"metric of checkpoint {step}")
+        """The attached metric of a checkpoint, see `read_metric`."""
+        return read_metric(self._directory / str(step))
 
     def find_step(self, name: str) -> int:
         """Resolves the name of a checkpoint: "best", "latest" or a number.
@@ -121,52 +109,148 @@ class Checkpoints:
             return int(name)
         if name not in ("best", "latest"):
             raise CheckpointError(f"checkpoint is best, latest or a step, not {name!r}")
-        step = self.best_step() if name == "best" else None
+        try:
+            step = self.best_step() if name == "best" else None
+        except DamagedCheckpoint as error:
+            raise CheckpointError(
+                f"{error}; name a step instead of best: {', '.join(map(str, self.steps()))}"
+            ) from error
         step = self.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(f"there is no checkpoint in {self._directory} yet")
         return step
 
+    # ------------------------------------------------------------ saving
+
+    def save(self, state: TrainState, **log: Any) -> None:
+        """Saves in the background; does nothing if the step is saved already.
+
+        Args:
+          state: the state.
+          **log: JSON values that `restore_latest` returns.
+
+        Raises:
+          CheckpointError: the state is not finite, or this or the previous save failed.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = {"params": state.params, "opt_state": state.opt_state}
+        info = sealed_info(step, items, **log)
+        arguments = ocp.args.Composite(
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+            step=ocp.args.JsonSave(info),
+        )
+        with self._saving("save"):
+            self._manager.save(step, args=arguments, force=True)
+
+    def attach_metric(self, step: int, value: float) -> None:
+        """Stores the metric of a saved checkpoint; waits until the save has finished.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        with self._saving("save"):
+            self._manager.wait_until_finished()
+            if is_main():
+                write_metric(self._directory / str(step), value)
+        barrier(f"metric of checkpoint {step}")
+
+    @contextlib.contextmanager
+    def _saving(self, action: str) -> Iterator[None]:
+        """Reports what the disk or Orbax, which also raises errors of its threads, refuses."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot {action} checkpoints in {self._directory}: {_cause(error)}; checkpoints"
+                " that were saved before are intact"
+            ) from error
+
+    # ------------------------------------------------------------ restoring
+
+    def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the latest intact checkpoint.
+
+        Damaged ones are moved to `damaged_checkpoints`, with a line on stdout for each.
+
+        Returns:
+          The state, with the shardings of `abstract`, and the values that were saved with it; None
+          if there is no checkpoint.
+
+        Raises:
+          CheckpointError: all checkpoints are damaged, or they belong to another model.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                restored = self.restore_state(step, abstract)
+            except DamagedCheckpoint as error:
+                damaged[step] = str(error)
+                continue
+            for earlier in self.steps():
+                try:
+                    self.metric(earlier)
+                except DamagedCheckpoint as error:
+                    if earlier < step:
+                        damaged[earlier] = str(error)
+            self._set_aside(damaged)
+            return restored
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            raise CheckpointError(
+                f"no checkpoint in {self._directory} is intact ({reasons}); delete the directory"
+                " to start the run again"
+            )
+        return None
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether a checkpoint has a metric that can be read."""
+        try:
+            return self.metric(step) is not None
+        except DamagedCheckpoint:
+            return False
+
     def restore_params(self, step: int, abstract: Params) -> Params:
         """Restores the parameters of a checkpoint with the shardings of `abstract`.
 
         Raises:
+          DamagedCheckpoint: its files are not as they were saved.
           CheckpointError: there is no such checkpoint, or its parameters have other shapes.
         """
-        return self._restore(step, params=abstract)["params"]
+        return self._restore(step, params=abstract)[0]["params"]
 
-    def restore_state(self, step: int, abstract: TrainState) -> TrainState:
-        """Restores the state of a checkpoint with the shardings of `abstract`.
+    def restore_state(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restores a checkpoint, and the values that were saved with it.
 
         Raises:
           CheckpointError: see `restore_params`.
         """
-        items = self._restore(step, params=abstract.params, opt_state=abstract.opt_state)
+        items, info = self._restore(step, params=abstract.params, opt_state=abstract.opt_state)
         counter = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-        return TrainState(counter, items["params"], items["opt_state"])
+        return TrainState(counter, items["params"], items["opt_state"]), info
 
-    def _restore(self, step: int, **abstract: Any) -> dict[str, Any]:
-        stored = self._stored_params(step)
-        # Version 0.1 called the backbone `clip`, also in the optimiser state.
-        renamed = "clip" in stored and "backbone" not in stored
-        if renamed:
-            abstract = _rename_keys(abstract, {"backbone": "clip"})
-        self._check(step, _shapes(stored), _shapes(abstract["params"]))
-        items = ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        )
-        restored = dict(self._manager.restore(step, args=items).items())
-        return _rename_keys(restored, {"clip": "backbone"}) if renamed else restored
-
-    def _stored_params(self, step: int) -> Any:
-        """Metadata of the parameters of a checkpoint."""
-        self._manager.wait_until_finished()  # The checkpoint may be in the middle of its save.
+    def _restore(self, step: int, **abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        with self._saving("save"):
+            self._manager.wait_until_finished()  # It may be in the middle of its save.
         if step not in self._manager.all_steps():
             found = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
                 f"no checkpoint of step {step} in {self._directory}; there are: {found}"
             )
-        return self._manager.item_metadata(step)["params"].tree
+        directory = self._directory / str(step)
+        # All processes restore the same checkpoint, also if one of them reads other bytes.
+        with failing_together(DamagedCheckpoint):
+            info = read_info(directory)
+            stored = stored_shapes(directory, info)
+        self._check(step, stored, _shapes(abstract["params"]))
+        with failing_together(DamagedCheckpoint):
+            items = read_arrays(directory, abstract)
+        with failing_together(DamagedCheckpoint):
+            verify_arrays(info, items)
+        return items, info
 
     def _check(self, step: int, stored: dict, wanted: dict) -> None:
         """Compares shapes before Orbax does: its own message is pages long."""
@@ -176,6 +260,39 @@ class Checkpoints:
                     f"checkpoint {step} in {self._directory} is of another model: {name} is"
                     f" {stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
                 )
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Moves damaged checkpoints out of the way of later saves."""
+        if not damaged:
+            return
+        with failing_together(CheckpointError), self._saving("move"):
+            if is_main():
+                self._damaged.mkdir(exist_ok=True)
+                for step, reason in damaged.items():
+                    target = self._damaged / f"{step}_{time.strftime('%Y%m%d_%H%M%S')}"
+                    (self._directory / str(step)).rename(target)
+                    print(f"checkpoint {step} is damaged: {reason}; moved to {target}")
+        self._manager.reload()
+
+
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the latest checkpoints and the best evaluated one, and those of unreadable metrics.
+
+    (Orbax's `best_fn` with `max_to_keep` deletes the latest checkpoint when its metric is poor.)
+    """
+
+    def __init__(self, checkpoints: Checkpoints, keep_latest: int):
+        self._checkpoints, self._keep_latest = checkpoints, keep_latest
+
+    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
+        del context
+        steps = [info.step for info in checkpoints]
+        kept = set(sorted(steps)[-self._keep_latest :])
+        try:
+            kept.add(self._checkpoints.best_step())
+        except DamagedCheckpoint:
+            return [True] * len(steps)
+        return [step in kept for step in steps]
 
 
 @contextlib.contextmanager
@@ -189,58 +306,19 @@ def _without_warnings() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest checkpoints and the best evaluated one.
-
-    (Orbax's `best_fn` with `max_to_keep` deletes the latest checkpoint when its metric is poor.)
-    """
-
-    def __init__(self, checkpoints: Checkpoints, keep_latest: int):
-        self._checkpoints, self._keep_latest = checkpoints, keep_latest
-
-    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
-        del context
-        steps = [info.step for info in checkpoints]
-        kept = {*sorted(steps)[-self._keep_latest :], self._checkpoints.best_step()}
-        return [step in kept for step in steps]
-
-
-def _rename_keys(tree: Any, names: dict[str, str]) -> Any:
-    """Renames dictionary keys at every depth of a tree of dicts and (named) tuples."""
-    if isinstance(tree, dict):
-        return {names.get(key, key): _rename_keys(value, names) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        values = [_rename_keys(value, names) for value in tree]
-        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
-    return tree
+def _cause(error: BaseException) -> str:
+    """The reason of the operating system if there is one, in one line."""
+    chain, link = [], error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        "/".join(str(entry.key) for entry in path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def restore_params(
-    workdir: Path, model: ModelConfig, layout: Layout, checkpoint: str
-) -> tuple[int, Params]:
-    """Restores the parameters of a run.
-
-    Args:
-      workdir: directory of the run.
-      model: its model.
-      layout: shardings of the parameters.
-      checkpoint: "best", "latest" or a step.
-
-    Returns:
-      The step and the parameters.
-
-    Raises:
-      CheckpointError: the run has no such checkpoint.
-    """
-    if not (workdir / DIRECTORY).is_dir():
-        raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        step = checkpoints.find_step(checkpoint)
-        return step, checkpoints.restore_params(step, abstract_params(model, layout))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 
 from drl_jax.config import Config
-from drl_jax.runs.checkpoints import Checkpoints, restore_params
+from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer

@@ -8,7 +8,7 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator, order_by_content
 from drl_jax.evaluation.metrics import format_table
-from drl_jax.runs.checkpoints import restore_params
+from drl_jax.runs.run_params import restore_params
 from drl_jax.runtime.files import write_json
 from drl_jax.sharding import make_layout
 

@@ -1,7 +1,7 @@
 """Command-line layer of every entry point: parser, configuration flags, errors, exit status.
 
-Exit status: 0 success; 1 an error the user can fix, or a training run that stopped after a
-checkpoint; 2 wrong arguments; 130 interrupted.
+Exit status: 0 success; 1 an error the user can fix; 2 wrong arguments; 75 a training run that
+stopped after a checkpoint, which the same command resumes; 130 interrupted.
 
 Entry points import what they need inside their work function, so that `--help` and a wrong argument
 are answered before jax is imported.
@@ -59,6 +59,13 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
         return work() or 0
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
+        return error.status
+    except OSError as error:
+        # A full disk, a missing permission, a directory that was removed meanwhile.
+        if error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{command}: {where}{error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         line = (

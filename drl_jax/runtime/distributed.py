@@ -1,11 +1,12 @@
 """Runs of several processes: start-up with a time limit, and agreement between processes."""
 
+import contextlib
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from drl_jax.runtime.errors import UserError
+
+# Bytes of an error message that processes exchange.
+_MESSAGE_BYTES = 1000
 
 
 class DistributedError(UserError):
@@ -155,6 +159,38 @@ def barrier(name: str) -> None:
     """Waits until all processes have reached the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def failing_together(kind: type[UserError]) -> Iterator[None]:
+    """Raises an error of `kind` in all processes if the block raises one in any of them.
+
+    Otherwise a process that continues waits for the one that failed. All processes call it.
+    """
+    failure = None
+    try:
+        yield
+    except kind as error:
+        failure = error
+    message = _first_message(str(failure) if failure else "")
+    if failure is not None:
+        raise failure
+    if message:
+        raise kind(message)
+
+
+def _first_message(own: str) -> str:
+    """The message of the first process that has one, with its index; empty if none has."""
+    if jax.process_count() == 1:
+        return own
+    buffer = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = own.encode()[:_MESSAGE_BYTES]
+    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    for process, row in enumerate(multihost_utils.process_allgather(buffer)):
+        if row.any():
+            text = row.tobytes().rstrip(b"\0").decode(errors="replace")
+            return f"{text} (process {process})"
+    return ""
 
 
 class StopPoll:

@@ -4,5 +4,7 @@
 class UserError(Exception):
     """The message states in one line what is wrong, where, and what to do.
 
-    Commands print it without a traceback and exit with status 1.
+    Commands print it without a traceback and exit with `status`.
     """
+
+    status = 1

@@ -1,0 +1,60 @@
+"""Restores the parameters of a run that may be training meanwhile."""
+
+import time
+from pathlib import Path
+
+from drl_jax.config import ModelConfig
+from drl_jax.models.drl import Params, abstract_params
+from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint
+from drl_jax.runs.checkpoints import DIRECTORY, Checkpoints
+from drl_jax.sharding import Layout
+
+# A checkpoint that cannot be read may be one that a training deletes at this moment.
+_ATTEMPTS, _PAUSE = 3, 0.5
+
+
+def restore_params(
+    workdir: Path, model: ModelConfig, layout: Layout, checkpoint: str
+) -> tuple[int, Params]:
+    """Restores the parameters of a run.
+
+    Args:
+      workdir: directory of the run.
+      model: its model.
+      layout: shardings of the parameters.
+      checkpoint: "best", "latest" or a step.
+
+    Returns:
+      The step and the parameters.
+
+    Raises:
+      CheckpointError: the run has no such checkpoint, or it is damaged; the message has the steps
+        that are intact.
+    """
+    if not (workdir / DIRECTORY).is_dir():
+        raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
+    abstract = abstract_params(model, layout)
+    for attempt in range(_ATTEMPTS):
+        time.sleep(_PAUSE if attempt else 0)
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            step = checkpoints.find_step(checkpoint)
+            try:
+                return step, checkpoints.restore_params(step, abstract)
+            except DamagedCheckpoint as error:
+                reason = str(error)
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        intact = [
+            other for other in checkpoints.steps() if _is_intact(checkpoints, other, abstract)
+        ]
+    choice = f"intact: {', '.join(map(str, intact))}" if intact else "no other one is intact"
+    raise CheckpointError(
+        f"checkpoint {step} in {workdir / DIRECTORY} is damaged: {reason}; {choice}"
+    )
+
+
+def _is_intact(checkpoints: Checkpoints, step: int, abstract: Params) -> bool:
+    try:
+        checkpoints.restore_params(step, abstract)
+    except CheckpointError:
+        return False
+    return True
