@@ -6,6 +6,7 @@ it.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from drl_jax.runtime.errors import UserError
 
 # Encodings of stored frames: JPEG (quality 95, 4:4:4) or exact pixels.
 STORAGE_ENCODINGS = ("jpeg", "raw")
+# With BertAdam, a learning rate of 1 moves every weight by up to 1 a step.
+_MAX_LR = 1.0
 
 
 class ConfigError(UserError):
@@ -143,6 +146,8 @@ class TrainConfig:
     # Steps between checkpoints within an epoch (0: only at its end).
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    # Batches whose loss or gradient is not finite that a run leaves out before it stops.
+    skip_nonfinite: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +187,7 @@ class Config:
         Raises:
           ConfigError: an unknown or missing field, a wrong type, or a value that cannot work.
         """
-        config = _from_dict(cls, _with_backbone_group(values), "config")
+        config = _from_dict(cls, _with_added_fields(_with_backbone_group(values)), "config")
         _check_values(config)
         return config
 
@@ -195,6 +200,14 @@ def _with_backbone_group(values: Mapping[str, Any]) -> Mapping[str, Any]:
     model = dict(model)
     model["backbone"] = {"family": "clip", **model.pop("clip")}
     return {**values, "model": model}
+
+
+def _with_added_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Reads configurations of version 0.2 and earlier, without `train.skip_nonfinite`."""
+    train = values.get("train")
+    if not isinstance(train, Mapping):
+        return values
+    return {**values, "train": {"skip_nonfinite": 0, **train}}
 
 
 def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -215,11 +228,13 @@ def _typed(expected: type, value: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not expected:
         raise ConfigError(f"{where} must be {expected.__name__}, not {value!r}")
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number, not {value}")
     return value
 
 
 def _check_values(config: Config) -> None:
-    model, data, train = config.model, config.data, config.train
+    model, data, train, optim = config.model, config.data, config.train, config.optim
     for where, value in _positive_fields(config):
         if value <= 0:
             raise ConfigError(f"{where} must be positive, not {value}")
@@ -253,7 +268,24 @@ def _check_values(config: Config) -> None:
         ),
         (train.epochs >= 0, "train.epochs must be 0 (no training) or positive"),
         (train.checkpoint_every >= 0, "train.checkpoint_every must be 0 (off) or positive"),
-        (0 <= config.optim.warmup_proportion < 1, "optim.warmup_proportion must be in [0, 1)"),
+        (train.skip_nonfinite >= 0, "train.skip_nonfinite must be 0 (none) or a number of batches"),
+        (0 <= optim.warmup_proportion < 1, "optim.warmup_proportion must be in [0, 1)"),
+        (
+            optim.lr <= _MAX_LR,
+            f"optim.lr={optim.lr:g} is above {_MAX_LR:g}",
+        ),
+        (
+            optim.lr * optim.coef_lr <= _MAX_LR,
+            f"optim.coef_lr={optim.coef_lr:g} gives the backbone a learning rate above {_MAX_LR:g}",
+        ),
+        (0 <= optim.b1 < 1, f"optim.b1 must be in [0, 1), not {optim.b1:g}"),
+        (0 <= optim.b2 < 1, f"optim.b2 must be in [0, 1), not {optim.b2:g}"),
+        (
+            optim.weight_decay >= 0 and optim.lr * optim.weight_decay < 1,
+            f"optim.weight_decay={optim.weight_decay:g} must be 0 or positive, and below 1 / lr",
+        ),
+        # Seeds of NumPy and Grain have 32 bits.
+        (0 <= config.seed < 2**32, f"seed must be in [0, 2^32), not {config.seed}"),
     )
     for holds, message in checks:
         if not holds:

@@ -1,6 +1,7 @@
 """Trains DRL on a built dataset; a run in the working directory is resumed.
 
 python -m drl_jax.train --config=configs/shapes.py [--workdir=DIR] [--config.optim.lr=3e-4]
+python -m drl_jax.train --reproduce=RUN/manifest.json [--workdir=DIR]
 """
 
 import sys
@@ -19,8 +20,12 @@ from drl_jax.runtime.cli import (
 
 def _parser() -> Parser:
     parser = Parser("python -m drl_jax.train", description=__doc__.splitlines()[0])
-    add_config_flag(parser)
-    parser.add_argument("--workdir", type=Path, help="directory of the run (runs/NAME_VARIANT)")
+    add_config_flag(parser, reproduce=True)
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        help="directory of the run (runs/NAME_VARIANT; runs/reproduced_NAME with --reproduce)",
+    )
     group = parser.add_argument_group("several processes")
     group.add_argument(
         "--distributed",
@@ -66,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             timeout=options.init_timeout,
         )
         train(
-            config_from_dict(config.to_dict()), options.workdir or default_workdir(options.config)
+            config_from_dict(config.to_dict()),
+            options.workdir or default_workdir(options),
+            reproduce=options.reproduce,
         )
 
     return run_command("drl_jax.train", work)

@@ -68,7 +68,7 @@ def test_one_module_imports_orbax_and_one_imports_clu():
     }
     assert users == {
         "orbax": {"drl_jax.runs.checkpoint_files", "drl_jax.runs.checkpoints"},
-        "clu": {"drl_jax.runs.logging"},
+        "clu": {"drl_jax.runs.tensorboard"},
         "tensorflow": set(),
         "torch": set(),
     }

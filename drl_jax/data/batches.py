@@ -130,14 +130,7 @@ class TrainBatches:
         With `config.cache` = "device" a batch has `video_index` int32 [B], the index of the video
         in the split, instead of frames.
         """
-        epoch_size = self.steps_per_epoch * self._batch_size
-        examples = (
-            grain.MapDataset.range(self.num_examples)
-            .seed(self._seed)
-            .shuffle()[:epoch_size]
-            .repeat(None)
-            .random_map(self._read)
-        )
+        examples = self._in_order(self._read)
         # Process p reads the p-th part of each batch, so that the order of a batch's rows is the
         # same for any number of processes.
         parts = examples.batch(self._batch_size // processes)
@@ -145,10 +138,45 @@ class TrainBatches:
         options = grain.ReadOptions(num_threads=self._config.num_threads, prefetch_buffer_size=4)
         return iter(own_parts.to_iter_dataset(options))
 
+    def examples(self, step: int) -> list[dict[str, str]]:
+        """Ids and captions of the global batch of a training step.
+
+        Args:
+          step: from 1.
+
+        Returns:
+          {"video_id": .., "caption": ..} for each row.
+        """
+        pairs = self._in_order(self._pair)
+        captions = [caption for captions in self._split.captions for caption in captions]
+        first = (step - 1) * self._batch_size
+        return [
+            {
+                "video_id": self._dataset.video_ids[self._records[pair]],
+                "caption": captions[pair],
+            }
+            for pair in (pairs[first + row] for row in range(self._batch_size))
+        ]
+
+    def _in_order(self, function: Callable) -> grain.MapDataset:
+        """Results of `function(example, rng)` in the order of training."""
+        epoch_size = self.steps_per_epoch * self._batch_size
+        return (
+            grain.MapDataset.range(self.num_examples)
+            .seed(self._seed)
+            .shuffle()[:epoch_size]
+            .repeat(None)
+            .random_map(function)
+        )
+
+    def _pair(self, example: int, rng: np.random.Generator) -> int:
+        """Index of the (video, caption) pair of an example."""
+        if self._config.expand_captions:
+            return int(example)
+        return int(self._firsts[example] + rng.integers(self._counts[example]))
+
     def _read(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        pair = example
-        if not self._config.expand_captions:
-            pair = self._firsts[example] + rng.integers(self._counts[example])
+        pair = self._pair(example, rng)
         text = {"text_ids": self._text_ids[pair], "text_mask": self._text_mask[pair]}
         if self._config.cache == "device":
             return {**text, "video_index": self._caption_to_video[pair]}

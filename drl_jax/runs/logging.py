@@ -1,9 +1,8 @@
 """Logs of a training run: progress bar, TensorBoard and `metrics.jsonl`."""
 
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,26 @@ from tqdm import tqdm
 
 from drl_jax.config import Config
 from drl_jax.data.records import MANIFEST, VideoDataset
+from drl_jax.runs.tensorboard import Keep, tensorboard_writers
 from drl_jax.runtime.distributed import is_main
-from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_text
 from drl_jax.sharding import Layout
 from drl_jax.training.optimizer import make_schedule
-
-
-class TrainingError(UserError):
-    """A run that cannot continue."""
 
 
 class TrainLog:
     """Writes scalars of steps and evaluations; a context manager. Only process 0 writes."""
 
     def __init__(
-        self, workdir: Path, config: Config, step: int, total_steps: int, *, evaluated: bool
+        self,
+        workdir: Path,
+        config: Config,
+        step: int,
+        total_steps: int,
+        *,
+        evaluated: bool,
+        unlogged: Iterable[dict[str, float]],
+        accept: Callable[[int, Mapping[str, float]], bool],
     ):
         """Opens the logs of a run.
 
@@ -38,16 +41,20 @@ class TrainLog:
           step: step that the run resumes from.
           total_steps: steps of the whole run.
           evaluated: whether the checkpoint of `step` has been evaluated.
+          unlogged: scalars of the steps before `step` that no mean has been written of.
+          accept: called with each step and its scalars; whether they count.
         """
-        self._config = config
+        self._config, self._accept = config, accept
         optim = config.optim
         self._schedule = make_schedule(optim.lr, optim.warmup_proportion, total_steps)
         self._writers: list = []
         if is_main():
-            jsonl = JsonlWriter(workdir, step, keep_evaluation=evaluated)
-            self._writers = [jsonl, *_tensorboard_writers(workdir)]
-        self._since: list[dict[str, jax.Array]] = []
-        self._last_time = time.monotonic()
+            keep = _kept_when_resumed(step, keep_evaluation=evaluated)
+            self._writers = [JsonlWriter(workdir, keep), *tensorboard_writers(workdir, keep)]
+        # A step that the devices may still compute, and the scalars since the last mean.
+        self._running: tuple[int, dict[str, jax.Array]] | None = None
+        self._since = list(unlogged)
+        self._timed, self._last_time = 0, time.monotonic()
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -79,39 +86,62 @@ class TrainLog:
             )
 
     def train_step(self, step: int, scalars: dict[str, jax.Array]) -> None:
-        """Records a step; waits for the previous one, so that the host is one step ahead."""
-        if self._since:
-            jax.block_until_ready(self._since[-1])
-        self._since.append(scalars)
-        self._bar.update()
-        if step % self._config.train.log_every == 0:
-            self.flush(step)
-
-    def flush(self, step: int) -> None:
-        """Writes the mean of the steps since the last call.
+        """Records a step; waits for the previous one, so that the host is one step ahead.
 
         Raises:
-          TrainingError: the loss is not finite.
+          TrainingError: from `accept`.
         """
+        self._settle()
+        self._running = (step, scalars)
+        self._bar.update()
+        if step % self._config.train.log_every == 0:
+            self.write_means(step)
+
+    def _settle(self) -> None:
+        """Waits for the step that is running and takes its scalars."""
+        if self._running is None:
+            return
+        step, scalars = self._running
+        self._running = None
+        self._timed += 1
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        if self._accept(step, values):
+            self._since.append(values)
+
+    def write_means(self, step: int) -> None:
+        """Writes the means of the steps since the last call.
+
+        Raises:
+          TrainingError: from `accept`.
+        """
+        self._settle()
         if not self._since:
             return
-        host = jax.device_get(self._since)
-        means = {f"train/{name}": float(np.mean([s[name] for s in host])) for name in host[0]}
-        if not np.isfinite(means["train/loss"]):
-            raise TrainingError(
-                f"the loss is not finite near step {step}; earlier checkpoints are kept. Try a"
-                " smaller config.optim.lr, or check the data"
-            )
+        means = {
+            f"train/{name}": float(np.mean([values[name] for values in self._since]))
+            for name in self._since[0]
+        }
         now = time.monotonic()
-        examples = len(host) * self._config.train.batch_size
+        examples = self._timed * self._config.train.batch_size
         means["train/examples_per_second"] = examples / (now - self._last_time)
         # Learning rates of the last step; the schedule counts from 0.
         means["train/lr"] = float(self._schedule(step - 1))
         means["train/lr_clip"] = means["train/lr"] * self._config.optim.coef_lr
         self._write(step, means)
-        self._since, self._last_time = [], now
+        self._since, self._timed, self._last_time = [], 0, now
         self._status["loss"] = f"{means['train/loss']:.3f}"
         self._bar.set_postfix(self._status)
+
+    def before_checkpoint(self) -> list[dict[str, float]]:
+        """Writes all files, and returns the scalars that the next mean needs.
+
+        Raises:
+          TrainingError: from `accept`.
+        """
+        self._settle()
+        for writer in self._writers:
+            writer.flush()
+        return list(self._since)
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes the metrics of an evaluation."""
@@ -126,7 +156,7 @@ class TrainLog:
         self._status["val R@1"] = f"{scalars['eval/t2v_R1']:.1f}"
         self._bar.set_postfix(self._status)
         # Examples per second do not include the time of evaluations.
-        self._last_time = time.monotonic()
+        self._timed, self._last_time = 0, time.monotonic()
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         for writer in self._writers:
@@ -144,47 +174,36 @@ class TrainLog:
 class JsonlWriter:
     """Appends scalars to `metrics.jsonl`: one object per write, with "step" and the tags."""
 
-    def __init__(self, workdir: Path, resumed_step: int, *, keep_evaluation: bool):
-        """Opens the file and removes the lines that the resumed run writes again.
-
-        Args:
-          workdir: directory of the run.
-          resumed_step: lines of later steps are removed.
-          keep_evaluation: whether to keep the evaluation of `resumed_step`.
-        """
+    def __init__(self, workdir: Path, keep: Keep):
+        """Opens the file and removes the lines that are not kept."""
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            keep = _line_filter(resumed_step, keep_evaluation)
-            write_text(self._path, "".join(line + "\n" for line in lines if keep(line)))
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_text(self._path, "".join(line + "\n" for line in lines if _kept(line, keep)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {tag: float(value) for tag, value in scalars.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
+    def flush(self) -> None:
+        """Each line is in the file already."""
 
-def _line_filter(resumed_step: int, keep_evaluation: bool) -> Callable[[str], bool]:
-    def keep(line: str) -> bool:
-        try:
-            values = json.loads(line)
-            step = values["step"]
-        except (json.JSONDecodeError, KeyError):
-            return False  # A line that a crash truncated.
-        is_evaluation = any(tag.startswith("eval/") for tag in values)
-        return step < resumed_step or (
-            step == resumed_step and (keep_evaluation or not is_evaluation)
-        )
+
+def _kept(line: str, keep: Keep) -> bool:
+    try:
+        values = json.loads(line)
+        return keep(values.pop("step"), values)
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+        return False  # A line that a crash truncated.
+
+
+def _kept_when_resumed(resumed_step: int, *, keep_evaluation: bool) -> Keep:
+    """Which records a run that resumes from a step does not write again."""
+
+    def keep(step: int, tags: Iterable[str]) -> bool:
+        if step != resumed_step:
+            return step < resumed_step
+        return keep_evaluation or not any(tag.startswith("eval/") for tag in tags)
 
     return keep
-
-
-def _tensorboard_writers(workdir: Path) -> list:
-    """clu's TensorBoard writer, or none where TensorFlow is not installed."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        from clu import metric_writers
-    except ImportError:
-        print("TensorFlow is not installed: no TensorBoard files, only metrics.jsonl")
-        return []
-    return [metric_writers.SummaryWriter(str(workdir))]

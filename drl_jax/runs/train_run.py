@@ -1,7 +1,5 @@
 """Trains a run: the loop, its evaluations and checkpoints, and the final test."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,15 @@ from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import format_table
-from drl_jax.models.drl import BACKBONES, abstract_params
+from drl_jax.models.drl import BACKBONES, Params, abstract_params
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.logging import TrainingError, TrainLog
-from drl_jax.runs.workdir import claim_workdir
-from drl_jax.runtime.distributed import StopPoll, is_main
+from drl_jax.runs.checksums import summarise
+from drl_jax.runs.logging import TrainLog
+from drl_jax.runs.manifest import differences, read_manifest, recorded
+from drl_jax.runs.nonfinite import NonFiniteBatches, TrainingError
+from drl_jax.runs.workdir import exclusive
+from drl_jax.runtime.child_process import run_module
+from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.signals import StopRequest
@@ -30,40 +32,48 @@ from drl_jax.weights.load import initial_params, read_weights, with_backbone_of
 class Interrupted(UserError):
     """A run that was stopped after a checkpoint."""
 
+    # EX_TEMPFAIL: the same command resumes the run.
+    status = 75
 
-def train(config: Config, workdir: Path) -> dict[str, Any]:
+
+def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> dict[str, Any]:
     """Trains, evaluates every epoch on val, and tests the best checkpoint.
 
     Args:
       config: the configuration.
       workdir: directory for checkpoints, logs and results. A run in it is resumed.
+      reproduce: manifest of a run that this one has to repeat.
 
     Returns:
       The content of `result.json`: {"test": {"t2v": .., "v2t": ..}, "best_step": .., ..}.
 
     Raises:
-      UserError: wrong configuration, missing data, another run in `workdir`, a loss that is not
-        finite, or SIGINT or SIGTERM (after a checkpoint).
+      UserError: wrong configuration, missing data, another run or another training in `workdir`,
+        damaged checkpoints, a loss that is not finite, or SIGINT, SIGTERM or SIGHUP (after a
+        checkpoint).
     """
     # ---------------------------------------------------------------- devices, weights, data
-    pretrained = None
-    if config.model.init:
-        weights = read_weights(config.model.init)
-        config = with_backbone_of(config, weights)
-        pretrained = initial_params(config.model, weights, jax.random.key(config.seed))
-        del weights
     layout = make_layout(fsdp=config.sharding.fsdp)
     _check_divisible(config.train, layout)
-    dataset = _open_dataset(config)
-    batches = TrainBatches(
-        dataset,
-        load_split(dataset, "train", config.data),
-        config.data,
-        config.train.batch_size,
-        config.seed,
-        BACKBONES[config.model.backbone.family].tokenize,
-    )
-    val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
+    with failing_together(UserError):
+        pretrained = None
+        if config.model.init:
+            weights = read_weights(config.model.init)
+            config = with_backbone_of(config, weights)
+            pretrained = initial_params(config.model, weights, jax.random.key(config.seed))
+            del weights
+        dataset = _open_dataset(config)
+        batches = TrainBatches(
+            dataset,
+            load_split(dataset, "train", config.data),
+            config.data,
+            config.train.batch_size,
+            config.seed,
+            BACKBONES[config.model.backbone.family].tokenize,
+        )
+        val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
+        if reproduce is not None:
+            _print_differences(reproduce, config, dataset)
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.train.epochs * steps_per_epoch
 
@@ -78,25 +88,38 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         microbatch=config.train.microbatch,
     )
     evaluator = Evaluator(config, dataset, layout)
-    claim_workdir(workdir, config)  # Nothing is written before all of the above succeeds.
 
-    with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, StopRequest() as stop:
+    # Nothing is written before all of the above succeeds.
+    with (
+        exclusive(workdir),
+        recorded(workdir, config, dataset) as record,
+        Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+        StopRequest() as stop,
+    ):
         # Order of initialisation: resume > init > random.
-        resumed = checkpoints.latest_step()
-        if resumed is not None:
-            state = checkpoints.restore_state(resumed, abstract_state(config.model, tx, layout))
-            if is_main():
-                print(f"resuming {workdir} from step {resumed} of {total_steps}")
-        elif pretrained is not None:
-            state = state_from_params(pretrained, tx, layout)
+        restored = checkpoints.restore_latest(abstract_state(config.model, tx, layout))
+        if restored is not None:
+            state, saved = restored
         else:
-            state = create_state(config.model, tx, config.seed, layout)
-        del pretrained
+            state, saved = _new_state(config, pretrained, tx, layout), {}
+        del pretrained, restored
         start = int(state.step)
-        evaluated = resumed is not None and checkpoints.metric(resumed) is not None
+        if saved and is_main():
+            print(f"resuming {workdir} from step {start} of {total_steps}")
+        evaluated = bool(saved) and checkpoints.is_evaluated(start)
+        record.start(start, total_steps)
+        nonfinite = NonFiniteBatches(workdir, config.train, batches, saved.get("skipped", []))
 
         # ---------------------------------------------------------------- the loop
-        with TrainLog(workdir, config, start, total_steps, evaluated=evaluated) as log:
+        with TrainLog(
+            workdir,
+            config,
+            start,
+            total_steps,
+            evaluated=evaluated,
+            unlogged=saved.get("unlogged", []),
+            accept=nonfinite.report,
+        ) as log:
             log.announce(dataset, batches.num_examples, layout)
 
             def evaluate(step: int, state: TrainState) -> None:
@@ -104,7 +127,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 log.evaluation(step, metrics)
                 checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
 
-            if total_steps == 0 and resumed is None:
+            if total_steps == 0 and not saved:
                 checkpoints.save(state)
             # For a new run without epochs, or a run that was killed in the evaluation of an epoch.
             if not evaluated and start % steps_per_epoch == 0 and (start or total_steps == 0):
@@ -116,10 +139,14 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 log.train_step(step, scalars)
                 stopping = stop_requested(step)
                 ends_epoch = step % steps_per_epoch == 0
-                if ends_epoch or stopping or _is_due(step, config.train.checkpoint_every):
-                    log.flush(step)
+                due = ends_epoch or _is_due(step, config.train.checkpoint_every)
+                if due:
+                    log.write_means(step)
+                if due or stopping:
                     # Before the evaluation, which may take long.
-                    checkpoints.save(state)
+                    unlogged = log.before_checkpoint()
+                    checkpoints.save(state, unlogged=unlogged, skipped=nonfinite.steps)
+                    record.step = step
                 # Resuming evaluates the checkpoint of an epoch that was not evaluated.
                 if ends_epoch and not stopping:
                     evaluate(step, state)
@@ -129,18 +156,39 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         # ---------------------------------------------------------------- test of the best
         best_step = checkpoints.best_step()
         params = checkpoints.restore_params(best_step, abstract_params(config.model, layout))
-    result = {
-        "test": evaluator.run(params, test).metrics,
-        "val": evaluator.run(params, val).metrics,
-        "best_step": best_step,
-        "total_steps": total_steps,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-    }
-    if is_main():
-        write_json(workdir / "result.json", result)
-        print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
-        print(format_table(result["test"]))
+        result = {
+            "test": evaluator.run(params, test).metrics,
+            "val": evaluator.run(params, val).metrics,
+            "best_step": best_step,
+            "total_steps": total_steps,
+            "skipped_steps": nonfinite.steps,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        }
+        if is_main():
+            write_json(workdir / "result.json", result)
+            print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
+            print(format_table(result["test"]))
     return result
+
+
+def _new_state(config: Config, pretrained: Params | None, tx: Any, layout: Layout) -> TrainState:
+    """The state before the first step."""
+    if pretrained is None:
+        return create_state(config.model, tx, config.seed, layout)
+    state = state_from_params(pretrained, tx, layout)
+    if not_finite := summarise(state.params)[1]:
+        raise TrainingError(
+            f"{config.model.init} cannot be trained: {not_finite[0]} has values that are not finite"
+        )
+    return state
+
+
+def _print_differences(manifest: Path, config: Config, dataset: VideoDataset) -> None:
+    found = differences(read_manifest(manifest), config, dataset)
+    if is_main():
+        print(f"reproducing the run of {manifest}: configuration, weights and dataset are the same")
+        for line in found:
+            print(f"  {line}")
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -162,7 +210,7 @@ def _open_dataset(config: Config) -> VideoDataset:
     if data.build_if_absent and not directory.exists() and jax.process_count() == 1:
         print(f"no dataset in {directory} yet: building it", flush=True)
         # In a process: data_prep may import drl_jax, never the reverse.
-        build = ["-m", "data_prep.build", data.dataset, f"--data_dir={data.data_dir}"]
-        if subprocess.run([sys.executable, *build, *data.build_flags.split()]).returncode:
+        flags = [f"--data_dir={data.data_dir}", *data.build_flags.split()]
+        if run_module("data_prep.build", data.dataset, *flags):
             raise TrainingError(f"building {data.dataset} failed; see above")
     return VideoDataset(directory)

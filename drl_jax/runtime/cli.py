@@ -8,6 +8,8 @@ are answered before jax is imported.
 """
 
 import argparse
+import difflib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,52 +80,76 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
 # ---------------------------------------------------------------- configuration files
 
 
-def add_config_flag(parser: Parser) -> None:
-    """Adds `--config`; `parse_with_config` reads it and its overrides."""
-    parser.add_argument(
+def add_config_flag(parser: Parser, *, reproduce: bool = False) -> None:
+    """Adds `--config`, and `--reproduce` if wanted; `parse_with_config` reads them."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument(
         "--config",
-        required=True,
         metavar="FILE[:VARIANT]",
         help="configuration file, e.g. configs/shapes.py; --config.GROUP.FIELD=VALUE overrides a"
         " field (all fields: drl_jax/config.py)",
     )
+    if reproduce:
+        group.add_argument(
+            "--reproduce",
+            type=Path,
+            metavar="RUN/manifest.json",
+            help="start the run of this manifest again; --config.data.data_dir=DIR if its dataset"
+            " is elsewhere",
+        )
 
 
 def parse_with_config(
     parser: Parser, arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, "ConfigDict"]:
-    """Parses arguments and loads the configuration file with typed overrides.
+    """Parses arguments and loads the configuration with typed overrides.
 
     Args:
-      parser: has `--config` (`add_config_flag`).
+      parser: has the flags of `add_config_flag`.
       arguments: the arguments; None: those of the process.
 
     Returns:
       The options, and the configuration as a ConfigDict. A wrong file, field, type or argument ends
       the process with one line and status 2.
     """
-    options, rest = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
+    manifest = getattr(options, "reproduce", None)
+    if manifest is not None:
+        source = _config_of_manifest(parser, manifest)
+    else:
+        source = _find_config(options.config)
+        if not Path(source.partition(":")[0]).is_file():
+            parser.error(f"no configuration file {source}")
+    # A configuration file is code and may raise anything.
+    try:
+        config, unparsed = _load_config(source, overrides)
+    except Exception as error:
+        parser.error(_unknown_field(source, overrides) or _one_line(error))
+    if unparsed:
+        parser.error(f"unexpected argument {unparsed[0]!r}; flags look like --name=value")
+    return options, config
+
+
+def _load_config(
+    source: "str | ConfigDict", overrides: Sequence[str]
+) -> tuple["ConfigDict", list[str]]:
+    """Loads a configuration file or copies a ConfigDict; returns it and unknown arguments."""
     from absl import flags
     from ml_collections import config_flags
 
-    config = _find_config(options.config)
-    if not Path(config.partition(":")[0]).is_file():
-        parser.error(f"no configuration file {config}")
-    arguments = [parser.prog, f"--config={config}", *rest]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", flag_values=values, lock_config=True, sys_argv=arguments
-    )
-    try:
-        unparsed = values(arguments)[1:]
-        # Without overrides, errors of the file are raised only here.
-        values.config.to_dict()
-    # A configuration file is code and may raise anything.
-    except Exception as error:
-        parser.error(_one_line(error))
-    if unparsed:
-        parser.error(f"unexpected argument {unparsed[0]!r}; flags look like --name=value")
-    return options, values.config
+    if isinstance(source, str):
+        arguments = ["", f"--config={source}", *overrides]
+        config_flags.DEFINE_config_file(
+            "config", flag_values=values, lock_config=True, sys_argv=arguments
+        )
+    else:
+        arguments = ["", *overrides]
+        config_flags.DEFINE_config_dict("config", source, flag_values=values, lock_config=True)
+    unparsed = values(arguments)[1:]
+    # Without overrides, errors of the file are raised only here.
+    values.config.to_dict()
+    return values.config, unparsed
 
 
 def _find_config(config: str) -> str:
@@ -135,10 +161,47 @@ def _find_config(config: str) -> str:
     return f"{installed}{colon}{variant}"
 
 
-def default_workdir(config: str) -> Path:
-    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`."""
-    path, _, variant = config.partition(":")
+def default_workdir(options: argparse.Namespace) -> Path:
+    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`.
+
+    `runs/reproduced_NAME` for `--reproduce=DIR/NAME/manifest.json`.
+    """
+    if options.reproduce:
+        return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
+    path, _, variant = options.config.partition(":")
     return Path("runs") / "_".join(filter(None, (Path(path).stem, variant)))
+
+
+def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":
+    """The configuration in the manifest of a run, which `runs/manifest.py` checks in full."""
+    from ml_collections import ConfigDict
+
+    try:
+        return ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except OSError as error:
+        parser.error(f"{path} cannot be read: {error.strerror}")
+    except (ValueError, KeyError, TypeError) as error:
+        parser.error(f"{path} is not the manifest of a run ({type(error).__name__}: {error})")
+
+
+def _unknown_field(source: "str | ConfigDict", overrides: Sequence[str]) -> str:
+    """The message for the first override of a field that does not exist; empty if all exist."""
+    try:
+        config = _load_config(source, [])[0].to_dict()
+    except Exception:
+        return ""  # The file itself is wrong.
+    for override in overrides:
+        name = override.lstrip("-").partition("=")[0]
+        group, where = config, "config"
+        for part in name.removeprefix("config.").split(".") if name.startswith("config.") else []:
+            if not isinstance(group, dict):
+                return f"--{name}: {where} is a value, not a group of fields"
+            if part not in group:
+                close = difflib.get_close_matches(part, group, n=1)
+                likely = f" (did you mean {close[0]}?)" if close else ""
+                return f"{where} has no field {part!r}{likely}; it has {', '.join(group)}"
+            group, where = group[part], f"{where}.{part}"
+    return ""
 
 
 def _one_line(error: Exception) -> str:

@@ -5,14 +5,13 @@ import concurrent.futures
 import dataclasses
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from drl_jax.runtime.child_process import exit_with_parent
 from drl_jax.runtime.resources import available_cpus
 
 T = TypeVar("T")
@@ -88,11 +87,4 @@ def _one_line(error: Exception) -> str:
 def _start_worker(parent: int) -> None:
     # Ctrl-C reaches every process of a terminal; the owner of the pool ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    """A parent that was killed cannot end its workers, so each worker watches its parent."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    exit_with_parent(parent)

@@ -81,7 +81,12 @@ def train_step(
     layout: Layout,
     microbatch: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step; returns the new state, and scalars of the old state to log."""
+    """One optimiser step.
+
+    Returns:
+      The new state, and scalars of the old state to log. If the loss or a gradient is not finite,
+      parameters and moments stay as they were, and counters advance: the batch is left out.
+    """
     loss_function = functools.partial(
         loss_and_parts, definition=definition, config=config, layout=layout, microbatch=microbatch
     )
@@ -90,7 +95,19 @@ def train_step(
     grads, scalars = jax.grad(loss_function, has_aux=True)(state.params, batch, key)
     scalars["grad_norm"] = optax.tree.norm(grads)
     scalars["logit_scale"] = jnp.exp(state.params["backbone"]["logit_scale"])
-    return apply_gradients(state, grads, tx), scalars
+    # A finite state and a finite gradient, whose norm is clipped, give a finite state.
+    finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["grad_norm"])
+    return _select(finite, apply_gradients(state, grads, tx), state), scalars
+
+
+def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state if the condition holds, or else the old one with the new counters."""
+
+    def select(new: jax.Array, old: jax.Array) -> jax.Array:
+        is_counter = jnp.issubdtype(new.dtype, jnp.integer)
+        return new if is_counter else jnp.where(condition, new, old)
+
+    return jax.tree.map(select, new, old)
 
 
 def apply_gradients(

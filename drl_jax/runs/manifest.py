@@ -1,0 +1,240 @@
+"""`manifest.json` of a run: what it was made from, and each time that it was started.
+
+A run belongs to the content of its dataset: a dataset that was built again from other files has
+another order of examples and another number of steps.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from drl_jax.config import Config
+from drl_jax.data.records import VideoDataset
+from drl_jax.runs.workdir import RESUMABLE_FIELDS, WorkdirError, claim_workdir, flatten
+from drl_jax.runtime.distributed import failing_together, is_main
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import sha256, write_json
+from drl_jax.weights.installed import weights_path
+
+FILE = "manifest.json"
+_PACKAGES = (
+    *("drl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+    *("grain", "tensorflow-datasets", "array_record", "av", "pillow"),
+)
+
+
+class RunRecord:
+    """The manifest of a run that is being trained; only process 0 writes it.
+
+    Attributes:
+      step: the step of the last checkpoint of this session.
+    """
+
+    def __init__(self, workdir: Path, config: Config, dataset: VideoDataset):
+        """Reads the manifest of a run, or makes that of a new one; writes nothing.
+
+        Args:
+          workdir: directory of the run.
+          config: its configuration.
+          dataset: its dataset.
+
+        Raises:
+          WorkdirError: the run was started with a dataset of another content, or its manifest is
+            damaged.
+        """
+        self._path = workdir / FILE
+        self._values: dict[str, Any] = {"sessions": []}
+        if self._path.exists():
+            self._values = read_manifest(self._path)
+            _check_content(self._values["dataset"]["content"], dataset, f"the run in {workdir}")
+        self._values |= {
+            "config": dataclasses.asdict(config),
+            "dataset": {"name": config.data.dataset, "content": dataset.content},
+        }
+        self._values.setdefault("weights_sha256", _weights_sha256(config))
+        self.step, self._started = 0, False
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Adds this process to the sessions, with its versions and devices."""
+        self.step, self._started = step, True
+        self._values["total_steps"] = total_steps
+        self._values["sessions"].append(
+            {
+                "started": _now(),
+                "ended": None,
+                "outcome": None,
+                "first_step": step,
+                "last_step": None,
+                "command": sys.orig_argv,
+                **environment(),
+            }
+        )
+        self._write()
+
+    def end(self, outcome: str) -> None:
+        """Completes the row of this session, if it was started; that of a killed one stays open."""
+        if self._started:
+            self._values["sessions"][-1] |= {
+                "ended": _now(),
+                "outcome": outcome,
+                "last_step": self.step,
+            }
+            self._write()
+
+    def _write(self) -> None:
+        if is_main():
+            write_json(self._path, self._values)
+
+
+@contextlib.contextmanager
+def recorded(workdir: Path, config: Config, dataset: VideoDataset) -> Iterator[RunRecord]:
+    """Claims the directory of a run and records how the block ends.
+
+    Raises:
+      WorkdirError: the directory holds another run, or one of another dataset.
+    """
+    with failing_together(UserError):
+        record = RunRecord(workdir, config, dataset)
+        claim_workdir(workdir, config)
+    try:
+        yield record
+    except BaseException as error:
+        # A full disk must not hide the error.
+        with contextlib.suppress(OSError):
+            record.end(f"{type(error).__name__}: {error}")
+        raise
+    record.end("finished")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads the manifest of a run.
+
+    Raises:
+      WorkdirError: there is none, or it is damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values["sessions"], list) or not values["sessions"]:
+            raise ValueError("it has no sessions")
+        Config.from_dict(values["config"])
+        str(values["dataset"]["content"])
+        dict(values["sessions"][0]["versions"])
+        return values
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WorkdirError(
+            f"{path} is not the manifest of a run ({type(error).__name__}: {error}); a run"
+            " continues without it if you delete it, and records a new one"
+        ) from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, host and devices of this process."""
+    commit, clean = _commit()
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        },
+        "commit": commit,
+        "clean": clean,
+        "host": socket.gethostname(),
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+    }
+
+
+def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDataset) -> list[str]:
+    """Compares a manifest with what is here.
+
+    Args:
+      manifest: that of the run to reproduce.
+      config: the configuration here.
+      dataset: the dataset here.
+
+    Returns:
+      What differs and may change results a little: versions, commit, devices.
+
+    Raises:
+      WorkdirError: this would be another run: other fields, weights or dataset.
+    """
+    there, here = flatten(Config.from_dict(manifest["config"])), flatten(config)
+    may_differ = (*RESUMABLE_FIELDS, "model.init")
+    if changed := [n for n in here if here[n] != there[n] and n not in may_differ]:
+        name = changed[0]
+        raise WorkdirError(
+            f"--reproduce starts the same run, but config.{name} is {there[name]!r} in the manifest"
+            f" and {here[name]!r} here"
+        )
+    if manifest.get("weights_sha256") != _weights_sha256(config):
+        raise WorkdirError(
+            f"config.model.init={config.model.init} is not the file that the run started from (its"
+            f" sha256 is {manifest.get('weights_sha256')})"
+        )
+    _check_content(manifest["dataset"]["content"], dataset, "the run of the manifest")
+    first, own = manifest["sessions"][0], environment()
+    found = [
+        f"{package}: {version} there, {own['versions'].get(package)} here"
+        for package, version in first["versions"].items()
+        if version != own["versions"].get(package)
+    ]
+    found += [
+        f"{name}: {first.get(name)} there, {own[name]} here"
+        for name in ("commit", "devices")
+        if first.get(name) != own[name]
+    ]
+    if first.get("clean") is False:
+        found.append("the run was started from files with uncommitted changes")
+    return found
+
+
+def _check_content(expected: str, dataset: VideoDataset, run: str) -> None:
+    # Datasets of early versions have no hash.
+    if expected and dataset.content and expected != dataset.content:
+        raise WorkdirError(
+            f"the dataset in {dataset.directory} is not the one that {run} started with (content"
+            f" {dataset.content[:12]}, was {expected[:12]}); build it again from the same files, or"
+            " start a new run with another --workdir"
+        )
+
+
+def _weights_sha256(config: Config) -> str:
+    return sha256(weights_path(config.model.init)) if config.model.init else ""
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit of this package's repository, and whether its files are those of the commit."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # Not that of a parent directory.
+        return git("rev-parse", "HEAD"), not git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None, None  # Installed without git, or without a repository.
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
