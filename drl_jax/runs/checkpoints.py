@@ -5,6 +5,8 @@ The latest checkpoints and the best evaluated one are kept.
 """
 
 import contextlib
+import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -315,6 +317,9 @@ def _cause(error: BaseException) -> str:
     for link in chain:
         if isinstance(link, OSError) and link.strerror:
             return link.strerror
+        # TensorStore's errors end with it.
+        if code := re.search(r"\[os_error_code='(\d+)'\]", str(link)):
+            return os.strerror(int(code[1]))
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
 

@@ -9,6 +9,7 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator, order_by_content
 from drl_jax.evaluation.metrics import format_table
 from drl_jax.runs.run_params import restore_params
+from drl_jax.runs.workdir import WorkdirError
 from drl_jax.runtime.files import write_json
 from drl_jax.sharding import make_layout
 
@@ -35,7 +36,8 @@ def evaluate(
       {"split": .., "step": .., "frame_order": .., "metrics": {"t2v": .., "v2t": ..}}.
 
     Raises:
-      UserError: no such run, checkpoint, dataset or split.
+      UserError: no such run, checkpoint, dataset or split; or, after the metrics were printed, the
+        file cannot be written.
     """
     layout = make_layout(fsdp=config.sharding.fsdp)
     step, params = restore_params(workdir, config.model, layout, checkpoint)
@@ -46,7 +48,13 @@ def evaluate(
     metrics = evaluator.run(params, split, frame_order=order).metrics
     result = {"split": split_name, "step": step, "frame_order": frame_order, "metrics": metrics}
     suffix = "_content" if frame_order == "content" else ""
-    write_json(workdir / f"eval_{split_name}_{step}{suffix}.json", result)
     print(f"{split_name} of checkpoint {step}, {len(split.videos)} videos:")
-    print(format_table(metrics))
+    print(format_table(metrics), flush=True)
+    path = workdir / f"eval_{split_name}_{step}{suffix}.json"
+    try:
+        write_json(path, result)
+    except OSError as error:
+        raise WorkdirError(
+            f"the metrics are complete, but {path} cannot be written: {error.strerror}"
+        ) from error
     return result

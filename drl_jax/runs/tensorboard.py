@@ -17,7 +17,9 @@ def tensorboard_writers(workdir: Path, keep: Keep) -> list:
       workdir: directory of the run.
       keep: records of earlier files that the resumed run does not write again.
     """
+    # TensorFlow, which only writes files here, prints about its optimisations otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         from clu import metric_writers
     except ImportError:

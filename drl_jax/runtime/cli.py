@@ -56,7 +56,8 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
     """
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS log every file they touch.
+    # Orbax and TFDS log every file they touch, and tracebacks of errors that they raise, too.
+    logging.set_verbosity(logging.FATAL)
     try:
         return work() or 0
     except UserError as error:
