@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support.commands import ROOT, TINY, error_of, run_module
+from support.finished_runs import assert_same_run, metrics
 from support.params import openai_shaped_backbone, random_params
 
 from data_prep.build import main as build
@@ -42,10 +43,6 @@ def train_arguments(shapes_data, tiny_weights):
     return make
 
 
-def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def finished(train_arguments, tmp_path_factory):
     """A finished run and what it printed."""
@@ -55,6 +52,7 @@ def finished(train_arguments, tmp_path_factory):
 
 
 def test_a_run_writes_its_files(finished):
+    """Also TensorBoard's, with the numbers of metrics.jsonl."""
     workdir, printed = finished
     result = json.loads((workdir / "result.json").read_text())
     assert set(result["test"]) == {"t2v", "v2t", "pair_accuracy"}
@@ -62,10 +60,10 @@ def test_a_run_writes_its_files(finished):
     assert "pair accuracy" in printed
     for name in METRICS:
         assert name in printed
-    steps = [entry["step"] for entry in read_metrics(workdir)]
+    steps = [entry["step"] for entry in metrics(workdir)]
     assert steps == sorted(steps)
     assert steps[-1] == result["total_steps"] == 12
-    train = next(entry for entry in read_metrics(workdir) if "train/loss" in entry)
+    train = next(entry for entry in metrics(workdir) if "train/loss" in entry)
     for name in (
         "loss",
         "contrastive_loss",
@@ -74,24 +72,10 @@ def test_a_run_writes_its_files(finished):
         "lr",
         "lr_clip",
         "grad_norm",
-        "examples_per_second",
     ):
         assert math.isfinite(train[f"train/{name}"])
     assert train["train/logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
-
-
-def test_tensorboard_reads_the_same_numbers(finished):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    workdir, _ = finished
-    events = EventAccumulator(str(workdir))
-    events.Reload()
-    for tag in ("train/loss", "eval/t2v_R1"):
-        found = [(e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors(tag)]
-        expected = [(e["step"], e[tag]) for e in read_metrics(workdir) if tag in e]
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [v for _, v in found] == pytest.approx([v for _, v in expected])
+    assert_same_run(workdir, workdir)
 
 
 def test_evaluate_repeats_the_test_of_the_run(finished, capsys):
@@ -103,7 +87,7 @@ def test_evaluate_repeats_the_test_of_the_run(finished, capsys):
     assert evaluate([f"--workdir={workdir}", "--checkpoint=latest", "--split=val"]) == 0
     assert "val of checkpoint 12, 32 videos" in capsys.readouterr().out
     latest = json.loads((workdir / "eval_val_12.json").read_text())["metrics"]["t2v"]
-    assert latest["R@1"] == read_metrics(workdir)[-1]["eval/t2v_R1"]
+    assert latest["R@1"] == metrics(workdir)[-1]["eval/t2v_R1"]
 
 
 def test_a_finished_run_only_tests_again(finished, train_arguments, capsys):
@@ -130,7 +114,7 @@ def test_resuming_after_sigterm_gives_the_same_result(finished, train_arguments,
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
+    assert process.returncode == 75
     assert "SIGTERM: saving a checkpoint" in errors
     assert "rerun the command to resume" in errors
     assert "Traceback" not in errors
@@ -138,12 +122,7 @@ def test_resuming_after_sigterm_gives_the_same_result(finished, train_arguments,
 
     printed = run_module("drl_jax.train", *arguments).stdout
     assert "resuming" in printed
-    whole = json.loads((finished[0] / "result.json").read_text())
-    assert json.loads((workdir / "result.json").read_text()) == whole
-    last = read_metrics(finished[0])[-1]
-    assert read_metrics(workdir)[-1] == last
-    steps = [entry["step"] for entry in read_metrics(workdir) if "train/loss" in entry]
-    assert len(steps) == len(set(steps))
+    assert_same_run(workdir, finished[0])
 
 
 def test_compiled_programs_are_cached_for_later_processes(tmp_path):
@@ -182,7 +161,7 @@ def test_training_without_tensorflow_warns_and_continues(train_arguments, tmp_pa
     assert "TensorFlow is not installed: no TensorBoard files, only metrics.jsonl" in printed
     assert (workdir / "result.json").exists()
     assert not list(workdir.glob("events*"))
-    assert any("train/loss" in entry for entry in read_metrics(workdir))
+    assert any("train/loss" in entry for entry in metrics(workdir))
 
 
 def test_training_starts_from_foreign_weights(shapes_data, tmp_path, capsys):
@@ -273,14 +252,6 @@ def test_a_batch_that_is_not_divisible_by_the_devices(
     arguments = train_arguments(tmp_path / "run", flag)
     line = error_of("drl_jax.train", *arguments, capsys=capsys)
     assert f"config.train.{name}={pairs} is not divisible by the 8 devices" in line
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(train_arguments, tmp_path, capsys):
-    arguments = train_arguments(
-        tmp_path / "run", "--config.optim.lr=1e30", "--config.optim.weight_decay=0.0"
-    )
-    line = error_of("drl_jax.train", *arguments, capsys=capsys)
-    assert "the loss is not finite near step" in line
 
 
 def test_a_workdir_of_another_run_is_refused(finished, train_arguments, capsys):

@@ -146,7 +146,9 @@ def _load_config(
         )
     else:
         arguments = ["", *overrides]
-        config_flags.DEFINE_config_dict("config", source, flag_values=values, lock_config=True)
+        config_flags.DEFINE_config_dict(
+            "config", source, flag_values=values, lock_config=True, sys_argv=arguments
+        )
     unparsed = values(arguments)[1:]
     # Without overrides, errors of the file are raised only here.
     values.config.to_dict()

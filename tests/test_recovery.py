@@ -1,0 +1,529 @@
+"""What a run does with damaged files, a full disk, a second training and values that are not
+finite."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.commands import ROOT, TINY, error_line, error_of, run_module
+from support.finished_runs import assert_same_run, metrics
+from support.params import random_params
+from support.runs import make_run
+
+from data_prep.build import main as build
+from drl_jax.evaluate import main as evaluate
+from drl_jax.models.drl import BACKBONES
+from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint
+from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.run_params import restore_params
+from drl_jax.sharding import make_layout
+from drl_jax.train import main as train
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import abstract_state, state_from_params
+from drl_jax.weights.torch_file import read_metadata
+
+# Orbax leaves tasks behind when it cannot read an array.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+# In one training caption of the dataset below.
+RARE_WORD = "zebra"
+DATASET = (
+    "--config=configs/shapes.py:smoke",
+    "--config.data.dataset=custom",
+    "--config.data.build_if_absent=False",
+    "--config.train.batch_size=8",
+    "--config.train.epochs=3",
+    "--config.train.log_every=2",
+    *TINY,
+)
+
+
+@pytest.fixture(scope="module")
+def custom_data(test_videos, tmp_path_factory) -> Path:
+    """A built dataset of 24 training, 4 val and 4 test videos."""
+    directory = tmp_path_factory.mktemp("custom")
+    build_custom(directory, sorted(test_videos.glob("*.mp4")))
+    return directory
+
+
+def build_custom(directory: Path, videos: list[Path], *flags: str) -> None:
+    splits = ["val"] * 4 + ["test"] * 4 + ["train"] * (len(videos) - 8)
+    rows = [
+        {"video": video.name, "caption": f"a clip of number {row}", "split": split}
+        for row, (video, split) in enumerate(zip(videos, splits, strict=True))
+    ]
+    rows[-1]["caption"] = f"a {RARE_WORD} runs"
+    annotations = directory / "captions.jsonl"
+    annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["custom", f"--videos={videos[0].parent}", f"--annotations={annotations}"]
+    storage = ["--image_size=64", "--max_frames=4", "--storage=raw", f"--data_dir={directory}"]
+    assert build([*command, *storage, *flags]) == 0
+
+
+@pytest.fixture(scope="module")
+def arguments(custom_data, tiny_weights):
+    def make(workdir, *extra):
+        return (
+            *DATASET,
+            f"--workdir={workdir}",
+            f"--config.data.data_dir={custom_data}",
+            f"--config.model.init={tiny_weights}",
+            *extra,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> Path:
+    """A run with the checkpoints of epochs 2 and 3. Not to be changed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(arguments(workdir)) == 0
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.steps()[-2:] == [6, 9]
+    return workdir
+
+
+# ---------------------------------------------------------------- damaged checkpoints
+
+
+def damage(path: Path, kind: str, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "delete":
+        path.unlink()
+        return
+    if kind == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == "zeros":
+        start = rng.randrange(len(content))
+        content[start : start + 64] = bytes(len(content[start : start + 64]))
+    path.write_bytes({"empty": b"", "cut": content[: len(content) // 2]}.get(kind, content))
+
+
+@pytest.fixture(scope="module")
+def model_run(shapes_config, tmp_path_factory):
+    """A run of one checkpoint, its state in memory, and the shapes of the state."""
+    workdir = tmp_path_factory.mktemp("model") / "run"
+    config = make_run(workdir, shapes_config)
+    tx, layout = make_optimizer(config.optim, 1), make_layout(jax.devices()[:1])
+    state = state_from_params(random_params(config.model, seed=3, position_std=1.0), tx, layout)
+    return workdir, config, state, abstract_state(config.model, tx, layout)
+
+
+def test_damage_of_a_checkpoint_is_noticed(model_run, tmp_path):
+    """No kind of damage to any file is read as if it were the checkpoint."""
+    workdir, _, state, abstract = model_run
+    rng = random.Random(0)
+    original = workdir / "checkpoints" / "0"
+    files = [path.relative_to(original) for path in original.rglob("*") if path.is_file()]
+    # Most bytes are of arrays; every file has its turn.
+    arrays = [path for path in files if (original / path).stat().st_size > 10_000]
+    cases = [(path, kind) for path in files for kind in ("cut", "delete")]
+    cases = rng.sample(cases, 12) + [(path, "empty") for path in arrays[:2]]
+    cases += [(rng.choice(arrays), "flip") for _ in range(16)]
+    cases += [(rng.choice(files), kind) for kind in ("flip", "flip", "flip", "zeros", "zeros")]
+    noticed = 0
+    run = tmp_path / "run"
+    for path, kind in cases:
+        shutil.copytree(workdir, run)
+        damage(run / "checkpoints" / "0" / path, kind, rng)
+        with Checkpoints(run, read_only=True) as checkpoints:
+            try:
+                restored, _ = checkpoints.restore_state(0, abstract)
+            except DamagedCheckpoint as error:
+                message = str(error)
+            else:
+                message = ""
+                for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+                    np.testing.assert_array_equal(a, b, err_msg=f"{path} {kind}")
+        assert "\n" not in message
+        assert len(message) < 300
+        noticed += bool(message)
+        shutil.rmtree(run)
+    assert noticed >= 20
+
+
+def test_arrays_of_another_step_are_refused(finished, tmp_path):
+    """Parameters put in place of others, and a checkpoint under another step."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    directory = run / "checkpoints"
+    shutil.rmtree(directory / "9" / "params")
+    shutil.copytree(directory / "6" / "params", directory / "9" / "params")
+    line = error_of_evaluate(run, "--checkpoint=9")
+    assert "checkpoint 9" in line
+    assert "differs from its checksum; intact: " in line
+    shutil.rmtree(directory / "9")
+    shutil.copytree(directory / "6", directory / "9")
+    assert "it is that of step 6" in error_of_evaluate(run, "--checkpoint=9")
+
+
+@pytest.fixture(autouse=True)
+def _capsys(capsys):
+    error_of_evaluate.capsys = capsys
+
+
+def error_of_evaluate(workdir: Path, *flags: str) -> str:
+    return error_of(
+        "drl_jax.evaluate", f"--workdir={workdir}", *flags, capsys=error_of_evaluate.capsys
+    )
+
+
+def flip_largest(checkpoint: Path) -> None:
+    """Flips a bit of the parameters."""
+    path = max((checkpoint / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_resumed_run_falls_back_to_the_latest_intact_checkpoint(
+    finished, arguments, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    flip_largest(run / "checkpoints" / "9")
+    (run / "result.json").unlink()
+    assert train(arguments(run)) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint 9 is damaged: params/" in printed
+    assert f"moved to {run / 'damaged_checkpoints'}" in printed
+    assert f"resuming {run} from step 6 of 9" in printed
+    assert_same_run(run, finished)
+    assert len(list((run / "damaged_checkpoints").iterdir())) == 1
+    with Checkpoints(run, read_only=True) as checkpoints:
+        assert checkpoints.steps()[-1] == 9
+
+    for step in list((run / "checkpoints").iterdir()):
+        flip_largest(step)
+    line = error_of("drl_jax.train", *arguments(run), capsys=capsys)
+    assert "no checkpoint in" in line
+    assert "is intact" in line
+    assert "delete the directory to start the run again" in line
+    assert "no other one is intact" in error_of_evaluate(run)
+
+
+def test_a_damaged_metric_is_noticed(finished, arguments, tmp_path, capsys):
+    """Evaluation does not choose another best checkpoint; a resumed run moves it aside."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "checkpoints" / "6" / "metrics.json"
+    path.write_text(path.read_text().replace('"val_t2v_R1": ', '"val_t2v_R1": 9'))
+    line = error_of_evaluate(run)
+    assert "6/metrics.json cannot be read" in line
+    assert "name a step instead of best: " in line
+    assert train(arguments(run)) == 0
+    assert "checkpoint 6 is damaged: " in capsys.readouterr().out
+
+
+def test_evaluation_while_checkpoints_are_replaced(model_run, tmp_path):
+    """The names `best` and `latest` always give a checkpoint; a number may be gone, in one line."""
+    workdir, config, state, _ = model_run
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    layout, stop = make_layout(jax.devices()[:1]), threading.Event()
+    saved = jax.device_get(state)
+
+    def save() -> None:
+        with Checkpoints(run) as checkpoints:
+            for step in range(1, 1000):
+                counter = jax.device_put(np.int32(step), state.step.sharding)
+                checkpoints.save(state._replace(step=counter))
+                if stop.is_set():
+                    return
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        for checkpoint in ("latest", "best", "latest", "best"):
+            _, params = restore_params(run, config.model, layout, checkpoint)
+            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(saved.params), strict=True):
+                np.testing.assert_array_equal(a, b)
+        with contextlib.suppress(CheckpointError):
+            restore_params(run, config.model, layout, "1")
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_a_state_that_is_not_finite_is_not_saved(model_run, tmp_path):
+    _, _, state, _ = model_run
+    scale = state.params["backbone"]["logit_scale"]
+    state.params["backbone"]["logit_scale"] = scale * np.nan
+    try:
+        with (
+            Checkpoints(tmp_path) as checkpoints,
+            pytest.raises(CheckpointError, match="params/backbone/logit_scale has values that are"),
+        ):
+            checkpoints.save(state)
+        assert not list((tmp_path / "checkpoints").iterdir())
+    finally:
+        state.params["backbone"]["logit_scale"] = scale
+
+
+# ---------------------------------------------------------------- values that are not finite
+
+
+@pytest.fixture(scope="module")
+def explosive_weights(tiny_weights, tmp_path_factory) -> Path:
+    """Weights that are finite, but overflow for a caption with the rare word."""
+    path = tmp_path_factory.mktemp("weights") / "explosive.safetensors"
+    state = load_file(tiny_weights)
+    ids, mask = BACKBONES["clip"].tokenize([RARE_WORD], 8)
+    state["clip.token_embedding.weight"][ids[0][mask[0]][1:-1]] = 3e38
+    save_file(state, path, metadata=read_metadata(tiny_weights))
+    return path
+
+
+def test_a_step_that_is_not_finite_is_named_and_can_be_skipped(
+    arguments, explosive_weights, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    flags = arguments(
+        run, f"--config.model.init={explosive_weights}", "--config.train.checkpoint_every=1"
+    )
+    line = error_of("drl_jax.train", *flags, capsys=capsys)
+    step = int(line.split("step ")[1].split(":")[0])
+    path = run / f"nonfinite_{step}.json"
+    assert "the contrastive loss is not finite" in line
+    assert f"its 8 examples are in {path}" in line
+    assert "--config.train.skip_nonfinite=1" in line
+    examples = json.loads(path.read_text())["examples"]
+    assert [row["caption"] for row in examples].count(f"a {RARE_WORD} runs") == 1
+    with Checkpoints(run, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [] or checkpoints.steps()[-1] < step
+
+    # One batch of each of three epochs has the example.
+    line = error_of("drl_jax.train", *flags, "--config.train.skip_nonfinite=2", capsys=capsys)
+    assert "--config.train.skip_nonfinite=3" in line
+    assert train([*flags, "--config.train.skip_nonfinite=3"]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert len(result["skipped_steps"]) == 3
+    assert all(np.isfinite(value) for line in metrics(run) for value in line.values())
+
+    whole = tmp_path / "whole"
+    flags = [flag.replace(str(run), str(whole)) for flag in flags]
+    assert train([*flags, "--config.train.skip_nonfinite=3"]) == 0
+    assert "left out, 3 of at most 3" in capsys.readouterr().out
+    assert_same_run(run, whole)
+
+
+def test_weights_that_are_not_finite_are_refused(arguments, tiny_weights, tmp_path, capsys):
+    state = load_file(tiny_weights)
+    state["clip.ln_final.weight"][3] = np.nan
+    path = tmp_path / "nan.safetensors"
+    save_file(state, path, metadata=read_metadata(tiny_weights))
+    flags = arguments(tmp_path / "run", f"--config.model.init={path}")
+    line = error_of("drl_jax.train", *flags, capsys=capsys)
+    assert "nan.safetensors cannot be trained: backbone/ln_final/scale has values that" in line
+
+
+# ---------------------------------------------------------------- the run and its surroundings
+
+
+def test_a_rebuilt_dataset_is_another_run(finished, arguments, test_videos, tmp_path, capsys):
+    build_custom(tmp_path, sorted(test_videos.glob("*.mp4"))[:-1])
+    flags = arguments(finished, f"--config.data.data_dir={tmp_path}")
+    line = error_of("drl_jax.train", *flags, capsys=capsys)
+    assert "is not the one that the run in" in line
+    assert "build it again from the same files, or start a new run" in line
+
+
+def test_the_manifest_reproduces_a_run(finished, custom_data, tmp_path, capsys):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    session = manifest["sessions"][0]
+    assert (session["first_step"], session["last_step"], session["outcome"]) == (0, 9, "finished")
+    assert session["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
+    assert session["ended"] >= session["started"]
+    assert session["versions"]["jax"] == jax.__version__
+    assert len(manifest["dataset"]["content"]) == len(manifest["weights_sha256"]) == 64
+
+    # Elsewhere, with another version.
+    manifest["sessions"][0]["versions"]["optax"] = "0.0.1"
+    path = tmp_path / "copied" / "manifest.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(manifest))
+    moved = tmp_path / "moved"
+    moved.symlink_to(custom_data)
+    flags = (f"--reproduce={path}", f"--config.data.data_dir={moved}")
+    assert train([*flags, f"--workdir={tmp_path / 'again'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "configuration, weights and dataset are the same" in printed
+    assert "optax: 0.0.1 there, " in printed
+    assert_same_run(tmp_path / "again", finished)
+
+    other = (*flags, f"--workdir={tmp_path / 'other'}")
+    line = error_of("drl_jax.train", *other, "--config.optim.lr=0.5", capsys=capsys)
+    assert "config.optim.lr is" in line
+    manifest["weights_sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    line = error_of("drl_jax.train", *other, capsys=capsys)
+    assert "is not the file that the run started from" in line
+    path.write_text("{}")
+    assert "is not the manifest of a run" in error_of("drl_jax.train", *other, capsys=capsys)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_manifest_is_one_line(finished, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "manifest.json").write_text('{"sessions": []}')
+    line = error_of("drl_jax.train", *arguments(run), capsys=capsys)
+    assert "manifest.json is not the manifest of a run" in line
+    (run / "manifest.json").unlink()
+    assert train(arguments(run)) == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optim.lr=1e30", "config.optim.lr=1e+30 is above 1"),
+        ("--config.optim.lr=nan", "config.optim.lr must be a finite number, not nan"),
+        ("--config.optim.eps=inf", "config.optim.eps must be a finite number, not inf"),
+        ("--config.optim.b1=1.5", "config.optim.b1 must be in [0, 1), not 1.5"),
+        ("--config.optim.b2=1.0", "config.optim.b2 must be in [0, 1), not 1"),
+        ("--config.optim.weight_decay=-5.0", "config.optim.weight_decay=-5 must be 0 or positive"),
+        ("--config.seed=-1", "config.seed must be in [0, 2^32), not -1"),
+        ("--config.train.skip_nonfinite=-1", "config.train.skip_nonfinite must be 0"),
+        ("--config.train.epoch=1", "config.train has no field 'epoch' (did you mean epochs?)"),
+        ("--config.seed.x=1", "--config.seed.x: config.seed is a value, not a group of fields"),
+        ("--reproduce=nowhere.json", "not allowed with argument --config"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(arguments, tmp_path, flag, message, capsys):
+    flags = arguments(tmp_path / "run", flag)
+    assert message in error_of("drl_jax.train", *flags, capsys=capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str):
+    """A file system of a few MB."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(finished, arguments, tmp_path, capsys):
+    """One line; with more space, the same command ends as an undisturbed run."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, "9m"):
+        flags = arguments(disk / "run", "--config.train.keep_checkpoints=9")
+        line = error_of("drl_jax.train", *flags, capsys=capsys)
+        assert "No space left on device" in line
+        assert f"{disk / 'run'}" in line
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        assert train(flags) == 0
+        assert f"resuming {disk / 'run'} from step 3" in capsys.readouterr().out
+        assert_same_run(disk / "run", finished)
+
+
+def test_evaluation_of_a_read_only_run(finished, tmp_path, capsys):
+    if os.geteuid():
+        pytest.skip("cannot mount")
+    mounted = tmp_path / "run"
+    mounted.mkdir()
+    subprocess.run(["mount", "--bind", finished, mounted], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", mounted], check=True)
+        assert evaluate([f"--workdir={mounted}"]) == 1
+    finally:
+        subprocess.run(["umount", "-l", mounted], check=True)
+    captured = capsys.readouterr()
+    assert "R@10" in captured.out
+    assert "the metrics are complete, but" in captured.err
+    assert "Read-only file system" in captured.err
+    assert "Traceback" not in captured.err
+
+
+# ---------------------------------------------------------------- processes and signals
+
+
+def start(flags) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "drl_jax.train", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition, process: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_a_second_training_is_refused_and_sighup_stops_the_first(arguments, tmp_path):
+    """Both in one test: a process takes seconds to start."""
+    run = tmp_path / "run"
+    flags = arguments(run, "--config.train.epochs=2000", "--config.train.checkpoint_every=0")
+    first = start(flags)
+    try:
+        wait_until((run / "metrics.jsonl").exists, first)
+        second = run_module("drl_jax.train", *flags, check=False)
+        assert f"the run in {run} is in use by process {first.pid} on host" in error_line(second)
+        assert second.returncode == 1
+        first.send_signal(signal.SIGHUP)
+        _, errors = first.communicate(timeout=120)
+    finally:
+        first.kill()
+    assert first.returncode == 75
+    assert "SIGHUP: saving a checkpoint" in errors
+    assert "rerun the command to resume" in errors
+    session = json.loads((run / "manifest.json").read_text())["sessions"][-1]
+    with Checkpoints(run, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == session["last_step"] > 0
+    assert session["outcome"].startswith("Interrupted: stopped after step")
+
+
+def test_a_directory_that_is_removed_meanwhile_is_one_line(arguments, tmp_path):
+    run = tmp_path / "run"
+    process = start(arguments(run, "--config.train.epochs=2000"))
+    try:
+        wait_until((run / "checkpoints" / "3").exists, process)
+        run.rename(tmp_path / "elsewhere")
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "No such file or directory" in errors.splitlines()[-1]
+
+
+def test_a_build_ends_when_its_training_is_killed(tmp_path):
+    flags = ("--config=configs/shapes.py", f"--config.data.data_dir={tmp_path / 'data'}")
+    process = start((*flags, f"--workdir={tmp_path / 'run'}"))
+    try:
+        wait_until((tmp_path / "data" / "source").exists, process)
+        (child,) = children(process.pid)
+        process.kill()
+        process.communicate(timeout=60)
+        wait_until(lambda: not Path(f"/proc/{child}").exists())
+    finally:
+        process.kill()
+
+
+def children(process: int) -> list[int]:
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
