@@ -1,0 +1,54 @@
+"""Runs: any file of a checkpoint, and the run's own files."""
+
+import hashlib
+import json
+from pathlib import Path
+from random import Random
+
+import jax
+import numpy as np
+
+from benchmarks.fuzz.damage import FAILURE, LEGITIMATE, Damage, damage_file, damage_tree
+from benchmarks.fuzz.small_run import write_run
+from drl_jax.runs.checkpoints import restore_params
+from drl_jax.runs.logging import JsonlWriter
+from drl_jax.runs.workdir import load_config
+from drl_jax.sharding import make_layout
+
+# Text that a user may edit, without a checksum.
+_EDITABLE = ("config.json", "metrics.json", "metrics.jsonl")
+
+
+def prepare(root: Path) -> None:
+    """Writes a run with a checkpoint of step 0."""
+    write_run(root / "subjects" / "run", vocab_size=64)
+
+
+def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
+    """Damages one file; a third of the time one that a user may edit."""
+    del root, name
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    editable = random.random() < 0.35
+    path = random.choice([path for path in files if (path.name in _EDITABLE) == editable])
+    where = path.relative_to(directory).parent
+    if path.suffix == ".json" and editable and random.random() < 0.5:
+        tree, what = damage_tree(json.loads(path.read_text(encoding="utf-8")), random)
+        path.write_text(json.dumps(tree), encoding="utf-8")
+        return Damage(f"{where / path.name}: {what}", LEGITIMATE)
+    what = damage_file(path, random)
+    return Damage(f"{where}/{what}", LEGITIMATE if editable else FAILURE)
+
+
+def read(root: Path, name: str, directory: Path) -> str:
+    """Digest of the parameters, the configuration, and the lines of the log that are kept."""
+    del root, name
+    config = load_config(directory)
+    step, params = restore_params(directory, config.model, make_layout(jax.devices()[:1]), "best")
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    log = directory / "metrics.jsonl"
+    # As a resumed run does. Of an undamaged subject, all lines are kept.
+    JsonlWriter(directory, 5, keep_evaluation=True)
+    kept = log.read_text(encoding="utf-8") if log.is_file() else ""
+    return f"{step} {digest.hexdigest()} {config} {kept}"

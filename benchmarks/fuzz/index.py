@@ -1,0 +1,71 @@
+"""Search indexes, opened and queried; damaged in their database and their arrays."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+import drl_jax
+from benchmarks.fuzz.damage import Damage, damage_bytes, damage_file
+from benchmarks.fuzz.small_run import write_run
+from benchmarks.fuzz.videos import write_video
+from drl_jax.pretrained import RetrievalModel
+from drl_jax.search.array_files import GROWTH
+from drl_jax.search.indexing import update_index
+from drl_jax.search.session import SearchSession
+
+_VIDEOS = 4
+_STORAGES = ("bfloat16", "int8")
+_QUERIES = ["a red square moves", "nothing"]
+
+
+def prepare(root: Path) -> None:
+    """Indexes five videos, one of which cannot be read, in each storage."""
+    write_run(root / "run")
+    videos = root / "videos"
+    for number in range(_VIDEOS):
+        write_video(videos / f"{number}.mp4", "libx264", "yuv420p", seed=number)
+    (videos / "bad.mp4").write_bytes(b"no video")
+    for storage in _STORAGES:
+        update_index(_model(root), videos, root / "subjects" / storage, storage=storage)
+
+
+@functools.cache
+def _model(root: Path) -> RetrievalModel:
+    return drl_jax.load(root / "run")
+
+
+def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
+    """Damages one file."""
+    del root, name
+    arrays = sorted(directory.glob("*.bin"))
+    choice = random.random()
+    if choice < 0.5:
+        return Damage(damage_file(directory / "index.sqlite", random))
+    path = random.choice(arrays)
+    if choice < 0.75:
+        return Damage(damage_file(path, random))
+    # Most of a file is space for more videos, which nobody reads.
+    data = path.read_bytes()
+    used = len(data) * _VIDEOS // GROWTH
+    start, what = damage_bytes(data[:used], random)
+    path.write_bytes(start + data[used:])
+    return Damage(f"{path.name}, rows in use: {what}")
+
+
+def read(root: Path, name: str, directory: Path) -> str:
+    """Hits of two queries with their explanations, the listed files, and the thumbnails."""
+    del name
+    session = SearchSession(directory, _model(root))
+    hits = [[hit.to_json() for hit in found] for found in session.search(_QUERIES, top=4)]
+    snapshot = session.snapshot()
+    stored = snapshot.stored(snapshot.videos)
+    thumbnails = b"".join(snapshot.thumbnails(video) for video in snapshot.videos)
+    digest = hashlib.sha256(thumbnails)
+    for array_name in sorted(stored):
+        digest.update(np.ascontiguousarray(stored[array_name]).tobytes())
+    header = {key: value for key, value in snapshot.header.items() if key != "obsolete_files"}
+    return json.dumps([hits, repr(snapshot.videos), header, digest.hexdigest()])

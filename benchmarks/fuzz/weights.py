@@ -1,0 +1,89 @@
+"""Foreign weights in every format that is read: both zip formats, the legacy one, safetensors."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from random import Random
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks.fuzz.damage import FAILURE, UNDETECTABLE, Damage, damage_file, damage_tree
+from drl_jax.models.drl import param_shapes
+from drl_jax.weights.load import (
+    config_of_weights,
+    params_from_state,
+    read_weights,
+    save_weights,
+)
+
+_GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
+_ARCHIVES = ("clip_torchscript.pt", "clip_legacy.pt", "drl_wti_seqtransf.bin")
+_FOREIGN, _EXPORTED = "clip.safetensors", "exported.safetensors"
+
+
+def prepare(root: Path) -> None:
+    """Copies the reference's files, and writes a foreign and an exported safetensors file."""
+    for name in (*_ARCHIVES, _FOREIGN, _EXPORTED):
+        (root / "subjects" / name).mkdir(parents=True)
+    for name in _ARCHIVES:
+        shutil.copy(_GOLDEN / name, root / "subjects" / name)
+    clip = read_weights(_GOLDEN / "clip_legacy.pt").state
+    foreign = {name.removeprefix("clip."): tensor for name, tensor in clip.items()}
+    save_file(foreign, root / "subjects" / _FOREIGN / _FOREIGN)
+    weights = read_weights(_GOLDEN / "drl_wti_seqtransf.bin")
+    config = config_of_weights(weights)
+    params = params_from_state(weights.state, param_shapes(config.model))
+    save_weights(root / "subjects" / _EXPORTED / _EXPORTED, params, config)
+
+
+def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
+    """Damages bytes, or the header of a safetensors file as JSON."""
+    path, original = directory / name, (root / "subjects" / name / name).read_bytes()
+    if path.suffix == ".safetensors" and random.random() < 0.3:
+        what = _damage_header(path, random)
+    else:
+        what = damage_file(path, random)
+    detectable = FAILURE
+    if name != _EXPORTED and path.exists() and _only_data(original, path.read_bytes(), name):
+        detectable = UNDETECTABLE
+    return Damage(what, detectable)
+
+
+def _damage_header(path: Path, random: Random) -> str:
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    tree, what = damage_tree(json.loads(data[8:end]), random)
+    header = json.dumps(tree).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    return f"header {what}"
+
+
+def _only_data(original: bytes, damaged: bytes, name: str) -> bool:
+    """Whether only values of tensors changed, in a format without checksums."""
+    if name.endswith(".safetensors"):
+        start = 8 + int.from_bytes(original[:8], "little")
+    elif name == "clip_legacy.pt":
+        # The storages follow the pickle of their keys, the last that ends with a full stop here.
+        start = original.rindex(b"e.", 0, 200_000) + 2
+    else:
+        return False
+    return len(original) == len(damaged) and original[:start] == damaged[:start]
+
+
+def read(root: Path, name: str, directory: Path) -> str:
+    """Digest of the parameters that a model gets from the file, and its configuration."""
+    del root
+    weights = read_weights(directory / name)
+    config = config_of_weights(weights)
+    shapes = param_shapes(config.model)
+    # As `initial_params`, which also compiles the initialisation of the heads that CLIP lacks.
+    if not weights.has_heads:
+        shapes = {"backbone": shapes["backbone"]}
+    params = params_from_state(weights.state, shapes)
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return f"{digest.hexdigest()} {config}"
