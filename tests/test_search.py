@@ -41,8 +41,9 @@ from drl_jax.search.figure import save_figure
 from drl_jax.search.format_2 import header_from_format_2
 from drl_jax.search.indexing import update_index
 from drl_jax.search.prompt import run_prompt
+from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.session import SearchSession
-from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
+from drl_jax.search.store import Store
 from drl_jax.sharding import make_layout
 
 
@@ -479,7 +480,7 @@ def test_an_index_of_format_2_is_searched_and_updated(model, videos, tmp_path):
     report = update_index(model, videos, index, storage="int8")
     assert (report.added, report.changed, report.removed, report.unchanged) == (1, 0, 1, 5)
     header = stored_header(index)
-    assert (header["format"], header["fingerprint"]) == (3, model.fingerprint)
+    assert (header["format"], header["fingerprint"]) == (4, model.fingerprint)
     assert sorted(path.name for path in index.iterdir()) == files
     found = scores(session)
     assert set(found) == {"1.mp4", "2.mp4", "3.mp4", "4.mp4", "5.mp4", "new.mp4"}
@@ -508,8 +509,8 @@ def test_names_of_format_2():
 
 def test_an_unknown_format_is_one_line(model, index):
     with Store(index, write=True) as store:
-        store.update_header(format=4)
-    with pytest.raises(SearchIndexError, match="has format 4, this version reads formats 2 and 3"):
+        store.update_header(format=5)
+    with pytest.raises(SearchIndexError, match="has format 5, this version reads formats 2 to 4"):
         SearchSession(index, model)
 
 

@@ -1,24 +1,29 @@
 """Search indexes, opened and queried; damaged in their database and their arrays."""
 
+import contextlib
 import functools
 import hashlib
 import json
+import shutil
+import sqlite3
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
 import drl_jax
-from benchmarks.fuzz.damage import Damage, damage_bytes, damage_file
+from benchmarks.fuzz.damage import FAILURE, UNDETECTABLE, Damage, damage_bytes, damage_file
 from benchmarks.fuzz.small_run import write_run
 from benchmarks.fuzz.videos import write_video
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.search.array_files import GROWTH
 from drl_jax.search.indexing import update_index
+from drl_jax.search.rows import CHECKSUM_COLUMNS
 from drl_jax.search.session import SearchSession
 
 _VIDEOS = 4
 _STORAGES = ("bfloat16", "int8")
+_WITHOUT_CHECKSUMS = "format_3"
 _QUERIES = ["a red square moves", "nothing"]
 
 
@@ -31,6 +36,18 @@ def prepare(root: Path) -> None:
     (videos / "bad.mp4").write_bytes(b"no video")
     for storage in _STORAGES:
         update_index(_model(root), videos, root / "subjects" / storage, storage=storage)
+    shutil.copytree(root / "subjects" / _STORAGES[0], root / "subjects" / _WITHOUT_CHECKSUMS)
+    _remove_checksums(root / "subjects" / _WITHOUT_CHECKSUMS)
+
+
+def _remove_checksums(directory: Path) -> None:
+    """Makes an index of format 3."""
+    with contextlib.closing(sqlite3.connect(directory / "index.sqlite")) as database, database:
+        header = json.loads(database.execute("SELECT value FROM header").fetchone()[0])
+        del header["crc32"], header["rows"]
+        database.execute("UPDATE header SET value = ?", (json.dumps({**header, "format": 3}),))
+        for column in CHECKSUM_COLUMNS:
+            database.execute(f"ALTER TABLE videos DROP COLUMN {column}")
 
 
 @functools.cache
@@ -40,20 +57,21 @@ def _model(root: Path) -> RetrievalModel:
 
 def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
     """Damages one file."""
-    del root, name
+    del root
+    detectable = UNDETECTABLE if name == _WITHOUT_CHECKSUMS else FAILURE
     arrays = sorted(directory.glob("*.bin"))
     choice = random.random()
     if choice < 0.5:
-        return Damage(damage_file(directory / "index.sqlite", random))
+        return Damage(damage_file(directory / "index.sqlite", random), detectable)
     path = random.choice(arrays)
     if choice < 0.75:
-        return Damage(damage_file(path, random))
+        return Damage(damage_file(path, random), detectable)
     # Most of a file is space for more videos, which nobody reads.
     data = path.read_bytes()
     used = len(data) * _VIDEOS // GROWTH
     start, what = damage_bytes(data[:used], random)
     path.write_bytes(start + data[used:])
-    return Damage(f"{path.name}, rows in use: {what}")
+    return Damage(f"{path.name}, rows in use: {what}", detectable)
 
 
 def read(root: Path, name: str, directory: Path) -> str:

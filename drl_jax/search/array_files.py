@@ -18,12 +18,25 @@ Described = dict[str, dict[str, Any]]
 GROWTH = 256
 
 
-def map_arrays(directory: Path, described: Mapping[str, Mapping[str, Any]]) -> Features:
-    """Memory-maps arrays: [slots, ...] each."""
-    return {
-        name: np.memmap(directory / array["file"], array["dtype"], "r").reshape(-1, *array["shape"])
-        for name, array in described.items()
-    }
+def map_arrays(
+    directory: Path, described: Mapping[str, Mapping[str, Any]], slots: int = 0
+) -> Features:
+    """Memory-maps arrays: [at least `slots`, ...] each.
+
+    Raises:
+      ValueError: a file is missing or too short, or the description is wrong.
+    """
+    arrays = {}
+    for name, array in described.items():
+        try:
+            values = np.memmap(directory / array["file"], array["dtype"], "r")
+            arrays[name] = values.reshape(-1, *array["shape"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"the array {name} cannot be read: {reason}") from error
+        if len(arrays[name]) < slots:
+            raise ValueError(f"the array {name} has {len(arrays[name])} rows, not {slots}")
+    return arrays
 
 
 def write_rows(

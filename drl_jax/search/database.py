@@ -1,9 +1,13 @@
-"""The SQLite database of an index: `index.sqlite`."""
+"""The SQLite database of an index, `index.sqlite`, and the lock of its writer."""
 
 import contextlib
+import fcntl
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
+
+from drl_jax.search.rows import SearchIndexError
 
 # Seconds to wait for another process's transaction.
 _BUSY_TIMEOUT = 60
@@ -11,7 +15,8 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS header (value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS videos (
   path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
-  error TEXT NOT NULL, slot INTEGER UNIQUE, times TEXT NOT NULL, thumbnails BLOB
+  error TEXT NOT NULL, slot INTEGER UNIQUE, times TEXT NOT NULL, thumbnails BLOB,
+  features_crc32 INTEGER, thumbnails_crc32 INTEGER, row_crc32 INTEGER
 );
 """
 
@@ -19,6 +24,23 @@ CREATE TABLE IF NOT EXISTS videos (
 def database_path(directory: Path) -> Path:
     """Path of the database of the index in a directory."""
     return directory / "index.sqlite"
+
+
+def locked(directory: Path) -> IO[str]:
+    """Creates the directory of an index and locks it for writing, until the file is closed.
+
+    Raises:
+      SearchIndexError: another process has locked it, or it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SearchIndexError(f"another process writes to the index {directory}") from error
+    except OSError as error:
+        raise SearchIndexError(f"cannot write to --index={directory}: {error.strerror}") from error
+    return lock
 
 
 def open_database(directory: Path, *, write: bool) -> sqlite3.Connection:
@@ -38,6 +60,48 @@ def open_database(directory: Path, *, write: bool) -> sqlite3.Connection:
     else:
         connection.execute("BEGIN")
     return connection
+
+
+def _selected(connection: sqlite3.Connection, names: Sequence[str]) -> str:
+    """Columns of the table of videos, for SELECT; NULL for those that an older format lacks."""
+    present = {row[1] for row in connection.execute("PRAGMA table_info(videos)")}
+    return ", ".join(name if name in present else "NULL" for name in names)
+
+
+def add_columns(connection: sqlite3.Connection, names: Sequence[str]) -> None:
+    """Adds columns of whole numbers that the table of videos lacks; NULL in the rows that exist."""
+    present = {row[1] for row in connection.execute("PRAGMA table_info(videos)")}
+    for name in names:
+        if name not in present:
+            connection.execute(f"ALTER TABLE videos ADD COLUMN {name} INTEGER")
+
+
+def select_videos(connection: sqlite3.Connection, names: Sequence[str]) -> list[tuple]:
+    """Columns of all videos, in no order: an order would rely on an index that may be damaged."""
+    return connection.execute(f"SELECT {_selected(connection, names)} FROM videos").fetchall()
+
+
+def select_video(
+    connection: sqlite3.Connection, path: str, names: Sequence[str]
+) -> tuple[Any, ...] | None:
+    """Columns of a video; None if there is none of this path."""
+    query = f"SELECT {_selected(connection, names)} FROM videos"
+    # The index of the table finds it at once, but may be damaged; the plus sign reads all rows.
+    for condition in ("path = ?", "+path = ?"):
+        row = connection.execute(f"{query} WHERE {condition}", (path,)).fetchone()
+        if row is not None:
+            return row
+    return None
+
+
+def replace_videos(
+    connection: sqlite3.Connection, names: Sequence[str], rows: Sequence[tuple]
+) -> None:
+    """Adds or replaces rows of the table of videos."""
+    marks = ", ".join("?" * len(names))
+    connection.executemany(
+        f"INSERT OR REPLACE INTO videos ({', '.join(names)}) VALUES ({marks})", rows
+    )
 
 
 @contextlib.contextmanager

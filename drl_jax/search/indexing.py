@@ -14,7 +14,8 @@ from drl_jax.runtime.files import files_with_suffix
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.format_2 import made_with
 from drl_jax.search.reading import VideoRead, read_video
-from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
+from drl_jax.search.rows import IndexedVideo, SearchIndexError
+from drl_jax.search.store import Store
 
 
 @dataclasses.dataclass

@@ -23,8 +23,8 @@ from starlette.templating import Jinja2Templates
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import Explanation, format_timestamp
+from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.session import Hit, IndexSnapshot, SearchSession
-from drl_jax.search.store import IndexedVideo
 
 _PAGE = Path(__file__).parent / "page"
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -123,12 +123,12 @@ def make_app(
         def endpoint(request: Request) -> Response:
             try:
                 index = session.snapshot()
+                video = index.video_at(request.path_params["path"])
+                if video is None:
+                    return PlainTextResponse("no such video in the index", 404, _HEADERS)
+                return answer(index, video)
             except UserError as error:
                 return PlainTextResponse(str(error), 503, _HEADERS)
-            video = index.video_at(request.path_params["path"])
-            if video is None:
-                return PlainTextResponse("no such video in the index", 404, _HEADERS)
-            return answer(index, video)
 
         return endpoint
 

@@ -16,7 +16,8 @@ from drl_jax.search.engine import Gallery, Ranking, SearchEngine
 from drl_jax.search.explain import Explanation, explain
 from drl_jax.search.format_2 import made_with
 from drl_jax.search.quantization import dequantize
-from drl_jax.search.store import IndexedVideo, SearchIndexError, Store
+from drl_jax.search.rows import IndexedVideo, SearchIndexError, check_features
+from drl_jax.search.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,11 @@ class SearchSession:
         with self._refreshing:
             version = index_version(self.directory)
             if not version or version != self._version:
-                self._snapshot = IndexSnapshot(self.directory, self.model, self._engine)
+                # The same database, with more transactions: most features are checked already.
+                old = self._version
+                updated = old and version and old[0] == version[0] and old[-1] < version[-1]
+                previous = self._snapshot if updated else None
+                self._snapshot = IndexSnapshot(self.directory, self.model, self._engine, previous)
                 self._version = version
             return self._snapshot
 
@@ -153,16 +158,24 @@ class IndexSnapshot:
       model: the model of the index.
     """
 
-    def __init__(self, directory: Path, model: RetrievalModel, engine: SearchEngine):
-        """Reads the list of videos and maps the arrays.
+    def __init__(
+        self,
+        directory: Path,
+        model: RetrievalModel,
+        engine: SearchEngine,
+        previous: "IndexSnapshot | None" = None,
+    ):
+        """Reads the list of videos, maps the arrays, and checks them by their checksums.
 
         Args:
           directory: of the index.
           model: the model of the index.
           engine: compares texts and videos with that model.
+          previous: an earlier state of the same index, whose features are not checked again.
 
         Raises:
-          SearchIndexError: there is no index, no video to search, or the model is another one.
+          SearchIndexError: there is no index, no video to search, it is damaged, or the model is
+            another one.
         """
         self.directory, self.model, self._engine = directory, model, engine
         with Store(directory) as store:
@@ -178,6 +191,10 @@ class IndexSnapshot:
             raise SearchIndexError(
                 f"the index {directory} has no video that can be searched ({len(known)} cannot)"
             )
+        first = 0
+        if previous is not None and previous.header["generation"] == self.header["generation"]:
+            first = previous.header["next_slot"]
+        check_features(directory, self.videos, self._arrays, first_slot=first)
         self.folder = Path(self.header["videos"])
         self._video_of = {video.slot: video for video in self.videos}
         self._video_at = {video.path: video for video in self.videos}

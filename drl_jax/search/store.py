@@ -1,6 +1,6 @@
 """Files of a search index.
 
-- `index.sqlite`: the header (JSON) and one row per video file.
+- `index.sqlite`: the header (JSON) and one row per video file, with checksums.
 - `NAME.bin`, `NAME.GENERATION.bin`: one array of features each. Row n of every array belongs to the
   video whose slot is n.
 - `lock`: locked by the process that writes; a crash releases the lock.
@@ -18,64 +18,57 @@ Reads. A Store opened for reading sees one state of the index: it reads in one t
 the files it maps keep their rows. `index_version` changes with every transaction; `SearchSession`
 checks it before each query.
 
-Format 3. Format 2 is converted in memory when it is read (`format_2.py`), and in the database, in
-one transaction that renames no files, when its own model first updates it.
+Format 4, which is format 3 with checksums (`rows.py`). Format 2 is converted in memory when it is
+read (`format_2.py`). Both older formats are converted in the database, in one transaction that
+renames no files, when their own model first updates them; their videos get no checksums.
 """
 
 import contextlib
-import dataclasses
-import fcntl
 import json
 import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from drl_jax.models.interactions import Features
-from drl_jax.runtime.errors import UserError
 from drl_jax.search.array_files import GROWTH, copy_rows, map_arrays, write_rows
-from drl_jax.search.database import database_path, open_database, transaction
+from drl_jax.search.database import (
+    add_columns,
+    database_path,
+    locked,
+    open_database,
+    replace_videos,
+    select_video,
+    select_videos,
+    transaction,
+)
 from drl_jax.search.format_2 import header_from_format_2
 from drl_jax.search.quantization import quantize
+from drl_jax.search.rows import (
+    CHECKSUM_COLUMNS,
+    COLUMNS,
+    IndexedVideo,
+    SearchIndexError,
+    check_header,
+    damaged,
+    features_crc32,
+    from_row,
+    header_crc32,
+    row_crc32,
+    to_row,
+)
 
-_FORMAT = 3
+_FORMAT = 4
 # `compact` copies the arrays if more than this share of the slots, and `GROWTH` slots, are unused.
 _MAX_UNUSED = 0.25
 # Header of an index without videos; `update_header` adds the rest.
 _NEW_HEADER = {
-    "format": _FORMAT,
     "arrays": {},
     "generation": 0,
     "next_slot": 0,
     "obsolete_files": [],
 }
-
-
-class SearchIndexError(UserError):
-    """An index that is missing, in use, damaged, or of another model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexedVideo:
-    """A video file of an index.
-
-    Attributes:
-      path: relative to the folder of the videos.
-      size: bytes.
-      mtime_ns: modification time.
-      sha256: of its content; empty if it could not be read.
-      error: why it cannot be searched; empty if it can.
-      slot: its row in the arrays; None with an error.
-      times: times of its frames, seconds from the start.
-    """
-
-    path: str
-    size: int
-    mtime_ns: int
-    sha256: str
-    error: str = ""
-    slot: int | None = None
-    times: tuple[float, ...] = ()
 
 
 class Store:
@@ -94,21 +87,20 @@ class Store:
           write: also creates the directory, and excludes other writers.
 
         Raises:
-          SearchIndexError: there is no index to read, or another process writes to it.
+          SearchIndexError: there is no index to read, it is damaged, or another process writes to
+            it.
         """
         self.directory = directory
-        self._lock = self._locked() if write else None
+        self._lock = locked(directory) if write else None
         database = database_path(directory)
         if not write and not database.is_file():
             raise SearchIndexError(
                 f"no index in {directory}; make one with: python -m drl_jax.search index"
                 f" --workdir=RUN --videos=DIR --index={directory}"
             )
-        try:
+        with self._reading():
             self._database = open_database(directory, write=write)
             self.header: dict[str, Any] = self._read_header()
-        except sqlite3.DatabaseError as error:
-            raise SearchIndexError(f"{database} is not an index ({error})") from error
         if not write and not self.header:
             raise SearchIndexError(
                 f"the index {directory} is empty: indexing was interrupted before the first video;"
@@ -137,16 +129,28 @@ class Store:
     # ------------------------------------------------------------------ videos
 
     def videos(self) -> list[IndexedVideo]:
-        """All files, ordered by path."""
-        rows = self._database.execute(
-            "SELECT path, size, mtime_ns, sha256, error, slot, times FROM videos ORDER BY path"
-        )
-        return [IndexedVideo(*row[:6], tuple(json.loads(row[6]))) for row in rows]
+        """All files, ordered by path.
+
+        Raises:
+          SearchIndexError: the list is damaged.
+        """
+        with self._reading():
+            rows = select_videos(self._database, COLUMNS)
+            videos = [from_row(row, self.header.get("next_slot", 0)) for row in rows]
+        return sorted(videos, key=lambda video: video.path)
 
     def thumbnails(self, path: str) -> bytes:
-        """A JPEG file with the frames of a video side by side; empty if there are none."""
-        rows = self._database.execute("SELECT thumbnails FROM videos WHERE path = ?", (path,))
-        return next(rows, (None,))[0] or b""
+        """A JPEG file with the frames of a video side by side; empty if there are none.
+
+        Raises:
+          SearchIndexError: they are damaged.
+        """
+        with self._reading():
+            row = select_video(self._database, path, ("thumbnails", "thumbnails_crc32"))
+            thumbnails, crc32 = row or (None, None)
+            if crc32 is not None and crc32 != zlib.crc32(thumbnails or b""):
+                raise ValueError(f"the thumbnails of {path} have changed")
+        return thumbnails or b""
 
     def put(
         self, videos: Sequence[IndexedVideo], features: Features, thumbnails: Sequence[bytes]
@@ -159,32 +163,30 @@ class Store:
           thumbnails: JPEG files of the videos without an error.
         """
         usable = [video for video in videos if not video.error]
-        first = self.header["next_slot"]
-        slot_of = {video.path: first + row for row, video in enumerate(usable)}
+        first, arrays = self.header["next_slot"], self.header["arrays"]
         strip_of = dict(zip((video.path for video in usable), thumbnails, strict=True))
-        arrays = self.header["arrays"]
+        stored: dict[str, tuple[int, int]] = {}  # Slot and checksum of the features.
         if usable:
             rows = quantize(features, self.header["storage"])
+            checksums = features_crc32(rows)
+            stored = {video.path: (first + row, checksums[row]) for row, video in enumerate(usable)}
             with self._writing():
                 arrays = write_rows(self.directory, arrays, self.header["generation"], rows, first)
+        table = []
+        for video in videos:
+            strip = strip_of.get(video.path)
+            table.append((*to_row(video, *stored.get(video.path, (None, None)), strip), strip))
         with self._transaction(arrays=arrays, next_slot=first + len(usable)):
-            self._database.executemany(
-                "INSERT OR REPLACE INTO videos VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (
-                        *(video.path, video.size, video.mtime_ns, video.sha256, video.error),
-                        *(slot_of.get(video.path), json.dumps(video.times)),
-                        strip_of.get(video.path),
-                    )
-                    for video in videos
-                ],
-            )
+            replace_videos(self._database, (*COLUMNS, "thumbnails"), table)
 
     def touch(self, video: IndexedVideo) -> None:
         """Stores a new modification time of a file with unchanged content."""
         with self._transaction():
+            *row, crc32 = select_video(self._database, video.path, COLUMNS)
+            row[COLUMNS.index("mtime_ns")] = video.mtime_ns
             self._database.execute(
-                "UPDATE videos SET mtime_ns = ? WHERE path = ?", (video.mtime_ns, video.path)
+                "UPDATE videos SET mtime_ns = ?, row_crc32 = ? WHERE path = ?",
+                (video.mtime_ns, None if crc32 is None else row_crc32(row), video.path),
             )
 
     def remove(self, paths: Sequence[str]) -> None:
@@ -219,8 +221,13 @@ class Store:
     # ------------------------------------------------------------------ arrays
 
     def arrays(self) -> Features:
-        """The stored arrays (`quantization.quantize`), memory-mapped; row n is slot n."""
-        return map_arrays(self.directory, self.header["arrays"])
+        """The stored arrays (`quantization.quantize`), memory-mapped; row n is slot n.
+
+        Raises:
+          SearchIndexError: a file is damaged.
+        """
+        with self._reading():
+            return map_arrays(self.directory, self.header["arrays"], self.header["next_slot"])
 
     def nbytes(self) -> int:
         """Size of all arrays on disk, bytes."""
@@ -236,45 +243,47 @@ class Store:
 
     # ------------------------------------------------------------------ database
 
-    def _locked(self) -> Any:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            lock = (self.directory / "lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SearchIndexError(
-                f"another process writes to the index {self.directory}"
-            ) from error
-        except OSError as error:
-            raise SearchIndexError(
-                f"cannot write to --index={self.directory}: {error.strerror}"
-            ) from error
-        return lock
-
     def _read_header(self) -> dict[str, Any]:
         row = self._database.execute("SELECT value FROM header").fetchone()
+        if row is None and self._count_rows():
+            raise ValueError("it has videos without a header")
         if row is None:
             return {}
         header = json.loads(row[0])
         if header["format"] == 2:
             query = "SELECT COALESCE(MAX(slot) + 1, 0) FROM videos"
             return header_from_format_2(header, self._database.execute(query).fetchone()[0])
-        if header["format"] != _FORMAT:
+        if header["format"] not in (3, _FORMAT):
             raise SearchIndexError(
                 f"the index {self.directory} has format {header['format']}, this version reads"
-                f" formats 2 and {_FORMAT}; delete it and index again"
+                f" formats 2 to {_FORMAT}; delete it and index again"
             )
-        return header
+        check_header(header, rows=self._count_rows())
+        # A transaction adds those of the new state.
+        return {name: header[name] for name in header.keys() - {"format", "rows", "crc32"}}
+
+    def _count_rows(self) -> int:
+        return self._database.execute("SELECT COUNT(*) FROM videos").fetchone()[0]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Reports damage in one line, also that which raises an unforeseen error."""
+        try:
+            yield
+        except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(self.directory, error) from error
 
     @contextlib.contextmanager
     def _transaction(self, **changes: Any) -> Iterator[None]:
         """One transaction of the database, with changes of the header."""
         header = {**_NEW_HEADER, **self.header, **changes}
         with self._writing(), transaction(self._database):
+            add_columns(self._database, CHECKSUM_COLUMNS)
             yield
-            if header != self.header:
-                self._database.execute("DELETE FROM header")
-                self._database.execute("INSERT INTO header VALUES (?)", (json.dumps(header),))
+            stored = {"format": _FORMAT, **header, "rows": self._count_rows()}
+            stored["crc32"] = header_crc32(stored)
+            self._database.execute("DELETE FROM header")
+            self._database.execute("INSERT INTO header VALUES (?)", (json.dumps(stored),))
         self.header = header
 
     @contextlib.contextmanager
@@ -282,7 +291,7 @@ class Store:
         """Reports a full or failing disk in one line; what was stored before is unchanged."""
         try:
             yield
-        except (OSError, sqlite3.OperationalError) as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             raise SearchIndexError(
                 f"cannot write to the index {self.directory}"
                 f" ({getattr(error, 'strerror', None) or error}); fix this, then rerun the command"

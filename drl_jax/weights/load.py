@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +28,8 @@ from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # Channels of an attention head in every CLIP that OpenAI published.
 _OPENAI_HEAD_WIDTH = 64
-# Key of the configuration in the metadata of a safetensors file that we write.
-_CONFIG_KEY = "drl_jax_config"
+# Keys of the configuration and the checksum in the metadata of a safetensors file that we write.
+_CONFIG_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_crc32"
 
 
 class WeightsError(UserError):
@@ -65,7 +67,10 @@ def read_weights(source: str | os.PathLike) -> Weights:
       WeightsError: it does not hold a CLIP ViT or a DRL checkpoint.
     """
     path = weights_path(source)
-    state = read_torch_file(path)
+    state, metadata = read_torch_file(path), read_metadata(path)
+    stored = metadata.get(_CHECKSUM_KEY)
+    if stored is not None and stored != _checksum(state, metadata.get(_CONFIG_KEY, "")):
+        raise WeightsError(f"{path} is damaged: its checksum is wrong; copy or export it again")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if is_hugging_face(state):
@@ -78,11 +83,20 @@ def read_weights(source: str | os.PathLike) -> Weights:
         raise WeightsError(f"{path} is a ResNet CLIP; DRL needs a ViT")
     if "clip.visual.conv1.weight" not in state:
         raise WeightsError(f"{path} holds no CLIP: it has no visual.conv1.weight")
-    return Weights(state, _stored_config(path))
+    return Weights(state, _stored_config(path, metadata))
 
 
-def _stored_config(path: Path) -> Config | None:
-    stored = read_metadata(path).get(_CONFIG_KEY)
+def _checksum(state: StateDict, config: str) -> str:
+    """CRC-32 of the tensors and the configuration that we store; safetensors has no checksum."""
+    crc32 = zlib.crc32(config.encode())
+    for name, tensor in sorted(state.items()):
+        crc32 = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), crc32)
+        crc32 = zlib.crc32(np.ascontiguousarray(tensor).data, crc32)
+    return str(crc32)
+
+
+def _stored_config(path: Path, metadata: Mapping[str, str]) -> Config | None:
+    stored = metadata.get(_CONFIG_KEY)
     if stored is None:
         return None
     try:
@@ -126,7 +140,8 @@ def save_weights(
         if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
             raise WeightsError(f"{name} is too large for float16; use float32")
         state[name] = tensor.astype(dtype)
-    metadata = {"format": "pt", _CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
+    stored = json.dumps(dataclasses.asdict(config))
+    metadata = {"format": "pt", _CONFIG_KEY: stored, _CHECKSUM_KEY: _checksum(state, stored)}
     try:
         with replacing(path) as unfinished:
             save_file(state, unfinished, metadata=metadata)

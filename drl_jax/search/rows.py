@@ -1,0 +1,216 @@
+"""Rows of the table of videos, and the checksums that find damage of an index.
+
+SQLite and the array files have no checksums of their own, and a damaged index would silently give
+other answers. Format 4 stores a CRC-32 of the header (in the header), of each row of the table, of
+each video's rows in the arrays, and of its thumbnails. What older versions stored has none, and is
+not checked.
+"""
+
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drl_jax.models.interactions import Features
+from drl_jax.runtime.errors import UserError
+
+# Of the table of videos, without thumbnails.
+COLUMNS = (
+    *("path", "size", "mtime_ns", "sha256", "error", "slot", "times"),
+    *("features_crc32", "thumbnails_crc32", "row_crc32"),
+)
+# Added by format 4.
+CHECKSUM_COLUMNS = COLUMNS[-3:]
+_HEADER_TYPES = {
+    "source": dict,
+    "fingerprint": str,
+    "videos": str,
+    "storage": str,
+    "arrays": dict,
+    "generation": int,
+    "next_slot": int,
+    "obsolete_files": list,
+}
+
+
+class SearchIndexError(UserError):
+    """An index that is missing, in use, damaged, or of another model."""
+
+
+def damaged(directory: Path, what: object) -> SearchIndexError:
+    """The error of an index that cannot be trusted."""
+    reason = " ".join(ascii(str(what))[1:-1].split())[:120]
+    return SearchIndexError(
+        f"the index {directory} is damaged ({reason}); delete it and index the videos again"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedVideo:
+    """A video file of an index.
+
+    Attributes:
+      path: relative to the folder of the videos.
+      size: bytes.
+      mtime_ns: modification time.
+      sha256: of its content; empty if it could not be read.
+      error: why it cannot be searched; empty if it can.
+      slot: its row in the arrays; None with an error.
+      times: times of its frames, seconds from the start.
+      features_crc32: of its row in the arrays; None without one, or if an older version stored it.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    error: str = ""
+    slot: int | None = None
+    times: tuple[float, ...] = ()
+    features_crc32: int | None = None
+
+
+# ---------------------------------------------------------------- checksums
+
+
+def header_crc32(header: Mapping[str, Any]) -> int:
+    """Checksum of a header, without its own field `crc32`."""
+    values = {name: value for name, value in header.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def check_header(header: Mapping[str, Any], *, rows: int) -> None:
+    """Checks a header of format 3 or 4.
+
+    Args:
+      header: as stored.
+      rows: number of rows of the table of videos.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    if ("crc32" in header or header["format"] > 3) and header.get("crc32") != header_crc32(header):
+        raise ValueError("the checksum of its header is wrong")
+    for name, kind in _HEADER_TYPES.items():
+        if not isinstance(header.get(name), kind):
+            raise ValueError(f"its header has no {name}")
+    if header.get("rows", rows) != rows:
+        raise ValueError(f"it lists {rows} of {header['rows']} videos")
+
+
+def features_crc32(arrays: Features) -> list[int]:
+    """Checksums of all rows of the arrays: one of each video."""
+    views = _views(arrays)
+    return [_row_crc32_of(views, row) for row in range(len(next(iter(arrays.values()))))]
+
+
+def check_features(
+    directory: Path, videos: Sequence[IndexedVideo], arrays: Features, *, first_slot: int = 0
+) -> None:
+    """Checks the arrays of videos: 0.3 seconds per gigabyte, about as long as a first query.
+
+    Args:
+      directory: of the index.
+      videos: without errors.
+      arrays: stored arrays, one row per slot.
+      first_slot: rows before this one were checked before.
+
+    Raises:
+      SearchIndexError: the features of a video are damaged.
+    """
+    views = _views(arrays)
+    for video in videos:
+        if video.slot < first_slot:
+            continue
+        if video.features_crc32 is None:
+            intact = "frame_mask" not in arrays or _is_mask_of(
+                arrays["frame_mask"][video.slot], len(video.times)
+            )
+        else:
+            intact = _row_crc32_of(views, video.slot) == video.features_crc32
+        if not intact:
+            raise damaged(directory, f"the features of {video.path} have changed")
+
+
+def _views(arrays: Features) -> list[tuple[memoryview, int]]:
+    """The bytes of each array, in the order of their names, and the bytes of a row."""
+    return [
+        (memoryview(np.ascontiguousarray(arrays[name])).cast("B"), arrays[name][:1].nbytes)
+        for name in sorted(arrays)
+    ]
+
+
+def _row_crc32_of(views: Sequence[tuple[memoryview, int]], row: int) -> int:
+    crc32 = 0
+    for view, size in views:
+        crc32 = zlib.crc32(view[row * size : (row + 1) * size], crc32)
+    return crc32
+
+
+def _is_mask_of(mask: np.ndarray, frames: int) -> bool:
+    """Whether a mask is that of so many frames; a model would explain others without a time."""
+    return bool((mask == (np.arange(len(mask)) < frames)).all())
+
+
+# ---------------------------------------------------------------- rows
+
+
+def to_row(
+    video: IndexedVideo, slot: int | None, features: int | None, thumbnails: bytes | None
+) -> tuple[Any, ...]:
+    """The values of COLUMNS for a video.
+
+    Args:
+      video: without slot.
+      slot: its slot.
+      features: checksum of its features.
+      thumbnails: its thumbnails.
+    """
+    content = (video.path, video.size, video.mtime_ns, video.sha256, video.error)
+    times = json.dumps(video.times)
+    thumbnails_crc32 = None if thumbnails is None else zlib.crc32(thumbnails)
+    row = (*content, slot, times, features, thumbnails_crc32)
+    return (*row, row_crc32(row))
+
+
+def row_crc32(row: Sequence[Any]) -> int:
+    """Checksum of the values of COLUMNS but the last; without the slot, which `compact` changes.
+
+    A wrong slot has features with another checksum.
+    """
+    return zlib.crc32(ascii((*row[:5], *row[6:9])).encode())
+
+
+def from_row(row: Sequence[Any], next_slot: int) -> IndexedVideo:
+    """Reads a row of the table of videos.
+
+    Args:
+      row: the values of COLUMNS.
+      next_slot: slots from this one on are not used.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    *values, crc32 = row
+    path, size, mtime_ns, sha256, error, slot, times, features, _ = values
+    if crc32 is not None and crc32 != row_crc32(values):
+        raise ValueError(f"the checksum of the row of {path} is wrong")
+    if not all(isinstance(value, str) for value in (path, sha256, error, times)):
+        raise ValueError(f"the row of {path} has no text where it must have")
+    if not all(isinstance(value, int) for value in (size, mtime_ns)):
+        raise ValueError(f"the row of {path} has no number where it must have")
+    if (slot is None) != bool(error) or not (error or slot in range(next_slot)):
+        raise ValueError(f"the slot of {path} is {slot}")
+    seconds = json.loads(times)
+    if not isinstance(seconds, list) or not all(map(_is_finite, seconds)):
+        raise ValueError(f"the times of {path} are not numbers")
+    return IndexedVideo(path, size, mtime_ns, sha256, error, slot, tuple(seconds), features)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
