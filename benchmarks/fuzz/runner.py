@@ -142,7 +142,7 @@ def _judged_message(message: str) -> str:
     except UnicodeEncodeError:
         return FAILED
     one_line = len(message.splitlines()) == 1 and len(message) < _MAX_MESSAGE
-    words = ("Traceback", "MemoryError", "Cannot allocate")
+    words = ("Traceback", "MemoryError")
     return REFUSED if one_line and not any(word in message for word in words) else FAILED
 
 

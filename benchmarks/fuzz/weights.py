@@ -1,7 +1,10 @@
 """Foreign weights in every format that is read: both zip formats, the legacy one, safetensors."""
 
+import collections
 import hashlib
+import io
 import json
+import pickletools
 import shutil
 from pathlib import Path
 from random import Random
@@ -18,15 +21,18 @@ from drl_jax.weights.load import (
     read_weights,
     save_weights,
 )
+from drl_jax.weights.torch_file import read_metadata, read_torch_file
 
 _GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 _ARCHIVES = ("clip_torchscript.pt", "clip_legacy.pt", "drl_wti_seqtransf.bin")
 _FOREIGN, _EXPORTED = "clip.safetensors", "exported.safetensors"
+# As exported before exports had a checksum.
+_WITHOUT_CHECKSUM = "old_export.safetensors"
 
 
 def prepare(root: Path) -> None:
     """Copies the reference's files, and writes a foreign and an exported safetensors file."""
-    for name in (*_ARCHIVES, _FOREIGN, _EXPORTED):
+    for name in (*_ARCHIVES, _FOREIGN, _EXPORTED, _WITHOUT_CHECKSUM):
         (root / "subjects" / name).mkdir(parents=True)
     for name in _ARCHIVES:
         shutil.copy(_GOLDEN / name, root / "subjects" / name)
@@ -36,7 +42,12 @@ def prepare(root: Path) -> None:
     weights = read_weights(_GOLDEN / "drl_wti_seqtransf.bin")
     config = config_of_weights(weights)
     params = params_from_state(weights.state, param_shapes(config.model))
-    save_weights(root / "subjects" / _EXPORTED / _EXPORTED, params, config)
+    exported = root / "subjects" / _EXPORTED / _EXPORTED
+    save_weights(exported, params, config)
+    metadata = read_metadata(exported)
+    del metadata["drl_jax_crc32"]
+    without = root / "subjects" / _WITHOUT_CHECKSUM / _WITHOUT_CHECKSUM
+    save_file(read_torch_file(exported), without, metadata=metadata)
 
 
 def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
@@ -46,10 +57,10 @@ def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
         what = _damage_header(path, random)
     else:
         what = damage_file(path, random)
-    detectable = FAILURE
-    if name != _EXPORTED and path.exists() and _only_data(original, path.read_bytes(), name):
-        detectable = UNDETECTABLE
-    return Damage(what, detectable)
+    if name == _EXPORTED or not path.exists():
+        return Damage(what, FAILURE)
+    undetectable = name == _WITHOUT_CHECKSUM or _only_data(original, path.read_bytes(), name)
+    return Damage(what, UNDETECTABLE if undetectable else FAILURE)
 
 
 def _damage_header(path: Path, random: Random) -> str:
@@ -63,13 +74,16 @@ def _damage_header(path: Path, random: Random) -> str:
 
 def _only_data(original: bytes, damaged: bytes, name: str) -> bool:
     """Whether only values of tensors changed, in a format without checksums."""
+    file = io.BytesIO(original)
     if name.endswith(".safetensors"):
-        start = 8 + int.from_bytes(original[:8], "little")
+        file.seek(8 + int.from_bytes(original[:8], "little"))
     elif name == "clip_legacy.pt":
-        # The storages follow the pickle of their keys, the last that ends with a full stop here.
-        start = original.rindex(b"e.", 0, 200_000) + 2
+        # Magic number, protocol, system, content and keys of the storages.
+        for _ in range(5):
+            collections.deque(pickletools.genops(file), maxlen=0)
     else:
         return False
+    start = file.tell()
     return len(original) == len(damaged) and original[:start] == damaged[:start]
 
 

@@ -23,6 +23,7 @@ from drl_jax.runtime.files import replacing
 from drl_jax.weights.installed import weights_path
 from drl_jax.weights.names import entries, from_hugging_face, is_hugging_face
 from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
+from drl_jax.weights.torch_pickle import one_line
 
 # Integers that OpenAI's archives store beside the weights.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
@@ -310,6 +311,10 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
                 f"{name} is {state[name].shape} in the weights and {entry.reference_shape()} in the"
                 " model"
             )
+        if not jnp.issubdtype(state[name].dtype, jnp.floating):
+            raise WeightsError(
+                f"{name} has the type {state[name].dtype}; weights are floating-point numbers"
+            )
     leaves = [
         jnp.asarray(entry.from_reference([state[name] for name in entry.names])) for entry in table
     ]
@@ -318,7 +323,8 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
 
 def _some(names: list[str]) -> str:
     """The first few of a list of names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return one_line(", ".join(names[:3])) + more
 
 
 def state_dict_from_params(params: Params) -> StateDict:
