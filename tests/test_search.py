@@ -27,12 +27,14 @@ from support.videos import (
     write_video_with_latin_title,
 )
 
+from benchmarks.fuzz.index import remove_checksums
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import UserError
+from drl_jax.search import rows
 from drl_jax.search import store as store_module
 from drl_jax.search.__main__ import main
 from drl_jax.search.engine import Gallery, SearchEngine
@@ -486,6 +488,38 @@ def test_an_index_of_format_2_is_searched_and_updated(model, videos, tmp_path):
     assert set(found) == {"1.mp4", "2.mp4", "3.mp4", "4.mp4", "5.mp4", "new.mp4"}
     for name in found.keys() & expected.keys():
         assert found[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_an_index_of_format_3_is_searched_and_updated(model, videos, index):
+    """It has no checksums; what is indexed from now on has."""
+    expected = scores(SearchSession(index, model))
+    remove_checksums(index)
+    assert scores(SearchSession(index, model)) == expected
+    assert stored_header(index)["format"] == 3
+    os.utime(videos / "4.mp4", (1, 1))
+    write_other_video(videos / "new.mp4")
+    report = update_index(model, videos, index)
+    assert (report.added, report.unchanged) == (1, 6)
+    assert stored_header(index)["format"] == 4
+    assert scores(SearchSession(index, model)).keys() == {*expected, "new.mp4"}
+    with Store(index) as store:
+        checked = [video.path for video in store.videos() if video.features_crc32 is not None]
+    assert checked == ["new.mp4"]
+
+
+def test_an_open_session_checks_only_new_features(model, videos, index, monkeypatch):
+    session, checked = SearchSession(index, model), []
+    row_crc32 = rows._row_crc32_of
+    monkeypatch.setattr(
+        rows, "_row_crc32_of", lambda views, row: checked.append(row) or row_crc32(views, row)
+    )
+    write_other_video(videos / "new.mp4")
+    update_index(model, videos, index)
+    checked.clear()
+    assert len(scores(session)) == 7
+    assert checked == [6]
+    SearchSession(index, model)
+    assert sorted(checked[1:]) == list(range(7))
 
 
 def test_names_of_format_2():

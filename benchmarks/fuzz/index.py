@@ -37,10 +37,10 @@ def prepare(root: Path) -> None:
     for storage in _STORAGES:
         update_index(_model(root), videos, root / "subjects" / storage, storage=storage)
     shutil.copytree(root / "subjects" / _STORAGES[0], root / "subjects" / _WITHOUT_CHECKSUMS)
-    _remove_checksums(root / "subjects" / _WITHOUT_CHECKSUMS)
+    remove_checksums(root / "subjects" / _WITHOUT_CHECKSUMS)
 
 
-def _remove_checksums(directory: Path) -> None:
+def remove_checksums(directory: Path) -> None:
     """Makes an index of format 3."""
     with contextlib.closing(sqlite3.connect(directory / "index.sqlite")) as database, database:
         header = json.loads(database.execute("SELECT value FROM header").fetchone()[0])

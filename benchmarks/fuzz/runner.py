@@ -157,7 +157,9 @@ def run_inputs(
     found = map_in_processes(_run_quietly, calls, timeout=_KILLED_AFTER)
     for (kind, _, _, number), outcome in zip(calls, found, strict=True):
         if isinstance(outcome, WorkerFailure):
-            outcome = Outcome(kind, number, detail=outcome.reason)
+            with tempfile.TemporaryDirectory(prefix="fuzz") as scratch:
+                made = make_input(kind, roots[kind], seed, number, Path(scratch) / "input")
+            outcome = Outcome(kind, number, made[0], made[1].what, detail=outcome.reason)
         yield outcome
 
 

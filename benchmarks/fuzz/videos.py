@@ -27,7 +27,7 @@ _VIDEOS = {
     "h264.flv": ("libx264", "yuv420p"),
 }
 # Names of codecs in the files.
-_CODEC_TAGS = (b"avc1", b"mp4v", b"FMP4", b"MJPG", b"V_MPEG4/ISO/AVC", b"V_VP9", b"V_VP8", b"avcC")
+_CODEC_TAGS = (b"avc1", b"mp4v", b"FMP4", b"MJPG", b"V_MPEG4/ISO/AVC", b"V_VP9", b"V_VP8")
 _MANY = 24
 
 
