@@ -45,9 +45,11 @@ def damage_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
     Returns:
       The damaged bytes, which differ from `data`, and in words what was done.
     """
+    if not data:
+        return b"\0", "a byte written"
     while True:
         damaged, what = random.choice(_BYTE_DAMAGES)(bytearray(data), random)
-        if damaged != data or not data:
+        if damaged != data:
             return bytes(damaged), what
 
 

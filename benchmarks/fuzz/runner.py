@@ -189,8 +189,14 @@ def save_failure(outcome: Outcome, root: Path, seed: int, directory: Path) -> No
 
 @functools.cache
 def _expected(kind: str, root: Path, name: str) -> str:
-    """What is read from an undamaged subject; also compiles what the reader needs."""
-    return _module(kind).read(root, name, root / "subjects" / name)
+    """What is read from an undamaged subject; also compiles what the reader needs.
+
+    Empty for a video that is refused as it is, which `prepare` may be given.
+    """
+    try:
+        return _module(kind).read(root, name, root / "subjects" / name)
+    except VideoError:
+        return ""
 
 
 def _module(kind: str):
