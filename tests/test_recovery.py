@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import ROOT, TINY, error_line, error_of, run_module
 from support.finished_runs import assert_same_run, metrics
+from support.pairs import start_pair, wait_for
 from support.params import random_params
 from support.runs import make_run
 
@@ -276,6 +277,13 @@ def test_a_state_that_is_not_finite_is_not_saved(model_run, tmp_path):
 # ---------------------------------------------------------------- values that are not finite
 
 
+def save_changed(state: dict[str, np.ndarray], path: Path, original: Path) -> None:
+    """Saves other tensors with the configuration of a file of weights."""
+    metadata = read_metadata(original)
+    del metadata["drl_jax_crc32"]
+    save_file(state, path, metadata=metadata)
+
+
 @pytest.fixture(scope="module")
 def explosive_weights(tiny_weights, tmp_path_factory) -> Path:
     """Weights that are finite, but overflow for a caption with the rare word."""
@@ -283,7 +291,7 @@ def explosive_weights(tiny_weights, tmp_path_factory) -> Path:
     state = load_file(tiny_weights)
     ids, mask = BACKBONES["clip"].tokenize([RARE_WORD], 8)
     state["clip.token_embedding.weight"][ids[0][mask[0]][1:-1]] = 3e38
-    save_file(state, path, metadata=read_metadata(tiny_weights))
+    save_changed(state, path, tiny_weights)
     return path
 
 
@@ -324,7 +332,7 @@ def test_weights_that_are_not_finite_are_refused(arguments, tiny_weights, tmp_pa
     state = load_file(tiny_weights)
     state["clip.ln_final.weight"][3] = np.nan
     path = tmp_path / "nan.safetensors"
-    save_file(state, path, metadata=read_metadata(tiny_weights))
+    save_changed(state, path, tiny_weights)
     flags = arguments(tmp_path / "run", f"--config.model.init={path}")
     line = error_of("drl_jax.train", *flags, capsys=capsys)
     assert "nan.safetensors cannot be trained: backbone/ln_final/scale has values that" in line
@@ -527,3 +535,40 @@ def test_a_build_ends_when_its_training_is_killed(tmp_path):
 def children(process: int) -> list[int]:
     tasks = Path(f"/proc/{process}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def test_two_processes_decide_alike(arguments, explosive_weights, tmp_path):
+    """One of them reads a damaged file of the latest checkpoint; both fall back. Both skip the same
+    step. A second pair is refused."""
+    if os.geteuid():
+        pytest.skip("cannot mount")
+    run = tmp_path / "run"
+    flags = arguments(
+        run, f"--config.model.init={explosive_weights}", "--config.train.skip_nonfinite=3"
+    )
+    assert train(flags) == 0
+    whole = metrics(run)
+    arrays = run / "checkpoints" / "9" / "params"
+    path = max(arrays.rglob("*"), key=lambda path: path.stat().st_size)
+    shutil.copytree(run / "checkpoints" / "9", tmp_path / "9")
+    flip_largest(tmp_path / "9")
+    damaged = tmp_path / "9" / "params" / path.relative_to(arrays)
+    # Only process 1 sees the other file.
+    script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", script, "sh", str(damaged), str(path))
+    (run / ".lock").unlink()
+    pair = start_pair(flags, prefix_of_second=prefix)
+    wait_until(lambda: (run / ".lock").exists() and (run / ".lock").stat().st_size, pair[0])
+    second = start_pair(flags)
+    for process in second:
+        _, errors = wait_for(process)
+        assert process.returncode == 1
+        assert f"is in use by process {pair[0].pid} on host" in errors
+        assert "Traceback" not in errors
+    (printed, errors), (_, other_errors) = map(wait_for, pair)
+    assert [process.returncode for process in pair] == [0, 0], (errors, other_errors)
+    assert "checkpoint 9 is damaged: params/" in printed
+    assert "differs from its checksum (process 1)" in printed
+    assert f"resuming {run} from step 6 of 9" in printed
+    assert metrics(run) == [pytest.approx(line, rel=1e-4, abs=1e-6) for line in whole]
+    assert len(json.loads((run / "result.json").read_text())["skipped_steps"]) == 3
