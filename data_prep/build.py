@@ -8,10 +8,12 @@ python -m data_prep.build custom --videos=DIR --annotations=FILE --data_dir=data
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from data_prep.command import add_source_flags, requested_storage
+from data_prep.command import add_source_flags, disk_errors, requested_storage
 from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +56,43 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _build(options: argparse.Namespace) -> None:
+    from data_prep import dataset_build
+
+    dataset, data_dir = options.dataset, options.data_dir
+    target = dataset_build.built_dir(data_dir, dataset, requested_storage(options))
+    with disk_errors(data_dir):
+        # Without the lock: the answer needs no access for writing.
+        if _is_built(target, options):
+            return
+        with dataset_build.build_lock(data_dir, dataset):
+            dataset_build.restore_previous(target)
+            if not _is_built(target, options):
+                _build_locked(options)
+
+
+def _is_built(target: Path, options: argparse.Namespace) -> bool:
+    """Whether there is nothing to do.
+
+    Raises:
+      UserError: the dataset exists, but was built from other annotation files.
+    """
+    from data_prep.manifest import annotation_changes
+    from drl_jax.data.records import read_manifest
+
+    if options.overwrite or not target.exists():
+        return False
+    if options.dataset not in DRAWN:
+        files = builder_class(options.dataset).read_annotations(options.annotations).files
+        if changes := annotation_changes(read_manifest(target), files):
+            raise UserError(
+                f"{target} was built from other annotation files ({', '.join(changes)});"
+                " --overwrite rebuilds it"
+            )
+    print(f"{target} is already built; --overwrite rebuilds it")
+    return True
+
+
+def _build_locked(options: argparse.Namespace) -> None:
     import tensorflow_datasets as tfds
 
     from data_prep import dataset_build
@@ -63,11 +102,6 @@ def _build(options: argparse.Namespace) -> None:
     tfds.disable_progress_bar()
     dataset, data_dir = options.dataset, options.data_dir
     storage = requested_storage(options)
-    target = dataset_build.built_dir(data_dir, dataset, storage)
-    dataset_build.restore_previous(target)
-    if target.exists() and not options.overwrite:
-        print(f"{target} is already built; --overwrite rebuilds it")
-        return
     builder = builder_class(dataset)
     if dataset in DRAWN:
         builder.draw(options.annotations, options.size)

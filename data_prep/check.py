@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import add_source_flags, requested_storage
+from data_prep.command import add_source_flags, disk_errors, requested_storage
 from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
@@ -35,8 +35,9 @@ def _check(options: argparse.Namespace) -> int:
 
     builder = builder_class(options.dataset)
     try:
-        annotations = builder.read_annotations(options.annotations)
-        plan = make_plan(annotations, options.videos, {})
+        with disk_errors(options.data_dir):
+            annotations = builder.read_annotations(options.annotations)
+            plan = make_plan(annotations, options.videos, {})
     except UserError as error:
         return _fail(str(error))
     storage = requested_storage(options)

@@ -1,15 +1,50 @@
-"""Flags that the commands on datasets share."""
+"""Flags and error messages that the commands on datasets share."""
 
 import argparse
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.datasets import builder_class
 from drl_jax.config import STORAGE_ENCODINGS
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.cli import Parser, positive_int
+from drl_jax.runtime.errors import UserError
 
 # Maximum time to decode one video, seconds.
 DECODE_TIMEOUT = 300
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Errors of a disk, which array_record raises as a RuntimeError with the system's message.
+_DISK_ERRORS = (*_FULL, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG, errno.ESTALE)
+
+
+@contextlib.contextmanager
+def disk_errors(data_dir: Path) -> Iterator[None]:
+    """Converts errors of reading and writing files to a UserError.
+
+    Args:
+      data_dir: directory of built datasets, to which the block writes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(_full_message(data_dir)) from error
+        where, reason = error.filename or data_dir, error.strerror or str(error)
+        raise UserError(f"cannot read or write {where} ({reason})") from error
+    except RuntimeError as error:
+        found = next((number for number in _DISK_ERRORS if os.strerror(number) in str(error)), 0)
+        if not found:
+            raise
+        if found in _FULL:
+            raise UserError(_full_message(data_dir)) from error
+        raise UserError(f"cannot read or write {data_dir} ({os.strerror(found)})") from error
+
+
+def _full_message(data_dir: Path) -> str:
+    return f"no space left in {data_dir}; free disk space, then rerun the command to continue"
 
 
 def add_data_dir_flag(parser: Parser) -> None:

@@ -1,9 +1,6 @@
 """Builds a dataset: decodes its videos once and stores the frames."""
 
 import contextlib
-import errno
-import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,14 +9,24 @@ from data_prep.datasets import builder_class
 from data_prep.manifest import describe_split
 from data_prep.retrieval_builder import StorageConfig
 from data_prep.video_folder import Plan
-from drl_jax.data.records import FORMAT_VERSION, MANIFEST
+from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
 from drl_jax.data.storage import StorageSpec
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.lock import LOCK_FILE, locked
 
 
 def built_dir(data_dir: Path, dataset: str, storage: StorageSpec) -> Path:
     """Directory of a built dataset; it may not exist yet."""
     return data_dir / dataset / storage.name / FORMAT_VERSION
+
+
+def build_lock(data_dir: Path, dataset: str) -> contextlib.AbstractContextManager[None]:
+    """Keeps other builds of the dataset away; its storage variants share a cache, so also those.
+
+    Raises:
+      LockError: another process builds the dataset.
+    """
+    directory = data_dir / dataset
+    return locked(directory / LOCK_FILE, f"the dataset in {directory}")
 
 
 def build_dataset(
@@ -33,7 +40,8 @@ def build_dataset(
 ) -> Path:
     """Decodes and stores a dataset, and replaces an existing one with the same storage.
 
-    Frames decoded by an earlier build, even one that was killed, are reused.
+    Frames decoded by an earlier build, even one that was killed, are reused. The caller holds
+    `build_lock`.
 
     Args:
       dataset: one of `dataset_names()`.
@@ -48,6 +56,7 @@ def build_dataset(
 
     Raises:
       UserError: nothing can be built. An existing dataset is unchanged.
+      OSError, RuntimeError: the disk is full or cannot be written (`disk_errors`). The same.
     """
     cls = builder_class(dataset)
     target = built_dir(data_dir, dataset, storage)
@@ -60,13 +69,6 @@ def build_dataset(
     try:
         builder.store(plan, cache, timeout)
         _replace(target, Path(builder.data_dir))
-    except (OSError, RuntimeError) as error:
-        # array_record raises a RuntimeError for it.
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise UserError(
-            f"no space left in {data_dir}; free disk space, then rerun the command to continue"
-        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if not (cls.KEEPS_CACHE if keep_cache is None else keep_cache):
@@ -115,7 +117,7 @@ def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -
 
 def print_report(target: Path) -> None:
     """Prints the contents of a built dataset from its manifest."""
-    manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(target)
     for name, purpose in manifest["missing_files"].items():
         print(f"built without the annotation file {name} ({purpose}): not found")
     print(f"built {target}: {manifest['videos']:,} videos")

@@ -7,7 +7,8 @@ builds can be compared: equal `content` means equal frames, equal `annotations` 
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from av import ffmpeg_version_info
@@ -64,7 +65,7 @@ def make_manifest(
             "max_frames": storage.max_frames,
             "storage": storage.encoding,
         },
-        "annotations": {path.name: sha256(path) for path in sorted(annotations.files)},
+        "annotations": _hashes(annotations.files),
         "missing_files": annotations.missing_files,
         "content": content.hexdigest(),
         "videos": len(stored),
@@ -80,6 +81,30 @@ def make_manifest(
             },
         },
     }
+
+
+def _hashes(files: Iterable[Path]) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(files)}
+
+
+def annotation_changes(manifest: Mapping[str, Any], files: Iterable[Path]) -> list[str]:
+    """Compares a dataset's annotation files with those of a new build.
+
+    Args:
+      manifest: of the dataset; empty if it has none.
+      files: the annotation files now.
+
+    Returns:
+      For each file that differs, its name and how: "has changed", "is new" or "is missing".
+    """
+    if not manifest:
+        return []
+    before, now = manifest["annotations"], _hashes(files)
+    return [
+        *(f"{name} has changed" for name in now if before.get(name, now[name]) != now[name]),
+        *(f"{name} is new" for name in now if name not in before),
+        *(f"{name} is missing" for name in before if name not in now),
+    ]
 
 
 def storage_of(manifest: Mapping[str, Any]) -> StorageSpec:

@@ -106,8 +106,7 @@ class VideoDataset:
     @property
     def manifest(self) -> dict[str, Any]:
         """What the dataset was built from (`data_prep/manifest.py`); empty without a manifest."""
-        path = self.directory / MANIFEST
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_manifest(self.directory)
 
     @property
     def content(self) -> str:
@@ -143,6 +142,12 @@ class VideoDataset:
     def read_frames(self, video: int) -> np.ndarray:
         """Frames of the video with a record index: uint8 [F, H, W, 3]."""
         return np.asarray(self._source[int(video)]["frames"])
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Manifest of the dataset in a directory; empty if it has none."""
+    path = directory / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _not_built_message(directory: Path) -> str:
