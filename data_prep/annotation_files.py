@@ -1,6 +1,6 @@
-"""Readers for annotation file syntaxes: CSV, JSON, lists, pickles. Errors name the file."""
+"""Readers for annotation file syntaxes: text, JSON, lists, pickles. Errors name the file."""
 
-import csv
+import codecs
 import json
 import math
 import pickle
@@ -11,38 +11,26 @@ from data_prep.annotations import AnnotationError
 from drl_jax.data.video import Span
 
 
-def read_csv_columns(path: Path, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Reads the named columns of a CSV file with a header, row by row.
+def read_text(path: Path) -> str:
+    """Reads a text file in UTF-8, with or without a byte order mark.
+
+    Returns:
+      Its text, with the line ends of the file.
 
     Raises:
-      AnnotationError: a column is missing, a value is empty, or the file is not CSV in UTF-8.
+      AnnotationError: the file is not text in UTF-8.
     """
-    present, rows = read_csv_rows(path)
-    for column in columns:
-        if column not in present:
-            raise AnnotationError(
-                f"{path} has no column {column!r}; its first line is"
-                f" {','.join(present) or 'empty'!r}"
-            )
-    values = [tuple((row[column] or "").strip() for column in columns) for row in rows]
-    for number, row in enumerate(values, start=2):
-        if not all(row):
-            raise AnnotationError(f"{path}, row {number}: {' or '.join(columns)} is empty")
-    return values
-
-
-def read_csv_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Reads the column names and the rows of a CSV file with a header.
-
-    Raises:
-      AnnotationError: the file is not CSV in UTF-8.
-    """
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:1000]:
+        raise AnnotationError(f"{path} is in UTF-16 or is no text; save it as text in UTF-8")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            return list(reader.fieldnames or []), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise AnnotationError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise AnnotationError(
+            f"{path}, line {line} is not text in UTF-8 (byte 0x{content[error.start]:02x});"
+            " save the file as UTF-8"
+        ) from error
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
@@ -51,10 +39,8 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     Raises:
       AnnotationError: the file is not text in UTF-8.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise AnnotationError(f"{path} is not a text file in UTF-8 ({error})") from error
+    # str.splitlines would also split at characters that JSON allows in a text, such as U+2028.
+    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -81,8 +67,8 @@ def read_json(path: Path, kind: type) -> Any:
       AnnotationError: the file is not JSON, or its value has another type.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise AnnotationError(f"{path} is not a JSON file ({error})") from error
     if not isinstance(value, kind):
         names = {dict: "an object", list: "a list"}
@@ -153,8 +139,14 @@ def read_sentences(path: Path) -> dict[str, list[str]]:
     document = read_json(path, dict)
     captions: dict[str, list[str]] = {}
     try:
-        for sentence in document["sentences"]:
-            captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
+        for number, sentence in enumerate(document["sentences"], start=1):
+            video, caption = sentence["video_id"], sentence["caption"]
+            if not isinstance(video, str) or not isinstance(caption, str):
+                raise AnnotationError(
+                    f"{path}, sentence {number}: video_id and caption must be texts, not"
+                    f" {_shortened(video)} and {_shortened(caption)}"
+                )
+            captions.setdefault(video, []).append(caption)
     except (KeyError, TypeError) as error:
         raise AnnotationError(
             f"{path} does not have MSR-VTT's structure,"
@@ -165,24 +157,45 @@ def read_sentences(path: Path) -> dict[str, list[str]]:
 
 
 def parse_span(start: Any, end: Any, where: str) -> Span:
-    """Parses a time span in seconds.
+    """Parses a time span.
 
     Args:
-      start: number or text.
-      end: number or text.
+      start: seconds as a number or text, or a text such as "1:02:03.5" or "0:05".
+      end: the same.
       where: file and row, for the error message.
 
     Raises:
-      AnnotationError: the values are not numbers, or end is not after start.
+      AnnotationError: the values are not times, or end is not after start.
     """
     try:
-        span = (float(start), float(end))
+        span = (_seconds(start), _seconds(end))
     except (TypeError, ValueError) as error:
         raise AnnotationError(
-            f"{where}: start and end must be seconds, not {start!r} and {end!r}"
+            f"{where}: start and end must be seconds or h:mm:ss, with a decimal point, not"
+            f" {start!r} and {end!r}"
         ) from error
     if not all(map(math.isfinite, span)) or not 0 <= span[0] < span[1]:
         raise AnnotationError(
-            f"{where}: end must be after start, and start 0 or more; got {start} to {end} s"
+            f"{where}: end must be after start, and start 0 or more; got {start} to {end}"
         )
     return span
+
+
+def _seconds(time: Any) -> float:
+    """Seconds of a number, or of a text with seconds, minutes:seconds or hours:minutes:seconds.
+
+    Raises:
+      TypeError, ValueError: it is none of these.
+    """
+    if not isinstance(time, str):
+        if isinstance(time, bool):
+            raise TypeError("not a number")
+        return float(time)
+    *leading, seconds = time.split(":")
+    if not leading:
+        return float(seconds)
+    if len(leading) > 2 or not all(part.isdecimal() for part in leading):
+        raise ValueError("not a time")
+    if any(float(part) >= 60 for part in (*leading[1:], seconds)):
+        raise ValueError("more than 59 minutes or seconds")
+    return sum(60**power * float(part) for power, part in enumerate([seconds, *leading[::-1]]))

@@ -147,6 +147,6 @@ def group_captions(rows: Iterable[tuple[str, str]]) -> list[Captioned]:
 
 
 def without_video_suffix(name: str) -> str:
-    """Removes a video suffix from a file name; other dots in the name are kept."""
+    """Removes a video suffix, or a dot at the end, from a file name; other dots are kept."""
     stem, dot, suffix = name.rpartition(".")
-    return stem if dot and f".{suffix.lower()}" in VIDEO_SUFFIXES else name
+    return stem if dot and (not suffix or f".{suffix.lower()}" in VIDEO_SUFFIXES) else name

@@ -30,12 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from data_prep import dataset_check
-    from data_prep.quarantine import quarantine_file
+    from data_prep.quarantine import quarantine_file, read_quarantine
     from data_prep.video_folder import make_plan
 
     builder = builder_class(options.dataset)
+    quarantine = quarantine_file(options.data_dir, options.dataset)
     try:
         with disk_errors(options.data_dir):
+            read_quarantine(quarantine)  # An error in it should not wait for the end of the check.
             annotations = builder.read_annotations(options.annotations)
             plan = make_plan(annotations, options.videos, {})
     except UserError as error:
@@ -43,7 +45,6 @@ def _check(options: argparse.Namespace) -> int:
     storage = requested_storage(options)
     report = dataset_check.check_dataset(plan, builder.PUBLISHED, storage, options.timeout)
     dataset_check.print_report(report)
-    quarantine = quarantine_file(options.data_dir, options.dataset)
     try:
         dataset_check.write_report(report, quarantine)
     except OSError as error:

@@ -264,12 +264,19 @@ def write_report(report: Mapping[str, Any], quarantine: Path) -> None:
     Raises:
       OSError: a file cannot be written.
     """
-    path = report_file(quarantine)
-    previous = json.loads(path.read_text(encoding="utf-8"))["unusable"] if path.is_file() else {}
+    previous = _previously_unusable(report_file(quarantine))
     added_by_hand = {
         video: reason
         for video, reason in read_quarantine(quarantine).items()
         if video not in previous
     }
     write_quarantine(quarantine, {**added_by_hand, **report["unusable"]})
-    write_json(path, report)
+    write_json(report_file(quarantine), report)
+
+
+def _previously_unusable(path: Path) -> dict[str, str]:
+    """The unusable videos of the previous report; none if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["unusable"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}

@@ -1,12 +1,14 @@
 """List of videos that a build leaves out: `DATA_DIR/DATASET/quarantine.txt`.
 
-One video per line: id, tab, reason. `python -m data_prep.check` writes the file; lines may be added
-or removed by hand.
+One video per line: id, tab, reason. Lines that start with # are comments; an id that starts with #
+has a backslash before it. `python -m data_prep.check` writes the file; lines may be added or
+removed by hand.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_prep.annotations import AnnotationError
 from drl_jax.runtime.files import write_text
 
 _HEADER = "# Videos that builds leave out: id, tab, reason. Remove a line to include its video.\n"
@@ -18,12 +20,23 @@ def quarantine_file(data_dir: Path, dataset: str) -> Path:
 
 
 def read_quarantine(path: Path) -> dict[str, str]:
-    """Reads the reasons by video id; empty if the file does not exist."""
+    """Reads the reasons by video id; empty if the file does not exist.
+
+    Raises:
+      AnnotationError: it is not text in UTF-8.
+    """
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    entries = (line.partition("\t") for line in lines if line.strip() and line[0] != "#")
-    return {video.strip(): reason.strip() or "no reason given" for video, _, reason in entries}
+    try:
+        # Notepad writes a byte order mark. Lines end with \n alone: an id may have other ends.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"{path} is not text in UTF-8; save it as UTF-8") from error
+    entries = (line.partition("\t") for line in lines if line.strip("\t ") and line[0] != "#")
+    return {
+        _unescaped(video.strip()): reason.strip() or "no reason given"
+        for video, _, reason in entries
+    }
 
 
 def write_quarantine(path: Path, reasons: Mapping[str, str]) -> None:
@@ -33,5 +46,14 @@ def write_quarantine(path: Path, reasons: Mapping[str, str]) -> None:
       path: the file.
       reasons: reason for each video, by video id.
     """
-    lines = (f"{video}\t{reason}\n" for video, reason in sorted(reasons.items()))
+    lines = (f"{_escaped(video)}\t{reason}\n" for video, reason in sorted(reasons.items()))
     write_text(path, _HEADER + "".join(lines))
+
+
+def _escaped(video_id: str) -> str:
+    """An id that starts with # would be a comment: a backslash stands before it."""
+    return f"\\{video_id}" if video_id.lstrip("\\").startswith("#") else video_id
+
+
+def _unescaped(text: str) -> str:
+    return text[1:] if text.startswith("\\") and text.lstrip("\\").startswith("#") else text

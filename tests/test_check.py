@@ -192,6 +192,21 @@ def test_hard_clips_are_stored_correctly_or_left_out(tmp_path):
             assert frames.reshape(len(frames), -1).max(1).min() > 0
 
 
+def test_damaged_files_of_an_earlier_check(mine, tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("video,caption\ngood0,a\ngood1,b\ntext,c\n")
+    check(mine)
+    report = tmp_path / "data" / "custom" / "check.json"
+    quarantine = tmp_path / "data" / "custom" / "quarantine.txt"
+    assert quarantine.read_text().splitlines()[1].startswith("text\t")
+    report.write_text(report.read_text()[:40])
+    assert check(mine) == 1
+    assert json.loads(report.read_text())["unusable"].keys() == {"text"}
+    quarantine.write_bytes(b"caf\xe9\ta\n")
+    for command in ("check", "build"):
+        line = error_of(f"data_prep.{command}", *mine, capsys=capsys)
+        assert f"{quarantine} is not text in UTF-8; save it as UTF-8" in line
+
+
 def test_a_report_that_cannot_be_written_is_one_line(mine, tmp_path, capsys):
     (tmp_path / "mine.csv").write_text("video,caption\ngood0,a\ngood1,b\ngood2,c\n")
     (tmp_path / "data").write_text("a file in place of the directory")

@@ -49,6 +49,8 @@ def _paragraphs(path: Path) -> dict[str, list[str]]:
     paragraphs = {}
     try:
         for video, entry in read_json(path, dict).items():
+            if not isinstance(entry["sentences"], list):
+                raise TypeError(f"sentences of {video} must be a list")
             text = " ".join(sentence.strip() for sentence in entry["sentences"]).strip()
             paragraphs[_without_prefix(video)] = [text] if text else []
     except (AttributeError, KeyError, TypeError) as error:

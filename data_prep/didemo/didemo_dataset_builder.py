@@ -1,5 +1,7 @@
 """DiDeMo as paragraph retrieval: all descriptions of a video's moments form one query."""
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,25 +38,88 @@ class Builder(RetrievalBuilder):
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
         annotations, pairs = find_annotation_pairs(path, _FILES)
+        sentences = {split: _sentences(data) for split, (_, data) in pairs.items()}
+        files = {
+            split: _full_names(read_lines(names), sentences[split], names, data)
+            for split, (names, data) in pairs.items()
+        }
+        ids = _video_ids({*itertools.chain(*sentences.values()), *itertools.chain(*files.values())})
         for split, (names, data) in pairs.items():
-            # The list may have suffixes where the captions have none, and a downloaded file may
-            # have a different one.
-            videos = map(without_video_suffix, read_lines(names))
-            annotations.splits[split] = with_all_captions(videos, _paragraphs(data), names, data)
-        annotations.sources = {video: (Source(video, _SPAN),) for video in annotations.video_ids()}
+            captions = {
+                ids[file]: [" ".join(sentences[split][described]).strip()]
+                for file, described in files[split].items()
+            }
+            annotations.splits[split] = with_all_captions(captions, captions, names, data)
+            annotations.sources |= {ids[file]: (Source(file, _SPAN),) for file in files[split]}
         return require_splits(annotations, path)
 
 
-def _paragraphs(path: Path) -> dict[str, list[str]]:
-    """One caption per video, from `[{"video": .., "description": .., ..}]`."""
+def _sentences(path: Path) -> dict[str, list[str]]:
+    """Descriptions by video, from `[{"video": .., "description": .., ..}]`."""
     sentences: dict[str, list[str]] = {}
     try:
         for entry in read_json(path, list):
-            video = without_video_suffix(entry["video"])
-            sentences.setdefault(video, []).append(entry["description"].strip())
+            video, description = entry["video"].strip(), entry["description"].strip()
+            sentences.setdefault(video, []).append(description)
     except (AttributeError, KeyError, TypeError) as error:
         raise AnnotationError(
             f'{path} does not list {{"video": .., "description": .., ..}}'
             f" ({type(error).__name__}: {error})"
         ) from error
-    return {video: [" ".join(parts)] for video, parts in sentences.items()}
+    return sentences
+
+
+def _full_names(
+    listed: Iterable[str], described: Iterable[str], names: Path, data: Path
+) -> dict[str, str]:
+    """Matches the listed videos with those that have descriptions.
+
+    Two Flickr videos can differ in the suffix alone, so full names are compared first; but a list
+    or the descriptions may have no suffixes, or others.
+
+    Returns:
+      For each listed video, by its full name, its name in the descriptions.
+
+    Raises:
+      AnnotationError: a video has no descriptions, or those of several videos.
+    """
+    described = set(described)
+    by_stem: dict[str, list[str]] = {}
+    for video in sorted(described):
+        by_stem.setdefault(without_video_suffix(video), []).append(video)
+    found, missing = {}, []
+    for video in listed:
+        if video in described:
+            candidates = [video]
+        elif video in by_stem:  # The list has no suffixes.
+            candidates = by_stem[video]
+        else:
+            candidates = by_stem.get(without_video_suffix(video), [])
+        if len(candidates) > 1:
+            raise AnnotationError(
+                f"{names}: {video} can be {' or '.join(candidates)} of {data}; list the full name"
+            )
+        if not candidates:
+            missing.append(video)
+            continue
+        (match,) = candidates
+        found[match if video in by_stem else video] = match
+    if missing:
+        raise AnnotationError(
+            f"{len(missing)} videos of {names} have no description in {data} (the first:"
+            f" {missing[0]}); check that the two files belong together"
+        )
+    return found
+
+
+def _video_ids(names: Iterable[str]) -> dict[str, str]:
+    """Id of each video: its name without suffix, or in full if another one has the same."""
+    by_stem: dict[str, list[str]] = {}
+    for name in names:
+        by_stem.setdefault(without_video_suffix(name), []).append(name)
+    return {
+        # A name without suffix is that of the other one, from a file without suffixes.
+        name: stem if len(set(group) - {stem}) <= 1 else name
+        for stem, group in by_stem.items()
+        for name in group
+    }

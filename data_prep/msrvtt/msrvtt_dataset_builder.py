@@ -3,11 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from data_prep.annotation_files import (
-    read_csv_columns,
-    read_json,
-    read_sentences,
-)
+from data_prep.annotation_files import read_json, read_sentences
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
@@ -16,6 +12,7 @@ from data_prep.annotations import (
     require_splits,
     with_all_captions,
 )
+from data_prep.csv_files import read_csv_columns
 from data_prep.retrieval_builder import RetrievalBuilder
 
 _SENTENCES = "MSRVTT_data.json"
@@ -73,8 +70,11 @@ def _official_splits(path: Path) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     try:
         for video in read_json(path, dict).get("videos", []):
-            if "split" in video:
-                splits.setdefault(_FULL[video["split"]], []).append(video["video_id"])
+            if "split" not in video:
+                continue
+            if not isinstance(video["video_id"], str):
+                raise TypeError(f"video_id {video['video_id']!r} is not a text")
+            splits.setdefault(_FULL[video["split"]], []).append(video["video_id"])
     except (KeyError, TypeError) as error:
         raise AnnotationError(
             f'{path}: "videos" does not list {{"video_id": .., "split": {" | ".join(_FULL)}}}'

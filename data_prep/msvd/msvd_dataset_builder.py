@@ -1,7 +1,7 @@
 """MSVD (YouTube2Text): every caption is a query."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from data_prep.annotation_files import (
     checked_captions,
@@ -55,14 +55,19 @@ class Builder(RetrievalBuilder):
 def _read_captions(path: Path) -> dict[str, list[str]]:
     if path.name == _JSON:
         return checked_captions(path, read_json(path, dict))
-    words = read_plain_pickle(path)
-    try:
-        captions = {
-            video: [" ".join(sentence) for sentence in sentences]
-            for video, sentences in words.items()
-        }
-    except (AttributeError, TypeError) as error:
-        raise AnnotationError(
-            f"{path} does not have MSVD's structure, {{video: [[word, ..], ..]}} ({error})"
-        ) from error
+    captions = read_plain_pickle(path)
+    if isinstance(captions, dict):
+        captions = {video: _joined(sentences) for video, sentences in captions.items()}
     return checked_captions(path, captions)
+
+
+def _joined(sentences: Any) -> Any:
+    """Joins the sentences that are lists of words; leaves anything else as it is."""
+    if not isinstance(sentences, list):
+        return sentences
+    return [
+        " ".join(sentence)
+        if isinstance(sentence, list) and all(isinstance(word, str) for word in sentence)
+        else sentence
+        for sentence in sentences
+    ]

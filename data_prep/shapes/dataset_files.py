@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.annotation_files import read_csv_columns, read_sentences
+from data_prep.annotation_files import read_sentences
 from data_prep.annotations import Annotations, group_captions, with_all_captions
+from data_prep.csv_files import read_csv_columns
 from data_prep.shapes import draw as draw_module
 from data_prep.shapes.draw import draw_file
 from drl_jax.runtime.errors import UserError

@@ -20,7 +20,8 @@ from PIL import Image
 # Suffixes of video files, lower case.
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv"),
-    *(".flv", ".mpg", ".mpeg", ".3gp", ".ogv", ".gif"),
+    *(".flv", ".f4v", ".mpg", ".mpeg", ".mpe", ".3gp", ".3g2", ".ogv", ".gif"),
+    *(".mts", ".m2ts", ".ts", ".qt", ".asf", ".vob"),
 )
 # Start and end of a part of a video, seconds.
 Span = tuple[float, float]

@@ -49,11 +49,32 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_below(directory: Path) -> list[Path]:
+    """The regular files below a directory, sorted.
+
+    Links to folders are followed. A folder that several paths lead to is listed once: by its own
+    path if that is below the directory, or else by the first link. Folders that this process may
+    not read are left out.
+    """
+    found, seen = [], set()
+    folders, links = [directory], []
+    while folders or links:
+        # All links last, so that a folder is listed by its own path.
+        folder = folders.pop() if folders else links.pop(0)
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with contextlib.suppress(PermissionError):
+            for path in sorted(folder.iterdir()):
+                if path.is_dir():
+                    (links if path.is_symlink() else folders).append(path)
+                elif path.is_file():
+                    found.append(path)
+    return sorted(found)
+
+
 def files_with_suffix(directory: Path, suffixes: Iterable[str]) -> list[Path]:
-    """The regular files below a directory with one of these lower-case suffixes, sorted."""
+    """Those of `files_below` that have one of these lower-case suffixes."""
     suffixes = frozenset(suffixes)
-    return [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file()
-    ]
+    return [path for path in files_below(directory) if path.suffix.lower() in suffixes]

@@ -1,0 +1,162 @@
+"""The csv and jsonl files of `custom`: what is read, and what is refused with its row."""
+
+import json
+import unicodedata
+
+import pytest
+from support.commands import error_of
+from support.videos import numbered_frames, write_video
+
+from data_prep.annotations import AnnotationError
+from data_prep.datasets import builder_class
+from data_prep.video_folder import make_plan
+
+
+def read(tmp_path, content, name="mine.csv"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return builder_class("custom").read_annotations(path)
+
+
+def captions_of(annotations):
+    return {
+        name: {entry.video_id: entry.captions for entry in split}
+        for name, split in annotations.splits.items()
+    }
+
+
+EXPECTED = {"train": {"a.mp4@5-62.5": ["one, two"]}, "test": {"b.mp4": ["three"]}}
+
+
+VARIANTS = {
+    "commas.csv": 'video,caption,start,end,split\na.mp4, "one, two", 5,62.5, train\n'
+    "b.mp4,three,,,test",
+    "semicolons.csv": "Video;Caption; Start ;End;SPLIT\na.mp4;one, two;0:05;1:02.5;train\n\n"
+    "b.mp4;three;;;test\n;;;;\n",
+    "tabs.tsv": "split\tvideo\tstart\tend\tcaption\r\n"
+    "train\ta.mp4\t0:00:05\t00:01:02.5\tone, two\r\ntest\tb.mp4\t\t\tthree\r\n",
+    "byte_order_mark.csv": "\ufeffvideo,caption,split,start,end\n"
+    '"a.mp4","one, two","train",5,62.5\n"b.mp4","three","test",,\n',
+    "lines.JSONL": '{"Video": "a.mp4", "Caption": "one, two", "start": "0:05", "end": 62.5, '
+    '"split": "train"}\r\n\r\n{"video": "b.mp4", "caption": "three", "split": "test"}',
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_one_file_are_the_same_dataset(name, tmp_path):
+    assert captions_of(read(tmp_path, VARIANTS[name], name)) == EXPECTED
+
+
+def test_line_ends_inside_a_text(tmp_path):
+    annotations = read(tmp_path, 'video,caption,split\na,"one\ntwo",train\nb,"say ""hi""",test\n')
+    assert captions_of(annotations) == {"train": {"a": ["one\ntwo"]}, "test": {"b": ['say "hi"']}}
+    row = json.dumps({"video": "a", "caption": "one\u2028two\x85three"}, ensure_ascii=False)
+    annotations = read(tmp_path, f"{row}\n{row}\n", "mine.jsonl")
+    assert captions_of(annotations) == {"train": {"a": ["one\u2028two\x85three"] * 2}}
+
+
+def rows(first, last):
+    return "".join(f"v{n}.mp4,caption {n},train\n" for n in range(first, last + 1))
+
+
+HEADER = "video,caption,split\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # The quotation mark swallows the rest of the file, or the rows up to another quoted text.
+        (HEADER + rows(2, 499) + 'v500.mp4,"caption 500,train\n' + rows(501, 999),
+         "mine.csv, row 500: a quotation mark that opens in this row is not closed"),
+        (HEADER + rows(2, 499) + 'v500.mp4,"caption 500,train\n' + rows(501, 699)
+         + 'v700.mp4,"caption, 700",train\n' + rows(701, 999),
+         "mine.csv, row 500: a quotation mark that opens in this row is not closed (read up to line"
+         " 700"),
+        # It closes by accident, at a quotation mark for inches.
+        (HEADER + rows(2, 9) + 'v10.mp4,"caption 10,train\n' + rows(11, 19)
+         + 'v20.mp4,a screen of 5",train\n' + rows(21, 30),
+         "row 10: a quotation mark that opens in this row closes only in line 20, after text that"
+         " looks like other rows"),
+        # More than the reader's limit of 131,072 characters.
+        (HEADER + 'v2.mp4,"caption 2,train\n' + rows(3, 9999),
+         "row 2: a quotation mark that opens"),
+        (HEADER + 'a.mp4,"big" dog,train\n', "row 2 is not valid CSV"),
+        # The physical line counts, also after a text with line ends.
+        (HEADER + 'a.mp4,"x\ny",train\n' + "b.mp4,waves, then sand,train\n",
+         "row 4 has 4 fields, but the first line names 3 (video, caption, split); a text that"
+         " contains ',' must be between quotation marks"),
+        (HEADER + "a.mp4,x\n", "row 2 has 2 fields, but the first line names 3"),
+        (HEADER + "a.mp4,waves, then sand\n", "row 2: 'then sand' is not a split (train, val or"
+         " test); a caption with a comma needs quotation marks"),
+        (HEADER + "a.mp4,x,Train\n", "row 2: 'Train' is not a split (train, val or test); did you"
+         " mean train?"),
+        (HEADER + "a.mp4,x,validation\n", "did you mean val?"),
+        (HEADER + "a.mp4,x,dev\n", "did you mean val?"),
+        (HEADER + "a.mp4,x,tset\n", "did you mean test?"),
+        ("video,caption,Caption\na,b,c\n", "mine.csv has two columns 'caption'"),
+        ("video,caption,start,end\na,b,0:05,1:75\n",
+         "row 2: start and end must be seconds or h:mm:ss, with a decimal point, not '0:05' and"
+         " '1:75'"),
+        ("video;caption;start;end\na;b;0;1,5\n", "not '0' and '1,5'"),
+        ("video,caption\n\na.mp4,\n", "row 3: caption is empty"),
+        (HEADER.encode("utf-16"), "mine.csv is in UTF-16 or is no text; save it as text in UTF-8"),
+        (HEADER.encode("utf-16-le"), "mine.csv is in UTF-16 or is no text"),
+        (f"{HEADER}a,b,train\nc,Café,train\n".encode("latin-1"),
+         "mine.csv, line 3 is not text in UTF-8 (byte 0xe9); save the file as UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_csv_that_would_be_misread_is_refused_with_its_row(content, message, tmp_path, capsys):
+    with pytest.raises(AnnotationError) as error:
+        read(tmp_path, content)
+    assert message in str(error.value)
+    flags = (f"--videos={tmp_path}", f"--annotations={tmp_path / 'mine.csv'}")
+    line = error_of(
+        "data_prep.build", "custom", *flags, f"--data_dir={tmp_path / 'data'}", capsys=capsys
+    )
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"video": 7010, "caption": "a"}, "line 1: video must be a text, not 7010"),
+        ({"video": "a", "caption": 7}, "line 1: caption must be a text, not 7"),
+        ({"video": "a", "captions": ["b", None]}, "line 1: caption must be a text, not None"),
+        ({"video": "a", "caption": "b", "split": "Test"}, "line 1: 'Test' is not a split"),
+        ({"video": "a", "caption": "b", "start": True, "end": 2}, "line 1: start and end must be"),
+    ],
+)
+def test_a_wrong_value_in_jsonl(row, message, tmp_path):
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, json.dumps(row), "mine.jsonl")
+
+
+def test_a_json_file_that_is_not_jsonl(tmp_path):
+    with pytest.raises(AnnotationError, match=r"must be a .csv or .jsonl file \(one JSON object"):
+        read(tmp_path, "[]", "mine.json")
+
+
+def test_spans_that_differ_after_the_sixth_digit_have_their_own_ids(tmp_path):
+    annotations = read(
+        tmp_path,
+        "video,caption,start,end\na,one,1234.561,1300\na,two,1234.562,1300\na,three,0.5,2\n"
+        "a,four,1234.561,1300\n",
+    )
+    assert sorted(entry.video_id for split in annotations.splits.values() for entry in split) == [
+        "a@0.5-2",  # As before: ids in built datasets and in lists of quarantine stay.
+        "a@1234.561-1300.0",
+        "a@1234.562-1300.0",
+    ]
+    assert annotations.sources["a@1234.562-1300.0"][0].span == (1234.562, 1300)
+    assert captions_of(annotations)["train"]["a@1234.561-1300.0"] == ["one", "four"]
+
+
+@pytest.mark.parametrize(("annotated", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_compared_in_their_composed_form(annotated, stored, tmp_path):
+    name = unicodedata.normalize(stored, "Café/été.mp4")
+    (tmp_path / "videos" / name).parent.mkdir(parents=True)
+    write_video(tmp_path / "videos" / name, numbered_frames(10), fps=10)
+    for annotation in ("Café/été.mp4", "été.mp4", "été", "été.mov", "Café/été"):
+        text = unicodedata.normalize(annotated, annotation)
+        plan = make_plan(read(tmp_path, f"video,caption\n{text},a\n"), tmp_path / "videos", {})
+        assert [clip.path for clip in plan.clips] == [tmp_path / "videos" / name]

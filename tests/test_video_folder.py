@@ -1,0 +1,175 @@
+"""How annotated videos are found among the files of a folder; names as in DiDeMo and MSVD."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+from support.videos import numbered_frames, write_video
+
+from data_prep.annotations import AnnotationError, Annotations, Captioned, Source
+from data_prep.build import main as build
+from data_prep.datasets import builder_class
+from data_prep.quarantine import read_quarantine, write_quarantine
+from data_prep.video_folder import VideoFolder
+from drl_jax.data.records import VideoDataset
+from drl_jax.runtime.files import files_below
+
+
+def located(folder, *names):
+    """Paths of the files that are found for annotated names, or the reasons, in order."""
+    entries = [Captioned(name, ["a"]) for name in names]
+    sources = {name: (Source(name),) for name in names}
+    clips, reasons = VideoFolder(folder).locate(Annotations({"train": entries}, sources=sources))
+    found = {clip.video_id: str(clip.path.relative_to(folder)) for clip in clips} | reasons
+    return [found[name] for name in names]
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_full_names_come_first(tmp_path):
+    touch(tmp_path, "x.mov", "x.mp4", "y.mp4", "sub/z.3g2", "dots..mp4", "ends.", "two.mov.mp4")
+    assert located(tmp_path, "x.mov", "x.mp4") == ["x.mov", "x.mp4"]
+    assert located(tmp_path, "x") == ["several files have this name: x.mov, x.mp4"]
+    # A file in another container than annotated, but not the file of another video.
+    assert located(tmp_path, "y.avi", "y") == ["y.mp4", "y.mp4"]
+    assert located(tmp_path, "y.avi", "y.mp4") == ["no such file", "y.mp4"]
+    assert located(tmp_path, "z.3G2", "sub/z", "sub/z.mov") == ["sub/z.3g2"] * 3
+    assert located(tmp_path, "dots.", "ends.") == ["dots..mp4", "ends."]
+    assert located(tmp_path, "two.mov") == ["two.mov.mp4"]
+    assert located(tmp_path, "two.mov", "two.mov.mp4") == ["no such file", "two.mov.mp4"]
+    assert located(tmp_path, "two.mov.mp4.qt") == ["two.mov.mp4"]
+
+
+def test_folders_behind_links_are_searched_once(tmp_path):
+    folder, elsewhere = tmp_path / "videos", tmp_path / "elsewhere"
+    touch(folder, "real/a.mp4")
+    touch(elsewhere, "b.mp4", "deep/c.mp4")
+    (folder / "again").symlink_to("real")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "other_link").symlink_to(elsewhere)
+    (folder / "real" / "loop").symlink_to("..")
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "broken").symlink_to("nowhere")
+    found = [str(path.relative_to(folder)) for path in files_below(folder)]
+    assert found == ["link/b.mp4", "link/deep/c.mp4", "real/a.mp4"]
+    assert located(folder, "a", "again/a.mp4", "link/deep/c.mp4", "other_link/b.mp4") == [
+        *("real/a.mp4", "again/a.mp4", "link/deep/c.mp4", "other_link/b.mp4")
+    ]
+
+
+# Names that real files of DiDeMo have.
+STRANGE = [
+    "1@N00_a.",
+    "2@N00_b.mts",
+    "3@N00_c.m2ts",
+    "4@N00_d.3g2",
+    "5@N00_e.qt",
+    "6@N00_f.mov.mp4",
+]
+
+
+def lay_out_didemo(root, *, list_suffixes=True):
+    """Two videos of each split have names that differ in the suffix alone."""
+    write_video(root / "short.mp4", numbered_frames(10), fps=10)
+    write_video(root / "long.mp4", numbered_frames(20), fps=10)
+    (root / "videos").mkdir()
+    (root / "annotations").mkdir()
+    for split, names in (("train", STRANGE), ("test", ["same.mov", "same.mp4", "own.avi"])):
+        for name in names:
+            source = "long.mp4" if name == "same.mp4" else "short.mp4"
+            shutil.copy(root / source, root / "videos" / name)
+        listed = names if list_suffixes else [name.rpartition(".")[0] for name in names]
+        (root / "annotations" / f"{split}_list.txt").write_text("\n".join(dict.fromkeys(listed)))
+        entries = [
+            {"video": name, "description": f"{name} {part}"} for name in names for part in (1, 2)
+        ]
+        (root / "annotations" / f"{split}_data.json").write_text(json.dumps(entries))
+    return builder_class("didemo"), root / "annotations"
+
+
+def test_every_name_of_didemo_is_found_and_no_query_has_the_sentences_of_two_videos(tmp_path):
+    lay_out_didemo(tmp_path)
+    flags = [f"--{name}={tmp_path / name}" for name in ("videos", "annotations")]
+    assert build(["didemo", *flags, f"--data_dir={tmp_path}", "--image_size=32"]) == 0
+    dataset = VideoDataset(tmp_path / "didemo" / "32px_64f_jpeg" / "1.0.0")
+    assert dataset.manifest["left_out"] == {}
+    split = dataset.split("test")
+    assert dict(
+        zip((dataset.video_ids[video] for video in split.videos), split.captions, strict=True)
+    ) == {
+        "same.mov": ["same.mov 1 same.mov 2"],
+        "same.mp4": ["same.mp4 1 same.mp4 2"],
+        "own": ["own.avi 1 own.avi 2"],
+    }
+    assert [len(dataset.read_frames(video)) for video in split.videos] == [1, 2, 1]
+    train = [dataset.video_ids[video] for video in dataset.split("train").videos]
+    assert train == ["1@N00_a", "2@N00_b", "3@N00_c", "4@N00_d", "5@N00_e", "6@N00_f.mov"]
+
+
+def test_lists_of_didemo_without_suffixes(tmp_path):
+    builder, annotations = lay_out_didemo(tmp_path, list_suffixes=False)
+    with pytest.raises(AnnotationError, match=r"same can be same.mov or same.mp4 of .*full name"):
+        builder.read_annotations(annotations)
+    (annotations / "test_list.txt").write_text("own\nsame.mov\n")
+    found = builder.read_annotations(annotations)
+    assert [entry.video_id for entry in found.splits["test"]] == ["own", "same.mov"]
+    assert found.sources["own"][0].file == "own.avi"
+    assert located(tmp_path / "videos", *(found.sources[v][0].file for v in found.sources)) == [
+        *STRANGE, "own.avi", "same.mov",
+    ]  # fmt: skip
+    (annotations / "test_list.txt").write_text("own\nother.mov\n")
+    with pytest.raises(AnnotationError, match=r"1 videos of .* no description .*first: other.mov"):
+        builder.read_annotations(annotations)
+
+
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_the_pickle_of_msvd_can_have_sentences(protocol, tmp_path):
+    content = {"v": ["a man", ["a", "dog", "runs"]]}
+    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(content, protocol))
+    (tmp_path / "test_list.txt").write_text("v\n")
+    annotations = builder_class("msvd").read_annotations(tmp_path)
+    assert annotations.splits["test"] == [Captioned("v", ["a man", "a dog runs"])]
+
+
+@pytest.mark.parametrize("content", [{"v": "a man"}, {"v": [["a", 7]]}, {"v": [7]}, ["a"]])
+def test_a_pickle_of_msvd_with_another_structure(content, tmp_path):
+    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(content))
+    (tmp_path / "test_list.txt").write_text("v\n")
+    with pytest.raises(AnnotationError, match=r"raw-captions.pkl(, v: expected a list of|.*must)"):
+        builder_class("msvd").read_annotations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"sentences": [{"video_id": "v", "caption": "a"}, {"video_id": "v", "caption": 7}]},
+         "sentence 2: video_id and caption must be texts, not 'v' and 7"),
+        ({"sentences": [{"video_id": 7010, "caption": "a"}]}, "sentence 1: .* not 7010 and 'a'"),
+        ({"sentences": [{"video_id": ["v"], "caption": "a"}]}, "sentence 1: video_id and caption"),
+        ({"sentences": [], "videos": [{"video_id": 7, "split": "test"}]},
+         "video_id 7 is not a text"),
+    ],
+)  # fmt: skip
+def test_numbers_in_the_json_of_msrvtt(document, message, tmp_path):
+    (tmp_path / "MSRVTT_data.json").write_text(json.dumps(document))
+    with pytest.raises(AnnotationError, match=message) as error:
+        builder_class("msrvtt").read_annotations(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_ids_in_quarantine_can_start_with_a_hash(tmp_path):
+    path = tmp_path / "quarantine.txt"
+    reasons = {"#cat": "a", "\\#dog": "b", "\\\\#cow": "c", "\\bird": "d", "two\u2028lines": "e"}
+    write_quarantine(path, reasons)
+    assert read_quarantine(path) == reasons
+    # A file of an earlier version, or edited with Notepad.
+    path.write_bytes("\ufeff# comment\r\nvideo1\tblack\r\n#cat\ta\r\n\r\nvideo2\r\n".encode())
+    assert read_quarantine(path) == {"video1": "black", "video2": "no reason given"}
+    path.write_bytes("café\ta\n".encode("latin-1"))
+    with pytest.raises(AnnotationError, match=r"quarantine.txt is not text in UTF-8"):
+        read_quarantine(path)
