@@ -8,7 +8,6 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.decode import read_frames_or_error
-from data_prep.manifest import storage_of
 from drl_jax.data.records import FORMAT_VERSION, DatasetError, VideoDataset
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
@@ -53,7 +52,7 @@ def compare_dataset(
         raise DatasetError(
             f"{directory} does not record its source files; rebuild it with --overwrite"
         )
-    storage = storage_of(dataset.manifest)
+    storage = dataset.storage
     picked = sorted(random.Random(seed).sample(range(len(dataset)), min(samples, len(dataset))))
     calls = []
     for video in picked:
@@ -65,7 +64,11 @@ def compare_dataset(
         zip(picked, decoded, strict=True), storage.name, len(picked), unit="video"
     ):
         video_id = dataset.video_ids[video]
-        stored = dataset.read_frames(video)
+        try:
+            stored = dataset.read_frames(video)
+        except DatasetError as error:
+            wrong[video_id] = str(error)
+            continue
         if isinstance(frames, WorkerFailure):
             wrong[video_id] = frames.reason
         elif isinstance(frames, str):

@@ -15,6 +15,7 @@ from av import ffmpeg_version_info
 
 from data_prep.annotations import Annotations
 from data_prep.frame_cache import Frames, decoder_versions
+from drl_jax.data.records import DESCRIPTIONS
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.files import sha256
 
@@ -46,6 +47,7 @@ def make_manifest(
     unusable: Mapping[str, str],
     published: PublishedSizes,
     content: ContentHash,
+    directory: Path,
 ) -> dict[str, Any]:
     """Makes the manifest of a dataset.
 
@@ -57,6 +59,7 @@ def make_manifest(
       unusable: reasons why the other videos are left out, by id.
       published: see `PublishedSizes`.
       content: hash of the stored videos.
+      directory: of the dataset, complete but for the manifest.
     """
     return {
         "dataset": dataset,
@@ -68,6 +71,7 @@ def make_manifest(
         "annotations": _hashes(annotations.files),
         "missing_files": annotations.missing_files,
         "content": content.hexdigest(),
+        "files": {name: sha256(directory / name) for name in DESCRIPTIONS},
         "videos": len(stored),
         "left_out": dict(unusable),
         "splits": count_splits(annotations, stored, published),
@@ -99,18 +103,12 @@ def annotation_changes(manifest: Mapping[str, Any], files: Iterable[Path]) -> li
     """
     if not manifest:
         return []
-    before, now = manifest["annotations"], _hashes(files)
+    before, now = manifest.get("annotations", {}), _hashes(files)
     return [
         *(f"{name} has changed" for name in now if before.get(name, now[name]) != now[name]),
         *(f"{name} is new" for name in now if name not in before),
         *(f"{name} is missing" for name in before if name not in now),
     ]
-
-
-def storage_of(manifest: Mapping[str, Any]) -> StorageSpec:
-    """Storage variant that a manifest records."""
-    settings = manifest["settings"]
-    return StorageSpec(settings["image_size"], settings["max_frames"], settings["storage"])
 
 
 def count_splits(

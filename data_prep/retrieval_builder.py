@@ -131,7 +131,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         self.info.metadata.update(_metadata(plan, records))
         writer.close_all()
         manifest = make_manifest(
-            self.name, storage, annotations, records, unusable, self.PUBLISHED, content
+            self.name, storage, annotations, records, unusable, self.PUBLISHED, content, directory
         )
         write_json(directory / MANIFEST, manifest)
 

@@ -5,8 +5,10 @@ The splits of the dataset's protocol are in its metadata, as lists of (video, ca
 does not import TensorFlow.
 """
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,20 @@ import tensorflow_datasets as tfds
 
 from drl_jax.config import Config
 from drl_jax.data.storage import StorageSpec
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.runtime.files import sha256
 
 # Increase it when the layout of the records or of the metadata changes.
 FORMAT_VERSION = "1.0.0"
 VIDEOS_SPLIT = "videos"
 # File that records what a dataset was built from (`data_prep/manifest.py`).
 MANIFEST = "manifest.json"
+# Files that TFDS writes beside the records. The records have checksums of their own.
+DESCRIPTIONS = ("dataset_info.json", "features.json", "metadata.json")
 
 
 class DatasetError(UserError):
-    """A dataset is missing, or does not contain what was requested."""
+    """A dataset is missing or damaged, or does not contain what was requested."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +72,37 @@ def dataset_dir(config: Config) -> Path:
 
 
 class VideoDataset:
-    """A built dataset."""
+    """A built dataset.
+
+    Attributes:
+      directory: its directory.
+      storage: its storage variant.
+      manifest: what it was built from (`data_prep/manifest.py`); empty without a manifest.
+    """
 
     def __init__(self, directory: Path):
-        """Opens the dataset in `directory`.
+        """Opens the dataset in `directory`; checks all files but the content of the records.
 
         Raises:
-          DatasetError: there is no dataset in it.
+          DatasetError: there is no dataset in it, or it is damaged.
         """
-        if not (directory / "dataset_info.json").is_file():
+        if not directory.is_dir():
             raise DatasetError(_not_built_message(directory))
-        builder = tfds.builder_from_directory(str(directory))
         self.directory = directory
-        self._metadata = dict(builder.info.metadata)
-        self._source = builder.as_data_source(split=VIDEOS_SPLIT)
+        self.manifest: dict[str, Any] = read_manifest(directory)
+        try:
+            self.storage = StorageSpec.from_name(directory.parent.name)
+            _check_descriptions(directory, self.manifest)
+            builder = tfds.builder_from_directory(str(directory))
+            self._metadata = dict(builder.info.metadata)
+            self._source = builder.as_data_source(split=VIDEOS_SPLIT)
+            self._shards = _Shards.of(builder.info.splits[VIDEOS_SPLIT])
+            stored, named = len(self._source), len(self._metadata["video_ids"])
+            if stored != named or "splits" not in self._metadata:
+                raise ValueError(f"metadata.json describes {named} of its {stored} videos")
+        # TFDS raises many kinds of errors for a damaged file.
+        except Exception as error:
+            raise DatasetError(_damaged_message(directory, directory, error)) from error
 
     def __len__(self) -> int:
         """Number of stored videos."""
@@ -102,11 +124,6 @@ class VideoDataset:
         Empty for a dataset built by a version that did not store it.
         """
         return self._metadata.get("sources", [])
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """What the dataset was built from (`data_prep/manifest.py`); empty without a manifest."""
-        return read_manifest(self.directory)
 
     @property
     def content(self) -> str:
@@ -140,14 +157,95 @@ class VideoDataset:
         )
 
     def read_frames(self, video: int) -> np.ndarray:
-        """Frames of the video with a record index: uint8 [F, H, W, 3]."""
-        return np.asarray(self._source[int(video)]["frames"])
+        """Frames of the video with a record index: uint8 [F, H, W, 3].
+
+        Raises:
+          DatasetError: the record is damaged, or is that of another video or storage variant.
+        """
+        video = int(video)
+        video_id = self.video_ids[video]
+        try:
+            record = self._source[video]
+            stored_id, frames = record["video_id"], np.asarray(record["frames"])
+            if stored_id not in (video_id, video_id.encode()):
+                raise ValueError(f"it holds the video {stored_id!r}")
+            _check_frames(frames, self.storage)
+        except MemoryError:
+            raise
+        # array_record raises RuntimeError for a wrong checksum, and other errors at other places.
+        except Exception as error:
+            what = f"{self._shards.file(video)}, record {video} (video {video_id})"
+            raise DatasetError(_damaged_message(self.directory, what, error)) from error
+        return frames
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+    """Files of the records.
+
+    Attributes:
+      files: their paths.
+      ends: for each file, the number of records in it and in those before it.
+    """
+
+    files: list[Path]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, split: tfds.core.SplitInfo) -> "_Shards":
+        files = [Path(path) for path in split.filepaths]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{file.name} is missing")
+        return cls(files, list(itertools.accumulate(split.shard_lengths)))
+
+    def file(self, record: int) -> Path:
+        return self.files[bisect.bisect_right(self.ends, record)]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Manifest of the dataset in a directory; empty if it has none."""
+    """Manifest of the dataset in a directory; empty if it has none.
+
+    Raises:
+      DatasetError: it is damaged.
+    """
     path = directory / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise TypeError("it is not an object")
+    except (OSError, ValueError, TypeError) as error:
+        raise DatasetError(_damaged_message(directory, path, error)) from error
+    return manifest
+
+
+def _check_descriptions(directory: Path, manifest: dict[str, Any]) -> None:
+    """Compares the files that TFDS wrote with their hashes, if the manifest has them."""
+    for name in DESCRIPTIONS:
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{name} is missing")
+    for name, digest in manifest.get("files", {}).items():
+        if sha256(directory / name) != digest:
+            raise ValueError(f"{name} is not the file that the build wrote")
+
+
+def _check_frames(frames: np.ndarray, storage: StorageSpec) -> None:
+    picture = (storage.image_size, storage.image_size, 3)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != picture:
+        raise ValueError(f"it has frames {frames.dtype} {list(frames.shape)}")
+    if not 1 <= len(frames) <= storage.max_frames:
+        raise ValueError(f"it has {len(frames)} frames")
+
+
+def _damaged_message(directory: Path, what: object, error: Exception) -> str:
+    dataset, storage = directory.parent.parent, directory.parent.name
+    return (
+        f"{what} is damaged or cannot be read ({one_line(error)}); rebuild it with:"
+        f" python -m data_prep.build {dataset.name} --data_dir={dataset.parent} --overwrite, with"
+        f" flags that give {storage}"
+    )
 
 
 def _not_built_message(directory: Path) -> str:

@@ -12,13 +12,10 @@ from typing import TypeVar
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from drl_jax.runtime.child_process import exit_with_parent
+from drl_jax.runtime.errors import one_line
 from drl_jax.runtime.resources import available_cpus
 
 T = TypeVar("T")
-
-
-# Maximum length of an exception's message in a reason.
-_MAX_MESSAGE = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +70,7 @@ def _result(future: ProcessFuture, timeout: float | None) -> T | WorkerFailure:
         return WorkerFailure(f"the process that worked on it died (exit code {error.exitcode})")
     # Whatever one call raises must not end the others.
     except Exception as error:
-        return WorkerFailure(_one_line(error))
-
-
-def _one_line(error: Exception) -> str:
-    """Type and message of an exception."""
-    message = " ".join(str(error).split())
-    if len(message) > _MAX_MESSAGE:
-        message = message[: _MAX_MESSAGE - 3] + "..."
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+        return WorkerFailure(one_line(error))
 
 
 def _start_worker(parent: int) -> None:

@@ -1,0 +1,228 @@
+"""Damaged datasets: nothing is read silently, and each error is one line that says what to do."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support.commands import TINY, error_line, error_of, run_module
+from support.params import random_params
+
+from data_prep.build import main as build
+from data_prep.compare import main as compare
+from drl_jax.data.batches import TrainBatches, load_split
+from drl_jax.data.records import DatasetError, VideoDataset
+from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.models.tokenizer import tokenize
+from drl_jax.sharding import make_layout
+
+VARIANT = Path("shapes") / "64px_4f_raw" / "1.0.0"
+
+
+@pytest.fixture(scope="module")
+def jpeg_data(tmp_path_factory, shapes_data) -> Path:
+    """The small `shapes` as jpeg, built from the videos of `shapes_data`."""
+    data_dir = tmp_path_factory.mktemp("jpeg")
+    shutil.copytree(shapes_data / "source", data_dir / "source")
+    assert build(["shapes", "--size=smoke", f"--data_dir={data_dir}", "--storage=jpeg"]) == 0
+    return data_dir
+
+
+@pytest.fixture
+def damaged(shapes_data, tmp_path) -> Path:
+    """Directory of a copy of the small `shapes` that a test may damage."""
+    return Path(shutil.copytree(shapes_data / VARIANT, tmp_path / VARIANT))
+
+
+def shard_of(directory):
+    (shard,) = directory.glob("*.array_record*")
+    return shard
+
+
+def flip_bit(path, position, bit=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def damage_record(directory, video):
+    """Flips a bit in the record of a video, and in no other."""
+    shard = shard_of(directory)
+    # Where a record starts is not documented, so try positions.
+    for position in range(200, shard.stat().st_size, 500):
+        flip_bit(shard, position)
+        dataset = VideoDataset(directory)
+        if not readable(dataset, video) and all(
+            readable(dataset, other) for other in range(len(dataset)) if other != video
+        ):
+            return
+        flip_bit(shard, position)
+    raise AssertionError("no position found")
+
+
+def readable(dataset, video):
+    try:
+        dataset.read_frames(video)
+    except DatasetError:
+        return False
+    return True
+
+
+def digests(directory):
+    """Hash of the frames of each video, or the error."""
+    dataset, found = VideoDataset(directory), []
+    for video in range(len(dataset)):
+        try:
+            found.append(hashlib.sha256(dataset.read_frames(video).tobytes()).hexdigest())
+        except DatasetError as error:
+            found.append(error)
+    return found
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_a_flipped_bit_in_the_records_is_never_read_silently(
+    encoding, shapes_data, jpeg_data, tmp_path
+):
+    name = f"shapes/64px_4f_{encoding}/1.0.0"
+    source = {"raw": shapes_data, "jpeg": jpeg_data}[encoding] / name
+    directory = Path(shutil.copytree(source, tmp_path / name))
+    shard, whole = shard_of(directory), digests(source)
+    ids = VideoDataset(source).video_ids
+    rng, errors = np.random.default_rng(0), 0
+    for position in rng.integers(0, shard.stat().st_size, 16):
+        bit = rng.integers(8)
+        flip_bit(shard, position, bit)
+        for video, (found, expected) in enumerate(zip(digests(directory), whole, strict=True)):
+            if found == expected:
+                continue
+            errors += 1
+            line = str(found)
+            assert isinstance(found, DatasetError)
+            assert line.startswith(f"{shard}, record {video} (video {ids[video]}) is damaged")
+            assert "\n" not in line
+            assert line.endswith(
+                f"rebuild it with: python -m data_prep.build shapes --data_dir={tmp_path}"
+                f" --overwrite, with flags that give 64px_4f_{encoding}"
+            )
+        flip_bit(shard, position, bit)
+    assert errors >= 10
+    assert digests(directory) == whole
+
+
+@pytest.mark.parametrize("size", [0, 10, 65536, 65540, 300_000, -1])
+def test_a_truncated_file_of_records_is_one_line_for_each_video(size, damaged):
+    shard = shard_of(damaged)
+    shard.write_bytes(shard.read_bytes()[:size])
+    for error in digests(damaged):
+        assert str(error).startswith(f"{shard}, record ")
+        assert "\n" not in str(error)
+
+
+DESCRIPTIONS = ("dataset_info.json", "features.json", "metadata.json", "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in DESCRIPTIONS for damage in ("flip", "truncate", "remove")),
+        ("*.array_record*", "remove"),
+    ],
+)
+def test_a_damaged_description_is_one_line(name, damage, damaged):
+    (path,) = damaged.glob(name)
+    if damage == "remove":
+        path.unlink()
+        if name == "manifest.json":  # A dataset of an early version.
+            assert len(VideoDataset(damaged)) == 256
+            return
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        # In a manifest, not every letter matters.
+        flip_bit(path, 0 if name == "manifest.json" else path.stat().st_size // 2)
+    with pytest.raises(DatasetError, match="is damaged or cannot be read") as error:
+        VideoDataset(damaged)
+    assert path.name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "python -m data_prep.build shapes --data_dir=" in str(error.value)
+
+
+def test_descriptions_of_a_dataset_without_hashes(damaged):
+    """Datasets of earlier versions have a manifest without the hashes of these files."""
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    del manifest["files"]
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    assert VideoDataset(damaged).read_frames(0).shape == (4, 64, 64, 3)
+    metadata = (damaged / "metadata.json").read_text()
+    for text in (metadata[:-100], "{}", json.dumps({"video_ids": ["a"], "splits": {}})):
+        (damaged / "metadata.json").write_text(text)
+        with pytest.raises(DatasetError, match="is damaged or cannot be read"):
+            VideoDataset(damaged)
+    for name in ("features.json", "dataset_info.json"):
+        (damaged / "metadata.json").write_text(metadata)
+        (damaged / name).write_text("{}")
+        with pytest.raises(DatasetError, match="is damaged or cannot be read"):
+            VideoDataset(damaged)
+
+
+def test_a_record_of_another_variant_or_video(damaged, tmp_path):
+    ids = VideoDataset(damaged).video_ids
+    for name, message in (
+        ("32px_4f_raw", r"it has frames uint8 \[4, 64, 64, 3\]"),
+        ("64px_3f_raw", "it has 4 frames"),
+    ):
+        other = Path(shutil.copytree(damaged, tmp_path / "shapes" / name / "1.0.0"))
+        with pytest.raises(DatasetError, match=rf"record 7 \(video {ids[7]}\) .*{message}"):
+            VideoDataset(other).read_frames(7)
+    (damaged / "manifest.json").unlink()
+    metadata = json.loads((damaged / "metadata.json").read_text())
+    metadata["video_ids"].reverse()
+    (damaged / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(DatasetError, match=rf"it holds the video b'{ids[7]}'"):
+        VideoDataset(damaged).read_frames(7)
+
+
+def test_the_error_reaches_the_main_thread(shapes_config, damaged, tmp_path):
+    data = dataclasses.replace(shapes_config.data, data_dir=str(tmp_path))
+    config = dataclasses.replace(shapes_config, data=data)
+    split = load_split(VideoDataset(damaged), "train", data)
+    damage_record(damaged, 0)
+    dataset, layout = VideoDataset(damaged), make_layout(jax.devices()[:1])
+    message = rf"array_record-00000, record 0 \(video {dataset.video_ids[0]}\) is damaged"
+    for cache in ("none", "memory", "device"):
+        with pytest.raises(DatasetError, match=message):
+            read_an_epoch(dataset, split, dataclasses.replace(data, cache=cache), layout)
+    evaluator = Evaluator(config, dataset, layout)
+    with pytest.raises(DatasetError, match=message):
+        evaluator.run(random_params(config.model), split)
+
+
+def read_an_epoch(dataset, split, data, layout):
+    batches = TrainBatches(dataset, split, data, 16, 0, tokenize)
+    collections.deque(itertools.islice(batches.on_devices(0, layout), 12), maxlen=0)
+
+
+def test_commands_print_one_line(shapes_data, damaged, tmp_path, tiny_weights, capsys):
+    damage_record(damaged, 0)
+    record = f"{shard_of(damaged)}, record 0 (video {VideoDataset(damaged).video_ids[0]})"
+    train = (
+        *("drl_jax.train", "--config=configs/shapes.py:smoke", *TINY),
+        *(f"--config.model.init={tiny_weights}", f"--workdir={tmp_path / 'run'}"),
+        f"--config.data.data_dir={tmp_path}",
+    )
+    finished = run_module(*train, check=False)
+    assert error_line(finished).startswith(f"drl_jax.train: {record} is damaged or cannot be read")
+    videos = shapes_data / "source" / "shapes_smoke" / "videos"
+    assert compare(["shapes", f"--videos={videos}", f"--data_dir={tmp_path}", "--samples=256"]) == 1
+    captured = capsys.readouterr()
+    assert f"  64px_4f_raw, {VideoDataset(damaged).video_ids[0]}: {record} is" in captured.out
+    assert "1 stored videos differ from their files" in captured.err
+    (damaged / "metadata.json").write_text("{")
+    line = error_of(*train, capsys=capsys)
+    assert "metadata.json is not the file that the build wrote" in line
