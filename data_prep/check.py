@@ -43,7 +43,9 @@ def _check(options: argparse.Namespace) -> int:
     except UserError as error:
         return _fail(str(error))
     storage = requested_storage(options)
-    report = dataset_check.check_dataset(plan, builder.PUBLISHED, storage, options.timeout)
+    report = dataset_check.check_dataset(
+        plan, builder.PUBLISHED, storage, options.timeout, protocols=builder.PROTOCOLS
+    )
     dataset_check.print_report(report)
     try:
         dataset_check.write_report(report, quarantine)

@@ -2,10 +2,9 @@
 
 import collections
 import dataclasses
-import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from data_prep import estimate
 from data_prep.annotations import Annotations
 from data_prep.manifest import PublishedSizes, count_splits, describe_split
+from data_prep.overlap import repeated_captions, shared_captions, shared_videos
 from data_prep.quarantine import read_quarantine, write_quarantine
 from data_prep.video_folder import Clip, Plan
 from drl_jax.data.storage import StorageSpec
@@ -49,7 +49,12 @@ class Finding:
 
 
 def check_dataset(
-    plan: Plan, published: PublishedSizes, storage: StorageSpec, timeout: float
+    plan: Plan,
+    published: PublishedSizes,
+    storage: StorageSpec,
+    timeout: float,
+    *,
+    protocols: Sequence[Collection[str]] = (),
 ) -> dict[str, Any]:
     """Decodes all videos of a plan and reports what is wrong.
 
@@ -58,10 +63,12 @@ def check_dataset(
       published: see `PublishedSizes`.
       storage: storage variant for the estimates.
       timeout: maximum seconds per file.
+      protocols: groups of splits that are used together; empty: all are.
 
     Returns:
       The report: "missing", "unusable" and "suspicious" (reasons by video), "duplicate_videos"
-      (groups of ids with the same file content), "captions_in_several_splits",
+      (groups of ids with the same file content), "videos_in_several_splits" and
+      "captions_in_several_splits" (for pairs of splits that are used together),
       "repeated_captions", "splits", "build" (estimates), "unannotated_files".
     """
     findings = _inspect_files([clip.path for clip in plan.clips], storage, timeout)
@@ -83,8 +90,9 @@ def check_dataset(
         "unusable": unusable,
         "suspicious": suspicious,
         "duplicate_videos": _duplicate_videos(plan.clips, findings, plan.annotations),
-        "captions_in_several_splits": _shared_captions(plan.annotations),
-        "repeated_captions": _repeated_captions(plan.annotations),
+        "videos_in_several_splits": shared_videos(plan.annotations, protocols),
+        "captions_in_several_splits": shared_captions(plan.annotations, protocols),
+        "repeated_captions": repeated_captions(plan.annotations),
         "splits": count_splits(plan.annotations, usable, published),
         "build": {
             "videos": len(usable),
@@ -179,37 +187,6 @@ def _duplicate_videos(
     ]
 
 
-def _shared_captions(annotations: Annotations) -> dict[str, int]:
-    """Number of common captions for each pair of splits without common videos."""
-    captions, videos = {}, {}
-    for name, captioned in annotations.splits.items():
-        captions[name] = {_normalise(text) for entry in captioned for text in entry.captions}
-        videos[name] = {entry.video_id for entry in captioned}
-    shared = {}
-    for one, other in itertools.combinations(captions, 2):
-        # Splits such as 1k-A's 9k and 7k share videos, and therefore captions, by design.
-        common = len(captions[one] & captions[other])
-        if common and not videos[one] & videos[other]:
-            shared[f"{one} and {other}"] = common
-    return shared
-
-
-def _repeated_captions(annotations: Annotations) -> dict[str, int]:
-    """Number of captions of each split that several of its videos have (ambiguous queries)."""
-    repeated = {}
-    for name, captioned in annotations.splits.items():
-        video_counts = collections.Counter(
-            text for entry in captioned for text in {_normalise(text) for text in entry.captions}
-        )
-        if count := sum(1 for videos in video_counts.values() if videos > 1):
-            repeated[name] = count
-    return repeated
-
-
-def _normalise(caption: str) -> str:
-    return " ".join(caption.lower().split())
-
-
 def print_report(report: Mapping[str, Any]) -> None:
     """Prints the report of `check_dataset`."""
     for name, split in report["splits"].items():
@@ -227,6 +204,11 @@ def print_report(report: Mapping[str, Any]) -> None:
             for group in report["duplicate_videos"]
         ],
     )
+    for splits, shared in report["videos_in_several_splits"].items():
+        print(
+            f"{len(shared['videos'])} videos are in both {splits}, with {shared['captions']} equal"
+            f" captions (the first: {shared['videos'][0]}): results on one of them are too good"
+        )
     for splits, count in report["captions_in_several_splits"].items():
         print(f"{count} captions are in both {splits}")
     for split, count in report["repeated_captions"].items():

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import io
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,6 +52,8 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     # Tokens per caption in the dataset's training configuration.
     MAX_WORDS: ClassVar[int] = 32
     PUBLISHED: ClassVar[PublishedSizes] = {}
+    # Splits that are used together, and so must not share videos; empty: all of them.
+    PROTOCOLS: ClassVar[Sequence[Collection[str]]] = ()
     # Whether decoded frames stay cached after a build, for a build with other annotations.
     KEEPS_CACHE: ClassVar[bool] = True
 

@@ -96,6 +96,53 @@ def test_the_validator_reports_every_problem(mine, tmp_path):
         assert line in out
 
 
+def test_a_video_with_its_caption_in_two_splits_is_reported(mine, tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text(
+        "video,caption,split\ngood0,A dog,train\ngood0,a cat,train\ngood1,a bird,train\n"
+        "good0,a  dog,test\ngood2,a fish,test\ngood1,an owl,val\n"
+    )
+    assert check(mine) == 0
+    report = json.loads((tmp_path / "data" / "custom" / "check.json").read_text())
+    assert report["videos_in_several_splits"] == {
+        "train and test": {"videos": ["good0"], "captions": 1},
+        "train and val": {"videos": ["good1"], "captions": 0},
+    }
+    assert report["captions_in_several_splits"] == {"train and test": 1}
+    line = "1 videos are in both train and test, with 1 equal captions (the first: good0)"
+    assert line in capsys.readouterr().out
+
+
+def test_splits_of_different_protocols_share_videos_by_design(tmp_path, capsys):
+    annotations = tmp_path / "annotations"
+    (tmp_path / "videos").mkdir()
+    annotations.mkdir()
+    names = ["video0", "video1", "video2"]
+    for name in names:
+        write_video(tmp_path / "videos" / f"{name}.mp4", numbered_frames(30), fps=10)
+    splits = dict(zip(names, ("train", "validate", "test"), strict=True))
+    document = {
+        "videos": [{"video_id": name, "split": split} for name, split in splits.items()],
+        "sentences": [{"video_id": name, "caption": f"this is {name}"} for name in names],
+    }
+    (annotations / "MSRVTT_data.json").write_text(json.dumps(document))
+    (annotations / "MSRVTT_train.9k.csv").write_text("video_id\nvideo0\nvideo1\n")
+    (annotations / "MSRVTT_train.7k.csv").write_text("video_id\nvideo0\n")
+    test = annotations / "MSRVTT_JSFUSION_test.csv"
+    test.write_text("video_id,sentence\nvideo2,this is video2\n")
+    arguments = [
+        *("msrvtt", "--image_size=32", f"--data_dir={tmp_path}"),
+        *(f"--{name}={tmp_path / name}" for name in ("videos", "annotations")),
+    ]
+    assert check(arguments) == 0
+    assert "are in both" not in capsys.readouterr().out
+    # A test video in the training list.
+    test.write_text("video_id,sentence\nvideo1,this is video1\n")
+    assert check(arguments) == 0
+    out = capsys.readouterr().out
+    assert "1 videos are in both train_9k and test, with 1 equal captions" in out
+    assert "full_" not in "".join(line for line in out.splitlines() if "in both" in line)
+
+
 def test_one_bad_file_does_not_end_a_command(mine, tmp_path, capsys):
     videos, frames = tmp_path / "videos", numbered_frames(30)
     write_video_with_latin_title(videos / "latin.mp4", frames, fps=10)

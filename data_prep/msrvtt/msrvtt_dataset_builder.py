@@ -33,6 +33,12 @@ class Builder(RetrievalBuilder):
         "full_val": {"videos": (497, 497)},
         "full_test": {"videos": (2990, 2990), "captions": (59800, 59800)},
     }
+    # The 9k and 7k contain videos of all official splits.
+    PROTOCOLS: ClassVar = (
+        ("train_9k", "test"),
+        ("train_7k", "test"),
+        ("full_train", "full_val", "full_test"),
+    )
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
