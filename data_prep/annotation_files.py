@@ -133,6 +133,8 @@ def _shortened(value: Any) -> str:
 def read_sentences(path: Path) -> dict[str, list[str]]:
     """Reads captions by video from MSR-VTT's JSON, `{"videos": [...], "sentences": [...]}`.
 
+    Blank captions are left out.
+
     Raises:
       AnnotationError: the file is not JSON, or has another structure.
     """
@@ -146,7 +148,8 @@ def read_sentences(path: Path) -> dict[str, list[str]]:
                     f"{path}, sentence {number}: video_id and caption must be texts, not"
                     f" {_shortened(video)} and {_shortened(caption)}"
                 )
-            captions.setdefault(video, []).append(caption)
+            if caption.strip():
+                captions.setdefault(video, []).append(caption)
     except (KeyError, TypeError) as error:
         raise AnnotationError(
             f"{path} does not have MSR-VTT's structure,"

@@ -133,9 +133,38 @@ def with_all_captions(
     if without := [video for video in video_ids if not captions.get(video)]:
         raise AnnotationError(
             f"{len(without)} of the {len(video_ids)} videos of {list_path} have no caption in"
-            f" {captions_path} (the first: {without[0]}); check that the two files belong together"
+            f" {captions_path} (the first: {without[0]!r}); check that the two files belong"
+            " together"
         )
     return [Captioned(video, captions[video]) for video in video_ids]
+
+
+def check_texts(annotations: Annotations) -> None:
+    """Checks that ids and captions can be stored and printed.
+
+    Raises:
+      AnnotationError: half of a character, which JSON can contain (`"\\ud83d"`), or an id with a
+        line end or a tab.
+    """
+    for captioned in annotations.splits.values():
+        for entry in captioned:
+            if any(character in entry.video_id for character in "\n\r\t"):
+                raise AnnotationError(
+                    f"the name of the video {entry.video_id!r} contains a line end or a tab;"
+                    f" correct it in {_names(annotations)}"
+                )
+            for text in (entry.video_id, *entry.captions):
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise AnnotationError(
+                        f"{entry.video_id!a}: the text {text!a} contains half of a"
+                        f" character; correct it in {_names(annotations)}"
+                    ) from error
+
+
+def _names(annotations: Annotations) -> str:
+    return " or ".join(path.name for path in annotations.files)
 
 
 def group_captions(rows: Iterable[tuple[str, str]]) -> list[Captioned]:

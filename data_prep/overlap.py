@@ -11,8 +11,7 @@ from data_prep.annotations import Annotations
 def _used_together(
     annotations: Annotations, protocols: Sequence[Collection[str]]
 ) -> list[tuple[str, str]]:
-    """Pairs of splits of a protocol. Those of different ones, such as 1k-A's 9k and 7k, share
-    videos by design."""
+    """Pairs of splits of a protocol; those of different ones share videos by design."""
     return [
         pair
         for pair in itertools.combinations(annotations.splits, 2)
@@ -23,8 +22,16 @@ def _used_together(
 def shared_videos(
     annotations: Annotations, protocols: Sequence[Collection[str]]
 ) -> dict[str, dict[str, Any]]:
-    """For pairs of splits with common videos, the ids, and the number of captions that they have
-    in both."""
+    """Videos that two splits have.
+
+    Args:
+      annotations: of the dataset.
+      protocols: groups of splits that are used together; empty: all are.
+
+    Returns:
+      For each pair of splits ("train and test") with common videos, their ids ("videos") and the
+      number of captions that they have in both splits ("captions").
+    """
     captions = {
         name: {entry.video_id: set(map(_normalise, entry.captions)) for entry in captioned}
         for name, captioned in annotations.splits.items()
@@ -41,7 +48,7 @@ def shared_videos(
 def shared_captions(
     annotations: Annotations, protocols: Sequence[Collection[str]]
 ) -> dict[str, int]:
-    """Number of common captions of pairs of splits."""
+    """Number of common captions for each pair of splits that has some; see `shared_videos`."""
     captions = {
         name: {_normalise(text) for entry in captioned for text in entry.captions}
         for name, captioned in annotations.splits.items()

@@ -5,7 +5,13 @@ import unicodedata
 from collections.abc import Mapping, Set
 from pathlib import Path
 
-from data_prep.annotations import AnnotationError, Annotations, Source, without_video_suffix
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    Source,
+    check_texts,
+    without_video_suffix,
+)
 from drl_jax.data.video import VIDEO_SUFFIXES, Span
 from drl_jax.runtime.files import files_below
 
@@ -159,8 +165,9 @@ def make_plan(annotations: Annotations, videos: Path, quarantine: Mapping[str, s
       quarantine: reasons by id of the videos to leave out.
 
     Raises:
-      AnnotationError: the folder contains no video.
+      AnnotationError: the folder contains no video, or a text cannot be stored.
     """
+    check_texts(annotations)
     folder = VideoFolder(videos)
     clips, unusable = folder.locate(annotations)
     unannotated = sorted(set(folder.files) - {clip.path for clip in clips})

@@ -131,6 +131,29 @@ def test_a_wrong_value_in_jsonl(row, message, tmp_path):
         read(tmp_path, json.dumps(row), "mine.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            r'{"video": "a", "caption": "b \ud83d"}',
+            r"a': the text 'b \\ud83d' contains half of a char",
+        ),
+        (
+            r'{"video": "a\ud83d", "caption": "b"}',
+            r"contains half of a character; correct it in mine",
+        ),
+        (
+            r'{"video": "a\tb", "caption": "c"}',
+            r"'a\\tb' contains a line end or a tab; correct it in",
+        ),
+    ],
+)
+def test_a_text_that_cannot_be_stored(row, message, tmp_path, capsys):
+    annotations = read(tmp_path, row, "mine.jsonl")
+    with pytest.raises(AnnotationError, match=message):
+        make_plan(annotations, tmp_path, {})
+
+
 def test_a_json_file_that_is_not_jsonl(tmp_path):
     with pytest.raises(AnnotationError, match=r"must be a .csv or .jsonl file \(one JSON object"):
         read(tmp_path, "[]", "mine.json")

@@ -184,7 +184,7 @@ def _assign_splits(
     """Assigns splits by file, so that all clips cut from a file are in the same split."""
     files = sorted(
         {sources[video][0].file for video, _ in pairs},
-        key=lambda file: hashlib.sha256(file.encode()).digest(),
+        key=lambda file: hashlib.sha256(file.encode(errors="surrogatepass")).digest(),
     )
     held_out = math.ceil(len(files) * _HELD_OUT) if len(files) >= 3 else 0
     split_of = {
