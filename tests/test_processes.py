@@ -19,7 +19,7 @@ from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 
 def work(number: int) -> int:
-    """Dies for 3, hangs for 5, raises for 7 and 8.
+    """Dies for 3, hangs for 5, raises for 7 and 8, returns nonsense for 9.
 
     Workers import this module, so its imports are light.
     """
@@ -31,30 +31,32 @@ def work(number: int) -> int:
     if number == 7:
         raise UnicodeDecodeError("utf-8", b"Caf\xe9", 3, 4, "unexpected\nend " + "of data " * 100)
     if number == 8:
-        raise Unpicklable(number)
+        raise Unpicklable(number, 3)
+    if number == 9:
+        return threading.Lock()  # A result that cannot be sent.
     return number
 
 
 class Unpicklable(Exception):
-    """An exception that cannot be sent to another process."""
+    """An exception that can be sent to another process, but not be received there."""
 
-    def __init__(self, number: int):
-        super().__init__("it holds a lock")
-        self.lock = threading.Lock()
+    def __init__(self, number: int, other: int):
+        super().__init__(f"about {number} and {other}")
 
 
 def test_a_call_that_dies_hangs_or_raises_fails_alone():
-    results = list(map_in_processes(work, [(n,) for n in range(10)], timeout=2))
-    unpicklable, raised = results.pop(8), results.pop(7)
-    assert isinstance(unpicklable, WorkerFailure)
-    assert "\n" not in unpicklable.reason
+    results = list(map_in_processes(work, [(n,) for n in range(11)], timeout=2))
+    lock, unpicklable, raised = results.pop(9), results.pop(8), results.pop(7)
+    assert unpicklable == WorkerFailure("Unpicklable: about 8 and 3")
+    assert isinstance(lock, WorkerFailure)
+    assert "\n" not in lock.reason
     assert raised.reason.startswith("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in")
     assert ": unexpected end of data of data" in raised.reason
     assert raised.reason.endswith("...")
     assert len(raised.reason) < 240
     assert results.pop(5) == WorkerFailure("took longer than 2 s")
     assert results.pop(3) == WorkerFailure("the process that worked on it died (exit code -11)")
-    assert results == [0, 1, 2, 4, 6, 9]
+    assert results == [0, 1, 2, 4, 6, 10]
 
 
 def test_a_file_that_hangs_its_reader_times_out(tmp_path):

@@ -34,9 +34,9 @@ class Builder(RetrievalBuilder):
     """Videos and captions listed in a file.
 
     A row has `video` (path below the videos' folder, or file name), `caption` or a list `captions`,
-    and optionally `start` and `end` in seconds and `split`. Rows with the same video and span are
-    one video with several captions. Without splits, a tenth of the files becomes val and a tenth
-    test, chosen by the hash of their names.
+    and optionally `start` and `end` (seconds or h:mm:ss) and `split` (train, val or test). Rows
+    with the same video and span are one video with several captions. Without splits, a tenth of
+    the files becomes val and a tenth test, chosen by the hash of their names.
     """
 
     @classmethod

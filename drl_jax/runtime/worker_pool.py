@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -51,7 +51,7 @@ def map_in_processes(
     waiting: collections.deque[ProcessFuture] = collections.deque()
     try:
         for call in arguments:
-            waiting.append(pool.schedule(function, args=call, timeout=timeout))
+            waiting.append(pool.schedule(_guarded, args=(function, *call), timeout=timeout))
             if len(waiting) > 8 * workers:
                 yield _result(waiting.popleft(), timeout)
         while waiting:
@@ -68,7 +68,15 @@ def _result(future: ProcessFuture, timeout: float | None) -> T | WorkerFailure:
         return WorkerFailure(f"took longer than {timeout:g} s")
     except ProcessExpired as error:
         return WorkerFailure(f"the process that worked on it died (exit code {error.exitcode})")
-    # Whatever one call raises must not end the others.
+    # A result that cannot be sent to this process.
+    except Exception as error:
+        return WorkerFailure(one_line(error))
+
+
+def _guarded(function: Callable[..., T], *arguments: Any) -> T | WorkerFailure:
+    """Whatever one call raises must not end the others, nor be sent: some exceptions cannot be."""
+    try:
+        return function(*arguments)
     except Exception as error:
         return WorkerFailure(one_line(error))
 
