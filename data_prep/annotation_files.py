@@ -68,7 +68,7 @@ def read_json(path: Path, kind: type) -> Any:
     """
     try:
         value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{path} is not a JSON file ({error})") from error
     if not isinstance(value, kind):
         names = {dict: "an object", list: "a list"}

@@ -108,16 +108,19 @@ def find_annotation_pairs(
 
 
 def require_splits(annotations: Annotations, directory: Path) -> Annotations:
-    """Returns the annotations if they have at least one split.
+    """Returns the annotations if they have at least one split, and videos in every split.
 
     Raises:
-      AnnotationError: they have no split.
+      AnnotationError: they have no split, or a split has no videos.
     """
     if not annotations.splits:
         missing = (f"{name} ({purpose})" for name, purpose in annotations.missing_files.items())
         raise AnnotationError(
             f"no split can be read from {directory}: missing {', '.join(missing)}"
         )
+    if empty := [name for name, videos in annotations.splits.items() if not videos]:
+        files = ", ".join(str(path) for path in annotations.files)
+        raise AnnotationError(f"the split {empty[0]} has no videos; check {files}")
     return annotations
 
 

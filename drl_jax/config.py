@@ -187,7 +187,9 @@ class Config:
         Raises:
           ConfigError: an unknown or missing field, a wrong type, or a value that cannot work.
         """
-        config = _from_dict(cls, _with_added_fields(_with_backbone_group(values)), "config")
+        if isinstance(values, Mapping):
+            values = _with_added_fields(_with_backbone_group(values))
+        config = _from_dict(cls, values, "config")
         _check_values(config)
         return config
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -286,18 +286,6 @@ CASES = {
 }
 
 
-# Their readers are being changed; remove this when the changes are here.
-BEING_FIXED = ("videos", "annotations", "checkpoints")
-
-
-def cases_to_run(names: Iterable[str]) -> list:
-    mark = pytest.mark.xfail(reason="the reader is being changed", strict=False)
-    return [
-        pytest.param(name, marks=[mark] if name.partition(":")[0] in BEING_FIXED else [])
-        for name in names
-    ]
-
-
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     """Returns the prepared directory of a kind."""
@@ -312,7 +300,7 @@ def roots(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", cases_to_run(CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_a_case_of_the_corpus(name, roots, tmp_path):
     case = CASES[name]
     root, directory = roots(case.kind), tmp_path / "input"
@@ -326,7 +314,7 @@ def test_a_case_of_the_corpus(name, roots, tmp_path):
     assert case.message in outcome.detail
 
 
-@pytest.mark.parametrize("kind", cases_to_run(runner.KINDS))
+@pytest.mark.parametrize("kind", runner.KINDS)
 def test_a_short_run_of_the_fuzzer(kind, roots):
     outcomes = [runner.run_input(kind, roots(kind), 0, number) for number in range(15)]
     failed = [outcome for outcome in outcomes if outcome.status == runner.FAILED]

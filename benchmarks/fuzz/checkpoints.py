@@ -10,10 +10,12 @@ import numpy as np
 
 from benchmarks.fuzz.damage import FAILURE, LEGITIMATE, Damage, damage_file, damage_tree
 from benchmarks.fuzz.small_run import write_run
-from drl_jax.runs.checkpoints import restore_params
-from drl_jax.runs.logging import JsonlWriter
+from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.logging import JsonlWriter, kept_when_resumed
 from drl_jax.runs.workdir import load_config
 from drl_jax.sharding import make_layout
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.state import abstract_state
 
 # Text that a user may edit, without a checksum.
 _EDITABLE = ("config.json", "metrics.json", "metrics.jsonl")
@@ -40,15 +42,19 @@ def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
 
 
 def read(root: Path, name: str, directory: Path) -> str:
-    """Digest of the parameters, the configuration, and the lines of the log that are kept."""
+    """Digest of the state, the configuration, and the lines of the log that are kept."""
     del root, name
     config = load_config(directory)
-    step, params = restore_params(directory, config.model, make_layout(jax.devices()[:1]), "best")
+    tx = make_optimizer(config.optim, 1)
+    abstract = abstract_state(config.model, tx, make_layout(jax.devices()[:1]))
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        step = checkpoints.find_step("best")
+        state, _ = checkpoints.restore_state(step, abstract)
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
+    for leaf in jax.tree.leaves(state):
         digest.update(np.asarray(leaf).tobytes())
     log = directory / "metrics.jsonl"
     # As a resumed run does. Of an undamaged subject, all lines are kept.
-    JsonlWriter(directory, 5, keep_evaluation=True)
+    JsonlWriter(directory, kept_when_resumed(5, keep_evaluation=True))
     kept = log.read_text(encoding="utf-8") if log.is_file() else ""
     return f"{step} {digest.hexdigest()} {config} {kept}"

@@ -26,7 +26,7 @@ KINDS = ("videos", "annotations", "weights", "index", "checkpoints")
 TIME_LIMIT, MEMORY_LIMIT = 10.0, 2 * 2**30
 # A process that does not answer for so long is killed. A new process imports and compiles first.
 _KILLED_AFTER = 90.0
-_MAX_MESSAGE = 500
+_MAX_MESSAGE = 900
 # Outcomes. The first four are accepted.
 IDENTICAL, REFUSED, CHANGED, UNDETECTED, FAILED = OUTCOMES = (
     *("identical", "refused", "changed legitimately", "undetectable by format", "failed"),

@@ -84,7 +84,7 @@ def _read_csv(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         if row.get("captions"):
             try:
                 row["captions"] = json.loads(row["captions"])
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise AnnotationError(
                     f'{where}: captions must be a JSON list such as ["one", "two"]; with'
                     " one caption per row, name the column caption"
@@ -97,7 +97,7 @@ def _read_jsonl(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise AnnotationError(f"{where} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise AnnotationError(f'{where} is not an object: {{"video": .., "caption": ..}}')

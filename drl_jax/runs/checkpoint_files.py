@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from drl_jax.runs.checksums import ArraySummary, path_name, summarise
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.files import write_json
 
 ITEMS = ("params", "opt_state")
@@ -217,6 +217,4 @@ def _damage(what: str) -> Iterator[None]:
         raise
     # TensorStore, Orbax and json raise many types for damaged files.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        short = reason if len(reason) <= 160 else f"{reason[:157]}..."
-        raise DamagedCheckpoint(f"{what} cannot be read ({short})") from error
+        raise DamagedCheckpoint(f"{what} cannot be read ({one_line(error)})") from error

@@ -32,6 +32,7 @@ from drl_jax.runs.checkpoint_files import (
 )
 from drl_jax.runs.checksums import path_name
 from drl_jax.runtime.distributed import barrier, failing_together, is_main
+from drl_jax.runtime.errors import one_line
 from drl_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
@@ -320,8 +321,7 @@ def _cause(error: BaseException) -> str:
         # TensorStore's errors end with it.
         if code := re.search(r"\[os_error_code='(\d+)'\]", str(link)):
             return os.strerror(int(code[1]))
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return one_line(error)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

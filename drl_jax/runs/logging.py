@@ -49,7 +49,7 @@ class TrainLog:
         self._schedule = make_schedule(optim.lr, optim.warmup_proportion, total_steps)
         self._writers: list = []
         if is_main():
-            keep = _kept_when_resumed(step, keep_evaluation=evaluated)
+            keep = kept_when_resumed(step, keep_evaluation=evaluated)
             self._writers = [JsonlWriter(workdir, keep), *tensorboard_writers(workdir, keep)]
         # A step that the devices may still compute, and the scalars since the last mean.
         self._running: tuple[int, dict[str, jax.Array]] | None = None
@@ -194,11 +194,11 @@ def _kept(line: str, keep: Keep) -> bool:
     try:
         values = json.loads(line)
         return keep(values.pop("step"), values)
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         return False  # A line that a crash truncated.
 
 
-def _kept_when_resumed(resumed_step: int, *, keep_evaluation: bool) -> Keep:
+def kept_when_resumed(resumed_step: int, *, keep_evaluation: bool) -> Keep:
     """Which records a run that resumes from a step does not write again."""
 
     def keep(step: int, tags: Iterable[str]) -> bool:

@@ -53,7 +53,9 @@ def load_config(workdir: Path) -> Config:
         )
     try:
         return config_from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, ConfigError) as error:
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, ConfigError) as error:
         raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error
 
 

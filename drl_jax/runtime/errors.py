@@ -1,20 +1,35 @@
 """Base class of errors a user can fix, and descriptions of other errors."""
 
-# Maximum length of an error's message in a line.
-_MAX_MESSAGE = 200
+# Maximum length of a line, and of the message of another error in it.
+_MAX_LINE, _MAX_MESSAGE = 800, 200
 
 
 class UserError(Exception):
     """The message states in one line what is wrong, where, and what to do.
 
-    Commands print it without a traceback and exit with `status`.
+    Commands print it without a traceback and exit with `status`. Names and values in it may come
+    from damaged files: characters that do not print are escaped, and a long message is shortened in
+    the middle.
     """
 
     status = 1
 
-def one_line(error: Exception) -> str:
+    def __init__(self, message: str):
+        super().__init__(_shortened(_printable(message), _MAX_LINE))
+
+
+def one_line(error: BaseException) -> str:
     """Type and message of an exception, shortened, for a line that says what it means."""
-    message = " ".join(str(error).split())
-    if len(message) > _MAX_MESSAGE:
-        message = message[: _MAX_MESSAGE - 3] + "..."
+    message = _shortened(_printable(" ".join(str(error).split())), _MAX_MESSAGE)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _shortened(text: str, length: int) -> str:
+    """Leaves out the middle: the end of a message says what to do."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length * 2 // 3]} ... {text[-(length // 3 - 5) :]}"

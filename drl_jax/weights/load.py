@@ -23,7 +23,6 @@ from drl_jax.runtime.files import replacing
 from drl_jax.weights.installed import weights_path
 from drl_jax.weights.names import entries, from_hugging_face, is_hugging_face
 from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
-from drl_jax.weights.torch_pickle import one_line
 
 # Integers that OpenAI's archives store beside the weights.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
@@ -102,7 +101,7 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> Config | None:
         return None
     try:
         return config_from_dict(json.loads(stored))
-    except (json.JSONDecodeError, ConfigError) as error:
+    except (ValueError, ConfigError) as error:
         raise WeightsError(f"{path}: its stored configuration cannot be used: {error}") from error
 
 
@@ -324,7 +323,7 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
 def _some(names: list[str]) -> str:
     """The first few of a list of names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return one_line(", ".join(names[:3])) + more
+    return ", ".join(names[:3]) + more
 
 
 def state_dict_from_params(params: Params) -> StateDict:

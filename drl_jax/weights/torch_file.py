@@ -15,13 +15,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from drl_jax.runtime.errors import one_line
 from drl_jax.weights.torch_pickle import (
     Storage,
     Tensor,
     TorchFileError,
     load_pickle,
     named_tensors,
-    one_line,
 )
 
 StateDict = dict[str, np.ndarray]
@@ -58,14 +58,12 @@ def read_torch_file(path: Path) -> StateDict:
             return safetensors.numpy.load_file(path)
         return _read_legacy(path)
     except TorchFileError as error:
-        raise TorchFileError(f"{path}: {one_line(error)}") from error
+        raise TorchFileError(f"{path}: {error}") from error
     except safetensors.SafetensorError as error:
-        raise TorchFileError(
-            f"{path} is not a complete safetensors file ({one_line(error)})"
-        ) from error
+        raise TorchFileError(f"{path} is not a complete safetensors file ({error})") from error
     # The standard library raises many types of errors for damaged pickles and archives.
     except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+        reason = one_line(error)
         raise TorchFileError(
             f"{path} is damaged, or not a PyTorch or safetensors file ({reason})"
         ) from error

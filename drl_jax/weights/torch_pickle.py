@@ -68,12 +68,6 @@ class _Module:
             self.attributes = state
 
 
-def one_line(content: object) -> str:
-    """Text of a foreign file for a message: printable, and not longer than a line."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(content))
-    return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
 # ---------------------------------------------------------------- unpickling
 
 
