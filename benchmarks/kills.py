@@ -1,0 +1,207 @@
+"""Kills a training with SIGKILL again and again, and compares it with an undisturbed one.
+
+    python -m benchmarks.kills [--kills=20] [--pair_kills=10] [--record]
+
+First a run of one process is killed `--kills` times, then a run of two processes `--pair_kills`
+times: one of the two, or both. A kill comes during start-up, restore, steps, saves or evaluations.
+Both runs must end with the parameters, optimiser state, metrics and TensorBoard curves of a run
+that was never disturbed, bit for bit. Exit status: 1 if they do not.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from benchmarks.measure import arguments, positive_int, report
+
+_EPOCHS = 20
+_FLAGS = (
+    "--config=configs/shapes.py:smoke",
+    "--config.model.init=",
+    f"--config.train.epochs={_EPOCHS}",
+    "--config.train.checkpoint_every=2",
+    "--config.model.backbone.embed_dim=32",
+    "--config.model.backbone.text_width=32",
+    "--config.model.backbone.text_heads=2",
+    "--config.model.backbone.text_layers=1",
+    "--config.model.backbone.vision_width=32",
+    "--config.model.backbone.vision_heads=2",
+    "--config.model.backbone.vision_layers=1",
+    "--config.model.temporal_layers=1",
+)
+# Seconds that a run may take between two kills.
+_TIME_LIMIT = 600
+
+
+def start(workdir: Path, processes: int) -> list[subprocess.Popen]:
+    """Starts a run as one process, or as several with a device each."""
+    flags: list[list[str]] = [[]]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        cluster = ["--distributed=manual", f"--coordinator=localhost:{port}"]
+        cluster.append(f"--num_processes={processes}")
+        flags = [[*cluster, f"--process_id={index}"] for index in range(processes)]
+    data = f"--config.data.data_dir={workdir.parent / 'data'}"
+    log = (workdir.parent / f"{workdir.name}.log").open("ab")
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "drl_jax.train", *_FLAGS, data, f"--workdir={workdir}", *own],
+            stdout=log,
+            stderr=log,
+            env=environment,
+        )
+        for own in flags
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen]) -> None:
+    """Waits for a run to end well."""
+    for process in processes:
+        if process.wait(_TIME_LIMIT):
+            raise SystemExit(f"a run ended with status {process.returncode}; see its log")
+
+
+def kill(workdir: Path, processes: int, rng: random.Random) -> str:
+    """Starts the run, kills it at a random time, and returns what it was doing."""
+    running = start(workdir, processes)
+    before = _last_step(workdir)
+    if rng.random() < 0.3:
+        time.sleep(rng.uniform(0, 8))  # Start-up and restore.
+    else:
+        limit = time.monotonic() + _TIME_LIMIT
+        while _last_step(workdir) == before and time.monotonic() < limit:
+            if any(process.poll() is not None for process in running):
+                break
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 2))
+    doing = _doing(workdir, before)
+    victims = running if rng.random() < 0.5 else [rng.choice(running)]
+    for process in victims:
+        process.send_signal(signal.SIGKILL)
+    # The other process ends by itself when it notices, after up to 100 s; a user kills it, too.
+    time.sleep(rng.uniform(0, 1))
+    for process in running:
+        process.kill()
+        process.wait()
+    return doing
+
+
+def _last_step(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def _doing(workdir: Path, before: int) -> str:
+    """What a run is doing, by its files: `before` is the step at its start."""
+    if not workdir.exists() or _last_step(workdir) <= before:
+        return "starting"
+    if any(workdir.glob("checkpoints/*tmp*")):
+        return "saving"
+    return "training or evaluating"
+
+
+def state(workdir: Path) -> dict[str, np.ndarray]:
+    """All arrays of the latest checkpoint."""
+    directory = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    arrays: dict[str, np.ndarray] = {}
+    for item in ("params", "opt_state"):
+        tree = ocp.StandardCheckpointHandler().restore(directory.absolute() / item)
+        for path, leaf in _leaves(tree, item):
+            arrays[path] = np.asarray(leaf)
+    return arrays
+
+
+def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        return [x for key, value in tree.items() for x in _leaves(value, f"{prefix}/{key}")]
+    if isinstance(tree, (list, tuple)):
+        return [x for key, value in enumerate(tree) for x in _leaves(value, f"{prefix}/{key}")]
+    return [] if tree is None else [(prefix, tree)]
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the speed."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("train/examples_per_second", None)
+    return lines
+
+
+def curves(workdir: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows, in its order, without the speed."""
+    os.environ.update({"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    events.Reload()
+    return {
+        tag: [(e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+        if tag != "train/examples_per_second"
+    }
+
+
+def compare(killed: Path, whole: Path) -> dict[str, bool]:
+    """What two finished runs have in common."""
+    one, other = state(killed), state(whole)
+    same_arrays = one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) for name in other
+    )
+    results = [json.loads((run / "result.json").read_text()) for run in (killed, whole)]
+    return {
+        "same_arrays": same_arrays,
+        "same_metrics": metrics(killed) == metrics(whole),
+        "same_curves": curves(killed) == curves(whole),
+        "same_result": results[0] == results[1],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    parser = arguments("kills", __doc__.splitlines()[0])
+    parser.add_argument("--kills", type=positive_int, default=20, help="of one process")
+    parser.add_argument("--pair_kills", type=positive_int, default=10, help="of two processes")
+    parser.add_argument("--seed", type=int, default=0, help="of the times (%(default)s)")
+    options = parser.parse_args(argv)
+    rng, rows = random.Random(options.seed), []
+    root = Path(tempfile.mkdtemp(prefix="kills_"))
+    print(f"runs and logs in {root}")
+    for processes, kills in ((1, options.kills), (2, options.pair_kills)):
+        whole, killed = root / f"whole_{processes}", root / f"killed_{processes}"
+        finish(start(whole, processes))
+        doing: dict[str, int] = {}
+        for number in range(kills):
+            what = kill(killed, processes, rng)
+            doing[what] = doing.get(what, 0) + 1
+            print(
+                f"{processes} processes, kill {number + 1}: {what}, step {_last_step(killed)}",
+                flush=True,
+            )
+        finish(start(killed, processes))
+        during = ", ".join(f"{count} {what}" for what, count in sorted(doing.items()))
+        rows.append(
+            {"processes": processes, "kills": kills, "during": during, **compare(killed, whole)}
+        )
+    report(rows, options, seed=options.seed, epochs=_EPOCHS)
+    return 0 if all(value is not False for row in rows for value in row.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
