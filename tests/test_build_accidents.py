@@ -66,13 +66,16 @@ def test_a_second_build_is_refused_and_a_killed_one_does_not_block(sources, tmp_
         text=True,
     )
     with first:
-        while first.stdout.readline().strip() != "decoding":
-            assert first.poll() is None
-        # Another variant uses the same cache.
-        for extra in ([], ["--storage=jpeg"]):
-            line = error_of("data_prep.build", *arguments, *extra, capsys=capsys)
-            assert f"the dataset in {tmp_path / 'custom'} is in use by process {first.pid}" in line
-        first.kill()
+        try:
+            while first.stdout.readline().strip() != "decoding":
+                assert first.poll() is None
+            # Another variant uses the same cache.
+            for extra in ([], ["--storage=jpeg"]):
+                line = error_of("data_prep.build", *arguments, *extra, capsys=capsys)
+                holder = f"the dataset in {tmp_path / 'custom'} is in use by process {first.pid}"
+                assert holder in line
+        finally:
+            first.kill()
     assert build(arguments) == 0
     assert len(VideoDataset(tmp_path / VARIANT)) == 2
 
