@@ -125,6 +125,10 @@ def test_lists_of_didemo_without_suffixes(tmp_path):
     (annotations / "test_list.txt").write_text("own\nother.mov\n")
     with pytest.raises(AnnotationError, match=r"1 videos of .* no description .*first: other.mov"):
         builder.read_annotations(annotations)
+    (annotations / "test_list.txt").write_text("own\n")
+    (annotations / "test_data.json").write_text('[{"video": "own.avi", "description": " "}]')
+    with pytest.raises(AnnotationError, match="1 of the 1 videos of .* have no caption"):
+        builder.read_annotations(annotations)
 
 
 @pytest.mark.parametrize("protocol", [0, 4])

@@ -45,10 +45,11 @@ class Builder(RetrievalBuilder):
         }
         ids = _video_ids({*itertools.chain(*sentences.values()), *itertools.chain(*files.values())})
         for split, (names, data) in pairs.items():
-            captions = {
-                ids[file]: [" ".join(sentences[split][described]).strip()]
+            paragraphs = {
+                ids[file]: " ".join(sentences[split][described]).strip()
                 for file, described in files[split].items()
             }
+            captions = {video: [text] if text else [] for video, text in paragraphs.items()}
             annotations.splits[split] = with_all_captions(captions, captions, names, data)
             annotations.sources |= {ids[file]: (Source(file, _SPAN),) for file in files[split]}
         return require_splits(annotations, path)
