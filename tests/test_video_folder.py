@@ -127,7 +127,7 @@ def test_lists_of_didemo_without_suffixes(tmp_path):
         builder.read_annotations(annotations)
     (annotations / "test_list.txt").write_text("own\n")
     (annotations / "test_data.json").write_text('[{"video": "own.avi", "description": " "}]')
-    with pytest.raises(AnnotationError, match="1 of the 1 videos of .* have no caption"):
+    with pytest.raises(AnnotationError, match=r"1 of the 1 videos of .* have no caption"):
         builder.read_annotations(annotations)
 
 
