@@ -34,6 +34,7 @@ from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.lock import LockError
 from drl_jax.search import rows
 from drl_jax.search import store as store_module
 from drl_jax.search.__main__ import main
@@ -396,7 +397,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, index, monkeyp
 def test_one_writer_at_a_time(model, videos, tmp_path):
     with (
         Store(tmp_path / "index", write=True),
-        pytest.raises(SearchIndexError, match="another process writes to the index"),
+        pytest.raises(LockError, match=r"the index .* is in use by process \d+ on host"),
     ):
         update_index(model, videos, tmp_path / "index")
 

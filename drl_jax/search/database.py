@@ -1,13 +1,10 @@
-"""The SQLite database of an index, `index.sqlite`, and the lock of its writer."""
+"""The SQLite database of an index, `index.sqlite`."""
 
 import contextlib
-import fcntl
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
-
-from drl_jax.search.rows import SearchIndexError
+from typing import Any
 
 # Seconds to wait for another process's transaction.
 _BUSY_TIMEOUT = 60
@@ -24,23 +21,6 @@ CREATE TABLE IF NOT EXISTS videos (
 def database_path(directory: Path) -> Path:
     """Path of the database of the index in a directory."""
     return directory / "index.sqlite"
-
-
-def locked(directory: Path) -> IO[str]:
-    """Creates the directory of an index and locks it for writing, until the file is closed.
-
-    Raises:
-      SearchIndexError: another process has locked it, or it cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise SearchIndexError(f"another process writes to the index {directory}") from error
-    except OSError as error:
-        raise SearchIndexError(f"cannot write to --index={directory}: {error.strerror}") from error
-    return lock
 
 
 def open_database(directory: Path, *, write: bool) -> sqlite3.Connection:

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from flax import nnx
 
+from drl_jax.models.drl import Params, model_definition
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel, load_source
 from drl_jax.search.database import index_version
@@ -16,7 +18,7 @@ from drl_jax.search.engine import Gallery, Ranking, SearchEngine
 from drl_jax.search.explain import Explanation, explain
 from drl_jax.search.format_2 import made_with
 from drl_jax.search.quantization import dequantize
-from drl_jax.search.rows import IndexedVideo, SearchIndexError, check_features
+from drl_jax.search.rows import IndexedVideo, SearchIndexError, check_features, damaged
 from drl_jax.search.store import Store
 
 
@@ -191,6 +193,13 @@ class IndexSnapshot:
             raise SearchIndexError(
                 f"the index {directory} has no video that can be searched ({len(known)} cannot)"
             )
+        # Indexes of format 3 have no checksums.
+        try:
+            names = jax.eval_shape(dequantize, self._arrays).keys()
+        except (TypeError, ValueError) as error:
+            raise damaged(directory, error) from error
+        if missing := _arrays_of(model) - names:
+            raise damaged(directory, f"it has no array {min(missing)}")
         first = 0
         if previous is not None and previous.header["generation"] == self.header["generation"]:
             first = previous.header["next_slot"]
@@ -297,3 +306,16 @@ class IndexSnapshot:
             stored = {name: array[0] for name, array in self.stored([video]).items()}
             explanation = explain(self.model.interaction, text, stored, words, video.times)
         return Hit(rank, float(score), self.folder / video.path, video, explanation)
+
+
+def _arrays_of(model: RetrievalModel) -> set[str]:
+    """Names of the arrays of videos that the model compares."""
+    definition, backbone = model_definition(model.config.model), model.config.model.backbone
+    frame_feat = jax.ShapeDtypeStruct((1, 1, backbone.embed_dim), np.float32)
+    frame_mask = jax.ShapeDtypeStruct((1, 1), bool)
+
+    def encode(params: Params, frame_feat: jax.Array, frame_mask: jax.Array) -> Features:
+        interaction = nnx.merge(definition, params).interaction
+        return interaction.encode_video(frame_feat, frame_mask)
+
+    return set(jax.eval_shape(encode, model.params, frame_feat, frame_mask))

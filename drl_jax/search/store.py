@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from drl_jax.models.interactions import Features
+from drl_jax.runtime.lock import locked
 from drl_jax.search.array_files import GROWTH, copy_rows, map_arrays, write_rows
 from drl_jax.search.database import (
     add_columns,
     database_path,
-    locked,
     open_database,
     replace_videos,
     select_video,
@@ -87,11 +87,18 @@ class Store:
           write: also creates the directory, and excludes other writers.
 
         Raises:
-          SearchIndexError: there is no index to read, it is damaged, or another process writes to
-            it.
+          SearchIndexError: there is no index to read, or it is damaged.
+          LockError: another process writes to it.
         """
         self.directory = directory
-        self._lock = locked(directory) if write else None
+        self._lock = contextlib.ExitStack()
+        if write:
+            try:
+                self._lock.enter_context(locked(directory / "lock", f"the index {directory}"))
+            except OSError as error:
+                raise SearchIndexError(
+                    f"cannot write to --index={directory}: {error.strerror}"
+                ) from error
         database = database_path(directory)
         if not write and not database.is_file():
             raise SearchIndexError(
@@ -114,8 +121,7 @@ class Store:
 
     def __exit__(self, *exception: object) -> None:
         self._database.close()
-        if self._lock:
-            self._lock.close()
+        self._lock.close()
 
     def update_header(self, **changes: Any) -> None:
         """Changes fields of the header, in one transaction.
