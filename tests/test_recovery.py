@@ -248,7 +248,7 @@ def test_evaluation_while_checkpoints_are_replaced(model_run, tmp_path):
     writer = threading.Thread(target=save)
     writer.start()
     try:
-        for checkpoint in ("latest", "best", "latest", "best"):
+        for checkpoint in ("latest", "best") * 4:
             _, params = restore_params(run, config.model, layout, checkpoint)
             for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(saved.params), strict=True):
                 np.testing.assert_array_equal(a, b)

@@ -147,16 +147,24 @@ class Checkpoints:
         with self._saving("save"):
             self._manager.save(step, args=arguments, force=True)
 
+    def wait(self) -> None:
+        """Waits until the last save has finished.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        with self._saving("save"):
+            self._manager.wait_until_finished()
+
     def attach_metric(self, step: int, value: float) -> None:
         """Stores the metric of a saved checkpoint; waits until the save has finished.
 
         Raises:
           CheckpointError: the save failed.
         """
-        with self._saving("save"):
-            self._manager.wait_until_finished()
-            if is_main():
-                write_metric(self._directory / str(step), value)
+        self.wait()
+        if is_main():
+            write_metric(self._directory / str(step), value)
         barrier(f"metric of checkpoint {step}")
 
     @contextlib.contextmanager
@@ -236,8 +244,7 @@ class Checkpoints:
         return TrainState(counter, items["params"], items["opt_state"]), info
 
     def _restore(self, step: int, **abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        with self._saving("save"):
-            self._manager.wait_until_finished()  # It may be in the middle of its save.
+        self.wait()  # It may be in the middle of its save.
         if step not in self._manager.all_steps():
             found = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(

@@ -151,6 +151,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
                 if ends_epoch and not stopping:
                     evaluate(step, state)
                 if stopping:
+                    checkpoints.wait()
                     raise Interrupted(f"stopped after step {step}; rerun the command to resume")
 
         # ---------------------------------------------------------------- test of the best
