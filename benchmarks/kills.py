@@ -19,8 +19,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -88,7 +88,7 @@ def kill(workdir: Path, processes: int, rng: random.Random) -> str:
             if any(process.poll() is not None for process in running):
                 break
             time.sleep(0.02)
-        time.sleep(rng.uniform(0, 2))
+        time.sleep(rng.uniform(0, 5))
     doing = _doing(workdir, before)
     victims = running if rng.random() < 0.5 else [rng.choice(running)]
     for process in victims:
@@ -119,20 +119,19 @@ def _doing(workdir: Path, before: int) -> str:
 def state(workdir: Path) -> dict[str, np.ndarray]:
     """All arrays of the latest checkpoint."""
     directory = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    own = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays: dict[str, np.ndarray] = {}
     for item in ("params", "opt_state"):
-        tree = ocp.StandardCheckpointHandler().restore(directory.absolute() / item)
-        for path, leaf in _leaves(tree, item):
-            arrays[path] = np.asarray(leaf)
+        path, handler = directory.absolute() / item, ocp.StandardCheckpointHandler()
+        # From any number of devices to one.
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
+            handler.metadata(path).tree,
+        )
+        tree = handler.restore(path, args=ocp.args.StandardRestore(wanted))
+        for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            arrays[item + jax.tree_util.keystr(key)] = np.asarray(leaf)
     return arrays
-
-
-def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        return [x for key, value in tree.items() for x in _leaves(value, f"{prefix}/{key}")]
-    if isinstance(tree, (list, tuple)):
-        return [x for key, value in enumerate(tree) for x in _leaves(value, f"{prefix}/{key}")]
-    return [] if tree is None else [(prefix, tree)]
 
 
 def metrics(workdir: Path) -> list[dict]:
