@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.runs.train_run import train
         from drl_jax.runtime.allocator import keep_freed_memory
         from drl_jax.runtime.compilation_cache import cache_compilations
-        from drl_jax.runtime.distributed import initialize
+        from drl_jax.runtime.distributed import end_together, initialize
+        from drl_jax.runtime.errors import Interrupted
 
         keep_freed_memory()
         cache_compilations()
@@ -70,11 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             local_device_ids=options.local_device_ids,
             timeout=options.init_timeout,
         )
-        train(
-            config_from_dict(config.to_dict()),
-            options.workdir or default_workdir(options),
-            reproduce=options.reproduce,
-        )
+        workdir = options.workdir or default_workdir(options)
+        try:
+            train(config_from_dict(config.to_dict()), workdir, reproduce=options.reproduce)
+        except Interrupted:
+            raise  # In all processes.
+        except Exception as error:
+            end_together(error)
+            raise
 
     return run_command("drl_jax.train", work)
 

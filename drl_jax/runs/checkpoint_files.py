@@ -9,8 +9,6 @@ the index alone.
 """
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +20,11 @@ from etils import epath
 
 from drl_jax.runs.checksums import ArraySummary, path_name, summarise
 from drl_jax.runtime.errors import UserError, one_line
-from drl_jax.runtime.files import write_json
+from drl_jax.runtime.files import seal, unseal, write_json
 
 ITEMS = ("params", "opt_state")
 # Metric maximised to choose the best checkpoint.
 SELECTION_METRIC = "val_t2v_R1"
-# Key of the hash of an object that `seal` made.
-_SEAL = "sha256"
 
 
 class CheckpointError(UserError):
@@ -37,35 +33,6 @@ class CheckpointError(UserError):
 
 class DamagedCheckpoint(CheckpointError):
     """Files of a checkpoint that are not as they were saved; the message is the reason."""
-
-
-# ---------------------------------------------------------------- JSON with a hash
-
-
-def seal(values: dict[str, Any]) -> dict[str, Any]:
-    """Adds a hash to a JSON object, so that `unseal` notices a change."""
-    return {**values, _SEAL: _digest(values)}
-
-
-def unseal(text: str) -> dict[str, Any]:
-    """Parses a JSON object of `seal`; one without a hash, of an earlier version, is accepted.
-
-    Raises:
-      ValueError: it is not the object that was written.
-    """
-    values = json.loads(text)
-    if not isinstance(values, dict):
-        raise ValueError("it is not a JSON object")
-    digest = values.pop(_SEAL, None)
-    if digest is None and len(values) != 1:
-        raise ValueError("its hash is missing")
-    if digest is not None and digest != _digest(values):
-        raise ValueError("its content differs from its hash")
-    return values
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- the metric
@@ -181,11 +148,13 @@ def verify_arrays(info: dict[str, Any], items: dict[str, Any]) -> None:
     """Compares arrays with the summaries of their checkpoint, if it has them.
 
     Raises:
-      DamagedCheckpoint: an array is not the one that was saved.
+      DamagedCheckpoint: an array is not the one that was saved, or has values that are not finite,
+        which earlier versions could save.
     """
-    if "arrays" not in info:
-        return
-    for name, found in summarise(items)[0].items():
+    summaries, not_finite = summarise(items)
+    if not_finite:
+        raise DamagedCheckpoint(f"{not_finite[0]} has values that are not finite")
+    for name, found in summaries.items() if "arrays" in info else ():
         shape, dtype, checksum = info["arrays"][name]
         if found != ArraySummary(tuple(shape), dtype, checksum):
             raise DamagedCheckpoint(f"{name} differs from its checksum")

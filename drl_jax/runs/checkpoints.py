@@ -4,9 +4,11 @@
 The latest checkpoints and the best evaluated one are kept.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,12 +57,15 @@ class Checkpoints:
         """
         self._directory = (workdir / DIRECTORY).absolute()
         self._damaged = workdir / DAMAGED_DIRECTORY
+        self._failures: list[BaseException] = []
+        if self._directory.exists() and not self._directory.is_dir():
+            raise CheckpointError(f"{self._directory} is not a directory; move it away")
         with _without_warnings(), self._saving("open"):
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 item_names=(*ITEMS, "step"),
                 item_handlers={
-                    **{name: ocp.StandardCheckpointHandler() for name in ITEMS},
+                    **{name: _watched_handler(self._failures) for name in ITEMS},
                     "step": ocp.JsonCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
@@ -74,10 +79,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
+        # With several processes, closing waits for the others, which may not have failed.
+        if kind and jax.process_count() > 1:
+            return
         # An error of the last save must not hide the one that ended the block.
         hidden = contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext()
-        with hidden, self._saving("save"):
-            self._manager.close()
+        with hidden:
+            self.wait()
+            with self._saving("close"):
+                self._manager.close()
 
     # ------------------------------------------------------------ which there are
 
@@ -108,7 +118,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is no checkpoint, or the name is none of these.
         """
-        if name.isdigit():
+        if name.isascii() and name.isdigit():
             return int(name)
         if name not in ("best", "latest"):
             raise CheckpointError(f"checkpoint is best, latest or a step, not {name!r}")
@@ -144,6 +154,7 @@ class Checkpoints:
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             step=ocp.args.JsonSave(info),
         )
+        self.wait()
         with self._saving("save"):
             self._manager.save(step, args=arguments, force=True)
 
@@ -154,7 +165,23 @@ class Checkpoints:
           CheckpointError: it failed.
         """
         with self._saving("save"):
-            self._manager.wait_until_finished()
+            if jax.process_count() == 1:
+                self._manager.wait_until_finished()
+                return
+            # Orbax waits for the other processes before it reports an error of this one.
+            waiting: concurrent.futures.Future = concurrent.futures.Future()
+            threading.Thread(target=self._finish, args=(waiting,), daemon=True).start()
+            while not waiting.done():
+                concurrent.futures.wait([waiting], timeout=0.1)
+                if self._failures:
+                    raise self._failures[0]
+            waiting.result()
+
+    def _finish(self, waiting: concurrent.futures.Future) -> None:
+        try:
+            waiting.set_result(self._manager.wait_until_finished())
+        except BaseException as error:
+            waiting.set_exception(error)
 
     def attach_metric(self, step: int, value: float) -> None:
         """Stores the metric of a saved checkpoint; waits until the save has finished.
@@ -201,21 +228,31 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damaged[step] = str(error)
                 continue
-            for earlier in self.steps():
-                try:
-                    self.metric(earlier)
-                except DamagedCheckpoint as error:
-                    if earlier < step:
-                        damaged[earlier] = str(error)
             self._set_aside(damaged)
             return restored
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(
-                f"no checkpoint in {self._directory} is intact ({reasons}); delete the directory"
+                f"no checkpoint in {self._directory} is intact ({reasons}); delete this directory"
                 " to start the run again"
             )
         return None
+
+    def restore_best(self, abstract: Params) -> tuple[int, Params]:
+        """Restores the parameters of the best intact checkpoint; damaged ones are moved away.
+
+        Raises:
+          CheckpointError: no evaluated checkpoint is intact.
+        """
+        while (step := self.best_step()) is not None:
+            try:
+                return step, self.restore_params(step, abstract)
+            except DamagedCheckpoint as error:
+                self._set_aside({step: str(error)})
+        raise CheckpointError(
+            f"no evaluated checkpoint in {self._directory} is intact; delete this directory to"
+            " start the run again"
+        )
 
     def is_evaluated(self, step: int) -> bool:
         """Whether a checkpoint has a metric that can be read."""
@@ -223,6 +260,16 @@ class Checkpoints:
             return self.metric(step) is not None
         except DamagedCheckpoint:
             return False
+
+    def with_damaged_metric(self) -> list[int]:
+        """Steps of checkpoints whose metric cannot be read."""
+        damaged = []
+        for step in self.steps():
+            try:
+                self.metric(step)
+            except DamagedCheckpoint:
+                damaged.append(step)
+        return damaged
 
     def restore_params(self, step: int, abstract: Params) -> Params:
         """Restores the parameters of a checkpoint with the shardings of `abstract`.
@@ -283,6 +330,44 @@ class Checkpoints:
                     (self._directory / str(step)).rename(target)
                     print(f"checkpoint {step} is damaged: {reason}; moved to {target}")
         self._manager.reload()
+
+
+def _watched_handler(failures: list[BaseException]) -> ocp.StandardCheckpointHandler:
+    """Orbax's handler, which also lists the errors of its background work at once."""
+    handler = ocp.StandardCheckpointHandler()
+    start, finalize = handler.async_save, handler.finalize
+
+    async def async_save(*arguments: Any, **options: Any) -> list | None:
+        futures = await start(*arguments, **options)
+        return futures and [_WatchedFuture(future, failures) for future in futures]
+
+    def watched_finalize(*arguments: Any) -> None:
+        with _listing(failures):
+            finalize(*arguments)
+
+    # Not a subclass: Orbax registers what a handler saves by its type.
+    handler.async_save, handler.finalize = async_save, watched_finalize
+    return handler
+
+
+class _WatchedFuture:
+    """Waits for a future and lists its error."""
+
+    def __init__(self, future: Any, failures: list[BaseException]):
+        self._future, self._failures = future, failures
+
+    def result(self, timeout: float | None = None) -> Any:
+        with _listing(self._failures):
+            return self._future.result(timeout)
+
+
+@contextlib.contextmanager
+def _listing(failures: list[BaseException]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        failures.append(error)
+        raise
 
 
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):

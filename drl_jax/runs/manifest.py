@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import platform
 import socket
 import subprocess
@@ -21,13 +20,19 @@ import jax
 
 from drl_jax.config import Config
 from drl_jax.data.records import VideoDataset
-from drl_jax.runs.workdir import RESUMABLE_FIELDS, WorkdirError, claim_workdir, flatten
+from drl_jax.runs.workdir import (
+    MANIFEST_FILE,
+    RESUMABLE_FIELDS,
+    WorkdirError,
+    claim_workdir,
+    flatten,
+    read_manifest,
+)
 from drl_jax.runtime.distributed import failing_together, is_main
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import sha256, write_json
+from drl_jax.runtime.files import seal, sha256, write_json
 from drl_jax.weights.installed import weights_path
 
-FILE = "manifest.json"
 _PACKAGES = (
     *("drl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
     *("grain", "tensorflow-datasets", "array_record", "av", "pillow"),
@@ -53,17 +58,30 @@ class RunRecord:
           WorkdirError: the run was started with a dataset of another content, or its manifest is
             damaged.
         """
-        self._path = workdir / FILE
+        self._path = workdir / MANIFEST_FILE
         self._values: dict[str, Any] = {"sessions": []}
         if self._path.exists():
             self._values = read_manifest(self._path)
             _check_content(self._values["dataset"]["content"], dataset, f"the run in {workdir}")
+        self._weights_sha256 = _weights_sha256(config)
         self._values |= {
             "config": dataclasses.asdict(config),
             "dataset": {"name": config.data.dataset, "content": dataset.content},
         }
-        self._values.setdefault("weights_sha256", _weights_sha256(config))
+        self._values.setdefault("weights_sha256", self._weights_sha256)
         self.step, self._started = 0, False
+
+    def check_weights(self, config: Config) -> None:
+        """Checks, before the first step, that the weights are those that the run started with.
+
+        Raises:
+          WorkdirError: they are others.
+        """
+        if self._values["weights_sha256"] != self._weights_sha256:
+            raise WorkdirError(
+                f"config.model.init={config.model.init} is another file than the run in"
+                f" {self._path.parent} was started with; choose another --workdir"
+            )
 
     def start(self, step: int, total_steps: int) -> None:
         """Adds this process to the sessions, with its versions and devices."""
@@ -94,7 +112,7 @@ class RunRecord:
 
     def _write(self) -> None:
         if is_main():
-            write_json(self._path, self._values)
+            write_json(self._path, seal(self._values))
 
 
 @contextlib.contextmanager
@@ -115,29 +133,6 @@ def recorded(workdir: Path, config: Config, dataset: VideoDataset) -> Iterator[R
             record.end(f"{type(error).__name__}: {error}")
         raise
     record.end("finished")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a run.
-
-    Raises:
-      WorkdirError: there is none, or it is damaged.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values["sessions"], list) or not values["sessions"]:
-            raise ValueError("it has no sessions")
-        Config.from_dict(values["config"])
-        str(values["dataset"]["content"])
-        dict(values["sessions"][0]["versions"])
-        return values
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WorkdirError(
-            f"{path} is not the manifest of a run ({type(error).__name__}: {error}); a run"
-            " continues without it if you delete it, and records a new one"
-        ) from error
 
 
 def environment() -> dict[str, Any]:
@@ -168,38 +163,41 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
       dataset: the dataset here.
 
     Returns:
-      What differs and may change results a little: versions, commit, devices.
+      What differs and may change results a little: fields, versions, commit, devices.
 
     Raises:
       WorkdirError: this would be another run: other fields, weights or dataset.
     """
     there, here = flatten(Config.from_dict(manifest["config"])), flatten(config)
-    may_differ = (*RESUMABLE_FIELDS, "model.init")
-    if changed := [n for n in here if here[n] != there[n] and n not in may_differ]:
-        name = changed[0]
+    changed = [name for name in here if here[name] != there[name]]
+    if other := [name for name in changed if name not in (*RESUMABLE_FIELDS, "model.init")]:
+        name = other[0]
         raise WorkdirError(
             f"--reproduce starts the same run, but config.{name} is {there[name]!r} in the manifest"
             f" and {here[name]!r} here"
         )
-    if manifest.get("weights_sha256") != _weights_sha256(config):
+    if manifest["weights_sha256"] != _weights_sha256(config):
         raise WorkdirError(
             f"config.model.init={config.model.init} is not the file that the run started from (its"
-            f" sha256 is {manifest.get('weights_sha256')})"
+            f" sha256 is {manifest['weights_sha256']})"
         )
     _check_content(manifest["dataset"]["content"], dataset, "the run of the manifest")
-    first, own = manifest["sessions"][0], environment()
-    found = [
-        f"{package}: {version} there, {own['versions'].get(package)} here"
-        for package, version in first["versions"].items()
-        if version != own["versions"].get(package)
-    ]
-    found += [
-        f"{name}: {first.get(name)} there, {own[name]} here"
-        for name in ("commit", "devices")
-        if first.get(name) != own[name]
-    ]
-    if first.get("clean") is False:
-        found.append("the run was started from files with uncommitted changes")
+    found = [f"config.{name}: {there[name]!r} there, {here[name]!r} here" for name in changed]
+    if not manifest["dataset"]["content"] or not dataset.content:
+        found.append("the dataset was not compared: one of the two was built by an early version")
+    own, sessions = environment(), manifest["sessions"]
+    for name in own["versions"]:
+        versions = {session["versions"].get(name, "none") for session in sessions}
+        if versions != {own["versions"][name]}:
+            versions = ", ".join(sorted(versions))
+            found.append(f"{name}: {versions} there, {own['versions'][name]} here")
+    for name in ("commit", "devices"):
+        if sessions[0][name] != own[name]:
+            found.append(f"{name}: {sessions[0][name]} there, {own[name]} here")
+    if any(session["clean"] is False for session in sessions):
+        found.append("the run was made from files with uncommitted changes")
+    if own["clean"] is False:
+        found.append("the files here have uncommitted changes")
     return found
 
 

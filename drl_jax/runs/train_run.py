@@ -19,7 +19,7 @@ from drl_jax.runs.nonfinite import NonFiniteBatches, TrainingError
 from drl_jax.runs.workdir import exclusive
 from drl_jax.runtime.child_process import run_module
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Interrupted, UserError
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.signals import StopRequest
 from drl_jax.sharding import Layout, make_layout
@@ -27,13 +27,6 @@ from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import TrainState, abstract_state, create_state, state_from_params
 from drl_jax.training.train_step import make_train_step
 from drl_jax.weights.load import initial_params, read_weights, with_backbone_of
-
-
-class Interrupted(UserError):
-    """A run that was stopped after a checkpoint."""
-
-    # EX_TEMPFAIL: the same command resumes the run.
-    status = 75
 
 
 def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> dict[str, Any]:
@@ -88,6 +81,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
         microbatch=config.train.microbatch,
     )
     evaluator = Evaluator(config, dataset, layout)
+    abstract = abstract_params(config.model, layout)
 
     # Nothing is written before all of the above succeeds.
     with (
@@ -101,6 +95,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
         if restored is not None:
             state, saved = restored
         else:
+            record.check_weights(config)
             state, saved = _new_state(config, pretrained, tx, layout), {}
         del pretrained, restored
         start = int(state.step)
@@ -129,6 +124,12 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
 
             if total_steps == 0 and not saved:
                 checkpoints.save(state)
+            for step in checkpoints.with_damaged_metric():
+                if step != start:
+                    print(f"the metric of checkpoint {step} is damaged; evaluating it again")
+                    params = checkpoints.restore_params(step, abstract)
+                    metrics = evaluator.run(params, val).metrics
+                    checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
             # For a new run without epochs, or a run that was killed in the evaluation of an epoch.
             if not evaluated and start % steps_per_epoch == 0 and (start or total_steps == 0):
                 evaluate(start, state)
@@ -155,8 +156,9 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
                     raise Interrupted(f"stopped after step {step}; rerun the command to resume")
 
         # ---------------------------------------------------------------- test of the best
-        best_step = checkpoints.best_step()
-        params = checkpoints.restore_params(best_step, abstract_params(config.model, layout))
+        if stop_requested.now():
+            raise Interrupted(f"stopped before the test of step {total_steps}; rerun to resume")
+        best_step, params = checkpoints.restore_best(abstract)
         result = {
             "test": evaluator.run(params, test).metrics,
             "val": evaluator.run(params, val).metrics,

@@ -10,11 +10,13 @@ from typing import Any
 from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import config_from_dict
 from drl_jax.runtime.distributed import failing_together, is_main
-from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import write_json
+from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.runtime.files import unseal, write_json
 from drl_jax.runtime.lock import LOCK_FILE, locked
 
-# Fields that may change when a run is resumed: results do not depend on them.
+CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
+# Fields that may change when a run is resumed: results depend on them by rounding at most, and on
+# `skip_nonfinite` only where the run could not continue.
 RESUMABLE_FIELDS = (
     "data.cache",
     "data.data_dir",
@@ -40,23 +42,59 @@ class WorkdirError(UserError):
 
 
 def load_config(workdir: Path) -> Config:
-    """Reads the configuration of a run.
+    """Reads the configuration of a run, and compares it with that of its manifest.
 
     Raises:
-      WorkdirError: the directory does not hold a run.
+      WorkdirError: the directory does not hold a run, or its files are damaged or changed.
     """
-    path = workdir / "config.json"
+    path = workdir / CONFIG_FILE
     if not path.is_file():
         raise WorkdirError(
-            f"no run in {workdir} (it has no config.json); train one with: python -m drl_jax.train"
-            f" --config=configs/shapes.py --workdir={workdir}"
+            f"no run in {workdir} (it has no {CONFIG_FILE}); train one with: python -m"
+            f" drl_jax.train --config=configs/shapes.py --workdir={workdir}"
         )
     try:
-        return config_from_dict(json.loads(path.read_text(encoding="utf-8")))
+        config = config_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise WorkdirError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, ConfigError) as error:
         raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error
+    manifest = workdir / MANIFEST_FILE
+    # Runs of earlier versions have none.
+    if manifest.exists():
+        recorded = config_from_dict(read_manifest(manifest)["config"])
+        if changed := changed_fields(recorded, config):
+            raise WorkdirError(
+                f"{path} was changed: config.{changed[0]} is not that of {manifest}; undo this"
+            )
+    return config
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads the manifest of a run (`runs/manifest.py` writes it).
+
+    Raises:
+      WorkdirError: there is none, or it is damaged.
+    """
+    try:
+        values = unseal(path.read_text(encoding="utf-8"))
+        if not values["sessions"]:
+            raise ValueError("it has no sessions")
+        Config.from_dict(values["config"])
+        return values
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise WorkdirError(
+            f"{path} is damaged, or not the manifest of a run ({one_line(error)}); a run continues"
+            " without it, and records a new one"
+        ) from error
+
+
+def changed_fields(old: Config, new: Config) -> list[str]:
+    """Names of the fields that differ and are not in RESUMABLE_FIELDS."""
+    before, after = flatten(old), flatten(new)
+    return [name for name in after if before[name] != after[name] and name not in RESUMABLE_FIELDS]
 
 
 @contextlib.contextmanager
@@ -84,19 +122,24 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     Raises:
       WorkdirError: it holds a run of another configuration, or cannot be written.
     """
-    if (workdir / "config.json").exists():
-        old, new = flatten(load_config(workdir)), flatten(config)
-        changed = [name for name in new if old[name] != new[name] and name not in RESUMABLE_FIELDS]
-        if changed:
-            name = changed[0]
+    if (workdir / CONFIG_FILE).exists():
+        old = load_config(workdir)
+        if changed := changed_fields(old, config):
+            name, before, after = changed[0], flatten(old), flatten(config)
             raise WorkdirError(
-                f"{workdir} holds a run of another configuration: config.{name} was {old[name]!r},"
-                f" now {new[name]!r} ({len(changed)} such fields); choose another --workdir"
+                f"{workdir} holds a run of another configuration: config.{name} was"
+                f" {before[name]!r}, now {after[name]!r} ({len(changed)} such fields); choose"
+                " another --workdir"
             )
+    elif remains := [name for name in (MANIFEST_FILE, "checkpoints") if (workdir / name).exists()]:
+        raise WorkdirError(
+            f"{workdir} has {remains[0]} but no {CONFIG_FILE}; restore that file, or choose another"
+            " --workdir"
+        )
     if not is_main():
         return
     try:
-        write_json(workdir / "config.json", dataclasses.asdict(config))
+        write_json(workdir / CONFIG_FILE, dataclasses.asdict(config))
     except OSError as error:
         raise _unwritable(workdir, error) from error
 

@@ -8,6 +8,7 @@ are answered before jax is imported.
 """
 
 import argparse
+import asyncio
 import difflib
 import json
 import sys
@@ -58,6 +59,7 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
 
     # Orbax and TFDS log every file they touch, and tracebacks of errors that they raise, too.
     logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _report_unraisable
     try:
         return work() or 0
     except UserError as error:
@@ -76,6 +78,19 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
         )
         print(line, file=sys.stderr)
         return 130
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Prints an exception that cannot be raised, but for those of abandoned asyncio tasks.
+
+    When Orbax cannot read or write an array, it leaves the tasks of the other arrays behind, and
+    each of them would print pages.
+    """
+    abandoned = asyncio.iscoroutine(unraisable.object) or "Event loop is closed" in str(
+        unraisable.exc_value
+    )
+    if not abandoned:
+        sys.__unraisablehook__(unraisable)
 
 
 # ---------------------------------------------------------------- configuration files

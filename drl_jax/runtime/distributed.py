@@ -11,10 +11,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
+# JAX has no public way to its key-value store.
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from drl_jax.runtime.errors import UserError
 
+# Key of the message of the first process that ends with an error, and seconds between two looks.
+_FAILURE_KEY, _FAILURE_POLL = "drl_jax/failure", 1.0
+_ending = threading.Event()
 # Bytes of an error message that processes exchange.
 _MESSAGE_BYTES = 1000
 
@@ -127,6 +133,7 @@ def _initialize(timeout: int, **arguments: object) -> None:
         raise DistributedError(f"the processes of the run cannot be joined: {reason}") from error
     finally:
         watchdog.cancel()
+    threading.Thread(target=_end_with_others, daemon=True).start()
 
 
 def _diagnosis(timeout: int, arguments: dict) -> str:
@@ -159,6 +166,39 @@ def barrier(name: str) -> None:
     """Waits until all processes have reached the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def end_together(error: Exception) -> None:
+    """Ends all processes of a run after an error that the others may not have.
+
+    They would wait for this process, in a collective operation or a barrier, for minutes or
+    forever. Does nothing with one process.
+    """
+    if jax.process_count() == 1:
+        return
+    _ending.set()
+    status = getattr(error, "status", 1)
+    # The first error of a run stays; without a service, JAX ends the other processes.
+    with contextlib.suppress(Exception):
+        message = f"{error} (process {jax.process_index()})"
+        global_state.client.key_value_set(_FAILURE_KEY, message)
+    print(f"\n{_program()}: {error}", file=sys.stderr, flush=True)
+    if is_main():
+        time.sleep(2 * _FAILURE_POLL)  # It serves the message to the others.
+    os._exit(status)  # Threads of a save may wait for the others.
+
+
+def _end_with_others() -> None:
+    """Ends this process when another one has ended with an error."""
+    while not _ending.is_set():
+        time.sleep(_FAILURE_POLL)
+        try:
+            message = global_state.client.key_value_try_get(_FAILURE_KEY)
+        except Exception:  # There is no such message.
+            continue
+        if not _ending.is_set():
+            print(f"\n{_program()}: {message}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 @contextlib.contextmanager
@@ -211,6 +251,12 @@ class StopPoll:
         self._last_step: int | None = None
         self._last_time = time.monotonic()
         self._next_step = 0
+
+    def now(self) -> bool:
+        """Whether a stop is pending in any process; all processes call it at the same time."""
+        if jax.process_count() == 1:
+            return self._pending()
+        return bool(multihost_utils.process_allgather(np.array(self._pending())).any())
 
     def __call__(self, step: int) -> bool:
         """Whether to stop after `step`; all processes call it after every step."""

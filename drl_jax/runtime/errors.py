@@ -18,6 +18,13 @@ class UserError(Exception):
         super().__init__(_shortened(_printable(message), _MAX_LINE))
 
 
+class Interrupted(UserError):
+    """A run that was stopped after a checkpoint."""
+
+    # EX_TEMPFAIL: the same command resumes the run.
+    status = 75
+
+
 def one_line(error: BaseException) -> str:
     """Type and message of an exception, shortened, for a line that says what it means."""
     message = _shortened(_printable(" ".join(str(error).split())), _MAX_MESSAGE)

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Key of the hash of an object that `seal` made.
+_SEAL = "sha256"
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -37,6 +40,32 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds a hash to a JSON object, so that `unseal` notices a change."""
+    return {**values, _SEAL: _digest(values)}
+
+
+def unseal(text: str) -> dict[str, Any]:
+    """Parses a JSON object of `seal`; one field without a hash, of an early version, is accepted.
+
+    Raises:
+      ValueError: it is not the object that was written.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    digest = values.pop(_SEAL, None)
+    if digest is None and len(values) != 1:
+        raise ValueError("its hash is missing")
+    if digest is not None and digest != _digest(values):
+        raise ValueError("its content differs from its hash")
+    return values
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
