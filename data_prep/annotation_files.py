@@ -172,10 +172,11 @@ def parse_span(start: Any, end: Any, where: str) -> Span:
     """
     try:
         span = (_seconds(start), _seconds(end))
-    except (TypeError, ValueError) as error:
+    # OverflowError: JSON can have whole numbers of any size.
+    except (TypeError, ValueError, OverflowError) as error:
         raise AnnotationError(
             f"{where}: start and end must be seconds or h:mm:ss, with a decimal point, not"
-            f" {start!r} and {end!r}"
+            f" {_shortened(start)} and {_shortened(end)}"
         ) from error
     if not all(map(math.isfinite, span)) or not 0 <= span[0] < span[1]:
         raise AnnotationError(
@@ -188,7 +189,7 @@ def _seconds(time: Any) -> float:
     """Seconds of a number, or of a text with seconds, minutes:seconds or hours:minutes:seconds.
 
     Raises:
-      TypeError, ValueError: it is none of these.
+      TypeError, ValueError, OverflowError: it is none of these.
     """
     if not isinstance(time, str):
         if isinstance(time, bool):

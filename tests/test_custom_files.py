@@ -124,6 +124,10 @@ def test_a_csv_that_would_be_misread_is_refused_with_its_row(content, message, t
         ({"video": "a", "captions": ["b", None]}, "line 1: caption must be a text, not None"),
         ({"video": "a", "caption": "b", "split": "Test"}, "line 1: 'Test' is not a split"),
         ({"video": "a", "caption": "b", "start": True, "end": 2}, "line 1: start and end must be"),
+        (
+            {"video": "a", "caption": "b", "start": 0, "end": 10**400 - 1},
+            r"line 1: start and end must be seconds or h:mm:ss, .* not 0 and 9+\.\.\.$",
+        ),
     ],
 )
 def test_a_wrong_value_in_jsonl(row, message, tmp_path):
