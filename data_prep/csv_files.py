@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,11 +45,10 @@ def read_csv_rows(path: Path) -> tuple[list[str], list[Row]]:
       AnnotationError: the file is not text in UTF-8, a quotation mark is not closed, a row has
         another number of fields than the header, or two columns have the same name.
     """
-    text = read_text(path)
-    header = text.partition("\n")[0]
-    delimiter = max(_DELIMITERS, key=header.count)
     # With newline="", the reader sees the line ends inside quotation marks.
-    records = _records(path, io.StringIO(text, newline=""), delimiter)
+    lines = list(io.StringIO(read_text(path), newline=""))
+    delimiter = max(_DELIMITERS, key=lines[0].count) if lines else ","
+    records = _records(path, lines, delimiter)
     names = [name.strip().lower() for name in next(records, (1, []))[1]]
     if doubled := sorted({name for name in names if name and names.count(name) > 1}):
         raise AnnotationError(f"{path} has two columns {doubled[0]!r}")
@@ -67,7 +67,7 @@ def read_csv_rows(path: Path) -> tuple[list[str], list[Row]]:
     return names, rows
 
 
-def _records(path: Path, lines: io.StringIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yields the number of its first line, and the fields, of each row."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
     columns = 0
@@ -80,7 +80,8 @@ def _records(path: Path, lines: io.StringIO, delimiter: str) -> Iterator[tuple[i
         if fields is None:
             return
         columns = columns or len(fields)
-        if any(_looks_like_rows(field, delimiter, columns) for field in fields):
+        separators = columns - 1
+        if any(_looks_like_rows(fields[n], delimiter, n, separators) for n in range(len(fields))):
             raise AnnotationError(
                 f"{path}, row {first}: a quotation mark that opens in this row closes only in line"
                 f" {reader.line_num}, after text that looks like other rows; close it, or remove"
@@ -89,9 +90,28 @@ def _records(path: Path, lines: io.StringIO, delimiter: str) -> Iterator[tuple[i
         yield first, fields
 
 
-def _looks_like_rows(field: str, delimiter: str, columns: int) -> bool:
-    """Whether a field with several lines has a line that could be a row."""
-    return any(line.count(delimiter) == columns - 1 for line in field.split("\n")[1:-1] if line)
+def _looks_like_rows(field: str, delimiter: str, before: int, separators: int) -> bool:
+    """Whether a field with several lines looks like rows whose quotation mark was forgotten.
+
+    That is: one of its lines in the file has as many separators as a row.
+
+    Args:
+      field: the text.
+      delimiter: the separator.
+      before: number of separators before the field in its row.
+      separators: number of separators of a row.
+    """
+    counts = [line.count(delimiter) for line in re.split("\r\n|\r|\n", field)]
+    if len(counts) == 1:
+        return False
+    # Where the text itself needs no separator to make the line a row, the count says nothing: the
+    # first line of a text in the last column, and the last line of a text in the first column.
+    after = separators - before
+    return (
+        counts[0] == after > 0
+        or counts[-1] == before > 0
+        or any(count == separators > 0 for count in counts[1:-1])
+    )
 
 
 def _quoting_message(path: Path, first: int, last: int, error: csv.Error) -> str:

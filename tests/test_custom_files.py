@@ -50,6 +50,8 @@ def test_variants_of_one_file_are_the_same_dataset(name, tmp_path):
 def test_line_ends_inside_a_text(tmp_path):
     annotations = read(tmp_path, 'video,caption,split\na,"one\ntwo",train\nb,"say ""hi""",test\n')
     assert captions_of(annotations) == {"train": {"a": ["one\ntwo"]}, "test": {"b": ['say "hi"']}}
+    for text in ('video,caption\na,"one\ntwo"\n', 'caption,video\n"one\n\ntwo",a\n'):
+        assert read(tmp_path, text).splits["train"][0].captions[0].split() == ["one", "two"]
     row = json.dumps({"video": "a", "caption": "one\u2028two\x85three"}, ensure_ascii=False)
     annotations = read(tmp_path, f"{row}\n{row}\n", "mine.jsonl")
     assert captions_of(annotations) == {"train": {"a": ["one\u2028two\x85three"] * 2}}
@@ -77,6 +79,18 @@ HEADER = "video,caption,split\n"
          + 'v20.mp4,a screen of 5",train\n' + rows(21, 30),
          "row 10: a quotation mark that opens in this row closes only in line 20, after text that"
          " looks like other rows"),
+        # The same in the next row. Its commas can be those of the text, or of either row.
+        (HEADER + 'v2.mp4,"a clip 2,train\nv3.mp4,a clip 3",train\n',
+         "row 2: a quotation mark that opens in this row closes only in line 3, after text that"
+         " looks like other rows"),
+        (HEADER + 'v2.mp4,"a clip 2,train\r\nv3.mp4,a clip, 3",train\r\n',
+         "row 2: a quotation mark that opens in this row closes only in line 3"),
+        (HEADER + 'v2.mp4,"a clip, 2,train\nv3.mp4,a clip 3",train\n',
+         "row 2: a quotation mark that opens in this row closes only in line 3"),
+        ('caption;video\n"a clip 2;v2.mp4\na clip 3";v3.mp4\n',
+         "row 2: a quotation mark that opens in this row closes only in line 3"),
+        ('video,caption\nv2.mp4,"a clip 2\nv3.mp4,a clip 3"\n',
+         "row 2: a quotation mark that opens in this row closes only in line 3"),
         # More than the reader's limit of 131,072 characters.
         (HEADER + 'v2.mp4,"caption 2,train\n' + rows(3, 9999),
          "row 2: a quotation mark that opens"),
