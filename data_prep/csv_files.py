@@ -11,6 +11,8 @@ from data_prep.annotations import AnnotationError
 
 # Spreadsheets of many countries separate by semicolons.
 _DELIMITERS = ",;\t"
+# A line before the header that tells Excel the separator.
+_SEPARATOR_LINE = re.compile(r"sep=([^\w\s\"'=]|\t)\s*", re.IGNORECASE)
 
 # A row: the number of its first line in the file, and its values by column.
 Row = tuple[int, dict[str, str]]
@@ -26,8 +28,7 @@ def read_csv_columns(path: Path, columns: tuple[str, ...]) -> list[tuple[str, ..
     for column in columns:
         if column not in present:
             raise AnnotationError(
-                f"{path} has no column {column!r}; its first line is"
-                f" {','.join(present) or 'empty'!r}"
+                f"{path} has no column {column!r}; its header is {','.join(present) or 'empty'!r}"
             )
     for number, row in rows:
         if empty := [column for column in columns if not row[column]]:
@@ -36,10 +37,10 @@ def read_csv_columns(path: Path, columns: tuple[str, ...]) -> list[tuple[str, ..
 
 
 def read_csv_rows(path: Path) -> tuple[list[str], list[Row]]:
-    """Reads a CSV file whose first line names its columns.
+    """Reads a CSV file whose first line, or the one after Excel's `sep=;`, names its columns.
 
-    Columns are separated by commas, semicolons or tabs. Names are in lower case, and names and
-    values without surrounding blanks. Empty rows are left out.
+    Columns are separated by commas, semicolons or tabs, or as `sep=` says. Names are in
+    lower case, and names and values without surrounding blanks. Empty rows are left out.
 
     Raises:
       AnnotationError: the file is not text in UTF-8, a quotation mark is not closed, a row has
@@ -47,8 +48,8 @@ def read_csv_rows(path: Path) -> tuple[list[str], list[Row]]:
     """
     # With newline="", the reader sees the line ends inside quotation marks.
     lines = list(io.StringIO(read_text(path), newline=""))
-    delimiter = max(_DELIMITERS, key=lines[0].count) if lines else ","
-    records = _records(path, lines, delimiter)
+    header, delimiter = _header(lines)
+    records = _records(path, lines, header, delimiter)
     names = [name.strip().lower() for name in next(records, (1, []))[1]]
     if doubled := sorted({name for name in names if name and names.count(name) > 1}):
         raise AnnotationError(f"{path} has two columns {doubled[0]!r}")
@@ -59,7 +60,7 @@ def read_csv_rows(path: Path) -> tuple[list[str], list[Row]]:
             continue
         if len(fields) != len(names):
             raise AnnotationError(
-                f"{path}, row {number} has {len(fields)} fields, but the first line names"
+                f"{path}, row {number} has {len(fields)} fields, but the header names"
                 f" {len(names)} ({', '.join(names)}); a text that contains {delimiter!r} must be"
                 " between quotation marks"
             )
@@ -67,25 +68,38 @@ def read_csv_rows(path: Path) -> tuple[list[str], list[Row]]:
     return names, rows
 
 
-def _records(path: Path, lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields the number of its first line, and the fields, of each row."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
+def _header(lines: list[str]) -> tuple[int, str]:
+    """Index of the line that names the columns, and the separator."""
+    if not lines:
+        return 0, ","
+    if found := _SEPARATOR_LINE.fullmatch(lines[0]):
+        return 1, found[1]
+    return 0, max(_DELIMITERS, key=lines[0].count)
+
+
+def _records(
+    path: Path, lines: list[str], header: int, delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of its first line, and the fields, of each row from the header on."""
+    reader = csv.reader(lines[header:], delimiter=delimiter, strict=True, skipinitialspace=True)
     columns = 0
     while True:
-        first = reader.line_num + 1
+        first = header + reader.line_num + 1
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise AnnotationError(_quoting_message(path, first, reader.line_num, error)) from error
+            last = header + reader.line_num
+            raise AnnotationError(_quoting_message(path, first, last, error)) from error
         if fields is None:
             return
+        last = header + reader.line_num
         columns = columns or len(fields)
         separators = columns - 1
         if any(_looks_like_rows(fields[n], delimiter, n, separators) for n in range(len(fields))):
             raise AnnotationError(
                 f"{path}, row {first}: a quotation mark that opens in this row closes only in line"
-                f" {reader.line_num}, after text that looks like other rows; close it, or remove"
-                " the line ends from the text"
+                f" {last}, after text that looks like other rows; close it, or remove the line ends"
+                " from the text"
             )
         yield first, fields
 

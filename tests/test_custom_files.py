@@ -35,6 +35,12 @@ VARIANTS = {
     "b.mp4;three;;;test\n;;;;\n",
     "tabs.tsv": "split\tvideo\tstart\tend\tcaption\r\n"
     "train\ta.mp4\t0:00:05\t00:01:02.5\tone, two\r\ntest\tb.mp4\t\t\tthree\r\n",
+    "excel.csv": "\ufeffsep=;\r\nvideo;caption;start;end;split\r\na.mp4;one, two;5;62.5;train\r\n"
+    "b.mp4;three;;;test\r\n",
+    "excel_tabs.csv": "SEP=\t\nsplit\tvideo\tstart\tend\tcaption\n"
+    "train\ta.mp4\t5\t62.5\tone, two\ntest\tb.mp4\t\t\tthree\n",
+    "excel_bars.csv": "sep=|\nvideo|caption|start|end|split\na.mp4|one, two|5|62.5|train\n"
+    "b.mp4|three|||test\n",
     "byte_order_mark.csv": "\ufeffvideo,caption,split,start,end\n"
     '"a.mp4","one, two","train",5,62.5\n"b.mp4","three","test",,\n',
     "lines.JSONL": '{"Video": "a.mp4", "Caption": "one, two", "start": "0:05", "end": 62.5, '
@@ -97,9 +103,15 @@ HEADER = "video,caption,split\n"
         (HEADER + 'a.mp4,"big" dog,train\n', "row 2 is not valid CSV"),
         # The physical line counts, also after a text with line ends.
         (HEADER + 'a.mp4,"x\ny",train\n' + "b.mp4,waves, then sand,train\n",
-         "row 4 has 4 fields, but the first line names 3 (video, caption, split); a text that"
+         "row 4 has 4 fields, but the header names 3 (video, caption, split); a text that"
          " contains ',' must be between quotation marks"),
-        (HEADER + "a.mp4,x\n", "row 2 has 2 fields, but the first line names 3"),
+        ("sep=,\n" + HEADER + "a.mp4,x\n", "row 3 has 2 fields, but the header names 3"),
+        ("sep=,\n" + HEADER + 'v3.mp4,"a clip 3,train\nv4.mp4,a clip 4",train\n',
+         "row 3: a quotation mark that opens in this row closes only in line 4"),
+        ("sep=,\n" + HEADER + 'a.mp4,"x,train\n',
+         "row 3: a quotation mark that opens in this row is not closed (read up to line 3"),
+        ("sep=;\n", "mine.csv has no video and no caption; it has nothing"),
+        (HEADER + "a.mp4,x\n", "row 2 has 2 fields, but the header names 3"),
         (HEADER + "a.mp4,waves, then sand\n", "row 2: 'then sand' is not a split (train, val or"
          " test); a caption with a comma needs quotation marks"),
         (HEADER + "a.mp4,x,Train\n", "row 2: 'Train' is not a split (train, val or test); did you"
