@@ -1,5 +1,6 @@
 """Matches the annotated videos with the video files below a folder."""
 
+import contextlib
 import dataclasses
 import unicodedata
 from collections.abc import Mapping, Set
@@ -124,7 +125,10 @@ class VideoFolder:
         """The file with a path through a link, for a folder that is listed by another path."""
         path = self.directory / source.file
         inside = path.is_relative_to(self.directory) and ".." not in path.parts
-        return [path] if inside and path.is_file() else []
+        # A name can be too long for the file system, or its folder unreadable.
+        with contextlib.suppress(OSError):
+            return [path] if inside and path.is_file() else []
+        return []
 
 
 def _add(index: dict[str, list[Path]], key: Path, path: Path) -> None:

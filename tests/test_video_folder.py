@@ -45,6 +45,12 @@ def test_full_names_come_first(tmp_path):
     assert located(tmp_path, "two.mov.mp4.qt") == ["two.mov.mp4"]
 
 
+def test_a_name_that_no_file_can_have_is_not_found(tmp_path):
+    touch(tmp_path, "x.mp4")
+    names = ["n" * 5000, "deep/" * 1000 + "x.mp4", "nul\0.mp4"]
+    assert located(tmp_path, *names, "x") == ["no such file"] * 3 + ["x.mp4"]
+
+
 def test_folders_behind_links_are_searched_once(tmp_path):
     folder, elsewhere = tmp_path / "videos", tmp_path / "elsewhere"
     touch(folder, "real/a.mp4")
