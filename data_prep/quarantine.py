@@ -23,10 +23,12 @@ def read_quarantine(path: Path) -> dict[str, str]:
     """Reads the reasons by video id; empty if the file does not exist.
 
     Raises:
-      AnnotationError: it is not text in UTF-8.
+      AnnotationError: it is no file, or not text in UTF-8.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
+    if not path.is_file():
+        raise AnnotationError(f"{path} must be a text file; move away what has its name")
     try:
         # Notepad writes a byte order mark. Lines end with \n alone: an id may have other ends.
         lines = path.read_text(encoding="utf-8-sig").split("\n")

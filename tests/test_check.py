@@ -252,6 +252,11 @@ def test_damaged_files_of_an_earlier_check(mine, tmp_path, capsys):
     for command in ("check", "build"):
         line = error_of(f"data_prep.{command}", *mine, capsys=capsys)
         assert f"{quarantine} is not text in UTF-8; save it as UTF-8" in line
+    quarantine.unlink()
+    quarantine.mkdir()
+    for command in ("check", "build"):
+        line = error_of(f"data_prep.{command}", *mine, capsys=capsys)
+        assert f"{quarantine} must be a text file; move away what has its name" in line
 
 
 def test_a_report_that_cannot_be_written_is_one_line(mine, tmp_path, capsys):
