@@ -137,6 +137,18 @@ def test_lists_of_didemo_without_suffixes(tmp_path):
         builder.read_annotations(annotations)
 
 
+@pytest.mark.parametrize("described", [["same"], ["same.mp4"]])
+def test_two_listed_videos_of_didemo_never_have_the_same_description(described, tmp_path):
+    builder, annotations = lay_out_didemo(tmp_path)
+    entries = [{"video": name, "description": "a"} for name in (*described, "own")]
+    (annotations / "test_data.json").write_text(json.dumps(entries))
+    message = rf"lists same.mov and same.mp4, but .*test_data.json describes {described[0]} alone"
+    with pytest.raises(AnnotationError, match=message):
+        builder.read_annotations(annotations)
+    (annotations / "test_list.txt").write_text("same.mov\nown.avi\n")
+    assert len(builder.read_annotations(annotations).splits["test"]) == 2
+
+
 @pytest.mark.parametrize("protocol", [0, 4])
 def test_the_pickle_of_msvd_can_have_sentences(protocol, tmp_path):
     content = {"v": ["a man", ["a", "dog", "runs"]]}

@@ -82,7 +82,8 @@ def _full_names(
       For each listed video, by its full name, its name in the descriptions.
 
     Raises:
-      AnnotationError: a video has no descriptions, or those of several videos.
+      AnnotationError: a video has no descriptions, or those of several videos, or two videos have
+        the same descriptions.
     """
     described = set(described)
     by_stem: dict[str, list[str]] = {}
@@ -110,6 +111,13 @@ def _full_names(
             f"{len(missing)} videos of {names} have no description in {data} (the first:"
             f" {missing[0]}); check that the two files belong together"
         )
+    video_of: dict[str, str] = {}
+    for video, match in found.items():
+        if (other := video_of.setdefault(match, video)) != video:
+            raise AnnotationError(
+                f"{names} lists {other} and {video}, but {data} describes {match} alone; describe"
+                " each by its full name, or list one of them"
+            )
     return found
 
 
