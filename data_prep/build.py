@@ -74,16 +74,20 @@ def _is_built(target: Path, options: argparse.Namespace) -> bool:
     """Whether there is nothing to do.
 
     Raises:
-      UserError: the dataset exists, but was built from other annotation files.
+      UserError: the dataset exists, but was built from other annotation files, or is damaged.
     """
     from data_prep.manifest import annotation_changes
-    from drl_jax.data.records import read_manifest
+    from drl_jax.data.records import DESCRIPTIONS, VideoDataset
 
     if options.overwrite or not target.exists():
         return False
+    if not all((target / name).is_file() for name in DESCRIPTIONS):
+        raise UserError(f"{target} is not a complete dataset; --overwrite rebuilds it")
+    manifest = VideoDataset(target).manifest
     if options.dataset not in DRAWN:
         files = builder_class(options.dataset).read_annotations(options.annotations).files
-        if changes := annotation_changes(read_manifest(target), files):
+        named_by_user = options.dataset == "custom"
+        if changes := annotation_changes(manifest, files, named_by_user=named_by_user):
             raise UserError(
                 f"{target} was built from other annotation files ({', '.join(changes)});"
                 " --overwrite rebuilds it"

@@ -92,14 +92,20 @@ def _replace(target: Path, new: Path) -> None:
     if target.exists():
         target.rename(_previous(target))
     new.rename(target)
-    shutil.rmtree(_previous(target), ignore_errors=True)
+    _remove(_previous(target))
 
 
 def _remove_leftovers(target: Path) -> None:
     """Removes the files of a build that was killed."""
     restore_previous(target)
     for leftover in (_previous(target), target.parent / "unfinished"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():  # Not from a build, but it would block the next one.
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -> None:

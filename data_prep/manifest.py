@@ -91,12 +91,16 @@ def _hashes(files: Iterable[Path]) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(files)}
 
 
-def annotation_changes(manifest: Mapping[str, Any], files: Iterable[Path]) -> list[str]:
+def annotation_changes(
+    manifest: Mapping[str, Any], files: Iterable[Path], *, named_by_user: bool
+) -> list[str]:
     """Compares a dataset's annotation files with those of a new build.
 
     Args:
       manifest: of the dataset; empty if it has none.
       files: the annotation files now.
+      named_by_user: whether the names of the files say nothing about their content, so that a file
+        with another name is the same. (A list of videos for training is none for testing.)
 
     Returns:
       For each file that differs, its name and how: "has changed", "is new" or "is missing".
@@ -104,6 +108,8 @@ def annotation_changes(manifest: Mapping[str, Any], files: Iterable[Path]) -> li
     if not manifest:
         return []
     before, now = manifest.get("annotations", {}), _hashes(files)
+    if named_by_user and sorted(before.values()) == sorted(now.values()):
+        return []
     return [
         *(f"{name} has changed" for name in now if before.get(name, now[name]) != now[name]),
         *(f"{name} is new" for name in now if name not in before),

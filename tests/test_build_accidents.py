@@ -12,7 +12,9 @@ from support.commands import ROOT, error_line, error_of, run_module
 from support.videos import write_video
 
 from data_prep.build import main as build
+from data_prep.manifest import annotation_changes
 from drl_jax.data.records import VideoDataset
+from drl_jax.runtime.files import sha256
 
 VARIANT = Path("custom") / "128px_12f_raw" / "1.0.0"
 
@@ -115,11 +117,61 @@ def test_changed_annotations_are_not_built_already(sources, tmp_path, capsys):
     assert len(VideoDataset(tmp_path / "data" / VARIANT)) == 10
     (tmp_path / "mine.csv").rename(tmp_path / "other.csv")
     arguments = flags(sources, tmp_path / "other.csv", tmp_path / "data")
+    assert build(arguments) == 0  # The same content.
+    assert "is already built; --overwrite rebuilds it" in capsys.readouterr().out
+    shutil.copy(sources / "20.csv", tmp_path / "other.csv")
     line = error_of("data_prep.build", *arguments, capsys=capsys)
     assert "(other.csv is new, mine.csv is missing)" in line
     # A dataset of a version without manifest.
     (tmp_path / "data" / VARIANT / "manifest.json").unlink()
     assert build(arguments) == 0
+
+
+def test_a_renamed_list_of_another_dataset_is_a_change(tmp_path):
+    (tmp_path / "val_list.txt").write_text("a")
+    before = {"annotations": {"test_list.txt": sha256(tmp_path / "val_list.txt")}}
+    changes = annotation_changes(before, [tmp_path / "val_list.txt"], named_by_user=False)
+    assert changes == ["val_list.txt is new", "test_list.txt is missing"]
+
+
+@pytest.mark.parametrize("found", ["an empty directory", "a file", "a link", "a part"])
+def test_what_is_no_complete_dataset_is_not_built_already(found, sources, tmp_path, capsys):
+    arguments, target = flags(sources, sources / "2.csv", tmp_path), tmp_path / VARIANT
+    if found == "a file":
+        target.parent.mkdir(parents=True)
+        target.write_text("no dataset")
+    elif found == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        target.parent.mkdir(parents=True)
+        target.symlink_to(tmp_path / "elsewhere")
+    else:
+        target.mkdir(parents=True)
+    if found == "a part":
+        (target / "dataset_info.json").write_text("{}")
+    line = error_of("data_prep.build", *arguments, capsys=capsys)
+    assert line == f"data_prep.build: {target} is not a complete dataset; --overwrite rebuilds it"
+    assert build([*arguments, "--overwrite"]) == 0
+    assert len(VideoDataset(target)) == 2
+    assert [path.name for path in target.parent.iterdir()] == ["1.0.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("manifest.json", content) for content in (
+            '{"annotations": [1]}', '{"annotations": {"a": 1}}', '{"files": "a"}', "[]", "{")),
+        ("metadata.json", "{}"),
+    ],
+)  # fmt: skip
+def test_a_damaged_dataset_is_not_built_already(name, content, sources, tmp_path, capsys):
+    arguments = flags(sources, sources / "2.csv", tmp_path)
+    assert build(arguments) == 0
+    (tmp_path / VARIANT / name).write_text(content)
+    line = error_of("data_prep.build", *arguments, capsys=capsys)
+    assert f"{name} is" in line
+    assert f"--data_dir={tmp_path} --overwrite" in line
+    assert build([*arguments, "--overwrite"]) == 0
+    assert len(VideoDataset(tmp_path / VARIANT)) == 2
 
 
 @pytest.fixture

@@ -216,9 +216,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
             raise TypeError("it is not an object")
+        for name in ("annotations", "files"):
+            _check_hashes(name, manifest.get(name, {}))
     except (OSError, ValueError, TypeError) as error:
         raise DatasetError(_damaged_message(directory, path, error)) from error
     return manifest
+
+
+def _check_hashes(name: str, hashes: object) -> None:
+    if not isinstance(hashes, dict) or not all(isinstance(h, str) for h in hashes.values()):
+        raise TypeError(f"its {name} are not hashes by file name")
 
 
 def _check_descriptions(directory: Path, manifest: dict[str, Any]) -> None:
