@@ -52,7 +52,7 @@ def test_a_call_that_dies_hangs_or_raises_fails_alone():
     assert "\n" not in lock.reason
     assert raised.reason.startswith("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in")
     assert ": unexpected end of data of data" in raised.reason
-    assert raised.reason.endswith("...")
+    assert " ... " in raised.reason  # A long message is shortened in the middle.
     assert len(raised.reason) < 240
     assert results.pop(5) == WorkerFailure("took longer than 2 s")
     assert results.pop(3) == WorkerFailure("the process that worked on it died (exit code -11)")
