@@ -115,7 +115,7 @@ def test_resuming_after_sigterm_gives_the_same_result(finished, train_arguments,
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 75
-    assert "SIGTERM: saving a checkpoint" in errors
+    assert "SIGTERM: stopping after the next checkpoint" in errors
     assert "rerun the command to resume" in errors
     assert "Traceback" not in errors
     assert not (workdir / "result.json").exists()

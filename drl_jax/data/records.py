@@ -218,7 +218,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise TypeError("it is not an object")
         for name in ("annotations", "files"):
             _check_hashes(name, manifest.get(name, {}))
-    except (OSError, ValueError, TypeError) as error:
+        # What a training prints.
+        str(manifest["content"]), str(manifest["versions"]["av"]), len(manifest["left_out"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(_damaged_message(directory, path, error)) from error
     return manifest
 

@@ -9,7 +9,7 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator, order_by_content
 from drl_jax.evaluation.metrics import format_table
 from drl_jax.runs.run_params import restore_params
-from drl_jax.runs.workdir import WorkdirError
+from drl_jax.runs.workdir import MANIFEST_FILE, WorkdirError, read_manifest
 from drl_jax.runtime.files import write_json
 from drl_jax.sharding import make_layout
 
@@ -42,6 +42,7 @@ def evaluate(
     layout = make_layout(fsdp=config.sharding.fsdp)
     step, params = restore_params(workdir, config.model, layout, checkpoint)
     dataset = VideoDataset(dataset_dir(config))
+    _note_other_content(workdir, dataset)
     split = load_split(dataset, split_name, config.data)
     evaluator = Evaluator(config, dataset, layout)
     order = order_by_content if frame_order == "content" else None
@@ -58,3 +59,11 @@ def evaluate(
             f"the metrics are complete, but {path} cannot be written: {error.strerror}"
         ) from error
     return result
+
+
+def _note_other_content(workdir: Path, dataset: VideoDataset) -> None:
+    """Says so if the run was trained with another build of the dataset."""
+    manifest = workdir / MANIFEST_FILE
+    expected = read_manifest(manifest)["dataset"]["content"] if manifest.exists() else ""
+    if expected and dataset.content and expected != dataset.content:
+        print(f"note: {workdir} was trained with other frames or captions than {dataset.directory}")

@@ -50,7 +50,8 @@ class TrainLog:
         self._writers: list = []
         if is_main():
             keep = kept_when_resumed(step, keep_evaluation=evaluated)
-            self._writers = [JsonlWriter(workdir, keep), *tensorboard_writers(workdir, keep)]
+            jsonl = JsonlWriter(workdir, keep)
+            self._writers = [jsonl, *tensorboard_writers(workdir, keep, jsonl.lines)]
         # A step that the devices may still compute, and the scalars since the last mean.
         self._running: tuple[int, dict[str, jax.Array]] | None = None
         self._since = list(unlogged)
@@ -172,14 +173,30 @@ class TrainLog:
 
 
 class JsonlWriter:
-    """Appends scalars to `metrics.jsonl`: one object per write, with "step" and the tags."""
+    """Appends scalars to `metrics.jsonl`: one object per write, with "step" and the tags.
+
+    Attributes:
+      lines: the objects in the file when it was opened.
+    """
 
     def __init__(self, workdir: Path, keep: Keep):
-        """Opens the file and removes the lines that are not kept."""
+        """Opens the file and removes the lines that are not kept, or damaged."""
         self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-            write_text(self._path, "".join(line + "\n" for line in lines if _kept(line, keep)))
+        self.lines: list[dict[str, float]] = []
+        if not self._path.exists():
+            return
+        damaged = []
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        for number, line in enumerate(text.splitlines(), start=1):
+            values = _parse(line)
+            if values is None:
+                damaged.append(number)
+            elif keep(int(values["step"]), [tag for tag in values if tag != "step"]):
+                self.lines.append(values)
+        # A crash can truncate the last line.
+        if damaged and (damaged[0] != number or text.endswith("\n")):
+            print(f"{self._path}: removed {len(damaged)} damaged lines, the first: {damaged[0]}")
+        write_text(self._path, "".join(json.dumps(values) + "\n" for values in self.lines))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {tag: float(value) for tag, value in scalars.items()}
@@ -190,12 +207,16 @@ class JsonlWriter:
         """Each line is in the file already."""
 
 
-def _kept(line: str, keep: Keep) -> bool:
+def _parse(line: str) -> dict[str, float] | None:
+    """The object of a line; None if it is damaged."""
     try:
         values = json.loads(line)
-        return keep(values.pop("step"), values)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return False  # A line that a crash truncated.
+        return {
+            "step": int(values["step"]),
+            **{tag: float(values[tag]) for tag in values if tag != "step"},
+        }
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def kept_when_resumed(resumed_step: int, *, keep_evaluation: bool) -> Keep:

@@ -1,6 +1,6 @@
 """Handles signals that ask a long job to stop, at its next safe point."""
 
-import contextlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -19,8 +19,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.pending = False
         self._previous: dict[int, object] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> "StopRequest":
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._on_signal)
@@ -35,10 +37,17 @@ class StopRequest:
         if self.pending and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.pending = True
-        # After SIGHUP there may be no terminal to print to.
-        with contextlib.suppress(OSError):
-            print(
-                f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping"
-                " (Ctrl-C again stops at once)",
-                file=sys.stderr,
-            )
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+        print(
+            f"\n{signal.Signals(number).name}: stopping after the next checkpoint or test"
+            " (Ctrl-C again stops at once)",
+            file=sys.stderr,
+        )
+
+    def _leave_terminal(self) -> None:
+        """Printing to a terminal that was closed is an error, which would end the job."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nothing, descriptor)
+        os.close(nothing)
