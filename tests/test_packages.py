@@ -57,7 +57,7 @@ def test_the_package_needs_nothing_built_on_it():
         assert not roots & {"data_prep", "configs", "tests", "benchmarks"}, module
 
 
-def test_one_module_imports_orbax_and_one_imports_clu():
+def test_few_modules_import_orbax_and_one_imports_clu():
     users = {
         library: {
             module
@@ -67,7 +67,9 @@ def test_one_module_imports_orbax_and_one_imports_clu():
         for library in ("orbax", "clu", "tensorflow", "torch")
     }
     assert users == {
-        "orbax": {"drl_jax.runs.checkpoint_files", "drl_jax.runs.checkpoints"},
+        "orbax": {
+            f"drl_jax.runs.{name}" for name in ("checkpoint_files", "checkpoints", "orbax_parts")
+        },
         "clu": {"drl_jax.runs.tensorboard"},
         "tensorflow": set(),
         "torch": set(),

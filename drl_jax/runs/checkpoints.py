@@ -6,18 +6,14 @@ The latest checkpoints and the best evaluated one are kept.
 
 import concurrent.futures
 import contextlib
-import os
-import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
-from orbax.checkpoint import checkpoint_managers
 
 from drl_jax.models.drl import Params
 from drl_jax.runs.checkpoint_files import (
@@ -33,8 +29,8 @@ from drl_jax.runs.checkpoint_files import (
     write_metric,
 )
 from drl_jax.runs.checksums import path_name
+from drl_jax.runs.orbax_parts import LatestAndBest, cause_of, watched_handler, without_warnings
 from drl_jax.runtime.distributed import barrier, failing_together, is_main
-from drl_jax.runtime.errors import one_line
 from drl_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
@@ -60,16 +56,16 @@ class Checkpoints:
         self._failures: list[BaseException] = []
         if self._directory.exists() and not self._directory.is_dir():
             raise CheckpointError(f"{self._directory} is not a directory; move it away")
-        with _without_warnings(), self._saving("open"):
+        with without_warnings(), self._saving("open"):
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 item_names=(*ITEMS, "step"),
                 item_handlers={
-                    **{name: _watched_handler(self._failures) for name in ITEMS},
+                    **{name: watched_handler(self._failures) for name in ITEMS},
                     "step": ocp.JsonCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_LatestAndBest(self, keep_latest),
+                    preservation_policy=LatestAndBest(self.best_step, keep_latest),
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
                 ),
@@ -203,7 +199,7 @@ class Checkpoints:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"cannot {action} checkpoints in {self._directory}: {_cause(error)}; checkpoints"
+                f"cannot {action} checkpoints in {self._directory}: {cause_of(error)}; checkpoints"
                 " that were saved before are intact"
             ) from error
 
@@ -330,90 +326,6 @@ class Checkpoints:
                     (self._directory / str(step)).rename(target)
                     print(f"checkpoint {step} is damaged: {reason}; moved to {target}")
         self._manager.reload()
-
-
-def _watched_handler(failures: list[BaseException]) -> ocp.StandardCheckpointHandler:
-    """Orbax's handler, which also lists the errors of its background work at once."""
-    handler = ocp.StandardCheckpointHandler()
-    start, finalize = handler.async_save, handler.finalize
-
-    async def async_save(*arguments: Any, **options: Any) -> list | None:
-        futures = await start(*arguments, **options)
-        return futures and [_WatchedFuture(future, failures) for future in futures]
-
-    def watched_finalize(*arguments: Any) -> None:
-        with _listing(failures):
-            finalize(*arguments)
-
-    # Not a subclass: Orbax registers what a handler saves by its type.
-    handler.async_save, handler.finalize = async_save, watched_finalize
-    return handler
-
-
-class _WatchedFuture:
-    """Waits for a future and lists its error."""
-
-    def __init__(self, future: Any, failures: list[BaseException]):
-        self._future, self._failures = future, failures
-
-    def result(self, timeout: float | None = None) -> Any:
-        with _listing(self._failures):
-            return self._future.result(timeout)
-
-
-@contextlib.contextmanager
-def _listing(failures: list[BaseException]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        failures.append(error)
-        raise
-
-
-class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest checkpoints and the best evaluated one, and those of unreadable metrics.
-
-    (Orbax's `best_fn` with `max_to_keep` deletes the latest checkpoint when its metric is poor.)
-    """
-
-    def __init__(self, checkpoints: Checkpoints, keep_latest: int):
-        self._checkpoints, self._keep_latest = checkpoints, keep_latest
-
-    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
-        del context
-        steps = [info.step for info in checkpoints]
-        kept = set(sorted(steps)[-self._keep_latest :])
-        try:
-            kept.add(self._checkpoints.best_step())
-        except DamagedCheckpoint:
-            return [True] * len(steps)
-        return [step in kept for step in steps]
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Orbax warns of every option that a read-only manager ignores."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _cause(error: BaseException) -> str:
-    """The reason of the operating system if there is one, in one line."""
-    chain, link = [], error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
-        # TensorStore's errors end with it.
-        if code := re.search(r"\[os_error_code='(\d+)'\]", str(link)):
-            return os.strerror(int(code[1]))
-    return one_line(error)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

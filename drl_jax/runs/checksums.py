@@ -87,7 +87,7 @@ def _reduce_rows(mixed: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array
     """Adds up groups of at most 32 rows, elementwise.
 
     XLA's CPU backend vectorises this and splits it over threads, but not the reduction of a whole
-    array: it is five times as fast (docs/benchmarks.md).
+    array: it is several times as fast.
     """
     rows = mixed.shape[0]
     group = max(size for size in range(1, 33) if rows % size == 0)

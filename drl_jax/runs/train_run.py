@@ -122,14 +122,17 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
                 log.evaluation(step, metrics)
                 checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
 
+            def evaluate_again(step: int) -> None:
+                if is_main():
+                    print(f"the metric of checkpoint {step} is damaged; evaluating it again")
+                metrics = evaluator.run(checkpoints.restore_params(step, abstract), val).metrics
+                checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
+
             if total_steps == 0 and not saved:
                 checkpoints.save(state)
             for step in checkpoints.with_damaged_metric():
                 if step != start:
-                    print(f"the metric of checkpoint {step} is damaged; evaluating it again")
-                    params = checkpoints.restore_params(step, abstract)
-                    metrics = evaluator.run(params, val).metrics
-                    checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
+                    evaluate_again(step)
             # For a new run without epochs, or a run that was killed in the evaluation of an epoch.
             if not evaluated and start % steps_per_epoch == 0 and (start or total_steps == 0):
                 evaluate(start, state)
@@ -167,11 +170,17 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             "skipped_steps": nonfinite.steps,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         }
-        if is_main():
-            write_json(workdir / "result.json", result)
-            print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
-            print(format_table(result["test"]))
+        _report(workdir, result)
     return result
+
+
+def _report(workdir: Path, result: dict[str, Any]) -> None:
+    """Writes and prints the result of a run."""
+    if is_main():
+        write_json(workdir / "result.json", result)
+        best, total = result["best_step"], result["total_steps"]
+        print(f"test of the best checkpoint, step {best} of {total}:")
+        print(format_table(result["test"]))
 
 
 def _new_state(config: Config, pretrained: Params | None, tx: Any, layout: Layout) -> TrainState:
