@@ -430,15 +430,19 @@ def test_a_rebuilt_dataset_is_another_run(finished, arguments, test_videos, tmp_
 
 def test_the_manifest_reproduces_a_run(finished, custom_data, tmp_path, capsys):
     manifest = json.loads((finished / "manifest.json").read_text())
-    session = manifest["sessions"][0]
-    assert (session["first_step"], session["last_step"], session["outcome"]) == (0, 9, "finished")
-    assert session["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
-    assert session["ended"] >= session["started"]
-    assert session["versions"]["jax"] == jax.__version__
+    last_start = manifest["starts"][0]
+    assert (last_start["first_step"], last_start["last_step"], last_start["outcome"]) == (
+        0,
+        9,
+        "finished",
+    )
+    assert last_start["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
+    assert last_start["ended"] >= last_start["started"]
+    assert last_start["versions"]["jax"] == jax.__version__
     assert len(manifest["dataset"]["content"]) == len(manifest["weights_sha256"]) == 64
 
     # Elsewhere, with another version.
-    manifest["sessions"][0]["versions"]["optax"] = "0.0.1"
+    manifest["starts"][0]["versions"]["optax"] = "0.0.1"
     path = tmp_path / "copied" / "manifest.json"
     path.parent.mkdir()
     del manifest["sha256"]
@@ -467,7 +471,7 @@ def test_the_manifest_reproduces_a_run(finished, custom_data, tmp_path, capsys):
 def test_a_damaged_manifest_is_one_line(finished, arguments, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    (run / "manifest.json").write_text('{"sessions": []}')
+    (run / "manifest.json").write_text('{"starts": []}')
     line = error_of("drl_jax.train", *arguments(run), capsys=capsys)
     assert "manifest.json is damaged, or not the manifest of a run" in line
     (run / "manifest.json").unlink()
@@ -579,10 +583,10 @@ def test_a_second_training_is_refused_and_sighup_stops_the_first(arguments, tmp_
     assert first.returncode == 75
     assert "SIGHUP: stopping after the next checkpoint" in errors
     assert "rerun the command to resume" in errors
-    session = json.loads((run / "manifest.json").read_text())["sessions"][-1]
+    last_start = json.loads((run / "manifest.json").read_text())["starts"][-1]
     with Checkpoints(run, read_only=True) as checkpoints:
-        assert checkpoints.latest_step() == session["last_step"] > 0
-    assert session["outcome"].startswith("Interrupted: stopped after step")
+        assert checkpoints.latest_step() == last_start["last_step"] > 0
+    assert last_start["outcome"].startswith("Interrupted: stopped after step")
 
 
 def test_a_directory_that_is_removed_meanwhile_is_one_line(arguments, tmp_path):

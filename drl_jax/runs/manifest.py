@@ -43,7 +43,7 @@ class RunRecord:
     """The manifest of a run that is being trained; only process 0 writes it.
 
     Attributes:
-      step: the step of the last checkpoint of this session.
+      step: the step of the last checkpoint since this start.
     """
 
     def __init__(self, workdir: Path, config: Config, dataset: VideoDataset):
@@ -59,7 +59,7 @@ class RunRecord:
             damaged.
         """
         self._path = workdir / MANIFEST_FILE
-        self._values: dict[str, Any] = {"sessions": []}
+        self._values: dict[str, Any] = {"starts": []}
         if self._path.exists():
             self._values = read_manifest(self._path)
             _check_content(self._values["dataset"]["content"], dataset, f"the run in {workdir}")
@@ -84,10 +84,10 @@ class RunRecord:
             )
 
     def start(self, step: int, total_steps: int) -> None:
-        """Adds this process to the sessions, with its versions and devices."""
+        """Adds this start, with its versions and devices."""
         self.step, self._started = step, True
         self._values["total_steps"] = total_steps
-        self._values["sessions"].append(
+        self._values["starts"].append(
             {
                 "started": _now(),
                 "ended": None,
@@ -101,9 +101,9 @@ class RunRecord:
         self._write()
 
     def end(self, outcome: str) -> None:
-        """Completes the row of this session, if it was started; that of a killed one stays open."""
+        """Completes the row of this start, if there is one; that of a killed run stays open."""
         if self._started:
-            self._values["sessions"][-1] |= {
+            self._values["starts"][-1] |= {
                 "ended": _now(),
                 "outcome": outcome,
                 "last_step": self.step,
@@ -185,16 +185,16 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
     found = [f"config.{name}: {there[name]!r} there, {here[name]!r} here" for name in changed]
     if not manifest["dataset"]["content"] or not dataset.content:
         found.append("the dataset was not compared: one of the two was built by an early version")
-    own, sessions = environment(), manifest["sessions"]
+    own, starts = environment(), manifest["starts"]
     for name in own["versions"]:
-        versions = {session["versions"].get(name, "none") for session in sessions}
+        versions = {start["versions"].get(name, "none") for start in starts}
         if versions != {own["versions"][name]}:
             versions = ", ".join(sorted(versions))
             found.append(f"{name}: {versions} there, {own['versions'][name]} here")
     for name in ("commit", "devices"):
-        if sessions[0][name] != own[name]:
-            found.append(f"{name}: {sessions[0][name]} there, {own[name]} here")
-    if any(session["clean"] is False for session in sessions):
+        if starts[0][name] != own[name]:
+            found.append(f"{name}: {starts[0][name]} there, {own[name]} here")
+    if any(start["clean"] is False for start in starts):
         found.append("the run was made from files with uncommitted changes")
     if own["clean"] is False:
         found.append("the files here have uncommitted changes")

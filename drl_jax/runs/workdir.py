@@ -78,8 +78,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         values = unseal(path.read_text(encoding="utf-8"))
-        if not values["sessions"]:
-            raise ValueError("it has no sessions")
+        if not values["starts"]:
+            raise ValueError("it has no starts")
         Config.from_dict(values["config"])
         return values
     except OSError as error:
