@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.annotations import AnnotationError
 from drl_jax.data.video import Span
+from drl_jax.runtime.pickles import check_memo
 
 
 def read_text(path: Path) -> str:
@@ -97,6 +98,7 @@ def read_plain_pickle(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
+            check_memo(file)
             # MSVD's file was written by Python 2: its byte strings are text.
             return _DataUnpickler(file, encoding="utf-8", errors="replace").load()
     except AnnotationError as error:

@@ -106,6 +106,12 @@ VIDEOS = {
     },
 }
 ANNOTATIONS = {
+    "a memo of gigabytes": Case(
+        "annotations",
+        "msvd-pickle",
+        edit("raw-captions.pkl", lambda d: b"\x80\x02}r\xff\xff\xff\x7f."),
+        message="object 2147483647 of a pickle",
+    ),
     "a number as a caption": Case(
         "annotations",
         "msrvtt",
@@ -177,7 +183,10 @@ def other_configuration(directory: Path) -> None:
 
 WEIGHTS = {
     "a memo of gigabytes": Case(
-        "weights", "clip_legacy.pt", edit("*", memo_of_gigabytes), message="refused: object"
+        "weights",
+        "clip_legacy.pt",
+        edit("*", memo_of_gigabytes),
+        message="object 2147483647 of a pickle",
     ),
     "bytes after the end": Case(
         "weights", "clip_legacy.pt", edit("*", lambda d: d + d[-64:]), message="has 64 bytes after"

@@ -7,7 +7,6 @@ constructors, refuses everything else by name, and checks that every tensor is i
 import collections
 import math
 import pickle
-import pickletools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.pickles import check_memo
 
 _DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -72,16 +72,8 @@ class _Module:
 
 
 def load_pickle(file: Any) -> Any:
-    """Unpickles the next object of a file in memory.
-
-    The standard unpickler allocates what a length or an index in the file says before it reads; a
-    few damaged bytes make that gigabytes. So these numbers are checked first.
-    """
-    start = file.tell()
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name.endswith("PUT") and argument > number:
-            raise TorchFileError(f"refused: object {argument} of a pickle with {number} so far")
-    file.seek(start)
+    """Unpickles the next object of a file in memory."""
+    check_memo(file)
     return _Unpickler(file).load()
 
 
