@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
 
-_LARGE = ("--name=train_step_large", "--microbatch=128", "--remat")
+_LARGE = ("--name=train_step_large", "--microbatch=128", "--remat=full")
 RUNS = (
     ("train_step", "--models=32,16", "--dtypes=bfloat16,float32", "--batches=32,64,128"),
     ("train_step", *_LARGE, "--dtypes=bfloat16", "--batches=512,1024"),

@@ -65,7 +65,7 @@ def measure(pairs: int, devices: int, microbatch: int, block: int) -> dict:
       microbatch: pairs encoded at a time on each device.
       block: videos compared at a time (`config.model.similarity_block`).
     """
-    config = ModelConfig(dtype="bfloat16", remat=True, similarity_block=block)
+    config = ModelConfig(dtype="bfloat16", remat="full", similarity_block=block)
     layout = make_layout(jax.devices()[:devices])
     memory = compile_step(config, pairs, microbatch * devices, layout).memory_analysis()
     return {

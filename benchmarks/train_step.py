@@ -26,7 +26,7 @@ from benchmarks.measure import (
     positive_ints,
     report,
 )
-from drl_jax.config import BackboneConfig, LossConfig, ModelConfig, OptimConfig
+from drl_jax.config import REMAT, BackboneConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.runtime.allocator import keep_freed_memory
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
@@ -163,7 +163,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--microbatch", type=int, default=0, help="pairs encoded at a time; 0: all (%(default)s)"
     )
-    parser.add_argument("--remat", action="store_true", help="rematerialise transformer layers")
+    parser.add_argument(
+        "--remat",
+        type=names,
+        default=ModelConfig.remat,
+        help=f"of {', '.join(REMAT)}, e.g. none,dots (%(default)s)",
+    )
     parser.add_argument(
         "--frames", type=positive_int, default=12, help="frames per video (%(default)s)"
     )
@@ -188,11 +193,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.default_allocator:
         keep_freed_memory()
     rows = []
-    for name, dtype, batch in itertools.product(options.models, options.dtypes, options.batches):
+    for name, dtype, batch, remat in itertools.product(
+        options.models, options.dtypes, options.batches, options.remat
+    ):
         config = ModelConfig(
             backbone=options.models[name],
             dtype=dtype,
-            remat=options.remat,
+            remat=remat,
             scan_unroll=options.scan_unroll,
         )
         microbatch = options.microbatch if options.microbatch < batch else 0

@@ -14,6 +14,8 @@ from drl_jax.runtime.errors import UserError
 
 # Encodings of stored frames: JPEG (quality 95, 4:4:4) or exact pixels.
 STORAGE_ENCODINGS = ("jpeg", "raw")
+# What is kept of a transformer layer for the backward pass: `ModelConfig.remat`.
+REMAT = ("none", "dots", "full")
 # With BertAdam, a learning rate of 1 moves every weight by up to 1 a step.
 _MAX_LR = 1.0
 
@@ -66,9 +68,10 @@ class ModelConfig:
     # Dtype of the transformers' matrix products: float32 or bfloat16. Parameters, norms, softmax,
     # features, similarities and losses are float32 in both cases.
     dtype: str = "float32"
-    # Keep only the input of each transformer layer for the backward pass and recompute the layer
-    # there: less memory, a third more arithmetic.
-    remat: bool = False
+    # What the backward pass computes again, one of REMAT: none keeps everything, dots keeps the
+    # matrix products and computes norms, activations and attention weights again, full keeps the
+    # input of each transformer layer only, and computes a third more.
+    remat: str = "dots"
     # Layers per iteration of lax.scan. More take longer to compile; measure before changing it.
     scan_unroll: int = 1
     # Videos compared with all texts at a time; bounds the memory of the token-wise product, which
@@ -188,7 +191,7 @@ class Config:
           ConfigError: an unknown or missing field, a wrong type, or a value that cannot work.
         """
         if isinstance(values, Mapping):
-            values = _with_added_fields(_with_backbone_group(values))
+            values = _with_new_fields(_with_backbone_group(values))
         config = _from_dict(cls, values, "config")
         _check_values(config)
         return config
@@ -204,12 +207,14 @@ def _with_backbone_group(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "model": model}
 
 
-def _with_added_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Reads configurations of version 0.2 and earlier, without `train.skip_nonfinite`."""
-    train = values.get("train")
-    if not isinstance(train, Mapping):
-        return values
-    return {**values, "train": {"skip_nonfinite": 0, **train}}
+def _with_new_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Reads configurations of earlier versions: no `train.skip_nonfinite`, a bool as `remat`."""
+    model, train = values.get("model"), values.get("train")
+    if isinstance(train, Mapping):
+        values = {**values, "train": {"skip_nonfinite": 0, **train}}
+    if isinstance(model, Mapping) and isinstance(model.get("remat"), bool):
+        values = {**values, "model": {**model, "remat": "full" if model["remat"] else "none"}}
+    return values
 
 
 def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -246,6 +251,7 @@ def _check_values(config: Config) -> None:
             model.dtype in ("float32", "bfloat16"),
             f"model.dtype is float32 or bfloat16, not {model.dtype!r}",
         ),
+        (model.remat in REMAT, f"model.remat is {', '.join(REMAT)}, not {model.remat!r}"),
         (model.similarity_block >= 0, "model.similarity_block must be 0 (all videos) or positive"),
         (
             train.microbatch >= 0

@@ -117,7 +117,7 @@ def test_the_fingerprint_depends_on_results_only(search_model):
         config = dataclasses.replace(config, model=model)
         return dataclasses.replace(search_model, config=config).fingerprint
 
-    same = {"similarity_block": 7, "remat": True, "scan_unroll": 2, "init": "a.pt"}
+    same = {"similarity_block": 7, "remat": "full", "scan_unroll": 2, "init": "a.pt"}
     for name, value in same.items():
         assert fingerprint(**{name: value}) == search_model.fingerprint, name
     assert fingerprint(interaction="ti") != search_model.fingerprint

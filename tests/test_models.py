@@ -102,7 +102,7 @@ def test_new_frame_positions_have_the_configured_deviation(tiny_model):
 
 
 def test_a_transformer_computes_only_the_positions_that_are_needed(tiny_model):
-    run = BlockRunConfig.of(dataclasses.replace(tiny_model, remat=True))
+    run = BlockRunConfig.of(dataclasses.replace(tiny_model, remat="full"))
     make = functools.partial(Transformer, 32, 3, 2, eps=1e-5, init=new_block_init(), run=run)
     definition, params = nnx.split(make(rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(1), (2, 5, 32))

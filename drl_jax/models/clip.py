@@ -15,7 +15,7 @@ from jax.nn.initializers import normal, variance_scaling
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models import tokenizer
 from drl_jax.models.backbone import Backbone, TemporalInit
-from drl_jax.models.layers import BlockRunConfig, Transformer, causal_mask, clip_block_init
+from drl_jax.models.layers import BlockRunConfig, Linear, Transformer, causal_mask, clip_block_init
 
 # Mean and standard deviation of CLIP's training pixels, RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -35,7 +35,7 @@ class VisionTransformer(nnx.Module):
         scale = width**-0.5
         # A convolution whose stride equals its kernel size is a matrix product over patches. OpenAI
         # uses torch's default initialiser of convolutions.
-        self.conv1 = nnx.Linear(
+        self.conv1 = Linear(
             patch * patch * 3,
             width,
             use_bias=False,

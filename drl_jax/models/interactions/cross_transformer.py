@@ -55,7 +55,7 @@ class CrossTransformer(Interaction):
             eps=BERT_LN_EPS,
             init=new_block_init(),
             # It runs on every pair of the batch: stored activations would not fit in memory.
-            run=BlockRunConfig.of(config)._replace(remat=True),
+            run=BlockRunConfig.of(config)._replace(remat="full"),
             rngs=rngs,
         )
         self.ln_pool = nnx.LayerNorm(width, epsilon=BERT_LN_EPS, dtype=jnp.float32, rngs=rngs)
