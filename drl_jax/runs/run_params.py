@@ -9,8 +9,9 @@ from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint
 from drl_jax.runs.checkpoints import DIRECTORY, Checkpoints
 from drl_jax.sharding import Layout
 
-# A checkpoint that cannot be read may be one that a training deletes at this moment.
-_ATTEMPTS, _PAUSE = 3, 0.5
+# A checkpoint that cannot be read may be one that a training deletes at this moment. It is damaged
+# if it cannot be read again after a pause.
+_ATTEMPTS, _PAUSE = 30, 0.5
 
 
 def restore_params(
@@ -34,14 +35,18 @@ def restore_params(
     if not (workdir / DIRECTORY).is_dir():
         raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
     abstract = abstract_params(model, layout)
-    for attempt in range(_ATTEMPTS):
-        time.sleep(_PAUSE if attempt else 0)
+    failed = None
+    for _ in range(_ATTEMPTS):
         with Checkpoints(workdir, read_only=True) as checkpoints:
             step = checkpoints.find_step(checkpoint)
             try:
                 return step, checkpoints.restore_params(step, abstract)
             except DamagedCheckpoint as error:
                 reason = str(error)
+        if step == failed:
+            break
+        failed = step
+        time.sleep(_PAUSE)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         intact = [
             other for other in checkpoints.steps() if _is_intact(checkpoints, other, abstract)
