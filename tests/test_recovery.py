@@ -245,13 +245,16 @@ def test_a_damaged_metric_is_noticed(finished, arguments, tmp_path, capsys):
     assert_same_run(run, finished)
 
 
+@pytest.mark.parametrize("best_is_known", [True, False])
 def test_a_finished_run_with_a_damaged_best_checkpoint_tests_the_next(
-    finished, arguments, tmp_path, capsys
+    finished, arguments, tmp_path, capsys, best_is_known
 ):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     write_metric(run / "checkpoints" / "6", 99.0)
     flip_largest(run / "checkpoints" / "6")
+    if not best_is_known:
+        (run / "checkpoints" / "6" / "metrics.json").write_text("{")
     assert train(arguments(run)) == 0
     assert "checkpoint 6 is damaged: params/" in capsys.readouterr().out
     assert json.loads((run / "result.json").read_text())["best_step"] == 9
@@ -463,8 +466,9 @@ def test_the_manifest_reproduces_a_run(finished, custom_data, tmp_path, capsys):
     path.write_text(json.dumps(seal(manifest)))
     line = error_of("drl_jax.train", *other, capsys=capsys)
     assert "is not the file that the run started from" in line
-    path.write_text("{}")
-    assert "is not the manifest of a run" in error_of("drl_jax.train", *other, capsys=capsys)
+    for content in ("{}", "[]", '{"config": "a"}', "\udce9"):
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        assert "is not the manifest of a run" in error_of("drl_jax.train", *other, capsys=capsys)
     assert not (tmp_path / "other").exists()
 
 

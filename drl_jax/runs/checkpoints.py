@@ -114,7 +114,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is no checkpoint, or the name is none of these.
         """
-        if name.isascii() and name.isdigit():
+        if name.isdecimal():
             return int(name)
         if name not in ("best", "latest"):
             raise CheckpointError(f"checkpoint is best, latest or a step, not {name!r}")
@@ -241,14 +241,21 @@ class Checkpoints:
           CheckpointError: no evaluated checkpoint is intact.
         """
         while (step := self.best_step()) is not None:
-            try:
-                return step, self.restore_params(step, abstract)
-            except DamagedCheckpoint as error:
-                self._set_aside({step: str(error)})
+            params = self.restore_or_set_aside(step, abstract)
+            if params is not None:
+                return step, params
         raise CheckpointError(
             f"no evaluated checkpoint in {self._directory} is intact; delete this directory to"
             " start the run again"
         )
+
+    def restore_or_set_aside(self, step: int, abstract: Params) -> Params | None:
+        """Like `restore_params`; a damaged checkpoint is moved away, and the result is None."""
+        try:
+            return self.restore_params(step, abstract)
+        except DamagedCheckpoint as error:
+            self._set_aside({step: str(error)})
+            return None
 
     def is_evaluated(self, step: int) -> bool:
         """Whether a checkpoint has a metric that can be read."""

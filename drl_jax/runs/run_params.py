@@ -47,6 +47,11 @@ def restore_params(
             break
         failed = step
         time.sleep(_PAUSE)
+    else:
+        raise CheckpointError(
+            f"checkpoints in {workdir} are replaced faster than they can be read; try again, or"
+            " after the training"
+        )
     with Checkpoints(workdir, read_only=True) as checkpoints:
         intact = [
             other for other in checkpoints.steps() if _is_intact(checkpoints, other, abstract)

@@ -125,8 +125,10 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             def evaluate_again(step: int) -> None:
                 if is_main():
                     print(f"the metric of checkpoint {step} is damaged; evaluating it again")
-                metrics = evaluator.run(checkpoints.restore_params(step, abstract), val).metrics
-                checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
+                params = checkpoints.restore_or_set_aside(step, abstract)
+                if params is not None:
+                    metrics = evaluator.run(params, val).metrics
+                    checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
 
             if total_steps == 0 and not saved:
                 checkpoints.save(state)

@@ -191,11 +191,11 @@ def default_workdir(options: argparse.Namespace) -> Path:
 
 
 def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":
-    """The configuration in the manifest of a run, which `runs/manifest.py` checks in full."""
+    """The configuration in the manifest of a run, which `runs/workdir.py` checks."""
     from ml_collections import ConfigDict
 
     try:
-        return ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        return ConfigDict(dict(json.loads(path.read_text(encoding="utf-8"))["config"]))
     except OSError as error:
         parser.error(f"{path} cannot be read: {error.strerror}")
     except (ValueError, KeyError, TypeError) as error:

@@ -79,7 +79,7 @@ def initialize(
 
 def _check_manual(coordinator: str, num_processes: int, process_id: int) -> None:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise DistributedError(f"--coordinator is HOST:PORT, not {coordinator!r}")
     if num_processes < 1:
         raise DistributedError(f"--num_processes must be positive, not {num_processes}")
@@ -108,7 +108,7 @@ def _device_ids(text: str | None) -> list[int] | None:
     if text is None:
         return None
     values = text.split(",")
-    if not all(value.isdigit() for value in values):
+    if not all(value.isdecimal() for value in values):
         raise DistributedError(f"--local_device_ids is a list such as 0,1, not {text!r}")
     return [int(value) for value in values]
 
