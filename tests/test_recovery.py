@@ -330,6 +330,9 @@ def test_evaluation_while_checkpoints_are_replaced(model_run, tmp_path):
     writer = threading.Thread(target=save)
     writer.start()
     try:
+        for _ in range(100):  # Opening is the part that meets a deletion most often.
+            with Checkpoints(run, read_only=True) as checkpoints:
+                checkpoints.find_step("best")
         for checkpoint in ("latest", "best") * 4:
             _, params = restore_params(run, config.model, layout, checkpoint)
             for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(saved.params), strict=True):

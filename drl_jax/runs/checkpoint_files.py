@@ -53,10 +53,13 @@ def read_metric(directory: Path) -> float | None:
     """
     # Runs of version 0.1 have Orbax's own file.
     for path in (directory / "metrics.json", directory / "metrics" / "metrics"):
-        if path.is_file():
-            with _damage(str(path)):
-                value = float(unseal(path.read_text(encoding="utf-8"))[SELECTION_METRIC])
-                return -math.inf if math.isnan(value) else value
+        with _damage(str(path)):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            value = float(unseal(text)[SELECTION_METRIC])
+            return -math.inf if math.isnan(value) else value
     return None
 
 

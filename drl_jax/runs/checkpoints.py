@@ -36,6 +36,8 @@ from drl_jax.training.state import TrainState
 DIRECTORY = "checkpoints"
 # Where damaged checkpoints are moved to.
 DAMAGED_DIRECTORY = "damaged_checkpoints"
+# How often a directory that changes is opened.
+_OPENINGS = 30
 
 
 class Checkpoints:
@@ -57,19 +59,30 @@ class Checkpoints:
         if self._directory.exists() and not self._directory.is_dir():
             raise CheckpointError(f"{self._directory} is not a directory; move it away")
         with without_warnings(), self._saving("open"):
-            self._manager = ocp.CheckpointManager(
-                self._directory,
-                item_names=(*ITEMS, "step"),
-                item_handlers={
-                    **{name: watched_handler(self._failures) for name in ITEMS},
-                    "step": ocp.JsonCheckpointHandler(),
-                },
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=LatestAndBest(self.best_step, keep_latest),
-                    cleanup_tmp_directories=not read_only,
-                    read_only=read_only,
-                ),
-            )
+            self._manager = self._open(keep_latest, read_only)
+
+    def _open(self, keep_latest: int, read_only: bool) -> ocp.CheckpointManager:
+        attempts = _OPENINGS if read_only else 1
+        while True:
+            attempts -= 1
+            try:
+                return ocp.CheckpointManager(
+                    self._directory,
+                    item_names=(*ITEMS, "step"),
+                    item_handlers={
+                        **{name: watched_handler(self._failures) for name in ITEMS},
+                        "step": ocp.JsonCheckpointHandler(),
+                    },
+                    options=ocp.CheckpointManagerOptions(
+                        preservation_policy=LatestAndBest(self.best_step, keep_latest),
+                        cleanup_tmp_directories=not read_only,
+                        read_only=read_only,
+                    ),
+                )
+            except (FileNotFoundError, NotADirectoryError):
+                # A training, another process, deletes a checkpoint while Orbax lists them.
+                if not attempts:
+                    raise
 
     def __enter__(self) -> "Checkpoints":
         return self
