@@ -5,7 +5,6 @@ Needs jax and numpy only.
 
 import argparse
 import datetime
-import functools
 import importlib.metadata
 import json
 import platform
@@ -92,12 +91,11 @@ def seconds(function: Callable, *inputs: Any, repeats: int = 3) -> float:
     return min(taken)
 
 
-@functools.cache
-def matmul_rate(dtype: str = "float32") -> float:
+def matmul_rate(dtype: str = "float32", repeats: int = 5) -> float:
     """Measured FLOP/s of the product of two large square matrices on one device."""
     size = 3072 if jax.default_backend() == "cpu" else 16384
     a = jnp.ones((size, size), dtype)
-    return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, a, repeats=5)
+    return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, a, repeats=repeats)
 
 
 def peak_memory() -> int:

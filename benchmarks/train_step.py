@@ -4,7 +4,8 @@
     python -m benchmarks.train_step --models=shapes --batches=96 --frames=4 --words=24
 
 `fraction_of_matmul` is the step's FLOP/s divided by that of a large matrix product of the same
-dtype in the same process. `peak_memory_gb` is the peak of the process, including earlier rows.
+dtype, which is measured after every step, for other programs may slow the machine down at any time:
+the median of these ratios. `peak_memory_gb` is the peak of the process, including earlier rows.
 Needs jax, flax, optax and numpy only; the model `shapes` also needs ml_collections.
 """
 
@@ -113,15 +114,17 @@ def measure(
     step = step.lower(state, data).compile()
     compile_seconds = time.perf_counter() - start
 
-    taken = []
+    taken, rates = [], []
     for _ in range(steps + 1):
         start = time.perf_counter()
         state, scalars = step(state, data)
         jax.block_until_ready((state, scalars))
         taken.append(time.perf_counter() - start)
-    step_seconds = statistics.median(taken[1:])  # The first step is the warm-up.
+        rates.append(matmul_rate(config.dtype, repeats=2) * jax.device_count())
+    taken, rates = taken[1:], rates[1:]  # The first step is the warm-up.
     flops = train_step_flops(config, batch, frames, words)
-    matmul = matmul_rate(config.dtype) * jax.device_count()
+    fractions = [flops / seconds / rate for seconds, rate in zip(taken, rates, strict=True)]
+    step_seconds = statistics.median(taken)
     return {
         "model": name,
         "dtype": config.dtype,
@@ -131,8 +134,8 @@ def measure(
         "step_seconds": round(step_seconds, 4),
         "pairs_per_second": round(batch / step_seconds, 3),
         "tflops_per_second": round(flops / step_seconds / 1e12, 4),
-        "matmul_tflops_per_second": round(matmul / 1e12, 4),
-        "fraction_of_matmul": round(flops / step_seconds / matmul, 3),
+        "matmul_tflops_per_second": round(statistics.median(rates) / 1e12, 4),
+        "fraction_of_matmul": round(statistics.median(fractions), 3),
         "compile_seconds": round(compile_seconds, 1),
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
     }
