@@ -20,6 +20,21 @@ class BertAdamState(NamedTuple):
     nu: optax.Updates
 
 
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """torch's clip_grad_norm_: multiplies by max_norm / (norm + 1e-6) if that is below 1.
+
+    One factor for all gradients, which XLA applies where they are used. optax's transformation
+    selects and divides, and writes all of them to memory again.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda gradient: gradient * factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def scale_by_bert_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam without bias correction, which optax.scale_by_adam always applies."""
 
@@ -74,7 +89,7 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: function(p), params)
 
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
+        clip_by_global_norm(config.max_grad_norm),
         scale_by_bert_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=by_path(decays)),
         optax.partition(
