@@ -1,18 +1,21 @@
 """Memory, kernels and collectives of the training step on H100s, compiled without a GPU.
 
-    python -m benchmarks.gpu_program [--models=32,16] [--remat=none,dots,full] [--record]
+    python -m benchmarks.gpu_program [--models=32,16] [--runs=1x128,8x2048/128] [--fsdp=0,1]
+        [--remat=none,dots,full] [--attention=auto,xla] [--record]
 
 XLA compiles for a GPU that is not there: what it holds in memory, which kernels it calls and what
 it sends between devices can be read; times cannot. Needs `pip install "jax[cuda12]"`, flax, optax
 and ml_collections in a virtual environment of their own (3 GB), and no GPU.
 """
 
+import argparse
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before JAX is imported. Without a driver, the CUDA plugin refuses to start unless told otherwise;
 # autotuning needs a device, and Triton's matrix products need autotuning.
@@ -21,11 +24,13 @@ os.environ["JAX_PLATFORMS"] = "cpu,cuda"
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
+from benchmarks.collectives import formula
 from benchmarks.hlo import collective_bytes
-from benchmarks.measure import arguments, names, positive_ints, report
+from benchmarks.measure import arguments, names, report
 from benchmarks.memory import compile_step
 from benchmarks.train_step import backbones
-from drl_jax.config import REMAT, ModelConfig
+from drl_jax.config import ATTENTION, REMAT, ModelConfig
+from drl_jax.models.attention import compiled_for_cudnn
 from drl_jax.runtime.cli import run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
@@ -61,29 +66,52 @@ def h100_layout(devices: int, *, fsdp: bool) -> Layout:
     return make_layout(topology.devices, fsdp=fsdp)
 
 
-def measure(name: str, config: ModelConfig, run: dict[str, Any]) -> dict[str, Any]:
-    """Compiles a step and reads its memory, kernels and collectives.
+class Run(NamedTuple):
+    """Where a step runs: on `devices`, `batch` pairs on each, encoded `microbatch` at a time."""
 
-    Args:
-      name: of the model.
-      config: the model.
-      run: `devices`, `batch` (pairs of the global batch), `microbatch` (pairs encoded at a time on
-        each device; 0: all) and `fsdp`.
-    """
-    layout = h100_layout(run["devices"], fsdp=run["fsdp"])
-    compiled = compile_step(config, run["batch"], run["microbatch"] * run["devices"], layout)
+    devices: int
+    batch: int
+    microbatch: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Run":
+        """Reads DEVICESxBATCH or DEVICESxBATCH/MICROBATCH."""
+        if not (match := re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not DEVICESxBATCH[/MICROBATCH]")
+        return cls(*(int(part or 0) for part in match.groups()))
+
+
+def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str, Any]:
+    """Compiles a step and reads its memory, kernels and collectives."""
+    layout = h100_layout(run.devices, fsdp=fsdp)
+    pairs = run.batch * run.devices
+    with compiled_for_cudnn():
+        compiled = compile_step(config, pairs, run.microbatch * run.devices, layout)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    moved = {kind: round(count / 1e6, 1) for kind, count in collective_bytes(text).items()}
-    return {
+    row = {
         "model": name,
         "remat": config.remat,
-        **run,
+        "attention": config.attention,
+        **run._asdict(),
+        "fsdp": fsdp,
         "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 2),
         "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 2),
         "kernels": {kind: len(re.findall(pattern, text)) for kind, pattern in _KERNELS.items()},
-        "collectives_mb": moved,
-        "collectives": collective_counts(text),
     }
+    if run.devices == 1:
+        return row
+    expected = formula(config, pairs)
+    return {
+        **row,
+        "collectives": collective_counts(text),
+        "collectives_mb": _megabytes(collective_bytes(text)),
+        # With replicated parameters and without microbatches.
+        "formula_mb": _megabytes(expected),
+    }
+
+
+def _megabytes(counts: dict[str, int]) -> dict[str, float]:
+    return {kind: round(count / 1e6, 1) for kind, count in counts.items()}
 
 
 def collective_counts(text: str) -> dict[str, int]:
@@ -97,19 +125,14 @@ def collective_counts(text: str) -> dict[str, int]:
 
 def work(options: Any) -> None:
     rows = []
-    for name, backbone in options.models.items():
-        for remat in options.remat:
-            for devices in options.devices:
-                for batch in options.batches:
-                    config = ModelConfig(backbone=backbone, dtype="bfloat16", remat=remat)
-                    run = {
-                        "devices": devices,
-                        "batch": batch * devices,
-                        "microbatch": options.microbatch if options.microbatch < batch else 0,
-                        "fsdp": options.fsdp,
-                    }
-                    rows.append(measure(name, config, run))
-                    print(rows[-1], flush=True)
+    for (name, backbone), remat, attention, run, fsdp in itertools.product(
+        options.models.items(), options.remat, options.attention, options.runs, options.fsdp
+    ):
+        if fsdp and run.devices == 1:
+            continue
+        config = ModelConfig(backbone=backbone, dtype="bfloat16", remat=remat, attention=attention)
+        rows.append(measure(name, config, run, fsdp=fsdp))
+        print(rows[-1], flush=True)
     report(rows, options, device="NVIDIA H100 80GB, not present")
 
 
@@ -118,19 +141,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments("gpu_program", __doc__.splitlines()[0])
     parser.add_argument("--models", type=backbones, default="32", help="of ViT-B (%(default)s)")
     parser.add_argument(
-        "--remat",
-        type=names,
-        default=ModelConfig.remat,
-        help=f"of {', '.join(REMAT)} (%(default)s)",
-    )
-    parser.add_argument("--devices", type=positive_ints, default="1,8", help="(%(default)s)")
-    parser.add_argument(
-        "--batches", type=positive_ints, default="128", help="pairs a device (%(default)s)"
+        "--runs",
+        type=lambda text: [Run.parse(part) for part in text.split(",")],
+        default="1x128,1x512,1x1024/128,8x128,8x2048/128",
+        help="DEVICESxBATCH/MICROBATCH, pairs on each device (%(default)s)",
     )
     parser.add_argument(
-        "--microbatch", type=int, default=0, help="pairs encoded at a time on a device; 0: all"
+        "--fsdp",
+        type=lambda text: [bool(int(part)) for part in text.split(",")],
+        default="0",
+        help="0,1: replicated parameters, and split ones on several devices (%(default)s)",
     )
-    parser.add_argument("--fsdp", action="store_true", help="split parameters over the devices")
+    for field, choices in (("remat", REMAT), ("attention", ATTENTION)):
+        parser.add_argument(
+            f"--{field}",
+            type=names,
+            default=getattr(ModelConfig, field),
+            help=f"of {', '.join(choices)} (%(default)s)",
+        )
     options = parser.parse_args(argv)
     return run_command("benchmarks.gpu_program", lambda: work(options))
 

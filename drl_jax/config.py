@@ -16,6 +16,8 @@ from drl_jax.runtime.errors import UserError
 STORAGE_ENCODINGS = ("jpeg", "raw")
 # What is kept of a transformer layer for the backward pass: `ModelConfig.remat`.
 REMAT = ("none", "dots", "full")
+# What computes attention: `ModelConfig.attention`.
+ATTENTION = ("auto", "xla")
 # With BertAdam, a learning rate of 1 moves every weight by up to 1 a step.
 _MAX_LR = 1.0
 
@@ -72,6 +74,9 @@ class ModelConfig:
     # matrix products and computes norms, activations and attention weights again, full keeps the
     # input of each transformer layer only, and computes a third more.
     remat: str = "dots"
+    # What computes attention, one of ATTENTION: auto takes cuDNN's kernel on an NVIDIA GPU if
+    # `dtype` is bfloat16, and XLA otherwise.
+    attention: str = "auto"
     # Layers per iteration of lax.scan. More take longer to compile; measure before changing it.
     scan_unroll: int = 1
     # Videos compared with all texts at a time; bounds the memory of the token-wise product, which
@@ -208,12 +213,18 @@ def _with_backbone_group(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_new_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Reads configurations of earlier versions: no `train.skip_nonfinite`, a bool as `remat`."""
+    """Reads configurations of earlier versions.
+
+    They have no `train.skip_nonfinite` and no `model.attention`, and `model.remat` is a bool.
+    """
     model, train = values.get("model"), values.get("train")
     if isinstance(train, Mapping):
         values = {**values, "train": {"skip_nonfinite": 0, **train}}
-    if isinstance(model, Mapping) and isinstance(model.get("remat"), bool):
-        values = {**values, "model": {**model, "remat": "full" if model["remat"] else "none"}}
+    if isinstance(model, Mapping):
+        model = {"attention": ModelConfig.attention, **model}
+        if isinstance(remat := model.get("remat"), bool):
+            model["remat"] = "full" if remat else "none"
+        values = {**values, "model": model}
     return values
 
 
@@ -252,6 +263,10 @@ def _check_values(config: Config) -> None:
             f"model.dtype is float32 or bfloat16, not {model.dtype!r}",
         ),
         (model.remat in REMAT, f"model.remat is {', '.join(REMAT)}, not {model.remat!r}"),
+        (
+            model.attention in ATTENTION,
+            f"model.attention is {' or '.join(ATTENTION)}, not {model.attention!r}",
+        ),
         (model.similarity_block >= 0, "model.similarity_block must be 0 (all videos) or positive"),
         (
             train.microbatch >= 0

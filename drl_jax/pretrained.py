@@ -167,10 +167,13 @@ class RetrievalModel:
     @functools.cached_property
     def format_2_fingerprint(self) -> str:
         """The fingerprint that search indexes of format 2 (version 0.1) store."""
-        model = dataclasses.replace(self.config.model, init="", remat=False, scan_unroll=1)
+        model = dataclasses.replace(
+            self.config.model, init="", remat=False, attention="", scan_unroll=1
+        )
         model_repr = repr(model).replace(
             "backbone=BackboneConfig(family='clip', ", "clip=ClipConfig("
         )
+        model_repr = model_repr.replace("attention='', ", "")
         return self._digest(f"({model_repr}, {self.config.data.max_frames})")
 
     def _digest(self, identity: str) -> str:

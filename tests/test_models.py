@@ -71,6 +71,24 @@ def test_text_attention_is_causal(params, encoders, batch):
     assert not np.allclose(one[:, 5:], other[:, 5:])
 
 
+def test_what_padding_holds_changes_no_similarity(params, encoders, batch):
+    """Captions need no mask in the text tower: causal attention never looks at the padding."""
+    changed = dict(batch)
+    changed["text_ids"] = np.where(batch["text_mask"], batch["text_ids"], 7)
+    padded_frames = ~batch["frame_mask"][:, :, None, None, None]
+    changed["frames"] = np.where(padded_frames, np.uint8(99), batch["frames"])
+    one, other = (
+        encoders[2](
+            params,
+            encoders[0](params, arrays["text_ids"], arrays["text_mask"]),
+            encoders[1](params, arrays["frames"], arrays["frame_mask"]),
+        )
+        for arrays in (batch, changed)
+    )
+    assert not np.array_equal(batch["text_ids"], changed["text_ids"])
+    np.testing.assert_array_equal(one, other)
+
+
 def test_the_temporal_head_sees_the_order_of_frames(params, encoders, batch):
     mask = np.ones_like(batch["frame_mask"])
     forward = encoders[1](params, batch["frames"], mask)["frame_unit"]
@@ -108,7 +126,7 @@ def test_a_transformer_computes_only_the_positions_that_are_needed(tiny_model):
     x = jax.random.normal(jax.random.key(1), (2, 5, 32))
 
     def total(params, x, queries):
-        y = nnx.merge(definition, params)(x, None, queries)
+        y = nnx.merge(definition, params)(x, queries=queries)
         assert y.shape == (2, queries or 5, 32)
         return (y[:, :2] ** 2).sum()
 

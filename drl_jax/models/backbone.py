@@ -26,7 +26,7 @@ class TemporalInit(NamedTuple):
 
 
 class Backbone(nnx.Module):
-    """Tokenises captions, normalises pixels, and encodes images and texts."""
+    """Tokenises captions, and encodes images and texts."""
 
     # Tokens of the tokenizer; the text tower has at least as many.
     VOCABULARY_SIZE: ClassVar[int]
@@ -51,13 +51,17 @@ class Backbone(nnx.Module):
         """The text of each token id of a caption, int [L]."""
         raise NotImplementedError
 
-    @staticmethod
-    def normalize(frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
-        """uint8 [B, F, H, W, 3], bool [B, F] -> float32 of the same shape; padded frames are 0."""
-        raise NotImplementedError
+    def encode_image(self, images: jax.Array, mask: jax.Array) -> jax.Array:
+        """Encodes images.
 
-    def encode_image(self, images: jax.Array) -> jax.Array:
-        """Normalised images float32 [B, H, W, 3] -> features float32 [B, D]."""
+        Args:
+          images: RGB, uint8 [B, H, W, 3].
+          mask: bool [B]; where it is False, all pixels are 0 *after* normalisation, as those of the
+            reference's padded frames.
+
+        Returns:
+          Features, float32 [B, D].
+        """
         raise NotImplementedError
 
     def encode_text(self, text_ids: jax.Array) -> jax.Array:

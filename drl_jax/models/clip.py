@@ -15,7 +15,14 @@ from jax.nn.initializers import normal, variance_scaling
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models import tokenizer
 from drl_jax.models.backbone import Backbone, TemporalInit
-from drl_jax.models.layers import BlockRunConfig, Linear, Transformer, causal_mask, clip_block_init
+from drl_jax.models.layers import (
+    Attended,
+    BlockRunConfig,
+    Linear,
+    Transformer,
+    clip_block_init,
+    rematerialized,
+)
 
 # Mean and standard deviation of CLIP's training pixels, RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,12 +32,12 @@ _LN_EPS = 1e-5
 
 
 class VisionTransformer(nnx.Module):
-    """The image tower: patch embedding, class token, transformer, projection."""
+    """The image tower: normalisation, patch embedding, class token, transformer, projection."""
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
         config = model.backbone
         width, patch = config.vision_width, config.vision_patch_size
-        self.patch_size = patch
+        self.patch_size, self.remat = patch, model.remat
         patches = (config.image_resolution // patch) ** 2
         scale = width**-0.5
         # A convolution whose stride equals its kernel size is a matrix product over patches. OpenAI
@@ -60,17 +67,27 @@ class VisionTransformer(nnx.Module):
         self.ln_post = nnx.LayerNorm(width, epsilon=_LN_EPS, dtype=jnp.float32, rngs=rngs)
         self.proj = nnx.Param(scale * rngs.params.normal((width, config.embed_dim)))
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Normalised images float32 [B, H, W, 3] -> features float32 [B, D]."""
+    def __call__(self, images: jax.Array, mask: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, 3], bool [B] -> features float32 [B, D]."""
         rows, height, width, _ = images.shape
         patch = self.patch_size
+        # Bytes are moved here, a fourth of what normalised pixels are.
         x = images.reshape(rows, height // patch, patch, width // patch, patch, 3)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(rows, -1, patch * patch * 3)  # [B, N-1, p*p*3]
-        x = self.conv1(x)
-        cls = jnp.broadcast_to(self.class_embedding[...], (rows, 1, x.shape[-1]))
-        x = jnp.concatenate([cls, x], axis=1) + self.positional_embedding[...]  # [B, N, D]
-        x = self.transformer(self.ln_pre(x), None, queries=1)  # of the class token
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(rows, -1, patch * patch, 3)
+        # The backward pass normalises again: it keeps the bytes.
+        x = rematerialized(self.embed_patches, self.remat)(x, mask)
+        x = self.transformer(x, queries=1)  # of the class token
         return self.ln_post(x[:, 0]) @ self.proj[...]
+
+    def embed_patches(self, patches: jax.Array, mask: jax.Array) -> jax.Array:
+        """uint8 [B, N-1, p*p, 3], bool [B] -> input of the transformer, float32 [B, N, D]."""
+        mean, std = np.asarray(PIXEL_MEAN, np.float32), np.asarray(PIXEL_STD, np.float32)
+        pixels = (patches.astype(jnp.float32) / 255.0 - mean) / std
+        pixels = pixels * mask[:, None, None, None]
+        x = self.conv1(pixels.reshape(*patches.shape[:2], -1))
+        cls = jnp.broadcast_to(self.class_embedding[...], (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([cls, x], axis=1) + self.positional_embedding[...]
+        return self.ln_pre(x)
 
 
 class CLIP(Backbone):
@@ -125,21 +142,17 @@ class CLIP(Backbone):
     def token_strings(text_ids: np.ndarray) -> list[str]:
         return tokenizer.token_strings(text_ids)
 
-    @staticmethod
-    def normalize(frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
-        """Padded frames are exactly 0 *after* normalisation, as in the reference."""
-        mean, std = np.asarray(PIXEL_MEAN, np.float32), np.asarray(PIXEL_STD, np.float32)
-        pixels = (frames.astype(jnp.float32) / 255.0 - mean) / std
-        return pixels * frame_mask[:, :, None, None, None]
-
-    def encode_image(self, images: jax.Array) -> jax.Array:
-        return self.visual(images)
+    def encode_image(self, images: jax.Array, mask: jax.Array) -> jax.Array:
+        return self.visual(images, mask)
 
     def encode_text(self, text_ids: jax.Array) -> jax.Array:
-        """Attention is causal, so padding after a caption does not affect its tokens."""
+        """Attention is causal, so no token of a caption sees the padding after it.
+
+        The tower needs no mask, then: interactions mask the features of the padding.
+        """
         length = text_ids.shape[1]
         x = self.token_embedding(text_ids) + self.positional_embedding[:length]
-        x = self.transformer(x, causal_mask(length))
+        x = self.transformer(x, Attended(causal=True))
         return self.ln_final(x) @ self.text_projection[...]
 
     @staticmethod

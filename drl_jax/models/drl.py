@@ -44,9 +44,9 @@ class DRL(nnx.Module):
 
     def frame_features(self, frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
         """uint8 [B, F, H, W, 3], bool [B, F] -> frame_feat [B, F, D], after the temporal head."""
-        pixels = self.backbone.normalize(frames, frame_mask)
-        feat = self.backbone.encode_image(pixels.reshape(-1, *pixels.shape[2:]))  # [B*F, D]
-        frame_feat = feat.reshape(*frame_mask.shape, -1)
+        images = frames.reshape(-1, *frames.shape[2:])  # [B*F, H, W, 3]
+        frame_feat = self.backbone.encode_image(images, frame_mask.reshape(-1))
+        frame_feat = frame_feat.reshape(*frame_mask.shape, -1)
         return frame_feat if self.temporal is None else self.temporal(frame_feat, frame_mask)
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:

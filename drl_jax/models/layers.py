@@ -13,6 +13,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal, xavier_uniform
 
 from drl_jax.config import ModelConfig
+from drl_jax.models.attention import attend
 
 # LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
 # towers use 1e-5.
@@ -25,16 +26,33 @@ class BlockRunConfig(NamedTuple):
     Attributes:
       dtype: of the matrix products and of the residual stream.
       remat: what the backward pass computes again (`ModelConfig.remat`).
+      attention: what computes attention (`ModelConfig.attention`).
       unroll: blocks per iteration of the scan.
     """
 
     dtype: jnp.dtype
     remat: str
+    attention: str
     unroll: int
 
     @classmethod
     def of(cls, config: ModelConfig) -> "BlockRunConfig":
-        return cls(jnp.dtype(config.dtype), config.remat, config.scan_unroll)
+        return cls(jnp.dtype(config.dtype), config.remat, config.attention, config.scan_unroll)
+
+
+class Attended(NamedTuple):
+    """The positions that each position attends to; all of them by default.
+
+    Attributes:
+      causal: its own and earlier ones.
+      lengths: int32 [B], at least 1: the first so many.
+    """
+
+    causal: bool = False
+    lengths: jax.Array | None = None
+
+
+_ALL = Attended()
 
 
 class BlockInit(NamedTuple):
@@ -106,21 +124,25 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention with a fused input projection, as torch's MultiheadAttention."""
 
     def __init__(
-        self, width: int, heads: int, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self, width: int, heads: int, init: BlockInit, run: BlockRunConfig, *, rngs: nnx.Rngs
     ):
-        self.heads = heads
-        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        self.heads, self.implementation = heads, run.attention
+        linear = functools.partial(Linear, dtype=run.dtype, rngs=rngs)
         self.in_proj = linear(width, 3 * width, kernel_init=init.in_proj)
         self.out_proj = linear(width, width, kernel_init=init.out_proj)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None, queries: int) -> jax.Array:
+    def __call__(self, x: jax.Array, attended: Attended, queries: int) -> jax.Array:
         rows, positions, width = x.shape
-        # [B, T, 3D] -> three of [B, T, K, D/K]
-        qkv = self.in_proj(x).reshape(rows, positions, 3, self.heads, width // self.heads)
-        q, k, v = qkv[:, :queries, 0], qkv[:, :, 1], qkv[:, :, 2]
-        # The softmax is float32 for every input dtype.
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return self.out_proj(attended.reshape(rows, queries, width))
+        # [B, T, 3D] -> three of [B, T, K, D/K]. The gradient of a split is a concatenation, that of
+        # three indexed parts a sum of three padded arrays.
+        q, k, v = (
+            part.reshape(rows, positions, self.heads, width // self.heads)
+            for part in jnp.split(self.in_proj(x), 3, axis=-1)
+        )
+        values = attend(
+            q[:, :queries], k, v, **attended._asdict(), implementation=self.implementation
+        )
+        return self.out_proj(values.reshape(rows, queries, width))
 
 
 class MLP(nnx.Module):
@@ -147,18 +169,18 @@ class ResidualAttentionBlock(nnx.Module):
         heads: int,
         eps: float,
         init: BlockInit,
-        dtype: jnp.dtype,
+        run: BlockRunConfig,
         *,
         rngs: nnx.Rngs,
     ):
         norm = functools.partial(nnx.LayerNorm, width, epsilon=eps, dtype=jnp.float32, rngs=rngs)
         self.ln_1 = norm()
-        self.attn = SelfAttention(width, heads, init, dtype, rngs=rngs)
+        self.attn = SelfAttention(width, heads, init, run, rngs=rngs)
         self.ln_2 = norm()
-        self.mlp = MLP(width, init, dtype, rngs=rngs)
+        self.mlp = MLP(width, init, run.dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None, queries: int) -> jax.Array:
-        x = x[:, :queries] + self.attn(self.ln_1(x), mask, queries)
+    def __call__(self, x: jax.Array, attended: Attended, queries: int) -> jax.Array:
+        x = x[:, :queries] + self.attn(self.ln_1(x), attended, queries)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -188,27 +210,27 @@ class Transformer(nnx.Module):
           heads: K.
           eps: of the LayerNorms.
           init: initialisers of each block's kernels.
-          run: dtype, rematerialisation and unrolling.
+          run: how the blocks run.
           rngs: random keys of new parameters.
         """
         self.run = run._replace(unroll=min(run.unroll, layers))
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(layer_rngs: nnx.Rngs) -> ResidualAttentionBlock:
-            return ResidualAttentionBlock(width, heads, eps, init, run.dtype, rngs=layer_rngs)
+            return ResidualAttentionBlock(width, heads, eps, init, run, rngs=layer_rngs)
 
         self.resblocks = stack(rngs.split(layers))
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, queries: int | None = None
+        self, x: jax.Array, attended: Attended = _ALL, queries: int | None = None
     ) -> jax.Array:
         """Runs the blocks.
 
         Args:
           x: [B, T, D].
-          mask: bool, broadcastable to [B, K, T, T] (queries, keys), True = may attend; or None.
-          queries: number Q of leading positions whose output is needed, without a mask. The last
-            block computes nothing for the others. None: all.
+          attended: the positions that each position attends to.
+          queries: number Q of leading positions whose output is needed. The last block computes
+            nothing for the others. None: all.
 
         Returns:
           [B, Q, D] in the dtype of `run`.
@@ -217,7 +239,7 @@ class Transformer(nnx.Module):
 
         def block_function(queries: int):
             def run_block(carry, params):
-                return nnx.merge(block, params)(carry, mask, queries), None
+                return nnx.merge(block, params)(carry, attended, queries), None
 
             return rematerialized(run_block, self.run.remat)
 
@@ -225,10 +247,12 @@ class Transformer(nnx.Module):
         run_block = block_function(x.shape[1])
         if queries is None:
             return jax.lax.scan(run_block, x, stacked, unroll=self.run.unroll)[0]
-        first = jax.tree.map(lambda leaf: leaf[:-1], stacked)
-        last = jax.tree.map(lambda leaf: leaf[-1], stacked)
+        # Split, not indexed, for the sake of the gradient: see SelfAttention.
+        leaves, tree = jax.tree.flatten(stacked)
+        parts = [jnp.split(leaf, [len(leaf) - 1]) for leaf in leaves]
+        first, last = (tree.unflatten(part) for part in zip(*parts, strict=True))
         x = jax.lax.scan(run_block, x, first, unroll=self.run.unroll)[0]
-        return block_function(queries)(x, last)[0]
+        return block_function(queries)(x, jax.tree.map(lambda leaf: leaf[0], last))[0]
 
 
 def rematerialized(function: Callable, remat: str) -> Callable:
@@ -240,8 +264,3 @@ def rematerialized(function: Callable, remat: str) -> Callable:
         # Products of activations with parameters; those of attention have batch axes.
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(function, policy=policy)
-
-
-def causal_mask(positions: int) -> jax.Array:
-    """bool [1, 1, T, T]: each position attends to itself and to earlier positions."""
-    return jnp.tril(jnp.ones((positions, positions), bool))[None, None]

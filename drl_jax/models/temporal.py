@@ -10,7 +10,14 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.layers import BERT_LN_EPS, BlockRunConfig, Transformer, new_block_init
+from drl_jax.models.attention import lengths_of
+from drl_jax.models.layers import (
+    BERT_LN_EPS,
+    Attended,
+    BlockRunConfig,
+    Transformer,
+    new_block_init,
+)
 
 
 class TemporalHead(nnx.Module):
@@ -25,7 +32,7 @@ class TemporalHead(nnx.Module):
     UNUSED_REFERENCE_NAMES: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
-        """frame_feat [B, F, D], frame_mask bool [B, F] -> [B, F, D]."""
+        """frame_feat [B, F, D], frame_mask bool [B, F], valid frames first -> [B, F, D]."""
         raise NotImplementedError
 
     @classmethod
@@ -65,8 +72,8 @@ class SequenceTransformer(TemporalHead):
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
         positions = jnp.arange(frame_feat.shape[1])
         x = frame_feat + self.frame_position_embeddings(positions)
-        # Masks keys only: padded frames have an output, which later masks drop.
-        return frame_feat + self.transformer(x, frame_mask[:, None, None, :])
+        # Padded frames are no keys. They have an output, which interactions leave out.
+        return frame_feat + self.transformer(x, Attended(lengths=lengths_of(frame_mask)))
 
     @classmethod
     def reference_name(cls, path: str, paths: Collection[str]) -> str | None:

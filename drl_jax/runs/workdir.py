@@ -31,6 +31,7 @@ RESUMABLE_FIELDS = (
     "eval.batch_size",
     "eval.text_block",
     "model.remat",
+    "model.attention",
     "model.scan_unroll",
     "model.similarity_block",
     "sharding.fsdp",

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
+from drl_jax.models.attention import lengths_of
 from drl_jax.models.interactions.base import (
     Arrays,
     Features,
@@ -22,6 +23,7 @@ from drl_jax.models.interactions.base import (
 )
 from drl_jax.models.layers import (
     BERT_LN_EPS,
+    Attended,
     BlockRunConfig,
     Transformer,
     new_block_init,
@@ -78,10 +80,10 @@ class CrossTransformer(Interaction):
         x = x + self.position_embeddings(jnp.arange(1 + length))
         if key is not None and self.dropout:
             x = nnx.Dropout(self.dropout)(x, rngs=nnx.Rngs(dropout=key))
-        mask = jnp.concatenate([jnp.ones((videos, 1), bool), mask], axis=1)
-        mask = jnp.broadcast_to(mask, (texts, *mask.shape)).reshape(-1, 1, 1, 1 + length)
-        x = self.transformer(x.reshape(-1, 1 + length, width), mask)  # [A*B, 1+F, D]
-        pooled = quick_gelu(self.dense(self.ln_pool(x)[:, 0]))
+        lengths = jnp.tile(1 + lengths_of(mask), texts)  # [A*B]
+        x = x.reshape(-1, 1 + length, width)
+        x = self.transformer(x, Attended(lengths=lengths), queries=1)  # [A*B, 1, D]
+        pooled = quick_gelu(self.dense(self.ln_pool(x[:, 0])))
         logits = linear_without_bias_gradient(self.similarity_dense, pooled)
         return logits.reshape(texts, videos)
 

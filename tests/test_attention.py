@@ -1,0 +1,92 @@
+"""Attention: what a query sees, and which implementation computes it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drl_jax.models import attention
+from drl_jax.models.attention import attend, compiled_for_cudnn, lengths_of
+
+B, T, K, D = 3, 12, 2, 16
+LENGTHS = np.array([12, 5, 1], np.int32)
+
+
+def inputs(dtype=jnp.float32, positions=T):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, (B, positions, K, D), dtype) for key in keys]
+
+
+def masked(q, k, v, mask):
+    """Attention by its definition; mask [B, Q, T]."""
+    scores = np.einsum("bqkd,btkd->bkqt", *(np.asarray(x, np.float64) for x in (q, k)))
+    weights = np.exp(scores / np.sqrt(D)) * mask[:, None]
+    return np.einsum("bkqt,btkd->bqkd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_attention_is_the_masked_softmax(causal, lengths):
+    q, k, v = inputs()
+    mask = np.ones((B, T, T), bool)
+    if causal:
+        mask &= np.tri(T, dtype=bool)
+    if lengths is not None:
+        mask &= np.arange(T) < lengths[:, None, None]
+    found = attend(q, k, v, causal=causal, lengths=lengths)
+    np.testing.assert_allclose(found, masked(q, k, v, mask), atol=1e-6)
+
+
+def test_lengths_of_a_mask():
+    mask = np.arange(T) < LENGTHS[:, None]
+    np.testing.assert_array_equal(lengths_of(mask), LENGTHS)
+    # A row of padding alone attends to something, and its output is finite.
+    np.testing.assert_array_equal(lengths_of(np.zeros((2, T), bool)), [1, 1])
+
+
+def implementation(monkeypatch, q, k, choice="auto"):
+    """What `attend` asks of JAX."""
+    asked = []
+    monkeypatch.setattr(
+        attention.jax.nn,
+        "dot_product_attention",
+        lambda *_, implementation, **__: asked.append(implementation),
+    )
+    attend(q, k, k, implementation=choice)
+    return asked[0]
+
+
+def test_cudnn_computes_what_its_kernel_can(monkeypatch):
+    def of(dtype=jnp.bfloat16, queries=T, width=D, choice="auto"):
+        q, k = (jnp.zeros((B, n, K, width), dtype) for n in (queries, T))
+        with monkeypatch.context() as patch:
+            return implementation(patch, q, k, choice)
+
+    assert jax.default_backend() != "cpu" or of() == "xla"
+    with compiled_for_cudnn():
+        assert of() == "cudnn"
+        assert of(choice="xla") == "xla"
+        assert of(dtype=jnp.float32) == "xla"
+        assert of(queries=1) == "xla"
+        assert of(width=12) == of(width=136) == "xla"
+
+
+@pytest.mark.skipif(not attention._has_cudnn(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("positions", [12, 32, 50, 77])
+@pytest.mark.parametrize("kind", ["all", "causal", "lengths"])
+def test_cudnn_agrees_with_xla(kind, positions):
+    """Values and gradients, to bfloat16's rounding: 8 bits, so 2^-8 of the largest value."""
+    lengths = np.array([positions, 5, 1], np.int32) if kind == "lengths" else None
+
+    def total(q, k, v, choice):
+        out = attend(q, k, v, causal=kind == "causal", lengths=lengths, implementation=choice)
+        return (out.astype(jnp.float32) ** 2).sum(), out
+
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+    arrays = inputs(jnp.bfloat16, positions)
+    ((_, found), found_gradients), ((_, expected), expected_gradients) = (
+        gradient(*arrays, choice) for choice in ("auto", "xla")
+    )
+    for a, b in zip([found, *found_gradients], [expected, *expected_gradients], strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=4 * 2**-8 * np.abs(b).max())
