@@ -129,12 +129,15 @@ class DataConfig:
     # True: every (video, caption) pair is an example, as in the reference. False: every video is an
     # example, with one of its captions drawn at random each time.
     expand_captions: bool = True
-    # Threads that read frames ahead of the step.
-    num_threads: int = 4
+    # Threads that read frames ahead of the step. 0: 4 if the CPU also computes the step, and one
+    # for each processor beside an accelerator.
+    num_threads: int = 0
     # Cache of the training split's frames. none: read from disk each epoch. memory: decoded, in the
     # memory of each process (max_frames x 3 x resolution^2 bytes a video). device: decoded, split
-    # over the devices, which gather batches; read before the first step.
-    cache: str = "none"
+    # over the devices, which gather batches; read before the first step. auto: none if the CPU
+    # computes the step; beside an accelerator, device if the frames take at most 30 % of the
+    # devices' memory, or else memory if they take at most 30 % of the host's.
+    cache: str = "auto"
     # Build the dataset if it is absent. Only `shapes` and `shapes_stills` need no source files.
     build_if_absent: bool = False
     # Flags of that build, e.g. "--size=smoke".
@@ -275,9 +278,10 @@ def _check_values(config: Config) -> None:
             " (or be 0)",
         ),
         (
-            data.cache in ("none", "memory", "device"),
-            f"data.cache is none, memory or device, not {data.cache!r}",
+            data.cache in ("auto", "none", "memory", "device"),
+            f"data.cache is auto, none, memory or device, not {data.cache!r}",
         ),
+        (data.num_threads >= 0, "data.num_threads must be 0 (chosen) or a number of threads"),
         (
             data.storage in STORAGE_ENCODINGS,
             f"data.storage is {' or '.join(STORAGE_ENCODINGS)}, not {data.storage!r}",
@@ -320,7 +324,7 @@ def _positive_fields(config: Config) -> Iterator[tuple[str, float]]:
         if name != "family":
             yield f"config.model.backbone.{name}", value
     for group, names in {
-        "data": ("max_words", "max_frames", "num_threads"),
+        "data": ("max_words", "max_frames"),
         "model": ("temporal_layers", "cross_layers", "scan_unroll"),
         "optim": ("lr", "coef_lr", "eps", "max_grad_norm"),
         "train": ("batch_size", "log_every", "keep_checkpoints"),

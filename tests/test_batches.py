@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from drl_jax.data import frames
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.frames import pad_frames
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
@@ -138,6 +139,31 @@ def test_a_full_memory_cache_reads_nothing(dataset, shapes_config, monkeypatch):
     monkeypatch.setattr(dataset, "read_frames", None)
     found = take(batches, 0, 12)
     assert_same(found, expected)
+
+
+class Device:
+    """Memory statistics of an accelerator; a CPU has none."""
+
+    def __init__(self, limit):
+        self._limit = limit
+
+    def memory_stats(self):
+        return {"bytes_limit": self._limit, "bytes_in_use": self._limit}
+
+
+def test_an_accelerator_chooses_threads_and_cache(monkeypatch):
+    assert (frames.reader_threads(0), frames.reader_threads(3)) == (4, 3)
+    assert frames.choose_cache("auto", 1) == "none"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(100)])
+    monkeypatch.setattr(frames, "available_memory", lambda: 300)
+    monkeypatch.setattr(frames, "available_cpus", lambda: 16)
+    assert (frames.reader_threads(0), frames.reader_threads(3)) == (16, 3)
+    # 30 % of 2 x 100 bytes on the devices, of 300 on the host.
+    chosen = [frames.choose_cache("auto", size) for size in (60, 61, 90, 91)]
+    assert chosen == ["device", "memory", "memory", "none"]
+    assert frames.choose_cache("none", 1) == "none"
 
 
 def test_a_cache_that_does_not_fit_is_an_error(dataset, shapes_config, monkeypatch):

@@ -1,13 +1,17 @@
 """Training and evaluation as a user runs them: real processes, real files, real signals."""
 
+import datetime
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -20,6 +24,8 @@ from data_prep.shapes.scenes import SIZES
 from drl_jax.config import ModelConfig
 from drl_jax.convert import main as convert
 from drl_jax.evaluate import main as evaluate
+from drl_jax.runs.nonfinite import TrainingError
+from drl_jax.runs.train_run import _memory_errors
 from drl_jax.train import main as train
 from drl_jax.weights.load import read_weights, state_dict_from_params
 
@@ -76,6 +82,34 @@ def test_a_run_writes_its_files(finished):
         assert math.isfinite(train[f"train/{name}"])
     assert train["train/logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
     assert_same_run(workdir, workdir)
+
+
+def test_a_run_says_what_its_time_was_spent_on(finished):
+    workdir, printed = finished
+    start = json.loads((workdir / "manifest.json").read_text())["starts"][-1]
+    assert set(start["seconds"]) == {
+        "start",
+        "dataset",
+        "compilation",
+        "data",
+        "steps",
+        "logging",
+        "checkpoints",
+        "evaluation",
+    }
+    whole = re.search(r"^time: (\d+) s: .*\d+ %.*$", printed, re.MULTILINE)
+    assert int(whole[1]) == pytest.approx(sum(start["seconds"].values()), abs=1)
+    # Dates have whole seconds, and begin after the weights and the dataset were read.
+    ended, started = (datetime.datetime.fromisoformat(start[name]) for name in ("ended", "started"))
+    assert sum(start["seconds"].values()) > (ended - started).total_seconds() - 2
+
+
+def test_too_little_memory_is_one_line(shapes_config):
+    message = r"not enough memory \(.*RESOURCE_EXHAUSTED.*remat"
+    with pytest.raises(TrainingError, match=message), _memory_errors(shapes_config):
+        jnp.zeros(2**50, jnp.uint8).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError), _memory_errors(shapes_config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: another error")
 
 
 def test_evaluate_repeats_the_test_of_the_run(finished, capsys):

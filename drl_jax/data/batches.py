@@ -12,7 +12,14 @@ import jax
 import numpy as np
 
 from drl_jax.config import DataConfig
-from drl_jax.data.frames import DeviceFrames, DiskFrames, MemoryFrames, to_devices
+from drl_jax.data.frames import (
+    DeviceFrames,
+    DiskFrames,
+    MemoryFrames,
+    choose_cache,
+    reader_threads,
+    to_devices,
+)
 from drl_jax.data.records import DatasetError, Split, VideoDataset
 from drl_jax.sharding import Layout
 
@@ -58,6 +65,10 @@ class TrainBatches:
 
     The order depends only on the seed and the step. A checkpoint therefore stores only the step,
     and the order is the same for any number of processes or threads.
+
+    Attributes:
+      num_examples: pairs, or videos, of an epoch.
+      cache: where frames are kept, see `DataConfig.cache`; not `auto`.
     """
 
     def __init__(
@@ -98,8 +109,12 @@ class TrainBatches:
                 f" (config.train.batch_size={batch_size})"
             )
         self._frames = DiskFrames(dataset, config.max_frames)
-        if config.cache == "memory":
-            self._frames = MemoryFrames(dataset, np.unique(split.videos), config.max_frames)
+        self._threads = reader_threads(config.num_threads)
+        videos = np.unique(split.videos)
+        frame_bytes = len(videos) * self._frames.read(videos[0])[0].nbytes
+        self.cache = choose_cache(config.cache, frame_bytes)
+        if self.cache == "memory":
+            self._frames = MemoryFrames(dataset, videos, config.max_frames)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,16 +125,16 @@ class TrainBatches:
         """Yields the global batches from `start_step` on, on the devices, indefinitely.
 
         Raises:
-          DatasetError: `config.cache` is "device" and the frames do not fit on the devices.
+          DatasetError: `cache` is "device" and the frames do not fit on the devices.
         """
         fill = None
-        if self._config.cache == "device":
+        if self.cache == "device":
             fill = DeviceFrames(
                 self._dataset,
                 self._split.videos,
                 self._config.max_frames,
                 layout,
-                self._config.num_threads,
+                self._threads,
             ).fill
         stream = self.iterate(start_step, jax.process_index(), jax.process_count())
         yield from to_devices(stream, layout, fill)
@@ -127,7 +142,7 @@ class TrainBatches:
     def iterate(self, start_step: int, process: int, processes: int) -> Iterator[dict]:
         """Iterates over this process's part of each batch from `start_step` on, indefinitely.
 
-        With `config.cache` = "device" a batch has `video_index` int32 [B], the index of the video
+        With `cache` = "device" a batch has `video_index` int32 [B], the index of the video
         in the split, instead of frames.
         """
         examples = self._in_order(self._read)
@@ -135,7 +150,7 @@ class TrainBatches:
         # same for any number of processes.
         parts = examples.batch(self._batch_size // processes)
         own_parts = parts[start_step * processes + process :: processes]
-        options = grain.ReadOptions(num_threads=self._config.num_threads, prefetch_buffer_size=4)
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=4)
         return iter(own_parts.to_iter_dataset(options))
 
     def examples(self, step: int) -> list[dict[str, str]]:
@@ -178,7 +193,7 @@ class TrainBatches:
     def _read(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pair = self._pair(example, rng)
         text = {"text_ids": self._text_ids[pair], "text_mask": self._text_mask[pair]}
-        if self._config.cache == "device":
+        if self.cache == "device":
             return {**text, "video_index": self._caption_to_video[pair]}
         frames, mask = self._frames.read(self._records[pair])
         return {**text, "frames": frames, "frame_mask": mask}

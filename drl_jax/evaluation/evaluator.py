@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from drl_jax.config import Config
+from drl_jax.data.frames import reader_threads
 from drl_jax.data.records import Split, VideoDataset
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.metrics import pair_accuracy, retrieval_metrics
@@ -36,7 +37,7 @@ class Evaluator:
     """Evaluates parameters on splits of a dataset; compiled once."""
 
     def __init__(self, config: Config, dataset: VideoDataset, layout: Layout):
-        self._dataset, self._num_threads = dataset, config.data.num_threads
+        self._dataset, self._num_threads = dataset, reader_threads(config.data.num_threads)
         self._embedder = Embedder(config, layout)
 
     def run(

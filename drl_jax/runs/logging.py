@@ -11,12 +11,21 @@ import numpy as np
 from tqdm import tqdm
 
 from drl_jax.config import Config
+from drl_jax.data.batches import TrainBatches
 from drl_jax.data.records import MANIFEST, VideoDataset
 from drl_jax.runs.tensorboard import Keep, tensorboard_writers
+from drl_jax.runs.wall_time import WallTime
 from drl_jax.runtime.distributed import is_main
 from drl_jax.runtime.files import write_text
 from drl_jax.sharding import Layout
 from drl_jax.training.optimizer import make_schedule
+
+# Values of `TrainBatches.cache`.
+_CACHED = {
+    "none": "read from disk each epoch",
+    "memory": "kept in memory",
+    "device": "kept on the devices",
+}
 
 
 class TrainLog:
@@ -32,6 +41,7 @@ class TrainLog:
         evaluated: bool,
         unlogged: Iterable[dict[str, float]],
         accept: Callable[[int, Mapping[str, float]], bool],
+        wall_time: WallTime,
     ):
         """Opens the logs of a run.
 
@@ -43,8 +53,9 @@ class TrainLog:
           evaluated: whether the checkpoint of `step` has been evaluated.
           unlogged: scalars of the steps before `step` that no mean has been written of.
           accept: called with each step and its scalars; whether they count.
+          wall_time: waiting for steps is spent on "steps", writing on "logging".
         """
-        self._config, self._accept = config, accept
+        self._config, self._accept, self._wall_time = config, accept, wall_time
         optim = config.optim
         self._schedule = make_schedule(optim.lr, optim.warmup_proportion, total_steps)
         self._writers: list = []
@@ -66,13 +77,14 @@ class TrainLog:
         )
         self._status: dict[str, str] = {}
 
-    def announce(self, dataset: VideoDataset, examples: int, layout: Layout) -> None:
-        """Prints the dataset and the devices."""
+    def announce(self, dataset: VideoDataset, batches: TrainBatches, layout: Layout) -> None:
+        """Prints the dataset, where its frames are kept, and the devices."""
         if not is_main():
             return
         devices = layout.mesh.devices
         tqdm.write(
-            f"{self._config.data.dataset}: {len(dataset)} videos, {examples} examples an epoch;"
+            f"{self._config.data.dataset}: {len(dataset)} videos,"
+            f" {batches.num_examples} examples an epoch; frames are {_CACHED[batches.cache]};"
             f" {devices.size} {devices.flat[0].platform} device(s),"
             f" {jax.process_count()} process(es)"
         )
@@ -97,6 +109,7 @@ class TrainLog:
         self._bar.update()
         if step % self._config.train.log_every == 0:
             self.write_means(step)
+        self._wall_time.spent_on("logging")
 
     def _settle(self) -> None:
         """Waits for the step that is running and takes its scalars."""
@@ -106,6 +119,7 @@ class TrainLog:
         self._running = None
         self._timed += 1
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        self._wall_time.spent_on("steps")
         if self._accept(step, values):
             self._since.append(values)
 
@@ -142,6 +156,7 @@ class TrainLog:
         self._settle()
         for writer in self._writers:
             writer.flush()
+        self._wall_time.spent_on("logging")
         return list(self._since)
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
@@ -158,6 +173,7 @@ class TrainLog:
         self._bar.set_postfix(self._status)
         # Examples per second do not include the time of evaluations.
         self._timed, self._last_time = 0, time.monotonic()
+        self._wall_time.spent_on("logging")
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         for writer in self._writers:

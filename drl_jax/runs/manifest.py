@@ -20,6 +20,7 @@ import jax
 
 from drl_jax.config import Config
 from drl_jax.data.records import VideoDataset
+from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.workdir import (
     MANIFEST_FILE,
     RESUMABLE_FIELDS,
@@ -46,13 +47,14 @@ class RunRecord:
       step: the step of the last checkpoint since this start.
     """
 
-    def __init__(self, workdir: Path, config: Config, dataset: VideoDataset):
+    def __init__(self, workdir: Path, config: Config, dataset: VideoDataset, wall_time: WallTime):
         """Reads the manifest of a run, or makes that of a new one; writes nothing.
 
         Args:
           workdir: directory of the run.
           config: its configuration.
           dataset: its dataset.
+          wall_time: of this start; its seconds are written at the end.
 
         Raises:
           WorkdirError: the run was started with a dataset of another content, or its manifest is
@@ -69,7 +71,7 @@ class RunRecord:
             "dataset": {"name": config.data.dataset, "content": dataset.content},
         }
         self._values.setdefault("weights_sha256", self._weights_sha256)
-        self.step, self._started = 0, False
+        self.step, self._started, self._wall_time = 0, False, wall_time
 
     def check_weights(self, config: Config) -> None:
         """Checks, before the first step, that the weights are those that the run started with.
@@ -94,6 +96,7 @@ class RunRecord:
                 "outcome": None,
                 "first_step": step,
                 "last_step": None,
+                "seconds": None,
                 "command": sys.orig_argv,
                 **environment(),
             }
@@ -107,6 +110,9 @@ class RunRecord:
                 "ended": _now(),
                 "outcome": outcome,
                 "last_step": self.step,
+                "seconds": {
+                    name: round(seconds, 2) for name, seconds in self._wall_time.seconds.items()
+                },
             }
             self._write()
 
@@ -116,14 +122,16 @@ class RunRecord:
 
 
 @contextlib.contextmanager
-def recorded(workdir: Path, config: Config, dataset: VideoDataset) -> Iterator[RunRecord]:
+def recorded(
+    workdir: Path, config: Config, dataset: VideoDataset, wall_time: WallTime
+) -> Iterator[RunRecord]:
     """Claims the directory of a run and records how the block ends.
 
     Raises:
       WorkdirError: the directory holds another run, or one of another dataset.
     """
     with failing_together(UserError):
-        record = RunRecord(workdir, config, dataset)
+        record = RunRecord(workdir, config, dataset, wall_time)
         claim_workdir(workdir, config)
     try:
         yield record

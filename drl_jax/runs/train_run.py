@@ -1,5 +1,7 @@
 """Trains a run: the loop, its evaluations and checkpoints, and the final test."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from drl_jax.runs.checksums import summarise
 from drl_jax.runs.logging import TrainLog
 from drl_jax.runs.manifest import differences, read_manifest, recorded
 from drl_jax.runs.nonfinite import NonFiniteBatches, TrainingError
+from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.workdir import exclusive
 from drl_jax.runtime.child_process import run_module
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
-from drl_jax.runtime.errors import Interrupted, UserError
+from drl_jax.runtime.errors import Interrupted, UserError, one_line
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.signals import StopRequest
 from drl_jax.sharding import Layout, make_layout
@@ -45,6 +48,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
         damaged checkpoints, a loss that is not finite, or SIGINT, SIGTERM or SIGHUP (after a
         checkpoint).
     """
+    wall_time = WallTime()
     # ---------------------------------------------------------------- devices, weights, data
     layout = make_layout(fsdp=config.sharding.fsdp)
     _check_divisible(config.train, layout)
@@ -55,7 +59,9 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             config = with_backbone_of(config, weights)
             pretrained = initial_params(config.model, weights, jax.random.key(config.seed))
             del weights
+        wall_time.spent_on("start")
         dataset = _open_dataset(config)
+        wall_time.spent_on("dataset")
         batches = TrainBatches(
             dataset,
             load_split(dataset, "train", config.data),
@@ -85,8 +91,9 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
 
     # Nothing is written before all of the above succeeds.
     with (
+        _memory_errors(config),
         exclusive(workdir),
-        recorded(workdir, config, dataset) as record,
+        recorded(workdir, config, dataset, wall_time) as record,
         Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
     ):
@@ -114,13 +121,16 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             evaluated=evaluated,
             unlogged=saved.get("unlogged", []),
             accept=nonfinite.report,
+            wall_time=wall_time,
         ) as log:
-            log.announce(dataset, batches.num_examples, layout)
+            log.announce(dataset, batches, layout)
 
             def evaluate(step: int, state: TrainState) -> None:
                 metrics = evaluator.run(state.params, val).metrics
+                wall_time.spent_on("evaluation")
                 log.evaluation(step, metrics)
                 checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
+                wall_time.spent_on("checkpoints")
 
             def evaluate_again(step: int) -> None:
                 if is_main():
@@ -140,8 +150,13 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
                 evaluate(start, state)
             stream = batches.on_devices(start, layout)
             stop_requested = StopPoll(lambda: stop.pending)
+            wall_time.spent_on("start")
             for step in range(start + 1, total_steps + 1):
-                state, scalars = step_function(state, next(stream))
+                batch = next(stream)
+                wall_time.spent_on("data")
+                state, scalars = step_function(state, batch)
+                # The first call compiles, all others return at once.
+                wall_time.spent_on("compilation" if step == start + 1 else "steps")
                 log.train_step(step, scalars)
                 stopping = stop_requested(step)
                 ends_epoch = step % steps_per_epoch == 0
@@ -153,6 +168,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
                     unlogged = log.before_checkpoint()
                     checkpoints.save(state, unlogged=unlogged, skipped=nonfinite.steps)
                     record.step = step
+                    wall_time.spent_on("checkpoints")
                 # Resuming evaluates the checkpoint of an epoch that was not evaluated.
                 if ends_epoch and not stopping:
                     evaluate(step, state)
@@ -172,17 +188,19 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             "skipped_steps": nonfinite.steps,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         }
-        _report(workdir, result)
+        wall_time.spent_on("evaluation")
+        _report(workdir, result, wall_time)
     return result
 
 
-def _report(workdir: Path, result: dict[str, Any]) -> None:
+def _report(workdir: Path, result: dict[str, Any], wall_time: WallTime) -> None:
     """Writes and prints the result of a run."""
     if is_main():
         write_json(workdir / "result.json", result)
         best, total = result["best_step"], result["total_steps"]
         print(f"test of the best checkpoint, step {best} of {total}:")
         print(format_table(result["test"]))
+        print(f"time: {wall_time}")
 
 
 def _new_state(config: Config, pretrained: Params | None, tx: Any, layout: Layout) -> TrainState:
@@ -203,6 +221,22 @@ def _print_differences(manifest: Path, config: Config, dataset: VideoDataset) ->
         print(f"reproducing the run of {manifest}: configuration, weights and dataset are the same")
         for line in found:
             print(f"  {line}")
+
+
+@contextlib.contextmanager
+def _memory_errors(config: Config) -> Iterator[None]:
+    """Says what to do when the devices do not have the memory for a run."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        train = config.train
+        raise TrainingError(
+            f"the devices have not enough memory ({one_line(error)}); set"
+            f" --config.train.microbatch to a part of train.batch_size={train.batch_size} (it is"
+            f" {train.microbatch}), --config.model.remat=full, or --config.data.cache=none"
+        ) from error
 
 
 def _is_due(step: int, every: int) -> bool:
