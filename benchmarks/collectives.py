@@ -42,18 +42,26 @@ def formula(config: ModelConfig, pairs: int) -> dict[str, int]:
 def measure(config: ModelConfig, pairs: int, devices: int) -> dict:
     """Compiles the step for a number of devices and counts the bytes of its collectives."""
     layout = make_layout(jax.devices()[:devices])
-    moved = collective_bytes(compile_step(config, pairs, 0, layout).as_text())
-    expected = formula(config, pairs) if devices > 1 else {"gathered": 0, "reduced": 0}
-    gathered = moved.pop("all-gather", 0)
-    reduced = moved.pop("all-reduce", 0) + moved.pop("reduce-scatter", 0) * devices
+    compiled = compile_step(config, pairs, 0, layout)
     return {
         "devices": devices,
         "global_batch": pairs,
+        **moved(compiled.as_text(), config, pairs, devices),
+    }
+
+
+def moved(hlo: str, config: ModelConfig, pairs: int, devices: int) -> dict[str, float]:
+    """Megabytes that the collectives of a compiled step move, beside the formula."""
+    counts = collective_bytes(hlo)
+    expected = formula(config, pairs) if devices > 1 else {"gathered": 0, "reduced": 0}
+    gathered = counts.pop("all-gather", 0)
+    reduced = counts.pop("all-reduce", 0) + counts.pop("reduce-scatter", 0) * devices
+    return {
         "gathered_mb": round(gathered / 1e6, 2),
         "formula_gathered_mb": round(expected["gathered"] / 1e6, 2),
         "reduced_mb": round(reduced / 1e6, 2),
         "formula_reduced_mb": round(expected["reduced"] / 1e6, 2),
-        "other_mb": round(sum(moved.values()) / 1e6, 2),
+        "other_mb": round(sum(counts.values()) / 1e6, 2),
     }
 
 

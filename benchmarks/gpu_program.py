@@ -12,7 +12,6 @@ import argparse
 import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +23,12 @@ os.environ["JAX_PLATFORMS"] = "cpu,cuda"
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
-from benchmarks.collectives import formula
-from benchmarks.hlo import collective_bytes
+from benchmarks.collectives import moved
+from benchmarks.hlo import collective_counts
 from benchmarks.measure import arguments, names, report
 from benchmarks.memory import compile_step
 from benchmarks.train_step import backbones
 from drl_jax.config import ATTENTION, REMAT, ModelConfig
-from drl_jax.models.attention import compiled_for_cudnn
 from drl_jax.runtime.cli import run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
@@ -85,8 +83,7 @@ def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str
     """Compiles a step and reads its memory, kernels and collectives."""
     layout = h100_layout(run.devices, fsdp=fsdp)
     pairs = run.batch * run.devices
-    with compiled_for_cudnn():
-        compiled = compile_step(config, pairs, run.microbatch * run.devices, layout)
+    compiled = compile_step(config, pairs, run.microbatch * run.devices, layout)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     row = {
         "model": name,
@@ -98,29 +95,12 @@ def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str
         "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 2),
         "kernels": {kind: len(re.findall(pattern, text)) for kind, pattern in _KERNELS.items()},
     }
-    if run.devices == 1:
-        return row
-    expected = formula(config, pairs)
+    # The formula is of replicated parameters.
     return {
         **row,
+        **moved(text, config, pairs, run.devices),
         "collectives": collective_counts(text),
-        "collectives_mb": _megabytes(collective_bytes(text)),
-        # With replicated parameters and without microbatches.
-        "formula_mb": _megabytes(expected),
     }
-
-
-def _megabytes(counts: dict[str, int]) -> dict[str, float]:
-    return {kind: round(count / 1e6, 1) for kind, count in counts.items()}
-
-
-def collective_counts(text: str) -> dict[str, int]:
-    """Number of collectives in the text of a program by kind, dtype, and whether they overlap."""
-    found: Counter[str] = Counter()
-    pattern = r"= \(?(\w+)\[[^=]*? (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\("
-    for dtype, kind, start in re.findall(pattern, text):
-        found[f"{'asynchronous' if start else 'blocking'} {kind} {dtype}"] += 1
-    return dict(found)
 
 
 def work(options: Any) -> None:

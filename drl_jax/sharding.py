@@ -5,6 +5,7 @@ split over it. Parameters and optimiser state are replicated, or split too (`fsd
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.lax import with_sharding_constraint
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 AXIS = "data"
 # Arrays with fewer elements are cheaper to replicate than to gather.
@@ -66,6 +67,17 @@ class Layout:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.parameter(x.shape)), tree
         )
+
+    def on_mesh(self, function: Callable) -> Callable:
+        """A function that is traced with the mesh as its context, from which attention takes the
+        kind of the devices."""
+
+        @functools.wraps(function)
+        def traced(*arguments: Any) -> Any:
+            with use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(*arguments)
+
+        return traced
 
     def local_rows(self, rows: int) -> slice:
         """The rows of a global batch of `rows` that belong to this process's devices."""

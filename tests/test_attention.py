@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
 from drl_jax.models import attention
-from drl_jax.models.attention import attend, compiled_for_cudnn, lengths_of
+from drl_jax.models.attention import attend, lengths_of
+from drl_jax.sharding import make_layout
 
 B, T, K, D = 3, 12, 2, 16
 LENGTHS = np.array([12, 5, 1], np.int32)
@@ -44,34 +46,39 @@ def test_lengths_of_a_mask():
     np.testing.assert_array_equal(lengths_of(np.zeros((2, T), bool)), [1, 1])
 
 
-def implementation(monkeypatch, q, k, choice="auto"):
-    """What `attend` asks of JAX."""
+def test_cudnn_computes_what_its_kernel_can(monkeypatch):
+    h100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     asked = []
     monkeypatch.setattr(
         attention.jax.nn,
         "dot_product_attention",
-        lambda *_, implementation, **__: asked.append(implementation),
+        lambda q, *_, implementation, **__: asked.append(implementation) or q,
     )
-    attend(q, k, k, implementation=choice)
-    return asked[0]
+
+    def of(dtype=jnp.bfloat16, queries=T, width=D, choice="auto", device=h100):
+        q, k = (jax.ShapeDtypeStruct((8, n, K, width), dtype) for n in (queries, T))
+        mesh = AbstractMesh((8,), ("data",), abstract_device=device)
+        with use_abstract_mesh(mesh):
+            jax.eval_shape(lambda q, k: attend(q, k, k, implementation=choice), q, k)
+        return asked.pop()
+
+    assert of() == "cudnn"
+    assert of(choice="xla") == "xla"
+    assert of(dtype=jnp.float32) == "xla"
+    assert of(queries=1) == "xla"
+    assert of(width=12) == of(width=136) == "xla"
+    assert of(device=None) == "xla"
+    assert of(device=AbstractDevice("cpu", None, "cpu")) == "xla"
+    assert of(device=AbstractDevice("AMD Instinct MI300X", 304, "gpu")) == "xla"
 
 
-def test_cudnn_computes_what_its_kernel_can(monkeypatch):
-    def of(dtype=jnp.bfloat16, queries=T, width=D, choice="auto"):
-        q, k = (jnp.zeros((B, n, K, width), dtype) for n in (queries, T))
-        with monkeypatch.context() as patch:
-            return implementation(patch, q, k, choice)
-
-    assert jax.default_backend() != "cpu" or of() == "xla"
-    with compiled_for_cudnn():
-        assert of() == "cudnn"
-        assert of(choice="xla") == "xla"
-        assert of(dtype=jnp.float32) == "xla"
-        assert of(queries=1) == "xla"
-        assert of(width=12) == of(width=136) == "xla"
+def test_models_are_traced_on_their_mesh():
+    layout = make_layout()
+    mesh = layout.mesh.abstract_mesh
+    assert jax.jit(layout.on_mesh(lambda x: x + (get_abstract_mesh() == mesh)))(1) == 2
 
 
-@pytest.mark.skipif(not attention._has_cudnn(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("positions", [12, 32, 50, 77])
 @pytest.mark.parametrize("kind", ["all", "causal", "lengths"])
 def test_cudnn_agrees_with_xla(kind, positions):

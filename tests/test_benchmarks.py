@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax import with_sharding_constraint
 from support.commands import ROOT
 
-from benchmarks.hlo import collective_bytes
+from benchmarks.hlo import collective_bytes, collective_counts
 from drl_jax.sharding import make_layout
 
 
@@ -27,6 +27,30 @@ def test_collectives_in_a_loop_count_once_per_iteration():
     x = jax.ShapeDtypeStruct((64, 3), jnp.float32, sharding=layout.batch_sharded)
     moved = collective_bytes(program.lower(x).compile().as_text())
     assert moved == {"all-gather": 5 * 64 * 3 * 4}
+
+
+def test_asynchronous_collectives_count_their_results():
+    """The text of a GPU's program has a tuple of operands and results."""
+    hlo = """
+ENTRY %main (a: f32[4]) -> f32[8] {
+  %g = ((f32[4]{0}, /*index=1*/bf16[2,3]), (f32[8]{0}, bf16[4,3]{1,0})) all-gather-start(%a, %b)
+  %s = ((bf16[8,2]{1,0}), bf16[1,2]{1,0}) reduce-scatter-start(%c)
+  %r = (f32[5]{0}, f32[6]{0}) all-reduce-start(%d, %e)
+  %q = f32[7]{0} all-reduce(%f)
+}
+"""
+    assert collective_bytes(hlo) == {
+        "all-gather": 4 * 8 + 2 * 12,
+        "reduce-scatter": 2 * 2,
+        "all-reduce": 4 * (5 + 6 + 7),
+    }
+    assert collective_counts(hlo) == {
+        "blocking": 1,
+        "bfloat16_sums": 1,
+        "all-gather": 1,
+        "reduce-scatter": 1,
+        "all-reduce": 2,
+    }
 
 
 def test_gpu_benchmarks_need_only_jax_flax_optax_and_numpy():

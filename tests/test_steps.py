@@ -183,18 +183,15 @@ def largest_array(hlo):
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
-def test_collectives_and_memory_of_the_compiled_step(model):
-    """On 8 devices: video features are gathered; no device has the full product or matrix."""
-    pairs, words, frames = 1024, 12, 4
+def compiled_step(model, pairs, words, frames, layout, microbatch=0):
+    """The text of the compiled step, for images of one patch."""
     backbone = dataclasses.replace(model.backbone, image_resolution=16, vision_patch_size=16)
-    model = dataclasses.replace(model, backbone=backbone, similarity_block=16)
-    layout = make_layout()
+    model = dataclasses.replace(model, backbone=backbone)
     tx = make_optimizer(OptimConfig(), total_steps=20)
-    step = make_train_step(model, LossConfig(), tx, layout, microbatch=256)
-    rows = layout.batch_sharded
+    step = make_train_step(model, LossConfig(), tx, layout, microbatch=microbatch)
 
     def array(shape, dtype):
-        return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=rows)
+        return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=layout.batch_sharded)
 
     batch = {
         "text_ids": array((words,), jnp.int32),
@@ -202,7 +199,14 @@ def test_collectives_and_memory_of_the_compiled_step(model):
         "frames": array((frames, 16, 16, 3), jnp.uint8),
         "frame_mask": array((frames,), jnp.bool_),
     }
-    hlo = step.lower(abstract_state(model, tx, layout), batch).compile().as_text()
+    return step.lower(abstract_state(model, tx, layout), batch).compile().as_text()
+
+
+def test_collectives_and_memory_of_the_compiled_step(model):
+    """On 8 devices: video features are gathered; no device has the full product or matrix."""
+    pairs, words, frames = 1024, 12, 4
+    model = dataclasses.replace(model, similarity_block=16)
+    hlo = compiled_step(model, pairs, words, frames, make_layout(), microbatch=256)
     assert collectives(hlo) <= {"all-gather", "all-reduce", "reduce-scatter"}
     # What is gathered is the videos' features, masks and weights, and one number a pair.
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", hlo)

@@ -165,8 +165,15 @@ def make_embed_steps(
     def similarity(params, text, video):
         return nnx.merge(definition, params).similarity(text, video)
 
+    def compiled(function, *shardings):
+        return jax.jit(
+            layout.on_mesh(function),
+            in_shardings=(params, *shardings),
+            out_shardings=replicated,
+        )
+
     return (
-        jax.jit(encode_text, in_shardings=(params, sharded, sharded), out_shardings=replicated),
-        jax.jit(encode_video, in_shardings=(params, sharded, sharded), out_shardings=replicated),
-        jax.jit(similarity, in_shardings=(params, sharded, replicated), out_shardings=replicated),
+        compiled(encode_text, sharded, sharded),
+        compiled(encode_video, sharded, sharded),
+        compiled(similarity, sharded, replicated),
     )

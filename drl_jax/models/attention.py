@@ -1,20 +1,14 @@
 """Multi-head attention, computed by XLA or by cuDNN."""
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
+from jax.lax import with_sharding_constraint
+from jax.sharding import AbstractMesh, PartitionSpec, get_abstract_mesh
 
 # Head widths that cuDNN's kernel takes, forward and backward, on every GPU that has it.
 _CUDNN_MULTIPLE, _CUDNN_MAX = 8, 128
 # NVIDIA's Ampere and later have it.
 _CUDNN_COMPUTE_CAPABILITY = (8, 0)
-
-_compiled_for_cudnn: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
-    "compiled_for_cudnn", default=None
-)
 
 
 def attend(
@@ -28,7 +22,8 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v for each head, over the keys that a query may attend to.
 
-    The softmax is float32 for every dtype of the inputs.
+    The softmax is float32 for every dtype of the inputs. cuDNN computes it on the devices of the
+    current mesh (`Layout.on_mesh`); without one, XLA does.
 
     Args:
       q: [B, Q, K, D].
@@ -41,7 +36,12 @@ def attend(
     Returns:
       [B, Q, K, D] in the dtype of `q`.
     """
-    cudnn = implementation == "auto" and _fits_cudnn(q, k) and _has_cudnn()
+    mesh = get_abstract_mesh()
+    cudnn = implementation == "auto" and _fits_cudnn(q, k) and _has_cudnn(mesh)
+    if cudnn:
+        # The kernel cannot be split in any other way; with fsdp, XLA otherwise tries to.
+        rows = PartitionSpec(mesh.axis_names[0])
+        q, k, v = (with_sharding_constraint(x, rows) for x in (q, k, v))
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -57,16 +57,6 @@ def lengths_of(mask: jax.Array) -> jax.Array:
     return jnp.maximum(mask.sum(1, dtype=jnp.int32), 1)
 
 
-@contextlib.contextmanager
-def compiled_for_cudnn() -> Iterator[None]:
-    """Traces as on a GPU with cuDNN, to compile for a device that this machine does not have."""
-    token = _compiled_for_cudnn.set(True)
-    try:
-        yield
-    finally:
-        _compiled_for_cudnn.reset(token)
-
-
 def _fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
     width = q.shape[-1]
     return (
@@ -77,14 +67,12 @@ def _fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
     )
 
 
-def _has_cudnn() -> bool:
-    """Whether the default device is an NVIDIA GPU whose cuDNN has the kernel."""
-    if (forced := _compiled_for_cudnn.get()) is not None:
-        return forced
-    if jax.default_backend() != "gpu":
+def _has_cudnn(mesh: AbstractMesh) -> bool:
+    """Whether the devices of a mesh are NVIDIA GPUs that have the kernel."""
+    device = mesh.abstract_device
+    if device is None or not device.device_kind.startswith("NVIDIA"):
         return False
-    device = jax.devices()[0]
-    if "cuda" not in device.client.platform_version.lower():
-        return False  # AMD's.
-    capability = tuple(int(part) for part in device.compute_capability.split("."))
-    return capability >= _CUDNN_COMPUTE_CAPABILITY
+    if jax.default_backend() != "gpu":
+        return True  # The program is compiled for a GPU that this machine does not have.
+    capability = jax.devices()[0].compute_capability.split(".")
+    return tuple(map(int, capability)) >= _CUDNN_COMPUTE_CAPABILITY

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import with_sharding_constraint
 from jax.nn.initializers import Initializer, normal, xavier_uniform
+from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.attention import attend
@@ -101,12 +103,12 @@ class Linear(nnx.Linear):
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[N, Din] times a float32 kernel [Din, Dout], in the dtype of `x`: [N, Dout]."""
-    return x @ kernel.astype(x.dtype)
+    return x @ gathered(kernel, x.dtype)
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
     # Not `matmul`: rematerialisation sees a product here, and may keep it.
-    return x @ kernel.astype(x.dtype), (x, kernel)
+    return x @ gathered(kernel, x.dtype), (x, kernel)
 
 
 def _matmul_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,10 +116,22 @@ def _matmul_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.
     of_kernel = jax.lax.dot_general(
         x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype
     )
-    return gradient @ kernel.astype(x.dtype).T, of_kernel
+    return gradient @ gathered(kernel, x.dtype).T, of_kernel
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def gathered(kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A kernel in a dtype, whole on each device of the current mesh.
+
+    With fsdp, XLA otherwise splits the product by columns and moves activations between devices,
+    which are many times larger.
+    """
+    kernel = kernel.astype(dtype)
+    if get_abstract_mesh().empty:
+        return kernel
+    return with_sharding_constraint(kernel, PartitionSpec())
 
 
 class SelfAttention(nnx.Module):

@@ -142,7 +142,7 @@ def make_train_step(
     )
     state = layout.parameters(abstract_state(model, tx, layout))
     return jax.jit(
-        step,
+        layout.on_mesh(step),
         in_shardings=(state, layout.batch_sharded),
         out_shardings=(state, layout.replicated),
         donate_argnums=0,
