@@ -65,7 +65,7 @@ def test_two_processes_stop_together_and_match_one_process(alone, arguments, tmp
     pair[1].send_signal(signal.SIGTERM)
     for process in pair:
         _, errors = wait_for(process)
-        assert process.returncode == 75
+        assert process.returncode == 75, errors
         assert "rerun the command to resume" in errors
         assert "Traceback" not in errors
     assert not (workdir / "result.json").exists()
