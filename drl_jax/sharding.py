@@ -13,7 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.lax import with_sharding_constraint
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    get_abstract_mesh,
+    use_abstract_mesh,
+)
 
 AXIS = "data"
 # Arrays with fewer elements are cheaper to replicate than to gather.
@@ -69,14 +76,19 @@ class Layout:
         )
 
     def on_mesh(self, function: Callable) -> Callable:
-        """A function that is traced with the mesh as its context, from which attention takes the
-        kind of the devices."""
+        """A function that is traced with the mesh as the current one.
+
+        Models need it: `attend` takes the kind of the devices from it, and `split_rows` and
+        `replicate` do nothing without it.
+        """
 
         @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
             with use_abstract_mesh(self.mesh.abstract_mesh):
                 return function(*arguments)
 
+        # The name of the program in profiles; a functools.partial has none.
+        traced.__name__ = getattr(function, "func", function).__name__
         return traced
 
     def local_rows(self, rows: int) -> slice:
@@ -91,6 +103,20 @@ class Layout:
             name: jax.make_array_from_process_local_data(self.batch_sharded, array)
             for name, array in batch.items()
         }
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Splits the first axis over the devices of the current mesh, if there is one."""
+    return _constrain(x, PartitionSpec(AXIS))
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """Puts a copy on every device of the current mesh, if there is one."""
+    return _constrain(x, PartitionSpec())
+
+
+def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return x if get_abstract_mesh().empty else with_sharding_constraint(x, spec)
 
 
 def make_layout(devices: Sequence[jax.Device] | None = None, *, fsdp: bool = False) -> Layout:

@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests run on 8 fake CPU devices."""
+"""Shared fixtures. Tests run on 8 fake CPU devices, or on what JAX_PLATFORMS names."""
 
 import atexit
 import fcntl
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Tests compile far more than they compute.

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
 from drl_jax.models import attention
-from drl_jax.models.attention import attend, lengths_of
+from drl_jax.models.attention import AttentionMask, attend, lengths_of
 from drl_jax.sharding import make_layout
 
 B, T, K, D = 3, 12, 2, 16
@@ -35,7 +35,7 @@ def test_attention_is_the_masked_softmax(causal, lengths):
         mask &= np.tri(T, dtype=bool)
     if lengths is not None:
         mask &= np.arange(T) < lengths[:, None, None]
-    found = attend(q, k, v, causal=causal, lengths=lengths)
+    found = attend(q, k, v, AttentionMask(causal, lengths))
     np.testing.assert_allclose(found, masked(q, k, v, mask), atol=1e-6)
 
 
@@ -78,22 +78,27 @@ def test_models_are_traced_on_their_mesh():
     assert jax.jit(layout.on_mesh(lambda x: x + (get_abstract_mesh() == mesh)))(1) == 2
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda,cpu"
+)
 @pytest.mark.parametrize("positions", [12, 32, 50, 77])
 @pytest.mark.parametrize("kind", ["all", "causal", "lengths"])
 def test_cudnn_agrees_with_xla(kind, positions):
-    """Values and gradients, to bfloat16's rounding: 8 bits, so 2^-8 of the largest value."""
+    """Values and gradients, to the rounding of bfloat16: 2^-8, at each of a few roundings."""
     lengths = np.array([positions, 5, 1], np.int32) if kind == "lengths" else None
+    mask = AttentionMask(kind == "causal", lengths)
+    layout, arrays = make_layout(jax.devices()[:1]), inputs(jnp.bfloat16, positions)
 
-    def total(q, k, v, choice):
-        out = attend(q, k, v, causal=kind == "causal", lengths=lengths, implementation=choice)
-        return (out.astype(jnp.float32) ** 2).sum(), out
+    def compute(choice):
+        def total(q, k, v):
+            out = attend(q, k, v, mask, choice)
+            return (out.astype(jnp.float32) ** 2).sum(), out
 
-    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
-    arrays = inputs(jnp.bfloat16, positions)
-    ((_, found), found_gradients), ((_, expected), expected_gradients) = (
-        gradient(*arrays, choice) for choice in ("auto", "xla")
-    )
-    for a, b in zip([found, *found_gradients], [expected, *expected_gradients], strict=True):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        np.testing.assert_allclose(a, b, atol=4 * 2**-8 * np.abs(b).max())
+        gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
+        program = jax.jit(layout.on_mesh(gradient)).lower(*arrays)
+        assert ("cudnn" in program.as_text()) == (choice == "auto")
+        (_, out), gradients = program.compile()(*arrays)
+        return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+    for found, expected in zip(compute("auto"), compute("xla"), strict=True):
+        np.testing.assert_allclose(found, expected, atol=4 * 2**-8 * np.abs(expected).max())

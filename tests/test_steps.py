@@ -11,8 +11,9 @@ import optax
 import pytest
 from support.params import random_params
 
+from benchmarks.hlo import collective_bytes
 from drl_jax.config import LossConfig, OptimConfig
-from drl_jax.models.drl import init_params, model_definition
+from drl_jax.models.drl import init_params, model_definition, param_shapes
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, make_optimizer
 from drl_jax.training.state import TrainState, abstract_state, state_from_params
@@ -200,6 +201,19 @@ def compiled_step(model, pairs, words, frames, layout, microbatch=0):
         "frame_mask": array((frames,), jnp.bool_),
     }
     return step.lower(abstract_state(model, tx, layout), batch).compile().as_text()
+
+
+def test_split_parameters_are_gathered_and_activations_stay(model):
+    """The embedding table has 500 rows, so it is split by columns; a row stays on its device."""
+    pairs, words, frames = 1024, 12, 4
+    moved = collective_bytes(compiled_step(model, pairs, words, frames, make_layout(fsdp=True)))
+    parameters = 4 * sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model)))
+    # Features, weights and masks of all videos.
+    features = pairs * frames * (4 * model.backbone.embed_dim + 4 + 1)
+    assert set(moved) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    # Parameters are gathered for the forward pass and again for the backward pass.
+    assert moved["all-gather"] < features + 2 * parameters
+    assert moved["all-reduce"] + moved.get("reduce-scatter", 0) < features + 2 * parameters
 
 
 def test_collectives_and_memory_of_the_compiled_step(model):

@@ -105,7 +105,7 @@ def test_a_run_says_what_its_time_was_spent_on(finished):
 
 
 def test_too_little_memory_is_one_line(shapes_config):
-    message = r"not enough memory \(.*RESOURCE_EXHAUSTED.*remat"
+    message = r"do not have enough memory \(.*RESOURCE_EXHAUSTED.*remat"
     with pytest.raises(TrainingError, match=message), _memory_errors(shapes_config):
         jnp.zeros(2**50, jnp.uint8).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError), _memory_errors(shapes_config):

@@ -1,9 +1,12 @@
 """Multi-head attention, computed by XLA or by cuDNN."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jax.lax import with_sharding_constraint
-from jax.sharding import AbstractMesh, PartitionSpec, get_abstract_mesh
+from jax.sharding import AbstractMesh, get_abstract_mesh
+
+from drl_jax.sharding import split_rows
 
 # Head widths that cuDNN's kernel takes, forward and backward, on every GPU that has it.
 _CUDNN_MULTIPLE, _CUDNN_MAX = 8, 128
@@ -11,16 +14,29 @@ _CUDNN_MULTIPLE, _CUDNN_MAX = 8, 128
 _CUDNN_COMPUTE_CAPABILITY = (8, 0)
 
 
+class AttentionMask(NamedTuple):
+    """The keys that a query attends to; all of them by default.
+
+    Attributes:
+      causal: that of its own position and of earlier ones.
+      lengths: int32 [B], at least 1: the first so many of each row.
+    """
+
+    causal: bool = False
+    lengths: jax.Array | None = None
+
+
+NO_MASK = AttentionMask()
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    *,
-    causal: bool = False,
-    lengths: jax.Array | None = None,
+    mask: AttentionMask = NO_MASK,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v for each head, over the keys that a query may attend to.
+    """Multi-head attention, softmax(q k^T / sqrt(D)) v for each head.
 
     The softmax is float32 for every dtype of the inputs. cuDNN computes it on the devices of the
     current mesh (`Layout.on_mesh`); without one, XLA does.
@@ -29,25 +45,22 @@ def attend(
       q: [B, Q, K, D].
       k: [B, T, K, D].
       v: [B, T, K, D].
-      causal: a query attends to its own position and earlier ones.
-      lengths: int32 [B], at least 1: only the first so many keys are attended to. None: all.
+      mask: the keys that a query attends to.
       implementation: one of ATTENTION in `config.py`.
 
     Returns:
       [B, Q, K, D] in the dtype of `q`.
     """
-    mesh = get_abstract_mesh()
-    cudnn = implementation == "auto" and _fits_cudnn(q, k) and _has_cudnn(mesh)
+    cudnn = implementation == "auto" and _fits_cudnn(q, k) and _has_cudnn(get_abstract_mesh())
     if cudnn:
         # The kernel cannot be split in any other way; with fsdp, XLA otherwise tries to.
-        rows = PartitionSpec(mesh.axis_names[0])
-        q, k, v = (with_sharding_constraint(x, rows) for x in (q, k, v))
+        q, k, v = split_rows(q), split_rows(k), split_rows(v)
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
-        is_causal=causal,
-        key_value_seq_lengths=lengths,
+        is_causal=mask.causal,
+        key_value_seq_lengths=mask.lengths,
         implementation="cudnn" if cudnn else "xla",
     )
 

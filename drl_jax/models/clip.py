@@ -14,9 +14,9 @@ from jax.nn.initializers import normal, variance_scaling
 
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models import tokenizer
+from drl_jax.models.attention import AttentionMask
 from drl_jax.models.backbone import Backbone, TemporalInit
 from drl_jax.models.layers import (
-    Attended,
     BlockRunConfig,
     Linear,
     Transformer,
@@ -71,7 +71,7 @@ class VisionTransformer(nnx.Module):
         """uint8 [B, H, W, 3], bool [B] -> features float32 [B, D]."""
         rows, height, width, _ = images.shape
         patch = self.patch_size
-        # Bytes are moved here, a fourth of what normalised pixels are.
+        # Transposes bytes, a fourth of the size of normalised pixels.
         x = images.reshape(rows, height // patch, patch, width // patch, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(rows, -1, patch * patch, 3)
         # The backward pass normalises again: it keeps the bytes.
@@ -148,11 +148,11 @@ class CLIP(Backbone):
     def encode_text(self, text_ids: jax.Array) -> jax.Array:
         """Attention is causal, so no token of a caption sees the padding after it.
 
-        The tower needs no mask, then: interactions mask the features of the padding.
+        The tower therefore needs no padding mask; interactions mask the padding's features.
         """
         length = text_ids.shape[1]
         x = self.token_embedding(text_ids) + self.positional_embedding[:length]
-        x = self.transformer(x, Attended(causal=True))
+        x = self.transformer(x, AttentionMask(causal=True))
         return self.ln_final(x) @ self.text_projection[...]
 
     @staticmethod

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.lax import with_sharding_constraint
 from jax.nn.initializers import Initializer, normal, xavier_uniform
-from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.attention import attend
+from drl_jax.models.attention import NO_MASK, AttentionMask, attend
+from drl_jax.sharding import replicate, split_rows
 
 # LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
 # towers use 1e-5.
@@ -40,21 +39,6 @@ class BlockRunConfig(NamedTuple):
     @classmethod
     def of(cls, config: ModelConfig) -> "BlockRunConfig":
         return cls(jnp.dtype(config.dtype), config.remat, config.attention, config.scan_unroll)
-
-
-class Attended(NamedTuple):
-    """The positions that each position attends to; all of them by default.
-
-    Attributes:
-      causal: its own and earlier ones.
-      lengths: int32 [B], at least 1: the first so many.
-    """
-
-    causal: bool = False
-    lengths: jax.Array | None = None
-
-
-_ALL = Attended()
 
 
 class BlockInit(NamedTuple):
@@ -128,10 +112,7 @@ def gathered(kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
     With fsdp, XLA otherwise splits the product by columns and moves activations between devices,
     which are many times larger.
     """
-    kernel = kernel.astype(dtype)
-    if get_abstract_mesh().empty:
-        return kernel
-    return with_sharding_constraint(kernel, PartitionSpec())
+    return replicate(kernel.astype(dtype))
 
 
 class SelfAttention(nnx.Module):
@@ -145,7 +126,7 @@ class SelfAttention(nnx.Module):
         self.in_proj = linear(width, 3 * width, kernel_init=init.in_proj)
         self.out_proj = linear(width, width, kernel_init=init.out_proj)
 
-    def __call__(self, x: jax.Array, attended: Attended, queries: int) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: AttentionMask, queries: int) -> jax.Array:
         rows, positions, width = x.shape
         # [B, T, 3D] -> three of [B, T, K, D/K]. The gradient of a split is a concatenation, that of
         # three indexed parts a sum of three padded arrays.
@@ -153,10 +134,8 @@ class SelfAttention(nnx.Module):
             part.reshape(rows, positions, self.heads, width // self.heads)
             for part in jnp.split(self.in_proj(x), 3, axis=-1)
         )
-        values = attend(
-            q[:, :queries], k, v, **attended._asdict(), implementation=self.implementation
-        )
-        return self.out_proj(values.reshape(rows, queries, width))
+        attended = attend(q[:, :queries], k, v, mask, self.implementation)
+        return self.out_proj(attended.reshape(rows, queries, width))
 
 
 class MLP(nnx.Module):
@@ -193,8 +172,8 @@ class ResidualAttentionBlock(nnx.Module):
         self.ln_2 = norm()
         self.mlp = MLP(width, init, run.dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, attended: Attended, queries: int) -> jax.Array:
-        x = x[:, :queries] + self.attn(self.ln_1(x), attended, queries)
+    def __call__(self, x: jax.Array, mask: AttentionMask, queries: int) -> jax.Array:
+        x = x[:, :queries] + self.attn(self.ln_1(x), mask, queries)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -236,13 +215,13 @@ class Transformer(nnx.Module):
         self.resblocks = stack(rngs.split(layers))
 
     def __call__(
-        self, x: jax.Array, attended: Attended = _ALL, queries: int | None = None
+        self, x: jax.Array, mask: AttentionMask = NO_MASK, queries: int | None = None
     ) -> jax.Array:
         """Runs the blocks.
 
         Args:
           x: [B, T, D].
-          attended: the positions that each position attends to.
+          mask: the positions that each position attends to.
           queries: number Q of leading positions whose output is needed. The last block computes
             nothing for the others. None: all.
 
@@ -253,15 +232,16 @@ class Transformer(nnx.Module):
 
         def block_function(queries: int):
             def run_block(carry, params):
-                return nnx.merge(block, params)(carry, attended, queries), None
+                return nnx.merge(block, params)(carry, mask, queries), None
 
             return rematerialized(run_block, self.run.remat)
 
-        x = x.astype(self.run.dtype)
+        # With fsdp, an embedding table that is split by columns would split all that follows, too.
+        x = split_rows(x.astype(self.run.dtype))
         run_block = block_function(x.shape[1])
         if queries is None:
             return jax.lax.scan(run_block, x, stacked, unroll=self.run.unroll)[0]
-        # Split, not indexed, for the sake of the gradient: see SelfAttention.
+        # Split instead of indexed: see SelfAttention.
         leaves, tree = jax.tree.flatten(stacked)
         parts = [jnp.split(leaf, [len(leaf) - 1]) for leaf in leaves]
         first, last = (tree.unflatten(part) for part in zip(*parts, strict=True))

@@ -10,10 +10,9 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.attention import lengths_of
+from drl_jax.models.attention import AttentionMask, lengths_of
 from drl_jax.models.layers import (
     BERT_LN_EPS,
-    Attended,
     BlockRunConfig,
     Transformer,
     new_block_init,
@@ -72,8 +71,8 @@ class SequenceTransformer(TemporalHead):
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
         positions = jnp.arange(frame_feat.shape[1])
         x = frame_feat + self.frame_position_embeddings(positions)
-        # Padded frames are no keys. They have an output, which interactions leave out.
-        return frame_feat + self.transformer(x, Attended(lengths=lengths_of(frame_mask)))
+        # Masks keys only: padded frames have an output, which interactions mask.
+        return frame_feat + self.transformer(x, AttentionMask(lengths=lengths_of(frame_mask)))
 
     @classmethod
     def reference_name(cls, path: str, paths: Collection[str]) -> str | None:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.attention import lengths_of
+from drl_jax.models.attention import AttentionMask, lengths_of
 from drl_jax.models.interactions.base import (
     Arrays,
     Features,
@@ -23,7 +23,6 @@ from drl_jax.models.interactions.base import (
 )
 from drl_jax.models.layers import (
     BERT_LN_EPS,
-    Attended,
     BlockRunConfig,
     Transformer,
     new_block_init,
@@ -82,7 +81,7 @@ class CrossTransformer(Interaction):
             x = nnx.Dropout(self.dropout)(x, rngs=nnx.Rngs(dropout=key))
         lengths = jnp.tile(1 + lengths_of(mask), texts)  # [A*B]
         x = x.reshape(-1, 1 + length, width)
-        x = self.transformer(x, Attended(lengths=lengths), queries=1)  # [A*B, 1, D]
+        x = self.transformer(x, AttentionMask(lengths=lengths), queries=1)  # [A*B, 1, D]
         pooled = quick_gelu(self.dense(self.ln_pool(x[:, 0])))
         logits = linear_without_bias_gradient(self.similarity_dense, pooled)
         return logits.reshape(texts, videos)
