@@ -72,6 +72,35 @@ def test_cudnn_computes_what_its_kernel_can(monkeypatch):
     assert of(device=AbstractDevice("AMD Instinct MI300X", 304, "gpu")) == "xla"
 
 
+@pytest.mark.parametrize("positions", [12, 13])
+@pytest.mark.parametrize(
+    "mask", [AttentionMask(), AttentionMask(True), AttentionMask(False, LENGTHS)]
+)
+def test_cudnn_is_asked_for_an_even_number_of_positions(monkeypatch, mask, positions):
+    """With XLA in the place of cuDNN: values and gradients are those of XLA alone."""
+    compute, asked = jax.nn.dot_product_attention, []
+
+    def record(q, k, v, *, implementation, **arguments):
+        asked.append((implementation, q.shape[1]))
+        return compute(q, k, v, implementation="xla", **arguments)
+
+    def total(q, k, v, choice):
+        out = attend(q, k, v, mask, choice)
+        return (out.astype(jnp.float32) ** 2).sum(), out
+
+    monkeypatch.setattr(attention, "_has_cudnn", lambda mesh: True)
+    monkeypatch.setattr(attention.jax.nn, "dot_product_attention", record)
+    gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
+    found, expected = (
+        gradient(*inputs(jnp.bfloat16, positions), choice) for choice in ("auto", "xla")
+    )
+    assert asked == [("cudnn", positions + positions % 2), ("xla", positions)]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2**-7, atol=2**-7
+        )
+
+
 def test_models_are_traced_on_their_mesh():
     layout = make_layout()
     mesh = layout.mesh.abstract_mesh
@@ -81,7 +110,7 @@ def test_models_are_traced_on_their_mesh():
 @pytest.mark.skipif(
     jax.default_backend() != "gpu", reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda,cpu"
 )
-@pytest.mark.parametrize("positions", [12, 32, 50, 77])
+@pytest.mark.parametrize("positions", [12, 32, 50, 77, 197])
 @pytest.mark.parametrize("kind", ["all", "causal", "lengths"])
 def test_cudnn_agrees_with_xla(kind, positions):
     """Values and gradients, to the rounding of bfloat16: 2^-8, at each of a few roundings."""

@@ -51,18 +51,34 @@ def attend(
     Returns:
       [B, Q, K, D] in the dtype of `q`.
     """
-    cudnn = implementation == "auto" and _fits_cudnn(q, k) and _has_cudnn(get_abstract_mesh())
-    if cudnn:
-        # The kernel cannot be split in any other way; with fsdp, XLA otherwise tries to.
-        q, k, v = split_rows(q), split_rows(k), split_rows(v)
+    if implementation == "auto" and _fits_cudnn(q, k) and _has_cudnn(get_abstract_mesh()):
+        return _attend_with_cudnn(q, k, v, mask)
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
         is_causal=mask.causal,
         key_value_seq_lengths=mask.lengths,
-        implementation="cudnn" if cudnn else "xla",
+        implementation="xla",
     )
+
+
+def _attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
+    rows, positions, _, _ = q.shape
+    lengths = mask.lengths
+    if odd := positions % 2:
+        # JAX refuses the gradient for an odd number of positions. No query looks at the new one.
+        q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+        if lengths is None and not mask.causal:
+            lengths = jnp.full((rows,), positions, jnp.int32)
+    # The kernel cannot be split in any other way; with fsdp, XLA otherwise tries to.
+    attended = jax.nn.dot_product_attention(
+        *map(split_rows, (q, k, v)),
+        is_causal=mask.causal,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return attended[:, :positions]
 
 
 def lengths_of(mask: jax.Array) -> jax.Array:
