@@ -116,7 +116,8 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    return x if get_abstract_mesh().empty else with_sharding_constraint(x, spec)
+    # In jax.shard_map the axis is manual: there an array is one device's part and stays so.
+    return with_sharding_constraint(x, spec) if AXIS in get_abstract_mesh().auto_axes else x
 
 
 def make_layout(devices: Sequence[jax.Device] | None = None, *, fsdp: bool = False) -> Layout:
