@@ -10,9 +10,11 @@ Builds a dataset of H.264 files (those in DIR, or synthetic ones: 15 s, 320 x 24
 - `memory`: caches decoded frames in host memory;
 - `device`: caches decoded frames on the devices, which gather batches.
 
-`read_ms` is the time to read one example in one thread. `step_alone` repeats the step on one batch
-that is on the devices; `step_fed` takes batches as training does; both after a warm-up. `waits`
-counts the steps whose batch was not ready when the previous step ended.
+`read_ms` is the time to read one example in one thread. `pairs_per_second` is what the reader
+threads deliver in batches while nothing else runs, `pairs_per_core` the same per second of
+processor time: a host with N idle cores feeds at most N times as many. `step_alone` repeats the
+step on one batch that is on the devices; `step_fed` takes batches as training does; both after a
+warm-up. `waits` counts the steps whose batch was not ready when the previous step ended.
 """
 
 import argparse
@@ -50,6 +52,8 @@ from drl_jax.training.train_step import make_train_step
 
 FRAMES, SIZE, WORDS = 12, 224, 32
 _CAPTIONS_PER_VIDEO = 8
+# Batches that `TrainBatches` reads ahead.
+_PREFETCHED = 4
 # CLIP's mean and standard deviation of RGB values in [0, 1].
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -134,6 +138,24 @@ def read_milliseconds(read: Callable[[int], Any], videos: int, seconds: float = 
             return taken / count * 1e3
 
 
+def delivery_rates(
+    batches: Iterator[dict[str, np.ndarray]], batch: int, seconds: float = 5.0
+) -> tuple[float, float]:
+    """Takes batches for some seconds and drops them.
+
+    Returns:
+      Pairs per second, and pairs per second of processor time.
+    """
+    for _ in range(_PREFETCHED + 1):  # What the threads read before the first was taken.
+        next(batches)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for count in itertools.count(1):
+        next(batches)
+        taken = time.perf_counter() - start
+        if taken > seconds:
+            return batch * count / taken, batch * count / (time.process_time() - cpu_start)
+
+
 def make_step(config: ModelConfig) -> tuple[TrainState, Callable]:
     """A new training state and the compiled training step."""
     layout = make_layout()
@@ -188,6 +210,7 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
         decode_ms = decode_ms or read_ms
         data = DataConfig(max_words=WORDS, cache=cache, num_threads=options.threads)
         batches = TrainBatches(dataset, split, data, options.batch, 0, tokenize)
+        delivered, per_core = delivery_rates(batches.iterate(0, 0, 1), options.batch)
         stream = batches.on_devices(0, layout)
         state, alone, _ = time_steps(state, step, itertools.repeat(next(stream)), options.steps)
         state, fed, waits = time_steps(state, step, stream, options.steps)
@@ -197,6 +220,8 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
                 "source": name,
                 "read_ms": round(read_ms, 2) if from_disk else "-",
                 "times_faster_than_mp4": round(decode_ms / read_ms, 1) if from_disk else "-",
+                "pairs_per_second": round(delivered) if cache != "device" else "-",
+                "pairs_per_core": round(per_core) if cache != "device" else "-",
                 "step_alone_seconds": round(alone, 3),
                 "step_fed_seconds": round(fed, 3),
                 "fed_to_alone": round(fed / alone, 3),

@@ -29,7 +29,13 @@ from drl_jax.runs.checkpoint_files import (
     write_metric,
 )
 from drl_jax.runs.checksums import path_name
-from drl_jax.runs.orbax_parts import LatestAndBest, cause_of, watched_handler, without_warnings
+from drl_jax.runs.orbax_parts import (
+    LatestAndBest,
+    cause_of,
+    save_small_arrays_whole,
+    watched_handler,
+    without_warnings,
+)
 from drl_jax.runtime.distributed import barrier, failing_together, is_main
 from drl_jax.training.state import TrainState
 
@@ -59,6 +65,7 @@ class Checkpoints:
         if self._directory.exists() and not self._directory.is_dir():
             raise CheckpointError(f"{self._directory} is not a directory; move it away")
         with without_warnings(), self._saving("open"):
+            save_small_arrays_whole()
             self._manager = self._open(keep_latest, read_only)
 
     def _open(self, keep_latest: int, read_only: bool) -> ocp.CheckpointManager:
