@@ -241,8 +241,8 @@ def test_training_starts_from_foreign_weights(shapes_data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_few_steps_learn_from_the_installed_clip(tmp_path, monkeypatch):
-    """To R@1 37; zero-shot is 12. Without learning it ends at 4, with wrong pairs at 1, and with
-    permuted token ids, which the model learns anew, at 26."""
+    """To R@1 25 in 40 steps; zero-shot is 12. Without learning it ends at 4, with wrong pairs at
+    0.4, and with permuted token ids, which the model learns anew, at 11."""
     monkeypatch.setitem(SIZES, "smoke", (960, 256, 32))
     data, workdir = tmp_path / "data", tmp_path / "run"
     assert build(["shapes", "--size=smoke", f"--data_dir={data}"]) == 0
@@ -251,7 +251,7 @@ def test_a_few_steps_learn_from_the_installed_clip(tmp_path, monkeypatch):
         "drl_jax.train",
         "--config=configs/shapes.py",
         f"--config.data.data_dir={data}",
-        "--config.train.epochs=8",
+        "--config.train.epochs=4",
         # Compiles one layer instead of four, but optimises it, unlike the other tests: the steps
         # take half as long.
         "--config.model.scan_unroll=1",
@@ -259,7 +259,7 @@ def test_a_few_steps_learn_from_the_installed_clip(tmp_path, monkeypatch):
         env={"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=1"},
     )
     result = json.loads((workdir / "result.json").read_text())
-    assert result["val"]["t2v"]["R@1"] > 30
+    assert result["val"]["t2v"]["R@1"] > 18
 
 
 @pytest.mark.parametrize(
