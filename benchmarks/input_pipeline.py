@@ -210,7 +210,10 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
         decode_ms = decode_ms or read_ms
         data = DataConfig(max_words=WORDS, cache=cache, num_threads=options.threads)
         batches = TrainBatches(dataset, split, data, options.batch, 0, tokenize)
-        delivered, per_core = delivery_rates(batches.iterate(0, 0, 1), options.batch)
+        delivered = per_core = "-"  # The device gathers its frames itself.
+        if cache != "device":
+            rates = delivery_rates(batches.iterate(0, 0, 1), options.batch)
+            delivered, per_core = map(round, rates)
         stream = batches.on_devices(0, layout)
         state, alone, _ = time_steps(state, step, itertools.repeat(next(stream)), options.steps)
         state, fed, waits = time_steps(state, step, stream, options.steps)
@@ -220,8 +223,8 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
                 "source": name,
                 "read_ms": round(read_ms, 2) if from_disk else "-",
                 "times_faster_than_mp4": round(decode_ms / read_ms, 1) if from_disk else "-",
-                "pairs_per_second": round(delivered) if cache != "device" else "-",
-                "pairs_per_core": round(per_core) if cache != "device" else "-",
+                "pairs_per_second": delivered,
+                "pairs_per_core": per_core,
                 "step_alone_seconds": round(alone, 3),
                 "step_fed_seconds": round(fed, 3),
                 "fed_to_alone": round(fed / alone, 3),
