@@ -1,6 +1,7 @@
 """Time per read of each source of frames, and whether training steps wait for their batches.
 
     python -m benchmarks.input_pipeline [--videos=DIR] [--batch=4] [--steps=6] [--record]
+    python -m benchmarks.input_pipeline --reading_only --name=reading
 
 Builds a dataset of H.264 files (those in DIR, or synthetic ones: 15 s, 320 x 240, 30 frames/s) as
 `raw` and as `jpeg`, and trains ViT-B/32 on it from each source of frames:
@@ -194,9 +195,6 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
     count = len(files)
     captions = [make_captions()] * count
     split = Split(np.arange(count, dtype=np.int32), captions, np.zeros((0, 2), np.int32))
-    layout = make_layout()
-    model = ModelConfig(backbone=BackboneConfig(), dtype=options.dtype)
-    state, step = make_step(model)
     sources = {
         "mp4": (Mp4Dataset(files), "none"),
         "jpeg": (datasets["jpeg"], "none"),
@@ -204,19 +202,18 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
         "memory": (datasets["raw"], "memory"),
         "device": (datasets["raw"], "device"),
     }
-    rows, decode_ms = [], 0.0
+    if options.reading_only:
+        del sources["device"]
+    rows, batches, decode_ms = [], {}, 0.0
     for name, (dataset, cache) in sources.items():
         read_ms = read_milliseconds(DiskFrames(dataset, FRAMES).read, count)
         decode_ms = decode_ms or read_ms
         data = DataConfig(max_words=WORDS, cache=cache, num_threads=options.threads)
-        batches = TrainBatches(dataset, split, data, options.batch, 0, tokenize)
+        batches[name] = TrainBatches(dataset, split, data, options.batch, 0, tokenize)
         delivered = per_core = "-"  # The device gathers its frames itself.
         if cache != "device":
-            rates = delivery_rates(batches.iterate(0, 0, 1), options.batch)
+            rates = delivery_rates(batches[name].iterate(0, 0, 1), options.batch)
             delivered, per_core = map(round, rates)
-        stream = batches.on_devices(0, layout)
-        state, alone, _ = time_steps(state, step, itertools.repeat(next(stream)), options.steps)
-        state, fed, waits = time_steps(state, step, stream, options.steps)
         from_disk = cache == "none"
         rows.append(
             {
@@ -225,12 +222,10 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
                 "times_faster_than_mp4": round(decode_ms / read_ms, 1) if from_disk else "-",
                 "pairs_per_second": delivered,
                 "pairs_per_core": per_core,
-                "step_alone_seconds": round(alone, 3),
-                "step_fed_seconds": round(fed, 3),
-                "fed_to_alone": round(fed / alone, 3),
-                "waits": f"{waits} of {options.steps - 1}",
             }
         )
+    if not options.reading_only:
+        measure_steps(rows, batches, options)
     settings = {
         "videos": count,
         "batch": options.batch,
@@ -244,6 +239,24 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
         "cores": available_cpus(),
     }
     return rows, settings
+
+
+def measure_steps(
+    rows: list[dict], batches: dict[str, TrainBatches], options: argparse.Namespace
+) -> None:
+    """Adds the columns of training steps to the rows of the sources."""
+    layout = make_layout()
+    state, step = make_step(ModelConfig(backbone=BackboneConfig(), dtype=options.dtype))
+    for row in rows:
+        stream = batches[row["source"]].on_devices(0, layout)
+        state, alone, _ = time_steps(state, step, itertools.repeat(next(stream)), options.steps)
+        state, fed, waits = time_steps(state, step, stream, options.steps)
+        row |= {
+            "step_alone_seconds": round(alone, 3),
+            "step_fed_seconds": round(fed, 3),
+            "fed_to_alone": round(fed / alone, 3),
+            "waits": f"{waits} of {options.steps - 1}",
+        }
 
 
 def link_readable_videos(videos: Path, directory: Path) -> None:
@@ -269,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=positive_int, default=6, help="timed steps, after a warm-up (%(default)s)"
     )
+    parser.add_argument("--reading_only", action="store_true", help="without training steps")
     parser.add_argument(
         "--threads",
         type=positive_int,
