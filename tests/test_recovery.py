@@ -577,7 +577,10 @@ def test_a_second_training_is_refused_and_sighup_stops_the_first(arguments, tmp_
     """Both in one test: a process takes seconds to start."""
     run = tmp_path / "run"
     flags = arguments(run, "--config.train.epochs=2000", "--config.train.checkpoint_every=0")
+    # Under nohup, a training would ignore SIGHUP.
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     first = start(flags)
+    signal.signal(signal.SIGHUP, previous)
     try:
         wait_until((run / "metrics.jsonl").exists, first)
         second = run_module("drl_jax.train", *flags, check=False)
