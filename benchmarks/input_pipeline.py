@@ -39,7 +39,7 @@ from data_prep.dataset_build import build_dataset
 from data_prep.estimate import stored_bytes
 from data_prep.video_folder import VideoFolder, make_plan
 from drl_jax.config import BackboneConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
-from drl_jax.data.batches import TrainBatches
+from drl_jax.data.batches import PREFETCHED_BATCHES, TrainBatches
 from drl_jax.data.frames import DiskFrames
 from drl_jax.data.records import Split, VideoDataset
 from drl_jax.data.storage import StorageSpec
@@ -53,8 +53,6 @@ from drl_jax.training.train_step import make_train_step
 
 FRAMES, SIZE, WORDS = 12, 224, 32
 _CAPTIONS_PER_VIDEO = 8
-# Batches that `TrainBatches` reads ahead.
-_PREFETCHED = 4
 # CLIP's mean and standard deviation of RGB values in [0, 1].
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -147,7 +145,7 @@ def delivery_rates(
     Returns:
       Pairs per second, and pairs per second of processor time.
     """
-    for _ in range(_PREFETCHED + 1):  # What the threads read before the first was taken.
+    for _ in range(PREFETCHED_BATCHES + 1):  # What the threads read before the first was taken.
         next(batches)
     start, cpu_start = time.perf_counter(), time.process_time()
     for count in itertools.count(1):

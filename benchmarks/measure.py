@@ -22,6 +22,8 @@ from drl_jax.runtime.cli import Parser, positive_int
 from drl_jax.runtime.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
+# Rows and columns of the matrices that `matmul_rate` multiplies on a CPU.
+MATMUL_SIZE_CPU = 3072
 
 
 def arguments(name: str, description: str) -> Parser:
@@ -93,7 +95,7 @@ def seconds(function: Callable, *inputs: Any, repeats: int = 3) -> float:
 
 def matmul_rate(dtype: str = "float32", repeats: int = 5) -> float:
     """Measured FLOP/s of the product of two large square matrices on one device."""
-    size = 3072 if jax.default_backend() == "cpu" else 16384
+    size = MATMUL_SIZE_CPU if jax.default_backend() == "cpu" else 16384
     a = jnp.ones((size, size), dtype)
     return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, a, repeats=repeats)
 

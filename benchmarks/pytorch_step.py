@@ -2,26 +2,28 @@
 
     python -m benchmarks.pytorch_step [--batches=4] [--record]
 
-The towers are CLIP's in transformers; a temporal head, WTI and the contrastive loss follow. It
-leaves out CDCR, normalises no pixels, and attention and AdamW are PyTorch's fused ones, all of
-which the paper's program has otherwise and slower. Columns are those of `train_step`, and so are
-the FLOPs. Needs torch and transformers, best in a virtual environment of their own, beside jax,
-flax, optax and numpy. On the CPU, in float32.
+The towers are CLIP's in transformers; a temporal head, WTI and the contrastive loss follow. Unlike
+the paper's program, it has no CDCR, takes normalised pixels, and uses PyTorch's fused attention and
+AdamW. Columns and FLOPs are those of `train_step`. On the CPU, in float32. Needs torch and
+transformers, best in a virtual environment of their own, beside jax, flax, optax and numpy.
 """
 
-import statistics
-import time
 from collections.abc import Sequence
 
-import torch
-from torch import nn
-from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel
-
-from benchmarks.measure import arguments, peak_memory, positive_int, positive_ints, report
-from benchmarks.train_step import train_step_flops
+from benchmarks.measure import MATMUL_SIZE_CPU, arguments, peak_memory, report, seconds
+from benchmarks.train_step import add_step_arguments, step_columns, train_step_flops
 from drl_jax.config import ModelConfig
 from drl_jax.runtime.allocator import keep_freed_memory
+
+try:
+    import torch
+    from torch import nn
+    from torch.nn import functional
+    from transformers import CLIPConfig, CLIPModel
+except ImportError as error:
+    raise SystemExit(
+        f"benchmarks.pytorch_step: {error}; run: pip install torch transformers"
+    ) from error
 
 
 class Model(nn.Module):
@@ -61,16 +63,10 @@ class Model(nn.Module):
         return functional.cross_entropy(logits, rows) + functional.cross_entropy(logits.T, rows)
 
 
-def matmul_rate(repeats: int) -> float:
-    """Measured FLOP/s of the product of two large square matrices: the fastest."""
-    size = 3072
-    a = torch.ones(size, size)
-    taken = []
-    for _ in range(repeats + 1):  # The first is the warm-up.
-        start = time.perf_counter()
-        a @ a
-        taken.append(time.perf_counter() - start)
-    return 2 * size**3 / min(taken[1:])
+def matmul_rate() -> float:
+    """PyTorch's `measure.matmul_rate`."""
+    a = torch.ones(MATMUL_SIZE_CPU, MATMUL_SIZE_CPU)
+    return 2 * MATMUL_SIZE_CPU**3 / seconds(torch.matmul, a, a, repeats=2)
 
 
 def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int) -> dict:
@@ -83,28 +79,19 @@ def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int
     text_ids[:, -1] = 49407
     size = config.backbone.image_resolution
     images = torch.randn(batch, frames, 3, size, size)
-    taken, rates = [], []
-    for _ in range(steps + 1):  # The first is the warm-up.
-        start = time.perf_counter()
+
+    def step() -> None:
         model(text_ids, images).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        taken.append(time.perf_counter() - start)
-        rates.append(matmul_rate(repeats=2))
-    taken, rates = taken[1:], rates[1:]
+
     flops = train_step_flops(config, batch, frames, words)
-    fractions = [flops / seconds / rate for seconds, rate in zip(taken, rates, strict=True)]
-    step_seconds = statistics.median(taken)
     return {
         "model": "ViT-B/32",
         "dtype": "float32",
         "batch": batch,
-        "step_seconds": round(step_seconds, 4),
-        "pairs_per_second": round(batch / step_seconds, 3),
-        "tflops_per_second": round(flops / step_seconds / 1e12, 4),
-        "matmul_tflops_per_second": round(statistics.median(rates) / 1e12, 4),
-        "fraction_of_matmul": round(statistics.median(fractions), 3),
+        **step_columns(step, matmul_rate, flops, batch, steps),
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
     }
 
@@ -112,21 +99,7 @@ def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures each batch size."""
     parser = arguments("pytorch_step", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--batches",
-        type=positive_ints,
-        default="4",
-        help="pairs of the global batch, e.g. 4,8 (%(default)s)",
-    )
-    parser.add_argument(
-        "--frames", type=positive_int, default=12, help="frames per video (%(default)s)"
-    )
-    parser.add_argument(
-        "--words", type=positive_int, default=32, help="tokens per text (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=positive_int, default=5, help="timed steps, after a warm-up (%(default)s)"
-    )
+    add_step_arguments(parser)
     options = parser.parse_args(argv)
     keep_freed_memory()
     sizes = (options.frames, options.words, options.steps)

@@ -12,7 +12,7 @@ Needs jax, flax, optax and numpy only; the model `shapes` also needs ml_collecti
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from benchmarks.measure import (
 )
 from drl_jax.config import REMAT, BackboneConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.runtime.allocator import keep_freed_memory
+from drl_jax.runtime.cli import Parser
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import create_state
@@ -77,6 +78,62 @@ def backbones(text: str) -> dict[str, BackboneConfig]:
     return found
 
 
+def step_columns(
+    step: Callable[[], None],
+    rate: Callable[[], float],
+    flops: float,
+    batch: int,
+    steps: int,
+) -> dict[str, float]:
+    """Times steps, and measures the matrix product after each of them.
+
+    Args:
+      step: runs a step to its end.
+      rate: measures the FLOP/s of a matrix product.
+      flops: of a step.
+      batch: pairs of a step.
+      steps: their number, after a warm-up.
+
+    Returns:
+      Medians, as columns of the table.
+    """
+    taken, rates = [], []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+        rates.append(rate())
+    taken, rates = taken[1:], rates[1:]  # The first step is the warm-up.
+    fractions = [flops / seconds / rate for seconds, rate in zip(taken, rates, strict=True)]
+    seconds = statistics.median(taken)
+    return {
+        "step_seconds": round(seconds, 4),
+        "pairs_per_second": round(batch / seconds, 3),
+        "tflops_per_second": round(flops / seconds / 1e12, 4),
+        "matmul_tflops_per_second": round(statistics.median(rates) / 1e12, 4),
+        "fraction_of_matmul": round(statistics.median(fractions), 3),
+    }
+
+
+def add_step_arguments(parser: Parser) -> None:
+    """Adds the flags of the batches and of the number of steps."""
+    parser.add_argument(
+        "--batches",
+        type=positive_ints,
+        default="4",
+        help="pairs of the global batch, e.g. 4,8 (%(default)s)",
+    )
+    parser.add_argument(
+        "--frames", type=positive_int, default=12, help="frames per video (%(default)s)"
+    )
+    parser.add_argument(
+        "--words", type=positive_int, default=32, help="tokens per text (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=5, help="timed steps, after a warm-up (%(default)s)"
+    )
+
+
 def measure(
     name: str,
     config: ModelConfig,
@@ -114,28 +171,25 @@ def measure(
     step = step.lower(state, data).compile()
     compile_seconds = time.perf_counter() - start
 
-    taken, rates = [], []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
+    def run() -> None:
+        nonlocal state
         state, scalars = step(state, data)
         jax.block_until_ready((state, scalars))
-        taken.append(time.perf_counter() - start)
-        rates.append(matmul_rate(config.dtype, repeats=2) * jax.device_count())
-    taken, rates = taken[1:], rates[1:]  # The first step is the warm-up.
-    flops = train_step_flops(config, batch, frames, words)
-    fractions = [flops / seconds / rate for seconds, rate in zip(taken, rates, strict=True)]
-    step_seconds = statistics.median(taken)
+
+    columns = step_columns(
+        run,
+        lambda: matmul_rate(config.dtype, repeats=2) * jax.device_count(),
+        train_step_flops(config, batch, frames, words),
+        batch,
+        steps,
+    )
     return {
         "model": name,
         "dtype": config.dtype,
         "batch": batch,
         "microbatch": microbatch,
         "remat": config.remat,
-        "step_seconds": round(step_seconds, 4),
-        "pairs_per_second": round(batch / step_seconds, 3),
-        "tflops_per_second": round(flops / step_seconds / 1e12, 4),
-        "matmul_tflops_per_second": round(statistics.median(rates) / 1e12, 4),
-        "fraction_of_matmul": round(statistics.median(fractions), 3),
+        **columns,
         "compile_seconds": round(compile_seconds, 1),
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
     }
@@ -157,12 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="float32",
         help="dtypes, e.g. float32,bfloat16 (%(default)s)",
     )
-    parser.add_argument(
-        "--batches",
-        type=positive_ints,
-        default="4",
-        help="pairs of the global batch, e.g. 4,8 (%(default)s)",
-    )
+    add_step_arguments(parser)
     parser.add_argument(
         "--microbatch", type=int, default=0, help="pairs encoded at a time; 0: all (%(default)s)"
     )
@@ -171,15 +220,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=names,
         default=ModelConfig.remat,
         help=f"of {', '.join(REMAT)}, e.g. none,dots (%(default)s)",
-    )
-    parser.add_argument(
-        "--frames", type=positive_int, default=12, help="frames per video (%(default)s)"
-    )
-    parser.add_argument(
-        "--words", type=positive_int, default=32, help="tokens per text (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=positive_int, default=5, help="timed steps, after a warm-up (%(default)s)"
     )
     parser.add_argument(
         "--scan_unroll",

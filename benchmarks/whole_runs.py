@@ -29,6 +29,7 @@ _HELD_OUT = 8
 
 def build_shapes(directory: Path, options: argparse.Namespace) -> list[str]:
     """Draws `shapes` and returns the arguments of its run."""
+    del options
     _run("data_prep.build", "shapes", f"--data_dir={directory}")
     return ["--config=configs/shapes.py", "--config.train.epochs=1"]
 
@@ -64,6 +65,13 @@ def build_vit_b32(directory: Path, options: argparse.Namespace) -> list[str]:
 RUNS = {"shapes": build_shapes, "vit_b32": build_vit_b32}
 
 
+def run_names(text: str) -> list[str]:
+    """Argument type: names of RUNS, separated by commas."""
+    if unknown := sorted(set(names(text)) - set(RUNS)):
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(RUNS)}")
+    return names(text)
+
+
 def measure(name: str, options: argparse.Namespace) -> list[dict]:
     """Trains and returns the activities of the run, the longest first."""
     with tempfile.TemporaryDirectory() as directory:
@@ -95,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("whole_runs", __doc__.splitlines()[0])
     parser.add_argument(
         "--runs",
-        type=names,
+        type=run_names,
         default=",".join(RUNS),
-        help="of shapes and vit_b32 (%(default)s)",
+        help="shapes and vit_b32, separated by commas (%(default)s)",
     )
     parser.add_argument(
         "--steps", type=positive_int, default=20, help="steps of vit_b32 (%(default)s)"

@@ -56,6 +56,9 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
     return Split(full.videos[kept], captions, np.zeros((0, 2), np.int32))
 
 
+# Batches that are read ahead of the step.
+PREFETCHED_BATCHES = 4
+
 # Maps N captions and L to text_ids int32 [N, L] and text_mask bool [N, L].
 Tokenize = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
 
@@ -150,7 +153,9 @@ class TrainBatches:
         # same for any number of processes.
         parts = examples.batch(self._batch_size // processes)
         own_parts = parts[start_step * processes + process :: processes]
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=4)
+        options = grain.ReadOptions(
+            num_threads=self._threads, prefetch_buffer_size=PREFETCHED_BATCHES
+        )
         return iter(own_parts.to_iter_dataset(options))
 
     def examples(self, step: int) -> list[dict[str, str]]:
