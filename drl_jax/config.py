@@ -7,6 +7,8 @@ it.
 
 import dataclasses
 import math
+import operator
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,10 +16,25 @@ from drl_jax.runtime.errors import UserError
 
 # Encodings of stored frames: JPEG (quality 95, 4:4:4) or exact pixels.
 STORAGE_ENCODINGS = ("jpeg", "raw")
+# Caches of frames: `DataConfig.cache`.
+CACHES = ("auto", "none", "memory", "device")
+# Dtypes of matrix products: `ModelConfig.dtype`.
+DTYPES = ("float32", "bfloat16")
 # What is kept of a transformer layer for the backward pass: `ModelConfig.remat`.
 REMAT = ("none", "dots", "full")
 # What computes attention: `ModelConfig.attention`.
 ATTENTION = ("auto", "xla")
+# Activations of the towers' MLPs.
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
+# Fields of BackboneConfig that may be 0.
+_ZERO_IS_VALID = ("vision_mlp_width", "text_mlp_width", "pad_id")
+# How an image becomes a square, and how it is resampled.
+RESIZES = ("crop", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+# How a caption is cleaned before it is tokenised.
+TEXT_CLEANINGS = ("clip", "lower", "canonicalize")
+# Contrastive losses.
+CONTRASTIVE = ("softmax", "sigmoid")
 # With BertAdam, a learning rate of 1 moves every weight by up to 1 a step.
 _MAX_LR = 1.0
 
@@ -28,8 +45,12 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """Family and sizes of the image and the text tower; the defaults are CLIP ViT-B/32."""
+    """Family and sizes of the image and the text tower; the defaults are OpenAI's CLIP ViT-B/32.
 
+    A file of weights replaces all of it (`ModelConfig.init`).
+    """
+
+    # clip (OpenAI, open_clip), siglip (SigLIP and SigLIP 2) or pe (Perception Encoder).
     family: str = "clip"
     embed_dim: int = 512
     image_resolution: int = 224
@@ -37,20 +58,87 @@ class BackboneConfig:
     vision_width: int = 768
     vision_heads: int = 12
     vision_patch_size: int = 32
+    # Positions of the text tower.
     context_length: int = 77
     vocab_size: int = 49408
     text_width: int = 512
     text_heads: int = 8
     text_layers: int = 12
+    # Hidden widths of the MLPs. 0: four times the width.
+    vision_mlp_width: int = 0
+    text_mlp_width: int = 0
+    # One of ACTIVATIONS.
+    activation: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    # Whether there is a learned bias of the logits beside their scale (`LossConfig.contrastive`).
+    logit_bias: bool = False
+    # Mean and standard deviation of pixels, RGB in [0, 1].
+    pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    # crop: the short side becomes image_resolution, and the centre is cut out. squash: both sides
+    # become image_resolution.
+    resize: str = "crop"
+    # One of INTERPOLATIONS.
+    interpolation: str = "bicubic"
+    # One of TEXT_CLEANINGS. clip: as OpenAI's tokenizer. lower: lower case. canonicalize: lower
+    # case, without punctuation.
+    text_cleaning: str = "clip"
+    # Token id that a text tower without causal mask sees after the caption.
+    pad_id: int = 0
+
+    @property
+    def vision_hidden_width(self) -> int:
+        """Hidden width of the image tower's MLPs."""
+        return self.vision_mlp_width or 4 * self.vision_width
+
+    @property
+    def text_hidden_width(self) -> int:
+        """Hidden width of the text tower's MLPs."""
+        return self.text_mlp_width or 4 * self.text_width
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that features depend on, by name.
+
+        Fields that version 0.2 did not have are left out where they have the default, so that
+        features made with it keep their fingerprint.
+        """
+        default = BackboneConfig()
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _ADDED_BACKBONE_FIELDS or value != getattr(default, name)
+        }
+
+
+# Fields of BackboneConfig that version 0.2 did not have.
+_ADDED_BACKBONE_FIELDS = (
+    "vision_mlp_width",
+    "text_mlp_width",
+    "activation",
+    "layer_norm_eps",
+    "logit_bias",
+    "pixel_mean",
+    "pixel_std",
+    "resize",
+    "interpolation",
+    "text_cleaning",
+    "pad_id",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     backbone: BackboneConfig = BackboneConfig()
-    # Initial weights: a file (OpenAI's or Hugging Face's CLIP, or a DRL checkpoint), or the name of
-    # weights that are installed with this package (`shapes_clip`). Their sizes replace those of
-    # `backbone` if it has the default ones. Empty: random initialisation.
+    # Initial weights: a file of towers (docs/weights.md has the table) or of a DRL checkpoint,
+    # `hf-hub:ORG/NAME`, or the name of weights that are installed with this package
+    # (`shapes_clip`). Their description replaces `backbone` if it is the default one. Empty: random
+    # initialisation.
     init: str = ""
+    # Name of the release that `init` is of (`weights.releases.RELEASES`), for a file that does not
+    # say its activation and has no description beside it. Empty: the file says it.
+    release: str = ""
+    # Tokenizer: a `tokenizer.json` or a `spiece.model`. Empty: the one beside `init`, or CLIP's.
+    tokenizer: str = ""
     # How texts and videos are compared: dp (dot product), ti (token-wise), wti (weighted
     # token-wise) or xti (cross transformer).
     interaction: str = "wti"
@@ -86,11 +174,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Channel decorrelation: alpha1 weights matched channels, alpha2 all other pairs."""
+    """Contrastive loss and channel decorrelation (CDCR)."""
 
+    # softmax: symmetric InfoNCE, as in the paper. sigmoid: SigLIP's loss of independent pairs.
+    contrastive: str = "softmax"
     # 0: none. 1: sentence and video vectors (dp), or a random token and frame of each pair (ti,
     # wti). 2: every token and frame with its best match. 3: as 2, weighted (wti).
     cdcr: int = 3
+    # cdcr_alpha1 weights matched channels, cdcr_alpha2 all other pairs of channels.
     cdcr_alpha1: float = 0.11
     cdcr_alpha2: float = 0.0
     cdcr_lambda: float = 0.001
@@ -218,13 +309,19 @@ def _with_backbone_group(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def _with_new_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Reads configurations of earlier versions.
 
-    They have no `train.skip_nonfinite` and no `model.attention`, and `model.remat` is a bool.
+    They lack the fields that are added here, and `model.remat` is a bool.
     """
-    model, train = values.get("model"), values.get("train")
+    model, train, loss = values.get("model"), values.get("train"), values.get("loss")
     if isinstance(train, Mapping):
         values = {**values, "train": {"skip_nonfinite": 0, **train}}
+    if isinstance(loss, Mapping):
+        values = {**values, "loss": {"contrastive": LossConfig.contrastive, **loss}}
     if isinstance(model, Mapping):
-        model = {"attention": ModelConfig.attention, **model}
+        added = ("attention", "release", "tokenizer")
+        model = {**{name: getattr(ModelConfig, name) for name in added}, **model}
+        if isinstance(backbone := model.get("backbone"), Mapping):
+            fields = {name: getattr(BackboneConfig, name) for name in _ADDED_BACKBONE_FIELDS}
+            model["backbone"] = {**fields, **backbone}
         if isinstance(remat := model.get("remat"), bool):
             model["remat"] = "full" if remat else "none"
         values = {**values, "model": model}
@@ -245,6 +342,11 @@ def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
 def _typed(expected: type, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(expected):
         return _from_dict(expected, value, where)
+    if typing.get_origin(expected) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a tuple, not {value!r}")
+        item = typing.get_args(expected)[0]
+        return tuple(_typed(item, part, f"{where}[{i}]") for i, part in enumerate(value))
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected:
@@ -256,20 +358,12 @@ def _typed(expected: type, value: Any, where: str) -> Any:
 
 def _check_values(config: Config) -> None:
     model, data, train, optim = config.model, config.data, config.train, config.optim
+    _check_choices(config)
     for where, value in _positive_fields(config):
         if value <= 0:
             raise ConfigError(f"{where} must be positive, not {value}")
     checks = (
         (0 <= model.cross_dropout < 1, "model.cross_dropout must be in [0, 1)"),
-        (
-            model.dtype in ("float32", "bfloat16"),
-            f"model.dtype is float32 or bfloat16, not {model.dtype!r}",
-        ),
-        (model.remat in REMAT, f"model.remat is {', '.join(REMAT)}, not {model.remat!r}"),
-        (
-            model.attention in ATTENTION,
-            f"model.attention is {' or '.join(ATTENTION)}, not {model.attention!r}",
-        ),
         (model.similarity_block >= 0, "model.similarity_block must be 0 (all videos) or positive"),
         (
             train.microbatch >= 0
@@ -277,14 +371,17 @@ def _check_values(config: Config) -> None:
             f"train.microbatch={train.microbatch} must divide train.batch_size={train.batch_size}"
             " (or be 0)",
         ),
-        (
-            data.cache in ("auto", "none", "memory", "device"),
-            f"data.cache is auto, none, memory or device, not {data.cache!r}",
-        ),
         (data.num_threads >= 0, "data.num_threads must be 0 (chosen) or a number of threads"),
-        (
-            data.storage in STORAGE_ENCODINGS,
-            f"data.storage is {' or '.join(STORAGE_ENCODINGS)}, not {data.storage!r}",
+        *(
+            (getattr(model.backbone, name) >= 0, f"model.backbone.{name} must be 0 or positive")
+            for name in _ZERO_IS_VALID
+        ),
+        *(
+            (
+                len(getattr(model.backbone, name)) == 3,
+                f"model.backbone.{name} must have three numbers, of red, green and blue",
+            )
+            for name in ("pixel_mean", "pixel_std")
         ),
         (model.position_std >= 0, "model.position_std must be 0 or positive"),
         (data.holdout >= 0, "data.holdout must be 0 (none) or a number of videos"),
@@ -319,10 +416,33 @@ def _check_values(config: Config) -> None:
             raise ConfigError(f"config.{message}")
 
 
+def _check_choices(config: Config) -> None:
+    """Checks the fields that are one of a few names."""
+    for group, field, choices in (
+        ("model", "dtype", DTYPES),
+        ("model", "remat", REMAT),
+        ("model", "attention", ATTENTION),
+        ("model.backbone", "activation", ACTIVATIONS),
+        ("model.backbone", "resize", RESIZES),
+        ("model.backbone", "interpolation", INTERPOLATIONS),
+        ("model.backbone", "text_cleaning", TEXT_CLEANINGS),
+        ("loss", "contrastive", CONTRASTIVE),
+        ("data", "cache", CACHES),
+        ("data", "storage", STORAGE_ENCODINGS),
+    ):
+        value = getattr(operator.attrgetter(group)(config), field)
+        if value not in choices:
+            names = " or ".join(", ".join(choices).rsplit(", ", 1))
+            raise ConfigError(f"config.{group}.{field} is {names}, not {value!r}")
+
+
 def _positive_fields(config: Config) -> Iterator[tuple[str, float]]:
-    for name, value in dataclasses.asdict(config.model.backbone).items():
-        if name != "family":
-            yield f"config.model.backbone.{name}", value
+    for field in dataclasses.fields(BackboneConfig):
+        if field.type in (int, float) and field.name not in _ZERO_IS_VALID:
+            where = f"config.model.backbone.{field.name}"
+            yield where, getattr(config.model.backbone, field.name)
+    for value in config.model.backbone.pixel_std:
+        yield "config.model.backbone.pixel_std", value
     for group, names in {
         "data": ("max_words", "max_frames"),
         "model": ("temporal_layers", "cross_layers", "scan_unroll"),
