@@ -32,7 +32,7 @@ _ZERO_IS_VALID = ("vision_mlp_width", "text_mlp_width", "pad_id")
 RESIZES = ("crop", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 # How a caption is cleaned before it is tokenised.
-TEXT_CLEANINGS = ("clip", "lower", "canonicalize")
+TEXT_CLEANINGS = ("clip", "none", "lower", "canonicalize")
 # Contrastive losses.
 CONTRASTIVE = ("softmax", "sigmoid")
 # With BertAdam, a learning rate of 1 moves every weight by up to 1 a step.

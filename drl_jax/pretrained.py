@@ -27,7 +27,8 @@ from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
 from drl_jax.weights.installed import weights_path
-from drl_jax.weights.load import config_of_weights, initial_params, read_weights
+from drl_jax.weights.load import config_of_weights, initial_params
+from drl_jax.weights.weights_file import read_weights
 
 
 @dataclasses.dataclass(frozen=True)

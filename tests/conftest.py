@@ -34,7 +34,7 @@ import drl_jax
 from drl_jax.config import BackboneConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from drl_jax.models.drl import init_params
 from drl_jax.runtime.compilation_cache import cache_compilations
-from drl_jax.weights.load import save_weights
+from drl_jax.weights.weights_file import save_weights
 
 cache_compilations()
 

@@ -147,8 +147,9 @@ def make_embed_steps(
 
     def encode_text(params, text_ids, text_mask):
         model = nnx.merge(definition, params)
-        feat = model.backbone.encode_text(text_ids)
-        return with_tokens(model.interaction.encode_text(feat, text_mask), "text", feat, text_mask)
+        feat = model.backbone.encode_text(text_ids, text_mask)
+        text = model.interaction.encode_text(feat, text_mask)
+        return with_tokens(text, "text", feat.tokens, text_mask)
 
     def encode_video(params, frames, frame_mask):
         model = nnx.merge(definition, params)

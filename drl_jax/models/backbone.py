@@ -3,11 +3,11 @@
 A new family is a subclass in a module of its own and an entry of `drl.BACKBONES`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from drl_jax.config import BackboneConfig, ModelConfig
@@ -25,30 +25,39 @@ class TemporalInit(NamedTuple):
     blocks: Any
 
 
-class Backbone(nnx.Module):
-    """Tokenises captions, and encodes images and texts."""
+class TextFeatures(NamedTuple):
+    """What a text tower makes of captions.
 
-    # Tokens of the tokenizer; the text tower has at least as many.
-    VOCABULARY_SIZE: ClassVar[int]
+    Attributes:
+      tokens: float32 [B, L, D], of every position; those of padding mean nothing.
+      sentence: float32 [B, D], of the whole caption.
+    """
+
+    tokens: jax.Array
+    sentence: jax.Array
+
+
+def at_last_token(tokens: jax.Array, text_mask: jax.Array) -> jax.Array:
+    """The feature of the last valid token (EOS): [B, L, D], bool [B, L] -> [B, D]."""
+    last = jnp.sum(text_mask, axis=1) - 1
+    return jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]
+
+
+class Backbone(nnx.Module):
+    """Encodes images and texts."""
+
     # float32 scalar parameter, the logarithm of the temperature's inverse.
     logit_scale: nnx.Param
+    # float32 scalar parameter, added to the logits of the sigmoid loss; exists if
+    # `BackboneConfig.logit_bias` is set.
+    logit_bias: nnx.Param
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
         raise NotImplementedError
 
-    @staticmethod
-    def config_error(config: BackboneConfig) -> str:
+    @classmethod
+    def config_error(cls, config: BackboneConfig) -> str:
         """Why the towers cannot be built from a configuration; empty if they can."""
-        raise NotImplementedError
-
-    @staticmethod
-    def tokenize(captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.ndarray]:
-        """N captions -> text_ids int32 [N, L], text_mask bool [N, L]; L = max_words."""
-        raise NotImplementedError
-
-    @staticmethod
-    def token_strings(text_ids: np.ndarray) -> list[str]:
-        """The text of each token id of a caption, int [L]."""
         raise NotImplementedError
 
     def encode_image(self, images: jax.Array, mask: jax.Array) -> jax.Array:
@@ -64,8 +73,8 @@ class Backbone(nnx.Module):
         """
         raise NotImplementedError
 
-    def encode_text(self, text_ids: jax.Array) -> jax.Array:
-        """int32 [B, L] -> a feature for every position, float32 [B, L, D]."""
+    def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> TextFeatures:
+        """int32 [B, L], bool [B, L] -> features of every position and of the caption."""
         raise NotImplementedError
 
     @staticmethod

@@ -12,12 +12,18 @@ from drl_jax.models.backbone import Backbone
 from drl_jax.models.clip import CLIP
 from drl_jax.models.interactions import INTERACTIONS, Arrays
 from drl_jax.models.interactions.base import similarity_in_blocks
+from drl_jax.models.pe import PerceptionEncoder
+from drl_jax.models.siglip import SigLIP
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.sharding import Layout
 
 Params = dict[str, Any]
 
-BACKBONES: dict[str, type[Backbone]] = {"clip": CLIP}
+BACKBONES: dict[str, type[Backbone]] = {
+    "clip": CLIP,
+    "siglip": SigLIP,
+    "pe": PerceptionEncoder,
+}
 
 
 class DRL(nnx.Module):
@@ -36,7 +42,8 @@ class DRL(nnx.Module):
 
     def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> Arrays:
         """int32 [A, L], bool [A, L] -> the interaction's arrays of the texts."""
-        return self.interaction.encode_text(self.backbone.encode_text(text_ids), text_mask)
+        text = self.backbone.encode_text(text_ids, text_mask)
+        return self.interaction.encode_text(text, text_mask)
 
     def encode_video(self, frames: jax.Array, frame_mask: jax.Array) -> Arrays:
         """uint8 [B, F, H, W, 3], bool [B, F] -> the interaction's arrays of the videos."""
@@ -136,10 +143,16 @@ def init_params(config: ModelConfig, key: jax.Array, backbone: Params | None = N
     return copy_text_tower(config, params)
 
 
+def copies_text_tower(config: ModelConfig) -> bool:
+    """Whether blocks of the text tower fit the heads, which have the width of the features."""
+    return config.backbone.text_width == config.backbone.embed_dim
+
+
 def copy_text_tower(config: ModelConfig, params: Params) -> Params:
     """Initialises position embeddings and blocks of the heads with those of the text tower.
 
-    Copies as many blocks as both have ("Initialization trick" of the reference).
+    Copies as many blocks as both have ("Initialization trick" of the reference). Where the text
+    tower has another width than the features, the heads stay as they are (`copies_text_tower`).
 
     Args:
       config: the model.
@@ -148,6 +161,8 @@ def copy_text_tower(config: ModelConfig, params: Params) -> Params:
     Returns:
       The parameters with initialised heads.
     """
+    if not copies_text_tower(config):
+        return params
     source = BACKBONES[config.backbone.family].temporal_init(params["backbone"])
     params = dict(params)
     for name, head in (

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer, normal, xavier_uniform
 
-from drl_jax.config import ModelConfig
+from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.attention import NO_MASK, AttentionMask, attend
+from drl_jax.models.rotary import Rotation, rotate
 from drl_jax.sharding import replicate, split_rows
 
 # LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
@@ -41,6 +42,44 @@ class BlockRunConfig(NamedTuple):
         return cls(jnp.dtype(config.dtype), config.remat, config.attention, config.scan_unroll)
 
 
+class BlockConfig(NamedTuple):
+    """What a residual attention block computes.
+
+    Attributes:
+      width: D.
+      heads: K.
+      hidden_width: of the MLP.
+      activation: of the MLP, one of `config.ACTIVATIONS`.
+      eps: of the LayerNorms.
+    """
+
+    width: int
+    heads: int
+    hidden_width: int
+    activation: str
+    eps: float
+
+    @classmethod
+    def of_image_tower(cls, config: BackboneConfig) -> "BlockConfig":
+        return cls(
+            config.vision_width,
+            config.vision_heads,
+            config.vision_hidden_width,
+            config.activation,
+            config.layer_norm_eps,
+        )
+
+    @classmethod
+    def of_text_tower(cls, config: BackboneConfig) -> "BlockConfig":
+        return cls(
+            config.text_width,
+            config.text_heads,
+            config.text_hidden_width,
+            config.activation,
+            config.layer_norm_eps,
+        )
+
+
 class BlockInit(NamedTuple):
     """Initialisers of the four kernels of a residual attention block."""
 
@@ -56,6 +95,20 @@ def clip_block_init(width: int, layers: int) -> BlockInit:
     return BlockInit(normal(width**-0.5), residual, normal((2 * width) ** -0.5), residual)
 
 
+def new_block_config(config: BackboneConfig) -> BlockConfig:
+    """Blocks of a head over features: those of the text tower, with `BERT_LN_EPS`.
+
+    If the text tower has another width than the features, as many heads as leave each at least as
+    many channels as the text tower's have.
+    """
+    text, width = BlockConfig.of_text_tower(config), config.embed_dim
+    if width != text.width:
+        most = max(1, width // (text.width // text.heads))
+        heads = max(heads for heads in range(1, most + 1) if width % heads == 0)
+        text = text._replace(width=width, heads=heads, hidden_width=4 * width)
+    return text._replace(eps=BERT_LN_EPS)
+
+
 def new_block_init() -> BlockInit:
     """The reference's initialisation of blocks that are not in a checkpoint."""
     return BlockInit(xavier_uniform(), normal(0.02), normal(0.02), normal(0.02))
@@ -64,6 +117,19 @@ def new_block_init() -> BlockInit:
 def quick_gelu(x: jax.Array) -> jax.Array:
     """CLIP's activation, x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By the names of `config.ACTIVATIONS`.
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def layer_norm(width: int, eps: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A LayerNorm that computes in float32."""
+    return nnx.LayerNorm(width, epsilon=eps, dtype=jnp.float32, rngs=rngs)
 
 
 class Linear(nnx.Linear):
@@ -76,12 +142,18 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., Din] -> [..., Dout]."""
-        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        product = matmul(rows, self.kernel[...])
-        if self.bias is not None:
-            # In float32, as the sum over rows that is its gradient.
-            product = (product + self.bias[...]).astype(self.dtype)
-        return product.reshape(*x.shape[:-1], -1)
+        bias = None if self.bias is None else self.bias[...]
+        return project(x, self.kernel[...], bias, self.dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """x @ kernel + bias in a dtype: [..., Din], float32 [Din, Dout], [Dout] -> [..., Dout]."""
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    product = matmul(rows, kernel)
+    if bias is not None:
+        # In float32, as the sum over rows that is its gradient.
+        product = (product + bias).astype(dtype)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
@@ -119,14 +191,21 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention with a fused input projection, as torch's MultiheadAttention."""
 
     def __init__(
-        self, width: int, heads: int, init: BlockInit, run: BlockRunConfig, *, rngs: nnx.Rngs
+        self, config: BlockConfig, init: BlockInit, run: BlockRunConfig, *, rngs: nnx.Rngs
     ):
-        self.heads, self.implementation = heads, run.attention
+        width = config.width
+        self.heads, self.implementation = config.heads, run.attention
         linear = functools.partial(Linear, dtype=run.dtype, rngs=rngs)
         self.in_proj = linear(width, 3 * width, kernel_init=init.in_proj)
         self.out_proj = linear(width, width, kernel_init=init.out_proj)
 
-    def __call__(self, x: jax.Array, mask: AttentionMask, queries: int) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: AttentionMask,
+        queries: int,
+        rotation: Rotation | None = None,
+    ) -> jax.Array:
         rows, positions, width = x.shape
         # [B, T, 3D] -> three of [B, T, K, D/K]. The gradient of a split is a concatenation, that of
         # three indexed parts a sum of three padded arrays.
@@ -134,20 +213,38 @@ class SelfAttention(nnx.Module):
             part.reshape(rows, positions, self.heads, width // self.heads)
             for part in jnp.split(self.in_proj(x), 3, axis=-1)
         )
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         attended = attend(q[:, :queries], k, v, mask, self.implementation)
         return self.out_proj(attended.reshape(rows, queries, width))
 
+    def pool(self, x: jax.Array, probe: jax.Array) -> jax.Array:
+        """Attends to all positions with one query: [B, T, D], [1, 1, D] -> [B, 1, D]."""
+        rows, _, width = x.shape
+        kernel, bias = self.in_proj.kernel[...], self.in_proj.bias[...]
+        query_part, keys_and_values = slice(0, width), slice(width, None)
+        q = project(probe, kernel[:, query_part], bias[query_part], self.in_proj.dtype)
+        kv = project(x, kernel[:, keys_and_values], bias[keys_and_values], self.in_proj.dtype)
+        q = jnp.broadcast_to(q, (rows, 1, width))
+        q, k, v = (
+            part.reshape(rows, -1, self.heads, width // self.heads)
+            for part in (q, *jnp.split(kv, 2, axis=-1))
+        )
+        attended = attend(q, k, v, implementation=self.implementation)
+        return self.out_proj(attended.reshape(rows, 1, width))
+
 
 class MLP(nnx.Module):
-    """Two linear layers with QuickGELU between them; the hidden width is 4 D."""
+    """Two linear layers with an activation between them."""
 
-    def __init__(self, width: int, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
-        self.c_fc = linear(width, 4 * width, kernel_init=init.c_fc)
-        self.c_proj = linear(4 * width, width, kernel_init=init.c_proj)
+        self.activation = config.activation
+        self.c_fc = linear(config.width, config.hidden_width, kernel_init=init.c_fc)
+        self.c_proj = linear(config.hidden_width, config.width, kernel_init=init.c_proj)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.c_proj(quick_gelu(self.c_fc(x)))
+        return self.c_proj(_ACTIVATIONS[self.activation](self.c_fc(x)))
 
 
 class ResidualAttentionBlock(nnx.Module):
@@ -157,23 +254,21 @@ class ResidualAttentionBlock(nnx.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        eps: float,
-        init: BlockInit,
-        run: BlockRunConfig,
-        *,
-        rngs: nnx.Rngs,
+        self, config: BlockConfig, init: BlockInit, run: BlockRunConfig, *, rngs: nnx.Rngs
     ):
-        norm = functools.partial(nnx.LayerNorm, width, epsilon=eps, dtype=jnp.float32, rngs=rngs)
-        self.ln_1 = norm()
-        self.attn = SelfAttention(width, heads, init, run, rngs=rngs)
-        self.ln_2 = norm()
-        self.mlp = MLP(width, init, run.dtype, rngs=rngs)
+        self.ln_1 = layer_norm(config.width, config.eps, rngs=rngs)
+        self.attn = SelfAttention(config, init, run, rngs=rngs)
+        self.ln_2 = layer_norm(config.width, config.eps, rngs=rngs)
+        self.mlp = MLP(config, init, run.dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: AttentionMask, queries: int) -> jax.Array:
-        x = x[:, :queries] + self.attn(self.ln_1(x), mask, queries)
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: AttentionMask,
+        queries: int,
+        rotation: Rotation | None = None,
+    ) -> jax.Array:
+        x = x[:, :queries] + self.attn(self.ln_1(x), mask, queries, rotation)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -186,11 +281,9 @@ class Transformer(nnx.Module):
 
     def __init__(
         self,
-        width: int,
+        config: BlockConfig,
         layers: int,
-        heads: int,
         *,
-        eps: float,
         init: BlockInit,
         run: BlockRunConfig,
         rngs: nnx.Rngs,
@@ -198,10 +291,8 @@ class Transformer(nnx.Module):
         """Stacks `layers` blocks.
 
         Args:
-          width: D.
+          config: what each block computes.
           layers: number of blocks.
-          heads: K.
-          eps: of the LayerNorms.
           init: initialisers of each block's kernels.
           run: how the blocks run.
           rngs: random keys of new parameters.
@@ -210,12 +301,16 @@ class Transformer(nnx.Module):
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(layer_rngs: nnx.Rngs) -> ResidualAttentionBlock:
-            return ResidualAttentionBlock(width, heads, eps, init, run, rngs=layer_rngs)
+            return ResidualAttentionBlock(config, init, run, rngs=layer_rngs)
 
         self.resblocks = stack(rngs.split(layers))
 
     def __call__(
-        self, x: jax.Array, mask: AttentionMask = NO_MASK, queries: int | None = None
+        self,
+        x: jax.Array,
+        mask: AttentionMask = NO_MASK,
+        queries: int | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Runs the blocks.
 
@@ -224,6 +319,7 @@ class Transformer(nnx.Module):
           mask: the positions that each position attends to.
           queries: number Q of leading positions whose output is needed. The last block computes
             nothing for the others. None: all.
+          rotation: rotary position embedding of the T positions.
 
         Returns:
           [B, Q, D] in the dtype of `run`.
@@ -232,7 +328,7 @@ class Transformer(nnx.Module):
 
         def block_function(queries: int):
             def run_block(carry, params):
-                return nnx.merge(block, params)(carry, mask, queries), None
+                return nnx.merge(block, params)(carry, mask, queries, rotation), None
 
             return rematerialized(run_block, self.run.remat)
 
@@ -247,6 +343,28 @@ class Transformer(nnx.Module):
         first, last = (tree.unflatten(part) for part in zip(*parts, strict=True))
         x = jax.lax.scan(run_block, x, first, unroll=self.run.unroll)[0]
         return block_function(queries)(x, jax.tree.map(lambda leaf: leaf[0], last))[0]
+
+
+class AttentionPool(nnx.Module):
+    """Pools positions with one learned query: attention, then x + mlp(layernorm(x)).
+
+    The head of SigLIP's image tower ("MAP head") and the pooling of Perception Encoder. Names are
+    Perception Encoder's.
+    """
+
+    def __init__(
+        self, config: BlockConfig, init: BlockInit, run: BlockRunConfig, *, rngs: nnx.Rngs
+    ):
+        width = config.width
+        self.probe = nnx.Param(width**-0.5 * rngs.params.normal((1, 1, width)))
+        self.attn = SelfAttention(config, init, run, rngs=rngs)
+        self.layernorm = layer_norm(width, config.eps, rngs=rngs)
+        self.mlp = MLP(config, init, run.dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, D]."""
+        x = self.attn.pool(x, self.probe[...])
+        return (x + self.mlp(self.layernorm(x)))[:, 0]
 
 
 def rematerialized(function: Callable, remat: str) -> Callable:

@@ -12,9 +12,9 @@ from jax.nn.initializers import Initializer, normal
 from drl_jax.config import ModelConfig
 from drl_jax.models.attention import AttentionMask, lengths_of
 from drl_jax.models.layers import (
-    BERT_LN_EPS,
     BlockRunConfig,
     Transformer,
+    new_block_config,
     new_block_init,
 )
 
@@ -51,7 +51,7 @@ class SequenceTransformer(TemporalHead):
     COPIED_POSITIONS: ClassVar = "frame_position_embeddings"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width = config.backbone.text_width
+        width = config.backbone.embed_dim
         self.frame_position_embeddings = nnx.Embed(
             config.backbone.context_length,
             width,
@@ -59,10 +59,8 @@ class SequenceTransformer(TemporalHead):
             rngs=rngs,
         )
         self.transformer = Transformer(
-            width,
+            new_block_config(config.backbone),
             config.temporal_layers,
-            config.backbone.text_heads,
-            eps=BERT_LN_EPS,
             init=new_block_init(),
             run=BlockRunConfig.of(config),
             rngs=rngs,

@@ -11,7 +11,8 @@ from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import state_from_params
-from drl_jax.weights.load import config_of_weights, initial_params, read_weights, save_weights
+from drl_jax.weights.load import config_of_weights, initial_params
+from drl_jax.weights.weights_file import read_weights, save_weights
 
 
 def import_weights(

@@ -29,7 +29,8 @@ from drl_jax.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import TrainState, abstract_state, create_state, state_from_params
 from drl_jax.training.train_step import make_train_step
-from drl_jax.weights.load import initial_params, read_weights, with_backbone_of
+from drl_jax.weights.load import initial_params, with_backbone_of
+from drl_jax.weights.weights_file import read_weights
 
 
 def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> dict[str, Any]:

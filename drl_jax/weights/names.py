@@ -1,6 +1,6 @@
 """Parameter names: ours on one side, those of the reference's state dict on the other.
 
-The reference uses OpenAI's names for CLIP, with the prefix `clip.`, and its own names for the
+The reference uses OpenAI's names for the towers, with the prefix `clip.`, and its own names for the
 heads, which each head translates (`reference_name`). Two differences are common to all: layers of a
 transformer are stacked on a leading axis, and kernels are [in, out] where torch's are [out, in].
 """
@@ -94,55 +94,3 @@ def _transposed_back(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np
         patch = round((shape[0] / 3) ** 0.5)
         return array.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
     return array.T if path.endswith("/kernel") else array
-
-
-# ---------------------------------------------------------------- Hugging Face's names
-
-
-_HUGGING_FACE = (
-    (r"^logit_scale$", "logit_scale"),
-    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
-    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (r"^text_projection\.weight$", "text_projection"),
-    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-    (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),  # sic
-    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-    (r"^visual_projection\.weight$", "visual.proj"),
-    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-    (r"\.layer_norm([12])\.", r".ln_\1."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-    (r"\.self_attn\.", ".attn."),
-)
-
-
-def is_hugging_face(state: dict[str, np.ndarray]) -> bool:
-    return any(name.startswith(("text_model.", "vision_model.")) for name in state)
-
-
-def from_hugging_face(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hugging Face's CLIP -> OpenAI's names: query, key and value become one projection."""
-    renamed = {}
-    for name, tensor in state.items():
-        if name.endswith(".position_ids"):
-            continue  # 0, 1, 2, ...
-        transposed = name in ("text_projection.weight", "visual_projection.weight")
-        for pattern, replacement in _HUGGING_FACE:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor.T if transposed else tensor
-    fused = {}
-    for name, tensor in renamed.items():
-        query = re.sub(r"\.attn\.[kv]_proj\.", ".attn.q_proj.", name)
-        if query != name and query in renamed:
-            continue  # Part of the fused projection, added with the query.
-        if match := re.match(r"(.*\.attn)\.q_proj\.(weight|bias)$", name):
-            parts = [f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv"]
-            if all(part in renamed for part in parts):
-                tensor = np.concatenate([renamed[part] for part in parts])
-                name = f"{match[1]}.in_proj_{match[2]}"
-        fused[name] = tensor
-    return fused

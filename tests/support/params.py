@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drl_jax.config import BackboneConfig, ModelConfig
-from drl_jax.models.clip import INITIAL_LOGIT_SCALE
+from drl_jax.models.clip import CLIP
 from drl_jax.models.drl import Params, param_shapes
 
 
@@ -38,7 +38,7 @@ def random_params(config: ModelConfig, seed: int = 0, *, position_std: float = 0
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         names = [str(entry.key) for entry in path]
         if names[-1] == "logit_scale":
-            value = np.full(leaf.shape, INITIAL_LOGIT_SCALE)
+            value = np.full(leaf.shape, CLIP.INITIAL_LOGIT_SCALE)
         elif names[-1] == "scale":
             value = np.ones(leaf.shape)
         elif names[-1] == "bias":

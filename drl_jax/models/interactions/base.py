@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from drl_jax.config import ModelConfig
+from drl_jax.models.backbone import TextFeatures
 
 # Named arrays of texts or of videos; the first axis is the item.
 Arrays = dict[str, jax.Array]
@@ -60,8 +61,8 @@ class Interaction(nnx.Module):
 
     # ---------------------------------------------------------------- model
 
-    def encode_text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
-        """The arrays of texts that `similarity` needs: [A, L, D], bool [A, L] -> [A, ...] each."""
+    def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
+        """The arrays of A texts that `similarity` needs; the mask is bool [A, L]."""
         raise NotImplementedError
 
     def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
@@ -178,12 +179,6 @@ def frames_as_tokens(video: Features) -> Features:
     """Features and mask of frames under the names of tokens."""
     kind = "unit" if "frame_unit" in video else "feat"
     return {f"text_{kind}": video[f"frame_{kind}"], "text_mask": video["frame_mask"]}
-
-
-def sentence_feature(text_feat: jax.Array, text_mask: jax.Array) -> jax.Array:
-    """The feature of the last valid token (EOS): [A, L, D], bool [A, L] -> [A, D]."""
-    last = jnp.sum(text_mask, axis=1) - 1
-    return jnp.take_along_axis(text_feat, last[:, None, None], axis=1)[:, 0]
 
 
 def linear_without_bias_gradient(layer: nnx.Linear, x: jax.Array) -> jax.Array:

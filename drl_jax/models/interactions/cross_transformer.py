@@ -12,19 +12,20 @@ from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.attention import AttentionMask, lengths_of
+from drl_jax.models.backbone import TextFeatures
 from drl_jax.models.interactions.base import (
     Arrays,
     Features,
     Interaction,
     frames_as_tokens,
     linear_without_bias_gradient,
-    sentence_feature,
     unit_features,
 )
 from drl_jax.models.layers import (
     BERT_LN_EPS,
     BlockRunConfig,
     Transformer,
+    new_block_config,
     new_block_init,
     quick_gelu,
 )
@@ -50,10 +51,8 @@ class CrossTransformer(Interaction):
             config.backbone.context_length, width, embedding_init=normal(0.02), rngs=rngs
         )
         self.transformer = Transformer(
-            width,
+            new_block_config(config.backbone)._replace(heads=_HEADS),
             config.cross_layers,
-            _HEADS,
-            eps=BERT_LN_EPS,
             init=new_block_init(),
             # It runs on every pair of the batch: stored activations would not fit in memory.
             run=BlockRunConfig.of(config)._replace(remat="full"),
@@ -63,8 +62,9 @@ class CrossTransformer(Interaction):
         self.dense = nnx.Linear(width, width, kernel_init=normal(0.02), rngs=rngs)
         self.similarity_dense = nnx.Linear(width, 1, kernel_init=normal(0.02), rngs=rngs)
 
-    def encode_text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
-        return {"sentence_feat": sentence_feature(text_feat, text_mask)}
+    def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
+        del text_mask
+        return {"sentence_feat": text.sentence}
 
     def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
         return {"frame_feat": frame_feat, "frame_mask": frame_mask}

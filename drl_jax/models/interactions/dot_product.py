@@ -5,12 +5,12 @@ from typing import ClassVar
 import jax
 import numpy as np
 
+from drl_jax.models.backbone import TextFeatures
 from drl_jax.models.interactions.base import (
     Arrays,
     Features,
     Interaction,
     frames_as_tokens,
-    sentence_feature,
     unit_features,
 )
 from drl_jax.models.ops import l2_normalize, masked_mean, mean_outer_product
@@ -23,8 +23,9 @@ class DotProduct(Interaction):
     CDCR_VARIANTS: ClassVar = (0, 1, 2, 3)
     HAS_VECTORS: ClassVar = True
 
-    def encode_text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
-        return {"sentence_unit": l2_normalize(sentence_feature(text_feat, text_mask))}
+    def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
+        del text_mask
+        return {"sentence_unit": l2_normalize(text.sentence)}
 
     def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
         return {"video_unit": l2_normalize(masked_mean(l2_normalize(frame_feat), frame_mask))}

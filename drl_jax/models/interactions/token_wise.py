@@ -12,6 +12,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
+from drl_jax.models.backbone import TextFeatures
 from drl_jax.models.interactions.base import (
     Arrays,
     Attribution,
@@ -35,11 +36,11 @@ class TokenWise(Interaction):
     CDCR_VARIANTS: ClassVar = (0, 1, 2)
     HAS_VECTORS: ClassVar = True
 
-    def encode_text(self, text_feat: jax.Array, text_mask: jax.Array) -> Arrays:
+    def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
         return {
-            "text_unit": l2_normalize(text_feat),
+            "text_unit": l2_normalize(text.tokens),
             "text_mask": text_mask,
-            "text_weight": self.text_weights(text_feat, text_mask),
+            "text_weight": self.text_weights(text.tokens, text_mask),
         }
 
     def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:

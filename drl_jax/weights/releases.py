@@ -1,0 +1,128 @@
+"""What is known of published towers that their files do not say."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from drl_jax.config import BackboneConfig
+
+_HALF = (0.5, 0.5, 0.5)
+# Of the families, for what a description does not say. CLIP's activation differs between releases.
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "siglip": {
+        "activation": "gelu_tanh",
+        "layer_norm_eps": 1e-6,
+        "logit_bias": True,
+        "pixel_mean": _HALF,
+        "pixel_std": _HALF,
+        "resize": "squash",
+    },
+    "pe": {
+        "activation": "gelu",
+        "pixel_mean": _HALF,
+        "pixel_std": _HALF,
+        "resize": "squash",
+        "interpolation": "bilinear",
+    },
+}
+
+
+class Release(NamedTuple):
+    """A set of published CLIP files with the same recipe.
+
+    Attributes:
+      activation: of both towers.
+      licence: of the weights.
+      fields: other fields of BackboneConfig.
+      patch_activations: activation by patch size, where it differs.
+    """
+
+    activation: str
+    licence: str
+    fields: dict[str, Any] = {}  # noqa: RUF012
+    patch_activations: dict[int, str] = {}  # noqa: RUF012
+
+    def backbone_fields(self, patch_size: int) -> dict[str, Any]:
+        """Fields of BackboneConfig of a file with this patch size."""
+        activation = self.patch_activations.get(patch_size, self.activation)
+        return {"activation": activation, **self.fields}
+
+
+_APPLE = "Apple's (apple-amlr; research)"
+_NON_COMMERCIAL = "CC-BY-NC-4.0"
+_LAION_400M = Release("gelu", "MIT", patch_activations={32: "quick_gelu"})
+# By open_clip's names of pretrained weights (`config.model.release`). Source: open_clip 3.3,
+# `pretrained.py`.
+RELEASES: dict[str, Release] = {
+    "openai": Release("quick_gelu", "MIT"),
+    "laion400m_e31": _LAION_400M,
+    "laion400m_e32": _LAION_400M,
+    "laion2b_s34b_b79k": Release("gelu", "MIT"),
+    "laion2b_s34b_b88k": Release("gelu", "MIT"),
+    "laion2b_s32b_b82k": Release("gelu", "MIT", {"pixel_mean": _HALF, "pixel_std": _HALF}),
+    "datacomp_xl_s13b_b90k": Release("gelu", "MIT"),
+    "datacomp_s34b_b86k": Release("gelu", "MIT"),
+    "dfn2b": Release("quick_gelu", _APPLE),
+    "dfn5b": Release("quick_gelu", _APPLE),
+    "dfn2b_s39b": Release("gelu", _APPLE),
+    "metaclip_400m": Release("quick_gelu", _NON_COMMERCIAL),
+    "metaclip_fullcc": Release("quick_gelu", _NON_COMMERCIAL),
+}
+# Of the families that have one licence.
+FAMILY_LICENCES = {"siglip": "Apache-2.0", "pe": "Apache-2.0"}
+
+
+class Published(NamedTuple):
+    """A pair of published towers that has a name of ours.
+
+    Attributes:
+      backbone: its description.
+      source: what `config.model.init` takes.
+      licence: of the weights.
+    """
+
+    backbone: BackboneConfig
+    source: str
+    licence: str
+
+
+CLIP_B32 = BackboneConfig()
+CLIP_B16 = dataclasses.replace(CLIP_B32, vision_patch_size=16)
+PUBLISHED: dict[str, Published] = {
+    "clip_b32": Published(CLIP_B32, "weights/ViT-B-32.pt", "MIT"),
+    "clip_b16": Published(CLIP_B16, "weights/ViT-B-16.pt", "MIT"),
+    "clip_laion2b_b32": Published(
+        dataclasses.replace(CLIP_B32, activation="gelu"),
+        "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+        "MIT",
+    ),
+    "siglip2_b16": Published(
+        BackboneConfig(
+            family="siglip",
+            embed_dim=768,
+            vision_patch_size=16,
+            context_length=64,
+            vocab_size=256_000,
+            text_width=768,
+            text_heads=12,
+            text_cleaning="lower",
+            **FAMILY_FIELDS["siglip"],
+        ),
+        "hf-hub:google/siglip2-base-patch16-224",
+        FAMILY_LICENCES["siglip"],
+    ),
+    "pe_b16": Published(
+        BackboneConfig(
+            family="pe",
+            embed_dim=1024,
+            vision_patch_size=16,
+            context_length=32,
+            text_width=1024,
+            text_heads=16,
+            text_layers=24,
+            **FAMILY_FIELDS["pe"],
+        ),
+        "hf-hub:facebook/PE-Core-B16-224",
+        FAMILY_LICENCES["pe"],
+    ),
+}
