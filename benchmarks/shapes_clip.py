@@ -43,7 +43,7 @@ def make_weights(flags: list[str]) -> None:
     _run([*convert, "--clip_only", "--dtype=float16"])
 
     from benchmarks.measure import make_record
-    from drl_jax.weights.load import read_weights
+    from drl_jax.weights.weights_file import read_weights
 
     result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     record = make_record(

@@ -23,7 +23,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "source",
         metavar="IN",
-        help="OpenAI's or Hugging Face's CLIP, a DRL checkpoint, an exported run, the name of"
+        help="a file of towers (docs/weights.md), a DRL checkpoint, an exported run, the name of"
         f" installed weights ({', '.join(NAMES)}); or a run",
     )
     parser.add_argument(
@@ -39,6 +39,9 @@ def _parser() -> Parser:
         help="for a file without interaction parameters (%(default)s)",
     )
     parser.add_argument(
+        "--release", default="", help="of a file of CLIP that does not say its own, e.g. openai"
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),
         help="of the tensors of an exported run (float32)",
@@ -46,7 +49,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--clip_only",
         action="store_true",
-        help="export CLIP without the heads, under OpenAI's names",
+        help="export the towers without the heads, under their publisher's names",
     )
     return parser
 
@@ -64,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not Path(source).is_dir():
             if options.clip_only or options.dtype:
                 raise UserError(f"--dtype and --clip_only export a run, and {source} is none")
-            model = import_weights(source, target, options.interaction).model
+            model = import_weights(
+                source, target, options.interaction, release=options.release
+            ).model
             print(f"wrote {target}: interaction {model.interaction}, agg_module {model.agg_module}")
             return
         if target.suffix != ".safetensors":

@@ -52,13 +52,16 @@ class RetrievalModel:
       config: its configuration.
       params: its parameters.
       layout: mesh and shardings.
-      source: where it was loaded from: "workdir" and "checkpoint", or "weights".
+      source: where it was loaded from: "workdir" and "checkpoint", or "weights" and, if it was
+        given, "release".
+      towers: what a file of weights says about its towers; empty for a run.
     """
 
     config: Config
     params: Params
     layout: Layout
     source: dict[str, str]
+    towers: str
     _embedder: Embedder = dataclasses.field(repr=False)
 
     @property
@@ -200,14 +203,19 @@ class RetrievalModel:
         return video
 
 
-def load(path: str | os.PathLike, checkpoint: str | int = "best") -> RetrievalModel:
+def load(
+    path: str | os.PathLike, checkpoint: str | int = "best", release: str = ""
+) -> RetrievalModel:
     """Loads a model.
 
     Args:
-      path: directory of a run; a file of weights: OpenAI's or Hugging Face's CLIP, which gets no
-        temporal head and the interaction dp, as in zero-shot retrieval, a DRL checkpoint, or an
-        exported run; or the name of installed weights (`drl_jax.weights.installed.NAMES`).
+      path: directory of a run; a file of weights: towers of CLIP, SigLIP or Perception Encoder,
+        which get no temporal head and the interaction dp, as in zero-shot retrieval, a DRL
+        checkpoint, or an exported run; or the name of installed weights
+        (`drl_jax.weights.installed.NAMES`).
       checkpoint: of a run: "best", "latest" or a step.
+      release: of a CLIP whose activation nothing else says, one of
+        `drl_jax.weights.releases.RELEASES`.
 
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
@@ -222,14 +230,16 @@ def load(path: str | os.PathLike, checkpoint: str | int = "best") -> RetrievalMo
         config = load_config(path)
         step, params = restore_params(path, config.model, layout, str(checkpoint))
         origin = {"workdir": source, "checkpoint": str(step)}
+        towers = ""
     else:
-        weights = read_weights(path)
+        weights = read_weights(path, release)
         config = config_of_weights(weights)
+        towers = str(weights.description)
         params = initial_params(config.model, weights, jax.random.key(0))
         params = jax.device_put(params, layout.replicated)
-        origin = {"weights": source}
+        origin = {"weights": source, **({"release": release} if release else {})}
     embedder = Embedder(config, layout, keep_tokens=True)
-    return RetrievalModel(config, params, layout, origin, embedder)
+    return RetrievalModel(config, params, layout, origin, towers, embedder)
 
 
 def load_source(source: dict[str, str]) -> RetrievalModel:
@@ -239,5 +249,5 @@ def load_source(source: dict[str, str]) -> RetrievalModel:
       UserError: see `load`.
     """
     if "weights" in source:
-        return load(source["weights"])
+        return load(source["weights"], release=source.get("release", ""))
     return load(source["workdir"], source["checkpoint"])

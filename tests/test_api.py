@@ -18,7 +18,7 @@ from drl_jax.config import ModelConfig
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
-from drl_jax.weights.load import state_dict_from_params
+from drl_jax.weights.weights_file import state_dict_from_params
 
 CAPTIONS = ["a red circle moves left", "two words"]
 

@@ -11,25 +11,19 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support.golden import GOLDEN, SPEC, case_state, clip_state, load
+from support.golden import GOLDEN, SPEC, case_state, clip_state, clip_weights, load
 from support.params import random_params
 
 from drl_jax.config import BackboneConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.drl import copy_text_tower, model_definition, param_shapes
-from drl_jax.models.interactions.base import sentence_feature
 from drl_jax.models.tokenizer import tokenize
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import TrainState
 from drl_jax.training.train_step import apply_gradients, loss_and_parts
-from drl_jax.weights.load import (
-    Weights,
-    backbone_of_weights,
-    initial_params,
-    params_from_state,
-    state_dict_from_params,
-)
+from drl_jax.weights.load import initial_params, params_from_state
+from drl_jax.weights.weights_file import state_dict_from_params
 
 CASES = sorted(SPEC["cases"])
 KEY = jax.random.key(0)
@@ -43,7 +37,7 @@ class Case:
         self.golden = load(name)
         self.copied = spec["copied_from_clip"]
         self.model = ModelConfig(
-            backbone=backbone_of_weights(Weights(clip_state())),
+            backbone=clip_weights().description.backbone,
             interaction=spec["interaction"],
             wti_arch=spec["wti_arch"],
             agg_module={"None": "none"}.get(spec["agg_module"], spec["agg_module"]),
@@ -91,7 +85,7 @@ def case(request) -> Case:
 
 def test_backbone_sizes_are_inferred():
     sizes = SPEC["clip"]
-    assert backbone_of_weights(Weights(clip_state())) == BackboneConfig(
+    assert clip_weights().description.backbone == BackboneConfig(
         embed_dim=sizes["embed"],
         image_resolution=sizes["res"],
         vision_layers=sizes["vlayers"],
@@ -111,7 +105,7 @@ def test_features_and_similarities(case):
     def evaluate(params, batch):
         model = nnx.merge(case.definition, params)
         ids, mask = batch["text_ids"], batch["text_mask"]
-        text_feat = model.backbone.encode_text(ids)
+        text_feat = model.backbone.encode_text(ids, mask)
         frame_feat = model.frame_features(batch["frames"], batch["frame_mask"])
         text = model.encode_text(ids, mask)
         video = model.encode_video(batch["frames"], batch["frame_mask"])
@@ -121,9 +115,9 @@ def test_features_and_similarities(case):
     golden = case.golden
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
     if golden["eval/text_feat"].ndim == 3:
-        close(text_feat, golden["eval/text_feat"])
+        close(text_feat.tokens, golden["eval/text_feat"])
     elif golden["eval/text_feat"].ndim == 2:
-        close(sentence_feature(text_feat, case.batch(0)["text_mask"]), golden["eval/text_feat"])
+        close(text_feat.sentence, golden["eval/text_feat"])
     if golden["eval/video_feat"].ndim:
         close(frame_feat, golden["eval/video_feat"])
     close(sim_matrix, golden["eval/t2v"])
@@ -245,7 +239,7 @@ def test_heads_start_as_copies_of_the_text_tower(case):
 def test_initial_parameters_combine_clip_and_new_heads():
     """Of the case in which both heads have copies."""
     case = Case("xti_seqtransf")
-    params = initial_params(case.model, Weights(clip_state()), KEY)
+    params = initial_params(case.model, clip_weights(), KEY)
     assert_copied(case, state_dict_from_params(params))
     shapes = param_shapes(case.model)
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, shapes)

@@ -27,7 +27,7 @@ from drl_jax.evaluate import main as evaluate
 from drl_jax.runs.nonfinite import TrainingError
 from drl_jax.runs.train_run import _memory_errors
 from drl_jax.train import main as train
-from drl_jax.weights.load import read_weights, state_dict_from_params
+from drl_jax.weights.weights_file import read_weights, state_dict_from_params
 
 METRICS = {"R@1", "R@5", "R@10", "MdR", "MnR"}
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import error_of, run_module
-from support.golden import GOLDEN, SPEC, case_state, clip_state, load
+from support.golden import GOLDEN, SPEC, case_state, clip_state, clip_weights, load
 from support.params import random_params
 from support.runs import make_run
 
@@ -31,18 +31,14 @@ from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
 from drl_jax.weights import installed
+from drl_jax.weights.description import WeightsError
 from drl_jax.weights.load import (
-    Weights,
-    WeightsError,
-    backbone_of_weights,
     heads_of_weights,
     params_from_state,
-    read_weights,
-    save_weights,
-    state_dict_from_params,
     with_backbone_of,
 )
 from drl_jax.weights.torch_file import TorchFileError, read_torch_file
+from drl_jax.weights.weights_file import read_weights, save_weights, state_dict_from_params
 
 WHOLE = "drl_wti_seqtransf.bin"
 KEY = jax.random.key(0)
@@ -57,7 +53,12 @@ def assert_states_equal(found, expected):
 
 @pytest.mark.parametrize("file", ["clip_torchscript.pt", "clip_legacy.pt"])
 def test_archives_of_clip_read_bit_for_bit(file):
-    assert_states_equal(read_weights(GOLDEN / file).state, clip_state())
+    # The legacy file has the form of `torch.save`, which other publishers use, too.
+    release = "openai" if file == "clip_legacy.pt" else ""
+    weights = read_weights(GOLDEN / file, release)
+    assert_states_equal(weights.state, clip_state())
+    assert weights.description.backbone.activation == "quick_gelu"
+    assert weights.description.licence == "MIT"
 
 
 def test_a_drl_checkpoint_reads_bit_for_bit():
@@ -219,7 +220,7 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def shapes():
     model = ModelConfig(
-        backbone=backbone_of_weights(Weights(clip_state())), interaction="dp", agg_module="none"
+        backbone=clip_weights().description.backbone, interaction="dp", agg_module="none"
     )
     return param_shapes(model)
 
@@ -241,7 +242,7 @@ def test_files_without_a_vit_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="ResNet"):
         read_weights(tmp_path / "rn.safetensors")
     save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match="holds no CLIP"):
+    with pytest.raises(WeightsError, match="holds no towers"):
         read_weights(tmp_path / "a.safetensors")
 
 
@@ -250,7 +251,7 @@ def test_files_without_a_vit_are_refused(tmp_path):
     ("interaction", "arch"), [("dp", 2), ("wti", 1), ("wti", 2), ("wti", 3), ("xti", 2)]
 )
 def test_parameters_come_back_bit_for_bit(agg_module, interaction, arch):
-    backbone = backbone_of_weights(Weights(clip_state()))
+    backbone = clip_weights().description.backbone
     model = ModelConfig(
         backbone=backbone, agg_module=agg_module, interaction=interaction, wti_arch=arch
     )
@@ -261,7 +262,9 @@ def test_parameters_come_back_bit_for_bit(agg_module, interaction, arch):
     again = params_from_state(state, shapes)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    inferred = heads_of_weights(ModelConfig(backbone=backbone, interaction="dp"), Weights(state))
+    inferred = heads_of_weights(
+        ModelConfig(backbone=backbone, interaction="dp"), clip_weights()._replace(state=state)
+    )
     assert (inferred.interaction, inferred.agg_module) == (interaction, agg_module)
     assert interaction != "wti" or inferred.wti_arch == arch
 
@@ -304,7 +307,18 @@ def to_hugging_face(state):
 
 def test_hugging_face_names(tmp_path):
     save_file(to_hugging_face(load("clip")), tmp_path / "hf.safetensors")
-    assert_states_equal(read_weights(tmp_path / "hf.safetensors").state, clip_state())
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "clip",
+                "vision_config": {"hidden_size": SPEC["clip"]["vwidth"], "hidden_act": "gelu"},
+                "text_config": {"hidden_act": "gelu"},
+            }
+        )
+    )
+    weights = read_weights(tmp_path / "hf.safetensors")
+    assert_states_equal(weights.state, clip_state())
+    assert weights.description.backbone.activation == "gelu"
 
 
 # ---------------------------------------------------------------- installed weights
@@ -462,7 +476,7 @@ def test_heads_are_not_guessed_for_widths_that_openai_does_not_have(shapes_confi
     params = random_params(shapes_config.model)
     save_file(state_dict_from_params(params), tmp_path / "unknown.safetensors")
     with pytest.raises(WeightsError, match=r"32 channels, which are not heads of 64.*convert RUN"):
-        backbone_of_weights(read_weights(tmp_path / "unknown.safetensors"))
+        read_weights(tmp_path / "unknown.safetensors")
 
 
 def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tmp_path):

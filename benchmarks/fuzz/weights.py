@@ -15,13 +15,9 @@ from safetensors.numpy import save_file
 
 from benchmarks.fuzz.damage import FAILURE, UNDETECTABLE, Damage, damage_file, damage_tree
 from drl_jax.models.drl import param_shapes
-from drl_jax.weights.load import (
-    config_of_weights,
-    params_from_state,
-    read_weights,
-    save_weights,
-)
+from drl_jax.weights.load import config_of_weights, params_from_state
 from drl_jax.weights.torch_file import read_metadata, read_torch_file
+from drl_jax.weights.weights_file import read_weights, save_weights
 
 _GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 _ARCHIVES = ("clip_torchscript.pt", "clip_legacy.pt", "drl_wti_seqtransf.bin")
@@ -36,7 +32,7 @@ def prepare(root: Path) -> None:
         (root / "subjects" / name).mkdir(parents=True)
     for name in _ARCHIVES:
         shutil.copy(_GOLDEN / name, root / "subjects" / name)
-    clip = read_weights(_GOLDEN / "clip_legacy.pt").state
+    clip = read_weights(_GOLDEN / "clip_legacy.pt", "openai").state
     foreign = {name.removeprefix("clip."): tensor for name, tensor in clip.items()}
     save_file(foreign, root / "subjects" / _FOREIGN / _FOREIGN)
     weights = read_weights(_GOLDEN / "drl_wti_seqtransf.bin")
@@ -90,7 +86,7 @@ def _only_data(original: bytes, damaged: bytes, name: str) -> bool:
 def read(root: Path, name: str, directory: Path) -> str:
     """Digest of the parameters that a model gets from the file, and its configuration."""
     del root
-    weights = read_weights(directory / name)
+    weights = read_weights(directory / name, "openai")
     config = config_of_weights(weights)
     shapes = param_shapes(config.model)
     # As `initial_params`, which also compiles the initialisation of the heads that CLIP lacks.

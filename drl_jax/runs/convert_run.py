@@ -16,16 +16,22 @@ from drl_jax.weights.weights_file import read_weights, save_weights
 
 
 def import_weights(
-    source: str | Path, workdir: Path, interaction: str = "dp", seed: int = 0
+    source: str | Path,
+    workdir: Path,
+    interaction: str = "dp",
+    seed: int = 0,
+    *,
+    release: str = "",
 ) -> Config:
     """Creates a run with one checkpoint, of step 0, from a file of weights.
 
     Args:
-      source: name or file of weights: an exported run, CLIP alone (its heads start as in training),
+      source: name or file of weights: an exported run, towers alone (heads start as in training),
         or a DRL checkpoint.
       workdir: must not hold a run.
       interaction: "dp" or "ti", for a file without interaction parameters.
-      seed: for the heads that CLIP does not have.
+      seed: for the heads that the towers do not have.
+      release: as in `read_weights`.
 
     Returns:
       The configuration of the run, with the sizes and heads of the weights.
@@ -35,7 +41,7 @@ def import_weights(
     """
     if (workdir / "config.json").exists():
         raise WorkdirError(f"{workdir} already holds a run; choose another directory")
-    weights = read_weights(source)
+    weights = read_weights(source, release)
     config = config_of_weights(weights, interaction)
     params = initial_params(config.model, weights, jax.random.key(seed))
     claim_workdir(workdir, config)

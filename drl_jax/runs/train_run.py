@@ -29,7 +29,7 @@ from drl_jax.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import TrainState, abstract_state, create_state, state_from_params
 from drl_jax.training.train_step import make_train_step
-from drl_jax.weights.load import initial_params, with_backbone_of
+from drl_jax.weights.load import head_start, initial_params, with_backbone_of
 from drl_jax.weights.weights_file import read_weights
 
 
@@ -56,8 +56,13 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
     with failing_together(UserError):
         pretrained = None
         if config.model.init:
-            weights = read_weights(config.model.init)
+            weights = read_weights(config.model.init, config.model.release)
             config = with_backbone_of(config, weights)
+            if is_main():
+                print(
+                    f"{config.model.init}: {weights.description};"
+                    f" {head_start(config.model, weights)}"
+                )
             pretrained = initial_params(config.model, weights, jax.random.key(config.seed))
             del weights
         wall_time.spent_on("start")

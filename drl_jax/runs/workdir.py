@@ -30,6 +30,8 @@ RESUMABLE_FIELDS = (
     "train.skip_nonfinite",
     "eval.batch_size",
     "eval.text_block",
+    # What it says is in `model.backbone`, too.
+    "model.release",
     "model.remat",
     "model.attention",
     "model.scan_unroll",

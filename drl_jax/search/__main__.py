@@ -23,7 +23,10 @@ def _parser() -> Parser:
         "--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)"
     )
     model.add_argument(
-        "--weights", help="instead of a run: a file of CLIP or DRL weights, or shapes_clip"
+        "--weights", help="instead of a run: a file of weights (docs/weights.md), or shapes_clip"
+    )
+    model.add_argument(
+        "--release", default="", help="release of --weights, for a CLIP that does not say its own"
     )
     common = Parser("", add_help=False, parents=[model])
     common.add_argument("--index", type=Path, required=True, help="directory of the index")

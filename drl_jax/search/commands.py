@@ -25,6 +25,8 @@ def _index(options: argparse.Namespace) -> None:
     model = _model_of_flags(options)
     if model is None:
         raise UserError("name the model with --workdir=RUN or --weights=FILE")
+    if model.towers:
+        print(f"{options.weights}: {model.towers}")
     report = update_index(
         model, options.videos, options.index, storage=options.storage, timeout=options.timeout
     )
@@ -179,7 +181,7 @@ def _model_of_flags(options: argparse.Namespace) -> RetrievalModel | None:
         raise UserError("give --workdir or --weights, not both")
     if options.workdir:
         return load(options.workdir, options.checkpoint)
-    return load(options.weights) if options.weights else None
+    return load(options.weights, release=options.release) if options.weights else None
 
 
 def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, ModelConfig
-from drl_jax.models.drl import Params, config_from_dict, init_params, param_shapes
+from drl_jax.models.drl import (
+    Params,
+    config_from_dict,
+    copies_text_tower,
+    init_params,
+    param_shapes,
+)
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.towers import INITIAL_LOGIT_BIAS
@@ -147,6 +153,24 @@ def _some(names: list[str]) -> str:
     """The first few of a list of names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def head_start(config: ModelConfig, weights: Weights) -> str:
+    """Says what the heads of a model start from."""
+    if weights.has_heads:
+        return "heads from the file, too"
+    names = {"temporal head": TEMPORAL_HEADS[config.agg_module]}
+    names |= {f"interaction {config.interaction}": INTERACTIONS[config.interaction]}
+    heads = [name for name, head in names.items() if head and head.COPIED_POSITIONS]
+    if not heads:
+        return "no head starts from the text tower"
+    if copies_text_tower(config):
+        return f"{' and '.join(heads)}: from the text tower's blocks"
+    backbone = config.backbone
+    return (
+        f"{' and '.join(heads)}: new, since features have {backbone.embed_dim} channels and the"
+        f" text tower {backbone.text_width}"
+    )
 
 
 def initial_params(config: ModelConfig, weights: Weights, key: jax.Array) -> Params:

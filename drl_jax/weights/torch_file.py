@@ -55,6 +55,7 @@ def read_torch_file(path: Path) -> StateDict:
         if start[:4] == b"PK\x03\x04":
             return _read_zip(path)
         if path.suffix == ".safetensors":
+            _refuse_eight_bits(path)
             return safetensors.numpy.load_file(path)
         return _read_legacy(path)
     except TorchFileError as error:
@@ -67,6 +68,14 @@ def read_torch_file(path: Path) -> StateDict:
         raise TorchFileError(
             f"{path} is damaged, or not a PyTorch or safetensors file ({reason})"
         ) from error
+
+
+def _refuse_eight_bits(path: Path) -> None:
+    """NumPy has no floating-point numbers of 8 bits, in which quantised weights are stored."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            if (dtype := file.get_slice(name).get_dtype()).startswith("F8"):
+                raise TorchFileError(f"is quantised: {name} is {dtype}; get the float weights")
 
 
 def read_metadata(path: Path) -> dict[str, str]:

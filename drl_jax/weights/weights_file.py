@@ -91,18 +91,17 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
     is_archive = all(name in state for name in _OPENAI_EXTRAS)
     for name in _OPENAI_EXTRAS:
         state.pop(name, None)
-    if not any(name.startswith("clip.") for name in state):
+    # A checkpoint of the PyTorch original of DRL, which knows OpenAI's CLIP only.
+    is_drl = any(name.startswith("clip.") for name in state)
+    if not is_drl:
         state = {f"clip.{name}": tensor for name, tensor in state.items()}
     if "clip.visual.conv1.weight" not in state:
         raise WeightsError(f"{path} holds no towers: it has no visual.conv1.weight; {_SUPPORTED}")
     config = _stored_config(path, metadata)
     if config is not None:
         return Weights(state, Description(config.model.backbone, "the file"), config)
-    towers, heads = {}, False
-    for name, tensor in state.items():
-        heads |= not name.startswith("clip.")
-        towers[name.removeprefix("clip.")] = tensor
-    description = describe(towers, path, release=release, is_openai=is_archive or heads)
+    towers = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
+    description = describe(towers, path, release=release, is_openai=is_archive or is_drl)
     return Weights(state, description)
 
 
@@ -112,7 +111,7 @@ def _refuse_unsupported(path: Path, state: StateDict) -> None:
         for pattern, what in _UNSUPPORTED_NAMES:
             if re.match(pattern, name):
                 raise WeightsError(f"{path} is {what} ({name}); {_SUPPORTED}")
-        if name.endswith(".weight") and tensor.dtype.kind in "iu":
+        if name.endswith(".weight") and tensor.dtype.kind in "iub":
             raise WeightsError(f"{path} is quantised: {name} is {tensor.dtype}; get the floats")
     patches = state.get("vision_model.embeddings.patch_embedding.weight")
     if patches is not None and patches.ndim == 2:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from drl_jax.weights.description import describe
+from drl_jax.weights.weights_file import Weights
+
 GOLDEN = Path(os.environ.get("DRL_GOLDEN", Path(__file__).parents[1] / "golden"))
 SPEC = json.loads((GOLDEN / "cases.json").read_text())
 
@@ -19,6 +22,12 @@ def load(name: str) -> dict[str, np.ndarray]:
 @functools.cache
 def clip_state() -> dict[str, np.ndarray]:
     return {f"clip.{name}": tensor for name, tensor in load("clip").items()}
+
+
+@functools.cache
+def clip_weights() -> Weights:
+    """The golden CLIP as `read_weights` reads OpenAI's archive of it."""
+    return Weights(clip_state(), describe(load("clip"), release="openai"))
 
 
 def case_state(case: dict) -> dict[str, np.ndarray]:

@@ -18,4 +18,4 @@ def random_model(config: Config, interaction: str) -> RetrievalModel:
     layout = make_layout()
     params = jax.device_put(random_params(model, position_std=1.0), layout.replicated)
     embedder = Embedder(config, layout, keep_tokens=True)
-    return RetrievalModel(config, params, layout, {"weights": interaction}, embedder)
+    return RetrievalModel(config, params, layout, {"weights": interaction}, "", embedder)
