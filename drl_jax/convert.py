@@ -11,6 +11,7 @@ from pathlib import Path
 
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
+from drl_jax.weights.hub import is_hub_name
 from drl_jax.weights.installed import NAMES
 
 
@@ -24,7 +25,7 @@ def _parser() -> Parser:
         "source",
         metavar="IN",
         help="a file of towers (docs/weights.md), a DRL checkpoint, an exported run, the name of"
-        f" installed weights ({', '.join(NAMES)}); or a run",
+        f" installed weights ({', '.join(NAMES)}), hf-hub:ORG/NAME; or a run",
     )
     parser.add_argument(
         "target", type=Path, metavar="OUT", help="directory of the new run; or NAME.safetensors"
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.runtime.compilation_cache import cache_compilations
 
         cache_compilations()
-        if not Path(source).is_dir():
+        if is_hub_name(source) or not Path(source).is_dir():
             if options.clip_only or options.dtype:
                 raise UserError(f"--dtype and --clip_only export a run, and {source} is none")
             model = import_weights(

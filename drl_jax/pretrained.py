@@ -26,8 +26,9 @@ from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
-from drl_jax.weights.installed import weights_path
+from drl_jax.weights.hub import is_hub_name
 from drl_jax.weights.load import config_of_weights, initial_params
+from drl_jax.weights.source import weights_path
 from drl_jax.weights.weights_file import read_weights
 
 
@@ -211,8 +212,9 @@ def load(
     Args:
       path: directory of a run; a file of weights: towers of CLIP, SigLIP or Perception Encoder,
         which get no temporal head and the interaction dp, as in zero-shot retrieval, a DRL
-        checkpoint, or an exported run; or the name of installed weights
-        (`drl_jax.weights.installed.NAMES`).
+        checkpoint, or an exported run; or, as a string, the name of installed weights
+        (`drl_jax.weights.installed.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose weights
+        are downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       release: of a CLIP whose activation nothing else says, one of
         `drl_jax.weights.releases.RELEASES`.
@@ -222,7 +224,8 @@ def load(
     """
     source = os.fspath(path)
     # A run may have the name of installed weights.
-    path = Path(path) if Path(path).is_dir() else weights_path(path)
+    is_run = Path(path).is_dir() and not is_hub_name(path)
+    path = Path(path) if is_run else weights_path(path)
     layout = make_layout()
     if not path.exists():
         raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")

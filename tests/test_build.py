@@ -341,7 +341,7 @@ def test_a_wrong_argument_is_one_line(arguments, message, capsys):
     assert message in line
 
 
-@pytest.mark.parametrize("command", ["build", "check", "compare", "download_clip"])
+@pytest.mark.parametrize("command", ["build", "check", "compare"])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import runpy, sys\n"

@@ -1,4 +1,4 @@
-"""`data_prep.download_clip` with a local server."""
+"""`drl_jax.weights.download` with a local server."""
 
 import hashlib
 import http.server
@@ -7,7 +7,7 @@ import threading
 import pytest
 from support.commands import error_of
 
-from data_prep.download_clip import MODELS, DownloadError, download, main, url_of
+from drl_jax.weights.download import MODELS, DownloadError, download, main, url_of
 
 CONTENT = bytes(range(256)) * 5000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -92,7 +92,7 @@ def test_the_url_contains_the_digest():
 
 
 def test_the_command(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data_prep.download_clip._SERVER", server.address)
+    monkeypatch.setattr("drl_jax.weights.download._SERVER", server.address)
     monkeypatch.setitem(MODELS, "ViT-B/32", SHA256)
     arguments = ["ViT-B/32", f"--out={tmp_path}"]
     assert main(arguments) == 0
@@ -100,7 +100,7 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert target.read_bytes() == CONTENT
     assert f"train with --config.model.init={target}" in capsys.readouterr().out
     target.write_bytes(b"mine")
-    line = error_of("data_prep.download_clip", *arguments, capsys=capsys)
+    line = error_of("drl_jax.weights.download", *arguments, capsys=capsys)
     assert line == (
-        f"data_prep.download_clip: {target} exists but is a different file; move or delete it"
+        f"drl_jax.weights.download: {target} exists but is a different file; move or delete it"
     )

@@ -57,20 +57,21 @@ def test_the_package_needs_nothing_built_on_it():
         assert not roots & {"data_prep", "configs", "tests", "benchmarks"}, module
 
 
-def test_few_modules_import_orbax_and_one_imports_clu():
+def test_few_modules_import_orbax_and_one_each_clu_and_the_hub():
     users = {
         library: {
             module
             for module, path in MODULES.items()
             if library in {name.split(".")[0] for name in imports(path)}
         }
-        for library in ("orbax", "clu", "tensorflow", "torch")
+        for library in ("orbax", "clu", "huggingface_hub", "tensorflow", "torch")
     }
     assert users == {
         "orbax": {
             f"drl_jax.runs.{name}" for name in ("checkpoint_files", "checkpoints", "orbax_parts")
         },
         "clu": {"drl_jax.runs.tensorboard"},
+        "huggingface_hub": {"drl_jax.weights.hub"},
         "tensorflow": set(),
         "torch": set(),
     }

@@ -81,15 +81,17 @@ def test_files_are_replaced_atomically(tmp_path):
 
 def test_commands_answer_help_without_importing_jax():
     """`--help` is answered at once: jax, NumPy and TFDS are imported by the work itself."""
-    heavy = "jax flax numpy tensorflow_datasets orbax av grain PIL matplotlib starlette"
+    heavy = (
+        "jax flax numpy tensorflow_datasets orbax av grain PIL matplotlib starlette huggingface_hub"
+    )
     code = (
         "import sys\n"
         f"for name in {heavy.split()}: sys.modules[name] = None\n"
         "import drl_jax.train, drl_jax.evaluate, drl_jax.convert, drl_jax.search.__main__\n"
-        "import data_prep.build, data_prep.check, data_prep.compare, data_prep.download_clip\n"
+        "import data_prep.build, data_prep.check, data_prep.compare, drl_jax.weights.download\n"
         "for module in (drl_jax.train, drl_jax.evaluate, drl_jax.convert,\n"
         "               drl_jax.search.__main__, data_prep.build, data_prep.check,\n"
-        "               data_prep.compare, data_prep.download_clip):\n"
+        "               data_prep.compare, drl_jax.weights.download):\n"
         "    try:\n"
         "        module.main(['--help'])\n"
         "    except SystemExit as error:\n"
@@ -98,7 +100,7 @@ def test_commands_answer_help_without_importing_jax():
     finished = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    commands = ("train", "evaluate", "convert", "search", "build", "check", "compare", "download_")
+    commands = ("train", "evaluate", "convert", "search", "build", "check", "compare", "download")
     for command in commands:
         assert f".{command}" in finished.stdout
     assert finished.stdout.count("usage: python -m ") == 8
@@ -129,11 +131,12 @@ def test_freed_memory_is_kept():
     assert faults("keep") < 100 < faults() / 10
 
 
-def test_evaluation_and_the_api_import_neither_tensorflow_nor_torch():
+def test_evaluation_and_the_api_import_no_optional_package():
     code = (
         "import sys, drl_jax; drl_jax.load\n"
         "import drl_jax.runs.evaluate_run, drl_jax.data.batches\n"
-        "bad = {'tensorflow', 'torch', 'clu'} & set(sys.modules); assert not bad, bad"
+        "bad = {'tensorflow', 'torch', 'clu', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

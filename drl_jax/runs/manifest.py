@@ -32,7 +32,7 @@ from drl_jax.runs.workdir import (
 from drl_jax.runtime.distributed import failing_together, is_main
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import seal, sha256, write_json
-from drl_jax.weights.installed import weights_path
+from drl_jax.weights.source import weights_path
 
 _PACKAGES = (
     *("drl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),

@@ -50,7 +50,8 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
     Args:
       command: name of the command, e.g. `drl_jax.train`.
       work: does the work; may return an exit status.
-      on_interrupt: what an interruption with Ctrl-C leaves behind, for the message.
+      on_interrupt: what an interruption with Ctrl-C leaves behind, for the message; that of the
+        KeyboardInterrupt stands instead, if it has one.
 
     Returns:
       The exit status.
@@ -72,11 +73,9 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
         where = f"{error.filename}: " if error.filename else ""
         print(f"{command}: {where}{error.strerror}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        line = (
-            f"{command}: interrupted; {on_interrupt}" if on_interrupt else f"{command}: interrupted"
-        )
-        print(line, file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        left_behind = str(interrupt) or on_interrupt
+        print("; ".join(filter(None, (f"{command}: interrupted", left_behind))), file=sys.stderr)
         return 130
 
 

@@ -23,7 +23,8 @@ def _parser() -> Parser:
         "--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)"
     )
     model.add_argument(
-        "--weights", help="instead of a run: a file of weights (docs/weights.md), or shapes_clip"
+        "--weights",
+        help="instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME",
     )
     model.add_argument(
         "--release", default="", help="release of --weights, for a CLIP that does not say its own"

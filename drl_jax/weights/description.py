@@ -37,11 +37,13 @@ class Description(NamedTuple):
       backbone: family, sizes and everything else.
       activation_from: what says the activation.
       licence: of the weights; empty if unknown.
+      revision: commit of the repository that they were downloaded from; empty for another file.
     """
 
     backbone: BackboneConfig
     activation_from: str
     licence: str = ""
+    revision: str = ""
 
     def __str__(self) -> str:
         backbone = self.backbone
@@ -49,6 +51,7 @@ class Description(NamedTuple):
             f"{backbone.family}, patches of {backbone.vision_patch_size} pixels at"
             f" {backbone.image_resolution} ({backbone.resize}), activation {backbone.activation}"
             f" (from {self.activation_from}), licence: {self.licence or 'not stated by the file'}"
+            f"{self.revision and f', commit {self.revision}'}"
         )
 
 

@@ -1,7 +1,6 @@
 """Weights that are installed with the package; they have a name instead of a path."""
 
 import json
-import os
 from pathlib import Path
 
 from drl_jax.runtime.errors import UserError
@@ -16,34 +15,26 @@ class InstalledWeightsError(UserError):
     """A file of this package is missing or damaged."""
 
 
-def weights_path(source: str | os.PathLike) -> Path:
-    """The path of a file of weights.
-
-    Args:
-      source: a path; or one of `NAMES` as a string, also if a file of that name exists.
-
-    Returns:
-      The path, or that of the installed file, whose hash was compared with its record.
+def installed_path(name: str) -> Path:
+    """The path of the weights of a name in `NAMES`; their hash was compared with their record.
 
     Raises:
       InstalledWeightsError: the installed file or its record is missing or damaged.
     """
-    if source not in NAMES:
-        return Path(source)
-    path = DIRECTORY / f"{source}.safetensors"
+    path = DIRECTORY / f"{name}.safetensors"
     try:
         recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
         found = sha256(path)
     except FileNotFoundError as error:
-        raise _unusable(source, Path(error.filename), "is missing") from error
+        raise _unusable(name, Path(error.filename), "is missing") from error
     except OSError as error:
         raise _unusable(
-            source, Path(error.filename or path), f"is unreadable: {error.strerror}"
+            name, Path(error.filename or path), f"is unreadable: {error.strerror}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise _unusable(source, path.with_suffix(".json"), "is damaged") from error
+        raise _unusable(name, path.with_suffix(".json"), "is damaged") from error
     if found != recorded:
-        raise _unusable(source, path, "is damaged: its sha256 is not that of its record")
+        raise _unusable(name, path, "is damaged: its sha256 is not that of its record")
     return path
 
 

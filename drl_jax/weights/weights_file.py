@@ -18,9 +18,10 @@ from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.runtime.files import replacing
 from drl_jax.weights.description import Description, WeightsError, describe
+from drl_jax.weights.hub import resolved_revision
 from drl_jax.weights.hugging_face import from_hugging_face, is_hugging_face, to_hugging_face
-from drl_jax.weights.installed import weights_path
 from drl_jax.weights.names import entries
+from drl_jax.weights.source import weights_path
 from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
 
 # Integers that OpenAI's archives store beside the weights.
@@ -73,6 +74,7 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
 
     Raises:
       InstalledWeightsError: installed weights are missing or damaged.
+      HubError: a repository cannot be used, see `hub.download`.
       TorchFileError: the file cannot be read safely.
       WeightsError: it does not hold supported towers, or nothing says their activation.
     """
@@ -102,7 +104,7 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
         return Weights(state, Description(config.model.backbone, "the file"), config)
     towers = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
     description = describe(towers, path, release=release, is_openai=is_archive or is_drl)
-    return Weights(state, description)
+    return Weights(state, description._replace(revision=resolved_revision(path) or ""))
 
 
 def _refuse_unsupported(path: Path, state: StateDict) -> None:

@@ -1,8 +1,10 @@
-"""Downloads and verifies OpenAI's CLIP weights; an interrupted download continues.
+"""Downloads weights: OpenAI's CLIP to a directory, or a repository of the Hub to its cache.
 
-python -m data_prep.download_clip ViT-B/32 --out=weights
+python -m drl_jax.weights.download ViT-B/32 --out=weights
+python -m drl_jax.weights.download hf-hub:ORG/NAME
 """
 
+import argparse
 import sys
 import urllib.error
 import urllib.request
@@ -14,6 +16,7 @@ from tqdm import tqdm
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
+from drl_jax.weights import hub
 
 _SERVER = "https://openaipublic.azureedge.net/clip/models"
 # SHA-256 of each file; it is also part of its URL.
@@ -89,27 +92,49 @@ def download(url: str, digest: str, target: Path) -> None:
     unfinished.rename(target)
 
 
+def _model(text: str) -> str:
+    """Argument type: one of MODELS, or the name of a repository."""
+    if text not in MODELS and not hub.is_hub_name(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {', '.join(MODELS)} or {hub.PREFIX}ORG/NAME"
+        )
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    parser = Parser("python -m data_prep.download_clip", description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=MODELS)
+    parser = Parser(
+        "python -m drl_jax.weights.download",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("weights"),
-        metavar="DIR",
-        help="directory for the file (%(default)s)",
+        "model",
+        type=_model,
+        metavar="MODEL",
+        help=f"one of OpenAI's {', '.join(MODELS)}; or {hub.PREFIX}ORG/NAME,"
+        f" {hub.PREFIX}ORG/NAME@REVISION",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory for a file of OpenAI's (weights)"
     )
     options = parser.parse_args(arguments)
+    if hub.is_hub_name(options.model) and options.out:
+        parser.error("--out is for OpenAI's files; HF_HOME moves the cache of the Hub")
 
     def work() -> None:
+        if hub.is_hub_name(options.model):
+            path = hub.download(options.model)
+            name = options.model.partition("@")[0]
+            print(f"{path}; train with --config.model.init={name}@{hub.resolved_revision(path)}")
+            return
         url = url_of(options.model)
-        target = options.out / url.rsplit("/", 1)[1]
+        target = (options.out or Path("weights")) / url.rsplit("/", 1)[1]
         download(url, MODELS[options.model], target)
         print(f"{target}; train with --config.model.init={target}")
 
     return run_command(
-        "data_prep.download_clip",
+        "drl_jax.weights.download",
         work,
         on_interrupt="the partial download is kept; rerun the command to continue",
     )
