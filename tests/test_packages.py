@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A package or module of drl_jax imports only itself and what stands before it here.
 ORDER = (
-    *("runtime", "config", "sharding"),
+    *("runtime", "config", "config_fields", "sharding"),
     *("models", "data", "weights"),
     *("training", "evaluation", "runs"),
     *("pretrained", "search"),

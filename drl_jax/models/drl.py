@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from drl_jax.config import Config, ConfigError, ModelConfig
+from drl_jax.config_fields import config_from_fields
 from drl_jax.models.backbone import Backbone
 from drl_jax.models.clip import CLIP
 from drl_jax.models.interactions import INTERACTIONS, Arrays
@@ -71,7 +72,7 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: names the field that is unknown, missing, of a wrong type or cannot work.
     """
-    config = Config.from_dict(values)
+    config = config_from_fields(values)
     model, data = config.model, config.data
     for field, value, registry in (
         ("backbone.family", model.backbone.family, BACKBONES),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drl_jax.config import Config, ConfigError
+from drl_jax.config_fields import config_from_fields
 from drl_jax.models.drl import config_from_dict
 from drl_jax.runtime.distributed import failing_together, is_main
 from drl_jax.runtime.errors import UserError, one_line
@@ -83,7 +84,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         values = unseal(path.read_text(encoding="utf-8"))
         if not values["starts"]:
             raise ValueError("it has no starts")
-        Config.from_dict(values["config"])
+        config_from_fields(values["config"])
         return values
     except OSError as error:
         raise WorkdirError(f"{path} cannot be read: {error.strerror}") from error
