@@ -40,6 +40,7 @@ from data_prep.estimate import stored_bytes
 from data_prep.video_folder import VideoFolder, make_plan
 from drl_jax.config import BackboneConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.data.batches import PREFETCHED_BATCHES, TrainBatches
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.frames import DiskFrames
 from drl_jax.data.records import Split, VideoDataset
 from drl_jax.data.storage import StorageSpec
@@ -51,7 +52,8 @@ from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import TrainState, create_state
 from drl_jax.training.train_step import make_train_step
 
-FRAMES, SIZE, WORDS = 12, 224, 32
+FRAMES, WORDS = 12, 32
+_FORM = FrameForm.of(BackboneConfig())
 _CAPTIONS_PER_VIDEO = 8
 # CLIP's mean and standard deviation of RGB values in [0, 1].
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -65,14 +67,14 @@ class Mp4Dataset:
         self._paths = paths
 
     def read_frames(self, video: int) -> np.ndarray:
-        frames = read_frames(self._paths[video], FRAMES, SIZE)
+        frames = read_frames(self._paths[video], FRAMES, _FORM)
         _normalize_on_host(frames)
         return frames
 
 
 def _normalize_on_host(frames: np.ndarray) -> np.ndarray:
     """What the reference does on the host: ToTensor, Normalize and a zero-padded float64 array."""
-    padded = np.zeros((FRAMES, 3, SIZE, SIZE))
+    padded = np.zeros((FRAMES, 3, _FORM.size, _FORM.size))
     normalized = (frames.astype(np.float32) / 255 - _MEAN) / _STD
     padded[: len(frames)] = normalized.transpose(0, 3, 1, 2)
     return padded
@@ -117,7 +119,7 @@ def build_datasets(
     plan = make_plan(Annotations(splits), videos, {})
     datasets, seconds = {}, {}
     for encoding in ("raw", "jpeg"):
-        storage = StorageSpec(SIZE, FRAMES, encoding)
+        storage = StorageSpec(_FORM, FRAMES, encoding)
         start = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()):  # Hides the progress bars.
             directory = build_dataset("custom", plan, data_dir, storage, timeout=DECODE_TIMEOUT)
@@ -232,7 +234,7 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
         "build_seconds_per_video": round(build_seconds, 3),
         "build_hours_for_10000": round(build_seconds * 10000 / 3600, 2),
         "jpeg_gb_for_10000": round(
-            stored_bytes(10000 * FRAMES, StorageSpec(SIZE, FRAMES, "jpeg")) / 1e9, 1
+            stored_bytes(10000 * FRAMES, StorageSpec(_FORM, FRAMES, "jpeg")) / 1e9, 1
         ),
         "cores": available_cpus(),
     }
@@ -261,7 +263,7 @@ def link_readable_videos(videos: Path, directory: Path) -> None:
     """Creates links in `directory` to the files of a folder that can be decoded."""
     for path in VideoFolder(videos).files:
         with contextlib.suppress(VideoError):
-            read_frames(path, 1, SIZE)
+            read_frames(path, 1, _FORM)
             (directory / path.name).symlink_to(path.absolute())
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.datasets import builder_class
-from drl_jax.config import STORAGE_ENCODINGS
+from drl_jax.config import INTERPOLATIONS, RESIZES, STORAGE_ENCODINGS
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.cli import Parser, positive_int
 from drl_jax.runtime.errors import UserError
@@ -78,6 +79,13 @@ def add_source_flags(parser: Parser, *, required: bool) -> None:
         "--image_size", type=positive_int, metavar="N", help="side of the stored frames, pixels"
     )
     parser.add_argument(
+        "--resize",
+        choices=RESIZES,
+        help="crop: the short side becomes N, and the centre is cut out; squash: both sides"
+        " become N",
+    )
+    parser.add_argument("--interpolation", choices=INTERPOLATIONS, help="filter of the resize")
+    parser.add_argument(
         "--max_frames", type=positive_int, metavar="N", help="maximum frames per video"
     )
     parser.add_argument("--storage", choices=STORAGE_ENCODINGS, help="jpeg: small; raw: exact")
@@ -93,8 +101,13 @@ def add_source_flags(parser: Parser, *, required: bool) -> None:
 def requested_storage(options: argparse.Namespace) -> StorageSpec:
     """Storage variant from the flags of `add_source_flags`; the dataset's default where unset."""
     default = builder_class(options.dataset).DEFAULT_STORAGE
+    form = FrameForm(
+        options.image_size or default.form.size,
+        options.resize or default.form.resize,
+        options.interpolation or default.form.interpolation,
+    )
     return StorageSpec(
-        options.image_size or default.image_size,
+        form,
         options.max_frames or default.max_frames,
         options.storage or default.encoding,
     )

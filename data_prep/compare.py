@@ -42,11 +42,13 @@ def _compare(options: argparse.Namespace) -> None:
             f"no directory {options.videos}; --videos must be the folder of the video files"
         )
     wrong = {}
-    print(f"{'storage':<20}{'videos':>8}{'max':>6}{'mean':>8}")
-    for directory in built_variants(options.data_dir, options.dataset):
+    variants = built_variants(options.data_dir, options.dataset)
+    width = max(20, *(len(directory.parent.name) for directory in variants))
+    print(f"{'storage':<{width}}{'videos':>8}{'max':>6}{'mean':>8}")
+    for directory in variants:
         found = compare_dataset(directory, options.videos, options.samples, timeout=DECODE_TIMEOUT)
         storage = directory.parent.name
-        print(f"{storage:<20}{found.videos:>8}{found.largest:>6}{found.mean:>8.3f}")
+        print(f"{storage:<{width}}{found.videos:>8}{found.largest:>6}{found.mean:>8.3f}")
         wrong |= {f"{storage}, {video}": reason for video, reason in found.wrong.items()}
     for video, reason in list(wrong.items())[:10]:
         print(f"  {video}: {reason}")

@@ -97,6 +97,7 @@ def check_dataset(
         "build": {
             "videos": len(usable),
             "frames": frames,
+            "storage": storage.name,
             "bytes": estimate.stored_bytes(frames, storage),
             "minutes": round(seconds / available_cpus() / 60, 1),
         },
@@ -124,7 +125,7 @@ def _inspect(path: Path, storage: StorageSpec) -> Finding:
     digest = ""
     try:
         digest = sha256(path)
-        facts, error = inspect_video(path, storage.max_frames, storage.image_size), ""
+        facts, error = inspect_video(path, storage.max_frames, storage.form), ""
         if facts.black:
             # A build would store it, but no caption can match it.
             error = "all its sampled frames are black"
@@ -217,9 +218,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(f"{count} video files have no annotation")
     build = report["build"]
     print(
-        f"a build stores {build['videos']:,} videos, {build['frames']:,} frames,"
-        f" {estimate.format_bytes(build['bytes'])}, and takes about {build['minutes']} minutes on"
-        " this machine"
+        f"a build of {build['storage']} stores {build['videos']:,} videos, {build['frames']:,}"
+        f" frames, {estimate.format_bytes(build['bytes'])}, and takes about {build['minutes']}"
+        " minutes on this machine"
     )
 
 

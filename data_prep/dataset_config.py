@@ -41,7 +41,7 @@ def finetuning_config(
 ) -> ConfigDict:
     """Makes the configuration that fine-tunes CLIP on a dataset with the reference's recipe.
 
-    Image size, frames, storage encoding and words are those of the dataset's builder, so that
+    Form, number and encoding of the frames and words are those of the dataset's builder, so that
     training opens the dataset that `python -m data_prep.build` writes by default. All other fields
     have the defaults of `drl_jax/config.py`.
 
@@ -56,10 +56,13 @@ def finetuning_config(
       The configuration as a ConfigDict, for `--config` and its overrides.
     """
     data = data_config(dataset, train_split=train_split, val_split=val_split, holdout=holdout)
-    image_size = builder_class(dataset).DEFAULT_STORAGE.image_size
+    form = builder_class(dataset).DEFAULT_STORAGE.form
+    backbone = BackboneConfig(
+        image_resolution=form.size, resize=form.resize, interpolation=form.interpolation
+    )
     config = Config(
         data=data,
-        model=ModelConfig(backbone=BackboneConfig(image_resolution=image_size)),
+        model=ModelConfig(backbone=backbone),
         train=TrainConfig(batch_size=batch_size),
     )
     return ConfigDict(dataclasses.asdict(config))

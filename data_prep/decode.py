@@ -100,14 +100,14 @@ def read_frames_or_error(path: Path, storage: StorageSpec, span: Span | None) ->
 
     Args:
       path: the video file.
-      storage: image size and maximum number of frames.
+      storage: form and maximum number of the frames.
       span: start and end in seconds; None: the whole file.
 
     Returns:
       uint8 [F, S, S, 3], or the reason why the file cannot be decoded.
     """
     try:
-        return read_frames(path, storage.max_frames, storage.image_size, span)
+        return read_frames(path, storage.max_frames, storage.form, span)
     except VideoError as error:
         return str(error)
 

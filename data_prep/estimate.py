@@ -12,7 +12,7 @@ _JPEG_BYTES_PER_PIXEL = 253224 / (12 * 224 * 224)
 def stored_bytes(frames: int, storage: StorageSpec) -> int:
     """Estimated size in bytes of a total number of stored frames."""
     per_pixel = 3 if storage.encoding == "raw" else _JPEG_BYTES_PER_PIXEL
-    return int(frames * storage.image_size**2 * per_pixel)
+    return int(frames * storage.form.size**2 * per_pixel)
 
 
 def free_bytes(directory: Path) -> int:

@@ -64,9 +64,10 @@ def make_manifest(
     return {
         "dataset": dataset,
         "settings": {
-            "image_size": storage.image_size,
+            "image_size": storage.form.size,
             "max_frames": storage.max_frames,
             "storage": storage.encoding,
+            **storage.form.changed_fields(),
         },
         "annotations": _hashes(annotations.files),
         "missing_files": annotations.missing_files,

@@ -23,6 +23,7 @@ from data_prep.decode import Decoded, decode_clips
 from data_prep.frame_cache import FrameCache
 from data_prep.manifest import ContentHash, PublishedSizes, make_manifest
 from data_prep.video_folder import Clip, Plan
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.files import write_json
@@ -48,7 +49,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
     # Storage variant of a build without flags, and of the dataset's training configuration.
-    DEFAULT_STORAGE: ClassVar[StorageSpec] = StorageSpec(224, 12, "jpeg")
+    DEFAULT_STORAGE: ClassVar[StorageSpec] = StorageSpec(FrameForm(224), 12, "jpeg")
     # Tokens per caption in the dataset's training configuration.
     MAX_WORDS: ClassVar[int] = 32
     PUBLISHED: ClassVar[PublishedSizes] = {}
@@ -71,7 +72,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         storage = self.builder_config.spec
-        shape = (storage.image_size, storage.image_size, 3)
+        shape = storage.form.shape
         if storage.encoding == "raw":
             # The default encoding of a Tensor stores bytes as varints: larger, and 15 times slower.
             frames = tfds.features.Tensor(

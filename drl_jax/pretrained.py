@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from drl_jax.config import Config
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import VideoError, read_timed_frames
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.models.drl import BACKBONES, Params
@@ -69,6 +70,11 @@ class RetrievalModel:
     def interaction(self) -> type[Interaction]:
         """The class of the model's interaction."""
         return INTERACTIONS[self.config.model.interaction]
+
+    @property
+    def frame_form(self) -> FrameForm:
+        """The form of the frames that the model takes."""
+        return FrameForm.of(self.config.model.backbone)
 
     def encode_text(self, captions: Sequence[str]) -> Features:
         """Encodes captions.
@@ -125,7 +131,7 @@ class RetrievalModel:
         """
         try:
             frames, times = read_timed_frames(
-                Path(path), self.config.data.max_frames, self._image_size
+                Path(path), self.config.data.max_frames, self.frame_form
             )
         except VideoError as error:
             raise UserError(f"{path} {error}") from error
@@ -187,18 +193,14 @@ class RetrievalModel:
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
-    @property
-    def _image_size(self) -> int:
-        return self.config.model.backbone.image_resolution
-
     def _frames(self, video: str | os.PathLike | np.ndarray) -> np.ndarray:
         if not isinstance(video, np.ndarray):
             return self.read_video(video).frames
-        most, size = self.config.data.max_frames, self._image_size
-        valid = video.dtype == np.uint8 and video.ndim == 4 and video.shape[1:] == (size, size, 3)
+        most, shape = self.config.data.max_frames, self.frame_form.shape
+        valid = video.dtype == np.uint8 and video.ndim == 4 and video.shape[1:] == shape
         if not valid or not 1 <= len(video) <= most:
             raise UserError(
-                f"frames must be uint8 [1 to {most}, {size}, {size}, 3], not"
+                f"frames must be uint8 [1 to {most}, {', '.join(map(str, shape))}], not"
                 f" {video.dtype} {list(video.shape)}"
             )
         return video

@@ -108,7 +108,7 @@ def test_a_flipped_bit_in_the_records_is_never_read_silently(
             assert "\n" not in line
             assert line.endswith(
                 f"rebuild it with: python -m data_prep.build shapes --data_dir={tmp_path}"
-                f" --overwrite, with flags that give 64px_4f_{encoding}"
+                f" --image_size=64 --max_frames=4 --storage={encoding} --overwrite"
             )
         flip_bit(shard, position, bit)
     assert errors >= 10

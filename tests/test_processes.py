@@ -14,6 +14,7 @@ from support.videos import numbered_frames, write_video
 from data_prep.decode import decode_clips
 from data_prep.frame_cache import FrameCache
 from data_prep.video_folder import Clip
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
@@ -63,7 +64,7 @@ def test_a_file_that_hangs_its_reader_times_out(tmp_path):
     write_video(tmp_path / "good.mp4", numbered_frames(30), fps=10)
     os.mkfifo(tmp_path / "hangs.mp4")  # Opening it blocks inside FFmpeg until there is a writer.
     clips = [Clip(name, tmp_path / f"{name}.mp4", None) for name in ("hangs", "good", "absent")]
-    cache = FrameCache(tmp_path / "cache", StorageSpec(32, 4, "raw"))
+    cache = FrameCache(tmp_path / "cache", StorageSpec(FrameForm(32), 4, "raw"))
     hangs, good, absent = decode_clips(clips, cache=cache, timeout=2)
     assert (hangs.frames, hangs.error) == (None, "took longer than 2 s")
     assert good.frames.shape == (3, 32, 32, 3)

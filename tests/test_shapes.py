@@ -22,6 +22,7 @@ from data_prep.shapes.scenes import (
     captions,
     split_scenes,
 )
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import read_frames
 from drl_jax.runtime.errors import UserError
 
@@ -160,7 +161,7 @@ def test_files_are_h264_and_keep_reversed_clips_equal(tmp_path):
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         assert container.streams.video[0].frames == FRAMES
-    a, b = (read_frames(tmp_path / name, 12, 64) for name in ("a.mp4", "b.mp4"))
+    a, b = (read_frames(tmp_path / name, 12, FrameForm(64)) for name in ("a.mp4", "b.mp4"))
     np.testing.assert_array_equal(a, b[::-1])
     write_mp4(tmp_path / "again.mp4", draw_clip(scene, 5))
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "a.mp4").read_bytes()
@@ -177,7 +178,7 @@ def test_only_videos_of_the_same_drawing_are_kept(tmp_path):
     again = draw(one_frame, [1, 0])
     assert len(again) == 2
     assert not set(again) & set(first)
-    (frame,) = read_frames(tmp_path / "videos" / "train" / "video0.mp4", 1, SIZE)
+    (frame,) = read_frames(tmp_path / "videos" / "train" / "video0.mp4", 1, FrameForm(SIZE))
     assert abs(int(frame.mean()) - 100) <= 2
 
 
@@ -195,7 +196,7 @@ def test_videos_that_cannot_be_removed_are_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"another version in .*videos: Permission denied"):
             draw([1])
     draw([1])  # The next call removes them.
-    (frame,) = read_frames(tmp_path / "videos" / "train" / "video0.mp4", 1, SIZE)
+    (frame,) = read_frames(tmp_path / "videos" / "train" / "video0.mp4", 1, FrameForm(SIZE))
     assert abs(int(frame.mean()) - 100) <= 2
 
 

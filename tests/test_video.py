@@ -14,13 +14,14 @@ from support.videos import (
     write_video_with_latin_title,
 )
 
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import (
     VideoError,
     VideoFacts,
     inspect_video,
     read_frames,
-    resize_crop,
     sample_positions,
+    to_form,
 )
 
 
@@ -57,7 +58,7 @@ def test_sample_positions_of_a_span(n_frames, fps, max_frames, span, expected):
 
 def test_one_frame_per_second_is_read_in_order(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(41), fps=10)
-    frames = read_frames(tmp_path / "v.mp4", max_frames=12, size=32)
+    frames = read_frames(tmp_path / "v.mp4", max_frames=12, form=FrameForm(32))
     assert frames.shape == (5, 32, 32, 3)
     assert frames.dtype == np.uint8
     levels = frames.reshape(5, -1).mean(1)
@@ -66,39 +67,41 @@ def test_one_frame_per_second_is_read_in_order(tmp_path):
 
 def test_a_span_of_a_video(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(60), fps=10)
-    frames = read_frames(tmp_path / "v.mp4", max_frames=12, size=32, span=(2, 4))
+    frames = read_frames(tmp_path / "v.mp4", max_frames=12, form=FrameForm(32), span=(2, 4))
     np.testing.assert_allclose(frames.reshape(3, -1).mean(1), [80, 120, 160], atol=2)
     with pytest.raises(VideoError, match=r"its span 7-9 s is outside the file \(6.0 s\)"):
-        read_frames(tmp_path / "v.mp4", max_frames=12, size=32, span=(7, 9))
+        read_frames(tmp_path / "v.mp4", max_frames=12, form=FrameForm(32), span=(7, 9))
 
 
 def test_inspect_video(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(60), fps=10)
-    facts = inspect_video(tmp_path / "v.mp4", 12, 32)
+    facts = inspect_video(tmp_path / "v.mp4", 12, FrameForm(32))
     assert facts == VideoFacts(60, 0, 10.0, 6.0, variable_rate=False, black=False)
     write_video(tmp_path / "black.mp4", np.zeros((20, 32, 48, 3), np.uint8), fps=10)
-    assert inspect_video(tmp_path / "black.mp4", 12, 32).black
+    assert inspect_video(tmp_path / "black.mp4", 12, FrameForm(32)).black
 
 
 def test_bframes_are_counted_in_display_order(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(41), fps=10, bf="3")
-    levels = read_frames(tmp_path / "v.mp4", max_frames=3, size=32).reshape(3, -1).mean(1)
+    levels = (
+        read_frames(tmp_path / "v.mp4", max_frames=3, form=FrameForm(32)).reshape(3, -1).mean(1)
+    )
     np.testing.assert_allclose(levels, [0, 80, 160], atol=2)
 
 
-def test_resize_crop_is_pil_bicubic_and_central():
+def test_the_default_form_is_pil_bicubic_and_central():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
-    found = resize_crop(image, 20)
+    found = to_form(image, FrameForm(20))
     expected = (
         Image.fromarray(image).resize((30, 20), Image.Resampling.BICUBIC).crop((5, 0, 25, 20))
     )
     np.testing.assert_array_equal(found, np.asarray(expected))
-    assert resize_crop(image.transpose(1, 0, 2), 20).shape == (20, 20, 3)
+    assert to_form(image.transpose(1, 0, 2), FrameForm(20)).shape == (20, 20, 3)
 
 
 def test_a_picture_of_the_right_size_is_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(resize_crop(image, 20), image)
+    np.testing.assert_array_equal(to_form(image, FrameForm(20)), image)
 
 
 def test_a_file_that_is_no_video_gives_a_reason(tmp_path):
@@ -108,10 +111,10 @@ def test_a_file_that_is_no_video_gives_a_reason(tmp_path):
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:300])
     for name in ("text.mp4", "empty.mp4", "cut.mp4", "absent.mp4"):
         with pytest.raises(VideoError, match=r"cannot be read as a video \(.+\)"):
-            read_frames(tmp_path / name, 12, 32)
+            read_frames(tmp_path / name, 12, FrameForm(32))
     write_video(tmp_path / "thin.mkv", np.zeros((4, 2, 320, 3), np.uint8), fps=2)
     with pytest.raises(VideoError, match="320 x 2"):
-        read_frames(tmp_path / "thin.mkv", 12, 32)
+        read_frames(tmp_path / "thin.mkv", 12, FrameForm(32))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv", ".mov"])
@@ -119,16 +122,16 @@ def test_a_title_in_latin_1_does_not_matter(suffix, tmp_path):
     path = tmp_path / f"v{suffix}"
     write_video_with_latin_title(path, numbered_frames(30), fps=10)
     assert b"Caf\xe9" in path.read_bytes()
-    levels = read_frames(path, max_frames=12, size=32).reshape(3, -1).mean(1)
+    levels = read_frames(path, max_frames=12, form=FrameForm(32)).reshape(3, -1).mean(1)
     np.testing.assert_allclose(levels, [0, 40, 80], atol=2)
-    assert inspect_video(path, 12, 32).frames == 30
+    assert inspect_video(path, 12, FrameForm(32)).frames == 30
 
 
 def test_an_unknown_codec_gives_a_reason(tmp_path):
     write_video_of_unknown_codec(tmp_path / "v.mp4", numbered_frames(30), fps=10)
     for read in (read_frames, inspect_video):
         with pytest.raises(VideoError, match="has a video codec that FFmpeg cannot decode"):
-            read(tmp_path / "v.mp4", 12, 32)
+            read(tmp_path / "v.mp4", 12, FrameForm(32))
 
 
 def test_changed_bytes_give_frames_or_a_reason(tmp_path):
@@ -146,7 +149,7 @@ def test_changed_bytes_give_frames_or_a_reason(tmp_path):
                 changed[position] = rng.integers(256)
             (tmp_path / f"changed{suffix}").write_bytes(changed)
             try:
-                frames = read_frames(tmp_path / f"changed{suffix}", 4, 32)
+                frames = read_frames(tmp_path / f"changed{suffix}", 4, FrameForm(32))
                 outcomes.add(frames.shape[1:])
             except VideoError as error:
                 outcomes.add(len(str(error).splitlines()))
@@ -159,9 +162,9 @@ def test_hard_clips(name):
     expected = HARD[name]
     if isinstance(expected, str):
         with pytest.raises(VideoError, match=expected):
-            read_frames(SHARED / "hard_clips" / name, 12, 224)
+            read_frames(SHARED / "hard_clips" / name, 12, FrameForm(224))
     else:
-        frames = read_frames(SHARED / "hard_clips" / name, 12, 224)
+        frames = read_frames(SHARED / "hard_clips" / name, 12, FrameForm(224))
         assert frames.shape == (expected, 224, 224, 3)
         assert frames.reshape(expected, -1).std(1).min() > 1  # No black frame.
 
@@ -175,7 +178,7 @@ DECORD = json.loads((Path(__file__).parent / "golden" / "decord.json").read_text
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips beside the project")
 @pytest.mark.parametrize("name", sorted(DECORD))
 def test_pixels_equal_those_of_decord(name):
-    frames = read_frames(SHARED / name, 12, 224)
+    frames = read_frames(SHARED / name, 12, FrameForm(224))
     same = hashlib.sha256(frames.tobytes()).hexdigest() == DECORD[name]["sha256"]
     assert same == (Path(name).name not in UNLIKE_DECORD)
     if same:

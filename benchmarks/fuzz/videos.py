@@ -9,9 +9,10 @@ import numpy as np
 
 from benchmarks.fuzz.damage import LEGITIMATE, Damage, damage_file
 from benchmarks.fuzz.runner import InvalidResult
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import inspect_video, read_timed_frames
 
-_MAX_FRAMES, _SIZE = 4, 32
+_MAX_FRAMES, _FORM = 4, FrameForm(32)
 _TITLE = "Café"
 # File name: codec and pixel format.
 _VIDEOS = {
@@ -92,13 +93,13 @@ def read(root: Path, name: str, directory: Path) -> str:
     """Digest of the sampled frames, their times and the facts of the file."""
     del root
     path = next(directory.iterdir(), directory / name)  # It may be deleted.
-    frames, times = read_timed_frames(path, _MAX_FRAMES, _SIZE)
+    frames, times = read_timed_frames(path, _MAX_FRAMES, _FORM)
     count = len(frames)
-    if frames.shape != (count, _SIZE, _SIZE, 3) or frames.dtype != np.uint8 or count > _MAX_FRAMES:
+    if frames.shape != (count, *_FORM.shape) or frames.dtype != np.uint8 or count > _MAX_FRAMES:
         raise InvalidResult(f"frames are {frames.dtype} {frames.shape}")
     if times.shape != (count,) or not np.isfinite(times).all():
         raise InvalidResult(f"times are {times}")
-    facts = inspect_video(path, _MAX_FRAMES, _SIZE)
+    facts = inspect_video(path, _MAX_FRAMES, _FORM)
     if not all(np.isfinite([facts.fps, facts.duration])) or facts.frames < count:
         raise InvalidResult(f"{count} frames were read, but the facts are {facts}")
     digest = hashlib.sha256(frames.tobytes() + times.tobytes()).hexdigest()

@@ -13,6 +13,7 @@ from data_prep.annotations import (
     with_all_captions,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 
 # Files of ids and of captions; the literature tests on val_1.
@@ -22,7 +23,7 @@ _FILES = {"train": ("train_ids.json", "train.json"), "test": ("val_ids.json", "v
 class Builder(RetrievalBuilder):
     """ActivityNet Captions: whole videos of about two minutes, described by paragraphs."""
 
-    DEFAULT_STORAGE = StorageSpec(224, 64, "jpeg")
+    DEFAULT_STORAGE = StorageSpec(FrameForm(224), 64, "jpeg")
     MAX_WORDS = 64
     PUBLISHED: ClassVar = {"train": {"videos": (10009, 10009)}, "test": {"videos": (4917, 4917)}}
 

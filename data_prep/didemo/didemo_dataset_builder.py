@@ -16,6 +16,7 @@ from data_prep.annotations import (
     without_video_suffix,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 
 _FILES = {name: (f"{name}_list.txt", f"{name}_data.json") for name in ("train", "val", "test")}
@@ -26,7 +27,7 @@ _SPAN = (0.0, 31.0)
 class Builder(RetrievalBuilder):
     """DiDeMo: Flickr videos with descriptions of their moments."""
 
-    DEFAULT_STORAGE = StorageSpec(224, 64, "jpeg")
+    DEFAULT_STORAGE = StorageSpec(FrameForm(224), 64, "jpeg")
     MAX_WORDS = 64
     # Publications differ by a few videos.
     PUBLISHED: ClassVar = {

@@ -8,6 +8,7 @@ from data_prep.shapes.dataset_files import draw_files
 from data_prep.shapes.draw import draw_clip
 from data_prep.shapes.drawn_builder import DrawnBuilder
 from data_prep.shapes.scenes import SIZES, captions, split_scenes
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 
 _CAPTIONS = 20
@@ -18,7 +19,7 @@ class Builder(DrawnBuilder):
     """Two coloured shapes, each with its own motion; half of the clips of val and of test are pairs
     that differ only in the direction of one motion."""
 
-    DEFAULT_STORAGE = StorageSpec(64, 4, "raw")
+    DEFAULT_STORAGE = StorageSpec(FrameForm(64), 4, "raw")
 
     @classmethod
     def draw(cls, directory: Path, size: str) -> None:

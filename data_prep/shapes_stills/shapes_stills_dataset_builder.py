@@ -8,6 +8,7 @@ from data_prep.shapes.dataset_files import draw_files
 from data_prep.shapes.draw import draw_still
 from data_prep.shapes.drawn_builder import DrawnBuilder
 from data_prep.shapes.stills import SIZES, captions, split_stills
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 
 _CAPTIONS = 5
@@ -17,7 +18,7 @@ _SEED = 0
 class Builder(DrawnBuilder):
     """One frame with two coloured shapes, each with a size and one of 3 x 3 places."""
 
-    DEFAULT_STORAGE = StorageSpec(64, 1, "raw")
+    DEFAULT_STORAGE = StorageSpec(FrameForm(64), 1, "raw")
 
     @classmethod
     def draw(cls, directory: Path, size: str) -> None:

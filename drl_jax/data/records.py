@@ -6,6 +6,7 @@ does not import TensorFlow.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -17,7 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from drl_jax.config import Config
-from drl_jax.data.storage import StorageSpec
+from drl_jax.data.frame_form import FrameForm
+from drl_jax.data.storage import StorageSpec, build_command
 from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.files import sha256
 
@@ -67,8 +69,7 @@ class Split:
 def dataset_dir(config: Config) -> Path:
     """Directory of the built dataset that a configuration uses; it may not exist yet."""
     data = config.data
-    storage = StorageSpec(config.model.backbone.image_resolution, data.max_frames, data.storage)
-    return Path(data.data_dir) / data.dataset / storage.name / FORMAT_VERSION
+    return Path(data.data_dir) / data.dataset / StorageSpec.of(config).name / FORMAT_VERSION
 
 
 class VideoDataset:
@@ -92,6 +93,7 @@ class VideoDataset:
         self.manifest: dict[str, Any] = read_manifest(directory)
         try:
             self.storage = StorageSpec.from_name(directory.parent.name)
+            _check_form(self.manifest, self.storage.form)
             _check_descriptions(directory, self.manifest)
             builder = tfds.builder_from_directory(str(directory))
             self._metadata = dict(builder.info.metadata)
@@ -240,28 +242,51 @@ def _check_descriptions(directory: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not the file that the build wrote")
 
 
+def _check_form(manifest: dict[str, Any], form: FrameForm) -> None:
+    """Compares what the pixels of a frame do not show with the name of its directory."""
+    if not manifest:
+        return
+    fields = manifest.get("settings", {})
+    stored = {name: fields[name] for name in ("resize", "interpolation") if name in fields}
+    if (found := FrameForm(form.size, **stored)) != form:
+        raise ValueError(f"{MANIFEST} says {found.resize}, {found.interpolation}")
+
+
 def _check_frames(frames: np.ndarray, storage: StorageSpec) -> None:
-    picture = (storage.image_size, storage.image_size, 3)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != picture:
+    shape = storage.form.shape
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != shape:
         raise ValueError(f"it has frames {frames.dtype} {list(frames.shape)}")
     if not 1 <= len(frames) <= storage.max_frames:
         raise ValueError(f"it has {len(frames)} frames")
 
 
 def _damaged_message(directory: Path, what: object, error: Exception) -> str:
-    dataset, storage = directory.parent.parent, directory.parent.name
-    return (
-        f"{what} is damaged or cannot be read ({one_line(error)}); rebuild it with:"
-        f" python -m data_prep.build {dataset.name} --data_dir={dataset.parent} --overwrite, with"
-        f" flags that give {storage}"
-    )
+    command = _build_command(directory, "--overwrite")
+    return f"{what} is damaged or cannot be read ({one_line(error)}); rebuild it with: {command}"
 
 
 def _not_built_message(directory: Path) -> str:
-    dataset, storage = directory.parent.parent, directory.parent.name
-    built = sorted(path.parent.name for path in dataset.glob("*/" + directory.name))
-    found = f" (built variants: {', '.join(built)})" if built else ""
-    return (
-        f"no dataset in {directory}{found}; build it with: python -m data_prep.build"
-        f" {dataset.name} --data_dir={dataset.parent}, with flags that give {storage}"
-    )
+    wanted = directory.parent
+    built = sorted(path.parent.name for path in wanted.parent.glob("*/" + directory.name))
+    found = ""
+    if built:
+        stored = ", ".join(map(_described, built))
+        found = f": wanted is {_described(wanted.name)}, stored is {stored}"
+    return f"no dataset in {directory}{found}; build it with: {_build_command(directory)}"
+
+
+def _described(name: str) -> str:
+    """A storage variant in words; its directory's name if a user gave it another."""
+    try:
+        return str(StorageSpec.from_name(name))
+    except ValueError:
+        return name
+
+
+def _build_command(directory: Path, *other: str) -> str:
+    """The command that builds the dataset of a directory."""
+    dataset, variant = directory.parent.parent, directory.parent.name
+    flags = []
+    with contextlib.suppress(ValueError):  # A user gave the directory another name.
+        flags = StorageSpec.from_name(variant).flags()
+    return build_command(dataset.name, dataset.parent, [*flags, *other])

@@ -1,7 +1,20 @@
-"""How the frames of a dataset are stored."""
+"""How the frames of a dataset are stored, and the command that stores them so."""
 
 import dataclasses
 import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from drl_jax.config import INTERPOLATIONS, RESIZES, STORAGE_ENCODINGS, Config
+from drl_jax.data.frame_form import FrameForm
+
+_NAME = re.compile(
+    rf"(\d+)px_(\d+)f_({'|'.join(STORAGE_ENCODINGS)})"
+    rf"(?:_({'|'.join(RESIZES[1:])}))?(?:_({'|'.join(INTERPOLATIONS[1:])}))?"
+)
+# Datasets that the build draws, so that it needs no source files (`data_prep.datasets.DRAWN`).
+DRAWN_DATASETS = ("shapes", "shapes_stills")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,19 +22,26 @@ class StorageSpec:
     """Storage variant of a dataset: one dataset can be built in several of them.
 
     Attributes:
-      image_size: side of the square frames, pixels.
+      form: form of the frames.
       max_frames: maximum number of frames per video.
       encoding: one of `config.STORAGE_ENCODINGS`.
     """
 
-    image_size: int
+    form: FrameForm
     max_frames: int
     encoding: str
 
+    @classmethod
+    def of(cls, config: Config) -> "StorageSpec":
+        """The variant that a configuration reads."""
+        form = FrameForm.of(config.model.backbone)
+        return cls(form, config.data.max_frames, config.data.storage)
+
     @property
     def name(self) -> str:
-        """Name of the variant's directory, e.g. `224px_12f_jpeg`."""
-        return f"{self.image_size}px_{self.max_frames}f_{self.encoding}"
+        """Name of the variant's directory, e.g. `224px_12f_jpeg` or `256px_12f_jpeg_squash`."""
+        name = f"{self.form.size}px_{self.max_frames}f_{self.encoding}"
+        return "_".join([name, *self.form.changed_fields().values()])
 
     @classmethod
     def from_name(cls, name: str) -> "StorageSpec":
@@ -30,7 +50,36 @@ class StorageSpec:
         Raises:
           ValueError: it is not the name of a variant.
         """
-        match = re.fullmatch(r"(\d+)px_(\d+)f_(\w+)", name)
+        match = _NAME.fullmatch(name)
         if not match:
             raise ValueError(f"{name!r} is not like 224px_12f_jpeg")
-        return cls(int(match[1]), int(match[2]), match[3])
+        size, max_frames, encoding, resize, interpolation = match.groups()
+        changed = {"resize": resize, "interpolation": interpolation}
+        form = FrameForm(int(size), **{name: value for name, value in changed.items() if value})
+        return cls(form, int(max_frames), encoding)
+
+    def __str__(self) -> str:
+        """The name and the form, e.g. `224px_12f_jpeg (crop, bicubic)`."""
+        return f"{self.name} ({self.form.resize}, {self.form.interpolation})"
+
+    def flags(self) -> list[str]:
+        """Flags of `data_prep.build` that give this variant of any dataset."""
+        return [
+            f"--image_size={self.form.size}",
+            f"--max_frames={self.max_frames}",
+            f"--storage={self.encoding}",
+            *(f"--{name}={value}" for name, value in self.form.changed_fields().items()),
+        ]
+
+
+def build_command(dataset: str, data_dir: Path, flags: Sequence[str]) -> str:
+    """The command that builds a dataset, for messages.
+
+    Args:
+      dataset: its name.
+      data_dir: directory of built datasets.
+      flags: other flags, e.g. those of a storage variant.
+    """
+    source = [] if dataset in DRAWN_DATASETS else ["--videos=DIR", "--annotations=PATH"]
+    command = ["python", "-m", "data_prep.build", dataset, f"--data_dir={data_dir}"]
+    return shlex.join([*command, *source, *flags])

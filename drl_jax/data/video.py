@@ -2,9 +2,10 @@
 
 Decoding workers import this module, so it does not import jax.
 
-The result is bit for bit that of the reference (decord, PIL, torchvision's crop) wherever decord
-decodes correctly: one sequential pass in one thread, frames counted as decoded, swscale's default
-flags. It never seeks: seeking returns wrong frames in files with edit lists or B-frames in AVI.
+With the default form of frames, the result is bit for bit that of the reference (decord, PIL,
+torchvision's crop) wherever decord decodes correctly: one sequential pass in one thread, frames
+counted as decoded, swscale's default flags. It never seeks: seeking returns wrong frames in files
+with edit lists or B-frames in AVI.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from drl_jax.data.frame_form import FrameForm
+
 # Suffixes of video files, lower case.
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv"),
@@ -25,6 +28,8 @@ VIDEO_SUFFIXES = (
 )
 # Start and end of a part of a video, seconds.
 Span = tuple[float, float]
+# PIL's filters; they average over all pixels that become one.
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Above this aspect ratio, the picture resized by its short side would not fit in memory.
 _MAX_ASPECT_RATIO = 64
 # Black in limited-range video decodes to a few levels above 0.
@@ -58,12 +63,12 @@ def sample_positions(
     return [positions[i] for i in np.linspace(0, len(positions) - 1, num=max_frames, dtype=int)]
 
 
-def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes the short side to `size` (bicubic), then crops the central square.
+def to_form(image: np.ndarray, form: FrameForm) -> np.ndarray:
+    """Resizes a picture to a square.
 
     Args:
       image: uint8 [H, W, 3].
-      size: side of the result, pixels.
+      form: size, resize and interpolation.
 
     Returns:
       uint8 [size, size, 3].
@@ -73,23 +78,29 @@ def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
     """
     height, width = image.shape[:2]
     short, long = min(height, width), max(height, width)
+    # Also where nothing is cropped, so that a dataset has the same videos in every form.
     if long > _MAX_ASPECT_RATIO * short:
         raise VideoError(f"picture of {width} x {height} pixels is too thin to resize")
+    size, resampling = form.size, _RESAMPLING[form.interpolation]
+    if form.resize == "squash":
+        return np.asarray(Image.fromarray(image).resize((size, size), resampling))
     # As in torchvision: the long side is truncated, the offset of the crop rounded half to even.
     scaled = int(size * long / short)
     new_width, new_height = (size, scaled) if width <= height else (scaled, size)
     left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
-    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(image).resize((new_width, new_height), resampling)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def read_frames(path: Path, max_frames: int, size: int, span: Span | None = None) -> np.ndarray:
+def read_frames(
+    path: Path, max_frames: int, form: FrameForm, span: Span | None = None
+) -> np.ndarray:
     """Like `read_timed_frames`, without the times: uint8 [F, size, size, 3]."""
-    return read_timed_frames(path, max_frames, size, span)[0]
+    return read_timed_frames(path, max_frames, form, span)[0]
 
 
 def read_timed_frames(
-    path: Path, max_frames: int, size: int, span: Span | None = None
+    path: Path, max_frames: int, form: FrameForm, span: Span | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes the sampled frames of a video.
 
@@ -98,7 +109,7 @@ def read_timed_frames(
     Args:
       path: any file that FFmpeg reads.
       max_frames: see `sample_positions`.
-      size: side of the square frames, pixels.
+      form: form of the frames.
       span: only sample this part of the video.
 
     Returns:
@@ -124,7 +135,7 @@ def read_timed_frames(
                 time = position / fps if frame.time is None else frame.time
                 first = time if first is None else first
                 if position in wanted:
-                    sampled.append(resize_crop(to_rgb(frame), size))
+                    sampled.append(to_form(to_rgb(frame), form))
                     times.append(time - first)
                 if position >= positions[-1]:
                     break
@@ -152,13 +163,13 @@ class VideoFacts:
     black: bool
 
 
-def inspect_video(path: Path, max_frames: int, size: int) -> VideoFacts:
+def inspect_video(path: Path, max_frames: int, form: FrameForm) -> VideoFacts:
     """Decodes a file completely.
 
     Args:
       path: any file that FFmpeg reads.
       max_frames: see `sample_positions`.
-      size: side of the square frames, pixels.
+      form: form of the frames.
 
     Raises:
       VideoError: as in `read_frames`.
@@ -172,7 +183,7 @@ def inspect_video(path: Path, max_frames: int, size: int) -> VideoFacts:
                 damaged += 1
                 continue
             if frames in wanted:
-                sampled.append(resize_crop(to_rgb(frame), size))
+                sampled.append(to_form(to_rgb(frame), form))
             frames += 1
             times.append(frame.time)
         duration = _header_duration(path)

@@ -10,6 +10,7 @@ import jax
 from drl_jax.config import Config, ConfigError, TrainConfig
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.data.storage import StorageSpec
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import format_table
 from drl_jax.models.drl import BACKBONES, Params, abstract_params
@@ -264,7 +265,8 @@ def _open_dataset(config: Config) -> VideoDataset:
     if data.build_if_absent and not directory.exists() and jax.process_count() == 1:
         print(f"no dataset in {directory} yet: building it", flush=True)
         # In a process: data_prep may import drl_jax, never the reverse.
-        flags = [f"--data_dir={data.data_dir}", *data.build_flags.split()]
+        storage = StorageSpec.of(config).flags()
+        flags = [f"--data_dir={data.data_dir}", *storage, *data.build_flags.split()]
         if run_module("data_prep.build", data.dataset, *flags):
             raise TrainingError(f"building {data.dataset} failed; see above")
     return VideoDataset(directory)

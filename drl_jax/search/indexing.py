@@ -88,7 +88,7 @@ def update_index(
                 videos / video.path,
                 known[video.path].sha256 if video.path in known else "",
                 model.config.data.max_frames,
-                model.config.model.backbone.image_resolution,
+                model.frame_form,
             )
             for video in pending
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import VideoError, read_timed_frames
 from drl_jax.runtime.files import sha256
 
@@ -36,14 +37,14 @@ class VideoRead:
     thumbnails: bytes = b""
 
 
-def read_video(path: Path, known_sha256: str, max_frames: int, size: int) -> VideoRead:
+def read_video(path: Path, known_sha256: str, max_frames: int, form: FrameForm) -> VideoRead:
     """Reads a file, and decodes it unless its content is known.
 
     Args:
       path: of the file.
       known_sha256: of its content when it was last read; empty if it was not read before.
       max_frames: see `drl_jax.data.video.sample_positions`.
-      size: side of the frames, pixels.
+      form: form of the frames.
     """
     try:
         digest = sha256(path)
@@ -52,7 +53,7 @@ def read_video(path: Path, known_sha256: str, max_frames: int, size: int) -> Vid
     if digest == known_sha256:
         return VideoRead(digest)
     try:
-        frames, times = read_timed_frames(path, max_frames, size)
+        frames, times = read_timed_frames(path, max_frames, form)
     except VideoError as error:
         return VideoRead(digest, str(error))
     return VideoRead(digest, "", frames, tuple(map(float, times)), _strip(frames))

@@ -1,0 +1,47 @@
+"""The form of a frame: how a picture becomes the square that a model takes.
+
+Decoding workers import this module, so it does not import jax.
+"""
+
+import dataclasses
+
+from drl_jax.config import BackboneConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameForm:
+    """The form of a frame; the defaults are OpenAI's CLIP.
+
+    Attributes:
+      size: side of the square, pixels.
+      resize: one of `config.RESIZES`. crop: the short side becomes `size`, and the centre is cut
+        out. squash: both sides become `size`.
+      interpolation: one of `config.INTERPOLATIONS`.
+    """
+
+    size: int
+    resize: str = BackboneConfig.resize
+    interpolation: str = BackboneConfig.interpolation
+
+    @classmethod
+    def of(cls, backbone: BackboneConfig) -> "FrameForm":
+        """The form of the frames that an image tower takes."""
+        return cls(backbone.image_resolution, backbone.resize, backbone.interpolation)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of a frame: (height, width, channels)."""
+        return (self.size, self.size, 3)
+
+    def changed_fields(self) -> dict[str, str]:
+        """`resize` and `interpolation`, by name, where they are not the default.
+
+        Names and descriptions of datasets have these alone, so that those of the default form are
+        the same as in versions that had no other.
+        """
+        default = FrameForm(self.size)
+        return {
+            name: getattr(self, name)
+            for name in ("resize", "interpolation")
+            if getattr(self, name) != getattr(default, name)
+        }
