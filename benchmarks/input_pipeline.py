@@ -45,7 +45,7 @@ from drl_jax.data.frames import DiskFrames
 from drl_jax.data.records import Split, VideoDataset
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import VideoError, read_frames
-from drl_jax.models.tokenizer import tokenize
+from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.resources import available_cpus
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
@@ -205,6 +205,7 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
     if options.reading_only:
         del sources["device"]
     rows, batches, decode_ms = [], {}, 0.0
+    tokenize = CLIPTokenizer().tokenize
     for name, (dataset, cache) in sources.items():
         read_ms = read_milliseconds(DiskFrames(dataset, FRAMES).read, count)
         decode_ms = decode_ms or read_ms

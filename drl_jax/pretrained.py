@@ -21,7 +21,7 @@ from drl_jax.config import Config
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import VideoError, read_timed_frames
 from drl_jax.evaluation.embedder import Embedder
-from drl_jax.models.drl import BACKBONES, Params
+from drl_jax.models.drl import Params
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
@@ -151,10 +151,11 @@ class RetrievalModel:
 
     def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
         """The tokens of each caption as the model reads them, truncated, with start and end."""
-        backbone = BACKBONES[self.config.model.backbone.family]
-        text_ids, text_mask = backbone.tokenize(list(captions), self.config.data.max_words)
+        tokenizer = self._embedder.tokenizer
+        text_ids, text_mask = tokenizer.tokenize(captions, self.config.data.max_words)
         return [
-            backbone.token_strings(ids[mask]) for ids, mask in zip(text_ids, text_mask, strict=True)
+            tokenizer.token_strings(ids[mask])
+            for ids, mask in zip(text_ids, text_mask, strict=True)
         ]
 
     @functools.cached_property
@@ -166,25 +167,34 @@ class RetrievalModel:
         """
         model = self.config.model
         identity = {
-            "backbone": dataclasses.asdict(model.backbone),
+            "backbone": model.backbone.identity(),
             "interaction": model.interaction,
             "agg_module": model.agg_module,
             "dtype": model.dtype,
             "max_frames": self.config.data.max_frames,
             "max_words": self.config.data.max_words,
         }
+        # Where it lies does not matter. CLIP's is not a file, and as in earlier versions.
+        if model.tokenizer:
+            identity["tokenizer"] = self._embedder.tokenizer.sha256
         return self._digest(json.dumps(identity, sort_keys=True))
 
     @functools.cached_property
     def format_2_fingerprint(self) -> str:
         """The fingerprint that search indexes of format 2 (version 0.1) store."""
-        model = dataclasses.replace(
-            self.config.model, init="", remat=False, attention="", scan_unroll=1
+        # The repr of version 0.1's configuration, which had one family and fewer fields.
+        model = dataclasses.asdict(self.config.model) | {"init": "", "remat": False}
+        model["scan_unroll"] = 1
+        backbone = self.config.model.backbone.identity()
+        if backbone["family"] == "clip":
+            del backbone["family"]
+        for name in ("backbone", "attention", "release", "tokenizer"):
+            del model[name]
+        fields, sizes = (
+            ", ".join(f"{name}={value!r}" for name, value in group.items())
+            for group in (model, backbone)
         )
-        model_repr = repr(model).replace(
-            "backbone=BackboneConfig(family='clip', ", "clip=ClipConfig("
-        )
-        model_repr = model_repr.replace("attention='', ", "")
+        model_repr = f"ModelConfig(clip=ClipConfig({sizes}), {fields})"
         return self._digest(f"({model_repr}, {self.config.data.max_frames})")
 
     def _digest(self, identity: str) -> str:

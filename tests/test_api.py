@@ -14,7 +14,7 @@ from support.params import openai_shaped_backbone, random_params
 from support.runs import make_run
 
 import drl_jax
-from drl_jax.config import ModelConfig
+from drl_jax.config import Config, ModelConfig
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
@@ -122,3 +122,16 @@ def test_the_fingerprint_depends_on_results_only(search_model):
         assert fingerprint(**{name: value}) == search_model.fingerprint, name
     assert fingerprint(interaction="ti") != search_model.fingerprint
     assert fingerprint(dtype="bfloat16") != search_model.fingerprint
+
+
+def test_fingerprints_are_those_of_version_0_2():
+    """Indexes made with it, and with 0.1, open; the numbers were computed with its code."""
+    backbone = dataclasses.replace(openai_shaped_backbone(32), vocab_size=100)
+    config = Config(model=ModelConfig(backbone=backbone, init="a.pt", position_std=0.5))
+    params = {"a": np.arange(5, dtype=np.float32)}
+    model = drl_jax.RetrievalModel(config, params, None, {}, None)
+    assert model.fingerprint == "5624ef93f81b4a317f3b7b9865d6e58d411380319c412e20fa1b4ec8991b4b72"
+    assert (
+        model.format_2_fingerprint
+        == "85e5d524465c8037ba7bdc7e56d63090250da3c9788c39ea7bfc2d58acd58aa0"
+    )

@@ -8,7 +8,7 @@ from drl_jax.data import frames
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.frames import pad_frames
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
-from drl_jax.models.tokenizer import tokenize
+from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.sharding import make_layout
 
 
@@ -24,6 +24,7 @@ def take(batches, start, count, process=0, processes=1):
 
 def make(dataset, config, seed=0, **changes):
     data = dataclasses.replace(config.data, **changes)
+    tokenize = CLIPTokenizer().tokenize
     return TrainBatches(dataset, load_split(dataset, "train", data), data, 16, seed, tokenize)
 
 

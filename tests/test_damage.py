@@ -19,7 +19,7 @@ from data_prep.compare import main as compare
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.records import DatasetError, VideoDataset
 from drl_jax.evaluation.evaluator import Evaluator
-from drl_jax.models.tokenizer import tokenize
+from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.sharding import make_layout
 
 VARIANT = Path("shapes") / "64px_4f_raw" / "1.0.0"
@@ -204,7 +204,7 @@ def test_the_error_reaches_the_main_thread(shapes_config, damaged, tmp_path):
 
 
 def read_an_epoch(dataset, split, data, layout):
-    batches = TrainBatches(dataset, split, data, 16, 0, tokenize)
+    batches = TrainBatches(dataset, split, data, 16, 0, CLIPTokenizer().tokenize)
     collections.deque(itertools.islice(batches.on_devices(0, layout), 12), maxlen=0)
 
 

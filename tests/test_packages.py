@@ -57,14 +57,17 @@ def test_the_package_needs_nothing_built_on_it():
         assert not roots & {"data_prep", "configs", "tests", "benchmarks"}, module
 
 
-def test_few_modules_import_orbax_and_one_each_clu_and_the_hub():
+def test_optional_and_heavy_libraries_are_imported_by_few_modules():
     users = {
         library: {
             module
             for module, path in MODULES.items()
             if library in {name.split(".")[0] for name in imports(path)}
         }
-        for library in ("orbax", "clu", "huggingface_hub", "tensorflow", "torch")
+        for library in (
+            *("orbax", "clu", "huggingface_hub", "tensorflow", "torch"),
+            *("tokenizers", "sentencepiece"),
+        )
     }
     assert users == {
         "orbax": {
@@ -74,11 +77,6 @@ def test_few_modules_import_orbax_and_one_each_clu_and_the_hub():
         "huggingface_hub": {"drl_jax.weights.hub"},
         "tensorflow": set(),
         "torch": set(),
+        "tokenizers": {"drl_jax.models.tokenizers.files"},
+        "sentencepiece": {"drl_jax.models.tokenizers.files"},
     }
-
-
-def test_only_the_backbone_knows_its_tokenizer():
-    users = {
-        module for module, path in MODULES.items() if "drl_jax.models.tokenizer" in imports(path)
-    }
-    assert users == {"drl_jax.models.clip"}

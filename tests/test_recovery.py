@@ -26,7 +26,7 @@ from support.runs import make_run
 
 from data_prep.build import main as build
 from drl_jax.evaluate import main as evaluate
-from drl_jax.models.drl import BACKBONES
+from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint, write_metric
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.run_params import restore_params
@@ -374,7 +374,7 @@ def explosive_weights(tiny_weights, tmp_path_factory) -> Path:
     """Weights that are finite, but overflow for a caption with the rare word."""
     path = tmp_path_factory.mktemp("weights") / "explosive.safetensors"
     state = load_file(tiny_weights)
-    ids, mask = BACKBONES["clip"].tokenize([RARE_WORD], 8)
+    ids, mask = CLIPTokenizer().tokenize([RARE_WORD], 8)
     state["clip.token_embedding.weight"][ids[0][mask[0]][1:-1]] = 3e38
     save_changed(state, path, tiny_weights)
     return path

@@ -17,7 +17,7 @@ from support.params import random_params
 from drl_jax.config import BackboneConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.drl import copy_text_tower, model_definition, param_shapes
-from drl_jax.models.tokenizer import tokenize
+from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import TrainState
@@ -247,7 +247,8 @@ def test_initial_parameters_combine_clip_and_new_heads():
 
 def test_tokenizer():
     golden = json.loads((GOLDEN / "tokenizer.json").read_text())
-    ids, mask = tokenize([entry["text"] for entry in golden], len(golden[0]["ids"]))
+    captions = [entry["text"] for entry in golden]
+    ids, mask = CLIPTokenizer().tokenize(captions, len(golden[0]["ids"]))
     for row, entry in enumerate(golden):
         assert ids[row].tolist() == entry["ids"], entry["text"]
         assert mask[row].sum() == entry["length"], entry["text"]

@@ -91,7 +91,7 @@ class TrainBatches:
           config: frames, words and cache.
           batch_size: pairs of the global batch.
           seed: of the order and the drawn captions.
-          tokenize: the tokenizer of the backbone (`Backbone.tokenize`).
+          tokenize: that of the model's tokenizer (`Tokenizer.tokenize`).
 
         Raises:
           DatasetError: the split has fewer examples than a batch, or does not fit in the cache.

@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from drl_jax.config import Config, ConfigError, ModelConfig
+from drl_jax.config import Config, ModelConfig
 from drl_jax.data.frames import pad_frames
-from drl_jax.models.drl import BACKBONES, Params, abstract_params, model_definition
+from drl_jax.models.drl import Params, abstract_params, model_definition
 from drl_jax.models.interactions import Features
+from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runtime.distributed import is_main
 from drl_jax.sharding import Layout
 
@@ -22,6 +23,9 @@ class Embedder:
     """The encoders and the similarity of a model, compiled once.
 
     Parameters are passed to each call, so that training can evaluate its current ones.
+
+    Attributes:
+      tokenizer: of the captions.
     """
 
     def __init__(self, config: Config, layout: Layout, *, keep_tokens: bool = False):
@@ -33,16 +37,9 @@ class Embedder:
           keep_tokens: see `make_embed_steps`.
 
         Raises:
-          ConfigError: the model has fewer tokens than its tokenizer.
+          UserError: the model has no tokenizer that can be used, see `load_tokenizer`.
         """
-        backbone = config.model.backbone
-        self._tokenizer = BACKBONES[backbone.family]
-        if backbone.vocab_size < self._tokenizer.VOCABULARY_SIZE:
-            raise ConfigError(
-                f"config.model.backbone.vocab_size={backbone.vocab_size} is too small for the"
-                f" tokenizer of {backbone.family}, which has"
-                f" {self._tokenizer.VOCABULARY_SIZE} tokens"
-            )
+        self.tokenizer = load_tokenizer(config.model)
         self._config, self._layout = config, layout
         self._encode_text, self._encode_video, self._similarity = make_embed_steps(
             config.model, layout, keep_tokens=keep_tokens
@@ -50,7 +47,7 @@ class Embedder:
 
     def encode_text(self, params: Params, captions: list[str]) -> Features:
         """N captions -> the arrays of `DRL.encode_text`."""
-        text_ids, text_mask = self._tokenizer.tokenize(captions, self._config.data.max_words)
+        text_ids, text_mask = self.tokenizer.tokenize(captions, self._config.data.max_words)
 
         def read(rows: np.ndarray) -> Features:
             return {"text_ids": text_ids[rows], "text_mask": text_mask[rows]}

@@ -5,9 +5,12 @@ from pathlib import Path
 import jax
 
 from drl_jax.config import Config
+from drl_jax.models.tokenizers import stored_name, with_tokenizer
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import copy_once
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import state_from_params
@@ -61,7 +64,8 @@ def export_weights(
 ) -> int:
     """Writes a checkpoint as safetensors under the reference's names; returns its step.
 
-    The file holds the configuration, so that importing it gives the same model.
+    The file holds the configuration, so that importing it gives the same model. A tokenizer that is
+    a file is written beside it.
 
     Args:
       workdir: the run.
@@ -71,9 +75,26 @@ def export_weights(
       clip_only: as in `save_weights`.
 
     Raises:
-      UserError: no such run or checkpoint, or the file cannot be written.
+      UserError: no such run or checkpoint, the file cannot be written, or its folder has another
+        tokenizer.
     """
     config = load_config(workdir)
     step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
+    if config.model.tokenizer:
+        config = with_tokenizer(config, _write_tokenizer(Path(config.model.tokenizer), target))
     save_weights(target, params, config, dtype=dtype, clip_only=clip_only)
     return step
+
+
+def _write_tokenizer(tokenizer: Path, target: Path) -> str:
+    """Writes a run's tokenizer beside an exported file; returns its name."""
+    copy = target.with_name(stored_name(tokenizer))
+    try:
+        copy_once(tokenizer, copy)
+    except FileExistsError as error:
+        raise UserError(
+            f"{copy} is another tokenizer than the run's; export to another folder"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot write {copy}: {error.strerror}") from error
+    return copy.name

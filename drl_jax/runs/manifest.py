@@ -21,6 +21,7 @@ import jax
 from drl_jax.config import Config
 from drl_jax.config_fields import config_from_fields
 from drl_jax.data.records import VideoDataset
+from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.workdir import (
     MANIFEST_FILE,
@@ -58,18 +59,20 @@ class RunRecord:
           wall_time: of this start; its seconds are written at the end.
 
         Raises:
-          WorkdirError: the run was started with a dataset of another content, or its manifest is
-            damaged.
+          WorkdirError: the run was started with a dataset of another content or another tokenizer,
+            or its manifest is damaged.
         """
         self._path = workdir / MANIFEST_FILE
         self._values: dict[str, Any] = {"starts": []}
         if self._path.exists():
             self._values = read_manifest(self._path)
             _check_content(self._values["dataset"]["content"], dataset, f"the run in {workdir}")
+            _check_tokenizer(self._values, config, f"the run in {workdir}")
         self._weights_sha256 = _weights_sha256(config)
         self._values |= {
             "config": dataclasses.asdict(config),
             "dataset": {"name": config.data.dataset, "content": dataset.content},
+            "tokenizer_sha256": _tokenizer_sha256(config),
         }
         self._values.setdefault("weights_sha256", self._weights_sha256)
         self.step, self._started, self._wall_time = 0, False, wall_time
@@ -175,7 +178,7 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
       What differs and may change results a little: fields, versions, commit, devices.
 
     Raises:
-      WorkdirError: this would be another run: other fields, weights or dataset.
+      WorkdirError: this would be another run: other fields, weights, tokenizer or dataset.
     """
     there, here = flatten(config_from_fields(manifest["config"])), flatten(config)
     changed = [name for name in here if here[name] != there[name]]
@@ -191,6 +194,7 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
             f" sha256 is {manifest['weights_sha256']})"
         )
     _check_content(manifest["dataset"]["content"], dataset, "the run of the manifest")
+    _check_tokenizer(manifest, config, "the run of the manifest")
     found = [f"config.{name}: {there[name]!r} there, {here[name]!r} here" for name in changed]
     if not manifest["dataset"]["content"] or not dataset.content:
         found.append("the dataset was not compared: one of the two was built by an early version")
@@ -218,6 +222,19 @@ def _check_content(expected: str, dataset: VideoDataset, run: str) -> None:
             f" {dataset.content[:12]}, was {expected[:12]}); build it again from the same files, or"
             " start a new run with another --workdir"
         )
+
+
+def _check_tokenizer(manifest: Mapping[str, Any], config: Config, run: str) -> None:
+    # Runs of early versions have CLIP's, which has no file.
+    if manifest.get("tokenizer_sha256", "") != _tokenizer_sha256(config):
+        raise WorkdirError(
+            f"config.model.tokenizer={config.model.tokenizer} is not the tokenizer that {run}"
+            " started with; choose another --workdir, or give the same file"
+        )
+
+
+def _tokenizer_sha256(config: Config) -> str:
+    return load_tokenizer(config.model).sha256 if config.model.tokenizer else ""
 
 
 def _weights_sha256(config: Config) -> str:

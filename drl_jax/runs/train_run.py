@@ -13,7 +13,8 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.data.storage import StorageSpec
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import format_table
-from drl_jax.models.drl import BACKBONES, Params, abstract_params
+from drl_jax.models.drl import Params, abstract_params
+from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.checksums import summarise
 from drl_jax.runs.logging import TrainLog
@@ -66,6 +67,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
                 )
             pretrained = initial_params(config.model, weights, jax.random.key(config.seed))
             del weights
+        tokenizer = load_tokenizer(config.model)
         wall_time.spent_on("start")
         dataset = _open_dataset(config)
         wall_time.spent_on("dataset")
@@ -75,7 +77,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             config.data,
             config.train.batch_size,
             config.seed,
-            BACKBONES[config.model.backbone.family].tokenize,
+            tokenizer.tokenize,
         )
         val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
         if reproduce is not None:

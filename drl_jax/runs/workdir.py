@@ -10,9 +10,10 @@ from typing import Any
 from drl_jax.config import Config, ConfigError
 from drl_jax.config_fields import config_from_fields
 from drl_jax.models.drl import config_from_dict
+from drl_jax.models.tokenizers import stored_name, with_tokenizer
 from drl_jax.runtime.distributed import failing_together, is_main
 from drl_jax.runtime.errors import UserError, one_line
-from drl_jax.runtime.files import unseal, write_json
+from drl_jax.runtime.files import copy_once, sha256, unseal, write_json
 from drl_jax.runtime.lock import LOCK_FILE, locked
 
 CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
@@ -37,6 +38,8 @@ RESUMABLE_FIELDS = (
     "model.attention",
     "model.scan_unroll",
     "model.similarity_block",
+    # Where its file lies; the content may not change (`_keep_tokenizer`).
+    "model.tokenizer",
     "sharding.fsdp",
 )
 
@@ -48,9 +51,30 @@ class WorkdirError(UserError):
 def load_config(workdir: Path) -> Config:
     """Reads the configuration of a run, and compares it with that of its manifest.
 
+    `model.tokenizer` is the copy in the directory, so that a run opens where the original is not.
+
     Raises:
       WorkdirError: the directory does not hold a run, or its files are damaged or changed.
     """
+    config = _stored_config(workdir)
+    if not config.model.tokenizer:
+        return config
+    copy, manifest = workdir / stored_name(config.model.tokenizer), workdir / MANIFEST_FILE
+    if not copy.is_file():
+        raise WorkdirError(
+            f"{workdir} lacks {copy.name}, its copy of {config.model.tokenizer}; restore that file"
+        )
+    recorded = read_manifest(manifest).get("tokenizer_sha256") if manifest.exists() else None
+    if recorded and recorded != sha256(copy):
+        raise WorkdirError(
+            f"{copy} is damaged or another file than the run was trained with (its sha256 was"
+            f" {recorded}); restore that file"
+        )
+    return with_tokenizer(config, str(copy))
+
+
+def _stored_config(workdir: Path) -> Config:
+    """The configuration of a run as it was given."""
     path = workdir / CONFIG_FILE
     if not path.is_file():
         raise WorkdirError(
@@ -123,11 +147,14 @@ def exclusive(workdir: Path) -> Iterator[None]:
 def claim_workdir(workdir: Path, config: Config) -> None:
     """Writes `config.json`, or checks that the directory holds a run of this configuration.
 
+    Copies the file of the tokenizer, if there is one, into the directory.
+
     Raises:
       WorkdirError: it holds a run of another configuration, or cannot be written.
     """
+    old = None
     if (workdir / CONFIG_FILE).exists():
-        old = load_config(workdir)
+        old = _stored_config(workdir)
         if changed := changed_fields(old, config):
             name, before, after = changed[0], flatten(old), flatten(config)
             raise WorkdirError(
@@ -142,10 +169,38 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         )
     if not is_main():
         return
+    # Before the configuration: a run with a configuration has its tokenizer.
+    _keep_tokenizer(workdir, config, old)
     try:
         write_json(workdir / CONFIG_FILE, dataclasses.asdict(config))
     except OSError as error:
         raise _unwritable(workdir, error) from error
+
+
+def _keep_tokenizer(workdir: Path, config: Config, old: Config | None) -> None:
+    """Copies the tokenizer into the directory of a run; `old` is the run's own configuration."""
+    tokenizer = config.model.tokenizer
+    name = stored_name(tokenizer) if tokenizer else ""
+    if old is not None:
+        before = stored_name(old.model.tokenizer) if old.model.tokenizer else ""
+        if name != before:
+            raise WorkdirError(
+                f"{workdir} holds a run with another tokenizer: config.model.tokenizer was"
+                f" {old.model.tokenizer!r}, now {tokenizer!r}; choose another --workdir"
+            )
+    if not tokenizer:
+        return
+    try:
+        copy_once(Path(tokenizer), workdir / name)
+    except FileExistsError as error:
+        raise WorkdirError(
+            f"config.model.tokenizer={tokenizer} is another file than {workdir / name}; choose"
+            " another --workdir"
+        ) from error
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot copy config.model.tokenizer={tokenizer} to {workdir}: {error.strerror}"
+        ) from error
 
 
 def _unwritable(workdir: Path, error: OSError) -> WorkdirError:

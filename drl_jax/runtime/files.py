@@ -1,9 +1,11 @@
 """Files: atomic writes, hashes, and the video files below a folder."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def copy_once(source: Path, target: Path) -> None:
+    """Copies a file atomically; a target with the same content stays as it is.
+
+    Raises:
+      FileExistsError: the target has other content.
+      OSError: a file cannot be read or written.
+    """
+    if target.exists():
+        if sha256(source) != sha256(target):
+            raise FileExistsError(errno.EEXIST, "it exists with other content", str(target))
+        return
+    with replacing(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
+from drl_jax.models.tokenizers.base import END, START
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import Explanation, format_timestamp
@@ -165,10 +166,10 @@ def _found(index: IndexSnapshot, query: str, top: int) -> dict[str, Any]:
     """Answers a query with the variables of the template."""
     (hits,) = index.search([query], top)
     (tokens,) = index.model.token_strings([query])
-    longest = index.model.config.data.max_words
+    truncated = len(tokens) == index.model.config.data.max_words
     return {
         "hits": [_shown(hit) for hit in hits],
-        "truncated_at": longest if len(tokens) == longest else None,
+        "tokens_used": sum(token not in (START, END) for token in tokens) if truncated else None,
     }
 
 

@@ -55,7 +55,7 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
       ConfigError: the sizes are impossible.
     """
     if weights.config is not None:
-        model = dataclasses.replace(weights.config.model, init="")
+        model = dataclasses.replace(weights.config.model, init="", tokenizer=weights.tokenizer)
         return dataclasses.replace(weights.config, model=model)
     model = dataclasses.replace(Config().model, interaction=interaction, agg_module="none")
     if weights.has_heads:
@@ -83,7 +83,8 @@ def with_backbone_of(config: Config, weights: Weights) -> Config:
             " sizes, which are those of any weights (configs/msrvtt.py), or train from scratch with"
             " --config.model.init="
         )
-    model = dataclasses.replace(config.model, backbone=backbone)
+    tokenizer = config.model.tokenizer or weights.tokenizer
+    model = dataclasses.replace(config.model, backbone=backbone, tokenizer=tokenizer)
     return config_from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))
 
 

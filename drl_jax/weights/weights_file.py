@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import Params, config_from_dict
+from drl_jax.models.tokenizers import tokenizer_of_weights
 from drl_jax.runtime.files import replacing
 from drl_jax.weights.description import Description, WeightsError, describe
 from drl_jax.weights.hub import resolved_revision
@@ -52,11 +53,14 @@ class Weights(NamedTuple):
       state: tensors under the reference's names (those of the towers with the prefix `clip.`).
       description: of the towers.
       config: the configuration that the file was exported with; None if it does not have one.
+      tokenizer: path of the tokenizer beside the file; empty if there is none, or if the towers
+        have CLIP's.
     """
 
     state: StateDict
     description: Description
     config: Config | None = None
+    tokenizer: str = ""
 
     @property
     def has_heads(self) -> bool:
@@ -101,10 +105,14 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
         raise WeightsError(f"{path} holds no towers: it has no visual.conv1.weight; {_SUPPORTED}")
     config = _stored_config(path, metadata)
     if config is not None:
-        return Weights(state, Description(config.model.backbone, "the file"), config)
+        description = Description(config.model.backbone, "the file")
+        tokenizer = tokenizer_of_weights(path, config.model.backbone, config.model.tokenizer)
+        return Weights(state, description, config, tokenizer)
     towers = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
     description = describe(towers, path, release=release, is_openai=is_archive or is_drl)
-    return Weights(state, description._replace(revision=resolved_revision(path) or ""))
+    description = description._replace(revision=resolved_revision(path) or "")
+    tokenizer = tokenizer_of_weights(path, description.backbone)
+    return Weights(state, description, tokenizer=tokenizer)
 
 
 def _refuse_unsupported(path: Path, state: StateDict) -> None:

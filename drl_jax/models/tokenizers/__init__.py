@@ -1,0 +1,142 @@
+"""Tokenizers (`config.model.tokenizer`) and their files."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from drl_jax.config import BackboneConfig, Config, ConfigError, ModelConfig
+from drl_jax.models.tokenizers.base import Tokenizer
+from drl_jax.models.tokenizers.clip import CLIPTokenizer
+from drl_jax.models.tokenizers.files import (
+    CLEANINGS,
+    FileTokenizer,
+    JSONTokenizer,
+    SentencePieceTokenizer,
+    TokenizerError,
+)
+
+# Names of tokenizer files beside weights and in runs, the preferred one first, and their classes.
+_KINDS: dict[str, type[FileTokenizer]] = {
+    "tokenizer.json": JSONTokenizer,
+    "spiece.model": SentencePieceTokenizer,
+}
+
+
+def load_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model; a file is parsed once per process.
+
+    Raises:
+      ConfigError: there is no tokenizer, `text_cleaning` does not go with it, or the text tower has
+        fewer tokens.
+      TokenizerError: the file is missing, damaged or of another format, or a package is missing.
+    """
+    backbone = model.backbone
+    _check_cleaning(model)
+    if model.tokenizer:
+        name = f"the tokenizer {model.tokenizer}"
+        tokenizer = _from_file(Path(model.tokenizer), backbone)
+    else:
+        name = f"the tokenizer of {backbone.family}"
+        tokenizer = CLIPTokenizer(backbone.pad_id)
+    if backbone.vocab_size < tokenizer.vocabulary_size:
+        raise ConfigError(
+            f"config.model.backbone.vocab_size={backbone.vocab_size} is too small for {name}, which"
+            f" has {tokenizer.vocabulary_size} tokens"
+        )
+    if backbone.pad_id >= backbone.vocab_size:
+        raise ConfigError(
+            f"config.model.backbone.pad_id={backbone.pad_id} must be below"
+            f" model.backbone.vocab_size={backbone.vocab_size}"
+        )
+    return tokenizer
+
+
+def _check_cleaning(model: ModelConfig) -> None:
+    """Checks that there is a tokenizer, and that captions are cleaned in a way that it has."""
+    cleaning = model.backbone.text_cleaning
+    if model.tokenizer and cleaning not in CLEANINGS:
+        raise ConfigError(
+            f"config.model.backbone.text_cleaning={cleaning} is for CLIP's own tokenizer;"
+            f" config.model.tokenizer={model.tokenizer} takes {' or '.join(CLEANINGS)}"
+        )
+    if not model.tokenizer and cleaning != "clip":
+        raise ConfigError(
+            "these towers (SigLIP, MetaCLIP 2) have a tokenizer of their own: give"
+            f" --config.model.tokenizer=FILE, or put {' or '.join(_KINDS)} beside the weights"
+        )
+
+
+def _from_file(path: Path, backbone: BackboneConfig) -> Tokenizer:
+    kind = _KINDS[stored_name(path)]
+    try:
+        status = path.stat()
+        # A file that changes is parsed again.
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return _parsed(kind, path, version, backbone.text_cleaning, backbone.pad_id)
+    except OSError as error:
+        raise TokenizerError(
+            f"config.model.tokenizer={path} cannot be read: {error.strerror}"
+        ) from error
+    except ImportError as error:
+        raise TokenizerError(
+            f"config.model.tokenizer={path} needs a package that is not installed"
+            f" ({error.name}): pip install 'drl_jax[siglip]'"
+        ) from error
+    except TokenizerError as error:
+        raise TokenizerError(f"config.model.tokenizer={path} {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(
+    kind: type[FileTokenizer], path: Path, version: tuple[int, ...], cleaning: str, pad_id: int
+) -> Tokenizer:
+    return kind(path.read_bytes(), cleaning, pad_id)
+
+
+def stored_name(tokenizer: str | Path) -> str:
+    """The name that a tokenizer's file gets in a run and beside exported weights.
+
+    Raises:
+      TokenizerError: the file has another suffix than those of tokenizers.
+    """
+    for name in _KINDS:
+        if Path(tokenizer).suffix == Path(name).suffix:
+            return name
+    raise TokenizerError(
+        f"config.model.tokenizer={tokenizer} is neither a tokenizer.json nor a SentencePiece model"
+        " (*.model)"
+    )
+
+
+def tokenizer_beside(weights_path: Path) -> str:
+    """The path of the tokenizer in the folder of a file of weights, or "".
+
+    A `tokenizer.json` is preferred to a `spiece.model`.
+    """
+    for name in _KINDS:
+        if (path := Path(weights_path).with_name(name)).is_file():
+            return str(path)
+    return ""
+
+
+def tokenizer_of_weights(weights_path: Path, backbone: BackboneConfig, stored: str = "") -> str:
+    """`config.model.tokenizer` of a model that is read from a file of weights.
+
+    Args:
+      weights_path: the file.
+      backbone: of its towers. If they have CLIP's vocabulary, a file beside them is ignored: Hugging
+        Face's releases have one for the same tokens.
+      stored: `model.tokenizer` of the configuration that is stored in the file; that of an exported
+        run is the name of a file beside it.
+
+    Returns:
+      The path, or "" if there is no file, or the model needs none.
+    """
+    if stored:
+        return str(Path(weights_path).with_name(Path(stored).name))
+    return "" if backbone.text_cleaning == "clip" else tokenizer_beside(weights_path)
+
+
+def with_tokenizer(config: Config, tokenizer: str) -> Config:
+    """The configuration with another `model.tokenizer`."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, tokenizer=tokenizer))
