@@ -129,7 +129,7 @@ def test_fingerprints_are_those_of_version_0_2():
     backbone = dataclasses.replace(openai_shaped_backbone(32), vocab_size=100)
     config = Config(model=ModelConfig(backbone=backbone, init="a.pt", position_std=0.5))
     params = {"a": np.arange(5, dtype=np.float32)}
-    model = drl_jax.RetrievalModel(config, params, None, {}, None)
+    model = drl_jax.RetrievalModel(config, params, None, {}, "", None)
     assert model.fingerprint == "5624ef93f81b4a317f3b7b9865d6e58d411380319c412e20fa1b4ec8991b4b72"
     assert (
         model.format_2_fingerprint

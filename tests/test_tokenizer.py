@@ -224,8 +224,10 @@ def test_configurations_that_do_not_go_with_the_tokenizer_are_one_line(files):
         (ModelConfig(BackboneConfig(vocab_size=9)), "tokenizer of clip, which has 49408 tokens"),
         (model_of(gemma, pad_id=500), "pad_id=500 must be below"),
         (model_of(gemma, text_cleaning="clip"), "text_cleaning=clip is for CLIP's own tokenizer"),
-        (model_of("", text_cleaning="lower"), "text_cleaning=lower needs a --config.model.tok"),
-        (ModelConfig(BackboneConfig(family="siglip")), "give --config.model.tokenizer=FILE, or"),
+        (
+            model_of("", text_cleaning="lower"),
+            "of their own: give --config.model.tokenizer=FILE, or",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             load_tokenizer(model)
@@ -262,8 +264,9 @@ def test_the_tokenizer_beside_weights_is_found(tmp_path):
     assert tokenizer_beside(weights) == str(tmp_path / "spiece.model")
     (tmp_path / "tokenizer.json").touch()
     assert tokenizer_beside(weights) == str(tmp_path / "tokenizer.json")
-    assert tokenizer_of_weights(weights, "siglip") == str(tmp_path / "tokenizer.json")
-    assert tokenizer_of_weights(weights, "clip") == ""
+    siglip = BackboneConfig(text_cleaning="lower")
+    assert tokenizer_of_weights(weights, siglip) == str(tmp_path / "tokenizer.json")
+    assert tokenizer_of_weights(weights, BackboneConfig()) == ""
     # An exported run has its own, whatever lies beside it.
     expected = str(tmp_path / "spiece.model")
-    assert tokenizer_of_weights(weights, "clip", "spiece.model") == expected
+    assert tokenizer_of_weights(weights, BackboneConfig(), "spiece.model") == expected

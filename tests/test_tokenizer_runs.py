@@ -18,7 +18,7 @@ from drl_jax.models.tokenizers import with_tokenizer
 from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
 from drl_jax.runtime.files import seal
 from drl_jax.train import main as train
-from drl_jax.weights.load import save_weights
+from drl_jax.weights.weights_file import save_weights
 
 CAPTIONS = ["a red circle moves left", "a dog"]
 VOCABULARY = ("--config.model.backbone.vocab_size=400",)
@@ -142,7 +142,7 @@ def test_training_with_a_file(shapes_data, tmp_path, capsys):
     assert len(manifest["tokenizer_sha256"]) == 64
 
     line = error_of("drl_jax.train", *arguments, f"--workdir={tmp_path / 'none'}", capsys=capsys)
-    assert "text_cleaning=lower needs a --config.model.tokenizer=FILE" in line
+    assert "have a tokenizer of their own: give --config.model.tokenizer=FILE" in line
     assert not (tmp_path / "none").exists()
     moved = tmp_path / "moved.json"
     file.rename(moved)

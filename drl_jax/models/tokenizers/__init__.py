@@ -124,8 +124,8 @@ def tokenizer_of_weights(weights_path: Path, backbone: BackboneConfig, stored: s
 
     Args:
       weights_path: the file.
-      backbone: of its towers. If they have CLIP's vocabulary, a file beside them is ignored: Hugging
-        Face's releases have one for the same tokens.
+      backbone: of its towers. If they have CLIP's vocabulary, a file beside them is ignored:
+        Hugging Face's releases have one for the same tokens.
       stored: `model.tokenizer` of the configuration that is stored in the file; that of an exported
         run is the name of a file beside it.
 
