@@ -169,7 +169,8 @@ def test_a_damaged_dataset_is_not_built_already(name, content, sources, tmp_path
     (tmp_path / VARIANT / name).write_text(content)
     line = error_of("data_prep.build", *arguments, capsys=capsys)
     assert f"{name} is" in line
-    assert f"--data_dir={tmp_path} --overwrite" in line
+    source = f"custom --data_dir={tmp_path} --videos=DIR --annotations=PATH"
+    assert line.endswith(f"{source} --image_size=128 --max_frames=12 --storage=raw --overwrite")
     assert build([*arguments, "--overwrite"]) == 0
     assert len(VideoDataset(tmp_path / VARIANT)) == 2
 

@@ -186,9 +186,7 @@ def test_manifests_name_the_form_where_it_is_not_the_default(built):
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(SQUASH, CROP), (CROP, SQUASH)])
-def test_the_error_of_another_form_has_the_command_that_builds_it(
-    stored, wanted, built, tmp_path, capsys
-):
+def test_the_error_of_another_form_has_the_command_that_builds_it(stored, wanted, built, tmp_path):
     shutil.copytree(built / "videos", tmp_path / "videos")
     shutil.copytree(directory_of(built, stored), directory_of(tmp_path, stored))
     with pytest.raises(DatasetError) as error:
