@@ -7,7 +7,7 @@ import pytest
 
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.interactions.token_wise import weighted_token_wise
-from drl_jax.training.losses import contrastive_loss, decorrelation_loss
+from drl_jax.training.losses import decorrelation_loss, softmax_loss
 
 B, L, F, D = 5, 7, 4, 6
 
@@ -77,11 +77,11 @@ def reference_cdcr(f, cdcr, alpha1, alpha2):
     return alpha1 * on + alpha2 * ((c**2).sum() - (np.diag(c) ** 2).sum())
 
 
-def test_contrastive_loss_is_the_mean_cross_entropy_of_both_directions():
+def test_softmax_loss_is_the_mean_cross_entropy_of_both_directions():
     logits = np.random.default_rng(0).normal(size=(B, B)).astype(np.float32)
     t2v = np.log(np.exp(logits).sum(1)) - np.diag(logits)
     v2t = np.log(np.exp(logits).sum(0)) - np.diag(logits)
-    np.testing.assert_allclose(contrastive_loss(logits), (t2v.mean() + v2t.mean()) / 2, rtol=1e-6)
+    np.testing.assert_allclose(softmax_loss(logits), (t2v.mean() + v2t.mean()) / 2, rtol=1e-6)
 
 
 def test_weighted_token_wise_loops_over_pairs(features):

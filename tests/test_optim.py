@@ -1,5 +1,7 @@
 """BertAdam against a line-by-line NumPy version of the reference."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,14 +58,16 @@ def test_schedule_warms_up_then_follows_the_whole_cosine(step, expected):
 
 
 def test_groups_and_decay_cover_every_parameter(tiny_model):
-    params = param_shapes(tiny_model)
+    backbone = dataclasses.replace(tiny_model.backbone, logit_bias=True)
+    params = param_shapes(dataclasses.replace(tiny_model, backbone=backbone))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     names = {"/".join(str(entry.key) for entry in path): path for path in paths}
     backbone = {name for name, path in names.items() if parameter_group(path) == "backbone"}
     assert backbone == {name for name in names if name.startswith("backbone/")}
-    assert "backbone/logit_scale" in backbone
+    assert {"backbone/logit_scale", "backbone/logit_bias"} <= backbone
     undecayed = {name for name, path in names.items() if not decays(path)}
-    assert undecayed == {name for name in names if name.endswith("/bias")}
+    biases = {name for name in names if name.endswith("/bias")}
+    assert undecayed == {*biases, "backbone/logit_bias"}
     # The reference decays LayerNorm's weights and the temperature.
     assert decays(names["backbone/logit_scale"])
     assert decays(names["backbone/visual/ln_pre/scale"])

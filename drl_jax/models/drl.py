@@ -92,6 +92,11 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
             f"config.loss.cdcr={config.loss.cdcr} does not go with model.interaction="
             f"{model.interaction}; it takes {', '.join(map(str, variants))}"
         )
+    if config.loss.contrastive == "sigmoid" and not model.backbone.logit_bias:
+        raise ConfigError(
+            "config.loss.contrastive=sigmoid needs a bias of the logits; set"
+            " --config.model.backbone.logit_bias=True"
+        )
     length = model.backbone.context_length
     if not 3 <= data.max_words <= length:
         raise ConfigError(

@@ -14,10 +14,10 @@ from flax import nnx
 from jax.lax import with_sharding_constraint
 
 from drl_jax.config import LossConfig, ModelConfig
-from drl_jax.models.drl import Params, model_definition
+from drl_jax.models.drl import DRL, Params, model_definition
 from drl_jax.models.interactions import Arrays
 from drl_jax.sharding import Layout, map_batch_chunks
-from drl_jax.training.losses import total_loss
+from drl_jax.training.losses import sigmoid_loss, softmax_loss, total_loss
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE
 from drl_jax.training.state import TrainState, abstract_state
 
@@ -60,14 +60,32 @@ def loss_and_parts(
     else:
         text, video = encode(batch)
     dropout_key, cdcr_key = jax.random.split(key)
+    contrastive = _contrastive_loss(
+        model, text, video, dropout_key, name=config.contrastive, layout=layout
+    )
+    return total_loss(
+        contrastive, text, video, cdcr_key, interaction=model.interaction, config=config
+    )
 
+
+def _contrastive_loss(
+    model: DRL, text: Arrays, video: Arrays, key: jax.Array, *, name: str, layout: Layout
+) -> jax.Array:
+    """The loss `name` (`LossConfig.contrastive`) of batch-sharded pairs, float32 scalar."""
     # Texts stay sharded and videos are gathered once. Without the constraints, XLA gathers the
     # smaller operand and may split the columns instead.
     all_videos = jax.tree.map(lambda x: with_sharding_constraint(x, layout.replicated), video)
-    sim_matrix = model.similarity(text, all_videos, dropout_key)
-    sim_matrix = with_sharding_constraint(sim_matrix, layout.batch_sharded)
-    logits = jnp.exp(model.backbone.logit_scale[...]) * sim_matrix
-    return total_loss(logits, text, video, cdcr_key, interaction=model.interaction, config=config)
+    scale = jnp.exp(model.backbone.logit_scale[...])
+    if name == "softmax":
+        sim_matrix = model.similarity(text, all_videos, key)
+        return softmax_loss(scale * with_sharding_constraint(sim_matrix, layout.batch_sharded))
+    bias = model.backbone.logit_bias[...]
+
+    def logits(part: Arrays, key: jax.Array | None) -> jax.Array:
+        sim_matrix = model.interaction.similarity(text, part, key)
+        return scale * with_sharding_constraint(sim_matrix, layout.batch_sharded) + bias
+
+    return sigmoid_loss(logits, all_videos, key, model.similarity_block)
 
 
 def train_step(
@@ -95,9 +113,13 @@ def train_step(
     grads, scalars = jax.grad(loss_function, has_aux=True)(state.params, batch, key)
     scalars["grad_norm"] = optax.tree.norm(grads)
     scalars["logit_scale"] = jnp.exp(state.params["backbone"]["logit_scale"])
+    is_sigmoid = config.contrastive == "sigmoid"
+    if is_sigmoid:
+        scalars["logit_bias"] = state.params["backbone"]["logit_bias"]
     # A finite state and a finite gradient, whose norm is clipped, give a finite state.
     finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["grad_norm"])
-    return _select(finite, apply_gradients(state, grads, tx), state), scalars
+    new = apply_gradients(state, grads, tx, bound_scale=not is_sigmoid)
+    return _select(finite, new, state), scalars
 
 
 def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
@@ -111,13 +133,28 @@ def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainStat
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, tx: optax.GradientTransformation
+    state: TrainState,
+    grads: Params,
+    tx: optax.GradientTransformation,
+    *,
+    bound_scale: bool = True,
 ) -> TrainState:
-    """Updates parameters and optimiser state; bounds the temperature."""
+    """Updates parameters and optimiser state.
+
+    Args:
+      state: before the step.
+      grads: of its parameters.
+      tx: the optimiser.
+      bound_scale: whether exp(logit_scale) stays at most 100, as in CLIP. SigLIP's is above.
+
+    Returns:
+      The state after the step.
+    """
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    logit_scale = params["backbone"]["logit_scale"]
-    params["backbone"]["logit_scale"] = jnp.minimum(logit_scale, MAX_LOGIT_SCALE)
+    if bound_scale:
+        logit_scale = params["backbone"]["logit_scale"]
+        params["backbone"]["logit_scale"] = jnp.minimum(logit_scale, MAX_LOGIT_SCALE)
     return TrainState(state.step + 1, params, opt_state)
 
 

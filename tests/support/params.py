@@ -7,6 +7,7 @@ import numpy as np
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.clip import CLIP
 from drl_jax.models.drl import Params, param_shapes
+from drl_jax.models.towers import INITIAL_LOGIT_BIAS
 
 
 def openai_shaped_backbone(image_resolution: int) -> BackboneConfig:
@@ -39,6 +40,8 @@ def random_params(config: ModelConfig, seed: int = 0, *, position_std: float = 0
         names = [str(entry.key) for entry in path]
         if names[-1] == "logit_scale":
             value = np.full(leaf.shape, CLIP.INITIAL_LOGIT_SCALE)
+        elif names[-1] == "logit_bias":
+            value = np.full(leaf.shape, INITIAL_LOGIT_BIAS)
         elif names[-1] == "scale":
             value = np.ones(leaf.shape)
         elif names[-1] == "bias":

@@ -185,7 +185,8 @@ def linear_without_bias_gradient(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     """A linear layer whose bias shifts all values that a softmax then compares.
 
     The loss does not depend on that bias. Its gradient would be rounding error, which Adam
-    amplifies and which differs between device counts; so it gets none.
+    amplifies and which differs between device counts; so it gets none. Under the sigmoid loss,
+    xti's would do what `logit_bias` does, which is learned instead.
     """
     return x @ layer.kernel[...] + jax.lax.stop_gradient(layer.bias[...])
 
@@ -196,9 +197,7 @@ def similarity_in_blocks(
     key: jax.Array | None,
     block: int,
 ) -> jax.Array:
-    """`similarity(video, key)`, computed for one block of videos after another to save memory.
-
-    The backward pass recomputes each block.
+    """`similarity(video, key)`, computed by `map_video_blocks`.
 
     Args:
       similarity: maps the arrays of N videos to [A, N]; each column depends on its video alone.
@@ -210,8 +209,33 @@ def similarity_in_blocks(
       [A, B].
     """
     videos = len(jax.tree.leaves(video)[0])
+    columns = map_video_blocks(lambda part, _, key: similarity(part, key), video, key, block)
+    return jnp.moveaxis(columns, 0, 1).reshape(columns.shape[1], -1)[:, :videos]
+
+
+def map_video_blocks(
+    function: Callable[[Arrays, jax.Array, jax.Array | None], jax.Array],
+    video: Arrays,
+    key: jax.Array | None,
+    block: int,
+) -> jax.Array:
+    """Computes `function(arrays, columns, key)` for one block of videos after another.
+
+    Saves memory: the backward pass recomputes each block.
+
+    Args:
+      function: maps the arrays of N videos, their indices `columns` int32 [N], and a key to an
+        array. Indices of B and more are padding.
+      video: the interaction's arrays of B videos.
+      key: for dropout (each block folds in its index), or None.
+      block: videos per block; 0: all.
+
+    Returns:
+      The results, stacked: [blocks, ...].
+    """
+    videos = len(jax.tree.leaves(video)[0])
     if not block or videos <= block:
-        return similarity(video, key)
+        return function(video, jnp.arange(videos), key)[None]
     blocks = -(-videos // block)
     size = -(-videos // blocks)  # Blocks of equal size need the least padding.
 
@@ -220,9 +244,9 @@ def similarity_in_blocks(
         return jnp.pad(x, padding).reshape(blocks, size, *x.shape[1:])
 
     @jax.checkpoint
-    def compare(part: tuple[jax.Array, Arrays]) -> jax.Array:
+    def compute(part: tuple[jax.Array, Arrays]) -> jax.Array:
         index, arrays = part
-        return similarity(arrays, None if key is None else jax.random.fold_in(key, index))
+        block_key = None if key is None else jax.random.fold_in(key, index)
+        return function(arrays, index * size + jnp.arange(size), block_key)
 
-    columns = jax.lax.map(compare, (jnp.arange(blocks), jax.tree.map(split, video)))
-    return jnp.moveaxis(columns, 0, 1).reshape(columns.shape[1], -1)[:, :videos]
+    return jax.lax.map(compute, (jnp.arange(blocks), jax.tree.map(split, video)))
