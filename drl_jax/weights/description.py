@@ -128,7 +128,8 @@ def describe(
         )
     known |= sizes
     for tower in ("vision", "text"):
-        known.setdefault(f"{tower}_heads", _heads(tower, sizes[f"{tower}_width"]))
+        if f"{tower}_heads" not in known:
+            known[f"{tower}_heads"] = _heads(tower, sizes[f"{tower}_width"])
     return Description(BackboneConfig(**known), source, licence)
 
 
