@@ -92,7 +92,9 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
             f"config.loss.cdcr={config.loss.cdcr} does not go with model.interaction="
             f"{model.interaction}; it takes {', '.join(map(str, variants))}"
         )
-    if config.loss.contrastive == "sigmoid" and not model.backbone.logit_bias:
+    # With initial weights, the backbone gets one (`weights.load.with_backbone_of`).
+    has_bias = model.backbone.logit_bias or model.init
+    if config.loss.contrastive == "sigmoid" and not has_bias:
         raise ConfigError(
             "config.loss.contrastive=sigmoid needs a bias of the logits; set"
             " --config.model.backbone.logit_bias=True"
