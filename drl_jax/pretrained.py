@@ -123,6 +123,18 @@ class RetrievalModel:
 
         return self._embedder.encode_video(self.params, read, len(videos))
 
+    def encode_windows(self, frames: np.ndarray, windows: Sequence[Sequence[int]]) -> Features:
+        """Encodes parts of one long video; every frame is encoded once.
+
+        Args:
+          frames: uint8 [F, S, S, 3] of the whole video; may be a memory map.
+          windows: indices of the frames of each of N parts, at most `data.max_frames` each.
+
+        Returns:
+          NumPy arrays as of `encode_video`, first axis N.
+        """
+        return self._embedder.encode_windows(self.params, frames, windows)
+
     def read_video(self, path: str | os.PathLike) -> Video:
         """Decodes the frames of a video file that the model encodes.
 

@@ -119,16 +119,16 @@ def read_timed_frames(
     Raises:
       VideoError: no frame could be decoded.
     """
-    with _ffmpeg_errors():
-        n_frames, fps = _count_frames(path)
+    with ffmpeg_errors():
+        n_frames, fps = count_frames(path)
         positions = sample_positions(n_frames, fps, max_frames, span)
         if n_frames and not positions:
             raise VideoError(
                 f"its span {span[0]:g}-{span[1]:g} s is outside the file ({n_frames / fps:.1f} s)"
             )
         wanted, sampled, times = set(positions), [], []
-        to_rgb, first = _RgbConverter(), None
-        with contextlib.closing(_decode(path)) as decoded:
+        to_rgb, first = RgbConverter(), None
+        with contextlib.closing(decode(path)) as decoded:
             frames = (frame for frame in decoded if frame is not None)
             for position, frame in enumerate(frames):
                 # Without timestamps, assume a constant frame rate.
@@ -140,6 +140,17 @@ def read_timed_frames(
                 if position >= positions[-1]:
                     break
     return _stacked(sampled), np.array(times)
+
+
+def video_length(path: Path) -> float:
+    """Length of a file by its number of frames and its frame rate, seconds.
+
+    Raises:
+      VideoError: it is not a video.
+    """
+    with ffmpeg_errors():
+        n_frames, fps = count_frames(path)
+    return n_frames / fps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +185,11 @@ def inspect_video(path: Path, max_frames: int, form: FrameForm) -> VideoFacts:
     Raises:
       VideoError: as in `read_frames`.
     """
-    with _ffmpeg_errors():
-        n_frames, fps = _count_frames(path)
+    with ffmpeg_errors():
+        n_frames, fps = count_frames(path)
         wanted, sampled = set(sample_positions(n_frames, fps, max_frames)), []
-        to_rgb, times, frames, damaged = _RgbConverter(), [], 0, 0
-        for frame in _decode(path):
+        to_rgb, times, frames, damaged = RgbConverter(), [], 0, 0
+        for frame in decode(path):
             if frame is None:
                 damaged += 1
                 continue
@@ -198,7 +209,7 @@ def _stacked(frames: list[np.ndarray]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _ffmpeg_errors() -> Iterator[None]:
+def ffmpeg_errors() -> Iterator[None]:
     """Converts FFmpeg's errors, and those of impossible values in a file, to VideoError."""
     try:
         yield
@@ -225,7 +236,7 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def _count_frames(path: Path) -> tuple[int, float]:
+def count_frames(path: Path) -> tuple[int, float]:
     """Number of packets of the best stream, and its frame rate.
 
     The reference counts frames in the same way; the counts in headers are unreliable.
@@ -236,7 +247,7 @@ def _count_frames(path: Path) -> tuple[int, float]:
         return sum(1 for packet in container.demux(stream) if packet.size), float(rate)
 
 
-def _decode(path: Path) -> Iterator[av.VideoFrame | None]:
+def decode(path: Path) -> Iterator[av.VideoFrame | None]:
     """Yields all frames in display order, and None for each damaged packet."""
     with _open(path) as container:
         stream = _video_stream(container)
@@ -250,7 +261,7 @@ def _decode(path: Path) -> Iterator[av.VideoFrame | None]:
                 yield None
 
 
-class _RgbConverter:
+class RgbConverter:
     """Converts frames to upright uint8 [H, W, 3]; reusing one for a whole video is faster."""
 
     def __init__(self) -> None:

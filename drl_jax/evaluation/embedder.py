@@ -3,7 +3,8 @@
 Used by evaluation and search. Everything is encoded once, in batches of one shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -41,9 +42,7 @@ class Embedder:
         """
         self.tokenizer = load_tokenizer(config.model)
         self._config, self._layout = config, layout
-        self._encode_text, self._encode_video, self._similarity = make_embed_steps(
-            config.model, layout, keep_tokens=keep_tokens
-        )
+        self._steps = make_embed_steps(config.model, layout, keep_tokens=keep_tokens)
 
     def encode_text(self, params: Params, captions: list[str]) -> Features:
         """N captions -> the arrays of `DRL.encode_text`."""
@@ -52,7 +51,7 @@ class Embedder:
         def read(rows: np.ndarray) -> Features:
             return {"text_ids": text_ids[rows], "text_mask": text_mask[rows]}
 
-        return self._encode(params, self._encode_text, read, len(captions), "caption")
+        return self._encode(params, self._steps.encode_text, read, len(captions), "caption")
 
     def encode_video(
         self, params: Params, read: Callable[[np.ndarray], list[np.ndarray]], count: int
@@ -70,7 +69,38 @@ class Embedder:
             frames, masks = zip(*padded, strict=True)
             return {"frames": np.stack(frames), "frame_mask": np.stack(masks)}
 
-        return self._encode(params, self._encode_video, read_padded, count, "video")
+        return self._encode(params, self._steps.encode_video, read_padded, count, "video")
+
+    def encode_windows(
+        self, params: Params, frames: np.ndarray, windows: Sequence[Sequence[int]]
+    ) -> Features:
+        """Windows of one video -> the arrays of `DRL.encode_video`; each frame is encoded once.
+
+        Args:
+          params: the model's parameters.
+          frames: uint8 [F, H, W, 3]; may be a memory map.
+          windows: the frames of each of N windows, at most `data.max_frames`.
+        """
+        most = self._config.data.max_frames
+
+        def read_images(rows: np.ndarray) -> Features:
+            return {"images": frames[rows], "mask": np.ones(len(rows), bool)}
+
+        def read_windows(rows: np.ndarray) -> Features:
+            image_feat = np.zeros((len(rows), most, image_features.shape[-1]), np.float32)
+            mask = np.zeros((len(rows), most), bool)
+            for row, window in enumerate(windows[number] for number in rows):
+                image_feat[row, : len(window)] = image_features[list(window)]
+                mask[row, : len(window)] = True
+            return {"image_feat": image_feat, "mask": mask}
+
+        encoded = self._encode(
+            params, self._steps.encode_image, read_images, len(frames), "frame", most
+        )
+        image_features = encoded["image_feat"]
+        return self._encode(
+            params, self._steps.encode_window, read_windows, len(windows), "window"
+        )
 
     def similarity(self, params: Params, text: Features, video: Features) -> np.ndarray:
         """sim_matrix float32 [A, B] of encoded captions and videos.
@@ -86,7 +116,7 @@ class Embedder:
         for start in range(0, texts, size):
             rows = np.minimum(np.arange(start, start + size), texts - 1)
             part = {name: array[rows[own]] for name, array in text.items()}
-            block = self._similarity(params, self._layout.put_batch(part), video)
+            block = self._steps.similarity(params, self._layout.put_batch(part), video)
             valid = min(size, texts - start)
             sim_matrix[start : start + valid] = np.asarray(block)[:valid]
         return sim_matrix
@@ -103,8 +133,12 @@ class Embedder:
         read: Callable[[np.ndarray], Features],
         count: int,
         unit: str,
+        rows_per_video: int = 1,
     ) -> Features:
-        parts, size = [], self._batch_rows(self._config.eval.batch_size, count)
+        wanted = self._config.eval.batch_size * rows_per_video
+        # Frames of many lengths of videos have one shape.
+        available = wanted if rows_per_video > 1 else count
+        parts, size = [], self._batch_rows(wanted, available)
         own = self._layout.local_rows(size)
         with _progress(count, unit) as progress:
             for start in range(0, count, size):
@@ -122,11 +156,28 @@ def _progress(count: int, unit: str) -> tqdm:
     return tqdm(total=count, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden)
 
 
+class EmbedSteps(NamedTuple):
+    """Compiled functions.
+
+    Attributes:
+      encode_text: params, text_ids, text_mask -> the arrays of `DRL.encode_text`.
+      encode_video: params, frames, frame_mask -> the arrays of `DRL.encode_video`.
+      encode_image: params, images uint8 [B, H, W, 3], mask bool [B] -> `image_feat` [B, D].
+      encode_window: params, image_feat [B, F, D], mask bool [B, F] -> as `encode_video`.
+      similarity: params, text, video -> [A, B].
+    """
+
+    encode_text: Callable
+    encode_video: Callable
+    encode_image: Callable
+    encode_window: Callable
+    similarity: Callable
+
+
 def make_embed_steps(
     model: ModelConfig, layout: Layout, *, keep_tokens: bool = False
-) -> tuple[Callable, Callable, Callable]:
-    """Compiled `encode_text(params, text_ids, text_mask)`, `encode_video(params, frames,
-    frame_mask)` and `similarity(params, text, video)` for evaluation.
+) -> EmbedSteps:
+    """Compiles the functions of evaluation and search.
 
     Inputs are batch-sharded, except the videos of `similarity`, which are replicated. Results are
     replicated.
@@ -150,7 +201,16 @@ def make_embed_steps(
 
     def encode_video(params, frames, frame_mask):
         model = nnx.merge(definition, params)
-        feat = model.frame_features(frames, frame_mask)
+        return of_frames(model, model.frame_features(frames, frame_mask), frame_mask)
+
+    def encode_image(params, images, mask):
+        return {"image_feat": nnx.merge(definition, params).backbone.encode_image(images, mask)}
+
+    def encode_window(params, image_feat, frame_mask):
+        model = nnx.merge(definition, params)
+        return of_frames(model, model.aggregate(image_feat, frame_mask), frame_mask)
+
+    def of_frames(model, feat, frame_mask):
         video = model.interaction.encode_video(feat, frame_mask)
         return with_tokens(video, "frame", feat, frame_mask)
 
@@ -170,8 +230,10 @@ def make_embed_steps(
             out_shardings=replicated,
         )
 
-    return (
+    return EmbedSteps(
         compiled(encode_text, sharded, sharded),
         compiled(encode_video, sharded, sharded),
+        compiled(encode_image, sharded, sharded),
+        compiled(encode_window, sharded, sharded),
         compiled(similarity, sharded, replicated),
     )

@@ -54,8 +54,11 @@ class DRL(nnx.Module):
         """uint8 [B, F, H, W, 3], bool [B, F] -> frame_feat [B, F, D], after the temporal head."""
         images = frames.reshape(-1, *frames.shape[2:])  # [B*F, H, W, 3]
         frame_feat = self.backbone.encode_image(images, frame_mask.reshape(-1))
-        frame_feat = frame_feat.reshape(*frame_mask.shape, -1)
-        return frame_feat if self.temporal is None else self.temporal(frame_feat, frame_mask)
+        return self.aggregate(frame_feat.reshape(*frame_mask.shape, -1), frame_mask)
+
+    def aggregate(self, image_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        """Features of single frames [B, F, D], bool [B, F] -> frame_feat [B, F, D]."""
+        return image_feat if self.temporal is None else self.temporal(image_feat, frame_mask)
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
         """sim_matrix float32 [A, B], without the temperature; `key` enables dropout."""

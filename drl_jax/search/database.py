@@ -2,7 +2,8 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ CREATE TABLE IF NOT EXISTS header (value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS videos (
   path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
   error TEXT NOT NULL, slot INTEGER UNIQUE, times TEXT NOT NULL, thumbnails BLOB,
-  features_crc32 INTEGER, thumbnails_crc32 INTEGER, row_crc32 INTEGER
+  features_crc32 INTEGER, thumbnails_crc32 INTEGER, row_crc32 INTEGER,
+  duration REAL, windows TEXT, windows_crc32 TEXT, allowed REAL
+);
+-- Frames of a video side by side, STRIP_FRAMES in each strip but the last.
+CREATE TABLE IF NOT EXISTS strips (
+  path TEXT NOT NULL, number INTEGER NOT NULL, jpeg BLOB NOT NULL, crc32 INTEGER NOT NULL,
+  PRIMARY KEY (path, number)
 );
 """
 
@@ -48,12 +55,12 @@ def _selected(connection: sqlite3.Connection, names: Sequence[str]) -> str:
     return ", ".join(name if name in present else "NULL" for name in names)
 
 
-def add_columns(connection: sqlite3.Connection, names: Sequence[str]) -> None:
-    """Adds columns of whole numbers that the table of videos lacks; NULL in the rows that exist."""
+def add_columns(connection: sqlite3.Connection, types: Mapping[str, str]) -> None:
+    """Adds columns that the table of videos lacks; NULL in the rows that exist."""
     present = {row[1] for row in connection.execute("PRAGMA table_info(videos)")}
-    for name in names:
+    for name, kind in types.items():
         if name not in present:
-            connection.execute(f"ALTER TABLE videos ADD COLUMN {name} INTEGER")
+            connection.execute(f"ALTER TABLE videos ADD COLUMN {name} {kind}")
 
 
 def select_videos(connection: sqlite3.Connection, names: Sequence[str]) -> list[tuple]:
@@ -82,6 +89,33 @@ def replace_videos(
     connection.executemany(
         f"INSERT OR REPLACE INTO videos ({', '.join(names)}) VALUES ({marks})", rows
     )
+
+
+def select_strip(
+    connection: sqlite3.Connection, path: str, number: int
+) -> tuple[bytes, int | None] | None:
+    """A strip of frames and its checksum; None if there is none."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'strips'").fetchone():
+        query = "SELECT jpeg, crc32 FROM strips WHERE path = ? AND number = ?"
+        row = connection.execute(query, (path, number)).fetchone()
+        if row is not None:
+            return row
+    # Format 4 and older have one strip, in the table of videos.
+    row = None if number else select_video(connection, path, ("thumbnails", "thumbnails_crc32"))
+    return None if row is None or row[0] is None else row
+
+
+def remove_videos(connection: sqlite3.Connection, paths: Sequence[str]) -> None:
+    """Removes videos and their strips."""
+    for table in ("videos", "strips"):
+        rows = [(path,) for path in paths]
+        connection.executemany(f"DELETE FROM {table} WHERE path = ?", rows)
+
+
+def add_strips(connection: sqlite3.Connection, path: str, strips: Sequence[bytes]) -> None:
+    """Adds the strips of a video that has none."""
+    rows = [(path, number, jpeg, zlib.crc32(jpeg)) for number, jpeg in enumerate(strips)]
+    connection.executemany("INSERT INTO strips VALUES (?, ?, ?, ?)", rows)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,15 @@ import numpy as np
 from PIL import Image
 
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.data.video import VideoError, read_timed_frames
+from drl_jax.data.long_video import sample_video
+from drl_jax.data.video import VideoError, read_timed_frames, video_length
 from drl_jax.runtime.files import sha256
+from drl_jax.search.windows import WINDOW_SECONDS, Window, windows_of
 
 # Side of the thumbnails, pixels.
 THUMBNAIL = 112
+# Frames side by side in a JPEG file.
+STRIP_FRAMES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,26 +29,37 @@ class VideoRead:
     Attributes:
       sha256: of its content; empty if it cannot be opened.
       error: why it has no frames; empty if it has.
-      frames: uint8 [F, S, S, 3]; None with an error, or if the content was known.
-      times: F times, seconds from the start.
-      thumbnails: JPEG file with the frames side by side.
+      times: F times of its frames, seconds from the start; empty if the content was known.
+      duration: seconds.
+      windows: its parts.
+      strips: JPEG files of thumbnails, STRIP_FRAMES side by side.
+      frames: uint8 [F, S, S, 3] of a short video; None if they are in `spooled`.
+      spooled: file with the bytes of the frames, which the caller deletes.
     """
 
     sha256: str
     error: str = ""
-    frames: np.ndarray | None = None
     times: tuple[float, ...] = ()
-    thumbnails: bytes = b""
+    duration: float = 0.0
+    windows: tuple[Window, ...] = ()
+    strips: tuple[bytes, ...] = ()
+    frames: np.ndarray | None = None
+    spooled: Path | None = None
 
 
-def read_video(path: Path, known_sha256: str, max_frames: int, form: FrameForm) -> VideoRead:
+def read_video(
+    path: Path, known_sha256: str, max_frames: int, form: FrameForm, spool: Path
+) -> VideoRead:
     """Reads a file, and decodes it unless its content is known.
+
+    A video of at most `WINDOW_SECONDS` is one window, with the frames of a training example.
 
     Args:
       path: of the file.
       known_sha256: of its content when it was last read; empty if it was not read before.
-      max_frames: see `drl_jax.data.video.sample_positions`.
+      max_frames: frames of a window.
       form: form of the frames.
+      spool: file to write the frames of a long video to: memory does not depend on its length.
     """
     try:
         digest = sha256(path)
@@ -53,16 +68,68 @@ def read_video(path: Path, known_sha256: str, max_frames: int, form: FrameForm) 
     if digest == known_sha256:
         return VideoRead(digest)
     try:
-        frames, times = read_timed_frames(path, max_frames, form)
+        length = video_length(path)
+        if length <= WINDOW_SECONDS:
+            return _read_short(path, digest, max_frames, form, length)
+        return _read_long(path, digest, max_frames, form, spool)
     except VideoError as error:
         return VideoRead(digest, str(error))
-    return VideoRead(digest, "", frames, tuple(map(float, times)), _strip(frames))
 
 
-def _strip(frames: np.ndarray) -> bytes:
-    """Returns a JPEG file with the frames side by side."""
-    side = min(THUMBNAIL, frames.shape[1])
-    small = [np.asarray(Image.fromarray(frame).resize((side, side))) for frame in frames]
-    file = io.BytesIO()
-    Image.fromarray(np.concatenate(small, axis=1)).save(file, "JPEG", quality=85)
-    return file.getvalue()
+def _read_short(
+    path: Path, digest: str, max_frames: int, form: FrameForm, length: float
+) -> VideoRead:
+    frames, times = read_timed_frames(path, max_frames, form)
+    strips = _Strips()
+    for frame in frames:
+        strips.add(frame)
+    window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
+    seconds = tuple(map(float, times))
+    return VideoRead(digest, "", seconds, window.end, (window,), strips.finish(), frames)
+
+
+def _read_long(
+    path: Path, digest: str, max_frames: int, form: FrameForm, spool: Path
+) -> VideoRead:
+    strips = _Strips()
+    try:
+        with spool.open("wb") as file:
+
+            def emit(frame: np.ndarray) -> None:
+                file.write(frame.tobytes())
+                strips.add(frame)
+
+            video = sample_video(path, form, emit)
+    except OSError as error:
+        # A full disk is no property of the video: the caller stops.
+        raise OSError(error.errno, f"cannot write {spool}: {error.strerror}") from error
+    return VideoRead(
+        *(digest, "", tuple(map(float, video.times)), video.duration),
+        *(tuple(windows_of(video, max_frames)), strips.finish()),
+        spooled=spool,
+    )
+
+
+class _Strips:
+    """Makes JPEG files of thumbnails side by side."""
+
+    def __init__(self) -> None:
+        self._pending: list[np.ndarray] = []
+        self._done: list[bytes] = []
+
+    def add(self, frame: np.ndarray) -> None:
+        side = min(THUMBNAIL, len(frame))
+        self._pending.append(np.asarray(Image.fromarray(frame).resize((side, side))))
+        if len(self._pending) == STRIP_FRAMES:
+            self._flush()
+
+    def finish(self) -> tuple[bytes, ...]:
+        if self._pending:
+            self._flush()
+        return tuple(self._done)
+
+    def _flush(self) -> None:
+        file = io.BytesIO()
+        Image.fromarray(np.concatenate(self._pending, axis=1)).save(file, "JPEG", quality=85)
+        self._done.append(file.getvalue())
+        self._pending = []

@@ -1,9 +1,9 @@
 """Rows of the table of videos, and the checksums that find damage of an index.
 
 SQLite and the array files have no checksums of their own, and a damaged index would silently give
-other answers. Format 4 stores a CRC-32 of the header (in the header), of each row of the table, of
-each video's rows in the arrays, and of its thumbnails. What older versions stored has none, and is
-not checked.
+other answers. Since format 4, there is a CRC-32 of the header (in the header), of each row of the
+table, of each row of the arrays, and of thumbnails. What older versions stored has none, and is not
+checked. Format 5 has any number of windows in a video; a video of format 4 has one.
 """
 
 import dataclasses
@@ -18,14 +18,26 @@ import numpy as np
 
 from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError
+from drl_jax.search.windows import Window
 
 # Of the table of videos, without thumbnails.
 COLUMNS = (
     *("path", "size", "mtime_ns", "sha256", "error", "slot", "times"),
-    *("features_crc32", "thumbnails_crc32", "row_crc32"),
+    *("features_crc32", "thumbnails_crc32"),
+    *("duration", "windows", "windows_crc32", "allowed"),
+    "row_crc32",
 )
-# Added by format 4.
-CHECKSUM_COLUMNS = COLUMNS[-3:]
+# Columns that older formats lack, and their types. Format 5 stores the checksums of windows in
+# `windows_crc32` and those of thumbnails beside them, instead of the two of format 4.
+ADDED_COLUMNS = {
+    "features_crc32": "INTEGER",
+    "thumbnails_crc32": "INTEGER",
+    "row_crc32": "INTEGER",
+    "duration": "REAL",
+    "windows": "TEXT",
+    "windows_crc32": "TEXT",
+    "allowed": "REAL",
+}
 _HEADER_TYPES = {
     "source": dict,
     "fingerprint": str,
@@ -60,9 +72,12 @@ class IndexedVideo:
       mtime_ns: modification time.
       sha256: of its content; empty if it could not be read.
       error: why it cannot be searched; empty if it can.
-      slot: its row in the arrays; None with an error.
+      slot: the row of its first window in the arrays, which the others follow; None with an error.
       times: times of its frames, seconds from the start.
-      features_crc32: of its row in the arrays; None without one, or if an older version stored it.
+      windows: its parts, one for each of its rows in the arrays.
+      duration: seconds; 0 if an older version stored it.
+      checksums: of its rows in the arrays; None if an older version stored it.
+      allowed: seconds that decoding could take, for a video whose decoding took longer; else 0.
     """
 
     path: str
@@ -72,7 +87,15 @@ class IndexedVideo:
     error: str = ""
     slot: int | None = None
     times: tuple[float, ...] = ()
-    features_crc32: int | None = None
+    windows: tuple[Window, ...] = ()
+    duration: float = 0.0
+    checksums: tuple[int, ...] | None = None
+    allowed: float = 0.0
+
+    @property
+    def slots(self) -> range:
+        """Rows of its windows in the arrays."""
+        return range(0) if self.slot is None else range(self.slot, self.slot + len(self.windows))
 
 
 # ---------------------------------------------------------------- checksums
@@ -85,7 +108,7 @@ def header_crc32(header: Mapping[str, Any]) -> int:
 
 
 def check_header(header: Mapping[str, Any], *, rows: int) -> None:
-    """Checks a header of format 3 or 4.
+    """Checks a header of format 3 or later.
 
     Args:
       header: as stored.
@@ -104,7 +127,7 @@ def check_header(header: Mapping[str, Any], *, rows: int) -> None:
 
 
 def features_crc32(arrays: Features) -> list[int]:
-    """Checksums of all rows of the arrays: one of each video."""
+    """Checksums of all rows of the arrays: one of each window."""
     views = _views(arrays)
     return [_row_crc32_of(views, row) for row in range(len(next(iter(arrays.values()))))]
 
@@ -127,12 +150,13 @@ def check_features(
     for video in videos:
         if video.slot < first_slot:
             continue
-        if video.features_crc32 is None:
+        if video.checksums is None:
             intact = "frame_mask" not in arrays or _is_mask_of(
                 arrays["frame_mask"][video.slot], len(video.times)
             )
         else:
-            intact = _row_crc32_of(views, video.slot) == video.features_crc32
+            found = (_row_crc32_of(views, slot) for slot in video.slots)
+            intact = all(a == b for a, b in zip(found, video.checksums, strict=True))
         if not intact:
             raise damaged(directory, f"the features of {video.path} have changed")
 
@@ -160,30 +184,29 @@ def _is_mask_of(mask: np.ndarray, frames: int) -> bool:
 # ---------------------------------------------------------------- rows
 
 
-def to_row(
-    video: IndexedVideo, slot: int | None, features: int | None, thumbnails: bytes | None
-) -> tuple[Any, ...]:
+def to_row(video: IndexedVideo, slot: int | None, checksums: Sequence[int]) -> tuple[Any, ...]:
     """The values of COLUMNS for a video.
 
     Args:
-      video: without slot.
-      slot: its slot.
-      features: checksum of its features.
-      thumbnails: its thumbnails.
+      video: without slot and checksums.
+      slot: its first slot; None with an error.
+      checksums: of its rows in the arrays.
     """
-    content = (video.path, video.size, video.mtime_ns, video.sha256, video.error)
-    times = json.dumps(video.times)
-    thumbnails_crc32 = None if thumbnails is None else zlib.crc32(thumbnails)
-    row = (*content, slot, times, features, thumbnails_crc32)
+    row = (
+        *(video.path, video.size, video.mtime_ns, video.sha256, video.error, slot),
+        *(json.dumps(video.times), None, None, video.duration),
+        *(json.dumps(video.windows), json.dumps(list(checksums)), video.allowed),
+    )
     return (*row, row_crc32(row))
 
 
 def row_crc32(row: Sequence[Any]) -> int:
     """Checksum of the values of COLUMNS but the last; without the slot, which `compact` changes.
 
-    A wrong slot has features with another checksum.
+    A wrong slot has features with another checksum. Format 4 has no windows.
     """
-    return zlib.crc32(ascii((*row[:5], *row[6:9])).encode())
+    end = 9 if row[COLUMNS.index("windows")] is None else len(COLUMNS) - 1
+    return zlib.crc32(ascii((*row[:5], *row[6:end])).encode())
 
 
 def from_row(row: Sequence[Any], next_slot: int) -> IndexedVideo:
@@ -197,19 +220,34 @@ def from_row(row: Sequence[Any], next_slot: int) -> IndexedVideo:
       ValueError: it is damaged.
     """
     *values, crc32 = row
-    path, size, mtime_ns, sha256, error, slot, times, features, _ = values
+    path, size, mtime_ns, sha256, error, slot, times, features, _, *added = values
+    duration, windows, checksums, allowed = added
     if crc32 is not None and crc32 != row_crc32(values):
         raise ValueError(f"the checksum of the row of {path} is wrong")
     if not all(isinstance(value, str) for value in (path, sha256, error, times)):
         raise ValueError(f"the row of {path} has no text where it must have")
     if not all(isinstance(value, int) for value in (size, mtime_ns)):
         raise ValueError(f"the row of {path} has no number where it must have")
-    if (slot is None) != bool(error) or not (error or slot in range(next_slot)):
-        raise ValueError(f"the slot of {path} is {slot}")
     seconds = json.loads(times)
     if not isinstance(seconds, list) or not all(map(_is_finite, seconds)):
         raise ValueError(f"the times of {path} are not numbers")
-    return IndexedVideo(path, size, mtime_ns, sha256, error, slot, tuple(seconds), features)
+    if windows is None:  # Format 4 or older: one window, of all frames.
+        whole = Window(0.0, max(seconds, default=0.0), tuple(range(len(seconds))))
+        parts = [] if error else [whole]
+        crc32s = None if features is None else (features,)
+    else:
+        parts = [Window(start, end, tuple(frames)) for start, end, frames in json.loads(windows)]
+        crc32s = tuple(json.loads(checksums))
+        if len(crc32s) != len(parts):
+            raise ValueError(f"{path} has {len(parts)} windows and {len(crc32s)} checksums")
+    if (slot is None) != bool(error):
+        raise ValueError(f"the slot of {path} is {slot}")
+    if not error and not (0 <= slot <= next_slot - len(parts) and parts):
+        raise ValueError(f"the slot of {path} is {slot}")
+    return IndexedVideo(
+        *(path, size, mtime_ns, sha256, error, slot, tuple(seconds), tuple(parts)),
+        *(duration or 0.0, crc32s, allowed or 0.0),
+    )
 
 
 def _is_finite(value: Any) -> bool:

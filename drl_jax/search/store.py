@@ -2,7 +2,7 @@
 
 - `index.sqlite`: the header (JSON) and one row per video file, with checksums.
 - `NAME.bin`, `NAME.GENERATION.bin`: one array of features each. Row n of every array belongs to the
-  video whose slot is n.
+  window whose slot is n; the windows of a video have consecutive slots.
 - `lock`: locked by the process that writes; a crash releases the lock.
 
 Writes. Features are written to slots that were never used, then one SQLite transaction assigns the
@@ -18,16 +18,17 @@ Reads. A Store opened for reading sees one state of the index: it reads in one t
 the files it maps keep their rows. `index_version` changes with every transaction; `SearchSession`
 checks it before each query.
 
-Format 4, which is format 3 with checksums (`rows.py`). Format 2 is converted in memory when it is
-read (`format_2.py`). Both older formats are converted in the database, in one transaction that
-renames no files, when their own model first updates them; their videos get no checksums.
+Format 5, in which a video has windows. Format 4 has one window a video, format 3 also lacks
+checksums (`rows.py`), and format 2 is converted in memory when it is read (`format_2.py`). Older
+formats are converted in the database, in one transaction that renames no files, when their own
+model first updates them; their videos keep their one window until their files change.
 """
 
 import contextlib
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,12 @@ from drl_jax.runtime.lock import locked
 from drl_jax.search.array_files import GROWTH, copy_rows, map_arrays, write_rows
 from drl_jax.search.database import (
     add_columns,
+    add_strips,
     database_path,
     open_database,
+    remove_videos,
     replace_videos,
+    select_strip,
     select_video,
     select_videos,
     transaction,
@@ -46,7 +50,7 @@ from drl_jax.search.database import (
 from drl_jax.search.format_2 import header_from_format_2
 from drl_jax.search.quantization import quantize
 from drl_jax.search.rows import (
-    CHECKSUM_COLUMNS,
+    ADDED_COLUMNS,
     COLUMNS,
     IndexedVideo,
     SearchIndexError,
@@ -59,7 +63,7 @@ from drl_jax.search.rows import (
     to_row,
 )
 
-_FORMAT = 4
+_FORMAT = 5
 # `compact` copies the arrays if more than this share of the slots, and `GROWTH` slots, are unused.
 _MAX_UNUSED = 0.25
 # Header of an index without videos; `update_header` adds the rest.
@@ -145,45 +149,49 @@ class Store:
             videos = [from_row(row, self.header.get("next_slot", 0)) for row in rows]
         return sorted(videos, key=lambda video: video.path)
 
-    def thumbnails(self, path: str) -> bytes:
-        """A JPEG file with the frames of a video side by side; empty if there are none.
+    def strip(self, path: str, number: int) -> bytes:
+        """A JPEG file with frames of a video side by side; empty if there is none.
+
+        Args:
+          path: of the video.
+          number: of the strip; n has the frames from n * STRIP_FRAMES.
 
         Raises:
-          SearchIndexError: they are damaged.
+          SearchIndexError: it is damaged.
         """
         with self._reading():
-            row = select_video(self._database, path, ("thumbnails", "thumbnails_crc32"))
-            thumbnails, crc32 = row or (None, None)
-            if crc32 is not None and crc32 != zlib.crc32(thumbnails or b""):
+            jpeg, crc32 = select_strip(self._database, path, number) or (b"", None)
+            if crc32 is not None and crc32 != zlib.crc32(jpeg):
                 raise ValueError(f"the thumbnails of {path} have changed")
-        return thumbnails or b""
+        return jpeg
 
     def put(
-        self, videos: Sequence[IndexedVideo], features: Features, thumbnails: Sequence[bytes]
+        self, videos: Sequence[IndexedVideo], features: Features, strips: Mapping[str, list[bytes]]
     ) -> None:
         """Adds or replaces videos, in one transaction.
 
         Args:
           videos: their slots are chosen here.
-          features: arrays; row n is that of the n-th video without an error.
-          thumbnails: JPEG files of the videos without an error.
+          features: arrays; the rows of the windows of all videos, in order.
+          strips: JPEG files with the frames of a video, by its path.
         """
-        usable = [video for video in videos if not video.error]
         first, arrays = self.header["next_slot"], self.header["arrays"]
-        strip_of = dict(zip((video.path for video in usable), thumbnails, strict=True))
-        stored: dict[str, tuple[int, int]] = {}  # Slot and checksum of the features.
-        if usable:
+        end, checksums = first, []
+        if any(video.windows for video in videos):
             rows = quantize(features, self.header["storage"])
             checksums = features_crc32(rows)
-            stored = {video.path: (first + row, checksums[row]) for row, video in enumerate(usable)}
             with self._writing():
                 arrays = write_rows(self.directory, arrays, self.header["generation"], rows, first)
         table = []
         for video in videos:
-            strip = strip_of.get(video.path)
-            table.append((*to_row(video, *stored.get(video.path, (None, None)), strip), strip))
-        with self._transaction(arrays=arrays, next_slot=first + len(usable)):
-            replace_videos(self._database, (*COLUMNS, "thumbnails"), table)
+            of_video = checksums[end - first : end - first + len(video.windows)]
+            table.append(to_row(video, None if video.error else end, of_video))
+            end += len(video.windows)
+        with self._transaction(arrays=arrays, next_slot=end):
+            remove_videos(self._database, [video.path for video in videos])
+            replace_videos(self._database, COLUMNS, table)
+            for path, jpegs in strips.items():
+                add_strips(self._database, path, jpegs)
 
     def touch(self, video: IndexedVideo) -> None:
         """Stores a new modification time of a file with unchanged content."""
@@ -199,16 +207,12 @@ class Store:
         """Removes videos, in one transaction."""
         if paths:
             with self._transaction():
-                self._database.executemany(
-                    "DELETE FROM videos WHERE path = ?", [(path,) for path in paths]
-                )
+                remove_videos(self._database, paths)
 
     def compact(self) -> None:
         """Removes unused slots from the arrays if there are many; see the module's docstring."""
-        rows = self._database.execute(
-            "SELECT slot FROM videos WHERE slot IS NOT NULL ORDER BY slot"
-        )
-        used = [slot for (slot,) in rows]
+        videos = sorted((v for v in self.videos() if not v.error), key=lambda video: video.slot)
+        used = [slot for video in videos for slot in video.slots]
         unused = self.header["next_slot"] - len(used)
         if not used or unused < GROWTH or unused < _MAX_UNUSED * self.header["next_slot"]:
             return
@@ -220,9 +224,11 @@ class Store:
             arrays=arrays, generation=generation, next_slot=len(used), obsolete_files=old_files
         ):
             # In increasing order, so that each new slot is free.
-            self._database.executemany(
-                "UPDATE videos SET slot = ? WHERE slot = ?", list(enumerate(used))
-            )
+            first = 0
+            for video in videos:
+                query = "UPDATE videos SET slot = ? WHERE slot = ?"
+                self._database.execute(query, (first, video.slot))
+                first += len(video.windows)
 
     # ------------------------------------------------------------------ arrays
 
@@ -259,7 +265,7 @@ class Store:
         if header["format"] == 2:
             query = "SELECT COALESCE(MAX(slot) + 1, 0) FROM videos"
             return header_from_format_2(header, self._database.execute(query).fetchone()[0])
-        if header["format"] not in (3, _FORMAT):
+        if header["format"] not in (3, 4, _FORMAT):
             raise SearchIndexError(
                 f"the index {self.directory} has format {header['format']}, this version reads"
                 f" formats 2 to {_FORMAT}; delete it and index again"
@@ -284,7 +290,7 @@ class Store:
         """One transaction of the database, with changes of the header."""
         header = {**_NEW_HEADER, **self.header, **changes}
         with self._writing(), transaction(self._database):
-            add_columns(self._database, CHECKSUM_COLUMNS)
+            add_columns(self._database, ADDED_COLUMNS)
             yield
             stored = {"format": _FORMAT, **header, "rows": self._count_rows()}
             stored["crc32"] = header_crc32(stored)
