@@ -214,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--models",
         type=backbones,
         default="32",
-        help="patch sizes of ViT-B, or shapes, the model of configs/shapes.py; e.g. 32,16"
-        " (%(default)s)",
+        help="patch sizes of ViT-B (32,16), shapes (the model of configs/shapes.py), and names of"
+        f" published towers ({', '.join(PUBLISHED)}) (%(default)s)",
     )
     parser.add_argument(
         "--dtypes",

@@ -137,6 +137,10 @@ def _check_values(config: Config) -> None:
             )
             for name in ("pixel_mean", "pixel_std")
         ),
+        (
+            bool(model.init) or not model.release,
+            f"model.release={model.release} describes model.init, which is empty",
+        ),
         (model.position_std >= 0, "model.position_std must be 0 or positive"),
         (data.holdout >= 0, "data.holdout must be 0 (none) or a number of videos"),
         (

@@ -43,6 +43,9 @@ def _parser() -> Parser:
         "--release", default="", help="of a file of CLIP that does not say its own, e.g. openai"
     )
     parser.add_argument(
+        "--tokenizer", default="", help="of a file of towers, if it is not beside the file"
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),
         help="of the tensors of an exported run (float32)",
@@ -68,11 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_hub_name(source) or not Path(source).is_dir():
             if options.clip_only or options.dtype:
                 raise UserError(f"--dtype and --clip_only export a run, and {source} is none")
-            model = import_weights(
-                source, target, options.interaction, release=options.release
-            ).model
+            config, towers = import_weights(
+                source,
+                target,
+                options.interaction,
+                release=options.release,
+                tokenizer=options.tokenizer,
+            )
+            model = config.model
+            print(f"{source}: {towers}")
             print(f"wrote {target}: interaction {model.interaction}, agg_module {model.agg_module}")
             return
+        if options.release or options.tokenizer:
+            raise UserError(f"--release and --tokenizer describe a file, and {source} is a run")
         if target.suffix != ".safetensors":
             raise UserError(f"a run is exported to a file NAME.safetensors, not {target}")
         step = export_weights(

@@ -54,8 +54,8 @@ class RetrievalModel:
       config: its configuration.
       params: its parameters.
       layout: mesh and shardings.
-      source: where it was loaded from: "workdir" and "checkpoint", or "weights" and, if it was
-        given, "release".
+      source: where it was loaded from: "workdir" and "checkpoint", or "weights" with
+        "release" and "tokenizer" if they were given.
       towers: what a file of weights says about its towers; empty for a run.
     """
 
@@ -229,7 +229,11 @@ class RetrievalModel:
 
 
 def load(
-    path: str | os.PathLike, checkpoint: str | int = "best", release: str = ""
+    path: str | os.PathLike,
+    checkpoint: str | int = "best",
+    *,
+    release: str = "",
+    tokenizer: str = "",
 ) -> RetrievalModel:
     """Loads a model.
 
@@ -242,6 +246,7 @@ def load(
       checkpoint: of a run: "best", "latest" or a step.
       release: of a CLIP whose activation nothing else says, one of
         `drl_jax.weights.releases.RELEASES`.
+      tokenizer: file of the tokenizer of a file of weights, if it is not beside it.
 
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
@@ -253,18 +258,23 @@ def load(
     layout = make_layout()
     if not path.exists():
         raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")
+    given = {name: v for name, v in (("release", release), ("tokenizer", tokenizer)) if v}
     if path.is_dir():
+        if given:
+            raise UserError(f"{path} is a run, which has its {min(given)}; leave that out")
         config = load_config(path)
         step, params = restore_params(path, config.model, layout, str(checkpoint))
         origin = {"workdir": source, "checkpoint": str(step)}
         towers = ""
     else:
-        weights = read_weights(path, release)
+        weights = read_weights(source, release)
+        if tokenizer:
+            weights = weights._replace(tokenizer=str(Path(tokenizer).resolve()))
         config = config_of_weights(weights)
         towers = str(weights.description)
         params = initial_params(config.model, weights, jax.random.key(0))
         params = jax.device_put(params, layout.replicated)
-        origin = {"weights": source, **({"release": release} if release else {})}
+        origin = {"weights": source, **given}
     embedder = Embedder(config, layout, keep_tokens=True)
     return RetrievalModel(config, params, layout, origin, towers, embedder)
 
@@ -276,5 +286,6 @@ def load_source(source: dict[str, str]) -> RetrievalModel:
       UserError: see `load`.
     """
     if "weights" in source:
-        return load(source["weights"], release=source.get("release", ""))
+        given = {name: source[name] for name in ("release", "tokenizer") if name in source}
+        return load(source["weights"], **given)
     return load(source["workdir"], source["checkpoint"])

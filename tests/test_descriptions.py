@@ -1,6 +1,5 @@
 """What a file of towers is: from its tensors, a description beside it, or a release; or refused."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,57 +7,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.golden import GOLDEN
+from support.towers import PE, SIGLIP, tiny_state
 
-from drl_jax.config import BackboneConfig, Config, DataConfig, LossConfig, ModelConfig
+from drl_jax.config import Config, DataConfig, LossConfig, ModelConfig
 from drl_jax.models.drl import BACKBONES, param_shapes
 from drl_jax.runtime.errors import UserError
-from drl_jax.weights.description import WeightsError
-from drl_jax.weights.hugging_face import to_hugging_face
-from drl_jax.weights.load import head_start, initial_params, with_backbone_of
+from drl_jax.weights.hugging_face import siglip_to_hugging_face
+from drl_jax.weights.json_values import WeightsError
+from drl_jax.weights.load import config_of_weights, head_start, initial_params, with_backbone_of
 from drl_jax.weights.releases import PUBLISHED, RELEASES
-from drl_jax.weights.weights_file import read_weights, state_dict_from_params
-
-TINY = BackboneConfig(
-    embed_dim=128,
-    image_resolution=32,
-    vision_layers=1,
-    vision_width=64,
-    vision_heads=1,
-    vision_patch_size=16,
-    vocab_size=20,
-    context_length=16,
-    text_width=64,
-    text_heads=1,
-    text_layers=1,
-)
-
-
-def tiny_state(**changes) -> dict[str, np.ndarray]:
-    """Random towers under OpenAI's names; `changes` are of BackboneConfig."""
-    backbone = dataclasses.replace(TINY, **changes)
-    assert not BACKBONES[backbone.family].config_error(backbone)
-    config = ModelConfig(backbone=backbone, interaction="dp", agg_module="none")
-    shapes = {"backbone": param_shapes(config)["backbone"]}
-    rng = np.random.default_rng(0)
-
-    def draw(tree):
-        if isinstance(tree, dict):
-            return {name: draw(child) for name, child in tree.items()}
-        return np.asarray(0.1 * rng.normal(size=tree.shape), np.float32)
-
-    state = state_dict_from_params(draw(shapes))
-    return {name.removeprefix("clip."): tensor for name, tensor in state.items()}
-
-
-SIGLIP = {
-    "family": "siglip",
-    "embed_dim": 64,
-    "context_length": 64,
-    "logit_bias": True,
-    "vision_mlp_width": 96,
-    "text_mlp_width": 80,
-}
-PE = {"family": "pe", "context_length": 32}
+from drl_jax.weights.weights_file import read_weights
 
 
 @pytest.fixture
@@ -66,10 +25,6 @@ def clip_file(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(tiny_state(), path)
     return path
-
-
-def write(path, name, values):
-    path.with_name(name).write_text(json.dumps(values))
 
 
 # ---------------------------------------------------------------- activation
@@ -80,7 +35,7 @@ def test_a_clip_that_does_not_say_its_activation_is_refused(clip_file):
         read_weights(clip_file)
     message = str(error.value)
     assert f"{clip_file} does not say its activation" in message
-    assert "--config.model.release=NAME, one of openai, laion400m_e31" in message
+    assert "--release=NAME of other commands), one of openai, laion400m_e31" in message
     assert "\n" not in message
 
 
@@ -106,136 +61,16 @@ def test_the_activation_of_laion_400m_depends_on_the_patches(tmp_path):
 
 
 def test_an_unknown_release_is_refused(clip_file):
-    with pytest.raises(WeightsError, match="release=laion is unknown; it is one of openai, "):
+    with pytest.raises(WeightsError, match="the release laion is unknown; it is one of openai, "):
         read_weights(clip_file, "laion")
 
 
 def test_a_release_of_clip_is_not_one_of_siglip(tmp_path):
-    save_file(to_hugging_face(tiny_state(**SIGLIP), "siglip"), tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match=r"release=openai is a CLIP; .*a\.safetensors is a sig"):
+    save_file(siglip_to_hugging_face(tiny_state(**SIGLIP)), tmp_path / "a.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"release openai is a CLIP, and .*a\.safetensors is a s"
+    ):
         read_weights(tmp_path / "a.safetensors", "openai")
-
-
-# ---------------------------------------------------------------- files beside the weights
-
-
-OPEN_CLIP = {
-    "model_cfg": {
-        "embed_dim": 128,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {
-            "context_length": 16,
-            "vocab_size": 20,
-            "width": 64,
-            "heads": 4,
-            "layers": 1,
-        },
-    },
-    "preprocess_cfg": {
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.25, 0.25, 0.25],
-        "interpolation": "bilinear",
-        "resize_mode": "squash",
-    },
-}
-
-
-def test_open_clip_config(clip_file):
-    write(clip_file, "open_clip_config.json", OPEN_CLIP)
-    description = read_weights(clip_file).description
-    backbone = description.backbone
-    assert (backbone.activation, description.activation_from) == ("gelu", "open_clip_config.json")
-    assert (backbone.pixel_mean, backbone.pixel_std) == ((0.5,) * 3, (0.25,) * 3)
-    assert (backbone.resize, backbone.interpolation) == ("squash", "bilinear")
-    assert (backbone.vision_heads, backbone.text_heads) == (1, 4)
-    quick = {**OPEN_CLIP, "model_cfg": {**OPEN_CLIP["model_cfg"], "quick_gelu": True}}
-    write(clip_file, "open_clip_config.json", quick)
-    assert read_weights(clip_file).description.backbone.activation == "quick_gelu"
-
-
-def test_hugging_face_config(tmp_path):
-    path = tmp_path / "model.safetensors"
-    state = to_hugging_face(tiny_state(), "clip")
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in state.items()}, path)
-    vision = {"hidden_size": 64, "hidden_act": "gelu", "num_attention_heads": 2}
-    text = {"hidden_size": 64, "hidden_act": "gelu", "num_attention_heads": 4}
-    config = {"model_type": "clip", "vision_config": vision, "text_config": text}
-    write(path, "config.json", config)
-    write(
-        path,
-        "preprocessor_config.json",
-        {"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "resample": 2, "size": {"height": 32}},
-    )
-    backbone = read_weights(path).description.backbone
-    assert backbone.activation == "gelu"
-    assert (backbone.vision_heads, backbone.text_heads) == (2, 4)
-    assert (backbone.pixel_mean, backbone.resize) == ((0.0, 0.0, 0.0), "squash")
-    # What Hugging Face's file leaves out has the library's default.
-    for tower in (vision, text):
-        del tower["hidden_act"]
-    write(path, "config.json", config)
-    assert read_weights(path).description.backbone.activation == "quick_gelu"
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("config.json", "[", "is damaged: it is not JSON"),
-        ("config.json", "[]", "is not a JSON object"),
-        ("open_clip_config.json", "{}", "cannot be used: KeyError"),
-        (
-            "config.json",
-            {"model_type": "blip", "vision_config": {}},
-            "model_type 'blip' is not supported",
-        ),
-        (
-            "config.json",
-            {"model_type": "clip", "vision_config": {"hidden_act": "relu"}, "text_config": {}},
-            "hidden_act quick_gelu, relu is unsupported",
-        ),
-        (
-            "config.json",
-            {
-                "model_type": "clip",
-                "vision_config": {"hidden_size": 768, "num_attention_heads": 1},
-                "text_config": {},
-            },
-            "describes other weights than model.safetensors: vision_width is 768 in one and 64",
-        ),
-        (
-            "open_clip_config.json",
-            {
-                "model_cfg": {
-                    **OPEN_CLIP["model_cfg"],
-                    "text_cfg": {**OPEN_CLIP["model_cfg"]["text_cfg"], "no_causal_mask": True},
-                }
-            },
-            "no_causal_mask=True is unsupported",
-        ),
-    ],
-)
-def test_descriptions_that_cannot_be_used_are_one_line(clip_file, name, values, message):
-    text = values if isinstance(values, str) else json.dumps(values)
-    clip_file.with_name(name).write_text(text)
-    with pytest.raises(WeightsError) as error:
-        read_weights(clip_file)
-    assert message in str(error.value)
-    assert name in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_release_against_a_description(clip_file):
-    write(clip_file, "open_clip_config.json", OPEN_CLIP)
-    with pytest.raises(WeightsError, match=r"release=openai does not go with .*activation is gelu"):
-        read_weights(clip_file, "openai")
-
-
-def test_the_release_is_enough_beside_the_description_of_another_file(clip_file):
-    other = {**OPEN_CLIP, "model_cfg": {**OPEN_CLIP["model_cfg"], "embed_dim": 512}}
-    write(clip_file, "open_clip_config.json", other)
-    with pytest.raises(WeightsError, match="describes other weights"):
-        read_weights(clip_file)
-    assert read_weights(clip_file, "openai").description.backbone.activation == "quick_gelu"
 
 
 # ---------------------------------------------------------------- families
@@ -243,7 +78,7 @@ def test_the_release_is_enough_beside_the_description_of_another_file(clip_file)
 
 def test_siglip_needs_no_description(tmp_path):
     path = tmp_path / "siglip.safetensors"
-    save_file(to_hugging_face(tiny_state(**SIGLIP), "siglip"), path)
+    save_file(siglip_to_hugging_face(tiny_state(**SIGLIP, vocab_size=256_000)), path)
     description = read_weights(path).description
     backbone = description.backbone
     assert (backbone.family, backbone.activation) == ("siglip", "gelu_tanh")
@@ -255,7 +90,7 @@ def test_siglip_needs_no_description(tmp_path):
 
 def test_the_first_siglip_pads_with_its_end_and_drops_punctuation(tmp_path):
     path = tmp_path / "siglip.safetensors"
-    save_file(to_hugging_face(tiny_state(**SIGLIP, vocab_size=32000), "siglip"), path)
+    save_file(siglip_to_hugging_face(tiny_state(**SIGLIP, vocab_size=32000)), path)
     backbone = read_weights(path).description.backbone
     assert (backbone.pad_id, backbone.text_cleaning) == (1, "canonicalize")
 
@@ -263,9 +98,54 @@ def test_the_first_siglip_pads_with_its_end_and_drops_punctuation(tmp_path):
 def test_widths_that_are_no_heads_of_64_channels(tmp_path):
     """So400m has 16 heads of 72 channels."""
     path = tmp_path / "siglip.safetensors"
-    sizes = {"embed_dim": 1152, "vision_width": 1152, "vision_heads": 16}
-    save_file(to_hugging_face(tiny_state(**{**SIGLIP, **sizes}), "siglip"), path)
+    sizes = {"embed_dim": 1152, "vision_width": 1152, "vision_heads": 16, "vocab_size": 32000}
+    save_file(siglip_to_hugging_face(tiny_state(**{**SIGLIP, **sizes})), path)
     assert read_weights(path).description.backbone.vision_heads == 16
+
+
+def test_unknown_vocabularies_of_siglip_are_not_guessed(tmp_path):
+    path = tmp_path / "siglip.safetensors"
+    save_file(siglip_to_hugging_face(tiny_state(**SIGLIP)), path)
+    with pytest.raises(WeightsError, match=r'has 20 tokens, .* has to say "pad_id"'):
+        read_weights(path)
+    description = {"family": "siglip", "activation": "gelu_tanh", "pad": 3}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    backbone = read_weights(path).description.backbone
+    assert (backbone.pad_id, backbone.text_cleaning) == (3, "lower")
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1664, 16), (1024, 16), (2048, None)])
+def test_heads_of_wide_image_towers(width, heads, tmp_path):
+    """H and bigG have heads of 80 and 104 channels."""
+    path = tmp_path / "wide.safetensors"
+    save_file(tiny_state(vision_width=width, vision_heads=16), path)
+    if heads is None:
+        with pytest.raises(WeightsError, match=r'2048 channels, .* config.json with "vision_h'):
+            read_weights(path, "dfn5b")
+    else:
+        assert read_weights(path, "dfn5b").description.backbone.vision_heads == heads
+
+
+def test_openais_archives_are_openais():
+    description = read_weights(GOLDEN / "clip_torchscript.pt").description
+    assert description.activation_from == "OpenAI's archive, by its form"
+    with pytest.raises(WeightsError, match="its release is openai, not laion2b_s34b_b79k"):
+        read_weights(GOLDEN / "clip_torchscript.pt", "laion2b_s34b_b79k")
+
+
+def test_a_release_of_a_file_that_says_what_it_is_is_refused():
+    with pytest.raises(WeightsError, match="says what it is; leave the release out"):
+        read_weights("shapes_clip", "openai")
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    state = tiny_state()
+    state["ln_final.weight"][3] = np.nan
+    save_file(state, tmp_path / "a.safetensors")
+    weights = read_weights(tmp_path / "a.safetensors", "openai")
+    config = config_of_weights(weights)
+    with pytest.raises(WeightsError, match=r"clip\.ln_final\.weight has values that are not"):
+        initial_params(config.model, weights, jax.random.key(0))
 
 
 def test_perception_encoder_needs_no_description(tmp_path):

@@ -75,7 +75,7 @@ def test_no_valid_feature_and_no_similarity_changes(model, params, batch):
         whole = nnx.merge(definition, params)
         text = whole.encode_text(batch["text_ids"], batch["text_mask"])
         video = whole.encode_video(batch["frames"], batch["frame_mask"])
-        text_feat = whole.backbone.encode_text(batch["text_ids"])
+        text_feat = whole.backbone.encode_text(batch["text_ids"], batch["text_mask"]).tokens
         frame_feat = whole.frame_features(batch["frames"], batch["frame_mask"])
         return text_feat, frame_feat, whole.similarity(text, video)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from support.params import random_params
 
 from drl_jax.models.drl import copy_text_tower, init_params, model_definition, param_shapes
-from drl_jax.models.layers import BlockRunConfig, Transformer, new_block_init
+from drl_jax.models.layers import BlockConfig, BlockRunConfig, Transformer, new_block_init
 from drl_jax.models.temporal import SequenceTransformer
 
 L, F = 10, 4
@@ -121,7 +121,8 @@ def test_new_frame_positions_have_the_configured_deviation(tiny_model):
 
 def test_a_transformer_computes_only_the_positions_that_are_needed(tiny_model):
     run = BlockRunConfig.of(dataclasses.replace(tiny_model, remat="full"))
-    make = functools.partial(Transformer, 32, 3, 2, eps=1e-5, init=new_block_init(), run=run)
+    block = BlockConfig(width=32, heads=2, hidden_width=128, activation="quick_gelu", eps=1e-5)
+    make = functools.partial(Transformer, block, 3, init=new_block_init(), run=run)
     definition, params = nnx.split(make(rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(1), (2, 5, 32))
 

@@ -226,7 +226,7 @@ def test_configurations_that_do_not_go_with_the_tokenizer_are_one_line(files):
         (model_of(gemma, text_cleaning="clip"), "text_cleaning=clip is for CLIP's own tokenizer"),
         (
             model_of("", text_cleaning="lower"),
-            "of their own: give --config.model.tokenizer=FILE",
+            "of their own: put tokenizer.json or spiece.model beside",
         ),
     ):
         with pytest.raises(ConfigError, match=message):

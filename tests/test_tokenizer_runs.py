@@ -142,7 +142,7 @@ def test_training_with_a_file(shapes_data, tmp_path, capsys):
     assert len(manifest["tokenizer_sha256"]) == 64
 
     line = error_of("drl_jax.train", *arguments, f"--workdir={tmp_path / 'none'}", capsys=capsys)
-    assert "have a tokenizer of their own: give --config.model.tokenizer=FILE" in line
+    assert "have a tokenizer of their own: put tokenizer.json or spiece.model" in line
     assert not (tmp_path / "none").exists()
     moved = tmp_path / "moved.json"
     file.rename(moved)

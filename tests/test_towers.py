@@ -13,9 +13,8 @@ from safetensors.numpy import load_file
 from drl_jax.config import ACTIVATIONS, ModelConfig
 from drl_jax.models.backbone import TextFeatures
 from drl_jax.models.drl import BACKBONES, model_definition, param_shapes
-from drl_jax.weights.hugging_face import to_hugging_face
-from drl_jax.weights.load import params_from_state
-from drl_jax.weights.weights_file import Weights, read_weights
+from drl_jax.weights.load import config_of_weights, params_from_state
+from drl_jax.weights.weights_file import Weights, read_weights, save_weights
 
 TOWERS = Path(os.environ.get("DRL_TOWERS") or Path(__file__).parents[2] / "shared" / "towers")
 NAMES = sorted(path.parent.name for path in TOWERS.glob("*/io.npz"))
@@ -25,13 +24,16 @@ TOLERANCE = 2e-5
 pytestmark = pytest.mark.skipif(not NAMES, reason="no goldens of towers (DRL_TOWERS)")
 
 
+def backbone_shapes(config: ModelConfig) -> dict:
+    return {"backbone": param_shapes(config)["backbone"]}
+
+
 def backbone_of(weights: Weights, **changes) -> nnx.Module:
     """The towers of a file as a module; `changes` are of BackboneConfig."""
     description = dataclasses.replace(weights.description.backbone, **changes)
     config = ModelConfig(backbone=description, interaction="dp", agg_module="none")
     assert not BACKBONES[description.family].config_error(description)
-    shapes = {"backbone": param_shapes(config)["backbone"]}
-    params = params_from_state(weights.state, shapes)
+    params = params_from_state(weights.state, backbone_shapes(config))
     return nnx.merge(model_definition(config), params | {"interaction": {}}).backbone
 
 
@@ -101,12 +103,28 @@ def test_a_transposed_projection_is_another_result(golden):
     assert wrong["image_features"] < TOLERANCE
 
 
-def test_export_has_the_publishers_names_and_bits(golden):
+def test_export_has_the_publishers_names_and_bits(golden, tmp_path):
     weights, _, folder = golden
-    original = load_file(folder / "weights.safetensors")
-    family = weights.description.backbone.family
-    state = {name.removeprefix("clip."): tensor for name, tensor in weights.state.items()}
-    found = to_hugging_face(state, family) if family == "siglip" else state
+    config = config_of_weights(weights)
+    params = {
+        "backbone": params_from_state(weights.state, backbone_shapes(config.model))["backbone"]
+    }
+    exported = tmp_path / "towers.safetensors"
+    save_weights(exported, params, config, dtype="float16", clip_only=True)
+    original, found = load_file(folder / "weights.safetensors"), load_file(exported)
     assert found.keys() == original.keys()
     for name, tensor in original.items():
         np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+
+
+def test_a_wrong_epsilon_or_number_of_heads_is_another_result(golden):
+    weights, io, _ = golden
+    backbone = weights.description.backbone
+    eps = 1e-5 if backbone.layer_norm_eps == 1e-6 else 1e-2
+    # Too large for the number of digits where the right one is 1e-6: what is normalised is large.
+    if backbone.layer_norm_eps == 1e-5:
+        assert max(differences(weights, io, layer_norm_eps=eps).values()) > TOLERANCE
+    for tower, name in (("vision", "image_features"), ("text", "text_features")):
+        heads = f"{tower}_heads"
+        wrong = differences(weights, io, **{heads: 2 * getattr(backbone, heads)})
+        assert wrong[name] > 1e-3

@@ -21,6 +21,7 @@ from support.commands import error_of, run_module
 from support.golden import GOLDEN, SPEC, case_state, clip_state, clip_weights, load
 from support.params import random_params
 from support.runs import make_run
+from support.towers import to_hugging_face
 
 import drl_jax
 from data_prep.dataset_config import SHAPES_BACKBONE
@@ -31,7 +32,7 @@ from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
 from drl_jax.weights import installed
-from drl_jax.weights.description import WeightsError
+from drl_jax.weights.json_values import WeightsError
 from drl_jax.weights.load import (
     heads_of_weights,
     params_from_state,
@@ -269,42 +270,6 @@ def test_parameters_come_back_bit_for_bit(agg_module, interaction, arch):
     assert interaction != "wti" or inferred.wti_arch == arch
 
 
-def to_hugging_face(state):
-    """OpenAI's names -> Hugging Face's, as their converter writes them."""
-    rules = (
-        ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
-        ("transformer.resblocks.", "text_model.encoder.layers."),
-        (".attn.out_proj.", ".self_attn.out_proj."),
-        (".ln_1.", ".layer_norm1."),
-        (".ln_2.", ".layer_norm2."),
-        (".c_fc.", ".fc1."),
-        (".c_proj.", ".fc2."),
-        ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
-        ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
-        ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-        ("visual.ln_pre.", "vision_model.pre_layrnorm."),
-        ("visual.ln_post.", "vision_model.post_layernorm."),
-        ("visual.proj", "visual_projection.weight"),
-        ("text_projection", "text_projection.weight"),
-        ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
-        ("ln_final.", "text_model.final_layer_norm."),
-    )
-    renamed = {"text_model.embeddings.position_ids": np.arange(77)[None]}
-    for name, value in state.items():
-        if name == "positional_embedding":
-            renamed["text_model.embeddings.position_embedding.weight"] = value
-            continue
-        transposed = name in ("visual.proj", "text_projection")
-        for old, new in rules:
-            name = name.replace(old, new, 1) if old in name else name
-        if match := re.match(r"(.*)\.attn\.in_proj_(weight|bias)$", name):
-            for part, piece in zip("qkv", np.split(value, 3), strict=True):
-                renamed[f"{match[1]}.self_attn.{part}_proj.{match[2]}"] = piece
-        else:
-            renamed[name] = np.ascontiguousarray(value.T) if transposed else value
-    return renamed
-
-
 def test_hugging_face_names(tmp_path):
     save_file(to_hugging_face(load("clip")), tmp_path / "hf.safetensors")
     (tmp_path / "config.json").write_text(
@@ -475,7 +440,9 @@ def test_an_exported_run_comes_back_as_the_same_model(shapes_config, tmp_path):
 def test_heads_are_not_guessed_for_widths_that_openai_does_not_have(shapes_config, tmp_path):
     params = random_params(shapes_config.model)
     save_file(state_dict_from_params(params), tmp_path / "unknown.safetensors")
-    with pytest.raises(WeightsError, match=r"32 channels, which are not heads of 64.*convert RUN"):
+    with pytest.raises(
+        WeightsError, match=r"32 channels, and nothing says in how many heads; put a config.json"
+    ):
         read_weights(tmp_path / "unknown.safetensors")
 
 

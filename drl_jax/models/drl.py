@@ -107,7 +107,9 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"config.data.max_words must be 3 to model.backbone.context_length ({length})"
         )
-    if data.max_frames >= length:
+    heads = (TEMPORAL_HEADS[model.agg_module], INTERACTIONS[model.interaction])
+    has_positions = any(head and head.COPIED_POSITIONS for head in heads)
+    if has_positions and data.max_frames >= length:
         raise ConfigError(
             f"config.data.max_frames must be below model.backbone.context_length ({length})"
         )

@@ -15,12 +15,12 @@ from drl_jax.models.backbone import Backbone, TemporalInit
 from drl_jax.models.layers import (
     BlockConfig,
     BlockRunConfig,
-    Linear,
     Transformer,
     clip_block_init,
     layer_norm,
     rematerialized,
 )
+from drl_jax.models.linear import Linear
 
 # Of SigLIP's loss, before training.
 INITIAL_LOGIT_BIAS = -10.0

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from drl_jax.config import Config
-from drl_jax.models.tokenizers import stored_name, with_tokenizer
+from drl_jax.models.tokenizers import check_cleaning, stored_name, with_tokenizer
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
@@ -14,6 +14,7 @@ from drl_jax.runtime.files import copy_once
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import state_from_params
+from drl_jax.weights.description import Description
 from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.weights_file import read_weights, save_weights
 
@@ -25,7 +26,8 @@ def import_weights(
     seed: int = 0,
     *,
     release: str = "",
-) -> Config:
+    tokenizer: str = "",
+) -> tuple[Config, Description]:
     """Creates a run with one checkpoint, of step 0, from a file of weights.
 
     Args:
@@ -35,9 +37,11 @@ def import_weights(
       interaction: "dp" or "ti", for a file without interaction parameters.
       seed: for the heads that the towers do not have.
       release: as in `read_weights`.
+      tokenizer: its file, if it is not beside that of the weights.
 
     Returns:
-      The configuration of the run, with the sizes and heads of the weights.
+      The configuration of the run, with the sizes and heads of the weights, and what is known of
+      the towers.
 
     Raises:
       UserError: the file cannot be read or does not fit, or `workdir` holds a run.
@@ -45,13 +49,16 @@ def import_weights(
     if (workdir / "config.json").exists():
         raise WorkdirError(f"{workdir} already holds a run; choose another directory")
     weights = read_weights(source, release)
+    if tokenizer:
+        weights = weights._replace(tokenizer=tokenizer)
     config = config_of_weights(weights, interaction)
+    check_cleaning(config.model)
     params = initial_params(config.model, weights, jax.random.key(seed))
     claim_workdir(workdir, config)
     state = state_from_params(params, make_optimizer(config.optim, 0), make_layout())
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(state)
-    return config
+    return config, weights.description
 
 
 def export_weights(

@@ -29,6 +29,9 @@ def _parser() -> Parser:
     model.add_argument(
         "--release", default="", help="release of --weights, for a CLIP that does not say its own"
     )
+    model.add_argument(
+        "--tokenizer", default="", help="tokenizer of --weights, if it is not beside the file"
+    )
     common = Parser("", add_help=False, parents=[model])
     common.add_argument("--index", type=Path, required=True, help="directory of the index")
     engine = Parser("", add_help=False)

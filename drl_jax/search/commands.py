@@ -179,9 +179,13 @@ def _explain(options: argparse.Namespace) -> None:
 def _model_of_flags(options: argparse.Namespace) -> RetrievalModel | None:
     if options.workdir and options.weights:
         raise UserError("give --workdir or --weights, not both")
+    if (options.release or options.tokenizer) and not options.weights:
+        raise UserError("--release and --tokenizer describe --weights=FILE; omit them, or give it")
     if options.workdir:
         return load(options.workdir, options.checkpoint)
-    return load(options.weights, release=options.release) if options.weights else None
+    if not options.weights:
+        return None
+    return load(options.weights, release=options.release, tokenizer=options.tokenizer)
 
 
 def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:

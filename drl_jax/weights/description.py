@@ -1,33 +1,29 @@
-"""Describes the towers in a file: what its tensors say, and what files beside it say."""
+"""Describes the towers in a file: what its tensors say, what lies beside it, and its release."""
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from drl_jax.config import ACTIVATIONS, BackboneConfig
-from drl_jax.runtime.errors import UserError
-from drl_jax.weights.releases import FAMILY_FIELDS, FAMILY_LICENCES, RELEASES
+from drl_jax.config import BackboneConfig
+from drl_jax.weights.beside import read_beside
+from drl_jax.weights.json_values import WeightsError
+from drl_jax.weights.releases import FAMILY_FIELDS, FAMILY_LICENCES, RELEASES, SIGLIP_TEXT
 
-# Channels of an attention head, except in widths that are listed.
-_HEAD_WIDTH = 64
-_HEADS_OF_WIDTH = {1152: 16, 1536: 16}
-# Rows of the embedding of OpenAI's vocabulary, and of SigLIP's and SigLIP 2's.
-_CLIP_VOCABULARY, _SIGLIP_VOCABULARY = 49408, 32000
-# Names of activations in a config.json.
-_HUGGING_FACE_ACTIVATIONS = {
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+# Channels of an attention head of a tower of at most this width, and the heads of wider ones and
+# of So400m.
+_HEAD_WIDTH, _MAX_WIDTH = 64, 1024
+_HEADS_OF_WIDTH = {
+    "vision": {1152: 16, 1280: 16, 1408: 16, 1536: 16, 1664: 16, 1792: 16},
+    "text": {1152: 16, 1280: 20},
 }
+# Rows of the embedding of OpenAI's vocabulary.
+_CLIP_VOCABULARY = 49408
 
 
-class WeightsError(UserError):
-    """Weights that do not fit the model; the message names the tensors."""
+# Where a release is named.
+RELEASE_FLAGS = "--config.model.release=NAME of a training, --release=NAME of other commands"
 
 
 class Description(NamedTuple):
@@ -47,9 +43,11 @@ class Description(NamedTuple):
 
     def __str__(self) -> str:
         backbone = self.backbone
+        form = f"{backbone.resize}, {backbone.interpolation}"
         return (
             f"{backbone.family}, patches of {backbone.vision_patch_size} pixels at"
-            f" {backbone.image_resolution} ({backbone.resize}), activation {backbone.activation}"
+            f" {backbone.image_resolution} ({form}), captions: {backbone.text_cleaning}, activation"
+            f" {backbone.activation}"
             f" (from {self.activation_from}), licence: {self.licence or 'not stated by the file'}"
             f"{self.revision and f', commit {self.revision}'}"
         )
@@ -81,56 +79,75 @@ def describe(
     Raises:
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.
     """
-    if release and release not in RELEASES:
-        raise WeightsError(
-            f"config.model.release={release} is unknown; it is one of {', '.join(RELEASES)}"
-        )
-    family = _family(state)
+    check_release(release)
+    family, sizes = _family(state), _sizes(state)
     known = {"family": family, **FAMILY_FIELDS[family]}
-    sizes = _sizes(state)
+    source, licence = "its family", FAMILY_LICENCES.get(family, "")
     if family == "siglip":
-        first = sizes["vocab_size"] == _SIGLIP_VOCABULARY
-        known |= {"pad_id": int(first), "text_cleaning": "canonicalize" if first else "lower"}
+        known |= SIGLIP_TEXT.get(sizes["vocab_size"], {})
     elif sizes["vocab_size"] > _CLIP_VOCABULARY:
         known["text_cleaning"] = "none"  # A multilingual vocabulary.
-    known["logit_bias"] = "logit_bias" in state
-    beside = None if path is None or is_openai else _read_beside(path)
+    beside = None if path is None or is_openai else read_beside(path)
     if beside is not None and (wrong := _disagreement(beside.fields, {"family": family, **sizes})):
         if not release:
             raise WeightsError(
                 f"{path.parent / beside.name} describes other weights than {path.name}: {wrong};"
-                " move one of them, or name the release: --config.model.release=NAME"
+                f" move one of them, or name the release ({RELEASE_FLAGS})"
             )
         beside = None
-    source, licence = "its family", FAMILY_LICENCES.get(family, "")
-    if is_openai:
-        release = release or "openai"
-    if release:
+    if is_openai and release not in ("", "openai"):
+        raise WeightsError(
+            f"{path} has the form of OpenAI's archives or of a checkpoint of DRL's PyTorch"
+            f" original: its release is openai, not {release}"
+        )
+    if is_openai or release:
+        name = "openai" if is_openai else release
         if family != "clip":
-            raise WeightsError(f"config.model.release={release} is a CLIP; {path} is a {family}")
-        found = RELEASES[release]
-        stated = found.backbone_fields(sizes["vision_patch_size"])
+            raise WeightsError(f"the release {name} is a CLIP, and {path} is a {family}")
+        stated = RELEASES[name].backbone_fields(sizes["vision_patch_size"])
         if beside is not None and (wrong := _disagreement(beside.fields, stated)):
             raise WeightsError(
-                f"config.model.release={release} does not go with {path.parent / beside.name}:"
-                f" {wrong}; leave config.model.release out, or move the file"
+                f"the release {name} does not go with {path.parent / beside.name}: {wrong}; leave"
+                " the release out, or move the file"
             )
         known |= stated
-        source, licence = f"the release {release}", found.licence
+        source = "the form of the file" if is_openai else f"the release {name}"
+        licence = RELEASES[name].licence
     if beside is not None:
         known |= beside.fields
-        source = beside.name
+        source, licence = beside.name, beside.licence or licence
     if "activation" not in known:
         raise WeightsError(
             f"{path or 'the file'} does not say its activation, and neither a config.json nor an"
-            " open_clip_config.json beside it does; name the release with"
-            f" --config.model.release=NAME, one of {', '.join(RELEASES)}"
+            f" open_clip_config.json beside it does; name the release ({RELEASE_FLAGS}), one of"
+            f" {', '.join(RELEASES)}"
         )
-    known |= sizes
+    if family == "siglip" and "pad_id" not in known:
+        raise WeightsError(
+            f"{path} has {sizes['vocab_size']} tokens, which are neither SigLIP's nor SigLIP 2's;"
+            ' a config.json beside it has to say "pad_id", and "text_cleaning" if captions are not'
+            " just lower case"
+        )
+    known = {"text_cleaning": "lower", **known} if family == "siglip" else known
+    known |= {**sizes, "logit_bias": "logit_bias" in state}
     for tower in ("vision", "text"):
         if f"{tower}_heads" not in known:
             known[f"{tower}_heads"] = _heads(tower, sizes[f"{tower}_width"])
     return Description(BackboneConfig(**known), source, licence)
+
+
+def check_release(release: str) -> None:
+    """Raises WeightsError if a release has a name that is unknown; empty: none is given."""
+    if release and release not in RELEASES:
+        raise WeightsError(f"the release {release} is unknown; it is one of {', '.join(RELEASES)}")
+
+
+def _disagreement(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """The first field with two values; empty if there is none."""
+    for name, value in expected.items():
+        if name in found and found[name] != value:
+            return f"{name} is {found[name]} in one and {value} in the other"
+    return ""
 
 
 # ---------------------------------------------------------------- tensors
@@ -183,176 +200,12 @@ def _sizes(state: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def _heads(tower: str, width: int) -> int:
-    if width in _HEADS_OF_WIDTH:
-        return _HEADS_OF_WIDTH[width]
-    if width % _HEAD_WIDTH:
+    if width in _HEADS_OF_WIDTH[tower]:
+        return _HEADS_OF_WIDTH[tower][width]
+    if width % _HEAD_WIDTH or width > _MAX_WIDTH:
         name = "image" if tower == "vision" else tower
         raise WeightsError(
-            f"the {name} tower has {width} channels, which are not heads of {_HEAD_WIDTH} as in"
-            " published towers, and no config.json beside the file says how many heads there are;"
-            " export a run again with: python -m drl_jax.convert RUN FILE.safetensors"
+            f"the {name} tower has {width} channels, and nothing says in how many heads; put a"
+            f' config.json with "{tower}_heads" beside the file (docs/weights.md)'
         )
     return width // _HEAD_WIDTH
-
-
-# ---------------------------------------------------------------- files beside the weights
-
-
-def _read_beside(path: Path) -> _Beside | None:
-    """The description beside a file of weights, with the preprocessing of Hugging Face's."""
-    for name, read in (("open_clip_config.json", _open_clip_fields), ("config.json", _fields)):
-        values = _read_json(path.with_name(name))
-        if values is None:
-            continue
-        try:
-            fields = read(values)
-            if name == "config.json":
-                fields |= _preprocessor_fields(
-                    _read_json(path.with_name("preprocessor_config.json")) or {}
-                )
-        except WeightsError as error:
-            raise WeightsError(f"{path.with_name(name)}: {error}") from error
-        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise WeightsError(f"{path.with_name(name)} cannot be used: {error!r}") from error
-        if "activation" in fields:
-            return _Beside(name, fields)
-    return None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise WeightsError(f"{path} is damaged: it is not JSON; get it again") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path} describes no model: it is not a JSON object")
-    return values
-
-
-def _disagreement(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """The first field with two values; empty if there is none."""
-    for name, value in expected.items():
-        if name in found and found[name] != value:
-            return f"{name} is {found[name]} in one and {value} in the other"
-    return ""
-
-
-def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a config.json: Hugging Face's, or one with the names of BackboneConfig."""
-    if "vision_config" in values:
-        return _hugging_face_fields(values)
-    if "family" not in values:
-        return {}
-    short = {"mean": "pixel_mean", "std": "pixel_std", "pad": "pad_id"}
-    short |= {"image_size": "image_resolution", "patch": "vision_patch_size"}
-    short |= {"context": "context_length"}
-    named = {short.get(name, name): value for name, value in values.items()}
-    known = {field.name for field in dataclasses.fields(BackboneConfig)}
-    fields = {name: value for name, value in named.items() if name in known}
-    if fields.get("activation") not in ACTIVATIONS:
-        raise WeightsError(f"activation is one of {', '.join(ACTIVATIONS)}")
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-
-
-def _hugging_face_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of Hugging Face's config.json; what it leaves out has the library's default."""
-    kind = values.get("model_type")
-    if kind not in ("clip", "siglip", "siglip2", "metaclip_2"):
-        raise WeightsError(
-            f"model_type {kind!r} is not supported; clip, siglip, siglip2 and metaclip_2 are"
-        )
-    siglip = kind.startswith("siglip")
-    vision, text = values["vision_config"], values.get("text_config") or {}
-    default = "gelu_pytorch_tanh" if siglip else "quick_gelu"
-    activations = {tower.get("hidden_act", default) for tower in (vision, text)}
-    if len(activations) > 1 or not activations <= _HUGGING_FACE_ACTIVATIONS.keys():
-        raise WeightsError(f"hidden_act {', '.join(sorted(map(str, activations)))} is unsupported")
-    default_eps = 1e-6 if siglip else 1e-5
-    eps = {tower.get("layer_norm_eps", default_eps) for tower in (vision, text)}
-    if len(eps) > 1:
-        raise WeightsError("layer_norm_eps differs between the towers, which is unsupported")
-    fields = {
-        "family": "siglip" if siglip else "clip",
-        "activation": _HUGGING_FACE_ACTIVATIONS[activations.pop()],
-        "layer_norm_eps": eps.pop(),
-        "vision_heads": vision.get("num_attention_heads", 12),
-        "text_heads": text.get("num_attention_heads", 12 if siglip else 8),
-    }
-    stated = (
-        ("vision_width", vision, "hidden_size"),
-        ("vision_layers", vision, "num_hidden_layers"),
-        ("vision_patch_size", vision, "patch_size"),
-        ("image_resolution", vision, "image_size"),
-        ("text_width", text, "hidden_size"),
-        ("text_layers", text, "num_hidden_layers"),
-        ("context_length", text, "max_position_embeddings"),
-        ("vocab_size", text, "vocab_size"),
-    )
-    return fields | {field: tower[name] for field, tower, name in stated if name in tower}
-
-
-def _preprocessor_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of Hugging Face's preprocessor_config.json."""
-    fields: dict[str, Any] = {}
-    if "image_mean" in values and "image_std" in values:
-        fields["pixel_mean"] = tuple(map(float, values["image_mean"]))
-        fields["pixel_std"] = tuple(map(float, values["image_std"]))
-    if "resample" in values:
-        fields["interpolation"] = {2: "bilinear", 3: "bicubic"}[values["resample"]]
-    size = values.get("size")
-    if isinstance(size, dict):
-        crops = "shortest_edge" in size or bool(values.get("do_center_crop"))
-        fields["resize"] = "crop" if crops else "squash"
-    return fields
-
-
-def _open_clip_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of an open_clip_config.json."""
-    model, preprocess = values["model_cfg"], values.get("preprocess_cfg") or {}
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    if name := vision.get("timm_model_name") or text.get("hf_model_name"):
-        raise WeightsError(
-            f"{name} is open_clip's form of another library's tower; use its publisher's own file"
-        )
-    for tower, key, usual in (
-        (vision, "attentional_pool", False),
-        (vision, "pool_type", "tok"),
-        (text, "pool_type", "argmax"),
-        (text, "no_causal_mask", False),
-        (text, "embed_cls", False),
-    ):
-        if tower.get(key, usual) != usual:
-            raise WeightsError(f"{key}={tower[key]} is unsupported")
-    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    if any(
-        (tower.get("act_kwargs") or {}).get("approximate") == "tanh" for tower in (vision, text)
-    ):
-        activation = "gelu_tanh"
-    heads = vision["width"] // vision.get("head_width", _HEAD_WIDTH)
-    fields = {
-        "family": "clip",
-        "activation": activation,
-        "embed_dim": model["embed_dim"],
-        "image_resolution": vision["image_size"],
-        "vision_layers": vision["layers"],
-        "vision_width": vision["width"],
-        "vision_heads": heads,
-        "vision_patch_size": vision["patch_size"],
-        "context_length": text.get("context_length", 77),
-        "vocab_size": text.get("vocab_size", _CLIP_VOCABULARY),
-        "text_width": text["width"],
-        "text_heads": text["heads"],
-        "text_layers": text["layers"],
-    }
-    for name, field in (("mean", "pixel_mean"), ("std", "pixel_std")):
-        if name in preprocess:
-            fields[field] = tuple(map(float, preprocess[name]))
-    if preprocess.get("interpolation") in ("bilinear", "bicubic"):
-        fields["interpolation"] = preprocess["interpolation"]
-    if "resize_mode" in preprocess:
-        fields["resize"] = {"shortest": "crop", "squash": "squash"}[preprocess["resize_mode"]]
-    return fields

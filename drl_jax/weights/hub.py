@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.weights import beside
 
 PREFIX = "hf-hub:"
 # Names of weights, the first of which is taken; else the only file with one of the suffixes.
@@ -21,13 +22,7 @@ PREFERRED = (
 )
 SUFFIXES = (".safetensors", ".pt")
 # Files that say what the weights are; those that exist are downloaded with them.
-DESCRIPTIONS = (
-    "config.json",
-    "open_clip_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "spiece.model",
-)
+DESCRIPTIONS = (*beside.DESCRIPTIONS, "tokenizer.json", "spiece.model")
 _NAME = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")

@@ -1,6 +1,7 @@
 """Hugging Face's names of CLIP and SigLIP, and ours, which are OpenAI's."""
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -81,21 +82,14 @@ def from_hugging_face(state: State) -> State:
     return fused
 
 
-def to_hugging_face(state: State, family: str) -> State:
-    """Our names -> Hugging Face's; the reverse of `from_hugging_face`.
-
-    Args:
-      state: tensors under our names.
-      family: "clip" or "siglip".
-    """
-    beginnings = [(ours, theirs) for theirs, ours in _BEGINNINGS[family]]
+def siglip_to_hugging_face(state: State) -> State:
+    """Our names of SigLIP -> Hugging Face's; the reverse of `from_hugging_face`."""
+    beginnings = [(ours, theirs) for theirs, ours in _BEGINNINGS["siglip"]]
     in_layer = [(ours, theirs) for theirs, ours in _IN_LAYER]
     named = {}
     for name, tensor in state.items():
-        if name in _SCALARS and family == "siglip":
+        if name in _SCALARS:
             tensor = tensor.reshape(1)
-        if family == "clip" and name in _TRANSPOSED:
-            tensor = tensor.T
         if match := re.match(r"(.*resblocks\.\d+\.attn)\.in_proj_(weight|bias)$", name):
             for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
                 theirs = _renamed(f"{match[1]}.{part}_proj.{match[2]}", beginnings, in_layer)
@@ -105,7 +99,10 @@ def to_hugging_face(state: State, family: str) -> State:
     return named
 
 
-def _renamed(name: str, beginnings, in_layer) -> str:
+def _renamed(
+    name: str, beginnings: Iterable[tuple[str, str]], in_layer: Iterable[tuple[str, str]]
+) -> str:
+    """A name with another beginning and, within a layer, other parts; unchanged if none fits."""
     for old, new in beginnings:
         if name.startswith(old):
             renamed = new + name.removeprefix(old)

@@ -17,10 +17,13 @@ from drl_jax.models.drl import (
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.towers import INITIAL_LOGIT_BIAS
-from drl_jax.weights.description import WeightsError
+from drl_jax.weights.json_values import WeightsError
 from drl_jax.weights.names import entries
 from drl_jax.weights.torch_file import StateDict
 from drl_jax.weights.weights_file import Weights
+
+# Fields of BackboneConfig that say how frames and captions are prepared.
+_INPUT_FIELDS = ("pixel_mean", "pixel_std", "resize", "interpolation", "text_cleaning", "pad_id")
 
 # ---------------------------------------------------------------- configuration
 
@@ -55,12 +58,16 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
       ConfigError: the sizes are impossible.
     """
     if weights.config is not None:
-        model = dataclasses.replace(weights.config.model, init="", tokenizer=weights.tokenizer)
+        model = dataclasses.replace(
+            weights.config.model, init="", release="", tokenizer=weights.tokenizer
+        )
         return dataclasses.replace(weights.config, model=model)
     model = dataclasses.replace(Config().model, interaction=interaction, agg_module="none")
     if weights.has_heads:
         model = heads_of_weights(model, weights)
-    data, loss = DataConfig(holdout=500), dataclasses.replace(Config().loss, cdcr=0)
+    loss = dataclasses.replace(Config().loss, cdcr=0)
+    length = weights.description.backbone.context_length
+    data = DataConfig(holdout=500, max_words=min(DataConfig.max_words, length))
     return with_backbone_of(Config(data=data, model=model, loss=loss), weights)
 
 
@@ -92,11 +99,13 @@ def _differences(wanted: BackboneConfig, found: BackboneConfig) -> list[str]:
     """The sizes that a configuration asks for and the weights do not have.
 
     A configuration with the default sizes asks for none, and none asks for the default image size.
+    What the file says of its input is not compared: it is known better than in a configuration.
     """
-    wanted = dataclasses.replace(wanted, logit_bias=found.logit_bias)
+    of_input = {name: getattr(found, name) for name in (*_INPUT_FIELDS, "logit_bias")}
+    wanted = dataclasses.replace(wanted, **of_input)
     size = BackboneConfig.image_resolution
-    default = dataclasses.replace(wanted, image_resolution=size, logit_bias=False)
-    if default == BackboneConfig():
+    default = dataclasses.replace(BackboneConfig(), **of_input)
+    if dataclasses.replace(wanted, image_resolution=size) == default:
         wanted = dataclasses.replace(found, image_resolution=wanted.image_resolution)
     if wanted.image_resolution == size:
         wanted = dataclasses.replace(wanted, image_resolution=found.image_resolution)
@@ -144,6 +153,8 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
             raise WeightsError(
                 f"{name} has the type {state[name].dtype}; weights are floating-point numbers"
             )
+        if not np.isfinite(np.asarray(state[name], np.float32)).all():
+            raise WeightsError(f"{name} has values that are not finite; get the file again")
     leaves = [
         jnp.asarray(entry.from_reference([state[name] for name in entry.names])) for entry in table
     ]

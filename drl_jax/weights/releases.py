@@ -1,6 +1,8 @@
 """What is known of published towers that their files do not say."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from drl_jax.config import BackboneConfig
@@ -27,6 +29,14 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
+# Padding and cleaning of SigLIP's captions, by the rows of the embedding: those of SigLIP (c4_en)
+# and of SigLIP 2 (Gemma).
+SIGLIP_TEXT = {
+    32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
+    256_000: {"pad_id": 0, "text_cleaning": "lower"},
+}
+
+
 class Release(NamedTuple):
     """A set of published CLIP files with the same recipe.
 
@@ -39,8 +49,8 @@ class Release(NamedTuple):
 
     activation: str
     licence: str
-    fields: dict[str, Any] = {}  # noqa: RUF012
-    patch_activations: dict[int, str] = {}  # noqa: RUF012
+    fields: Mapping[str, Any] = MappingProxyType({})
+    patch_activations: Mapping[int, str] = MappingProxyType({})
 
     def backbone_fields(self, patch_size: int) -> dict[str, Any]:
         """Fields of BackboneConfig of a file with this patch size."""
@@ -97,16 +107,18 @@ PUBLISHED: dict[str, Published] = {
         "MIT",
     ),
     "siglip2_b16": Published(
+        # Its preprocessor_config.json says bilinear; that of the first SigLIP says bicubic.
         BackboneConfig(
             family="siglip",
+            interpolation="bilinear",
             embed_dim=768,
             vision_patch_size=16,
             context_length=64,
             vocab_size=256_000,
             text_width=768,
             text_heads=12,
-            text_cleaning="lower",
             **FAMILY_FIELDS["siglip"],
+            **SIGLIP_TEXT[256_000],
         ),
         "hf-hub:google/siglip2-base-patch16-224",
         FAMILY_LICENCES["siglip"],

@@ -17,11 +17,18 @@ from safetensors.numpy import save_file
 from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.tokenizers import tokenizer_of_weights
-from drl_jax.runtime.files import replacing
-from drl_jax.weights.description import Description, WeightsError, describe
+from drl_jax.runtime.files import replacing, sha256
+from drl_jax.weights.description import Description, check_release, describe
+from drl_jax.weights.download import MODELS
 from drl_jax.weights.hub import resolved_revision
-from drl_jax.weights.hugging_face import from_hugging_face, is_hugging_face, to_hugging_face
+from drl_jax.weights.hugging_face import (
+    from_hugging_face,
+    is_hugging_face,
+    siglip_to_hugging_face,
+)
+from drl_jax.weights.json_values import WeightsError
 from drl_jax.weights.names import entries
+from drl_jax.weights.releases import PUBLISHED
 from drl_jax.weights.source import weights_path
 from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
 
@@ -82,6 +89,7 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
       TorchFileError: the file cannot be read safely.
       WeightsError: it does not hold supported towers, or nothing says their activation.
     """
+    check_release(release)
     path = weights_path(source)
     if re.search(r"-\d+-of-\d+\.|\.index\.json$", path.name):
         raise WeightsError(f"{path} is one part of sharded weights; join them into one file")
@@ -105,12 +113,22 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
         raise WeightsError(f"{path} holds no towers: it has no visual.conv1.weight; {_SUPPORTED}")
     config = _stored_config(path, metadata)
     if config is not None:
+        if release:
+            raise WeightsError(f"{path} says what it is; leave the release out")
         description = Description(config.model.backbone, "the file")
         tokenizer = tokenizer_of_weights(path, config.model.backbone, config.model.tokenizer)
         return Weights(state, description, config, tokenizer)
     towers = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
     description = describe(towers, path, release=release, is_openai=is_archive or is_drl)
-    description = description._replace(revision=resolved_revision(path) or "")
+    if is_archive:
+        known = sha256(path) in MODELS.values()
+        form = f"OpenAI's archive, {'by its sha256' if known else 'by its form'}"
+        description = description._replace(activation_from=form)
+    licences = {published.source: published.licence for published in PUBLISHED.values()}
+    description = description._replace(
+        revision=resolved_revision(path) or "",
+        licence=description.licence or licences.get(str(source), ""),
+    )
     tokenizer = tokenizer_of_weights(path, description.backbone)
     return Weights(state, description, tokenizer=tokenizer)
 
@@ -181,7 +199,7 @@ def save_weights(
     if clip_only:
         state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
         if config.model.backbone.family == "siglip":
-            state = to_hugging_face(state, "siglip")
+            state = siglip_to_hugging_face(state)
     for name, tensor in state.items():
         if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
             raise WeightsError(f"{name} is too large for float16; use float32")

@@ -31,7 +31,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
       TokenizerError: the file is missing, damaged or of another format, or a package is missing.
     """
     backbone = model.backbone
-    _check_cleaning(model)
+    check_cleaning(model)
     if model.tokenizer:
         name = f"the tokenizer {model.tokenizer}"
         tokenizer = _from_file(Path(model.tokenizer), backbone)
@@ -51,8 +51,12 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def _check_cleaning(model: ModelConfig) -> None:
-    """Checks that there is a tokenizer, and that captions are cleaned in a way that it has."""
+def check_cleaning(model: ModelConfig) -> None:
+    """Checks that there is a tokenizer, and that captions are cleaned in a way that it has.
+
+    Raises:
+      ConfigError: they do not go together.
+    """
     cleaning = model.backbone.text_cleaning
     if model.tokenizer and cleaning not in CLEANINGS:
         raise ConfigError(
@@ -61,8 +65,9 @@ def _check_cleaning(model: ModelConfig) -> None:
         )
     if not model.tokenizer and cleaning != "clip":
         raise ConfigError(
-            "these towers (SigLIP, MetaCLIP 2) have a tokenizer of their own: give"
-            f" --config.model.tokenizer=FILE, or put {' or '.join(_KINDS)} beside the weights"
+            "these towers (SigLIP, MetaCLIP 2) have a tokenizer of their own: put"
+            f" {' or '.join(_KINDS)} beside the weights, or give --config.model.tokenizer=FILE (a"
+            " training) or --tokenizer=FILE (other commands)"
         )
 
 

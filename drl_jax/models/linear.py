@@ -1,0 +1,62 @@
+"""Linear layers, whose weight gradients are float32 and contract one axis."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from drl_jax.sharding import replicate
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` that flattens the leading axes of its input.
+
+    The gradient of the kernel then contracts one axis instead of two, which XLA's CPU backend does
+    up to twice as fast. It is float32 also where the product is bfloat16, so that the sums over
+    rows and over devices keep their bits.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., Din] -> [..., Dout]."""
+        bias = None if self.bias is None else self.bias[...]
+        return project(x, self.kernel[...], bias, self.dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """x @ kernel + bias in a dtype: [..., Din], float32 [Din, Dout], [Dout] -> [..., Dout]."""
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    product = matmul(rows, kernel)
+    if bias is not None:
+        # In float32, as the sum over rows that is its gradient.
+        product = (product + bias).astype(dtype)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[N, Din] times a float32 kernel [Din, Dout], in the dtype of `x`: [N, Dout]."""
+    return x @ gathered(kernel, x.dtype)
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+    # Not `matmul`: rematerialisation sees a product here, and may keep it.
+    return x @ gathered(kernel, x.dtype), (x, kernel)
+
+
+def _matmul_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    of_kernel = jax.lax.dot_general(
+        x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype
+    )
+    return gradient @ gathered(kernel, x.dtype).T, of_kernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def gathered(kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A kernel in a dtype, whole on each device of the current mesh.
+
+    With fsdp, XLA otherwise splits the product by columns and moves activations between devices,
+    which are many times larger.
+    """
+    return replicate(kernel.astype(dtype))

@@ -1,0 +1,255 @@
+"""Descriptions of towers in JSON files beside their weights: Hugging Face's, open_clip's and ours.
+
+Each reader returns fields of BackboneConfig. What it cannot represent, it refuses.
+"""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from drl_jax.config import ACTIVATIONS, INTERPOLATIONS, RESIZES, TEXT_CLEANINGS, BackboneConfig
+from drl_jax.weights.json_values import JSONValues, WeightsError
+from drl_jax.weights.releases import SIGLIP_TEXT
+
+# Names of Hugging Face's files with the preprocessing; newer versions of its library write the
+# second one.
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Files that `read_beside` looks for.
+DESCRIPTIONS = ("open_clip_config.json", "config.json", *_PREPROCESSORS)
+_HUGGING_FACE_ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+# PIL's numbers of filters.
+_RESAMPLING = {2: "bilinear", 3: "bicubic"}
+# Short names of fields in a config.json of ours.
+_SHORT = {
+    "mean": "pixel_mean",
+    "std": "pixel_std",
+    "pad": "pad_id",
+    "image_size": "image_resolution",
+    "patch": "vision_patch_size",
+    "context": "context_length",
+}
+_CLIP_VOCABULARY = 49408
+
+
+class Beside(NamedTuple):
+    """A description beside weights.
+
+    Attributes:
+      name: of the file.
+      fields: of BackboneConfig.
+      licence: of the weights; empty if the file does not imply it.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    licence: str = ""
+
+
+def read_beside(path: Path) -> Beside | None:
+    """The description beside a file of weights; None if there is none that says the activation.
+
+    Raises:
+      WeightsError: a file is damaged, or describes what is not supported.
+    """
+    values = JSONValues.read(path.with_name("open_clip_config.json"))
+    if values is not None:
+        return Beside("open_clip_config.json", _open_clip_fields(values))
+    values = JSONValues.read(path.with_name("config.json"))
+    if values is None:
+        return None
+    if "vision_config" in values.content:
+        fields = _hugging_face_fields(values)
+        for name in _PREPROCESSORS:
+            preprocessor = JSONValues.read(path.with_name(name))
+            if preprocessor is not None:
+                fields |= _preprocessor_fields(preprocessor, values)
+                break
+        licence = "CC-BY-NC-4.0" if values.text("model_type") == "metaclip_2" else ""
+        return Beside("config.json", fields, licence)
+    return Beside("config.json", _own_fields(values)) if "family" in values.content else None
+
+
+# ---------------------------------------------------------------- our own form
+
+
+def _own_fields(values: JSONValues) -> dict[str, Any]:
+    """Fields of a config.json with the names of BackboneConfig, and a few shorter ones.
+
+    Unknown names are comments, unless they look like one of a field.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(BackboneConfig)}
+    choices = {
+        "activation": ACTIVATIONS,
+        "resize": RESIZES,
+        "interpolation": INTERPOLATIONS,
+        "text_cleaning": TEXT_CLEANINGS,
+    }
+    values.choice("activation", ACTIVATIONS)
+    fields: dict[str, Any] = {}
+    for name in values.content:
+        field = _SHORT.get(name, name)
+        if field not in types:
+            if close := difflib.get_close_matches(name, [*types, *_SHORT], n=1, cutoff=0.85):
+                raise WeightsError(f"{values.path}: {name} is unknown; did you mean {close[0]}?")
+        elif field in choices:
+            fields[field] = values.choice(name, choices[field])
+        elif field in ("pixel_mean", "pixel_std"):
+            fields[field] = values.pixel(name)
+        elif types[field] is bool:
+            fields[field] = values.flag(name, False)
+        elif types[field] is float:
+            fields[field] = values.number(name, 0.0)
+        elif types[field] is int:
+            fields[field] = values.count(name, least=0 if field == "pad_id" else 1)
+        else:
+            fields[field] = values.text(name)
+    if values.has("attn_pooler_heads") and values.count("attn_pooler_heads") != 8:
+        raise values.unsupported("attn_pooler_heads")
+    return fields
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def _hugging_face_fields(values: JSONValues) -> dict[str, Any]:
+    """Fields of Hugging Face's config.json; what it leaves out has the library's default."""
+    kind = values.text("model_type")
+    if kind not in ("clip", "siglip", "siglip2", "metaclip_2"):
+        raise WeightsError(
+            f"{values.path}: model_type {kind!r} is not supported; clip, siglip, siglip2 and"
+            " metaclip_2 are"
+        )
+    siglip = kind.startswith("siglip")
+    vision, text = values.group("vision_config"), values.group("text_config")
+    activations = set()
+    for tower in (vision, text):
+        name = tower.text("hidden_act", "gelu_pytorch_tanh" if siglip else "quick_gelu")
+        if name not in _HUGGING_FACE_ACTIVATIONS:
+            raise tower.unsupported("hidden_act")
+        activations.add(_HUGGING_FACE_ACTIVATIONS[name])
+    eps = {tower.number("layer_norm_eps", 1e-6 if siglip else 1e-5) for tower in (vision, text)}
+    for name, found in (("hidden_act", activations), ("layer_norm_eps", eps)):
+        if len(found) > 1:
+            raise WeightsError(
+                f"{values.path}: {name} differs between the towers, which is not supported"
+            )
+    fields = {
+        "family": "siglip" if siglip else "clip",
+        "activation": activations.pop(),
+        "layer_norm_eps": eps.pop(),
+        "vision_heads": vision.count("num_attention_heads", 12),
+        "text_heads": text.count("num_attention_heads", 12 if siglip else 8),
+    }
+    stated = (
+        ("vision_width", vision, "hidden_size"),
+        ("vision_layers", vision, "num_hidden_layers"),
+        ("vision_patch_size", vision, "patch_size"),
+        ("image_resolution", vision, "image_size"),
+        ("text_width", text, "hidden_size"),
+        ("text_layers", text, "num_hidden_layers"),
+        ("context_length", text, "max_position_embeddings"),
+        ("vocab_size", text, "vocab_size"),
+    )
+    fields |= {field: tower.count(name) for field, tower, name in stated if tower.has(name)}
+    # Written with the library's default also where the tokenizer has another.
+    if siglip and text.has("pad_token_id") and fields.get("vocab_size") not in SIGLIP_TEXT:
+        fields["pad_id"] = text.count("pad_token_id", least=0)
+    return fields
+
+
+def _preprocessor_fields(values: JSONValues, config: JSONValues) -> dict[str, Any]:
+    """Fields of Hugging Face's preprocessing."""
+    if values.has("image_processor"):
+        values = values.group("image_processor")
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if not values.flag(name, True):
+            raise values.unsupported(name)
+    factor = values.content.get("rescale_factor", 1 / 255)
+    if type(factor) is not float or abs(factor * 255 - 1) > 1e-3:
+        raise values.unsupported("rescale_factor")
+    fields: dict[str, Any] = {}
+    if values.has("image_mean") or values.has("image_std"):
+        fields["pixel_mean"] = values.pixel("image_mean")
+        fields["pixel_std"] = values.pixel("image_std")
+    if values.has("resample"):
+        if values.content["resample"] not in _RESAMPLING:
+            raise values.unsupported("resample")
+        fields["interpolation"] = _RESAMPLING[values.content["resample"]]
+    if not values.has("size"):
+        return fields
+    wanted = config.group("vision_config").count("image_size", 224)
+    # Early files of CLIP have a number.
+    size = values.content["size"]
+    sides = size if isinstance(size, dict) else {"shortest_edge": size}
+    crops = "shortest_edge" in sides
+    if set(sides.values()) != {wanted} or crops != values.flag("do_center_crop", crops):
+        raise values.unsupported("size")
+    return {**fields, "resize": "crop" if crops else "squash"}
+
+
+# ---------------------------------------------------------------- open_clip
+
+
+def _open_clip_fields(values: JSONValues) -> dict[str, Any]:
+    """Fields of an open_clip_config.json."""
+    model, preprocess = values.group("model_cfg"), values.group("preprocess_cfg")
+    vision, text = model.group("vision_cfg"), model.group("text_cfg")
+    for tower, name in ((vision, "timm_model_name"), (text, "hf_model_name")):
+        if tower.has(name):
+            raise WeightsError(
+                f"{values.path}: {tower.text(name)} is open_clip's form of another library's"
+                " tower; use its publisher's own file"
+            )
+    for tower, name, usual in (
+        (vision, "attentional_pool", False),
+        (vision, "pool_type", "tok"),
+        (text, "pool_type", "argmax"),
+        (text, "no_causal_mask", False),
+        (text, "embed_cls", False),
+    ):
+        if tower.content.get(name, usual) != usual:
+            raise tower.unsupported(name)
+    activation = "quick_gelu" if model.flag("quick_gelu", False) else "gelu"
+    details = [tower.group("act_kwargs").text("approximate", "none") for tower in (vision, text)]
+    if details == ["tanh", "tanh"] and activation == "gelu":
+        activation = "gelu_tanh"
+    elif details != ["none", "none"]:
+        raise vision.unsupported("act_kwargs")
+    eps = [tower.group("norm_kwargs").number("eps", 1e-5) for tower in (vision, text)]
+    if eps[0] != eps[1]:
+        raise vision.unsupported("norm_kwargs")
+    width = vision.count("width")
+    size = vision.count("image_size")
+    fields = {
+        "family": "clip",
+        "activation": activation,
+        "layer_norm_eps": eps[0],
+        "embed_dim": model.count("embed_dim"),
+        "image_resolution": size,
+        "vision_layers": vision.count("layers"),
+        "vision_width": width,
+        "vision_heads": width // vision.count("head_width", 64),
+        "vision_patch_size": vision.count("patch_size"),
+        "context_length": text.count("context_length", 77),
+        "vocab_size": text.count("vocab_size", _CLIP_VOCABULARY),
+        "text_width": text.count("width"),
+        "text_heads": text.count("heads"),
+        "text_layers": text.count("layers"),
+    }
+    if preprocess.content.get("size", size) not in (size, [size, size]):
+        raise preprocess.unsupported("size")
+    for name, field in (("mean", "pixel_mean"), ("std", "pixel_std")):
+        if preprocess.has(name):
+            fields[field] = preprocess.pixel(name)
+    if preprocess.has("interpolation"):
+        fields["interpolation"] = preprocess.choice("interpolation", INTERPOLATIONS)
+    if preprocess.has("resize_mode"):
+        mode = preprocess.choice("resize_mode", ("shortest", "squash"))
+        fields["resize"] = "crop" if mode == "shortest" else "squash"
+    return fields
