@@ -98,9 +98,7 @@ class Embedder:
             params, self._steps.encode_image, read_images, len(frames), "frame", most
         )
         image_features = encoded["image_feat"]
-        return self._encode(
-            params, self._steps.encode_window, read_windows, len(windows), "window"
-        )
+        return self._encode(params, self._steps.encode_window, read_windows, len(windows), "window")
 
     def similarity(self, params: Params, text: Features, video: Features) -> np.ndarray:
         """sim_matrix float32 [A, B] of encoded captions and videos.

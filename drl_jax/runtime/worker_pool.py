@@ -24,38 +24,46 @@ class WorkerFailure:
 
     Attributes:
       reason: one line.
+      timed_out: whether it took longer than it was allowed to.
     """
 
     reason: str
+    timed_out: bool = False
 
 
 def map_in_processes(
-    function: Callable[..., T], arguments: Sequence[tuple], *, timeout: float | None = None
+    function: Callable[..., T],
+    arguments: Sequence[tuple],
+    *,
+    timeout: float | Sequence[float] | None = None,
+    ahead: int = 8,
 ) -> Iterator[T | WorkerFailure]:
     """Computes `function(*a)` for each `a` of `arguments`, in order, on all available processors.
 
     Args:
       function: defined at the top level of a module.
       arguments: one tuple for each call.
-      timeout: seconds per call; the process of a call that takes longer is killed.
+      timeout: seconds per call, or of each call; the process of a call that takes longer is killed.
+      ahead: finished or running calls per worker that are held at a time.
 
     Yields:
-      The results in order; a call that fails gives a WorkerFailure, and the others continue. At
-      most 8 finished or running calls per worker are held at a time.
+      The results in order; a call that fails gives a WorkerFailure, and the others continue.
     """
     workers = max(1, min(available_cpus(), len(arguments)))
     # Spawned: forking a process in which TFDS or jax runs threads can deadlock.
     pool = ProcessPool(
         workers, context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
     )
-    waiting: collections.deque[ProcessFuture] = collections.deque()
+    timeouts = timeout if isinstance(timeout, Sequence) else [timeout] * len(arguments)
+    waiting: collections.deque[tuple[ProcessFuture, float | None]] = collections.deque()
     try:
-        for call in arguments:
-            waiting.append(pool.schedule(_guarded, args=(function, *call), timeout=timeout))
-            if len(waiting) > 8 * workers:
-                yield _result(waiting.popleft(), timeout)
+        for call, seconds in zip(arguments, timeouts, strict=True):
+            future = pool.schedule(_guarded, args=(function, *call), timeout=seconds)
+            waiting.append((future, seconds))
+            if len(waiting) > ahead * workers:
+                yield _result(*waiting.popleft())
         while waiting:
-            yield _result(waiting.popleft(), timeout)
+            yield _result(*waiting.popleft())
     finally:
         pool.stop()
         pool.join()
@@ -65,7 +73,7 @@ def _result(future: ProcessFuture, timeout: float | None) -> T | WorkerFailure:
     try:
         return future.result()
     except concurrent.futures.TimeoutError:
-        return WorkerFailure(f"took longer than {timeout:g} s")
+        return WorkerFailure(f"took longer than {timeout:g} s", timed_out=True)
     except ProcessExpired as error:
         return WorkerFailure(f"the process that worked on it died (exit code {error.exitcode})")
     # A result that cannot be sent to this process.

@@ -52,7 +52,13 @@ def _parser() -> Parser:
         help="how features are stored (%(default)s)",
     )
     index.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds for decoding a video (%(default)s)"
+        "--timeout",
+        type=float,
+        default=300.0,
+        help="seconds for decoding a video, and one more for each MB (%(default)s)",
+    )
+    index.add_argument(
+        "--prune", action="store_true", help="remove files that are gone also if most of them are"
     )
 
     text = "answer queries, or prompt for them"

@@ -19,24 +19,47 @@ GROWTH = 256
 
 
 def map_arrays(
-    directory: Path, described: Mapping[str, Mapping[str, Any]], slots: int = 0
+    directory: Path,
+    described: Mapping[str, Mapping[str, Any]],
+    slots: int = 0,
+    *,
+    strict: bool = True,
 ) -> Features:
     """Memory-maps arrays: [at least `slots`, ...] each.
+
+    Args:
+      directory: of the index.
+      described: the arrays.
+      slots: rows that there must be.
+      strict: if False, an array has the rows that its file has in full, which may be none.
 
     Raises:
       ValueError: a file is missing or too short, or the description is wrong.
     """
     arrays = {}
     for name, array in described.items():
+        path, shape = directory / array["file"], tuple(array["shape"])
         try:
-            values = np.memmap(directory / array["file"], array["dtype"], "r")
-            arrays[name] = values.reshape(-1, *array["shape"])
+            if strict:
+                values = np.memmap(path, array["dtype"], "r")
+                arrays[name] = values.reshape(-1, *shape)
+            else:
+                arrays[name] = _whole_rows(path, np.dtype(array["dtype"]), shape)
         except (OSError, KeyError, TypeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"the array {name} cannot be read: {reason}") from error
         if len(arrays[name]) < slots:
             raise ValueError(f"the array {name} has {len(arrays[name])} rows, not {slots}")
     return arrays
+
+
+def _whole_rows(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The rows that a file has in full."""
+    row_bytes = dtype.itemsize * int(np.prod(shape))
+    count = path.stat().st_size // row_bytes if path.exists() else 0
+    if not count:
+        return np.zeros((0, *shape), dtype)
+    return np.memmap(path, dtype, "r", shape=(count, *shape))
 
 
 def write_rows(

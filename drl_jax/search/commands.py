@@ -28,15 +28,21 @@ def _index(options: argparse.Namespace) -> None:
     if model.towers:
         print(f"{options.weights}: {model.towers}")
     report = update_index(
-        model, options.videos, options.index, storage=options.storage, timeout=options.timeout
+        model,
+        options.videos,
+        options.index,
+        storage=options.storage,
+        timeout=options.timeout,
+        prune=options.prune,
     )
     print(_format_report(report, options.index, options.storage))
 
 
 def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
     lines = [
-        f"{directory}: {report.added} added, {report.changed} changed, {report.removed} removed,"
-        f" {report.unchanged} unchanged; features take {report.nbytes / 1e6:.1f} MB ({storage})"
+        f"{directory}: {report.added} added, {report.changed} changed, {report.moved} moved,"
+        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
+        f" {report.nbytes / 1e6:.1f} MB ({storage})"
     ]
     if report.bad:
         lines.append(f"{len(report.bad)} files cannot be searched:")
@@ -101,7 +107,7 @@ def _export(options: argparse.Namespace) -> None:
     with contextlib.closing(_qdrant(options, session)) as engine:
         report = engine.export()
     print(
-        f"{report.collection}: {report.sent} videos sent, {report.deleted} deleted,"
+        f"{report.collection}: {report.sent} windows sent, {report.deleted} deleted,"
         f" {report.unchanged} unchanged"
     )
 

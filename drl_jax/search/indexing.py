@@ -1,13 +1,16 @@
 """Creates and updates the index of a folder of videos."""
 
+import contextlib
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from drl_jax.data.video import VIDEO_SUFFIXES
+from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import files_with_suffix
@@ -17,6 +20,13 @@ from drl_jax.search.reading import VideoRead, read_video
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.store import Store
 
+# Videos are stored at least this often, seconds: a kill loses no more work.
+_STORED_EVERY = 15.0
+# Seconds of decoding that a file may take for each MB, beside those of `timeout`.
+_SECONDS_PER_MB = 1.0
+# Videos that a worker may read ahead; a long one waits in a file as large as its frames.
+_AHEAD = 2
+
 
 @dataclasses.dataclass
 class IndexReport:
@@ -24,18 +34,24 @@ class IndexReport:
 
     Attributes:
       added: number of new files.
-      changed: number of files with changed content.
+      changed: number of files with changed content, or whose features were damaged.
+      moved: number of files that were renamed or moved.
       removed: number of files that were deleted.
       unchanged: number of other files.
       bad: why files cannot be searched, by path; of all files, also unchanged ones.
+      seconds: length of the videos that were decoded.
+      windows: number of all windows.
       nbytes: size of the stored features.
     """
 
     added: int = 0
     changed: int = 0
+    moved: int = 0
     removed: int = 0
     unchanged: int = 0
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    windows: int = 0
     nbytes: int = 0
 
 
@@ -46,80 +62,238 @@ def update_index(
     *,
     storage: str = "bfloat16",
     timeout: float = 300.0,
+    prune: bool = False,
 ) -> IndexReport:
     """Updates an index to the files of a folder; decodes only new and changed files.
 
-    Features are stored batch by batch: after an interruption, the same call continues.
+    Features are stored every few seconds: after an interruption, the same call continues. A file
+    with the content of one that is gone takes over its features. A video whose features are damaged
+    is decoded again.
 
     Args:
       model: encodes the videos.
-      videos: folder of the videos, searched recursively.
+      videos: folder of the videos, searched recursively. That of an existing index may have been
+        moved.
       directory: of the index; created if it does not exist.
       storage: how features are stored, one of `drl_jax.search.STORAGES`.
-      timeout: seconds for decoding one video.
+      timeout: seconds for decoding one video, and one more for each MB of its file. A video that
+        took longer is tried again when this is larger.
+      prune: remove files that are gone also if they are most of the index.
 
     Raises:
-      UserError: the folder does not exist, there is no video, or the index is of another model,
-        folder or storage.
+      UserError: the folder does not exist, there is no video, most of the files are gone, or the
+        index is of another model, folder or storage.
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
     with Store(directory, write=True) as store:
         _check_header(store, model, videos, storage)
         known = {video.path: video for video in store.videos()}
-        found = {video.path: video for video in _find_videos(videos)}
+        found = {video.path: video for video in _find_videos(videos, timeout)}
         misnamed = [path for path in found if not _is_text(path)]
         for path in misnamed:
             del found[path]
         if not found and not known:
             raise UserError(f"no video in {videos} (looked for {' '.join(VIDEO_SUFFIXES)})")
-        report = IndexReport()
-        missing = sorted(known.keys() - found.keys())
-        store.remove(missing)
-        report.removed = len(missing)
-        pending = [
+        update = _Update(store, model, videos, known, found)
+        gone = len(update.missing)
+        if gone > len(known) / 2 and not prune and not update.may_have_moved():
+            raise UserError(
+                f"{gone} of the {len(known)} videos of the index {directory} are not in {videos}:"
+                " is it the right folder, and mounted? --prune removes them from the index"
+            )
+        return update.run(misnamed)
+
+
+class _Update:
+    """One update of an index."""
+
+    def __init__(
+        self,
+        store: Store,
+        model: RetrievalModel,
+        folder: Path,
+        known: Mapping[str, IndexedVideo],
+        found: Mapping[str, IndexedVideo],
+    ):
+        """Compares the index with the folder.
+
+        Args:
+          store: open for writing.
+          model: encodes videos.
+          folder: of the videos.
+          known: videos of the index by path.
+          found: files by path, with the seconds that decoding may take.
+        """
+        self.store, self.model, self.folder, self.known = store, model, folder, known
+        self.report = IndexReport()
+        self.missing = {path: known[path] for path in sorted(known.keys() - found.keys())}
+        damaged = store.damaged_videos(list(known.values()))
+        self.pending = [
             video
             for path, video in found.items()
-            if path not in known or _state(known[path]) != _state(video)
+            if path not in known or path in damaged or _is_outdated(known[path], video)
         ]
-        report.unchanged = len(found) - len(pending)
-        calls = [
-            (
-                videos / video.path,
-                known[video.path].sha256 if video.path in known else "",
-                model.config.data.max_frames,
-                model.frame_form,
-            )
-            for video in pending
-        ]
-        reads = map_in_processes(read_video, calls, timeout=timeout)
+        self.report.unchanged = len(found) - len(self.pending)
+        self.damaged = damaged
+        # Reads that are not stored yet.
+        self._unstored: list[tuple[IndexedVideo, VideoRead]] = []
+        self._stored_at = time.monotonic()
+
+    def may_have_moved(self) -> bool:
+        """Whether each missing file has one of its size among the new ones."""
+        new = [video.size for video in self.pending if video.path not in self.known]
+        for video in self.missing.values():
+            if video.size not in new:
+                return False
+            new.remove(video.size)
+        return True
+
+    def run(self, misnamed: list[str]) -> IndexReport:
+        """Reads, encodes and stores what has changed."""
+        calls = [self._call(number, video) for number, video in enumerate(self.pending)]
+        allowed = [video.allowed for video in self.pending]
+        reads = map_in_processes(read_video, calls, timeout=allowed, ahead=_AHEAD)
         progress = tqdm(
-            zip(pending, reads, strict=True),
+            zip(self.pending, reads, strict=True),
             desc="indexing",
-            total=len(pending),
+            total=len(self.pending),
             unit="video",
-            disable=not pending,
+            disable=not self.pending,
         )
-        for batch in _batches(progress, model.config.eval.batch_size):
-            _store_batch(store, model, known, batch, report)
-        store.compact()
-        report.bad = {video.path: video.error for video in store.videos() if video.error}
-        report.bad |= {ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in misnamed}
-        report.nbytes = store.nbytes()
-    return report
+        for video, read in progress:
+            self._take(video, read)
+        self._flush()
+        self.store.remove(list(self.missing))
+        self.report.removed = len(self.missing)
+        self.store.compact()
+        stored = self.store.videos()
+        self.report.bad = {video.path: video.error for video in stored if video.error}
+        self.report.bad |= {
+            ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in misnamed
+        }
+        self.report.windows = sum(len(video.windows) for video in stored)
+        self.report.nbytes = self.store.nbytes()
+        return self.report
+
+    def _call(self, number: int, video: IndexedVideo) -> tuple:
+        """The arguments of `read_video`."""
+        known = self.known.get(video.path)
+        digests = {gone.sha256 for gone in self.missing.values() if gone.size == video.size}
+        # A video that took too long is decoded again, and so is one with damaged features.
+        if known is not None and not known.allowed and video.path not in self.damaged:
+            digests.add(known.sha256)
+        config = self.model.config.data
+        spool = self.store.spool_file(number)
+        return (
+            *(self.folder / video.path, frozenset(digests - {""}), config.max_frames),
+            *(self.model.frame_form, spool),
+        )
+
+    def _take(self, video: IndexedVideo, read: VideoRead | WorkerFailure) -> None:
+        """Stores a file that was read, or keeps it for the next batch."""
+        if isinstance(read, WorkerFailure):
+            allowed = video.allowed if read.timed_out else 0.0
+            self._unstored.append(
+                (dataclasses.replace(video, allowed=allowed), VideoRead("", read.reason))
+            )
+        elif read.failure:
+            raise SearchIndexError(
+                f"cannot write to the index {self.store.directory} ({read.failure}); fix this, then"
+                " rerun the command to continue"
+            )
+        elif read.is_known:
+            self._take_known(video, read.sha256)
+        else:
+            self._unstored.append((dataclasses.replace(video, allowed=0.0), read))
+            self.report.seconds += read.duration
+        waiting = sum(len(read.windows) for _, read in self._unstored)
+        late = time.monotonic() - self._stored_at > _STORED_EVERY
+        if late or waiting >= self.model.config.eval.batch_size:
+            self._flush()
+
+    def _take_known(self, video: IndexedVideo, sha256: str) -> None:
+        known = self.known.get(video.path)
+        if known is not None and known.sha256 == sha256:  # Only its modification time changed.
+            self.store.touch(video)
+            self.report.unchanged += 1
+            return
+        gone = next((gone for gone in self.missing.values() if gone.sha256 == sha256), None)
+        if gone is None:  # Two new files have the content of one that is gone.
+            read = read_video(*self._call(len(self.pending), video))
+            self._take(video, read)
+            return
+        self.store.rename(gone.path, video)
+        del self.missing[gone.path]
+        self.report.moved += 1
+
+    def _flush(self) -> None:
+        """Encodes and stores the videos that were read."""
+        batch, self._unstored = self._unstored, []
+        self._stored_at = time.monotonic()
+        if not batch:
+            return
+        records, strips = [], {}
+        for video, read in batch:
+            if video.path in self.known:
+                self.report.changed += 1
+            else:
+                self.report.added += 1
+            records.append(
+                dataclasses.replace(
+                    video,
+                    sha256=read.sha256,
+                    error=read.error,
+                    times=read.times,
+                    windows=read.windows,
+                    duration=read.duration,
+                )
+            )
+            strips[video.path] = list(read.strips)
+        self.store.put(records, self._encoded([read for _, read in batch]), strips)
+
+    def _encoded(self, reads: list[VideoRead]) -> Features:
+        """Features of all windows, in order; short videos are encoded together."""
+        short = [read.frames for read in reads if read.frames is not None]
+        rows: list[Features] = []
+        encoded = self.model.encode_video(short) if short else {}
+        next_short = 0
+        for read in reads:
+            if read.frames is not None:
+                rows.append({name: a[next_short : next_short + 1] for name, a in encoded.items()})
+                next_short += 1
+            elif read.spooled is not None:
+                with _frames_of(read, self.model) as frames:
+                    windows = [window.frames for window in read.windows]
+                    rows.append(self.model.encode_windows(frames, windows))
+        if not rows:
+            return {}
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+@contextlib.contextmanager
+def _frames_of(read: VideoRead, model: RetrievalModel) -> Iterator[np.ndarray]:
+    """The frames of a long video, mapped from the file that a worker wrote; deletes it."""
+    try:
+        shape = (len(read.times), *model.frame_form.shape)
+        yield np.memmap(read.spooled, np.uint8, "r", shape=shape)
+    finally:
+        read.spooled.unlink(missing_ok=True)
 
 
 def _check_header(store: Store, model: RetrievalModel, videos: Path, storage: str) -> None:
-    """Writes the header of a new index, or checks that an index matches; upgrades format 2."""
+    """Writes the header of a new index, or checks that an index matches; upgrades old formats."""
     folder, header = str(videos.resolve()), store.header
     if not header:
         store.update_header(
             source=model.source, fingerprint=model.fingerprint, videos=folder, storage=storage
         )
         return
+    # A folder that is not there any more may have been moved.
+    is_folder = header["videos"] == folder or not Path(header["videos"]).is_dir()
     for matches, other in (
         (made_with(header, model), "model"),
-        (header["videos"] == folder, f"folder, {header['videos']}"),
+        (is_folder, f"folder, {header['videos']}"),
         (header["storage"] == storage, f"storage, {header['storage']}"),
     ):
         if not matches:
@@ -127,15 +301,19 @@ def _check_header(store: Store, model: RetrievalModel, videos: Path, storage: st
                 f"the index {store.directory} was made with another {other}; give another --index,"
                 " or delete it"
             )
-    if not header["fingerprint"]:
-        store.update_header(fingerprint=model.fingerprint)
+    if not header["fingerprint"] or header["videos"] != folder:
+        store.update_header(fingerprint=model.fingerprint, videos=folder)
 
 
-def _find_videos(folder: Path) -> Iterator[IndexedVideo]:
+def _find_videos(folder: Path, timeout: float) -> Iterator[IndexedVideo]:
     for path in files_with_suffix(folder, VIDEO_SUFFIXES):
         status = path.stat()
         yield IndexedVideo(
-            str(path.relative_to(folder)), status.st_size, status.st_mtime_ns, sha256=""
+            str(path.relative_to(folder)),
+            status.st_size,
+            status.st_mtime_ns,
+            sha256="",
+            allowed=timeout + _SECONDS_PER_MB * status.st_size / 1e6,
         )
 
 
@@ -144,43 +322,8 @@ def _is_text(path: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
-def _state(video: IndexedVideo) -> tuple[int, int]:
-    return video.size, video.mtime_ns
-
-
-def _batches(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(itertools.islice(items, size)):
-        yield batch
-
-
-def _store_batch(
-    store: Store,
-    model: RetrievalModel,
-    known: dict[str, IndexedVideo],
-    batch: list[tuple[IndexedVideo, VideoRead | WorkerFailure]],
-    report: IndexReport,
-) -> None:
-    """Encodes and stores files that were read, and counts them in the report."""
-    records, clips, thumbnails = [], [], []
-    for video, read in batch:
-        if isinstance(read, WorkerFailure):
-            read = VideoRead("", read.reason)
-        if not read.error and read.frames is None:  # Only its modification time changed.
-            store.touch(video)
-            report.unchanged += 1
-            continue
-        if video.path in known:
-            report.changed += 1
-        else:
-            report.added += 1
-        records.append(
-            dataclasses.replace(video, sha256=read.sha256, error=read.error, times=read.times)
-        )
-        if read.frames is not None:
-            clips.append(read.frames)
-            thumbnails.append(read.thumbnails)
-    if not records:
-        return
-    features = model.encode_video(clips) if clips else {}
-    store.put(records, features, thumbnails)
+def _is_outdated(known: IndexedVideo, found: IndexedVideo) -> bool:
+    """Whether a file has changed, or may be decoded in the time that is allowed now."""
+    if (known.size, known.mtime_ns) != (found.size, found.mtime_ns):
+        return True
+    return bool(known.allowed) and found.allowed > known.allowed

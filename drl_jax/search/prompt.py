@@ -10,19 +10,21 @@ _HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, 
 
 
 def format_hits(hits: Sequence[Hit]) -> str:
-    """Formats hits as text: rank, score, moment and path; then each word, its moment and weight."""
+    """Formats hits as text: rank, score and path; then each moment, with its words for the best."""
     lines = []
     for hit in hits:
-        moment = (
-            "" if hit.explanation is None else f"at {format_timestamp(hit.explanation.moment)}  "
-        )
-        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {moment}{hit.path}")
-        if hit.explanation is not None:
-            words = (
-                f"{word} {format_timestamp(time)}" + (f" ({weight:.0%})" if weight >= 0.005 else "")
-                for word, time, _, weight in hit.explanation.matches()
-            )
-            lines.append(f"{'':14}{'  '.join(words)}")
+        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {hit.path}")
+        for moment in hit.moments:
+            span = f"{format_timestamp(moment.start)} to {format_timestamp(moment.end)}"
+            peak = format_timestamp(moment.peak)
+            lines.append(f"{'':14}{span}, best at {peak} ({moment.score:.4f})")
+            if moment.explanation is not None and moment is hit.moments[0]:
+                words = (
+                    f"{word} {format_timestamp(time)}"
+                    + (f" ({weight:.0%})" if weight >= 0.005 else "")
+                    for word, time, _, weight in moment.explanation.matches()
+                )
+                lines.append(f"{'':14}{'  '.join(words)}")
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ _NAMESPACE = uuid.UUID("6d1f0a64-5f0e-4c4e-9b56-4f3a3c6cf1d8")
 
 @dataclasses.dataclass
 class ExportReport:
-    """Result of an export: videos sent, points deleted, videos that were up to date."""
+    """Result of an export: windows sent, points deleted, windows that were up to date."""
 
     collection: str
     sent: int = 0
@@ -119,13 +119,17 @@ class QdrantSearch:
                     ),
                 )
             stored = dict(self._points())
-            wanted = {_point_id(video): video for video in index.videos}
+            wanted = {
+                _point_id(video, window): (video, window)
+                for video in index.videos
+                for window in range(len(video.windows))
+            }
             outdated = sorted(stored.keys() - wanted.keys())
             for start in range(0, len(outdated), 1000):
                 self._client.delete(self.collection, outdated[start : start + 1000])
-            pending = [v for point, v in wanted.items() if stored.get(point) != v.sha256]
-            report.deleted, report.unchanged = len(outdated), len(index.videos) - len(pending)
-            with tqdm(total=len(pending), desc="exporting", unit="video") as progress:
+            pending = [w for point, w in wanted.items() if stored.get(point) != w[0].sha256]
+            report.deleted, report.unchanged = len(outdated), len(wanted) - len(pending)
+            with tqdm(total=len(pending), desc="exporting", unit="window") as progress:
                 for start in range(0, len(pending), _BATCH):
                     batch = pending[start : start + _BATCH]
                     self._client.upsert(self.collection, _points_of(index, batch), wait=True)
@@ -159,10 +163,11 @@ class QdrantSearch:
                     f" drl_jax.search export --index={self.session.directory}"
                 )
             count = self._client.count(self.collection).count
-        if count != len(self.videos):
+        windows = sum(len(video.windows) for video in self.videos)
+        if count != windows:
             print(
-                f"the collection {self.collection} has {count} videos and the index"
-                f" {len(self.videos)}; update it with: python -m drl_jax.search export"
+                f"the collection {self.collection} has {count} windows and the index"
+                f" {windows}; update it with: python -m drl_jax.search export"
                 f" --index={self.session.directory}",
                 file=sys.stderr,
             )
@@ -183,12 +188,14 @@ class QdrantSearch:
         return found
 
     def candidates(self, index: IndexSnapshot, text: Features, count: int) -> list[IndexedVideo]:
-        """Asks the engine for candidates; leaves out those that the index no longer has.
+        """Asks the engine for candidates: the videos of its best windows, each once.
+
+        Leaves out those that the index no longer has.
 
         Args:
           index: state of the index.
           text: arrays of one query, [1, ...] each.
-          count: number of candidates.
+          count: number of windows.
 
         Raises:
           UserError: the engine fails, or has no video of the index.
@@ -199,17 +206,17 @@ class QdrantSearch:
             points = self._client.query_points(
                 self.collection, query=vectors, limit=count, with_payload=True
             ).points
-        videos = []
+        videos = {}
         for point in points:
             video = index.video_at(point.payload["path"])
             if video is not None and video.sha256 == point.payload["sha256"]:
-                videos.append(video)
+                videos[video.path] = video
         if not videos:
             raise UserError(
                 f"no candidate of {self.collection} is in the index; update it with: python -m"
                 f" drl_jax.search export --index={index.directory}"
             )
-        return videos
+        return list(videos.values())
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -227,17 +234,23 @@ class QdrantSearch:
             raise UserError(f"Qdrant at {self._where}: {reason}") from error
 
 
-def _point_id(video: IndexedVideo) -> str:
-    return str(uuid.uuid5(_NAMESPACE, video.path))
+def _point_id(video: IndexedVideo, window: int) -> str:
+    # Collections of version 0.2 have one point a video, which is its first window.
+    name = f"{video.path}\0{window}" if window else video.path
+    return str(uuid.uuid5(_NAMESPACE, name))
 
 
-def _points_of(index: IndexSnapshot, videos: Sequence[IndexedVideo]) -> list[models.PointStruct]:
-    stored, interaction = index.stored(videos), index.model.interaction
+def _points_of(
+    index: IndexSnapshot, windows: Sequence[tuple[IndexedVideo, int]]
+) -> list[models.PointStruct]:
+    stored, interaction = index.stored_windows(windows), index.model.interaction
     points = []
-    for row, video in enumerate(videos):
+    for row, (video, window) in enumerate(windows):
         vectors = interaction.video_vectors({name: array[row] for name, array in stored.items()})
-        payload = {"path": video.path, "sha256": video.sha256}
+        payload = {"path": video.path, "sha256": video.sha256, "window": window}
         points.append(
-            models.PointStruct(id=_point_id(video), vector=vectors.tolist(), payload=payload)
+            models.PointStruct(
+                id=_point_id(video, window), vector=vectors.tolist(), payload=payload
+            )
         )
     return points

@@ -3,8 +3,10 @@
 Worker processes import this module, so it does not import jax.
 """
 
+import contextlib
 import dataclasses
 import io
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,9 @@ class VideoRead:
     Attributes:
       sha256: of its content; empty if it cannot be opened.
       error: why it has no frames; empty if it has.
-      times: F times of its frames, seconds from the start; empty if the content was known.
+      failure: why nothing can be stored, which is no property of the video; empty if it can.
+      is_known: whether the content was known; nothing was decoded then.
+      times: F times of its frames, seconds from the start.
       duration: seconds.
       windows: its parts.
       strips: JPEG files of thumbnails, STRIP_FRAMES side by side.
@@ -39,6 +43,8 @@ class VideoRead:
 
     sha256: str
     error: str = ""
+    failure: str = ""
+    is_known: bool = False
     times: tuple[float, ...] = ()
     duration: float = 0.0
     windows: tuple[Window, ...] = ()
@@ -48,7 +54,7 @@ class VideoRead:
 
 
 def read_video(
-    path: Path, known_sha256: str, max_frames: int, form: FrameForm, spool: Path
+    path: Path, known_sha256s: Collection[str], max_frames: int, form: FrameForm, spool: Path
 ) -> VideoRead:
     """Reads a file, and decodes it unless its content is known.
 
@@ -56,7 +62,7 @@ def read_video(
 
     Args:
       path: of the file.
-      known_sha256: of its content when it was last read; empty if it was not read before.
+      known_sha256s: of contents that need not be decoded.
       max_frames: frames of a window.
       form: form of the frames.
       spool: file to write the frames of a long video to: memory does not depend on its length.
@@ -65,8 +71,8 @@ def read_video(
         digest = sha256(path)
     except OSError as error:
         return VideoRead("", f"cannot be opened ({error.strerror})")
-    if digest == known_sha256:
-        return VideoRead(digest)
+    if digest in known_sha256s:
+        return VideoRead(digest, is_known=True)
     try:
         length = video_length(path)
         if length <= WINDOW_SECONDS:
@@ -74,6 +80,12 @@ def read_video(
         return _read_long(path, digest, max_frames, form, spool)
     except VideoError as error:
         return VideoRead(digest, str(error))
+    except SpoolError as error:
+        return VideoRead(digest, failure=str(error))
+
+
+class SpoolError(Exception):
+    """The frames of a long video cannot be written, e.g. because the disk is full."""
 
 
 def _read_short(
@@ -85,29 +97,56 @@ def _read_short(
         strips.add(frame)
     window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
     seconds = tuple(map(float, times))
-    return VideoRead(digest, "", seconds, window.end, (window,), strips.finish(), frames)
-
-
-def _read_long(
-    path: Path, digest: str, max_frames: int, form: FrameForm, spool: Path
-) -> VideoRead:
-    strips = _Strips()
-    try:
-        with spool.open("wb") as file:
-
-            def emit(frame: np.ndarray) -> None:
-                file.write(frame.tobytes())
-                strips.add(frame)
-
-            video = sample_video(path, form, emit)
-    except OSError as error:
-        # A full disk is no property of the video: the caller stops.
-        raise OSError(error.errno, f"cannot write {spool}: {error.strerror}") from error
     return VideoRead(
-        *(digest, "", tuple(map(float, video.times)), video.duration),
-        *(tuple(windows_of(video, max_frames)), strips.finish()),
+        digest,
+        times=seconds,
+        duration=window.end,
+        windows=(window,),
+        strips=strips.finish(),
+        frames=frames,
+    )
+
+
+def _read_long(path: Path, digest: str, max_frames: int, form: FrameForm, spool: Path) -> VideoRead:
+    strips = _Strips()
+    with _spooling(spool) as write:
+
+        def emit(frame: np.ndarray) -> None:
+            write(frame.tobytes())
+            strips.add(frame)
+
+        video = sample_video(path, form, emit)
+    return VideoRead(
+        digest,
+        times=tuple(map(float, video.times)),
+        duration=video.duration,
+        windows=tuple(windows_of(video, max_frames)),
+        strips=strips.finish(),
         spooled=spool,
     )
+
+
+@contextlib.contextmanager
+def _spooling(path: Path) -> Iterator[Callable[[bytes], object]]:
+    """Opens a file for writing; raises SpoolError if it cannot be written."""
+
+    def write(content: bytes) -> None:
+        try:
+            file.write(content)
+        except OSError as error:
+            raise SpoolError(error.strerror) from error
+
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise SpoolError(error.strerror) from error
+    try:
+        yield write
+    finally:
+        try:
+            file.close()
+        except OSError as error:
+            raise SpoolError(error.strerror) from error
 
 
 class _Strips:

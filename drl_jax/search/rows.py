@@ -148,20 +148,33 @@ def check_features(
     """
     views = _views(arrays)
     for video in videos:
-        if video.slot < first_slot:
-            continue
-        if video.checksums is None:
-            intact = "frame_mask" not in arrays or _is_mask_of(
-                arrays["frame_mask"][video.slot], len(video.times)
-            )
-        else:
-            found = (_row_crc32_of(views, slot) for slot in video.slots)
-            intact = all(a == b for a, b in zip(found, video.checksums, strict=True))
-        if not intact:
+        if video.slot >= first_slot and _is_damaged(arrays, views, video):
             raise damaged(directory, f"the features of {video.path} have changed")
 
 
-def _views(arrays: Features) -> list[tuple[memoryview, int]]:
+def damaged_features(arrays: Features, videos: Sequence[IndexedVideo]) -> set[str]:
+    """Paths of videos without errors whose rows are damaged, or are not in the arrays."""
+    views, rows = _views(arrays), min((len(array) for array in arrays.values()), default=0)
+    return {
+        video.path
+        for video in videos
+        if video.slots.stop > rows or _is_damaged(arrays, views, video)
+    }
+
+
+def _is_damaged(arrays: Features, views: "_Views", video: IndexedVideo) -> bool:
+    if video.checksums is None:
+        mask = arrays.get("frame_mask")
+        return mask is not None and not _is_mask_of(mask[video.slot], len(video.times))
+    found = (_row_crc32_of(views, slot) for slot in video.slots)
+    return any(a != b for a, b in zip(found, video.checksums, strict=True))
+
+
+# The bytes of each array, and the bytes of a row.
+_Views = list[tuple[memoryview, int]]
+
+
+def _views(arrays: Features) -> _Views:
     """The bytes of each array, in the order of their names, and the bytes of a row."""
     return [
         (memoryview(np.ascontiguousarray(arrays[name])).cast("B"), arrays[name][:1].nbytes)
@@ -169,7 +182,7 @@ def _views(arrays: Features) -> list[tuple[memoryview, int]]:
     ]
 
 
-def _row_crc32_of(views: Sequence[tuple[memoryview, int]], row: int) -> int:
+def _row_crc32_of(views: _Views, row: int) -> int:
     crc32 = 0
     for view, size in views:
         crc32 = zlib.crc32(view[row * size : (row + 1) * size], crc32)

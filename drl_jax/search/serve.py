@@ -174,15 +174,17 @@ def _found(index: IndexSnapshot, query: str, top: int) -> dict[str, Any]:
 
 
 def _shown(hit: Hit) -> dict[str, Any]:
-    assert hit.explanation is not None  # The query is a sentence.
-    attribution = hit.explanation.attribution
+    moment = hit.moments[0]
+    explanation = moment.explanation
+    assert explanation is not None  # The query is a sentence.
+    attribution = explanation.attribution
     return {
         "rank": hit.rank,
         "score": hit.score,
         "path": hit.video.path,
-        "moment": hit.explanation.moment,
-        "times": hit.explanation.times,
-        "words": _rows(hit.explanation),
+        "moment": moment.peak,
+        "times": explanation.times,
+        "words": _rows(explanation),
         "frames": _bars(attribution.frame_weight),
         "best": int(attribution.frame_contribution.argmax()),
     }

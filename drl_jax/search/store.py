@@ -26,6 +26,7 @@ model first updates them; their videos keep their one window until their files c
 
 import contextlib
 import json
+import shutil
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ from drl_jax.search.rows import (
     SearchIndexError,
     check_header,
     damaged,
+    damaged_features,
     features_crc32,
     from_row,
     header_crc32,
@@ -95,6 +97,7 @@ class Store:
           LockError: another process writes to it.
         """
         self.directory = directory
+        self._spool = directory / "spool"
         self._lock = contextlib.ExitStack()
         if write:
             try:
@@ -119,12 +122,15 @@ class Store:
             )
         if write:
             self._delete_obsolete_files()
+            shutil.rmtree(self._spool, ignore_errors=True)
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._database.close()
+        if self._spool.exists():
+            shutil.rmtree(self._spool, ignore_errors=True)
         self._lock.close()
 
     def update_header(self, **changes: Any) -> None:
@@ -192,6 +198,36 @@ class Store:
             replace_videos(self._database, COLUMNS, table)
             for path, jpegs in strips.items():
                 add_strips(self._database, path, jpegs)
+
+    def spool_file(self, number: int) -> Path:
+        """A file for the frames of a long video until they are encoded; the folder exists."""
+        with self._writing():
+            self._spool.mkdir(exist_ok=True)
+        return self._spool / f"{number}.frames"
+
+    def damaged_videos(self, videos: Sequence[IndexedVideo]) -> set[str]:
+        """Paths of videos whose features are damaged or lost."""
+        with self._reading():
+            arrays = map_arrays(self.directory, self.header["arrays"], strict=False)
+        return damaged_features(arrays, [video for video in videos if not video.error])
+
+    def rename(self, old: str, video: IndexedVideo) -> None:
+        """Gives the features of a video that is gone to a file with the same content.
+
+        Args:
+          old: path of the video that is gone.
+          video: the file; its path, size and modification time are used.
+        """
+        with self._transaction():
+            *row, crc32 = select_video(self._database, old, COLUMNS)
+            new = {"path": video.path, "size": video.size, "mtime_ns": video.mtime_ns}
+            for name, value in new.items():
+                row[COLUMNS.index(name)] = value
+            self._database.execute(
+                "UPDATE videos SET path = ?, size = ?, mtime_ns = ?, row_crc32 = ? WHERE path = ?",
+                (*new.values(), None if crc32 is None else row_crc32(row), old),
+            )
+            self._database.execute("UPDATE strips SET path = ? WHERE path = ?", (video.path, old))
 
     def touch(self, video: IndexedVideo) -> None:
         """Stores a new modification time of a file with unchanged content."""

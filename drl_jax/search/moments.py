@@ -1,0 +1,76 @@
+"""Moments of a video: the parts of it that answer a query, from the scores of its windows."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from drl_jax.search.windows import Window
+
+# Neighbouring windows are one moment if their scores are within this share of the best one's.
+_ALIKE = 0.1
+# A window that shares more of its time with a better moment than this is no moment of its own.
+_MAX_OVERLAP = 0.5
+
+
+class Span(NamedTuple):
+    """A moment, without what explains it.
+
+    Attributes:
+      start: seconds.
+      end: seconds.
+      score: of its best window.
+      window: index of its best window.
+    """
+
+    start: float
+    end: float
+    score: float
+    window: int
+
+
+def find_spans(windows: Sequence[Window], scores: np.ndarray, most: int) -> list[Span]:
+    """Finds the best moments of a video.
+
+    The best window, joined with the neighbours that touch it and score alike, is a moment; then the
+    best of the windows that do not overlap it by more than half, and so on.
+
+    Args:
+      windows: of the video, by their start.
+      scores: float [W].
+      most: number of moments at most.
+
+    Returns:
+      The moments, the best first.
+    """
+    found: list[Span] = []
+    for best in np.argsort(-scores, kind="stable"):
+        window = windows[best]
+        if any(_overlap(window, span) > _MAX_OVERLAP for span in found):
+            continue
+        first = last = int(best)
+        least = scores[best] - _ALIKE * abs(scores[best])
+        while first > 0 and _joins(windows, scores, first - 1, first, least):
+            first -= 1
+        while last + 1 < len(windows) and _joins(windows, scores, last + 1, last, least):
+            last += 1
+        start = min(w.start for w in windows[first : last + 1])
+        end = max(w.end for w in windows[first : last + 1])
+        found.append(Span(start, end, float(scores[best]), int(best)))
+        if len(found) == most:
+            break
+    return found
+
+
+def _joins(
+    windows: Sequence[Window], scores: np.ndarray, new: int, neighbour: int, least: float
+) -> bool:
+    """Whether a window overlaps or touches its neighbour and scores at least so much."""
+    earlier, later = sorted((new, neighbour))
+    return bool(windows[earlier].end >= windows[later].start and scores[new] >= least)
+
+
+def _overlap(window: Window, span: Span) -> float:
+    """Share of a window's time that a moment covers."""
+    shared = min(window.end, span.end) - max(window.start, span.start)
+    return max(0.0, shared) / max(window.end - window.start, 1e-9)
