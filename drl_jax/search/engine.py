@@ -57,7 +57,7 @@ class Gallery:
           layout: mesh and shardings.
           block: slots per block.
         """
-        end = max(slots) + 1
+        end = int(np.max(slots)) + 1
         self.size = len(slots)
         self.layout = layout
         share = -(-min(block, end) // layout.device_count)
