@@ -44,9 +44,11 @@ def find_spans(windows: Sequence[Window], scores: np.ndarray, most: int) -> list
       The moments, the best first.
     """
     found: list[Span] = []
+    scores = np.array(scores, np.float64)  # Of windows that are in no moment yet; else -inf.
     for best in np.argsort(-scores, kind="stable"):
         window = windows[best]
-        if any(_overlap(window, span) > _MAX_OVERLAP for span in found):
+        is_taken = scores[best] == -np.inf
+        if is_taken or any(_overlap(window, span) > _MAX_OVERLAP for span in found):
             continue
         first = last = int(best)
         least = scores[best] - _ALIKE * abs(scores[best])
@@ -57,6 +59,7 @@ def find_spans(windows: Sequence[Window], scores: np.ndarray, most: int) -> list
         start = min(w.start for w in windows[first : last + 1])
         end = max(w.end for w in windows[first : last + 1])
         found.append(Span(start, end, float(scores[best]), int(best)))
+        scores[first : last + 1] = -np.inf
         if len(found) == most:
             break
     return found
