@@ -13,9 +13,10 @@ from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import explain, format_timestamp
+from drl_jax.search.hits import Hit
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.prompt import format_hits, run_prompt
-from drl_jax.search.session import Hit, Searcher, SearchSession
+from drl_jax.search.session import Searcher, SearchSession
 
 if TYPE_CHECKING:
     from drl_jax.search.qdrant import QdrantSearch

@@ -22,6 +22,8 @@ from drl_jax.sharding import AXIS, Layout
 
 # Videos per block, on all devices together.
 BLOCK = 16384
+# Name of the weights of queries beside the arrays of texts.
+_WEIGHTS = "query_weights"
 # Videos that a device compares at a time: their features, as float32, fit in its caches.
 _COMPARED = 128
 
@@ -122,16 +124,19 @@ class SearchEngine:
 
     def __init__(self, config: ModelConfig, params: Params):
         self._config, self._params = config, params
-        self._steps: dict[tuple[int, int], Callable] = {}
+        self._steps: dict[tuple[int, int, bool], Callable] = {}
 
-    def search(self, text: Features, gallery: Gallery, top: int) -> Ranking:
-        """Finds the best videos for each of Q queries.
+    def search(
+        self, text: Features, gallery: Gallery, top: int, weights: Sequence[float] | None = None
+    ) -> Ranking:
+        """Finds the best windows for each of Q queries, or for a sum of them.
 
         Args:
           text: arrays of Q texts, with features and mask of their tokens (`encode_text`), or of
             videos in the place of texts (`Interaction.video_as_text`).
-          gallery: the videos.
-          top: number of videos per query.
+          gallery: the windows.
+          top: number of windows per query.
+          weights: Q numbers: ranks by the weighted sum of the Q similarities, as one query.
         """
         count = len(next(iter(text.values())))
         top = min(top, gallery.size)
@@ -140,7 +145,11 @@ class SearchEngine:
         rows = np.minimum(np.arange(padded), count - 1)
         text = {name: array[rows] for name, array in _without_padding(text).items()}
         text = jax.device_put(text, gallery.layout.replicated)
-        step = self._step(gallery, min(top, gallery.block))
+        step = self._step(gallery, min(top, gallery.block), weights is not None)
+        if weights is not None:
+            factors = np.pad(np.asarray(weights, np.float32), (0, padded - count))
+            text = {**text, _WEIGHTS: jax.device_put(factors, gallery.layout.replicated)}
+            count = 1
         scores = np.full((count, 0), -np.inf, np.float32)
         slots = np.zeros((count, 0), np.int64)
         pending = []  # The next block is read while this one is compared.
@@ -152,16 +161,16 @@ class SearchEngine:
             scores, slots = _merge(scores, slots, block, count, top)
         return Ranking(scores, slots)
 
-    def _step(self, gallery: Gallery, top: int) -> Callable:
+    def _step(self, gallery: Gallery, top: int, weighted: bool) -> Callable:
         """Compiled function: the best `top` of each device's shard of a block, concatenated."""
         layout, share = gallery.layout, gallery.block // gallery.layout.device_count
-        if (share, top) not in self._steps:
+        if (share, top, weighted) not in self._steps:
             definition = model_definition(self._config)
             local_top = min(top, share)
 
             def compare(params, text, arrays):
-                arrays = dict(arrays)
-                valid = arrays.pop("valid")
+                arrays, text = dict(arrays), dict(text)
+                valid, weights = arrays.pop("valid"), text.pop(_WEIGHTS, None)
                 interaction = nnx.merge(definition, params).interaction
                 sim = similarity_in_blocks(
                     lambda part, _: interaction.similarity(text, dequantize(part)),
@@ -169,13 +178,15 @@ class SearchEngine:
                     None,
                     _COMPARED,
                 )
+                if weighted:
+                    sim = weights[None] @ sim
                 sim = jnp.where(valid, sim, -jnp.inf)
                 scores, slots = jax.lax.top_k(sim, local_top)  # [Q, k]
                 return scores, slots + share * jax.lax.axis_index(AXIS)
 
             replicated, rows = PartitionSpec(), PartitionSpec(AXIS)
             columns = PartitionSpec(None, AXIS)
-            self._steps[share, top] = jax.jit(
+            self._steps[share, top, weighted] = jax.jit(
                 jax.shard_map(
                     compare,
                     mesh=layout.mesh,
@@ -184,7 +195,7 @@ class SearchEngine:
                     check_vma=False,
                 )
             )
-        return self._steps[share, top]
+        return self._steps[share, top, weighted]
 
 
 def _without_padding(text: Features) -> Features:

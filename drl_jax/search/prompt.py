@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import format_timestamp
-from drl_jax.search.session import Hit, Searcher
+from drl_jax.search.hits import Hit
+from drl_jax.search.session import Searcher
 
 _HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, q: quit"
 
@@ -18,7 +19,7 @@ def format_hits(hits: Sequence[Hit]) -> str:
             span = f"{format_timestamp(moment.start)} to {format_timestamp(moment.end)}"
             peak = format_timestamp(moment.peak)
             lines.append(f"{'':14}{span}, best at {peak} ({moment.score:.4f})")
-            if moment.explanation is not None and moment is hit.moments[0]:
+            if moment is hit.moments[0]:
                 words = (
                     f"{word} {format_timestamp(time)}"
                     + (f" ({weight:.0%})" if weight >= 0.005 else "")

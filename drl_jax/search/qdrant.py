@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError
+from drl_jax.search.hits import Hit
 from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.session import Hit, IndexSnapshot, SearchSession
+from drl_jax.search.session import SearchSession
+from drl_jax.search.snapshot import IndexSnapshot
 
 # Videos per request.
 _BATCH = 64

@@ -24,8 +24,10 @@ from drl_jax.models.tokenizers.base import END, START
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import Explanation, format_timestamp
+from drl_jax.search.hits import Hit
 from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.session import Hit, IndexSnapshot, SearchSession
+from drl_jax.search.session import SearchSession
+from drl_jax.search.snapshot import IndexSnapshot
 
 _PAGE = Path(__file__).parent / "page"
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -176,7 +178,6 @@ def _found(index: IndexSnapshot, query: str, top: int) -> dict[str, Any]:
 def _shown(hit: Hit) -> dict[str, Any]:
     moment = hit.moments[0]
     explanation = moment.explanation
-    assert explanation is not None  # The query is a sentence.
     attribution = explanation.attribution
     return {
         "rank": hit.rank,

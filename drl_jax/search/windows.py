@@ -53,6 +53,13 @@ def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
     return windows
 
 
+def window_at(windows: Sequence[Window], time: float) -> int:
+    """Index of the window whose middle is nearest to a time, seconds."""
+    return min(
+        range(len(windows)), key=lambda n: abs((windows[n].start + windows[n].end) / 2 - time)
+    )
+
+
 def _spans(video: SampledVideo) -> list[tuple[float, float]]:
     """Shots, with short ones joined as far as `_ACROSS_CUT` allows."""
     edges = [*map(float, video.shot_starts), video.duration]

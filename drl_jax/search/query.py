@@ -1,0 +1,164 @@
+"""Queries: a sentence, a picture, a video, a moment of an indexed video, and their combinations."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from drl_jax.data.video import VideoError, to_form
+from drl_jax.models.interactions import Features
+from drl_jax.pretrained import RetrievalModel
+from drl_jax.runtime.errors import UserError
+from drl_jax.search.rows import IndexedVideo
+
+# What `without` subtracts, as a share of the similarity to its sentence.
+_WITHOUT = -0.5
+# Largest picture that is opened, pixels.
+_MAX_PIXELS = 100_000_000
+# Longest sentence, characters; a model reads a few hundred at most.
+_MAX_CHARACTERS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """What to look for; at least one of sentence, picture, video and like.
+
+    Attributes:
+      sentence: what is seen.
+      without: what is not seen.
+      picture: bytes of an image file.
+      video: a video file.
+      like: an indexed video and a time in it, seconds.
+    """
+
+    sentence: str = ""
+    without: str = ""
+    picture: bytes = b""
+    video: Path | None = None
+    like: tuple[IndexedVideo, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedQuery:
+    """A query as the engine takes it.
+
+    Attributes:
+      parts: arrays of Q texts, or of frames in their place.
+      weights: Q numbers; the score is the weighted sum of the similarities.
+      words: names of the tokens of the first part.
+    """
+
+    parts: Features
+    weights: tuple[float, ...]
+    words: list[str]
+
+    @property
+    def first(self) -> Features:
+        """The arrays of the first part, which explains a hit: [1, ...] each."""
+        return {name: array[:1] for name, array in self.parts.items()}
+
+
+def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[EncodedQuery]:
+    """Encodes queries of one sentence each.
+
+    Raises:
+      UserError: a sentence is blank or too long.
+    """
+    for sentence in sentences:
+        _check_length(sentence)
+    text = model.encode_text(sentences)
+    return [
+        EncodedQuery({name: array[[row]] for name, array in text.items()}, (1.0,), words)
+        for row, words in enumerate(model.token_strings(sentences))
+    ]
+
+
+def encode_query(
+    model: RetrievalModel, query: Query, stored: Features | None = None
+) -> EncodedQuery:
+    """Encodes a query of any kind.
+
+    Args:
+      model: of the index.
+      query: what to look for.
+      stored: arrays of the window of `query.like`, [1, ...] each.
+
+    Raises:
+      UserError: the query is empty, or a part of it cannot be read.
+    """
+    parts: list[tuple[Features, float, list[str]]] = []
+
+    def add_frames(video: Features, name: str) -> None:
+        text = model.interaction.video_as_text(video)
+        parts.append((text, 1.0, [name] * text["text_mask"].shape[1]))
+
+    if query.sentence.strip():
+        (encoded,) = encode_sentences(model, [query.sentence])
+        parts.append((encoded.parts, 1.0, encoded.words))
+    if query.picture:
+        add_frames(model.encode_video([read_picture(model, query.picture)]), "[picture]")
+    if query.video is not None:
+        add_frames(model.encode_video([query.video]), "[video]")
+    if stored is not None:
+        add_frames(stored, "[moment]")
+    if not parts:
+        raise UserError("the query is empty: give a sentence, a picture or a video")
+    if query.without.strip():
+        (encoded,) = encode_sentences(model, [query.without])
+        parts.append((encoded.parts, _WITHOUT, encoded.words))
+    return EncodedQuery(
+        _joined([part for part, _, _ in parts]), tuple(w for _, w, _ in parts), parts[0][2]
+    )
+
+
+def read_picture(model: RetrievalModel, content: bytes) -> np.ndarray:
+    """Reads an image file as a video of one frame: uint8 [1, S, S, 3].
+
+    Raises:
+      UserError: it is no image, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise UserError(
+                    f"the picture has {image.width} x {image.height} pixels; at most"
+                    f" {_MAX_PIXELS:,} are opened"
+                )
+            pixels = np.asarray(image.convert("RGB"))
+        return to_form(pixels, model.frame_form)[None]
+    except UserError:
+        raise
+    except VideoError as error:
+        raise UserError(str(error)) from error
+    # Pillow raises many types of errors for damaged files.
+    except Exception as error:
+        raise UserError("the picture is damaged, or not an image file") from error
+
+
+def _check_length(sentence: str) -> None:
+    if len(sentence) > _MAX_CHARACTERS:
+        raise UserError(
+            f"the sentence has {len(sentence):,} characters; at most {_MAX_CHARACTERS:,} are read"
+        )
+
+
+def _joined(parts: Sequence[Features]) -> Features:
+    """Arrays of several texts; tokens are padded to the longest."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    names = set.intersection(*(set(part) for part in parts))
+    length = max(part["text_mask"].shape[1] for part in parts)
+
+    def padded(name: str, array: np.ndarray) -> np.ndarray:
+        if not name.startswith("text_"):
+            return array
+        missing = length - array.shape[1]
+        return np.pad(array, ((0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)))
+
+    return {
+        name: np.concatenate([padded(name, np.asarray(part[name])) for part in parts])
+        for name in sorted(names)
+    }

@@ -1,0 +1,289 @@
+"""One state of an index, which answers queries with explained hits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from drl_jax.models.drl import Params, model_definition
+from drl_jax.models.interactions import Features
+from drl_jax.pretrained import RetrievalModel
+from drl_jax.search.engine import Gallery, Ranking, SearchEngine
+from drl_jax.search.explain import explain
+from drl_jax.search.format_2 import made_with
+from drl_jax.search.hits import MOMENTS, Hit, Moment
+from drl_jax.search.moments import Span, find_spans
+from drl_jax.search.quantization import dequantize
+from drl_jax.search.query import EncodedQuery, Query, encode_query, encode_sentences
+from drl_jax.search.rows import IndexedVideo, SearchIndexError, check_features, damaged
+from drl_jax.search.store import Store
+from drl_jax.search.thumbnails import thumbnails
+from drl_jax.search.windows import window_at
+
+
+class IndexSnapshot:
+    """One state of an index, ready for queries.
+
+    Attributes:
+      directory: of the index.
+      header: what the index was made with.
+      folder: folder of the videos.
+      videos: the videos that can be found.
+      model: the model of the index.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: RetrievalModel,
+        engine: SearchEngine,
+        previous: "IndexSnapshot | None" = None,
+    ):
+        """Reads the list of videos, maps the arrays, and checks them by their checksums.
+
+        Args:
+          directory: of the index.
+          model: the model of the index.
+          engine: compares texts and videos with that model.
+          previous: an earlier state of the same index, whose features are not checked again.
+
+        Raises:
+          SearchIndexError: there is no index, no video to search, it is damaged, or the model is
+            another one.
+        """
+        self.directory, self.model, self._engine = directory, model, engine
+        with Store(directory) as store:
+            self.header, known, self._arrays = store.header, store.videos(), store.arrays()
+        if not made_with(self.header, model):
+            raise SearchIndexError(
+                f"the index {directory} was made with another model than"
+                f" {' '.join(model.source.values())}; give the model of the index, or make a new"
+                " index"
+            )
+        self.videos = [video for video in known if not video.error]
+        if not self.videos:
+            raise SearchIndexError(
+                f"the index {directory} has no video that can be searched ({len(known)} cannot)"
+            )
+        # Indexes of format 3 have no checksums.
+        try:
+            names = jax.eval_shape(dequantize, self._arrays).keys()
+        except (TypeError, ValueError) as error:
+            raise damaged(directory, error) from error
+        if missing := _arrays_of(model) - names:
+            raise damaged(directory, f"it has no array {min(missing)}")
+        first = 0
+        if previous is not None and previous.header["generation"] == self.header["generation"]:
+            first = previous.header["next_slot"]
+        check_features(directory, self.videos, self._arrays, first_slot=first)
+        self.folder = Path(self.header["videos"])
+        self._video_at = {video.path: video for video in self.videos}
+        # In the order of their slots, to find the video of a slot by bisection.
+        self._by_slot = sorted(self.videos, key=lambda video: video.slot)
+        self._first_slots = np.array([video.slot for video in self._by_slot])
+        slots = np.concatenate([np.arange(v.slot, v.slots.stop) for v in self._by_slot])
+        self._gallery = Gallery(self._arrays, slots, model.layout)
+
+    # ------------------------------------------------------------------ queries
+
+    def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
+        """Finds the best videos for each sentence.
+
+        Raises:
+          UserError: a sentence is blank or too long.
+        """
+        queries = encode_sentences(self.model, sentences)
+        names = queries[0].parts.keys()
+        together = {n: np.concatenate([query.parts[n] for query in queries]) for n in names}
+        best = self.best_videos(together, top)
+        return [self._hits(query, videos) for query, videos in zip(queries, best, strict=True)]
+
+    def answer(
+        self, query: Query, top: int, videos: Sequence[IndexedVideo] | None = None
+    ) -> list[Hit]:
+        """Finds the best videos for a query of any kind.
+
+        Args:
+          query: what to look for.
+          top: number of hits.
+          videos: only these; None: all.
+
+        Raises:
+          UserError: the query is empty, or a part of it cannot be read.
+        """
+        stored = None
+        if query.like is not None:
+            video, time = query.like
+            stored = self.stored_windows([(video, window_at(video.windows, time))])
+        encoded = encode_query(self.model, query, stored)
+        return self._hits(encoded, self._best_of(encoded, top, videos))
+
+    def search_among(
+        self, sentence: str, text: Features, videos: Sequence[IndexedVideo], top: int
+    ) -> list[Hit]:
+        """Finds the best of some videos for a sentence, compared as in `search`.
+
+        Args:
+          sentence: the query.
+          text: its arrays, [1, ...] each.
+          videos: candidates of another engine, without repetition.
+          top: number of hits.
+        """
+        query = EncodedQuery(text, (1.0,), self.model.token_strings([sentence])[0])
+        return self._hits(query, self._best_of(query, top, videos))
+
+    def search_by_video(self, path: Path, top: int) -> list[Hit]:
+        """Finds the videos that are most similar to a file, itself included if it is indexed.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
+        return self.answer(Query(video=path), top)
+
+    def rank(
+        self,
+        text: Features,
+        top: int,
+        videos: Sequence[IndexedVideo] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> Ranking:
+        """Ranks the windows of all videos, or of some; see `SearchEngine.search`."""
+        if videos is None:
+            return self._engine.search(text, self._gallery, top, weights)
+        slots = _slots_of(videos)
+        found = self._engine.search(text, self._gallery.only(slots), top, weights)
+        return Ranking(found.scores, slots[found.slots])
+
+    def best_videos(
+        self,
+        text: Features,
+        top: int,
+        videos: Sequence[IndexedVideo] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> list[list[IndexedVideo]]:
+        """The videos with the best windows for each encoded text, the best first.
+
+        Args:
+          text: arrays of Q texts.
+          top: number of videos.
+          videos: only these; None: all.
+          weights: of the Q texts, if they are one query.
+        """
+        among = self.videos if videos is None else videos
+        if not among:
+            return [[]]
+        windows = sum(len(video.windows) for video in among)
+        wanted, count = min(top, len(among)), min(top, windows)
+        while True:
+            slots = self.rank(text, count, videos, weights).slots
+            best = [self._videos_of(row)[:wanted] for row in slots]
+            if count == windows or all(len(found) == wanted for found in best):
+                return best
+            # A long video has many of the best windows.
+            count = min(4 * count, windows)
+
+    def window_scores(
+        self, query: EncodedQuery, videos: Sequence[IndexedVideo]
+    ) -> list[np.ndarray]:
+        """Scores of all windows of some videos for one query: float32 [W] each."""
+        slots = _slots_of(videos)
+        gallery = self._gallery.only(slots)
+        ranking = self._engine.search(query.parts, gallery, len(slots), _weights_of(query))
+        scores = np.empty(len(slots), np.float32)
+        scores[ranking.slots[0]] = ranking.scores[0]
+        return np.split(scores, np.cumsum([len(video.windows) for video in videos])[:-1])
+
+    def _best_of(
+        self, query: EncodedQuery, top: int, videos: Sequence[IndexedVideo] | None
+    ) -> list[IndexedVideo]:
+        return self.best_videos(query.parts, top, videos, _weights_of(query))[0]
+
+    def _videos_of(self, slots: np.ndarray) -> list[IndexedVideo]:
+        """The videos of slots, each once."""
+        rows = np.searchsorted(self._first_slots, slots, side="right") - 1
+        return [self._by_slot[row] for row in dict.fromkeys(rows.tolist())]
+
+    # ------------------------------------------------------------------ videos
+
+    def stored(self, videos: Sequence[IndexedVideo]) -> Features:
+        """The arrays of indexed videos, one row per window, features float32."""
+        return self._stored_rows(_slots_of(videos))
+
+    def stored_windows(self, windows: Sequence[tuple[IndexedVideo, int]]) -> Features:
+        """The arrays of windows, given as videos and numbers; features float32."""
+        return self._stored_rows([video.slot + number for video, number in windows])
+
+    def _stored_rows(self, slots: Sequence[int]) -> Features:
+        rows = {name: np.asarray(array[slots]) for name, array in self._arrays.items()}
+        return {name: np.asarray(array) for name, array in jax.device_get(dequantize(rows)).items()}
+
+    def video_at(self, path: str) -> IndexedVideo | None:
+        """The video with exactly this path relative to the folder, if it can be searched."""
+        return self._video_at.get(path)
+
+    def is_unchanged(self, video: IndexedVideo) -> bool:
+        """Whether a file is the one that was indexed, by its size and modification time."""
+        try:
+            status = (self.folder / video.path).stat()
+        except OSError:
+            return False
+        return (status.st_size, status.st_mtime_ns) == (video.size, video.mtime_ns)
+
+    def thumbnails(self, video: IndexedVideo, window: int = 0) -> bytes:
+        """A JPEG file with the frames of a window of an indexed video side by side."""
+        return self.frames_of(video, video.windows[window].frames)
+
+    def frames_of(self, video: IndexedVideo, frames: Sequence[int]) -> bytes:
+        """A JPEG file with thumbnails of some frames of an indexed video side by side."""
+        with Store(self.directory) as store:
+            return thumbnails(store, video, frames)
+
+    def _hits(self, query: EncodedQuery, videos: Sequence[IndexedVideo]) -> list[Hit]:
+        if not videos:
+            return []
+        hits = []
+        scored = zip(videos, self.window_scores(query, videos), strict=True)
+        for rank, (video, scores) in enumerate(scored, start=1):
+            spans = find_spans(video.windows, scores, MOMENTS)
+            moments = tuple(self._moment(video, span, query) for span in spans)
+            hits.append(Hit(rank, self.folder / video.path, video, moments, scores))
+        return hits
+
+    def _moment(self, video: IndexedVideo, span: Span, query: EncodedQuery) -> Moment:
+        times = tuple(video.times[frame] for frame in video.windows[span.window].frames)
+        stored = self.stored_windows([(video, span.window)])
+        explanation = explain(
+            self.model.interaction,
+            {name: array[0] for name, array in query.first.items()},
+            {name: array[0] for name, array in stored.items()},
+            query.words,
+            times,
+        )
+        return Moment(
+            span.start, span.end, explanation.moment, span.score, span.window, explanation
+        )
+
+
+def _weights_of(query: EncodedQuery) -> Sequence[float] | None:
+    """Weights of the parts; None for one part, whose score then has the bits of evaluation."""
+    return None if query.weights == (1.0,) else query.weights
+
+
+def _slots_of(videos: Sequence[IndexedVideo]) -> np.ndarray:
+    """Slots of all windows of some videos, in order."""
+    return np.concatenate([np.arange(video.slot, video.slots.stop) for video in videos])
+
+
+def _arrays_of(model: RetrievalModel) -> set[str]:
+    """Names of the arrays of videos that the model compares."""
+    definition, backbone = model_definition(model.config.model), model.config.model.backbone
+    frame_feat = jax.ShapeDtypeStruct((1, 1, backbone.embed_dim), np.float32)
+    frame_mask = jax.ShapeDtypeStruct((1, 1), bool)
+
+    def encode(params: Params, frame_feat: jax.Array, frame_mask: jax.Array) -> Features:
+        interaction = nnx.merge(definition, params).interaction
+        return interaction.encode_video(frame_feat, frame_mask)
+
+    return set(jax.eval_shape(encode, model.params, frame_feat, frame_mask))
