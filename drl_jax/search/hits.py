@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from drl_jax.search.calibration import WEAK
 from drl_jax.search.explain import Explanation
 from drl_jax.search.rows import IndexedVideo
 
@@ -24,6 +25,8 @@ class Moment:
       score: similarity of its best window, as evaluation computes it.
       window: index of its best window.
       explanation: of its best window, by the first part of the query.
+      unusual: by how many standard deviations the score is above that of captions of other videos;
+        None if the query is not one sentence, or an earlier version made the index.
     """
 
     start: float
@@ -32,6 +35,7 @@ class Moment:
     score: float
     window: int
     explanation: Explanation
+    unusual: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The moment as `--json` prints it; times in seconds."""
@@ -40,6 +44,7 @@ class Moment:
             "end": round(self.end, 3),
             "peak": round(self.peak, 3),
             "score": round(self.score, 6),
+            "unusual": None if self.unusual is None else round(self.unusual, 2),
             "words": [
                 {
                     "word": word,
@@ -75,11 +80,17 @@ class Hit:
         """Similarity of its best window."""
         return self.moments[0].score
 
+    @property
+    def is_weak(self) -> bool:
+        """Whether captions of other videos are about as similar to the video."""
+        return self.moments[0].unusual is not None and self.moments[0].unusual < WEAK
+
     def to_json(self) -> dict[str, Any]:
         """The hit as `--json` prints it."""
         return {
             "rank": self.rank,
             "score": round(self.score, 6),
+            "weak": self.is_weak,
             "path": str(self.path),
             "duration": round(self.video.duration, 3),
             "moments": [moment.to_json() for moment in self.moments],

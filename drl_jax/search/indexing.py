@@ -15,6 +15,7 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import files_with_suffix
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
+from drl_jax.search.calibration import BANK_ARRAY, bank_of, bank_similarity
 from drl_jax.search.format_2 import made_with
 from drl_jax.search.reading import VideoRead, read_video
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
@@ -136,6 +137,7 @@ class _Update:
         ]
         self.report.unchanged = len(found) - len(self.pending)
         self.damaged = damaged
+        self._bank: Features | None = None  # The bank of captions, encoded.
         # Reads that are not stored yet.
         self._unstored: list[tuple[IndexedVideo, VideoRead]] = []
         self._stored_at = time.monotonic()
@@ -268,7 +270,13 @@ class _Update:
                     rows.append(self.model.encode_windows(frames, windows))
         if not rows:
             return {}
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        features = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        # Indexes of earlier versions have no bank.
+        if sentences := self.store.header.get("bank"):
+            if self._bank is None:
+                self._bank = self.model.encode_text(sentences)
+            features[BANK_ARRAY] = bank_similarity(self.model, self._bank, features)
+        return features
 
 
 @contextlib.contextmanager
@@ -286,7 +294,11 @@ def _check_header(store: Store, model: RetrievalModel, videos: Path, storage: st
     folder, header = str(videos.resolve()), store.header
     if not header:
         store.update_header(
-            source=model.source, fingerprint=model.fingerprint, videos=folder, storage=storage
+            source=model.source,
+            fingerprint=model.fingerprint,
+            videos=folder,
+            storage=storage,
+            bank=bank_of(model.config),
         )
         return
     # A folder that is not there any more may have been moved.

@@ -13,7 +13,10 @@ _HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, 
 def format_hits(hits: Sequence[Hit]) -> str:
     """Formats hits as text: rank, score and path; then each moment, with its words for the best."""
     lines = []
-    for hit in hits:
+    # Set apart instead of listed as if they were answers.
+    for hit in sorted(hits, key=lambda hit: hit.is_weak):
+        if hit.is_weak and "weak matches:" not in lines:
+            lines.append("weak matches:")
         lines.append(f"{hit.rank:4}  {hit.score:.4f}  {hit.path}")
         for moment in hit.moments:
             span = f"{format_timestamp(moment.start)} to {format_timestamp(moment.end)}"

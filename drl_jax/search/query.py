@@ -49,11 +49,13 @@ class EncodedQuery:
       parts: arrays of Q texts, or of frames in their place.
       weights: Q numbers; the score is the weighted sum of the similarities.
       words: names of the tokens of the first part.
+      is_sentence: whether the query is one sentence.
     """
 
     parts: Features
     weights: tuple[float, ...]
     words: list[str]
+    is_sentence: bool = False
 
     @property
     def first(self) -> Features:
@@ -71,7 +73,7 @@ def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[En
         _check_length(sentence)
     text = model.encode_text(sentences)
     return [
-        EncodedQuery({name: array[[row]] for name, array in text.items()}, (1.0,), words)
+        EncodedQuery({name: a[[row]] for name, a in text.items()}, (1.0,), words, True)
         for row, words in enumerate(model.token_strings(sentences))
     ]
 
@@ -110,7 +112,10 @@ def encode_query(
         (encoded,) = encode_sentences(model, [query.without])
         parts.append((encoded.parts, _WITHOUT, encoded.words))
     return EncodedQuery(
-        _joined([part for part, _, _ in parts]), tuple(w for _, w, _ in parts), parts[0][2]
+        _joined([part for part, _, _ in parts]),
+        tuple(weight for _, weight, _ in parts),
+        parts[0][2],
+        is_sentence=len(parts) == 1 and bool(query.sentence.strip()),
     )
 
 

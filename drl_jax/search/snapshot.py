@@ -10,6 +10,7 @@ from flax import nnx
 from drl_jax.models.drl import Params, model_definition
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
+from drl_jax.search.calibration import BANK_ARRAY, unusual
 from drl_jax.search.engine import Gallery, Ranking, SearchEngine
 from drl_jax.search.explain import explain
 from drl_jax.search.format_2 import made_with
@@ -67,6 +68,7 @@ class IndexSnapshot:
             raise SearchIndexError(
                 f"the index {directory} has no video that can be searched ({len(known)} cannot)"
             )
+        self._bank = self._arrays.pop(BANK_ARRAY, None)
         # Indexes of format 3 have no checksums.
         try:
             names = jax.eval_shape(dequantize, self._arrays).keys()
@@ -77,7 +79,10 @@ class IndexSnapshot:
         first = 0
         if previous is not None and previous.header["generation"] == self.header["generation"]:
             first = previous.header["next_slot"]
-        check_features(directory, self.videos, self._arrays, first_slot=first)
+        arrays = dict(self._arrays)
+        if self._bank is not None:
+            arrays[BANK_ARRAY] = self._bank
+        check_features(directory, self.videos, arrays, first_slot=first)
         self.folder = Path(self.header["videos"])
         self._video_at = {video.path: video for video in self.videos}
         # In the order of their slots, to find the video of a slot by bisection.
@@ -131,7 +136,7 @@ class IndexSnapshot:
           videos: candidates of another engine, without repetition.
           top: number of hits.
         """
-        query = EncodedQuery(text, (1.0,), self.model.token_strings([sentence])[0])
+        query = EncodedQuery(text, (1.0,), self.model.token_strings([sentence])[0], True)
         return self._hits(query, self._best_of(query, top, videos))
 
     def search_by_video(self, path: Path, top: int) -> list[Hit]:
@@ -261,8 +266,18 @@ class IndexSnapshot:
             query.words,
             times,
         )
+        # The bank has sentences: other queries have other similarities.
+        is_sentence = query.is_sentence and self._bank is not None
         return Moment(
-            span.start, span.end, explanation.moment, span.score, span.window, explanation
+            start=span.start,
+            end=span.end,
+            peak=explanation.moment,
+            score=span.score,
+            window=span.window,
+            explanation=explanation,
+            unusual=(
+                unusual(span.score, self._bank[video.slot + span.window]) if is_sentence else None
+            ),
         )
 
 
