@@ -242,7 +242,7 @@ INDEX = {
     "thumbnails": Case(
         "index",
         "int8",
-        execute("UPDATE videos SET thumbnails = x'00' WHERE slot = 1"),
+        execute("UPDATE strips SET jpeg = x'00'"),
         message="thumbnails of",
     ),
     "the folder in the header": Case(

@@ -329,7 +329,7 @@ def test_real_clips_are_indexed_or_listed(model, tmp_path):
 def test_frame_times_and_thumbnails_are_stored(shared_index):
     with Store(shared_index) as store:
         found = {video.path: video for video in store.videos()}
-        strip = store.thumbnails("sub/1.mp4")
+        strip = store.strip("sub/1.mp4", 0)
     assert isinstance(found["sub/1.mp4"], IndexedVideo)
     assert found["sub/1.mp4"].times == (0.0, 1.0, 2.0)
     assert strip[:2] == b"\xff\xd8"
@@ -439,6 +439,7 @@ def rewrite_as_format_2(index, model):
     Its unit vectors were named `frame_feat`; its header had no names of files and another
     fingerprint.
     """
+    remove_checksums(index)
     with contextlib.closing(sqlite3.connect(index / "index.sqlite")) as database, database:
         header = json.loads(database.execute("SELECT value FROM header").fetchone()[0])
         arrays = {}
@@ -483,7 +484,7 @@ def test_an_index_of_format_2_is_searched_and_updated(model, videos, tmp_path):
     report = update_index(model, videos, index, storage="int8")
     assert (report.added, report.changed, report.removed, report.unchanged) == (1, 0, 1, 5)
     header = stored_header(index)
-    assert (header["format"], header["fingerprint"]) == (4, model.fingerprint)
+    assert (header["format"], header["fingerprint"]) == (5, model.fingerprint)
     assert sorted(path.name for path in index.iterdir()) == files
     found = scores(session)
     assert set(found) == {"1.mp4", "2.mp4", "3.mp4", "4.mp4", "5.mp4", "new.mp4"}
@@ -501,10 +502,10 @@ def test_an_index_of_format_3_is_searched_and_updated(model, videos, index):
     write_other_video(videos / "new.mp4")
     report = update_index(model, videos, index)
     assert (report.added, report.unchanged) == (1, 6)
-    assert stored_header(index)["format"] == 4
+    assert stored_header(index)["format"] == 5
     assert scores(SearchSession(index, model)).keys() == {*expected, "new.mp4"}
     with Store(index) as store:
-        checked = [video.path for video in store.videos() if video.features_crc32 is not None]
+        checked = [video.path for video in store.videos() if video.checksums is not None]
     assert checked == ["new.mp4"]
 
 
@@ -544,8 +545,8 @@ def test_names_of_format_2():
 
 def test_an_unknown_format_is_one_line(model, index):
     with Store(index, write=True) as store:
-        store.update_header(format=5)
-    with pytest.raises(SearchIndexError, match="has format 5, this version reads formats 2 to 4"):
+        store.update_header(format=6)
+    with pytest.raises(SearchIndexError, match="has format 6, this version reads formats 2 to 5"):
         SearchSession(index, model)
 
 
@@ -570,7 +571,8 @@ def test_a_video_finds_itself_and_its_sentence(shared_session, shared_videos):
 def test_a_score_is_the_sum_of_its_frame_contributions(shared_session):
     (hits,) = shared_session.search(["a red circle"], top=6)
     for hit in hits:
-        explanation, attribution = hit.explanation, hit.explanation.attribution
+        explanation = hit.moments[0].explanation
+        attribution = explanation.attribution
         assert attribution.frame_contribution.sum() == pytest.approx(hit.score, abs=1e-4)
         assert explanation.words == ["[start]", "a", "red", "circle", "[end]"]
         assert attribution.token_weight.sum() == pytest.approx(1, abs=1e-5)
@@ -621,7 +623,7 @@ def test_a_figure_of_a_pair(search_run, test_videos, shared_session, tmp_path, c
     assert f"cannot write {flag}" in error
     assert "xyz" in error.removeprefix(f"cannot write {flag}")
     (hits,) = shared_session.search(["a red circle"], top=1)
-    explanation, path = hits[0].explanation, tmp_path / "none" / "figure.png"
+    explanation, path = hits[0].moments[0].explanation, tmp_path / "none" / "figure.png"
     frames = np.zeros((len(explanation.times), 64, 64, 3), np.uint8)
     with pytest.raises(UserError, match=rf"cannot write --out={path} \(No such file"):
         save_figure(path, explanation, frames, "title")
@@ -667,7 +669,7 @@ def test_the_prompt_answers_from_the_updated_index(model, videos, index):
         for name in ("0.mp4", "2.mp4", "4.mp4", "sub/1.mp4", "sub/3.mp4"):
             (videos / name).unlink()
         write_other_video(videos / "new.mp4")
-        update_index(model, videos, index)
+        update_index(model, videos, index, prune=True)
 
     session = SearchSession(index, model)
     before, after, _ = talk(session, "t a dog", update, "t a dog")
@@ -693,8 +695,10 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["query"] for answer in answers] == ["a red circle", "a dog"]
     hit = answers[0]["hits"][0]
-    assert set(hit) == {"rank", "score", "path", "moment", "words"}
-    assert [word["word"] for word in hit["words"]][1:-1] == ["a", "red", "circle"]
+    assert set(hit) == {"rank", "score", "weak", "path", "duration", "moments"}
+    moment = hit["moments"][0]
+    assert set(moment) == {"start", "end", "peak", "score", "unusual", "words"}
+    assert [word["word"] for word in moment["words"]][1:-1] == ["a", "red", "circle"]
     (tmp_path / "sentences.txt").write_text("one\ntwo\n")
     flags = (f"--video={videos / '0.mp4'}", f"--sentences={tmp_path / 'sentences.txt'}")
     assert main(["query", index, *flags]) == 0

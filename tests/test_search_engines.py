@@ -93,7 +93,7 @@ def test_candidates_are_compared_exactly(session, engine):
         assert [hit.path for hit in found] == [hit.path for hit in expected]
         scores = [hit.score for hit in expected]
         np.testing.assert_allclose([hit.score for hit in found], scores, atol=1e-6)
-        np.testing.assert_allclose(found[0].explanation.moment, expected[0].explanation.moment)
+        np.testing.assert_allclose(found[0].moments[0].peak, expected[0].moments[0].peak)
     for found, expected in zip(engine.search(QUERIES, top=3), exact, strict=True):
         score_of = {hit.path: hit.score for hit in expected}
         assert len(found) == 3

@@ -17,8 +17,9 @@ from benchmarks.fuzz.small_run import write_run
 from benchmarks.fuzz.videos import write_video
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.search.array_files import GROWTH
+from drl_jax.search.calibration import BANK_ARRAY
 from drl_jax.search.indexing import update_index
-from drl_jax.search.rows import CHECKSUM_COLUMNS
+from drl_jax.search.rows import ADDED_COLUMNS
 from drl_jax.search.session import SearchSession
 
 _VIDEOS = 4
@@ -41,12 +42,19 @@ def prepare(root: Path) -> None:
 
 
 def remove_checksums(directory: Path) -> None:
-    """Makes an index of format 3."""
+    """Makes an index of format 3: videos with one window, and neither checksums nor a bank."""
     with contextlib.closing(sqlite3.connect(directory / "index.sqlite")) as database, database:
         header = json.loads(database.execute("SELECT value FROM header").fetchone()[0])
-        del header["crc32"], header["rows"]
+        for name in ("crc32", "rows", "bank"):
+            del header[name]
+        (directory / header["arrays"].pop(BANK_ARRAY)["file"]).unlink()
         database.execute("UPDATE header SET value = ?", (json.dumps({**header, "format": 3}),))
-        for column in CHECKSUM_COLUMNS:
+        database.execute(
+            "UPDATE videos SET thumbnails ="
+            " (SELECT jpeg FROM strips WHERE strips.path = videos.path AND number = 0)"
+        )
+        database.execute("DROP TABLE strips")
+        for column in ADDED_COLUMNS:
             database.execute(f"ALTER TABLE videos DROP COLUMN {column}")
 
 
