@@ -152,7 +152,7 @@ def test_rows_of_the_ablation(name):
         ({"model.dtype": "float16"}, "model.dtype is float32 or bfloat16, not 'float16'"),
         ({"model.similarity_block": -1}, "model.similarity_block must be 0"),
         (
-            {"loss.contrastive": "sigmoid"},
+            {"loss.contrastive": "sigmoid", "model.init": ""},
             "loss.contrastive=sigmoid needs a bias .* set --config.model.backbone.logit_bias=True$",
         ),
         ({"data.cache": "disk"}, "data.cache is auto, none, memory or device, not 'disk'"),

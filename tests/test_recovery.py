@@ -420,7 +420,7 @@ def test_weights_that_are_not_finite_are_refused(arguments, tiny_weights, tmp_pa
     save_changed(state, path, tiny_weights)
     flags = arguments(tmp_path / "run", f"--config.model.init={path}")
     line = error_of("drl_jax.train", *flags, capsys=capsys)
-    assert "nan.safetensors cannot be trained: backbone/ln_final/scale has values that" in line
+    assert "clip.ln_final.weight has values that are not finite; get the file again" in line
 
 
 # ---------------------------------------------------------------- the run and its surroundings

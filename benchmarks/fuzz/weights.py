@@ -86,7 +86,9 @@ def _only_data(original: bytes, damaged: bytes, name: str) -> bool:
 def read(root: Path, name: str, directory: Path) -> str:
     """Digest of the parameters that a model gets from the file, and its configuration."""
     del root
-    weights = read_weights(directory / name, "openai")
+    # Exported files say what they are.
+    release = "" if name in (_EXPORTED, _WITHOUT_CHECKSUM) else "openai"
+    weights = read_weights(directory / name, release)
     config = config_of_weights(weights)
     shapes = param_shapes(config.model)
     # As `initial_params`, which also compiles the initialisation of the heads that CLIP lacks.

@@ -16,7 +16,6 @@ from drl_jax.evaluation.metrics import format_table
 from drl_jax.models.drl import Params, abstract_params
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.checksums import summarise
 from drl_jax.runs.logging import TrainLog
 from drl_jax.runs.manifest import differences, read_manifest, recorded
 from drl_jax.runs.nonfinite import NonFiniteBatches, TrainingError
@@ -216,12 +215,7 @@ def _new_state(config: Config, pretrained: Params | None, tx: Any, layout: Layou
     """The state before the first step."""
     if pretrained is None:
         return create_state(config.model, tx, config.seed, layout)
-    state = state_from_params(pretrained, tx, layout)
-    if not_finite := summarise(state.params)[1]:
-        raise TrainingError(
-            f"{config.model.init} cannot be trained: {not_finite[0]} has values that are not finite"
-        )
-    return state
+    return state_from_params(pretrained, tx, layout)
 
 
 def _print_differences(manifest: Path, config: Config, dataset: VideoDataset) -> None:
