@@ -189,7 +189,7 @@ def test_errors_of_engines_are_one_line(own_session):
 
 def test_the_commands(own_session, tmp_path, capsys):
     index = f"--index={own_session.directory}"
-    assert "12 videos sent" in run_module("drl_jax.search", "export", index).stdout
+    assert "12 windows sent" in run_module("drl_jax.search", "export", index).stdout
     flags = ("--engine=qdrant", "--json", "--top=2", QUERIES[0])
     assert main(["query", index, *flags]) == 0
     answer = json.loads(capsys.readouterr().out)

@@ -95,7 +95,7 @@ def encode_query(
 
     def add_frames(video: Features, name: str) -> None:
         text = model.interaction.video_as_text(video)
-        parts.append((text, 1.0, [name] * text["text_mask"].shape[1]))
+        parts.append((text, 1.0, [name] * int(text["text_mask"].sum())))
 
     if query.sentence.strip():
         (encoded,) = encode_sentences(model, [query.sentence])

@@ -154,7 +154,10 @@ def check_features(
 
 def damaged_features(arrays: Features, videos: Sequence[IndexedVideo]) -> set[str]:
     """Paths of videos without errors whose rows are damaged, or are not in the arrays."""
-    views, rows = _views(arrays), min((len(array) for array in arrays.values()), default=0)
+    rows = min((len(array) for array in arrays.values()), default=0)
+    if not rows:
+        return {video.path for video in videos}
+    views = _views(arrays)
     return {
         video.path
         for video in videos

@@ -155,11 +155,24 @@ class IndexSnapshot:
         weights: Sequence[float] | None = None,
     ) -> Ranking:
         """Ranks the windows of all videos, or of some; see `SearchEngine.search`."""
+        self._check_files()
         if videos is None:
             return self._engine.search(text, self._gallery, top, weights)
         slots = _slots_of(videos)
         found = self._engine.search(text, self._gallery.only(slots), top, weights)
         return Ranking(found.scores, slots[found.slots])
+
+    def _check_files(self) -> None:
+        """Checks that no mapped file was cut: reading behind its end would end the process."""
+        for name, array in self._arrays.items():
+            path = self.directory / self.header["arrays"][name]["file"]
+            try:
+                is_cut = path.stat().st_size < array.nbytes
+            # Another process removes the files of an older generation; they stay mapped.
+            except FileNotFoundError:
+                continue
+            if is_cut:
+                raise damaged(self.directory, f"the file of {name} was cut")
 
     def best_videos(
         self,

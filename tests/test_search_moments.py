@@ -1,0 +1,375 @@
+"""Long videos: windows, moments, and queries that are no sentence."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.videos import write_video
+
+from drl_jax.data.frame_form import FrameForm
+from drl_jax.data.long_video import SampledVideo, sample_video
+from drl_jax.data.video import read_frames
+from drl_jax.runtime.errors import UserError
+from drl_jax.search.calibration import unusual
+from drl_jax.search.indexing import update_index
+from drl_jax.search.moments import find_spans
+from drl_jax.search.query import Query, read_picture
+from drl_jax.search.rows import SearchIndexError
+from drl_jax.search.session import SearchSession
+from drl_jax.search.store import Store
+from drl_jax.search.windows import Window, window_at, windows_of
+
+FPS = 5
+# Seconds of the shots of the film; the third is longer than a window.
+SHOTS = (4, 1, 20, 6)
+FORM = FrameForm(64)
+
+
+def shot(number: int, seconds: int) -> np.ndarray:
+    """A square that moves slowly over a picture of its own colours."""
+    rng = np.random.default_rng(number)
+    ramp = np.linspace(0, 1, 64)[:, None, None]
+    picture = (1 - ramp) * rng.integers(0, 256, 3) + ramp * rng.integers(0, 256, 3)
+    frames = np.tile(picture, (seconds * FPS, 1, 64, 1)).astype(np.uint8)
+    for step, frame in enumerate(frames):
+        frame[20:30, step % 50 : step % 50 + 10] = rng.integers(0, 256, 3) if not step else 255
+    return frames
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """A film of four shots, in a folder with a file for each shot."""
+    folder = tmp_path_factory.mktemp("film") / "videos"
+    folder.mkdir()
+    shots = [shot(number, seconds) for number, seconds in enumerate(SHOTS)]
+    write_video(folder / "film.mp4", np.concatenate(shots), fps=FPS)
+    for number in (0, 3):
+        write_video(folder / f"shot{number}.mp4", shots[number], fps=FPS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared_index(search_model, film):
+    directory = film.parent / "index"
+    report = update_index(search_model, film, directory, storage="float32")
+    assert (report.added, report.bad) == (3, {})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def session(search_model, shared_index):
+    return SearchSession(shared_index, search_model)
+
+
+@pytest.fixture
+def videos(film, tmp_path):
+    return shutil.copytree(film, tmp_path / "videos")
+
+
+@pytest.fixture
+def index(shared_index, videos, tmp_path):
+    """A copy of the index, of the copied videos."""
+    directory = shutil.copytree(shared_index, tmp_path / "index")
+    with Store(directory, write=True) as store:
+        store.update_header(videos=str(videos.resolve()))
+    return directory
+
+
+def scores(index, model):
+    """Path -> score of all videos, for one query."""
+    return {hit.path: hit.score for hit in SearchSession(index, model).search(["a"], 3)[0]}
+
+
+def update(model, videos, index, **flags):
+    return update_index(model, videos, index, storage="float32", **flags)
+
+
+# ---------------------------------------------------------------- sampling and windows
+
+
+def test_a_shot_in_a_film_has_the_frames_of_the_shot_as_a_file(film):
+    sampled = []
+    video = sample_video(film / "film.mp4", FORM, sampled.append)
+    np.testing.assert_allclose(video.shot_starts, np.cumsum((0, *SHOTS[:-1])), atol=1e-6)
+    assert video.duration == pytest.approx(sum(SHOTS))
+    assert len(sampled) == len(video.times) == sum(SHOTS)
+    for number in (0, 3):
+        alone = read_frames(film / f"shot{number}.mp4", 100, FORM)
+        first = video.shots[number]
+        found = np.stack(sampled[first : first + len(alone)]).astype(int)
+        # Two encodings of the same pictures.
+        assert np.abs(found - alone).mean() < 3
+
+
+def sampled(starts, duration) -> SampledVideo:
+    """A video with a frame each second, and shots."""
+    times = np.arange(0, duration, 1.0)
+    shots = np.searchsorted(times, starts)
+    return SampledVideo(times, shots, np.array(starts, float), float(duration))
+
+
+@pytest.mark.parametrize(
+    ("starts", "duration", "expected"),
+    [
+        ([0], 5, [(0, 5)]),
+        ([0], 12, [(0, 12)]),
+        ([0], 14, [(0, 12), (2, 14)]),
+        ([0], 25, [(0, 12), (6, 18), (12, 24), (13, 25)]),
+        ([0, 6], 12, [(0, 6), (6, 12)]),
+        # A shot of one second is joined: the cut is one second from an end.
+        ([0, 6, 7], 14, [(0, 7), (7, 14)]),
+        # Shots of one second each: no cut is more than two seconds from an end.
+        ([0, 1, 2, 3, 4], 5, [(0, 5)]),
+        ([0, 1, 2, 3, 4, 5], 6, [(0, 5), (5, 6)]),
+    ],
+)
+def test_windows_of_shots(starts, duration, expected):
+    windows = windows_of(sampled(starts, duration), max_frames=12)
+    assert [(window.start, window.end) for window in windows] == expected
+    for window in windows:
+        assert list(window.frames) == list(range(int(window.start), int(window.end)))
+
+
+def test_a_window_has_evenly_spaced_frames_if_there_are_too_many():
+    (window,) = windows_of(sampled([0], 9), max_frames=4)
+    assert window.frames == (0, 2, 5, 8)
+
+
+def test_no_window_crosses_a_cut_by_more_than_two_seconds():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        starts = np.concatenate([[0], np.cumsum(rng.choice([0.5, 1, 2, 3, 8, 30], 20))])
+        video = sampled(starts[:-1], starts[-1])
+        for window in windows_of(video, 12):
+            assert window.end - window.start <= 12 + 1e-9
+            inside = starts[(starts > window.start) & (starts < window.end)]
+            for cut in inside:
+                assert min(cut - window.start, window.end - cut) <= 2
+
+
+# ---------------------------------------------------------------- moments
+
+
+WINDOWS = [Window(6.0 * n, 6.0 * n + 12, (n,)) for n in range(6)]
+
+
+def test_windows_that_touch_and_score_alike_are_one_moment():
+    found = find_spans(WINDOWS, np.array([0.1, 0.95, 1.0, 0.92, 0.2, 0.1]), most=2)
+    assert found[0] == (6.0, 30.0, 1.0, 2)
+    assert [span.window for span in found] == [2, 4]
+
+
+def test_windows_that_overlap_a_better_moment_are_left_out():
+    """Each window shares two thirds of its time with a neighbour, a third with the next."""
+    windows = [Window(4.0 * n, 4.0 * n + 12, (n,)) for n in range(6)]
+    scores = np.array([0.1, 0.5, 1.0, 0.6, 0.2, 0.8])
+    assert [span.window for span in find_spans(windows, scores, most=9)] == [2, 5, 0]
+
+
+def test_a_window_across_a_gap_does_not_join():
+    windows = [Window(0, 5, (0,)), Window(7, 12, (1,))]
+    assert len(find_spans(windows, np.array([1.0, 1.0]), most=3)) == 2
+
+
+# ---------------------------------------------------------------- index and hits
+
+
+def test_a_film_is_indexed_as_windows(session, shared_index):
+    (video,) = (video for video in session.videos if video.path == "film.mp4")
+    spans = [(round(window.start), round(window.end)) for window in video.windows]
+    assert spans == [(0, 5), (5, 17), (11, 23), (13, 25), (25, 31)]
+    assert video.duration == pytest.approx(31)
+    assert not (shared_index / "spool").exists()
+    with Image.open(io.BytesIO(session.snapshot().thumbnails(video, 4))) as strip:
+        assert strip.size == (4 * 64, 64)  # max_frames is 4.
+
+
+def test_a_shot_finds_its_moment_in_the_film(session, film):
+    hits = {hit.path.name: hit for hit in session.search_by_video(film / "shot3.mp4", top=3)}
+    moment = hits["film.mp4"].moments[0]
+    assert (round(moment.start), round(moment.end)) == (25, 31)
+    assert moment.start <= moment.peak <= moment.end
+    assert hits["film.mp4"].score == pytest.approx(1, abs=0.02)
+    assert len(hits["film.mp4"].scores) == 5
+
+
+def test_a_hit_is_a_file_with_the_score_of_its_best_window(session, search_model):
+    (hits,) = session.search(["a red circle"], top=3)
+    assert [hit.rank for hit in hits] == [1, 2, 3]
+    assert len({hit.path for hit in hits}) == 3
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    film = next(hit for hit in hits if hit.path.name == "film.mp4")
+    assert film.score == pytest.approx(film.scores.max(), abs=1e-6)
+    for moment in film.moments:
+        assert moment.explanation.times.min() >= moment.start
+    # Windows that were encoded once each, from frames that were encoded once.
+    frames = []
+    sample_video(film.path, search_model.frame_form, frames.append)
+    window = film.video.windows[film.moments[0].window]
+    alone = search_model.encode_video([np.stack([frames[n] for n in window.frames])])
+    text = search_model.encode_text(["a red circle"])
+    assert search_model.similarity(text, alone)[0, 0] == pytest.approx(film.score, abs=1e-5)
+
+
+def test_calibration_is_that_of_the_bank(session, search_model):
+    (hits,) = session.search(["a red circle"], top=1)
+    hit, moment = hits[0], hits[0].moments[0]
+    bank = session.snapshot().header["bank"]
+    assert len(bank) == 64
+    video = search_model.encode_video([read_frames(hit.path, 4, FORM)])
+    if len(hit.video.windows) == 1:
+        similarity = search_model.similarity(search_model.encode_text(bank), video)[:, 0]
+        expected = unusual(hit.score, np.array([similarity.mean(), similarity.std()]))
+        assert moment.unusual == pytest.approx(expected, abs=1e-2)
+    assert hit.is_weak == (moment.unusual < 2.5)
+    assert session.search_by_video(hit.path, top=1)[0].moments[0].unusual is None
+
+
+# ---------------------------------------------------------------- queries
+
+
+def picture_of(session, number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(shot(number, 1)[0]).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_finds_its_shot(session):
+    hits = session.answer(Query(picture=picture_of(session, 0)), top=3)
+    assert {hits[0].path.name, hits[1].path.name} == {"shot0.mp4", "film.mp4"}
+    moment = next(hit for hit in hits if hit.path.name == "film.mp4").moments[0]
+    assert round(moment.start) == 0
+    assert moment.explanation.words == ["[picture]"]
+
+
+def test_more_like_a_moment(session):
+    film = session.snapshot().video_at("film.mp4")
+    hits = session.answer(Query(like=(film, 28.0)), top=2)
+    assert {hit.path.name for hit in hits} == {"film.mp4", "shot3.mp4"}
+    assert round(hits[0].moments[0].start) in (0, 25)
+
+
+def test_scores_of_combined_queries_are_sums(session):
+    def found(query):
+        return {hit.path.name: hit.scores for hit in session.answer(query, top=3)}
+
+    sentence, picture = "a red circle moves", picture_of(session, 0)
+    one, other = found(Query(sentence=sentence)), found(Query(picture=picture))
+    without = found(Query(sentence="two words"))
+    both = found(Query(sentence=sentence, picture=picture, without="two words"))
+    for name in both:
+        expected = one[name] + other[name] - 0.5 * without[name]
+        np.testing.assert_allclose(both[name], expected, atol=1e-5)
+
+
+def test_pictures_that_cannot_be_read_are_one_line(search_model, session):
+    damaged = picture_of(session, 0)[:200]
+    for content, message in ((b"no picture", "not an image file"), (damaged, "is damaged")):
+        with pytest.raises(UserError, match=message):
+            read_picture(search_model, content)
+    large = io.BytesIO()
+    Image.new("1", (20_000, 6_000)).save(large, "PNG")
+    with pytest.raises(UserError, match="20000 x 6000 pixels; at most 100,000,000"):
+        read_picture(search_model, large.getvalue())
+    with pytest.raises(UserError, match="the query is empty"):
+        session.answer(Query(without="a dog"), top=1)
+    with pytest.raises(UserError, match="has 100,000 characters; at most 10,000"):
+        session.search(["a" * 100_000], top=1)
+
+
+def test_the_window_at_a_time():
+    assert [window_at(WINDOWS, time) for time in (0, 11, 13, 100)] == [0, 1, 1, 5]
+
+
+# ---------------------------------------------------------------- updates and accidents
+
+
+def test_a_renamed_file_keeps_its_features(search_model, videos, index, monkeypatch):
+    before = SearchSession(index, search_model).snapshot()
+    expected = before.stored([before.video_at("film.mp4")])
+    (videos / "sub").mkdir()
+    (videos / "film.mp4").rename(videos / "sub" / "other name.mp4")
+    monkeypatch.setattr(type(search_model), "encode_windows", None)  # Nothing is encoded.
+    report = update(search_model, videos, index)
+    assert (report.moved, report.added, report.removed, report.unchanged) == (1, 0, 0, 2)
+    after = SearchSession(index, search_model).snapshot()
+    video = after.video_at("sub/other name.mp4")
+    for name, array in after.stored([video]).items():
+        np.testing.assert_array_equal(array, expected[name])
+    assert after.thumbnails(video, 4)[:2] == b"\xff\xd8"
+
+
+def test_a_library_that_was_moved_is_not_decoded_again(search_model, videos, index, tmp_path):
+    videos.rename(tmp_path / "moved")
+    report = update(search_model, tmp_path / "moved", index)
+    assert (report.unchanged, report.added) == (3, 0)
+    (hits,) = SearchSession(index, search_model).search(["a"], top=1)
+    assert hits[0].path.parent == tmp_path / "moved"
+
+
+def test_most_files_gone_is_refused(search_model, videos, index):
+    for name in ("film.mp4", "shot0.mp4"):
+        (videos / name).unlink()
+    with pytest.raises(
+        UserError, match=r"2 of the 3 videos .* is it the right folder, and mounted"
+    ):
+        update(search_model, videos, index)
+    assert len(SearchSession(index, search_model).videos) == 3
+    assert update(search_model, videos, index, prune=True).removed == 2
+
+
+def test_a_video_that_took_too_long_is_tried_again_with_more_time(search_model, videos, index):
+    shutil.copy(videos / "film.mp4", videos / "late.mp4")
+    with (videos / "late.mp4").open("ab") as file:
+        file.write(b"\0")  # Another content.
+    first = update(search_model, videos, index, timeout=1e-4)
+    assert "took longer than" in first.bad["late.mp4"]
+    assert update(search_model, videos, index, timeout=1e-4).unchanged == 4
+    second = update(search_model, videos, index)
+    assert (second.changed, second.bad) == (1, {})
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "cut", "missing"])
+def test_damaged_features_are_refused_and_made_again(search_model, videos, index, damage):
+    expected = {
+        hit.path: hit.score for hit in SearchSession(index, search_model).search(["a"], 3)[0]
+    }
+    (path,) = index.glob("frame_unit*.bin")
+    if damage == "missing":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        used = 7 * len(content) // 256
+        path.write_bytes(
+            bytes(used) + content[used:] if damage == "zeroed" else content[: used // 3]
+        )
+    with pytest.raises(SearchIndexError, match="is damaged"):
+        SearchSession(index, search_model)
+    report = update(search_model, videos, index)
+    assert report.changed + report.unchanged == 3
+    assert report.changed >= 1
+    assert scores(index, search_model) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_file_that_is_cut_while_a_session_is_open_is_one_line(search_model, index):
+    session = SearchSession(index, search_model)
+    session.search(["a"], top=1)
+    (path,) = index.glob("frame_unit*.bin")
+    with path.open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(SearchIndexError, match="is damaged"):
+        session.search(["a"], top=1)
+
+
+def test_a_full_disk_while_a_film_is_decoded_is_no_property_of_the_film(
+    search_model, videos, index, tmp_path
+):
+    """The spool is a folder that cannot be written."""
+    write_video(videos / "new.mp4", np.concatenate([shot(8, 8), shot(9, 8)]), fps=FPS)
+    (index / "spool").write_text("not a folder")
+    with pytest.raises(SearchIndexError, match="cannot write to the index"):
+        update(search_model, videos, index)
+    (index / "spool").unlink()
+    assert update(search_model, videos, index).added == 1
