@@ -12,7 +12,8 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.explain import explain, format_timestamp
+from drl_jax.search.explain import format_timestamp
+from drl_jax.search.explain_file import explain_file
 from drl_jax.search.hits import Hit
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.prompt import format_hits, run_prompt
@@ -168,19 +169,13 @@ def _explain(options: argparse.Namespace) -> None:
         path = path if path.exists() else session.snapshot().folder / path
     if model is None:
         raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
-    video = model.read_video(path)
-    texts, videos = model.encode_text([options.query]), model.encode_video([video.frames])
-    score = model.similarity(texts, videos)[0, 0]
-    explanation = explain(
-        model.interaction,
-        {name: array[0] for name, array in texts.items()},
-        {name: array[0] for name, array in videos.items()},
-        model.token_strings([options.query])[0],
-        video.times,
+    found = explain_file(model, path, options.query)
+    title = f"“{options.query}”  {found.score:.4f}\n{path.name}"
+    save_figure(options.out, found.explanation, found.frames, title)
+    start, end, peak = map(
+        format_timestamp, (found.window.start, found.window.end, found.explanation.moment)
     )
-    title = f"“{options.query}”  {score:.4f}\n{path.name}"
-    save_figure(options.out, explanation, video.frames, title)
-    print(f"{score:.4f}, best moment {format_timestamp(explanation.moment)}: {options.out}")
+    print(f"{found.score:.4f}, best moment {peak} (of {start} to {end}): {options.out}")
 
 
 def _model_of_flags(options: argparse.Namespace) -> RetrievalModel | None:

@@ -1,6 +1,5 @@
 """Creates and updates the index of a folder of videos."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from drl_jax.runtime.files import files_with_suffix
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.calibration import BANK_ARRAY, bank_of, bank_similarity
 from drl_jax.search.format_2 import made_with
-from drl_jax.search.reading import VideoRead, read_video
+from drl_jax.search.reading import VideoRead, frames_of, read_video
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.store import Store
 
@@ -265,9 +264,11 @@ class _Update:
                 rows.append({name: a[next_short : next_short + 1] for name, a in encoded.items()})
                 next_short += 1
             elif read.spooled is not None:
-                with _frames_of(read, self.model) as frames:
-                    windows = [window.frames for window in read.windows]
-                    rows.append(self.model.encode_windows(frames, windows))
+                windows = [window.frames for window in read.windows]
+                frames = frames_of(read, self.model.frame_form)
+                rows.append(self.model.encode_windows(frames, windows))
+                del frames
+                read.spooled.unlink()
         if not rows:
             return {}
         features = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
@@ -277,16 +278,6 @@ class _Update:
                 self._bank = self.model.encode_text(sentences)
             features[BANK_ARRAY] = bank_similarity(self.model, self._bank, features)
         return features
-
-
-@contextlib.contextmanager
-def _frames_of(read: VideoRead, model: RetrievalModel) -> Iterator[np.ndarray]:
-    """The frames of a long video, mapped from the file that a worker wrote; deletes it."""
-    try:
-        shape = (len(read.times), *model.frame_form.shape)
-        yield np.memmap(read.spooled, np.uint8, "r", shape=shape)
-    finally:
-        read.spooled.unlink(missing_ok=True)
 
 
 def _check_header(store: Store, model: RetrievalModel, videos: Path, storage: str) -> None:

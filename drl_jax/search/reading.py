@@ -84,6 +84,13 @@ def read_video(
         return VideoRead(digest, failure=str(error))
 
 
+def frames_of(read: VideoRead, form: FrameForm) -> np.ndarray:
+    """The frames of a video that was read, uint8 [F, S, S, 3]; those of a long one are mapped."""
+    if read.frames is not None:
+        return read.frames
+    return np.memmap(read.spooled, np.uint8, "r", shape=(len(read.times), *form.shape))
+
+
 class SpoolError(Exception):
     """The frames of a long video cannot be written, e.g. because the disk is full."""
 
