@@ -715,7 +715,10 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
         (("query", "--index=nowhere", "a dog"), "no index in nowhere; make one with"),
         (("query", "--index=I", "a dog", "--video=v.mp4"), "give sentences or --video"),
         (("query", "--index=I", "--sentences=s.txt"), "--sentences needs --video"),
-        (("query", "--index=I", "--video=v", "--engine=qdrant"), "omit it with --video"),
+        (
+            ("query", "--index=I", "--video=v", "--engine=qdrant"),
+            "answers sentences only, among all",
+        ),
         (("query", "--index=I", "--url=http://h:6333", "a"), "need --engine=qdrant"),
         (("query", "--index=I", "--top=0", "a"), "must be a positive whole number, not '0'"),
         (("query", "a dog"), "required: --index"),

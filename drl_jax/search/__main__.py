@@ -5,6 +5,7 @@ python -m drl_jax.search query --index=DIR "a dog catches a ball" --top=5
 python -m drl_jax.search serve --index=DIR
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,17 @@ def _parser() -> Parser:
     query.add_argument("query", nargs="*", help="sentences; without any, a prompt asks for them")
     query.add_argument("--queries", type=Path, help="file with one sentence per line")
     query.add_argument("--video", type=Path, help="a video file as the query")
+    query.add_argument("--picture", type=Path, help="an image file as the query, or a part of it")
+    query.add_argument(
+        "--like", metavar="PATH@SECONDS", help="a moment of an indexed video as the query"
+    )
+    query.add_argument(
+        "--without", default="", metavar="SENTENCE", help="what is not seen, beside another query"
+    )
+    query.add_argument("--folder", default="", help="only videos below this folder of the index")
+    query.add_argument("--name", default="", help="only videos whose name has this, or matches *")
+    query.add_argument("--min_length", type=float, default=0.0, help="seconds at least")
+    query.add_argument("--max_length", type=float, default=math.inf, help="seconds at most")
     query.add_argument("--sentences", type=Path, help="file of sentences to rank for --video")
     query.add_argument(
         "--captions",

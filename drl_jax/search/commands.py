@@ -14,10 +14,14 @@ from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.explain_file import explain_file
+from drl_jax.search.filters import Filters, filter_videos
 from drl_jax.search.hits import Hit
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.prompt import format_hits, run_prompt
+from drl_jax.search.query import Query
+from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.session import Searcher, SearchSession
+from drl_jax.search.snapshot import IndexSnapshot
 
 if TYPE_CHECKING:
     from drl_jax.search.qdrant import QdrantSearch
@@ -53,29 +57,85 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
 
 
 def _query(options: argparse.Namespace) -> None:
-    if options.sentences and not options.video:
-        raise UserError("--sentences needs --video: it ranks sentences for a video")
-    if (options.query or options.queries) and options.video:
-        raise UserError("give sentences or --video as the query, not both")
-    if options.engine == "exact" and (options.url or options.collection):
-        raise UserError("--url and --collection need --engine=qdrant")
-    if options.video and options.engine != "exact":
-        raise UserError(f"--engine={options.engine} answers sentences only; omit it with --video")
+    _check_query(options)
     queries = list(options.query)
     if options.queries:
         queries += _lines(options.queries)
     session = SearchSession(options.index, _model_of_flags(options))
     if options.video and options.sentences:
         _rank_sentences(options, session)
-    elif options.video:
-        hits = session.search_by_video(options.video, options.top)
-        _print_hits(str(options.video), hits, options.json)
+    elif options.video or options.picture or options.like or options.without or _filters(options):
+        _answer_query(options, session, queries)
     elif options.engine == "qdrant":
         with contextlib.closing(_qdrant(options, session, options.candidates)) as engine:
             engine.check()
             _answer_sentences(options, queries, session.model, engine)
     else:
         _answer_sentences(options, queries, session.model, session)
+
+
+def _check_query(options: argparse.Namespace) -> None:
+    """Checks which flags go together."""
+    others = options.picture or options.like or options.without or _filters(options)
+    if options.sentences and not options.video:
+        raise UserError("--sentences needs --video: it ranks sentences for a video")
+    if (options.query or options.queries) and options.video:
+        raise UserError("give sentences or --video as the query, not both")
+    if options.engine == "exact" and (options.url or options.collection):
+        raise UserError("--url and --collection need --engine=qdrant")
+    if (options.video or others) and options.engine != "exact":
+        raise UserError(
+            f"--engine={options.engine} answers sentences only, among all videos; omit it"
+        )
+    if options.without and not (options.query or options.picture or options.like or options.video):
+        raise UserError("--without needs something to look for, e.g. a sentence")
+
+
+def _filters(options: argparse.Namespace) -> Filters:
+    return Filters(options.folder, options.name, options.min_length, options.max_length)
+
+
+def _answer_query(
+    options: argparse.Namespace, session: SearchSession, sentences: Sequence[str]
+) -> None:
+    """Answers queries that are more than sentences among all videos."""
+    snapshot = session.snapshot()
+    videos = filter_videos(snapshot.videos, _filters(options))
+    if not videos:
+        raise UserError(f"none of the {len(snapshot.videos)} videos passes the filters")
+    rest = Query(
+        without=options.without,
+        picture=_bytes(options.picture) if options.picture else b"",
+        video=options.video,
+        like=_moment(snapshot, options.like) if options.like else None,
+    )
+    for sentence in sentences or [""]:
+        query = dataclasses.replace(rest, sentence=sentence)
+        name = sentence or str(options.video or options.picture or options.like)
+        _print_hits(name, snapshot.answer(query, options.top, videos), options.json)
+
+
+def _moment(snapshot: IndexSnapshot, text: str) -> tuple[IndexedVideo, float]:
+    """Reads PATH@SECONDS."""
+    path, _, seconds = text.rpartition("@")
+    video = snapshot.video_at(path)
+    if video is None:
+        raise UserError(f"--like={text}: the index has no video {path!r}; write PATH@SECONDS")
+    try:
+        time = float(seconds)
+    except ValueError:
+        time = -1.0
+    end = max(window.end for window in video.windows)
+    if not 0 <= time <= end:
+        raise UserError(f"--like={text}: {path} has the seconds 0 to {end:.1f}")
+    return video, time
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _answer_sentences(
