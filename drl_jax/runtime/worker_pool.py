@@ -69,6 +69,41 @@ def map_in_processes(
         pool.join()
 
 
+class CallPool:
+    """Processes that wait for calls, which come one by one from any thread."""
+
+    def __init__(self, workers: int):
+        """Starts no process before the first call.
+
+        Args:
+          workers: number of processes.
+        """
+        self._pool = ProcessPool(
+            workers,
+            context=get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(os.getpid(),),
+        )
+
+    def call(
+        self, function: Callable[..., T], *arguments: Any, timeout: float
+    ) -> T | WorkerFailure:
+        """Computes `function(*arguments)`; a call that fails gives a WorkerFailure.
+
+        Args:
+          function: defined at the top level of a module.
+          arguments: of the function.
+          timeout: seconds from the start of the call; then its process is killed.
+        """
+        future = self._pool.schedule(_guarded, args=(function, *arguments), timeout=timeout)
+        return _result(future, timeout)
+
+    def close(self) -> None:
+        """Ends the processes and their calls."""
+        self._pool.stop()
+        self._pool.join()
+
+
 def _result(future: ProcessFuture, timeout: float | None) -> T | WorkerFailure:
     try:
         return future.result()

@@ -118,7 +118,7 @@ def _parser() -> Parser:
     serve = commands.add_parser("serve", parents=[common], help=text, description=text)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
-    serve.add_argument("--top", type=positive_int, default=5, help="hits per query (%(default)s)")
+    serve.add_argument("--top", type=positive_int, default=12, help="hits per query (%(default)s)")
 
     text = "draw how the words and frames of one pair contribute to its score"
     explain = commands.add_parser("explain", parents=[model], help=text, description=text)

@@ -140,12 +140,13 @@ class SearchEngine:
         """
         count = len(next(iter(text.values())))
         top = min(top, gallery.size)
-        # Few shapes: the number of queries is rounded up to a power of two.
+        # Few shapes: the numbers of queries and of hits are rounded up to powers of two.
         padded = 1 << (count - 1).bit_length()
         rows = np.minimum(np.arange(padded), count - 1)
         text = {name: array[rows] for name, array in _without_padding(text).items()}
         text = jax.device_put(text, gallery.layout.replicated)
-        step = self._step(gallery, min(top, gallery.block), weights is not None)
+        rounded = min(1 << (top - 1).bit_length(), gallery.block)
+        step = self._step(gallery, rounded, weights is not None)
         if weights is not None:
             factors = np.pad(np.asarray(weights, np.float32), (0, padded - count))
             text = {**text, _WEIGHTS: jax.device_put(factors, gallery.layout.replicated)}

@@ -1,58 +1,184 @@
-"use strict";
+// The search, the tiles and their previews, and the queries that were asked before.
+import { openFrom, startViewer } from "./viewer.js";
 
 const form = document.getElementById("search");
 const status = document.getElementById("status");
-const button = form.querySelector("button");
+const hits = document.getElementById("hits");
+const still = window.matchMedia("(prefers-reduced-motion: reduce)");
+
+// ---------------------------------------------------------------------- the search
 
 form.addEventListener("submit", () => {
   form.setAttribute("aria-busy", "true");
-  button.disabled = true;
-  status.textContent = "Searching …";
+  form.querySelector("button").disabled = true;
+  if (status) status.textContent = "Searching …";
 });
 
-// Also runs when the back button restores the page, which must not look busy then.
+// The address holds only what is asked for.
+form.addEventListener("formdata", ({ formData }) => {
+  for (const [name, value] of [...formData]) if (!value) formData.delete(name);
+});
+
+// Also when the back button restores the page, which must not look busy then.
+const shown = status?.textContent;
 window.addEventListener("pageshow", () => {
   form.removeAttribute("aria-busy");
-  button.disabled = false;
-  const hits = document.querySelectorAll(".hit").length;
-  status.textContent = hits ? `${hits} video${hits > 1 ? "s" : ""}, most similar first` : "";
+  form.querySelector("button").disabled = false;
+  if (status) status.textContent = shown;
 });
 
-document.addEventListener("keydown", (event) => {
-  const editing = event.target.closest("input, select, textarea");
-  if (event.key === "/" && !editing && !event.ctrlKey && !event.metaKey && !event.altKey) {
-    event.preventDefault();
-    document.getElementById("q").select();
-  }
-});
+// ---------------------------------------------------------------------- previews
 
-const reducedMotion = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-const visible = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    if (isIntersecting && !reducedMotion) {
-      target.play().catch(() => {}); // Autoplay may be blocked; the controls remain.
-    } else {
-      target.pause();
-    }
-  }
-}, { threshold: 0.5 });
+let preview = null;
 
-for (const hit of document.querySelectorAll(".hit")) {
-  const video = hit.querySelector("video");
-  const showUnplayable = () => {
-    video.hidden = true;
-    hit.querySelector(".unplayable").hidden = false;
-  };
-  video.addEventListener("error", showUnplayable);
-  if (video.error) showUnplayable(); // The error came before this script ran.
-  video.addEventListener("ended", () => {
-    video.currentTime = Number(video.dataset.moment);
-  });
-  for (const moment of hit.querySelectorAll("button[data-time]")) {
-    moment.addEventListener("click", () => {
-      video.currentTime = Number(moment.dataset.time);
-      video.play().catch(() => {});
-    });
-  }
-  visible.observe(video);
+function startPreview(link) {
+  stopPreview();
+  if (still.matches) return;
+  const picture = link.querySelector(".picture");
+  preview = { link, parts: [], timer: setTimeout(() => playInto(picture, link), 150) };
 }
+
+function stopPreview() {
+  if (!preview) return;
+  clearInterval(preview.timer);
+  for (const part of preview.parts) {
+    part.removeAttribute("src"); // Ends the download.
+    part.remove();
+  }
+  preview = null;
+}
+
+function playInto(picture, { dataset }) {
+  if (dataset.state !== "ok") return cycleInto(picture, dataset);
+  const [start, end] = [Number(dataset.start), Number(dataset.end)];
+  const video = Object.assign(document.createElement("video"), { muted: true, playsInline: true });
+  const mine = preview;
+  video.src = `${dataset.media}#t=${start}`;
+  video.addEventListener("playing", () => video.classList.add("playing"));
+  video.addEventListener("timeupdate", () => {
+    if (video.currentTime >= end) video.currentTime = start;
+  });
+  video.addEventListener("ended", () => {
+    video.currentTime = start;
+    video.play().catch(() => {});
+  });
+  video.addEventListener("error", () => {
+    if (preview === mine && video.isConnected) cycleInto(picture, dataset);
+  });
+  preview.parts.push(video);
+  picture.append(video);
+  video.play().catch(() => {});
+}
+
+function cycleInto(picture, { strip, count }) {
+  if (!strip) return;
+  const frame = document.createElement("span");
+  frame.className = "frame";
+  frame.style.setProperty("--strip", `url("${strip}")`);
+  frame.style.setProperty("--count", count);
+  let number = 0;
+  const show = () => frame.style.setProperty("--at", count > 1 ? number++ % count / (count - 1) : 0);
+  show();
+  preview.parts.push(frame);
+  picture.append(frame);
+  preview.timer = setInterval(show, 500);
+}
+
+hits?.addEventListener("pointerover", (event) => {
+  const link = event.target.closest(".tile a");
+  if (link && link !== preview?.link && event.pointerType === "mouse") startPreview(link);
+});
+hits?.addEventListener("pointerleave", stopPreview);
+hits?.addEventListener("pointerout", (event) => {
+  if (preview && !preview.link.contains(event.relatedTarget)) stopPreview();
+});
+hits?.addEventListener("focusin", (event) => {
+  const link = event.target.closest(".tile a");
+  if (link?.matches(":focus-visible")) startPreview(link);
+});
+hits?.addEventListener("focusout", stopPreview);
+
+// A picture that cannot be read leaves the thumbnail under it.
+document.addEventListener("error", ({ target }) => {
+  if (target.matches?.("img.sharp")) target.remove();
+}, true);
+for (const image of document.querySelectorAll("img.sharp")) {
+  if (image.complete && !image.naturalWidth && image.loading !== "lazy") image.remove();
+}
+
+// ---------------------------------------------------------------------- hits
+
+hits?.addEventListener("click", async (event) => {
+  const link = event.target.closest("a");
+  if (!link || event.button || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  stopPreview();
+  if (link.id === "more") await loadMore(link);
+  else await openFrom(link.href);
+});
+
+async function loadMore(link) {
+  link.setAttribute("aria-busy", "true");
+  const answer = await fetch(`/tiles${new URL(link.href).search}`).catch(() => null);
+  const text = answer ? await answer.text() : "the server does not answer";
+  link.removeAttribute("aria-busy");
+  if (!answer?.ok) {
+    status.textContent = text;
+    return;
+  }
+  const before = hits.querySelectorAll(".tile").length;
+  link.parentElement.remove();
+  hits.insertAdjacentHTML("beforeend", text);
+  hits.querySelectorAll(".tile a")[before]?.focus({ preventScroll: true });
+}
+
+// ---------------------------------------------------------------------- recent queries
+
+const KEY = "drl_jax.recent", MOST = 8;
+
+function recentQueries() {
+  try {
+    const kept = JSON.parse(localStorage.getItem(KEY) ?? "[]");
+    return Array.isArray(kept) ? kept.filter((text) => typeof text === "string") : [];
+  } catch {
+    return []; // The browser keeps nothing, or not what this page wrote.
+  }
+}
+
+function keepRecent(queries) {
+  try {
+    localStorage.setItem(KEY, JSON.stringify(queries.slice(0, MOST)));
+  } catch { /* The browser keeps nothing. */ }
+}
+
+const asked = new URL(location).searchParams.get("q");
+if (asked && hits) keepRecent([asked, ...recentQueries().filter((text) => text !== asked)]);
+
+const recent = document.getElementById("recent");
+if (recent && recentQueries().length) {
+  for (const text of recentQueries()) {
+    const link = Object.assign(document.createElement("a"), { className: "chip", textContent: text });
+    link.href = `/?${new URLSearchParams({ q: text })}`;
+    recent.lastElementChild.before(link, " ");
+  }
+  recent.hidden = false;
+  document.getElementById("forget").addEventListener("click", () => {
+    keepRecent([]);
+    recent.hidden = true;
+    document.getElementById("q").focus();
+  });
+}
+
+// ---------------------------------------------------------------------- a growing index
+
+setInterval(async () => {
+  if (document.hidden || !status) return;
+  const answer = await fetch("/api/index").catch(() => null);
+  const videos = answer?.ok ? (await answer.json()).videos : null;
+  if (videos === null || String(videos) === document.body.dataset.videos) return;
+  document.body.dataset.videos = videos;
+  const again = Object.assign(document.createElement("a"), { href: location.href, textContent: "search again" });
+  status.replaceChildren(`The index now has ${videos} videos; `, again);
+}, 20000);
+
+startViewer();

@@ -1,0 +1,159 @@
+"""Pictures and clips of video files, for the page.
+
+Worker processes import this module, so it does not import jax. FFmpeg may crash or hang on a
+damaged file: the server calls these functions in a process with a time limit.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from PIL import Image
+
+from drl_jax.data.video import RgbConverter, VideoError, ffmpeg_errors
+
+# Longest clip, seconds.
+MAX_CLIP = 60.0
+# Largest picture and clip, pixels.
+_PICTURE_SIDE, _CLIP_SIDE = 640, 1280
+_TIME_BASE = Fraction(1, 90_000)
+
+
+def read_picture(path: Path, time: float) -> bytes:
+    """A JPEG file with the frame of a video at a time.
+
+    Args:
+      path: any file that FFmpeg reads.
+      time: seconds from the first frame; the last frame if it is later.
+
+    Raises:
+      VideoError: no frame can be decoded.
+    """
+    last = None
+    with ffmpeg_errors(), _decoding(path, time) as (container, stream, first):
+        for frame in container.decode(stream):
+            last = frame
+            if frame.time is None or frame.time - first >= time - 1e-3:
+                break
+        if last is None:
+            raise VideoError("no frame could be decoded")
+        picture = Image.fromarray(RgbConverter()(last))
+        aspect = stream.sample_aspect_ratio
+        if aspect and aspect != 1 and not round(last.rotation) % 180:
+            picture = picture.resize((max(1, round(picture.width * aspect)), picture.height))
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def write_clip(path: Path, start: float, end: float, out: Path) -> None:
+    """Writes a part of a video as an mp4 file that browsers play: H.264 and AAC.
+
+    Args:
+      path: any file that FFmpeg reads.
+      start: seconds from the first frame.
+      end: seconds; at most MAX_CLIP after the start.
+      out: the file.
+
+    Raises:
+      VideoError: it cannot be decoded, or has no frame there.
+    """
+    with ffmpeg_errors(), av.open(str(out), "w", format="mp4", options=_MP4) as clip:
+        frames = _write_pictures(path, start, end, clip)
+        if not frames:
+            raise VideoError("has no frame in this part")
+
+
+# The header comes first, so that a browser plays while it loads.
+_MP4 = {"movflags": "faststart"}
+
+
+def _write_pictures(
+    path: Path, start: float, end: float, clip: av.container.OutputContainer
+) -> int:
+    """Writes the pictures and the sound between two times; returns the number of pictures."""
+    count = 0
+    with _decoding(path, start) as (container, stream, first):
+        sound = container.streams.best("audio")
+        inputs = [stream] if sound is None else [stream, sound]
+        video = audio = None
+        done = set()
+        for packet in container.demux(inputs):
+            if packet.stream.index in done:
+                continue
+            for frame in _frames(packet):
+                time = None if frame.time is None else frame.time - first
+                if time is None or time < start:
+                    continue
+                if time >= end:
+                    done.add(packet.stream.index)
+                    break
+                if isinstance(frame, av.AudioFrame):
+                    if audio is None:
+                        audio = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
+                    frame.pts = round((time - start) / frame.time_base)
+                    clip.mux(audio.encode(frame))
+                    continue
+                picture = _even(frame)
+                if video is None:
+                    video = _video_stream(clip, picture, stream)
+                picture.pts, picture.time_base = round((time - start) / _TIME_BASE), _TIME_BASE
+                clip.mux(video.encode(picture))
+                count += 1
+            if len(done) == len(inputs):
+                break
+        for output in (video, audio):
+            if output is not None:
+                clip.mux(output.encode())
+    return count
+
+
+def _video_stream(
+    clip: av.container.OutputContainer, picture: av.VideoFrame, source: av.VideoStream
+) -> av.VideoStream:
+    rate = source.average_rate or source.guessed_rate or Fraction(25)
+    stream = clip.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "22"})
+    stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
+    stream.codec_context.time_base = _TIME_BASE
+    stream.thread_count = 1
+    if source.sample_aspect_ratio:
+        stream.codec_context.sample_aspect_ratio = source.sample_aspect_ratio
+    return stream
+
+
+def _even(frame: av.VideoFrame) -> av.VideoFrame:
+    """The frame upright and at most _CLIP_SIDE wide and high, with the even sides of H.264."""
+    if round(frame.rotation) % 360:
+        frame = av.VideoFrame.from_ndarray(RgbConverter()(frame), format="rgb24")
+    scale = min(1, _CLIP_SIDE / max(frame.width, frame.height))
+    width, height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
+    return frame.reformat(width, height, "yuv420p")
+
+
+def _frames(packet: av.Packet) -> list[av.VideoFrame | av.AudioFrame]:
+    """The frames of a packet; none if it is damaged."""
+    try:
+        return packet.decode()
+    except av.error.InvalidDataError:
+        return []
+
+
+@contextlib.contextmanager
+def _decoding(
+    path: Path, time: float
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, float]]:
+    """Opens a video before a time; yields container, stream and the time stamp of its start."""
+    with av.open(str(path), metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            raise VideoError("has no video stream that FFmpeg decodes")
+        first = float((stream.start_time or 0) * (stream.time_base or 0))
+        if time > 0 and stream.time_base:
+            # Without an index of the file, it is decoded from its start.
+            with contextlib.suppress(av.error.FFmpegError):
+                container.seek(int((first + time) / stream.time_base), stream=stream)
+        yield container, stream, first

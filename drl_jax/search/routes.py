@@ -1,0 +1,205 @@
+"""Addresses that the server answers: the page, its JSON API, and files of indexed videos."""
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.templating import Jinja2Templates
+
+from drl_jax.runtime.errors import UserError
+from drl_jax.search import page_view
+from drl_jax.search.addresses import BadRequest, PageQuery, format_clock, parse_time, seconds_text
+from drl_jax.search.api import SearchAPI, state_of, video_of
+from drl_jax.search.filters import Filters, length_of
+from drl_jax.search.media import Media
+from drl_jax.search.rows import IndexedVideo, SearchIndexError
+from drl_jax.search.session import SearchSession
+from drl_jax.search.snapshot import IndexSnapshot
+
+_PAGE = Path(__file__).parent / "page"
+# Answers that name the content in `v` stay right.
+_KEPT = {"Cache-Control": "private, max-age=86400"}
+_STATES = {
+    "changed": "the file has changed since it was indexed; index the folder again",
+    "missing": "the file is missing: it was moved, deleted, or its disk is not mounted",
+}
+
+
+class _FilePath(Convertor[str]):
+    """The path of a file in an address; also with a newline, which `path` does not match."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("file", _FilePath())
+
+
+def _status_of(error: UserError) -> int:
+    """Of a request that is wrong: 4xx; 503 if the index cannot be read."""
+    if isinstance(error, BadRequest):
+        return error.http_status
+    return 503 if isinstance(error, SearchIndexError) else 400
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def page_routes(api: SearchAPI) -> list[Route]:
+    """The page, and the parts of it that its script loads."""
+    templates = Jinja2Templates(_PAGE)
+    templates.env.trim_blocks = templates.env.lstrip_blocks = True
+    for show in (page_view.span, page_view.duration, page_view.table, page_view.marks_note):
+        templates.env.filters[show.__name__] = show
+    templates.env.filters |= {"clock": format_clock, "seconds": seconds_text}
+    templates.env.globals |= {
+        "curve": page_view.timeline_curve,
+        "states": _STATES,
+        "no_filters": Filters(),
+    }
+
+    def page(request: Request) -> Response:
+        context: dict[str, Any] = {"query": PageQuery(), "index": {}, "status": 200}
+        try:
+            context["index"] = api.index()
+            context["query"] = query = PageQuery.of(request.query_params)
+            context["found"] = api.search(query)
+            if query.video is not None:
+                context["open"] = api.video(query)
+        except UserError as error:
+            context |= {"error": str(error), "status": _status_of(error)}
+        context["examples"] = page_view.examples(api.session.model.config.data.dataset)
+        return templates.TemplateResponse(
+            request, "page.html", context, status_code=context["status"]
+        )
+
+    def part(name: str, answer: Callable[[PageQuery], dict[str, Any]], template: str) -> Callable:
+        """A part of the page, which the script puts into it."""
+
+        def endpoint(request: Request) -> Response:
+            try:
+                query = PageQuery.of(request.query_params)
+                context = {"query": query, name: answer(query)}
+            except UserError as error:
+                return PlainTextResponse(str(error), _status_of(error))
+            return templates.TemplateResponse(request, template, context)
+
+        return endpoint
+
+    return [
+        Route("/", page),
+        Route("/tiles", part("found", api.search, "tiles.html")),
+        Route("/viewer", part("open", api.video, "viewer.html")),
+    ]
+
+
+# ---------------------------------------------------------------------- the API
+
+
+def api_routes(api: SearchAPI) -> list[Route]:
+    """The JSON API."""
+
+    def of(answer: Callable[[PageQuery], dict[str, Any]]) -> Callable:
+        def endpoint(request: Request) -> Response:
+            try:
+                return JSONResponse(answer(PageQuery.of(request.query_params)))
+            except UserError as error:
+                return JSONResponse({"error": str(error)}, _status_of(error))
+
+        return endpoint
+
+    def description(request: Request) -> Response:
+        return FileResponse(_PAGE / "openapi.json", media_type="application/json")
+
+    return [
+        Route("/api/search", of(api.search)),
+        Route("/api/video", of(api.video)),
+        Route("/api/index", of(lambda query: api.index())),
+        Route("/api/openapi.json", description),
+    ]
+
+
+# ---------------------------------------------------------------------- files
+
+
+def file_routes(session: SearchSession, media: Media) -> list[Route | Mount]:
+    """Videos of the index, their thumbnails, pictures and clips; and the files of the page."""
+
+    def of_video(answer: Callable[[Request, IndexSnapshot, IndexedVideo], Response]) -> Callable:
+        def endpoint(request: Request) -> Response:
+            try:
+                index = session.snapshot()
+                return answer(request, index, video_of(index, request.path_params["path"]))
+            except UserError as error:
+                return PlainTextResponse(str(error), _status_of(error))
+
+        return endpoint
+
+    def video(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
+        return FileResponse(_unchanged(index, video))
+
+    def frames(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
+        """The frames of a window side by side, or one frame."""
+        window = _number(request, "window", len(video.windows), 0)
+        chosen = video.windows[window].frames
+        if "frame" in request.query_params:
+            chosen = (_number(request, "frame", len(video.times), 0),)
+        jpeg = index.frames_of(video, chosen)
+        if not jpeg:
+            raise BadRequest("the index has no pictures of this video", 404)
+        return Response(jpeg, media_type="image/jpeg", headers=_kept(request))
+
+    def picture(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
+        time = _time(request, "t", 0.0)
+        if time > length_of(video):
+            raise BadRequest(f"t={time:g} is outside the video, which has {length_of(video):.1f} s")
+        jpeg = media.picture(_unchanged(index, video), time)
+        return Response(jpeg, media_type="image/jpeg", headers=_kept(request))
+
+    def clip(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
+        start, end = _time(request, "start", 0.0), _time(request, "end", length_of(video))
+        file = media.clip(_unchanged(index, video), video, start, end)
+        name = f"{PurePosixPath(video.path).stem} {start:.1f}-{end:.1f}.mp4"
+        return FileResponse(file, filename=name, content_disposition_type="inline")
+
+    return [
+        Route("/videos/{path:file}", of_video(video)),
+        Route("/frames/{path:file}", of_video(frames)),
+        Route("/pictures/{path:file}", of_video(picture)),
+        Route("/clips/{path:file}", of_video(clip)),
+        Mount("/static", StaticFiles(directory=_PAGE / "static")),
+    ]
+
+
+def _unchanged(index: IndexSnapshot, video: IndexedVideo) -> Path:
+    """The path of a file that is as it was indexed; one that was replaced could link anywhere."""
+    state = state_of(index, video)
+    if state != "ok":
+        raise BadRequest(_STATES[state], {"changed": 409, "missing": 410}[state])
+    return index.folder / video.path
+
+
+def _number(request: Request, name: str, count: int, default: int) -> int:
+    text = request.query_params.get(name, str(default))
+    if not text.isdecimal() or len(text) > 9 or int(text) >= count:
+        raise BadRequest(f"{name} must be a number from 0 to {count - 1}, not {text[:100]!r}")
+    return int(text)
+
+
+def _time(request: Request, name: str, default: float) -> float:
+    text = request.query_params.get(name)
+    return default if text is None else parse_time(name, text)
+
+
+def _kept(request: Request) -> dict[str, str]:
+    return _KEPT if "v" in request.query_params else {}
