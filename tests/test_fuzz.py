@@ -214,6 +214,10 @@ def mask_of_format_3(directory: Path) -> None:
     edit("frame_mask.bin", lambda data: bytes(4) + data[4:])(directory)
 
 
+def zeroed(content: bytes, start: int, length: int) -> bytes:
+    return content[:start] + bytes(length) + content[start + length :]
+
+
 def swapped_slots(directory: Path) -> None:
     """Slots are unique, so one is NULL meanwhile."""
     for old, new in ((0, 77), (1, 0), (77, 1)):
@@ -250,7 +254,7 @@ INDEX = {
     ),
     "no header": Case("index", "int8", execute("DELETE FROM header"), message="without a header"),
     "a page of the table": Case(
-        "index", "int8", edit("index.sqlite", lambda d: d[:9000] + bytes(2000) + d[11000:])
+        "index", "int8", edit("index.sqlite", lambda d: zeroed(d, d.index(b"3.mp4") - 300, 600))
     ),
     "the schema": Case(
         "index", "int8", edit("index.sqlite", lambda d: d.replace(b"times TEXT", b"tines TEXT"))
