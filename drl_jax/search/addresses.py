@@ -15,7 +15,7 @@ MAX_HITS = 50
 _MAX_CHARACTERS = 1000
 _FILTERS = ("folder", "name", "min_length", "max_length")
 _NO_FILTERS = Filters()
-_PARAMETERS = ("q", "top", "offset", *_FILTERS, "video", "t")
+_PARAMETERS = ("q", "without", "picture", "like", "top", "offset", *_FILTERS, "video", "t")
 
 
 class BadRequest(UserError):
@@ -31,7 +31,11 @@ class PageQuery:
     """What a request asks for.
 
     Attributes:
-      sentence: the query; None: all videos in the order of their paths.
+      sentence: what is seen.
+      without: what is not seen.
+      picture: name of a picture that was sent to the server.
+      like: PATH@SECONDS of a moment of an indexed video. Without any of these, the answer is all
+        videos in the order of their paths.
       top: number of hits; None: the server's default.
       offset: hits before the first one.
       filters: which videos are searched.
@@ -40,11 +44,19 @@ class PageQuery:
     """
 
     sentence: str | None = None
+    without: str | None = None
+    picture: str | None = None
+    like: str | None = None
     top: int | None = None
     offset: int = 0
     filters: Filters = _NO_FILTERS
     video: str | None = None
     time: float | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether it looks for something, instead of listing the videos."""
+        return any((self.sentence, self.without, self.picture, self.like))
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> "PageQuery":
@@ -68,6 +80,9 @@ class PageQuery:
             raise BadRequest("min_length is larger than max_length; no video can have both")
         return cls(
             sentence=given.get("q"),
+            without=given.get("without"),
+            picture=given.get("picture"),
+            like=given.get("like"),
             top=_count("top", given["top"], 1, MAX_HITS) if "top" in given else None,
             offset=_count("offset", given.get("offset", "0"), 0, 10**9),
             filters=filters,
@@ -81,6 +96,9 @@ class PageQuery:
         filters = query.filters
         parameters = {
             "q": query.sentence,
+            "without": query.without,
+            "picture": query.picture,
+            "like": query.like,
             "top": query.top,
             "offset": query.offset,
             "folder": filters.folder,

@@ -1,7 +1,9 @@
 """Answers of the JSON API, which the page shows; `page/openapi.json` describes them."""
 
+import collections
 import dataclasses
 import functools
+import hashlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -9,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers.base import END, START
-from drl_jax.search.addresses import BadRequest, PageQuery, file_address
+from drl_jax.search.addresses import BadRequest, PageQuery, file_address, parse_time
 from drl_jax.search.clips import MAX_CLIP
 from drl_jax.search.explain import Explanation
 from drl_jax.search.filters import filter_videos, length_of
 from drl_jax.search.hits import Hit, Moment
+from drl_jax.search.query import EncodedQuery, Query
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.session import SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
@@ -23,6 +25,8 @@ from drl_jax.search.word_table import word_rows
 
 # Folders that are suggested at most.
 _FOLDERS = 200
+# Pictures that are kept for queries.
+_MAX_PICTURES = 32
 
 
 class SearchAPI:
@@ -36,8 +40,9 @@ class SearchAPI:
     def __init__(self, session: SearchSession, top: int):
         self.session, self.top = session, top
         self._searching = threading.Lock()  # A query uses all cores.
-        # The page of an open hit asks for the same sentence again.
+        # The page of an open hit asks for the same query again.
         self._encoded = functools.lru_cache(maxsize=64)(self._encode)
+        self.pictures = SentPictures()
 
     def index(self) -> dict[str, Any]:
         """Facts of the index."""
@@ -64,13 +69,13 @@ class SearchAPI:
             raise BadRequest(f"offset must be below the number of videos, {total}")
         end = min(query.offset + top, total)
         used = None
-        if query.sentence is None:
+        if not query.asks:
             page = (index.videos if among is None else among)[query.offset : end]
             hits = [_listed(index, video) for video in page]
         else:
             with self._searching:
-                text, used = self._encoded(query.sentence)
-                hits = self._hits(index, query, text, among, end) if total else []
+                encoded, used = self._encoded_of(index, query)
+                hits = self._hits(index, query, encoded, among, end) if total else []
         return {
             "query": query.sentence,
             "offset": query.offset,
@@ -91,15 +96,15 @@ class SearchAPI:
         length = length_of(video)
         if query.time is not None and query.time > length + 0.001:
             raise BadRequest(f"t={query.time:g} is outside the video, which has {length:.1f} s")
-        if query.sentence is None:
+        if not query.asks:
             hit = _listed(index, video)
         else:
             with self._searching:
-                text, _ = self._encoded(query.sentence)
-                (hit,) = index.search_among(query.sentence, text, [video], 1)
+                encoded, _ = self._encoded_of(index, query)
+                (hit,) = index.hits(encoded, [video])
         number = _open_moment(hit.moments, query.time)
         moment = hit.moments[number] if hit.moments else None
-        windows = video.windows if query.sentence is not None else ()
+        windows = video.windows if query.asks else ()
         return {
             **_hit_json(index, query, hit),
             "time": query.time if query.time is not None else moment.start if moment else 0.0,
@@ -117,23 +122,70 @@ class SearchAPI:
         self,
         index: IndexSnapshot,
         query: PageQuery,
-        text: Features,
+        encoded: EncodedQuery,
         among: Sequence[IndexedVideo] | None,
         end: int,
     ) -> list[Hit]:
-        (best,) = index.best_videos(text, end, among)
-        page = best[query.offset : end]
-        hits = index.search_among(query.sentence, text, page, len(page))
+        page = index.best_of(encoded, end, among)[query.offset : end]
+        hits = index.hits(encoded, page)
         return [dataclasses.replace(hit, rank=hit.rank + query.offset) for hit in hits]
 
-    def _encode(self, sentence: str) -> tuple[Features, int | None]:
-        """The arrays of a sentence, and how many of its tokens are used if not all are."""
-        model = self.session.model
-        text = model.encode_text([sentence])
-        (tokens,) = model.token_strings([sentence])
+    def _encoded_of(
+        self, index: IndexSnapshot, query: PageQuery
+    ) -> tuple[EncodedQuery, int | None]:
+        """The encoded query, and how many tokens of its sentence are used if not all are."""
+        like = None
+        if query.like is not None:
+            path, _, seconds = query.like.rpartition("@")
+            video, time = video_of(index, path or None), parse_time("like", seconds)
+            if time > length_of(video):
+                raise BadRequest(f"like: {path} has the seconds 0 to {length_of(video):.1f}")
+            like = (video, time)
+        return self._encoded(query.sentence or "", query.without or "", query.picture, like)
+
+    def _encode(
+        self,
+        sentence: str,
+        without: str,
+        picture: str | None,
+        like: tuple[IndexedVideo, float] | None,
+    ) -> tuple[EncodedQuery, int | None]:
+        content = self.pictures.content(picture) if picture else b""
+        index, model = self.session.snapshot(), self.session.model
+        encoded = index.encoded(Query(sentence, without, content, like=like))
+        (tokens,) = model.token_strings([sentence]) if sentence.strip() else ([],)
         if len(tokens) < model.config.data.max_words:
-            return text, None
-        return text, sum(token not in (START, END) for token in tokens)
+            return encoded, None
+        return encoded, sum(token not in (START, END) for token in tokens)
+
+
+class SentPictures:
+    """Pictures that browsers sent, the last ones in memory."""
+
+    def __init__(self) -> None:
+        self._kept: collections.OrderedDict[str, bytes] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, content: bytes) -> str:
+        """Keeps a picture; returns its name."""
+        name = hashlib.sha256(content).hexdigest()[:16]
+        with self._lock:
+            self._kept[name] = content
+            self._kept.move_to_end(name)
+            while len(self._kept) > _MAX_PICTURES:
+                self._kept.popitem(last=False)
+        return name
+
+    def content(self, name: str) -> bytes:
+        """The bytes of a picture.
+
+        Raises:
+          BadRequest: it is not kept (any more).
+        """
+        with self._lock:
+            if name not in self._kept:
+                raise BadRequest("the picture is not known any more; send it again", 404)
+            return self._kept[name]
 
 
 def video_of(index: IndexSnapshot, path: str | None) -> IndexedVideo:
@@ -177,6 +229,7 @@ def _hit_json(index: IndexSnapshot, query: PageQuery, hit: Hit) -> dict[str, Any
     return {
         "rank": hit.rank or None,
         "score": round(hit.score, 6) if hit.moments else None,
+        "weak": bool(hit.moments) and hit.is_weak,
         "path": video.path,
         "name": PurePosixPath(video.path).name,
         "duration": round(length_of(video), 3),
@@ -198,6 +251,16 @@ def _moment_json(query: PageQuery, video: IndexedVideo, moment: Moment) -> dict[
         "end": end,
         "peak": round(moment.peak, 3),
         "score": round(moment.score, 6),
+        "unusual": None if moment.unusual is None else round(moment.unusual, 2),
+        "like": query.address(
+            sentence=None,
+            without=None,
+            picture=None,
+            like=f"{video.path}@{moment.peak:.3f}",
+            video=None,
+            time=None,
+            offset=0,
+        ),
         "window": moment.window,
         "page": query.address(video=video.path, time=moment.start, offset=0),
         "clip": file_address("clips", video.path, **clip),

@@ -103,7 +103,7 @@ class IndexSnapshot:
         names = queries[0].parts.keys()
         together = {n: np.concatenate([query.parts[n] for query in queries]) for n in names}
         best = self.best_videos(together, top)
-        return [self._hits(query, videos) for query, videos in zip(queries, best, strict=True)]
+        return [self.hits(query, videos) for query, videos in zip(queries, best, strict=True)]
 
     def answer(
         self, query: Query, top: int, videos: Sequence[IndexedVideo] | None = None
@@ -118,12 +118,16 @@ class IndexSnapshot:
         Raises:
           UserError: the query is empty, or a part of it cannot be read.
         """
+        encoded = self.encoded(query)
+        return self.hits(encoded, self.best_of(encoded, top, videos))
+
+    def encoded(self, query: Query) -> EncodedQuery:
+        """Encodes a query; see `answer`."""
         stored = None
         if query.like is not None:
             video, time = query.like
             stored = self.stored_windows([(video, window_at(video.windows, time))])
-        encoded = encode_query(self.model, query, stored)
-        return self._hits(encoded, self._best_of(encoded, top, videos))
+        return encode_query(self.model, query, stored)
 
     def search_among(
         self, sentence: str, text: Features, videos: Sequence[IndexedVideo], top: int
@@ -137,7 +141,7 @@ class IndexSnapshot:
           top: number of hits.
         """
         query = EncodedQuery(text, (1.0,), self.model.token_strings([sentence])[0], True)
-        return self._hits(query, self._best_of(query, top, videos))
+        return self.hits(query, self.best_of(query, top, videos))
 
     def search_by_video(self, path: Path, top: int) -> list[Hit]:
         """Finds the videos that are most similar to a file, itself included if it is indexed.
@@ -213,9 +217,10 @@ class IndexSnapshot:
         scores[ranking.slots[0]] = ranking.scores[0]
         return np.split(scores, np.cumsum([len(video.windows) for video in videos])[:-1])
 
-    def _best_of(
-        self, query: EncodedQuery, top: int, videos: Sequence[IndexedVideo] | None
+    def best_of(
+        self, query: EncodedQuery, top: int, videos: Sequence[IndexedVideo] | None = None
     ) -> list[IndexedVideo]:
+        """The videos with the best windows for an encoded query, the best first."""
         return self.best_videos(query.parts, top, videos, _weights_of(query))[0]
 
     def _videos_of(self, slots: np.ndarray) -> list[IndexedVideo]:
@@ -258,7 +263,8 @@ class IndexSnapshot:
         with Store(self.directory) as store:
             return thumbnails(store, video, frames)
 
-    def _hits(self, query: EncodedQuery, videos: Sequence[IndexedVideo]) -> list[Hit]:
+    def hits(self, query: EncodedQuery, videos: Sequence[IndexedVideo]) -> list[Hit]:
+        """Hits of an encoded query in some videos, in their order."""
         if not videos:
             return []
         hits = []
