@@ -17,7 +17,7 @@ from drl_jax.search.clips import MAX_CLIP
 from drl_jax.search.explain import Explanation
 from drl_jax.search.filters import filter_videos, length_of
 from drl_jax.search.hits import Hit, Moment
-from drl_jax.search.query import EncodedQuery, Query
+from drl_jax.search.query import EncodedQuery, Query, read_picture
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.session import SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
@@ -42,7 +42,7 @@ class SearchAPI:
         self._searching = threading.Lock()  # A query uses all cores.
         # The page of an open hit asks for the same query again.
         self._encoded = functools.lru_cache(maxsize=64)(self._encode)
-        self.pictures = SentPictures()
+        self._pictures = SentPictures()
 
     def index(self) -> dict[str, Any]:
         """Facts of the index."""
@@ -130,6 +130,15 @@ class SearchAPI:
         hits = index.hits(encoded, page)
         return [dataclasses.replace(hit, rank=hit.rank + query.offset) for hit in hits]
 
+    def add_picture(self, content: bytes) -> str:
+        """Keeps a picture for queries; returns its name.
+
+        Raises:
+          UserError: it is no image.
+        """
+        read_picture(self.session.model, content)
+        return self._pictures.add(content)
+
     def _encoded_of(
         self, index: IndexSnapshot, query: PageQuery
     ) -> tuple[EncodedQuery, int | None]:
@@ -150,7 +159,7 @@ class SearchAPI:
         picture: str | None,
         like: tuple[IndexedVideo, float] | None,
     ) -> tuple[EncodedQuery, int | None]:
-        content = self.pictures.content(picture) if picture else b""
+        content = self._pictures.content(picture) if picture else b""
         index, model = self.session.snapshot(), self.session.model
         encoded = index.encoded(Query(sentence, without, content, like=like))
         (tokens,) = model.token_strings([sentence]) if sentence.strip() else ([],)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -22,6 +23,8 @@ from drl_jax.search.session import SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
 
 _PAGE = Path(__file__).parent / "page"
+# Bytes of a picture that is sent as a query, at most.
+_MAX_PICTURE = 20_000_000
 # Answers that name the content in `v` stay right.
 _KEPT = {"Cache-Control": "private, max-age=86400"}
 _STATES = {
@@ -121,7 +124,25 @@ def api_routes(api: SearchAPI) -> list[Route]:
     def description(request: Request) -> Response:
         return FileResponse(_PAGE / "openapi.json", media_type="application/json")
 
+    async def send_picture(request: Request) -> Response:
+        """Keeps the picture in the body of a request, and answers with its name."""
+        # Only pages of this server send this; forms of other pages cannot.
+        if request.headers.get("content-type") != "application/octet-stream":
+            return JSONResponse({"error": "send it as application/octet-stream"}, 415)
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > _MAX_PICTURE:
+                megabytes = _MAX_PICTURE // 1_000_000
+                return JSONResponse({"error": f"a picture has at most {megabytes} MB"}, 413)
+        try:
+            name = await run_in_threadpool(api.add_picture, bytes(content))
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, _status_of(error))
+        return JSONResponse({"picture": name})
+
     return [
+        Route("/api/pictures", send_picture, methods=["POST"]),
         Route("/api/search", of(api.search)),
         Route("/api/video", of(api.video)),
         Route("/api/index", of(lambda query: api.index())),
