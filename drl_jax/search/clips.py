@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.video.frame import PictureType
 from PIL import Image
 
 from drl_jax.data.video import RgbConverter, VideoError, ffmpeg_errors
@@ -32,22 +33,29 @@ def read_picture(path: Path, time: float) -> bytes:
     Raises:
       VideoError: no frame can be decoded.
     """
-    last = None
-    with ffmpeg_errors(), _decoding(path, time) as (container, stream, first):
-        for frame in container.decode(stream):
-            last = frame
-            if frame.time is None or frame.time - first >= time - 1e-3:
-                break
-        if last is None:
+    with ffmpeg_errors():
+        frame, aspect = _frame_at(path, time)
+        if frame is None:
             raise VideoError("no frame could be decoded")
-        picture = Image.fromarray(RgbConverter()(last))
-        aspect = stream.sample_aspect_ratio
-        if aspect and aspect != 1 and not round(last.rotation) % 180:
-            picture = picture.resize((max(1, round(picture.width * aspect)), picture.height))
+        picture = Image.fromarray(RgbConverter()(frame))
+    if aspect != 1 and not round(frame.rotation) % 180:
+        picture = picture.resize((max(1, round(picture.width * aspect)), picture.height))
     picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=85)
     return file.getvalue()
+
+
+def _frame_at(path: Path, time: float) -> tuple[av.VideoFrame | None, float]:
+    """The frame at a time, the last one if it is later; and the width of its pixels by height."""
+    last = None
+    with _decoding(path, time) as (container, stream, first):
+        for packet in container.demux(stream):
+            for frame in _frames(packet):
+                last = frame
+                if frame.time is None or frame.time - first >= time - 1e-3:
+                    return last, float(stream.sample_aspect_ratio or 1)
+        return last, float(stream.sample_aspect_ratio or 1)
 
 
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
@@ -63,8 +71,7 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
       VideoError: it cannot be decoded, or has no frame there.
     """
     with ffmpeg_errors(), av.open(str(out), "w", format="mp4", options=_MP4) as clip:
-        frames = _write_pictures(path, start, end, clip)
-        if not frames:
+        if not _write_frames(path, start, end, clip):
             raise VideoError("has no frame in this part")
 
 
@@ -72,9 +79,7 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
 _MP4 = {"movflags": "faststart"}
 
 
-def _write_pictures(
-    path: Path, start: float, end: float, clip: av.container.OutputContainer
-) -> int:
+def _write_frames(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> int:
     """Writes the pictures and the sound between two times; returns the number of pictures."""
     count = 0
     with _decoding(path, start) as (container, stream, first):
@@ -131,7 +136,10 @@ def _even(frame: av.VideoFrame) -> av.VideoFrame:
         frame = av.VideoFrame.from_ndarray(RgbConverter()(frame), format="rgb24")
     scale = min(1, _CLIP_SIDE / max(frame.width, frame.height))
     width, height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
-    return frame.reformat(width, height, "yuv420p")
+    picture = frame.reformat(width, height, "yuv420p")
+    # Not the type that the frame has in its file, which the encoder would keep.
+    picture.pict_type = PictureType.NONE
+    return picture
 
 
 def _frames(packet: av.Packet) -> list[av.VideoFrame | av.AudioFrame]:
@@ -147,6 +155,25 @@ def _decoding(
     path: Path, time: float
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, float]]:
     """Opens a video before a time; yields container, stream and the time stamp of its start."""
+    if time > 0 and not _can_start(path, time):
+        time = 0.0
+    with _opened(path, time) as (container, stream, first):
+        yield container, stream, first
+
+
+def _can_start(path: Path, time: float) -> bool:
+    """Whether decoding can start before a time: some files name key frames that are none."""
+    with _opened(path, time) as (container, stream, _):
+        for packet in container.demux(stream):
+            for frame in _frames(packet):
+                return not frame.is_corrupt
+    return False
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path, time: float
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, float]]:
     with av.open(str(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from drl_jax.search.addresses import format_clock
+from drl_jax.search.explain import format_timestamp
 
 # Columns of the timeline's curve.
 _COLUMNS = 240
@@ -87,10 +88,23 @@ def marks_note(share: float) -> str:
 
 
 def span(moment: dict[str, Any]) -> str:
-    """A moment in words: 0:12 to 0:18."""
-    return f"{format_clock(moment['start'])} to {format_clock(moment['end'])}"
+    """A moment in words: 0:12 to 0:18; with tenths if it is short."""
+    start, end = moment["start"], moment["end"]
+    show = format_clock if end - start >= 1.5 else format_timestamp
+    return f"{show(start)} to {show(end)}"
 
 
 def duration(seconds: float) -> str:
     """A length in words: 6 s, or 1:02 from a minute on."""
-    return f"{max(1, round(seconds))} s" if seconds < 59.5 else format_clock(seconds)
+    if seconds < 1.5:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 59.5 else format_clock(seconds)
+
+
+def extent(hit: dict[str, Any]) -> str:
+    """How much of a video its best moment is: 6 s of 5:28."""
+    moment = hit["moments"][0]
+    seconds = moment["end"] - moment["start"]
+    if seconds >= 0.95 * hit["duration"]:
+        return f"the whole video, {duration(seconds)}"
+    return f"{duration(seconds)} of {duration(hit['duration'])}"

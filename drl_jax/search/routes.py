@@ -62,8 +62,8 @@ def page_routes(api: SearchAPI) -> list[Route]:
     """The page, and the parts of it that its script loads."""
     templates = Jinja2Templates(_PAGE)
     templates.env.trim_blocks = templates.env.lstrip_blocks = True
-    for show in (page_view.span, page_view.duration, page_view.table, page_view.marks_note):
-        templates.env.filters[show.__name__] = show
+    for name in ("span", "duration", "extent", "table", "marks_note"):
+        templates.env.filters[name] = getattr(page_view, name)
     templates.env.filters |= {"clock": format_clock, "seconds": seconds_text}
     templates.env.globals |= {
         "curve": page_view.timeline_curve,

@@ -101,8 +101,11 @@ function startPlayer() {
   };
   video.addEventListener("error", showFrames);
   if (video.error) showFrames(); // The error came before this script ran.
-  video.addEventListener("timeupdate", () => setPosition(video.currentTime));
-  video.addEventListener("seeking", () => setPosition(video.currentTime));
+  for (const event of ["timeupdate", "seeking"]) {
+    video.addEventListener(event, () => {
+      if (player() === video) setPosition(video.currentTime); // It may be closed by then.
+    });
+  }
   if (!still.matches) video.play().catch(() => {}); // May be blocked; the controls remain.
 }
 
