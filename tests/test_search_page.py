@@ -69,6 +69,13 @@ class Served:
         response, body = self.respond(path, **headers)
         return response.status, response.headers["Content-Type"], body
 
+    def post(self, path: str, body: bytes, kind: str = "application/octet-stream"):
+        """Status and JSON of the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", path, body, {"Content-Type": kind})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
     def json(self, path: str) -> dict:
         status, kind, body = self.get(path)
         assert (status, kind) == (200, "application/json"), body
@@ -218,7 +225,7 @@ def test_other_sites_learn_nothing(served):
 
 def test_bad_requests_are_one_line(served):
     for query, message in (
-        ("q=%20%20", "a query is blank; write a sentence"),
+        ("q=%20%20", "the query is empty: give a sentence, a picture or a video"),
         ("q=a+dog&top=0", "top must be a number from 1 to 50, not '0'"),
         ("q=a+dog&top=many", "top must be a number from 1 to 50"),
         ("offset=-1", "offset must be a number from 0"),
@@ -317,6 +324,42 @@ def test_the_api_is_as_described(served):
         check(json.loads(served.get(path)[2]), schemas["Error"], schemas)
 
 
+def test_pictures_and_moments_are_queries(served):
+    status, kind, picture = served.get("/pictures/video0.mp4?t=1")
+    assert (status, kind) == (200, "image/jpeg")
+    status, answer = served.post("/api/pictures", picture)
+    assert status == 200
+    found = served.json(f"/api/search?picture={answer['picture']}")
+    assert found["hits"][0]["path"] == "video0.mp4"
+    assert found["hits"][0]["moments"][0]["unusual"] is None
+    like = found["hits"][0]["moments"][0]["like"]
+    assert like.startswith("/?like=video0.mp4%40")
+    assert served.json(f"/api/search{like[1:]}")["hits"][0]["path"] == "video0.mp4"
+    # Beside a sentence, both count.
+    both = served.json(f"/api/search{ASKED}&picture={answer['picture']}&without=red")
+    assert both["hits"][0]["score"] != found["hits"][0]["score"]
+    for status, answer in (
+        served.post("/api/pictures", picture, "image/jpeg"),
+        served.post("/api/pictures", b"no picture"),
+        served.post("/api/pictures", picture[: len(picture) // 2]),
+    ):
+        assert status in (400, 415)
+        assert answer["error"]
+    try:
+        assert served.post("/api/pictures", bytes(21_000_000))[0] == 413
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # The server answers before it has read all, and may close the connection.
+    for query, message in (
+        ("picture=0123", "the picture is not known any more"),
+        ("like=none@1", "no video of the index has the path"),
+        ("like=video0.mp4@99", "video0.mp4 has the seconds 0 to"),
+        ("without=red", "the query is empty"),
+    ):
+        status, _, body = served.get(f"/api/search?{query}")
+        assert status in (400, 404)
+        assert message in json.loads(body)["error"]
+
+
 def test_hits_are_loaded_in_parts(served):
     whole = served.json(f"/api/search{ASKED}&top=6")["hits"]
     first = served.json(f"/api/search{ASKED}")
@@ -374,12 +417,21 @@ def test_filters():
 
 def test_addresses_survive_a_round_trip():
     filters = Filters(folder="a & b", name='"%#', min_length=62.5)
-    query = PageQuery("ä <b> + 5 % #", 7, 3, filters, video=ODD, time=1.25)
+    query = PageQuery(
+        "ä <b> + 5 % #",
+        without="&?",
+        picture="0a",
+        like=f"{ODD}@1.5",
+        top=7,
+        offset=3,
+        filters=filters,
+        video=ODD,
+        time=1.25,
+    )
     parts = dict(part.split("=", 1) for part in query.address().removeprefix("/?").split("&"))
     assert PageQuery.of({name: unquote(text) for name, text in parts.items()}) == query
-    assert query.address(sentence=None, top=None, offset=0, filters=Filters(), video=None) == (
-        "/?t=1.25"
-    )
+    cleared = {"sentence": None, "without": None, "picture": None, "like": None, "top": None}
+    assert query.address(**cleared, offset=0, filters=Filters(), video=None) == "/?t=1.25"
     assert [format_clock(seconds) for seconds in (0, 62.4, 3600)] == ["0:00", "1:02", "1:00:00"]
 
 
@@ -651,7 +703,9 @@ def test_a_running_search_is_shown(page: Page):
 
 def test_an_error_is_announced(page: Page, served):
     page.goto(f"{served.url}?q=%20")
-    expect(page.get_by_role("alert")).to_have_text("a query is blank; write a sentence")
+    expect(page.get_by_role("alert")).to_have_text(
+        "the query is empty: give a sentence, a picture or a video"
+    )
     page.fill("#q", SENTENCE)
     page.keyboard.press("Enter")
     expect(page.locator(".tile")).to_have_count(4)
