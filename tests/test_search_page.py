@@ -261,7 +261,7 @@ def test_bad_requests_are_one_line(served):
 
 TYPES = {
     **{"object": dict, "array": list, "string": str},
-    **{"integer": int, "number": (int, float), "null": type(None)},
+    **{"integer": int, "boolean": bool, "number": (int, float), "null": type(None)},
 }
 
 
