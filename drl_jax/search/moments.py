@@ -32,8 +32,8 @@ class Span(NamedTuple):
 def find_spans(windows: Sequence[Window], scores: np.ndarray, most: int) -> list[Span]:
     """Finds the best moments of a video.
 
-    The best window, joined with the neighbours that touch it and score alike, is a moment; then the
-    best of the windows that do not overlap it by more than half, and so on.
+    The best window, joined with the neighbours that overlap it and score alike, is a moment; then
+    the best of the windows that do not overlap it by more than half, and so on.
 
     Args:
       windows: of the video, by their start.
@@ -68,9 +68,12 @@ def find_spans(windows: Sequence[Window], scores: np.ndarray, most: int) -> list
 def _joins(
     windows: Sequence[Window], scores: np.ndarray, new: int, neighbour: int, least: float
 ) -> bool:
-    """Whether a window overlaps or touches its neighbour and scores at least so much."""
+    """Whether a window overlaps its neighbour and scores at least so much.
+
+    Windows that only touch are of two shots.
+    """
     earlier, later = sorted((new, neighbour))
-    return bool(windows[earlier].end >= windows[later].start and scores[new] >= least)
+    return bool(windows[earlier].end > windows[later].start and scores[new] >= least)
 
 
 def _overlap(window: Window, span: Span) -> float:

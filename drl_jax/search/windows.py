@@ -11,11 +11,11 @@ import numpy as np
 
 from drl_jax.data.long_video import SampledVideo
 
-# Length of a window, seconds, and the time from one to the next within a shot.
+# A file of at most this length is one window, seconds.
 WINDOW_SECONDS = 12.0
-_STEP_SECONDS = WINDOW_SECONDS / 2
-# Shots are joined if no cut is further than this from an end of the window, seconds.
-_ACROSS_CUT = 2.0
+# Shots are joined if no cut is further than this from an end of the window, seconds: the frames of
+# another shot take the place of frames that show the moment.
+_ACROSS_CUT = 0.5
 
 
 class Window(NamedTuple):
@@ -35,16 +35,17 @@ class Window(NamedTuple):
 def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
     """Splits a video into windows.
 
-    A shot of at most `WINDOW_SECONDS` is one window; a longer one has windows of this length, each
-    half over the next. Short shots are joined with their neighbours.
+    A window has as many seconds as the model has frames, one a second as in training. A shot that
+    is not longer is one window; a longer one has windows that are each half over the next. Very
+    short shots are joined with their neighbours.
 
     Args:
       video: what was sampled of it.
-      max_frames: frames of a window at most; evenly spaced ones if there are more.
+      max_frames: frames of a window at most, and its seconds.
     """
     windows = []
     for start, end in _spans(video):
-        for first, last in _pieces(start, end):
+        for first, last in _pieces(start, end, float(max_frames)):
             inside = np.flatnonzero((video.times >= first) & (video.times < last))
             if len(inside) > max_frames:
                 inside = inside[np.linspace(0, len(inside) - 1, num=max_frames, dtype=int)]
@@ -80,11 +81,12 @@ def _may_join(edges: Sequence[float], *lengths: float) -> bool:
     return near and min(lengths) < _ACROSS_CUT
 
 
-def _pieces(start: float, end: float) -> list[tuple[float, float]]:
+def _pieces(start: float, end: float, seconds: float) -> list[tuple[float, float]]:
     """Windows of a span; the last one ends with it."""
-    if end - start <= WINDOW_SECONDS:
+    if end - start <= seconds:
         return [(start, end)]
-    count = int(np.ceil((end - start - WINDOW_SECONDS) / _STEP_SECONDS))
-    firsts = [start + _STEP_SECONDS * number for number in range(count)]
-    pieces = [(first, first + WINDOW_SECONDS) for first in firsts]
-    return [*pieces, (end - WINDOW_SECONDS, end)]
+    step = seconds / 2
+    count = int(np.ceil((end - start - seconds) / step))
+    firsts = [start + step * number for number in range(count)]
+    pieces = [(first, first + seconds) for first in firsts]
+    return [*pieces, (end - seconds, end)]
