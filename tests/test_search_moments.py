@@ -118,35 +118,37 @@ def sampled(starts, duration) -> SampledVideo:
         ([0], 14, [(0, 12), (2, 14)]),
         ([0], 25, [(0, 12), (6, 18), (12, 24), (13, 25)]),
         ([0, 6], 12, [(0, 6), (6, 12)]),
-        # A shot of one second is joined: the cut is one second from an end.
-        ([0, 6, 7], 14, [(0, 7), (7, 14)]),
-        # Shots of one second each: no cut is more than two seconds from an end.
-        ([0, 1, 2, 3, 4], 5, [(0, 5)]),
-        ([0, 1, 2, 3, 4, 5], 6, [(0, 5), (5, 6)]),
+        # A shot of less than half a second is joined with its neighbour.
+        ([0, 6, 6.25], 14, [(0, 6.25), (6.25, 14)]),
+        ([0, 6, 7], 14, [(0, 6), (6, 7), (7, 14)]),
     ],
 )
 def test_windows_of_shots(starts, duration, expected):
     windows = windows_of(sampled(starts, duration), max_frames=12)
     assert [(window.start, window.end) for window in windows] == expected
     for window in windows:
-        assert list(window.frames) == list(range(int(window.start), int(window.end)))
+        times = np.array(window.frames)
+        assert times.min() >= window.start
+        assert times.max() < window.end
+        assert len(times) >= int(window.end - np.ceil(window.start))
 
 
 def test_a_window_has_evenly_spaced_frames_if_there_are_too_many():
-    (window,) = windows_of(sampled([0], 9), max_frames=4)
-    assert window.frames == (0, 2, 5, 8)
+    video = sampled([0], 4)._replace(times=np.arange(0, 4, 0.5))
+    (window,) = windows_of(video, max_frames=4)
+    assert window.frames == (0, 2, 4, 7)
 
 
-def test_no_window_crosses_a_cut_by_more_than_two_seconds():
+def test_no_window_crosses_a_cut_by_more_than_half_a_second():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        starts = np.concatenate([[0], np.cumsum(rng.choice([0.5, 1, 2, 3, 8, 30], 20))])
+        starts = np.concatenate([[0], np.cumsum(rng.choice([0.1, 0.4, 1, 3, 8, 30], 20))])
         video = sampled(starts[:-1], starts[-1])
         for window in windows_of(video, 12):
             assert window.end - window.start <= 12 + 1e-9
             inside = starts[(starts > window.start) & (starts < window.end)]
             for cut in inside:
-                assert min(cut - window.start, window.end - cut) <= 2
+                assert min(cut - window.start, window.end - cut) <= 0.5
 
 
 # ---------------------------------------------------------------- moments
@@ -179,7 +181,9 @@ def test_a_window_across_a_gap_does_not_join():
 def test_a_film_is_indexed_as_windows(session, shared_index):
     (video,) = (video for video in session.videos if video.path == "film.mp4")
     spans = [(round(window.start), round(window.end)) for window in video.windows]
-    assert spans == [(0, 5), (5, 17), (11, 23), (13, 25), (25, 31)]
+    # The model has four frames.
+    within = [(start, start + 4) for start in range(5, 22, 2)]
+    assert spans == [(0, 4), (4, 5), *within, (25, 29), (27, 31)]
     assert video.duration == pytest.approx(31)
     assert not (shared_index / "spool").exists()
     with Image.open(io.BytesIO(session.snapshot().thumbnails(video, 4))) as strip:
@@ -189,11 +193,10 @@ def test_a_film_is_indexed_as_windows(session, shared_index):
 def test_a_shot_finds_its_moment_in_the_film(session, film):
     hits = {hit.path.name: hit for hit in session.search_by_video(film / "shot3.mp4", top=3)}
     moment = hits["film.mp4"].moments[0]
-    assert moment.window == 4
-    assert round(moment.end) == 31
+    assert moment.window in (11, 12)
     assert 25 <= round(moment.peak) <= 31
     assert hits["film.mp4"].score == pytest.approx(1, abs=0.02)
-    assert len(hits["film.mp4"].scores) == 5
+    assert len(hits["film.mp4"].scores) == 13
 
 
 def test_a_hit_is_a_file_with_the_score_of_its_best_window(session, search_model):
@@ -241,7 +244,6 @@ def test_a_picture_finds_its_shot(session):
     hits = session.answer(Query(picture=picture_of(session, 0)), top=3)
     assert {hits[0].path.name, hits[1].path.name} == {"shot0.mp4", "film.mp4"}
     moment = next(hit for hit in hits if hit.path.name == "film.mp4").moments[0]
-    assert round(moment.start) == 0
     assert moment.explanation.words == ["[picture]"]
 
 
@@ -250,7 +252,7 @@ def test_more_like_a_moment(session):
     hits = session.answer(Query(like=(film, 28.0)), top=2)
     assert {hit.path.name for hit in hits} == {"film.mp4", "shot3.mp4"}
     windows = {hit.path.name: hit.moments[0].window for hit in hits}
-    assert windows == {"film.mp4": 4, "shot3.mp4": 0}
+    assert windows == {"film.mp4": 11, "shot3.mp4": 0}
 
 
 def test_scores_of_combined_queries_are_sums(session):
@@ -300,7 +302,7 @@ def test_a_renamed_file_keeps_its_features(search_model, videos, index, monkeypa
     video = after.video_at("sub/other name.mp4")
     for name, array in after.stored([video]).items():
         np.testing.assert_array_equal(array, expected[name])
-    assert after.thumbnails(video, 4)[:2] == b"\xff\xd8"
+    assert after.thumbnails(video, 12)[:2] == b"\xff\xd8"
 
 
 def test_a_library_that_was_moved_is_not_decoded_again(search_model, videos, index, tmp_path):
