@@ -11,7 +11,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import av
 import numpy as np
@@ -20,15 +20,8 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from support.commands import ROOT, error_of
 
-from drl_jax.models.interactions import Attribution
-from drl_jax.search.addresses import PageQuery, format_clock
-from drl_jax.search.explain import Explanation
-from drl_jax.search.filters import Filters, filter_videos
 from drl_jax.search.indexing import update_index
-from drl_jax.search.page_view import marks_note
 from drl_jax.search.routes import api_routes
-from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.word_table import word_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CHROMIUM_FLAGS = (
@@ -392,65 +385,6 @@ def test_a_video_is_explained_at_a_time(served):
     assert other["explanation"] != why
 
 
-# ---------------------------------------------------------------------- parts
-
-
-def test_filters():
-    def video(path: str, duration: float) -> IndexedVideo:
-        return IndexedVideo(path, 0, 0, "", duration=duration)
-
-    videos = [video("a.mp4", 5), video("films/B[1].MKV", 60), video("films2/b.mp4", 600)]
-    for filters, expected in (
-        (Filters(), [0, 1, 2]),
-        (Filters(folder="films"), [1]),
-        (Filters(folder="films/"), [1]),
-        (Filters(folder="film"), []),
-        (Filters(name="b"), [1, 2]),
-        (Filters(name="*.mp4"), [0, 2]),
-        (Filters(name="?.mp4"), [0, 2]),
-        (Filters(name="[1]"), [1]),
-        (Filters(min_length=60), [1, 2]),
-        (Filters(min_length=6, max_length=60), [1]),
-    ):
-        assert filter_videos(videos, filters) == [videos[number] for number in expected], filters
-        assert bool(filters) == (len(expected) < 3)
-
-
-def test_addresses_survive_a_round_trip():
-    filters = Filters(folder="a & b", name='"%#', min_length=62.5)
-    query = PageQuery(
-        "ä <b> + 5 % #",
-        without="&?",
-        picture="0a",
-        like=f"{ODD}@1.5",
-        top=7,
-        offset=3,
-        filters=filters,
-        video=ODD,
-        time=1.25,
-    )
-    parts = dict(part.split("=", 1) for part in query.address().removeprefix("/?").split("&"))
-    assert PageQuery.of({name: unquote(text) for name, text in parts.items()}) == query
-    cleared = {"sentence": None, "without": None, "picture": None, "like": None, "top": None}
-    assert query.address(**cleared, offset=0, filters=Filters(), video=None) == "/?t=1.25"
-    assert [format_clock(seconds) for seconds in (0, 62.4, 3600)] == ["0:00", "1:02", "1:00:00"]
-
-
-def test_tokens_are_joined_to_words():
-    words = ["[start]", "a", "skate-", "board-", "er", "-", "[end]"]
-    weight = np.array([0.1, 0.2, 0.1, 0.1, 0.0, 0.1, 0.4])
-    similarity = np.arange(14.0).reshape(7, 2)
-    attribution = Attribution(similarity, weight, np.ones(2) / 2, np.ones(2))
-    rows, marks = word_rows(Explanation(words, np.arange(2.0), attribution))
-    assert [row.word for row in rows] == ["a", "skateboarder", "-"]
-    assert [row.weight for row in rows] == pytest.approx([0.2, 0.2, 0.1])
-    # The mean of the rows with weights; so weights times similarities add up as before.
-    np.testing.assert_allclose(rows[1].similarity, [5, 6])
-    assert marks == pytest.approx(0.5)
-    assert marks_note(marks).startswith("50% of the score rests on the marks")
-    assert marks_note(0.1) == ""
-
-
 # ---------------------------------------------------------------------- the server
 
 
@@ -599,7 +533,10 @@ def test_a_hit_opens_and_closes(page: Page, served):
     page.go_back()
     expect(page.locator("#viewer")).to_be_hidden()
     expect(page.locator(".tile")).to_have_count(4)
+    second.click()
+    expect(page.locator("#viewer")).to_be_visible()
     page.keyboard.press("/")
+    expect(page.locator("#viewer")).to_be_hidden()
     expect(page.locator("#q")).to_be_focused()
 
 
@@ -700,6 +637,16 @@ def test_a_running_search_is_shown(page: Page):
     page.go_back()
     expect(page.locator("#search button")).to_be_enabled()
     assert page.locator("#search").get_attribute("aria-busy") is None
+
+
+def test_a_growing_index_is_announced(page: Page, served):
+    page.route("**/api/index", lambda route: route.fulfill(json={"videos": 99}))
+    page.clock.install()
+    page.goto(f"{served.url}{ASKED}")
+    page.clock.fast_forward(21_000)
+    expect(page.locator("#status")).to_have_text("The index now has 99 videos; search again")
+    page.get_by_role("link", name="search again").click()
+    expect(page.locator("#status")).to_have_text("6 videos searched, most similar first")
 
 
 def test_an_error_is_announced(page: Page, served):

@@ -40,6 +40,7 @@ class SearchAPI:
     def __init__(self, session: SearchSession, top: int):
         self.session, self.top = session, top
         self._searching = threading.Lock()  # A query uses all cores.
+        self._facts: tuple[IndexSnapshot | None, dict[str, Any]] = (None, {})
         # The page of an open hit asks for the same query again.
         self._encoded = functools.lru_cache(maxsize=64)(self._encode)
         self._pictures = SentPictures()
@@ -47,14 +48,19 @@ class SearchAPI:
     def index(self) -> dict[str, Any]:
         """Facts of the index."""
         index = self.session.snapshot()
-        folders = {str(PurePosixPath(video.path).parent) for video in index.videos} - {"."}
-        return {
-            "folder": str(index.folder),
-            "videos": len(index.videos),
-            "windows": sum(len(video.windows) for video in index.videos),
-            "hours": round(sum(length_of(video) for video in index.videos) / 3600, 3),
-            "folders": sorted(folders)[:_FOLDERS],
-        }
+        # Counted once for each state of the index: every page shows them.
+        known, facts = self._facts
+        if known is not index:
+            folders = {video.path.rpartition("/")[0] for video in index.videos} - {""}
+            facts = {
+                "folder": str(index.folder),
+                "videos": len(index.videos),
+                "windows": sum(len(video.windows) for video in index.videos),
+                "hours": round(sum(length_of(video) for video in index.videos) / 3600, 3),
+                "folders": sorted(folders)[:_FOLDERS],
+            }
+            self._facts = (index, facts)
+        return facts
 
     def search(self, query: PageQuery) -> dict[str, Any]:
         """The hits of a query, or the videos of the index where it has no sentence.

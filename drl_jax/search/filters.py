@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable
-from pathlib import PurePosixPath
 
 from drl_jax.search.rows import IndexedVideo
 
@@ -43,7 +42,7 @@ def filter_videos(videos: Iterable[IndexedVideo], filters: Filters) -> list[Inde
         video
         for video in videos
         if video.path.startswith(prefix)
-        and fnmatch.fnmatchcase(PurePosixPath(video.path).name.casefold(), pattern)
+        and fnmatch.fnmatchcase(video.path.rpartition("/")[2].casefold(), pattern)
         and filters.min_length <= length_of(video) <= filters.max_length
     ]
 

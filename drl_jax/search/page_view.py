@@ -1,6 +1,7 @@
 """What the templates of the page show, from the answers of the API."""
 
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from drl_jax.search.explain import format_timestamp
 # Columns of the timeline's curve.
 _COLUMNS = 240
 # Share of the score above which the marks of start and end are mentioned.
-_MUCH = 0.2
+_MUCH = 1 / 3
 _EXAMPLES = {
     "shapes": (
         "a red circle moves to the left",
@@ -108,3 +109,12 @@ def extent(hit: dict[str, Any]) -> str:
     if seconds >= 0.95 * hit["duration"]:
         return f"the whole video, {duration(seconds)}"
     return f"{duration(seconds)} of {duration(hit['duration'])}"
+
+
+def moment_name(like: str) -> str:
+    """PATH@SECONDS as the page shows it: the name of the file, and the time."""
+    path, _, seconds = like.rpartition("@")
+    try:
+        return f"{PurePosixPath(path).name} at {format_clock(float(seconds))}"
+    except ValueError:
+        return like

@@ -65,6 +65,7 @@ def page_routes(api: SearchAPI) -> list[Route]:
     for name in ("span", "duration", "extent", "table", "marks_note"):
         templates.env.filters[name] = getattr(page_view, name)
     templates.env.filters |= {"clock": format_clock, "seconds": seconds_text}
+    templates.env.filters["moment_name"] = page_view.moment_name
     templates.env.globals |= {
         "curve": page_view.timeline_curve,
         "states": _STATES,

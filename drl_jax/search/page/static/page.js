@@ -27,6 +27,40 @@ window.addEventListener("pageshow", () => {
   if (status) status.textContent = shown;
 });
 
+// ---------------------------------------------------------------------- pictures as queries
+
+const picture = document.getElementById("picture");
+picture.parentElement.hidden = false;
+picture.addEventListener("change", () => picture.files.length && sendPicture(picture.files[0]));
+document.addEventListener("paste", (event) => {
+  const image = [...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"));
+  if (image) sendPicture(image);
+});
+document.addEventListener("dragover", (event) => {
+  if ([...event.dataTransfer.types].includes("Files")) event.preventDefault();
+});
+document.addEventListener("drop", (event) => {
+  if (!event.dataTransfer.files.length) return;
+  event.preventDefault();
+  sendPicture(event.dataTransfer.files[0]);
+});
+
+async function sendPicture(file) {
+  if (status) status.textContent = "Sending the picture …";
+  const headers = { "Content-Type": "application/octet-stream" };
+  const answer = await fetch("/api/pictures", { method: "POST", headers, body: file }).catch(() => null);
+  const found = await answer?.json().catch(() => null);
+  if (!answer?.ok) {
+    if (status) status.textContent = found?.error ?? "the server does not take the picture";
+    picture.value = "";
+    return;
+  }
+  const address = new URL(location);
+  for (const name of ["video", "t", "offset", "like"]) address.searchParams.delete(name);
+  address.searchParams.set("picture", found.picture);
+  location.assign(address);
+}
+
 // ---------------------------------------------------------------------- previews
 
 let preview = null;

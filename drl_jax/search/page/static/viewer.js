@@ -7,6 +7,7 @@ const said = document.getElementById("said");
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const SEEK = 5; // Seconds.
 let facts = null; // Answer of the API about the open video.
+let loads = 0;
 
 const find = (selector) => content.querySelector(selector);
 const player = () => find("video");
@@ -27,8 +28,10 @@ export async function openFrom(address) {
 }
 
 async function load(address) {
+  const mine = ++loads;
   const answer = await fetch(`/viewer${new URL(address, location).search}`).catch(() => null);
   const text = answer ? await answer.text() : "the server does not answer";
+  if (mine !== loads) return false; // Another one was asked for meanwhile.
   if (!answer?.ok) {
     const status = dialog.open ? said : document.getElementById("status");
     if (status) status.textContent = text;
@@ -61,7 +64,9 @@ function close() {
   const link = tiles()[place()];
   player()?.removeAttribute("src");
   content.replaceChildren();
-  link?.focus({ preventScroll: true });
+  if (dialog.returnValue === "search") document.getElementById("q").select();
+  else link?.focus({ preventScroll: true });
+  dialog.returnValue = "";
   const address = new URL(location);
   if (!address.searchParams.has("video")) return;
   if (history.state?.opened) return history.back();
@@ -254,8 +259,8 @@ document.addEventListener("keydown", (event) => {
     act();
   } else if (key === "/") {
     event.preventDefault();
-    if (dialog.open) dialog.close();
-    document.getElementById("q").select();
+    if (dialog.open) dialog.close("search");
+    else document.getElementById("q").select();
   }
 }, true);
 
