@@ -447,7 +447,7 @@ def page(browser, served):
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page, messages = context.new_page(), []
     page.on("console", lambda message: messages.append(message.text))
-    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("pageerror", lambda error: messages.append(error.stack))
     page.goto(served.url)
     yield page
     context.close()

@@ -23,7 +23,7 @@ class Media:
 
     def __init__(self) -> None:
         self._pool = CallPool(_WORKERS)
-        self._folder = tempfile.TemporaryDirectory(prefix="drl_jax_clips_")
+        self._folder: tempfile.TemporaryDirectory | None = None  # From the first clip on.
         self._clips: collections.OrderedDict[tuple, Path] = collections.OrderedDict()
         self._made = 0
         self._making_clip = threading.Lock()
@@ -72,6 +72,8 @@ class Media:
 
     def _make_clip(self, path: Path, start: float, end: float) -> Path:
         self._made += 1
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="drl_jax_clips_")
         out = Path(self._folder.name) / f"{self._made}.mp4"
         made = self._pool.call(write_clip, path, start, end, out, timeout=_CLIP_SECONDS)
         if isinstance(made, WorkerFailure):
@@ -82,4 +84,5 @@ class Media:
     def close(self) -> None:
         """Ends the processes and deletes the clips."""
         self._pool.close()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()

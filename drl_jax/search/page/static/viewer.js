@@ -101,6 +101,7 @@ function startPlayer() {
   const video = player();
   if (!video) return;
   const showFrames = () => {
+    if (player() !== video) return; // It was closed, which is an error, too.
     video.hidden = true;
     find(".unplayable").hidden = false;
   };
@@ -156,8 +157,16 @@ function convert(button) {
   clip.src = button.dataset.clip;
   clip.hidden = false;
   clip.dataset.converted = "true";
-  clip.addEventListener("error", () => { clip.replaceWith(video); fail(); });
-  clip.addEventListener("loadeddata", () => { find(".unplayable").hidden = true; say(""); });
+  clip.addEventListener("error", () => {
+    if (player() !== clip) return;
+    clip.replaceWith(video);
+    fail();
+  });
+  clip.addEventListener("loadeddata", () => {
+    if (player() !== clip) return;
+    find(".unplayable").hidden = true;
+    say("");
+  });
   video.replaceWith(clip);
   clip.play().catch(() => {});
 }
@@ -179,9 +188,9 @@ async function hover(event) {
   if (facts === null) {
     facts = {}; // Asked for.
     const answer = await fetch(`/api/video${location.search}`).catch(() => null);
-    if (answer?.ok) facts = await answer.json();
+    if (answer?.ok && facts !== null) facts = await answer.json();
   }
-  if (!facts.frames || facts.path !== opened()?.video) return;
+  if (!facts?.frames || facts.path !== opened()?.video) return;
   // The last frame that is shown by then.
   let number = 0;
   while (number + 1 < facts.frames.length && facts.frames[number + 1] <= time) number++;
