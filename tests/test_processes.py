@@ -55,7 +55,7 @@ def test_a_call_that_dies_hangs_or_raises_fails_alone():
     assert ": unexpected end of data of data" in raised.reason
     assert " ... " in raised.reason  # A long message is shortened in the middle.
     assert len(raised.reason) < 240
-    assert results.pop(5) == WorkerFailure("took longer than 2 s")
+    assert results.pop(5) == WorkerFailure("took longer than 2 s", timed_out=True)
     assert results.pop(3) == WorkerFailure("the process that worked on it died (exit code -11)")
     assert results == [0, 1, 2, 4, 6, 10]
 
