@@ -264,17 +264,19 @@ def load(
             raise UserError(f"{path} is a run, which has its {min(given)}; leave that out")
         config = load_config(path)
         step, params = restore_params(path, config.model, layout, str(checkpoint))
-        origin = {"workdir": source, "checkpoint": str(step)}
+        # Absolute: an index is also asked from other directories.
+        origin = {"workdir": str(path.resolve()), "checkpoint": str(step)}
         towers = ""
     else:
-        weights = read_weights(source, release)
+        is_file = Path(source) == path  # Otherwise a name, of installed weights or a repository.
+        weights = read_weights(path if is_file else source, release)
         if tokenizer:
             weights = weights._replace(tokenizer=str(Path(tokenizer).resolve()))
         config = config_of_weights(weights)
         towers = str(weights.description)
         params = initial_params(config.model, weights, jax.random.key(0))
         params = jax.device_put(params, layout.replicated)
-        origin = {"weights": source, **given}
+        origin = {"weights": str(path.absolute()) if is_file else source, **given}
     embedder = Embedder(config, layout, keep_tokens=True)
     return RetrievalModel(config, params, layout, origin, towers, embedder)
 

@@ -1,6 +1,8 @@
 """Long videos: windows, moments, and queries that are no sentence."""
 
+import datetime
 import io
+import os
 import shutil
 
 import numpy as np
@@ -8,11 +10,13 @@ import pytest
 from PIL import Image
 from support.videos import write_video
 
+import drl_jax
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import SampledVideo, sample_video
 from drl_jax.data.video import read_frames
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.calibration import unusual
+from drl_jax.search.filters import Filters, filter_videos, parse_day
 from drl_jax.search.indexing import update_index
 from drl_jax.search.moments import find_spans
 from drl_jax.search.query import Query, read_picture
@@ -283,6 +287,29 @@ def test_pictures_that_cannot_be_read_are_one_line(search_model, session):
         session.search(["a" * 100_000], top=1)
 
 
+def test_a_video_is_found_by_each_of_its_windows(session, film):
+    """A query of many windows: the best one counts."""
+    hits = session.search_by_video(film / "film.mp4", top=3)
+    found = {hit.path.name: hit.score for hit in hits}
+    assert found == pytest.approx({"film.mp4": 1, "shot0.mp4": 1, "shot3.mp4": 1}, abs=0.03)
+    film = next(hit for hit in hits if hit.path.name == "film.mp4")
+    np.testing.assert_allclose(film.scores, 1, atol=1e-4)
+
+
+def test_filters_by_day(session):
+    today = datetime.date.today()
+    day = datetime.timedelta(days=1)
+    for filters, count in (
+        (Filters(since=today - day), 3),
+        (Filters(until=today - day), 0),
+        (Filters(since=today - day, until=today + day), 3),
+    ):
+        assert len(filter_videos(session.videos, filters)) == count
+    assert parse_day("since", "2026-01-31") == datetime.date(2026, 1, 31)
+    with pytest.raises(UserError, match="since takes a day as 2026-01-31, not 'monday'"):
+        parse_day("since", "monday")
+
+
 def test_the_window_at_a_time():
     assert [window_at(WINDOWS, time) for time in (0, 11, 13, 100)] == [0, 1, 1, 5]
 
@@ -303,6 +330,20 @@ def test_a_renamed_file_keeps_its_features(search_model, videos, index, monkeypa
     for name, array in after.stored([video]).items():
         np.testing.assert_array_equal(array, expected[name])
     assert after.thumbnails(video, 12)[:2] == b"\xff\xd8"
+
+
+def test_names_that_are_no_files_are_reported(search_model, videos, index):
+    os.mkfifo(videos / "pipe.mp4")
+    (videos / "link.mp4").symlink_to("nowhere.mp4")
+    report = update(search_model, videos, index)
+    assert (report.unchanged, report.skipped) == (3, ["link.mp4", "pipe.mp4"])
+
+
+def test_an_index_opens_from_another_directory(search_run, videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(search_run.parent)
+    update(drl_jax.load(search_run.name), videos, tmp_path / "index")
+    monkeypatch.chdir(tmp_path)
+    assert len(SearchSession(tmp_path / "index").videos) == 3
 
 
 def test_a_library_that_was_moved_is_not_decoded_again(search_model, videos, index, tmp_path):

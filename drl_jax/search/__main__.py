@@ -78,6 +78,8 @@ def _parser() -> Parser:
     query.add_argument("--name", default="", help="only videos whose name has this, or matches *")
     query.add_argument("--min_length", type=float, default=0.0, help="seconds at least")
     query.add_argument("--max_length", type=float, default=math.inf, help="seconds at most")
+    for flag, when in (("--since", "later"), ("--until", "earlier")):
+        query.add_argument(flag, default="", metavar="YYYY-MM-DD", help=f"changed then or {when}")
     query.add_argument("--sentences", type=Path, help="file of sentences to rank for --video")
     query.add_argument(
         "--captions",

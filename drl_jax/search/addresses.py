@@ -1,19 +1,20 @@
 """Addresses of the page and of its API: what a request asks for, and links to it."""
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.filters import Filters
+from drl_jax.search.filters import Filters, parse_day
 
 # Maximum hits per request.
 MAX_HITS = 50
 # Maximum length of a parameter; a sentence has fewer tokens than this anyway.
 _MAX_CHARACTERS = 1000
-_FILTERS = ("folder", "name", "min_length", "max_length")
+_FILTERS = ("folder", "name", "min_length", "max_length", "since", "until")
 _NO_FILTERS = Filters()
 _PARAMETERS = ("q", "without", "picture", "like", "top", "offset", *_FILTERS, "video", "t")
 
@@ -74,8 +75,11 @@ class PageQuery:
                     f"{name} has {len(text):,} characters; give at most {_MAX_CHARACTERS:,}"
                 )
         given = {name: text for name, text in parameters.items() if text}
-        lengths = {name: parse_time(name, given[name]) for name in _FILTERS[2:] if name in given}
-        filters = Filters(folder=given.get("folder", ""), name=given.get("name", ""), **lengths)
+        lengths = {name: parse_time(name, given[name]) for name in _FILTERS[2:4] if name in given}
+        days = {name: parse_day(name, given[name]) for name in _FILTERS[4:] if name in given}
+        filters = Filters(
+            folder=given.get("folder", ""), name=given.get("name", ""), **lengths, **days
+        )
         if filters.min_length > filters.max_length:
             raise BadRequest("min_length is larger than max_length; no video can have both")
         return cls(
@@ -105,6 +109,8 @@ class PageQuery:
             "name": filters.name,
             "min_length": seconds_text(filters.min_length),
             "max_length": seconds_text(filters.max_length),
+            "since": day_text(filters.since),
+            "until": day_text(filters.until),
             "video": query.video,
             "t": None if query.time is None else f"{query.time:.3f}".rstrip("0").rstrip("."),
         }
@@ -137,6 +143,11 @@ def parse_time(name: str, text: str) -> float:
 def seconds_text(seconds: float) -> str:
     """Seconds as an address has them; empty for 0 and infinity, the values of no filter."""
     return f"{seconds:g}" if 0 < seconds < math.inf else ""
+
+
+def day_text(day: datetime.date) -> str:
+    """A day as an address has it; empty for the values of no filter."""
+    return "" if day in (datetime.date.min, datetime.date.max) else day.isoformat()
 
 
 def format_clock(seconds: float) -> str:

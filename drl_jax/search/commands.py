@@ -14,7 +14,7 @@ from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.explain_file import explain_file
-from drl_jax.search.filters import Filters, filter_videos
+from drl_jax.search.filters import Filters, filter_videos, parse_day
 from drl_jax.search.hits import Hit
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.prompt import format_hits, run_prompt
@@ -53,6 +53,9 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
     if report.bad:
         lines.append(f"{len(report.bad)} files cannot be searched:")
         lines += [f"  {path}: {reason}" for path, reason in report.bad.items()]
+    if report.skipped:
+        lines.append(f"{len(report.skipped)} names are no files (links to nothing, pipes):")
+        lines += [f"  {path}" for path in report.skipped]
     return "\n".join(lines)
 
 
@@ -92,7 +95,12 @@ def _check_query(options: argparse.Namespace) -> None:
 
 
 def _filters(options: argparse.Namespace) -> Filters:
-    return Filters(options.folder, options.name, options.min_length, options.max_length)
+    days = {
+        name: parse_day(f"--{name}", text)
+        for name in ("since", "until")
+        if (text := getattr(options, name))
+    }
+    return Filters(options.folder, options.name, options.min_length, options.max_length, **days)
 
 
 def _answer_query(

@@ -22,6 +22,8 @@ from drl_jax.sharding import AXIS, Layout
 
 # Videos per block, on all devices together.
 BLOCK = 16384
+# Instead of weights: the best of several queries counts.
+BEST = "best"
 # Name of the weights of queries beside the arrays of texts.
 _WEIGHTS = "query_weights"
 # Videos that a device compares at a time: their features, as float32, fit in its caches.
@@ -124,10 +126,14 @@ class SearchEngine:
 
     def __init__(self, config: ModelConfig, params: Params):
         self._config, self._params = config, params
-        self._steps: dict[tuple[int, int, bool], Callable] = {}
+        self._steps: dict[tuple[int, int, str | None], Callable] = {}
 
     def search(
-        self, text: Features, gallery: Gallery, top: int, weights: Sequence[float] | None = None
+        self,
+        text: Features,
+        gallery: Gallery,
+        top: int,
+        weights: Sequence[float] | str | None = None,
     ) -> Ranking:
         """Finds the best windows for each of Q queries, or for a sum of them.
 
@@ -136,7 +142,8 @@ class SearchEngine:
             videos in the place of texts (`Interaction.video_as_text`).
           gallery: the windows.
           top: number of windows per query.
-          weights: Q numbers: ranks by the weighted sum of the Q similarities, as one query.
+          weights: Q numbers: ranks by the weighted sum of the Q similarities, as one query. BEST:
+            by the largest of them, as one query. None: each query on its own.
         """
         count = len(next(iter(text.values())))
         top = min(top, gallery.size)
@@ -146,10 +153,13 @@ class SearchEngine:
         text = {name: array[rows] for name, array in _without_padding(text).items()}
         text = jax.device_put(text, gallery.layout.replicated)
         rounded = min(1 << (top - 1).bit_length(), gallery.block)
-        step = self._step(gallery, rounded, weights is not None)
-        if weights is not None:
+        # A query that is repeated to fill the batch does not change the largest similarity.
+        combined = weights if weights in (None, BEST) else "sum"
+        step = self._step(gallery, rounded, combined)
+        if combined == "sum":
             factors = np.pad(np.asarray(weights, np.float32), (0, padded - count))
             text = {**text, _WEIGHTS: jax.device_put(factors, gallery.layout.replicated)}
+        if combined is not None:
             count = 1
         scores = np.full((count, 0), -np.inf, np.float32)
         slots = np.zeros((count, 0), np.int64)
@@ -162,10 +172,10 @@ class SearchEngine:
             scores, slots = _merge(scores, slots, block, count, top)
         return Ranking(scores, slots)
 
-    def _step(self, gallery: Gallery, top: int, weighted: bool) -> Callable:
+    def _step(self, gallery: Gallery, top: int, combined: str | None) -> Callable:
         """Compiled function: the best `top` of each device's shard of a block, concatenated."""
         layout, share = gallery.layout, gallery.block // gallery.layout.device_count
-        if (share, top, weighted) not in self._steps:
+        if (share, top, combined) not in self._steps:
             definition = model_definition(self._config)
             local_top = min(top, share)
 
@@ -179,15 +189,17 @@ class SearchEngine:
                     None,
                     _COMPARED,
                 )
-                if weighted:
+                if combined == "sum":
                     sim = weights[None] @ sim
+                elif combined == BEST:
+                    sim = sim.max(axis=0, keepdims=True)
                 sim = jnp.where(valid, sim, -jnp.inf)
                 scores, slots = jax.lax.top_k(sim, local_top)  # [Q, k]
                 return scores, slots + share * jax.lax.axis_index(AXIS)
 
             replicated, rows = PartitionSpec(), PartitionSpec(AXIS)
             columns = PartitionSpec(None, AXIS)
-            self._steps[share, top, weighted] = jax.jit(
+            self._steps[share, top, combined] = jax.jit(
                 jax.shard_map(
                     compare,
                     mesh=layout.mesh,
@@ -196,7 +208,7 @@ class SearchEngine:
                     check_vma=False,
                 )
             )
-        return self._steps[share, top, weighted]
+        return self._steps[share, top, combined]
 
 
 def _without_padding(text: Features) -> Features:

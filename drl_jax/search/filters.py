@@ -1,10 +1,12 @@
 """Filters of a search: only videos in a folder, with a name, or of some length."""
 
 import dataclasses
+import datetime
 import fnmatch
 import math
 from collections.abc import Iterable
 
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.rows import IndexedVideo
 
 
@@ -17,12 +19,16 @@ class Filters:
       name: the file name contains it, or matches it if it has `*` or `?`; case is ignored.
       min_length: seconds at least.
       max_length: seconds at most.
+      since: changed on this day or later.
+      until: changed on this day or earlier.
     """
 
     folder: str = ""
     name: str = ""
     min_length: float = 0.0
     max_length: float = math.inf
+    since: datetime.date = datetime.date.min
+    until: datetime.date = datetime.date.max
 
     def __bool__(self) -> bool:
         """Whether a video can fail them."""
@@ -44,9 +50,27 @@ def filter_videos(videos: Iterable[IndexedVideo], filters: Filters) -> list[Inde
         if video.path.startswith(prefix)
         and fnmatch.fnmatchcase(video.path.rpartition("/")[2].casefold(), pattern)
         and filters.min_length <= length_of(video) <= filters.max_length
+        and filters.since <= day_of(video) <= filters.until
     ]
 
 
 def length_of(video: IndexedVideo) -> float:
     """Length of a video, seconds; to its last frame if an older version stored it."""
     return video.duration or max((window.end for window in video.windows), default=0.0)
+
+
+def day_of(video: IndexedVideo) -> datetime.date:
+    """The day on which a file was changed, in the local time of this machine."""
+    return datetime.date.fromtimestamp(video.mtime_ns / 1e9)
+
+
+def parse_day(name: str, text: str) -> datetime.date:
+    """Reads a day.
+
+    Raises:
+      UserError: it is none; `name` is in the message.
+    """
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{name} takes a day as 2026-01-31, not {text[:100]!r}") from None

@@ -39,6 +39,7 @@ class IndexReport:
       removed: number of files that were deleted.
       unchanged: number of other files.
       bad: why files cannot be searched, by path; of all files, also unchanged ones.
+      skipped: names of videos that are no files: links to nothing, pipes, devices.
       seconds: length of the videos that were decoded.
       windows: number of all windows.
       nbytes: size of the stored features.
@@ -50,6 +51,7 @@ class IndexReport:
     removed: int = 0
     unchanged: int = 0
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
+    skipped: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     windows: int = 0
     nbytes: int = 0
@@ -173,6 +175,11 @@ class _Update:
         self.report.bad |= {
             ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in misnamed
         }
+        self.report.skipped = [
+            str(path.relative_to(self.folder))
+            for path in sorted(self.folder.rglob("*"))
+            if path.suffix.lower() in VIDEO_SUFFIXES and not (path.is_file() or path.is_dir())
+        ]
         self.report.windows = sum(len(video.windows) for video in stored)
         self.report.nbytes = self.store.nbytes()
         return self.report

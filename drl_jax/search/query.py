@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from drl_jax.data.video import VideoError, to_form
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.search.engine import BEST
+from drl_jax.search.reading import frames_of, read_video
 from drl_jax.search.rows import IndexedVideo
 
 # What `without` subtracts, as a share of the similarity to its sentence.
 _WITHOUT = -0.5
 # Largest picture that is opened, pixels.
 _MAX_PIXELS = 100_000_000
+# Windows of a video that is a query, evenly spaced if it has more.
+_MAX_WINDOWS = 32
 # Longest sentence, characters; a model reads a few hundred at most.
 _MAX_CHARACTERS = 10_000
 
@@ -47,13 +52,14 @@ class EncodedQuery:
 
     Attributes:
       parts: arrays of Q texts, or of frames in their place.
-      weights: Q numbers; the score is the weighted sum of the similarities.
+      weights: Q numbers, and the score is the weighted sum of the similarities; or BEST, and it is
+        the largest of them.
       words: names of the tokens of the first part.
       is_sentence: whether the query is one sentence.
     """
 
     parts: Features
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] | str
     words: list[str]
     is_sentence: bool = False
 
@@ -91,6 +97,8 @@ def encode_query(
     Raises:
       UserError: the query is empty, or a part of it cannot be read.
     """
+    if query.video is not None and query == Query(video=query.video):
+        return _encoded_video(model, query.video)
     parts: list[tuple[Features, float, list[str]]] = []
 
     def add_frames(video: Features, name: str) -> None:
@@ -117,6 +125,22 @@ def encode_query(
         parts[0][2],
         is_sentence=len(parts) == 1 and bool(query.sentence.strip()),
     )
+
+
+def _encoded_video(model: RetrievalModel, path: Path) -> EncodedQuery:
+    """A video as a query: what is found is like one of its windows."""
+    with tempfile.TemporaryDirectory() as folder:
+        spool = Path(folder) / "frames"
+        read = read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
+        if reason := read.error or read.failure:
+            raise UserError(f"{path} {reason}")
+        count = min(len(read.windows), _MAX_WINDOWS)
+        chosen = np.linspace(0, len(read.windows) - 1, count, dtype=int)
+        windows = [read.windows[number].frames for number in chosen]
+        video = model.encode_windows(frames_of(read, model.frame_form), windows)
+    text = model.interaction.video_as_text(video)
+    words = ["[video]"] * int(text["text_mask"][0].sum())
+    return EncodedQuery(text, BEST if count > 1 else (1.0,), words)
 
 
 def read_picture(model: RetrievalModel, content: bytes) -> np.ndarray:

@@ -14,7 +14,14 @@ from starlette.templating import Jinja2Templates
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import page_view
-from drl_jax.search.addresses import BadRequest, PageQuery, format_clock, parse_time, seconds_text
+from drl_jax.search.addresses import (
+    BadRequest,
+    PageQuery,
+    day_text,
+    format_clock,
+    parse_time,
+    seconds_text,
+)
 from drl_jax.search.api import SearchAPI, state_of, video_of
 from drl_jax.search.filters import Filters, length_of
 from drl_jax.search.media import Media
@@ -64,7 +71,7 @@ def page_routes(api: SearchAPI) -> list[Route]:
     templates.env.trim_blocks = templates.env.lstrip_blocks = True
     for name in ("span", "duration", "extent", "table", "marks_note"):
         templates.env.filters[name] = getattr(page_view, name)
-    templates.env.filters |= {"clock": format_clock, "seconds": seconds_text}
+    templates.env.filters |= {"clock": format_clock, "seconds": seconds_text, "day": day_text}
     templates.env.filters["moment_name"] = page_view.moment_name
     templates.env.globals |= {
         "curve": page_view.timeline_curve,

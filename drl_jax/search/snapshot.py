@@ -156,7 +156,7 @@ class IndexSnapshot:
         text: Features,
         top: int,
         videos: Sequence[IndexedVideo] | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | str | None = None,
     ) -> Ranking:
         """Ranks the windows of all videos, or of some; see `SearchEngine.search`."""
         self._check_files()
@@ -183,7 +183,7 @@ class IndexSnapshot:
         text: Features,
         top: int,
         videos: Sequence[IndexedVideo] | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | str | None = None,
     ) -> list[list[IndexedVideo]]:
         """The videos with the best windows for each encoded text, the best first.
 
@@ -300,7 +300,7 @@ class IndexSnapshot:
         )
 
 
-def _weights_of(query: EncodedQuery) -> Sequence[float] | None:
+def _weights_of(query: EncodedQuery) -> Sequence[float] | str | None:
     """Weights of the parts; None for one part, whose score then has the bits of evaluation."""
     return None if query.weights == (1.0,) else query.weights
 
