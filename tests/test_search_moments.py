@@ -4,6 +4,8 @@ import datetime
 import io
 import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import SampledVideo, sample_video
 from drl_jax.data.video import read_frames
 from drl_jax.runtime.errors import UserError
+from drl_jax.search import session as session_module
 from drl_jax.search.calibration import unusual
 from drl_jax.search.filters import Filters, filter_videos, parse_day
 from drl_jax.search.indexing import update_index
@@ -337,6 +340,27 @@ def test_names_that_are_no_files_are_reported(search_model, videos, index):
     (videos / "link.mp4").symlink_to("nowhere.mp4")
     report = update(search_model, videos, index)
     assert (report.unchanged, report.skipped) == (3, ["link.mp4", "pipe.mp4"])
+
+
+def test_a_state_that_takes_long_to_open_stalls_no_query(search_model, videos, index, monkeypatch):
+    session = SearchSession(index, search_model)
+    opened = session_module.IndexSnapshot
+    may_open = threading.Event()
+
+    def slow(*arguments):
+        assert may_open.wait(60)
+        return opened(*arguments)
+
+    write_video(videos / "new.mp4", shot(8, 4), fps=FPS)
+    update(search_model, videos, index)
+    monkeypatch.setattr(session_module, "IndexSnapshot", slow)
+    session._seconds = 1.0  # As if the last one had taken long.
+    assert len(session.search(["a"], top=9)[0]) == len(session.videos) == 3
+    may_open.set()
+    deadline = time.monotonic() + 60
+    while len(session.videos) == 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(session.search(["a"], top=9)[0]) == 4
 
 
 def test_an_index_opens_from_another_directory(search_run, videos, tmp_path, monkeypatch):

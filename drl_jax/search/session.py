@@ -1,6 +1,7 @@
 """An open index that follows its updates."""
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from drl_jax.pretrained import RetrievalModel, load_source
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.database import index_version
 from drl_jax.search.engine import SearchEngine
 from drl_jax.search.hits import Hit
@@ -28,11 +30,16 @@ class Searcher(Protocol):
         """The best videos for each sentence."""
 
 
+# Seconds that a query may wait until a new state of its index is open.
+_PATIENCE = 0.25
+
+
 class SearchSession:
     """An open index and its model.
 
     Every query is answered from the current state of the index, also while another process updates
-    it. Safe to use from several threads.
+    it. Where opening a state takes long, it is opened in the background, and queries are answered
+    from the one before until then. Safe to use from several threads.
 
     Attributes:
       directory: of the index.
@@ -57,8 +64,10 @@ class SearchSession:
         self.model = model
         self._engine = SearchEngine(model.config.model, model.params)
         self._refreshing = threading.Lock()
+        self._opening: threading.Thread | None = None
         self._version: tuple[int, ...] | None = None
-        self._snapshot = self.snapshot()
+        self._seconds = 0.0  # That opening the last state took.
+        self._open(index_version(directory))
 
     @property
     def videos(self) -> Sequence[IndexedVideo]:
@@ -66,21 +75,41 @@ class SearchSession:
         return self.snapshot().videos
 
     def snapshot(self) -> "IndexSnapshot":
-        """The current state of the index; opened again if the index has changed.
+        """A state of the index to answer from; see the class.
 
         Raises:
           UserError: see `__init__`.
         """
         with self._refreshing:
             version = index_version(self.directory)
-            if not version or version != self._version:
-                # The same database, with more transactions: most features are checked already.
-                old = self._version
-                updated = old and version and old[0] == version[0] and old[-1] < version[-1]
-                previous = self._snapshot if updated else None
-                self._snapshot = IndexSnapshot(self.directory, self.model, self._engine, previous)
-                self._version = version
+            if version and version == self._version:
+                return self._snapshot
+            if self._seconds < _PATIENCE or not self._is_update(version):
+                self._open(version)
+            elif self._opening is None or not self._opening.is_alive():
+                self._opening = threading.Thread(
+                    target=self._open_in_background, args=(version,), daemon=True
+                )
+                self._opening.start()
             return self._snapshot
+
+    def _open(self, version: tuple[int, ...]) -> None:
+        start = time.monotonic()
+        # Most features of an update are checked already.
+        previous = self._snapshot if self._is_update(version) else None
+        self._snapshot = IndexSnapshot(self.directory, self.model, self._engine, previous)
+        self._version, self._seconds = version, time.monotonic() - start
+
+    def _open_in_background(self, version: tuple[int, ...]) -> None:
+        try:
+            self._open(version)
+        except UserError:
+            self._seconds = 0.0  # The next query opens it, and says what is wrong.
+
+    def _is_update(self, version: tuple[int, ...]) -> bool:
+        """Whether it is the same database, with more transactions."""
+        old = self._version
+        return bool(old and version and old[0] == version[0] and old[-1] < version[-1])
 
     def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
         """See `IndexSnapshot.search`."""
