@@ -372,8 +372,18 @@ def test_an_interrupted_download_is_one_line_and_repeats_the_rest(server):
     server.stalls_at = "model.safetensors"
     env = environment(server.cache, server.address)
     command = [sys.executable, "-m", "drl_jax.weights.download", NAME]
+
+    def heed_interrupts():
+        # Where the tests run in the background, a shell has them ignore SIGINT.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     assert server.stalled.wait(60)
     process.send_signal(signal.SIGINT)
