@@ -94,9 +94,7 @@ class Embedder:
                 mask[row, : len(window)] = True
             return {"image_feat": image_feat, "mask": mask}
 
-        encoded = self._encode(
-            params, self._steps.encode_image, read_images, len(frames), "frame", most
-        )
+        encoded = self._encode(params, self._steps.encode_image, read_images, len(frames), "frame")
         image_features = encoded["image_feat"]
         return self._encode(params, self._steps.encode_window, read_windows, len(windows), "window")
 
@@ -131,12 +129,10 @@ class Embedder:
         read: Callable[[np.ndarray], Features],
         count: int,
         unit: str,
-        rows_per_video: int = 1,
     ) -> Features:
-        wanted = self._config.eval.batch_size * rows_per_video
-        # Frames of many lengths of videos have one shape.
-        available = wanted if rows_per_video > 1 else count
-        parts, size = [], self._batch_rows(wanted, available)
+        # Few shapes: a number that is smaller than a batch is rounded up to a power of two.
+        rounded = 1 << (count - 1).bit_length()
+        parts, size = [], self._batch_rows(self._config.eval.batch_size, rounded)
         own = self._layout.local_rows(size)
         with _progress(count, unit) as progress:
             for start in range(0, count, size):

@@ -79,6 +79,7 @@ def read_video(
             return _read_short(path, digest, max_frames, form, length)
         return _read_long(path, digest, max_frames, form, spool)
     except VideoError as error:
+        spool.unlink(missing_ok=True)
         return VideoRead(digest, str(error))
     except SpoolError as error:
         return VideoRead(digest, failure=str(error))
