@@ -26,4 +26,5 @@ def cache_compilations() -> None:
         return  # A read-only home, as in some containers: compilation is only slower.
     jax.config.update("jax_compilation_cache_dir", str(directory))
     # JAX keeps what takes a second. Opening a run compiles 30 small programs, for 4 seconds in all.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
