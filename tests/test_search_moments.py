@@ -22,7 +22,7 @@ from drl_jax.search.calibration import unusual
 from drl_jax.search.filters import Filters, filter_videos, parse_day
 from drl_jax.search.indexing import update_index
 from drl_jax.search.moments import find_spans
-from drl_jax.search.query import Query, read_picture
+from drl_jax.search.query import Query, encode_sentences, read_picture
 from drl_jax.search.rows import SearchIndexError
 from drl_jax.search.session import SearchSession
 from drl_jax.search.store import Store
@@ -335,6 +335,15 @@ def test_a_renamed_file_keeps_its_features(search_model, videos, index, monkeypa
     assert after.thumbnails(video, 12)[:2] == b"\xff\xd8"
 
 
+def test_a_renamed_file_does_not_keep_damaged_features(search_model, videos, index):
+    (path,) = index.glob("frame_unit*.bin")
+    path.write_bytes(bytes(path.stat().st_size))
+    (videos / "film.mp4").rename(videos / "other name.mp4")
+    report = update(search_model, videos, index)
+    assert (report.moved, report.added, report.changed, report.removed) == (0, 1, 2, 1)
+    assert len(SearchSession(index, search_model).videos) == 3
+
+
 def test_names_that_are_no_files_are_reported(search_model, videos, index):
     os.mkfifo(videos / "pipe.mp4")
     (videos / "link.mp4").symlink_to("nowhere.mp4")
@@ -424,10 +433,14 @@ def test_a_file_that_is_cut_while_a_session_is_open_is_one_line(search_model, in
     session = SearchSession(index, search_model)
     session.search(["a"], top=1)
     (path,) = index.glob("frame_unit*.bin")
+    snapshot = session.snapshot()
+    (query,) = encode_sentences(search_model, ["a"])
     with path.open("r+b") as file:
         file.truncate(100)
     with pytest.raises(SearchIndexError, match="is damaged"):
         session.search(["a"], top=1)
+    with pytest.raises(SearchIndexError, match="is damaged"):
+        snapshot.hits(query, snapshot.videos)
 
 
 def test_a_full_disk_while_a_film_is_decoded_is_no_property_of_the_film(

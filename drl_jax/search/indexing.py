@@ -138,6 +138,8 @@ class _Update:
         ]
         self.report.unchanged = len(found) - len(self.pending)
         self.damaged = damaged
+        # Gone files whose features a file of the same content may take over.
+        self._movable = {path: gone for path, gone in self.missing.items() if path not in damaged}
         self._bank: Features | None = None  # The bank of captions, encoded.
         # Reads that are not stored yet.
         self._unstored: list[tuple[IndexedVideo, VideoRead]] = []
@@ -187,7 +189,7 @@ class _Update:
     def _call(self, number: int, video: IndexedVideo) -> tuple:
         """The arguments of `read_video`."""
         known = self.known.get(video.path)
-        digests = {gone.sha256 for gone in self.missing.values() if gone.size == video.size}
+        digests = {gone.sha256 for gone in self._movable.values() if gone.size == video.size}
         # A video that took too long is decoded again, and so is one with damaged features.
         if known is not None and not known.allowed and video.path not in self.damaged:
             digests.add(known.sha256)
@@ -226,13 +228,13 @@ class _Update:
             self.store.touch(video)
             self.report.unchanged += 1
             return
-        gone = next((gone for gone in self.missing.values() if gone.sha256 == sha256), None)
+        gone = next((gone for gone in self._movable.values() if gone.sha256 == sha256), None)
         if gone is None:  # Two new files have the content of one that is gone.
             read = read_video(*self._call(len(self.pending), video))
             self._take(video, read)
             return
         self.store.rename(gone.path, video)
-        del self.missing[gone.path]
+        del self.missing[gone.path], self._movable[gone.path]
         self.report.moved += 1
 
     def _flush(self) -> None:

@@ -79,10 +79,7 @@ class IndexSnapshot:
         first = 0
         if previous is not None and previous.header["generation"] == self.header["generation"]:
             first = previous.header["next_slot"]
-        arrays = dict(self._arrays)
-        if self._bank is not None:
-            arrays[BANK_ARRAY] = self._bank
-        check_features(directory, self.videos, arrays, first_slot=first)
+        check_features(directory, self.videos, self._stored_arrays(), first_slot=first)
         self.folder = Path(self.header["videos"])
         self._video_at = {video.path: video for video in self.videos}
         # In the order of their slots, to find the video of a slot by bisection.
@@ -166,9 +163,13 @@ class IndexSnapshot:
         found = self._engine.search(text, self._gallery.only(slots), top, weights)
         return Ranking(found.scores, slots[found.slots])
 
+    def _stored_arrays(self) -> Features:
+        """All arrays of the index, with that of the bank of captions if there is one."""
+        return self._arrays | ({} if self._bank is None else {BANK_ARRAY: self._bank})
+
     def _check_files(self) -> None:
         """Checks that no mapped file was cut: reading behind its end would end the process."""
-        for name, array in self._arrays.items():
+        for name, array in self._stored_arrays().items():
             path = self.directory / self.header["arrays"][name]["file"]
             try:
                 is_cut = path.stat().st_size < array.nbytes
@@ -210,6 +211,7 @@ class IndexSnapshot:
         self, query: EncodedQuery, videos: Sequence[IndexedVideo]
     ) -> list[np.ndarray]:
         """Scores of all windows of some videos for one query: float32 [W] each."""
+        self._check_files()
         slots = _slots_of(videos)
         gallery = self._gallery.only(slots)
         ranking = self._engine.search(query.parts, gallery, len(slots), _weights_of(query))

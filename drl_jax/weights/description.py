@@ -53,13 +53,6 @@ class Description(NamedTuple):
         )
 
 
-class _Beside(NamedTuple):
-    """A description in a file beside the weights: its name, and fields of BackboneConfig."""
-
-    name: str
-    fields: dict[str, Any]
-
-
 def describe(
     state: Mapping[str, np.ndarray],
     path: Path | None = None,
