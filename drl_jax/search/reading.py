@@ -16,7 +16,7 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
 from drl_jax.data.video import VideoError, read_timed_frames, video_length
 from drl_jax.runtime.files import sha256
-from drl_jax.search.windows import WINDOW_SECONDS, Window, windows_of
+from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 # Side of the thumbnails, pixels.
 THUMBNAIL = 112
@@ -58,7 +58,7 @@ def read_video(
 ) -> VideoRead:
     """Reads a file, and decodes it unless its content is known.
 
-    A video of at most `WINDOW_SECONDS` is one window, with the frames of a training example.
+    A video of at most `SHORT_VIDEO_SECONDS` is one window, with the frames of a training example.
 
     Args:
       path: of the file.
@@ -75,7 +75,7 @@ def read_video(
         return VideoRead(digest, is_known=True)
     try:
         length = video_length(path)
-        if length <= WINDOW_SECONDS:
+        if length <= SHORT_VIDEO_SECONDS:
             return _read_short(path, digest, max_frames, form, length)
         return _read_long(path, digest, max_frames, form, spool)
     except VideoError as error:

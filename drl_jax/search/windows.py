@@ -12,7 +12,7 @@ import numpy as np
 from drl_jax.data.long_video import SampledVideo
 
 # A file of at most this length is one window, seconds.
-WINDOW_SECONDS = 12.0
+SHORT_VIDEO_SECONDS = 12.0
 # Shots are joined if no cut is further than this from an end of the window, seconds: the frames of
 # another shot take the place of frames that show the moment.
 _ACROSS_CUT = 0.5
