@@ -13,6 +13,28 @@ from drl_jax.runtime.distributed import StopPoll, poll_interval
 from drl_jax.runtime.files import replacing, write_text
 
 
+def test_failed_tasks_that_are_left_behind_print_nothing():
+    """Orbax leaves some when a disk is full; the error itself is one line."""
+    code = (
+        "import asyncio\n"
+        "from drl_jax.runtime.cli import run_command\n"
+        "from drl_jax.runtime.errors import UserError\n"
+        "async def fail():\n"
+        "    raise ValueError('abandoned')\n"
+        "async def main():\n"
+        "    asyncio.ensure_future(fail())\n"
+        "    await asyncio.sleep(0)\n"
+        "def work():\n"
+        "    asyncio.run(main())\n"
+        "    raise UserError('the disk is full')\n"
+        "print(run_command('command', work))\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (finished.stdout, finished.stderr) == ("1\n", "command: the disk is full\n")
+
+
 def test_processors_are_those_of_the_affinity_mask():
     allowed = os.sched_getaffinity(0)
     try:

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import difflib
 import json
+import logging as std_logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
     # Orbax and TFDS log every file they touch, and tracebacks of errors that they raise, too.
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = _report_unraisable
+    std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
     try:
         return work() or 0
     except UserError as error:
@@ -90,6 +92,11 @@ def _report_unraisable(unraisable: Any) -> None:
     )
     if not abandoned:
         sys.__unraisablehook__(unraisable)
+
+
+def _is_of_no_abandoned_task(record: std_logging.LogRecord) -> bool:
+    """Whether a record of asyncio is not one of these tasks, of those that failed by themselves."""
+    return not record.getMessage().startswith("Task exception was never retrieved")
 
 
 # ---------------------------------------------------------------- configuration files
