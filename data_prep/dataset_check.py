@@ -253,6 +253,7 @@ def write_report(report: Mapping[str, Any], quarantine: Path) -> None:
         for video, reason in read_quarantine(quarantine).items()
         if video not in previous
     }
+    quarantine.parent.mkdir(parents=True, exist_ok=True)
     write_quarantine(quarantine, {**added_by_hand, **report["unusable"]})
     write_json(report_file(quarantine), report)
 

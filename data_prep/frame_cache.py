@@ -55,6 +55,7 @@ def write_entry(path: Path, frames: Frames) -> None:
     arrays = [frames]
     if isinstance(frames, list):
         arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Through a file object: numpy appends .npz to a path.
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, *arrays)

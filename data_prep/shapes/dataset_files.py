@@ -93,6 +93,7 @@ def _remove_other_drawing(directory: Path, content: str) -> None:
                 f"cannot remove the videos of another version in {videos}: {error.strerror};"
                 " remove them, then rerun the command"
             ) from error
+    directory.mkdir(parents=True, exist_ok=True)
     write_text(marker, digest)
 
 

@@ -188,5 +188,6 @@ def draw_file(
     path: Path, draw: Callable[[Any, int], list[np.ndarray]], item: Any, seed: int
 ) -> None:
     """Writes the frames of `draw(item, seed)` atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
         write_mp4(unfinished, draw(item, seed))

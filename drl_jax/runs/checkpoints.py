@@ -204,6 +204,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: the save failed.
+          OSError: the metric cannot be written.
         """
         self.wait()
         if is_main():

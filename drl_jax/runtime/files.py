@@ -18,12 +18,12 @@ _SEAL = "sha256"
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` that replaces it when the block ends without an error.
 
-    Readers see the old file or the whole new one. Missing parent directories are created.
+    Readers see the old file or the whole new one. The directory must exist: to create it here
+    would bring back that of a run or a checkpoint that was moved away meanwhile.
 
     Raises:
       OSError: the file cannot be written; `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two writers of one file apart.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

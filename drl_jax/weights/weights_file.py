@@ -207,6 +207,7 @@ def save_weights(
     stored = json.dumps(dataclasses.asdict(config))
     metadata = {"format": "pt", _CONFIG_KEY: stored, _CHECKSUM_KEY: _checksum(state, stored)}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
             save_file(state, unfinished, metadata=metadata)
     except (OSError, SafetensorError) as error:
