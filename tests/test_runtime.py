@@ -87,7 +87,7 @@ def test_limits_of_cgroup_version_1(cgroups, tmp_path):
 
 
 def test_files_are_replaced_atomically(tmp_path):
-    path = tmp_path / "new" / "file.txt"
+    path = tmp_path / "file.txt"
     write_text(path, "first")
 
     def interrupted():
@@ -98,7 +98,10 @@ def test_files_are_replaced_atomically(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert path.read_text() == "first"
-    assert list(path.parent.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "moved_away" / "file.txt", "first")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_commands_answer_help_without_importing_jax():

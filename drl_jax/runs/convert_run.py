@@ -97,6 +97,7 @@ def _write_tokenizer(tokenizer: Path, target: Path) -> str:
     """Writes a run's tokenizer beside an exported file; returns its name."""
     copy = target.with_name(stored_name(tokenizer))
     try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
         copy_once(tokenizer, copy)
     except FileExistsError as error:
         raise UserError(

@@ -169,9 +169,10 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         )
     if not is_main():
         return
-    # Before the configuration: a run with a configuration has its tokenizer.
-    _keep_tokenizer(workdir, config, old)
     try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Before the configuration: a run with a configuration has its tokenizer.
+        _keep_tokenizer(workdir, config, old)
         write_json(workdir / CONFIG_FILE, dataclasses.asdict(config))
     except OSError as error:
         raise _unwritable(workdir, error) from error
