@@ -59,12 +59,13 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
 def test_a_run_that_was_moved_away_is_not_made_anew(tmp_path):
     """A training whose directory comes back, without its configuration, would go on for hours."""
     run = tmp_path / "run"
-    with pytest.raises(FileNotFoundError), Checkpoints(run) as checkpoints:
+    with Checkpoints(run) as checkpoints:
         checkpoints.save(at_step(1))
         checkpoints.wait()
         run.rename(tmp_path / "elsewhere")
-        checkpoints.attach_metric(1, 5.0)
-    assert not run.exists()
+        with pytest.raises(FileNotFoundError):
+            checkpoints.attach_metric(1, 5.0)
+        assert not run.exists()
 
 
 def test_of_equally_good_checkpoints_the_latest_is_best(tmp_path):
