@@ -191,9 +191,13 @@ def test_blocks_and_devices_change_nothing(devices, model):
     everything = engine.search(text, gallery, top=100)
     assert everything.slots.shape == (3, 37)
     assert sorted(everything.slots[0]) == sorted(rows)
-    few = engine.search(text, gallery.only(rows[5:15]), top=3)
     order = np.argsort(-expected[:, 5:15], axis=1)[:, :3]
+    few = engine.search(text, gallery.copied(rows[5:15]), top=3)
     np.testing.assert_array_equal(few.slots, order)
+    few = engine.search(text, gallery.only(rows[5:15]), top=3)
+    np.testing.assert_array_equal(few.slots, rows[5:15][order])
+    everything = engine.search(text, gallery, top=100)
+    assert everything.slots.shape == (3, 37)
 
 
 # ---------------------------------------------------------------------- updates

@@ -15,7 +15,6 @@ from drl_jax.models.tokenizers.base import END, START
 from drl_jax.search.addresses import BadRequest, PageQuery, file_address, parse_time
 from drl_jax.search.clips import MAX_CLIP
 from drl_jax.search.explain import Explanation
-from drl_jax.search.filters import filter_videos, length_of
 from drl_jax.search.hits import Hit, Moment
 from drl_jax.search.query import EncodedQuery, Query, read_picture
 from drl_jax.search.rows import IndexedVideo
@@ -51,12 +50,13 @@ class SearchAPI:
         # Counted once for each state of the index: every page shows them.
         known, facts = self._facts
         if known is not index:
-            folders = {video.path.rpartition("/")[0] for video in index.videos} - {""}
+            listing = list(index.videos.listing())
+            folders = {video.path.rpartition("/")[0] for video in listing} - {""}
             facts = {
                 "folder": str(index.folder),
                 "videos": len(index.videos),
-                "windows": sum(len(video.windows) for video in index.videos),
-                "hours": round(sum(length_of(video) for video in index.videos) / 3600, 3),
+                "windows": index.videos.windows,
+                "hours": round(sum(video.length for video in listing) / 3600, 3),
                 "folders": sorted(folders)[:_FOLDERS],
             }
             self._facts = (index, facts)
@@ -69,7 +69,7 @@ class SearchAPI:
           UserError: the sentence is blank, or there are fewer hits than its offset.
         """
         index, top = self.session.snapshot(), query.top or self.top
-        among = filter_videos(index.videos, query.filters) if query.filters else None
+        among = index.filtered(query.filters) if query.filters else None
         total = len(index.videos if among is None else among)
         if query.offset and query.offset >= total:
             raise BadRequest(f"offset must be below the number of videos, {total}")
@@ -99,7 +99,7 @@ class SearchAPI:
         """
         index = self.session.snapshot()
         video = video_of(index, query.video)
-        length = length_of(video)
+        length = video.length
         if query.time is not None and query.time > length + 0.001:
             raise BadRequest(f"t={query.time:g} is outside the video, which has {length:.1f} s")
         if not query.asks:
@@ -153,8 +153,8 @@ class SearchAPI:
         if query.like is not None:
             path, _, seconds = query.like.rpartition("@")
             video, time = video_of(index, path or None), parse_time("like", seconds)
-            if time > length_of(video):
-                raise BadRequest(f"like: {path} has the seconds 0 to {length_of(video):.1f}")
+            if time > video.length:
+                raise BadRequest(f"like: {path} has the seconds 0 to {video.length:.1f}")
             like = (video, time)
         return self._encoded(query.sentence or "", query.without or "", query.picture, like)
 
@@ -247,11 +247,11 @@ def _hit_json(index: IndexSnapshot, query: PageQuery, hit: Hit) -> dict[str, Any
         "weak": bool(hit.moments) and hit.is_weak,
         "path": video.path,
         "name": PurePosixPath(video.path).name,
-        "duration": round(length_of(video), 3),
+        "duration": round(video.length, 3),
         "state": state_of(index, video),
         "page": query.address(video=video.path, time=start, offset=0),
         "media": file_address("videos", video.path),
-        **_pictures(video, hit.moments[0].peak if hit.moments else length_of(video) / 2),
+        **_pictures(video, hit.moments[0].peak if hit.moments else video.length / 2),
         "moments": [_moment_json(query, video, moment) for moment in hit.moments],
     }
 

@@ -14,7 +14,7 @@ from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.explain_file import explain_file
-from drl_jax.search.filters import Filters, filter_videos, parse_day
+from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.prompt import format_hits, run_prompt
@@ -108,7 +108,7 @@ def _answer_query(
 ) -> None:
     """Answers queries that are more than sentences among all videos."""
     snapshot = session.snapshot()
-    videos = filter_videos(snapshot.videos, _filters(options))
+    videos = snapshot.filtered(_filters(options))
     if not videos:
         raise UserError(f"none of the {len(snapshot.videos)} videos passes the filters")
     rest = Query(

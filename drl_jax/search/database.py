@@ -15,7 +15,7 @@ CREATE TABLE IF NOT EXISTS videos (
   path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
   error TEXT NOT NULL, slot INTEGER UNIQUE, times TEXT NOT NULL, thumbnails BLOB,
   features_crc32 INTEGER, thumbnails_crc32 INTEGER, row_crc32 INTEGER,
-  duration REAL, windows TEXT, windows_crc32 TEXT, allowed REAL
+  duration REAL, windows TEXT, windows_crc32 TEXT, allowed REAL, window_count INTEGER
 );
 -- Frames of a video side by side, STRIP_FRAMES in each strip but the last.
 CREATE TABLE IF NOT EXISTS strips (
@@ -23,6 +23,8 @@ CREATE TABLE IF NOT EXISTS strips (
   PRIMARY KEY (path, number)
 );
 """
+# Windows of a video that no writer has counted; formats before 5 have one.
+_COUNT = "COALESCE(json_array_length(windows), 1)"
 
 
 def database_path(directory: Path) -> Path:
@@ -55,17 +57,95 @@ def _selected(connection: sqlite3.Connection, names: Sequence[str]) -> str:
     return ", ".join(name if name in present else "NULL" for name in names)
 
 
-def add_columns(connection: sqlite3.Connection, types: Mapping[str, str]) -> None:
-    """Adds columns that the table of videos lacks; NULL in the rows that exist."""
+def upgrade(connection: sqlite3.Connection, names: Sequence[str], types: Mapping[str, str]) -> None:
+    """Adds what the tables of an older version lack.
+
+    Args:
+      connection: in a transaction.
+      names: columns of the table of videos that describe a video.
+      types: of columns that it may lack; they are NULL in the rows that exist.
+    """
     present = {row[1] for row in connection.execute("PRAGMA table_info(videos)")}
     for name, kind in types.items():
         if name not in present:
             connection.execute(f"ALTER TABLE videos ADD COLUMN {name} {kind}")
+    if "window_count" not in present:
+        connection.execute("ALTER TABLE videos ADD COLUMN window_count INTEGER")
+        connection.execute(f"UPDATE videos SET window_count = {_COUNT} WHERE slot IS NOT NULL")
+    # With all that opening an index reads: a row of the table is much longer.
+    connection.execute("CREATE INDEX IF NOT EXISTS video_slots ON videos (slot, window_count)")
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS removed_videos"
+        f" (generation INTEGER NOT NULL, {', '.join(names)})"
+    )
+    connection.execute(
+        "CREATE INDEX IF NOT EXISTS removed_slots ON removed_videos (generation, slot)"
+    )
 
 
 def select_videos(connection: sqlite3.Connection, names: Sequence[str]) -> list[tuple]:
     """Columns of all videos, in no order: an order would rely on an index that may be damaged."""
     return connection.execute(f"SELECT {_selected(connection, names)} FROM videos").fetchall()
+
+
+def select_slots(connection: sqlite3.Connection) -> list[tuple[int, int]]:
+    """First slot and number of windows of each video that has some, in no order."""
+    present = {row[1] for row in connection.execute("PRAGMA table_info(videos)")}
+    count = "window_count" if "window_count" in present else _COUNT
+    if not {"window_count", "windows"} & present:
+        count = "1"
+    return connection.execute(f"SELECT slot, {count} FROM videos WHERE slot NOTNULL").fetchall()
+
+
+def select_at_slots(
+    connection: sqlite3.Connection, slots: Sequence[int], names: Sequence[str]
+) -> list[tuple]:
+    """Columns of the videos whose first slots are these."""
+    marks = ", ".join("?" * len(slots))
+    query = f"SELECT {_selected(connection, names)} FROM videos WHERE slot IN ({marks})"
+    return connection.execute(query, slots).fetchall()
+
+
+def select_removed(
+    connection: sqlite3.Connection, slots: Sequence[int], generation: int, names: Sequence[str]
+) -> list[tuple]:
+    """The same of videos that an earlier state of the index had."""
+    if not _has_table(connection, "removed_videos"):
+        return []
+    marks = ", ".join("?" * len(slots))
+    return connection.execute(
+        f"SELECT {', '.join(names)} FROM removed_videos WHERE generation = ? AND slot IN ({marks})",
+        (generation, *slots),
+    ).fetchall()
+
+
+def select_listing(connection: sqlite3.Connection) -> Iterator[tuple]:
+    """Slot, path, time, duration, and times where there is no duration, of videos with a slot."""
+    duration = _selected(connection, ("duration",))
+    # Older versions stored no duration.
+    return connection.execute(
+        f"SELECT slot, path, mtime_ns, {duration}, CASE WHEN {duration} IS NULL THEN times END"
+        " FROM videos WHERE slot NOTNULL"
+    )
+
+
+def select_slots_of_path(
+    connection: sqlite3.Connection, path: str, generation: int, current: int
+) -> list[int]:
+    """First slots of the videos with a path in all states of a generation."""
+    rows = []
+    if generation == current:
+        rows = connection.execute("SELECT slot FROM videos WHERE path = ?", (path,)).fetchall()
+    if _has_table(connection, "removed_videos"):
+        rows += connection.execute(
+            "SELECT slot FROM removed_videos WHERE generation = ? AND path = ?", (generation, path)
+        ).fetchall()
+    return [slot for (slot,) in rows if slot is not None]
+
+
+def _has_table(connection: sqlite3.Connection, name: str) -> bool:
+    query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+    return connection.execute(query, (name,)).fetchone() is not None
 
 
 def select_video(
@@ -95,7 +175,7 @@ def select_strip(
     connection: sqlite3.Connection, path: str, number: int
 ) -> tuple[bytes, int | None] | None:
     """A strip of frames and its checksum; None if there is none."""
-    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'strips'").fetchone():
+    if _has_table(connection, "strips"):
         query = "SELECT jpeg, crc32 FROM strips WHERE path = ? AND number = ?"
         row = connection.execute(query, (path, number)).fetchone()
         if row is not None:
@@ -105,11 +185,31 @@ def select_strip(
     return None if row is None or row[0] is None else row
 
 
-def remove_videos(connection: sqlite3.Connection, paths: Sequence[str]) -> None:
-    """Removes videos and their strips."""
+def remove_videos(
+    connection: sqlite3.Connection, paths: Sequence[str], generation: int, names: Sequence[str]
+) -> None:
+    """Removes videos and their strips; open readers still find the videos by their slots."""
+    rows = [(path,) for path in paths]
+    connection.executemany(
+        f"INSERT INTO removed_videos SELECT {int(generation)}, {', '.join(names)} FROM videos"
+        " WHERE path = ? AND slot NOTNULL",
+        rows,
+    )
     for table in ("videos", "strips"):
-        rows = [(path,) for path in paths]
         connection.executemany(f"DELETE FROM {table} WHERE path = ?", rows)
+
+
+def keep_slots_of(connection: sqlite3.Connection, generation: int, names: Sequence[str]) -> None:
+    """Keeps all videos for open readers, before their slots change."""
+    connection.execute(
+        f"INSERT INTO removed_videos SELECT ?, {', '.join(names)} FROM videos WHERE slot NOTNULL",
+        (generation,),
+    )
+
+
+def forget_removed(connection: sqlite3.Connection, generation: int) -> None:
+    """Forgets what is kept for readers of generations before this one."""
+    connection.execute("DELETE FROM removed_videos WHERE generation < ?", (generation,))
 
 
 def add_strips(connection: sqlite3.Connection, path: str, strips: Sequence[bytes]) -> None:

@@ -4,6 +4,7 @@ Videos are compared in blocks of one shape, sharded over the devices. Each devic
 of its shard, and only these are merged.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -44,11 +45,7 @@ class Ranking:
 
 
 class Gallery:
-    """Stored arrays of videos, in blocks of consecutive slots, sharded over the devices.
-
-    Blocks stay on the devices after the first query if they fit. On a CPU nothing is copied: a
-    block is the memory map itself.
-    """
+    """Stored arrays of videos, in blocks of consecutive slots, sharded over the devices."""
 
     def __init__(
         self, arrays: Features, slots: Sequence[int], layout: Layout, *, block: int = BLOCK
@@ -62,8 +59,6 @@ class Gallery:
           block: slots per block.
         """
         end = int(np.max(slots)) + 1
-        self.size = len(slots)
-        self.layout = layout
         share = -(-min(block, end) // layout.device_count)
         if share > _COMPARED:
             # Without a remainder: for one, `similarity_in_blocks` would copy the whole block.
@@ -71,46 +66,79 @@ class Gallery:
         else:
             # Few shapes: a growing index is compiled for a few times.
             share = 1 << (share - 1).bit_length()
-        self.block = share * layout.device_count
-        self._arrays = {name: array[:end] for name, array in arrays.items()}
-        self._valid = np.zeros(end, bool)
+        self.layout, self.block = layout, share * layout.device_count
+        used = {name: array[:end] for name, array in arrays.items()}
+        self._blocks = _Blocks(used, self.block, layout)
+        self._choose(slots)
+
+    def _choose(self, slots: Sequence[int]) -> None:
+        self.size = len(slots)
+        self._valid = np.zeros(self._blocks.end, bool)
         self._valid[np.asarray(slots)] = True
-        self._kept: list[dict[str, jax.Array]] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a query reads."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return self._blocks.nbytes
 
     def only(self, slots: Sequence[int]) -> "Gallery":
+        """A gallery of some of the videos, with the same slots; shares the blocks."""
+        gallery = copy.copy(self)
+        gallery._choose(slots)
+        return gallery
+
+    def copied(self, slots: Sequence[int]) -> "Gallery":
         """A gallery with copies of some videos; its slot n is the n-th of `slots`."""
         rows = np.asarray(slots)
-        arrays = {name: array[rows] for name, array in self._arrays.items()}
+        arrays = {name: array[rows] for name, array in self._blocks.arrays.items()}
         return Gallery(arrays, range(len(rows)), self.layout, block=self.block)
 
     def blocks(self) -> Iterator[dict[str, jax.Array]]:
         """Yields the arrays of each block, with `valid`: which of its slots are videos."""
+        for start, arrays in self._blocks.read():
+            valid = self._valid[start : start + self.block]
+            valid = np.pad(valid, (0, self.block - len(valid)))
+            yield {**arrays, **self.layout.put_batch({"valid": valid})}
+
+
+class _Blocks:
+    """Stored arrays in blocks.
+
+    They stay on the devices after the first query if they fit. On a CPU nothing is copied: a block
+    is the memory map itself.
+    """
+
+    def __init__(self, arrays: Features, size: int, layout: Layout):
+        self.arrays, self.size, self.layout = arrays, size, layout
+        self.end = len(next(iter(arrays.values())))
+        self._kept: list[tuple[int, dict[str, jax.Array]]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def read(self) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """Yields the first slot and the arrays of each block; the last one is padded."""
         if self._kept is not None:
             yield from self._kept
             return
         kept = [] if self._fits() else None
-        for block in self._read():
+        for start in range(0, self.end, self.size):
+            block = start, self.layout.put_batch(self._padded(start))
             if kept is not None:
                 kept.append(block)
             yield block
         self._kept = kept
 
-    def _read(self) -> Iterator[dict[str, jax.Array]]:
-        arrays = {**self._arrays, "valid": self._valid}
-        for start in range(0, len(self._valid), self.block):
-            part = {name: array[start : start + self.block] for name, array in arrays.items()}
-            missing = self.block - len(part["valid"])
-            if missing:
-                part = {
-                    name: np.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
-                    for name, array in part.items()
-                }
-            yield self.layout.put_batch(part)
+    def _padded(self, start: int) -> Features:
+        part = {name: array[start : start + self.size] for name, array in self.arrays.items()}
+        missing = self.size - min(self.size, self.end - start)
+        if not missing:
+            return part
+        return {
+            name: np.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
+            for name, array in part.items()
+        }
 
     def _fits(self) -> bool:
         """Whether all blocks together take less than half of the devices' free memory."""

@@ -49,14 +49,9 @@ def filter_videos(videos: Iterable[IndexedVideo], filters: Filters) -> list[Inde
         for video in videos
         if video.path.startswith(prefix)
         and fnmatch.fnmatchcase(video.path.rpartition("/")[2].casefold(), pattern)
-        and filters.min_length <= length_of(video) <= filters.max_length
+        and filters.min_length <= video.length <= filters.max_length
         and filters.since <= day_of(video) <= filters.until
     ]
-
-
-def length_of(video: IndexedVideo) -> float:
-    """Length of a video, seconds; to its last frame if an older version stored it."""
-    return video.duration or max((window.end for window in video.windows), default=0.0)
 
 
 def day_of(video: IndexedVideo) -> datetime.date:

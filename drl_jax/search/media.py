@@ -8,7 +8,6 @@ from pathlib import Path
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search.addresses import BadRequest, format_clock
 from drl_jax.search.clips import MAX_CLIP, read_picture, write_clip
-from drl_jax.search.filters import length_of
 from drl_jax.search.rows import IndexedVideo
 
 # Seconds that one picture or clip may take.
@@ -51,7 +50,7 @@ class Media:
         Raises:
           BadRequest: the part is empty, too long or not in the video, or it cannot be made in time.
         """
-        length = length_of(video)
+        length = video.length
         if not 0 <= start < end or start >= length:
             raise BadRequest(
                 f"a clip from {start:g} to {end:g} s is not in the video, which has {length:.1f} s"

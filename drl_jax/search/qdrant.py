@@ -165,7 +165,7 @@ class QdrantSearch:
                     f" drl_jax.search export --index={self.session.directory}"
                 )
             count = self._client.count(self.collection).count
-        windows = sum(len(video.windows) for video in self.videos)
+        windows = self.session.snapshot().videos.windows
         if count != windows:
             print(
                 f"the collection {self.collection} has {count} windows and the index"

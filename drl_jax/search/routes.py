@@ -23,7 +23,7 @@ from drl_jax.search.addresses import (
     seconds_text,
 )
 from drl_jax.search.api import SearchAPI, state_of, video_of
-from drl_jax.search.filters import Filters, length_of
+from drl_jax.search.filters import Filters
 from drl_jax.search.media import Media
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.session import SearchSession
@@ -190,13 +190,13 @@ def file_routes(session: SearchSession, media: Media) -> list[Route | Mount]:
 
     def picture(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
         time = _time(request, "t", 0.0)
-        if time > length_of(video):
-            raise BadRequest(f"t={time:g} is outside the video, which has {length_of(video):.1f} s")
+        if time > video.length:
+            raise BadRequest(f"t={time:g} is outside the video, which has {video.length:.1f} s")
         jpeg = media.picture(_unchanged(index, video), time)
         return Response(jpeg, media_type="image/jpeg", headers=_kept(request))
 
     def clip(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
-        start, end = _time(request, "start", 0.0), _time(request, "end", length_of(video))
+        start, end = _time(request, "start", 0.0), _time(request, "end", video.length)
         file = media.clip(_unchanged(index, video), video, start, end)
         name = f"{PurePosixPath(video.path).stem} {start:.1f}-{end:.1f}.mp4"
         return FileResponse(file, filename=name, content_disposition_type="inline")

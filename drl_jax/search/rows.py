@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,6 +91,11 @@ class IndexedVideo:
     duration: float = 0.0
     checksums: tuple[int, ...] | None = None
     allowed: float = 0.0
+
+    @property
+    def length(self) -> float:
+        """Seconds; to its last frame if an older version stored it."""
+        return self.duration or max((window.end for window in self.windows), default=0.0)
 
     @property
     def slots(self) -> range:
@@ -225,12 +230,11 @@ def row_crc32(row: Sequence[Any]) -> int:
     return zlib.crc32(ascii((*row[:5], *row[6:end])).encode())
 
 
-def from_row(row: Sequence[Any], next_slot: int) -> IndexedVideo:
+def from_row(row: Sequence[Any]) -> IndexedVideo:
     """Reads a row of the table of videos.
 
     Args:
       row: the values of COLUMNS.
-      next_slot: slots from this one on are not used.
 
     Raises:
       ValueError: it is damaged.
@@ -258,12 +262,28 @@ def from_row(row: Sequence[Any], next_slot: int) -> IndexedVideo:
             raise ValueError(f"{path} has {len(parts)} windows and {len(crc32s)} checksums")
     if (slot is None) != bool(error):
         raise ValueError(f"the slot of {path} is {slot}")
-    if not error and not (0 <= slot <= next_slot - len(parts) and parts):
+    if not error and not (slot >= 0 and parts):
         raise ValueError(f"the slot of {path} is {slot}")
     return IndexedVideo(
         *(path, size, mtime_ns, sha256, error, slot, tuple(seconds), tuple(parts)),
         *(duration or 0.0, crc32s, allowed or 0.0),
     )
+
+
+class ListedVideo(NamedTuple):
+    """What filters need of a video.
+
+    Attributes:
+      slot: as `IndexedVideo.slot`.
+      path: relative to the folder of the videos.
+      mtime_ns: modification time.
+      length: seconds; to its last frame if an older version stored it.
+    """
+
+    slot: int
+    path: str
+    mtime_ns: int
+    length: float
 
 
 def _is_finite(value: Any) -> bool:

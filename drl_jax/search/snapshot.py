@@ -13,15 +13,21 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.search.calibration import BANK_ARRAY, unusual
 from drl_jax.search.engine import Gallery, Ranking, SearchEngine
 from drl_jax.search.explain import explain
+from drl_jax.search.filters import Filters, filter_videos
 from drl_jax.search.format_2 import made_with
 from drl_jax.search.hits import MOMENTS, Hit, Moment
+from drl_jax.search.integrity import IndexCheck
 from drl_jax.search.moments import Span, find_spans
 from drl_jax.search.quantization import dequantize
 from drl_jax.search.query import EncodedQuery, Query, encode_query, encode_sentences
-from drl_jax.search.rows import IndexedVideo, SearchIndexError, check_features, damaged
+from drl_jax.search.rows import IndexedVideo, SearchIndexError, damaged
 from drl_jax.search.store import Store
 from drl_jax.search.thumbnails import thumbnails
+from drl_jax.search.videos import IndexedVideos, slots_of
 from drl_jax.search.windows import window_at
+
+# Videos with more than this share of the windows are searched in place, fewer are copied.
+_MANY = 0.25
 
 
 class IndexSnapshot:
@@ -32,6 +38,7 @@ class IndexSnapshot:
       header: what the index was made with.
       folder: folder of the videos.
       videos: the videos that can be found.
+      check: of the index; see `IndexCheck`.
       model: the model of the index.
     """
 
@@ -42,13 +49,13 @@ class IndexSnapshot:
         engine: SearchEngine,
         previous: "IndexSnapshot | None" = None,
     ):
-        """Reads the list of videos, maps the arrays, and checks them by their checksums.
+        """Reads the slots of the videos, maps the arrays, and checks them by their checksums.
 
         Args:
           directory: of the index.
           model: the model of the index.
           engine: compares texts and videos with that model.
-          previous: an earlier state of the same index, whose features are not checked again.
+          previous: an earlier state of the same index; what it has checked is not checked again.
 
         Raises:
           SearchIndexError: there is no index, no video to search, it is damaged, or the model is
@@ -56,17 +63,19 @@ class IndexSnapshot:
         """
         self.directory, self.model, self._engine = directory, model, engine
         with Store(directory) as store:
-            self.header, known, self._arrays = store.header, store.videos(), store.arrays()
+            self.header, self._arrays = store.header, store.arrays()
+            generation = self.header["generation"]
+            self.videos = IndexedVideos(directory, generation, *store.slots())
+            unsearchable = store.count() - len(self.videos)
         if not made_with(self.header, model):
             raise SearchIndexError(
                 f"the index {directory} was made with another model than"
                 f" {' '.join(model.source.values())}; give the model of the index, or make a new"
                 " index"
             )
-        self.videos = [video for video in known if not video.error]
         if not self.videos:
             raise SearchIndexError(
-                f"the index {directory} has no video that can be searched ({len(known)} cannot)"
+                f"the index {directory} has no video that can be searched ({unsearchable} cannot)"
             )
         self._bank = self._arrays.pop(BANK_ARRAY, None)
         # Indexes of format 3 have no checksums.
@@ -76,17 +85,15 @@ class IndexSnapshot:
             raise damaged(directory, error) from error
         if missing := _arrays_of(model) - names:
             raise damaged(directory, f"it has no array {min(missing)}")
-        first = 0
-        if previous is not None and previous.header["generation"] == self.header["generation"]:
-            first = previous.header["next_slot"]
-        check_features(directory, self.videos, self._stored_arrays(), first_slot=first)
         self.folder = Path(self.header["videos"])
-        self._video_at = {video.path: video for video in self.videos}
-        # In the order of their slots, to find the video of a slot by bisection.
-        self._by_slot = sorted(self.videos, key=lambda video: video.slot)
-        self._first_slots = np.array([video.slot for video in self._by_slot])
-        slots = np.concatenate([np.arange(v.slot, v.slots.stop) for v in self._by_slot])
-        self._gallery = Gallery(self._arrays, slots, model.layout)
+        self._gallery = Gallery(self._arrays, self.videos.slots, model.layout)
+        checked = 0
+        if previous is not None and previous.header["generation"] == generation:
+            previous.check.stop()
+            checked = previous.check.checked
+        self.check = IndexCheck(
+            directory, self.videos, self._stored_arrays(), self._check_files, first_slot=checked
+        )
 
     # ------------------------------------------------------------------ queries
 
@@ -157,10 +164,13 @@ class IndexSnapshot:
     ) -> Ranking:
         """Ranks the windows of all videos, or of some; see `SearchEngine.search`."""
         self._check_files()
+        self.check.raise_damage()
         if videos is None:
             return self._engine.search(text, self._gallery, top, weights)
-        slots = _slots_of(videos)
-        found = self._engine.search(text, self._gallery.only(slots), top, weights)
+        slots = slots_of(videos)
+        if len(slots) > _MANY * self._gallery.size:
+            return self._engine.search(text, self._gallery.only(slots), top, weights)
+        found = self._engine.search(text, self._gallery.copied(slots), top, weights)
         return Ranking(found.scores, slots[found.slots])
 
     def _stored_arrays(self) -> Features:
@@ -197,11 +207,11 @@ class IndexSnapshot:
         among = self.videos if videos is None else videos
         if not among:
             return [[]]
-        windows = sum(len(video.windows) for video in among)
+        windows = len(slots_of(among))
         wanted, count = min(top, len(among)), min(top, windows)
         while True:
             slots = self.rank(text, count, videos, weights).slots
-            best = [self._videos_of(row)[:wanted] for row in slots]
+            best = [self.videos.at_slots(row, wanted) for row in slots]
             if count == windows or all(len(found) == wanted for found in best):
                 return best
             # A long video has many of the best windows.
@@ -212,8 +222,9 @@ class IndexSnapshot:
     ) -> list[np.ndarray]:
         """Scores of all windows of some videos for one query: float32 [W] each."""
         self._check_files()
-        slots = _slots_of(videos)
-        gallery = self._gallery.only(slots)
+        self.check.check_now(videos)
+        slots = slots_of(videos)
+        gallery = self._gallery.copied(slots)
         ranking = self._engine.search(query.parts, gallery, len(slots), _weights_of(query))
         scores = np.empty(len(slots), np.float32)
         scores[ranking.slots[0]] = ranking.scores[0]
@@ -225,16 +236,11 @@ class IndexSnapshot:
         """The videos with the best windows for an encoded query, the best first."""
         return self.best_videos(query.parts, top, videos, _weights_of(query))[0]
 
-    def _videos_of(self, slots: np.ndarray) -> list[IndexedVideo]:
-        """The videos of slots, each once."""
-        rows = np.searchsorted(self._first_slots, slots, side="right") - 1
-        return [self._by_slot[row] for row in dict.fromkeys(rows.tolist())]
-
     # ------------------------------------------------------------------ videos
 
     def stored(self, videos: Sequence[IndexedVideo]) -> Features:
         """The arrays of indexed videos, one row per window, features float32."""
-        return self._stored_rows(_slots_of(videos))
+        return self._stored_rows(slots_of(videos))
 
     def stored_windows(self, windows: Sequence[tuple[IndexedVideo, int]]) -> Features:
         """The arrays of windows, given as videos and numbers; features float32."""
@@ -246,7 +252,12 @@ class IndexSnapshot:
 
     def video_at(self, path: str) -> IndexedVideo | None:
         """The video with exactly this path relative to the folder, if it can be searched."""
-        return self._video_at.get(path)
+        return self.videos.at_path(path)
+
+    def filtered(self, filters: Filters) -> IndexedVideos:
+        """The videos that pass filters."""
+        listing = filter_videos(self.videos.listing(), filters)
+        return self.videos.only([video.slot for video in listing])
 
     def is_unchanged(self, video: IndexedVideo) -> bool:
         """Whether a file is the one that was indexed, by its size and modification time."""
@@ -305,11 +316,6 @@ class IndexSnapshot:
 def _weights_of(query: EncodedQuery) -> Sequence[float] | str | None:
     """Weights of the parts; None for one part, whose score then has the bits of evaluation."""
     return None if query.weights == (1.0,) else query.weights
-
-
-def _slots_of(videos: Sequence[IndexedVideo]) -> np.ndarray:
-    """Slots of all windows of some videos, in order."""
-    return np.concatenate([np.arange(video.slot, video.slots.stop) for video in videos])
 
 
 def _arrays_of(model: RetrievalModel) -> set[str]:

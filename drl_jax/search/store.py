@@ -33,20 +33,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from drl_jax.models.interactions import Features
 from drl_jax.runtime.lock import locked
 from drl_jax.search.array_files import GROWTH, copy_rows, map_arrays, write_rows
 from drl_jax.search.database import (
-    add_columns,
     add_strips,
     database_path,
+    forget_removed,
+    keep_slots_of,
     open_database,
     remove_videos,
     replace_videos,
+    select_at_slots,
+    select_listing,
+    select_removed,
+    select_slots,
+    select_slots_of_path,
     select_strip,
     select_video,
     select_videos,
     transaction,
+    upgrade,
 )
 from drl_jax.search.format_2 import header_from_format_2
 from drl_jax.search.quantization import quantize
@@ -54,6 +63,7 @@ from drl_jax.search.rows import (
     ADDED_COLUMNS,
     COLUMNS,
     IndexedVideo,
+    ListedVideo,
     SearchIndexError,
     check_header,
     damaged,
@@ -68,6 +78,8 @@ from drl_jax.search.rows import (
 _FORMAT = 5
 # `compact` copies the arrays if more than this share of the slots, and `GROWTH` slots, are unused.
 _MAX_UNUSED = 0.25
+# Videos that one statement selects by their slots; SQLite takes 32,766 values at most.
+_SELECTED = 500
 # Header of an index without videos; `update_header` adds the rest.
 _NEW_HEADER = {
     "arrays": {},
@@ -152,8 +164,97 @@ class Store:
         """
         with self._reading():
             rows = select_videos(self._database, COLUMNS)
-            videos = [from_row(row, self.header.get("next_slot", 0)) for row in rows]
+            videos = [from_row(row) for row in rows]
+            for video in videos:
+                if video.slots.stop > self._rows:
+                    raise ValueError(f"the slot of {video.path} is {video.slot}")
         return sorted(videos, key=lambda video: video.path)
+
+    def count(self) -> int:
+        """Number of files, including those that cannot be searched."""
+        return self._database.execute("SELECT COUNT(*) FROM videos").fetchone()[0]
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the arrays that are or were used."""
+        return self.header.get("next_slot", 0)
+
+    def slots(self) -> tuple[np.ndarray, np.ndarray]:
+        """First slot and number of windows of each video that can be searched, by their slots.
+
+        Returns:
+          int64 [V] both.
+
+        Raises:
+          SearchIndexError: the list is damaged.
+        """
+        with self._reading():
+            rows = sorted(select_slots(self._database))
+            first, counts = np.array(rows, np.int64).reshape(-1, 2).T.copy()
+            ends = first + counts
+            is_whole = (counts > 0).all() and (ends[:-1] <= first[1:]).all()
+            if len(rows) and not (is_whole and first[0] >= 0 and ends[-1] <= self._rows):
+                raise ValueError("the slots of its videos are not those of its arrays")
+        return first, counts
+
+    def videos_at(self, counts: Mapping[int, int], generation: int) -> dict[int, IndexedVideo]:
+        """Reads videos of this state of the index, or of an earlier one.
+
+        Args:
+          counts: number of windows by first slot.
+          generation: of the array files that the slots belong to.
+
+        Returns:
+          The videos by first slot.
+
+        Raises:
+          SearchIndexError: a video is damaged, or was removed long ago.
+        """
+        found: dict[int, IndexedVideo] = {}
+        slots = list(counts)
+        with self._reading():
+            for start in range(0, len(slots), _SELECTED):
+                some = slots[start : start + _SELECTED]
+                rows = []
+                if generation == self.header["generation"]:
+                    rows = select_at_slots(self._database, some, COLUMNS)
+                if len(rows) < len(some):
+                    rows += select_removed(self._database, some, generation, COLUMNS)
+                found |= {video.slot: video for video in map(from_row, rows)}
+            for slot, count in counts.items():
+                if slot not in found:
+                    raise self._outdated()
+                if len(found[slot].windows) != count:
+                    raise ValueError(f"{found[slot].path} does not have {count} windows")
+        return {slot: found[slot] for slot in slots}
+
+    def slots_of_path(self, path: str, generation: int) -> list[int]:
+        """First slots of the videos with a path in the states of a generation.
+
+        Raises:
+          SearchIndexError: the database is damaged.
+        """
+        with self._reading():
+            current = self.header["generation"]
+            return select_slots_of_path(self._database, path, generation, current)
+
+    def listing(self, generation: int) -> Iterator[ListedVideo]:
+        """What filters need of the videos that can be searched, in no order.
+
+        Raises:
+          SearchIndexError: the slots are not of this generation any more, or the list is damaged.
+        """
+        with self._reading():
+            if generation != self.header["generation"]:
+                raise self._outdated()
+            for slot, path, mtime_ns, duration, times in select_listing(self._database):
+                length = max(json.loads(times), default=0.0) if duration is None else duration
+                yield ListedVideo(slot, path, mtime_ns, length)
+
+    def _outdated(self) -> SearchIndexError:
+        return SearchIndexError(
+            f"the index {self.directory} was made anew while it was read; ask again"
+        )
 
     def strip(self, path: str, number: int) -> bytes:
         """A JPEG file with frames of a video side by side; empty if there is none.
@@ -191,11 +292,12 @@ class Store:
         table = []
         for video in videos:
             of_video = checksums[end - first : end - first + len(video.windows)]
-            table.append(to_row(video, None if video.error else end, of_video))
+            row = to_row(video, None if video.error else end, of_video)
+            table.append((*row, None if video.error else len(video.windows)))
             end += len(video.windows)
         with self._transaction(arrays=arrays, next_slot=end):
-            remove_videos(self._database, [video.path for video in videos])
-            replace_videos(self._database, COLUMNS, table)
+            self._remove([video.path for video in videos])
+            replace_videos(self._database, (*COLUMNS, "window_count"), table)
             for path, jpegs in strips.items():
                 add_strips(self._database, path, jpegs)
 
@@ -243,7 +345,10 @@ class Store:
         """Removes videos, in one transaction."""
         if paths:
             with self._transaction():
-                remove_videos(self._database, paths)
+                self._remove(paths)
+
+    def _remove(self, paths: Sequence[str]) -> None:
+        remove_videos(self._database, paths, self.header["generation"], COLUMNS)
 
     def compact(self) -> None:
         """Removes unused slots from the arrays if there are many; see the module's docstring."""
@@ -259,6 +364,7 @@ class Store:
         with self._transaction(
             arrays=arrays, generation=generation, next_slot=len(used), obsolete_files=old_files
         ):
+            keep_slots_of(self._database, generation - 1, COLUMNS)
             # In increasing order, so that each new slot is free.
             first = 0
             for video in videos:
@@ -287,13 +393,14 @@ class Store:
             with self._writing():
                 for file in self.header["obsolete_files"]:
                     (self.directory / file).unlink(missing_ok=True)
-            self.update_header(obsolete_files=[])
+            with self._transaction(obsolete_files=[]):
+                forget_removed(self._database, self.header["generation"])
 
     # ------------------------------------------------------------------ database
 
     def _read_header(self) -> dict[str, Any]:
         row = self._database.execute("SELECT value FROM header").fetchone()
-        if row is None and self._count_rows():
+        if row is None and self.count():
             raise ValueError("it has videos without a header")
         if row is None:
             return {}
@@ -306,12 +413,9 @@ class Store:
                 f"the index {self.directory} has format {header['format']}, this version reads"
                 f" formats 2 to {_FORMAT}; delete it and index again"
             )
-        check_header(header, rows=self._count_rows())
+        check_header(header, rows=self.count())
         # A transaction adds those of the new state.
         return {name: header[name] for name in header.keys() - {"format", "rows", "crc32"}}
-
-    def _count_rows(self) -> int:
-        return self._database.execute("SELECT COUNT(*) FROM videos").fetchone()[0]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -326,9 +430,9 @@ class Store:
         """One transaction of the database, with changes of the header."""
         header = {**_NEW_HEADER, **self.header, **changes}
         with self._writing(), transaction(self._database):
-            add_columns(self._database, ADDED_COLUMNS)
+            upgrade(self._database, COLUMNS, ADDED_COLUMNS)
             yield
-            stored = {"format": _FORMAT, **header, "rows": self._count_rows()}
+            stored = {"format": _FORMAT, **header, "rows": self.count()}
             stored["crc32"] = header_crc32(stored)
             self._database.execute("DELETE FROM header")
             self._database.execute("INSERT INTO header VALUES (?)", (json.dumps(stored),))
