@@ -54,7 +54,9 @@ def remove_checksums(directory: Path) -> None:
             " (SELECT jpeg FROM strips WHERE strips.path = videos.path AND number = 0)"
         )
         database.execute("DROP TABLE strips")
-        for column in ADDED_COLUMNS:
+        database.execute("DROP TABLE removed_videos")
+        database.execute("DROP INDEX video_slots")
+        for column in (*ADDED_COLUMNS, "window_count"):
             database.execute(f"ALTER TABLE videos DROP COLUMN {column}")
 
 
@@ -94,4 +96,4 @@ def read(root: Path, name: str, directory: Path) -> str:
     for array_name in sorted(stored):
         digest.update(np.ascontiguousarray(stored[array_name]).tobytes())
     header = {key: value for key, value in snapshot.header.items() if key != "obsolete_files"}
-    return json.dumps([hits, repr(snapshot.videos), header, digest.hexdigest()])
+    return json.dumps([hits, repr(list(snapshot.videos)), header, digest.hexdigest()])

@@ -2,3 +2,5 @@
 
 # How features are stored in an index; masks and weights are stored exactly.
 STORAGES = ("bfloat16", "int8", "float32")
+# Moments of a video that a hit has at most, unless a query asks for more.
+MOMENTS = 3

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drl_jax.runtime.cli import Parser, positive_int, run_command
-from drl_jax.search import STORAGES
+from drl_jax.search import MOMENTS, STORAGES
 
 
 def _parser() -> Parser:
@@ -80,6 +80,9 @@ def _parser() -> Parser:
     query.add_argument("--max_length", type=float, default=math.inf, help="seconds at most")
     for flag, when in (("--since", "later"), ("--until", "earlier")):
         query.add_argument(flag, default="", metavar="YYYY-MM-DD", help=f"changed then or {when}")
+    query.add_argument(
+        "--only", action="append", default=[], metavar="PATH", help="only this video; repeatable"
+    )
     query.add_argument("--sentences", type=Path, help="file of sentences to rank for --video")
     query.add_argument(
         "--captions",
@@ -87,6 +90,9 @@ def _parser() -> Parser:
         help="file of captions for the prompt's i (default: the test split)",
     )
     query.add_argument("--top", type=positive_int, default=5, help="hits per query (%(default)s)")
+    query.add_argument(
+        "--moments", type=positive_int, default=MOMENTS, help="moments per hit (%(default)s)"
+    )
     query.add_argument("--json", action="store_true", help="print one JSON object per query")
     query.add_argument("--engine", choices=("exact", "qdrant"), default="exact")
     query.add_argument(
@@ -121,6 +127,14 @@ def _parser() -> Parser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
     serve.add_argument("--top", type=positive_int, default=12, help="hits per query (%(default)s)")
+
+    serve.add_argument(
+        "--max_upload",
+        type=positive_int,
+        default=500,
+        metavar="MB",
+        help="of a video that is sent as a query, at most (%(default)s)",
+    )
 
     text = "draw how the words and frames of one pair contribute to its score"
     explain = commands.add_parser("explain", parents=[model], help=text, description=text)

@@ -3,20 +3,22 @@
 import dataclasses
 import datetime
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.filters import Filters, parse_day
+from drl_jax.search.rows import SearchIndexError
 
-# Maximum hits per request.
-MAX_HITS = 50
+# Maximum hits per request, and moments of the video that is open.
+MAX_HITS, MAX_MOMENTS = 50, 30
 # Maximum length of a parameter; a sentence has fewer tokens than this anyway.
 _MAX_CHARACTERS = 1000
 _FILTERS = ("folder", "name", "min_length", "max_length", "since", "until")
 _NO_FILTERS = Filters()
-_PARAMETERS = ("q", "without", "picture", "like", "top", "offset", *_FILTERS, "video", "t")
+_QUERY = ("q", "without", "picture", "by_video", "like")
+_PARAMETERS = (*_QUERY, "top", "offset", *_FILTERS, "only", "video", "t", "moments")
 
 
 class BadRequest(UserError):
@@ -35,6 +37,7 @@ class PageQuery:
       sentence: what is seen.
       without: what is not seen.
       picture: name of a picture that was sent to the server.
+      by_video: name of a video that was sent to the server.
       like: PATH@SECONDS of a moment of an indexed video. Without any of these, the answer is all
         videos in the order of their paths.
       top: number of hits; None: the server's default.
@@ -42,31 +45,37 @@ class PageQuery:
       filters: which videos are searched.
       video: path of the video that is open, relative to the folder of the index.
       time: where it is open, seconds.
+      moments: number of its moments, at most; None: as many as a hit has.
     """
 
     sentence: str | None = None
     without: str | None = None
     picture: str | None = None
+    by_video: str | None = None
     like: str | None = None
     top: int | None = None
     offset: int = 0
     filters: Filters = _NO_FILTERS
     video: str | None = None
     time: float | None = None
+    moments: int | None = None
 
     @property
     def asks(self) -> bool:
         """Whether it looks for something, instead of listing the videos."""
-        return any((self.sentence, self.without, self.picture, self.like))
+        return any((self.sentence, self.without, self.picture, self.by_video, self.like))
 
     @classmethod
-    def of(cls, parameters: Mapping[str, str]) -> "PageQuery":
-        """Reads the parameters of an address; empty ones are not given.
+    def of(cls, parameters: Iterable[tuple[str, str]]) -> "PageQuery":
+        """Reads the names and values of an address; empty ones are not given.
+
+        `only` may be there several times; of another parameter, the last one counts.
 
         Raises:
           BadRequest: a parameter is unknown or has a value that it cannot have.
         """
-        for name, text in parameters.items():
+        parameters = list(parameters)
+        for name, text in parameters:
             if name not in _PARAMETERS:
                 known = ", ".join(_PARAMETERS)
                 raise BadRequest(f"there is no parameter {name[:100]!r}; there are {known}")
@@ -74,11 +83,16 @@ class PageQuery:
                 raise BadRequest(
                     f"{name} has {len(text):,} characters; give at most {_MAX_CHARACTERS:,}"
                 )
-        given = {name: text for name, text in parameters.items() if text}
+        given = {name: text for name, text in parameters if text}
+        only = dict.fromkeys(text for name, text in parameters if name == "only" and text)
         lengths = {name: parse_time(name, given[name]) for name in _FILTERS[2:4] if name in given}
         days = {name: parse_day(name, given[name]) for name in _FILTERS[4:] if name in given}
         filters = Filters(
-            folder=given.get("folder", ""), name=given.get("name", ""), **lengths, **days
+            folder=given.get("folder", ""),
+            name=given.get("name", ""),
+            only=tuple(only),
+            **lengths,
+            **days,
         )
         if filters.min_length > filters.max_length:
             raise BadRequest("min_length is larger than max_length; no video can have both")
@@ -86,12 +100,16 @@ class PageQuery:
             sentence=given.get("q"),
             without=given.get("without"),
             picture=given.get("picture"),
+            by_video=given.get("by_video"),
             like=given.get("like"),
             top=_count("top", given["top"], 1, MAX_HITS) if "top" in given else None,
             offset=_count("offset", given.get("offset", "0"), 0, 10**9),
             filters=filters,
             video=given.get("video"),
             time=parse_time("t", given["t"]) if "t" in given else None,
+            moments=(
+                _count("moments", given["moments"], 1, MAX_MOMENTS) if "moments" in given else None
+            ),
         )
 
     def address(self, page: str = "/", **changes: Any) -> str:
@@ -102,6 +120,7 @@ class PageQuery:
             "q": query.sentence,
             "without": query.without,
             "picture": query.picture,
+            "by_video": query.by_video,
             "like": query.like,
             "top": query.top,
             "offset": query.offset,
@@ -111,12 +130,26 @@ class PageQuery:
             "max_length": seconds_text(filters.max_length),
             "since": day_text(filters.since),
             "until": day_text(filters.until),
+            "only": list(filters.only),
             "video": query.video,
             "t": None if query.time is None else f"{query.time:.3f}".rstrip("0").rstrip("."),
+            "moments": query.moments,
         }
         given = {name: value for name, value in parameters.items() if value}
-        text = urlencode(given, quote_via=quote, safe="/", errors="surrogateescape")
+        text = urlencode(given, doseq=True, quote_via=quote, safe="/", errors="surrogateescape")
         return f"{page}?{text}" if text else page
+
+    def closed(self, **changes: Any) -> "PageQuery":
+        """The first hits and no open video, after `changes` of attributes."""
+        no_video = {"offset": 0, "video": None, "time": None, "moments": None}
+        return dataclasses.replace(self, **no_video, **changes)
+
+
+def status_of(error: UserError) -> int:
+    """The status of the answer to a request that is wrong: 4xx; 503 if the index cannot be read."""
+    if isinstance(error, BadRequest):
+        return error.http_status
+    return 503 if isinstance(error, SearchIndexError) else 400
 
 
 def file_address(kind: str, path: str, **parameters: Any) -> str:

@@ -15,6 +15,7 @@ from av.video.frame import PictureType
 from PIL import Image
 
 from drl_jax.data.video import RgbConverter, VideoError, ffmpeg_errors
+from drl_jax.search.remux import MP4_OPTIONS, can_copy, write_copy
 
 # Longest clip, seconds.
 MAX_CLIP = 60.0
@@ -59,7 +60,9 @@ def _frame_at(path: Path, time: float) -> tuple[av.VideoFrame | None, float]:
 
 
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
-    """Writes a part of a video as an mp4 file that browsers play: H.264 and AAC.
+    """Writes a part of a video as an mp4 file that browsers play: H.264 and AAC, or MP3.
+
+    Where the file has them in another container, they are copied (`remux.py`); else it is encoded.
 
     Args:
       path: any file that FFmpeg reads.
@@ -70,22 +73,33 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
     Raises:
       VideoError: it cannot be decoded, or has no frame there.
     """
-    with ffmpeg_errors(), av.open(str(out), "w", format="mp4", options=_MP4) as clip:
-        if not _write_frames(path, start, end, clip):
-            raise VideoError("has no frame in this part")
+    with ffmpeg_errors():
+        if _copied(path, start, end, out):
+            return
+        with av.open(str(out), "w", format="mp4", options=MP4_OPTIONS) as clip:
+            if not _write_frames(path, start, end, clip):
+                raise VideoError("has no frame in this part")
 
 
-# The header comes first, so that a browser plays while it loads.
-_MP4 = {"movflags": "faststart"}
+def _copied(path: Path, start: float, end: float, out: Path) -> bool:
+    """Copies a part of a video if browsers play that; what cannot be copied can be encoded."""
+    try:
+        with _opened(path, 0.0) as (container, _, first):
+            is_written = can_copy(container) and write_copy(container, first, start, end, out)
+        # Some files name key frames that are none.
+        return is_written and _can_start(out, 0.0)
+    except (av.error.FFmpegError, ValueError):
+        return False
 
 
 def _write_frames(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> int:
     """Writes the pictures and the sound between two times; returns the number of pictures."""
-    count = 0
+    count, last = 0, -1
     with _decoding(path, start) as (container, stream, first):
         sound = container.streams.best("audio")
         inputs = [stream] if sound is None else [stream, sound]
         video = audio = None
+        packets: list[av.Packet] = []
         done = set()
         for packet in container.demux(inputs):
             if packet.stream.index in done:
@@ -101,19 +115,23 @@ def _write_frames(path: Path, start: float, end: float, clip: av.container.Outpu
                     if audio is None:
                         audio = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
                     frame.pts = round((time - start) / frame.time_base)
-                    clip.mux(audio.encode(frame))
+                    packets += audio.encode(frame)
                     continue
                 picture = _even(frame)
                 if video is None:
                     video = _video_stream(clip, picture, stream)
-                picture.pts, picture.time_base = round((time - start) / _TIME_BASE), _TIME_BASE
-                clip.mux(video.encode(picture))
+                # The times of an AVI file with B-frames go back and forth; an encoder fails then.
+                last = max(last + 1, round((time - start) / _TIME_BASE))
+                picture.pts, picture.time_base = last, _TIME_BASE
+                packets += video.encode(picture)
                 count += 1
             if len(done) == len(inputs):
                 break
         for output in (video, audio):
             if output is not None:
-                clip.mux(output.encode())
+                packets += output.encode()
+        # A clip has its streams before the first packet; sound may start after many pictures.
+        clip.mux(packets)
     return count
 
 

@@ -12,6 +12,7 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.errors import UserError
+from drl_jax.search import MOMENTS
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.explain_file import explain_file
 from drl_jax.search.filters import Filters, parse_day
@@ -67,7 +68,7 @@ def _query(options: argparse.Namespace) -> None:
     session = SearchSession(options.index, _model_of_flags(options))
     if options.video and options.sentences:
         _rank_sentences(options, session)
-    elif options.video or options.picture or options.like or options.without or _filters(options):
+    elif not _is_plain(options):
         _answer_query(options, session, queries)
     elif options.engine == "qdrant":
         with contextlib.closing(_qdrant(options, session, options.candidates)) as engine:
@@ -79,19 +80,24 @@ def _query(options: argparse.Namespace) -> None:
 
 def _check_query(options: argparse.Namespace) -> None:
     """Checks which flags go together."""
-    others = options.picture or options.like or options.without or _filters(options)
     if options.sentences and not options.video:
         raise UserError("--sentences needs --video: it ranks sentences for a video")
     if (options.query or options.queries) and options.video:
         raise UserError("give sentences or --video as the query, not both")
     if options.engine == "exact" and (options.url or options.collection):
         raise UserError("--url and --collection need --engine=qdrant")
-    if (options.video or others) and options.engine != "exact":
+    if not _is_plain(options) and options.engine != "exact":
         raise UserError(
             f"--engine={options.engine} answers sentences only, among all videos; omit it"
         )
     if options.without and not (options.query or options.picture or options.like or options.video):
         raise UserError("--without needs something to look for, e.g. a sentence")
+
+
+def _is_plain(options: argparse.Namespace) -> bool:
+    """Whether the queries are sentences among all videos, which every engine answers."""
+    others = (options.video, options.picture, options.like, options.without, _filters(options))
+    return not any(others) and options.moments == MOMENTS
 
 
 def _filters(options: argparse.Namespace) -> Filters:
@@ -100,16 +106,24 @@ def _filters(options: argparse.Namespace) -> Filters:
         for name in ("since", "until")
         if (text := getattr(options, name))
     }
-    return Filters(options.folder, options.name, options.min_length, options.max_length, **days)
+    return Filters(
+        folder=options.folder,
+        name=options.name,
+        min_length=options.min_length,
+        max_length=options.max_length,
+        only=tuple(options.only),
+        **days,
+    )
 
 
 def _answer_query(
     options: argparse.Namespace, session: SearchSession, sentences: Sequence[str]
 ) -> None:
-    """Answers queries that are more than sentences among all videos."""
+    """Answers queries that are not plain."""
     snapshot = session.snapshot()
-    videos = snapshot.filtered(_filters(options))
-    if not videos:
+    filters = _filters(options)
+    videos = snapshot.filtered(filters) if filters else None
+    if videos is not None and not videos:
         raise UserError(f"none of the {len(snapshot.videos)} videos passes the filters")
     rest = Query(
         without=options.without,
@@ -120,7 +134,8 @@ def _answer_query(
     for sentence in sentences or [""]:
         query = dataclasses.replace(rest, sentence=sentence)
         name = sentence or str(options.video or options.picture or options.like)
-        _print_hits(name, snapshot.answer(query, options.top, videos), options.json)
+        hits = snapshot.answer(query, options.top, videos, moments=options.moments)
+        _print_hits(name, hits, options.json)
 
 
 def _moment(snapshot: IndexSnapshot, text: str) -> tuple[IndexedVideo, float]:
@@ -223,7 +238,14 @@ def _serve(options: argparse.Namespace) -> None:
     from drl_jax.search.serve import serve
 
     model = _model_of_flags(options)
-    serve(options.index, model, host=options.host, port=options.port, top=options.top)
+    serve(
+        options.index,
+        model,
+        host=options.host,
+        port=options.port,
+        top=options.top,
+        max_upload=options.max_upload,
+    )
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -32,6 +32,11 @@ def database_path(directory: Path) -> Path:
     return directory / "index.sqlite"
 
 
+def lock_path(directory: Path) -> Path:
+    """Path of the file that the process locks that writes to an index."""
+    return directory / "lock"
+
+
 def open_database(directory: Path, *, write: bool) -> sqlite3.Connection:
     """Connects to the database.
 
@@ -117,6 +122,17 @@ def select_removed(
         f"SELECT {', '.join(names)} FROM removed_videos WHERE generation = ? AND slot IN ({marks})",
         (generation, *slots),
     ).fetchall()
+
+
+def select_without_slot(connection: sqlite3.Connection, names: Sequence[str]) -> list[tuple]:
+    """Columns of the videos that cannot be searched."""
+    query = f"SELECT {_selected(connection, names)} FROM videos WHERE slot IS NULL"
+    return connection.execute(query).fetchall()
+
+
+def count_rows(connection: sqlite3.Connection) -> int:
+    """Rows of the table of videos, counted without its indexes."""
+    return connection.execute("SELECT COUNT(*) FROM videos NOT INDEXED").fetchone()[0]
 
 
 def select_listing(connection: sqlite3.Connection) -> Iterator[tuple]:

@@ -149,6 +149,19 @@ class _Blocks:
         return self.nbytes / self.layout.device_count < free / 2
 
 
+def compared_arrays(config: ModelConfig, params: Params) -> set[str]:
+    """Names of the arrays of videos that a model compares."""
+    definition = model_definition(config)
+    frame_feat = jax.ShapeDtypeStruct((1, 1, config.backbone.embed_dim), np.float32)
+    frame_mask = jax.ShapeDtypeStruct((1, 1), bool)
+
+    def encode(params: Params, frame_feat: jax.Array, frame_mask: jax.Array) -> Features:
+        interaction = nnx.merge(definition, params).interaction
+        return interaction.encode_video(frame_feat, frame_mask)
+
+    return set(jax.eval_shape(encode, params, frame_feat, frame_mask))
+
+
 class SearchEngine:
     """Compares queries with galleries; compiles once per shape."""
 

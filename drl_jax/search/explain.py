@@ -50,12 +50,13 @@ def explain(
       interaction: of the model.
       text: arrays of one text, without the axis of items (see `Interaction.attribution`).
       video: arrays of one video, likewise, float32.
-      words: tokens of the text, with start and end.
+      words: tokens of the text, with start and end; those behind its last token are left out.
       times: times of the video's frames, seconds.
     """
     attribution = interaction.attribution(text, video)
     frames = len(attribution.frame_contribution)
-    return Explanation(words, np.asarray(times[:frames]), attribution)
+    tokens = len(attribution.token_weight)
+    return Explanation(words[:tokens], np.asarray(times[:frames]), attribution)
 
 
 def format_timestamp(seconds: float) -> str:

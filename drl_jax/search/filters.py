@@ -1,4 +1,4 @@
-"""Filters of a search: only videos in a folder, with a name, or of some length."""
+"""Filters of a search: only some videos, those in a folder, with a name, or of some length."""
 
 import dataclasses
 import datetime
@@ -21,6 +21,7 @@ class Filters:
       max_length: seconds at most.
       since: changed on this day or later.
       until: changed on this day or earlier.
+      only: paths relative to the folder of the index, the only ones; empty: all.
     """
 
     folder: str = ""
@@ -29,14 +30,34 @@ class Filters:
     max_length: float = math.inf
     since: datetime.date = datetime.date.min
     until: datetime.date = datetime.date.max
+    only: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether a video can fail them."""
         return self != Filters()
 
+    @property
+    def of_properties(self) -> "Filters":
+        """The filters without `only`: those by folder, name, length and day."""
+        return dataclasses.replace(self, only=())
+
+    def without(self, path: str) -> "Filters":
+        """The filters with one path less in `only`."""
+        rest = tuple(other for other in self.only if other != path)
+        return dataclasses.replace(self, only=rest)
+
 
 def filter_videos(videos: Iterable[IndexedVideo], filters: Filters) -> list[IndexedVideo]:
-    """The videos that pass, in their order."""
+    """The videos that pass, in their order.
+
+    Raises:
+      UserError: one of `only` is not among the videos.
+    """
+    if filters.only:
+        names = set(filters.only)
+        videos = [video for video in videos if video.path in names]
+        if unknown := names - {video.path for video in videos}:
+            raise UserError(f"no video of the index has the path {min(unknown)[:200]!r}")
     folder = filters.folder.strip("/")
     prefix = f"{folder}/" if folder else ""
     pattern = filters.name.casefold()

@@ -10,9 +10,6 @@ from drl_jax.search.calibration import WEAK
 from drl_jax.search.explain import Explanation
 from drl_jax.search.rows import IndexedVideo
 
-# Moments of a video that a hit has at most.
-MOMENTS = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Moment:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,17 @@ from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import files_with_suffix
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.calibration import BANK_ARRAY, bank_of, bank_similarity
 from drl_jax.search.format_2 import made_with
+from drl_jax.search.progress import ProgressFile
 from drl_jax.search.reading import VideoRead, frames_of, read_video
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.store import Store
+from drl_jax.search.video_files import find_videos, is_outdated, is_text, names_of_no_files
 
 # Videos are stored at least this often, seconds: a kill loses no more work.
 _STORED_EVERY = 15.0
-# Seconds of decoding that a file may take for each MB, beside those of `timeout`.
-_SECONDS_PER_MB = 1.0
 # Videos that a worker may read ahead; a long one waits in a file as large as its frames.
 _AHEAD = 2
 
@@ -91,8 +90,8 @@ def update_index(
     with Store(directory, write=True) as store:
         _check_header(store, model, videos, storage)
         known = {video.path: video for video in store.videos()}
-        found = {video.path: video for video in _find_videos(videos, timeout)}
-        misnamed = [path for path in found if not _is_text(path)]
+        found = {video.path: video for video in find_videos(videos, timeout)}
+        misnamed = [path for path in found if not is_text(path)]
         for path in misnamed:
             del found[path]
         if not found and not known:
@@ -134,7 +133,7 @@ class _Update:
         self.pending = [
             video
             for path, video in found.items()
-            if path not in known or path in damaged or _is_outdated(known[path], video)
+            if path not in known or path in damaged or is_outdated(known[path], video)
         ]
         self.report.unchanged = len(found) - len(self.pending)
         self.damaged = damaged
@@ -159,16 +158,18 @@ class _Update:
         calls = [self._call(number, video) for number, video in enumerate(self.pending)]
         allowed = [video.allowed for video in self.pending]
         reads = map_in_processes(read_video, calls, timeout=allowed, ahead=_AHEAD)
-        progress = tqdm(
+        shown = tqdm(
             zip(self.pending, reads, strict=True),
             desc="indexing",
             total=len(self.pending),
             unit="video",
             disable=not self.pending,
         )
-        for video, read in progress:
-            self._take(video, read)
-        self._flush()
+        with ProgressFile(self.store.directory, len(self.pending)) as progress:
+            for number, (video, read) in enumerate(shown, start=1):
+                self._take(video, read)
+                progress.update(number)
+            self._flush()
         self.store.remove(list(self.missing))
         self.report.removed = len(self.missing)
         self.store.compact()
@@ -177,11 +178,7 @@ class _Update:
         self.report.bad |= {
             ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in misnamed
         }
-        self.report.skipped = [
-            str(path.relative_to(self.folder))
-            for path in sorted(self.folder.rglob("*"))
-            if path.suffix.lower() in VIDEO_SUFFIXES and not (path.is_file() or path.is_dir())
-        ]
+        self.report.skipped = names_of_no_files(self.folder)
         self.report.windows = sum(len(video.windows) for video in stored)
         self.report.nbytes = self.store.nbytes()
         return self.report
@@ -315,27 +312,3 @@ def _check_header(store: Store, model: RetrievalModel, videos: Path, storage: st
             )
     if not header["fingerprint"] or header["videos"] != folder:
         store.update_header(fingerprint=model.fingerprint, videos=folder)
-
-
-def _find_videos(folder: Path, timeout: float) -> Iterator[IndexedVideo]:
-    for path in files_with_suffix(folder, VIDEO_SUFFIXES):
-        status = path.stat()
-        yield IndexedVideo(
-            str(path.relative_to(folder)),
-            status.st_size,
-            status.st_mtime_ns,
-            sha256="",
-            allowed=timeout + _SECONDS_PER_MB * status.st_size / 1e6,
-        )
-
-
-def _is_text(path: str) -> bool:
-    """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in path)
-
-
-def _is_outdated(known: IndexedVideo, found: IndexedVideo) -> bool:
-    """Whether a file has changed, or may be decoded in the time that is allowed now."""
-    if (known.size, known.mtime_ns) != (found.size, found.mtime_ns):
-        return True
-    return bool(known.allowed) and found.allowed > known.allowed

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from drl_jax.models.interactions import Features
 from drl_jax.search.rows import IndexedVideo, SearchIndexError, check_features
+from drl_jax.search.store import Store
 from drl_jax.search.videos import IndexedVideos
 
 # Windows that are checked before an index is open: a few tenths of a second.
@@ -94,6 +95,8 @@ class IndexCheck:
     def _run(self, videos: IndexedVideos) -> None:
         first_slot = self.checked
         try:
+            with Store(self._directory) as store:
+                store.check_table()
             for chunk in videos.chunks(_CHUNK, first_slot):
                 if self._stopped:
                     return

@@ -111,10 +111,15 @@ def extent(hit: dict[str, Any]) -> str:
     return f"{duration(seconds)} of {duration(hit['duration'])}"
 
 
+def file_name(path: str) -> str:
+    """The name of a file, without its folder."""
+    return PurePosixPath(path).name
+
+
 def moment_name(like: str) -> str:
     """PATH@SECONDS as the page shows it: the name of the file, and the time."""
     path, _, seconds = like.rpartition("@")
     try:
-        return f"{PurePosixPath(path).name} at {format_clock(float(seconds))}"
+        return f"{file_name(path)} at {format_clock(float(seconds))}"
     except ValueError:
         return like

@@ -14,7 +14,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.engine import BEST
-from drl_jax.search.reading import frames_of, read_video
+from drl_jax.search.reading import VideoRead, frames_of, read_video
 from drl_jax.search.rows import IndexedVideo
 
 # What `without` subtracts, as a share of the similarity to its sentence.
@@ -35,14 +35,14 @@ class Query:
       sentence: what is seen.
       without: what is not seen.
       picture: bytes of an image file.
-      video: a video file.
+      video: a video file, or one that was encoded before.
       like: an indexed video and a time in it, seconds.
     """
 
     sentence: str = ""
     without: str = ""
     picture: bytes = b""
-    video: Path | None = None
+    video: "Path | EncodedVideo | None" = None
     like: tuple[IndexedVideo, float] | None = None
 
 
@@ -54,7 +54,7 @@ class EncodedQuery:
       parts: arrays of Q texts, or of frames in their place.
       weights: Q numbers, and the score is the weighted sum of the similarities; or BEST, and it is
         the largest of them.
-      words: names of the tokens of the first part.
+      words: names of the tokens of the first part; with BEST, of the longest part.
       is_sentence: whether the query is one sentence.
     """
 
@@ -64,9 +64,23 @@ class EncodedQuery:
     is_sentence: bool = False
 
     @property
-    def first(self) -> Features:
-        """The arrays of the first part, which explains a hit: [1, ...] each."""
-        return {name: array[:1] for name, array in self.parts.items()}
+    def explaining(self) -> list[Features]:
+        """The parts of which one explains a hit, without the axis of parts: all with BEST."""
+        count = len(next(iter(self.parts.values()))) if self.weights == BEST else 1
+        return [{name: array[n] for name, array in self.parts.items()} for n in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedVideo:
+    """A video file as a query.
+
+    Attributes:
+      windows: as the only part of a query: what is found is like one of its windows.
+      whole: beside other parts: arrays of frames that are evenly spaced over it, [1, ...] each.
+    """
+
+    windows: EncodedQuery
+    whole: Features
 
 
 def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[EncodedQuery]:
@@ -97,8 +111,12 @@ def encode_query(
     Raises:
       UserError: the query is empty, or a part of it cannot be read.
     """
-    if query.video is not None and query == Query(video=query.video):
-        return _encoded_video(model, query.video)
+    video = query.video
+    if isinstance(video, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            video = encode_read(model, str(video), _read(model, video, Path(folder) / "frames"))
+    if video is not None and stored is None and query == Query(video=query.video):
+        return video.windows
     parts: list[tuple[Features, float, list[str]]] = []
 
     def add_frames(video: Features, name: str) -> None:
@@ -110,8 +128,8 @@ def encode_query(
         parts.append((encoded.parts, 1.0, encoded.words))
     if query.picture:
         add_frames(model.encode_video([read_picture(model, query.picture)]), "[picture]")
-    if query.video is not None:
-        add_frames(model.encode_video([query.video]), "[video]")
+    if video is not None:
+        add_frames(video.whole, "[video]")
     if stored is not None:
         add_frames(stored, "[moment]")
     if not parts:
@@ -127,20 +145,39 @@ def encode_query(
     )
 
 
-def _encoded_video(model: RetrievalModel, path: Path) -> EncodedQuery:
-    """A video as a query: what is found is like one of its windows."""
-    with tempfile.TemporaryDirectory() as folder:
-        spool = Path(folder) / "frames"
-        read = read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
-        if reason := read.error or read.failure:
-            raise UserError(f"{path} {reason}")
-        count = min(len(read.windows), _MAX_WINDOWS)
-        chosen = np.linspace(0, len(read.windows) - 1, count, dtype=int)
-        windows = [read.windows[number].frames for number in chosen]
-        video = model.encode_windows(frames_of(read, model.frame_form), windows)
-    text = model.interaction.video_as_text(video)
-    words = ["[video]"] * int(text["text_mask"][0].sum())
-    return EncodedQuery(text, BEST if count > 1 else (1.0,), words)
+def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVideo:
+    """Encodes a video file that was read, as a query.
+
+    Args:
+      model: of the index.
+      name: of the file, for the message of an error.
+      read: its frames; nothing is deleted.
+
+    Raises:
+      UserError: it has no frames.
+    """
+    if read.error:
+        raise UserError(f"{name} {read.error}")
+    if read.failure:
+        raise UserError(f"the frames of {name} cannot be written ({read.failure})")
+    frames = frames_of(read, model.frame_form)
+    count = min(len(read.windows), _MAX_WINDOWS)
+    chosen = np.linspace(0, len(read.windows) - 1, count, dtype=int)
+    windows = [read.windows[number].frames for number in chosen]
+    if count > 1:
+        most = min(len(frames), model.config.data.max_frames)
+        windows.append(tuple(np.linspace(0, len(frames) - 1, most, dtype=int).tolist()))
+    # Only these frames go through the image tower.
+    used = np.unique(np.concatenate(windows))
+    encoded = model.encode_windows(frames[used], [np.searchsorted(used, w) for w in windows])
+    whole = {name: array[-1:] for name, array in encoded.items()}
+    text = model.interaction.video_as_text({n: array[:count] for n, array in encoded.items()})
+    words = ["[video]"] * int(text["text_mask"].sum(axis=1).max())
+    return EncodedVideo(EncodedQuery(text, BEST if count > 1 else (1.0,), words), whole)
+
+
+def _read(model: RetrievalModel, path: Path, spool: Path) -> VideoRead:
+    return read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
 
 
 def read_picture(model: RetrievalModel, content: bytes) -> np.ndarray:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -12,6 +11,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
+from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import page_view
 from drl_jax.search.addresses import (
@@ -21,17 +21,18 @@ from drl_jax.search.addresses import (
     format_clock,
     parse_time,
     seconds_text,
+    status_of,
 )
-from drl_jax.search.api import SearchAPI, state_of, video_of
+from drl_jax.search.api import SearchAPI, video_of
 from drl_jax.search.filters import Filters
+from drl_jax.search.hit_json import state_of
 from drl_jax.search.media import Media
-from drl_jax.search.rows import IndexedVideo, SearchIndexError
+from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.session import SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
+from drl_jax.search.uploads import MAX_PICTURE, upload_routes
 
 _PAGE = Path(__file__).parent / "page"
-# Bytes of a picture that is sent as a query, at most.
-_MAX_PICTURE = 20_000_000
 # Answers that name the content in `v` stay right.
 _KEPT = {"Cache-Control": "private, max-age=86400"}
 _STATES = {
@@ -55,43 +56,54 @@ class _FilePath(Convertor[str]):
 register_url_convertor("file", _FilePath())
 
 
-def _status_of(error: UserError) -> int:
-    """Of a request that is wrong: 4xx; 503 if the index cannot be read."""
-    if isinstance(error, BadRequest):
-        return error.http_status
-    return 503 if isinstance(error, SearchIndexError) else 400
-
-
 # ---------------------------------------------------------------------- the page
 
 
-def page_routes(api: SearchAPI) -> list[Route]:
-    """The page, and the parts of it that its script loads."""
+def page_routes(api: SearchAPI, max_video: int) -> list[Route]:
+    """The pages, and the parts of the first that its script loads.
+
+    Args:
+      api: answers.
+      max_video: bytes of a video that is sent as a query, at most.
+    """
     templates = Jinja2Templates(_PAGE)
     templates.env.trim_blocks = templates.env.lstrip_blocks = True
     for name in ("span", "duration", "extent", "table", "marks_note"):
         templates.env.filters[name] = getattr(page_view, name)
     templates.env.filters |= {"clock": format_clock, "seconds": seconds_text, "day": day_text}
-    templates.env.filters["moment_name"] = page_view.moment_name
+    templates.env.filters |= {"name": page_view.file_name, "moment_name": page_view.moment_name}
     templates.env.globals |= {
         "curve": page_view.timeline_curve,
         "states": _STATES,
         "no_filters": Filters(),
+        "video_suffixes": VIDEO_SUFFIXES,
+        "max_picture": MAX_PICTURE,
+        "max_video": max_video,
     }
 
     def page(request: Request) -> Response:
         context: dict[str, Any] = {"query": PageQuery(), "index": {}, "status": 200}
         try:
             context["index"] = api.index()
-            context["query"] = query = PageQuery.of(request.query_params)
+            context["query"] = query = PageQuery.of(request.query_params.multi_items())
             context["found"] = api.search(query)
             if query.video is not None:
                 context["open"] = api.video(query)
         except UserError as error:
-            context |= {"error": str(error), "status": _status_of(error)}
+            context |= {"error": str(error), "status": status_of(error)}
         context["examples"] = page_view.examples(api.session.model.config.data.dataset)
         return templates.TemplateResponse(
             request, "page.html", context, status_code=context["status"]
+        )
+
+    def unsearchable(request: Request) -> Response:
+        context: dict[str, Any] = {"index": {}, "status": 200}
+        try:
+            context |= {"index": api.index(), **api.unsearchable()}
+        except UserError as error:
+            context |= {"error": str(error), "status": status_of(error)}
+        return templates.TemplateResponse(
+            request, "unsearchable.html", context, status_code=context["status"]
         )
 
     def part(name: str, answer: Callable[[PageQuery], dict[str, Any]], template: str) -> Callable:
@@ -99,16 +111,17 @@ def page_routes(api: SearchAPI) -> list[Route]:
 
         def endpoint(request: Request) -> Response:
             try:
-                query = PageQuery.of(request.query_params)
+                query = PageQuery.of(request.query_params.multi_items())
                 context = {"query": query, name: answer(query)}
             except UserError as error:
-                return PlainTextResponse(str(error), _status_of(error))
+                return PlainTextResponse(str(error), status_of(error))
             return templates.TemplateResponse(request, template, context)
 
         return endpoint
 
     return [
         Route("/", page),
+        Route("/unsearchable", unsearchable),
         Route("/tiles", part("found", api.search, "tiles.html")),
         Route("/viewer", part("open", api.video, "viewer.html")),
     ]
@@ -117,44 +130,28 @@ def page_routes(api: SearchAPI) -> list[Route]:
 # ---------------------------------------------------------------------- the API
 
 
-def api_routes(api: SearchAPI) -> list[Route]:
-    """The JSON API."""
+def api_routes(api: SearchAPI, max_video: int) -> list[Route]:
+    """The JSON API; see `page_routes`."""
 
     def of(answer: Callable[[PageQuery], dict[str, Any]]) -> Callable:
         def endpoint(request: Request) -> Response:
             try:
-                return JSONResponse(answer(PageQuery.of(request.query_params)))
+                return JSONResponse(answer(PageQuery.of(request.query_params.multi_items())))
             except UserError as error:
-                return JSONResponse({"error": str(error)}, _status_of(error))
+                return JSONResponse({"error": str(error)}, status_of(error))
 
         return endpoint
 
     def description(request: Request) -> Response:
         return FileResponse(_PAGE / "openapi.json", media_type="application/json")
 
-    async def send_picture(request: Request) -> Response:
-        """Keeps the picture in the body of a request, and answers with its name."""
-        # Only pages of this server send this; forms of other pages cannot.
-        if request.headers.get("content-type") != "application/octet-stream":
-            return JSONResponse({"error": "send it as application/octet-stream"}, 415)
-        content = bytearray()
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > _MAX_PICTURE:
-                megabytes = _MAX_PICTURE // 1_000_000
-                return JSONResponse({"error": f"a picture has at most {megabytes} MB"}, 413)
-        try:
-            name = await run_in_threadpool(api.add_picture, bytes(content))
-        except UserError as error:
-            return JSONResponse({"error": str(error)}, _status_of(error))
-        return JSONResponse({"picture": name})
-
     return [
-        Route("/api/pictures", send_picture, methods=["POST"]),
         Route("/api/search", of(api.search)),
         Route("/api/video", of(api.video)),
         Route("/api/index", of(lambda query: api.index())),
+        Route("/api/unsearchable", of(lambda query: api.unsearchable())),
         Route("/api/openapi.json", description),
+        *upload_routes(api.sent, max_video),
     ]
 
 
@@ -170,7 +167,7 @@ def file_routes(session: SearchSession, media: Media) -> list[Route | Mount]:
                 index = session.snapshot()
                 return answer(request, index, video_of(index, request.path_params["path"]))
             except UserError as error:
-                return PlainTextResponse(str(error), _status_of(error))
+                return PlainTextResponse(str(error), status_of(error))
 
         return endpoint
 

@@ -59,7 +59,15 @@ class _AddHeaders:
         await self._app(scope, receive, send_with_headers)
 
 
-def serve(directory: Path, model: RetrievalModel | None, *, host: str, port: int, top: int) -> None:
+def serve(
+    directory: Path,
+    model: RetrievalModel | None,
+    *,
+    host: str,
+    port: int,
+    top: int,
+    max_upload: int,
+) -> None:
     """Serves the page until it is interrupted.
 
     Args:
@@ -68,11 +76,13 @@ def serve(directory: Path, model: RetrievalModel | None, *, host: str, port: int
       host: name or address to listen on.
       port: 0 chooses a free one.
       top: number of hits, unless the request has another.
+      max_upload: MB of a video that is sent as a query, at most.
 
     Raises:
       UserError: the index cannot be opened, or the address is not available.
     """
-    app = make_app(directory, model, top=top, hosts=_LOOPBACK if host in _LOOPBACK else ("*",))
+    hosts = _LOOPBACK if host in _LOOPBACK else ("*",)
+    app = make_app(directory, model, top=top, max_upload=max_upload, hosts=hosts)
     listener = _listen(host, port)
     print(
         f"{app.state.videos} videos on http://{host}:{listener.getsockname()[1]}/  (Ctrl-C stops)",
@@ -108,7 +118,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def make_app(
-    directory: Path, model: RetrievalModel | None, *, top: int, hosts: tuple[str, ...] = _LOOPBACK
+    directory: Path,
+    model: RetrievalModel | None,
+    *,
+    top: int,
+    max_upload: int,
+    hosts: tuple[str, ...] = _LOOPBACK,
 ) -> Starlette:
     """Creates the ASGI application; answers one query, so that the first is not slow.
 
@@ -116,6 +131,7 @@ def make_app(
       directory: of the index.
       model: see `SearchSession`.
       top: number of hits.
+      max_upload: MB of a video that is sent as a query, at most.
       hosts: accepted values of the Host header; refuses DNS rebinding.
 
     Raises:
@@ -124,15 +140,20 @@ def make_app(
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
     session, media = SearchSession(directory, model), Media()
-    api = SearchAPI(session, top)
+    api, max_video = SearchAPI(session, top), 1_000_000 * max_upload
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         media.close()
+        api.sent.close()
 
     app = Starlette(
-        routes=[*page_routes(api), *api_routes(api), *file_routes(session, media)],
+        routes=[
+            *page_routes(api, max_video),
+            *api_routes(api, max_video),
+            *file_routes(session, media),
+        ],
         middleware=[
             Middleware(_AddHeaders),
             Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
-from drl_jax.models.drl import Params, model_definition
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
+from drl_jax.search import MOMENTS
 from drl_jax.search.calibration import BANK_ARRAY, unusual
-from drl_jax.search.engine import Gallery, Ranking, SearchEngine
+from drl_jax.search.engine import Gallery, Ranking, SearchEngine, compared_arrays
 from drl_jax.search.explain import explain
 from drl_jax.search.filters import Filters, filter_videos
 from drl_jax.search.format_2 import made_with
-from drl_jax.search.hits import MOMENTS, Hit, Moment
+from drl_jax.search.hits import Hit, Moment
 from drl_jax.search.integrity import IndexCheck
 from drl_jax.search.moments import Span, find_spans
+from drl_jax.search.progress import read_progress
 from drl_jax.search.quantization import dequantize
 from drl_jax.search.query import EncodedQuery, Query, encode_query, encode_sentences
 from drl_jax.search.rows import IndexedVideo, SearchIndexError, damaged
@@ -38,6 +38,7 @@ class IndexSnapshot:
       header: what the index was made with.
       folder: folder of the videos.
       videos: the videos that can be found.
+      unsearchable_count: number of the other files.
       check: of the index; see `IndexCheck`.
       model: the model of the index.
     """
@@ -66,7 +67,7 @@ class IndexSnapshot:
             self.header, self._arrays = store.header, store.arrays()
             generation = self.header["generation"]
             self.videos = IndexedVideos(directory, generation, *store.slots())
-            unsearchable = store.count() - len(self.videos)
+            self.unsearchable_count = store.count() - len(self.videos)
         if not made_with(self.header, model):
             raise SearchIndexError(
                 f"the index {directory} was made with another model than"
@@ -74,8 +75,13 @@ class IndexSnapshot:
                 " index"
             )
         if not self.videos:
+            progress = read_progress(directory)
             raise SearchIndexError(
-                f"the index {directory} has no video that can be searched ({unsearchable} cannot)"
+                f"the index {directory} has no video that can be searched"
+                f" ({self.unsearchable_count} cannot)"
+                if progress is None
+                else f"the index {directory} is being made ({progress.done} of {progress.total}"
+                " files are read), and no video is stored yet; try again in a few seconds"
             )
         self._bank = self._arrays.pop(BANK_ARRAY, None)
         # Indexes of format 3 have no checksums.
@@ -83,7 +89,7 @@ class IndexSnapshot:
             names = jax.eval_shape(dequantize, self._arrays).keys()
         except (TypeError, ValueError) as error:
             raise damaged(directory, error) from error
-        if missing := _arrays_of(model) - names:
+        if missing := compared_arrays(model.config.model, model.params) - names:
             raise damaged(directory, f"it has no array {min(missing)}")
         self.folder = Path(self.header["videos"])
         self._gallery = Gallery(self._arrays, self.videos.slots, model.layout)
@@ -110,7 +116,12 @@ class IndexSnapshot:
         return [self.hits(query, videos) for query, videos in zip(queries, best, strict=True)]
 
     def answer(
-        self, query: Query, top: int, videos: Sequence[IndexedVideo] | None = None
+        self,
+        query: Query,
+        top: int,
+        videos: Sequence[IndexedVideo] | None = None,
+        *,
+        moments: int = MOMENTS,
     ) -> list[Hit]:
         """Finds the best videos for a query of any kind.
 
@@ -118,12 +129,13 @@ class IndexSnapshot:
           query: what to look for.
           top: number of hits.
           videos: only these; None: all.
+          moments: of a hit, at most.
 
         Raises:
           UserError: the query is empty, or a part of it cannot be read.
         """
         encoded = self.encoded(query)
-        return self.hits(encoded, self.best_of(encoded, top, videos))
+        return self.hits(encoded, self.best_of(encoded, top, videos), moments)
 
     def encoded(self, query: Query) -> EncodedQuery:
         """Encodes a query; see `answer`."""
@@ -250,6 +262,11 @@ class IndexSnapshot:
         rows = {name: np.asarray(array[slots]) for name, array in self._arrays.items()}
         return {name: np.asarray(array) for name, array in jax.device_get(dequantize(rows)).items()}
 
+    def unsearchable(self) -> list[IndexedVideo]:
+        """The files that cannot be searched, with the reason in `error`, by their paths."""
+        with Store(self.directory) as store:
+            return store.unsearchable()
+
     def video_at(self, path: str) -> IndexedVideo | None:
         """The video with exactly this path relative to the folder, if it can be searched."""
         return self.videos.at_path(path)
@@ -276,28 +293,30 @@ class IndexSnapshot:
         with Store(self.directory) as store:
             return thumbnails(store, video, frames)
 
-    def hits(self, query: EncodedQuery, videos: Sequence[IndexedVideo]) -> list[Hit]:
-        """Hits of an encoded query in some videos, in their order."""
+    def hits(
+        self, query: EncodedQuery, videos: Sequence[IndexedVideo], most: int = MOMENTS
+    ) -> list[Hit]:
+        """Hits of an encoded query in some videos, in their order, with `most` moments at most."""
         if not videos:
             return []
         hits = []
         scored = zip(videos, self.window_scores(query, videos), strict=True)
         for rank, (video, scores) in enumerate(scored, start=1):
-            spans = find_spans(video.windows, scores, MOMENTS)
+            spans = find_spans(video.windows, scores, most)
             moments = tuple(self._moment(video, span, query) for span in spans)
             hits.append(Hit(rank, self.folder / video.path, video, moments, scores))
         return hits
 
     def _moment(self, video: IndexedVideo, span: Span, query: EncodedQuery) -> Moment:
         times = tuple(video.times[frame] for frame in video.windows[span.window].frames)
-        stored = self.stored_windows([(video, span.window)])
-        explanation = explain(
-            self.model.interaction,
-            {name: array[0] for name, array in query.first.items()},
-            {name: array[0] for name, array in stored.items()},
-            query.words,
-            times,
-        )
+        rows = self.stored_windows([(video, span.window)])
+        stored = {name: array[0] for name, array in rows.items()}
+        explanations = [
+            explain(self.model.interaction, part, stored, query.words, times)
+            for part in query.explaining
+        ]
+        # Of the windows of a video that is a query, the one that the score is of.
+        explanation = max(explanations, key=lambda e: e.attribution.frame_contribution.sum())
         # The bank has sentences: other queries have other similarities.
         is_sentence = query.is_sentence and self._bank is not None
         return Moment(
@@ -316,16 +335,3 @@ class IndexSnapshot:
 def _weights_of(query: EncodedQuery) -> Sequence[float] | str | None:
     """Weights of the parts; None for one part, whose score then has the bits of evaluation."""
     return None if query.weights == (1.0,) else query.weights
-
-
-def _arrays_of(model: RetrievalModel) -> set[str]:
-    """Names of the arrays of videos that the model compares."""
-    definition, backbone = model_definition(model.config.model), model.config.model.backbone
-    frame_feat = jax.ShapeDtypeStruct((1, 1, backbone.embed_dim), np.float32)
-    frame_mask = jax.ShapeDtypeStruct((1, 1), bool)
-
-    def encode(params: Params, frame_feat: jax.Array, frame_mask: jax.Array) -> Features:
-        interaction = nnx.merge(definition, params).interaction
-        return interaction.encode_video(frame_feat, frame_mask)
-
-    return set(jax.eval_shape(encode, model.params, frame_feat, frame_mask))

@@ -40,9 +40,11 @@ from drl_jax.runtime.lock import locked
 from drl_jax.search.array_files import GROWTH, copy_rows, map_arrays, write_rows
 from drl_jax.search.database import (
     add_strips,
+    count_rows,
     database_path,
     forget_removed,
     keep_slots_of,
+    lock_path,
     open_database,
     remove_videos,
     replace_videos,
@@ -54,6 +56,7 @@ from drl_jax.search.database import (
     select_strip,
     select_video,
     select_videos,
+    select_without_slot,
     transaction,
     upgrade,
 )
@@ -113,7 +116,7 @@ class Store:
         self._lock = contextlib.ExitStack()
         if write:
             try:
-                self._lock.enter_context(locked(directory / "lock", f"the index {directory}"))
+                self._lock.enter_context(locked(lock_path(directory), f"the index {directory}"))
             except OSError as error:
                 raise SearchIndexError(
                     f"cannot write to --index={directory}: {error.strerror}"
@@ -227,6 +230,28 @@ class Store:
                 if len(found[slot].windows) != count:
                     raise ValueError(f"{found[slot].path} does not have {count} windows")
         return {slot: found[slot] for slot in slots}
+
+    def unsearchable(self) -> list[IndexedVideo]:
+        """The files that cannot be searched, ordered by path.
+
+        Raises:
+          SearchIndexError: a row is damaged.
+        """
+        with self._reading():
+            videos = map(from_row, select_without_slot(self._database, COLUMNS))
+            return sorted(videos, key=lambda video: video.path)
+
+    def check_table(self) -> None:
+        """Checks that every file is listed: with a slot, or as one that cannot be searched.
+
+        Raises:
+          SearchIndexError: a row is damaged.
+        """
+        listed = len(select_slots(self._database)) + len(self.unsearchable())
+        with self._reading():
+            # In the table itself: other counts rely on its indexes.
+            if (rows := count_rows(self._database)) != listed:
+                raise ValueError(f"it has {rows} files and lists {listed}")
 
     def slots_of_path(self, path: str, generation: int) -> list[int]:
         """First slots of the videos with a path in the states of a generation.

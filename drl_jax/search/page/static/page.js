@@ -1,4 +1,6 @@
-// The search, the tiles and their previews, and the queries that were asked before.
+// The search, the tiles, their selection and previews, and the queries that were asked before.
+import { startGrowing } from "./growing.js";
+import { startSending } from "./sending.js";
 import { openFrom, startViewer } from "./viewer.js";
 
 const form = document.getElementById("search");
@@ -25,41 +27,26 @@ window.addEventListener("pageshow", () => {
   form.removeAttribute("aria-busy");
   form.querySelector("button").disabled = false;
   if (status) status.textContent = shown;
+  if (hits) countPicked();
 });
 
-// ---------------------------------------------------------------------- pictures as queries
+// ---------------------------------------------------------------------- selected hits
 
-const picture = document.getElementById("picture");
-picture.parentElement.hidden = false;
-picture.addEventListener("change", () => picture.files.length && sendPicture(picture.files[0]));
-document.addEventListener("paste", (event) => {
-  const image = [...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"));
-  if (image) sendPicture(image);
-});
-document.addEventListener("dragover", (event) => {
-  if ([...event.dataTransfer.types].includes("Files")) event.preventDefault();
-});
-document.addEventListener("drop", (event) => {
-  if (!event.dataTransfer.files.length) return;
-  event.preventDefault();
-  sendPicture(event.dataTransfer.files[0]);
-});
+const picked = document.getElementById("picked");
 
-async function sendPicture(file) {
-  if (status) status.textContent = "Sending the picture …";
-  const headers = { "Content-Type": "application/octet-stream" };
-  const answer = await fetch("/api/pictures", { method: "POST", headers, body: file }).catch(() => null);
-  const found = await answer?.json().catch(() => null);
-  if (!answer?.ok) {
-    if (status) status.textContent = found?.error ?? "the server does not take the picture";
-    picture.value = "";
-    return;
-  }
-  const address = new URL(location);
-  for (const name of ["video", "t", "offset", "like"]) address.searchParams.delete(name);
-  address.searchParams.set("picture", found.picture);
-  location.assign(address);
+function countPicked() {
+  const count = hits.querySelectorAll(".pick :checked").length;
+  picked.hidden = !count;
+  const text = `${count} video${count === 1 ? "" : "s"} selected`;
+  picked.querySelector("p").textContent = count ? text : "";
 }
+
+hits?.addEventListener("change", countPicked);
+document.getElementById("unpick")?.addEventListener("click", () => {
+  for (const box of hits.querySelectorAll(".pick :checked")) box.checked = false;
+  countPicked();
+  document.getElementById("q").focus();
+});
 
 // ---------------------------------------------------------------------- previews
 
@@ -203,16 +190,6 @@ if (recent && recentQueries().length) {
   });
 }
 
-// ---------------------------------------------------------------------- a growing index
-
-setInterval(async () => {
-  if (document.hidden || !status) return;
-  const answer = await fetch("/api/index").catch(() => null);
-  const videos = answer?.ok ? (await answer.json()).videos : null;
-  if (videos === null || String(videos) === document.body.dataset.videos) return;
-  document.body.dataset.videos = videos;
-  const again = Object.assign(document.createElement("a"), { href: location.href, textContent: "search again" });
-  status.replaceChildren(`The index now has ${videos} videos; `, again);
-}, 20000);
-
+startSending();
+startGrowing();
 startViewer();

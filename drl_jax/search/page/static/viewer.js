@@ -6,6 +6,7 @@ const content = document.getElementById("viewer-content");
 const said = document.getElementById("said");
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const SEEK = 5; // Seconds.
+const OPENED = ["video", "t", "moments"]; // What an address says of the open video.
 let facts = null; // Answer of the API about the open video.
 let loads = 0;
 
@@ -27,25 +28,54 @@ export async function openFrom(address) {
   if (await load(address)) history.pushState({ opened: true }, "", address);
 }
 
-async function load(address) {
+/** The viewer of an address as HTML; null if there is none, which is said, or another was opened. */
+async function fetchViewer(address) {
   const mine = ++loads;
   const answer = await fetch(`/viewer${new URL(address, location).search}`).catch(() => null);
   const text = answer ? await answer.text() : "the server does not answer";
-  if (mine !== loads) return false; // Another one was asked for meanwhile.
-  if (!answer?.ok) {
-    const status = dialog.open ? said : document.getElementById("status");
-    if (status) status.textContent = text;
-    return false;
-  }
+  if (mine !== loads) return null; // Another one was asked for meanwhile.
+  if (answer?.ok) return text;
+  const status = dialog.open ? said : document.getElementById("status");
+  if (status) status.textContent = text;
+  return null;
+}
+
+async function load(address) {
+  const text = await fetchViewer(address);
+  if (text === null) return false;
   player()?.removeAttribute("src"); // Ends the download.
   content.innerHTML = text;
   show();
   return true;
 }
 
+/** Shows more moments of the open video, which plays on. */
+async function loadMoments(link) {
+  const text = await fetchViewer(link.href);
+  if (text === null) return;
+  const video = player(), wasPlaying = video && !video.paused;
+  const before = content.querySelectorAll(".more-moments li").length;
+  const unplayable = find(".unplayable").hidden;
+  content.innerHTML = text;
+  if (video) player()?.replaceWith(video);
+  find(".unplayable").hidden = unplayable;
+  history.replaceState(history.state, "", link.href);
+  prepare();
+  setPosition(video && !video.dataset.converted ? video.currentTime : Number(opened().time));
+  if (wasPlaying) video.play().catch(() => {});
+  content.querySelectorAll(".more-moments li a")[before]?.focus();
+}
+
 function show() {
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
+  prepare();
+  find("#viewer-title").focus();
+  startPlayer();
+  setPosition(Number(opened().time));
+}
+
+function prepare() {
   said.textContent = "";
   facts = null;
   const at = place();
@@ -55,9 +85,6 @@ function show() {
     button.disabled = !tiles()[other];
   }
   find('[data-do="copy"]').hidden = false;
-  find("#viewer-title").focus();
-  startPlayer();
-  setPosition(Number(opened().time));
 }
 
 function close() {
@@ -70,15 +97,14 @@ function close() {
   const address = new URL(location);
   if (!address.searchParams.has("video")) return;
   if (history.state?.opened) return history.back();
-  address.searchParams.delete("video");
-  address.searchParams.delete("t");
+  for (const name of OPENED) address.searchParams.delete(name);
   history.pushState(null, "", address);
 }
 
 /** Which hits an address shows. */
 function search(address) {
   const parameters = new URL(address).searchParams;
-  for (const name of ["video", "t"]) parameters.delete(name);
+  for (const name of OPENED) parameters.delete(name);
   return parameters.toString();
 }
 
@@ -243,13 +269,14 @@ const ACTIONS = {
   save,
   close: () => dialog.close(),
   convert,
+  more: loadMoments,
 };
 
 content.addEventListener("click", async (event) => {
   const { target } = event;
   if (event.button || event.ctrlKey || event.metaKey || event.shiftKey) return;
   const acting = target.closest("[data-do]");
-  const moment = target.closest(".more-moments a");
+  const moment = target.closest(".more-moments li a");
   const frame = target.closest("[data-seek]");
   if (acting || moment) event.preventDefault();
   if (acting) ACTIONS[acting.dataset.do](acting);
