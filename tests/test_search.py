@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,18 +36,21 @@ from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.lock import LockError
+from drl_jax.search import progress as progress_module
 from drl_jax.search import rows
-from drl_jax.search import store as store_module
+from drl_jax.search import writer as writer_module
 from drl_jax.search.__main__ import main
 from drl_jax.search.engine import Gallery, SearchEngine
 from drl_jax.search.explain import explain, format_timestamp
 from drl_jax.search.figure import save_figure
 from drl_jax.search.format_2 import header_from_format_2
 from drl_jax.search.indexing import update_index
+from drl_jax.search.progress import read_progress
 from drl_jax.search.prompt import run_prompt
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.session import SearchSession
 from drl_jax.search.store import Store
+from drl_jax.search.writer import IndexWriter
 from drl_jax.sharding import make_layout
 
 
@@ -96,7 +100,7 @@ def videos(shared_videos, tmp_path):
 def index(shared_index, videos, tmp_path):
     """A copy of the index, of the copied videos."""
     directory = shutil.copytree(shared_index, tmp_path / "index")
-    with Store(directory, write=True) as store:
+    with IndexWriter(directory) as store:
         store.update_header(videos=str(videos.resolve()))
     return directory
 
@@ -266,7 +270,7 @@ def test_a_deleted_and_recreated_index_is_opened_again(model, videos, index):
 
 def test_unused_slots_are_removed(model, videos, index, monkeypatch):
     """Many unused slots: the arrays are copied without them; open readers keep the old files."""
-    monkeypatch.setattr(store_module, "GROWTH", 3)
+    monkeypatch.setattr(writer_module, "GROWTH", 3)
     session = SearchSession(index, model)
     snapshot, old = session.snapshot(), scores(session)
     old_files = set(index.glob("*.bin"))
@@ -277,9 +281,9 @@ def test_unused_slots_are_removed(model, videos, index, monkeypatch):
         copy_rows(*arguments)
         raise KeyboardInterrupt
 
-    copy_rows = store_module.copy_rows
+    copy_rows = writer_module.copy_rows
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "copy_rows", killed)
+        patch.setattr(writer_module, "copy_rows", killed)
         with pytest.raises(KeyboardInterrupt):
             update_index(model, videos, index)
     kept = {name: old[name] for name in ("3.mp4", "4.mp4", "5.mp4")}
@@ -376,8 +380,8 @@ def test_an_uncommitted_change_leaves_the_old_video(model, videos, index, monkey
         write_rows(*arguments)
         raise KeyboardInterrupt
 
-    write_rows = store_module.write_rows
-    monkeypatch.setattr(store_module, "write_rows", killed)
+    write_rows = writer_module.write_rows
+    monkeypatch.setattr(writer_module, "write_rows", killed)
     with pytest.raises(KeyboardInterrupt):
         update_index(model, videos, index)
     assert stored_features(index) == before
@@ -391,16 +395,36 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, index, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "write_rows", full)
+        patch.setattr(writer_module, "write_rows", full)
         with pytest.raises(SearchIndexError, match=r"No space left on device.*rerun the command"):
             update_index(model, videos, index)
     assert stored_features(index) == before
     assert update_index(model, videos, index).changed == 1
 
 
+def test_other_processes_see_the_progress(model, videos, tmp_path, monkeypatch):
+    directory, seen = tmp_path / "index", []
+    put = IndexWriter.put
+
+    def watched(writer, *arguments):
+        seen.append(read_progress(directory))
+        with pytest.raises(SearchIndexError, match=r"is being made \(6 of 6 files are read\), and"):
+            SearchSession(directory, model)
+        put(writer, *arguments)
+
+    monkeypatch.setattr(IndexWriter, "put", watched)
+    monkeypatch.setattr(progress_module, "_INTERVAL", 0.0)
+    update_index(model, videos, directory)
+    assert seen == [(6, 6)]
+    assert read_progress(directory) is None
+    # Nothing is to be done.
+    update_index(model, videos, directory)
+    assert not (directory / "indexing.json").exists()
+
+
 def test_one_writer_at_a_time(model, videos, tmp_path):
     with (
-        Store(tmp_path / "index", write=True),
+        IndexWriter(tmp_path / "index"),
         pytest.raises(LockError, match=r"the index .* is in use by process \d+ on host"),
     ):
         update_index(model, videos, tmp_path / "index")
@@ -548,7 +572,7 @@ def test_names_of_format_2():
 
 
 def test_an_unknown_format_is_one_line(model, index):
-    with Store(index, write=True) as store:
+    with IndexWriter(index) as store:
         store.update_header(format=6)
     with pytest.raises(SearchIndexError, match="has format 6, this version reads formats 2 to 5"):
         SearchSession(index, model)
@@ -703,6 +727,13 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
     moment = hit["moments"][0]
     assert set(moment) == {"start", "end", "peak", "score", "unusual", "words"}
     assert [word["word"] for word in moment["words"]][1:-1] == ["a", "red", "circle"]
+    only = ("--only=sub/1.mp4", "--only=2.mp4")
+    assert main(["query", index, "a dog", "--json", "--moments=1", *only]) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert {Path(hit["path"]).name for hit in hits} == {"1.mp4", "2.mp4"}
+    assert {len(hit["moments"]) for hit in hits} == {1}
+    assert main(["query", index, "a dog", "--only=none.mp4"]) == 1
+    assert "no video of the index has the path 'none.mp4'" in capsys.readouterr().err
     (tmp_path / "sentences.txt").write_text("one\ntwo\n")
     flags = (f"--video={videos / '0.mp4'}", f"--sentences={tmp_path / 'sentences.txt'}")
     assert main(["query", index, *flags]) == 0

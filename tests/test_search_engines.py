@@ -16,7 +16,7 @@ from drl_jax.search.indexing import update_index
 from drl_jax.search.qdrant import QdrantSearch
 from drl_jax.search.recall import measure_recall
 from drl_jax.search.session import SearchSession
-from drl_jax.search.store import Store
+from drl_jax.search.writer import IndexWriter
 
 QUERIES = ["a red circle moves to the left", "a green cross grows", "two words"]
 
@@ -59,7 +59,7 @@ def own_session(session, videos, tmp_path):
     """A session on a copy of the index, of the copied videos, without a collection."""
     ignore = shutil.ignore_patterns("qdrant")
     directory = shutil.copytree(session.directory, tmp_path / "index", ignore=ignore)
-    with Store(directory, write=True) as store:
+    with IndexWriter(directory) as store:
         store.update_header(videos=str(videos.resolve()))
     return SearchSession(directory, session.model)
 
@@ -166,7 +166,7 @@ def test_an_interaction_without_vectors_is_one_line(own_session):
 def test_an_index_upgraded_from_format_2_keeps_its_collection(own_session):
     names = []
     for fingerprint in ("", own_session.model.fingerprint):  # Before and after the upgrade.
-        with Store(own_session.directory, write=True) as store:
+        with IndexWriter(own_session.directory) as store:
             old = own_session.model.format_2_fingerprint
             store.update_header(fingerprint=fingerprint, format_2_fingerprint=old)
         engine = QdrantSearch(own_session)

@@ -25,8 +25,8 @@ from drl_jax.search.moments import find_spans
 from drl_jax.search.query import Query, encode_sentences, read_picture
 from drl_jax.search.rows import SearchIndexError
 from drl_jax.search.session import SearchSession
-from drl_jax.search.store import Store
 from drl_jax.search.windows import Window, window_at, windows_of
+from drl_jax.search.writer import IndexWriter
 
 FPS = 5
 # Seconds of the shots of the film; the third is longer than a window.
@@ -79,7 +79,7 @@ def videos(film, tmp_path):
 def index(shared_index, videos, tmp_path):
     """A copy of the index, of the copied videos."""
     directory = shutil.copytree(shared_index, tmp_path / "index")
-    with Store(directory, write=True) as store:
+    with IndexWriter(directory) as store:
         store.update_header(videos=str(videos.resolve()))
     return directory
 
@@ -262,7 +262,7 @@ def test_more_like_a_moment(session):
     assert windows == {"film.mp4": 11, "shot3.mp4": 0}
 
 
-def test_scores_of_combined_queries_are_sums(session):
+def test_scores_of_combined_queries_are_sums(session, film):
     def found(query):
         return {hit.path.name: hit.scores for hit in session.answer(query, top=3)}
 
@@ -273,6 +273,14 @@ def test_scores_of_combined_queries_are_sums(session):
     for name in both:
         expected = one[name] + other[name] - 0.5 * without[name]
         np.testing.assert_allclose(both[name], expected, atol=1e-5)
+    # A short video is one window, also beside a sentence.
+    shot = film / "shot0.mp4"
+    other, both = found(Query(video=shot)), found(Query(sentence=sentence, video=shot))
+    for name in both:
+        np.testing.assert_allclose(both[name], one[name] + other[name], atol=1e-5)
+    # Of a long one, frames that are spread over it count.
+    (hit,) = session.answer(Query(sentence=sentence, video=film / "film.mp4"), top=1)
+    assert hit.moments[0].explanation.words[1:-1] == sentence.split()
 
 
 def test_pictures_that_cannot_be_read_are_one_line(search_model, session):
@@ -292,11 +300,17 @@ def test_pictures_that_cannot_be_read_are_one_line(search_model, session):
 
 def test_a_video_is_found_by_each_of_its_windows(session, film):
     """A query of many windows: the best one counts."""
-    hits = session.search_by_video(film / "film.mp4", top=3)
+    shot = film / "film.mp4"
+    hits = session.search_by_video(shot, top=3)
     found = {hit.path.name: hit.score for hit in hits}
     assert found == pytest.approx({"film.mp4": 1, "shot0.mp4": 1, "shot3.mp4": 1}, abs=0.03)
     film = next(hit for hit in hits if hit.path.name == "film.mp4")
     np.testing.assert_allclose(film.scores, 1, atol=1e-4)
+    # Each moment is explained by the window of the query that it is like.
+    for moment in film.moments:
+        assert moment.explanation.attribution.similarity.diagonal() == pytest.approx(1, abs=1e-4)
+    more = session.snapshot().answer(Query(video=shot), top=1, moments=9)[0].moments
+    assert len(more) > len(film.moments) == 3
 
 
 def test_filters_by_day(session):

@@ -5,13 +5,16 @@ import dataclasses
 import http.client
 import io
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
+from unittest import mock
 from urllib.parse import quote
 
 import av
@@ -19,16 +22,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
+from support.browser import CHROMIUM, CHROMIUM_FLAGS
 from support.commands import ROOT, error_of
 
+from drl_jax.search import progress as progress_module
 from drl_jax.search.indexing import update_index
+from drl_jax.search.progress import ProgressFile
 from drl_jax.search.routes import api_routes
+from drl_jax.search.writer import IndexWriter
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-CHROMIUM_FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-)
 SENTENCE = "a green triangle shrinks"
 ASKED = f"?q={quote(SENTENCE)}"
 # The heading of hits; those of a random model are weak.
@@ -46,6 +48,7 @@ class Served:
     port: int
     videos: Path
     index: Path
+    temporary: Path
 
     @property
     def url(self) -> str:
@@ -107,16 +110,20 @@ def served(search_model, test_videos, tmp_path_factory):
     (folder / "secret.mp4").write_text("outside the folder")
     update_index(search_model, videos, index)
     command = [sys.executable, "-m", "drl_jax.search", "serve", f"--index={index}"]
+    (folder / "temporary").mkdir()
     process = subprocess.Popen(
-        [*command, "--port=0", "--top=4"],
+        [*command, "--port=0", "--top=4", "--max_upload=2"],
         cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder / "temporary")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     line = process.stdout.readline()
     assert line.startswith("6 videos on http://127.0.0.1:"), process.communicate()
-    yield Served(process, int(line.split(":")[2].split("/")[0]), videos, index)
+    yield Served(
+        process, int(line.split(":")[2].split("/")[0]), videos, index, folder / "temporary"
+    )
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -227,6 +234,8 @@ def test_bad_requests_are_one_line(served):
         ("q=a+dog&top=many", "top must be a number from 1 to 50"),
         ("offset=-1", "offset must be a number from 0"),
         ("offset=6", "offset must be below the number of videos, 6"),
+        ("moments=31", "moments must be a number from 1 to 30, not '31'"),
+        ("only=none.mp4", "no video of the index has the path 'none.mp4'"),
         ("colour=red", "there is no parameter 'colour'; there are q, without,"),
         ("min_length=long", "min_length takes seconds, or minutes:seconds, not 'long'"),
         ("min_length=nan", "min_length takes seconds"),
@@ -234,11 +243,12 @@ def test_bad_requests_are_one_line(served):
         ("min_length=9&max_length=8", "min_length is larger than max_length"),
         ("q=" + "dog+" * 25_000, "q has 100,000 characters; give at most 1,000"),
     ):
+        expected = 404 if query.startswith("only") else 400
         status, _, body = served.get(f"/api/search?{query}")
-        assert status == 400, body
+        assert status == expected, body
         assert message in json.loads(body)["error"]
         status, _, body = served.get(f"/?{query}")
-        assert status == 400
+        assert status == expected
         assert b'role="alert"' in body
     for path, expected, message in (
         (f"/api/video?video={LONG}&t=99", 400, b"t=99 is outside the video, which has 32.5 s"),
@@ -296,7 +306,9 @@ def test_the_api_is_as_described(served):
     for address in (
         *(f"/api/search{ASKED}", "/api/search?folder=sub%20folder", f"/api/search{ASKED}&name=zz"),
         *(f"/api/video{ASKED}&video={LONG}&t=20", f"/api/video?video={LONG}"),
-        *("/api/index", "/api/openapi.json", f"/videos/{LONG}", f"/frames/{LONG}?frame=1"),
+        *(f"/api/search{ASKED}&only={LONG}&only=video0.mp4", "/api/unsearchable"),
+        *(f"/api/video{ASKED}&video={LONG}&moments=30", "/api/index"),
+        *("/api/openapi.json", f"/videos/{LONG}", f"/frames/{LONG}?frame=1"),
         *(f"/pictures/{LONG}?t=3", f"/clips/{LONG}?start=1&end=2"),
     ):
         path, _, query = address.partition("?")
@@ -355,6 +367,125 @@ def test_pictures_and_moments_are_queries(served):
         status, _, body = served.get(f"/api/search?{query}")
         assert status in (400, 404)
         assert message in json.loads(body)["error"]
+
+
+def sent_files(served: Served) -> list[str]:
+    """What is kept of files that were sent to the server."""
+    return [path.name for path in served.temporary.iterdir() if "sent" in path.name]
+
+
+def test_a_video_that_is_sent_is_a_query(served):
+    film = (served.videos / LONG).read_bytes()
+    status, sent = served.post("/api/videos", film)
+    assert status == 200
+    (hit,) = served.json(f"/api/search?by_video={sent['by_video']}&top=1")["hits"]
+    assert hit["path"] == LONG
+    assert hit["score"] == pytest.approx(1, abs=0.01)
+    # Each moment is explained by the part of the query that it is like.
+    assert hit["moments"][0]["start"] <= hit["moments"][0]["peak"] <= hit["moments"][0]["end"]
+    both = served.json(f"/api/search{ASKED}&by_video={sent['by_video']}")
+    assert both["hits"][0]["score"] != hit["score"]
+    status, _, body = served.get("/api/search?by_video=0123")
+    assert (status, b"the video is not known any more; send it again" in body) == (404, True)
+    for body, kind, expected, message in (
+        (b"text", "application/octet-stream", 400, "the video cannot be read as a video (Inv"),
+        (b"", "application/octet-stream", 400, "the video cannot be read as a video (Inv"),
+        (film, "video/mp4", 415, "send it as application/octet-stream"),
+    ):
+        assert served.post("/api/videos", body, kind) == (expected, {"error": mock.ANY})
+        assert message in served.post("/api/videos", body, kind)[1]["error"]
+    assert sent_files(served) == []
+
+
+def test_a_video_that_is_too_large_is_refused_before_it_is_sent(served):
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    connection.putrequest("POST", "/api/videos")
+    connection.putheader("Content-Type", "application/octet-stream")
+    connection.putheader("Content-Length", str(10**12))
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.loads(response.read()) == {"error": "a video has at most 2 MB"}
+    # Without a length, it is refused when it is too long.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+        headers = {"Content-Type": "application/octet-stream"}
+        parts = (bytes(100_000) for _ in range(30))
+        connection.request("POST", "/api/videos", parts, headers, encode_chunked=True)
+        assert connection.getresponse().status == 413
+    assert sent_files(served) == []
+
+
+def test_a_video_that_ends_in_the_middle_leaves_nothing(served):
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    connection.putrequest("POST", "/api/videos")
+    connection.putheader("Content-Type", "application/octet-stream")
+    connection.putheader("Content-Length", "1000000")
+    connection.endheaders()
+    connection.send(bytes(500_000))
+    while not sent_files(served):
+        time.sleep(0.01)
+    connection.close()
+    for _ in range(500):
+        if not sent_files(served):
+            break
+        time.sleep(0.01)
+    assert sent_files(served) == []
+
+
+def test_only_some_videos_are_searched(served):
+    names = ("video0.mp4", ODD)
+    only = "".join(f"&only={quote(name)}" for name in names)
+    found = served.json(f"/api/search{ASKED}{only}")
+    assert {hit["path"] for hit in found["hits"]} == set(names)
+    assert found["total"] == 2
+    assert all("only=video0.mp4&only=sub%20folder/" in hit["page"] for hit in found["hits"])
+    listed = served.json(f"/api/search?only={LONG}")
+    assert [hit["path"] for hit in listed["hits"]] == [LONG]
+    # Forms of browsers send a newline as CR LF.
+    sent = served.json(f"/api/search?only={quote(ODD).replace('%0A', '%0D%0A')}")
+    assert [hit["path"] for hit in sent["hits"]] == [ODD]
+
+
+def test_all_moments_of_a_video(served):
+    few = served.json(f"/api/video{ASKED}&video={LONG}")
+    assert len(few["moments"]) == 3
+    assert few["more"] == f"/{ASKED}&video={LONG}&moments=30"
+    all_moments = served.json(f"/api/video{few['more'][1:]}")
+    assert len(all_moments["moments"]) > 3
+    assert [m["start"] for m in all_moments["moments"][:3]] == [m["start"] for m in few["moments"]]
+    assert all_moments["more"] is None
+    # The hits beside it have as many moments as ever.
+    assert served.get(f"/{few['more'][1:]}")[2].count(b"2 more moments") >= 1
+
+
+def test_files_that_cannot_be_searched_are_listed(served):
+    assert served.json("/api/index")["unsearchable"] == 1
+    (file,) = served.json("/api/unsearchable")["files"]
+    assert file["path"] == "no video.mp4"
+    assert file["reason"].startswith("cannot be read as a video")
+    assert b'<a href="/unsearchable">1 file cannot be searched</a>' in served.get("/")[2]
+    status, _, body = served.get("/unsearchable")
+    assert status == 200
+    assert b"no video.mp4" in body
+    assert b"cannot be read as a video" in body
+
+
+def test_the_progress_of_indexing_is_shown(served, monkeypatch):
+    monkeypatch.setattr(progress_module, "_INTERVAL", 0.0)
+    assert served.json("/api/index")["indexing"] is None
+    with IndexWriter(served.index), ProgressFile(served.index, 340) as progress:
+        progress.update(120)
+        assert served.json("/api/index")["indexing"] == {"done": 120, "total": 340}
+        assert b"Indexing: 120 of 340 files" in served.get("/")[2]
+        assert served.get(f"/api/search{ASKED}")[0] == 200
+        left = (served.index / "indexing.json").read_text()
+    assert not (served.index / "indexing.json").exists()
+    # What a process leaves that was killed is no progress.
+    (served.index / "indexing.json").write_text(left)
+    assert served.json("/api/index")["indexing"] is None
+    assert b"Indexing:" not in served.get("/")[2]
+    (served.index / "indexing.json").unlink()
 
 
 def test_hits_are_loaded_in_parts(served):
@@ -454,7 +585,7 @@ def page(browser, served):
     page.goto(served.url)
     yield page
     context.close()
-    assert [line for line in messages if "400 (Bad Request)" not in line] == []
+    assert [line for line in messages if "(Bad Request)" not in line] == []
 
 
 def playing_from(page: Page, time: float) -> None:
@@ -611,6 +742,96 @@ def test_a_video_that_the_browser_cannot_play_is_shown_and_converted(page: Page,
     expect(page.locator(".unplayable")).to_be_hidden()
 
 
+def test_the_viewer_shows_more_moments(page: Page, served):
+    page.goto(f"{served.url}{ASKED}&video={LONG}")
+    playing_from(page, float(page.locator(".viewer").get_attribute("data-time")))
+    moments, marks = page.locator(".more-moments li"), page.locator(".timeline .mark")
+    expect(moments).to_have_count(3)
+    page.evaluate("window.player = document.querySelector('#viewer video')")
+    page.get_by_role("link", name="More moments in this video").click()
+    page.wait_for_url("**moments=30**")
+    count = moments.count()
+    assert count > 3
+    expect(marks).to_have_count(count)
+    expect(moments.nth(3).locator("a")).to_be_focused()
+    expect(page.locator("[data-do=more]")).to_have_count(0)
+    # The same player goes on, and the timeline follows it.
+    assert page.evaluate("window.player === document.querySelector('#viewer video')")
+    page.reload()
+    expect(moments).to_have_count(count)
+    page.keyboard.press("Escape")
+    expect(page.locator("#viewer")).to_be_hidden()
+    page.wait_for_url(lambda url: not re.search("video=|moments=", url))
+
+
+def test_a_video_is_searched_in_the_viewer(page: Page, served):
+    page.goto(f"{served.url}{ASKED}&video={LONG}")
+    page.get_by_role("searchbox", name="Search in this video").fill("a blue square")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**q=a+blue+square**")
+    expect(page.locator(".viewer")).to_have_attribute("data-video", LONG)
+    expect(page.locator(".more-moments li")).to_have_count(3)
+    page.keyboard.press("Escape")
+    expect(page.locator(".tile .name")).to_have_text([LONG])
+    expect(page.locator("#q")).to_have_value("a blue square")
+    page.locator("#only .chip").click()
+    expect(page.locator(".tile")).to_have_count(4)
+
+
+def test_hits_are_selected_to_be_searched(page: Page, served):
+    page.goto(f"{served.url}?top=6")
+    expect(page.locator("#picked")).to_be_hidden()
+    for name in (ODD.rpartition("/")[2], LONG):
+        page.get_by_role("checkbox", name=f"Search only in {' '.join(name.split())}").check()
+    expect(page.locator("#picked p")).to_have_text("2 videos selected")
+    page.locator("#unpick").click()
+    expect(page.locator("#picked")).to_be_hidden()
+    page.locator(".pick input").first.check()
+    page.get_by_role("checkbox", name="Search only in 5's").check()
+    page.fill("#q", SENTENCE)
+    page.get_by_role("button", name="Search only in these").click()
+    expect(page.locator("#only .chip")).to_have_count(2)
+    expect(page.locator(".tile")).to_have_count(2)
+    expect(page.locator(".pick")).to_have_count(0)
+    expect(page.locator("#status")).to_have_text("2 videos of 6")
+    # Another search stays in these; leaving one out is a link.
+    page.fill("#q", "a blue square")
+    page.keyboard.press("Enter")
+    expect(page.locator(".tile")).to_have_count(2)
+    page.locator("#only .chip").first.click()
+    expect(page.locator(".tile")).to_have_count(1)
+    page.go_back()
+    expect(page.locator(".tile")).to_have_count(2)
+
+
+def test_a_video_is_sent_as_a_query(page: Page, served):
+    page.set_input_files("#file", served.videos / LONG)
+    page.wait_for_url("**by_video=**")
+    expect(page.locator(".tile .name").first).to_have_text(LONG)
+    expect(page.locator("#parts .chip")).to_contain_text("a video")
+    address = page.url
+    page.reload()
+    expect(page.locator(".tile .name").first).to_have_text(LONG)
+    page.locator("#parts .chip").click()
+    expect(page.locator("#parts")).to_have_count(0)
+    page.go_back()
+    assert page.url == address
+    expect(page.locator(".tile .name").first).to_have_text(LONG)
+    # Dropped, as a picture is.
+    page.evaluate(
+        """() => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File(['text'], 'notes.mkv'));
+          document.dispatchEvent(new DragEvent('drop', { dataTransfer }));
+        }"""
+    )
+    expect(page.locator("#status")).to_contain_text("the video cannot be read as a video")
+    large = {"name": "large.mp4", "mimeType": "video/mp4", "buffer": bytes(2_000_001)}
+    page.set_input_files("#file", large)
+    expect(page.locator("#status")).to_have_text("a video has at most 2 MB")
+    assert page.url == address
+
+
 def test_tiles_are_previewed_unless_motion_is_unwanted(page: Page, served):
     page.goto(f"{served.url}{ASKED}&top=6")
     page.locator(".tile a[data-video='long.mp4']").hover()
@@ -643,11 +864,17 @@ def test_a_running_search_is_shown(page: Page):
 
 
 def test_a_growing_index_is_announced(page: Page, served):
-    page.route("**/api/index", lambda route: route.fulfill(json={"videos": 99}))
+    facts = {"videos": 99, "indexing": {"done": 120, "total": 340}}
+    page.route("**/api/index", lambda route: route.fulfill(json=facts))
     page.clock.install()
     page.goto(f"{served.url}{ASKED}")
+    expect(page.locator("#indexing")).to_be_hidden()
     page.clock.fast_forward(21_000)
     expect(page.locator("#status")).to_have_text("The index now has 99 videos; search again")
+    expect(page.get_by_label("Indexing: 120 of 340 files")).to_have_js_property("value", 120)
+    facts["indexing"] = None
+    page.clock.fast_forward(3_100)
+    expect(page.locator("#indexing")).to_be_hidden()
     page.get_by_role("link", name="search again").click()
     expect(page.locator("#status")).to_have_text("6 videos searched, most similar first")
 

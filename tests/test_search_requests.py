@@ -1,16 +1,25 @@
 """Parts of the search page that need no server: filters, addresses, words."""
 
+import asyncio
+import errno
+import json
+import os
+import types
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 
 from drl_jax.models.interactions import Attribution
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import PageQuery, format_clock
 from drl_jax.search.explain import Explanation
 from drl_jax.search.filters import Filters, filter_videos
 from drl_jax.search.page_view import duration, extent, marks_note, span, timeline_curve
 from drl_jax.search.rows import IndexedVideo
+from drl_jax.search.uploads import upload_routes
 from drl_jax.search.word_table import word_rows
 
 
@@ -30,30 +39,60 @@ def test_filters():
         (Filters(name="[1]"), [1]),
         (Filters(min_length=60), [1, 2]),
         (Filters(min_length=6, max_length=60), [1]),
+        (Filters(only=("films2/b.mp4", "a.mp4")), [0, 2]),
+        (Filters(only=("a.mp4", "films2/b.mp4"), min_length=60), [2]),
     ):
         assert filter_videos(videos, filters) == [videos[number] for number in expected], filters
         assert bool(filters) == (len(expected) < 3)
+    assert not Filters(only=("a.mp4",)).of_properties
+    with pytest.raises(UserError, match=r"no video of the index has the path 'b\.mp4'"):
+        filter_videos(videos, Filters(only=("a.mp4", "b.mp4")))
 
 
 def test_addresses_survive_a_round_trip():
-    filters = Filters(folder="a & b", name='"%#', min_length=62.5)
     path = 'a/5\'s #5% "<b>"\nä.mp4'
+    filters = Filters(folder="a & b", name='"%#', min_length=62.5, only=(path, "b & c.mp4"))
     query = PageQuery(
         "ä <b> + 5 % #",
         without="&?",
         picture="0a",
+        by_video="1b",
         like=f"{path}@1.5",
         top=7,
         offset=3,
         filters=filters,
         video=path,
         time=1.25,
+        moments=30,
     )
-    parts = dict(part.split("=", 1) for part in query.address().removeprefix("/?").split("&"))
-    assert PageQuery.of({name: unquote(text) for name, text in parts.items()}) == query
-    cleared = {"sentence": None, "without": None, "picture": None, "like": None, "top": None}
-    assert query.address(**cleared, offset=0, filters=Filters(), video=None) == "/?t=1.25"
+    parts = [part.split("=", 1) for part in query.address().removeprefix("/?").split("&")]
+    assert PageQuery.of([(name, unquote(text)) for name, text in parts]) == query
+    names = ("sentence", "without", "picture", "by_video", "like", "top", "video", "moments")
+    cleared = dict.fromkeys(names)
+    assert query.address(**cleared, offset=0, filters=Filters()) == "/?t=1.25"
+    closed = query.closed(filters=filters.leaving_out(path))
+    assert (closed.video, closed.time, closed.moments, closed.offset) == (None, None, None, 0)
+    assert closed.filters == Filters(
+        folder="a & b", name='"%#', min_length=62.5, only=("b & c.mp4",)
+    )
     assert [format_clock(seconds) for seconds in (0, 62.4, 3600)] == ["0:00", "1:02", "1:00:00"]
+
+
+def test_a_full_disk_while_a_video_is_sent_is_one_line():
+    def add_video(path: Path) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"a video", "more_body": False}
+
+    route = upload_routes(types.SimpleNamespace(add_video=add_video, add_picture=None), 100)[1]
+    headers = [(b"content-type", b"application/octet-stream")]
+    scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
+    answer = asyncio.run(route.endpoint(Request(scope, receive)))
+    assert answer.status_code == 507
+    assert json.loads(answer.body) == {
+        "error": "the server cannot keep the file (No space left on device)"
+    }
 
 
 def test_tokens_are_joined_to_words():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.videos import write_video
 
-from drl_jax.search import integrity, rows, store
+from drl_jax.search import integrity, rows, store, writer
 from drl_jax.search.filters import Filters
 from drl_jax.search.indexing import update_index
 from drl_jax.search.rows import SearchIndexError
@@ -14,6 +14,7 @@ from drl_jax.search.session import SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
 from drl_jax.search.store import Store
 from drl_jax.search.videos import slots_of
+from drl_jax.search.writer import IndexWriter
 
 NAMES = ("a.mp4", "b.mp4", "c/d.mp4", "e.mp4", "long.mp4")
 
@@ -37,8 +38,8 @@ def shared(search_model, tmp_path_factory):
 def copy(shared, tmp_path):
     for name in ("videos", "index"):
         shutil.copytree(shared / name, tmp_path / name)
-    with Store(tmp_path / "index", write=True) as writer:
-        writer.update_header(videos=str(tmp_path / "videos"))
+    with IndexWriter(tmp_path / "index") as index_writer:
+        index_writer.update_header(videos=str(tmp_path / "videos"))
     return tmp_path
 
 
@@ -132,7 +133,7 @@ def flip(index, row: int) -> None:
 
 def test_an_old_state_is_answered_until_its_files_are_gone(search_model, copy, monkeypatch):
     """Videos are removed, and the index is compacted, while a reader has read no row yet."""
-    monkeypatch.setattr(store, "GROWTH", 1)
+    monkeypatch.setattr(writer, "GROWTH", 1)
 
     def opened() -> IndexSnapshot:
         return SearchSession(copy / "index", search_model).snapshot()
@@ -157,16 +158,16 @@ def test_an_old_state_is_answered_until_its_files_are_gone(search_model, copy, m
 def test_an_index_without_counts_is_read_and_upgraded(search_model, copy):
     """One that an earlier version of the same format made."""
     expected = [hit.to_json() for hit in SearchSession(copy / "index").search(["a"], 9)[0]]
-    with Store(copy / "index", write=True) as writer:
-        writer._database.execute("DROP INDEX video_slots")
-        writer._database.execute("DROP TABLE removed_videos")
-        writer._database.execute("ALTER TABLE videos DROP COLUMN window_count")
-        writer._database.commit()
+    with IndexWriter(copy / "index") as index_writer:
+        index_writer._database.execute("DROP INDEX video_slots")
+        index_writer._database.execute("DROP TABLE removed_videos")
+        index_writer._database.execute("ALTER TABLE videos DROP COLUMN window_count")
+        index_writer._database.commit()
     for _ in range(2):
         found = SearchSession(copy / "index", search_model).search(["a"], 9)[0]
         assert [hit.to_json() for hit in found] == expected
-        with Store(copy / "index", write=True) as writer:
-            writer.update_header(storage="float32")
+        with IndexWriter(copy / "index") as index_writer:
+            index_writer.update_header(storage="float32")
     with Store(copy / "index") as reader:
         query = "SELECT window_count FROM videos ORDER BY slot"
         counts = [count for (count,) in reader._database.execute(query)]

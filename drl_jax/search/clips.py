@@ -114,6 +114,8 @@ def _write_frames(path: Path, start: float, end: float, clip: av.container.Outpu
                 if isinstance(frame, av.AudioFrame):
                     if audio is None:
                         audio = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
+                    # The ticks of AVI are longer than a packet of AAC.
+                    frame.time_base = Fraction(1, frame.sample_rate)
                     frame.pts = round((time - start) / frame.time_base)
                     packets += audio.encode(frame)
                     continue

@@ -41,7 +41,7 @@ class Filters:
         """The filters without `only`: those by folder, name, length and day."""
         return dataclasses.replace(self, only=())
 
-    def without(self, path: str) -> "Filters":
+    def leaving_out(self, path: str) -> "Filters":
         """The filters with one path less in `only`."""
         rest = tuple(other for other in self.only if other != path)
         return dataclasses.replace(self, only=rest)

@@ -18,8 +18,8 @@ from drl_jax.search.format_2 import made_with
 from drl_jax.search.progress import ProgressFile
 from drl_jax.search.reading import VideoRead, frames_of, read_video
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
-from drl_jax.search.store import Store
 from drl_jax.search.video_files import find_videos, is_outdated, is_text, names_of_no_files
+from drl_jax.search.writer import IndexWriter
 
 # Videos are stored at least this often, seconds: a kill loses no more work.
 _STORED_EVERY = 15.0
@@ -87,16 +87,16 @@ def update_index(
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
-    with Store(directory, write=True) as store:
-        _check_header(store, model, videos, storage)
-        known = {video.path: video for video in store.videos()}
+    with IndexWriter(directory) as writer:
+        _check_header(writer, model, videos, storage)
+        known = {video.path: video for video in writer.videos()}
         found = {video.path: video for video in find_videos(videos, timeout)}
         misnamed = [path for path in found if not is_text(path)]
         for path in misnamed:
             del found[path]
         if not found and not known:
             raise UserError(f"no video in {videos} (looked for {' '.join(VIDEO_SUFFIXES)})")
-        update = _Update(store, model, videos, known, found)
+        update = _Update(writer, model, videos, known, found)
         gone = len(update.missing)
         if gone > len(known) / 2 and not prune and not update.may_have_moved():
             raise UserError(
@@ -111,7 +111,7 @@ class _Update:
 
     def __init__(
         self,
-        store: Store,
+        writer: IndexWriter,
         model: RetrievalModel,
         folder: Path,
         known: Mapping[str, IndexedVideo],
@@ -120,16 +120,16 @@ class _Update:
         """Compares the index with the folder.
 
         Args:
-          store: open for writing.
+          writer: open for writing.
           model: encodes videos.
           folder: of the videos.
           known: videos of the index by path.
           found: files by path, with the seconds that decoding may take.
         """
-        self.store, self.model, self.folder, self.known = store, model, folder, known
+        self.writer, self.model, self.folder, self.known = writer, model, folder, known
         self.report = IndexReport()
         self.missing = {path: known[path] for path in sorted(known.keys() - found.keys())}
-        damaged = store.damaged_videos(list(known.values()))
+        damaged = writer.damaged_videos(list(known.values()))
         self.pending = [
             video
             for path, video in found.items()
@@ -165,22 +165,22 @@ class _Update:
             unit="video",
             disable=not self.pending,
         )
-        with ProgressFile(self.store.directory, len(self.pending)) as progress:
+        with ProgressFile(self.writer.directory, len(self.pending)) as progress:
             for number, (video, read) in enumerate(shown, start=1):
                 self._take(video, read)
                 progress.update(number)
             self._flush()
-        self.store.remove(list(self.missing))
+        self.writer.remove(list(self.missing))
         self.report.removed = len(self.missing)
-        self.store.compact()
-        stored = self.store.videos()
+        self.writer.compact()
+        stored = self.writer.videos()
         self.report.bad = {video.path: video.error for video in stored if video.error}
         self.report.bad |= {
             ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in misnamed
         }
         self.report.skipped = names_of_no_files(self.folder)
         self.report.windows = sum(len(video.windows) for video in stored)
-        self.report.nbytes = self.store.nbytes()
+        self.report.nbytes = self.writer.nbytes()
         return self.report
 
     def _call(self, number: int, video: IndexedVideo) -> tuple:
@@ -191,7 +191,7 @@ class _Update:
         if known is not None and not known.allowed and video.path not in self.damaged:
             digests.add(known.sha256)
         config = self.model.config.data
-        spool = self.store.spool_file(number)
+        spool = self.writer.spool_file(number)
         return (
             *(self.folder / video.path, frozenset(digests - {""}), config.max_frames),
             *(self.model.frame_form, spool),
@@ -206,8 +206,8 @@ class _Update:
             )
         elif read.failure:
             raise SearchIndexError(
-                f"cannot write to the index {self.store.directory} ({read.failure}); fix this, then"
-                " rerun the command to continue"
+                f"cannot write to the index {self.writer.directory} ({read.failure}); fix this,"
+                " then rerun the command to continue"
             )
         elif read.is_known:
             self._take_known(video, read.sha256)
@@ -222,7 +222,7 @@ class _Update:
     def _take_known(self, video: IndexedVideo, sha256: str) -> None:
         known = self.known.get(video.path)
         if known is not None and known.sha256 == sha256:  # Only its modification time changed.
-            self.store.touch(video)
+            self.writer.touch(video)
             self.report.unchanged += 1
             return
         gone = next((gone for gone in self._movable.values() if gone.sha256 == sha256), None)
@@ -230,7 +230,7 @@ class _Update:
             read = read_video(*self._call(len(self.pending), video))
             self._take(video, read)
             return
-        self.store.rename(gone.path, video)
+        self.writer.rename(gone.path, video)
         del self.missing[gone.path], self._movable[gone.path]
         self.report.moved += 1
 
@@ -257,7 +257,7 @@ class _Update:
                 )
             )
             strips[video.path] = list(read.strips)
-        self.store.put(records, self._encoded([read for _, read in batch]), strips)
+        self.writer.put(records, self._encoded([read for _, read in batch]), strips)
 
     def _encoded(self, reads: list[VideoRead]) -> Features:
         """Features of all windows, in order; short videos are encoded together."""
@@ -279,18 +279,18 @@ class _Update:
             return {}
         features = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         # Indexes of earlier versions have no bank.
-        if sentences := self.store.header.get("bank"):
+        if sentences := self.writer.header.get("bank"):
             if self._bank is None:
                 self._bank = self.model.encode_text(sentences)
             features[BANK_ARRAY] = bank_similarity(self.model, self._bank, features)
         return features
 
 
-def _check_header(store: Store, model: RetrievalModel, videos: Path, storage: str) -> None:
+def _check_header(writer: IndexWriter, model: RetrievalModel, videos: Path, storage: str) -> None:
     """Writes the header of a new index, or checks that an index matches; upgrades old formats."""
-    folder, header = str(videos.resolve()), store.header
+    folder, header = str(videos.resolve()), writer.header
     if not header:
-        store.update_header(
+        writer.update_header(
             source=model.source,
             fingerprint=model.fingerprint,
             videos=folder,
@@ -307,8 +307,8 @@ def _check_header(store: Store, model: RetrievalModel, videos: Path, storage: st
     ):
         if not matches:
             raise SearchIndexError(
-                f"the index {store.directory} was made with another {other}; give another --index,"
+                f"the index {writer.directory} was made with another {other}; give another --index,"
                 " or delete it"
             )
     if not header["fingerprint"] or header["videos"] != folder:
-        store.update_header(fingerprint=model.fingerprint, videos=folder)
+        writer.update_header(fingerprint=model.fingerprint, videos=folder)

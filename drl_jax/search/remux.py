@@ -28,13 +28,12 @@ def can_copy(container: av.container.InputContainer) -> bool:
     """
     video, sound = container.streams.best("video"), container.streams.best("audio")
     formats = container.format.name.split(",")
-    # AVI has no times of presentation, which follow those of decoding only without B-frames.
-    has_times = "avi" not in formats or not video.codec_context.has_b_frames
     return (
         "mp4" not in formats
         and _codec(video) == "h264"
         and video.codec_context.pix_fmt in _PIXELS
-        and has_times
+        # AVI has no times of presentation; they follow those of decoding only without B-frames.
+        and not ("avi" in formats and video.codec_context.has_b_frames)
         and (sound is None or _codec(sound) in _SOUND)
     )
 
