@@ -48,6 +48,8 @@ def make_manifest(
     published: PublishedSizes,
     content: ContentHash,
     directory: Path,
+    *,
+    protocols: Mapping[str, str],
 ) -> dict[str, Any]:
     """Makes the manifest of a dataset.
 
@@ -60,7 +62,11 @@ def make_manifest(
       published: see `PublishedSizes`.
       content: hash of the stored videos.
       directory: of the dataset, complete but for the manifest.
+      protocols: what publications call the protocol of a split, by its name.
     """
+    splits = count_splits(annotations, stored, published)
+    for name in splits.keys() & protocols.keys():
+        splits[name]["protocol"] = protocols[name]
     return {
         "dataset": dataset,
         "settings": {
@@ -75,7 +81,7 @@ def make_manifest(
         "files": {name: sha256(directory / name) for name in DESCRIPTIONS},
         "videos": len(stored),
         "left_out": dict(unusable),
-        "splits": count_splits(annotations, stored, published),
+        "splits": splits,
         "versions": {
             "python": platform.python_version(),
             "ffmpeg": ffmpeg_version_info,

@@ -53,6 +53,8 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     # Tokens per caption in the dataset's training configuration.
     MAX_WORDS: ClassVar[int] = 32
     PUBLISHED: ClassVar[PublishedSizes] = {}
+    # What publications call the protocol of a split.
+    PROTOCOL_NAMES: ClassVar[Mapping[str, str]] = {}
     # Splits that are used together, and so must not share videos; empty: all of them.
     PROTOCOLS: ClassVar[Sequence[Collection[str]]] = ()
     # Whether decoded frames stay cached after a build, for a build with other annotations.
@@ -134,7 +136,15 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         self.info.metadata.update(_metadata(plan, records))
         writer.close_all()
         manifest = make_manifest(
-            self.name, storage, annotations, records, unusable, self.PUBLISHED, content, directory
+            self.name,
+            storage,
+            annotations,
+            records,
+            unusable,
+            self.PUBLISHED,
+            content,
+            directory,
+            protocols=self.PROTOCOL_NAMES,
         )
         write_json(directory / MANIFEST, manifest)
 

@@ -24,6 +24,12 @@ def _parser() -> Parser:
         help="content: sort the frames of each video by their pixels, which hides the order of"
         " time from the model",
     )
+    parser.add_argument(
+        "--legacy",
+        action="store_true",
+        help="print a second table with the tie rule of DRL's original and CLIP4Clip, for"
+        " comparison with papers",
+    )
     parser.add_argument("--data_dir", help="directory of built datasets, if they were moved")
     return parser
 
@@ -33,25 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def work() -> None:
-        import dataclasses
-
         from drl_jax.runs.evaluate_run import evaluate
-        from drl_jax.runs.workdir import load_config
+        from drl_jax.runs.workdir import load_config, with_data_dir
         from drl_jax.runtime.allocator import keep_freed_memory
         from drl_jax.runtime.compilation_cache import cache_compilations
 
         keep_freed_memory()
         cache_compilations()
-        config = load_config(options.workdir)
-        if options.data_dir:
-            data = dataclasses.replace(config.data, data_dir=options.data_dir)
-            config = dataclasses.replace(config, data=data)
         evaluate(
             options.workdir,
-            config,
+            with_data_dir(load_config(options.workdir), options.data_dir),
             checkpoint=options.checkpoint,
             split_name=options.split,
             frame_order=options.frame_order,
+            legacy=options.legacy,
         )
 
     return run_command("drl_jax.evaluate", work)

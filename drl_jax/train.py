@@ -1,9 +1,11 @@
 """Trains DRL on a built dataset; a run in the working directory is resumed.
 
 python -m drl_jax.train --config=configs/shapes.py [--workdir=DIR] [--config.optim.lr=3e-4]
+python -m drl_jax.train --config=configs/shapes.py --seeds=0,1,2 [--workdir=DIR]
 python -m drl_jax.train --reproduce=RUN/manifest.json [--workdir=DIR]
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,15 @@ def _parser() -> Parser:
     parser.add_argument(
         "--workdir",
         type=Path,
-        help="directory of the run (runs/NAME_VARIANT; runs/reproduced_NAME with --reproduce)",
+        help="directory of the run (runs/NAME_VARIANT; runs/reproduced_NAME with --reproduce), or"
+        " of the runs with --seeds (runs/NAME_VARIANT_seeds)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="0,1,...",
+        help="train a run for each seed, one after another, in WORKDIR/seed_N, and print mean,"
+        " deviation and worst of their tests; replaces config.seed",
     )
     group = parser.add_argument_group("several processes")
     group.add_argument(
@@ -49,13 +59,29 @@ def _parser() -> Parser:
     return parser
 
 
+def _seeds(text: str) -> list[int]:
+    """Argument type: distinct seeds, separated by commas."""
+    values = text.split(",")
+    # Seeds of a configuration have 32 bits.
+    if not all(value.isdecimal() and int(value) < 2**32 for value in values):
+        raise argparse.ArgumentTypeError(f"must be a list of seeds such as 0,1,2, not {text!r}")
+    seeds = [int(value) for value in values]
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
+    return seeds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    options, config = parse_with_config(_parser(), arguments)
+    parser = _parser()
+    options, config = parse_with_config(parser, arguments)
+    if options.seeds and options.reproduce:
+        parser.error("--seeds goes with --config: --reproduce repeats a run with its own seed")
 
     def work() -> None:
         from drl_jax.models.drl import config_from_dict
         from drl_jax.runs.train_run import train
+        from drl_jax.runs.train_seeds import train_seeds
         from drl_jax.runtime.allocator import keep_freed_memory
         from drl_jax.runtime.compilation_cache import cache_compilations
         from drl_jax.runtime.distributed import end_together, initialize
@@ -73,7 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         workdir = options.workdir or default_workdir(options)
         try:
-            train(config_from_dict(config.to_dict()), workdir, reproduce=options.reproduce)
+            checked = config_from_dict(config.to_dict())
+            if options.seeds:
+                train_seeds(checked, workdir, options.seeds)
+            else:
+                train(checked, workdir, reproduce=options.reproduce)
         except Interrupted:
             raise  # In all processes.
         except Exception as error:

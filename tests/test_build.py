@@ -147,6 +147,11 @@ def test_missing_and_broken_videos_are_reported_and_left_out(msrvtt, capsys):
     train = dataset.manifest["splits"]["train_9k"]
     assert (train["annotated_videos"], train["videos"], train["captions"]) == (4, 2, 6)
     assert "train_9k: 2 of 4 annotated videos, 6 captions; published videos: 9,000" in report
+    assert [dataset.protocol(split) for split in ("test", "train_9k", "other")] == [
+        "1k-A",
+        "9k",
+        "",
+    ]
 
 
 def test_a_failed_build_keeps_the_existing_dataset(built, capsys):

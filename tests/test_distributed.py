@@ -96,6 +96,8 @@ def test_two_processes_stop_together_and_match_one_process(alone, arguments, tmp
         bound = 1e-3 if "['in_proj']['bias']" in name else 1e-5
         assert difference.max() < bound * max(np.abs(leaf).max(), 1e-2), name
     results = [json.loads((run / "result.json").read_text()) for run in (workdir, alone)]
+    for result in results:  # The parameters differ by rounding.
+        result["card"].pop("parameters_sha256")
     assert results[0] == results[1]
 
 

@@ -10,7 +10,8 @@ from support.params import random_params
 from drl_jax.config import EvalConfig
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import Split, VideoDataset, dataset_dir
-from drl_jax.evaluation.evaluator import Evaluator, order_by_content
+from drl_jax.evaluation.evaluator import Evaluator, SplitError, check_split, order_by_content
+from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.sharding import make_layout
 
 
@@ -84,6 +85,37 @@ def test_several_captions_of_a_video(interaction, shapes_config, dataset):
             assert found["R@1"] == pytest.approx(100 * np.mean(np.equal(ranks, 1)))
             assert found["MnR"] == pytest.approx(np.mean(ranks))
             assert found["MdR"] == np.median(ranks)
+
+
+def test_an_evaluation_has_the_rank_of_every_query(plain, test_split):
+    ranks = plain.ranks
+    text_to_video = test_split.caption_pairs()[0]
+    np.testing.assert_array_equal(ranks.text_to_video, text_to_video)
+    assert plain.metrics["t2v"]["R@1"] == pytest.approx(100 * np.mean(ranks.t2v <= 1))
+    assert plain.metrics["v2t"]["MnR"] == pytest.approx(ranks.v2t.mean())
+    assert plain.metrics["pair_accuracy"] == pytest.approx(100 * ranks.pair_scores.mean())
+    assert len(ranks.pair_scores) == 16
+
+
+@pytest.mark.parametrize(
+    ("videos", "caption", "message"),
+    [
+        (1, "a circle", "has 1 video"),
+        (3, " \n", r"has a caption without words, of the video \w+: ' \\n'"),
+        (3, "&nbsp;", "has a caption without words"),
+        (3, "!", None),
+        (3, "a", None),
+    ],
+)
+def test_splits_that_cannot_be_ranked(dataset, test_split, tiny_model, videos, caption, message):
+    captions = [["a circle"], ["a circle", caption], ["a square"]][:videos]
+    split = Split(test_split.videos[:videos], captions, np.zeros((0, 2), np.int32))
+    arguments = ("test", split, dataset, load_tokenizer(tiny_model))
+    if message is None:
+        check_split(*arguments)
+    else:
+        with pytest.raises(SplitError, match=message):
+            check_split(*arguments)
 
 
 def test_pair_accuracy_is_exactly_chance_without_time(

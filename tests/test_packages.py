@@ -13,7 +13,7 @@ ORDER = (
     *("models", "data", "weights"),
     *("training", "evaluation", "runs"),
     *("pretrained", "search"),
-    *("train", "evaluate", "convert"),
+    *("train", "evaluate", "compare", "convert"),
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -534,6 +534,24 @@ def test_a_full_disk_keeps_the_checkpoints_before(finished, arguments, tmp_path,
         assert_same_run(disk / "run", finished)
 
 
+def test_evaluation_on_a_full_disk_prints_its_metrics(finished, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "40m"):
+        shutil.copytree(finished, disk / "run")
+        # No block stays, also for what ends in one that is partly filled.
+        with contextlib.suppress(OSError), (disk / "rest").open("wb", buffering=0) as rest:
+            while True:
+                rest.write(bytes(4096))
+        before = sorted((disk / "run").iterdir())
+        assert evaluate([f"--workdir={disk / 'run'}"]) == 1
+        assert sorted((disk / "run").iterdir()) == before
+    captured = capsys.readouterr()
+    assert "R@10" in captured.out
+    assert "the metrics are complete, but" in captured.err
+    assert "No space left on device" in captured.err
+    assert "Traceback" not in captured.err
+
+
 def test_evaluation_of_a_read_only_run(finished, tmp_path, capsys):
     if os.geteuid():
         pytest.skip("cannot mount")

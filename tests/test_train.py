@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from drl_jax.convert import main as convert
 from drl_jax.evaluate import main as evaluate
 from drl_jax.runs.nonfinite import TrainingError
 from drl_jax.runs.train_run import _memory_errors
+from drl_jax.runs.train_seeds import format_seeds, summarise_seeds
 from drl_jax.train import main as train
 from drl_jax.weights.weights_file import read_weights, state_dict_from_params
 
@@ -118,8 +121,16 @@ def test_evaluate_repeats_the_test_of_the_run(finished, capsys):
     run_module("drl_jax.evaluate", f"--workdir={workdir}")
     written = json.loads((workdir / f"eval_test_{result['best_step']}.json").read_text())
     assert written["metrics"] == result["test"]
-    assert evaluate([f"--workdir={workdir}", "--checkpoint=latest", "--split=val"]) == 0
-    assert "val of checkpoint 12, 32 videos" in capsys.readouterr().out
+    assert written["intervals"] == result["test_intervals"]
+    assert written["card"] == result["card"]
+    assert written["legacy"]["t2v"]["ranks"] >= 32
+    flags = ["--checkpoint=latest", "--split=val", "--legacy"]
+    assert evaluate([f"--workdir={workdir}", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "val of checkpoint 12, 32 videos" in printed
+    assert re.search(r"^t2v +\d+\.\d \[\d+\.\d, \d+\.\d\]", printed, re.MULTILINE)
+    assert "legacy, the tie rule of" in printed
+    assert "checkpoint step 12, the latest; trained on train, seed 0" in printed
     latest = json.loads((workdir / "eval_val_12.json").read_text())["metrics"]["t2v"]
     assert latest["R@1"] == metrics(workdir)[-1]["eval/t2v_R1"]
 
@@ -282,6 +293,15 @@ def test_a_mistake_is_one_line(train_arguments, tmp_path, flag, message, capsys)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_split_of_one_video_is_refused_before_the_training(train_arguments, tmp_path, capsys):
+    flags = ("--config.data.val_split=", "--config.data.holdout=1")
+    arguments = train_arguments(tmp_path / "run", *flags)
+    line = error_of("drl_jax.train", *arguments, capsys=capsys)
+    assert "the split val of " in line
+    assert "has 1 video(s); metrics need at least two" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("name", "pairs"), [("batch_size", 30), ("microbatch", 4)])
 def test_a_batch_that_is_not_divisible_by_the_devices(
     train_arguments, tmp_path, name, pairs, capsys
@@ -300,6 +320,104 @@ def test_a_workdir_of_another_run_is_refused(finished, train_arguments, capsys):
     line = error_of("drl_jax.train", *arguments, capsys=capsys)
     assert f"config.optim.lr was {lr}, now 0.5" in line
     assert (workdir / "config.json").read_text() == before
+
+
+@pytest.fixture(scope="module")
+def seeds(finished, train_arguments, tmp_path_factory):
+    """A directory of runs with the seeds 0, whose test was missing, and 1, and what was printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "seeds"
+    shutil.copytree(finished[0], workdir / "seed_0")
+    (workdir / "seed_0" / "result.json").unlink()
+    process = run_module("drl_jax.train", *train_arguments(workdir, "--seeds=0,1"))
+    return workdir, process.stdout
+
+
+def result_of(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def test_each_seed_is_a_run(seeds, finished):
+    workdir, printed = seeds
+    assert f"resuming {workdir / 'seed_0'} from step 12 of 12" in printed
+    assert_same_run(workdir / "seed_0", finished[0])
+    summary = json.loads((workdir / "seeds.json").read_text())
+    assert [run["seed"] for run in summary["runs"]] == [0, 1]
+    recalls = []
+    for run in summary["runs"]:
+        result = result_of(workdir / run["workdir"])
+        assert {name: result[name] for name in ("test", "best_step", "card")}.items() <= run.items()
+        assert result["card"]["seeds"] == [run["seed"]]
+        recalls.append(result["test"]["t2v"]["R@1"])
+    found = {name: values["t2v R@1"] for name, values in summary["summary"].items()}
+    assert found["mean"] == pytest.approx(statistics.mean(recalls))
+    assert found["std"] == pytest.approx(statistics.stdev(recalls))
+    assert found["worst"] == min(recalls)
+    assert summary["card"]["seeds"] == [0, 1]
+    assert len({run["card"]["parameters_sha256"] for run in summary["runs"]}) == 2
+
+
+def test_finished_seeds_are_not_trained_again(seeds, train_arguments, capsys):
+    workdir = seeds[0]
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("seed_*/*")}
+    written = (workdir / "seeds.json").read_text()
+    capsys.readouterr()
+    assert train(train_arguments(workdir, "--seeds=0,1")) == 0
+    printed = capsys.readouterr().out
+    assert f"seed 1, 2 of 2: finished in {workdir / 'seed_1'}" in printed
+    assert "seeds 0, 1" in printed
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("seed_*/*")} == before
+    assert (workdir / "seeds.json").read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds=0,0"], "names a seed twice"),
+        (["--seeds=0,x"], "must be a list of seeds such as 0,1,2, not '0,x'"),
+        (["--seeds=4294967296"], "must be a list of seeds"),
+        (["--seeds=1", "--config.optim.lr=0.5"], "config.optim.lr was"),
+    ],
+)
+def test_mistakes_with_seeds_are_one_line(seeds, train_arguments, flags, message, capsys):
+    arguments = train_arguments(seeds[0], *flags)
+    assert message in error_of("drl_jax.train", *arguments, capsys=capsys)
+
+
+def test_a_run_is_no_place_for_seeds(finished, train_arguments, capsys):
+    run = finished[0]
+    line = error_of("drl_jax.train", *train_arguments(run, "--seeds=3"), capsys=capsys)
+    assert f"{run} holds a run, and --seeds makes a directory of runs" in line
+    manifest = run / "manifest.json"
+    line = error_of("drl_jax.train", f"--reproduce={manifest}", "--seeds=3", capsys=capsys)
+    assert "--seeds goes with --config" in line
+
+
+def test_mean_deviation_and_worst():
+    tests = {0: {"t2v R@1": 40.0, "t2v MdR": 2.0}, 1: {"t2v R@1": 44.0, "t2v MdR": 1.0}}
+    summary = summarise_seeds(list(tests.values()))
+    assert summary["mean"] == {"t2v R@1": 42.0, "t2v MdR": 1.5}
+    assert summary["std"]["t2v R@1"] == pytest.approx(8**0.5)
+    assert summary["worst"] == {"t2v R@1": 40.0, "t2v MdR": 2.0}
+    rows = [line.split() for line in format_seeds(tests, summary).splitlines()]
+    assert rows[1] == ["seed", "0", "40.0", "2.0"]
+    assert rows[-2:] == [["std", "2.8", "0.7"], ["worst", "40.0", "2.0"]]
+    alone = summarise_seeds([tests[0]])
+    assert alone["std"] == {"t2v R@1": None, "t2v MdR": None}
+    assert format_seeds({0: tests[0]}, alone).splitlines()[-2].split() == ["std", "-", "-"]
+
+
+def test_results_have_the_card_of_their_protocol(finished, tiny_weights):
+    workdir, printed = finished
+    card = result_of(workdir)["card"]
+    assert (card["dataset"], card["split"], card["ties"]) == ("shapes", "test", "expected rank")
+    assert (card["videos"], card["captions"], card["captions_per_video"]) == (32, 32, [1, 1])
+    assert card["post_processing"] == "raw"
+    assert card["chosen"] == "the best by t2v R@1 on val"
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    assert card["content"] == manifest["dataset"]["content"]
+    assert (card["init"], card["init_sha256"]) == (str(tiny_weights), manifest["weights_sha256"])
+    assert "32 captions, 1 a video" in printed
+    assert card["parameters_sha256"][:12] in printed
 
 
 @pytest.mark.parametrize(

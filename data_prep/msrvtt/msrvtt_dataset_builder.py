@@ -33,6 +33,12 @@ class Builder(RetrievalBuilder):
         "full_val": {"videos": (497, 497)},
         "full_test": {"videos": (2990, 2990), "captions": (59800, 59800)},
     }
+    PROTOCOL_NAMES: ClassVar = {
+        "train_9k": "9k",
+        "train_7k": "7k",
+        "test": "1k-A",
+        **dict.fromkeys(_FULL.values(), "official"),
+    }
     # The 9k and 7k contain videos of all official splits.
     PROTOCOLS: ClassVar = (
         ("train_9k", "test"),

@@ -158,6 +158,16 @@ class VideoDataset:
             np.asarray(stored["reversed_pairs"], np.int32).reshape(-1, 2),
         )
 
+    def queries_sha256(self, split: Split) -> str:
+        """Hexadecimal SHA-256 of the ids and captions of a split, in their order."""
+        ids = [self.video_ids[video] for video in split.videos]
+        text = json.dumps([ids, split.captions], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def protocol(self, split_name: str) -> str:
+        """What publications call the protocol of a stored split, e.g. 1k-A; empty if unknown."""
+        return str(self.manifest.get("splits", {}).get(split_name, {}).get("protocol", ""))
+
     def read_frames(self, video: int) -> np.ndarray:
         """Frames of the video with a record index: uint8 [F, H, W, 3].
 
@@ -222,6 +232,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             _check_hashes(name, manifest.get(name, {}))
         # What a training prints.
         str(manifest["content"]), str(manifest["versions"]["av"]), len(manifest["left_out"])
+        if not all(isinstance(s, dict) for s in dict(manifest.get("splits", {})).values()):
+            raise TypeError("its splits are not objects by name")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(_damaged_message(directory, path, error)) from error
     return manifest

@@ -11,12 +11,18 @@ from drl_jax.config import Config
 from drl_jax.data.frames import reader_threads
 from drl_jax.data.records import Split, VideoDataset
 from drl_jax.evaluation.embedder import Embedder
-from drl_jax.evaluation.metrics import pair_accuracy, retrieval_metrics
+from drl_jax.evaluation.metrics import Ranks, metrics_of, query_ranks
 from drl_jax.models.drl import Params
+from drl_jax.models.tokenizers import Tokenizer
+from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout
 
 # uint8 [F, H, W, 3] -> the same shape.
 FrameOrder = Callable[[np.ndarray], np.ndarray]
+
+
+class SplitError(UserError):
+    """A split on which metrics mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +30,21 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-      metrics: {"t2v": .., "v2t": ..} of `drl_jax.evaluation.metrics`, and "pair_accuracy" where the
-        split has pairs of a clip and its reverse.
-      sim_matrix: float32 [A, B], captions by videos.
+      metrics: {"t2v": .., "v2t": ..} of `metrics.metrics_of`, and "pair_accuracy" where the split
+        has pairs of a clip and its reverse.
+      sim_matrix: float32 [A, B], captions by videos, in the order of `Split.caption_pairs`.
+      ranks: the rank of every query, and the video of each caption.
     """
 
     metrics: dict[str, Any]
     sim_matrix: np.ndarray
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, sim_matrix: np.ndarray, split: Split) -> "Evaluation":
+        """Ranks the captions and videos of a split by their similarities [A, B]."""
+        ranks = query_ranks(sim_matrix, split.caption_pairs()[0], split.reversed_pairs)
+        return cls(metrics_of(ranks), sim_matrix, ranks)
 
 
 class Evaluator:
@@ -51,9 +65,9 @@ class Evaluator:
           frame_order: applied to the frames of each video before they are encoded.
 
         Returns:
-          The metrics and the similarities.
+          The metrics, and what they were computed from.
         """
-        text_to_video, captions = split.caption_pairs()
+        captions = split.caption_pairs()[1]
 
         def read_one(video: int) -> np.ndarray:
             frames = self._dataset.read_frames(video)
@@ -65,13 +79,31 @@ class Evaluator:
         text = self._embedder.encode_text(params, captions)
         with ThreadPoolExecutor(self._num_threads) as pool:
             video = self._embedder.encode_video(params, read, len(split.videos))
-        sim_matrix = self._embedder.similarity(params, text, video)
-        metrics: dict[str, Any] = retrieval_metrics(sim_matrix, text_to_video)
-        if len(split.reversed_pairs):
-            metrics["pair_accuracy"] = pair_accuracy(
-                sim_matrix, text_to_video, split.reversed_pairs
-            )
-        return Evaluation(metrics, sim_matrix)
+        return Evaluation.of(self._embedder.similarity(params, text, video), split)
+
+
+def check_split(name: str, split: Split, dataset: VideoDataset, tokenizer: Tokenizer) -> None:
+    """Checks that the captions and videos of a split can be ranked.
+
+    Raises:
+      SplitError: it has a single video, or a caption of which the tokenizer leaves no word.
+    """
+    if len(split.videos) < 2:
+        raise SplitError(
+            f"the split {name} of {dataset.directory} has {len(split.videos)} video(s); metrics"
+            " need at least two, since the only one always ranks first"
+        )
+    text_to_video, captions = split.caption_pairs()
+    # A caption without words has the tokens of an empty one. Three: a start, a word and the end.
+    text_ids, text_mask = tokenizer.tokenize(["", *captions], 3)
+    empty = (text_ids == text_ids[0]).all(axis=1) & (text_mask == text_mask[0]).all(axis=1)
+    if empty[1:].any():
+        row = int(np.argmax(empty[1:]))
+        video = dataset.video_ids[split.videos[text_to_video[row]]]
+        raise SplitError(
+            f"the split {name} of {dataset.directory} has a caption without words, of the video"
+            f" {video}: {captions[row]!r}; correct the annotations and build the dataset again"
+        )
 
 
 def order_by_content(frames: np.ndarray) -> np.ndarray:

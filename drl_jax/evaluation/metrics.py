@@ -5,36 +5,71 @@ correct one is 1 + the number of higher similarities + half the number of equal 
 gives every pair the same similarity gets chance, not R@1 = 100.
 """
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 RECALLS = (1, 5, 10)
-NAMES = ("R@1", "R@5", "R@10", "MdR", "MnR")
+NAMES = (*(f"R@{k}" for k in RECALLS), "MdR", "MnR")
+DIRECTIONS = ("t2v", "v2t")
+# Metrics of which a smaller value is better.
+RANK_METRICS = ("MdR", "MnR")
+TIE_RULE = "expected rank"
 
 # Similarities of two clips with the same frames differ by less than this, from the order of float32
 # sums.
 _SAME_SIMILARITY = 1e-5
 
 
-def retrieval_metrics(
-    sim_matrix: np.ndarray, text_to_video: np.ndarray
-) -> dict[str, dict[str, float]]:
-    """Computes the metrics of both directions.
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """What the metrics of a split are computed from: one rank for each query.
+
+    Attributes:
+      t2v: float64 [A], the rank of each text's video, counted from 1.
+      v2t: float64 [B], the rank of each video's set of texts, counted from 1.
+      text_to_video: int [A], the video of each text.
+      pair_scores: float64 [T], for the texts of clips that have a reverse: 1 if the text prefers
+        its clip, 0.5 for a tie, 0 if it prefers the reverse. T = 0 for most datasets.
+      pair: int [T], the pair of clips that each of these texts belongs to.
+    """
+
+    t2v: np.ndarray
+    v2t: np.ndarray
+    text_to_video: np.ndarray
+    pair_scores: np.ndarray
+    pair: np.ndarray
+
+
+def query_ranks(
+    sim_matrix: np.ndarray, text_to_video: np.ndarray, reversed_pairs: np.ndarray | None = None
+) -> Ranks:
+    """Ranks the candidates of every query.
 
     Args:
       sim_matrix: float [A, B], texts by videos.
       text_to_video: int [A], the column of each text's video; every video has at least one text.
-
-    Returns:
-      {"t2v": .., "v2t": ..}, each with R@1, R@5, R@10 in percent and the median and mean rank,
-      counted from 1. t2v ranks the videos for each text. v2t ranks, for each video, the sets of
-      texts of all videos by their most similar text (the multi-caption protocol of the field).
+      reversed_pairs: int [P, 2], columns of clips and their reverses; None: there are none.
 
     Raises:
       ValueError: shapes that do not match, a video without text, or a similarity that is not
         finite.
     """
+    sim_matrix, text_to_video = checked(sim_matrix, text_to_video)
+    videos = np.arange(sim_matrix.shape[1])
+    pairs = np.zeros((0, 2), int) if reversed_pairs is None else np.asarray(reversed_pairs)
+    return Ranks(
+        expected_ranks(sim_matrix, text_to_video),
+        expected_ranks(caption_sets(sim_matrix, text_to_video).T, videos),
+        text_to_video,
+        *_pair_scores(sim_matrix, text_to_video, pairs),
+    )
+
+
+def checked(sim_matrix: np.ndarray, text_to_video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the arguments of `query_ranks` as arrays, or raises its errors."""
     sim_matrix, text_to_video = np.asarray(sim_matrix), np.asarray(text_to_video)
     texts, videos = sim_matrix.shape
     if text_to_video.shape != (texts,):
@@ -45,20 +80,70 @@ def retrieval_metrics(
         raise ValueError("text_to_video must name every column of sim_matrix and no other")
     if not np.isfinite(sim_matrix).all():
         raise ValueError("sim_matrix has values that are not finite")
-    t2v = _ranks(sim_matrix, text_to_video)
+    return sim_matrix, text_to_video
 
-    best = np.full((videos, videos), -np.inf, sim_matrix.dtype)  # sets of texts by videos
+
+def caption_sets(sim_matrix: np.ndarray, text_to_video: np.ndarray) -> np.ndarray:
+    """Similarity of each video's set of texts, that of its best text, to each video: [B, B]."""
+    videos = sim_matrix.shape[1]
+    best = np.full((videos, videos), -np.inf, sim_matrix.dtype)
     np.maximum.at(best, text_to_video, sim_matrix)
-    v2t = _ranks(best.T, np.arange(videos))
-    return {"t2v": _summary(t2v), "v2t": _summary(v2t)}
+    return best
 
 
-def _ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Rank of the candidate `correct` of each row [N, C], with the tie rule above."""
+def higher_and_equal(scores: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts the candidates that score higher than the correct one, and the other equal ones.
+
+    Args:
+      scores: float [N, C], queries by candidates.
+      correct: int [N], the column of each query's correct candidate.
+
+    Returns:
+      Two arrays int [N].
+    """
     score = np.take_along_axis(scores, correct[:, None], axis=1)
-    higher = (scores > score).sum(axis=1)
-    equal = (scores == score).sum(axis=1) - 1
+    return (scores > score).sum(axis=1), (scores == score).sum(axis=1) - 1
+
+
+def expected_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Rank of the candidate `correct` of each row, float64 [N], with the tie rule above."""
+    higher, equal = higher_and_equal(scores, correct)
     return 1 + higher + equal / 2
+
+
+def _pair_scores(
+    sim_matrix: np.ndarray, text_to_video: np.ndarray, reversed_pairs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`pair_scores` and `pair` of `Ranks`."""
+    reverse, pair = np.full((2, sim_matrix.shape[1]), -1)
+    for one, other in ((0, 1), (1, 0)):
+        reverse[reversed_pairs[:, one]] = reversed_pairs[:, other]
+        pair[reversed_pairs[:, one]] = np.arange(len(reversed_pairs))
+    texts = np.flatnonzero(pair[text_to_video] >= 0)
+    own = text_to_video[texts]
+    margin = sim_matrix[texts, own] - sim_matrix[texts, reverse[own]]
+    tie = np.abs(margin) <= _SAME_SIMILARITY
+    return np.where(tie, 0.5, margin > 0), pair[own]
+
+
+def metrics_of(ranks: Ranks) -> dict[str, Any]:
+    """Computes the metrics of a split.
+
+    Returns:
+      {"t2v": .., "v2t": ..}, each with R@1, R@5, R@10 in percent and the median and mean rank,
+      counted from 1. t2v ranks the videos for each text. v2t ranks, for each video, the sets of
+      texts of all videos by their most similar text (the multi-caption protocol of the field).
+      With pairs of a clip and its reverse also "pair_accuracy", the percentage of texts that are
+      more similar to their clip than to its reverse. Chance is 50, and a model that does not see
+      the order of frames gets exactly 50: similarities within float32 rounding (1e-5) are ties,
+      which count half.
+    """
+    metrics: dict[str, Any] = {
+        direction: _summary(getattr(ranks, direction)) for direction in DIRECTIONS
+    }
+    if len(ranks.pair_scores):
+        metrics["pair_accuracy"] = float(ranks.pair_scores.mean() * 100)
+    return metrics
 
 
 def _summary(ranks: np.ndarray) -> dict[str, float]:
@@ -66,37 +151,48 @@ def _summary(ranks: np.ndarray) -> dict[str, float]:
     return {**recalls, "MdR": float(np.median(ranks)), "MnR": float(ranks.mean())}
 
 
-def pair_accuracy(
-    sim_matrix: np.ndarray, text_to_video: np.ndarray, reversed_pairs: np.ndarray
-) -> float:
-    """Percentage of texts that are more similar to their clip than to the same clip in reverse.
+def retrieval_metrics(
+    sim_matrix: np.ndarray, text_to_video: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The metrics (`metrics_of`) of a similarity matrix; arguments as of `query_ranks`."""
+    return metrics_of(query_ranks(sim_matrix, text_to_video))
 
-    Chance is 50, and a model that does not see the order of frames gets exactly 50: similarities
-    within float32 rounding (1e-5) are ties, which count half.
+
+def flatten(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `metrics_of`, or of its intervals, by name: "t2v R@1", .., "pair accuracy"."""
+    values = {
+        f"{direction} {name}": metrics[direction][name]
+        for direction in DIRECTIONS
+        for name in NAMES
+    }
+    if "pair_accuracy" in metrics:
+        values["pair accuracy"] = metrics["pair_accuracy"]
+    return values
+
+
+def format_table(metrics: Mapping[str, Any], intervals: Mapping[str, Any] | None = None) -> str:
+    """Formats both directions as a table.
 
     Args:
-      sim_matrix: float [A, B].
-      text_to_video: int [A].
-      reversed_pairs: int [P, 2], P >= 1, columns of clips and their reverses.
+      metrics: of `metrics_of`.
+      intervals: a lower and an upper bound of each metric (`bootstrap.intervals`), printed beside
+        it.
     """
-    scores = []
-    for pair in np.asarray(reversed_pairs):
-        for own, other in (pair, pair[::-1]):
-            margin = (
-                sim_matrix[text_to_video == own][:, own]
-                - (sim_matrix[text_to_video == own][:, other])
-            )
-            tie = np.abs(margin) <= _SAME_SIMILARITY
-            scores.extend(np.where(tie, 0.5, margin > 0))
-    return float(np.mean(scores) * 100)
 
+    def cell(value: float, bounds: tuple[float, float] | None) -> str:
+        return f"{value:.1f}" + ("" if bounds is None else f" [{bounds[0]:.1f}, {bounds[1]:.1f}]")
 
-def format_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Formats both directions as a table."""
-    lines = ["      " + "".join(f"{name:>8}" for name in NAMES)]
-    for direction in ("t2v", "v2t"):
-        values = "".join(f"{metrics[direction][name]:8.1f}" for name in NAMES)
-        lines.append(f"{direction:<6}{values}")
+    rows = []
+    for direction in DIRECTIONS:
+        values, bounds = metrics[direction], (intervals or {}).get(direction, {})
+        rows.append([cell(values[name], bounds.get(name)) for name in NAMES])
+    columns = list(zip(NAMES, *rows, strict=True))
+    widths = [max(8, 3 + max(map(len, column))) for column in columns]
+    lines = [
+        f"{label:<6}" + "".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
+        for label, row in zip(("", *DIRECTIONS), zip(*columns, strict=True), strict=True)
+    ]
     if "pair_accuracy" in metrics:
-        lines.append(f"pair accuracy {metrics['pair_accuracy']:.1f} (chance 50)")
+        bounds = (intervals or {}).get("pair_accuracy")
+        lines.append(f"pair accuracy {cell(metrics['pair_accuracy'], bounds)} (chance 50)")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from drl_jax.runs.checksums import ArraySummary, path_name, summarise
+from drl_jax.runs.checksums import ArraySummary, digest, path_name, summarise
 from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.files import seal, unseal, write_json
 
@@ -121,6 +121,23 @@ def stored_shapes(directory: Path, info: dict[str, Any]) -> dict[str, tuple[int,
         tree = _rename_keys(tree, {"clip": "backbone"})
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def stored_params_digest(directory: Path) -> str:
+    """What `checksums.digest` gives for the parameters of the checkpoint in `directory`.
+
+    Empty for a checkpoint of a version that wrote no checksums.
+
+    Raises:
+      DamagedCheckpoint: it cannot be read.
+    """
+    prefix, arrays = "params/", read_info(directory).get("arrays", {})
+    summaries = {
+        name.removeprefix(prefix): ArraySummary(*summary)
+        for name, summary in arrays.items()
+        if name.startswith(prefix)
+    }
+    return digest(summaries) if summaries else ""
 
 
 def read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:

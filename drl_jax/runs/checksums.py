@@ -1,5 +1,8 @@
 """Checksums of arrays, computed on the devices that hold them."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +48,17 @@ def summarise(tree: Any) -> tuple[dict[str, ArraySummary], list[str]]:
         for name, leaf in leaves.items()
     }
     return summaries, [name for name, (_, bad) in numbers.items() if bad]
+
+
+def digest(summaries: Mapping[str, ArraySummary]) -> str:
+    """Hexadecimal SHA-256 of the paths, shapes, dtypes and checksums of arrays."""
+    values = {name: list(summary) for name, summary in summaries.items()}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def params_digest(params: Any) -> str:
+    """`digest` of a tree of arrays; as for `summarise`, all processes call it."""
+    return digest(summarise(params)[0])
 
 
 def path_name(path: tuple) -> str:

@@ -14,6 +14,17 @@ from drl_jax.sharding import Layout
 _ATTEMPTS, _PAUSE = 30, 0.5
 
 
+def find_step(workdir: Path, checkpoint: str) -> int:
+    """The step of a checkpoint of a run: "best", "latest" or a step, which need not exist.
+
+    Raises:
+      CheckpointError: the run has no checkpoints, or the name is none of these.
+    """
+    _check_has_checkpoints(workdir)
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.find_step(checkpoint)
+
+
 def restore_params(
     workdir: Path, model: ModelConfig, layout: Layout, checkpoint: str
 ) -> tuple[int, Params]:
@@ -32,8 +43,7 @@ def restore_params(
       CheckpointError: the run has no such checkpoint, or it is damaged; the message has the steps
         that are intact.
     """
-    if not (workdir / DIRECTORY).is_dir():
-        raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
+    _check_has_checkpoints(workdir)
     abstract = abstract_params(model, layout)
     failed = None
     for _ in range(_ATTEMPTS):
@@ -60,6 +70,11 @@ def restore_params(
     raise CheckpointError(
         f"checkpoint {step} in {workdir / DIRECTORY} is damaged: {reason}; {choice}"
     )
+
+
+def _check_has_checkpoints(workdir: Path) -> None:
+    if not (workdir / DIRECTORY).is_dir():
+        raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
 
 
 def _is_intact(checkpoints: Checkpoints, step: int, abstract: Params) -> bool:

@@ -11,14 +11,18 @@ from drl_jax.config import Config, ConfigError, TrainConfig
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.data.storage import StorageSpec
-from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.evaluation.bootstrap import intervals
+from drl_jax.evaluation.evaluator import Evaluator, check_split
 from drl_jax.evaluation.metrics import format_table
 from drl_jax.models.drl import Params, abstract_params
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.checksums import params_digest
 from drl_jax.runs.logging import TrainLog
 from drl_jax.runs.manifest import differences, read_manifest, recorded
 from drl_jax.runs.nonfinite import NonFiniteBatches, TrainingError
+from drl_jax.runs.protocol_card import ProtocolCard, protocol_card
+from drl_jax.runs.rank_files import evaluation_path, write_ranks
 from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.workdir import exclusive
 from drl_jax.runtime.child_process import run_module
@@ -33,6 +37,8 @@ from drl_jax.training.train_step import make_train_step
 from drl_jax.weights.load import head_start, initial_params, with_backbone_of
 from drl_jax.weights.weights_file import read_weights
 
+RESULT_FILE = "result.json"
+
 
 def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> dict[str, Any]:
     """Trains, evaluates every epoch on val, and tests the best checkpoint.
@@ -43,7 +49,8 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
       reproduce: manifest of a run that this one has to repeat.
 
     Returns:
-      The content of `result.json`: {"test": {"t2v": .., "v2t": ..}, "best_step": .., ..}.
+      The content of `result.json`: {"test": {"t2v": .., "v2t": ..}, "card": .., "best_step": ..,
+      ..}.
 
     Raises:
       UserError: wrong configuration, missing data, another run or another training in `workdir`,
@@ -79,6 +86,8 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             tokenizer.tokenize,
         )
         val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
+        for name, split in (("val", val), ("test", test)):
+            check_split(name, split, dataset, tokenizer)
         if reproduce is not None:
             _print_differences(reproduce, config, dataset)
     steps_per_epoch = batches.steps_per_epoch
@@ -188,27 +197,42 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
         if stop_requested.now():
             raise Interrupted(f"stopped before the test of step {total_steps}; rerun to resume")
         best_step, params = checkpoints.restore_best(abstract)
+        tested = evaluator.run(params, test)
+        card = protocol_card(
+            workdir,
+            config,
+            dataset,
+            "test",
+            test,
+            checkpoint="best",
+            step=best_step,
+            parameters_sha256=params_digest(params),
+        )
         result = {
-            "test": evaluator.run(params, test).metrics,
+            "test": tested.metrics,
+            "test_intervals": intervals(tested.ranks),
             "val": evaluator.run(params, val).metrics,
+            "card": card.as_dict(),
             "best_step": best_step,
             "total_steps": total_steps,
             "skipped_steps": nonfinite.steps,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         }
         wall_time.spent_on("evaluation")
-        _report(workdir, result, wall_time)
+        if is_main():
+            path = evaluation_path(workdir, "test", best_step)
+            write_ranks(path.with_suffix(".npz"), tested.ranks, card)
+            write_json(workdir / RESULT_FILE, result)
+            _print_result(result, card, wall_time)
     return result
 
 
-def _report(workdir: Path, result: dict[str, Any], wall_time: WallTime) -> None:
-    """Writes and prints the result of a run."""
-    if is_main():
-        write_json(workdir / "result.json", result)
-        best, total = result["best_step"], result["total_steps"]
-        print(f"test of the best checkpoint, step {best} of {total}:")
-        print(format_table(result["test"]))
-        print(f"time: {wall_time}")
+def _print_result(result: dict[str, Any], card: ProtocolCard, wall_time: WallTime) -> None:
+    best, total = result["best_step"], result["total_steps"]
+    print(f"test of the best checkpoint, step {best} of {total}:")
+    print(format_table(result["test"]))
+    print(f"protocol\n{card}")
+    print(f"time: {wall_time}")
 
 
 def _new_state(config: Config, pretrained: Params | None, tx: Any, layout: Layout) -> TrainState:

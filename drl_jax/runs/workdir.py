@@ -73,6 +73,13 @@ def load_config(workdir: Path) -> Config:
     return with_tokenizer(config, str(copy))
 
 
+def with_data_dir(config: Config, data_dir: str | None) -> Config:
+    """The configuration with another directory of built datasets; None: its own."""
+    if not data_dir:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
+
+
 def _stored_config(workdir: Path) -> Config:
     """The configuration of a run as it was given."""
     path = workdir / CONFIG_FILE

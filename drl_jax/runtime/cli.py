@@ -188,12 +188,14 @@ def _find_config(config: str) -> str:
 def default_workdir(options: argparse.Namespace) -> Path:
     """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`.
 
-    `runs/reproduced_NAME` for `--reproduce=DIR/NAME/manifest.json`.
+    `runs/NAME_VARIANT_seeds` with `--seeds`, and `runs/reproduced_NAME` for
+    `--reproduce=DIR/NAME/manifest.json`.
     """
     if options.reproduce:
         return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
     path, _, variant = options.config.partition(":")
-    return Path("runs") / "_".join(filter(None, (Path(path).stem, variant)))
+    suffix = "seeds" if options.seeds else ""
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, variant, suffix)))
 
 
 def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":

@@ -168,6 +168,13 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def from_main(value: bool) -> bool:
+    """The value of process 0, in all processes; all of them call it."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
 def end_together(error: Exception) -> None:
     """Ends all processes of a run after an error that the others may not have.
 

@@ -25,7 +25,7 @@ def tiny_shapes_config() -> Config:
     return config_from_dict(parse_with_config(parser, arguments)[1].to_dict())
 
 
-def make_run(workdir: Path, config: Config, interaction: str = "wti") -> Config:
+def make_run(workdir: Path, config: Config, interaction: str = "wti", *, seed: int = 3) -> Config:
     """Creates a run with a checkpoint of random parameters.
 
     Position embeddings are large, so that the order of frames matters.
@@ -36,7 +36,7 @@ def make_run(workdir: Path, config: Config, interaction: str = "wti") -> Config:
     claim_workdir(workdir, config)
     with Checkpoints(workdir) as checkpoints:
         tx = make_optimizer(config.optim, 1)
-        params = random_params(model, seed=3, position_std=1.0)
+        params = random_params(model, seed=seed, position_std=1.0)
         # Saved from one device: Orbax slices an array for each of several devices.
         checkpoints.save(state_from_params(params, tx, make_layout(jax.devices()[:1])))
     return config

@@ -1,0 +1,50 @@
+"""Compares two runs on the same queries: is the difference more than luck?
+
+python -m drl_jax.compare RUN_A RUN_B [--split=test] [--checkpoint=best|latest|STEP]
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from drl_jax.runtime.cli import Parser, run_command
+
+
+def _parser() -> Parser:
+    parser = Parser("python -m drl_jax.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("one", type=Path, metavar="RUN_A", help="directory of a run")
+    parser.add_argument("other", type=Path, metavar="RUN_B", help="directory of another run")
+    parser.add_argument(
+        "--checkpoint", default="best", help="of both: best, latest or a step (%(default)s)"
+    )
+    parser.add_argument(
+        "--split", default="test", help="train, val, test or a stored split (%(default)s)"
+    )
+    parser.add_argument("--data_dir", help="directory of built datasets, if they were moved")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    options = _parser().parse_args(arguments)
+
+    def work() -> None:
+        from drl_jax.runs.compare_run import compare
+        from drl_jax.runtime.allocator import keep_freed_memory
+        from drl_jax.runtime.compilation_cache import cache_compilations
+
+        keep_freed_memory()
+        cache_compilations()
+        compare(
+            options.one,
+            options.other,
+            checkpoint=options.checkpoint,
+            split_name=options.split,
+            data_dir=options.data_dir,
+        )
+
+    return run_command("drl_jax.compare", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

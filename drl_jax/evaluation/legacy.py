@@ -1,0 +1,79 @@
+"""The metrics as DRL's PyTorch original and CLIP4Clip compute them, for comparison with papers.
+
+They differ from `metrics.py` in queries with ties:
+
+- One caption a video: a query has every rank that its correct candidate could take among its
+  equals, and all of them are averaged. MSR-VTT 1k-A repeats 5 of its 1,000 captions, so v2t has
+  1,012 ranks. A model that gives every pair the same similarity gets N ranks for each query.
+- Several captions a video: t2v gives the first of equal candidates the first of their ranks, and
+  takes the lower of two middle ranks as the median. v2t is as above, over sets of captions.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from drl_jax.evaluation.metrics import RECALLS, caption_sets, checked, higher_and_equal
+
+
+def legacy_metrics(sim_matrix: np.ndarray, text_to_video: np.ndarray) -> dict[str, Any]:
+    """Computes the metrics of both directions.
+
+    Args:
+      sim_matrix: float [A, B], texts by videos.
+      text_to_video: int [A], the column of each text's video; every video has at least one text.
+
+    Returns:
+      {"t2v": .., "v2t": ..}, each with the metrics of `metrics.metrics_of` and `queries` and
+      `ranks`, the numbers of queries and of ranks that were averaged.
+
+    Raises:
+      ValueError: as `metrics.query_ranks`.
+    """
+    sim_matrix, text_to_video = checked(sim_matrix, text_to_video)
+    texts, videos = sim_matrix.shape
+    v2t = all_ranks(caption_sets(sim_matrix, text_to_video).T, np.arange(videos))
+    if texts == videos:
+        t2v = all_ranks(sim_matrix, text_to_video)
+        t2v_median = float(np.median(t2v))
+    else:
+        t2v = first_ranks(sim_matrix, text_to_video)
+        t2v_median = float(np.sort(t2v)[(len(t2v) - 1) // 2])
+    return {
+        "t2v": _summary(t2v, t2v_median, texts),
+        "v2t": _summary(v2t, float(np.median(v2t)), videos),
+    }
+
+
+def all_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Every rank that the correct candidate of a row could take among its equals.
+
+    Args:
+      scores: float [N, C], queries by candidates.
+      correct: int [N], the column of each query's correct candidate.
+
+    Returns:
+      int [M], M >= N, the ranks of all queries in their order, counted from 1.
+    """
+    higher, equal = higher_and_equal(scores, correct)
+    counts = equal + 1
+    # Position of each rank among those of its query: 0, 1, ..
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    return 1 + np.repeat(higher, counts) + np.arange(counts.sum()) - starts
+
+
+def first_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Rank of the correct candidate of each row, int [N], in a sort that keeps the order of equals.
+
+    PyTorch's sort, which the original calls, may order equals in another way.
+    """
+    higher, _ = higher_and_equal(scores, correct)
+    score = np.take_along_axis(scores, correct[:, None], axis=1)
+    before = np.arange(scores.shape[1]) < correct[:, None]
+    return 1 + higher + ((scores == score) & before).sum(axis=1)
+
+
+def _summary(ranks: np.ndarray, median: float, queries: int) -> dict[str, float]:
+    recalls = {f"R@{k}": float((ranks <= k).mean() * 100) for k in RECALLS}
+    counts = {"queries": queries, "ranks": len(ranks)}
+    return {**recalls, "MdR": median, "MnR": float(ranks.mean()), **counts}

@@ -1,0 +1,158 @@
+"""Compares two runs on the same queries."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from drl_jax.evaluation.bootstrap import Difference, differences
+from drl_jax.evaluation.metrics import RANK_METRICS, Ranks
+from drl_jax.runs.checkpoint_files import DamagedCheckpoint, stored_params_digest
+from drl_jax.runs.checkpoints import DIRECTORY
+from drl_jax.runs.evaluate_run import evaluate_checkpoint
+from drl_jax.runs.protocol_card import ProtocolCard, how_chosen
+from drl_jax.runs.rank_files import evaluation_path, read_ranks, write_ranks
+from drl_jax.runs.run_params import find_step
+from drl_jax.runs.workdir import load_config, with_data_dir
+from drl_jax.runtime.errors import UserError
+
+# The metric that the verdict is about.
+MAIN_METRIC = "t2v R@1"
+
+
+class RankedRun(NamedTuple):
+    """A run, the ranks of one of its checkpoints on a split, and their protocol card."""
+
+    workdir: Path
+    ranks: Ranks
+    card: ProtocolCard
+
+
+def compare(
+    one: Path,
+    other: Path,
+    *,
+    checkpoint: str = "best",
+    split_name: str = "test",
+    data_dir: str | None = None,
+) -> dict[str, Difference]:
+    """Prints the differences of two runs on a split, and whether they are more than luck.
+
+    Ranks that an evaluation of the same parameters has stored are used; without them, the run is
+    evaluated, and they are stored.
+
+    Args:
+      one: directory of a run.
+      other: directory of another run.
+      checkpoint: "best", "latest" or a step, of both.
+      split_name: "test", "val", "train", or a stored split of the dataset.
+      data_dir: directory of built datasets, if they were moved.
+
+    Returns:
+      The differences by metric (`bootstrap.differences`).
+
+    Raises:
+      UserError: no such run, checkpoint, dataset or split, or the splits have different queries.
+    """
+    runs = [_ranked(workdir, checkpoint, split_name, data_dir) for workdir in (one, other)]
+    check_same_queries(*runs)
+    found = differences(runs[0].ranks, runs[1].ranks)
+    print(_report(*runs, found))
+    return found
+
+
+def check_same_queries(one: RankedRun, other: RankedRun) -> None:
+    """Checks that the ranks of two runs can be compared query by query.
+
+    Frames may be stored in other sizes, numbers or encodings, as another model needs them.
+
+    Raises:
+      UserError: the captions or videos differ, or the same storage variant has other frames.
+    """
+    same_queries = one.card.queries == other.card.queries
+    contents = {run.card.content for run in (one, other)} - {""}
+    other_frames = one.card.frames == other.card.frames and len(contents) > 1
+    if not same_queries or other_frames:
+        what = "frames" if same_queries else "captions or videos"
+        first, second = (
+            f"{run.card.dataset}, split {run.card.split}, content"
+            f" {run.card.content[:12] or 'unknown'}"
+            for run in (one, other)
+        )
+        raise UserError(
+            f"{one.workdir} and {other.workdir} cannot be compared: they were tested on different"
+            f" {what} ({first}; {second}); evaluate both on the same build of a dataset"
+        )
+
+
+def _ranked(workdir: Path, checkpoint: str, split_name: str, data_dir: str | None) -> RankedRun:
+    """The ranks of a run, stored or computed."""
+    config = with_data_dir(load_config(workdir), data_dir)
+    step = find_step(workdir, checkpoint)
+    stored = read_ranks(evaluation_path(workdir, split_name, step).with_suffix(".npz"))
+    if stored is not None and _is_of(workdir, step, stored[1]):
+        ranks, card = stored
+        # It may have been evaluated as the latest, or by its number.
+        chosen = how_chosen(workdir, config.data, checkpoint, step)
+        return RankedRun(workdir, ranks, dataclasses.replace(card, chosen=chosen))
+    print(f"evaluating checkpoint {step} of {workdir} on {split_name}", flush=True)
+    evaluation, card = evaluate_checkpoint(
+        workdir, config, checkpoint=checkpoint, split_name=split_name
+    )
+    # A read-only run can be compared, too.
+    with contextlib.suppress(OSError):
+        path = evaluation_path(workdir, split_name, card.step)
+        write_ranks(path.with_suffix(".npz"), evaluation.ranks, card)
+    return RankedRun(workdir, evaluation.ranks, card)
+
+
+def _is_of(workdir: Path, step: int, card: ProtocolCard) -> bool:
+    """Whether a stored card is that of the parameters of a checkpoint as they are now."""
+    try:
+        parameters = stored_params_digest(workdir / DIRECTORY / str(step))
+    except DamagedCheckpoint:
+        return False  # Its evaluation says what is damaged.
+    return bool(parameters) and parameters == card.parameters_sha256
+
+
+def _report(one: RankedRun, other: RankedRun, found: Mapping[str, Difference]) -> str:
+    card = one.card
+    lines = [
+        f"{card.dataset}, split {card.split}: {card.videos:,} videos,"
+        f" {card.captions:,} captions, similarities: {card.post_processing}"
+    ]
+    for name, run in (("A", one), ("B", other)):
+        seed = ", ".join(map(str, run.card.seeds))
+        lines.append(
+            f"{name}  {run.workdir}: step {run.card.step}, {run.card.chosen}; seed {seed}; frames"
+            f" {run.card.frames}"
+        )
+    lines.append(f"{'':<14}{'A':>8}{'B':>8}{'B - A':>9}{'95 % interval':>19}{'p':>8}")
+    for name, metric in found.items():
+        bounds = f"[{metric.low:+.1f}, {metric.high:+.1f}]"
+        mark = " *" if metric.is_more_than_luck else ""
+        lines.append(
+            f"{name:<14}{metric.one:8.1f}{metric.other:8.1f}{metric.other - metric.one:+9.1f}"
+            f"{bounds:>19}{metric.p_value:8.3f}{mark}"
+        )
+    if any(metric.is_more_than_luck for metric in found.values()):
+        lines.append("* the interval leaves out 0; of 20 metrics of equal models, one may do so")
+    return "\n".join([*lines, verdict(MAIN_METRIC, found[MAIN_METRIC])])
+
+
+def verdict(name: str, metric: Difference) -> str:
+    """One sentence: which of the runs A and B is better, and whether that is more than luck."""
+    change = metric.other - metric.one
+    if not change:
+        return f"{name} is the same for A and B."
+    better, worse = ("B", "A") if (change > 0) != name.endswith(RANK_METRICS) else ("A", "B")
+    luck = (
+        f"is more than the luck of which videos are in the split (p = {metric.p_value:.3f})"
+        if metric.is_more_than_luck
+        else f"may be the luck of which videos are in the split (p = {metric.p_value:.2f})"
+    )
+    return (
+        f"{name}: {better} is better than {worse} by {abs(change):.1f}, which {luck}. Another"
+        " seed of the training may change it more: see --seeds of drl_jax.train."
+    )

@@ -1,0 +1,211 @@
+"""The protocol card: what a number was measured on, and how."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from drl_jax.config import BackboneConfig, Config, DataConfig
+from drl_jax.data.records import Split, VideoDataset
+from drl_jax.evaluation.metrics import TIE_RULE
+from drl_jax.runs.checkpoint_files import read_metric
+from drl_jax.runs.checkpoints import DIRECTORY
+from drl_jax.runs.workdir import MANIFEST_FILE, read_manifest
+
+# Post-processing of similarities: none.
+RAW = "raw"
+# Digits of a hash that are printed.
+_SHORT = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class ProtocolCard:
+    """States the protocol of metrics beside them.
+
+    Attributes:
+      dataset: its name.
+      split: stored name of the split.
+      protocol: what publications call the protocol of this split (1k-A); empty if unknown.
+      content: hash of all frames, ids and captions of the dataset; empty for one of an early
+        version.
+      frames: storage variant of the frames.
+      frame_order: "time", or "content" if the frames of each video were sorted by their pixels.
+      queries: SHA-256 of the ids and captions of the split.
+      videos: number of videos, which are the candidates of a text.
+      captions: number of captions, which are the queries of t2v.
+      captions_per_video: the smallest and the largest number of captions of a video.
+      ties: rule for candidates of equal similarity.
+      post_processing: of the similarities, "raw" for none.
+      trained_on: training split, with its protocol and what was held out.
+      chosen: how the checkpoint was chosen.
+      step: of the checkpoint; None on the card of several runs.
+      seeds: of the training.
+      model: what the model is, in words.
+      init: initial weights; empty for random ones.
+      init_sha256: SHA-256 of their file; empty if unknown.
+      parameters_sha256: digest of the checkpoint's parameters (`checksums.digest`); empty if
+        unknown and on the card of several runs.
+    """
+
+    dataset: str
+    split: str
+    protocol: str
+    content: str
+    frames: str
+    frame_order: str
+    queries: str
+    videos: int
+    captions: int
+    captions_per_video: tuple[int, int]
+    ties: str
+    post_processing: str
+    trained_on: str
+    chosen: str
+    step: int | None
+    seeds: tuple[int, ...]
+    model: str
+    init: str
+    init_sha256: str
+    parameters_sha256: str
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ProtocolCard":
+        """The card from its JSON values.
+
+        Raises:
+          TypeError: a field is missing or unknown.
+        """
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The card as JSON values."""
+        values = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        low, high = self.captions_per_video
+        a_video = f"{low}" if low == high else f"{low} to {high}"
+        protocol = f" ({self.protocol})" if self.protocol else ""
+        step = "" if self.step is None else f"step {self.step}, "
+        order = "" if self.frame_order == "time" else f", frames sorted by {self.frame_order}"
+        seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
+        init = f"from {self.init} {self.init_sha256[:_SHORT]}".rstrip() if self.init else "random"
+        parameters = self.parameters_sha256[:_SHORT]
+        rows = {
+            "data": f"{self.dataset}, split {self.split}{protocol}: {self.videos:,} videos,"
+            f" {self.captions:,} captions, {a_video} a video; content"
+            f" {self.content[:_SHORT] or 'unknown'}",
+            "ranks": f"among {self.videos:,} candidates; ties: {self.ties}; similarities:"
+            f" {self.post_processing}{order}",
+            "checkpoint": f"{step}{self.chosen}; trained on {self.trained_on}, {seeds}",
+            "model": self.model,
+            "weights": f"initial: {init}" + (f"; parameters {parameters}" if parameters else ""),
+        }
+        return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+
+def protocol_card(
+    workdir: Path,
+    config: Config,
+    dataset: VideoDataset,
+    split_name: str,
+    split: Split,
+    *,
+    checkpoint: str,
+    step: int,
+    parameters_sha256: str,
+    frame_order: str = "time",
+    post_processing: str = RAW,
+) -> ProtocolCard:
+    """Makes the card of an evaluation of a run.
+
+    Args:
+      workdir: directory of the run.
+      config: its configuration.
+      dataset: the dataset.
+      split_name: as of `load_split`: a role or a stored name.
+      split: the split of this name.
+      checkpoint: "best", "latest" or a step, as it was asked for.
+      step: of the checkpoint.
+      parameters_sha256: see `ProtocolCard`.
+      frame_order: see `ProtocolCard`.
+      post_processing: of the similarities, in words.
+
+    Raises:
+      WorkdirError: the manifest of the run is damaged.
+      DamagedCheckpoint: the metric of the checkpoint cannot be read.
+    """
+    manifest, data, counts = workdir / MANIFEST_FILE, config.data, split.caption_counts()
+    stored = _stored_name(split_name, data)
+    return ProtocolCard(
+        dataset=data.dataset,
+        split=stored,
+        protocol=dataset.protocol(stored),
+        content=dataset.content,
+        frames=dataset.storage.name,
+        frame_order=frame_order,
+        queries=dataset.queries_sha256(split),
+        videos=len(split.videos),
+        captions=int(counts.sum()),
+        captions_per_video=(int(counts.min()), int(counts.max())),
+        ties=TIE_RULE,
+        post_processing=post_processing,
+        trained_on=_training_split(data, dataset),
+        chosen=how_chosen(workdir, data, checkpoint, step),
+        step=step,
+        seeds=(config.seed,),
+        model=_described(config),
+        init=config.model.init,
+        init_sha256=read_manifest(manifest)["weights_sha256"] if manifest.exists() else "",
+        parameters_sha256=parameters_sha256,
+    )
+
+
+def card_of_seeds(cards: Sequence[ProtocolCard]) -> ProtocolCard:
+    """The card of runs that differ in their seed, from the cards of the runs."""
+    seeds = tuple(seed for card in cards for seed in card.seeds)
+    return dataclasses.replace(cards[0], seeds=seeds, step=None, parameters_sha256="")
+
+
+def _stored_name(split_name: str, data: DataConfig) -> str:
+    """Stored name of a split, or what it is a part of."""
+    if data.holdout and split_name == "val":
+        return f"{data.holdout} held-out videos of {data.train_split}"
+    if data.holdout and split_name == "train":
+        return f"{data.train_split} without {data.holdout} held-out videos"
+    stored = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
+    return stored.get(split_name, split_name)
+
+
+def _training_split(data: DataConfig, dataset: VideoDataset) -> str:
+    protocol = dataset.protocol(data.train_split)
+    return _stored_name("train", data) + (f" ({protocol})" if protocol else "")
+
+
+def how_chosen(workdir: Path, data: DataConfig, checkpoint: str, step: int) -> str:
+    """How a checkpoint was chosen, in words; arguments and errors as of `protocol_card`."""
+    if checkpoint == "latest":
+        return "the latest"
+    if checkpoint != "best":
+        return "named by the user"
+    if read_metric(workdir / DIRECTORY / str(step)) is None:
+        return "the latest, since none was evaluated"
+    val = _stored_name("val", data)
+    on_test = ", which is the test split" if val == data.test_split else ""
+    return f"the best by t2v R@1 on {val}{on_test}"
+
+
+def _described(config: Config) -> str:
+    model, data = config.model, config.data
+    return (
+        f"{_towers(model.backbone)}; interaction {model.interaction}, temporal head"
+        f" {model.agg_module}; {data.max_frames} frames, {data.max_words} words"
+    )
+
+
+def _towers(backbone: BackboneConfig) -> str:
+    return (
+        f"{backbone.family}, {backbone.vision_layers} image layers of {backbone.vision_width},"
+        f" patches of {backbone.vision_patch_size} pixels at {backbone.image_resolution}"
+    )
