@@ -1,13 +1,18 @@
 """Evaluates a checkpoint of a run.
 
 python -m drl_jax.evaluate --workdir=DIR [--checkpoint=best|latest|STEP] [--split=test]
+    [--report=DIR]
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.cli import Parser, positive_int, run_command
+
+# None, and the methods of `evaluation/post_processing.py`, which imports more than --help needs.
+_POST = ("none", "is", "qbnorm", "nnn", "dsl")
 
 
 def _parser() -> Parser:
@@ -30,8 +35,36 @@ def _parser() -> Parser:
         help="print a second table with the tie rule of DRL's original and CLIP4Clip, for"
         " comparison with papers",
     )
+    parser.add_argument(
+        "--post",
+        type=_methods,
+        default=["none"],
+        metavar="METHOD[,METHOD...]",
+        help=f"post-processing of similarities, a table each: {', '.join(_POST)} (none)",
+    )
+    parser.add_argument(
+        "--bank_size",
+        type=positive_int,
+        metavar="N",
+        help="captions of train that post-processing takes (5000, or all if there are fewer)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write DIR/index.html, one page with the metrics, curves and pictures of the run",
+    )
     parser.add_argument("--data_dir", help="directory of built datasets, if they were moved")
     return parser
+
+
+def _methods(text: str) -> list[str]:
+    """Argument type: names of `_POST`, separated by commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in _POST:
+            raise argparse.ArgumentTypeError(f"there is no {name!r}, but {', '.join(_POST)}")
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,21 +72,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def work() -> None:
+        from drl_jax.report.write import prepare_directory, write_report
         from drl_jax.runs.evaluate_run import evaluate
         from drl_jax.runs.workdir import load_config, with_data_dir
         from drl_jax.runtime.allocator import keep_freed_memory
         from drl_jax.runtime.compilation_cache import cache_compilations
 
+        config = with_data_dir(load_config(options.workdir), options.data_dir)
+        if options.report is not None:
+            prepare_directory(options.report)
         keep_freed_memory()
         cache_compilations()
-        evaluate(
+        evaluated = evaluate(
             options.workdir,
-            with_data_dir(load_config(options.workdir), options.data_dir),
+            config,
             checkpoint=options.checkpoint,
             split_name=options.split,
             frame_order=options.frame_order,
             legacy=options.legacy,
+            post=options.post,
+            bank_size=options.bank_size,
         )
+        if options.report is not None:
+            write_report(options.report, options.workdir, evaluated)
 
     return run_command("drl_jax.evaluate", work)
 

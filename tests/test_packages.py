@@ -12,7 +12,7 @@ ORDER = (
     *("runtime", "config", "config_fields", "sharding"),
     *("models", "data", "weights"),
     *("training", "evaluation", "runs"),
-    *("pretrained", "search"),
+    *("report", "pretrained", "search"),
     *("train", "evaluate", "compare", "convert"),
 )
 MODULES = {

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
-from support.browser import CHROMIUM, CHROMIUM_FLAGS
+from support.browser import CHROMIUM, CHROMIUM_FLAGS, text_contrasts
 from support.commands import ROOT, error_of
 
 from drl_jax.search import progress as progress_module
@@ -943,39 +943,13 @@ def test_light_and_dark_are_readable(browser, served):
         page = context.new_page()
         page.goto(f"{served.url}{ASKED}&video={LONG}")
         page.locator(".why summary").click()
-        pairs = page.evaluate(
-            """() => {
-              const canvas = document.createElement('canvas').getContext('2d');
-              const rgb = (color) => {
-                canvas.fillStyle = color;
-                canvas.fillRect(0, 0, 1, 1);
-                return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-              };
-              const background = (e) => {
-                const own = getComputedStyle(e).backgroundColor;
-                return own === 'rgba(0, 0, 0, 0)' ? background(e.parentElement) : own;
-              };
-              const shown = 'h1 a, h2, h3, label, summary, p, th, td, a, button, .name, .facts,'
-                + ' .badge, kbd, .scale span';
-              return [...document.querySelectorAll(shown)]
-                .filter((e) => e.textContent.trim() && e.checkVisibility())
-                .map((e) => [rgb(getComputedStyle(e).color), rgb(background(e)), e.outerHTML]);
-            }"""
+        shown = (
+            "h1 a, h2, h3, label, summary, p, th, td, a, button, .name, .facts, .badge, kbd,"
+            " .scale span"
         )
-        assert len(pairs) > 80
-        low = [pair for pair in pairs if contrast(*pair[:2]) < 4.5]
-        assert low == []
+        contrasts = text_contrasts(page, shown)
+        assert len(contrasts) > 80
+        assert [found for found in contrasts if found[0] < 4.5] == []
         backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         context.close()
     assert len(backgrounds) == 2
-
-
-def contrast(one: list[int], other: list[int]) -> float:
-    """Contrast of two sRGB colors, as WCAG defines it."""
-
-    def luminance(color):
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted(luminance([c / 255 for c in color]) for color in (one, other))
-    return (high + 0.05) / (low + 0.05)

@@ -13,6 +13,7 @@ from drl_jax.data.records import Split, VideoDataset
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.metrics import Ranks, metrics_of, query_ranks
 from drl_jax.models.drl import Params
+from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import Tokenizer
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout
@@ -34,17 +35,23 @@ class Evaluation:
         has pairs of a clip and its reverse.
       sim_matrix: float32 [A, B], captions by videos, in the order of `Split.caption_pairs`.
       ranks: the rank of every query, and the video of each caption.
+      text: the interaction's arrays of the captions.
+      video: those of the videos.
     """
 
     metrics: dict[str, Any]
     sim_matrix: np.ndarray
     ranks: Ranks
+    text: Features
+    video: Features
 
     @classmethod
-    def of(cls, sim_matrix: np.ndarray, split: Split) -> "Evaluation":
+    def of(
+        cls, sim_matrix: np.ndarray, split: Split, text: Features, video: Features
+    ) -> "Evaluation":
         """Ranks the captions and videos of a split by their similarities [A, B]."""
         ranks = query_ranks(sim_matrix, split.caption_pairs()[0], split.reversed_pairs)
-        return cls(metrics_of(ranks), sim_matrix, ranks)
+        return cls(metrics_of(ranks), sim_matrix, ranks, text, video)
 
 
 class Evaluator:
@@ -67,19 +74,32 @@ class Evaluator:
         Returns:
           The metrics, and what they were computed from.
         """
-        captions = split.caption_pairs()[1]
+        text = self.encode_captions(params, split.caption_pairs()[1])
+        video = self.encode_videos(params, split.videos, frame_order=frame_order)
+        return Evaluation.of(self.similarity(params, text, video), split, text, video)
+
+    def encode_captions(self, params: Params, captions: list[str]) -> Features:
+        """N captions -> the interaction's arrays, [N, ...] each."""
+        return self._embedder.encode_text(params, captions)
+
+    def encode_videos(
+        self, params: Params, videos: np.ndarray, *, frame_order: FrameOrder | None = None
+    ) -> Features:
+        """Videos of the dataset, record indices int [N], -> the interaction's arrays."""
 
         def read_one(video: int) -> np.ndarray:
             frames = self._dataset.read_frames(video)
             return frames if frame_order is None else frame_order(frames)
 
         def read(rows: np.ndarray) -> list[np.ndarray]:
-            return list(pool.map(read_one, split.videos[rows]))
+            return list(pool.map(read_one, videos[rows]))
 
-        text = self._embedder.encode_text(params, captions)
         with ThreadPoolExecutor(self._num_threads) as pool:
-            video = self._embedder.encode_video(params, read, len(split.videos))
-        return Evaluation.of(self._embedder.similarity(params, text, video), split)
+            return self._embedder.encode_video(params, read, len(videos))
+
+    def similarity(self, params: Params, text: Features, video: Features) -> np.ndarray:
+        """sim_matrix float32 [A, B] of encoded captions and videos."""
+        return self._embedder.similarity(params, text, video)
 
 
 def check_split(name: str, split: Split, dataset: VideoDataset, tokenizer: Tokenizer) -> None:

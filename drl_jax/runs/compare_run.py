@@ -10,7 +10,7 @@ from drl_jax.evaluation.bootstrap import Difference, differences
 from drl_jax.evaluation.metrics import RANK_METRICS, Ranks
 from drl_jax.runs.checkpoint_files import DamagedCheckpoint, stored_params_digest
 from drl_jax.runs.checkpoints import DIRECTORY
-from drl_jax.runs.evaluate_run import evaluate_checkpoint
+from drl_jax.runs.open_evaluation import open_evaluation
 from drl_jax.runs.protocol_card import ProtocolCard, how_chosen
 from drl_jax.runs.rank_files import evaluation_path, read_ranks, write_ranks
 from drl_jax.runs.run_params import find_step
@@ -97,14 +97,15 @@ def _ranked(workdir: Path, checkpoint: str, split_name: str, data_dir: str | Non
         chosen = how_chosen(workdir, config.data, checkpoint, step)
         return RankedRun(workdir, ranks, dataclasses.replace(card, chosen=chosen))
     print(f"evaluating checkpoint {step} of {workdir} on {split_name}", flush=True)
-    evaluation, card = evaluate_checkpoint(
-        workdir, config, checkpoint=checkpoint, split_name=split_name
+    opened = open_evaluation(
+        workdir, config, checkpoint=checkpoint, split_name=split_name, frame_order="time"
     )
+    ranks = opened.run().ranks
     # A read-only run can be compared, too.
     with contextlib.suppress(OSError):
-        path = evaluation_path(workdir, split_name, card.step)
-        write_ranks(path.with_suffix(".npz"), evaluation.ranks, card)
-    return RankedRun(workdir, evaluation.ranks, card)
+        path = evaluation_path(workdir, split_name, opened.card.step)
+        write_ranks(path.with_suffix(".npz"), ranks, opened.card)
+    return RankedRun(workdir, ranks, opened.card)
 
 
 def _is_of(workdir: Path, step: int, card: ProtocolCard) -> bool:

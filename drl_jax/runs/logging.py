@@ -20,6 +20,7 @@ from drl_jax.runtime.files import write_text
 from drl_jax.sharding import Layout
 from drl_jax.training.optimizer import make_schedule
 
+METRICS_FILE = "metrics.jsonl"
 # Values of `TrainBatches.cache`.
 _CACHED = {
     "none": "read from disk each epoch",
@@ -197,7 +198,7 @@ class JsonlWriter:
 
     def __init__(self, workdir: Path, keep: Keep):
         """Opens the file and removes the lines that are not kept, or damaged."""
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS_FILE
         self.lines: list[dict[str, float]] = []
         if not self._path.exists():
             return
@@ -221,6 +222,19 @@ class JsonlWriter:
 
     def flush(self) -> None:
         """Each line is in the file already."""
+
+
+def read_scalars(workdir: Path) -> list[dict[str, float]]:
+    """The objects of `metrics.jsonl` of a run; none without the file. Damaged lines are left out.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [values for values in map(_parse, lines) if values is not None]
 
 
 def _parse(line: str) -> dict[str, float] | None:

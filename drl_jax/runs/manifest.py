@@ -68,7 +68,7 @@ class RunRecord:
             self._values = read_manifest(self._path)
             _check_content(self._values["dataset"]["content"], dataset, f"the run in {workdir}")
             _check_tokenizer(self._values, config, f"the run in {workdir}")
-        self._weights_sha256 = _weights_sha256(config)
+        self._weights_sha256 = weights_sha256(config)
         self._values |= {
             "config": dataclasses.asdict(config),
             "dataset": {"name": config.data.dataset, "content": dataset.content},
@@ -188,7 +188,7 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
             f"--reproduce starts the same run, but config.{name} is {there[name]!r} in the manifest"
             f" and {here[name]!r} here"
         )
-    if manifest["weights_sha256"] != _weights_sha256(config):
+    if manifest["weights_sha256"] != weights_sha256(config):
         raise WorkdirError(
             f"config.model.init={config.model.init} is not the file that the run started from (its"
             f" sha256 is {manifest['weights_sha256']})"
@@ -237,7 +237,8 @@ def _tokenizer_sha256(config: Config) -> str:
     return load_tokenizer(config.model).sha256 if config.model.tokenizer else ""
 
 
-def _weights_sha256(config: Config) -> str:
+def weights_sha256(config: Config) -> str:
+    """SHA-256 of the file of initial weights; empty for random ones."""
     return sha256(weights_path(config.model.init)) if config.model.init else ""
 
 

@@ -82,8 +82,8 @@ class ProtocolCard:
         values = dataclasses.asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
-    def __str__(self) -> str:
-        """A few lines for a terminal."""
+    def rows(self) -> dict[str, str]:
+        """A few sentences by subject."""
         low, high = self.captions_per_video
         a_video = f"{low}" if low == high else f"{low} to {high}"
         protocol = f" ({self.protocol})" if self.protocol else ""
@@ -92,7 +92,7 @@ class ProtocolCard:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         init = f"from {self.init} {self.init_sha256[:_SHORT]}".rstrip() if self.init else "random"
         parameters = self.parameters_sha256[:_SHORT]
-        rows = {
+        return {
             "data": f"{self.dataset}, split {self.split}{protocol}: {self.videos:,} videos,"
             f" {self.captions:,} captions, {a_video} a video; content"
             f" {self.content[:_SHORT] or 'unknown'}",
@@ -102,7 +102,10 @@ class ProtocolCard:
             "model": self.model,
             "weights": f"initial: {init}" + (f"; parameters {parameters}" if parameters else ""),
         }
-        return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+    def __str__(self) -> str:
+        """The rows as lines for a terminal."""
+        return "\n".join(f"  {name:<11}{text}" for name, text in self.rows().items())
 
 
 def protocol_card(

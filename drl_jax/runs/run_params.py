@@ -1,13 +1,19 @@
-"""Restores the parameters of a run that may be training meanwhile."""
+"""Parameters of a run that may be training meanwhile: of a checkpoint, and the initial ones."""
 
 import time
 from pathlib import Path
 
-from drl_jax.config import ModelConfig
-from drl_jax.models.drl import Params, abstract_params
+import jax
+
+from drl_jax.config import Config, ModelConfig
+from drl_jax.models.drl import Params, abstract_params, init_params
 from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint
 from drl_jax.runs.checkpoints import DIRECTORY, Checkpoints
+from drl_jax.runs.manifest import weights_sha256
+from drl_jax.runs.workdir import MANIFEST_FILE, WorkdirError, read_manifest
 from drl_jax.sharding import Layout
+from drl_jax.weights.load import initial_params
+from drl_jax.weights.weights_file import read_weights
 
 # A checkpoint that cannot be read may be one that a training deletes at this moment. It is damaged
 # if it cannot be read again after a pause.
@@ -70,6 +76,31 @@ def restore_params(
     raise CheckpointError(
         f"checkpoint {step} in {workdir / DIRECTORY} is damaged: {reason}; {choice}"
     )
+
+
+def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Params:
+    """Makes the parameters that a run started from once more; no checkpoint has them.
+
+    Args:
+      workdir: directory of the run.
+      config: its configuration.
+      layout: shardings of the parameters.
+
+    Raises:
+      UserError: the initial weights cannot be read, or are not those that the run started from.
+    """
+    model, key = config.model, jax.random.key(config.seed)
+    if not model.init:
+        params = jax.jit(init_params, static_argnums=0)(model, key)
+        return jax.device_put(params, layout.parameters(params))
+    manifest = workdir / MANIFEST_FILE
+    recorded = read_manifest(manifest)["weights_sha256"] if manifest.exists() else None
+    if recorded not in (None, weights_sha256(config)):
+        raise WorkdirError(
+            f"config.model.init={model.init} is another file than the run in {workdir} started from"
+        )
+    params = initial_params(model, read_weights(model.init, model.release), key)
+    return jax.device_put(params, layout.parameters(params))
 
 
 def _check_has_checkpoints(workdir: Path) -> None:

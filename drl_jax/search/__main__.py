@@ -35,7 +35,15 @@ def _parser() -> Parser:
     )
     common = Parser("", add_help=False, parents=[model])
     common.add_argument("--index", type=Path, required=True, help="directory of the index")
-    engine = Parser("", add_help=False)
+    hubness = Parser("", add_help=False)
+    hubness.add_argument(
+        "--hubness",
+        default="",
+        metavar="is|nnn",
+        help="rank sentences without hubs, in an index with a --bank: is:BETA or nnn:K:W (is is"
+        " is:20, nnn is nnn:128:0.75)",
+    )
+    engine = Parser("", add_help=False, parents=[hubness])
     engine.add_argument("--url", default="", help="URL of a Qdrant cluster (default: embedded)")
     engine.add_argument(
         "--collection", default="", help="name of the collection (default: one per index)"
@@ -60,6 +68,14 @@ def _parser() -> Parser:
     )
     index.add_argument(
         "--prune", action="store_true", help="remove files that are gone also if most of them are"
+    )
+
+    index.add_argument(
+        "--bank",
+        default="",
+        metavar="train|FILE",
+        help="of a new index: captions of other videos, for --hubness: the training captions of"
+        " the run, or a file with one per line",
     )
 
     text = "answer queries, or prompt for them"
@@ -123,7 +139,7 @@ def _parser() -> Parser:
     recall.add_argument("--json", action="store_true", help="print one JSON list")
 
     text = "serve the search page"
-    serve = commands.add_parser("serve", parents=[common], help=text, description=text)
+    serve = commands.add_parser("serve", parents=[common, hubness], help=text, description=text)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
     serve.add_argument("--top", type=positive_int, default=12, help="hits per query (%(default)s)")

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.pretrained import RetrievalModel, load
+from drl_jax.runs.post_processing_run import draw_bank
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import MOMENTS
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.explain_file import explain_file
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit
+from drl_jax.search.hubness import Correction
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.prompt import format_hits, run_prompt
 from drl_jax.search.query import Query
@@ -41,8 +43,23 @@ def _index(options: argparse.Namespace) -> None:
         storage=options.storage,
         timeout=options.timeout,
         prune=options.prune,
+        bank=_bank_captions(options.bank, model) if options.bank else (),
     )
     print(_format_report(report, options.index, options.storage))
+
+
+def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
+    """Captions of the training split of a model's dataset, or of a file."""
+    if bank != "train":
+        return _lines(Path(bank))
+    config = model.config
+    try:
+        train = load_split(VideoDataset(dataset_dir(config)), "train", config.data)
+    except DatasetError as error:
+        raise UserError(
+            f"--bank=train: {error}; or give --bank=FILE, with one caption per line"
+        ) from error
+    return [caption for caption in draw_bank(train, None).captions if caption.strip()]
 
 
 def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
@@ -65,7 +82,7 @@ def _query(options: argparse.Namespace) -> None:
     queries = list(options.query)
     if options.queries:
         queries += _lines(options.queries)
-    session = SearchSession(options.index, _model_of_flags(options))
+    session = _session(options)
     if options.video and options.sentences:
         _rank_sentences(options, session)
     elif not _is_plain(options):
@@ -89,6 +106,10 @@ def _check_query(options: argparse.Namespace) -> None:
     if not _is_plain(options) and options.engine != "exact":
         raise UserError(
             f"--engine={options.engine} answers sentences only, among all videos; omit it"
+        )
+    if options.hubness and (options.video or options.picture or options.like or options.without):
+        raise UserError(
+            "--hubness ranks sentences; omit it with --video, --picture, --like or --without"
         )
     if options.without and not (options.query or options.picture or options.like or options.video):
         raise UserError("--without needs something to look for, e.g. a sentence")
@@ -188,7 +209,7 @@ def _print_hits(query: str, hits: Sequence[Hit], as_json: bool) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    session = SearchSession(options.index, _model_of_flags(options))
+    session = _session(options)
     with contextlib.closing(_qdrant(options, session)) as engine:
         report = engine.export()
     print(
@@ -198,7 +219,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _recall(options: argparse.Namespace) -> None:
-    session = SearchSession(options.index, _model_of_flags(options))
+    session = _session(options)
     queries, videos = _lines(options.queries), len(session.videos)
     with contextlib.closing(_qdrant(options, session)) as engine:
         from drl_jax.search.recall import measure_recall
@@ -245,6 +266,7 @@ def _serve(options: argparse.Namespace) -> None:
         port=options.port,
         top=options.top,
         max_upload=options.max_upload,
+        correction=_correction(options),
     )
 
 
@@ -266,6 +288,14 @@ def _explain(options: argparse.Namespace) -> None:
         format_timestamp, (found.window.start, found.window.end, found.explanation.moment)
     )
     print(f"{found.score:.4f}, best moment {peak} (of {start} to {end}): {options.out}")
+
+
+def _session(options: argparse.Namespace) -> SearchSession:
+    return SearchSession(options.index, _model_of_flags(options), _correction(options))
+
+
+def _correction(options: argparse.Namespace) -> Correction | None:
+    return Correction.parse(options.hubness) if options.hubness else None
 
 
 def _model_of_flags(options: argparse.Namespace) -> RetrievalModel | None:

@@ -27,6 +27,8 @@ BLOCK = 16384
 BEST = "best"
 # Name of the weights of queries beside the arrays of texts.
 _WEIGHTS = "query_weights"
+# Name of what is subtracted from the similarities of videos, beside their arrays.
+_BIAS = "bias"
 # Videos that a device compares at a time: their features, as float32, fit in its caches.
 _COMPARED = 128
 
@@ -69,6 +71,7 @@ class Gallery:
         self.layout, self.block = layout, share * layout.device_count
         used = {name: array[:end] for name, array in arrays.items()}
         self._blocks = _Blocks(used, self.block, layout)
+        self._biases: np.ndarray | None = None
         self._choose(slots)
 
     def _choose(self, slots: Sequence[int]) -> None:
@@ -87,18 +90,35 @@ class Gallery:
         gallery._choose(slots)
         return gallery
 
+    def with_biases(self, biases: np.ndarray) -> "Gallery":
+        """A gallery of the same videos that ranks by similarity minus bias, and scores by it.
+
+        Args:
+          biases: float32 [S], one per slot.
+        """
+        gallery = copy.copy(self)
+        gallery._biases = biases
+        return gallery
+
     def copied(self, slots: Sequence[int]) -> "Gallery":
         """A gallery with copies of some videos; its slot n is the n-th of `slots`."""
         rows = np.asarray(slots)
         arrays = {name: array[rows] for name, array in self._blocks.arrays.items()}
-        return Gallery(arrays, range(len(rows)), self.layout, block=self.block)
+        gallery = Gallery(arrays, range(len(rows)), self.layout, block=self.block)
+        return gallery if self._biases is None else gallery.with_biases(self._biases[rows])
 
     def blocks(self) -> Iterator[dict[str, jax.Array]]:
-        """Yields the arrays of each block, with `valid`: which of its slots are videos."""
+        """Yields the arrays of each block, with `valid`: which of its slots are videos.
+
+        And with their biases, if the gallery has some.
+        """
+        rows = {"valid": self._valid}
+        if self._biases is not None:
+            rows[_BIAS] = self._biases[: self._blocks.end]
         for start, arrays in self._blocks.read():
-            valid = self._valid[start : start + self.block]
-            valid = np.pad(valid, (0, self.block - len(valid)))
-            yield {**arrays, **self.layout.put_batch({"valid": valid})}
+            parts = {name: row[start : start + self.block] for name, row in rows.items()}
+            padded = {n: np.pad(part, (0, self.block - len(part))) for n, part in parts.items()}
+            yield {**arrays, **self.layout.put_batch(padded)}
 
 
 class _Blocks:
@@ -223,6 +243,7 @@ class SearchEngine:
             def compare(params, text, arrays):
                 arrays, text = dict(arrays), dict(text)
                 valid, weights = arrays.pop("valid"), text.pop(_WEIGHTS, None)
+                bias = arrays.pop(_BIAS, None)
                 interaction = nnx.merge(definition, params).interaction
                 sim = similarity_in_blocks(
                     lambda part, _: interaction.similarity(text, dequantize(part)),
@@ -234,6 +255,8 @@ class SearchEngine:
                     sim = weights[None] @ sim
                 elif combined == BEST:
                     sim = sim.max(axis=0, keepdims=True)
+                if bias is not None:
+                    sim = sim - bias
                 sim = jnp.where(valid, sim, -jnp.inf)
                 scores, slots = jax.lax.top_k(sim, local_top)  # [Q, k]
                 return scores, slots + share * jax.lax.axis_index(AXIS)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.calibration import BANK_ARRAY, bank_of, bank_similarity
 from drl_jax.search.format_2 import made_with
+from drl_jax.search.hubness import HUBNESS_ARRAY, check_bank, hubness_of, read_bank, write_bank
 from drl_jax.search.progress import ProgressFile
 from drl_jax.search.reading import VideoRead, frames_of, read_video
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
@@ -64,6 +65,7 @@ def update_index(
     storage: str = "bfloat16",
     timeout: float = 300.0,
     prune: bool = False,
+    bank: Sequence[str] = (),
 ) -> IndexReport:
     """Updates an index to the files of a folder; decodes only new and changed files.
 
@@ -80,15 +82,17 @@ def update_index(
       timeout: seconds for decoding one video, and one more for each MB of its file. A video that
         took longer is tried again when this is larger.
       prune: remove files that are gone also if they are most of the index.
+      bank: captions of other videos, to rank without hubs (`hubness.py`); those of an existing
+        index need not be given again.
 
     Raises:
       UserError: the folder does not exist, there is no video, most of the files are gone, or the
-        index is of another model, folder or storage.
+        index is of another model, folder, storage or bank.
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
     with IndexWriter(directory) as writer:
-        _check_header(writer, model, videos, storage)
+        _check_header(writer, model, videos, storage, bank)
         known = {video.path: video for video in writer.videos()}
         found = {video.path: video for video in find_videos(videos, timeout)}
         misnamed = [path for path in found if not is_text(path)]
@@ -139,7 +143,9 @@ class _Update:
         self.damaged = damaged
         # Gone files whose features a file of the same content may take over.
         self._movable = {path: gone for path, gone in self.missing.items() if path not in damaged}
-        self._bank: Features | None = None  # The bank of captions, encoded.
+        # The banks of captions, encoded.
+        self._bank: Features | None = None
+        self._hubness_bank: Features | None = None
         # Reads that are not stored yet.
         self._unstored: list[tuple[IndexedVideo, VideoRead]] = []
         self._stored_at = time.monotonic()
@@ -278,15 +284,23 @@ class _Update:
         if not rows:
             return {}
         features = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        header, of_banks = self.writer.header, {}
         # Indexes of earlier versions have no bank.
-        if sentences := self.writer.header.get("bank"):
+        if sentences := header.get("bank"):
             if self._bank is None:
                 self._bank = self.model.encode_text(sentences)
-            features[BANK_ARRAY] = bank_similarity(self.model, self._bank, features)
-        return features
+            of_banks[BANK_ARRAY] = bank_similarity(self.model, self._bank, features)
+        if "hubness" in header:
+            if self._hubness_bank is None:
+                captions = read_bank(self.writer.directory, header)
+                self._hubness_bank = self.model.encode_text(captions)
+            of_banks[HUBNESS_ARRAY] = hubness_of(self.model, header, self._hubness_bank, features)
+        return features | of_banks
 
 
-def _check_header(writer: IndexWriter, model: RetrievalModel, videos: Path, storage: str) -> None:
+def _check_header(
+    writer: IndexWriter, model: RetrievalModel, videos: Path, storage: str, bank: Sequence[str]
+) -> None:
     """Writes the header of a new index, or checks that an index matches; upgrades old formats."""
     folder, header = str(videos.resolve()), writer.header
     if not header:
@@ -296,6 +310,7 @@ def _check_header(writer: IndexWriter, model: RetrievalModel, videos: Path, stor
             videos=folder,
             storage=storage,
             bank=bank_of(model.config),
+            **({"hubness": write_bank(writer.directory, bank)} if bank else {}),
         )
         return
     # A folder that is not there any more may have been moved.
@@ -310,5 +325,7 @@ def _check_header(writer: IndexWriter, model: RetrievalModel, videos: Path, stor
                 f"the index {writer.directory} was made with another {other}; give another --index,"
                 " or delete it"
             )
+    if bank:
+        check_bank(writer.directory, header, bank)
     if not header["fingerprint"] or header["videos"] != folder:
         writer.update_header(fingerprint=model.fingerprint, videos=folder)

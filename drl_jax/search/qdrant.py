@@ -13,6 +13,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException
 from tqdm import tqdm
@@ -78,6 +79,8 @@ class QdrantSearch:
         # An index that was upgraded from format 2 keeps its collection.
         fingerprint = header.get("format_2_fingerprint") or header["fingerprint"]
         key = f"{fingerprint} {header['videos']}"
+        if session.correction is not None:
+            key += f" {session.correction} {header['hubness']['sha256']}"
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
         self.collection = collection or f"drl_jax_{name}"
         self._where = url or str(session.directory / "qdrant")
@@ -113,7 +116,8 @@ class QdrantSearch:
                 self._client.create_collection(
                     self.collection,
                     vectors_config=models.VectorParams(
-                        size=index.model.config.model.backbone.embed_dim,
+                        size=index.model.config.model.backbone.embed_dim
+                        + (self.session.correction is not None),
                         distance=models.Distance.DOT,
                         multivector_config=models.MultiVectorConfig(
                             comparator=models.MultiVectorComparator.MAX_SIM
@@ -134,7 +138,7 @@ class QdrantSearch:
             with tqdm(total=len(pending), desc="exporting", unit="window") as progress:
                 for start in range(0, len(pending), _BATCH):
                     batch = pending[start : start + _BATCH]
-                    self._client.upsert(self.collection, _points_of(index, batch), wait=True)
+                    self._client.upsert(self.collection, self._points_of(index, batch), wait=True)
                     progress.update(len(batch))
             report.sent = len(pending)
         return report
@@ -149,6 +153,27 @@ class QdrantSearch:
             yield from ((str(point.id), point.payload["sha256"]) for point in points)
             if offset is None:
                 return
+
+    def _points_of(
+        self, index: IndexSnapshot, windows: Sequence[tuple[IndexedVideo, int]]
+    ) -> list[models.PointStruct]:
+        stored, interaction = index.stored_windows(windows), index.model.interaction
+        biases = None
+        if self.session.correction is not None:
+            biases = index.biases_of_windows(windows)
+        points = []
+        for row, (video, window) in enumerate(windows):
+            arrays = {name: array[row] for name, array in stored.items()}
+            vectors = interaction.video_vectors(arrays)
+            if biases is not None:
+                vectors = np.pad(vectors, ((0, 0), (0, 1)), constant_values=-biases[row])
+            payload = {"path": video.path, "sha256": video.sha256, "window": window}
+            points.append(
+                models.PointStruct(
+                    id=_point_id(video, window), vector=vectors.tolist(), payload=payload
+                )
+            )
+        return points
 
     # ------------------------------------------------------------------ search
 
@@ -203,10 +228,12 @@ class QdrantSearch:
           UserError: the engine fails, or has no video of the index.
         """
         query = {name: array[0] for name, array in text.items()}
-        vectors = index.model.interaction.query_vectors(query).tolist()
+        vectors = index.model.interaction.query_vectors(query)
+        if self.session.correction is not None:
+            vectors = _with_bias_token(vectors)
         with self._errors():
             points = self._client.query_points(
-                self.collection, query=vectors, limit=count, with_payload=True
+                self.collection, query=vectors.tolist(), limit=count, with_payload=True
             ).points
         videos = {}
         for point in points:
@@ -242,17 +269,11 @@ def _point_id(video: IndexedVideo, window: int) -> str:
     return str(uuid.uuid5(_NAMESPACE, name))
 
 
-def _points_of(
-    index: IndexSnapshot, windows: Sequence[tuple[IndexedVideo, int]]
-) -> list[models.PointStruct]:
-    stored, interaction = index.stored_windows(windows), index.model.interaction
-    points = []
-    for row, (video, window) in enumerate(windows):
-        vectors = interaction.video_vectors({name: array[row] for name, array in stored.items()})
-        payload = {"path": video.path, "sha256": video.sha256, "window": window}
-        points.append(
-            models.PointStruct(
-                id=_point_id(video, window), vector=vectors.tolist(), payload=payload
-            )
-        )
-    return points
+def _with_bias_token(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of a query [n, D] -> [n + 1, D + 1]: one more, which finds the bias of a window.
+
+    Vectors of windows have it, negative, as one more channel. The others are 0 there.
+    """
+    extended = np.pad(vectors, ((0, 1), (0, 1)))
+    extended[-1, -1] = 1
+    return extended

@@ -23,6 +23,7 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import MAX_HITS, PageQuery
 from drl_jax.search.api import SearchAPI
+from drl_jax.search.hubness import Correction
 from drl_jax.search.media import Media
 from drl_jax.search.routes import api_routes, file_routes, page_routes
 from drl_jax.search.session import SearchSession
@@ -67,6 +68,7 @@ def serve(
     port: int,
     top: int,
     max_upload: int,
+    correction: Correction | None = None,
 ) -> None:
     """Serves the page until it is interrupted.
 
@@ -77,12 +79,15 @@ def serve(
       port: 0 chooses a free one.
       top: number of hits, unless the request has another.
       max_upload: MB of a video that is sent as a query, at most.
+      correction: see `SearchSession`.
 
     Raises:
       UserError: the index cannot be opened, or the address is not available.
     """
     hosts = _LOOPBACK if host in _LOOPBACK else ("*",)
-    app = make_app(directory, model, top=top, max_upload=max_upload, hosts=hosts)
+    app = make_app(
+        directory, model, top=top, max_upload=max_upload, correction=correction, hosts=hosts
+    )
     listener = _listen(host, port)
     print(
         f"{app.state.videos} videos on http://{host}:{listener.getsockname()[1]}/  (Ctrl-C stops)",
@@ -123,6 +128,7 @@ def make_app(
     *,
     top: int,
     max_upload: int,
+    correction: Correction | None = None,
     hosts: tuple[str, ...] = _LOOPBACK,
 ) -> Starlette:
     """Creates the ASGI application; answers one query, so that the first is not slow.
@@ -132,6 +138,7 @@ def make_app(
       model: see `SearchSession`.
       top: number of hits.
       max_upload: MB of a video that is sent as a query, at most.
+      correction: see `SearchSession`.
       hosts: accepted values of the Host header; refuses DNS rebinding.
 
     Raises:
@@ -139,7 +146,7 @@ def make_app(
     """
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
-    session, media = SearchSession(directory, model), Media()
+    session, media = SearchSession(directory, model, correction), Media()
     api, max_video = SearchAPI(session, top), 1_000_000 * max_upload
 
     @contextlib.asynccontextmanager

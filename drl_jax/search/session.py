@@ -13,6 +13,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.search.database import index_version
 from drl_jax.search.engine import SearchEngine
 from drl_jax.search.hits import Hit
+from drl_jax.search.hubness import Correction
 from drl_jax.search.query import Query
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.snapshot import IndexSnapshot
@@ -44,19 +45,27 @@ class SearchSession:
     Attributes:
       directory: of the index.
       model: the model that the index was made with.
+      correction: for hubs, of queries of one sentence.
     """
 
-    def __init__(self, directory: Path, model: RetrievalModel | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        model: RetrievalModel | None = None,
+        correction: Correction | None = None,
+    ):
         """Opens an index.
 
         Args:
           directory: of the index.
           model: the model it was made with; None: loaded from where the index says it is.
+          correction: for hubs, of queries of one sentence; None: they are ranked by similarity.
 
         Raises:
-          UserError: there is no index, no video to search, or the model is another one.
+          UserError: there is no index, no video to search, the model is another one, or the index
+            does not store what the correction needs.
         """
-        self.directory = directory
+        self.directory, self.correction = directory, correction
         if model is None:
             with Store(directory) as store:
                 source = store.header["source"]
@@ -97,7 +106,9 @@ class SearchSession:
         start = time.monotonic()
         # Most features of an update are checked already.
         previous = self._snapshot if self._is_update(version) else None
-        self._snapshot = IndexSnapshot(self.directory, self.model, self._engine, previous)
+        self._snapshot = IndexSnapshot(
+            self.directory, self.model, self._engine, previous, self.correction
+        )
         self._version, self._seconds = version, time.monotonic() - start
 
     def _open_in_background(self, version: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from drl_jax.search.explain import explain
 from drl_jax.search.filters import Filters, filter_videos
 from drl_jax.search.format_2 import made_with
 from drl_jax.search.hits import Hit, Moment
+from drl_jax.search.hubness import HUBNESS_ARRAY, Correction
 from drl_jax.search.integrity import IndexCheck
 from drl_jax.search.moments import Span, find_spans
 from drl_jax.search.progress import read_progress
@@ -49,6 +50,7 @@ class IndexSnapshot:
         model: RetrievalModel,
         engine: SearchEngine,
         previous: "IndexSnapshot | None" = None,
+        correction: Correction | None = None,
     ):
         """Reads the slots of the videos, maps the arrays, and checks them by their checksums.
 
@@ -57,6 +59,7 @@ class IndexSnapshot:
           model: the model of the index.
           engine: compares texts and videos with that model.
           previous: an earlier state of the same index; what it has checked is not checked again.
+          correction: for hubs, of queries of one sentence.
 
         Raises:
           SearchIndexError: there is no index, no video to search, it is damaged, or the model is
@@ -84,6 +87,7 @@ class IndexSnapshot:
                 " files are read), and no video is stored yet; try again in a few seconds"
             )
         self._bank = self._arrays.pop(BANK_ARRAY, None)
+        self._hubness = self._arrays.pop(HUBNESS_ARRAY, None)
         # Indexes of format 3 have no checksums.
         try:
             names = jax.eval_shape(dequantize, self._arrays).keys()
@@ -93,6 +97,11 @@ class IndexSnapshot:
             raise damaged(directory, f"it has no array {min(missing)}")
         self.folder = Path(self.header["videos"])
         self._gallery = Gallery(self._arrays, self.videos.slots, model.layout)
+        self._biases = None if correction is None else self._biases_of(correction)
+        # Ranks sentences.
+        self._corrected = (
+            self._gallery if self._biases is None else self._gallery.with_biases(self._biases)
+        )
         checked = 0
         if previous is not None and previous.header["generation"] == generation:
             previous.check.stop()
@@ -100,6 +109,14 @@ class IndexSnapshot:
         self.check = IndexCheck(
             directory, self.videos, self._stored_arrays(), self._check_files, first_slot=checked
         )
+
+    def _biases_of(self, correction: Correction) -> np.ndarray:
+        if self._hubness is None:
+            raise SearchIndexError(
+                f"the index {self.directory} has no bank of captions, which --hubness needs; make"
+                " a new one with: python -m drl_jax.search index --bank=train|FILE"
+            )
+        return correction.biases(self.directory, self.header, self._hubness)
 
     # ------------------------------------------------------------------ queries
 
@@ -173,21 +190,28 @@ class IndexSnapshot:
         top: int,
         videos: Sequence[IndexedVideo] | None = None,
         weights: Sequence[float] | str | None = None,
+        *,
+        are_sentences: bool = True,
     ) -> Ranking:
-        """Ranks the windows of all videos, or of some; see `SearchEngine.search`."""
+        """Ranks the windows of all videos, or of some; see `SearchEngine.search`.
+
+        The scores of sentences are corrected for hubs if the snapshot does that.
+        """
+        gallery = self._corrected if are_sentences else self._gallery
         self._check_files()
         self.check.raise_damage()
         if videos is None:
-            return self._engine.search(text, self._gallery, top, weights)
+            return self._engine.search(text, gallery, top, weights)
         slots = slots_of(videos)
-        if len(slots) > _MANY * self._gallery.size:
-            return self._engine.search(text, self._gallery.only(slots), top, weights)
-        found = self._engine.search(text, self._gallery.copied(slots), top, weights)
+        if len(slots) > _MANY * gallery.size:
+            return self._engine.search(text, gallery.only(slots), top, weights)
+        found = self._engine.search(text, gallery.copied(slots), top, weights)
         return Ranking(found.scores, slots[found.slots])
 
     def _stored_arrays(self) -> Features:
-        """All arrays of the index, with that of the bank of captions if there is one."""
-        return self._arrays | ({} if self._bank is None else {BANK_ARRAY: self._bank})
+        """All arrays of the index, with those of the banks of captions if there are some."""
+        of_banks = {BANK_ARRAY: self._bank, HUBNESS_ARRAY: self._hubness}
+        return self._arrays | {n: array for n, array in of_banks.items() if array is not None}
 
     def _check_files(self) -> None:
         """Checks that no mapped file was cut: reading behind its end would end the process."""
@@ -207,6 +231,8 @@ class IndexSnapshot:
         top: int,
         videos: Sequence[IndexedVideo] | None = None,
         weights: Sequence[float] | str | None = None,
+        *,
+        are_sentences: bool = True,
     ) -> list[list[IndexedVideo]]:
         """The videos with the best windows for each encoded text, the best first.
 
@@ -215,6 +241,7 @@ class IndexSnapshot:
           top: number of videos.
           videos: only these; None: all.
           weights: of the Q texts, if they are one query.
+          are_sentences: whether each text is a sentence; see `rank`.
         """
         among = self.videos if videos is None else videos
         if not among:
@@ -222,7 +249,8 @@ class IndexSnapshot:
         windows = len(slots_of(among))
         wanted, count = min(top, len(among)), min(top, windows)
         while True:
-            slots = self.rank(text, count, videos, weights).slots
+            ranking = self.rank(text, count, videos, weights, are_sentences=are_sentences)
+            slots = ranking.slots
             best = [self.videos.at_slots(row, wanted) for row in slots]
             if count == windows or all(len(found) == wanted for found in best):
                 return best
@@ -246,7 +274,10 @@ class IndexSnapshot:
         self, query: EncodedQuery, top: int, videos: Sequence[IndexedVideo] | None = None
     ) -> list[IndexedVideo]:
         """The videos with the best windows for an encoded query, the best first."""
-        return self.best_videos(query.parts, top, videos, _weights_of(query))[0]
+        (found,) = self.best_videos(
+            query.parts, top, videos, _weights_of(query), are_sentences=query.is_sentence
+        )
+        return found
 
     # ------------------------------------------------------------------ videos
 
@@ -257,6 +288,10 @@ class IndexSnapshot:
     def stored_windows(self, windows: Sequence[tuple[IndexedVideo, int]]) -> Features:
         """The arrays of windows, given as videos and numbers; features float32."""
         return self._stored_rows([video.slot + number for video, number in windows])
+
+    def biases_of_windows(self, windows: Sequence[tuple[IndexedVideo, int]]) -> np.ndarray:
+        """What the correction for hubs subtracts from the scores of windows: float32 [W]."""
+        return self._biases[[video.slot + number for video, number in windows]]
 
     def _stored_rows(self, slots: Sequence[int]) -> Features:
         rows = {name: np.asarray(array[slots]) for name, array in self._arrays.items()}

@@ -52,6 +52,9 @@ class Interaction(nnx.Module):
     CDCR_VARIANTS: ClassVar[tuple[int, ...]] = (0,)
     # Whether `query_vectors` and `video_vectors` exist.
     HAS_VECTORS: ClassVar[bool] = False
+    # Whether similarities are of single tokens and frames; the arrays then have features of both,
+    # which is what `attribution` needs.
+    COMPARES_TOKENS: ClassVar[bool] = False
     # Parameter that is initialised with the text tower's position embeddings; the blocks of the
     # transformer are then initialised with the text tower's. Empty: no transformer.
     COPIED_POSITIONS: ClassVar[str] = ""

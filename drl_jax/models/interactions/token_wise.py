@@ -35,6 +35,7 @@ class TokenWise(Interaction):
 
     CDCR_VARIANTS: ClassVar = (0, 1, 2)
     HAS_VECTORS: ClassVar = True
+    COMPARES_TOKENS: ClassVar = True
 
     def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
         return {

@@ -1,0 +1,216 @@
+"""What a similarity matrix says about single captions and videos, in NumPy.
+
+Shapes: A captions, B videos. `text_to_video` is int [A], the column of each caption's video.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# Candidates of a caption that count as found.
+_FIRST = 10
+# Captions that are sorted at a time.
+_BLOCK = 1024
+
+
+class WrongQuery(NamedTuple):
+    """A caption that does not find its video first.
+
+    Attributes:
+      caption: its row.
+      video: the column of its video.
+      rank: of its video.
+      score: its similarity to its video.
+      returned: the column of the most similar other video.
+      returned_score: its similarity.
+    """
+
+    caption: int
+    video: int
+    rank: float
+    score: float
+    returned: int
+    returned_score: float
+
+
+class ConfusedPair(NamedTuple):
+    """Two videos of which captions of one prefer the other.
+
+    Attributes:
+      videos: their columns.
+      captions: the captions, of both, that are at least as similar to the other video.
+      of: number of captions of both.
+      margin: largest amount by which such a caption prefers the other video.
+    """
+
+    videos: tuple[int, int]
+    captions: list[int]
+    of: int
+    margin: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Hubness:
+    """How often each video is among the first k of a caption.
+
+    Attributes:
+      k: number of first videos that count.
+      occurrences: int [B], number of captions that have the video among their first k.
+      first: int [B], number of captions that have it first.
+      hubs: columns of the videos with the most occurrences, most first.
+    """
+
+    k: int
+    occurrences: np.ndarray
+    first: np.ndarray
+    hubs: list[int]
+
+    @property
+    def expected(self) -> float:
+        """Mean number of occurrences, which all videos would have without hubs."""
+        return float(self.occurrences.mean())
+
+    @property
+    def skewness(self) -> float:
+        """Skewness of the occurrences (Radovanovic et al., JMLR 11, 2010): large with hubs."""
+        centred = self.occurrences - self.expected
+        deviation = centred.std()
+        return float((centred**3).mean() / deviation**3) if deviation else 0.0
+
+
+class Duplicate(NamedTuple):
+    """A caption that several videos have.
+
+    Attributes:
+      caption: as the first of them has it.
+      captions: rows of the caption.
+      videos: columns of the videos.
+    """
+
+    caption: str
+    captions: list[int]
+    videos: list[int]
+
+
+def worst_queries(
+    sim_matrix: np.ndarray, text_to_video: np.ndarray, ranks: np.ndarray, count: int
+) -> list[WrongQuery]:
+    """The captions with the largest ranks above 1, largest first.
+
+    Args:
+      sim_matrix: float [A, B].
+      text_to_video: int [A].
+      ranks: float [A], the rank of each caption's video.
+      count: most captions to return.
+    """
+    rows = np.arange(len(ranks))
+    own = sim_matrix[rows, text_to_video]
+    others = sim_matrix.copy()
+    others[rows, text_to_video] = -np.inf
+    returned = others.argmax(axis=1)
+    scores = sim_matrix[rows, returned]
+    order = np.lexsort((own - scores, -ranks))[:count]
+    return [
+        WrongQuery(
+            caption,
+            int(text_to_video[caption]),
+            float(ranks[caption]),
+            float(own[caption]),
+            int(returned[caption]),
+            float(scores[caption]),
+        )
+        for caption in order[ranks[order] > 1].tolist()
+    ]
+
+
+def confused_pairs(
+    sim_matrix: np.ndarray, text_to_video: np.ndarray, count: int
+) -> list[ConfusedPair]:
+    """The pairs of videos with the largest share of captions that prefer the other one.
+
+    The other one counts if it is among the first ten of the caption. Among equal shares, the pairs
+    with the largest margin are first.
+    """
+    rows = np.arange(len(text_to_video))
+    own = sim_matrix[rows, text_to_video]
+    candidates = _first_candidates(sim_matrix, _FIRST)
+    scores = np.take_along_axis(sim_matrix, candidates, axis=1)
+    preferred = (scores >= own[:, None]) & (candidates != text_to_video[:, None])
+    captions, columns = np.nonzero(preferred)[0], candidates[preferred]
+    videos = text_to_video[captions]
+    low, high = np.minimum(videos, columns), np.maximum(videos, columns)
+    margins = sim_matrix[captions, columns] - own[captions]
+    keys, index = np.unique(low * sim_matrix.shape[1] + high, return_inverse=True)
+    wrong = np.bincount(index, minlength=len(keys))
+    largest = np.full(len(keys), -np.inf)
+    np.maximum.at(largest, index, margins)
+    captions_of = np.bincount(text_to_video, minlength=sim_matrix.shape[1])
+    one, two = np.divmod(keys, sim_matrix.shape[1])
+    total = captions_of[one] + captions_of[two]
+    order = np.lexsort((-largest, -wrong / np.maximum(total, 1)))[:count]
+    return [
+        ConfusedPair(
+            (int(one[pair]), int(two[pair])),
+            captions[index == pair].tolist(),
+            int(total[pair]),
+            float(largest[pair]),
+        )
+        for pair in order.tolist()
+    ]
+
+
+def hubness(sim_matrix: np.ndarray, count: int) -> Hubness:
+    """Counts how often each video is returned.
+
+    k is 10, or a tenth of a small gallery. Among equal similarities, earlier columns are first.
+
+    Args:
+      sim_matrix: float [A, B].
+      count: number of hubs.
+    """
+    videos = sim_matrix.shape[1]
+    k = min(_FIRST, -(-videos // 10))
+    best = _first_candidates(sim_matrix, k)
+    occurrences = np.bincount(best.ravel(), minlength=videos)
+    first = np.bincount(best[:, 0], minlength=videos)
+    hubs = np.lexsort((-first, -occurrences))[:count]
+    return Hubness(k, occurrences, first, hubs.tolist())
+
+
+def _first_candidates(sim_matrix: np.ndarray, count: int) -> np.ndarray:
+    """The most similar videos of each caption, best first: int [A, count] or fewer columns."""
+    return np.concatenate(
+        [
+            np.argsort(-sim_matrix[start : start + _BLOCK], axis=1, kind="stable")[:, :count]
+            for start in range(0, len(sim_matrix), _BLOCK)
+        ]
+    )
+
+
+def duplicate_captions(captions: Sequence[str], text_to_video: np.ndarray) -> list[Duplicate]:
+    """Captions of several videos, the most frequent first; case and white space do not count."""
+    rows: dict[str, list[int]] = {}
+    for row, caption in enumerate(captions):
+        rows.setdefault(" ".join(caption.casefold().split()), []).append(row)
+    found = []
+    for same in rows.values():
+        videos = list(dict.fromkeys(int(text_to_video[row]) for row in same))
+        if len(videos) > 1:
+            found.append(Duplicate(captions[same[0]], same, videos))
+    return sorted(found, key=lambda duplicate: -len(duplicate.videos))
+
+
+def rank_shares(ranks: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Percentage of ranks in each of a few bins: names of the bins, float [bins].
+
+    A rank between two whole numbers, of a tie, counts for the larger one.
+    """
+    edges = [1, 2, 5, 10, 20, 50, 100]
+    names = ["1", "2", *(f"{low + 1}-{high}" for low, high in itertools.pairwise(edges[1:]))]
+    index = np.searchsorted(edges, np.ceil(ranks))
+    counts = np.bincount(index, minlength=len(edges) + 1)
+    shares = 100 * counts / len(ranks)
+    return [*names, f">{edges[-1]}"], shares

@@ -1,0 +1,173 @@
+"""Renders a report as one HTML page that needs no other file, no script and no network."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+from tqdm import tqdm
+
+from drl_jax.evaluation.figures import interaction_figure, similarity_figure
+from drl_jax.evaluation.metrics import DIRECTIONS, NAMES
+from drl_jax.report import channels
+from drl_jax.report.charts import (
+    DIRECTION_NAMES,
+    correlation_figure,
+    curve_figures,
+    hub_figure,
+    metrics_figure,
+    rank_figure,
+)
+from drl_jax.report.collect import VIDEOS_OF_DUPLICATE, ReportData, WordFrameMap
+from drl_jax.report.pictures import filmstrip
+from drl_jax.report.svg import inline, page_style
+
+_FOLDER = Path(__file__).parent / "page"
+# Bytes of all word x frame maps. Those of long videos have up to two million each; the maps that do
+# not fit are left out, so that a page stays below 20 MB.
+_MAP_BYTES = 10_000_000
+
+
+class MappedQuery(NamedTuple):
+    """A caption, and its words beside the frames of one or two videos.
+
+    Attributes:
+      caption: its row.
+      maps: (column of the video, picture) of its own video, and of the one that is first.
+    """
+
+    caption: int
+    maps: list[tuple[int, Markup]]
+
+
+def render(data: ReportData) -> str:
+    """The page of a report."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "rank": _rank, "bounds": _bounds}
+    with page_style():
+        queries, left_out = _mapped_queries(data.maps)
+        return environment.get_template("report.html").render(
+            data=data,
+            css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
+            directions={name: DIRECTION_NAMES[name] for name in DIRECTIONS},
+            names=NAMES,
+            charts=_charts(data),
+            curves=_curves(data),
+            queries=queries,
+            left_out=left_out,
+            channel_charts=_channel_charts(data.channels),
+            strips={video: filmstrip(frames) for video, frames in data.frames.items()},
+            caption_of=_first_captions(data),
+            videos_of_duplicate=VIDEOS_OF_DUPLICATE,
+        )
+
+
+def _charts(data: ReportData) -> dict[str, Markup]:
+    """The charts of the whole evaluation, by name."""
+    metrics = data.metrics
+    recalls = ", ".join(f"{name} R@1 {metrics[name]['R@1']:.1f} %" for name in DIRECTIONS)
+    return {
+        "metrics": inline(
+            metrics_figure(metrics, data.intervals),
+            "metrics",
+            f"Recall at 1, 5 and 10 with 95 % intervals: {recalls}.",
+        ),
+        "ranks": inline(
+            rank_figure(data.ranks),
+            "ranks",
+            f"Histogram of ranks. {metrics['t2v']['R@1']:.0f} % of the captions and"
+            f" {metrics['v2t']['R@1']:.0f} % of the videos have rank 1.",
+        ),
+        "hubs": inline(
+            hub_figure(data.hubness),
+            "hubs",
+            f"Histogram of how often a video is among the first {data.hubness.k}; the mean is"
+            f" {data.hubness.expected:.1f}, the largest number"
+            f" {data.hubness.occurrences.max()}.",
+        ),
+        "similarity": inline(
+            similarity_figure(data.sim_matrix),
+            "similarity",
+            "Similarity of all captions, rows, and all videos, columns.",
+        ),
+    }
+
+
+def _curves(data: ReportData) -> dict[str, Markup]:
+    steps = int(max((values["step"] for values in data.history), default=0))
+    return {
+        title: inline(figure, f"curve {title}", f"{title} over {steps} steps.")
+        for title, figure in curve_figures(data.history).items()
+    }
+
+
+def _mapped_queries(maps: list[WordFrameMap]) -> tuple[list[MappedQuery], int]:
+    """Draws the maps, those of one caption together; and the number of maps that were left out."""
+    queries: list[MappedQuery] = []
+    used = 0
+    for number, shown in enumerate(tqdm(maps, "drawing maps", leave=False, disable=None)):
+        picture = _map_picture(number, shown)
+        used += len(picture)
+        if used > _MAP_BYTES:
+            return queries, len(maps) - number
+        if not queries or queries[-1].caption != shown.caption:
+            queries.append(MappedQuery(shown.caption, []))
+        queries[-1].maps.append((shown.video, picture))
+    return queries, 0
+
+
+def _map_picture(number: int, shown: WordFrameMap) -> Markup:
+    moments = [f"frame {frame}" for frame in range(1, len(shown.frames) + 1)]
+    figure = interaction_figure(shown.attribution, shown.words, moments, shown.frames, "")
+    attribution = shown.attribution
+    word = shown.words[int(attribution.token_weight.argmax())]
+    frame = int(attribution.frame_contribution.argmax()) + 1
+    label = (
+        f"Similarity of {len(shown.words)} words and {len(moments)} frames. The word with the"
+        f" largest weight is {word}; frame {frame} adds most to the similarity."
+    )
+    return inline(figure, f"map {number}", label)
+
+
+def _channel_charts(found: channels.Channels | None) -> list[dict[str, Any]]:
+    """Picture, diagonal and rest of each correlation, in the order of time."""
+    charts = []
+    for name in ("before", "after"):
+        correlation = found and getattr(found, name)
+        if correlation is None:
+            continue
+        diagonal, rest = channels.summary(correlation)
+        label = (
+            f"Correlation of text and video channels {name} training: mean of the diagonal"
+            f" {diagonal:.2f}, mean magnitude of all else {rest:.2f}."
+        )
+        picture = inline(correlation_figure(correlation), f"channels {name}", label)
+        charts.append({"name": name, "picture": picture, "diagonal": diagonal, "rest": rest})
+    return charts
+
+
+def _first_captions(data: ReportData) -> dict[int, str]:
+    """The first caption of each video that is shown, by column."""
+    rows: dict[int, int] = {}
+    for row, video in enumerate(data.ranks.text_to_video.tolist()):
+        rows.setdefault(video, row)
+    return {video: data.captions[rows[video]] for video in data.frames}
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _rank(value: float) -> str:
+    """A rank as people write it; one of a tie can lie between two whole numbers."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+
+
+def _bounds(bounds: list[float]) -> str:
+    return f"{bounds[0]:.1f} to {bounds[1]:.1f}"
