@@ -3,7 +3,7 @@
 import drl_jax
 model = drl_jax.load("runs/shapes")
 text = model.encode_text(["a red circle moves left"])
-video = model.encode_video(["clip.mp4"])
+video = model.encode_videos(["clip.mp4"])
 model.similarity(text, video)  # float32 [1, 1]
 """
 

@@ -2,7 +2,7 @@
 
 model = drl_jax.load("runs/shapes")
 text = model.encode_text(["a red circle moves left"])
-video = model.encode_video(["clip.mp4"])
+video = model.encode_videos(["clip.mp4"])
 model.similarity(text, video)  # [1, 1]
 """
 
@@ -97,7 +97,7 @@ class RetrievalModel:
             raise UserError("a query is blank; write a sentence")
         return self._embedder.encode_text(self.params, list(captions))
 
-    def encode_video(self, videos: Sequence[str | os.PathLike | np.ndarray]) -> Features:
+    def encode_videos(self, videos: Sequence[str | os.PathLike | np.ndarray]) -> Features:
         """Encodes videos.
 
         Args:
@@ -112,7 +112,7 @@ class RetrievalModel:
           UserError: there is no video, a file cannot be read, or frames have a wrong shape.
         """
         if isinstance(videos, str | os.PathLike):
-            raise UserError("encode_video takes a list of videos, not one path")
+            raise UserError("encode_videos takes a list of videos, not one path")
         if not len(videos):
             raise UserError("there is no video to encode")
 
@@ -123,6 +123,9 @@ class RetrievalModel:
 
         return self._embedder.encode_video(self.params, read, len(videos))
 
+    # Its name in version 0.2.
+    encode_video = encode_videos
+
     def encode_windows(self, frames: np.ndarray, windows: Sequence[Sequence[int]]) -> Features:
         """Encodes parts of one long video; every frame is encoded once.
 
@@ -131,7 +134,7 @@ class RetrievalModel:
           windows: indices of the frames of each of N parts, at most `data.max_frames` each.
 
         Returns:
-          NumPy arrays as of `encode_video`, first axis N.
+          NumPy arrays as of `encode_videos`, first axis N.
         """
         return self._embedder.encode_windows(self.params, frames, windows)
 
@@ -149,16 +152,50 @@ class RetrievalModel:
             raise UserError(f"{path} {error}") from error
         return Video(frames, tuple(map(float, times)))
 
+    def pool_text(self, text: Features) -> np.ndarray:
+        """One vector for each text, e.g. for a nearest-neighbour index or a clustering.
+
+        dp and xti: the sentence feature. ti and wti: the mean of the tokens by their weights.
+
+        Args:
+          text: arrays of A texts (`encode_text`).
+
+        Returns:
+          float32 [A, D], of length 1.
+        """
+        return self.interaction.pool_text(text)
+
+    def pool_videos(self, videos: Features) -> np.ndarray:
+        """One vector for each video; its cosines with those of texts rank about as `similarity`.
+
+        dp and xti: the mean of the unit frames. ti and wti: their mean by their weights. For dp,
+        the cosines are the similarities.
+
+        Args:
+          videos: arrays of B videos (`encode_videos`).
+
+        Returns:
+          float32 [B, D], of length 1.
+        """
+        return self.interaction.pool_video(videos)
+
     def similarity(self, text: Features, video: Features) -> np.ndarray:
         """Compares all texts with all videos.
 
         Args:
-          text: arrays of A texts (`encode_text`).
-          video: arrays of B videos (`encode_video`).
+          text: arrays of A texts (`encode_text`); others, as a file of embeddings has them beside
+            these, are ignored. float16 is accepted.
+          video: arrays of B videos (`encode_videos`), likewise.
 
         Returns:
           float32 [A, B], without the temperature, as evaluation ranks them.
+
+        Raises:
+          UserError: an array is missing.
         """
+        interaction = self.interaction
+        text = _compared(text, interaction.TEXT_ARRAYS, "encode_text")
+        video = _compared(video, interaction.VIDEO_ARRAYS, "encode_videos")
         return self._embedder.similarity(self.params, text, video)
 
     def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
@@ -226,6 +263,17 @@ class RetrievalModel:
                 f" {video.dtype} {list(video.shape)}"
             )
         return video
+
+
+def _compared(arrays: Features, names: Sequence[str], origin: str) -> Features:
+    """Those of the arrays that an interaction compares, as they were encoded."""
+    if missing := [name for name in names if name not in arrays]:
+        raise UserError(f"there is no {missing[0]}; pass the arrays that {origin} returns")
+    chosen = {name: np.asarray(arrays[name]) for name in names}
+    return {
+        name: a if a.dtype == bool else a.astype(np.float32, copy=False)
+        for name, a in chosen.items()
+    }
 
 
 def load(

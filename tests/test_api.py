@@ -24,20 +24,32 @@ CAPTIONS = ["a red circle moves left", "two words"]
 
 
 def test_the_documented_lines_run_in_a_process_of_their_own(search_run, test_videos):
-    """Without flags, in any directory."""
+    """Without flags, as in a notebook, and where TensorFlow cannot be imported."""
     video = sorted(test_videos.iterdir())[0]
     code = (
+        "import sys\n"
+        "for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard'):\n"
+        "    sys.modules[name] = None  # To import it is an error.\n"
         "import drl_jax\n"
         f"model = drl_jax.load({str(search_run)!r})\n"
         "text = model.encode_text(['a red circle moves left'])\n"
-        f"video = model.encode_video([{str(video)!r}])\n"
+        f"video = model.encode_videos([{str(video)!r}])\n"
         "print(model.similarity(text, video).shape)\n"
-        "import sys; assert 'tensorflow' not in sys.modules\n"
+        "print((model.pool_text(text) @ model.pool_videos(video).T).shape)\n"
+        "from absl import flags; assert not flags.FLAGS.is_parsed()\n"
     )
     finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code, "--flag_of_a_notebook"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
-    assert finished.stdout.strip() == "(1, 1)"
+    assert finished.stdout.split("\n") == ["(1, 1)", "(1, 1)", ""]
+
+
+def test_the_name_of_version_0_2_encodes_videos(search_model):
+    assert type(search_model).encode_video is type(search_model).encode_videos
 
 
 @pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
@@ -49,11 +61,14 @@ def test_similarities_are_those_of_evaluation(interaction, shapes_config, test_v
     expected = Evaluator(config, dataset, model.layout).run(model.params, split).sim_matrix
     captions = [captions[0] for captions in split.captions]
     files = [test_videos / f"{dataset.video_ids[video]}.mp4" for video in split.videos[:5]]
-    text, video = model.encode_text(captions), model.encode_video(files)
+    text, video = model.encode_text(captions), model.encode_videos(files)
     np.testing.assert_allclose(model.similarity(text, video), expected[:, :5], atol=2e-5)
     # Frames instead of files, and parts of a result.
     frames = [model.read_video(file).frames for file in files[:2]]
-    one = {name: array[1:2] for name, array in model.encode_video(frames).items()}
+    one = {name: array[1:2] for name, array in model.encode_videos(frames).items()}
+    if interaction == "dp":
+        pooled = model.pool_text(text) @ model.pool_videos(video).T
+        np.testing.assert_allclose(pooled, expected[:, :5], atol=2e-5)
     np.testing.assert_allclose(model.similarity(text, one), expected[:, 1:2], atol=2e-5)
 
 
@@ -70,11 +85,11 @@ def test_clip_alone_is_zero_shot_retrieval(openai_shaped, tmp_path):
     model = drl_jax.load(tmp_path / "clip.safetensors")
     assert (model.config.model.interaction, model.config.model.agg_module) == ("dp", "none")
     frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
-    text, video = model.encode_text(CAPTIONS), model.encode_video([frames, frames[:1]])
+    text, video = model.encode_text(CAPTIONS), model.encode_videos([frames, frames[:1]])
     expected = text["sentence_unit"] @ video["video_unit"].T
     np.testing.assert_allclose(model.similarity(text, video), expected, atol=1e-6)
     with pytest.raises(drl_jax.UserError, match=r"frames must be uint8 \[1 to 12, 32, 32, 3\]"):
-        model.encode_video([frames.astype(np.float32)])
+        model.encode_videos([frames.astype(np.float32)])
 
 
 def test_a_drl_checkpoint_loads_with_its_heads(openai_shaped, tmp_path):
@@ -102,9 +117,13 @@ def test_mistakes_say_what_to_do(search_model, tmp_path):
         (lambda: search_model.encode_text([]), "there is no caption"),
         (lambda: search_model.encode_text(["a", " "]), "a query is blank"),
         (lambda: search_model.encode_text("a dog"), "a list of captions, not one string"),
-        (lambda: search_model.encode_video([]), "there is no video"),
-        (lambda: search_model.encode_video("a.mp4"), "a list of videos, not one path"),
-        (lambda: search_model.encode_video(["a.mp4"]), r"a\.mp4 cannot be read as a video"),
+        (lambda: search_model.encode_videos([]), "there is no video"),
+        (lambda: search_model.similarity({}, {}), "there is no text_unit; pass the arrays that"),
+        (
+            lambda: search_model.encode_videos("a.mp4"),
+            "encode_videos takes a list of videos, not one path",
+        ),
+        (lambda: search_model.encode_videos(["a.mp4"]), r"a\.mp4 cannot be read as a video"),
     ):
         with pytest.raises(drl_jax.UserError, match=message):
             call()

@@ -254,8 +254,8 @@ def test_a_model_encodes_files_in_its_own_form(search_model, sources, tmp_path):
     hits = SearchSession(tmp_path / "index", model).search(["a red circle"], top=3)[0]
     found = [hit.score for hit in sorted(hits, key=lambda hit: hit.path)]
     text = model.encode_text(["a red circle"])
-    expected = model.similarity(text, model.encode_video(frames))[0]
+    expected = model.similarity(text, model.encode_videos(frames))[0]
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    cropped = model.similarity(text, search_model.encode_video(files))[0]
+    cropped = model.similarity(text, search_model.encode_videos(files))[0]
     assert np.abs(cropped - expected).max() > 1e-3
     assert model.fingerprint != search_model.fingerprint

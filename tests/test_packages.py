@@ -12,8 +12,8 @@ ORDER = (
     *("runtime", "config", "config_fields", "sharding"),
     *("models", "data", "weights"),
     *("training", "evaluation", "runs"),
-    *("report", "pretrained", "search"),
-    *("train", "evaluate", "compare", "convert"),
+    *("pretrained", "model_flags", "report", "search", "embeddings"),
+    *("train", "evaluate", "compare", "convert", "embed"),
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -66,7 +66,7 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         }
         for library in (
             *("orbax", "clu", "huggingface_hub", "tensorflow", "torch"),
-            *("tokenizers", "sentencepiece"),
+            *("tokenizers", "sentencepiece", "pyarrow"),
         )
     }
     assert users == {
@@ -77,6 +77,7 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         "huggingface_hub": {"drl_jax.weights.hub"},
         "tensorflow": set(),
         "torch": set(),
+        "pyarrow": {"drl_jax.embeddings.formats"},
         "tokenizers": {"drl_jax.models.tokenizers.files"},
         "sentencepiece": {"drl_jax.models.tokenizers.files"},
     }

@@ -219,7 +219,7 @@ def test_a_hit_is_a_file_with_the_score_of_its_best_window(session, search_model
     frames = []
     sample_video(film.path, search_model.frame_form, frames.append)
     window = film.video.windows[film.moments[0].window]
-    alone = search_model.encode_video([np.stack([frames[n] for n in window.frames])])
+    alone = search_model.encode_videos([np.stack([frames[n] for n in window.frames])])
     text = search_model.encode_text(["a red circle"])
     assert search_model.similarity(text, alone)[0, 0] == pytest.approx(film.score, abs=1e-5)
 
@@ -229,7 +229,7 @@ def test_calibration_is_that_of_the_bank(session, search_model):
     hit, moment = hits[0], hits[0].moments[0]
     bank = session.snapshot().header["bank"]
     assert len(bank) == 64
-    video = search_model.encode_video([read_frames(hit.path, 4, FORM)])
+    video = search_model.encode_videos([read_frames(hit.path, 4, FORM)])
     if len(hit.video.windows) == 1:
         similarity = search_model.similarity(search_model.encode_text(bank), video)[:, 0]
         expected = unusual(hit.score, np.array([similarity.mean(), similarity.std()]))

@@ -432,7 +432,7 @@ def test_an_exported_run_comes_back_as_the_same_model(shapes_config, tmp_path):
     captions = ["a red circle moves to the left", "two words"]
     frames = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
     models = [drl_jax.load(path) for path in (tmp_path / "run", file, tmp_path / "again")]
-    found = [m.similarity(m.encode_text(captions), m.encode_video([frames])) for m in models]
+    found = [m.similarity(m.encode_text(captions), m.encode_videos([frames])) for m in models]
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
 

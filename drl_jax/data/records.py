@@ -12,16 +12,18 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from drl_jax.config import Config
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec, build_command
 from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.files import sha256
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 # Increase it when the layout of the records or of the metadata changes.
 FORMAT_VERSION = "1.0.0"
@@ -89,6 +91,9 @@ class VideoDataset:
         """
         if not directory.is_dir():
             raise DatasetError(_not_built_message(directory))
+        # The Python API, which shares modules with this one, needs no dataset.
+        import tensorflow_datasets as tfds
+
         self.directory = directory
         self.manifest: dict[str, Any] = read_manifest(directory)
         try:
@@ -204,7 +209,7 @@ class _Shards:
     ends: list[int]
 
     @classmethod
-    def of(cls, split: tfds.core.SplitInfo) -> "_Shards":
+    def of(cls, split: "tfds.core.SplitInfo") -> "_Shards":
         files = [Path(path) for path in split.filepaths]
         for file in files:
             if not file.is_file():

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from drl_jax.model_flags import add_model_flags
 from drl_jax.runtime.cli import Parser, positive_int, run_command
 from drl_jax.search import MOMENTS, STORAGES
 
@@ -19,20 +20,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     model = Parser("", add_help=False)
-    model.add_argument("--workdir", type=Path, help="directory of the run with the model")
-    model.add_argument(
-        "--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)"
-    )
-    model.add_argument(
-        "--weights",
-        help="instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME",
-    )
-    model.add_argument(
-        "--release", default="", help="release of --weights, for a CLIP that does not say its own"
-    )
-    model.add_argument(
-        "--tokenizer", default="", help="tokenizer of --weights, if it is not beside the file"
-    )
+    add_model_flags(model)
     common = Parser("", add_help=False, parents=[model])
     common.add_argument("--index", type=Path, required=True, help="directory of the index")
     hubness = Parser("", add_help=False)

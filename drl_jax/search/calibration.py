@@ -8,8 +8,6 @@ standard deviation of its similarities to captions that were written for other v
 import numpy as np
 
 from drl_jax.config import Config
-from drl_jax.data.batches import load_split
-from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 
@@ -36,6 +34,10 @@ _ACTIONS = (
 
 def bank_of(config: Config) -> list[str]:
     """Captions of the training split of a model's dataset, or plain ones if it is not here."""
+    # The libraries of datasets take half a second to import, and a query needs none.
+    from drl_jax.data.batches import load_split
+    from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+
     try:
         captions = load_split(VideoDataset(dataset_dir(config)), "train", config.data).captions
     except DatasetError:
@@ -51,7 +53,7 @@ def bank_similarity(model: RetrievalModel, bank: Features, windows: Features) ->
     Args:
       model: of the index.
       bank: arrays of the captions (`encode_text`).
-      windows: arrays of W windows (`encode_video`).
+      windows: arrays of W windows (`encode_videos`).
 
     Returns:
       float32 [W, 2].

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drl_jax.data.batches import load_split
-from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
-from drl_jax.pretrained import RetrievalModel, load
-from drl_jax.runs.post_processing_run import draw_bank
+from drl_jax.model_flags import model_of_flags, required_model
+from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import MOMENTS
 from drl_jax.search.explain import format_timestamp
@@ -31,11 +29,7 @@ if TYPE_CHECKING:
 
 
 def _index(options: argparse.Namespace) -> None:
-    model = _model_of_flags(options)
-    if model is None:
-        raise UserError("name the model with --workdir=RUN or --weights=FILE")
-    if model.towers:
-        print(f"{options.weights}: {model.towers}")
+    model = required_model(options)
     report = update_index(
         model,
         options.videos,
@@ -52,6 +46,11 @@ def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
     """Captions of the training split of a model's dataset, or of a file."""
     if bank != "train":
         return _lines(Path(bank))
+    # The libraries of datasets take half a second to import, and a query needs none.
+    from drl_jax.data.batches import load_split
+    from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+    from drl_jax.runs.post_processing_run import draw_bank
+
     config = model.config
     try:
         train = load_split(VideoDataset(dataset_dir(config)), "train", config.data)
@@ -258,7 +257,7 @@ def _serve(options: argparse.Namespace) -> None:
     # The other commands need no server.
     from drl_jax.search.serve import serve
 
-    model = _model_of_flags(options)
+    model = model_of_flags(options)
     serve(
         options.index,
         model,
@@ -274,7 +273,7 @@ def _explain(options: argparse.Namespace) -> None:
     # The other commands need no matplotlib.
     from drl_jax.search.figure import save_figure
 
-    model, path = _model_of_flags(options), options.video
+    model, path = model_of_flags(options), options.video
     if options.index is not None:
         session = SearchSession(options.index, model)
         model = session.model
@@ -291,29 +290,20 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _session(options: argparse.Namespace) -> SearchSession:
-    return SearchSession(options.index, _model_of_flags(options), _correction(options))
+    return SearchSession(options.index, model_of_flags(options), _correction(options))
 
 
 def _correction(options: argparse.Namespace) -> Correction | None:
     return Correction.parse(options.hubness) if options.hubness else None
 
 
-def _model_of_flags(options: argparse.Namespace) -> RetrievalModel | None:
-    if options.workdir and options.weights:
-        raise UserError("give --workdir or --weights, not both")
-    if (options.release or options.tokenizer) and not options.weights:
-        raise UserError("--release and --tokenizer describe --weights=FILE; omit them, or give it")
-    if options.workdir:
-        return load(options.workdir, options.checkpoint)
-    if not options.weights:
-        return None
-    return load(options.weights, release=options.release, tokenizer=options.tokenizer)
-
-
 def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:
     """Captions for the prompt's `i`: those of a file, or of the test split of the model's run."""
     if options.captions:
         return _lines(options.captions)
+    from drl_jax.data.batches import load_split
+    from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+
     config = model.config
     try:
         return load_split(VideoDataset(dataset_dir(config)), "test", config.data).caption_pairs()[1]

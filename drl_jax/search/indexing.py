@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from drl_jax.data.video import VIDEO_SUFFIXES
@@ -14,10 +13,11 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.calibration import BANK_ARRAY, bank_of, bank_similarity
+from drl_jax.search.encoding import encode_reads
 from drl_jax.search.format_2 import made_with
 from drl_jax.search.hubness import HUBNESS_ARRAY, check_bank, hubness_of, read_bank, write_bank
 from drl_jax.search.progress import ProgressFile
-from drl_jax.search.reading import VideoRead, frames_of, read_video
+from drl_jax.search.reading import VideoRead, read_video
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.video_files import find_videos, is_outdated, is_text, names_of_no_files
 from drl_jax.search.writer import IndexWriter
@@ -266,24 +266,10 @@ class _Update:
         self.writer.put(records, self._encoded([read for _, read in batch]), strips)
 
     def _encoded(self, reads: list[VideoRead]) -> Features:
-        """Features of all windows, in order; short videos are encoded together."""
-        short = [read.frames for read in reads if read.frames is not None]
-        rows: list[Features] = []
-        encoded = self.model.encode_video(short) if short else {}
-        next_short = 0
-        for read in reads:
-            if read.frames is not None:
-                rows.append({name: a[next_short : next_short + 1] for name, a in encoded.items()})
-                next_short += 1
-            elif read.spooled is not None:
-                windows = [window.frames for window in read.windows]
-                frames = frames_of(read, self.model.frame_form)
-                rows.append(self.model.encode_windows(frames, windows))
-                del frames
-                read.spooled.unlink()
-        if not rows:
+        """Features of all windows, in order."""
+        features = encode_reads(self.model, reads)
+        if not features:
             return {}
-        features = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         header, of_banks = self.writer.header, {}
         # Indexes of earlier versions have no bank.
         if sentences := header.get("bank"):

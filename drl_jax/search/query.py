@@ -127,7 +127,7 @@ def encode_query(
         (encoded,) = encode_sentences(model, [query.sentence])
         parts.append((encoded.parts, 1.0, encoded.words))
     if query.picture:
-        add_frames(model.encode_video([read_picture(model, query.picture)]), "[picture]")
+        add_frames(model.encode_videos([read_picture(model, query.picture)]), "[picture]")
     if video is not None:
         add_frames(video.whole, "[video]")
     if stored is not None:

@@ -1,4 +1,4 @@
-"""Reads video files for an index.
+"""Reads video files: as windows for an index, or whole.
 
 Worker processes import this module, so it does not import jax.
 """
@@ -29,14 +29,14 @@ class VideoRead:
     """A file that was read.
 
     Attributes:
-      sha256: of its content; empty if it cannot be opened.
+      sha256: of its content; empty if it cannot be opened, or was not computed.
       error: why it has no frames; empty if it has.
       failure: why nothing can be stored, which is no property of the video; empty if it can.
       is_known: whether the content was known; nothing was decoded then.
       times: F times of its frames, seconds from the start.
       duration: seconds.
       windows: its parts.
-      strips: JPEG files of thumbnails, STRIP_FRAMES side by side.
+      strips: JPEG files of thumbnails, STRIP_FRAMES side by side; none of a video read whole.
       frames: uint8 [F, S, S, 3] of a short video; None if they are in `spooled`.
       spooled: file with the bytes of the frames, which the caller deletes.
     """
@@ -83,6 +83,23 @@ def read_video(
         return VideoRead(digest, str(error))
     except SpoolError as error:
         return VideoRead(digest, failure=str(error))
+
+
+def read_whole_video(path: Path, max_frames: int, form: FrameForm) -> VideoRead:
+    """Reads a file of any length as one window, with the frames that evaluation uses.
+
+    Args:
+      path: of the file.
+      max_frames: frames of the window.
+      form: form of the frames.
+    """
+    try:
+        frames, times = read_timed_frames(path, max_frames, form)
+    except VideoError as error:
+        return VideoRead("", str(error))
+    seconds = tuple(map(float, times))
+    window = Window(0.0, seconds[-1], tuple(range(len(frames))))
+    return VideoRead("", times=seconds, duration=window.end, windows=(window,), frames=frames)
 
 
 def frames_of(read: VideoRead, form: FrameForm) -> np.ndarray:

@@ -144,6 +144,6 @@ class SearchSession:
           UserError: the file cannot be read, or a sentence is blank.
         """
         model = self.model
-        scores = model.similarity(model.encode_text(sentences), model.encode_video([path]))[:, 0]
+        scores = model.similarity(model.encode_text(sentences), model.encode_videos([path]))[:, 0]
         order = np.argsort(-scores, kind="stable")
         return [(float(scores[row]), sentences[row]) for row in order]

@@ -50,6 +50,9 @@ class Interaction(nnx.Module):
 
     # Values of `config.loss.cdcr` that the interaction supports.
     CDCR_VARIANTS: ClassVar[tuple[int, ...]] = (0,)
+    # Names of the arrays of texts and of videos that `similarity` reads.
+    TEXT_ARRAYS: ClassVar[tuple[str, ...]] = ()
+    VIDEO_ARRAYS: ClassVar[tuple[str, ...]] = ()
     # Whether `query_vectors` and `video_vectors` exist.
     HAS_VECTORS: ClassVar[bool] = False
     # Whether similarities are of single tokens and frames; the arrays then have features of both,
@@ -128,6 +131,20 @@ class Interaction(nnx.Module):
         del names
         return None
 
+    # ---------------------------------------------------------------- one vector, on the host
+
+    @classmethod
+    def pool_text(cls, text: Features) -> np.ndarray:
+        """One unit vector for each text, float32 [A, D]: the sentence feature."""
+        return unit_features(text, "sentence")
+
+    @classmethod
+    def pool_video(cls, video: Features) -> np.ndarray:
+        """One unit vector for each video, float32 [B, D]: the mean of its unit frames."""
+        mask = video["frame_mask"]
+        weight = mask / np.maximum(mask.sum(axis=1, keepdims=True), 1)
+        return unit_sum(unit_features(video, "frame"), weight)
+
     # ---------------------------------------------------------------- search, on the host
 
     @classmethod
@@ -176,6 +193,12 @@ def unit_features(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
         return arrays[f"{name}_unit"]
     feat = np.asarray(arrays[f"{name}_feat"], np.float32)
     return feat / np.maximum(np.linalg.norm(feat, axis=-1, keepdims=True), 1e-12)
+
+
+def unit_sum(unit: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Unit vectors [B, F, D] and their weights [B, F] -> their sum, normalised, float32 [B, D]."""
+    total = np.einsum("bfd,bf->bd", unit, weight)
+    return unit_features({"sum_feat": total}, "sum")
 
 
 def frames_as_tokens(video: Features) -> Features:

@@ -42,6 +42,8 @@ _REFERENCE_NAMES = (
 class CrossTransformer(Interaction):
     """Transformer over [sentence, frames], then a pooler and a linear layer."""
 
+    TEXT_ARRAYS: ClassVar = ("sentence_feat",)
+    VIDEO_ARRAYS: ClassVar = ("frame_feat", "frame_mask")
     COPIED_POSITIONS: ClassVar = "position_embeddings"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):

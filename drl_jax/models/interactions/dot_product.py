@@ -21,6 +21,8 @@ class DotProduct(Interaction):
 
     # The reference computes the same for 1, 2 and 3.
     CDCR_VARIANTS: ClassVar = (0, 1, 2, 3)
+    TEXT_ARRAYS: ClassVar = ("sentence_unit",)
+    VIDEO_ARRAYS: ClassVar = ("video_unit",)
     HAS_VECTORS: ClassVar = True
 
     def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
@@ -40,6 +42,11 @@ class DotProduct(Interaction):
         """Rows: the sentence and the video vector of each pair."""
         del key, cdcr
         return mean_outer_product(text["sentence_unit"], video["video_unit"])
+
+    @classmethod
+    def pool_video(cls, video: Features) -> np.ndarray:
+        """What the interaction compares: their cosines are the similarities."""
+        return unit_features(video, "video")
 
     @classmethod
     def query_vectors(cls, text: Features) -> np.ndarray:

@@ -21,6 +21,7 @@ from drl_jax.models.interactions.base import (
     frames_as_tokens,
     linear_without_bias_gradient,
     unit_features,
+    unit_sum,
 )
 from drl_jax.models.ops import (
     l2_normalize,
@@ -34,6 +35,8 @@ class TokenWise(Interaction):
     """ti: token-wise interaction with equal weights."""
 
     CDCR_VARIANTS: ClassVar = (0, 1, 2)
+    TEXT_ARRAYS: ClassVar = ("text_unit", "text_mask", "text_weight")
+    VIDEO_ARRAYS: ClassVar = ("frame_unit", "frame_mask", "frame_weight")
     HAS_VECTORS: ClassVar = True
     COMPARES_TOKENS: ClassVar = True
 
@@ -90,6 +93,21 @@ class TokenWise(Interaction):
         by_token = token_weight * np.maximum(similarity.max(axis=1), token_floor)
         np.add.at(contribution, similarity.argmax(axis=1), by_token)
         return Attribution(similarity, token_weight, frame_weight, contribution / 2)
+
+    @classmethod
+    def pool_text(cls, text: Features) -> np.ndarray:
+        """The weighted sum of the unit tokens, normalised.
+
+        Before normalisation, the dot product of two such sums is the mean of the similarities of
+        all pairs of tokens and frames by their weights; `similarity` takes maxima instead, and is
+        at least as large.
+        """
+        return unit_sum(text["text_unit"], text["text_weight"])
+
+    @classmethod
+    def pool_video(cls, video: Features) -> np.ndarray:
+        """The weighted sum of the unit frames, normalised, as for a text."""
+        return unit_sum(video["frame_unit"], video["frame_weight"])
 
     @classmethod
     def query_vectors(cls, text: Features) -> np.ndarray:

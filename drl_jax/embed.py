@@ -1,0 +1,96 @@
+"""Writes the features of videos or captions to files.
+
+python -m drl_jax.embed --workdir=RUN --videos=DIR --out=videos.npz
+python -m drl_jax.embed --workdir=RUN --captions=FILE --out=captions.parquet
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from drl_jax.embeddings import DTYPES, SHARD_SIZE, SUFFIXES
+from drl_jax.model_flags import add_model_flags
+from drl_jax.runtime.cli import Parser, positive_int, run_command
+from drl_jax.runtime.errors import UserError
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "python -m drl_jax.embed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_flags(parser)
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--videos", type=Path, help="folder of videos, searched recursively")
+    inputs.add_argument(
+        "--captions", type=Path, help="file of captions: .txt, .csv, .json or .jsonl"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help=f"the file to write: {', '.join(SUFFIXES)}"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="of the features (%(default)s)"
+    )
+    parser.add_argument(
+        "--shard_size",
+        type=positive_int,
+        default=SHARD_SIZE,
+        help="videos or captions per file; more inputs make several files (%(default)s)",
+    )
+    parser.add_argument(
+        "--windows", action="store_true", help="a row per window of a video, not per video"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=300.0,
+        help="seconds for decoding a video, and one more for each MB (%(default)s)",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 1 if a video could not be read."""
+    options = _parser().parse_args(arguments)
+
+    def work() -> int:
+        from drl_jax.embeddings.embed import embed_captions, embed_videos
+        from drl_jax.embeddings.inputs import find_folder, read_captions
+        from drl_jax.embeddings.output import check_out
+        from drl_jax.model_flags import required_model
+        from drl_jax.runtime.compilation_cache import cache_compilations
+
+        cache_compilations()
+        check_out(options.out)
+        stored = {"dtype": options.dtype, "shard_size": options.shard_size}
+        if options.captions:
+            if options.windows:
+                raise UserError("--windows is of videos; omit it")
+            captions = read_captions(options.captions)
+            output = embed_captions(required_model(options), captions, options.out, **stored)
+            unreadable, unit = {}, "captions"
+        else:
+            videos = find_folder(options.videos, options.timeout)
+            model = required_model(options)
+            output = embed_videos(model, videos, options.out, windows=options.windows, **stored)
+            unreadable = output.unreadable
+            unit = "windows" if options.windows else "videos"
+        where = options.out if len(output.files) == 1 else f"{output.files[0]} and others"
+        files = "1 file" if len(output.files) == 1 else f"{len(output.files)} files"
+        print(
+            f"{where}: {output.rows} {unit}, {options.dtype}, {files}, {output.nbytes / 1e6:.1f} MB"
+        )
+        if unreadable:
+            print(f"drl_jax.embed: {len(unreadable)} videos could not be read:", file=sys.stderr)
+            for path, reason in sorted(unreadable.items()):
+                print(f"  {path}: {reason}", file=sys.stderr)
+        return 1 if unreadable else 0
+
+    kept = "finished files are kept; rerun the command to continue"
+    return run_command("drl_jax.embed", work, on_interrupt=kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The flags that name a model, of commands that load one."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drl_jax.runtime.cli import Parser
+from drl_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from drl_jax.pretrained import RetrievalModel
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Adds `--workdir`, `--checkpoint`, `--weights`, `--release` and `--tokenizer`."""
+    parser.add_argument("--workdir", type=Path, help="directory of the run with the model")
+    parser.add_argument(
+        "--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)"
+    )
+    parser.add_argument(
+        "--weights",
+        help="instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME",
+    )
+    parser.add_argument(
+        "--release", default="", help="release of --weights, for a CLIP that does not say its own"
+    )
+    parser.add_argument(
+        "--tokenizer", default="", help="tokenizer of --weights, if it is not beside the file"
+    )
+
+
+def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":
+    """Loads the model that the flags name; None if they name none.
+
+    Raises:
+      UserError: the flags contradict each other, or see `pretrained.load`.
+    """
+    if options.workdir and options.weights:
+        raise UserError("give --workdir or --weights, not both")
+    if (options.release or options.tokenizer) and not options.weights:
+        raise UserError("--release and --tokenizer describe --weights=FILE; omit them, or give it")
+    if not options.workdir and not options.weights:
+        return None
+    from drl_jax.pretrained import load
+
+    if options.workdir:
+        return load(options.workdir, options.checkpoint)
+    return load(options.weights, release=options.release, tokenizer=options.tokenizer)
+
+
+def required_model(options: argparse.Namespace) -> "RetrievalModel":
+    """Loads the model that the flags name, and prints what a file of weights is.
+
+    Raises:
+      UserError: the flags name no model, or see `model_of_flags`.
+    """
+    model = model_of_flags(options)
+    if model is None:
+        raise UserError("name the model with --workdir=RUN or --weights=FILE")
+    if model.towers:
+        print(f"{options.weights}: {model.towers}")
+    return model

@@ -1,0 +1,425 @@
+"""`python -m drl_jax.embed` and the files it writes, read without this package."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from safetensors import safe_open
+from support.commands import ROOT, error_of
+from support.videos import numbered_frames, write_video
+
+import drl_jax
+from drl_jax.data.batches import load_split
+from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.embed import main
+from drl_jax.embeddings.embed import embed_captions, embed_videos
+from drl_jax.embeddings.inputs import find_folder, read_captions
+from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.runtime.lock import locked
+
+CAPTIONS = ["a red circle moves left", "dogs, cats and a bird", "ein Mädchen läuft"]
+SUFFIXES = ("npz", "safetensors", "parquet")
+# Their lengths in seconds; the last has several windows.
+VIDEOS = {"a.mp4": 2, "b.mp4": 7, "deep/c.mp4": 1, "d.mp4": 3, "long.mp4": 20}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("embeddings") / "videos"
+    for number, (name, seconds) in enumerate(VIDEOS.items()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        frames = numbered_frames(2 * seconds, 64, 64) + np.uint8(50 * number)
+        write_video(folder / name, frames, fps=2)
+    return folder
+
+
+@pytest.fixture
+def captions(tmp_path) -> Path:
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
+    return tmp_path / "captions.txt"
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Reads a file with the library of its format alone."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        about = np.array(metadata.pop("drl_jax"))
+        strings = {name: np.array(json.loads(text)) for name, text in metadata.items()}
+        return {**arrays, **strings, "drl_jax": about}
+    table = pyarrow.parquet.read_table(path)
+    arrays = {name: parquet_array(table[name]) for name in table.column_names}
+    return {**arrays, "drl_jax": np.array(table.schema.metadata[b"drl_jax"].decode())}
+
+
+def parquet_array(column: pyarrow.ChunkedArray) -> np.ndarray:
+    values, shape = column.combine_chunks(), [len(column)]
+    while pyarrow.types.is_fixed_size_list(values.type):
+        shape.append(values.type.list_size)
+        values = values.flatten()
+    array = values.to_numpy(zero_copy_only=False).reshape(shape)
+    return array.astype(str) if array.dtype == object else array
+
+
+def read_all(out: Path) -> dict[str, np.ndarray]:
+    """Joins the files of an output."""
+    files = sorted(out.parent.glob(f"{out.stem}*{out.suffix}"))
+    parts = [read(file) for file in files]
+    names = parts[0].keys() - {"drl_jax"}
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_captions_has_the_arrays_of_the_api(suffix, search_model, tmp_path):
+    embed_captions(search_model, CAPTIONS, tmp_path / f"c.{suffix}")
+    found = read(tmp_path / f"c.{suffix}")
+    text = search_model.encode_text(CAPTIONS)
+    about = json.loads(str(found.pop("drl_jax")))
+    assert (about["model"], about["interaction"]) == (search_model.fingerprint, "wti")
+    assert found.pop("caption").tolist() == CAPTIONS
+    token = found.pop("token")
+    strings = [row[mask].tolist() for row, mask in zip(token, text["text_mask"], strict=True)]
+    assert strings == search_model.token_strings(CAPTIONS)
+    assert (token[~text["text_mask"]] == "").all()
+    expected = {"pooled": search_model.pool_text(text), **text}
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_videos_has_the_arrays_of_the_api(suffix, search_model, videos, tmp_path):
+    embed_videos(search_model, find_folder(videos, 60), tmp_path / f"v.{suffix}")
+    found = read(tmp_path / f"v.{suffix}")
+    paths = found.pop("video_id").tolist()
+    assert sorted(paths) == sorted(VIDEOS)
+    video = search_model.encode_videos([videos / path for path in paths])
+    times = [search_model.read_video(videos / path).times for path in paths]
+    for row, seconds in enumerate(times):
+        assert found["frame_time"][row, : len(seconds)].tolist() == list(seconds)
+    np.testing.assert_array_equal(np.isnan(found.pop("frame_time")), ~video["frame_mask"])
+    expected = {"pooled": search_model.pool_videos(video), **video}
+    assert found.keys() - {"drl_jax"} == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_allclose(found[name], array, atol=1e-6, err_msg=name)
+
+
+def test_features_do_not_depend_on_the_shard_size(search_model, videos, tmp_path):
+    folder = find_folder(videos, 60)
+    embed_videos(search_model, folder, tmp_path / "one.npz")
+    embed_videos(search_model, folder, tmp_path / "many.npz", shard_size=2)
+    embed_captions(search_model, CAPTIONS, tmp_path / "words.npz")
+    embed_captions(search_model, CAPTIONS, tmp_path / "few.npz", shard_size=1)
+    assert sorted(path.name for path in tmp_path.glob("many-*")) == [
+        f"many-{number:05d}-of-00003.npz" for number in range(3)
+    ]
+    for one, many in (("one.npz", "many.npz"), ("words.npz", "few.npz")):
+        expected, found = read_all(tmp_path / one), read_all(tmp_path / many)
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(found[name], array, atol=1e-6, err_msg=name)
+            else:
+                np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_similarities_of_a_file_are_those_of_evaluation(
+    search_model, shapes_config, test_videos, tmp_path
+):
+    dataset = VideoDataset(dataset_dir(shapes_config))
+    split = load_split(dataset, "test", search_model.config.data)
+    evaluator = Evaluator(search_model.config, dataset, search_model.layout)
+    expected = evaluator.run(search_model.params, split).sim_matrix
+    captions = split.caption_pairs()[1]
+    for dtype, tolerance in (("float32", 2e-5), ("float16", 2e-3)):
+        text, video = tmp_path / f"text_{dtype}.npz", tmp_path / f"video_{dtype}.npz"
+        embed_captions(search_model, captions, text, dtype=dtype)
+        embed_videos(search_model, find_folder(test_videos, 60), video, dtype=dtype)
+        found = read(video)
+        assert (found["frame_unit"].dtype, found["frame_time"].dtype) == (dtype, "float32")
+        row = {path: row for row, path in enumerate(found["video_id"].tolist())}
+        order = [row[f"{dataset.video_ids[video]}.mp4"] for video in split.videos]
+        similarity = search_model.similarity(read(text), found)[:, order]
+        np.testing.assert_allclose(similarity, expected, atol=tolerance)
+
+
+def test_pooled_vectors():
+    """Of arrays that are small enough to compute by hand."""
+    frame = np.array([[[1.0, 0], [0, 1], [1, 0]]], np.float32)
+    mask = np.array([[True, True, False]])
+    weighted = {"frame_unit": frame, "frame_mask": mask, "frame_weight": mask * [0.6, 0.8, 0.0]}
+    for interaction in ("ti", "wti"):
+        pool = INTERACTIONS[interaction].pool_video
+        np.testing.assert_allclose(pool(weighted), [[0.6, 0.8]], atol=1e-7)
+        text = {name.replace("frame", "text"): array for name, array in weighted.items()}
+        pooled = INTERACTIONS[interaction].pool_text(text)
+        np.testing.assert_allclose(pooled, [[0.6, 0.8]], atol=1e-7)
+    scaled = frame * np.array([5, 9, 2])[None, :, None]
+    pooled = INTERACTIONS["xti"].pool_video({"frame_feat": scaled, "frame_mask": mask})
+    np.testing.assert_allclose(pooled, [[0.5**0.5, 0.5**0.5]], atol=1e-7)
+    pooled = INTERACTIONS["xti"].pool_text({"sentence_feat": np.array([[3.0, 4.0]])})
+    np.testing.assert_allclose(pooled, [[0.6, 0.8]], atol=1e-7)
+    unit = np.array([[0.6, 0.8]], np.float32)
+    assert INTERACTIONS["dp"].pool_video({"video_unit": unit}) is unit
+    assert INTERACTIONS["dp"].pool_text({"sentence_unit": unit}) is unit
+
+
+def test_windows_have_rows_of_their_own(search_model, videos, tmp_path):
+    out = embed_videos(search_model, find_folder(videos, 60), tmp_path / "w.npz", windows=True)
+    found = read(tmp_path / "w.npz")
+    rows = found["video_id"] == "long.mp4"
+    assert out.rows == len(rows) > len(VIDEOS)
+    starts, ends = found["start"][rows], found["end"][rows]
+    assert starts[0] == 0
+    assert ends[-1] == pytest.approx(VIDEOS["long.mp4"], abs=0.5)
+    inside = (found["frame_time"] >= found["start"][:, None]) & (
+        found["frame_time"] <= found["end"][:, None]
+    )
+    np.testing.assert_array_equal(inside, found["frame_mask"])
+    # A short video is one window, as without the flag.
+    whole = search_model.encode_videos([videos / "a.mp4"])
+    row = found["video_id"].tolist().index("a.mp4")
+    np.testing.assert_allclose(found["frame_unit"][row], whole["frame_unit"][0], atol=1e-6)
+    assert not (tmp_path / "w.npz.unfinished").exists()
+
+
+def test_videos_that_cannot_be_read_are_listed_and_the_rest_is_written(
+    search_run, tmp_path, capsys
+):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_video(folder / "good.mp4", numbered_frames(4, 64, 64), fps=2)
+    (folder / "bad.mp4").write_text("no video")
+    (folder / "link.mp4").symlink_to("nowhere")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.mp4")).write_text("no video")
+    flags = (f"--workdir={search_run}", f"--videos={folder}", f"--out={tmp_path / 'v.npz'}")
+    # The second shard has no video, so no rows.
+    arguments = [*flags, "--shard_size=1"]
+    expected = [
+        "  \\udcff.mp4: its name is not UTF-8; rename it",
+        "  bad.mp4: cannot be read as a video (Invalid data found when processing input)",
+        "  link.mp4: it is no file, e.g. a link to nothing",
+    ]
+    for _ in range(2):  # What is finished is not read again, but still reported.
+        assert main(arguments) == 1
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert lines[-4:] == ["drl_jax.embed: 3 videos could not be read:", *expected]
+        assert "1 videos, float32, 2 files" in captured.out
+    empty, good = (read(tmp_path / f"v-0000{n}-of-00002.npz") for n in range(2))
+    assert good["video_id"].tolist() == ["good.mp4"]
+    for name in good.keys() - {"drl_jax"}:
+        assert empty[name].shape == (0, *good[name].shape[1:])
+    report = json.loads((tmp_path / "v.npz.json").read_text())
+    assert [*report["unusable"]] == ["link.mp4", "\\udcff.mp4"]
+    assert [*report["files"]["v-00000-of-00002.npz"]["unreadable"]] == ["bad.mp4"]
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+def start(*flags: str) -> subprocess.Popen:
+    # Where the tests run in the background, a shell has them ignore SIGINT.
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "drl_jax.embed", *flags],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def test_an_output_that_was_interrupted_and_killed_is_continued(
+    search_run, search_model, test_videos, tmp_path
+):
+    out = tmp_path / "v.npz"
+    flags = (f"--workdir={search_run}", f"--videos={test_videos}", f"--out={out}")
+    flags = (*flags, "--shard_size=1")
+
+    def finished() -> dict[Path, int]:
+        if not out.with_name("v.npz.json").exists():
+            return {}
+        report = json.loads(out.with_name("v.npz.json").read_text())
+        return {tmp_path / name: (tmp_path / name).stat().st_mtime_ns for name in report["files"]}
+
+    process = start(*flags)
+    wait_for(finished, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.replace("\r", "\n").splitlines()[-1] == (
+        "drl_jax.embed: interrupted; finished files are kept; rerun the command to continue"
+    )
+    before = finished()
+    assert 0 < len(before) < 32
+
+    process = start(*flags)
+    wait_for(lambda: len(finished()) > len(before), process)
+    process.kill()
+    process.communicate()
+    killed = finished()
+    assert len(before) < len(killed) < 32
+    assert before.items() <= killed.items()
+    # What the kill may leave, and a file that was cut off since.
+    (tmp_path / "v-00031-of-00032.npz.123.part").write_text("half")
+    (tmp_path / "other.npz.123.part").write_text("of another output")
+    cut = min(killed)
+    os.truncate(cut, 100)
+
+    assert main(list(flags)) == 0
+    kept = {path: mtime for path, mtime in finished().items() if path in killed and path != cut}
+    assert kept == {path: mtime for path, mtime in killed.items() if path != cut}
+    assert [path.name for path in tmp_path.glob("*.part")] == ["other.npz.123.part"]
+    found = read_all(out)
+    assert sorted(found["video_id"]) == sorted(path.name for path in test_videos.iterdir())
+    expected = search_model.encode_videos([test_videos / path for path in found["video_id"]])
+    np.testing.assert_allclose(found["frame_unit"], expected["frame_unit"], atol=1e-5)
+
+
+def test_a_disk_that_takes_no_more_is_one_line(search_run, captions, tmp_path, capsys):
+    """With a limit of the size of files, which fails as a full disk does."""
+    flags = [f"--workdir={search_run}", f"--captions={captions}"]
+    # Compiled before: the cache of compiled programs is not written under the limit.
+    assert main([*flags, f"--out={tmp_path / 'first.npz'}"]) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for suffix in SUFFIXES:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            out = tmp_path / f"c.{suffix}"
+            line = error_of("drl_jax.embed", *flags, f"--out={out}", capsys=capsys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert line == f"drl_jax.embed: cannot write {out}: File too large"
+        left = sorted(path.name for path in tmp_path.glob(f"c.{suffix}*"))
+        assert left == [f"c.{suffix}.json", f"c.{suffix}.lock"]
+        assert main([*flags, f"--out={out}"]) == 0
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_another_model_or_input_is_refused(search_model, videos, tmp_path):
+    folder = find_folder(videos, 60)
+    out = tmp_path / "v.npz"
+    embed_videos(search_model, folder, out)
+    before = out.read_bytes()
+    fewer = find_folder(videos / "deep", 60)
+    for what, made in (
+        ("list of videos", lambda: embed_videos(search_model, fewer, out)),
+        ("--dtype", lambda: embed_videos(search_model, folder, out, dtype="float16")),
+        ("--windows", lambda: embed_videos(search_model, folder, out, windows=True)),
+        ("--shard_size", lambda: embed_videos(search_model, folder, out, shard_size=2)),
+        ("list of captions", lambda: embed_captions(search_model, CAPTIONS, out)),
+    ):
+        with pytest.raises(drl_jax.UserError, match=f"was made with another {what}; give another"):
+            made()
+    report = json.loads((tmp_path / "v.npz.json").read_text())
+    report["made_with"]["model"] = "0"
+    (tmp_path / "v.npz.json").write_text(json.dumps(report))
+    with pytest.raises(drl_jax.UserError, match="was made with another model"):
+        embed_videos(search_model, folder, out)
+    (tmp_path / "v.npz.json").write_text("{")
+    with pytest.raises(drl_jax.UserError, match="cannot be read as a report"):
+        embed_videos(search_model, folder, out)
+    (tmp_path / "v.npz.json").unlink()
+    with pytest.raises(drl_jax.UserError, match=r"v.npz exists, and .* does not: delete it, or"):
+        embed_videos(search_model, folder, out)
+    with (
+        locked(tmp_path / "v.npz.lock", "it"),
+        pytest.raises(drl_jax.UserError, match="is in use by process"),
+    ):
+        embed_videos(search_model, folder, out)
+    assert out.read_bytes() == before
+
+
+def test_mistakes_are_one_line(videos, captions, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    out, run = f"--out={tmp_path / 'x.npz'}", "--workdir=nowhere"
+    of_videos, of_captions = f"--videos={videos}", f"--captions={captions}"
+    for flags, message in (
+        ((run, out), "one of the arguments --videos --captions is required"),
+        ((run, out, of_videos, of_captions), "not allowed with argument --videos"),
+        ((run, of_videos, "--out=x.csv"), "--out=x.csv: the formats are .npz, .safetensors, .parq"),
+        ((run, of_videos, "--out=no/x.npz"), "--out=no/x.npz: there is no directory no"),
+        ((run, out, of_videos), "no run in nowhere"),
+        ((out, of_videos), "name the model with --workdir=RUN or --weights=FILE"),
+        ((run, "--weights=a.pt", out, of_videos), "give --workdir or --weights, not both"),
+        ((run, "--release=openai", out, of_videos), "--release and --tokenizer describe --weights"),
+        ((run, out, "--videos=nowhere"), "no directory nowhere"),
+        ((run, out, f"--videos={tmp_path / 'empty'}"), f"no video in {tmp_path / 'empty'} (looked"),
+        ((run, out, of_captions, "--windows"), "--windows is of videos; omit it"),
+        ((run, out, "--captions=none.txt"), "cannot read none.txt: No such file or directory"),
+        ((run, out, of_videos, "--shard_size=0"), "must be a positive whole number"),
+    ):
+        line = error_of("drl_jax.embed", *flags, capsys=capsys)
+        assert line.startswith("drl_jax.embed: ")
+        assert message in line
+    assert not list(tmp_path.glob("x.npz*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c.txt", "a dog\r\na “cat”\n"),
+        ("c.csv", '\ufeffid,caption\n1,a dog\n2,"a “cat”"\n'),
+        ("c.jsonl", '"a dog"\n{"id": 2, "caption": "a “cat”"}\n'),
+        ("c.json", '["a dog", {"caption": "a \\u201ccat\\u201d"}]'),
+    ],
+)
+def test_files_of_captions(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_captions(tmp_path / name) == ["a dog", "a “cat”"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", "a dog\n\na cat\n", "c.txt, line 2: the caption is blank"),
+        ("c.txt", b"caf\xe9\n", "c.txt is not UTF-8 (byte 3); convert it"),
+        ("c.txt", "", "c.txt has no captions"),
+        ("c.md", "a dog", "c.md: a file of captions is .txt, .csv, .jsonl, .json"),
+        ("c.csv", "id,text\n1,a dog\n", "c.csv has no column caption; it has id, text"),
+        ("c.csv", "id,caption\n1,a dog\n2\n", "c.csv, line 3: the caption is blank"),
+        ("c.csv", "caption\na dog\n\n", "c.csv, line 3: the caption is blank"),
+        ("c.csv", 'caption\n"a dog', "c.csv is not a csv file (unexpected end of data)"),
+        ("c.jsonl", '"a dog"\n\n', "c.jsonl, line 2: the caption is blank"),
+        ("c.jsonl", '"a dog"\n{"text": "b"}\n', "c.jsonl, line 2: there is no caption"),
+        ("c.jsonl", "a dog\n", "c.jsonl is not a jsonl file (Expecting value"),
+        ("c.json", "{}", "c.json is not a list of captions"),
+        ("c.json", "[3]", "c.json, item 1: there is no caption"),
+        ("c.json", "[" * 100_000, "c.json is not a json file ("),
+        ("c.json", '["\\ud800"]', "c.json, item 1: the caption has a character that is no text"),
+    ],
+)
+def test_files_of_captions_that_cannot_be_used(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(drl_jax.UserError) as error:
+        read_captions(tmp_path / name)
+    assert message in str(error.value)
