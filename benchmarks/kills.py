@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from benchmarks.measure import arguments, positive_int, report
+from drl_jax.runs.logging import TIMING_TAGS
 
 _EPOCHS = 20
 _FLAGS = (
@@ -137,13 +138,11 @@ def state(workdir: Path) -> dict[str, np.ndarray]:
 def metrics(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl without the speed."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("train/examples_per_second", None)
-    return lines
+    return [{tag: line[tag] for tag in line if tag not in TIMING_TAGS} for line in lines]
 
 
-def curves(workdir: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows, in its order, without the speed."""
+def summaries(workdir: Path) -> dict[str, list[tuple]]:
+    """What TensorBoard shows, in its order, without the speed: curves, pictures and texts."""
     os.environ.update({"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
@@ -151,9 +150,9 @@ def curves(workdir: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
     events.Reload()
     return {
-        tag: [(e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors(tag)]
+        tag: [(e.step, make_ndarray(e.tensor_proto).tolist()) for e in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
-        if tag != "train/examples_per_second"
+        if tag not in TIMING_TAGS
     }
 
 
@@ -167,7 +166,7 @@ def compare(killed: Path, whole: Path) -> dict[str, bool]:
     return {
         "same_arrays": same_arrays,
         "same_metrics": metrics(killed) == metrics(whole),
-        "same_curves": curves(killed) == curves(whole),
+        "same_summaries": summaries(killed) == summaries(whole),
         "same_result": results[0] == results[1],
     }
 

@@ -11,9 +11,10 @@ transformers, best in a virtual environment of their own, beside jax, flax, opta
 from collections.abc import Sequence
 
 from benchmarks.measure import MATMUL_SIZE_CPU, arguments, peak_memory, report, seconds
-from benchmarks.train_step import add_step_arguments, step_columns, train_step_flops
-from drl_jax.config import ModelConfig
+from benchmarks.train_step import add_step_arguments, step_columns
+from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.runtime.allocator import keep_freed_memory
+from drl_jax.training.flops import train_step_flops
 
 try:
     import torch
@@ -86,7 +87,7 @@ def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    flops = train_step_flops(config, batch, frames, words)
+    flops = train_step_flops(config, LossConfig(), batch, frames, words)
     return {
         "model": "ViT-B/32",
         "dtype": "float32",

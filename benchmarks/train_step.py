@@ -28,51 +28,14 @@ from benchmarks.measure import (
     report,
 )
 from drl_jax.config import REMAT, BackboneConfig, LossConfig, ModelConfig, OptimConfig
-from drl_jax.models.layers import new_block_config
 from drl_jax.runtime.allocator import keep_freed_memory
 from drl_jax.runtime.cli import Parser
 from drl_jax.sharding import make_layout
+from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import create_state
 from drl_jax.training.train_step import make_train_step
 from drl_jax.weights.releases import PUBLISHED
-
-
-def train_step_flops(config: ModelConfig, batch: int, frames: int, words: int) -> float:
-    """FLOPs of one step: three times the matrix products of the forward pass.
-
-    XLA's own count (`cost_analysis`) counts the body of the scan over layers only once.
-    """
-    backbone = config.backbone
-    width, hidden = backbone.vision_width, backbone.vision_hidden_width
-    patches = (backbone.image_resolution // backbone.vision_patch_size) ** 2
-    positions = patches + (backbone.family != "siglip")
-
-    def transformer(tokens: int, width: int, hidden: int, layers: int) -> float:
-        projections = 2 * tokens * width * (4 * width + 2 * hidden)
-        attention = 2 * 2 * tokens * tokens * width
-        return layers * (projections + attention)
-
-    # CLIP's last block and the pooling of other families: keys and values of all positions,
-    # everything else of one.
-    pooled = 2 * positions * width * 2 * width + 2 * width * 2 * (width + hidden)
-    pooled += 2 * 2 * positions * width
-    layers = backbone.vision_layers - (backbone.family == "clip")
-    image = transformer(positions, width, hidden, layers) + pooled
-    patch_embedding = 2 * patches * 3 * backbone.vision_patch_size**2 * width
-    projection = 0 if backbone.family == "siglip" else 2 * width * backbone.embed_dim
-    # SigLIP's text tower runs over all its positions.
-    tokens = backbone.context_length if backbone.family == "siglip" else words
-    text = transformer(
-        tokens, backbone.text_width, backbone.text_hidden_width, backbone.text_layers
-    )
-    text += 2 * tokens * backbone.text_width * backbone.embed_dim
-    head = new_block_config(backbone)
-    temporal = transformer(frames, head.width, head.hidden_width, config.temporal_layers)
-    weights = 2 * (words + frames) * backbone.embed_dim * (backbone.embed_dim + 1)
-    pair = frames * (image + patch_embedding + projection) + text + temporal + weights
-    interaction = 2 * batch * batch * words * frames * backbone.embed_dim
-    return 3 * (batch * pair + interaction)
 
 
 def backbones(text: str) -> dict[str, BackboneConfig]:
@@ -191,7 +154,7 @@ def measure(
     columns = step_columns(
         run,
         lambda: matmul_rate(config.dtype, repeats=2) * jax.device_count(),
-        train_step_flops(config, batch, frames, words),
+        train_step_flops(config, LossConfig(), batch, frames, words),
         batch,
         steps,
     )

@@ -17,6 +17,7 @@ from drl_jax.runtime.cli import (
     parse_with_config,
     positive_int,
     run_command,
+    step_range,
 )
 
 
@@ -35,6 +36,13 @@ def _parser() -> Parser:
         metavar="0,1,...",
         help="train a run for each seed, one after another, in WORKDIR/seed_N, and print mean,"
         " deviation and worst of their tests; replaces config.seed",
+    )
+    parser.add_argument(
+        "--profile_steps",
+        type=step_range,
+        default=range(0),
+        metavar="FIRST:LAST",
+        help="trace these steps, e.g. 100:105, into plugins/profile of the run",
     )
     group = parser.add_argument_group("several processes")
     group.add_argument(
@@ -77,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, config = parse_with_config(parser, arguments)
     if options.seeds and options.reproduce:
         parser.error("--seeds goes with --config: --reproduce repeats a run with its own seed")
+    if options.seeds and options.profile_steps:
+        parser.error("--profile_steps traces one run; omit --seeds")
 
     def work() -> None:
         from drl_jax.models.drl import config_from_dict
@@ -103,7 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.seeds:
                 train_seeds(checked, workdir, options.seeds)
             else:
-                train(checked, workdir, reproduce=options.reproduce)
+                train(
+                    checked,
+                    workdir,
+                    reproduce=options.reproduce,
+                    profile_steps=options.profile_steps,
+                )
         except Interrupted:
             raise  # In all processes.
         except Exception as error:

@@ -81,7 +81,10 @@ def test_softmax_loss_is_the_mean_cross_entropy_of_both_directions():
     logits = np.random.default_rng(0).normal(size=(B, B)).astype(np.float32)
     t2v = np.log(np.exp(logits).sum(1)) - np.diag(logits)
     v2t = np.log(np.exp(logits).sum(0)) - np.diag(logits)
-    np.testing.assert_allclose(softmax_loss(logits), (t2v.mean() + v2t.mean()) / 2, rtol=1e-6)
+    loss, parts = softmax_loss(logits)
+    np.testing.assert_allclose(loss, (t2v.mean() + v2t.mean()) / 2, rtol=1e-6)
+    np.testing.assert_allclose(parts["t2v_loss"], t2v.mean(), rtol=1e-6)
+    np.testing.assert_allclose(parts["v2t_loss"], v2t.mean(), rtol=1e-6)
 
 
 def test_weighted_token_wise_loops_over_pairs(features):

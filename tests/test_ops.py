@@ -20,6 +20,11 @@ def test_masked_softmax_ignores_what_is_masked():
     assert one[0, 2] == 0
 
 
+def test_mean_entropy():
+    weights = jnp.array([[0.25, 0.25, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(ops.mean_entropy(weights), np.log(4) / 2, rtol=1e-6)
+
+
 def test_masked_standardize_uses_the_unbiased_std_of_valid_rows():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(10, 4)).astype(np.float32)

@@ -13,6 +13,7 @@ from support.params import random_params
 
 from benchmarks.hlo import collective_bytes
 from drl_jax.config import LossConfig, OptimConfig
+from drl_jax.evaluation.embedder import make_embed_steps
 from drl_jax.models.drl import init_params, model_definition, param_shapes
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, make_optimizer
@@ -44,11 +45,11 @@ def model(tiny_model):
 class Trainer:
     """A compiled step on some devices, and the state it starts from."""
 
-    def __init__(self, model, params, devices, *, fsdp=False, microbatch=0):
+    def __init__(self, model, params, devices, *, fsdp=False, **options):
         self.layout = make_layout(jax.devices()[:devices], fsdp=fsdp)
         tx = make_optimizer(OptimConfig(lr=1e-3, coef_lr=1.0), total_steps=20)
         self.state = state_from_params(params, tx, self.layout)
-        self.step = make_train_step(model, LossConfig(), tx, self.layout, microbatch=microbatch)
+        self.step = make_train_step(model, LossConfig(), tx, self.layout, **options)
 
     def run(self, batch, steps=STEPS):
         history = []
@@ -104,6 +105,32 @@ def test_ten_steps_with_split_parameters_in_blocks(model, params, batch, one_dev
             held += leaf.addressable_shards[0].data.size
         # Nearly an eighth: what is too small to split is on every device.
         assert held < 0.3 * total
+
+
+def test_norms_and_entropies_are_those_of_numpy(model, params, batch, one_device):
+    """The tests above compare those of one device with those of eight."""
+    trainer = Trainer(model, params, 1, norms_every=2)
+    (first,) = trainer.run(batch, steps=1)
+    before = jax.device_get(trainer.state.params)
+    (second,) = trainer.run(batch, steps=1)
+    update = jax.tree.map(np.subtract, jax.device_get(trainer.state.params), before)
+    assert np.isnan([first["param_norm"], first["update_norm_new"]]).all()
+    assert second == pytest.approx(one_device[0][1], rel=1e-6)
+
+    def norm(tree):
+        return np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(tree)))
+
+    for name, tree in (("param_norm", before), ("update_norm", update)):
+        new = {group: leaves for group, leaves in tree.items() if group != "backbone"}
+        assert second[name] == pytest.approx(norm(tree), rel=1e-3)
+        assert second[f"{name}_backbone"] == pytest.approx(norm(tree["backbone"]), rel=1e-3)
+        assert second[f"{name}_new"] == pytest.approx(norm(new), rel=1e-3)
+
+    encode = make_embed_steps(model, trainer.layout).encode_text
+    weights = encode(before, batch["text_ids"], batch["text_mask"])["text_weight"]
+    entropy = -np.sum(weights * np.log(np.where(weights > 0, weights, 1)), axis=1).mean()
+    assert second["word_entropy"] == pytest.approx(entropy, rel=1e-4)
+    assert 0 < second["frame_entropy"] < np.log(F)
 
 
 def test_the_temperature_never_exceeds_100():

@@ -80,7 +80,15 @@ def test_a_run_writes_its_files(finished):
         "logit_scale",
         "lr",
         "lr_clip",
-        "grad_norm",
+        "t2v_loss",
+        "v2t_loss",
+        "word_entropy",
+        "frame_entropy",
+        *(
+            f"{kind}_norm{group}"
+            for kind in ("grad", "param", "update")
+            for group in ("", "_backbone", "_new")
+        ),
     ):
         assert math.isfinite(train[f"train/{name}"])
     assert train["train/logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
@@ -132,7 +140,7 @@ def test_evaluate_repeats_the_test_of_the_run(finished, capsys):
     assert "legacy, the tie rule of" in printed
     assert "checkpoint step 12, the latest; trained on train, seed 0" in printed
     latest = json.loads((workdir / "eval_val_12.json").read_text())["metrics"]["t2v"]
-    assert latest["R@1"] == metrics(workdir)[-1]["eval/t2v_R1"]
+    assert latest["R@1"] == metrics(workdir)[-2]["eval/t2v_R1"]
 
 
 def test_a_finished_run_only_tests_again(finished, train_arguments, capsys):

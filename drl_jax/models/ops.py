@@ -31,6 +31,14 @@ def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(mask, logits.astype(jnp.float32), -jnp.inf), axis=-1)
 
 
+def mean_entropy(weights: jax.Array) -> jax.Array:
+    """Mean over rows of the entropy of their weights, nats: [B, L], rows that sum to 1 -> scalar.
+
+    It is 0 where one position has all the weight, and log(n) for n equal weights.
+    """
+    return jnp.mean(jnp.sum(jax.scipy.special.entr(weights), axis=-1))
+
+
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean over the valid positions of the second axis: [B, L, D], bool [B, L] -> [B, D]."""
     valid = mask[:, :, None].astype(jnp.float32)

@@ -21,6 +21,8 @@ from drl_jax.runs.checksums import params_digest
 from drl_jax.runs.logging import TrainLog
 from drl_jax.runs.manifest import differences, read_manifest, recorded
 from drl_jax.runs.nonfinite import NonFiniteBatches, TrainingError
+from drl_jax.runs.pictures import EvaluationPictures
+from drl_jax.runs.profile import StepProfile
 from drl_jax.runs.protocol_card import ProtocolCard, protocol_card
 from drl_jax.runs.rank_files import evaluation_path, write_ranks
 from drl_jax.runs.wall_time import WallTime
@@ -40,13 +42,20 @@ from drl_jax.weights.weights_file import read_weights
 RESULT_FILE = "result.json"
 
 
-def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    reproduce: Path | None = None,
+    profile_steps: range = range(0),
+) -> dict[str, Any]:
     """Trains, evaluates every epoch on val, and tests the best checkpoint.
 
     Args:
       config: the configuration.
       workdir: directory for checkpoints, logs and results. A run in it is resumed.
       reproduce: manifest of a run that this one has to repeat.
+      profile_steps: steps to trace, from 1; those that the run has made already are left out.
 
     Returns:
       The content of `result.json`: {"test": {"t2v": .., "v2t": ..}, "card": .., "best_step": ..,
@@ -92,6 +101,11 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             _print_differences(reproduce, config, dataset)
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.train.epochs * steps_per_epoch
+    if profile_steps and profile_steps[-1] > total_steps:
+        raise ConfigError(
+            f"--profile_steps={profile_steps[0]}:{profile_steps[-1]}: the run ends with step"
+            f" {total_steps}"
+        )
 
     # ---------------------------------------------------------------- model and optimiser
     tx = make_optimizer(config.optim, total_steps)
@@ -102,6 +116,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
         layout,
         seed=config.seed,
         microbatch=config.train.microbatch,
+        norms_every=config.train.log_every,
     )
     evaluator = Evaluator(config, dataset, layout)
     abstract = abstract_params(config.model, layout)
@@ -113,6 +128,7 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
         recorded(workdir, config, dataset, wall_time) as record,
         Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
+        StepProfile(workdir, profile_steps, wall_time) as profile,
     ):
         # Order of initialisation: resume > init > random.
         restored = checkpoints.restore_latest(abstract_state(config.model, tx, layout))
@@ -138,15 +154,16 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             evaluated=evaluated,
             unlogged=saved.get("unlogged", []),
             accept=nonfinite.report,
+            pictures=EvaluationPictures(config, dataset, val, tokenizer),
             wall_time=wall_time,
         ) as log:
-            log.announce(dataset, batches, layout)
+            log.announce(dataset, batches, layout, abstract)
 
             def evaluate(step: int, state: TrainState) -> None:
-                metrics = evaluator.run(state.params, val).metrics
+                evaluation = evaluator.run(state.params, val)
                 wall_time.spent_on("evaluation")
-                log.evaluation(step, metrics)
-                checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
+                log.evaluation(step, evaluation)
+                checkpoints.attach_metric(step, evaluation.metrics["t2v"]["R@1"])
                 wall_time.spent_on("checkpoints")
 
             def evaluate_again(step: int) -> None:
@@ -169,12 +186,15 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
             stop_requested = StopPoll(lambda: stop.pending)
             wall_time.spent_on("start")
             for step in range(start + 1, total_steps + 1):
+                profile.before(step, state)
                 batch = next(stream)
                 wall_time.spent_on("data")
-                state, scalars = step_function(state, batch)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, scalars = step_function(state, batch)
                 # The first call compiles, all others return at once.
                 wall_time.spent_on("compilation" if step == start + 1 else "steps")
                 log.train_step(step, scalars)
+                profile.after(step, state)
                 stopping = stop_requested(step)
                 ends_epoch = step % steps_per_epoch == 0
                 due = ends_epoch or _is_due(step, config.train.checkpoint_every)
@@ -193,32 +213,33 @@ def train(config: Config, workdir: Path, *, reproduce: Path | None = None) -> di
                     checkpoints.wait()
                     raise Interrupted(f"stopped after step {step}; rerun the command to resume")
 
-        # ---------------------------------------------------------------- test of the best
-        if stop_requested.now():
-            raise Interrupted(f"stopped before the test of step {total_steps}; rerun to resume")
-        best_step, params = checkpoints.restore_best(abstract)
-        tested = evaluator.run(params, test)
-        card = protocol_card(
-            workdir,
-            config,
-            dataset,
-            "test",
-            test,
-            checkpoint="best",
-            step=best_step,
-            parameters_sha256=params_digest(params),
-        )
-        result = {
-            "test": tested.metrics,
-            "test_intervals": intervals(tested.ranks),
-            "val": evaluator.run(params, val).metrics,
-            "card": card.as_dict(),
-            "best_step": best_step,
-            "total_steps": total_steps,
-            "skipped_steps": nonfinite.steps,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        }
-        wall_time.spent_on("evaluation")
+            # ---------------------------------------------------------------- test of the best
+            if stop_requested.now():
+                raise Interrupted(f"stopped before the test of step {total_steps}; rerun to resume")
+            best_step, params = checkpoints.restore_best(abstract)
+            tested = evaluator.run(params, test)
+            card = protocol_card(
+                workdir,
+                config,
+                dataset,
+                "test",
+                test,
+                checkpoint="best",
+                step=best_step,
+                parameters_sha256=params_digest(params),
+            )
+            result = {
+                "test": tested.metrics,
+                "test_intervals": intervals(tested.ranks),
+                "val": evaluator.run(params, val).metrics,
+                "card": card.as_dict(),
+                "best_step": best_step,
+                "total_steps": total_steps,
+                "skipped_steps": nonfinite.steps,
+                "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            }
+            wall_time.spent_on("evaluation")
+            log.test(total_steps, result["test"], best_step)
         if is_main():
             path = evaluation_path(workdir, "test", best_step)
             write_ranks(path.with_suffix(".npz"), tested.ranks, card)

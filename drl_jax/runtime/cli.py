@@ -45,6 +45,16 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def step_range(text: str) -> range:
+    """Argument type: FIRST:LAST, two steps from 1, both included."""
+    first, colon, last = text.partition(":")
+    if not colon or not (first.isdecimal() and last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be FIRST:LAST, e.g. 100:105, not {text!r}")
+    if not 1 <= int(first) <= int(last):
+        raise argparse.ArgumentTypeError(f"steps count from 1, and FIRST <= LAST, not {text!r}")
+    return range(int(first), int(last) + 1)
+
+
 def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
     """Runs the work of a command and reports what a user can fix in one line on stderr.
 

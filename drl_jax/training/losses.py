@@ -43,14 +43,14 @@ def total_loss(
     return loss, {"loss": loss, "contrastive_loss": contrastive, "cdcr_loss": cdcr}
 
 
-def softmax_loss(logits: jax.Array) -> jax.Array:
+def softmax_loss(logits: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of both directions; text i belongs to video i.
 
     Args:
       logits: float32 [B, B], similarities times exp(logit_scale).
 
     Returns:
-      float32 scalar.
+      The loss, and that of each direction as `t2v_loss` and `v2t_loss`, float32 scalars.
     """
     # Reduced over rows and over columns in place: with rows on different devices, a transposition
     # would move the whole matrix, and column sums move one number per column.
@@ -58,7 +58,8 @@ def softmax_loss(logits: jax.Array) -> jax.Array:
     # Subtracted first, so that what all logits have in common cancels in the gradient, too.
     t2v = jax.nn.logsumexp(logits - matched[:, None], axis=1)
     v2t = jax.nn.logsumexp(logits - matched[None, :], axis=0)
-    return (t2v.mean() + v2t.mean()) / 2
+    t2v, v2t = t2v.mean(), v2t.mean()
+    return (t2v + v2t) / 2, {"t2v_loss": t2v, "v2t_loss": v2t}
 
 
 def sigmoid_loss(

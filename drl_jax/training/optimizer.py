@@ -76,6 +76,20 @@ def parameter_group(path: tuple) -> str:
     return "backbone" if path[0].key == "backbone" else "new"
 
 
+def norms(name: str, tree: optax.Updates) -> dict[str, jax.Array]:
+    """L2 norms of a tree like the parameters: of all leaves, and of each `parameter_group`.
+
+    Returns:
+      float32 scalars `NAME`, `NAME_backbone` and `NAME_new`; a group without parameters is left
+      out.
+    """
+    groups: dict[str, list[jax.Array]] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        groups.setdefault(parameter_group(path), []).append(leaf)
+    by_group = {f"{name}_{group}": optax.tree.norm(leaves) for group, leaves in groups.items()}
+    return {name: optax.tree.norm(tree), **by_group}
+
+
 def decays(path: tuple) -> bool:
     """The reference decays every parameter without `bias` in its name, also LayerNorm's."""
     return "bias" not in path[-1].key

@@ -5,34 +5,49 @@ from pathlib import Path
 
 import pytest
 
+from drl_jax.runs.logging import TIMING_TAGS
+
 
 def metrics(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl without the speed."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("train/examples_per_second", None)
-    return lines
+    return [{tag: line[tag] for tag in line if tag not in TIMING_TAGS} for line in lines]
 
 
-def curve(workdir: Path, tag: str) -> list[tuple[int, float]]:
-    """The points that TensorBoard shows of a tag."""
+def summaries(workdir: Path) -> dict[str, list[tuple]]:
+    """What TensorBoard shows by tag, without the speed: step and value of each scalar, step and
+    bytes of each picture and text."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(workdir))
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
     events.Reload()
-    return [(e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors(tag)]
+    return {
+        tag: [(e.step, make_ndarray(e.tensor_proto).tolist()) for e in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+        if tag not in TIMING_TAGS
+    }
 
 
-def assert_same_run(workdir: Path, expected: Path) -> None:
-    """Two runs have the same metrics, results and parameters, and TensorBoard has them once."""
+def assert_same_run(workdir: Path, expected: Path, *, lost_pictures: bool = False) -> None:
+    """Two runs have the same metrics, results and parameters, and TensorBoard has them once.
+
+    With `lost_pictures`, it may have fewer pictures of the first run.
+    """
     assert metrics(workdir) == metrics(expected)
     results = [json.loads((run / "result.json").read_text()) for run in (workdir, expected)]
     assert results[0] == results[1]
-    for tag in ("train/loss", "eval/t2v_R1"):
+    shown = summaries(workdir)
+    steps = {tag: [step for step, _ in values] for tag, values in shown.items()}
+    for tag in {tag for line in metrics(workdir) for tag in line} - {"step"}:
         points = [(line["step"], line[tag]) for line in metrics(workdir) if tag in line]
-        shown = curve(workdir, tag)
-        assert [step for step, _ in shown] == [step for step, _ in points]
-        assert [value for _, value in shown] == pytest.approx([value for _, value in points])
+        assert steps.pop(tag) == [step for step, _ in points], tag
+        assert [value for _, value in shown[tag]] == pytest.approx([value for _, value in points])
+    # Pictures, texts and hyperparameters.
+    for tag, values in summaries(expected).items():
+        expected_steps = [step for step, _ in values]
+        if tag in steps and not (lost_pictures and tag.startswith("eval/")):
+            assert steps[tag] == expected_steps == sorted(set(expected_steps)), tag
+        assert lost_pictures or tag in shown
     steps = [line["step"] for line in metrics(workdir)]
     assert steps == sorted(steps)

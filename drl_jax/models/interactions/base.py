@@ -95,6 +95,16 @@ class Interaction(nnx.Module):
         """
         raise NotImplementedError
 
+    def statistics(self, text: Arrays, video: Arrays) -> Arrays:
+        """Scalars of a batch that are logged beside the losses, by name, without a gradient.
+
+        Args:
+          text: arrays of B texts.
+          video: arrays of the B videos that belong to them.
+        """
+        del text, video
+        return {}
+
     # ---------------------------------------------------------------- configuration and weights
 
     @classmethod

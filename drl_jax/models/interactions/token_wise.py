@@ -26,6 +26,7 @@ from drl_jax.models.interactions.base import (
 from drl_jax.models.ops import (
     l2_normalize,
     masked_softmax,
+    mean_entropy,
     mean_outer_product,
     weighted_outer_product,
 )
@@ -143,6 +144,11 @@ class WeightedTokenWise(TokenWise):
 
     def frame_weights(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
         return self.video_weight_fc(frame_feat, frame_mask)
+
+    def statistics(self, text: Arrays, video: Arrays) -> Arrays:
+        """Entropies of the learned weights."""
+        sides = {"word_entropy": text["text_weight"], "frame_entropy": video["frame_weight"]}
+        return {name: mean_entropy(jax.lax.stop_gradient(w)) for name, w in sides.items()}
 
     @classmethod
     def config_error(cls, config: ModelConfig) -> str:

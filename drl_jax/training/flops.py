@@ -1,0 +1,106 @@
+"""FLOPs of a training step, and the peak rates of devices: what model FLOPs utilisation needs."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from drl_jax.config import LossConfig, ModelConfig
+from drl_jax.models.drl import model_definition, param_shapes
+from drl_jax.sharding import make_layout
+from drl_jax.training.train_step import loss_and_parts
+
+_TERA = 1e12
+# Peak rates of one device, FLOP/s, by `Device.device_kind` and `ModelConfig.dtype`: dense products
+# on tensor cores, from NVIDIA's data sheets of the H100, H200, A100, L40S and L4. JAX computes
+# float32 products as TF32 there (https://docs.jax.dev/en/latest/201/precision.html).
+_PEAK = {
+    kind: {"bfloat16": bfloat16 * _TERA, "float32": tf32 * _TERA}
+    for bfloat16, tf32, kinds in (
+        (989.5, 494.7, ("NVIDIA H100 80GB HBM3", "NVIDIA H200")),
+        (835.5, 417.5, ("NVIDIA H100 NVL", "NVIDIA H200 NVL")),
+        (756.5, 378.0, ("NVIDIA H100 PCIe",)),
+        (312.0, 156.0, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB")),
+        (312.0, 156.0, ("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe")),
+        (362.0, 183.0, ("NVIDIA L40S",)),
+        (121.0, 60.0, ("NVIDIA L4",)),
+    )
+    for kind in kinds
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Peak FLOP/s of the matrix products of one device; None if it is not known.
+
+    Args:
+      device_kind: `Device.device_kind`.
+      dtype: `ModelConfig.dtype`.
+    """
+    return _PEAK.get(device_kind, {}).get(dtype)
+
+
+def train_step_flops(
+    model: ModelConfig, loss: LossConfig, batch_size: int, frames: int, words: int
+) -> float:
+    """FLOPs of the matrix products of a step's loss and gradient, over all devices.
+
+    Counted in the traced program, without anything that is computed again to save memory: the
+    model FLOPs of "MFU" (arXiv 2204.02311, appendix B). XLA's own count, `cost_analysis`, is of
+    the compiled program: it counts the body of a scan over layers once, what is computed again
+    each time, and no kernels of other libraries.
+
+    Args:
+      model: the model.
+      loss: the loss.
+      batch_size: B pairs of the global batch.
+      frames: F frames a video.
+      words: L tokens a text.
+    """
+    # Nothing is computed again, and attention is visible as products.
+    model = dataclasses.replace(model, remat="none", attention="xla", similarity_block=0)
+    size = model.backbone.image_resolution
+    shapes = {
+        "text_ids": jax.ShapeDtypeStruct((batch_size, words), jnp.int32),
+        "text_mask": jax.ShapeDtypeStruct((batch_size, words), jnp.bool_),
+        "frames": jax.ShapeDtypeStruct((batch_size, frames, size, size, 3), jnp.uint8),
+        "frame_mask": jax.ShapeDtypeStruct((batch_size, frames), jnp.bool_),
+    }
+    layout = make_layout(jax.local_devices()[:1])
+    function = functools.partial(
+        loss_and_parts, definition=model_definition(model), config=loss, layout=layout
+    )
+    traced = jax.make_jaxpr(layout.on_mesh(jax.grad(function, has_aux=True)))(
+        param_shapes(model), shapes, jax.eval_shape(lambda: jax.random.key(0))
+    )
+    # The gradient of the pixels is traced, and nothing needs it.
+    needed, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    return _flops(needed)
+
+
+def _flops(jaxpr: Jaxpr) -> float:
+    """FLOPs of the matrix products in a program; those in a loop count once per iteration."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            summed = math.prod(shape[axis] for axis in contracted)
+            total += 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
+        iterations = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += iterations * sum(map(_flops, _programs(equation.params)))
+    return total
+
+
+def _programs(params: dict) -> Iterator[Jaxpr]:
+    """The programs that an operation calls."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
