@@ -46,7 +46,7 @@ from drl_jax.search.figure import save_figure
 from drl_jax.search.format_2 import header_from_format_2
 from drl_jax.search.indexing import update_index
 from drl_jax.search.progress import read_progress
-from drl_jax.search.prompt import run_prompt
+from drl_jax.search.prompt import format_hits, run_prompt
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.session import SearchSession
 from drl_jax.search.store import Store
@@ -675,6 +675,13 @@ def talk(session, *lines, captions=("a test caption", "another")):
     return answers[1:]
 
 
+def test_a_name_with_a_newline_is_printed_in_one_line(shared_session):
+    ((hit,),) = shared_session.search(["a"], top=1)
+    named = dataclasses.replace(hit, path=Path("new\nline.mp4"))
+    assert format_hits([named]).count("\n") == format_hits([hit]).count("\n")
+    assert r"new\nline.mp4" in format_hits([named])
+
+
 def test_the_prompt(shared_session):
     session = shared_session
     (found,) = talk(session, "t a red circle", "q", "t never asked")
@@ -734,6 +741,15 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
     assert {len(hit["moments"]) for hit in hits} == {1}
     assert main(["query", index, "a dog", "--only=none.mp4"]) == 1
     assert "no video of the index has the path 'none.mp4'" in capsys.readouterr().err
+    # A sentence and a video together: their similarities are added.
+    flags = (f"--video={videos / '0.mp4'}", "--json", "--top=6")
+    assert main(["query", index, "a dog", *flags]) == 0
+    assert main(["query", index, "a dog", "--json", "--top=6"]) == 0
+    both, sentence = map(json.loads, capsys.readouterr().out.splitlines())
+    assert both["query"] == "a dog"
+    score = {hit["path"]: hit["score"] for hit in sentence["hits"]}
+    itself = next(hit for hit in both["hits"] if hit["path"].endswith("/0.mp4"))
+    assert itself["score"] - score[itself["path"]] == pytest.approx(1, abs=0.03)
     (tmp_path / "sentences.txt").write_text("one\ntwo\n")
     flags = (f"--video={videos / '0.mp4'}", f"--sentences={tmp_path / 'sentences.txt'}")
     assert main(["query", index, *flags]) == 0
@@ -748,7 +764,10 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
         (("index", "--index=I", "--videos=V", "--workdir=nowhere"), "no run in nowhere"),
         (("index", "--index=I", "--videos=V", "--weights=none.pt"), "none.pt"),
         (("query", "--index=nowhere", "a dog"), "no index in nowhere; make one with"),
-        (("query", "--index=I", "a dog", "--video=v.mp4"), "give sentences or --video"),
+        (
+            ("query", "--index=I", "a dog", "--video=v.mp4", "--sentences=s.txt"),
+            "--sentences ranks the sentences of its file",
+        ),
         (("query", "--index=I", "--sentences=s.txt"), "--sentences needs --video"),
         (
             ("query", "--index=I", "--video=v", "--engine=qdrant"),

@@ -361,6 +361,7 @@ def test_pictures_and_moments_are_queries(served):
     for query, message in (
         ("picture=0123", "the picture is not known any more"),
         ("like=none@1", "no video of the index has the path"),
+        ("like=none", "like takes PATH@SECONDS, not 'none'"),
         ("like=video0.mp4@99", "video0.mp4 has the seconds 0 to"),
         ("without=red", "the query is empty"),
     ):
@@ -887,6 +888,27 @@ def test_an_error_is_announced(page: Page, served):
     page.fill("#q", SENTENCE)
     page.keyboard.press("Enter")
     expect(page.locator(".tile")).to_have_count(4)
+    page.goto(f"{served.url}{ASKED}&min_length=long")
+    expect(page.get_by_role("alert")).to_contain_text("min_length takes seconds")
+    expect(page.locator("#q")).to_have_value(SENTENCE)
+
+
+def test_weak_matches_stay_together_when_more_are_loaded(page: Page, served):
+    def tile(name: str) -> str:
+        return f'<li class="tile"><a href="/">{name}</a></li>'
+
+    line = '<li class="apart">Weak matches</li>'
+    parts = iter((line + tile("c"), tile("d") + line + tile("e"), tile("f")))
+    more = '<li class="more"><a id="more" href="/?offset=9">more</a></li>'
+    page.route("**/tiles?**", lambda route: route.fulfill(body=next(parts) + more))
+    page.goto(f"{served.url}{ASKED}")
+    page.evaluate("for (const tile of document.querySelectorAll('.tile, .apart')) tile.remove()")
+    expected = (["c"], ["d", "c", "e"], ["d", "f", "c", "e"])
+    for names in expected:
+        page.locator("#more").click()
+        expect(page.locator(".tile")).to_have_text(names)
+        expect(page.locator(".apart")).to_have_count(1)
+    expect(page.locator("#hits > *")).to_have_text(["d", "f", "Weak matches", "c", "e", "more"])
 
 
 def test_the_page_fits_every_width(page: Page, served):

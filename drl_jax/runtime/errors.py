@@ -15,7 +15,7 @@ class UserError(Exception):
     status = 1
 
     def __init__(self, message: str):
-        super().__init__(_shortened(_printable(message), _MAX_LINE))
+        super().__init__(_shortened(printable(message), _MAX_LINE))
 
 
 class Interrupted(UserError):
@@ -27,11 +27,12 @@ class Interrupted(UserError):
 
 def one_line(error: BaseException) -> str:
     """Type and message of an exception, shortened, for a line that says what it means."""
-    message = _shortened(_printable(" ".join(str(error).split())), _MAX_MESSAGE)
+    message = _shortened(printable(" ".join(str(error).split())), _MAX_MESSAGE)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Escapes characters that do not print, e.g. a newline in the name of a file."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -70,7 +70,7 @@ def _parser() -> Parser:
     query = commands.add_parser("query", parents=[common, engine], help=text, description=text)
     query.add_argument("query", nargs="*", help="sentences; without any, a prompt asks for them")
     query.add_argument("--queries", type=Path, help="file with one sentence per line")
-    query.add_argument("--video", type=Path, help="a video file as the query")
+    query.add_argument("--video", type=Path, help="a video file as the query, or a part of it")
     query.add_argument("--picture", type=Path, help="an image file as the query, or a part of it")
     query.add_argument(
         "--like", metavar="PATH@SECONDS", help="a moment of an indexed video as the query"

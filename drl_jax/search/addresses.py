@@ -14,7 +14,7 @@ from drl_jax.search.rows import SearchIndexError
 # Maximum hits per request, and moments of the video that is open.
 MAX_HITS, MAX_MOMENTS = 50, 30
 # Maximum length of a parameter; a sentence has fewer tokens than this anyway.
-_MAX_CHARACTERS = 1000
+MAX_CHARACTERS = 1000
 _FILTERS = ("folder", "name", "min_length", "max_length", "since", "until")
 _NO_FILTERS = Filters()
 _QUERY = ("q", "without", "picture", "by_video", "like")
@@ -79,9 +79,9 @@ class PageQuery:
             if name not in _PARAMETERS:
                 known = ", ".join(_PARAMETERS)
                 raise BadRequest(f"there is no parameter {name[:100]!r}; there are {known}")
-            if len(text) > _MAX_CHARACTERS:
+            if len(text) > MAX_CHARACTERS:
                 raise BadRequest(
-                    f"{name} has {len(text):,} characters; give at most {_MAX_CHARACTERS:,}"
+                    f"{name} has {len(text):,} characters; give at most {MAX_CHARACTERS:,}"
                 )
         given = {name: text for name, text in parameters if text}
         only = dict.fromkeys(text for name, text in parameters if name == "only" and text)

@@ -167,7 +167,9 @@ class SearchAPI:
         like = None
         if query.like is not None:
             path, _, seconds = query.like.rpartition("@")
-            video, time = video_of(index, path or None), parse_time("like", seconds)
+            if not path:
+                raise BadRequest(f"like takes PATH@SECONDS, not {query.like[:100]!r}")
+            video, time = video_of(index, path), parse_time("like", seconds)
             if time > video.length:
                 raise BadRequest(f"like: {path} has the seconds 0 to {video.length:.1f}")
             like = (video, time)

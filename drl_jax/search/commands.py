@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from drl_jax.model_flags import model_of_flags, required_model
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, printable
 from drl_jax.search import MOMENTS
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.explain_file import explain_file
@@ -19,7 +19,7 @@ from drl_jax.search.hits import Hit
 from drl_jax.search.hubness import Correction
 from drl_jax.search.indexing import IndexReport, update_index
 from drl_jax.search.prompt import format_hits, run_prompt
-from drl_jax.search.query import Query
+from drl_jax.search.query import Query, encode_video_file
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.session import Searcher, SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
@@ -69,10 +69,10 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
     ]
     if report.bad:
         lines.append(f"{len(report.bad)} files cannot be searched:")
-        lines += [f"  {path}: {reason}" for path, reason in report.bad.items()]
+        lines += [f"  {printable(path)}: {reason}" for path, reason in report.bad.items()]
     if report.skipped:
         lines.append(f"{len(report.skipped)} names are no files (links to nothing, pipes):")
-        lines += [f"  {path}" for path in report.skipped]
+        lines += [f"  {printable(path)}" for path in report.skipped]
     return "\n".join(lines)
 
 
@@ -98,8 +98,8 @@ def _check_query(options: argparse.Namespace) -> None:
     """Checks which flags go together."""
     if options.sentences and not options.video:
         raise UserError("--sentences needs --video: it ranks sentences for a video")
-    if (options.query or options.queries) and options.video:
-        raise UserError("give sentences or --video as the query, not both")
+    if options.sentences and (options.query or options.queries):
+        raise UserError("--sentences ranks the sentences of its file; give no other ones")
     if options.engine == "exact" and (options.url or options.collection):
         raise UserError("--url and --collection need --engine=qdrant")
     if not _is_plain(options) and options.engine != "exact":
@@ -148,7 +148,8 @@ def _answer_query(
     rest = Query(
         without=options.without,
         picture=_bytes(options.picture) if options.picture else b"",
-        video=options.video,
+        # Decoded once for all sentences.
+        video=encode_video_file(session.model, options.video) if options.video else None,
         like=_moment(snapshot, options.like) if options.like else None,
     )
     for sentence in sentences or [""]:

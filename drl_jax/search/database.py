@@ -135,6 +135,17 @@ def count_rows(connection: sqlite3.Connection) -> int:
     return connection.execute("SELECT COUNT(*) FROM videos NOT INDEXED").fetchone()[0]
 
 
+def check_pages(connection: sqlite3.Connection) -> None:
+    """Checks all pages of the database, and that its indexes have the rows of their tables.
+
+    Raises:
+      sqlite3.DatabaseError: it is damaged.
+    """
+    (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(found)
+
+
 def select_listing(connection: sqlite3.Connection) -> Iterator[tuple]:
     """Slot, path, time, duration, and times where there is no duration, of videos with a slot."""
     duration = _selected(connection, ("duration",))

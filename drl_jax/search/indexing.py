@@ -92,6 +92,7 @@ def update_index(
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
     with IndexWriter(directory) as writer:
+        writer.check_database()
         _check_header(writer, model, videos, storage, bank)
         known = {video.path: video for video in writer.videos()}
         found = {video.path: video for video in find_videos(videos, timeout)}

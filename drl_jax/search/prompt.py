@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, printable
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.hits import Hit
 from drl_jax.search.session import Searcher
@@ -17,7 +17,7 @@ def format_hits(hits: Sequence[Hit]) -> str:
     for hit in sorted(hits, key=lambda hit: hit.is_weak):
         if hit.is_weak and "weak matches:" not in lines:
             lines.append("weak matches:")
-        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {hit.path}")
+        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(str(hit.path))}")
         for moment in hit.moments:
             span = f"{format_timestamp(moment.start)} to {format_timestamp(moment.end)}"
             peak = format_timestamp(moment.peak)

@@ -113,8 +113,7 @@ def encode_query(
     """
     video = query.video
     if isinstance(video, Path):
-        with tempfile.TemporaryDirectory() as folder:
-            video = encode_read(model, str(video), _read(model, video, Path(folder) / "frames"))
+        video = encode_video_file(model, video)
     if video is not None and stored is None and query == Query(video=query.video):
         return video.windows
     parts: list[tuple[Features, float, list[str]]] = []
@@ -127,7 +126,10 @@ def encode_query(
         (encoded,) = encode_sentences(model, [query.sentence])
         parts.append((encoded.parts, 1.0, encoded.words))
     if query.picture:
-        add_frames(model.encode_videos([read_picture(model, query.picture)]), "[picture]")
+        # A shot in which nothing moves. One frame alone is unlike the windows that a model is
+        # trained with, and most like other windows of one frame, whatever they show.
+        still = np.repeat(read_picture(model, query.picture), model.config.data.max_frames, axis=0)
+        add_frames(model.encode_videos([still]), "[picture]")
     if video is not None:
         add_frames(video.whole, "[video]")
     if stored is not None:
@@ -143,6 +145,18 @@ def encode_query(
         parts[0][2],
         is_sentence=len(parts) == 1 and bool(query.sentence.strip()),
     )
+
+
+def encode_video_file(model: RetrievalModel, path: Path) -> EncodedVideo:
+    """Reads and encodes a video file, as a query.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spool = Path(folder) / "frames"
+        read = read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
+        return encode_read(model, str(path), read)
 
 
 def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVideo:
@@ -174,10 +188,6 @@ def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVid
     text = model.interaction.video_as_text({n: array[:count] for n, array in encoded.items()})
     words = ["[video]"] * int(text["text_mask"].sum(axis=1).max())
     return EncodedVideo(EncodedQuery(text, BEST if count > 1 else (1.0,), words), whole)
-
-
-def _read(model: RetrievalModel, path: Path, spool: Path) -> VideoRead:
-    return read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
 
 
 def read_picture(model: RetrievalModel, content: bytes) -> np.ndarray:

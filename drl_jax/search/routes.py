@@ -15,6 +15,7 @@ from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import page_view
 from drl_jax.search.addresses import (
+    MAX_CHARACTERS,
     BadRequest,
     PageQuery,
     day_text,
@@ -82,7 +83,9 @@ def page_routes(api: SearchAPI, max_video: int) -> list[Route]:
     }
 
     def page(request: Request) -> Response:
-        context: dict[str, Any] = {"query": PageQuery(), "index": {}, "status": 200}
+        # Where the request is wrong, the sentence need not be written again.
+        sentence = request.query_params.get("q", "")[:MAX_CHARACTERS] or None
+        context: dict[str, Any] = {"query": PageQuery(sentence), "index": {}, "status": 200}
         try:
             context["index"] = api.index()
             context["query"] = query = PageQuery.of(request.query_params.multi_items())

@@ -54,12 +54,21 @@ class SearchIndexError(UserError):
     """An index that is missing, in use, damaged, or of another model."""
 
 
-def damaged(directory: Path, what: object) -> SearchIndexError:
-    """The error of an index that cannot be trusted."""
+def damaged(directory: Path, what: object, *, can_heal: bool = False) -> SearchIndexError:
+    """The error of an index that cannot be trusted.
+
+    Args:
+      directory: of the index.
+      what: is wrong.
+      can_heal: whether an update decodes the damaged videos again.
+    """
     reason = " ".join(ascii(str(what))[1:-1].split())[:120]
-    return SearchIndexError(
-        f"the index {directory} is damaged ({reason}); delete it and index the videos again"
+    remedy = (
+        "index the videos again, and only the damaged ones are decoded"
+        if can_heal
+        else "delete it and index the videos again"
     )
+    return SearchIndexError(f"the index {directory} is damaged ({reason}); {remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +163,7 @@ def check_features(
     views = _views(arrays)
     for video in videos:
         if video.slot >= first_slot and _is_damaged(arrays, views, video):
-            raise damaged(directory, f"the features of {video.path} have changed")
+            raise damaged(directory, f"the features of {video.path} have changed", can_heal=True)
 
 
 def damaged_features(arrays: Features, videos: Sequence[IndexedVideo]) -> set[str]:

@@ -223,7 +223,7 @@ class IndexSnapshot:
             except FileNotFoundError:
                 continue
             if is_cut:
-                raise damaged(self.directory, f"the file of {name} was cut")
+                raise damaged(self.directory, f"the file of {name} was cut", can_heal=True)
 
     def best_videos(
         self,

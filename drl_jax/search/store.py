@@ -258,7 +258,7 @@ class Store:
         Raises:
           SearchIndexError: a file is damaged.
         """
-        with self._reading():
+        with self._reading(can_heal=True):
             return map_arrays(self.directory, self.header["arrays"], self.header["next_slot"])
 
     def nbytes(self) -> int:
@@ -288,9 +288,9 @@ class Store:
         return {name: header[name] for name in header.keys() - {"format", "rows", "crc32"}}
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Reports damage in one line, also that which raises an unforeseen error."""
+    def _reading(self, *, can_heal: bool = False) -> Iterator[None]:
+        """Reports damage in one line, also that which raises an unforeseen error; see `damaged`."""
         try:
             yield
         except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(self.directory, error) from error
+            raise damaged(self.directory, error, can_heal=can_heal) from error

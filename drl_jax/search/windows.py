@@ -55,10 +55,13 @@ def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
 
 
 def window_at(windows: Sequence[Window], time: float) -> int:
-    """Index of the window whose middle is nearest to a time, seconds."""
-    return min(
-        range(len(windows)), key=lambda n: abs((windows[n].start + windows[n].end) / 2 - time)
-    )
+    """Index of the window that has a time, seconds; of several or none, the one nearest to it."""
+
+    def distance(window: Window) -> tuple[bool, float]:
+        is_outside = not window.start <= time < window.end
+        return is_outside, abs((window.start + window.end) / 2 - time)
+
+    return min(range(len(windows)), key=lambda number: distance(windows[number]))
 
 
 def _spans(video: SampledVideo) -> list[tuple[float, float]]:

@@ -16,6 +16,7 @@ from drl_jax.runtime.lock import locked
 from drl_jax.search.array_files import GROWTH, copy_rows, map_arrays, write_rows
 from drl_jax.search.database import (
     add_strips,
+    check_pages,
     forget_removed,
     keep_slots_of,
     lock_path,
@@ -130,6 +131,15 @@ class IndexWriter(Store):
             self._spool.mkdir(exist_ok=True)
         return self._spool / f"{number}.frames"
 
+    def check_database(self) -> None:
+        """Checks the whole database: also what an update does not read, but a query does.
+
+        Raises:
+          SearchIndexError: it is damaged.
+        """
+        with self._reading():
+            check_pages(self._database)
+
     def damaged_videos(self, videos: Sequence[IndexedVideo]) -> set[str]:
         """Paths of videos whose features are damaged or lost."""
         with self._reading():
@@ -141,9 +151,11 @@ class IndexWriter(Store):
 
         Args:
           old: path of the video that is gone.
-          video: the file; its path, size and modification time are used.
+          video: the file; its path, size and modification time are used. A video that had this path
+            is removed.
         """
         with self._transaction():
+            self._remove([video.path])
             *row, crc32 = select_video(self._database, old, COLUMNS)
             new = {"path": video.path, "size": video.size, "mtime_ns": video.mtime_ns}
             for name, value in new.items():

@@ -147,10 +147,18 @@ async function loadMore(link) {
     status.textContent = text;
     return;
   }
-  const before = hits.querySelectorAll(".tile").length;
   link.parentElement.remove();
-  hits.insertAdjacentHTML("beforeend", text);
-  hits.querySelectorAll(".tile a")[before]?.focus({ preventScroll: true });
+  const added = document.createElement("template");
+  added.innerHTML = text;
+  const first = added.content.querySelector(".tile a");
+  const line = hits.querySelector(".apart");
+  if (line) {
+    // Weak matches stay together, below the others.
+    for (const tile of added.content.querySelectorAll(".tile:not(.apart ~ .tile)")) line.before(tile);
+    added.content.querySelector(".apart")?.remove();
+  }
+  hits.append(added.content);
+  first?.focus({ preventScroll: true });
 }
 
 // ---------------------------------------------------------------------- recent queries
