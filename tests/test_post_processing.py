@@ -60,7 +60,7 @@ def test_ranks_are_those_of_the_formula(run, printed, shapes_config):
     bank = draw_bank(load_split(dataset, "train", shapes_config.data), 50)
 
     def encode_videos(records):
-        return model.encode_video([dataset.read_frames(record) for record in records])
+        return model.encode_videos([dataset.read_frames(record) for record in records])
 
     text, video = model.encode_text(split.caption_pairs()[1]), encode_videos(split.videos)
     other_text, other_video = model.encode_text(bank.captions), encode_videos(bank.videos)

@@ -104,6 +104,21 @@ def test_files_are_replaced_atomically(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_pipe_that_is_closed_early_ends_a_command_without_a_word():
+    code = (
+        "import sys\n"
+        "from drl_jax.runtime.cli import run_command\n"
+        "sys.exit(run_command('test', lambda: print('line\\n' * 100_000)))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 141
+
+
 def test_commands_answer_help_without_importing_jax():
     """`--help` is answered at once: jax, NumPy and TFDS are imported by the work itself."""
     heavy = (

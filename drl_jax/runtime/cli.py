@@ -1,7 +1,8 @@
 """Command-line layer of every entry point: parser, configuration flags, errors, exit status.
 
 Exit status: 0 success; 1 an error the user can fix; 2 wrong arguments; 75 a training run that
-stopped after a checkpoint, which the same command resumes; 130 interrupted.
+stopped after a checkpoint, which the same command resumes; 130 interrupted; 141 the reader of its
+output is gone.
 
 Entry points import what they need inside their work function, so that `--help` and a wrong argument
 are answered before jax is imported.
@@ -12,6 +13,8 @@ import asyncio
 import difflib
 import json
 import logging as std_logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,10 +77,17 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
     sys.unraisablehook = _report_unraisable
     std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
     try:
-        return work() or 0
+        status = work() or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return error.status
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has what it wants. Nothing can be written there at
+        # exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         # A full disk, a missing permission, a directory that was removed meanwhile.
         if error.strerror is None:
