@@ -11,7 +11,8 @@ import numpy as np
 from benchmarks.fuzz.damage import FAILURE, LEGITIMATE, Damage, damage_file, damage_tree
 from benchmarks.fuzz.small_run import write_run
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.logging import JsonlWriter, kept_when_resumed
+from drl_jax.runs.logging import kept_when_resumed
+from drl_jax.runs.metrics_file import JsonlWriter
 from drl_jax.runs.workdir import load_config
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer

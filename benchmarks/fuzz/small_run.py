@@ -10,7 +10,8 @@ import numpy as np
 from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.models.drl import param_shapes
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.logging import JsonlWriter, kept_when_resumed
+from drl_jax.runs.logging import kept_when_resumed
+from drl_jax.runs.metrics_file import JsonlWriter
 from drl_jax.runs.workdir import claim_workdir
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer

@@ -25,7 +25,7 @@ from drl_jax.report.findings import (
 )
 from drl_jax.report.pictures import shrink
 from drl_jax.runs.evaluate_run import Evaluated
-from drl_jax.runs.logging import read_scalars
+from drl_jax.runs.metrics_file import read_scalars
 from drl_jax.runs.open_evaluation import OpenEvaluation
 from drl_jax.runs.protocol_card import ProtocolCard
 

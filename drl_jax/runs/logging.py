@@ -3,7 +3,6 @@
 docs/metrics.md has the table of all tags.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,16 +18,15 @@ from drl_jax.data.batches import TrainBatches
 from drl_jax.data.records import MANIFEST, VideoDataset
 from drl_jax.evaluation.evaluator import Evaluation
 from drl_jax.models.drl import Params
+from drl_jax.runs.metrics_file import JsonlWriter
 from drl_jax.runs.pictures import EvaluationPictures
 from drl_jax.runs.tensorboard import Keep, describe, tensorboard_writer
 from drl_jax.runs.wall_time import WallTime
 from drl_jax.runtime.distributed import is_main
-from drl_jax.runtime.files import write_text
 from drl_jax.sharding import Layout
 from drl_jax.training.flops import peak_flops, train_step_flops
 from drl_jax.training.optimizer import make_schedule
 
-METRICS_FILE = "metrics.jsonl"
 # Values of `TrainBatches.cache`.
 _CACHED = {
     "none": "read from disk each epoch",
@@ -257,63 +255,6 @@ def _seconds_at_peak(config: Config) -> float | None:
     data, batch_size = config.data, config.train.batch_size
     sizes = (batch_size, data.max_frames, data.max_words)
     return train_step_flops(config.model, config.loss, *sizes) / (peak * jax.device_count())
-
-
-class JsonlWriter:
-    """Appends scalars to `metrics.jsonl`: one object per write, with "step" and the tags.
-
-    Attributes:
-      lines: the objects in the file when it was opened.
-    """
-
-    def __init__(self, workdir: Path, keep: Keep):
-        """Opens the file and removes the lines that are not kept, or damaged."""
-        self._path = workdir / METRICS_FILE
-        self.lines: list[dict[str, float]] = []
-        if not self._path.exists():
-            return
-        damaged = []
-        text = self._path.read_text(encoding="utf-8", errors="replace")
-        for number, line in enumerate(text.splitlines(), start=1):
-            values = _parse(line)
-            if values is None:
-                damaged.append(number)
-            elif keep(int(values["step"]), [tag for tag in values if tag != "step"]):
-                self.lines.append(values)
-        # A crash can truncate the last line.
-        if damaged and (damaged[0] != number or text.endswith("\n")):
-            print(f"{self._path}: removed {len(damaged)} damaged lines, the first: {damaged[0]}")
-        write_text(self._path, "".join(json.dumps(values) + "\n" for values in self.lines))
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        values = {tag: float(value) for tag, value in scalars.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def read_scalars(workdir: Path) -> list[dict[str, float]]:
-    """The objects of `metrics.jsonl` of a run; none without the file. Damaged lines are left out.
-
-    Raises:
-      OSError: the file cannot be read.
-    """
-    path = workdir / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [values for values in map(_parse, lines) if values is not None]
-
-
-def _parse(line: str) -> dict[str, float] | None:
-    """The object of a line; None if it is damaged."""
-    try:
-        values = json.loads(line)
-        return {
-            "step": int(values["step"]),
-            **{tag: float(values[tag]) for tag in values if tag != "step"},
-        }
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def kept_when_resumed(resumed_step: int, *, keep_evaluation: bool) -> Keep:

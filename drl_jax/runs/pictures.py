@@ -9,7 +9,7 @@ from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.tokenizers.base import Tokenizer
 
 # Pairs of a caption and its video whose words and frames are drawn.
-_PAIRS = 3
+_PAIRS = 2
 # Pixels per inch: words and numbers are readable, and a picture has some 50 kB.
 _DPI = 72
 

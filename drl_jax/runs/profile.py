@@ -56,7 +56,7 @@ class StepProfile:
             raise TrainingError(
                 f"the profile cannot be written to {directory}: {one_line(error)}"
             ) from error
-        tqdm.write(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {directory}")
+        tqdm.write(f"the profile is in {directory}")
         self._wall_time.spent_on("profile")
 
     def __enter__(self) -> "StepProfile":

@@ -18,8 +18,7 @@ Keep = Callable[[int, Iterable[str]], bool]
 # Tags of what `describe` writes; TensorBoard chooses those of hyperparameters.
 _CONFIG, _PARAMETERS = "run/config", "run/parameters"
 _DESCRIPTION = (_CONFIG, _PARAMETERS, "_hparams_/experiment", "_hparams_/session_start_info")
-# The first columns of the table of runs; TensorBoard shows the first five of each by itself.
-_FIRST_FIELDS = ("seed", "model.interaction", "loss.cdcr", "optim.lr", "optim.coef_lr")
+# Metrics of the test in the table of runs.
 _TESTED = ("t2v_R1", "v2t_R1", "t2v_R5", "t2v_R10", "t2v_MnR")
 
 
@@ -82,14 +81,12 @@ def describe(writer: "MetricWriter", config: Config, params: Params) -> None:
     table = parameter_overview.get_parameter_overview(params, include_stats=False)
     config_table = f"| field | value |\n| --- | --- |\n{rows}"
     writer.write_texts(0, {_CONFIG: config_table, _PARAMETERS: f"```\n{table}\n```"})
-    # Those that results depend on. TensorBoard knows numbers, truth values and strings.
-    names = dict.fromkeys((*_FIRST_FIELDS, *fields))
+    # Those that results depend on; the backbone is that of `model.init`. TensorBoard knows numbers,
+    # truth values and strings.
     hyperparameters = {
-        name: fields[name]
-        if isinstance(fields[name], bool | int | float | str)
-        else str(fields[name])
-        for name in names
-        if name not in RESUMABLE_FIELDS
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in fields.items()
+        if name not in RESUMABLE_FIELDS and not name.startswith("model.backbone.")
     }
     experiment = api.hparams_config_pb(
         hparams=[api.HParam(name) for name in hyperparameters],
