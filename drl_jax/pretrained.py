@@ -166,10 +166,11 @@ class RetrievalModel:
         return self.interaction.pool_text(text)
 
     def pool_videos(self, videos: Features) -> np.ndarray:
-        """One vector for each video; its cosines with those of texts rank about as `similarity`.
+        """One vector for each video, to be compared with those of texts and of other videos.
 
         dp and xti: the mean of the unit frames. ti and wti: their mean by their weights. For dp,
-        the cosines are the similarities.
+        the dot products with vectors of texts are the similarities; for the others, they
+        approximate them.
 
         Args:
           videos: arrays of B videos (`encode_videos`).
