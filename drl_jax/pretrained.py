@@ -87,12 +87,14 @@ class RetrievalModel:
           [N, L, D], `text_mask` [N, L], `text_weight` [N, L]), and features of all tokens.
 
         Raises:
-          UserError: there is no caption, or one is blank.
+          UserError: there is no caption, or one is blank or no string.
         """
         if isinstance(captions, str):
             raise UserError("encode_text takes a list of captions, not one string")
         if not len(captions):
             raise UserError("there is no caption to encode")
+        if wrong := [caption for caption in captions if not isinstance(caption, str)]:
+            raise UserError(f"a caption is a string, not {type(wrong[0]).__name__}")
         if not all(caption.strip() for caption in captions):
             raise UserError("a query is blank; write a sentence")
         return self._embedder.encode_text(self.params, list(captions))

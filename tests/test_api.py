@@ -117,6 +117,7 @@ def test_mistakes_say_what_to_do(search_model, tmp_path):
         (lambda: search_model.encode_text([]), "there is no caption"),
         (lambda: search_model.encode_text(["a", " "]), "a query is blank"),
         (lambda: search_model.encode_text("a dog"), "a list of captions, not one string"),
+        (lambda: search_model.encode_text(["a", float("nan")]), "a caption is a string, not float"),
         (lambda: search_model.encode_videos([]), "there is no video"),
         (lambda: search_model.similarity({}, {}), "there is no text_unit; pass the arrays that"),
         (

@@ -257,7 +257,8 @@ def test_corrections_are_parsed(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "dsl", "is:", "is:x", "is:5:1", "nnn:a", "nnn:1:b", "nnn:1:1:1"]
+    "text",
+    ["", "dsl", "is:", "is:x", "is:5:1", "nnn:a", "nnn:1:b", "nnn:1:nan", "nnn:1:-1", "nnn:1:1:1"],
 )
 def test_other_corrections_are_refused(text):
     with pytest.raises(UserError, match="write is, is:BETA"):

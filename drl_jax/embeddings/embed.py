@@ -1,9 +1,8 @@
 """Writes the embeddings of captions and of videos to files."""
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from drl_jax.embeddings.output import Output
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import json_sha256
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.encoding import encode_reads
 from drl_jax.search.reading import VideoRead, read_video, read_whole_video
@@ -51,7 +51,7 @@ def embed_captions(
     """
     made_with = {
         "model": model.fingerprint,
-        "list of captions": _digest(captions),
+        "list of captions": json_sha256(list(captions)),
         "--dtype": dtype,
     }
     with Output(out, made_with, len(captions), shard_size) as output:
@@ -93,7 +93,7 @@ def embed_videos(
     found = videos.found
     made_with = {
         "model": model.fingerprint,
-        "list of videos": _digest([(v.path, v.size, v.mtime_ns) for v in found]),
+        "list of videos": json_sha256([(v.path, v.size, v.mtime_ns) for v in found]),
         "--dtype": dtype,
         "--windows": windows,
     }
@@ -207,10 +207,6 @@ def _about(model: RetrievalModel) -> str:
         "interaction": model.config.model.interaction,
     }
     return json.dumps(about)
-
-
-def _digest(values: Iterable[object]) -> str:
-    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
 
 
 def _progress(pending: Sequence[tuple[Path, range]], total: int, unit: str) -> tqdm:

@@ -157,7 +157,8 @@ class Output:
                 f"{self.report} cannot be read as a report; delete it and its files"
             ) from error
         for name, value in self._made_with.items():
-            if made_with.get(name) != value:
+            # A run that finished no file binds no other one.
+            if finished and made_with.get(name) != value:
                 raise UserError(
                     f"{self._out} was made with another {name}; give another --out, or delete its"
                     f" files and {self.report.name}"

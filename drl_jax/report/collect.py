@@ -68,7 +68,7 @@ class ReportData:
       sim_matrix: float32 [A, B].
       captions: A captions.
       videos: B ids.
-      history: the scalars of the training by step (`logging.read_scalars`); may be empty.
+      history: the scalars of the training by step (`metrics_file.read_scalars`); may be empty.
       worst: the captions with the largest ranks.
       confused: pairs of videos that are taken for each other.
       hubness: how often each video is returned.

@@ -1,13 +1,13 @@
 """Checksums of arrays, computed on the devices that hold them."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from drl_jax.runtime.files import json_sha256
 
 
 class ArraySummary(NamedTuple):
@@ -52,8 +52,7 @@ def summarise(tree: Any) -> tuple[dict[str, ArraySummary], list[str]]:
 
 def digest(summaries: Mapping[str, ArraySummary]) -> str:
     """Hexadecimal SHA-256 of the paths, shapes, dtypes and checksums of arrays."""
-    values = {name: list(summary) for name, summary in summaries.items()}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json_sha256({name: list(summary) for name, summary in summaries.items()})
 
 
 def params_digest(params: Any) -> str:

@@ -13,6 +13,7 @@ import asyncio
 import difflib
 import json
 import logging as std_logging
+import math
 import os
 import signal
 import sys
@@ -46,6 +47,17 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, not {text!r}")
     return int(text)
+
+
+def positive_seconds(text: str) -> float:
+    """Argument type: a finite number of seconds above 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+    return seconds
 
 
 def step_range(text: str) -> range:

@@ -61,7 +61,7 @@ def copy_once(source: Path, target: Path) -> None:
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:
     """Adds a hash to a JSON object, so that `unseal` notices a change."""
-    return {**values, _SEAL: _digest(values)}
+    return {**values, _SEAL: json_sha256(values)}
 
 
 def unseal(text: str) -> dict[str, Any]:
@@ -76,13 +76,14 @@ def unseal(text: str) -> dict[str, Any]:
     digest = values.pop(_SEAL, None)
     if digest is None and len(values) != 1:
         raise ValueError("its hash is missing")
-    if digest is not None and digest != _digest(values):
+    if digest is not None and digest != json_sha256(values):
         raise ValueError("its content differs from its hash")
     return values
 
 
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def json_sha256(value: Any) -> str:
+    """Hexadecimal SHA-256 of a JSON value; the order of an object's keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

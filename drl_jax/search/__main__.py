@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drl_jax.model_flags import add_model_flags
-from drl_jax.runtime.cli import Parser, positive_int, run_command
+from drl_jax.runtime.cli import Parser, positive_int, positive_seconds, run_command
 from drl_jax.search import MOMENTS, STORAGES
 
 
@@ -50,7 +50,7 @@ def _parser() -> Parser:
     )
     index.add_argument(
         "--timeout",
-        type=float,
+        type=positive_seconds,
         default=300.0,
         help="seconds for decoding a video, and one more for each MB (%(default)s)",
     )

@@ -10,8 +10,8 @@ The captions are in a file of the index, and its header has their hash and the p
 """
 
 import dataclasses
-import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from drl_jax.evaluation.post_processing import BETAS, LARGEST
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import write_json
+from drl_jax.runtime.files import json_sha256, write_json
 from drl_jax.search.rows import SearchIndexError
 
 # Name of the array of an index: float32 [P] for each window, by inverse temperatures of inverted
@@ -62,7 +62,8 @@ class Correction:
                 return cls("is", *map(int, values or ["20"]))
             if method == "nnn" and len(values) <= 2:
                 largest, weight = [*values, *["128", "0.75"][len(values) :]]
-                return cls("nnn", int(largest), float(weight))
+                if 0 <= float(weight) < math.inf:
+                    return cls("nnn", int(largest), float(weight))
         except ValueError:
             pass
         raise UserError(f"--hubness={text}: write is, is:BETA, nnn, nnn:K or nnn:K:W")
@@ -98,7 +99,7 @@ def write_bank(directory: Path, captions: Sequence[str]) -> dict[str, Any]:
     write_json(directory / _FILE, list(captions))
     return {
         "captions": len(captions),
-        "sha256": _digest(captions),
+        "sha256": json_sha256(list(captions)),
         "is": list(BETAS),
         "nnn": list(LARGEST),
     }
@@ -112,7 +113,7 @@ def read_bank(directory: Path, header: Mapping[str, Any]) -> list[str]:
     """
     try:
         captions = json.loads((directory / _FILE).read_text(encoding="utf-8"))
-        if _digest(captions) == header["hubness"]["sha256"]:
+        if json_sha256(captions) == header["hubness"]["sha256"]:
             return captions
         reason = "has changed"
     except OSError as error:
@@ -130,16 +131,12 @@ def check_bank(directory: Path, header: Mapping[str, Any], captions: Sequence[st
     Raises:
       SearchIndexError: the index has another bank, or none.
     """
-    if header.get("hubness", {}).get("sha256") != _digest(captions):
+    if header.get("hubness", {}).get("sha256") != json_sha256(list(captions)):
         what = "another --bank" if "hubness" in header else "no --bank"
         raise SearchIndexError(
             f"the index {directory} was made with {what}; give another --index, or delete it"
         )
     write_json(directory / _FILE, list(captions))
-
-
-def _digest(captions: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
 
 
 def hubness_of(
