@@ -78,7 +78,8 @@ def differences(
     values = [flatten(metrics_of(ranks)) for ranks in (one, other)]
     draws = [flatten(_drawn_metrics(ranks, resamples, seed)) for ranks in (one, other)]
     found = {}
-    for name in values[0]:
+    # An early build of a dataset has no pairs.
+    for name in (name for name in values[0] if name in values[1]):
         change = draws[1][name] - draws[0][name]
         low, high = np.percentile(change, _PERCENTILES).tolist()
         # The draws and the data itself: never 0.

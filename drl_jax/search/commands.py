@@ -82,6 +82,8 @@ def _query(options: argparse.Namespace) -> None:
     if options.queries:
         queries += _lines(options.queries)
     session = _session(options)
+    if options.hubness and not options.json:
+        print(f"ranked with --hubness={options.hubness}; the scores are those without it")
     if options.video and options.sentences:
         _rank_sentences(options, session)
     elif not _is_plain(options):
