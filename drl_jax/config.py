@@ -237,6 +237,8 @@ class TrainConfig:
     # 0: no training; tests the weights of `model.init`.
     epochs: int = 5
     log_every: int = 20
+    # Whether TensorBoard gets pictures of each evaluation.
+    pictures: bool = True
     # Steps between checkpoints within an epoch (0: only at its end).
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2

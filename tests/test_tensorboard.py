@@ -30,6 +30,7 @@ def arguments(shapes_data, tiny_weights):
             *TINY,
             f"--config.model.init={tiny_weights}",
             "--config.train.log_every=4",
+            "--config.train.pictures=True",
             *extra,
         )
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support.commands import ROOT, TINY, error_of, run_module
-from support.finished_runs import assert_same_run, metrics
+from support.finished_runs import assert_same_run, metrics, summaries
 from support.params import openai_shaped_backbone, random_params
 
 from data_prep.build import main as build
@@ -93,6 +93,9 @@ def test_a_run_writes_its_files(finished):
         assert math.isfinite(train[f"train/{name}"])
     assert train["train/logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
     assert_same_run(workdir, workdir)
+    shown = summaries(workdir)
+    assert "eval/t2v_R1" in shown
+    assert "eval/similarity" not in shown  # `config.train.pictures` is off.
 
 
 def test_a_run_says_what_its_time_was_spent_on(finished):

@@ -190,7 +190,7 @@ class TrainLog:
         """Writes the metrics and the pictures of an evaluation, all of them when it returns."""
         scalars = _by_tag("eval", evaluation.metrics)
         self._write(step, scalars)
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and self._config.train.pictures:
             self._tensorboard.write_images(step, self._pictures.draw(evaluation))
         # Before its metric is attached to the checkpoint: a run that is killed later does not
         # evaluate this step again.

@@ -27,6 +27,7 @@ RESUMABLE_FIELDS = (
     "data.build_flags",
     "train.microbatch",
     "train.log_every",
+    "train.pictures",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.skip_nonfinite",

@@ -19,6 +19,8 @@ TINY = (
     "--config.model.backbone.vision_heads=2",
     "--config.model.backbone.vision_layers=1",
     "--config.model.temporal_layers=1",
+    # They take longer than such an evaluation.
+    "--config.train.pictures=False",
 )
 
 
