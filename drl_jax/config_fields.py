@@ -24,6 +24,7 @@ from drl_jax.config import (
     ConfigError,
     LossConfig,
     ModelConfig,
+    TrainConfig,
 )
 
 # With BertAdam, a learning rate of 1 moves every weight by up to 1 a step.
@@ -67,7 +68,8 @@ def _with_new_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     model, train, loss = values.get("model"), values.get("train"), values.get("loss")
     if isinstance(train, Mapping):
-        values = {**values, "train": {"skip_nonfinite": 0, **train}}
+        fields = {name: getattr(TrainConfig, name) for name in ("skip_nonfinite", "pictures")}
+        values = {**values, "train": {**fields, **train}}
     if isinstance(loss, Mapping):
         values = {**values, "loss": {"contrastive": LossConfig.contrastive, **loss}}
     if isinstance(model, Mapping):
