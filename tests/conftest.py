@@ -144,3 +144,17 @@ def search_model(search_run) -> drl_jax.RetrievalModel:
 def test_videos(shapes_data) -> Path:
     """The 32 mp4 files of the test split of the small `shapes`."""
     return shapes_data / "source" / "shapes_smoke" / "videos" / "test"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium. Of a module: while it is open, other tests cannot run an event loop."""
+    from playwright.sync_api import sync_playwright
+    from support.browser import CHROMIUM, CHROMIUM_FLAGS
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_FLAGS))
+        yield browser
+        browser.close()

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from playwright.sync_api import expect, sync_playwright
-from support.browser import CHROMIUM, CHROMIUM_FLAGS, text_contrasts
+from playwright.sync_api import expect
+from support.browser import text_contrasts
 from support.commands import error_of
 from support.runs import tiny_shapes_config
 
@@ -326,16 +326,6 @@ def test_a_run_without_checkpoints_is_one_line(run, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------- browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from playwright.sync_api import sync_playwright
-from support.browser import CHROMIUM, CHROMIUM_FLAGS
 
 from drl_jax.search.clips import write_clip
 
@@ -102,36 +100,31 @@ def test_a_copy_does_not_start_far_before_its_part(tmp_path):
     assert len(levels(clip)) == 3
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_browser_plays_a_copy_from_its_start(tmp_path):
+def test_a_browser_plays_a_copy_from_its_start(browser, tmp_path):
     film, clip = tmp_path / "film.ts", tmp_path / "clip.mp4"
     write_film(film)
     write_clip(film, 4.25, 7.25, clip)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_FLAGS))
-        page = browser.new_page()
-        page.route(
-            "http://clip/*", lambda route: route.fulfill(path=clip, content_type="video/mp4")
-        )
-        page.route(
-            "http://clip/", lambda route: route.fulfill(body="<video>", content_type="text/html")
-        )
-        page.goto("http://clip/")
-        duration, level = page.evaluate(
-            """async () => {
-              const video = document.querySelector('video');
-              video.src = '/clip.mp4';
-              await new Promise((done, fail) => {
-                video.onloadeddata = done;
-                video.onerror = () => fail(video.error.message);
-              });
-              const canvas = document.createElement('canvas').getContext('2d');
-              canvas.drawImage(video, 0, 0);
-              const { data } = canvas.getImageData(0, 0, 64, 48);
-              const red = data.filter((_, n) => n % 4 === 0);
-              return [video.duration, red.reduce((a, b) => a + b) / red.length];
-            }"""
-        )
-        browser.close()
+    page = browser.new_page()
+    page.route("http://clip/*", lambda route: route.fulfill(path=clip, content_type="video/mp4"))
+    page.route(
+        "http://clip/", lambda route: route.fulfill(body="<video>", content_type="text/html")
+    )
+    page.goto("http://clip/")
+    duration, level = page.evaluate(
+        """async () => {
+          const video = document.querySelector('video');
+          video.src = '/clip.mp4';
+          await new Promise((done, fail) => {
+            video.onloadeddata = done;
+            video.onerror = () => fail(video.error.message);
+          });
+          const canvas = document.createElement('canvas').getContext('2d');
+          canvas.drawImage(video, 0, 0);
+          const { data } = canvas.getImageData(0, 0, 64, 48);
+          const red = data.filter((_, n) => n % 4 === 0);
+          return [video.duration, red.reduce((a, b) => a + b) / red.length];
+        }"""
+    )
+    page.close()
     assert duration == pytest.approx(3, abs=0.5)
     assert (level - FIRST) / RATE == pytest.approx(4.25, abs=0.15)

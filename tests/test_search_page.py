@@ -21,8 +21,8 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
-from support.browser import CHROMIUM, CHROMIUM_FLAGS, text_contrasts
+from playwright.sync_api import Page, expect
+from support.browser import text_contrasts
 from support.commands import ROOT, error_of
 
 from drl_jax.search import progress as progress_module
@@ -563,16 +563,6 @@ def test_the_server_listens_on_this_machine_only(served):
 
 
 # ---------------------------------------------------------------------- browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

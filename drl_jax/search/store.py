@@ -200,8 +200,8 @@ class Store:
         Raises:
           SearchIndexError: a row is damaged.
         """
-        listed = len(select_slots(self._database)) + len(self.unsearchable())
         with self._reading():
+            listed = len(select_slots(self._database)) + len(self.unsearchable())
             # In the table itself: other counts rely on its indexes.
             if (rows := count_rows(self._database)) != listed:
                 raise ValueError(f"it has {rows} files and lists {listed}")
