@@ -42,7 +42,8 @@ from drl_jax.config import BackboneConfig, DataConfig, LossConfig, ModelConfig, 
 from drl_jax.data.batches import PREFETCHED_BATCHES, TrainBatches
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.frames import DiskFrames
-from drl_jax.data.records import Split, VideoDataset
+from drl_jax.data.records import VideoDataset
+from drl_jax.data.splits import Captions, Split
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import VideoError, read_frames
 from drl_jax.models.tokenizers import CLIPTokenizer
@@ -193,7 +194,7 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
     """Builds the datasets and measures each source; returns the rows and settings of the record."""
     datasets, files, build_seconds = build_datasets(videos, data_dir)
     count = len(files)
-    captions = [make_captions()] * count
+    captions = Captions.of([make_captions()] * count)
     split = Split(np.arange(count, dtype=np.int32), captions, np.zeros((0, 2), np.int32))
     sources = {
         "mp4": (Mp4Dataset(files), "none"),
@@ -205,12 +206,11 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
     if options.reading_only:
         del sources["device"]
     rows, batches, decode_ms = [], {}, 0.0
-    tokenize = CLIPTokenizer().tokenize
     for name, (dataset, cache) in sources.items():
         read_ms = read_milliseconds(DiskFrames(dataset, FRAMES).read, count)
         decode_ms = decode_ms or read_ms
         data = DataConfig(max_words=WORDS, cache=cache, num_threads=options.threads)
-        batches[name] = TrainBatches(dataset, split, data, options.batch, 0, tokenize)
+        batches[name] = TrainBatches(dataset, split, data, options.batch, 0, CLIPTokenizer())
         delivered = per_core = "-"  # The device gathers its frames itself.
         if cache != "device":
             rates = delivery_rates(batches[name].iterate(0, 0, 1), options.batch)

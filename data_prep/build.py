@@ -83,7 +83,10 @@ def _is_built(target: Path, options: argparse.Namespace) -> bool:
         return False
     if not all((target / name).is_file() for name in DESCRIPTIONS):
         raise UserError(f"{target} is not a complete dataset; --overwrite rebuilds it")
-    manifest = VideoDataset(target).manifest
+    built = VideoDataset(target)
+    for name in built.split_names:
+        built.split(name)  # Checks its captions.
+    manifest = built.manifest
     if options.dataset not in DRAWN:
         files = builder_class(options.dataset).read_annotations(options.annotations).files
         named_by_user = options.dataset == "custom"

@@ -15,7 +15,6 @@ from av import ffmpeg_version_info
 
 from data_prep.annotations import Annotations
 from data_prep.frame_cache import Frames, decoder_versions
-from drl_jax.data.records import DESCRIPTIONS
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.files import sha256
 
@@ -78,7 +77,7 @@ def make_manifest(
         "annotations": _hashes(annotations.files),
         "missing_files": annotations.missing_files,
         "content": content.hexdigest(),
-        "files": {name: sha256(directory / name) for name in DESCRIPTIONS},
+        "files": _hashes([*directory.glob("*.json"), *directory.glob("*.arrow")]),
         "videos": len(stored),
         "left_out": dict(unusable),
         "splits": splits,
@@ -88,7 +87,7 @@ def make_manifest(
             **decoder_versions(),
             **{
                 package: importlib.metadata.version(package)
-                for package in ("numpy", "tensorflow-datasets", "drl_jax")
+                for package in ("numpy", "pyarrow", "tensorflow-datasets", "drl_jax")
             },
         },
     }

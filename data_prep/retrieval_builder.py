@@ -7,7 +7,6 @@ and stores the videos.
 import abc
 import dataclasses
 import io
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,17 +19,19 @@ from tqdm import tqdm
 
 from data_prep.annotations import AnnotationError, Annotations
 from data_prep.decode import Decoded, decode_clips
+from data_prep.descriptions import write_description
 from data_prep.frame_cache import FrameCache
 from data_prep.manifest import ContentHash, PublishedSizes, make_manifest
 from data_prep.video_folder import Clip, Plan
+from drl_jax.data.description import Description
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT
 from drl_jax.data.storage import StorageSpec
+from drl_jax.data.tokens import store_tokens
+from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.files import write_json
 
 _VIDEOS_PER_SHARD = 1000
-# Videos per write: TFDS rewrites its description of the dataset each time.
-_VIDEOS_PER_WRITE = 64
 
 
 @dataclasses.dataclass(eq=False)
@@ -128,12 +129,12 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         content = ContentHash()
         cache = FrameCache(cache_dir, storage)
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout)
-        examples = self._examples(plan.clips, decoded, records, unusable, content)
-        while group := list(itertools.islice(examples, _VIDEOS_PER_WRITE)):
-            writer.add_examples({VIDEOS_SPLIT: group})
+        for example in self._examples(plan.clips, decoded, records, unusable, content):
+            writer.add_examples({VIDEOS_SPLIT: [example]})
         if not records:
             raise AnnotationError(_no_usable_video_message(annotations, unusable))
-        self.info.metadata.update(_metadata(plan, records))
+        metadata = write_description(directory, plan, records)
+        self.info.metadata.update(metadata)
         writer.close_all()
         manifest = make_manifest(
             self.name,
@@ -146,6 +147,10 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             directory,
             protocols=self.PROTOCOL_NAMES,
         )
+        description = Description(directory, metadata, manifest["files"])
+        manifest["content_with_captions"] = description.content(manifest["content"])
+        for name in description.split_names:
+            store_tokens(description.split(name).captions, CLIPTokenizer(), self.MAX_WORDS)
         write_json(directory / MANIFEST, manifest)
 
     def _examples(
@@ -171,7 +176,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
 
 
 class _StableWriter(tfds.core.SequentialWriter):
-    """Writes the same bytes in every process.
+    """Writes the same bytes in every process, and the description of the dataset once.
 
     A tf.Example contains a map, and by default protobuf serialises a map in an order that differs
     between processes.
@@ -180,6 +185,17 @@ class _StableWriter(tfds.core.SequentialWriter):
     def __init__(self, ds_info: tfds.core.DatasetInfo, **settings: Any):
         super().__init__(ds_info, **settings)
         self._serializer = _StableSerializer(ds_info.features.get_serialized_info())
+        self._complete = False
+
+    def close_all(self) -> None:
+        """Closes the last file and describes the dataset."""
+        self._complete = True
+        super().close_all()
+
+    def _write_splits_metadata(self) -> None:
+        # The base class rewrites it, with the length of every shard, after each call.
+        if self._complete:
+            super()._write_splits_metadata()
 
 
 class _StableSerializer(ExampleSerializer):
@@ -193,26 +209,3 @@ def _no_usable_video_message(annotations: Annotations, unusable: Mapping[str, st
         f"none of the {len(annotations.video_ids())} annotated videos can be used; the first:"
         f" {'; '.join(shown)}"
     )
-
-
-def _metadata(plan: Plan, records: Mapping[str, int]) -> dict[str, Any]:
-    """Metadata of the dataset: ids and sources of the records, and the splits by record index."""
-    splits = {}
-    for name, captioned in plan.annotations.splits.items():
-        usable = [entry for entry in captioned if entry.video_id in records]
-        if not usable:
-            continue
-        row = {entry.video_id: number for number, entry in enumerate(usable)}
-        pairs = plan.annotations.reversed_pairs.get(name, [])
-        splits[name] = {
-            "videos": [records[entry.video_id] for entry in usable],
-            "captions": [entry.captions for entry in usable],
-            "reversed_pairs": [[row[a], row[b]] for a, b in pairs if a in row and b in row],
-        }
-    # Source of each record: path below the videos' folder, and start and end in seconds if cut.
-    sources = [
-        [str(clip.path.relative_to(plan.folder)), *(clip.span or ())]
-        for clip in plan.clips
-        if clip.video_id in records
-    ]
-    return {"video_ids": list(records), "sources": sources, "splits": splits}

@@ -24,8 +24,8 @@ def take(batches, start, count, process=0, processes=1):
 
 def make(dataset, config, seed=0, **changes):
     data = dataclasses.replace(config.data, **changes)
-    tokenize = CLIPTokenizer().tokenize
-    return TrainBatches(dataset, load_split(dataset, "train", data), data, 16, seed, tokenize)
+    split = load_split(dataset, "train", data)
+    return TrainBatches(dataset, split, data, 16, seed, CLIPTokenizer())
 
 
 def assert_same(one, other):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import ROOT, error_line, error_of, run_module
+from support.old_datasets import rewrite_as_layout_1
 from support.videos import SHARED, numbered_frames, write_video
 
 from data_prep.build import main
@@ -103,7 +104,7 @@ def test_msrvtt(raw_build):
     assert train.captions[1] == [f"caption {k} of video1" for k in range(3)]
     assert len(dataset.split("train_7k").videos) == 2
     test = dataset.split("test")
-    assert test.captions == [["a query, with a comma"], ["b"]]
+    assert list(test.captions) == [["a query, with a comma"], ["b"]]
     assert "train_9k: 4 videos, 12 captions" in report
     # Videos are stored once, each with its own number of frames, and read by record index.
     for video, name in enumerate(dataset.video_ids):
@@ -141,8 +142,8 @@ def test_missing_and_broken_videos_are_reported_and_left_out(msrvtt, capsys):
     assert "video1: cannot be read as a video" in report
     assert "MSRVTT_train.7k.csv (the split train_7k): not found" in report
     dataset = opened(msrvtt)
-    assert dataset.video_ids == ["video2", "video3", "video4"]
-    assert dataset.split("test").captions == [["a query, with a comma"]]
+    assert list(dataset.video_ids) == ["video2", "video3", "video4"]
+    assert list(dataset.split("test").captions) == [["a query, with a comma"]]
     assert set(dataset.manifest["left_out"]) == {"video0", "video1", "video5"}
     train = dataset.manifest["splits"]["train_9k"]
     assert (train["annotated_videos"], train["videos"], train["captions"]) == (4, 2, 6)
@@ -196,8 +197,11 @@ def start(arguments, **options):
 def stored_files(data_dir):
     directory = data_dir / "custom" / "64px_12f_jpeg" / "1.0.0"
     # Hashes: pytest's comparison of unequal contents would take hours.
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".arrow", ".npy"}
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
     }
 
 
@@ -236,7 +240,7 @@ def test_changed_annotations_use_the_cached_frames(msrvtt):
     build(msrvtt, "--overwrite")
     assert {p: p.stat().st_mtime_ns for p in (msrvtt / "data" / "cache").rglob("*.npz")} == entries
     dataset = opened(msrvtt, JPEG)
-    assert dataset.split("test").captions == [["another query"]]
+    assert list(dataset.split("test").captions) == [["another query"]]
     changed = {
         name
         for name, digest in dataset.manifest["annotations"].items()
@@ -269,7 +273,9 @@ def test_the_content_hash_is_that_of_frames_and_captions(built):
     build(built, "--storage=raw", "--overwrite")
     assert opened(built).content != first
     # A dataset of a version without manifest.
-    (built / "data" / "msrvtt" / RAW / "1.0.0" / "manifest.json").unlink()
+    directory = built / "data" / "msrvtt" / RAW / "1.0.0"
+    rewrite_as_layout_1(directory)
+    (directory / "manifest.json").unlink()
     assert opened(built).content == ""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import ROOT, error_line, error_of, run_module
+from support.old_datasets import rewrite_as_layout_1
 from support.videos import write_video
 
 from data_prep.build import main as build
@@ -96,7 +97,7 @@ def test_builds_at_once_leave_one_good_dataset(sources, tmp_path):
             assert "is in use by process" in error_line(finished)
     assert 0 in statuses
     dataset = VideoDataset(tmp_path / VARIANT)
-    assert dataset.video_ids == [f"{n}" for n in range(20)]
+    assert list(dataset.video_ids) == [f"{n}" for n in range(20)]
     assert {dataset.read_frames(video).shape for video in range(20)} == {(3, 128, 128, 3)}
     assert [path.name for path in (tmp_path / VARIANT).parent.iterdir()] == ["1.0.0"]
 
@@ -123,6 +124,7 @@ def test_changed_annotations_are_not_built_already(sources, tmp_path, capsys):
     line = error_of("data_prep.build", *arguments, capsys=capsys)
     assert "(other.csv is new, mine.csv is missing)" in line
     # A dataset of a version without manifest.
+    rewrite_as_layout_1(tmp_path / "data" / VARIANT)
     (tmp_path / "data" / VARIANT / "manifest.json").unlink()
     assert build(arguments) == 0
 
@@ -160,7 +162,7 @@ def test_what_is_no_complete_dataset_is_not_built_already(found, sources, tmp_pa
     [
         *(("manifest.json", content) for content in (
             '{"annotations": [1]}', '{"annotations": {"a": 1}}', '{"files": "a"}', "[]", "{")),
-        ("metadata.json", "{}"),
+        ("metadata.json", "{}"), ("videos.arrow", ""), ("captions.train.arrow", ""),
     ],
 )  # fmt: skip
 def test_a_damaged_dataset_is_not_built_already(name, content, sources, tmp_path, capsys):

@@ -156,7 +156,7 @@ def test_one_bad_file_does_not_end_a_command(mine, tmp_path, capsys):
     assert build(mine) == 0
     dataset = VideoDataset(tmp_path / "data" / "custom" / "32px_12f_jpeg" / "1.0.0")
     assert dataset.manifest["left_out"] == expected
-    assert dataset.video_ids == ["latin", "good0"]
+    assert list(dataset.video_ids) == ["latin", "good0"]
     assert len(dataset.read_frames(0)) == 3
     # The file is damaged after the build.
     shutil.copy(videos / "unknown.mp4", videos / "latin.mp4")

@@ -9,7 +9,8 @@ from support.params import random_params
 
 from drl_jax.config import EvalConfig
 from drl_jax.data.batches import load_split
-from drl_jax.data.records import Split, VideoDataset, dataset_dir
+from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.data.splits import Captions, Split
 from drl_jax.evaluation.evaluator import Evaluator, SplitError, check_split, order_by_content
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.sharding import make_layout
@@ -58,7 +59,7 @@ def test_several_captions_of_a_video(interaction, shapes_config, dataset):
     """
     train = load_split(dataset, "train", shapes_config.data)
     captions = [train.captions[video][: 1 + video % 3] for video in range(7)]
-    split = Split(train.videos[:7], captions, np.zeros((0, 2), np.int32))
+    split = Split(train.videos[:7], Captions.of(captions), np.zeros((0, 2), np.int32))
     model = dataclasses.replace(shapes_config.model, interaction=interaction)
     params = random_params(model, seed=1)
 
@@ -109,7 +110,7 @@ def test_an_evaluation_has_the_rank_of_every_query(plain, test_split):
 )
 def test_splits_that_cannot_be_ranked(dataset, test_split, tiny_model, videos, caption, message):
     captions = [["a circle"], ["a circle", caption], ["a square"]][:videos]
-    split = Split(test_split.videos[:videos], captions, np.zeros((0, 2), np.int32))
+    split = Split(test_split.videos[:videos], Captions.of(captions), np.zeros((0, 2), np.int32))
     arguments = ("test", split, dataset, load_tokenizer(tiny_model))
     if message is None:
         check_split(*arguments)

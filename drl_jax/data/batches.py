@@ -5,7 +5,7 @@ A batch has `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B,
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
@@ -20,7 +20,11 @@ from drl_jax.data.frames import (
     reader_threads,
     to_devices,
 )
-from drl_jax.data.records import DatasetError, Split, VideoDataset
+from drl_jax.data.records import DatasetError, VideoDataset
+from drl_jax.data.splits import Split
+from drl_jax.data.tokens import caption_tokens
+from drl_jax.models.tokenizers import Tokenizer
+from drl_jax.runtime.distributed import is_main
 from drl_jax.sharding import Layout
 
 
@@ -42,25 +46,26 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
             f"config.data.holdout={config.holdout} leaves nothing to train on:"
             f" {config.train_split} has {len(full.videos)} videos"
         )
-    ids = dataset.video_ids
-    by_hash = sorted(
-        range(len(full.videos)),
-        key=lambda row: hashlib.sha256(ids[full.videos[row]].encode()).digest(),
-    )
-    if name == "val":
-        kept = sorted(by_hash[: config.holdout])
-        captions = [full.captions[row][:1] for row in kept]
-    else:
-        kept = sorted(by_hash[config.holdout :])
-        captions = [full.captions[row] for row in kept]
-    return Split(full.videos[kept], captions, np.zeros((0, 2), np.int32))
+    held_out = _held_out(dataset, full.videos, config.holdout)
+    rows = held_out if name == "val" else np.delete(np.arange(len(full.videos)), held_out)
+    captions = full.captions.subset(rows, first_only=name == "val")
+    return Split(full.videos[rows], captions, np.zeros((0, 2), np.int32))
+
+
+def _held_out(dataset: VideoDataset, videos: np.ndarray, count: int) -> np.ndarray:
+    """Indices, ascending, of the `count` videos whose ids have the smallest SHA-256."""
+    hashes = dataset.id_hashes(videos)
+    # Those whose first bytes are small enough are few; the whole hashes decide between them.
+    candidates = np.flatnonzero(hashes <= np.partition(hashes, count - 1)[count - 1])
+
+    def whole_hash(row: int) -> bytes:
+        return hashlib.sha256(dataset.video_ids[videos[row]].encode()).digest()
+
+    return np.sort(sorted(candidates, key=whole_hash)[:count])
 
 
 # Batches that are read ahead of the step.
 PREFETCHED_BATCHES = 4
-
-# Maps N captions and L to text_ids int32 [N, L] and text_mask bool [N, L].
-Tokenize = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
 
 
 class TrainBatches:
@@ -81,9 +86,11 @@ class TrainBatches:
         config: DataConfig,
         batch_size: int,
         seed: int,
-        tokenize: Tokenize,
+        tokenizer: Tokenizer,
     ):
-        """Tokenises the captions; `config.cache` selects where frames are read from.
+        """Tokenises the captions, unless their tokens are stored (`caption_tokens`).
+
+        `config.cache` selects where frames are read from.
 
         Args:
           dataset: the dataset.
@@ -91,21 +98,15 @@ class TrainBatches:
           config: frames, words and cache.
           batch_size: pairs of the global batch.
           seed: of the order and the drawn captions.
-          tokenize: that of the model's tokenizer (`Tokenizer.tokenize`).
+          tokenizer: of the model.
 
         Raises:
           DatasetError: the split has fewer examples than a batch, or does not fit in the cache.
         """
-        caption_to_video, captions = split.caption_pairs()
         self._dataset, self._split, self._config, self._seed = dataset, split, config, seed
-        self._caption_to_video = caption_to_video
-        self._records = split.videos[caption_to_video]
-        self._text_ids, self._text_mask = tokenize(captions, config.max_words)
-        # Index of the first caption, and number of captions, of each video.
-        self._counts = split.caption_counts()
-        self._firsts = np.concatenate([[0], np.cumsum(self._counts)[:-1]])
+        self._captions = split.captions
         self._batch_size = batch_size
-        self.num_examples = len(captions) if config.expand_captions else len(split.videos)
+        self.num_examples = self._captions.pairs if config.expand_captions else len(split.videos)
         if self.num_examples < batch_size:
             raise DatasetError(
                 f"{config.train_split} has {self.num_examples} examples, fewer than a batch"
@@ -113,11 +114,14 @@ class TrainBatches:
             )
         self._frames = DiskFrames(dataset, config.max_frames)
         self._threads = reader_threads(config.num_threads)
-        videos = np.unique(split.videos)
-        frame_bytes = len(videos) * self._frames.read(videos[0])[0].nbytes
+        frame_bytes = len(split.videos) * self._frames.read(split.videos[0])[0].nbytes
         self.cache = choose_cache(config.cache, frame_bytes)
         if self.cache == "memory":
-            self._frames = MemoryFrames(dataset, videos, config.max_frames)
+            self._frames = MemoryFrames(dataset, np.unique(split.videos), config.max_frames)
+        # Last, since it may take long.
+        self._tokens = caption_tokens(
+            self._captions, tokenizer, config.max_words, quiet=not is_main()
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -168,15 +172,13 @@ class TrainBatches:
           {"video_id": .., "caption": ..} for each row.
         """
         pairs = self._in_order(self._pair)
-        captions = [caption for captions in self._split.captions for caption in captions]
         first = (step - 1) * self._batch_size
-        return [
-            {
-                "video_id": self._dataset.video_ids[self._records[pair]],
-                "caption": captions[pair],
-            }
-            for pair in (pairs[first + row] for row in range(self._batch_size))
-        ]
+        found = []
+        for pair in (pairs[first + row] for row in range(self._batch_size)):
+            row, _ = self._captions.locate(pair)
+            video_id = self._dataset.video_ids[self._split.videos[row]]
+            found.append({"video_id": video_id, "caption": self._captions.caption(pair)})
+        return found
 
     def _in_order(self, function: Callable) -> grain.MapDataset:
         """Results of `function(example, rng)` in the order of training."""
@@ -193,12 +195,14 @@ class TrainBatches:
         """Index of the (video, caption) pair of an example."""
         if self._config.expand_captions:
             return int(example)
-        return int(self._firsts[example] + rng.integers(self._counts[example]))
+        first, end = self._captions.offsets[example : example + 2]
+        return int(first + rng.integers(end - first))
 
     def _read(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        pair = self._pair(example, rng)
-        text = {"text_ids": self._text_ids[pair], "text_mask": self._text_mask[pair]}
+        row, text_row = self._captions.locate(self._pair(example, rng))
+        text_ids, text_mask = self._tokens[text_row]
+        text = {"text_ids": text_ids, "text_mask": text_mask}
         if self.cache == "device":
-            return {**text, "video_index": self._caption_to_video[pair]}
-        frames, mask = self._frames.read(self._records[pair])
+            return {**text, "video_index": np.int32(row)}
+        frames, mask = self._frames.read(self._split.videos[row])
         return {**text, "frames": frames, "frame_mask": mask}

@@ -86,14 +86,14 @@ class MemoryFrames:
 
         Args:
           dataset: the dataset.
-          videos: int [V], record indices of the videos to cache, without duplicates.
+          videos: int [V], record indices of the videos to cache, ascending, without duplicates.
           max_frames: F.
 
         Raises:
           DatasetError: the frames would not fit in memory.
         """
         self._disk = DiskFrames(dataset, max_frames)
-        self._row = {int(video): row for row, video in enumerate(videos)}
+        self._videos = videos
         shape = self._disk.read(videos[0])[0].shape
         _check_fits(len(videos), shape, available_memory(), "memory", "this process has")
         self._frames = np.empty((len(videos), *shape), np.uint8)
@@ -104,7 +104,7 @@ class MemoryFrames:
 
     def read(self, video: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames and mask of the video with a record index."""
-        row = self._row[int(video)]
+        row = int(np.searchsorted(self._videos, video))
         if not self._cached[row]:
             self._frames[row], self._masks[row] = self._disk.read(video)
             self._cached[row] = True

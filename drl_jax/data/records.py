@@ -1,71 +1,43 @@
 """Built datasets on disk: location, splits and captions, and random access to frames.
 
 `python -m data_prep.build` writes a dataset as one TFDS split, `videos`, with one record per video.
-The splits of the dataset's protocol are in its metadata, as lists of (video, captions). Reading
-does not import TensorFlow.
+The splits of the dataset's protocol are in its description, as lists of (video, captions)
+(`drl_jax/data/description.py`). Reading does not import TensorFlow.
 """
 
-import bisect
 import contextlib
-import dataclasses
-import hashlib
-import itertools
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from drl_jax.config import Config
+from drl_jax.data.content import queries_sha256
+from drl_jax.data.description import METADATA, Description
 from drl_jax.data.frame_form import FrameForm
+from drl_jax.data.record_files import RecordFiles
+from drl_jax.data.splits import Split
 from drl_jax.data.storage import StorageSpec, build_command
 from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.files import sha256
 
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
-
-# Increase it when the layout of the records or of the metadata changes.
+# Increase it when the layout of the records changes. It is a part of the path: a dataset of another
+# version is not found. The metadata has a layout of its own, so that earlier ones are found.
 FORMAT_VERSION = "1.0.0"
 VIDEOS_SPLIT = "videos"
 # File that records what a dataset was built from (`data_prep/manifest.py`).
 MANIFEST = "manifest.json"
 # Files that TFDS writes beside the records. The records have checksums of their own.
-DESCRIPTIONS = ("dataset_info.json", "features.json", "metadata.json")
+DESCRIPTIONS = ("dataset_info.json", "features.json", METADATA)
+# What a file that is missing, cut or of other content raises.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError)
 
 
 class DatasetError(UserError):
     """A dataset is missing or damaged, or does not contain what was requested."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Videos of a split and their captions.
-
-    Attributes:
-      videos: int32 [V], record indices of the videos.
-      captions: the captions of each video, at least one.
-      reversed_pairs: int32 [P, 2], indices into `videos` of a clip and its time reversal (P = 0 for
-        most datasets).
-    """
-
-    videos: np.ndarray
-    captions: list[list[str]]
-    reversed_pairs: np.ndarray
-
-    def caption_pairs(self) -> tuple[np.ndarray, list[str]]:
-        """All (video, caption) pairs.
-
-        Returns:
-          caption_to_video int32 [N], the index into `videos` of each caption, and the N captions.
-        """
-        videos = np.arange(len(self.videos), dtype=np.int32)
-        caption_to_video = np.repeat(videos, self.caption_counts())
-        return caption_to_video, [caption for captions in self.captions for caption in captions]
-
-    def caption_counts(self) -> np.ndarray:
-        """Number of captions of each video, int64 [V]."""
-        return np.array([len(captions) for captions in self.captions], np.int64)
 
 
 def dataset_dir(config: Config) -> Path:
@@ -84,7 +56,10 @@ class VideoDataset:
     """
 
     def __init__(self, directory: Path):
-        """Opens the dataset in `directory`; checks all files but the content of the records.
+        """Opens the dataset in `directory`.
+
+        Checks all files but the captions of the splits, which `split` checks, and the content of
+        the records.
 
         Raises:
           DatasetError: there is no dataset in it, or it is damaged.
@@ -100,39 +75,43 @@ class VideoDataset:
             self.storage = StorageSpec.from_name(directory.parent.name)
             _check_form(self.manifest, self.storage.form)
             _check_descriptions(directory, self.manifest)
-            builder = tfds.builder_from_directory(str(directory))
-            self._metadata = dict(builder.info.metadata)
-            self._source = builder.as_data_source(split=VIDEOS_SPLIT)
-            self._shards = _Shards.of(builder.info.splits[VIDEOS_SPLIT])
-            stored, named = len(self._source), len(self._metadata["video_ids"])
-            if stored != named or "splits" not in self._metadata:
-                raise ValueError(f"metadata.json describes {named} of its {stored} videos")
+            info = tfds.builder_from_directory(str(directory)).info
+            self._description = Description(
+                directory, dict(info.metadata), self.manifest.get("files", {})
+            )
+            stored = info.splits[VIDEOS_SPLIT]
+            files = [directory / Path(name).name for name in stored.filenames]
+            self._records = RecordFiles(files, stored.shard_lengths)
+            self._features = info.features
+            named = len(self._description.videos.ids)
+            if len(self._records) != named:
+                raise ValueError(f"{METADATA} describes {named} of its {len(self._records)} videos")
         # TFDS raises many kinds of errors for a damaged file.
         except Exception as error:
             raise DatasetError(_damaged_message(directory, directory, error)) from error
 
     def __len__(self) -> int:
         """Number of stored videos."""
-        return len(self._source)
+        return len(self._records)
 
     @property
     def split_names(self) -> list[str]:
-        return list(self._metadata["splits"])
+        return self._description.split_names
 
     @property
-    def video_ids(self) -> list[str]:
+    def video_ids(self) -> Sequence[str]:
         """Ids of all stored videos, in record order."""
-        return self._metadata["video_ids"]
+        return self._description.videos.ids
 
     @property
-    def sources(self) -> list[list]:
+    def sources(self) -> Sequence[list]:
         """Source of each record: [path below the videos' folder] or [path, start, end] in seconds.
 
         Empty for a dataset built by a version that did not store it.
         """
-        return self._metadata.get("sources", [])
+        return self._description.videos.sources
 
-    @property
+    @functools.cached_property
     def content(self) -> str:
         """Hash of all stored frames, ids and captions: hexadecimal SHA-256.
 
@@ -141,33 +120,44 @@ class VideoDataset:
         """
         if not (frames := self.manifest.get("content")):
             return ""
-        described = {name: self._metadata[name] for name in ("video_ids", "splits")}
-        text = json.dumps({"frames": frames, **described}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        if stored := self.manifest.get("content_with_captions"):
+            return str(stored)
+        try:
+            return self._description.content(frames)
+        except _DAMAGED as error:
+            raise DatasetError(_damaged_message(self.directory, self.directory, error)) from error
+
+    def id_hashes(self, videos: np.ndarray) -> np.ndarray:
+        """The first 8 bytes of the SHA-256 of ids, as numbers.
+
+        Args:
+          videos: int [V], record indices.
+
+        Returns:
+          uint64 [V].
+        """
+        return self._description.id_hashes(videos)
 
     def split(self, name: str) -> Split:
         """The videos and captions of a split.
 
         Raises:
-          DatasetError: the dataset has no such split.
+          DatasetError: the dataset has no such split, or the file of its captions is damaged.
         """
-        if name not in self._metadata["splits"]:
+        if name not in self.split_names:
             raise DatasetError(
                 f"the dataset in {self.directory} has no split {name!r}; it has"
                 f" {', '.join(self.split_names)}"
             )
-        stored = self._metadata["splits"][name]
-        return Split(
-            np.asarray(stored["videos"], np.int32),
-            stored["captions"],
-            np.asarray(stored["reversed_pairs"], np.int32).reshape(-1, 2),
-        )
+        try:
+            return self._description.split(name)
+        except _DAMAGED as error:
+            raise DatasetError(_damaged_message(self.directory, self.directory, error)) from error
 
     def queries_sha256(self, split: Split) -> str:
         """Hexadecimal SHA-256 of the ids and captions of a split, in their order."""
-        ids = [self.video_ids[video] for video in split.videos]
-        text = json.dumps([ids, split.captions], separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        ids = self.video_ids
+        return queries_sha256((ids[video] for video in split.videos), split.captions)
 
     def protocol(self, split_name: str) -> str:
         """What publications call the protocol of a stored split, e.g. 1k-A; empty if unknown."""
@@ -182,7 +172,7 @@ class VideoDataset:
         video = int(video)
         video_id = self.video_ids[video]
         try:
-            record = self._source[video]
+            record = self._features.deserialize_example_np(self._records[video])
             stored_id, frames = record["video_id"], np.asarray(record["frames"])
             if stored_id not in (video_id, video_id.encode()):
                 raise ValueError(f"it holds the video {stored_id!r}")
@@ -191,33 +181,9 @@ class VideoDataset:
             raise
         # array_record raises RuntimeError for a wrong checksum, and other errors at other places.
         except Exception as error:
-            what = f"{self._shards.file(video)}, record {video} (video {video_id})"
+            what = f"{self._records.file(video)}, record {video} (video {video_id})"
             raise DatasetError(_damaged_message(self.directory, what, error)) from error
         return frames
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shards:
-    """Files of the records.
-
-    Attributes:
-      files: their paths.
-      ends: for each file, the number of records in it and in those before it.
-    """
-
-    files: list[Path]
-    ends: list[int]
-
-    @classmethod
-    def of(cls, split: "tfds.core.SplitInfo") -> "_Shards":
-        files = [Path(path) for path in split.filepaths]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file.name} is missing")
-        return cls(files, list(itertools.accumulate(split.shard_lengths)))
-
-    def file(self, record: int) -> Path:
-        return self.files[bisect.bisect_right(self.ends, record)]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -239,7 +205,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         str(manifest["content"]), str(manifest["versions"]["av"]), len(manifest["left_out"])
         if not all(isinstance(s, dict) for s in dict(manifest.get("splits", {})).values()):
             raise TypeError("its splits are not objects by name")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGED as error:
         raise DatasetError(_damaged_message(directory, path, error)) from error
     return manifest
 
@@ -251,11 +217,11 @@ def _check_hashes(name: str, hashes: object) -> None:
 
 def _check_descriptions(directory: Path, manifest: dict[str, Any]) -> None:
     """Compares the files that TFDS wrote with their hashes, if the manifest has them."""
+    hashes = manifest.get("files", {})
     for name in DESCRIPTIONS:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{name} is missing")
-    for name, digest in manifest.get("files", {}).items():
-        if sha256(directory / name) != digest:
+        if name in hashes and sha256(directory / name) != hashes[name]:
             raise ValueError(f"{name} is not the file that the build wrote")
 
 

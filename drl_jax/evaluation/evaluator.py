@@ -9,7 +9,8 @@ import numpy as np
 
 from drl_jax.config import Config
 from drl_jax.data.frames import reader_threads
-from drl_jax.data.records import Split, VideoDataset
+from drl_jax.data.records import VideoDataset
+from drl_jax.data.splits import Split
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.metrics import Ranks, metrics_of, query_ranks
 from drl_jax.models.drl import Params

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from drl_jax.config import Config
-from drl_jax.data.records import Split
+from drl_jax.data.splits import Split
 from drl_jax.models.drl import Params, model_definition
 from drl_jax.models.interactions import INTERACTIONS, Features
 from drl_jax.runs.evaluate_run import Evaluated
@@ -71,7 +71,7 @@ def correlate(workdir: Path, evaluated: Evaluated) -> Channels | None:
         return Channels(count, variant, after, None, str(error))
     part = Split(
         split.videos[videos],
-        [split.captions[video][:1] for video in videos],
+        split.captions.subset(videos, first_only=True),
         np.zeros((0, 2), np.int32),
     )
     untrained = opened.evaluator.run(params, part, frame_order=opened.frame_order)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from drl_jax.config import Config
 from drl_jax.data.batches import load_split
-from drl_jax.data.records import Split, VideoDataset, dataset_dir
+from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.data.splits import Split
 from drl_jax.evaluation.evaluator import (
     Evaluation,
     Evaluator,

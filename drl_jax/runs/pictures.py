@@ -3,7 +3,8 @@
 import numpy as np
 
 from drl_jax.config import Config
-from drl_jax.data.records import Split, VideoDataset
+from drl_jax.data.records import VideoDataset
+from drl_jax.data.splits import Split
 from drl_jax.evaluation.evaluator import Evaluation
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.tokenizers.base import Tokenizer

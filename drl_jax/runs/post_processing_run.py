@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from drl_jax.data.batches import load_split
-from drl_jax.data.records import DatasetError, Split
+from drl_jax.data.records import DatasetError
+from drl_jax.data.splits import Split
 from drl_jax.evaluation.evaluator import Evaluation
 from drl_jax.evaluation.metrics import Ranks
 from drl_jax.evaluation.post_processing import (
@@ -178,17 +179,17 @@ def draw_bank(train: Split, size: int | None) -> Bank:
     Raises:
       UserError: the split has fewer captions.
     """
-    captions = train.caption_pairs()[1]
-    if size is not None and size > len(captions):
-        raise UserError(f"--bank_size={size} is more than the {len(captions):,} captions of train")
+    captions = train.captions
+    if size is not None and size > captions.pairs:
+        raise UserError(f"--bank_size={size} is more than the {captions.pairs:,} captions of train")
     rng = np.random.default_rng(_SEED)
 
     def draw(available: int) -> np.ndarray:
         return np.sort(rng.permutation(available)[: BANK_SIZE if size is None else size])
 
-    chosen, videos = draw(len(captions)), train.videos[draw(len(train.videos))]
+    chosen, videos = draw(captions.pairs), train.videos[draw(len(train.videos))]
     return Bank(
-        [captions[row] for row in chosen],
+        [captions.caption(pair) for pair in chosen],
         videos,
         f"{len(chosen):,} captions (t2v) and {len(videos):,} videos (v2t) of train, seed {_SEED}",
     )

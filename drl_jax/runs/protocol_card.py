@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from drl_jax.config import BackboneConfig, Config, DataConfig
-from drl_jax.data.records import Split, VideoDataset
+from drl_jax.data.records import VideoDataset
+from drl_jax.data.splits import Split
 from drl_jax.evaluation.metrics import TIE_RULE
 from drl_jax.runs.checkpoint_files import read_metric
 from drl_jax.runs.checkpoints import DIRECTORY

@@ -92,7 +92,7 @@ def train(
             config.data,
             config.train.batch_size,
             config.seed,
-            tokenizer.tokenize,
+            tokenizer,
         )
         val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
         for name, split in (("val", val), ("test", test)):

@@ -43,9 +43,13 @@ class CLIPTokenizer(Tokenizer):
     """
 
     vocabulary_size = 49408
+    _PACKAGES = ("openai-clip", "ftfy", "regex")
 
     def __init__(self, pad_id: int = 0):
         super().__init__(pad_id)
+
+    def _identity(self) -> list[str]:
+        return ["clip", _VOCABULARY_SHA256]
 
     def _encode(self, captions: Sequence[str], max_words: int) -> Iterator[list[int]]:
         tokenizer = _simple_tokenizer()

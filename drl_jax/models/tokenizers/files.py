@@ -49,7 +49,10 @@ class FileTokenizer(Tokenizer):
         """
         super().__init__(pad_id)
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self._clean = CLEANINGS[cleaning]
+        self._clean, self._cleaning = CLEANINGS[cleaning], cleaning
+
+    def _identity(self) -> list[str]:
+        return [type(self).__name__, self.sha256, self._cleaning]
 
     def _encode(self, captions: Sequence[str], max_words: int) -> Iterator[list[int]]:
         # Neither package takes the surrogates that Python makes of bytes that are not UTF-8.
@@ -86,6 +89,8 @@ def _words(fragments: list[str]) -> list[str]:
 
 class JSONTokenizer(FileTokenizer):
     """A `tokenizer.json`. Its post-processor adds start and end; its padding is not used."""
+
+    _PACKAGES = ("tokenizers",)
 
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
         """Parses the file.
@@ -143,6 +148,8 @@ class JSONTokenizer(FileTokenizer):
 
 class SentencePieceTokenizer(FileTokenizer):
     """A SentencePiece model, e.g. SigLIP's `spiece.model`; the end token follows the text."""
+
+    _PACKAGES = ("sentencepiece",)
 
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
         """Parses the file.

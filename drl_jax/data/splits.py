@@ -1,0 +1,128 @@
+"""Splits of a dataset: their videos, and captions that are read when they are accessed."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionOrigin:
+    """Where the captions of a stored split come from.
+
+    Attributes:
+      directory: of the dataset.
+      split: name of the split.
+      sha256: of the file of the captions.
+    """
+
+    directory: Path
+    split: str
+    sha256: str
+
+
+class Captions(Sequence[list[str]]):
+    """The captions of each video of a split: a sequence of V lists of strings.
+
+    A *pair* is a caption with its video. Pairs are numbered from 0 in the order of the videos.
+
+    Attributes:
+      texts: T captions, those of the stored split; the captions of this one are among them.
+      starts: int64 [V], index into `texts` of the first caption of each video.
+      offsets: int64 [V + 1], number of pairs before each video, and of all pairs.
+      origin: where `texts` are stored; None: only in memory.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        starts: np.ndarray,
+        offsets: np.ndarray,
+        origin: CaptionOrigin | None = None,
+    ):
+        self.texts, self.starts, self.offsets, self.origin = texts, starts, offsets, origin
+
+    @classmethod
+    def of(
+        cls, captions: Sequence[Sequence[str]], origin: CaptionOrigin | None = None
+    ) -> "Captions":
+        """Captions in memory, from a list for each video."""
+        counts = np.array([len(sentences) for sentences in captions], np.int64)
+        offsets = _offsets(counts)
+        return cls(list(itertools.chain.from_iterable(captions)), offsets[:-1], offsets, origin)
+
+    def __len__(self) -> int:
+        """Number of videos."""
+        return len(self.starts)
+
+    def __getitem__(self, index: int | slice) -> list[str] | list[list[str]]:
+        """The captions of a video, or of each of several videos."""
+        if isinstance(index, slice):
+            return [self[row] for row in range(len(self))[index]]
+        row = range(len(self))[index]
+        start, count = int(self.starts[row]), int(self.offsets[row + 1] - self.offsets[row])
+        return list(self.texts[start : start + count])
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return int(self.offsets[-1])
+
+    def locate(self, pair: int) -> tuple[int, int]:
+        """The row of a pair's video, and the index of its caption in `texts`."""
+        row = int(np.searchsorted(self.offsets, pair, side="right")) - 1
+        return row, int(self.starts[row] + pair - self.offsets[row])
+
+    def caption(self, pair: int) -> str:
+        """The caption of a pair."""
+        return self.texts[self.locate(pair)[1]]
+
+    def subset(self, rows: np.ndarray, *, first_only: bool = False) -> "Captions":
+        """The captions of some videos.
+
+        Args:
+          rows: int [W], indices of the videos.
+          first_only: whether to keep only the first caption of each.
+        """
+        counts = np.ones(len(rows), np.int64)
+        if not first_only:
+            counts = self.offsets[rows + 1] - self.offsets[rows]
+        return Captions(self.texts, self.starts[rows], _offsets(counts), self.origin)
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Videos of a split and their captions.
+
+    Attributes:
+      videos: int32 [V], record indices of the videos.
+      captions: the captions of each video, at least one.
+      reversed_pairs: int32 [P, 2], indices into `videos` of a clip and its time reversal (P = 0 for
+        most datasets).
+    """
+
+    videos: np.ndarray
+    captions: Captions
+    reversed_pairs: np.ndarray
+
+    def caption_pairs(self) -> tuple[np.ndarray, list[str]]:
+        """All (video, caption) pairs, in memory: for splits that are evaluated.
+
+        Returns:
+          caption_to_video int32 [N], the index into `videos` of each caption, and the N captions.
+        """
+        videos = np.arange(len(self.videos), dtype=np.int32)
+        caption_to_video = np.repeat(videos, self.caption_counts())
+        return caption_to_video, list(itertools.chain.from_iterable(self.captions))
+
+    def caption_counts(self) -> np.ndarray:
+        """Number of captions of each video, int64 [V]."""
+        return np.diff(self.captions.offsets)

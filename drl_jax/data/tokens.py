@@ -1,0 +1,199 @@
+"""Token ids of a dataset's captions, in files that are mapped into memory.
+
+They are in the directory `tokens` of a dataset, in one directory for each split, tokenizer and
+number of words. The build stores those of the default tokenizer; a training with another one stores
+its own. They follow from the captions, so they can be deleted at any time.
+"""
+
+import dataclasses
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from drl_jax.data.splits import CaptionOrigin, Captions
+from drl_jax.models.tokenizers import Tokenizer
+from drl_jax.runtime.files import seal, sha256, unseal, write_json
+
+TOKENS = "tokens"
+_IDS_FILE, _ABOUT_FILE = "ids.npy", "about.json"
+# Captions that are tokenised at a time.
+_CHUNK = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Token ids of T captions.
+
+    Attributes:
+      rows: [T] with the fields `length` and `ids` [L]; those after `length` are 0.
+      pad_id: id after the last token.
+    """
+
+    rows: np.ndarray
+    pad_id: int
+
+    def __getitem__(self, text: int) -> tuple[np.ndarray, np.ndarray]:
+        """text_ids int32 [L] and text_mask bool [L] of a caption, as `Tokenizer.tokenize`."""
+        ids = self.rows["ids"][text].astype(np.int32)
+        mask = np.arange(len(ids)) < self.rows["length"][text]
+        ids[~mask] = self.pad_id
+        return ids, mask
+
+
+def caption_tokens(
+    captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
+) -> Tokens:
+    """The tokens of `captions.texts`: stored ones if there are any, or else computed.
+
+    Computed tokens are stored beside the captions where that directory can be written, and
+    otherwise kept in memory. Stored ones that are damaged, or of other captions, are computed
+    again. Processes may do so at the same time.
+
+    Args:
+      captions: the captions.
+      tokenizer: of the model.
+      max_words: L.
+      quiet: whether to print no progress and no warning.
+    """
+    texts, origin = captions.texts, captions.origin
+    if origin is None:
+        return Tokens(_in_memory(texts, tokenizer, max_words, quiet), tokenizer.pad_id)
+    rows = _read(origin, len(texts), tokenizer, max_words)
+    if rows is None:
+        try:
+            store_tokens(captions, tokenizer, max_words, quiet=quiet)
+            rows = _read(origin, len(texts), tokenizer, max_words)
+        except OSError as error:
+            if not quiet:
+                tqdm.write(
+                    f"the tokens of {origin.split} cannot be stored in"
+                    f" {origin.directory / TOKENS} ({error.strerror or error}): they are kept in"
+                    " memory, and computed again by the next training",
+                    file=sys.stderr,
+                )
+    if rows is None:
+        rows = _in_memory(texts, tokenizer, max_words, quiet)
+    return Tokens(rows, tokenizer.pad_id)
+
+
+def store_tokens(
+    captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
+) -> None:
+    """Computes and stores the tokens of `captions.texts`, which have an origin.
+
+    Args:
+      captions: the captions.
+      tokenizer: of the model.
+      max_words: L.
+      quiet: whether to print no progress.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    texts, origin = captions.texts, captions.origin
+    entry = _entry(origin, tokenizer, max_words)
+    # A name of its own: processes, also of other hosts, may store the same tokens.
+    unfinished = entry.with_name(f"unfinished.{uuid.uuid4().hex}")
+    try:
+        unfinished.mkdir(parents=True)
+        with (unfinished / _IDS_FILE).open("wb") as file:
+            dtype = _row_dtype(tokenizer, max_words)
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": (len(texts),),
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+            for rows in _tokenized(texts, tokenizer, max_words, quiet):
+                file.write(rows.tobytes())
+        about = _about(origin, len(texts), tokenizer, max_words)
+        about["ids_sha256"] = sha256(unfinished / _IDS_FILE)
+        write_json(unfinished / _ABOUT_FILE, seal(about))
+        _publish(unfinished, entry)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _publish(unfinished: Path, entry: Path) -> None:
+    # An entry that is there is damaged, or another process has just stored the same tokens: both
+    # may be replaced, and a process that has mapped their file keeps it.
+    shutil.rmtree(entry, ignore_errors=True)
+    try:
+        unfinished.rename(entry)
+    except OSError:
+        if not (entry / _ABOUT_FILE).exists():
+            raise
+
+
+def _entry(origin: CaptionOrigin, tokenizer: Tokenizer, max_words: int) -> Path:
+    name = f"{origin.split}_{max_words}_{tokenizer.fingerprint[:16]}"
+    return origin.directory / TOKENS / name
+
+
+def _about(
+    origin: CaptionOrigin, texts: int, tokenizer: Tokenizer, max_words: int
+) -> dict[str, object]:
+    """What stored tokens were made from."""
+    return {
+        "captions": texts,
+        "captions_sha256": origin.sha256,
+        "tokenizer": tokenizer.fingerprint,
+        "max_words": max_words,
+    }
+
+
+def _read(
+    origin: CaptionOrigin, texts: int, tokenizer: Tokenizer, max_words: int
+) -> np.ndarray | None:
+    """Maps stored tokens into memory; None if there are none, or they cannot be used."""
+    entry = _entry(origin, tokenizer, max_words)
+    try:
+        about = unseal((entry / _ABOUT_FILE).read_text(encoding="utf-8"))
+        digest = about.pop("ids_sha256", None)
+        if about != _about(origin, texts, tokenizer, max_words):
+            return None
+        if digest != sha256(entry / _IDS_FILE):
+            return None
+        rows = np.load(entry / _IDS_FILE, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    # A plain array: indexing one of class memmap takes longer.
+    return rows.view(np.ndarray)
+
+
+def _row_dtype(tokenizer: Tokenizer, max_words: int) -> np.dtype:
+    """The smallest type of numbers for ids and lengths, so that rows are aligned."""
+    number = np.min_scalar_type(max(tokenizer.vocabulary_size - 1, max_words)).newbyteorder("<")
+    return np.dtype([("length", number), ("ids", number, (max_words,))])
+
+
+def _in_memory(
+    texts: Sequence[str], tokenizer: Tokenizer, max_words: int, quiet: bool
+) -> np.ndarray:
+    rows = np.empty(len(texts), _row_dtype(tokenizer, max_words))
+    done = 0
+    for chunk in _tokenized(texts, tokenizer, max_words, quiet):
+        rows[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    return rows
+
+
+def _tokenized(
+    texts: Sequence[str], tokenizer: Tokenizer, max_words: int, quiet: bool
+) -> Iterator[np.ndarray]:
+    """Yields the rows of `Tokens` for a chunk of captions at a time."""
+    dtype = _row_dtype(tokenizer, max_words)
+    # The bar appears only if there is something to wait for.
+    with tqdm(total=len(texts), desc="tokenizing", unit="caption", delay=2, disable=quiet) as bar:
+        for start in range(0, len(texts), _CHUNK):
+            ids, mask = tokenizer.tokenize(texts[start : start + _CHUNK], max_words)
+            rows = np.zeros(len(ids), dtype)
+            rows["length"] = mask.sum(axis=1)
+            rows["ids"] = np.where(mask, ids, 0)
+            yield rows
+            bar.update(len(rows))

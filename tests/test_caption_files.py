@@ -1,0 +1,287 @@
+"""Captions and token ids in files: what is read is what was stored, in every layout."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.old_datasets import rewrite_as_layout_1
+from support.tokenizer_files import write_gemma, write_spiece
+
+from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.data import content, tokens
+from drl_jax.data.batches import TrainBatches, load_split
+from drl_jax.data.records import DatasetError, VideoDataset
+from drl_jax.data.splits import Captions
+from drl_jax.data.tokens import caption_tokens
+from drl_jax.models.tokenizers import CLIPTokenizer, Tokenizer, load_tokenizer
+
+VARIANT = Path("shapes") / "64px_4f_raw" / "1.0.0"
+WORDS = 24  # Of the tokens that the build of `shapes` stores.
+
+
+@pytest.fixture(scope="module")
+def dataset(shapes_data) -> VideoDataset:
+    return VideoDataset(shapes_data / VARIANT)
+
+
+@pytest.fixture
+def copy(shapes_data, tmp_path) -> Path:
+    """Directory of a copy of the small `shapes` that a test may change."""
+    return Path(shutil.copytree(shapes_data / VARIANT, tmp_path / VARIANT))
+
+
+def test_captions_are_sequences():
+    captions = Captions.of([["a", "b"], ["c"], ["d", "e", "f"]])
+    assert list(captions) == [["a", "b"], ["c"], ["d", "e", "f"]]
+    assert captions[-1] == ["d", "e", "f"]
+    assert captions[:2] == [["a", "b"], ["c"]]
+    assert [captions.caption(pair) for pair in range(captions.pairs)] == list("abcdef")
+    assert [captions.locate(pair) for pair in (1, 2, 5)] == [(0, 1), (1, 2), (2, 5)]
+    with pytest.raises(IndexError):
+        captions[3]
+    part = captions.subset(np.array([2, 0]))
+    assert list(part) == [["d", "e", "f"], ["a", "b"]]
+    assert [part.caption(pair) for pair in range(part.pairs)] == list("defab")
+    assert list(captions.subset(np.array([2, 0]), first_only=True)) == [["d"], ["a"]]
+
+
+def test_columns_are_sequences(dataset):
+    ids = list(dataset.video_ids)
+    assert len(ids) == len(set(ids)) == len(dataset)
+    assert dataset.video_ids[-1] == ids[-1]
+    assert dataset.video_ids[3:9:2] == ids[3:9:2]
+    assert dataset.sources[0] == [f"train/{ids[0]}.mp4"]
+    with pytest.raises(IndexError):
+        dataset.video_ids[len(ids)]
+    hashes = [int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) for name in ids]
+    assert dataset.id_hashes(np.arange(len(ids))).tolist() == hashes
+
+
+@pytest.mark.parametrize("first_bytes", ["stored", "all equal"])
+def test_held_out_videos_are_those_with_the_smallest_hashes(
+    dataset, shapes_config, monkeypatch, first_bytes
+):
+    if first_bytes == "all equal":
+        monkeypatch.setattr(dataset, "id_hashes", lambda videos: np.zeros(len(videos), np.uint64))
+    full = dataset.split("train")
+    ids = [dataset.video_ids[video] for video in full.videos]
+    by_hash = sorted(range(len(ids)), key=lambda row: hashlib.sha256(ids[row].encode()).digest())
+    data = dataclasses.replace(shapes_config.data, holdout=20)
+    for name, rows in (("val", sorted(by_hash[:20])), ("train", sorted(by_hash[20:]))):
+        split = load_split(dataset, name, data)
+        assert split.videos.tolist() == full.videos[rows].tolist()
+        captions = [full.captions[row][: 1 if name == "val" else None] for row in rows]
+        assert list(split.captions) == captions
+
+
+def test_a_dataset_of_the_first_layout_is_the_same(dataset, copy, shapes_config):
+    rewrite_as_layout_1(copy)
+    old = VideoDataset(copy)
+    assert list(old.video_ids) == list(dataset.video_ids)
+    assert list(old.sources) == list(dataset.sources)
+    assert old.content == dataset.content
+    for name in ("train", "val", "test"):
+        one, other = old.split(name), dataset.split(name)
+        assert list(one.captions) == list(other.captions)
+        np.testing.assert_array_equal(one.videos, other.videos)
+        np.testing.assert_array_equal(one.reversed_pairs, other.reversed_pairs)
+        assert old.queries_sha256(one) == dataset.queries_sha256(other)
+    assert len(one.reversed_pairs)
+    data = shapes_config.data
+    first = [
+        next(
+            TrainBatches(
+                source, load_split(source, "train", data), data, 16, 0, CLIPTokenizer()
+            ).iterate(3, 0, 1)
+        )
+        for source in (old, dataset)
+    ]
+    for name, array in first[0].items():
+        np.testing.assert_array_equal(array, first[1][name])
+    # Its tokens are stored, too.
+    assert [path.name.split("_")[0] for path in (copy / "tokens").iterdir()] == ["train"]
+
+
+def test_a_later_layout_is_one_line(copy):
+    metadata = json.loads((copy / "metadata.json").read_text()) | {"layout": 3}
+    (copy / "metadata.json").write_text(json.dumps(metadata))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["files"]["metadata.json"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match=r"has the layout 3, of a later version"):
+        VideoDataset(copy)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10_000])
+def test_hashes_are_those_of_json(dataset, monkeypatch, piece):
+    monkeypatch.setattr(content, "_PIECE", piece)
+    splits = {name: dataset.split(name) for name in dataset.split_names}
+    described = {
+        "frames": "ab",
+        "video_ids": list(dataset.video_ids),
+        "splits": {
+            name: {
+                "videos": split.videos.tolist(),
+                "captions": list(split.captions),
+                "reversed_pairs": split.reversed_pairs.tolist(),
+            }
+            for name, split in splits.items()
+        },
+    }
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"))
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    assert content.content_sha256("ab", dataset.video_ids, splits) == expected
+    text = json.dumps([["é", 'a"'], [["ü", "\n"], []]], separators=(",", ":"))
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    assert content.queries_sha256(iter(["é", 'a"']), [["ü", "\n"], []]) == expected
+    assert content.queries_sha256([], []) == hashlib.sha256(b"[[],[]]").hexdigest()
+
+
+@pytest.mark.parametrize("name", ["videos.arrow", "captions.train.arrow"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no hash"])
+def test_a_damaged_file_is_one_line(name, damage, copy):
+    path = copy / name
+    if damage == "remove":
+        path.unlink()
+    elif damage == "no hash":
+        (copy / "manifest.json").unlink()
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        text = bytearray(path.read_bytes())
+        text[len(text) // 2] ^= 1
+        path.write_bytes(text)
+    with pytest.raises(DatasetError, match="is damaged or cannot be read") as error:
+        VideoDataset(copy).split("train")
+    assert ("videos.arrow" if damage == "no hash" else name) in str(error.value)
+    assert "--overwrite" in str(error.value)
+    if name != "videos.arrow" and damage in ("flip", "truncate"):
+        VideoDataset(copy).split("test")
+
+
+# ------------------------------------------------------------------------------------ token ids
+
+
+def assert_equal_to_tokenize(found, captions, tokenizer, words):
+    ids, mask = tokenizer.tokenize(list(captions.texts), words)
+    rows = [found[row] for row in range(len(ids))]
+    for number, expected in enumerate((ids, mask)):
+        array = np.stack([row[number] for row in rows])
+        assert array.dtype == expected.dtype
+        np.testing.assert_array_equal(array, expected)
+
+
+def not_called(*_):
+    raise AssertionError("tokenised again")
+
+
+@pytest.mark.parametrize("pad_id", [0, 9])
+def test_the_build_stores_tokens_that_training_uses(dataset, shapes_config, monkeypatch, pad_id):
+    captions, tokenizer = dataset.split("train").captions, CLIPTokenizer(pad_id)
+    found = caption_tokens(captions, tokenizer, WORDS)
+    assert isinstance(found.rows.base, np.memmap)
+    assert found.rows.dtype["ids"].base == np.uint16
+    assert_equal_to_tokenize(found, captions, tokenizer, WORDS)
+    monkeypatch.setattr(CLIPTokenizer, "tokenize", not_called)
+    batches = TrainBatches(
+        dataset, dataset.split("train"), shapes_config.data, 16, 0, CLIPTokenizer()
+    )
+    assert next(batches.iterate(0, 0, 1))["text_mask"].any()
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "spiece.model", "clip"])
+def test_tokens_of_another_tokenizer_or_length_are_stored(kind, copy, tmp_path, monkeypatch):
+    captions, tokenizer = VideoDataset(copy).split("test").captions, CLIPTokenizer()
+    if kind != "clip":
+        write = write_gemma if kind == "tokenizer.json" else write_spiece
+        backbone = BackboneConfig(text_cleaning="lower")
+        model = ModelConfig(backbone, tokenizer=str(write(tmp_path / kind)))
+        tokenizer = load_tokenizer(model)
+    before = set((copy / "tokens").iterdir())
+    assert_equal_to_tokenize(caption_tokens(captions, tokenizer, 10), captions, tokenizer, 10)
+    (entry,) = set((copy / "tokens").iterdir()) - before
+    assert entry.name == f"test_10_{tokenizer.fingerprint[:16]}"
+    monkeypatch.setattr(type(tokenizer), "tokenize", not_called)
+    assert isinstance(caption_tokens(captions, tokenizer, 10).rows.base, np.memmap)
+
+
+@pytest.mark.parametrize("file", ["ids.npy", "about.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "other"])
+def test_damaged_tokens_are_computed_again(file, damage, copy):
+    captions = VideoDataset(copy).split("test").captions
+    path = copy / "tokens" / f"test_{WORDS}_{CLIPTokenizer().fingerprint[:16]}" / file
+    whole = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(whole[:100])
+    elif damage == "other":  # Of another split.
+        other = path.parent.with_name(path.parent.name.replace("test_", "val_"))
+        shutil.rmtree(path.parent)
+        shutil.copytree(other, path.parent)
+    else:
+        path.write_bytes(whole[:150] + bytes([whole[150] ^ 1]) + whole[151:])
+    found = caption_tokens(captions, CLIPTokenizer(), WORDS)
+    assert_equal_to_tokenize(found, captions, CLIPTokenizer(), WORDS)
+    assert path.read_bytes() == whole
+
+
+def test_tokens_that_cannot_be_stored_stay_in_memory(copy, capsys):
+    shutil.rmtree(copy / "tokens")
+    (copy / "tokens").write_text("not a directory")
+    captions = VideoDataset(copy).split("test").captions
+    for quiet in (False, True):
+        found = caption_tokens(captions, CLIPTokenizer(), WORDS, quiet=quiet)
+        assert_equal_to_tokenize(found, captions, CLIPTokenizer(), WORDS)
+        said = capsys.readouterr().err
+        assert said.count("the tokens of test cannot be stored in") == (not quiet)
+    assert (copy / "tokens").read_text() == "not a directory"
+
+
+def test_processes_may_store_tokens_at_once(copy, monkeypatch):
+    """Threads stand for them: nothing of this process is shared between the calls."""
+    monkeypatch.setattr(tokens, "_CHUNK", 4)
+    captions = VideoDataset(copy).split("test").captions
+    before = set((copy / "tokens").iterdir())
+    with ThreadPoolExecutor(8) as pool:
+        found = list(
+            pool.map(lambda _: caption_tokens(captions, CLIPTokenizer(), 12).rows, range(8))
+        )
+    assert len({rows.tobytes() for rows in found}) == 1
+    assert len(set((copy / "tokens").iterdir()) - before) == 1
+
+
+def test_captions_without_a_file_are_tokenised_in_memory():
+    captions = Captions.of([["a dog", "a cat"], ["a man runs"]])
+    found = caption_tokens(captions, CLIPTokenizer(), 8)
+    assert_equal_to_tokenize(found, captions, CLIPTokenizer(), 8)
+
+
+def test_ids_of_a_large_vocabulary_fit():
+    class Large(Tokenizer):
+        vocabulary_size = 256_000
+
+        def _encode(self, captions, max_words):
+            return [[255_999, row] for row in range(len(captions))]
+
+    captions = Captions.of([["a"], ["b"]])
+    assert_equal_to_tokenize(caption_tokens(captions, Large(7), 5), captions, Large(7), 5)
+
+
+def test_a_fingerprint_is_of_all_that_changes_ids(tmp_path):
+    file = write_gemma(tmp_path / "tokenizer.json")
+
+    def of_file(cleaning, pad_id=0):
+        backbone = BackboneConfig(text_cleaning=cleaning, pad_id=pad_id)
+        return load_tokenizer(ModelConfig(backbone, tokenizer=str(file))).fingerprint
+
+    found = {CLIPTokenizer().fingerprint, of_file("none"), of_file("lower")}
+    assert len(found) == 3
+    assert of_file("none", pad_id=5) == of_file("none")
+    write_gemma(file, template="<bos> $A <eos>")
+    assert of_file("none") not in found
