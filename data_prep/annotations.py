@@ -3,16 +3,20 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drl_jax.data.video import VIDEO_SUFFIXES, Span
 from drl_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.locations import FoundVideos
 
 
 class AnnotationError(UserError):
     """Annotation files or source videos that cannot be used."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Captioned:
     """A video of a split, with its captions."""
 
@@ -20,7 +24,7 @@ class Captioned:
     captions: list[str]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Source:
     """File, or part of a file, that an annotated video is read from.
 
@@ -39,11 +43,13 @@ class Annotations:
 
     Attributes:
       splits: captioned videos of each split; a video may be in several splits.
-      files: the annotation files that were read.
+      files: the annotation files that were read, but for those in `hashes`.
       sources: candidate sources by video id, in order of preference, for videos that are not a
         whole file named after their id.
       reversed_pairs: for each split, pairs of ids of a clip and its time reversal.
       missing_files: optional annotation files that are missing, with their purpose.
+      hashes: hashes, by name, of what was read from files that are too large to be hashed.
+      contained: the videos, if they are inside these files.
     """
 
     splits: dict[str, list[Captioned]]
@@ -51,6 +57,8 @@ class Annotations:
     sources: dict[str, tuple[Source, ...]] = dataclasses.field(default_factory=dict)
     reversed_pairs: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
     missing_files: dict[str, str] = dataclasses.field(default_factory=dict)
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    contained: "FoundVideos | None" = None
 
     def video_ids(self) -> list[str]:
         """Ids of all videos, without duplicates, in split order."""
@@ -167,7 +175,8 @@ def check_texts(annotations: Annotations) -> None:
 
 
 def _names(annotations: Annotations) -> str:
-    return " or ".join(path.name for path in annotations.files)
+    names = [*(path.name for path in annotations.files), *annotations.hashes]
+    return " or ".join(names[:3]) + (" or another file" if len(names) > 3 else "")
 
 
 def group_captions(rows: Iterable[tuple[str, str]]) -> list[Captioned]:

@@ -3,6 +3,7 @@
 python -m data_prep.build shapes --data_dir=data [--size=smoke]
 python -m data_prep.build msrvtt --videos=DIR --annotations=DIR --data_dir=data
 python -m data_prep.build custom --videos=DIR --annotations=FILE --data_dir=data
+python -m data_prep.build custom --annotations=DIR_OF_TAR_FILES --data_dir=data
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.command import add_source_flags, disk_errors, requested_storage
+from data_prep.command import add_source_flags, disk_errors, requested_storage, videos_folder
 from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
@@ -47,7 +48,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.size = options.size or "full"
         source = options.data_dir / "source" / f"{options.dataset}_{options.size}"
         options.videos, options.annotations = source / "videos", source
-    elif not options.videos or not options.annotations:
+    elif not options.annotations or (not options.videos and options.dataset != "custom"):
         kind = "FILE" if options.dataset == "custom" else "DIR"
         parser.error(f"{options.dataset} needs --videos=DIR and --annotations={kind}")
     elif options.size:
@@ -88,9 +89,9 @@ def _is_built(target: Path, options: argparse.Namespace) -> bool:
         built.split(name)  # Checks its captions.
     manifest = built.manifest
     if options.dataset not in DRAWN:
-        files = builder_class(options.dataset).read_annotations(options.annotations).files
+        annotations = builder_class(options.dataset).read_annotations(options.annotations)
         named_by_user = options.dataset == "custom"
-        if changes := annotation_changes(manifest, files, named_by_user=named_by_user):
+        if changes := annotation_changes(manifest, annotations, named_by_user=named_by_user):
             raise UserError(
                 f"{target} was built from other annotation files ({', '.join(changes)});"
                 " --overwrite rebuilds it"
@@ -117,7 +118,7 @@ def _build_locked(options: argparse.Namespace) -> None:
     if reasons:
         print(f"leaving out {len(reasons)} videos listed in {quarantine}")
     annotations = builder.read_annotations(options.annotations)
-    plan = make_plan(annotations, options.videos, reasons)
+    plan = make_plan(annotations, videos_folder(options, annotations), reasons)
     dataset_build.print_plan(dataset, plan, data_dir, storage)
     built = dataset_build.build_dataset(
         dataset,

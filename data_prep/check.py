@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import add_source_flags, disk_errors, requested_storage
+from data_prep.command import add_source_flags, disk_errors, requested_storage, videos_folder
 from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
@@ -39,7 +39,7 @@ def _check(options: argparse.Namespace) -> int:
         with disk_errors(options.data_dir):
             read_quarantine(quarantine)  # An error in it should not wait for the end of the check.
             annotations = builder.read_annotations(options.annotations)
-            plan = make_plan(annotations, options.videos, {})
+            plan = make_plan(annotations, videos_folder(options, annotations), {})
     except UserError as error:
         return _fail(str(error))
     storage = requested_storage(options)

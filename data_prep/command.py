@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.datasets import builder_class
 from drl_jax.config import INTERPOLATIONS, RESIZES, STORAGE_ENCODINGS
@@ -13,6 +14,9 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.cli import Parser, positive_int
 from drl_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.annotations import Annotations
 
 # Maximum time to decode one video, seconds.
 DECODE_TIMEOUT = 300
@@ -64,15 +68,34 @@ def add_videos_flag(parser: Parser, *, required: bool) -> None:
     )
 
 
+def videos_folder(options: argparse.Namespace, annotations: "Annotations") -> Path | None:
+    """Folder of the video files; None if the annotation files contain the videos.
+
+    Raises:
+      UserError: the flag `--videos` is missing.
+    """
+    if annotations.contained is None:
+        if options.videos is None:
+            raise UserError(
+                f"{options.dataset} needs --videos=DIR: {options.annotations} names video files"
+            )
+        return options.videos
+    if options.videos is not None:
+        print(f"--videos is not used: the videos are inside {options.annotations}")
+    return None
+
+
 def add_source_flags(parser: Parser, *, required: bool) -> None:
     """Adds the flags of the source files and of the storage variant."""
-    add_videos_flag(parser, required=required)
+    # Annotations may contain the videos.
+    add_videos_flag(parser, required=False)
     parser.add_argument(
         "--annotations",
         type=Path,
         required=required,
         metavar="PATH",
-        help="folder of the annotation files; for custom, the .csv or .jsonl file",
+        help="folder of the annotation files; for custom, a .csv or .jsonl file, or .parquet or"
+        " .tar files: one, a folder, or a pattern such as 'shards/*.tar'",
     )
     add_data_dir_flag(parser)
     parser.add_argument(

@@ -2,6 +2,8 @@
 
     python -m data_prep.compare msrvtt --videos=DIR --data_dir=data [--samples=50]
 
+DIR is the folder of the video files, or of the tar or Parquet files that contain the videos.
+
 Prints the maximum and mean difference of pixels (levels of 255) for each built storage variant.
 `raw` must be exact; `jpeg` of quality 95 differs by a few levels. Exit status: 1 if the stored
 frames of a video are not those of its file.

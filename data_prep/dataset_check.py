@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from data_prep import estimate
 from data_prep.annotations import Annotations
+from data_prep.locations import Clip, Location
 from data_prep.manifest import PublishedSizes, count_splits, describe_split
 from data_prep.overlap import repeated_captions, shared_captions, shared_videos
 from data_prep.quarantine import read_quarantine, write_quarantine
-from data_prep.video_folder import Clip, Plan
+from data_prep.video_folder import Plan
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import VideoError, VideoFacts, inspect_video, sample_positions
 from drl_jax.runtime.files import sha256, write_json
@@ -71,10 +72,10 @@ def check_dataset(
       "captions_in_several_splits" (for pairs of splits that are used together),
       "repeated_captions", "splits", "build" (estimates), "unannotated_files".
     """
-    findings = _inspect_files([clip.path for clip in plan.clips], storage, timeout)
+    findings = _inspect_files([clip.location for clip in plan.clips], storage, timeout)
     unusable, suspicious, frames = {}, {}, 0
     for clip in plan.clips:
-        finding = findings[clip.path]
+        finding = findings[clip.location]
         error = finding.error or _span_error(clip, finding.facts)
         if error:
             unusable[clip.video_id] = error
@@ -106,26 +107,26 @@ def check_dataset(
 
 
 def _inspect_files(
-    paths: Iterable[Path], storage: StorageSpec, timeout: float
-) -> dict[Path, Finding]:
+    locations: Iterable[Location], storage: StorageSpec, timeout: float
+) -> dict[Location, Finding]:
     """Inspects each distinct file once, in parallel."""
-    files = list(dict.fromkeys(paths))
-    results = map_in_processes(_inspect, [(path, storage) for path in files], timeout=timeout)
+    files = list(dict.fromkeys(locations))
+    results = map_in_processes(_inspect, [(file, storage) for file in files], timeout=timeout)
     findings = {}
     progress = tqdm(zip(files, results, strict=True), "checking", len(files), unit="video")
-    for path, finding in progress:
+    for file, finding in progress:
         if isinstance(finding, WorkerFailure):
             finding = Finding(None, finding.reason, "", timeout)
-        findings[path] = finding
+        findings[file] = finding
     return findings
 
 
-def _inspect(path: Path, storage: StorageSpec) -> Finding:
+def _inspect(location: Location, storage: StorageSpec) -> Finding:
     start = time.monotonic()
     digest = ""
     try:
-        digest = sha256(path)
-        facts, error = inspect_video(path, storage.max_frames, storage.form), ""
+        digest = sha256(location)
+        facts, error = inspect_video(location, storage.max_frames, storage.form), ""
         if facts.black:
             # A build would store it, but no caption can match it.
             error = "all its sampled frames are black"
@@ -173,13 +174,13 @@ def _splits_by_video(annotations: Annotations) -> dict[str, list[str]]:
 
 
 def _duplicate_videos(
-    clips: Iterable[Clip], findings: Mapping[Path, Finding], annotations: Annotations
+    clips: Iterable[Clip], findings: Mapping[Location, Finding], annotations: Annotations
 ) -> list[dict[str, list[str]]]:
     """Groups of videos with the same content under different ids, with their splits."""
     splits = _splits_by_video(annotations)
     groups = collections.defaultdict(list)
     for clip in clips:
-        if digest := findings[clip.path].digest:
+        if digest := findings[clip.location].digest:
             groups[digest, clip.span].append(clip.video_id)
     return [
         {"videos": videos, "splits": sorted({s for video in videos for s in splits[video]})}

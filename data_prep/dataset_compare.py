@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.decode import read_frames_or_error
+from data_prep.locations import find_locations
 from drl_jax.data.records import FORMAT_VERSION, DatasetError, VideoDataset
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
@@ -39,13 +40,14 @@ def compare_dataset(
 
     Args:
       directory: directory of the built dataset.
-      videos: folder of the video files.
+      videos: folder of the video files, or of the files that contain the videos.
       samples: number of videos to compare.
       timeout: maximum seconds to decode one video.
       seed: random seed of the choice of videos.
 
     Raises:
       DatasetError: there is no dataset, or it does not record its source files.
+      UserError, OSError: a tar file or Parquet file with the videos cannot be read.
     """
     dataset = VideoDataset(directory)
     if not dataset.sources:
@@ -54,10 +56,12 @@ def compare_dataset(
         )
     storage = dataset.storage
     picked = sorted(random.Random(seed).sample(range(len(dataset)), min(samples, len(dataset))))
-    calls = []
-    for video in picked:
-        file, *span = dataset.sources[video]
-        calls.append((videos / file, storage, tuple(span) or None))
+    sources = [dataset.sources[video] for video in picked]
+    locations = find_locations(videos, [file for file, *_ in sources])
+    calls = [
+        (location, storage, tuple(span) or None)
+        for location, (_, *span) in zip(locations, sources, strict=True)
+    ]
     largest, total, pixels, wrong = 0, 0.0, 0, {}
     decoded = map_in_processes(read_frames_or_error, calls, timeout=timeout)
     for video, frames in tqdm(

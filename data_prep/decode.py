@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
-from data_prep.video_folder import Clip
+from data_prep.locations import Clip, Location
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import Span, VideoError, read_frames
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
@@ -52,7 +52,7 @@ def decode_clips(clips: Sequence[Clip], *, cache: FrameCache, timeout: float) ->
         except OSError:
             entries.append(None)
     calls = [
-        (clip.path, clip.span, entry, cache.storage)
+        (clip.location, clip.span, entry, cache.storage)
         for clip, entry in zip(clips, entries, strict=True)
         if entry is not None
     ]
@@ -73,7 +73,7 @@ def decode_clips(clips: Sequence[Clip], *, cache: FrameCache, timeout: float) ->
 
 
 def _ensure_entry(
-    path: Path, span: Span | None, entry: Path, storage: StorageSpec
+    location: Location, span: Span | None, entry: Path, storage: StorageSpec
 ) -> str | OSError:
     """Decodes a video into the cache unless it is there.
 
@@ -82,7 +82,7 @@ def _ensure_entry(
     """
     if read_entry(entry) is not None:
         return ""
-    frames = read_frames_or_error(path, storage, span)
+    frames = read_frames_or_error(location, storage, span)
     if isinstance(frames, str):
         return frames
     if storage.encoding == "jpeg":
@@ -95,11 +95,13 @@ def _ensure_entry(
     return ""
 
 
-def read_frames_or_error(path: Path, storage: StorageSpec, span: Span | None) -> np.ndarray | str:
+def read_frames_or_error(
+    location: Location, storage: StorageSpec, span: Span | None
+) -> np.ndarray | str:
     """Decodes a video's sampled frames.
 
     Args:
-      path: the video file.
+      location: of the video.
       storage: form and maximum number of the frames.
       span: start and end in seconds; None: the whole file.
 
@@ -107,7 +109,7 @@ def read_frames_or_error(path: Path, storage: StorageSpec, span: Span | None) ->
       uint8 [F, S, S, 3], or the reason why the file cannot be decoded.
     """
     try:
-        return read_frames(path, storage.max_frames, storage.form, span)
+        return read_frames(location, storage.max_frames, storage.form, span)
     except VideoError as error:
         return str(error)
 

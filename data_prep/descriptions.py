@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.annotations import Captioned
+from data_prep.locations import name_below
 from data_prep.video_folder import Plan
 from drl_jax.data.description import LAYOUT
 from drl_jax.data.description_files import write_captions, write_videos
@@ -24,9 +25,9 @@ def write_description(directory: Path, plan: Plan, records: Mapping[str, int]) -
     Raises:
       OSError: the disk is full.
     """
-    # Source of each record: path below the videos' folder, and start and end in seconds if cut.
+    # Source of each record: name below the videos' folder, and start and end in seconds if cut.
     sources = (
-        [str(clip.path.relative_to(plan.folder)), *(clip.span or ())]
+        [name_below(clip.location, plan.folder), *(clip.span or ())]
         for clip in plan.clips
         if clip.video_id in records
     )

@@ -1,7 +1,8 @@
 """Cache of decoded frames, one file per video, so that no video is decoded twice.
 
-The key of an entry is the source file (path, size, modification time), the span, the storage
-variant and the versions of the decoding packages. It does not depend on annotations.
+The key of an entry is the source file (path, size, modification time) and the place in it, the
+span, the storage variant and the versions of the decoding packages. It does not depend on
+annotations.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.video_folder import Clip
+from data_prep.locations import Clip, file_of
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.files import replacing
 
@@ -37,6 +38,8 @@ class FrameCache:
         versions = "_".join(f"{name}{version}" for name, version in decoder_versions().items())
         self.directory = directory / f"{storage.name}_{versions}"
         self.storage = storage
+        # The last source file: many clips may come from one.
+        self._file: tuple[Path | None, tuple[str, int, int]] = (None, ("", 0, 0))
 
     def entry(self, clip: Clip) -> Path:
         """Path of a clip's entry, which may not exist.
@@ -44,10 +47,16 @@ class FrameCache:
         Raises:
           OSError: the source file cannot be accessed.
         """
-        status = clip.path.stat()
-        identity = (str(clip.path.resolve()), status.st_size, status.st_mtime_ns, clip.span)
+        place = () if isinstance(clip.location, Path) else clip.location.place
+        identity = (*self._identity(file_of(clip.location)), *place, clip.span)
         key = hashlib.sha256(repr(identity).encode()).hexdigest()
         return self.directory / key[:2] / f"{key[2:34]}.npz"
+
+    def _identity(self, path: Path) -> tuple[str, int, int]:
+        if path != self._file[0]:
+            status = path.stat()
+            self._file = path, (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        return self._file[1]
 
 
 def write_entry(path: Path, frames: Frames) -> None:

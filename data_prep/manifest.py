@@ -74,7 +74,7 @@ def make_manifest(
             "storage": storage.encoding,
             **storage.form.changed_fields(),
         },
-        "annotations": _hashes(annotations.files),
+        "annotations": annotation_hashes(annotations),
         "missing_files": annotations.missing_files,
         "content": content.hexdigest(),
         "files": _hashes([*directory.glob("*.json"), *directory.glob("*.arrow")]),
@@ -97,14 +97,19 @@ def _hashes(files: Iterable[Path]) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(files)}
 
 
+def annotation_hashes(annotations: Annotations) -> dict[str, str]:
+    """Hashes of the annotation files, by name."""
+    return _hashes(annotations.files) | annotations.hashes
+
+
 def annotation_changes(
-    manifest: Mapping[str, Any], files: Iterable[Path], *, named_by_user: bool
+    manifest: Mapping[str, Any], annotations: Annotations, *, named_by_user: bool
 ) -> list[str]:
     """Compares a dataset's annotation files with those of a new build.
 
     Args:
       manifest: of the dataset; empty if it has none.
-      files: the annotation files now.
+      annotations: what the new build reads.
       named_by_user: whether the names of the files say nothing about their content, so that a file
         with another name is the same. (A list of videos for training is none for testing.)
 
@@ -113,7 +118,7 @@ def annotation_changes(
     """
     if not manifest:
         return []
-    before, now = manifest.get("annotations", {}), _hashes(files)
+    before, now = manifest.get("annotations", {}), annotation_hashes(annotations)
     if named_by_user and sorted(before.values()) == sorted(now.values()):
         return []
     return [

@@ -21,8 +21,9 @@ from data_prep.annotations import AnnotationError, Annotations
 from data_prep.decode import Decoded, decode_clips
 from data_prep.descriptions import write_description
 from data_prep.frame_cache import FrameCache
+from data_prep.locations import Clip
 from data_prep.manifest import ContentHash, PublishedSizes, make_manifest
-from data_prep.video_folder import Clip, Plan
+from data_prep.video_folder import Plan
 from drl_jax.data.description import Description
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT
@@ -67,7 +68,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """Reads the annotation files.
 
         Args:
-          path: their directory (for `custom`, the file).
+          path: their directory (for `custom`, the file or files).
 
         Raises:
           AnnotationError: they cannot be used.

@@ -13,23 +13,9 @@ from data_prep.annotations import (
     check_texts,
     without_video_suffix,
 )
-from drl_jax.data.video import VIDEO_SUFFIXES, Span
+from data_prep.locations import Clip, FoundVideos
+from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.files import files_below
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """An annotated video on disk.
-
-    Attributes:
-      video_id: id of the video.
-      path: its file.
-      span: start and end in seconds; None: the whole file.
-    """
-
-    video_id: str
-    path: Path
-    span: Span | None
 
 
 class VideoFolder:
@@ -147,10 +133,10 @@ class Plan:
 
     Attributes:
       annotations: the dataset's annotations.
-      folder: folder of the video files.
+      folder: folder of the video files, or of the files that contain the videos.
       clips: annotated videos that were found.
       unusable: reasons why the other videos are left out, by id.
-      unannotated: paths, below the folder, of video files without annotation.
+      unannotated: names, below the folder, of videos without annotation.
     """
 
     annotations: Annotations
@@ -160,24 +146,32 @@ class Plan:
     unannotated: list[str]
 
 
-def make_plan(annotations: Annotations, videos: Path, quarantine: Mapping[str, str]) -> Plan:
-    """Finds the annotated videos in a folder, and leaves out those in quarantine.
+def make_plan(annotations: Annotations, videos: Path | None, quarantine: Mapping[str, str]) -> Plan:
+    """Finds the annotated videos, and leaves out those in quarantine.
 
     Args:
       annotations: the dataset's annotations.
-      videos: folder of the video files.
+      videos: folder of the video files; not used if the annotation files contain the videos.
       quarantine: reasons by id of the videos to leave out.
 
     Raises:
-      AnnotationError: the folder contains no video, or a text cannot be stored.
+      AnnotationError: the folder is None or contains no video, or a text cannot be stored.
     """
     check_texts(annotations)
-    folder = VideoFolder(videos)
-    clips, unusable = folder.locate(annotations)
-    unannotated = sorted(set(folder.files) - {clip.path for clip in clips})
-    for clip in clips:
+    found = annotations.contained or _find_files(annotations, videos)
+    unusable = dict(found.missing)
+    for clip in found.clips:
         if clip.video_id in quarantine:
             unusable[clip.video_id] = f"in quarantine: {quarantine[clip.video_id]}"
-    usable = [clip for clip in clips if clip.video_id not in unusable]
+    usable = [clip for clip in found.clips if clip.video_id not in unusable]
+    return Plan(annotations, found.folder, usable, unusable, found.unannotated)
+
+
+def _find_files(annotations: Annotations, videos: Path | None) -> FoundVideos:
+    if videos is None:
+        raise AnnotationError("the annotations name video files: --videos must be their folder")
+    folder = VideoFolder(videos)
+    clips, missing = folder.locate(annotations)
+    unannotated = sorted(set(folder.files) - {clip.location for clip in clips})
     names = [str(path.relative_to(videos)) for path in unannotated]
-    return Plan(annotations, videos, usable, unusable, names)
+    return FoundVideos(videos, clips, missing, names)

@@ -12,6 +12,7 @@ from support.commands import ROOT, error_line, error_of, run_module
 from support.old_datasets import rewrite_as_layout_1
 from support.videos import write_video
 
+from data_prep.annotations import Annotations
 from data_prep.build import main as build
 from data_prep.manifest import annotation_changes
 from drl_jax.data.records import VideoDataset
@@ -132,7 +133,8 @@ def test_changed_annotations_are_not_built_already(sources, tmp_path, capsys):
 def test_a_renamed_list_of_another_dataset_is_a_change(tmp_path):
     (tmp_path / "val_list.txt").write_text("a")
     before = {"annotations": {"test_list.txt": sha256(tmp_path / "val_list.txt")}}
-    changes = annotation_changes(before, [tmp_path / "val_list.txt"], named_by_user=False)
+    now = Annotations({}, files=[tmp_path / "val_list.txt"])
+    changes = annotation_changes(before, now, named_by_user=False)
     assert changes == ["val_list.txt is new", "test_list.txt is missing"]
 
 

@@ -212,4 +212,4 @@ def test_accents_are_compared_in_their_composed_form(annotated, stored, tmp_path
     for annotation in ("Café/été.mp4", "été.mp4", "été", "été.mov", "Café/été"):
         text = unicodedata.normalize(annotated, annotation)
         plan = make_plan(read(tmp_path, f"video,caption\n{text},a\n"), tmp_path / "videos", {})
-        assert [clip.path for clip in plan.clips] == [tmp_path / "videos" / name]
+        assert [clip.location for clip in plan.clips] == [tmp_path / "videos" / name]

@@ -13,7 +13,7 @@ from support.videos import numbered_frames, write_video
 
 from data_prep.decode import decode_clips
 from data_prep.frame_cache import FrameCache
-from data_prep.video_folder import Clip
+from data_prep.locations import Clip
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes

@@ -21,7 +21,7 @@ def located(folder, *names):
     entries = [Captioned(name, ["a"]) for name in names]
     sources = {name: (Source(name),) for name in names}
     clips, reasons = VideoFolder(folder).locate(Annotations({"train": entries}, sources=sources))
-    found = {clip.video_id: str(clip.path.relative_to(folder)) for clip in clips} | reasons
+    found = {clip.video_id: str(clip.location.relative_to(folder)) for clip in clips} | reasons
     return [found[name] for name in names]
 
 

@@ -1,12 +1,16 @@
 """Annotation files of every builder, damaged in their bytes, their text and their structure."""
 
+import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
 from benchmarks.fuzz.damage import LEGITIMATE, Damage, damage_file, damage_text, damage_tree
 from benchmarks.fuzz.runner import InvalidResult
@@ -26,13 +30,18 @@ def prepare(root: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if name.endswith(".pkl"):
                 path.write_bytes(pickle.dumps(content, protocol=0))
+            elif isinstance(content, bytes):
+                path.write_bytes(content)
             else:
                 text = content if isinstance(content, str) else json.dumps(content)
                 path.write_text(text, encoding="utf-8")
 
 
 def _subjects() -> dict[str, dict[str, Any]]:
-    """File contents by name of the dataset, then by file name; dicts and lists become JSON."""
+    """File contents by name of the dataset, then by file name.
+
+    Dicts and lists become JSON, and bytes are damaged as such.
+    """
     captions = {video: [f"a {video} öffnet", "two words"] for video in _VATEX}
     lists = {f"{split}_list.txt": f"{video}\n" for split, video in zip(_LISTS, _VATEX, strict=True)}
     official = [{"videoID": video, "enCap": found} for video, found in captions.items()]
@@ -49,6 +58,8 @@ def _subjects() -> dict[str, dict[str, Any]]:
     return {
         "custom-jsonl": {"captions.jsonl": "\n".join(map(json.dumps, rows))},
         "custom-csv": {"captions.csv": csv},
+        "custom-tar": {"captions.tar": _shard()},
+        "custom-parquet": {"captions.parquet": _table()},
         "msrvtt": _msrvtt(),
         "msvd-pickle": {**lists, "raw-captions.pkl": words},
         "msvd-json": {**lists, "captions_msvd.json": captions},
@@ -59,6 +70,29 @@ def _subjects() -> dict[str, dict[str, Any]]:
         "activitynet": _activitynet(),
         "lsmdc": _lsmdc(),
     }
+
+
+def _shard() -> bytes:
+    """A WebDataset shard; its videos are not read."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in (
+            *(("0.mp4", b"0" * 700), ("0.txt", "wäves".encode())),
+            *(("1.mkv", b"1" * 700), ("1.json", b'{"captions": ["a", "b"], "end": 2}')),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def _table() -> bytes:
+    """A Parquet file with videos."""
+    file = io.BytesIO()
+    captions = {"caption": ["wäves", "a rose", "it"], "start": [0.0, None, 1.0]}
+    columns = {"bytes": [b"0" * 9] * 3, **captions, "end": [1.5, None, 2.0]}
+    parquet.write_table(pa.table(columns), file, row_group_size=2)
+    return file.getvalue()
 
 
 def _msrvtt() -> dict[str, Any]:
@@ -124,7 +158,7 @@ def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
     choice = random.random()
     if choice < 0.5 and path.suffix in (".json", ".jsonl", ".pkl"):
         return Damage(f"{path.name}: {_damage_structure(path, random)}", LEGITIMATE)
-    if choice < 0.8 and path.suffix != ".pkl":
+    if choice < 0.8 and path.suffix not in (".pkl", ".tar", ".parquet"):
         data, what = damage_text(path.read_bytes(), random)
         path.write_bytes(data)
         return Damage(f"{path.name}: {what}", LEGITIMATE)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import av
 import numpy as np
@@ -34,6 +35,15 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 _MAX_ASPECT_RATIO = 64
 # Black in limited-range video decodes to a few levels above 0.
 _BLACK_LEVEL = 8
+
+
+class Openable(Protocol):
+    """A video inside another file. FFmpeg sees the suffix of the opened file's `name`, if any."""
+
+    def open(self, mode: str = "rb") -> BinaryIO: ...
+
+
+VideoFile = Path | Openable
 
 
 class VideoError(ValueError):
@@ -93,14 +103,14 @@ def to_form(image: np.ndarray, form: FrameForm) -> np.ndarray:
 
 
 def read_frames(
-    path: Path, max_frames: int, form: FrameForm, span: Span | None = None
+    path: VideoFile, max_frames: int, form: FrameForm, span: Span | None = None
 ) -> np.ndarray:
     """Like `read_timed_frames`, without the times: uint8 [F, size, size, 3]."""
     return read_timed_frames(path, max_frames, form, span)[0]
 
 
 def read_timed_frames(
-    path: Path, max_frames: int, form: FrameForm, span: Span | None = None
+    path: VideoFile, max_frames: int, form: FrameForm, span: Span | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes the sampled frames of a video.
 
@@ -142,7 +152,7 @@ def read_timed_frames(
     return _stacked(sampled), np.array(times)
 
 
-def video_length(path: Path) -> float:
+def video_length(path: VideoFile) -> float:
     """Length of a file by its number of frames and its frame rate, seconds.
 
     Raises:
@@ -174,7 +184,7 @@ class VideoFacts:
     black: bool
 
 
-def inspect_video(path: Path, max_frames: int, form: FrameForm) -> VideoFacts:
+def inspect_video(path: VideoFile, max_frames: int, form: FrameForm) -> VideoFacts:
     """Decodes a file completely.
 
     Args:
@@ -220,9 +230,12 @@ def ffmpeg_errors() -> Iterator[None]:
         raise VideoError(f"cannot be read as a video ({' '.join(reason.split())})") from error
 
 
-def _open(path: Path) -> av.container.InputContainer:
-    # Titles in Latin-1 are common, and by default they are errors.
-    return av.open(str(path), metadata_errors="replace")
+@contextlib.contextmanager
+def _open(path: VideoFile) -> Iterator[av.container.InputContainer]:
+    with contextlib.ExitStack() as stack:
+        file = str(path) if isinstance(path, Path) else stack.enter_context(path.open("rb"))
+        # Titles in Latin-1 are common, and by default they are errors.
+        yield stack.enter_context(av.open(file, metadata_errors="replace"))
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -236,7 +249,7 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def count_frames(path: Path) -> tuple[int, float]:
+def count_frames(path: VideoFile) -> tuple[int, float]:
     """Number of packets of the best stream, and its frame rate.
 
     The reference counts frames in the same way; the counts in headers are unreliable.
@@ -247,7 +260,7 @@ def count_frames(path: Path) -> tuple[int, float]:
         return sum(1 for packet in container.demux(stream) if packet.size), float(rate)
 
 
-def decode(path: Path) -> Iterator[av.VideoFrame | None]:
+def decode(path: VideoFile) -> Iterator[av.VideoFrame | None]:
     """Yields all frames in display order, and None for each damaged packet."""
     with _open(path) as container:
         stream = _video_stream(container)
@@ -273,7 +286,7 @@ class RgbConverter:
         return np.ascontiguousarray(np.rot90(rgb, quarter_turns))
 
 
-def _header_duration(path: Path) -> float:
+def _header_duration(path: VideoFile) -> float:
     with _open(path) as container:
         stream = _video_stream(container)
         if stream.duration and stream.time_base:

@@ -87,7 +87,7 @@ def json_sha256(value: Any) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content.
+    """Hexadecimal SHA-256 of a file's content; `path` needs a method `open` only.
 
     Raises:
       OSError: the file cannot be read.

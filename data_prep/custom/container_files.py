@@ -1,0 +1,154 @@
+"""Which files of your own dataset `--annotations` names, and what is common to all containers."""
+
+import dataclasses
+import glob
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+from tqdm import tqdm
+
+from data_prep.annotations import AnnotationError, Annotations, Captioned
+from data_prep.custom.rows import SplitRows, split_of_file
+from data_prep.locations import Clip, FoundVideos, Location, name_below
+from drl_jax.data.video import Span
+from drl_jax.runtime.files import files_below
+
+TAR, PARQUET = ".tar", ".parquet"
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+@dataclasses.dataclass(frozen=True)
+class ContainerFiles:
+    """Files of one kind that have captions, and may have the videos.
+
+    Attributes:
+      named: what `--annotations` is.
+      folder: folder above all of them.
+      paths: the files, sorted.
+    """
+
+    named: Path
+    folder: Path
+    paths: list[Path]
+
+    @property
+    def kind(self) -> str:
+        """TAR or PARQUET."""
+        return self.paths[0].suffix.lower()
+
+    def each(self) -> Iterator[tuple[Path, str, str]]:
+        """Yields each file, its name below the folder, and the split that its path names, or ""."""
+        # Short work shows no bar.
+        for path in tqdm(self.paths, "reading annotations", unit="file", delay=2):
+            inner = path.relative_to(self.folder)
+            yield path, inner.as_posix(), split_of_file(PurePath(self.folder.name) / inner)
+
+
+def find_containers(named: Path) -> ContainerFiles | None:
+    """Finds the tar files or the Parquet files that `--annotations` names.
+
+    Args:
+      named: a file, a folder, or a pattern such as `shards/*.tar`.
+
+    Returns:
+      The files; None if it is another file. Of a folder with both kinds, the tar files:
+      video2dataset writes its logs beside them, as Parquet files.
+
+    Raises:
+      AnnotationError: there is no such file, or tar files are compressed.
+    """
+    if named.is_dir():
+        folder, found = named, files_below(named)
+    elif named.is_file():
+        folder, found = named.parent, [named]
+        if not _with_suffix(found, TAR, PARQUET, *_COMPRESSED):
+            return None
+    else:
+        folder = next(p for p in named.parents if glob.escape(str(p)) == str(p))
+        found = sorted(p for p in folder.glob(str(named.relative_to(folder))) if p.is_file())
+    if packed := _with_suffix(found, *_COMPRESSED):
+        raise AnnotationError(
+            f"{packed[0]} is a compressed tar file, whose members cannot be read in place; unpack"
+            " each to a plain .tar file, e.g. with gunzip (videos are compressed already)"
+        )
+    paths = _with_suffix(found, TAR) or _with_suffix(found, PARQUET)
+    if paths:
+        return ContainerFiles(named, folder, paths)
+    if not named.exists() and glob.escape(str(named)) == str(named):
+        raise AnnotationError(
+            f"no file {named}; --annotations must be a .csv or .jsonl file, or .tar or .parquet"
+            " files or their folder"
+        )
+    raise AnnotationError(
+        f"no .tar file and no .parquet file in {named}; to read a .csv or .jsonl file,"
+        " --annotations must be the file"
+    )
+
+
+def _with_suffix(paths: list[Path], *suffixes: str) -> list[Path]:
+    return [path for path in paths if path.name.lower().endswith(suffixes)]
+
+
+class ContainedVideos:
+    """Collects the videos inside container files, and their captions."""
+
+    def __init__(self, files: ContainerFiles):
+        self._files = files
+        self._rows: SplitRows[str] = SplitRows(files.named)
+        self._found = FoundVideos(files.folder)
+        self._hashes: dict[str, str] = {}
+        self._digest = hashlib.sha256()
+
+    def add(
+        self,
+        video_id: str,
+        captions: list[str],
+        split: str,
+        location: Location | None,
+        span: Span | None,
+        *,
+        missing: str = "",
+    ) -> None:
+        """Adds a video with a new id.
+
+        Args:
+          video_id: its id.
+          captions: its captions.
+          split: its split, or "".
+          location: its place; None if there are captions only.
+          span: start and end in seconds; None: the whole video.
+          missing: why it has no place.
+        """
+        # The bytes of a video are not part of it: they may be terabytes.
+        size = getattr(location, "size", None)
+        self._digest.update(
+            repr((video_id, captions, split, span, size)).encode("utf-8", "replace")
+        )
+        self._rows.add(video_id, captions, split)
+        if location is None:
+            self._found.missing[video_id] = missing
+        else:
+            self._found.clips.append(Clip(video_id, location, span))
+
+    def add_unannotated(self, location: Location) -> None:
+        """Adds a video without captions."""
+        self._found.unannotated.append(name_below(location, self._files.folder))
+
+    def end_file(self, name: str) -> None:
+        """Ends what is added from a file; `name` is that below the folder."""
+        self._hashes[name] = self._digest.hexdigest()
+        self._digest = hashlib.sha256()
+
+    def annotations(self) -> Annotations:
+        """The annotations.
+
+        Raises:
+          AnnotationError: some videos have a split and others have none.
+        """
+        splits = self._rows.splits(lambda video_id: video_id)
+        captioned = {
+            name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
+            for name, videos in splits.items()
+        }
+        return Annotations(captioned, hashes=self._hashes, contained=self._found)

@@ -1,0 +1,239 @@
+"""Parquet files of captions, and of videos whose bytes are cells. Workers import this module."""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from drl_jax.data.video import VideoError
+from drl_jax.runtime.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# Rows whose captions are read at a time.
+_BATCH = 4096
+# Largest size of a row group with videos, bytes. To read it, pyarrow takes 2.0 times as much memory
+# (uncompressed, without a dictionary) to 5.7 times (snappy, with one), beside the last one read.
+MAX_ROW_GROUP = 10**9
+
+
+class ParquetError(UserError):
+    """A Parquet file that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParquetCell:
+    """The content of a video in a cell of a Parquet file.
+
+    Attributes:
+      path: the Parquet file.
+      column: path of the column, e.g. "bytes" or "video.bytes".
+      row: number of the row in the file, from 0.
+      row_group: number of its row group.
+      index: number of the row in its row group.
+    """
+
+    path: Path
+    column: str
+    row: int
+    row_group: int
+    index: int
+
+    @property
+    def name(self) -> str:
+        return str(self.row)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """What tells it from other cells of the file."""
+        return self.column, self.row
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Opens it like a file of its own.
+
+        Parquet cannot read a cell alone: this reads the column of its row group, which the process
+        keeps until it opens a cell of another one.
+
+        Raises:
+          OSError: the file cannot be read.
+          VideoError: it is damaged, or the cell is empty or has a URL.
+        """
+        if mode != "rb":
+            raise ValueError(f"a cell can only be read, not opened as {mode!r}")
+        status = self.path.stat()
+        version = (status.st_size, status.st_mtime_ns)
+        column, *fields = self.column.split(".")
+        try:
+            cell = _row_group(self.path, version, self.column, self.row_group)[column][self.index]
+            for field in fields:
+                cell = cell[field] if cell.is_valid else cell
+        except _errors() as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise VideoError(f"its row cannot be read from {self.path.name} ({error})") from error
+        content = cell.as_buffer() if cell.is_valid else None
+        if not content:
+            raise VideoError(f"has no bytes in {self.path.name}, row {self.row} (from 0)")
+        if is_url(start := content[:60].to_pybytes().decode("latin-1")):
+            raise VideoError(
+                f"is a URL in {self.path.name}, row {self.row} (from 0): {start}; the cell must"
+                " have the content of the file"
+            )
+        return io.BytesIO(content)
+
+
+def is_url(text: str) -> bool:
+    """Whether a text names a file on the net."""
+    return text[:8].lower().startswith(("http://", "https://"))
+
+
+@functools.lru_cache(maxsize=1)
+def _row_group(
+    path: Path, version: tuple[int, int], column: str, row_group: int
+) -> "pyarrow.Table":
+    """A row group's column. The version is that of the file, which may be written again."""
+    import pyarrow.parquet
+
+    del version
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        return file.read_row_group(row_group, columns=[column], use_threads=False)
+
+
+@functools.cache
+def _errors() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for a damaged file, besides errors of the disk."""
+    import pyarrow
+
+    return (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError)
+
+
+class ParquetTable:
+    """A Parquet file that is read row by row.
+
+    Attributes:
+      path: the file.
+      columns: paths of its columns, by their names in lower case without blanks around them.
+      rows: number of its rows.
+    """
+
+    def __init__(self, path: Path):
+        """Reads the description of the file.
+
+        Raises:
+          ParquetError: the file is no Parquet file, or damaged, or has two columns of one name.
+          OSError: it cannot be read.
+        """
+        self.path = path
+        self._file = self._guarded(self._open)
+        self._schema = self._guarded(lambda: self._file.schema_arrow)
+        self.rows = self._file.metadata.num_rows
+        names = [name.strip().lower() for name in self._schema.names]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ParquetError(f"{path} has two columns {doubled[0]!r}")
+        self.columns = dict(zip(names, self._schema.names, strict=True))
+
+    def _open(self) -> Any:
+        import pyarrow.parquet
+
+        return pyarrow.parquet.ParquetFile(self.path, pre_buffer=False)
+
+    def type(self, column: str) -> "pyarrow.DataType":
+        """Type of a column of `columns`; that of the values if it has a dictionary."""
+        import pyarrow
+
+        kind = self._schema.field(self.columns[column]).type
+        return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+    @property
+    def video_column(self) -> str:
+        """Path of the column with the contents of videos; empty if there is none.
+
+        It is called `bytes`, or else `video`; `video` may be a struct with a field `bytes`, as
+        Hugging Face's datasets has it.
+        """
+        from pyarrow import types
+
+        for name in ("bytes", "video"):
+            if name not in self.columns:
+                continue
+            kind, path = self.type(name), self.columns[name]
+            if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                kind, path = kind.field("bytes").type, f"{path}.bytes"
+            if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+                return path
+        return ""
+
+    def cells(self) -> Iterator[ParquetCell]:
+        """The cells of the column with the contents of videos, in the order of the rows.
+
+        Raises:
+          ParquetError: a row group is too large to be read at a time, or the file is damaged.
+        """
+        column, row = self.video_column, 0
+        groups = self._guarded(self._row_groups)
+        if (count := sum(rows for rows, _ in groups)) != self.rows:
+            raise self._damaged(f"{count} rows in its row groups instead of {self.rows}")
+        for number, (rows, size) in enumerate(groups):
+            if size > MAX_ROW_GROUP:
+                raise ParquetError(
+                    f"{self.path}: row group {number} ({rows} rows) has {size / 1e9:.1f} GB, and a"
+                    " process must read all of its videos for one; write the"
+                    " file with smaller row groups, e.g. pyarrow's row_group_size=10"
+                )
+            for index in range(rows):
+                yield ParquetCell(self.path, column, row, number, index)
+                row += 1
+
+    def _row_groups(self) -> list[tuple[int, int]]:
+        """Number of rows of each row group, and its size without compression, bytes."""
+        metadata = self._file.metadata
+        groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+        # The sizes of single columns end the process if the file is damaged (pyarrow 26).
+        return [(group.num_rows, group.total_byte_size) for group in groups]
+
+    def read(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """Yields rows in order, as Python values by column.
+
+        Args:
+          columns: keys of `columns`.
+
+        Raises:
+          ParquetError: the file is damaged.
+        """
+        names = [self.columns[column] for column in columns]
+        batches = self._file.iter_batches(batch_size=_BATCH, columns=names, use_threads=False)
+        count = 0
+        while (rows := self._guarded(lambda: _next_rows(batches, names))) is not None:
+            count += len(rows)
+            yield from (dict(zip(columns, row, strict=True)) for row in rows)
+        if count != self.rows:
+            raise self._damaged(f"{count} rows instead of {self.rows}")
+
+    def _guarded(self, read: Any) -> Any:
+        try:
+            return read()
+        except _errors() as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise self._damaged(one_line(error)) from error
+
+    def _damaged(self, reason: str) -> ParquetError:
+        return ParquetError(
+            f"{self.path} is damaged or no Parquet file ({reason}); copy or write it again, or"
+            " remove it"
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _next_rows(
+    batches: Iterator["pyarrow.RecordBatch"], columns: list[str]
+) -> list[tuple[Any, ...]] | None:
+    """The rows of the next batch as Python values; None after the last one."""
+    if (batch := next(batches, None)) is None:
+        return None
+    return list(zip(*(batch.column(column).to_pylist() for column in columns), strict=True))

@@ -1,0 +1,589 @@
+"""`custom` from WebDataset shards and Parquet files: what is read, what is refused, the build."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from support.commands import error_of
+from support.containers import write_parquet, write_tar
+from support.videos import SHARED, numbered_frames, write_video
+
+from data_prep import parquet_files
+from data_prep.annotations import AnnotationError
+from data_prep.build import main as build
+from data_prep.check import main as check
+from data_prep.compare import main as compare
+from data_prep.datasets import builder_class
+from data_prep.decode import read_frames_or_error
+from data_prep.frame_cache import FrameCache
+from data_prep.locations import Clip, find_locations, name_below
+from data_prep.parquet_files import ParquetCell, ParquetTable
+from data_prep.tar_files import TarMember, read_members
+from data_prep.video_folder import make_plan
+from drl_jax.data.frame_form import FrameForm
+from drl_jax.data.records import VideoDataset
+from drl_jax.data.storage import StorageSpec
+from drl_jax.data.video import VideoError, inspect_video
+from drl_jax.runtime.errors import UserError
+
+STORAGE = StorageSpec(FrameForm(32), 4, "raw")
+BUILT = Path("custom") / STORAGE.name / "1.0.0"
+SIZE = ("--image_size=32", "--max_frames=4", "--storage=raw")
+
+
+def read(path):
+    return builder_class("custom").read_annotations(path)
+
+
+def captions_of(annotations):
+    return {
+        name: {entry.video_id: entry.captions for entry in split}
+        for name, split in annotations.splits.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> list[bytes]:
+    """The contents of four video files of 1 to 4 seconds."""
+    path = tmp_path_factory.mktemp("videos") / "video.mp4"
+    contents = []
+    for seconds in range(1, 5):
+        write_video(path, numbered_frames(10 * seconds + 5)[5:], fps=10)  # Without black frames.
+        contents.append(path.read_bytes())
+    return contents
+
+
+@pytest.fixture(scope="module")
+def sources(videos, tmp_path_factory) -> Path:
+    """The same videos as files, in shards, and in Parquet files."""
+    root = tmp_path_factory.mktemp("sources")
+    (root / "files").mkdir()
+    for number, content in enumerate(videos):
+        (root / "files" / f"{number}.mp4").write_bytes(content)
+    write_tar(
+        root / "shards" / "train" / "0.tar",
+        [
+            ("0001.mp4", videos[0]),
+            ("0001.txt", "one"),
+            ("0002.json", json.dumps({"caption": "two", "start": 0.5, "end": "0:01.5"})),
+            ("0002.mp4", videos[1]),
+            ("alone.mp4", videos[0]),
+            ("gone.txt", "no video"),
+            ("0003.mp4", b"no video"),
+            ("0003.txt", "text"),
+        ],
+    )
+    write_tar(root / "shards" / "val" / "0.tar", [("0001.mp4", videos[2]), ("0001.txt", "three")])
+    write_tar(root / "shards" / "test" / "0.tar", [("0001.mp4", videos[3]), ("0001.txt", "four")])
+    table = {
+        "bytes": [videos[3], *videos[:3]],
+        "caption": ["four", "one", "two", "three"],
+        "start": [None, None, 0.5, None],
+        "end": [None, None, 1.5, None],
+        "split": ["test", "train", "train", "val"],
+    }
+    for number in range(2):
+        part = {name: column[2 * number :][:2] for name, column in table.items()}
+        write_parquet(root / "tables" / f"{number}.parquet", part, row_group_size=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(sources, tmp_path_factory) -> Path:
+    """A copy of the shards, and the dataset that their build writes."""
+    root = Path(shutil.copytree(sources, tmp_path_factory.mktemp("built") / "root"))
+    assert build(["custom", f"--annotations={root / 'shards'}", f"--data_dir={root}", *SIZE]) == 0
+    return root
+
+
+def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
+    sources, built, tmp_path, capsys
+):
+    flags = [f"--annotations={sources / 'tables'}", f"--data_dir={tmp_path}"]
+    assert build(["custom", *flags, *SIZE]) == 0
+    shards, tables = VideoDataset(built / BUILT), VideoDataset(tmp_path / BUILT)
+    expected = {number: sources / "files" / f"{number}.mp4" for number in range(4)}
+    expected = [
+        read_frames_or_error(expected[number], STORAGE, (0.5, 1.5) if number == 1 else None)
+        for number in (3, 0, 1, 2)
+    ]
+    assert [len(frames) for frames in expected] == [4, 1, 2, 3]
+    for dataset in (shards, tables):
+        assert len(dataset) == 4
+        for number, frames in enumerate(expected):
+            np.testing.assert_array_equal(dataset.read_frames(number), frames)
+    assert tables.sources == [
+        ["0.parquet/0"],
+        ["0.parquet/1"],
+        ["1.parquet/0", 0.5, 1.5],
+        ["1.parquet/1"],
+    ]
+    # What cannot be used is left out with its reason, and costs no other video.
+    assert shards.video_ids == ["test/0/0001", "train/0/0001", "train/0/0002", "val/0/0001"]
+    assert shards.sources[2] == ["train/0.tar/0002.mp4", 0.5, 1.5]
+    assert shards.manifest["left_out"] == {
+        "train/0/gone": "its shard has its txt, but no video",
+        "train/0/0003": "cannot be read as a video (Invalid data found when processing input)",
+    }
+    assert list(shards.manifest["annotations"]) == ["test/0.tar", "train/0.tar", "val/0.tar"]
+    capsys.readouterr()
+    assert compare(["custom", f"--videos={sources / 'tables'}", f"--data_dir={tmp_path}"]) == 0
+    assert re.search(r"4 +0 +0\.000\n", capsys.readouterr().out)
+
+
+def test_a_second_build_finds_the_first_one_and_its_frames(built, videos, capsys):
+    shards = built / "shards"
+    flags = ["custom", f"--annotations={shards}", f"--data_dir={built}", *SIZE]
+    before = {path.name: path.read_bytes() for path in (built / BUILT).iterdir()}
+    cached = {path: path.stat().st_mtime_ns for path in (built / "cache").rglob("*.npz")}
+    assert len(cached) == 4
+    assert build(flags) == 0
+    assert "is already built" in capsys.readouterr().out
+    # The folder of files is not needed, and the command says so.
+    assert build([*flags, f"--videos={built / 'files'}", "--overwrite"]) == 0
+    assert f"--videos is not used: the videos are inside {shards}" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (built / BUILT).iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (built / "cache").rglob("*.npz")} == cached
+    write_tar(shards / "val" / "0.tar", [("0001.mp4", videos[2]), ("0001.txt", "other")])
+    line = error_of("data_prep.build", *flags, capsys=capsys)
+    assert "was built from other annotation files (val/0.tar has changed)" in line
+
+
+def test_the_validator_reads_shards(sources, videos, tmp_path, capsys):
+    shards = Path(shutil.copytree(sources / "shards", tmp_path / "shards"))
+    write_tar(shards / "val" / "1.tar", [("0009.mp4", videos[2]), ("0009.txt", "Three")])
+    write_tar(
+        shards / "val" / "2.tar", [("0.mp4", videos[0][:900]), ("0.json", '{"captions":["x"]}')]
+    )
+    assert check(["custom", f"--annotations={shards}", f"--data_dir={tmp_path}", *SIZE]) == 1
+    report = json.loads((tmp_path / "custom" / "check.json").read_text())
+    assert report["missing"] == {"train/0/gone": "its shard has its txt, but no video"}
+    assert report["unusable"].keys() == {"train/0/0003", "val/2/0"}
+    assert report["duplicate_videos"] == [
+        {"videos": ["val/0/0001", "val/1/0009"], "splits": ["val"]}
+    ]
+    assert report["repeated_captions"] == {"val": 1}
+    assert report["unannotated_files"] == ["train/0.tar/alone.mp4"]
+    assert "1 video files have no annotation" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_keys_captions_and_splits_of_shards(tmp_path):
+    write_tar(
+        tmp_path / "b.tar",
+        [
+            # Members of a sample need not follow each other. Other members are not read.
+            ("./x/1.txt", " one \n"),
+            ("./x/2.webm", b"2"),
+            ("x/.hidden.mp4", b""),
+            ("x/._1.mp4", b"AppleDouble"),
+            ("./x/2.JSON", '{"caption": "two", "captions": ["three", "two"], "url": "https://a"}'),
+            ("./x/2.txt", "two"),
+            ("./x/1.cam.MKV", b"11"),
+            ("./x/1.jpg", b"picture"),
+            ("./x/3.mp4", b"3"),
+            ("./x/3.json", '{"caption": null, "clips": [[1, 2]]}'),
+            ("./x/4.mp4", b"4"),
+            ("./x/4.txt", " \n"),
+            ("./x/5.mp4", b"5"),
+            ("./x/5.json", '{"caption": "", "captions": ["five"], "split": "test"}'),
+            ("__meta__", b"x"),
+        ],
+    )
+    write_tar(
+        tmp_path / "a.tar", [("0.mp4", b"0"), ("0.json", '{"caption": "zero", "split": "val"}')]
+    )
+    with pytest.raises(AnnotationError, match="some rows have a split and others have none"):
+        read(tmp_path)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "b.tar").rename(tmp_path / "training" / "b.tar")
+    annotations = read(tmp_path)
+    assert captions_of(annotations) == {
+        "val": {"a/0": ["zero"]},
+        "train": {"training/b/x/1": ["one"], "training/b/x/2": ["two", "three"]},
+        "test": {"training/b/x/5": ["five"]},
+    }
+    found = annotations.contained
+    assert found.unannotated == ["training/b.tar/./x/3.mp4", "training/b.tar/./x/4.mp4"]
+    contents = {clip.video_id: clip.location.open().read() for clip in found.clips}
+    assert contents == {
+        "a/0": b"0", "training/b/x/1": b"11", "training/b/x/2": b"2", "training/b/x/5": b"5"
+    }  # fmt: skip
+    names = [name_below(clip.location, tmp_path) for clip in found.clips]
+    assert find_locations(tmp_path, names) == [clip.location for clip in found.clips]
+
+
+def test_a_file_a_folder_and_a_pattern(tmp_path):
+    for name in ("train-0", "validation-0", "test_1"):
+        write_tar(tmp_path / "all" / f"{name}.tar", [("0.mp4", b"0"), ("0.txt", name)])
+        columns = {"bytes": [b"0"], "caption": [name]}
+        write_parquet(tmp_path / "tables" / f"{name}.parquet", columns)
+    # The log of video2dataset.
+    write_parquet(tmp_path / "all" / "train-0.parquet", {"key": ["0"], "status": ["success"]})
+    expected = {"train": ["train-0"], "val": ["validation-0"], "test": ["test_1"]}
+
+    def splits(path):
+        annotations = read(path)
+        folder = annotations.contained.folder
+        assert all(
+            clip.location.path.is_relative_to(folder) for clip in annotations.contained.clips
+        )
+        return {name: [e.captions[0] for e in split] for name, split in annotations.splits.items()}
+
+    assert splits(tmp_path / "all") == splits(tmp_path / "tables") == expected
+    assert splits(tmp_path / "all" / "test_1.tar") == {"test": ["test_1"]}
+    assert splits(tmp_path / "*" / "t*.tar") == {"test": ["test_1"], "train": ["train-0"]}
+    assert splits(tmp_path / "tables" / "*.parquet") == expected
+
+
+def test_without_splits_a_tenth_of_the_videos_is_held_out(tmp_path):
+    captions = [f"caption {number}" for number in range(30)]
+    table = write_parquet(tmp_path / "mine.parquet", {"bytes": [b"0"] * 30, "caption": captions})
+    first = read(table)
+    assert {name: len(split) for name, split in first.splits.items()} == {
+        "train": 24, "val": 3, "test": 3
+    }  # fmt: skip
+    assert captions_of(read(table)) == captions_of(first)
+
+
+def test_columns_of_parquet_files(tmp_path, videos):
+    """The same rows in the types that pandas, polars and Hugging Face's datasets write."""
+    nan = float("nan")
+    plain = {
+        "ID": [7, 8],
+        "Caption": ["one", "two"],
+        "captions": [["three"], None],
+        "start": [nan, 0.5],
+        "end": [nan, 2.0],
+        "url": ["https://a", None],
+    }
+    struct = [{"bytes": content, "path": None} for content in videos[:2]]
+    large = {
+        "key": pa.array(["7", "8"], pa.large_string()),
+        "caption": pa.array(["one", "two"]).dictionary_encode(),
+        "captions": pa.array([["three"], []], pa.large_list(pa.large_string())),
+        "start": [None, "0:00.5"],
+        "end": [None, "0:02"],
+    }
+    for columns in (
+        {**plain, "bytes": videos[:2]},
+        {**large, "bytes": pa.array(videos[:2], pa.large_binary())},
+        {**large, "video": struct},
+        {**plain, "video": pa.array(videos[:2], pa.binary())},
+        {**plain, "video": ["0.mp4", "1.mp4"], "bytes": videos[:2]},
+    ):
+        annotations = read(write_parquet(tmp_path / "mine.parquet", columns))
+        assert captions_of(annotations) == {"train": {"7": ["one", "three"], "8": ["two"]}}
+        clips = annotations.contained.clips
+        assert [clip.span for clip in clips] == [None, (0.5, 2.0)]
+        assert [clip.location.open().read() for clip in clips] == videos[:2]
+        names = [name_below(clip.location, tmp_path) for clip in clips]
+        assert find_locations(tmp_path, names) == [clip.location for clip in clips]
+
+
+def test_a_parquet_file_of_paths_is_like_a_csv(sources, tmp_path, capsys):
+    columns = {
+        "video": ["0.mp4", "1.mp4", "0.mp4", "2.mp4"],
+        "caption": ["one", "two", "other", "three"],
+        "start": [None, 0.5, None, None],
+        "end": [None, 1.5, None, None],
+    }
+    table = write_parquet(tmp_path / "mine.parquet", columns)
+    rows = zip(*[["" if v is None else str(v) for v in c] for c in columns.values()], strict=True)
+    listing = tmp_path / "mine.csv"
+    listing.write_text("\n".join([",".join(columns), *map(",".join, rows)]))
+    one, other = read(table), read(listing)
+    assert captions_of(one) == captions_of(other)
+    assert one.sources == other.sources
+    plans = [make_plan(annotations, sources / "files", {}) for annotations in (one, other)]
+    assert plans[0].clips == plans[1].clips
+    assert len(plans[0].clips) == 3
+    flags = ("custom", f"--annotations={table}", f"--data_dir={tmp_path / 'data'}")
+    for module in ("data_prep.build", "data_prep.check"):
+        line = error_of(module, *flags, capsys=capsys)
+        assert f"custom needs --videos=DIR: {table} names video files" in line
+
+
+def test_annotations_are_read_without_the_bytes_of_videos(tmp_path):
+    """A tar file of 60 GB with holes, and a Parquet file whose videos are most of it."""
+    path = write_tar(tmp_path / "big.tar", [("0.txt", "zero"), ("0.mp4", b"")])
+    member = tarfile.TarInfo("0.mp4")
+    member.size = 60 << 30
+    with path.open("r+b") as file:
+        file.seek(2 * tarfile.BLOCKSIZE)
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(3 * tarfile.BLOCKSIZE + member.size)
+        file.seek(0, os.SEEK_END)
+        file.write(
+            write_tar(tmp_path / "end.tar", [("1.mp4", b"1"), ("1.txt", "one")]).read_bytes()
+        )
+    content = random.Random(0).randbytes(1 << 20)
+    columns = {"bytes": [content] * 8, "caption": ["x"] * 8}
+    table = write_parquet(tmp_path / "big.parquet", columns, use_dictionary=False)
+    assert table.stat().st_size > 8 << 20
+    for path, clips in ((tmp_path / "big.tar", 2), (table, 8)):
+        before = _bytes_read()
+        assert len(read(path).contained.clips) == clips
+        assert _bytes_read() - before < 1 << 20
+
+
+def _bytes_read():
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+# ---------------------------------------------------------------- what is refused
+
+MP4 = ("0.mp4", b"0")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([MP4, ("0.json", "{")], r"mine.tar, 0.json is not JSON \(Expecting"),
+        ([MP4, ("0.json", "[1]")], r'mine.tar, 0.json is not an object: {"caption": ..}'),
+        ([MP4, ("0.txt", b"Caf\xe9")], "mine.tar, 0.txt is not text in UTF-8; save it as UTF-8"),
+        ([MP4, ("0.json", '{"caption": 7}')], "mine.tar, 0: caption must be a text, not 7"),
+        ([MP4, ("0.json", '{"captions": "a"}')], "mine.tar, 0: captions must be a list"),
+        ([MP4, ("0.json", '{"captions": ["a", ""]}')], "mine.tar, 0: caption is empty"),
+        ([MP4, ("0.json", '{"caption": "a", "end": -1}')], "mine.tar, 0: end must be after start"),
+        ([MP4, ("0.json", '{"caption": "a", "split": "Test"}')], "0: 'Test' is not a split"),
+        ([MP4, ("0.left.avi", b"")], "0.left.avi and another member have the key '0', which is"),
+        ([MP4, ("0.txt", "a"), ("0.TXT", "b")], "a key has one of the members .txt"),
+        ([MP4, ("1.txt", "a")], "mine.tar has no video with a caption: each needs members of one"),
+        ([("0.jpg", b""), ("0.cls", "1")], "mine.tar has no video with a caption"),
+        ([], "mine.tar has no video with a caption"),
+    ],
+)
+def test_a_wrong_member_is_named(members, message, tmp_path):
+    with pytest.raises(AnnotationError, match=message):
+        read(write_tar(tmp_path / "mine.tar", members))
+
+
+def linked(path):
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("1.mp4")
+        member.type, member.linkname = tarfile.LNKTYPE, "0.mp4"
+        tar.addfile(member)
+
+
+def changed(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+# A tar file of two samples: the video has 5,000 bytes, and each member a header of 512.
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed(lambda b: b[:3000]), r"damaged or truncated \(.*unexpected end of data"),
+        (changed(lambda b: b[: 512 + 5120]), r"it ends at byte 5632 without the mark of its end"),
+        (changed(lambda b: b[: 512 + 5120 + 100]), "it ends at byte 5732 without the mark"),
+        (changed(lambda b: b[: 512 + 5120 + 514]), r"damaged or truncated \(it ends inside 0.txt"),
+        (changed(lambda b: b[:5632] + b"x" * 512 + b[6144:]), "no header of a member at byte 5632"),
+        (changed(lambda b: b"x" * 512 + b[512:]), "damaged or truncated"),
+        (changed(lambda b: b"text"), r"damaged or truncated \(ReadError"),
+        (changed(lambda b: b""), "mine.tar is empty; it must be a tar file"),
+        (changed(lambda b: b + b), "has data after its end at byte 6656: it is"),
+        (changed(lambda b: b"\x1f\x8b" + b), "mine.tar is compressed, .* file with gunzip"),
+        (changed(lambda b: b"\x28\xb5\x2f\xfd" + b), "compressed, .* file with unzstd"),
+        (linked, "1.mp4 is a link, not a file; pack the tar file again with --dereference"),
+        (lambda p: p.rename(p.parent / "mine.tar.gz"), "mine.tar.gz is a compressed tar file"),
+        (Path.unlink, "no .tar file and no .parquet file in "),
+    ],
+)  # fmt: skip
+def test_a_damaged_tar_file_is_one_line(damage, message, tmp_path, capsys):
+    path = write_tar(tmp_path / "shards" / "mine.tar", [("0.mp4", b"0" * 5000), ("0.txt", "zero")])
+    damage(path)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "shards")
+    flags = (f"--annotations={tmp_path / 'shards'}", f"--data_dir={tmp_path / 'data'}")
+    assert "shards" in error_of("data_prep.build", "custom", *flags, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"caption": ["a"], "file": ["b"]}, "mine.parquet has no video; it has caption, file"),
+        ({"video": ["a"]}, "mine.parquet has no caption; it has video"),
+        ({"bytes": [b"0"]}, "mine.parquet has no caption; it has bytes"),
+        ({"bytes": ["https://a"], "caption": ["b"]}, "column bytes has the type string, but"),
+        ({"video": ["http://a"], "caption": ["b"]}, r"row 0 .*: video is a URL \(http://a\)"),
+        ({"video": [7], "caption": ["b"]}, "the column video has the type int64, but"),
+        ({"bytes": [b"0"], "caption": [7.5]}, "the column caption has the type double, but"),
+        ({"video": ["a", None], "caption": ["b", "c"]}, r"parquet, row 1 \(from 0\): video is"),
+        ({"bytes": [b"0"], "caption": [None]}, r"row 0 \(from 0\): caption is empty"),
+        ({"bytes": [b"0"], "captions": ["a"]}, r"row 0 \(from 0\): captions must be a list"),
+        ({"bytes": [b"0"], "captions": [[None]]}, "row 0 .*: caption must be a text, not None"),
+        ({"bytes": [b"0"], "caption": ["a"], "start": [1.0]}, "start is set but end is not"),
+        ({"bytes": [b"0"], "caption": ["a"], "end": [True]}, "start and end must be seconds"),
+        ({"bytes": [b"0"], "caption": ["a"], "split": ["dev"]}, "did you mean val"),
+        ({"bytes": [b"0"] * 2, "caption": ["a"] * 2, "id": [1, 1]},
+         r"row 1 \(from 0\): another row has the id '1', too; a video with several"),
+        ({"bytes": [b"0"], "caption": ["a"], "id": [1.5]}, "id must be a text or a whole number"),
+        ({"bytes": [], "caption": []}, "mine.parquet has no rows"),
+        ({"bytes": [b"0"] * 2, "caption": ["a"] * 2, "split": ["val", None]},
+         "some rows have a split"),
+        ({"caption": ["a"], "Caption ": ["b"]}, "mine.parquet has two columns 'caption'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_named(columns, message, tmp_path):
+    if not columns.get("bytes", [1]):
+        columns = {"bytes": pa.array([], pa.binary()), "caption": pa.array([], pa.string())}
+    with pytest.raises(UserError, match=message):
+        read(write_parquet(tmp_path / "mine.parquet", columns))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-20],
+        lambda b: b"text",
+        lambda b: b"",
+        lambda b: b[:4] + b"\xff" * 200 + b[204:],
+    ],
+)
+def test_a_damaged_parquet_file_is_one_line(damage, tmp_path, capsys):
+    columns = {"caption": ["a" * 50] * 9, "bytes": [b"0"] * 9}
+    path = write_parquet(tmp_path / "mine.parquet", columns, compression="none")
+    path.write_bytes(damage(path.read_bytes()))
+    flags = (f"--annotations={path}", f"--data_dir={tmp_path / 'data'}")
+    line = error_of("data_prep.build", "custom", *flags, capsys=capsys)
+    assert "mine.parquet is damaged or no Parquet file (" in line
+
+
+def test_tables_with_and_without_videos_are_built_apart(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"video": ["a"], "caption": ["b"]})
+    write_parquet(tmp_path / "b.parquet", {"bytes": [b"0"], "caption": ["b"]})
+    with pytest.raises(AnnotationError, match=r"b.parquet contains videos, and other files of its"):
+        read(tmp_path)
+    (tmp_path / "b.parquet").rename(tmp_path / "0.parquet")
+    with pytest.raises(AnnotationError, match=r"a.parquet names files, and other files of its"):
+        read(tmp_path)
+
+
+def test_row_groups_that_do_not_fit_in_memory_are_refused(tmp_path, monkeypatch):
+    columns = {"bytes": [bytes([n]) * 1000 for n in range(4)], "caption": ["a"] * 4}
+    monkeypatch.setattr(parquet_files, "MAX_ROW_GROUP", 5000)
+    with pytest.raises(UserError, match=r"row group 0 \(4 rows\) has .* row_group_size=10"):
+        read(write_parquet(tmp_path / "mine.parquet", columns))
+    read(write_parquet(tmp_path / "mine.parquet", columns, row_group_size=2))
+
+
+def test_a_cell_without_a_video_costs_that_video_only(videos, tmp_path):
+    cells = [videos[1], None, b"", b"https://a.b/c.mp4", b"text", videos[2]]
+    columns = {"bytes": cells, "caption": ["a"] * 6}
+    options = {"row_group_size": 5, "use_dictionary": False, "compression": "none"}
+    path = write_parquet(tmp_path / "mine.parquet", columns, **options)
+    path.write_bytes(path.read_bytes().replace(b"text", b"TEXT"))
+    found = [
+        read_frames_or_error(clip.location, STORAGE, None) for clip in read(path).contained.clips
+    ]
+    assert [len(found[0]), len(found[5])] == [2, 3]
+    assert found[1:5] == [
+        "has no bytes in mine.parquet, row 1 (from 0)",
+        "has no bytes in mine.parquet, row 2 (from 0)",
+        "is a URL in mine.parquet, row 3 (from 0): https://a.b/c.mp4; the cell must have the"
+        " content of the file",
+        "cannot be read as a video (Invalid data found when processing input)",
+    ]
+    # A page whose header is damaged, after the file was planned.
+    cell = ParquetCell(path, "bytes", 5, 1, 0)
+    with path.open("r+b") as file:
+        file.seek(parquet.read_metadata(path).row_group(1).column(0).data_page_offset)
+        file.write(b"\xff" * 20)
+    os.utime(path)
+    with pytest.raises(VideoError, match=r"its row cannot be read from mine.parquet"):
+        cell.open()
+    path.unlink()
+    assert "No such file" in read_frames_or_error(cell, STORAGE, None)
+
+
+# ---------------------------------------------------------------- places of bytes
+
+
+def test_a_member_reads_like_a_file_of_its_bytes(tmp_path):
+    content = random.Random(0).randbytes(100_000)
+    members = [("a.bin", b"a" * 700), ("b.bin", content), ("c.bin", b"c" * 700)]
+    path = write_tar(tmp_path / "a.tar", members)
+    found = {m.name: TarMember(path, m.name, m.offset_data, m.size) for m, _ in read_members(path)}
+    choose = random.Random(1)
+    with found["b.bin"].open() as window, io.BytesIO(content) as expected:
+        assert (
+            hashlib.file_digest(found["b.bin"].open(), "md5").digest()
+            == hashlib.md5(content).digest()
+        )
+        for _ in range(300):
+            whence = choose.randrange(3)
+            offset = choose.randrange(-50_000, 120_000)
+            if whence == 0 or expected.tell() + offset < 0:
+                offset = abs(offset)
+            if whence == 2:
+                offset = max(offset, -100_000)
+            assert window.seek(offset, whence) == expected.seek(offset, whence)
+            count = choose.choice([0, 1, 100, 40_000, 200_000])
+            assert window.read(count) == expected.read(count)
+            assert window.tell() == expected.tell()
+    with pytest.raises(OSError, match="Invalid argument"):
+        found["a.bin"].open().seek(-1)
+
+
+def test_keys_of_the_frame_cache(sources, tmp_path):
+    cache = FrameCache(tmp_path, STORAGE)
+    path = sources / "files" / "0.mp4"
+    status = path.stat()
+    # Caches of earlier versions have this key of a file.
+    identity = (str(path.resolve()), status.st_size, status.st_mtime_ns, (0.0, 1.0))
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()
+    assert (
+        cache.entry(Clip("any", path, (0.0, 1.0))) == cache.directory / key[:2] / f"{key[2:34]}.npz"
+    )
+    clips = [c for name in ("shards", "tables") for c in read(sources / name).contained.clips]
+    entries = {cache.entry(clip) for clip in clips}
+    assert len(entries) == len(clips) == 9
+    assert {FrameCache(tmp_path, STORAGE).entry(clip) for clip in reversed(clips)} == entries
+    tar = clips[0].location.path
+    copy = Path(shutil.copy2(tar, tmp_path / "0.tar"))
+    moved = TarMember(copy, *clips[0].location.place)
+    before = cache.entry(Clip("a", moved, None))
+    os.utime(copy, ns=(1, 1))
+    assert FrameCache(tmp_path, STORAGE).entry(Clip("a", moved, None)) != before
+
+
+# Damaged, without an index at the start or at all, with a matrix in the header.
+HARD_INSIDE = (
+    *("truncated_60pct.mp4", "missing_moov.mp4", "rotated_90.mp4", "vfr.mp4"),
+    *("odd_h91_420.avi", "anim.gif"),
+)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared clips")
+def test_hard_clips_decode_the_same_inside_a_tar_and_a_parquet_file(tmp_path):
+    files = [SHARED / "hard_clips" / name for name in HARD_INSIDE]
+    tar = write_tar(tmp_path / "a.tar", [(path.name, path.read_bytes()) for path in files])
+    columns = {"bytes": [path.read_bytes() for path in files], "caption": ["a"] * len(files)}
+    table = write_parquet(tmp_path / "a.parquet", columns, row_group_size=5)
+    members = find_locations(tmp_path, [f"{tar.name}/{path.name}" for path in files])
+    for path, member, cell in zip(files, members, ParquetTable(table).cells(), strict=True):
+        expected = _decoded(path)
+        assert _decoded(member) == _decoded(cell) == expected, path
+
+
+def _decoded(location):
+    frames = read_frames_or_error(location, STORAGE, None)
+    try:
+        facts = inspect_video(location, 4, STORAGE.form)
+    except VideoError as error:
+        facts = str(error)
+    return frames if isinstance(frames, str) else frames.tobytes(), facts
