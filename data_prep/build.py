@@ -7,14 +7,20 @@ python -m data_prep.build custom --annotations=DIR_OF_TAR_FILES --data_dir=data
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.command import add_source_flags, disk_errors, requested_storage, videos_folder
 from data_prep.datasets import DRAWN, builder_class, dataset_names
-from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.cli import Parser, add_ray_flag, run_command
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
+
+if TYPE_CHECKING:
+    from data_prep.video_folder import Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +47,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="delete the cache of decoded frames after the build; a later build with other"
         " annotations then decodes all videos again",
     )
+    add_ray_flag(parser, "decode on")
     options = parser.parse_args(arguments)
     if options.dataset in DRAWN:
         if options.videos or options.annotations:
@@ -120,15 +127,38 @@ def _build_locked(options: argparse.Namespace) -> None:
     annotations = builder.read_annotations(options.annotations)
     plan = make_plan(annotations, videos_folder(options, annotations), reasons)
     dataset_build.print_plan(dataset, plan, data_dir, storage)
-    built = dataset_build.build_dataset(
-        dataset,
-        plan,
-        data_dir,
-        storage,
-        timeout=options.timeout,
-        keep_cache=False if options.discard_cache else None,
-    )
+    with _engine(options, plan) as map_calls:
+        built = dataset_build.build_dataset(
+            dataset,
+            plan,
+            data_dir,
+            storage,
+            timeout=options.timeout,
+            keep_cache=False if options.discard_cache else None,
+            map_calls=map_calls,
+        )
     dataset_build.print_report(built)
+
+
+@contextlib.contextmanager
+def _engine(options: argparse.Namespace, plan: "Plan") -> Iterator[OrderedMap]:
+    """What runs the decoders: processes of this machine, or a cluster whose nodes were checked."""
+    if not options.ray or not plan.clips:
+        yield map_in_processes
+        return
+    from data_prep.dataset_build import cache_dir
+    from data_prep.frame_cache import decoder_versions
+    from data_prep.locations import file_of
+    from drl_jax.runtime.cluster import connect
+
+    with connect(options.ray) as cluster:
+        cluster.check(
+            {"--data_dir": cache_dir(options.data_dir, options.dataset)},
+            file_of(plan.clips[0].location),
+            packages=("numpy", *decoder_versions()),
+            modules=["drl_jax", "data_prep"],
+        )
+        yield cluster.map
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def disk_errors(data_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise UserError(_full_message(data_dir)) from error
+            # "" or " on node NAME": the engine of a cluster adds it.
+            node = (error.strerror or "").removeprefix(os.strerror(error.errno))
+            raise UserError(_full_message(data_dir, node)) from error
         where, reason = error.filename or data_dir, error.strerror or str(error)
         raise UserError(f"cannot read or write {where} ({reason})") from error
     except RuntimeError as error:
@@ -48,8 +50,8 @@ def disk_errors(data_dir: Path) -> Iterator[None]:
         raise UserError(f"cannot read or write {data_dir} ({os.strerror(found)})") from error
 
 
-def _full_message(data_dir: Path) -> str:
-    return f"no space left in {data_dir}; free disk space, then rerun the command to continue"
+def _full_message(data_dir: Path, node: str = "") -> str:
+    return f"no space left in {data_dir}{node}; free disk space, then rerun the command to continue"
 
 
 def add_data_dir_flag(parser: Parser) -> None:

@@ -12,11 +12,17 @@ from data_prep.video_folder import Plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.lock import LOCK_FILE, locked
+from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
 
 def built_dir(data_dir: Path, dataset: str, storage: StorageSpec) -> Path:
     """Directory of a built dataset; it may not exist yet."""
     return data_dir / dataset / storage.name / FORMAT_VERSION
+
+
+def cache_dir(data_dir: Path, dataset: str) -> Path:
+    """Directory of the cache of decoded frames; it may not exist yet."""
+    return data_dir / "cache" / dataset
 
 
 def build_lock(data_dir: Path, dataset: str) -> contextlib.AbstractContextManager[None]:
@@ -37,6 +43,7 @@ def build_dataset(
     *,
     timeout: float,
     keep_cache: bool | None = None,
+    map_calls: OrderedMap = map_in_processes,
 ) -> Path:
     """Decodes and stores a dataset, and replaces an existing one with the same storage.
 
@@ -50,6 +57,7 @@ def build_dataset(
       storage: the storage variant.
       timeout: maximum seconds to decode one video.
       keep_cache: whether decoded frames stay cached; None: the dataset's default.
+      map_calls: runs the decoders, see `decode_clips`.
 
     Returns:
       The dataset's directory.
@@ -63,11 +71,11 @@ def build_dataset(
     _remove_leftovers(target)
     # Moved to `target` when it is complete, so that a failure leaves the existing dataset in place.
     unfinished = target.parent / "unfinished"
-    cache = data_dir / "cache" / dataset
+    cache = cache_dir(data_dir, dataset)
     config = StorageConfig.of(storage)
     builder = cls(data_dir=unfinished, config=config, file_format="array_record")
     try:
-        builder.store(plan, cache, timeout)
+        builder.store(plan, cache, timeout, map_calls)
         _replace(target, Path(builder.data_dir))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

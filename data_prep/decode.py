@@ -1,6 +1,7 @@
 """Decodes videos in parallel. Worker processes import this module, so its imports are light."""
 
 import dataclasses
+import errno
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
-from data_prep.locations import Clip, Location
+from data_prep.locations import Clip, Location, absolute
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import Span, VideoError, read_frames
-from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
+from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_processes
 
 _JPEG_QUALITY = 95
 
@@ -30,20 +31,28 @@ class Decoded:
     error: str = ""
 
 
-def decode_clips(clips: Sequence[Clip], *, cache: FrameCache, timeout: float) -> Iterator[Decoded]:
-    """Decodes videos on all available processors, except those that the cache has.
+def decode_clips(
+    clips: Sequence[Clip],
+    *,
+    cache: FrameCache,
+    timeout: float,
+    map_calls: OrderedMap = map_in_processes,
+) -> Iterator[Decoded]:
+    """Decodes videos, except those that the cache has.
 
     Args:
       clips: the videos.
       cache: cache of decoded frames; it sets the storage variant.
       timeout: maximum seconds per video.
+      map_calls: runs the decoders: on this machine, or on a cluster that shares the cache.
 
     Yields:
       One Decoded for each clip, in order. A file that cannot be read gives a Decoded with an error,
       not an exception.
 
     Raises:
-      OSError: the cache cannot be written, e.g. because the disk is full.
+      OSError: the cache cannot be written, e.g. because the disk is full, or an entry that was
+        written cannot be read here.
     """
     entries: list[Path | None] = []
     for clip in clips:
@@ -51,12 +60,13 @@ def decode_clips(clips: Sequence[Clip], *, cache: FrameCache, timeout: float) ->
             entries.append(cache.entry(clip))
         except OSError:
             entries.append(None)
+    # Absolute: the nodes of a cluster have other working directories.
     calls = [
-        (clip.location, clip.span, entry, cache.storage)
+        (absolute(clip.location), clip.span, entry.absolute(), cache.storage)
         for clip, entry in zip(clips, entries, strict=True)
         if entry is not None
     ]
-    errors = map_in_processes(_ensure_entry, calls, timeout=timeout)
+    errors = map_calls(_ensure_entry, calls, timeout=timeout)
     for entry in entries:
         if entry is None:
             yield Decoded(None, "cannot be opened")
@@ -69,7 +79,10 @@ def decode_clips(clips: Sequence[Clip], *, cache: FrameCache, timeout: float) ->
         elif error:
             yield Decoded(None, error)
         else:
-            yield Decoded(read_entry(entry))
+            frames = read_entry(entry)
+            if frames is None:
+                raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
+            yield Decoded(frames)
 
 
 def _ensure_entry(

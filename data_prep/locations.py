@@ -50,6 +50,13 @@ def file_of(location: Location) -> Path:
     return location if isinstance(location, Path) else location.path
 
 
+def absolute(location: Location) -> Location:
+    """The same location for a process with another working directory."""
+    if isinstance(location, Path):
+        return location.absolute()
+    return dataclasses.replace(location, path=location.path.absolute())
+
+
 def name_below(location: Location, folder: Path) -> str:
     """Name of a location, which `find_locations` finds: its path below a folder.
 

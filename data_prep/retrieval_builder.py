@@ -31,6 +31,7 @@ from drl_jax.data.storage import StorageSpec
 from drl_jax.data.tokens import store_tokens
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.files import write_json
+from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
 _VIDEOS_PER_SHARD = 1000
 
@@ -103,7 +104,13 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             " --annotations=DIR --data_dir=DIR"
         )
 
-    def store(self, plan: Plan, cache_dir: Path, timeout: float) -> None:
+    def store(
+        self,
+        plan: Plan,
+        cache_dir: Path,
+        timeout: float,
+        map_calls: OrderedMap = map_in_processes,
+    ) -> None:
         """Decodes the videos and writes the dataset into `data_dir`.
 
         Records are written sequentially. (`download_and_prepare` collects all records first and,
@@ -113,6 +120,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
           plan: the videos and captions to store.
           cache_dir: directory of the cache of decoded frames.
           timeout: maximum seconds to decode one video.
+          map_calls: runs the decoders, see `decode_clips`.
 
         Raises:
           AnnotationError: no video can be used.
@@ -129,7 +137,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         records: dict[str, int] = {}
         content = ContentHash()
         cache = FrameCache(cache_dir, storage)
-        decoded = decode_clips(plan.clips, cache=cache, timeout=timeout)
+        decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
         for example in self._examples(plan.clips, decoded, records, unusable, content):
             writer.add_examples({VIDEOS_SPLIT: [example]})
         if not records:

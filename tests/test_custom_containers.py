@@ -106,6 +106,10 @@ def built(sources, tmp_path_factory) -> Path:
     return root
 
 
+def files_of(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
     sources, built, tmp_path, capsys
 ):
@@ -122,14 +126,14 @@ def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
         assert len(dataset) == 4
         for number, frames in enumerate(expected):
             np.testing.assert_array_equal(dataset.read_frames(number), frames)
-    assert tables.sources == [
+    assert list(tables.sources) == [
         ["0.parquet/0"],
         ["0.parquet/1"],
         ["1.parquet/0", 0.5, 1.5],
         ["1.parquet/1"],
     ]
     # What cannot be used is left out with its reason, and costs no other video.
-    assert shards.video_ids == ["test/0/0001", "train/0/0001", "train/0/0002", "val/0/0001"]
+    assert list(shards.video_ids) == ["test/0/0001", "train/0/0001", "train/0/0002", "val/0/0001"]
     assert shards.sources[2] == ["train/0.tar/0002.mp4", 0.5, 1.5]
     assert shards.manifest["left_out"] == {
         "train/0/gone": "its shard has its txt, but no video",
@@ -144,7 +148,7 @@ def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
 def test_a_second_build_finds_the_first_one_and_its_frames(built, videos, capsys):
     shards = built / "shards"
     flags = ["custom", f"--annotations={shards}", f"--data_dir={built}", *SIZE]
-    before = {path.name: path.read_bytes() for path in (built / BUILT).iterdir()}
+    before = files_of(built / BUILT)
     cached = {path: path.stat().st_mtime_ns for path in (built / "cache").rglob("*.npz")}
     assert len(cached) == 4
     assert build(flags) == 0
@@ -152,7 +156,7 @@ def test_a_second_build_finds_the_first_one_and_its_frames(built, videos, capsys
     # The folder of files is not needed, and the command says so.
     assert build([*flags, f"--videos={built / 'files'}", "--overwrite"]) == 0
     assert f"--videos is not used: the videos are inside {shards}" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in (built / BUILT).iterdir()} == before
+    assert files_of(built / BUILT) == before
     assert {path: path.stat().st_mtime_ns for path in (built / "cache").rglob("*.npz")} == cached
     write_tar(shards / "val" / "0.tar", [("0001.mp4", videos[2]), ("0001.txt", "other")])
     line = error_of("data_prep.build", *flags, capsys=capsys)

@@ -18,7 +18,7 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
-from drl_jax.search.encoding import encode_reads
+from drl_jax.search.encoding import delete_spooled, encode_reads
 from drl_jax.search.reading import VideoRead, read_video, read_whole_video
 from drl_jax.search.windows import Window
 
@@ -165,6 +165,7 @@ class _VideoShard:
     def _encode(self) -> None:
         reads, self._waiting = self._waiting, []
         video = encode_reads(self._model, [read for _, read in reads])
+        delete_spooled([read for _, read in reads])
         rows = [(path, read, window) for path, read in reads for window in read.windows]
         # Not a number where there is no frame.
         frame_time = np.full(video["frame_mask"].shape, np.nan, np.float32)

@@ -70,6 +70,22 @@ def step_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
+def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds `--ray`.
+
+    Args:
+      parser: of the command.
+      what: what the command does there, for the help, e.g. "decode on".
+    """
+    parser.add_argument(
+        "--ray",
+        default="",
+        metavar="local|auto|HOST:PORT",
+        help=f"{what} a Ray cluster (drl_jax[ray]): one on this machine alone, the one that this"
+        " machine is a node of, or by the address of its head",
+    )
+
+
 def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
     """Runs the work of a command and reports what a user can fix in one line on stderr.
 

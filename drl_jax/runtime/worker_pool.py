@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -29,6 +29,20 @@ class WorkerFailure:
 
     reason: str
     timed_out: bool = False
+
+
+class OrderedMap(Protocol):
+    """What `map_in_processes` does, on whatever runs the calls."""
+
+    def __call__(
+        self,
+        function: Callable[..., T],
+        arguments: Sequence[tuple],
+        *,
+        timeout: float | Sequence[float] | None = None,
+        ahead: int = 8,
+    ) -> Iterator[T | WorkerFailure]:
+        """See `map_in_processes`."""
 
 
 def map_in_processes(
@@ -86,14 +100,14 @@ class CallPool:
         )
 
     def call(
-        self, function: Callable[..., T], *arguments: Any, timeout: float
+        self, function: Callable[..., T], *arguments: Any, timeout: float | None
     ) -> T | WorkerFailure:
         """Computes `function(*arguments)`; a call that fails gives a WorkerFailure.
 
         Args:
           function: defined at the top level of a module.
           arguments: of the function.
-          timeout: seconds from the start of the call; then its process is killed.
+          timeout: seconds from the start of the call; then its process is killed. None: no limit.
         """
         future = self._pool.schedule(_guarded, args=(function, *arguments), timeout=timeout)
         return _result(future, timeout)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drl_jax.model_flags import add_model_flags
-from drl_jax.runtime.cli import Parser, positive_int, positive_seconds, run_command
+from drl_jax.runtime.cli import Parser, add_ray_flag, positive_int, positive_seconds, run_command
 from drl_jax.search import MOMENTS, STORAGES
 
 
@@ -65,6 +65,8 @@ def _parser() -> Parser:
         help="of a new index: captions of other videos, for --hubness: the training captions of"
         " the run, or a file with one per line",
     )
+
+    add_ray_flag(index, "decode and encode on")
 
     text = "answer queries, or prompt for them"
     query = commands.add_parser("query", parents=[common, engine], help=text, description=text)

@@ -25,21 +25,37 @@ from drl_jax.search.session import Searcher, SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
 
 if TYPE_CHECKING:
+    from drl_jax.runtime.ray_cluster import RayCluster
     from drl_jax.search.qdrant import QdrantSearch
 
 
 def _index(options: argparse.Namespace) -> None:
-    model = required_model(options)
-    report = update_index(
-        model,
-        options.videos,
-        options.index,
-        storage=options.storage,
-        timeout=options.timeout,
-        prune=options.prune,
-        bank=_bank_captions(options.bank, model) if options.bank else (),
-    )
+    with _cluster(options.ray) as cluster:
+        model = required_model(options)
+        report = update_index(
+            model,
+            options.videos,
+            options.index,
+            storage=options.storage,
+            timeout=options.timeout,
+            prune=options.prune,
+            bank=_bank_captions(options.bank, model) if options.bank else (),
+            cluster=cluster,
+        )
     print(_format_report(report, options.index, options.storage))
+
+
+def _cluster(address: str) -> "contextlib.AbstractContextManager[RayCluster | None]":
+    """The cluster that `--ray` names, if any."""
+    if not address:
+        return contextlib.nullcontext()
+    import jax
+
+    from drl_jax.runtime.cluster import connect
+
+    # The GPUs are for the processes that encode: this one only compares models.
+    jax.config.update("jax_platforms", "cpu")
+    return connect(address)
 
 
 def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:

@@ -1,31 +1,30 @@
 """Creates and updates the index of a folder of videos."""
 
 import dataclasses
-import time
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from drl_jax.data.video import VIDEO_SUFFIXES
-from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
-from drl_jax.search.calibration import BANK_ARRAY, bank_of, bank_similarity
-from drl_jax.search.encoding import encode_reads
+from drl_jax.search.calibration import bank_of
+from drl_jax.search.encoding import WindowEncoder
 from drl_jax.search.format_2 import made_with
-from drl_jax.search.hubness import HUBNESS_ARRAY, check_bank, hubness_of, read_bank, write_bank
+from drl_jax.search.hubness import check_bank, write_bank
+from drl_jax.search.index_batches import Batches, checked
+from drl_jax.search.index_engine import IndexEngine, LocalEngine
 from drl_jax.search.progress import ProgressFile
 from drl_jax.search.reading import VideoRead, read_video
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.video_files import find_videos, is_outdated, is_text, names_of_no_files
 from drl_jax.search.writer import IndexWriter
 
-# Videos are stored at least this often, seconds: a kill loses no more work.
-_STORED_EVERY = 15.0
-# Videos that a worker may read ahead; a long one waits in a file as large as its frames.
-_AHEAD = 2
+if TYPE_CHECKING:
+    from drl_jax.runtime.ray_cluster import RayCluster
 
 
 @dataclasses.dataclass
@@ -66,6 +65,7 @@ def update_index(
     timeout: float = 300.0,
     prune: bool = False,
     bank: Sequence[str] = (),
+    cluster: "RayCluster | None" = None,
 ) -> IndexReport:
     """Updates an index to the files of a folder; decodes only new and changed files.
 
@@ -84,10 +84,11 @@ def update_index(
       prune: remove files that are gone also if they are most of the index.
       bank: captions of other videos, to rank without hubs (`hubness.py`); those of an existing
         index need not be given again.
+      cluster: decodes and encodes; None: this process and its workers do.
 
     Raises:
-      UserError: the folder does not exist, there is no video, most of the files are gone, or the
-        index is of another model, folder, storage or bank.
+      UserError: the folder does not exist, there is no video, most of the files are gone, the
+        index is of another model, folder, storage or bank, or a node of the cluster cannot work.
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
@@ -108,7 +109,7 @@ def update_index(
                 f"{gone} of the {len(known)} videos of the index {directory} are not in {videos}:"
                 " is it the right folder, and mounted? --prune removes them from the index"
             )
-        return update.run(misnamed)
+        return update.run(update.engine(cluster), misnamed)
 
 
 class _Update:
@@ -144,12 +145,8 @@ class _Update:
         self.damaged = damaged
         # Gone files whose features a file of the same content may take over.
         self._movable = {path: gone for path, gone in self.missing.items() if path not in damaged}
-        # The banks of captions, encoded.
-        self._bank: Features | None = None
-        self._hubness_bank: Features | None = None
-        # Reads that are not stored yet.
-        self._unstored: list[tuple[IndexedVideo, VideoRead]] = []
-        self._stored_at = time.monotonic()
+        # Numbers of the files of long videos.
+        self._numbers = itertools.count()
 
     def may_have_moved(self) -> bool:
         """Whether each missing file has one of its size among the new ones."""
@@ -160,11 +157,21 @@ class _Update:
             new.remove(video.size)
         return True
 
-    def run(self, misnamed: list[str]) -> IndexReport:
+    def engine(self, cluster: "RayCluster | None") -> IndexEngine:
+        """What reads and encodes; checks the nodes of a cluster."""
+        if cluster is None or not self.pending:
+            encoder = WindowEncoder(self.model, self.writer.directory, self.writer.header)
+            return LocalEngine(encoder)
+        # Ray is optional.
+        from drl_jax.search.ray_index import RayEngine
+
+        example = self.folder / self.pending[0].path
+        return RayEngine(cluster, self.model, self.writer, example)
+
+    def run(self, engine: IndexEngine, misnamed: list[str]) -> IndexReport:
         """Reads, encodes and stores what has changed."""
-        calls = [self._call(number, video) for number, video in enumerate(self.pending)]
-        allowed = [video.allowed for video in self.pending]
-        reads = map_in_processes(read_video, calls, timeout=allowed, ahead=_AHEAD)
+        reads = engine.read(*self._calls(self.pending, self._known_sha256s))
+        batches = Batches(engine, self.writer, self.model.config.eval.batch_size, self._calls_again)
         shown = tqdm(
             zip(self.pending, reads, strict=True),
             desc="indexing",
@@ -174,9 +181,9 @@ class _Update:
         )
         with ProgressFile(self.writer.directory, len(self.pending)) as progress:
             for number, (video, read) in enumerate(shown, start=1):
-                self._take(video, read)
+                self._take(video, checked(read, self.writer.directory), batches)
                 progress.update(number)
-            self._flush()
+            batches.finish()
         self.writer.remove(list(self.missing))
         self.report.removed = len(self.missing)
         self.writer.compact()
@@ -190,43 +197,47 @@ class _Update:
         self.report.nbytes = self.writer.nbytes()
         return self.report
 
-    def _call(self, number: int, video: IndexedVideo) -> tuple:
-        """The arguments of `read_video`."""
+    def _calls(
+        self,
+        videos: Sequence[IndexedVideo],
+        known_sha256s: Callable[[IndexedVideo], frozenset[str]],
+    ) -> tuple[list[tuple], list[float]]:
+        """The calls of `read_video`, and the seconds that each may take."""
+        calls = [self._call(video, known_sha256s(video)) for video in videos]
+        return calls, [video.allowed for video in videos]
+
+    def _calls_again(self, videos: Sequence[IndexedVideo]) -> tuple[list[tuple], list[float]]:
+        """The same, of videos whose frames were lost."""
+        return self._calls(videos, lambda video: frozenset())
+
+    def _call(self, video: IndexedVideo, known_sha256s: frozenset[str]) -> tuple:
+        """The arguments of `read_video`. Absolute: nodes have other working directories."""
+        path, spool = self.folder / video.path, self.writer.spool_file(next(self._numbers))
+        most = self.model.config.data.max_frames
+        return path.absolute(), known_sha256s, most, self.model.frame_form, spool.absolute()
+
+    def _known_sha256s(self, video: IndexedVideo) -> frozenset[str]:
+        """Contents for which a file need not be decoded."""
         known = self.known.get(video.path)
         digests = {gone.sha256 for gone in self._movable.values() if gone.size == video.size}
         # A video that took too long is decoded again, and so is one with damaged features.
         if known is not None and not known.allowed and video.path not in self.damaged:
             digests.add(known.sha256)
-        config = self.model.config.data
-        spool = self.writer.spool_file(number)
-        return (
-            *(self.folder / video.path, frozenset(digests - {""}), config.max_frames),
-            *(self.model.frame_form, spool),
-        )
+        return frozenset(digests - {""})
 
-    def _take(self, video: IndexedVideo, read: VideoRead | WorkerFailure) -> None:
-        """Stores a file that was read, or keeps it for the next batch."""
-        if isinstance(read, WorkerFailure):
-            allowed = video.allowed if read.timed_out else 0.0
-            self._unstored.append(
-                (dataclasses.replace(video, allowed=allowed), VideoRead("", read.reason))
-            )
-        elif read.failure:
-            raise SearchIndexError(
-                f"cannot write to the index {self.writer.directory} ({read.failure}); fix this,"
-                " then rerun the command to continue"
-            )
-        elif read.is_known:
-            self._take_known(video, read.sha256)
+    def _take(self, video: IndexedVideo, read: VideoRead, batches: Batches) -> None:
+        """Stores a file that was read, or adds it to the next batch."""
+        if read.is_known:
+            self._take_known(video, read.sha256, batches)
         else:
-            self._unstored.append((dataclasses.replace(video, allowed=0.0), read))
+            if video.path in self.known:
+                self.report.changed += 1
+            else:
+                self.report.added += 1
             self.report.seconds += read.duration
-        waiting = sum(len(read.windows) for _, read in self._unstored)
-        late = time.monotonic() - self._stored_at > _STORED_EVERY
-        if late or waiting >= self.model.config.eval.batch_size:
-            self._flush()
+            batches.add(video, read)
 
-    def _take_known(self, video: IndexedVideo, sha256: str) -> None:
+    def _take_known(self, video: IndexedVideo, sha256: str, batches: Batches) -> None:
         known = self.known.get(video.path)
         if known is not None and known.sha256 == sha256:  # Only its modification time changed.
             self.writer.touch(video)
@@ -234,55 +245,12 @@ class _Update:
             return
         gone = next((gone for gone in self._movable.values() if gone.sha256 == sha256), None)
         if gone is None:  # Two new files have the content of one that is gone.
-            read = read_video(*self._call(len(self.pending), video))
-            self._take(video, read)
+            read = read_video(*self._call(video, self._known_sha256s(video)))
+            self._take(video, checked(read, self.writer.directory), batches)
             return
         self.writer.rename(gone.path, video)
         del self.missing[gone.path], self._movable[gone.path]
         self.report.moved += 1
-
-    def _flush(self) -> None:
-        """Encodes and stores the videos that were read."""
-        batch, self._unstored = self._unstored, []
-        self._stored_at = time.monotonic()
-        if not batch:
-            return
-        records, strips = [], {}
-        for video, read in batch:
-            if video.path in self.known:
-                self.report.changed += 1
-            else:
-                self.report.added += 1
-            records.append(
-                dataclasses.replace(
-                    video,
-                    sha256=read.sha256,
-                    error=read.error,
-                    times=read.times,
-                    windows=read.windows,
-                    duration=read.duration,
-                )
-            )
-            strips[video.path] = list(read.strips)
-        self.writer.put(records, self._encoded([read for _, read in batch]), strips)
-
-    def _encoded(self, reads: list[VideoRead]) -> Features:
-        """Features of all windows, in order."""
-        features = encode_reads(self.model, reads)
-        if not features:
-            return {}
-        header, of_banks = self.writer.header, {}
-        # Indexes of earlier versions have no bank.
-        if sentences := header.get("bank"):
-            if self._bank is None:
-                self._bank = self.model.encode_text(sentences)
-            of_banks[BANK_ARRAY] = bank_similarity(self.model, self._bank, features)
-        if "hubness" in header:
-            if self._hubness_bank is None:
-                captions = read_bank(self.writer.directory, header)
-                self._hubness_bank = self.model.encode_text(captions)
-            of_banks[HUBNESS_ARRAY] = hubness_of(self.model, header, self._hubness_bank, features)
-        return features | of_banks
 
 
 def _check_header(

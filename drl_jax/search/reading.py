@@ -5,9 +5,11 @@ Worker processes import this module, so it does not import jax.
 
 import contextlib
 import dataclasses
+import errno
 import io
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,6 +34,7 @@ class VideoRead:
       sha256: of its content; empty if it cannot be opened, or was not computed.
       error: why it has no frames; empty if it has.
       failure: why nothing can be stored, which is no property of the video; empty if it can.
+      timed_out: whether `error` is that decoding took too long.
       is_known: whether the content was known; nothing was decoded then.
       times: F times of its frames, seconds from the start.
       duration: seconds.
@@ -44,6 +47,7 @@ class VideoRead:
     sha256: str
     error: str = ""
     failure: str = ""
+    timed_out: bool = False
     is_known: bool = False
     times: tuple[float, ...] = ()
     duration: float = 0.0
@@ -83,6 +87,12 @@ def read_video(
         return VideoRead(digest, str(error))
     except SpoolError as error:
         return VideoRead(digest, failure=str(error))
+
+
+def read_video_on_node(*arguments: Any) -> VideoRead | OSError:
+    """`read_video` on a cluster, which adds the node to an OSError: what cannot be written is."""
+    read = read_video(*arguments)
+    return OSError(errno.EIO, read.failure) if read.failure else read
 
 
 def read_whole_video(path: Path, max_frames: int, form: FrameForm) -> VideoRead:

@@ -1,0 +1,152 @@
+"""Indexing on a real Ray cluster of two raylets gives the index of a local run."""
+
+import math
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.ray_nodes import kill_node, two_nodes, workers_of
+from support.videos import numbered_frames, write_video
+
+from drl_jax.data.frame_form import FrameForm
+from drl_jax.runtime.cluster import connect
+from drl_jax.runtime.node_check import needs_of_driver
+from drl_jax.search import index_batches
+from drl_jax.search.indexing import update_index
+from drl_jax.search.reading import read_video_on_node
+from drl_jax.search.rows import SearchIndexError
+from drl_jax.search.session import SearchSession
+from drl_jax.search.store import Store
+
+pytest.importorskip("ray")
+
+BANK = ("a red circle moves left", "a blue square", "two shapes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_batches():
+    """Features depend, by rounding, on how many windows are encoded together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_batches, "_STORED_EVERY", math.inf)
+        yield
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with two_nodes() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(nodes):
+    with connect(nodes.address) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def videos(test_videos, tmp_path_factory) -> Path:
+    """Short videos in nine batches, two long ones, and one that is none."""
+    folder = tmp_path_factory.mktemp("ray_videos")
+    for path in test_videos.glob("*.mp4"):
+        for copy in range(4):
+            shutil.copy(path, folder / f"{copy}_{path.name}")
+    write_video(folder / "0_long.mp4", numbered_frames(60, 64, 64), fps=2)
+    write_video(folder / "9_long.mp4", numbered_frames(50, 64, 64), fps=2)
+    (folder / "text.mp4").write_text("no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(search_model, videos, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("local") / "index"
+    update_index(search_model, videos, directory, storage="float32", bank=BANK)
+    return directory
+
+
+def content(directory: Path) -> dict[str, tuple]:
+    """Record, features and thumbnails of each video of an index."""
+    with Store(directory) as store:
+        arrays, found = store.arrays(), {}
+        for video in store.videos():
+            if video.error:
+                found[video.path] = (video,)
+                continue
+            rows = {name: np.asarray(a[list(video.slots)]).tobytes() for name, a in arrays.items()}
+            found[video.path] = (video, rows, store.strip(video.path, 0))
+        return found
+
+
+def stored(directory: Path) -> int:
+    try:
+        with Store(directory) as store:
+            return store.count()
+    except SearchIndexError:  # Not created yet.
+        return 0
+
+
+def test_an_index_that_loses_processes_and_a_node_is_that_of_a_local_run(
+    nodes, cluster, search_model, videos, local, tmp_path, capsys
+):
+    """Also the slots, and also what died with them: frames, batches, and the processes' models."""
+    directory, killed_at = tmp_path / "index", []
+
+    def kill() -> None:
+        while not stored(directory):
+            time.sleep(0.01)
+        encoders = [
+            pid
+            for pid in workers_of(nodes.head_node)
+            if b"_NodeEncoder" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(*encoders, signal.SIGKILL)
+        kill_node(nodes)
+        killed_at.append(stored(directory))
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    report = update_index(
+        search_model, videos, directory, storage="float32", bank=BANK, cluster=cluster
+    )
+    killer.join()
+    assert 0 < killed_at[0] < 131
+    assert (report.added, report.bad.keys()) == (131, {"text.mp4"})
+    assert content(directory) == content(local)
+    assert not list((directory / "spool").glob("*"))
+    queries = ["a red circle moves left", "a square"]
+    found, expected = (
+        [[(hit.path, hit.score) for hit in hits] for hits in SearchSession(d).search(queries, 5)]
+        for d in (directory, local)
+    )
+    assert found == expected
+    captured = capsys.readouterr()
+    assert "raylet" not in captured.out + captured.err
+
+
+def test_a_node_without_the_model_says_so(search_model, tmp_path, monkeypatch):
+    from drl_jax.search.ray_index import _NodeEncoder
+
+    def load(fingerprint: str, **source: str) -> str:
+        needs = needs_of_driver([], [])
+        return _NodeEncoder().load(search_model.source | source, fingerprint, {}, tmp_path, needs)
+
+    run = search_model.source["workdir"]
+    assert load("other") == f"has another model in {run}; give it the same files"
+    line = load(search_model.fingerprint, workdir="/nowhere")
+    assert line.startswith("cannot load the model: no run in /nowhere")
+    assert load(search_model.fingerprint) == ""
+
+
+def test_frames_that_a_node_cannot_write_name_the_node(cluster, tmp_path):
+    """Of a long video, whose frames wait in a file."""
+    write_video(tmp_path / "long.mp4", numbered_frames(60, 64, 64), fps=2)
+    cluster.check({"--index": tmp_path}, tmp_path / "long.mp4", ["numpy"], ["drl_jax"])
+    call = (tmp_path / "long.mp4", frozenset(), 4, FrameForm(32), tmp_path / "absent" / "0")
+    (result,) = cluster.map(read_video_on_node, [call], timeout=60, keep="frames")
+    name = r"No such file or directory on node \S+ \(\S+, \w{8}\)"
+    assert re.fullmatch(name, result.strerror)
