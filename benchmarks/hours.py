@@ -13,7 +13,7 @@ import numpy as np
 
 from drl_jax.data.video import VIDEO_SUFFIXES, VideoError, count_frames, decode, ffmpeg_errors
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import files_with_suffix
+from drl_jax.runtime.files import files_below
 
 # Longest gap between two clips, and length of a cross-fade, seconds.
 _LONGEST_GAP, _FADE = 2.0, 0.5
@@ -170,7 +170,7 @@ def write_files(path: Path, folder: Path) -> tuple[list[Path], list[Part]]:
     Returns:
       The files that could be read, and where they are in the film.
     """
-    files = list(files_with_suffix(folder, VIDEO_SUFFIXES))
+    files = [path for path in files_below(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
     used: list[Path] = []
     parts: list[Part] = []
 

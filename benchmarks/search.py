@@ -76,7 +76,7 @@ def measure(size: int, storage: str, words: int, limits: dict[str, float]) -> di
     video = side("frame", distinct, FRAMES, rng.integers(8, FRAMES + 1, distinct))
     stored = quantize(video, storage)
     arrays = {name: repeated(array, size) for name, array in stored.items()}
-    gallery = Gallery(arrays, range(size), make_layout())
+    gallery = Gallery([arrays], np.arange(size), make_layout())
     # The search compares the words of the query and one padded word.
     query = side("text", 1, 32, np.array([words - 1]))
     times = []

@@ -36,12 +36,13 @@ from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.lock import LockError
+from drl_jax.search import engine as engine_module
 from drl_jax.search import progress as progress_module
-from drl_jax.search import rows
 from drl_jax.search import writer as writer_module
 from drl_jax.search.__main__ import main
 from drl_jax.search.engine import Gallery, SearchEngine
 from drl_jax.search.explain import explain, format_timestamp
+from drl_jax.search.feature_checks import FeatureChecks
 from drl_jax.search.figure import save_figure
 from drl_jax.search.format_2 import header_from_format_2
 from drl_jax.search.indexing import update_index
@@ -49,6 +50,7 @@ from drl_jax.search.progress import read_progress
 from drl_jax.search.prompt import format_hits, run_prompt
 from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.session import SearchSession
+from drl_jax.search.slots import PART_SLOTS
 from drl_jax.search.store import Store
 from drl_jax.search.writer import IndexWriter
 from drl_jax.sharding import make_layout
@@ -184,7 +186,7 @@ def test_blocks_and_devices_change_nothing(devices, model):
     text = model.encode_text(["one", "two words", "three more words"])
     expected = model.similarity(text, {k: v[rows] for k, v in video.items()})
     layout = make_layout(jax.devices()[:devices])
-    gallery = Gallery(video, rows, layout, block=16)
+    gallery = Gallery([video], rows, layout, block=16)
     engine = SearchEngine(model.config.model, jax.device_put(model.params, layout.replicated))
     for _ in range(2):  # The second time, the blocks are on the devices.
         ranking = engine.search(text, gallery, top=10)
@@ -202,6 +204,46 @@ def test_blocks_and_devices_change_nothing(devices, model):
     np.testing.assert_array_equal(few.slots, rows[5:15][order])
     everything = engine.search(text, gallery, top=100)
     assert everything.slots.shape == (3, 37)
+
+
+def test_parts_of_an_index_are_compared_as_one(model, monkeypatch):
+    """50 slots in parts of 21, 0 and 29: blocks of 16, of which the last of a part overlaps."""
+    monkeypatch.setattr(engine_module, "_SMALL", 1)
+    rng = np.random.default_rng(0)
+    video = {
+        "frame_unit": rng.normal(size=(50, 4, 32)).astype(np.float32),
+        "frame_mask": np.ones((50, 4), bool),
+        "frame_weight": np.full((50, 4), 0.25, np.float32),
+    }
+    # Two videos are alike: the one with the smaller slot is first.
+    for array in video.values():
+        array[40] = array[7]
+    parts = [{n: a[:21] for n, a in video.items()}, {}, {n: a[21:] for n, a in video.items()}]
+    rows = np.sort(rng.permutation(50)[:37])
+    rows = np.union1d(rows, [7, 20, 21, 40, 49])
+    slots = np.where(rows < 21, rows, 2 * PART_SLOTS + rows - 21)
+    text = model.encode_text(["one", "two words", "three more words"])
+    layout, biases = model.layout, rng.normal(size=50).astype(np.float32)
+    engine = SearchEngine(model.config.model, model.params)
+    one = Gallery([video], rows, layout, block=16)
+    joined = Gallery(parts, slots, layout, block=16)
+    assert one.block == joined.block == 16
+    assert joined.nbytes == one.nbytes
+    in_one = dict(zip(slots.tolist(), rows.tolist(), strict=True))
+    pairs = [
+        (one, joined),
+        (one.with_biases([biases]), joined.with_biases([biases[:21], biases[:0], biases[21:]])),
+        (one.only(rows[::3]), joined.only(slots[::3])),
+    ]
+    for expected, found in pairs:
+        first, second = (engine.search(text, gallery, top=100) for gallery in (expected, found))
+        np.testing.assert_allclose(second.scores, first.scores, atol=1e-6)
+        assert [[in_one[slot] for slot in row] for row in second.slots.tolist()] == (
+            first.slots.tolist()
+        )
+    copied = engine.search(text, pairs[1][1].copied(slots[5:15]), top=3)
+    expected = engine.search(text, pairs[1][0].copied(rows[5:15]), top=3)
+    np.testing.assert_array_equal(copied.slots, expected.slots)
 
 
 # ---------------------------------------------------------------------- updates
@@ -539,9 +581,9 @@ def test_an_index_of_format_3_is_searched_and_updated(model, videos, index):
 
 def test_an_open_session_checks_only_new_features(model, videos, index, monkeypatch):
     session, checked = SearchSession(index, model), []
-    row_crc32 = rows._row_crc32_of
+    crc32 = FeatureChecks.crc32
     monkeypatch.setattr(
-        rows, "_row_crc32_of", lambda views, row: checked.append(row) or row_crc32(views, row)
+        FeatureChecks, "crc32", lambda checks, row: checked.append(row) or crc32(checks, row)
     )
     write_other_video(videos / "new.mp4")
     update_index(model, videos, index)
@@ -573,8 +615,8 @@ def test_names_of_format_2():
 
 def test_an_unknown_format_is_one_line(model, index):
     with IndexWriter(index) as store:
-        store.update_header(format=6)
-    with pytest.raises(SearchIndexError, match="has format 6, this version reads formats 2 to 5"):
+        store.update_header(format=7)
+    with pytest.raises(SearchIndexError, match="has format 7, this version reads formats 2 to 6"):
         SearchSession(index, model)
 
 

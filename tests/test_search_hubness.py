@@ -233,7 +233,7 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
 
 
 def test_training_captions_that_are_not_here(search_model, tmp_path, videos):
-    from drl_jax.search.commands import _bank_captions
+    from drl_jax.search.index_commands import _bank_captions
 
     data = dataclasses.replace(search_model.config.data, data_dir=str(tmp_path))
     config = dataclasses.replace(search_model.config, data=data)

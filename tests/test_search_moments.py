@@ -21,7 +21,7 @@ from drl_jax.data.video import read_frames
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import session as session_module
 from drl_jax.search.calibration import unusual
-from drl_jax.search.filters import Filters, filter_videos, parse_day
+from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.indexing import update_index
 from drl_jax.search.moments import find_spans
 from drl_jax.search.query import Query, encode_sentences, read_picture
@@ -334,7 +334,7 @@ def test_filters_by_day(session):
         (Filters(until=today - day), 0),
         (Filters(since=today - day, until=today + day), 3),
     ):
-        assert len(filter_videos(session.videos, filters)) == count
+        assert len(session.snapshot().filtered(filters)) == count
     assert parse_day("since", "2026-01-31") == datetime.date(2026, 1, 31)
     with pytest.raises(UserError, match="since takes a day as 2026-01-31, not 'monday'"):
         parse_day("since", "monday")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.videos import write_video
 
+from drl_jax.runtime.errors import UserError
 from drl_jax.search import integrity, rows, store, writer
 from drl_jax.search.filters import Filters
 from drl_jax.search.indexing import update_index
@@ -50,7 +51,7 @@ def in_background(monkeypatch):
 
 def test_only_videos_that_are_shown_are_decoded(search_model, shared, monkeypatch):
     """Neither opening nor a query decodes other rows; the check does, and is off here."""
-    monkeypatch.setattr(integrity.IndexCheck, "_run", lambda self, videos: None)
+    monkeypatch.setattr(integrity.IndexCheck, "_run", lambda self: None)
     decoded = []
     monkeypatch.setattr(store, "from_row", lambda row: decoded.append(row[0]) or rows.from_row(row))
     snapshot = SearchSession(shared / "index", search_model).snapshot()
@@ -78,6 +79,11 @@ def test_a_sequence_of_the_videos(search_model, shared):
     chosen = snapshot.filtered(Filters(folder="c"))
     assert [video.path for video in chosen] == ["c/d.mp4"]
     assert len(snapshot.filtered(Filters(min_length=10))) == 1
+    only = ("long.mp4", "a.mp4")
+    assert [video.path for video in snapshot.filtered(Filters(only=only))] == ["a.mp4", "long.mp4"]
+    assert len(snapshot.filtered(Filters(only=only, min_length=10))) == 1
+    with pytest.raises(UserError, match=r"no video of the index has the path 'x\.mp4'"):
+        snapshot.filtered(Filters(only=("a.mp4", "x.mp4")))
 
 
 def test_filters_that_many_videos_pass_find_the_same(search_model, shared):
@@ -100,7 +106,7 @@ def test_damage_of_a_large_index_is_found_in_the_background(search_model, copy, 
 
 
 def test_what_is_shown_is_checked_first(search_model, copy, in_background, monkeypatch):
-    monkeypatch.setattr(integrity.IndexCheck, "_run", lambda self, videos: None)
+    monkeypatch.setattr(integrity.IndexCheck, "_run", lambda self: None)
     flip(copy / "index", row=1)
     snapshot = SearchSession(copy / "index", search_model).snapshot()
     with pytest.raises(SearchIndexError, match=r"features of b.mp4 have changed"):
@@ -111,13 +117,14 @@ def test_an_update_is_checked_from_where_the_check_was(search_model, copy, in_ba
     session = SearchSession(copy / "index", search_model)
     before = session.snapshot()
     before.check.wait()
-    assert before.check.checked == max(before.videos.slots) + 1
+    (checked,) = before.check.checked
+    assert checked == max(before.videos.slots) + 1
     write_video(copy / "videos" / "new.mp4", frames(250, 2), fps=2)
     update_index(search_model, copy / "videos", copy / "index", storage="float32")
     flip(copy / "index", row=0)  # Checked before; a running process does not read it again.
     after = session.snapshot()
     after.check.wait()
-    assert after.check.checked == before.check.checked + 1
+    assert after.check.checked == [checked + 1]
 
 
 def flip(index, row: int) -> None:

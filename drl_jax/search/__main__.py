@@ -65,6 +65,27 @@ def _parser() -> Parser:
         help="of a new index: captions of other videos, for --hubness: the training captions of"
         " the run, or a file with one per line",
     )
+    index.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="only this file of the folder, in a time that does not depend on the size of the"
+        " index; repeatable",
+    )
+    index.add_argument(
+        "--shard",
+        default="",
+        metavar="NUMBER/COUNT",
+        help="of a new index: only a part of the files, chosen by their paths, from 0/16 to 15/16",
+    )
+
+    text = "write an index that opens several others as one"
+    join = commands.add_parser("join", help=text, description=text)
+    join.add_argument("--index", type=Path, required=True, help="directory of the joined index")
+    join.add_argument(
+        "shards", type=Path, nargs="+", metavar="SHARD", help="directory of an index to join"
+    )
 
     add_ray_flag(index, "decode and encode on")
 

@@ -20,7 +20,6 @@ from drl_jax.search.addresses import (
 from drl_jax.search.hit_json import explanation_json, hit_json
 from drl_jax.search.hits import Hit, Moment
 from drl_jax.search.moments import find_spans
-from drl_jax.search.progress import read_progress
 from drl_jax.search.query import EncodedQuery, Query
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.sent import SentQueries
@@ -54,18 +53,18 @@ class SearchAPI:
         # Counted once for each state of the index: every page shows them.
         known, facts = self._facts
         if known is not index:
-            listing = list(index.videos.listing())
-            folders = {video.path.rpartition("/")[0] for video in listing} - {""}
+            listing = index.listing
+            folders = {path.rpartition("/")[0] for path in listing.paths} - {""}
             facts = {
                 "folder": str(index.folder),
                 "videos": len(index.videos),
                 "windows": index.videos.windows,
-                "hours": round(sum(video.length for video in listing) / 3600, 3),
+                "hours": round(float(listing.lengths.sum()) / 3600, 3),
                 "folders": sorted(folders)[:_FOLDERS],
                 "unsearchable": index.unsearchable_count,
             }
             self._facts = (index, facts)
-        progress = read_progress(index.directory)
+        progress = index.progress()
         return {**facts, "indexing": progress and progress._asdict()}
 
     def unsearchable(self) -> dict[str, Any]:

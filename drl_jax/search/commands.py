@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drl_jax.model_flags import model_of_flags, required_model
+from drl_jax.model_flags import model_of_flags
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.runtime.errors import UserError, printable
+from drl_jax.runtime.errors import UserError
 from drl_jax.search import MOMENTS
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.explain_file import explain_file
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit
 from drl_jax.search.hubness import Correction
-from drl_jax.search.indexing import IndexReport, update_index
+from drl_jax.search.index_commands import index_videos, join_shards, read_lines
 from drl_jax.search.prompt import format_hits, run_prompt
 from drl_jax.search.query import Query, encode_video_file
 from drl_jax.search.rows import IndexedVideo
@@ -25,78 +25,14 @@ from drl_jax.search.session import Searcher, SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
 
 if TYPE_CHECKING:
-    from drl_jax.runtime.ray_cluster import RayCluster
     from drl_jax.search.qdrant import QdrantSearch
-
-
-def _index(options: argparse.Namespace) -> None:
-    with _cluster(options.ray) as cluster:
-        model = required_model(options)
-        report = update_index(
-            model,
-            options.videos,
-            options.index,
-            storage=options.storage,
-            timeout=options.timeout,
-            prune=options.prune,
-            bank=_bank_captions(options.bank, model) if options.bank else (),
-            cluster=cluster,
-        )
-    print(_format_report(report, options.index, options.storage))
-
-
-def _cluster(address: str) -> "contextlib.AbstractContextManager[RayCluster | None]":
-    """The cluster that `--ray` names, if any."""
-    if not address:
-        return contextlib.nullcontext()
-    import jax
-
-    from drl_jax.runtime.cluster import connect
-
-    # The GPUs are for the processes that encode: this one only compares models.
-    jax.config.update("jax_platforms", "cpu")
-    return connect(address)
-
-
-def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
-    """Captions of the training split of a model's dataset, or of a file."""
-    if bank != "train":
-        return _lines(Path(bank))
-    # The libraries of datasets take half a second to import, and a query needs none.
-    from drl_jax.data.batches import load_split
-    from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
-    from drl_jax.runs.post_processing_run import draw_bank
-
-    config = model.config
-    try:
-        train = load_split(VideoDataset(dataset_dir(config)), "train", config.data)
-    except DatasetError as error:
-        raise UserError(
-            f"--bank=train: {error}; or give --bank=FILE, with one caption per line"
-        ) from error
-    return [caption for caption in draw_bank(train, None).captions if caption.strip()]
-
-
-def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
-    lines = [
-        f"{directory}: {report.added} added, {report.changed} changed, {report.moved} moved,"
-        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
-        f" {report.nbytes / 1e6:.1f} MB ({storage})"
-    ]
-    if report.bad:
-        lines.append(f"{len(report.bad)} files cannot be searched:")
-        lines += [f"  {printable(path)}: {reason}" for path, reason in report.bad.items()]
-    if report.skipped:
-        lines.append(f"{len(report.skipped)} names are no files (links to nothing, pipes):")
-        lines += [f"  {printable(path)}" for path in report.skipped]
-    return "\n".join(lines)
 
 
 def _query(options: argparse.Namespace) -> None:
     _check_query(options)
     queries = list(options.query)
     if options.queries:
-        queries += _lines(options.queries)
+        queries += read_lines(options.queries)
     session = _session(options)
     if options.hubness and not options.json:
         print(f"ranked with --hubness={options.hubness}; the scores are those without it")
@@ -211,7 +147,7 @@ def _answer_sentences(
 
 
 def _rank_sentences(options: argparse.Namespace, session: SearchSession) -> None:
-    ranked = session.rank_sentences(options.video, _lines(options.sentences))[: options.top]
+    ranked = session.rank_sentences(options.video, read_lines(options.sentences))[: options.top]
     if options.json:
         found = [{"score": round(score, 6), "sentence": text} for score, text in ranked]
         print(json.dumps({"video": str(options.video), "sentences": found}))
@@ -238,7 +174,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _recall(options: argparse.Namespace) -> None:
     session = _session(options)
-    queries, videos = _lines(options.queries), len(session.videos)
+    queries, videos = read_lines(options.queries), len(session.videos)
     with contextlib.closing(_qdrant(options, session)) as engine:
         from drl_jax.search.recall import measure_recall
 
@@ -319,7 +255,7 @@ def _correction(options: argparse.Namespace) -> Correction | None:
 def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:
     """Captions for the prompt's `i`: those of a file, or of the test split of the model's run."""
     if options.captions:
-        return _lines(options.captions)
+        return read_lines(options.captions)
     from drl_jax.data.batches import load_split
     from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 
@@ -330,19 +266,9 @@ def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:
         return []
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as lines of text ({error})") from error
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise UserError(f"{path} has no lines")
-    return lines
-
-
 COMMANDS = {
-    "index": _index,
+    "index": index_videos,
+    "join": join_shards,
     "query": _query,
     "export": _export,
     "recall": _recall,

@@ -1,59 +1,11 @@
-"""The SQLite database of an index, `index.sqlite`."""
+"""Statements on the SQLite database of an index."""
 
-import contextlib
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-# Seconds to wait for another process's transaction.
-_BUSY_TIMEOUT = 60
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS header (value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS videos (
-  path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
-  error TEXT NOT NULL, slot INTEGER UNIQUE, times TEXT NOT NULL, thumbnails BLOB,
-  features_crc32 INTEGER, thumbnails_crc32 INTEGER, row_crc32 INTEGER,
-  duration REAL, windows TEXT, windows_crc32 TEXT, allowed REAL, window_count INTEGER
-);
--- Frames of a video side by side, STRIP_FRAMES in each strip but the last.
-CREATE TABLE IF NOT EXISTS strips (
-  path TEXT NOT NULL, number INTEGER NOT NULL, jpeg BLOB NOT NULL, crc32 INTEGER NOT NULL,
-  PRIMARY KEY (path, number)
-);
-"""
-# Windows of a video that no writer has counted; formats before 5 have one.
-_COUNT = "COALESCE(json_array_length(windows), 1)"
-
-
-def database_path(directory: Path) -> Path:
-    """Path of the database of the index in a directory."""
-    return directory / "index.sqlite"
-
-
-def lock_path(directory: Path) -> Path:
-    """Path of the file that the process locks that writes to an index."""
-    return directory / "lock"
-
-
-def open_database(directory: Path, *, write: bool) -> sqlite3.Connection:
-    """Connects to the database.
-
-    Args:
-      directory: of the index.
-      write: creates the tables if they are missing; otherwise the connection reads one state, in
-        one transaction, until it is closed.
-
-    Raises:
-      sqlite3.DatabaseError: it is not a database.
-    """
-    connection = sqlite3.connect(database_path(directory), timeout=_BUSY_TIMEOUT)
-    if write:
-        connection.executescript(_SCHEMA)
-    else:
-        connection.execute("BEGIN")
-    return connection
+from drl_jax.search.database_file import COUNTED
 
 
 def _selected(connection: sqlite3.Connection, names: Sequence[str]) -> str:
@@ -62,44 +14,23 @@ def _selected(connection: sqlite3.Connection, names: Sequence[str]) -> str:
     return ", ".join(name if name in present else "NULL" for name in names)
 
 
-def upgrade(connection: sqlite3.Connection, names: Sequence[str], types: Mapping[str, str]) -> None:
-    """Adds what the tables of an older version lack.
-
-    Args:
-      connection: in a transaction.
-      names: columns of the table of videos that describe a video.
-      types: of columns that it may lack; they are NULL in the rows that exist.
-    """
-    present = {row[1] for row in connection.execute("PRAGMA table_info(videos)")}
-    for name, kind in types.items():
-        if name not in present:
-            connection.execute(f"ALTER TABLE videos ADD COLUMN {name} {kind}")
-    if "window_count" not in present:
-        connection.execute("ALTER TABLE videos ADD COLUMN window_count INTEGER")
-        connection.execute(f"UPDATE videos SET window_count = {_COUNT} WHERE slot IS NOT NULL")
-    # With all that opening an index reads: a row of the table is much longer.
-    connection.execute("CREATE INDEX IF NOT EXISTS video_slots ON videos (slot, window_count)")
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS removed_videos"
-        f" (generation INTEGER NOT NULL, {', '.join(names)})"
-    )
-    connection.execute(
-        "CREATE INDEX IF NOT EXISTS removed_slots ON removed_videos (generation, slot)"
-    )
-
-
-def select_videos(connection: sqlite3.Connection, names: Sequence[str]) -> list[tuple]:
+def select_videos(connection: sqlite3.Connection, names: Sequence[str]) -> sqlite3.Cursor:
     """Columns of all videos, in no order: an order would rely on an index that may be damaged."""
-    return connection.execute(f"SELECT {_selected(connection, names)} FROM videos").fetchall()
+    return connection.execute(f"SELECT {_selected(connection, names)} FROM videos NOT INDEXED")
 
 
-def select_slots(connection: sqlite3.Connection) -> list[tuple[int, int]]:
+def select_paths(connection: sqlite3.Connection) -> sqlite3.Cursor:
+    """Paths of all videos."""
+    return connection.execute("SELECT path FROM videos")
+
+
+def select_slots(connection: sqlite3.Connection) -> sqlite3.Cursor:
     """First slot and number of windows of each video that has some, in no order."""
     present = {row[1] for row in connection.execute("PRAGMA table_info(videos)")}
-    count = "window_count" if "window_count" in present else _COUNT
+    count = "window_count" if "window_count" in present else COUNTED
     if not {"window_count", "windows"} & present:
         count = "1"
-    return connection.execute(f"SELECT slot, {count} FROM videos WHERE slot NOTNULL").fetchall()
+    return connection.execute(f"SELECT slot, {count} FROM videos WHERE slot NOTNULL")
 
 
 def select_at_slots(
@@ -131,8 +62,28 @@ def select_without_slot(connection: sqlite3.Connection, names: Sequence[str]) ->
 
 
 def count_rows(connection: sqlite3.Connection) -> int:
-    """Rows of the table of videos, counted without its indexes."""
+    """Rows of the table of videos, counted without its indexes; reads all of them."""
     return connection.execute("SELECT COUNT(*) FROM videos NOT INDEXED").fetchone()[0]
+
+
+def count_with_slot(connection: sqlite3.Connection) -> int:
+    """Videos that can be searched."""
+    return connection.execute("SELECT COUNT(*) FROM videos WHERE slot NOTNULL").fetchone()[0]
+
+
+def count_without_slot(connection: sqlite3.Connection) -> int:
+    """Videos that cannot be searched."""
+    return connection.execute("SELECT COUNT(*) FROM videos WHERE slot IS NULL").fetchone()[0]
+
+
+def count_windows(connection: sqlite3.Connection) -> int:
+    """Windows of all videos, in a database that was upgraded; reads an index of the table."""
+    return connection.execute("SELECT COALESCE(SUM(window_count), 0) FROM videos").fetchone()[0]
+
+
+def has_rows(connection: sqlite3.Connection) -> bool:
+    """Whether the table of videos has a row."""
+    return connection.execute("SELECT 1 FROM videos LIMIT 1").fetchone() is not None
 
 
 def check_pages(connection: sqlite3.Connection) -> None:
@@ -146,7 +97,7 @@ def check_pages(connection: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(found)
 
 
-def select_listing(connection: sqlite3.Connection) -> Iterator[tuple]:
+def select_listing(connection: sqlite3.Connection) -> sqlite3.Cursor:
     """Slot, path, time, duration, and times where there is no duration, of videos with a slot."""
     duration = _selected(connection, ("duration",))
     # Older versions stored no duration.
@@ -176,16 +127,29 @@ def _has_table(connection: sqlite3.Connection, name: str) -> bool:
 
 
 def select_video(
-    connection: sqlite3.Connection, path: str, names: Sequence[str]
+    connection: sqlite3.Connection, path: str, names: Sequence[str], *, scan: bool = True
 ) -> tuple[Any, ...] | None:
-    """Columns of a video; None if there is none of this path."""
+    """Columns of a video; None if there is none of this path.
+
+    Args:
+      connection: to the database.
+      path: of the video.
+      names: of the columns.
+      scan: reads all rows if the index of the table, which may be damaged, does not have the path.
+    """
     query = f"SELECT {_selected(connection, names)} FROM videos"
-    # The index of the table finds it at once, but may be damaged; the plus sign reads all rows.
-    for condition in ("path = ?", "+path = ?"):
+    # The plus sign keeps SQLite from using the index.
+    for condition in ("path = ?", "+path = ?")[: 1 + scan]:
         row = connection.execute(f"{query} WHERE {condition}", (path,)).fetchone()
         if row is not None:
             return row
     return None
+
+
+def update_slots(connection: sqlite3.Connection, old: Sequence[int], new: Sequence[int]) -> None:
+    """Moves videos to other slots, in this order: each new slot must be free by then."""
+    pairs = zip(new, old, strict=True)
+    connection.executemany("UPDATE videos SET slot = ? WHERE slot = ?", pairs)
 
 
 def replace_videos(
@@ -214,9 +178,15 @@ def select_strip(
 
 def remove_videos(
     connection: sqlite3.Connection, paths: Sequence[str], generation: int, names: Sequence[str]
-) -> None:
-    """Removes videos and their strips; open readers still find the videos by their slots."""
+) -> tuple[int, int]:
+    """Removes videos and their strips; open readers still find the videos by their slots.
+
+    Returns:
+      The numbers of videos and of windows that were removed.
+    """
     rows = [(path,) for path in paths]
+    query = "SELECT COUNT(*), COALESCE(SUM(window_count), 0) FROM videos WHERE path = ?"
+    counts = [connection.execute(query, row).fetchone() for row in rows]
     connection.executemany(
         f"INSERT INTO removed_videos SELECT {int(generation)}, {', '.join(names)} FROM videos"
         " WHERE path = ? AND slot NOTNULL",
@@ -224,6 +194,7 @@ def remove_videos(
     )
     for table in ("videos", "strips"):
         connection.executemany(f"DELETE FROM {table} WHERE path = ?", rows)
+    return sum(videos for videos, _ in counts), sum(windows for _, windows in counts)
 
 
 def keep_slots_of(connection: sqlite3.Connection, generation: int, names: Sequence[str]) -> None:
@@ -243,29 +214,3 @@ def add_strips(connection: sqlite3.Connection, path: str, strips: Sequence[bytes
     """Adds the strips of a video that has none."""
     rows = [(path, number, jpeg, zlib.crc32(jpeg)) for number, jpeg in enumerate(strips)]
     connection.executemany("INSERT INTO strips VALUES (?, ?, ?, ?)", rows)
-
-
-@contextlib.contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commits all changes of a block, or none if it raises; the version increases by one."""
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        connection.execute(f"PRAGMA user_version = {version + 1}")
-
-
-def index_version(directory: Path) -> tuple[int, ...]:
-    """Identifies the state of an index: differs after every transaction. Empty: no index."""
-    database = database_path(directory)
-    try:
-        status = database.stat()
-        uri = f"{database.resolve().as_uri()}?mode=ro"
-        with contextlib.closing(
-            sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT)
-        ) as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-    except (OSError, sqlite3.DatabaseError):
-        return ()
-    # Inode and modification time differ if the index was deleted and created again.
-    return (status.st_ino, status.st_mtime_ns, version)

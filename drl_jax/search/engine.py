@@ -18,11 +18,15 @@ from drl_jax.config import ModelConfig
 from drl_jax.models.drl import Params, model_definition
 from drl_jax.models.interactions import Features
 from drl_jax.models.interactions.base import similarity_in_blocks
+from drl_jax.search.blocks import Blocks
 from drl_jax.search.quantization import dequantize
+from drl_jax.search.slots import by_part, take_rows
 from drl_jax.sharding import AXIS, Layout
 
 # Videos per block, on all devices together.
 BLOCK = 16384
+# Slots of a block at least, also where a part of the index has fewer.
+_SMALL = 2048
 # Instead of weights: the best of several queries counts.
 BEST = "best"
 # Name of the weights of queries beside the arrays of texts.
@@ -50,18 +54,32 @@ class Gallery:
     """Stored arrays of videos, in blocks of consecutive slots, sharded over the devices."""
 
     def __init__(
-        self, arrays: Features, slots: Sequence[int], layout: Layout, *, block: int = BLOCK
+        self,
+        parts: Sequence[Features],
+        slots: Sequence[int] | np.ndarray,
+        layout: Layout,
+        *,
+        block: int = BLOCK,
     ):
         """Creates a gallery; nothing is read before the first query.
 
         Args:
-          arrays: stored arrays (`quantization.quantize`), one row per slot; may be memory maps.
-          slots: int [V], the rows that are videos.
+          parts: stored arrays (`quantization.quantize`) of each part of an index, one row per slot
+            of the part; may be memory maps. A part without videos may have no arrays.
+          slots: int [V], those that are videos (`slots.py`).
           layout: mesh and shardings.
-          block: slots per block.
+          block: slots per block, at most.
         """
-        end = int(np.max(slots)) + 1
-        share = -(-min(block, end) // layout.device_count)
+        ends = [0] * len(parts)
+        for part, _, rows in by_part(slots):
+            ends[part] = int(rows.max()) + 1
+        used = [end for end in ends if end]
+        block = min(block, max(used))
+        if len(used) > 1:
+            # One shape for all parts, and no other one when they grow a little. A part that is
+            # smaller than a block is copied to fill it.
+            block = min(block, 1 << (max(min(used), _SMALL).bit_length() - 1))
+        share = -(-block // layout.device_count)
         if share > _COMPARED:
             # Without a remainder: for one, `similarity_in_blocks` would copy the whole block.
             share = -(-share // _COMPARED) * _COMPARED
@@ -69,104 +87,57 @@ class Gallery:
             # Few shapes: a growing index is compiled for a few times.
             share = 1 << (share - 1).bit_length()
         self.layout, self.block = layout, share * layout.device_count
-        used = {name: array[:end] for name, array in arrays.items()}
-        self._blocks = _Blocks(used, self.block, layout)
-        self._biases: np.ndarray | None = None
+        self._blocks = Blocks(parts, ends, self.block, layout)
+        self._biases: Sequence[np.ndarray] | None = None
         self._choose(slots)
 
-    def _choose(self, slots: Sequence[int]) -> None:
+    def _choose(self, slots: Sequence[int] | np.ndarray) -> None:
         self.size = len(slots)
-        self._valid = np.zeros(self._blocks.end, bool)
-        self._valid[np.asarray(slots)] = True
+        self._valid = [np.zeros(end, bool) for end in self._blocks.ends]
+        for part, _, rows in by_part(slots):
+            self._valid[part][rows] = True
 
     @property
     def nbytes(self) -> int:
         """Bytes that a query reads."""
         return self._blocks.nbytes
 
-    def only(self, slots: Sequence[int]) -> "Gallery":
+    def only(self, slots: Sequence[int] | np.ndarray) -> "Gallery":
         """A gallery of some of the videos, with the same slots; shares the blocks."""
         gallery = copy.copy(self)
         gallery._choose(slots)
         return gallery
 
-    def with_biases(self, biases: np.ndarray) -> "Gallery":
+    def with_biases(self, biases: Sequence[np.ndarray]) -> "Gallery":
         """A gallery of the same videos that ranks by similarity minus bias, and scores by it.
 
         Args:
-          biases: float32 [S], one per slot.
+          biases: of each part, float32 [S], one per slot.
         """
         gallery = copy.copy(self)
         gallery._biases = biases
         return gallery
 
-    def copied(self, slots: Sequence[int]) -> "Gallery":
+    def copied(self, slots: Sequence[int] | np.ndarray) -> "Gallery":
         """A gallery with copies of some videos; its slot n is the n-th of `slots`."""
-        rows = np.asarray(slots)
-        arrays = {name: array[rows] for name, array in self._blocks.arrays.items()}
-        gallery = Gallery(arrays, range(len(rows)), self.layout, block=self.block)
-        return gallery if self._biases is None else gallery.with_biases(self._biases[rows])
+        arrays = take_rows(self._blocks.parts, slots)
+        gallery = Gallery([arrays], np.arange(len(slots)), self.layout, block=self.block)
+        if self._biases is None:
+            return gallery
+        biases = take_rows([{_BIAS: part} for part in self._biases], slots)
+        return gallery.with_biases([biases[_BIAS]])
 
-    def blocks(self) -> Iterator[dict[str, jax.Array]]:
-        """Yields the arrays of each block, with `valid`: which of its slots are videos.
+    def blocks(self) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """Yields the first slot and the arrays of each block.
 
-        And with their biases, if the gallery has some.
+        With `valid`: which of its slots are videos; and with biases, if the gallery has some.
         """
         rows = {"valid": self._valid}
         if self._biases is not None:
-            rows[_BIAS] = self._biases[: self._blocks.end]
-        for start, arrays in self._blocks.read():
-            parts = {name: row[start : start + self.block] for name, row in rows.items()}
-            padded = {n: np.pad(part, (0, self.block - len(part))) for n, part in parts.items()}
-            yield {**arrays, **self.layout.put_batch(padded)}
-
-
-class _Blocks:
-    """Stored arrays in blocks.
-
-    They stay on the devices after the first query if they fit. On a CPU nothing is copied: a block
-    is the memory map itself.
-    """
-
-    def __init__(self, arrays: Features, size: int, layout: Layout):
-        self.arrays, self.size, self.layout = arrays, size, layout
-        self.end = len(next(iter(arrays.values())))
-        self._kept: list[tuple[int, dict[str, jax.Array]]] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays.values())
-
-    def read(self) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """Yields the first slot and the arrays of each block; the last one is padded."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept = [] if self._fits() else None
-        for start in range(0, self.end, self.size):
-            block = start, self.layout.put_batch(self._padded(start))
-            if kept is not None:
-                kept.append(block)
-            yield block
-        self._kept = kept
-
-    def _padded(self, start: int) -> Features:
-        part = {name: array[start : start + self.size] for name, array in self.arrays.items()}
-        missing = self.size - min(self.size, self.end - start)
-        if not missing:
-            return part
-        return {
-            name: np.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
-            for name, array in part.items()
-        }
-
-    def _fits(self) -> bool:
-        """Whether all blocks together take less than half of the devices' free memory."""
-        stats = jax.local_devices()[0].memory_stats()
-        if not stats:
-            return True  # A CPU: memory maps take no memory.
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
-        return self.nbytes / self.layout.device_count < free / 2
+            rows[_BIAS] = self._biases
+        for block, arrays in self._blocks.read():
+            of_block = {name: block.rows_of(parts[block.part]) for name, parts in rows.items()}
+            yield block.first_slot, {**arrays, **self.layout.put_batch(of_block)}
 
 
 def compared_arrays(config: ModelConfig, params: Params) -> set[str]:
@@ -225,8 +196,8 @@ class SearchEngine:
         scores = np.full((count, 0), -np.inf, np.float32)
         slots = np.zeros((count, 0), np.int64)
         pending = []  # The next block is read while this one is compared.
-        for number, arrays in enumerate(gallery.blocks()):
-            pending.append((number * gallery.block, step(self._params, text, arrays)))
+        for first_slot, arrays in gallery.blocks():
+            pending.append((first_slot, step(self._params, text, arrays)))
             if len(pending) > 1:
                 scores, slots = _merge(scores, slots, pending.pop(0), count, top)
         for block in pending:
@@ -297,6 +268,7 @@ def _merge(
     offset, found = block
     new_scores, new_slots = (np.asarray(array)[:count] for array in found)
     scores = np.concatenate([scores, new_scores], axis=1)
-    slots = np.concatenate([slots, new_slots + offset], axis=1)
+    # Slots of a block are int32, those of an index int64.
+    slots = np.concatenate([slots, new_slots.astype(np.int64) + offset], axis=1)
     order = np.lexsort((slots, -scores), axis=1)[:, :top]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(slots, order, 1)

@@ -4,10 +4,13 @@ import dataclasses
 import datetime
 import fnmatch
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable
+
+import numpy as np
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.rows import IndexedVideo
+from drl_jax.search.listing import Listing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,37 +50,43 @@ class Filters:
         return dataclasses.replace(self, only=rest)
 
 
-def filter_videos(videos: Iterable[IndexedVideo], filters: Filters) -> list[IndexedVideo]:
-    """The videos that pass, in their order.
-
-    Raises:
-      UserError: one of `only` is not among the videos.
-    """
-    if filters.only:
-        names = set(filters.only)
-        videos = [video for video in videos if video.path in names]
-        if unknown := names - {video.path for video in videos}:
-            raise UserError(f"no video of the index has the path {min(unknown)[:200]!r}")
+def passing(listing: Listing, filters: Filters) -> np.ndarray:
+    """Which videos pass the filters but `only`: bool [V]."""
+    found = (filters.min_length <= listing.lengths) & (listing.lengths <= filters.max_length)
+    # Days of the local time of this machine.
+    if filters.since > datetime.date.min:
+        found &= listing.mtimes >= _midnight_ns(filters.since)
+    if filters.until < datetime.date.max:
+        found &= listing.mtimes < _midnight_ns(filters.until + datetime.timedelta(days=1))
     folder = filters.folder.strip("/")
-    prefix = f"{folder}/" if folder else ""
+    if folder:
+        _restrict(found, listing.paths, lambda path: path.startswith(f"{folder}/"))
     pattern = filters.name.casefold()
-    if not set("*?") & set(pattern):
+    if set("*?") & set(pattern):
         # "[" is a part of many names, and no class of characters.
-        pattern = f"*{pattern}*"
-    pattern = pattern.replace("[", "[[]")
-    return [
-        video
-        for video in videos
-        if video.path.startswith(prefix)
-        and fnmatch.fnmatchcase(video.path.rpartition("/")[2].casefold(), pattern)
-        and filters.min_length <= video.length <= filters.max_length
-        and filters.since <= day_of(video) <= filters.until
-    ]
+        matches = re.compile(fnmatch.translate(pattern.replace("[", "[[]"))).match
+        _restrict(found, listing.paths, lambda path: bool(matches(_name_of(path))))
+    elif pattern:
+        _restrict(found, listing.paths, lambda path: pattern in _name_of(path))
+    return found
 
 
-def day_of(video: IndexedVideo) -> datetime.date:
-    """The day on which a file was changed, in the local time of this machine."""
-    return datetime.date.fromtimestamp(video.mtime_ns / 1e9)
+def _restrict(found: np.ndarray, paths: list[str], passes: Callable[[str], bool]) -> None:
+    """Leaves out those of the videos found whose paths do not pass."""
+    found[found] = [passes(paths[number]) for number in np.flatnonzero(found).tolist()]
+
+
+def _name_of(path: str) -> str:
+    return path.rpartition("/")[2].casefold()
+
+
+def _midnight_ns(day: datetime.date) -> float:
+    """When a day begins in the local time of this machine, nanoseconds."""
+    try:
+        return datetime.datetime.combine(day, datetime.time.min).timestamp() * 1e9
+    # Times of day are not defined so early or late.
+    except (OSError, OverflowError, ValueError):
+        return math.inf if day.year > 5000 else -math.inf
 
 
 def parse_day(name: str, text: str) -> datetime.date:

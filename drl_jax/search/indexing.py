@@ -1,26 +1,25 @@
 """Creates and updates the index of a folder of videos."""
 
+import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.calibration import bank_of
+from drl_jax.search.changes import Changes, changes_of_files, changes_of_folder
 from drl_jax.search.encoding import WindowEncoder
-from drl_jax.search.format_2 import made_with
-from drl_jax.search.hubness import check_bank, write_bank
+from drl_jax.search.identity import check_identity
 from drl_jax.search.index_batches import Batches, checked
 from drl_jax.search.index_engine import IndexEngine, LocalEngine
 from drl_jax.search.progress import ProgressFile
 from drl_jax.search.reading import VideoRead, read_video
-from drl_jax.search.rows import IndexedVideo, SearchIndexError
-from drl_jax.search.video_files import find_videos, is_outdated, is_text, names_of_no_files
+from drl_jax.search.rows import IndexedVideo, KnownFile
+from drl_jax.search.video_files import Shard
 from drl_jax.search.writer import IndexWriter
 
 if TYPE_CHECKING:
@@ -37,7 +36,8 @@ class IndexReport:
       moved: number of files that were renamed or moved.
       removed: number of files that were deleted.
       unchanged: number of other files.
-      bad: why files cannot be searched, by path; of all files, also unchanged ones.
+      bad: why files cannot be searched, by path; of all files that were compared, also unchanged
+        ones.
       skipped: names of videos that are no files: links to nothing, pipes, devices.
       seconds: length of the videos that were decoded.
       windows: number of all windows.
@@ -65,9 +65,15 @@ def update_index(
     timeout: float = 300.0,
     prune: bool = False,
     bank: Sequence[str] = (),
+    only: Sequence[str] = (),
+    shard: Shard | None = None,
     cluster: "RayCluster | None" = None,
 ) -> IndexReport:
     """Updates an index to the files of a folder; decodes only new and changed files.
+
+    With `only`, neither the folder nor the rest of the index is read: the time it takes does not
+    depend on their sizes. Damage of the rest is found by the next update without `only`, and by
+    the processes that search (`integrity.py`).
 
     Features are stored every few seconds: after an interruption, the same call continues. A file
     with the content of one that is gone takes over its features. A video whose features are damaged
@@ -84,6 +90,9 @@ def update_index(
       prune: remove files that are gone also if they are most of the index.
       bank: captions of other videos, to rank without hubs (`hubness.py`); those of an existing
         index need not be given again.
+      only: adds, updates or removes only these files, paths relative to the folder; empty: all.
+      shard: of a new index: only the files of this shard of the folder; that of an existing index
+        need not be given again.
       cluster: decodes and encodes; None: this process and its workers do.
 
     Raises:
@@ -93,23 +102,27 @@ def update_index(
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
     with IndexWriter(directory) as writer:
-        writer.check_database()
-        _check_header(writer, model, videos, storage, bank)
-        known = {video.path: video for video in writer.videos()}
-        found = {video.path: video for video in find_videos(videos, timeout)}
-        misnamed = [path for path in found if not is_text(path)]
-        for path in misnamed:
-            del found[path]
-        if not found and not known:
-            raise UserError(f"no video in {videos} (looked for {' '.join(VIDEO_SUFFIXES)})")
-        update = _Update(writer, model, videos, known, found)
-        gone = len(update.missing)
-        if gone > len(known) / 2 and not prune and not update.may_have_moved():
+        if not only:
+            writer.check_database()
+        check_identity(writer, model, videos, storage, bank, shard)
+        stored = writer.header.get("shard")
+        shard = Shard.parse(stored) if stored else None
+        if only:
+            changes = changes_of_files(writer, videos, timeout, only, shard)
+            is_mounted = prune or not changes.missing or any(videos.iterdir())
+        else:
+            writer.recount()
+            changes = changes_of_folder(writer, videos, timeout, shard)
+            gone, count = len(changes.missing), writer.header["rows"]
+            is_mounted = prune or gone <= count / 2 or changes.may_have_moved()
+        if not is_mounted:
             raise UserError(
-                f"{gone} of the {len(known)} videos of the index {directory} are not in {videos}:"
-                " is it the right folder, and mounted? --prune removes them from the index"
+                f"{len(changes.missing)} of the {writer.header['rows']} videos of the index"
+                f" {directory} are not in {videos}: is it the right folder, and mounted? --prune"
+                " removes them from the index"
             )
-        return update.run(update.engine(cluster), misnamed)
+        update = _Update(writer, model, videos, changes)
+        return update.run(update.engine(cluster))
 
 
 class _Update:
@@ -120,42 +133,27 @@ class _Update:
         writer: IndexWriter,
         model: RetrievalModel,
         folder: Path,
-        known: Mapping[str, IndexedVideo],
-        found: Mapping[str, IndexedVideo],
+        changes: Changes,
     ):
-        """Compares the index with the folder.
+        """Reads nothing.
 
         Args:
           writer: open for writing.
           model: encodes videos.
           folder: of the videos.
-          known: videos of the index by path.
-          found: files by path, with the seconds that decoding may take.
+          changes: between the index and the folder.
         """
-        self.writer, self.model, self.folder, self.known = writer, model, folder, known
-        self.report = IndexReport()
-        self.missing = {path: known[path] for path in sorted(known.keys() - found.keys())}
-        damaged = writer.damaged_videos(list(known.values()))
-        self.pending = [
-            video
-            for path, video in found.items()
-            if path not in known or path in damaged or is_outdated(known[path], video)
-        ]
-        self.report.unchanged = len(found) - len(self.pending)
-        self.damaged = damaged
-        # Gone files whose features a file of the same content may take over.
-        self._movable = {path: gone for path, gone in self.missing.items() if path not in damaged}
+        self.writer, self.model, self.folder, self.changes = writer, model, folder, changes
+        self.known, self.missing, self.pending = changes.known, changes.missing, changes.pending
+        self.damaged = changes.damaged
+        self.report = IndexReport(unchanged=changes.unchanged, skipped=changes.skipped)
+        # Gone files whose features a file of the same content may take over, by size and path.
+        self._movable: dict[int, dict[str, KnownFile]] = collections.defaultdict(dict)
+        for path, gone in self.missing.items():
+            if not gone.is_damaged:
+                self._movable[gone.size][path] = gone
         # Numbers of the files of long videos.
         self._numbers = itertools.count()
-
-    def may_have_moved(self) -> bool:
-        """Whether each missing file has one of its size among the new ones."""
-        new = [video.size for video in self.pending if video.path not in self.known]
-        for video in self.missing.values():
-            if video.size not in new:
-                return False
-            new.remove(video.size)
-        return True
 
     def engine(self, cluster: "RayCluster | None") -> IndexEngine:
         """What reads and encodes; checks the nodes of a cluster."""
@@ -168,7 +166,7 @@ class _Update:
         example = self.folder / self.pending[0].path
         return RayEngine(cluster, self.model, self.writer, example)
 
-    def run(self, engine: IndexEngine, misnamed: list[str]) -> IndexReport:
+    def run(self, engine: IndexEngine) -> IndexReport:
         """Reads, encodes and stores what has changed."""
         reads = engine.read(*self._calls(self.pending, self._known_sha256s))
         batches = Batches(engine, self.writer, self.model.config.eval.batch_size, self._calls_again)
@@ -187,13 +185,11 @@ class _Update:
         self.writer.remove(list(self.missing))
         self.report.removed = len(self.missing)
         self.writer.compact()
-        stored = self.writer.videos()
-        self.report.bad = {video.path: video.error for video in stored if video.error}
+        self.report.bad = self.writer.errors(self.changes.paths)
         self.report.bad |= {
-            ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in misnamed
+            ascii(path)[1:-1]: "its name is not UTF-8; rename it" for path in self.changes.misnamed
         }
-        self.report.skipped = names_of_no_files(self.folder)
-        self.report.windows = sum(len(video.windows) for video in stored)
+        self.report.windows = self.writer.header["windows"]
         self.report.nbytes = self.writer.nbytes()
         return self.report
 
@@ -219,7 +215,7 @@ class _Update:
     def _known_sha256s(self, video: IndexedVideo) -> frozenset[str]:
         """Contents for which a file need not be decoded."""
         known = self.known.get(video.path)
-        digests = {gone.sha256 for gone in self._movable.values() if gone.size == video.size}
+        digests = {gone.sha256 for gone in self._movable[video.size].values()}
         # A video that took too long is decoded again, and so is one with damaged features.
         if known is not None and not known.allowed and video.path not in self.damaged:
             digests.add(known.sha256)
@@ -243,44 +239,12 @@ class _Update:
             self.writer.touch(video)
             self.report.unchanged += 1
             return
-        gone = next((gone for gone in self._movable.values() if gone.sha256 == sha256), None)
+        movable = self._movable[video.size]
+        gone = next((gone for gone in movable.values() if gone.sha256 == sha256), None)
         if gone is None:  # Two new files have the content of one that is gone.
             read = read_video(*self._call(video, self._known_sha256s(video)))
             self._take(video, checked(read, self.writer.directory), batches)
             return
         self.writer.rename(gone.path, video)
-        del self.missing[gone.path], self._movable[gone.path]
+        del self.missing[gone.path], movable[gone.path]
         self.report.moved += 1
-
-
-def _check_header(
-    writer: IndexWriter, model: RetrievalModel, videos: Path, storage: str, bank: Sequence[str]
-) -> None:
-    """Writes the header of a new index, or checks that an index matches; upgrades old formats."""
-    folder, header = str(videos.resolve()), writer.header
-    if not header:
-        writer.update_header(
-            source=model.source,
-            fingerprint=model.fingerprint,
-            videos=folder,
-            storage=storage,
-            bank=bank_of(model.config),
-            **({"hubness": write_bank(writer.directory, bank)} if bank else {}),
-        )
-        return
-    # A folder that is not there any more may have been moved.
-    is_folder = header["videos"] == folder or not Path(header["videos"]).is_dir()
-    for matches, other in (
-        (made_with(header, model), "model"),
-        (is_folder, f"folder, {header['videos']}"),
-        (header["storage"] == storage, f"storage, {header['storage']}"),
-    ):
-        if not matches:
-            raise SearchIndexError(
-                f"the index {writer.directory} was made with another {other}; give another --index,"
-                " or delete it"
-            )
-    if bank:
-        check_bank(writer.directory, header, bank)
-    if not header["fingerprint"] or header["videos"] != folder:
-        writer.update_header(fingerprint=model.fingerprint, videos=folder)

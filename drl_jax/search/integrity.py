@@ -6,13 +6,14 @@ meanwhile is checked when it is read.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from drl_jax.models.interactions import Features
-from drl_jax.search.rows import IndexedVideo, SearchIndexError, check_features
+from drl_jax.search.feature_checks import check_features, rows_of_video
+from drl_jax.search.joined import check_distinct
+from drl_jax.search.part import IndexPart
+from drl_jax.search.rows import IndexedVideo, SearchIndexError
+from drl_jax.search.slots import by_part
 from drl_jax.search.store import Store
-from drl_jax.search.videos import IndexedVideos
 
 # Windows that are checked before an index is open: a few tenths of a second.
 _AT_ONCE = 10_000
@@ -24,41 +25,38 @@ class IndexCheck:
     """The check of one state of an index.
 
     Attributes:
-      checked: slots below this one are checked.
+      checked: for each part of the index, slots of the part below this one are checked.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        videos: IndexedVideos,
-        arrays: Features,
-        check_files: Callable[[], None],
-        *,
-        first_slot: int = 0,
-    ):
+    def __init__(self, parts: Sequence[IndexPart], previous: "IndexCheck | None" = None):
         """Checks a small index, and starts the check of a large one.
 
         Args:
-          directory: of the index.
-          videos: that can be searched.
-          arrays: stored arrays, one row per slot.
-          check_files: raises if the file of an array was cut; reading it would end the process.
-          first_slot: slots below this one were checked before.
+          parts: of the index.
+          previous: the check of an earlier state of the same parts, which ends; what it has checked
+            is not checked again.
 
         Raises:
           SearchIndexError: a small index is damaged.
         """
-        self._directory, self._arrays, self._check_files = directory, arrays, check_files
+        self._parts = parts
         self._error: SearchIndexError | None = None
         self._stopped = False
-        self.checked = first_slot
+        self.checked = [0] * len(parts)
+        self._is_first = previous is None
+        if previous is not None:
+            previous.stop()
+            for number, part in enumerate(parts):
+                if part.header["generation"] == previous._parts[number].header["generation"]:
+                    self.checked[number] = previous.checked[number]
         self._thread: threading.Thread | None = None
-        if videos.windows_from(first_slot) <= _AT_ONCE:
-            self._run(videos)
+        waiting = zip(parts, self.checked, strict=True)
+        if sum(part.videos.windows_from(slot) for part, slot in waiting) <= _AT_ONCE:
+            self._run()
             self.raise_damage()
         else:
             # A daemon: a command that has its answer ends.
-            self._thread = threading.Thread(target=self._run, args=(videos,), daemon=True)
+            self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
 
     def raise_damage(self) -> None:
@@ -71,12 +69,19 @@ class IndexCheck:
             raise self._error
 
     def check_now(self, videos: Sequence[IndexedVideo]) -> None:
-        """Checks the features of some videos if they are not checked yet.
+        """Checks the features of some videos of the index if they are not checked yet.
 
         Raises:
           SearchIndexError: they are damaged.
         """
-        check_features(self._directory, videos, self._arrays, first_slot=self.checked)
+        for number, places, rows in by_part([video.slot for video in videos]):
+            part, checked = self._parts[number], self.checked[number]
+            waiting = [
+                (videos[place].path, rows_of_video(videos[place])._replace(slot=row))
+                for place, row in zip(places.tolist(), rows.tolist(), strict=True)
+                if row >= checked
+            ]
+            check_features(part.directory, waiting, part.checks)
 
     def wait(self) -> None:
         """Waits until all is checked.
@@ -92,16 +97,23 @@ class IndexCheck:
         """Ends the check: the state of the index was replaced by another one."""
         self._stopped = True
 
-    def _run(self, videos: IndexedVideos) -> None:
-        first_slot = self.checked
+    def _run(self) -> None:
         try:
-            with Store(self._directory) as store:
-                store.check_table()
-            for chunk in videos.chunks(_CHUNK, first_slot):
-                if self._stopped:
-                    return
-                self._check_files()
-                check_features(self._directory, chunk, self._arrays, first_slot=first_slot)
-                self.checked = chunk[-1].slots.stop
+            for number in range(len(self._parts)):
+                self._check_part(number)
+            if self._is_first and not self._stopped:
+                check_distinct([part.directory for part in self._parts])
         except SearchIndexError as error:
             self._error = error
+
+    def _check_part(self, number: int) -> None:
+        part = self._parts[number]
+        with Store(part.directory) as store:
+            store.check_table()
+        for chunk in part.videos.chunks(_CHUNK, self.checked[number]):
+            if self._stopped:
+                return
+            part.check_files()
+            pairs = [(video.path, rows_of_video(video)) for video in chunk]
+            check_features(part.directory, pairs, part.checks)
+            self.checked[number] = chunk[-1].slots.stop

@@ -6,12 +6,13 @@ It is no part of the index: a new state would make open sessions open the index 
 import contextlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.lock import is_locked
-from drl_jax.search.database import lock_path
+from drl_jax.search.database_file import lock_path
 
 _FILE = "indexing.json"
 # Seconds between two writes.
@@ -61,6 +62,12 @@ class ProgressFile:
         self._next_write = time.monotonic() + _INTERVAL
         with contextlib.suppress(OSError):
             write_json(self._path, {"done": done, "total": self._total})
+
+
+def progress_of(directories: Iterable[Path]) -> Progress | None:
+    """The progress of the processes that update the parts of an index; None if there is none."""
+    found = [progress for directory in directories if (progress := read_progress(directory))]
+    return Progress(*map(sum, zip(*found, strict=True))) if found else None
 
 
 def read_progress(directory: Path) -> Progress | None:

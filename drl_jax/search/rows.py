@@ -10,13 +10,10 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.windows import Window
 
@@ -37,16 +34,6 @@ ADDED_COLUMNS = {
     "windows": "TEXT",
     "windows_crc32": "TEXT",
     "allowed": "REAL",
-}
-_HEADER_TYPES = {
-    "source": dict,
-    "fingerprint": str,
-    "videos": str,
-    "storage": str,
-    "arrays": dict,
-    "generation": int,
-    "next_slot": int,
-    "obsolete_files": list,
 }
 
 
@@ -112,105 +99,6 @@ class IndexedVideo:
         return range(0) if self.slot is None else range(self.slot, self.slot + len(self.windows))
 
 
-# ---------------------------------------------------------------- checksums
-
-
-def header_crc32(header: Mapping[str, Any]) -> int:
-    """Checksum of a header, without its own field `crc32`."""
-    values = {name: value for name, value in header.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def check_header(header: Mapping[str, Any], *, rows: int) -> None:
-    """Checks a header of format 3 or later.
-
-    Args:
-      header: as stored.
-      rows: number of rows of the table of videos.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    if ("crc32" in header or header["format"] > 3) and header.get("crc32") != header_crc32(header):
-        raise ValueError("the checksum of its header is wrong")
-    for name, kind in _HEADER_TYPES.items():
-        if not isinstance(header.get(name), kind):
-            raise ValueError(f"its header has no {name}")
-    if header.get("rows", rows) != rows:
-        raise ValueError(f"it lists {rows} of {header['rows']} videos")
-
-
-def features_crc32(arrays: Features) -> list[int]:
-    """Checksums of all rows of the arrays: one of each window."""
-    views = _views(arrays)
-    return [_row_crc32_of(views, row) for row in range(len(next(iter(arrays.values()))))]
-
-
-def check_features(
-    directory: Path, videos: Sequence[IndexedVideo], arrays: Features, *, first_slot: int = 0
-) -> None:
-    """Checks the arrays of videos: 0.3 seconds per gigabyte, about as long as a first query.
-
-    Args:
-      directory: of the index.
-      videos: without errors.
-      arrays: stored arrays, one row per slot.
-      first_slot: rows before this one were checked before.
-
-    Raises:
-      SearchIndexError: the features of a video are damaged.
-    """
-    views = _views(arrays)
-    for video in videos:
-        if video.slot >= first_slot and _is_damaged(arrays, views, video):
-            raise damaged(directory, f"the features of {video.path} have changed", can_heal=True)
-
-
-def damaged_features(arrays: Features, videos: Sequence[IndexedVideo]) -> set[str]:
-    """Paths of videos without errors whose rows are damaged, or are not in the arrays."""
-    rows = min((len(array) for array in arrays.values()), default=0)
-    if not rows:
-        return {video.path for video in videos}
-    views = _views(arrays)
-    return {
-        video.path
-        for video in videos
-        if video.slots.stop > rows or _is_damaged(arrays, views, video)
-    }
-
-
-def _is_damaged(arrays: Features, views: "_Views", video: IndexedVideo) -> bool:
-    if video.checksums is None:
-        mask = arrays.get("frame_mask")
-        return mask is not None and not _is_mask_of(mask[video.slot], len(video.times))
-    found = (_row_crc32_of(views, slot) for slot in video.slots)
-    return any(a != b for a, b in zip(found, video.checksums, strict=True))
-
-
-# The bytes of each array, and the bytes of a row.
-_Views = list[tuple[memoryview, int]]
-
-
-def _views(arrays: Features) -> _Views:
-    """The bytes of each array, in the order of their names, and the bytes of a row."""
-    return [
-        (memoryview(np.ascontiguousarray(arrays[name])).cast("B"), arrays[name][:1].nbytes)
-        for name in sorted(arrays)
-    ]
-
-
-def _row_crc32_of(views: _Views, row: int) -> int:
-    crc32 = 0
-    for view, size in views:
-        crc32 = zlib.crc32(view[row * size : (row + 1) * size], crc32)
-    return crc32
-
-
-def _is_mask_of(mask: np.ndarray, frames: int) -> bool:
-    """Whether a mask is that of so many frames; a model would explain others without a time."""
-    return bool((mask == (np.arange(len(mask)) < frames)).all())
-
-
 # ---------------------------------------------------------------- rows
 
 
@@ -239,6 +127,27 @@ def row_crc32(row: Sequence[Any]) -> int:
     return zlib.crc32(ascii((*row[:5], *row[6:end])).encode())
 
 
+def check_row(row: Sequence[Any]) -> None:
+    """Checks the checksum of a row, and what one without checksum must have.
+
+    Args:
+      row: the values of COLUMNS.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    *values, crc32 = row
+    path, size, mtime_ns, sha256, error, slot, times, *_ = values
+    if crc32 is not None and crc32 != row_crc32(values):
+        raise ValueError(f"the checksum of the row of {path} is wrong")
+    if not all(isinstance(value, str) for value in (path, sha256, error, times)):
+        raise ValueError(f"the row of {path} has no text where it must have")
+    if not all(isinstance(value, int) for value in (size, mtime_ns)):
+        raise ValueError(f"the row of {path} has no number where it must have")
+    if (slot is None) != bool(error) or (slot is not None and slot < 0):
+        raise ValueError(f"the slot of {path} is {slot}")
+
+
 def from_row(row: Sequence[Any]) -> IndexedVideo:
     """Reads a row of the table of videos.
 
@@ -248,15 +157,9 @@ def from_row(row: Sequence[Any]) -> IndexedVideo:
     Raises:
       ValueError: it is damaged.
     """
-    *values, crc32 = row
-    path, size, mtime_ns, sha256, error, slot, times, features, _, *added = values
+    check_row(row)
+    path, size, mtime_ns, sha256, error, slot, times, features, _, *added, _ = row
     duration, windows, checksums, allowed = added
-    if crc32 is not None and crc32 != row_crc32(values):
-        raise ValueError(f"the checksum of the row of {path} is wrong")
-    if not all(isinstance(value, str) for value in (path, sha256, error, times)):
-        raise ValueError(f"the row of {path} has no text where it must have")
-    if not all(isinstance(value, int) for value in (size, mtime_ns)):
-        raise ValueError(f"the row of {path} has no number where it must have")
     seconds = json.loads(times)
     if not isinstance(seconds, list) or not all(map(_is_finite, seconds)):
         raise ValueError(f"the times of {path} are not numbers")
@@ -269,30 +172,38 @@ def from_row(row: Sequence[Any]) -> IndexedVideo:
         crc32s = tuple(json.loads(checksums))
         if len(crc32s) != len(parts):
             raise ValueError(f"{path} has {len(parts)} windows and {len(crc32s)} checksums")
-    if (slot is None) != bool(error):
-        raise ValueError(f"the slot of {path} is {slot}")
-    if not error and not (slot >= 0 and parts):
-        raise ValueError(f"the slot of {path} is {slot}")
+    if not error and not parts:
+        raise ValueError(f"{path} has no windows")
     return IndexedVideo(
         *(path, size, mtime_ns, sha256, error, slot, tuple(seconds), tuple(parts)),
         *(duration or 0.0, crc32s, allowed or 0.0),
     )
 
 
-class ListedVideo(NamedTuple):
-    """What filters need of a video.
+class KnownFile(NamedTuple):
+    """What an update compares a file with: a row without times and windows.
 
     Attributes:
-      slot: as `IndexedVideo.slot`.
       path: relative to the folder of the videos.
+      size: bytes.
       mtime_ns: modification time.
-      length: seconds; to its last frame if an older version stored it.
+      sha256: of its content; empty if it could not be read.
+      allowed: as `IndexedVideo.allowed`.
+      is_damaged: whether its features are damaged or lost.
     """
 
-    slot: int
     path: str
+    size: int
     mtime_ns: int
-    length: float
+    sha256: str
+    allowed: float = 0.0
+    is_damaged: bool = False
+
+
+def known_file(row: Sequence[Any], *, is_damaged: bool) -> KnownFile:
+    """What an update needs of a checked row of COLUMNS."""
+    allowed = row[COLUMNS.index("allowed")]
+    return KnownFile(*row[:4], allowed or 0.0, is_damaged)
 
 
 def _is_finite(value: Any) -> bool:

@@ -10,10 +10,10 @@ import numpy as np
 
 from drl_jax.pretrained import RetrievalModel, load_source
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.database import index_version
 from drl_jax.search.engine import SearchEngine
 from drl_jax.search.hits import Hit
 from drl_jax.search.hubness import Correction
+from drl_jax.search.joined import check_present, part_directories, part_versions
 from drl_jax.search.query import Query
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.snapshot import IndexSnapshot
@@ -31,6 +31,8 @@ class Searcher(Protocol):
         """The best videos for each sentence."""
 
 
+# `index_version` of each part of an index, by its directory.
+Versions = dict[Path, tuple[int, ...]]
 # Seconds that a query may wait until a new state of its index is open.
 _PATIENCE = 0.25
 
@@ -67,16 +69,18 @@ class SearchSession:
         """
         self.directory, self.correction = directory, correction
         if model is None:
-            with Store(directory) as store:
+            first = part_directories(directory)[0]
+            check_present(directory, first)
+            with Store(first) as store:
                 source = store.header["source"]
             model = load_source(source)
         self.model = model
         self._engine = SearchEngine(model.config.model, model.params)
         self._refreshing = threading.Lock()
         self._opening: threading.Thread | None = None
-        self._version: tuple[int, ...] | None = None
+        self._versions: Versions = {}
         self._seconds = 0.0  # That opening the last state took.
-        self._open(index_version(directory))
+        self._open(part_versions(directory))
 
     @property
     def videos(self) -> Sequence[IndexedVideo]:
@@ -90,37 +94,39 @@ class SearchSession:
           UserError: see `__init__`.
         """
         with self._refreshing:
-            version = index_version(self.directory)
-            if version and version == self._version:
+            versions = part_versions(self.directory)
+            if versions == self._versions and all(versions.values()):
                 return self._snapshot
-            if self._seconds < _PATIENCE or not self._is_update(version):
-                self._open(version)
+            if self._seconds < _PATIENCE or not self._is_update(versions):
+                self._open(versions)
             elif self._opening is None or not self._opening.is_alive():
                 self._opening = threading.Thread(
-                    target=self._open_in_background, args=(version,), daemon=True
+                    target=self._open_in_background, args=(versions,), daemon=True
                 )
                 self._opening.start()
             return self._snapshot
 
-    def _open(self, version: tuple[int, ...]) -> None:
+    def _open(self, versions: Versions) -> None:
         start = time.monotonic()
         # Most features of an update are checked already.
-        previous = self._snapshot if self._is_update(version) else None
+        previous = self._snapshot if self._is_update(versions) else None
         self._snapshot = IndexSnapshot(
-            self.directory, self.model, self._engine, previous, self.correction
+            self.directory, self.model, self._engine, previous, self.correction, versions
         )
-        self._version, self._seconds = version, time.monotonic() - start
+        self._versions, self._seconds = versions, time.monotonic() - start
 
-    def _open_in_background(self, version: tuple[int, ...]) -> None:
+    def _open_in_background(self, versions: Versions) -> None:
         try:
-            self._open(version)
+            self._open(versions)
         except UserError:
             self._seconds = 0.0  # The next query opens it, and says what is wrong.
 
-    def _is_update(self, version: tuple[int, ...]) -> bool:
-        """Whether it is the same database, with more transactions."""
-        old = self._version
-        return bool(old and version and old[0] == version[0] and old[-1] < version[-1])
+    def _is_update(self, versions: Versions) -> bool:
+        """Whether they are of the same databases, with more transactions."""
+        if list(versions) != list(self._versions):
+            return False
+        pairs = [(self._versions[part], version) for part, version in versions.items()]
+        return all(old and new and old[0] == new[0] and old[-1] <= new[-1] for old, new in pairs)
 
     def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
         """See `IndexSnapshot.search`."""

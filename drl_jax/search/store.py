@@ -21,14 +21,16 @@ query. Opening an index reads the slots of its videos, from an index of the tabl
 read when it is shown (`videos.py`). For open readers, the rows of removed videos, and the slots
 that `compact` changes, stay in `removed_videos` as long as the old files.
 
-Format 5, in which a video has windows. Format 4 has one window a video, format 3 also lacks
-checksums (`rows.py`), and format 2 is converted in memory when it is read (`format_2.py`). Older
-formats are converted in the database, in one transaction that renames no files, when their own
-model first updates them; their videos keep their one window until their files change.
+Format 5, in which a video has windows. Format 6 is an index of one shard of a folder: earlier
+versions of this program would add the files of the other shards. Format 4 has one window a video,
+format 3 also lacks checksums (`rows.py`), and format 2 is converted in memory when it is read
+(`format_2.py`). Formats 2 to 4 are converted in the database, in one transaction that renames no
+files, when their own model first updates them; their videos keep their one window until their
+files change.
 """
 
 import contextlib
-import json
+import itertools
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
@@ -41,10 +43,11 @@ from drl_jax.models.interactions import Features
 from drl_jax.search.array_files import map_arrays
 from drl_jax.search.database import (
     count_rows,
-    database_path,
-    open_database,
+    count_with_slot,
+    count_without_slot,
     select_at_slots,
     select_listing,
+    select_paths,
     select_removed,
     select_slots,
     select_slots_of_path,
@@ -52,18 +55,17 @@ from drl_jax.search.database import (
     select_videos,
     select_without_slot,
 )
-from drl_jax.search.format_2 import header_from_format_2
+from drl_jax.search.database_file import database_path, open_database
+from drl_jax.search.header import read_header
+from drl_jax.search.listing import Listing
 from drl_jax.search.rows import (
     COLUMNS,
     IndexedVideo,
-    ListedVideo,
     SearchIndexError,
-    check_header,
     damaged,
     from_row,
 )
 
-FORMAT = 5
 # Videos that one statement selects by their slots; SQLite takes 32,766 values at most.
 _SELECTED = 500
 
@@ -102,7 +104,7 @@ class Store:
         self.directory = directory
         with self._reading():
             self._database = open_database(directory, write=write)
-            self.header: dict[str, Any] = self._read_header()
+            self.header: dict[str, Any] = read_header(directory, self._database)
 
     def __enter__(self) -> Self:
         return self
@@ -119,16 +121,22 @@ class Store:
           SearchIndexError: the list is damaged.
         """
         with self._reading():
-            rows = select_videos(self._database, COLUMNS)
-            videos = [from_row(row) for row in rows]
+            videos = [from_row(row) for row in select_videos(self._database, COLUMNS)]
             for video in videos:
-                if video.slots.stop > self._rows:
-                    raise ValueError(f"the slot of {video.path} is {video.slot}")
+                self._check_stop(video.path, video.slots.stop)
+            self._check_count(len(videos))
         return sorted(videos, key=lambda video: video.path)
 
-    def count(self) -> int:
-        """Number of files, including those that cannot be searched."""
-        return self._database.execute("SELECT COUNT(*) FROM videos").fetchone()[0]
+    def _check_stop(self, path: str, stop: int) -> None:
+        """Checks that the slots of a video are before those that were never used."""
+        if stop > self._rows:
+            raise ValueError(f"the slots of {path} end at {stop}, behind {self._rows}")
+
+    def _check_count(self, listed: int) -> None:
+        """Checks how many files the table lists."""
+        # Format 3 and older do not have it in their header.
+        if (rows := self.header.get("rows", listed)) != listed:
+            raise ValueError(f"it lists {listed} of {rows} videos")
 
     @property
     def _rows(self) -> int:
@@ -145,13 +153,20 @@ class Store:
           SearchIndexError: the list is damaged.
         """
         with self._reading():
-            rows = sorted(select_slots(self._database))
-            first, counts = np.array(rows, np.int64).reshape(-1, 2).T.copy()
+            values = itertools.chain.from_iterable(select_slots(self._database))
+            rows = np.fromiter(values, np.int64).reshape(-1, 2)
+            first, counts = rows[rows[:, 0].argsort(kind="stable")].T.copy()
             ends = first + counts
             is_whole = (counts > 0).all() and (ends[:-1] <= first[1:]).all()
             if len(rows) and not (is_whole and first[0] >= 0 and ends[-1] <= self._rows):
                 raise ValueError("the slots of its videos are not those of its arrays")
+            self._check_count(len(rows) + self.count_unsearchable())
         return first, counts
+
+    def count_unsearchable(self) -> int:
+        """Number of files that cannot be searched."""
+        with self._reading():
+            return count_without_slot(self._database)
 
     def videos_at(self, counts: Mapping[int, int], generation: int) -> dict[int, IndexedVideo]:
         """Reads videos of this state of the index, or of an earlier one.
@@ -194,6 +209,15 @@ class Store:
             videos = map(from_row, select_without_slot(self._database, COLUMNS))
             return sorted(videos, key=lambda video: video.path)
 
+    def paths(self) -> Iterator[str]:
+        """Paths of all files.
+
+        Raises:
+          SearchIndexError: the database is damaged.
+        """
+        with self._reading():
+            yield from (path for (path,) in select_paths(self._database))
+
     def check_table(self) -> None:
         """Checks that every file is listed: with a slot, or as one that cannot be searched.
 
@@ -201,7 +225,7 @@ class Store:
           SearchIndexError: a row is damaged.
         """
         with self._reading():
-            listed = len(select_slots(self._database)) + len(self.unsearchable())
+            listed = count_with_slot(self._database) + len(self.unsearchable())
             # In the table itself: other counts rely on its indexes.
             if (rows := count_rows(self._database)) != listed:
                 raise ValueError(f"it has {rows} files and lists {listed}")
@@ -216,7 +240,7 @@ class Store:
             current = self.header["generation"]
             return select_slots_of_path(self._database, path, generation, current)
 
-    def listing(self, generation: int) -> Iterator[ListedVideo]:
+    def listing(self, generation: int) -> Listing:
         """What filters need of the videos that can be searched, in no order.
 
         Raises:
@@ -225,9 +249,7 @@ class Store:
         with self._reading():
             if generation != self.header["generation"]:
                 raise self._outdated()
-            for slot, path, mtime_ns, duration, times in select_listing(self._database):
-                length = max(json.loads(times), default=0.0) if duration is None else duration
-                yield ListedVideo(slot, path, mtime_ns, length)
+            return Listing.of_rows(select_listing(self._database))
 
     def _outdated(self) -> SearchIndexError:
         return SearchIndexError(
@@ -267,25 +289,6 @@ class Store:
         return sum(file.stat().st_size for file in files)
 
     # ------------------------------------------------------------------ database
-
-    def _read_header(self) -> dict[str, Any]:
-        row = self._database.execute("SELECT value FROM header").fetchone()
-        if row is None and self.count():
-            raise ValueError("it has videos without a header")
-        if row is None:
-            return {}
-        header = json.loads(row[0])
-        if header["format"] == 2:
-            query = "SELECT COALESCE(MAX(slot) + 1, 0) FROM videos"
-            return header_from_format_2(header, self._database.execute(query).fetchone()[0])
-        if header["format"] not in (3, 4, FORMAT):
-            raise SearchIndexError(
-                f"the index {self.directory} has format {header['format']}, this version reads"
-                f" formats 2 to {FORMAT}; delete it and index again"
-            )
-        check_header(header, rows=self.count())
-        # A transaction adds those of the new state.
-        return {name: header[name] for name in header.keys() - {"format", "rows", "crc32"}}
 
     @contextlib.contextmanager
     def _reading(self, *, can_heal: bool = False) -> Iterator[None]:

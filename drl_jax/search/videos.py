@@ -5,15 +5,43 @@ import dataclasses
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
-from drl_jax.search.rows import IndexedVideo, ListedVideo
+from drl_jax.search.listing import Listing
+from drl_jax.search.rows import IndexedVideo
+from drl_jax.search.slots import PART_SLOTS, by_part, slots_of_windows
 from drl_jax.search.store import Store
 
 # Videos that are read at a time, and that stay in memory.
 _CHUNK, _KEPT = 500, 10_000
+
+
+class VideosPart(NamedTuple):
+    """Where the videos of a part of an index are read.
+
+    Attributes:
+      directory: of the part; that of the index if it has only one.
+      generation: of the array files, in which slots do not change.
+      prefix: what the paths have before those that the part stores, e.g. "disk1/"; may be empty.
+    """
+
+    directory: Path
+    generation: int
+    prefix: str = ""
+
+    def shown(self, video: IndexedVideo, number: int) -> IndexedVideo:
+        """A video of the part, which is the `number`-th, as one of the index."""
+        if not number and not self.prefix:
+            return video
+        slot = None if video.slot is None else number * PART_SLOTS + video.slot
+        return dataclasses.replace(video, path=self.prefix + video.path, slot=slot)
+
+    def stored(self, video: IndexedVideo) -> IndexedVideo:
+        """The reverse of `shown`."""
+        path, slot = video.path[len(self.prefix) :], video.slot % PART_SLOTS
+        return dataclasses.replace(video, path=path, slot=slot)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,14 +52,12 @@ class IndexedVideos(Sequence[IndexedVideo]):
     accessed. Safe to use from several threads.
 
     Attributes:
-      directory: of the index.
-      generation: of the array files, in which slots do not change.
-      first_slots: int64 [V], ascending: the slot of the first window of each video.
+      parts: of the index.
+      first_slots: int64 [V], ascending: the slot (`slots.py`) of the first window of each video.
       counts: int64 [V], windows of each video.
     """
 
-    directory: Path
-    generation: int
+    parts: tuple[VideosPart, ...]
     first_slots: np.ndarray
     counts: np.ndarray
     _kept: "_Kept" = dataclasses.field(default_factory=lambda: _Kept(), repr=False)
@@ -73,10 +99,7 @@ class IndexedVideos(Sequence[IndexedVideo]):
     @property
     def slots(self) -> np.ndarray:
         """int64 [W]: the slots of all windows, ascending."""
-        ends = np.cumsum(self.counts)
-        return np.arange(self.windows) + np.repeat(
-            self.first_slots - (ends - self.counts), self.counts
-        )
+        return slots_of_windows(self.first_slots, self.counts)
 
     @property
     def windows(self) -> int:
@@ -107,25 +130,34 @@ class IndexedVideos(Sequence[IndexedVideo]):
         Raises:
           SearchIndexError: see `__getitem__`.
         """
-        with Store(self.directory) as store:
-            slots = np.array(store.slots_of_path(path, self.generation), np.int64)
-        found = slots[np.isin(slots, self.first_slots)]
-        return self.at_slots(found)[0] if len(found) else None
+        for number, part in enumerate(self.parts):
+            if not path.startswith(part.prefix):
+                continue
+            with Store(part.directory) as store:
+                rows = store.slots_of_path(path[len(part.prefix) :], part.generation)
+            slots = np.array(rows, np.int64) + number * PART_SLOTS
+            found = slots[np.isin(slots, self.first_slots)]
+            if len(found):
+                return self.at_slots(found)[0]
+        return None
 
-    def listing(self) -> Iterator[ListedVideo]:
-        """What filters need of all videos, in no order.
+    def listing(self) -> Listing:
+        """What filters need of all videos, in no order; reads a row of each.
 
         Raises:
           SearchIndexError: see `__getitem__`.
         """
-        with Store(self.directory) as store:
-            yield from store.listing(self.generation)
+        listings = []
+        for number, part in enumerate(self.parts):
+            with Store(part.directory) as store:
+                listings.append(store.listing(part.generation).of_part(number, part.prefix))
+        listing = Listing.joined(listings)
+        # The listing is of the current state of the index, which may have more videos.
+        is_own = np.isin(listing.slots, self.first_slots)
+        return listing if is_own.all() else listing.chosen(is_own)
 
     def only(self, first_slots: Sequence[int]) -> "IndexedVideos":
-        """Those of the videos whose first slots are among these.
-
-        The listing is of the current state of the index, which may have more videos.
-        """
+        """Those of the videos whose first slots are among these."""
         chosen = np.isin(self.first_slots, np.asarray(first_slots, np.int64))
         return dataclasses.replace(
             self, first_slots=self.first_slots[chosen], counts=self.counts[chosen]
@@ -143,8 +175,15 @@ class IndexedVideos(Sequence[IndexedVideo]):
 
     def _load(self, counts: Mapping[int, int]) -> dict[int, IndexedVideo]:
         """Reads the videos with these slots and numbers of windows, in their order."""
-        with Store(self.directory) as store:
-            return store.videos_at(counts, self.generation)
+        found, slots = {}, list(counts)
+        for number, places, rows in by_part(slots):
+            part, chosen = self.parts[number], [slots[place] for place in places.tolist()]
+            of_part = {row: counts[slot] for row, slot in zip(rows.tolist(), chosen, strict=True)}
+            with Store(part.directory) as store:
+                videos = store.videos_at(of_part, part.generation)
+            for row, slot in zip(of_part, chosen, strict=True):
+                found[slot] = part.shown(videos[row], number)
+        return {slot: found[slot] for slot in slots}
 
 
 def slots_of(videos: Sequence[IndexedVideo]) -> np.ndarray:
@@ -152,6 +191,13 @@ def slots_of(videos: Sequence[IndexedVideo]) -> np.ndarray:
     if isinstance(videos, IndexedVideos):
         return videos.slots
     return np.concatenate([np.arange(video.slot, video.slots.stop) for video in videos])
+
+
+def count_windows(videos: Sequence[IndexedVideo]) -> int:
+    """Number of windows of some videos."""
+    if isinstance(videos, IndexedVideos):
+        return videos.windows
+    return sum(len(video.windows) for video in videos)
 
 
 class _Kept:

@@ -11,34 +11,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from drl_jax.models.interactions import Features
 from drl_jax.runtime.lock import locked
-from drl_jax.search.array_files import GROWTH, copy_rows, map_arrays, write_rows
+from drl_jax.search.array_files import GROWTH, copy_rows, write_rows
+from drl_jax.search.compared_store import ComparedStore
 from drl_jax.search.database import (
     add_strips,
-    check_pages,
+    count_rows,
+    count_windows,
     forget_removed,
     keep_slots_of,
-    lock_path,
     remove_videos,
     replace_videos,
     select_video,
-    transaction,
-    upgrade,
+    update_slots,
 )
+from drl_jax.search.database_file import lock_path, transaction, upgrade
+from drl_jax.search.feature_checks import features_crc32
+from drl_jax.search.header import FORMAT, SHARD_FORMAT, header_crc32
+from drl_jax.search.joined import is_joined, part_directories
 from drl_jax.search.quantization import quantize
 from drl_jax.search.rows import (
     ADDED_COLUMNS,
     COLUMNS,
     IndexedVideo,
     SearchIndexError,
-    damaged_features,
-    features_crc32,
-    header_crc32,
     row_crc32,
     to_row,
 )
-from drl_jax.search.store import FORMAT, Store
+from drl_jax.search.slots import slots_of_windows
 
 # `compact` copies the arrays if more than this share of the slots, and `GROWTH` slots, are unused.
 _MAX_UNUSED = 0.25
@@ -51,7 +54,7 @@ _NEW_HEADER = {
 }
 
 
-class IndexWriter(Store):
+class IndexWriter(ComparedStore):
     """An index that this process alone writes; a context manager.
 
     Attributes:
@@ -66,9 +69,14 @@ class IndexWriter(Store):
           directory: of the index.
 
         Raises:
-          SearchIndexError: it is damaged, or cannot be written.
+          SearchIndexError: it is damaged, is a joined index, or cannot be written.
           LockError: another process writes to it.
         """
+        if is_joined(directory):
+            raise SearchIndexError(
+                f"the index {directory} joins others; update these instead, each with its own"
+                f" --index: {' '.join(map(str, part_directories(directory)))}"
+            )
         self._spool = directory / "spool"
         self._lock = contextlib.ExitStack()
         try:
@@ -122,29 +130,23 @@ class IndexWriter(Store):
         with self._transaction(arrays=arrays, next_slot=end):
             self._remove([video.path for video in videos])
             replace_videos(self._database, (*COLUMNS, "window_count"), table)
+            self._added_rows += len(videos)
+            self._added_windows += end - first
             for path, jpegs in strips.items():
                 add_strips(self._database, path, jpegs)
+
+    def recount(self) -> None:
+        """Counts the windows again: earlier versions change an index without counting them."""
+        with self._reading():
+            windows = count_windows(self._database)
+        if windows != self.header["windows"]:
+            self.update_header(windows=windows)
 
     def spool_file(self, number: int) -> Path:
         """A file for the frames of a long video until they are encoded; the folder exists."""
         with self._writing():
             self._spool.mkdir(exist_ok=True)
         return self._spool / f"{number}.frames"
-
-    def check_database(self) -> None:
-        """Checks the whole database: also what an update does not read, but a query does.
-
-        Raises:
-          SearchIndexError: it is damaged.
-        """
-        with self._reading():
-            check_pages(self._database)
-
-    def damaged_videos(self, videos: Sequence[IndexedVideo]) -> set[str]:
-        """Paths of videos whose features are damaged or lost."""
-        with self._reading():
-            arrays = map_arrays(self.directory, self.header["arrays"], strict=False)
-        return damaged_features(arrays, [video for video in videos if not video.error])
 
     def rename(self, old: str, video: IndexedVideo) -> None:
         """Gives the features of a video that is gone to a file with the same content.
@@ -156,25 +158,24 @@ class IndexWriter(Store):
         """
         with self._transaction():
             self._remove([video.path])
-            *row, crc32 = select_video(self._database, old, COLUMNS)
-            new = {"path": video.path, "size": video.size, "mtime_ns": video.mtime_ns}
-            for name, value in new.items():
-                row[COLUMNS.index(name)] = value
-            self._database.execute(
-                "UPDATE videos SET path = ?, size = ?, mtime_ns = ?, row_crc32 = ? WHERE path = ?",
-                (*new.values(), None if crc32 is None else row_crc32(row), old),
-            )
+            self._describe(old, video)
             self._database.execute("UPDATE strips SET path = ? WHERE path = ?", (video.path, old))
 
     def touch(self, video: IndexedVideo) -> None:
         """Stores a new modification time of a file with unchanged content."""
         with self._transaction():
-            *row, crc32 = select_video(self._database, video.path, COLUMNS)
-            row[COLUMNS.index("mtime_ns")] = video.mtime_ns
-            self._database.execute(
-                "UPDATE videos SET mtime_ns = ?, row_crc32 = ? WHERE path = ?",
-                (video.mtime_ns, None if crc32 is None else row_crc32(row), video.path),
-            )
+            self._describe(video.path, video)
+
+    def _describe(self, old: str, video: IndexedVideo) -> None:
+        """Changes path, size and modification time of a row."""
+        *row, crc32 = select_video(self._database, old, COLUMNS)
+        new = {"path": video.path, "size": video.size, "mtime_ns": video.mtime_ns}
+        for name, value in new.items():
+            row[COLUMNS.index(name)] = value
+        self._database.execute(
+            "UPDATE videos SET path = ?, size = ?, mtime_ns = ?, row_crc32 = ? WHERE path = ?",
+            (*new.values(), None if crc32 is None else row_crc32(row), old),
+        )
 
     def remove(self, paths: Sequence[str]) -> None:
         """Removes videos, in one transaction."""
@@ -183,15 +184,23 @@ class IndexWriter(Store):
                 self._remove(paths)
 
     def _remove(self, paths: Sequence[str]) -> None:
-        remove_videos(self._database, paths, self.header["generation"], COLUMNS)
+        videos, windows = remove_videos(self._database, paths, self.header["generation"], COLUMNS)
+        self._added_rows -= videos
+        self._added_windows -= windows
 
     def compact(self) -> None:
-        """Removes unused slots from the arrays if there are many; see the module's docstring."""
-        videos = sorted((v for v in self.videos() if not v.error), key=lambda video: video.slot)
-        used = [slot for video in videos for slot in video.slots]
-        unused = self.header["next_slot"] - len(used)
-        if not used or unused < GROWTH or unused < _MAX_UNUSED * self.header["next_slot"]:
+        """Removes unused slots from the arrays if there are many; see the module's docstring.
+
+        Reads the videos only then.
+        """
+        if not self._has_many_unused():
             return
+        first, counts = self.slots()
+        used = slots_of_windows(first, counts)
+        if len(used) != self.header["windows"]:  # Another version of this program was here.
+            self.update_header(windows=len(used))
+            if not self._has_many_unused():
+                return
         generation = self.header["generation"] + 1
         with self._writing():
             arrays = copy_rows(self.directory, self.header["arrays"], generation, used)
@@ -201,11 +210,14 @@ class IndexWriter(Store):
         ):
             keep_slots_of(self._database, generation - 1, COLUMNS)
             # In increasing order, so that each new slot is free.
-            first = 0
-            for video in videos:
-                query = "UPDATE videos SET slot = ? WHERE slot = ?"
-                self._database.execute(query, (first, video.slot))
-                first += len(video.windows)
+            new = np.cumsum(counts) - counts
+            update_slots(self._database, first.tolist(), new.tolist())
+
+    def _has_many_unused(self) -> bool:
+        slots, windows = self.header["next_slot"], self.header.get("windows")
+        if not windows:  # None at all, or an earlier version has not counted them.
+            return False
+        return slots - windows >= max(GROWTH, _MAX_UNUSED * slots)
 
     def _delete_obsolete_files(self) -> None:
         if self.header and self.header["obsolete_files"]:
@@ -221,8 +233,15 @@ class IndexWriter(Store):
         header = {**_NEW_HEADER, **self.header, **changes}
         with self._writing(), transaction(self._database):
             upgrade(self._database, COLUMNS, ADDED_COLUMNS)
+            if self.header and not {"rows", "windows"} <= header.keys():
+                # An earlier version made it. Once: later transactions add what they change.
+                header["rows"] = count_rows(self._database)
+                header["windows"] = count_windows(self._database)
+            self._added_rows = self._added_windows = 0
             yield
-            stored = {"format": FORMAT, **header, "rows": self.count()}
+            header["rows"] = header.get("rows", 0) + self._added_rows
+            header["windows"] = header.get("windows", 0) + self._added_windows
+            stored = {"format": SHARD_FORMAT if "shard" in header else FORMAT, **header}
             stored["crc32"] = header_crc32(stored)
             self._database.execute("DELETE FROM header")
             self._database.execute("INSERT INTO header VALUES (?)", (json.dumps(stored),))
