@@ -12,7 +12,7 @@ from pathlib import Path
 
 from drl_jax.model_flags import add_model_flags
 from drl_jax.runtime.cli import Parser, add_ray_flag, positive_int, positive_seconds, run_command
-from drl_jax.search import MOMENTS, STORAGES
+from drl_jax.search import CANDIDATES, MOMENTS, STORAGES
 
 
 def _parser() -> Parser:
@@ -32,9 +32,24 @@ def _parser() -> Parser:
         " is:20, nnn is nnn:128:0.75)",
     )
     engine = Parser("", add_help=False, parents=[hubness])
-    engine.add_argument("--url", default="", help="URL of a Qdrant cluster (default: embedded)")
+    engine.add_argument(
+        "--url", default="", help="URL of a Qdrant server (default: in this process)"
+    )
     engine.add_argument(
         "--collection", default="", help="name of the collection (default: one per index)"
+    )
+    chosen = Parser("", add_help=False, parents=[engine])
+    chosen.add_argument(
+        "--engine",
+        choices=("exact", "qdrant"),
+        default="exact",
+        help="qdrant finds sentences among candidates (%(default)s)",
+    )
+    chosen.add_argument(
+        "--candidates",
+        type=positive_int,
+        default=CANDIDATES,
+        help="windows that the engine is asked for (%(default)s)",
     )
 
     text = "create or update the index of a folder of videos"
@@ -90,7 +105,7 @@ def _parser() -> Parser:
     add_ray_flag(index, "decode and encode on")
 
     text = "answer queries, or prompt for them"
-    query = commands.add_parser("query", parents=[common, engine], help=text, description=text)
+    query = commands.add_parser("query", parents=[common, chosen], help=text, description=text)
     query.add_argument("query", nargs="*", help="sentences; without any, a prompt asks for them")
     query.add_argument("--queries", type=Path, help="file with one sentence per line")
     query.add_argument("--video", type=Path, help="a video file as the query, or a part of it")
@@ -121,15 +136,8 @@ def _parser() -> Parser:
         "--moments", type=positive_int, default=MOMENTS, help="moments per hit (%(default)s)"
     )
     query.add_argument("--json", action="store_true", help="print one JSON object per query")
-    query.add_argument("--engine", choices=("exact", "qdrant"), default="exact")
-    query.add_argument(
-        "--candidates",
-        type=positive_int,
-        default=100,
-        help="candidates of the engine per query (%(default)s)",
-    )
 
-    text = "write the vectors of an index to Qdrant, or update them"
+    text = "write the vectors of an index to Qdrant, or update them, and build their graph"
     commands.add_parser("export", parents=[common, engine], help=text, description=text)
 
     text = "measure how much of the exact answer Qdrant's candidates contain, and the times"
@@ -140,8 +148,8 @@ def _parser() -> Parser:
     recall.add_argument(
         "--candidates",
         type=_positive_ints,
-        default=[10, 20, 50, 100, 200, 500],
-        metavar="10,20,...",
+        default=[20, 50, 100, 200, 500, 1000],
+        metavar="20,50,...",
         help="numbers of candidates",
     )
     recall.add_argument(
@@ -150,7 +158,7 @@ def _parser() -> Parser:
     recall.add_argument("--json", action="store_true", help="print one JSON list")
 
     text = "serve the search page"
-    serve = commands.add_parser("serve", parents=[common, hubness], help=text, description=text)
+    serve = commands.add_parser("serve", parents=[common, chosen], help=text, description=text)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
     serve.add_argument("--top", type=positive_int, default=12, help="hits per query (%(default)s)")

@@ -17,6 +17,7 @@ from drl_jax.search.addresses import (
     file_address,
     parse_time,
 )
+from drl_jax.search.candidates import CandidateSearch
 from drl_jax.search.hit_json import explanation_json, hit_json
 from drl_jax.search.hits import Hit, Moment
 from drl_jax.search.moments import find_spans
@@ -39,8 +40,15 @@ class SearchAPI:
       sent: pictures and videos that were sent as queries.
     """
 
-    def __init__(self, session: SearchSession, top: int):
-        self.session, self.top = session, top
+    def __init__(self, session: SearchSession, top: int, candidates: CandidateSearch | None = None):
+        """Opens nothing.
+
+        Args:
+          session: the index and its model.
+          top: number of hits, unless the request has another.
+          candidates: answers sentences among all videos; None: all videos are compared.
+        """
+        self.session, self.top, self._candidates = session, top, candidates
         self._searching = threading.Lock()  # A query uses all cores.
         self._facts: tuple[IndexSnapshot | None, dict[str, Any]] = (None, {})
         # The page of an open hit asks for the same query again.
@@ -155,8 +163,13 @@ class SearchAPI:
         among: Sequence[IndexedVideo] | None,
         end: int,
     ) -> list[Hit]:
-        page = index.best_of(encoded, end, among)[query.offset : end]
-        hits = index.hits(encoded, page)
+        found: list[IndexedVideo] = []
+        if self._candidates is not None and encoded.is_sentence and among is None:
+            found = self._candidates.best_videos(index, encoded.parts, end)
+        # Pages that lie behind the candidates are found by comparing all videos.
+        if len(found) < end:
+            found = index.best_of(encoded, end, among)
+        hits = index.hits(encoded, found[query.offset : end])
         return [dataclasses.replace(hit, rank=hit.rank + query.offset) for hit in hits]
 
     def _encoded_of(

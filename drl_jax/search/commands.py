@@ -3,15 +3,16 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from drl_jax.model_flags import model_of_flags
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.search import MOMENTS
+from drl_jax.search import CANDIDATES, MOMENTS
+from drl_jax.search.candidates import CandidateSearch
 from drl_jax.search.explain import format_timestamp
 from drl_jax.search.explain_file import explain_file
 from drl_jax.search.filters import Filters, parse_day
@@ -23,9 +24,6 @@ from drl_jax.search.query import Query, encode_video_file
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.session import Searcher, SearchSession
 from drl_jax.search.snapshot import IndexSnapshot
-
-if TYPE_CHECKING:
-    from drl_jax.search.qdrant import QdrantSearch
 
 
 def _query(options: argparse.Namespace) -> None:
@@ -40,8 +38,8 @@ def _query(options: argparse.Namespace) -> None:
         _rank_sentences(options, session)
     elif not _is_plain(options):
         _answer_query(options, session, queries)
-    elif options.engine == "qdrant":
-        with contextlib.closing(_qdrant(options, session, options.candidates)) as engine:
+    elif _has_engine(options):
+        with contextlib.closing(_candidates_of(options, session)) as engine:
             engine.check()
             _answer_sentences(options, queries, session.model, engine)
     else:
@@ -54,9 +52,7 @@ def _check_query(options: argparse.Namespace) -> None:
         raise UserError("--sentences needs --video: it ranks sentences for a video")
     if options.sentences and (options.query or options.queries):
         raise UserError("--sentences ranks the sentences of its file; give no other ones")
-    if options.engine == "exact" and (options.url or options.collection):
-        raise UserError("--url and --collection need --engine=qdrant")
-    if not _is_plain(options) and options.engine != "exact":
+    if _has_engine(options) and not _is_plain(options):
         raise UserError(
             f"--engine={options.engine} answers sentences only, among all videos; omit it"
         )
@@ -164,7 +160,7 @@ def _print_hits(query: str, hits: Sequence[Hit], as_json: bool) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     session = _session(options)
-    with contextlib.closing(_qdrant(options, session)) as engine:
+    with contextlib.closing(_candidate_search(options, session)) as engine:
         report = engine.export()
     print(
         f"{report.collection}: {report.sent} windows sent, {report.deleted} deleted,"
@@ -174,19 +170,19 @@ def _export(options: argparse.Namespace) -> None:
 
 def _recall(options: argparse.Namespace) -> None:
     session = _session(options)
-    queries, videos = read_lines(options.queries), len(session.videos)
-    with contextlib.closing(_qdrant(options, session)) as engine:
+    queries, windows = read_lines(options.queries), session.snapshot().videos.windows
+    with contextlib.closing(_candidate_search(options, session)) as engine:
         from drl_jax.search.recall import measure_recall
 
         engine.check()
-        counts = [count for count in options.candidates if count <= videos]
+        counts = [count for count in options.candidates if count <= windows]
         if not counts:
-            raise UserError(f"the index has {videos} videos; ask for fewer candidates")
+            raise UserError(f"the index has {windows} windows; ask for fewer candidates")
         rows = measure_recall(engine, queries, counts, options.top)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
         return
-    print(f"{videos} videos, {len(queries)} queries, milliseconds per query")
+    print(f"{windows} windows, {len(queries)} queries, milliseconds per query")
     print(f"candidates  recall@{options.top:<3} engine  rerank   exact")
     for row in rows:
         times = (row.engine_seconds, row.rerank_seconds, row.exact_seconds)
@@ -196,16 +192,24 @@ def _recall(options: argparse.Namespace) -> None:
         )
 
 
-def _qdrant(
-    options: argparse.Namespace, session: SearchSession, candidates: int = 100
-) -> "QdrantSearch":
-    try:
-        from drl_jax.search.qdrant import QdrantSearch
-    except ImportError as error:
-        raise UserError("Qdrant's client is not installed: pip install qdrant-client") from error
-    return QdrantSearch(
+def _candidate_search(
+    options: argparse.Namespace, session: SearchSession, candidates: int = CANDIDATES
+) -> CandidateSearch:
+    return CandidateSearch(
         session, url=options.url, collection=options.collection, candidates=candidates
     )
+
+
+def _candidates_of(options: argparse.Namespace, session: SearchSession) -> CandidateSearch:
+    """With the number of candidates of --candidates."""
+    return _candidate_search(options, session, options.candidates)
+
+
+def _has_engine(options: argparse.Namespace) -> bool:
+    """Whether sentences are found among candidates; checks the flags of that."""
+    if options.engine == "exact" and (options.url or options.collection):
+        raise UserError("--url and --collection need --engine=qdrant")
+    return options.engine != "exact"
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -221,6 +225,7 @@ def _serve(options: argparse.Namespace) -> None:
         top=options.top,
         max_upload=options.max_upload,
         correction=_correction(options),
+        engine=functools.partial(_candidates_of, options) if _has_engine(options) else None,
     )
 
 

@@ -121,6 +121,20 @@ def select_slots_of_path(
     return [slot for (slot,) in rows if slot is not None]
 
 
+def select_slots_of_paths(
+    connection: sqlite3.Connection, paths: Sequence[str], generation: int, current: int
+) -> list[tuple[str, int, str]]:
+    """Path, first slot and hash of the files with some paths in all states of a generation."""
+    marks, rows = ", ".join("?" * len(paths)), []
+    columns = f"path, slot, sha256 FROM {{}} WHERE path IN ({marks}) AND slot NOTNULL"
+    if generation == current:
+        rows = connection.execute(f"SELECT {columns.format('videos')}", paths).fetchall()
+    if _has_table(connection, "removed_videos"):
+        query = f"SELECT {columns.format('removed_videos')} AND generation = ?"
+        rows += connection.execute(query, (*paths, generation)).fetchall()
+    return rows
+
+
 def _has_table(connection: sqlite3.Connection, name: str) -> bool:
     query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
     return connection.execute(query, (name,)).fetchone() is not None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from drl_jax.search.qdrant import QdrantSearch
+from drl_jax.search.candidates import CandidateSearch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Recall:
 
     Attributes:
       candidates: number of candidates per query.
-      recall: share of the exact best videos that are among the best candidates, 0 to 1.
+      recall: share of the exact best windows that are among the candidates, 0 to 1.
       engine_seconds: median time of a query in the engine.
       rerank_seconds: median time of the exact comparison with the candidates.
-      exact_seconds: median time of the exact comparison with all videos.
+      exact_seconds: median time of the exact comparison with all windows.
     """
 
     candidates: int
@@ -30,7 +30,7 @@ class Recall:
 
 
 def measure_recall(
-    engine: QdrantSearch, sentences: Sequence[str], counts: Sequence[int], top: int
+    engine: CandidateSearch, sentences: Sequence[str], counts: Sequence[int], top: int
 ) -> list[Recall]:
     """Compares search with candidates to exact search.
 
@@ -58,15 +58,16 @@ def measure_recall(
     wanted = sum(map(len, exact))
     report = []
     for count in counts:
-        index.rank(queries[0], top, engine.candidates(index, queries[0], count))  # Compiles.
+        first = engine.candidates(index, queries[0], count)
+        index.rank_windows(queries[0], top, first)  # Compiles.
         engine_seconds, rerank_seconds, found = [], [], 0
         for query, best in zip(
             tqdm(queries, f"{count} candidates", unit="query", leave=False), exact, strict=True
         ):
             start = time.perf_counter()
-            videos = engine.candidates(index, query, count)
+            candidates = engine.candidates(index, query, count)
             middle = time.perf_counter()
-            slots = index.rank(query, top, videos).slots[0]
+            slots = index.rank_windows(query, top, candidates).slots[0]
             rerank_seconds.append(time.perf_counter() - middle)
             engine_seconds.append(middle - start)
             found += len(best & set(slots))

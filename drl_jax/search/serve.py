@@ -7,7 +7,7 @@ they were indexed; pages of other sites learn nothing from it, not even which fi
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import uvicorn
@@ -23,6 +23,7 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import MAX_HITS, PageQuery
 from drl_jax.search.api import SearchAPI
+from drl_jax.search.candidates import CandidateSearch
 from drl_jax.search.hubness import Correction
 from drl_jax.search.media import Media
 from drl_jax.search.routes import api_routes, file_routes, page_routes
@@ -69,6 +70,7 @@ def serve(
     top: int,
     max_upload: int,
     correction: Correction | None = None,
+    engine: Callable[[SearchSession], CandidateSearch] | None = None,
 ) -> None:
     """Serves the page until it is interrupted.
 
@@ -80,13 +82,20 @@ def serve(
       top: number of hits, unless the request has another.
       max_upload: MB of a video that is sent as a query, at most.
       correction: see `SearchSession`.
+      engine: makes what answers sentences among all videos; None: all are compared.
 
     Raises:
-      UserError: the index cannot be opened, or the address is not available.
+      UserError: the index or the engine cannot be opened, or the address is not available.
     """
     hosts = _LOOPBACK if host in _LOOPBACK else ("*",)
     app = make_app(
-        directory, model, top=top, max_upload=max_upload, correction=correction, hosts=hosts
+        directory,
+        model,
+        top=top,
+        max_upload=max_upload,
+        correction=correction,
+        engine=engine,
+        hosts=hosts,
     )
     listener = _listen(host, port)
     print(
@@ -129,6 +138,7 @@ def make_app(
     top: int,
     max_upload: int,
     correction: Correction | None = None,
+    engine: Callable[[SearchSession], CandidateSearch] | None = None,
     hosts: tuple[str, ...] = _LOOPBACK,
 ) -> Starlette:
     """Creates the ASGI application; answers one query, so that the first is not slow.
@@ -139,21 +149,27 @@ def make_app(
       top: number of hits.
       max_upload: MB of a video that is sent as a query, at most.
       correction: see `SearchSession`.
+      engine: see `serve`.
       hosts: accepted values of the Host header; refuses DNS rebinding.
 
     Raises:
-      UserError: the index cannot be opened, or `top` is too large.
+      UserError: the index or the engine cannot be opened, or `top` is too large.
     """
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
     session, media = SearchSession(directory, model, correction), Media()
-    api, max_video = SearchAPI(session, top), 1_000_000 * max_upload
+    candidates = engine(session) if engine else None
+    if candidates is not None:
+        candidates.check()
+    api, max_video = SearchAPI(session, top, candidates), 1_000_000 * max_upload
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         media.close()
         api.sent.close()
+        if candidates is not None:
+            candidates.close()
 
     app = Starlette(
         routes=[

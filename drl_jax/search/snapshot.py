@@ -111,19 +111,16 @@ class IndexSnapshot(OpenIndex):
             stored = self.stored_windows([(video, window_at(video.windows, time))])
         return encode_query(self.model, query, stored)
 
-    def search_among(
-        self, sentence: str, text: Features, videos: Sequence[IndexedVideo], top: int
-    ) -> list[Hit]:
-        """Finds the best of some videos for a sentence, compared as in `search`.
+    def best_among(self, text: Features, slots: np.ndarray, top: int) -> list[IndexedVideo]:
+        """The videos with the best of some windows for a sentence, compared as in `search`.
 
         Args:
-          sentence: the query.
-          text: its arrays, [1, ...] each.
-          videos: candidates of another engine, without repetition.
-          top: number of hits.
+          text: arrays of the sentence, [1, ...] each.
+          slots: int [W], windows: candidates of another engine, each once.
+          top: number of videos.
         """
-        query = EncodedQuery(text, (1.0,), self.model.token_strings([sentence])[0], True)
-        return self.hits(query, self.best_of(query, top, videos))
+        ranking = self.rank_windows(text, len(slots), slots)
+        return self.videos.at_slots(ranking.slots[0], top)
 
     def search_by_video(self, path: Path, top: int) -> list[Hit]:
         """Finds the videos that are most similar to a file, itself included if it is indexed.
@@ -146,12 +143,24 @@ class IndexSnapshot(OpenIndex):
 
         The scores of sentences are corrected for hubs if the snapshot does that.
         """
+        slots = None if videos is None else slots_of(videos)
+        return self.rank_windows(text, top, slots, weights, are_sentences=are_sentences)
+
+    def rank_windows(
+        self,
+        text: Features,
+        top: int,
+        slots: np.ndarray | None,
+        weights: Sequence[float] | str | None = None,
+        *,
+        are_sentences: bool = True,
+    ) -> Ranking:
+        """Ranks windows, given by their slots; see `rank`."""
         gallery = self._corrected if are_sentences else self._gallery
         self.check_files()
         self.check.raise_damage()
-        if videos is None:
+        if slots is None:
             return self._engine.search(text, gallery, top, weights)
-        slots = slots_of(videos)
         if len(slots) > _MANY * gallery.size:
             return self._engine.search(text, gallery.only(slots), top, weights)
         found = self._engine.search(text, gallery.copied(slots), top, weights)

@@ -33,7 +33,7 @@ import contextlib
 import itertools
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,6 +51,7 @@ from drl_jax.search.database import (
     select_removed,
     select_slots,
     select_slots_of_path,
+    select_slots_of_paths,
     select_strip,
     select_videos,
     select_without_slot,
@@ -239,6 +240,25 @@ class Store:
         with self._reading():
             current = self.header["generation"]
             return select_slots_of_path(self._database, path, generation, current)
+
+    def slots_of_paths(
+        self, paths: Sequence[str], generation: int
+    ) -> dict[str, list[tuple[int, str]]]:
+        """First slots and hashes of the videos with some paths in the states of a generation.
+
+        Raises:
+          SearchIndexError: the database is damaged.
+        """
+        found: dict[str, list[tuple[int, str]]] = {path: [] for path in paths}
+        some = list(found)
+        with self._reading():
+            current = self.header["generation"]
+            for start in range(0, len(some), _SELECTED):
+                part = some[start : start + _SELECTED]
+                rows = select_slots_of_paths(self._database, part, generation, current)
+                for path, slot, sha256 in rows:
+                    found[path].append((slot, sha256))
+        return found
 
     def listing(self, generation: int) -> Listing:
         """What filters need of the videos that can be searched, in no order.

@@ -141,6 +141,41 @@ class IndexedVideos(Sequence[IndexedVideo]):
                 return self.at_slots(found)[0]
         return None
 
+    def slots_of_windows(self, windows: Sequence[tuple[str, str, int]]) -> np.ndarray:
+        """Slots of windows of these videos, without those that these videos do not have.
+
+        Args:
+          windows: path, SHA-256 of the file, and number of each window.
+
+        Returns:
+          int64 [N], in the order of the windows, each once.
+
+        Raises:
+          SearchIndexError: see `__getitem__`.
+        """
+        of_paths: dict[str, list[tuple[int, str]]] = {path: [] for path, _, _ in windows}
+        for number, part in enumerate(self.parts):
+            inner = {p[len(part.prefix) :]: p for p in of_paths if p.startswith(part.prefix)}
+            with Store(part.directory) as store:
+                found = store.slots_of_paths(list(inner), part.generation)
+            for name, rows in found.items():
+                of_paths[inner[name]] += [(slot + number * PART_SLOTS, sha) for slot, sha in rows]
+        counts = self._counts_at({slot for found in of_paths.values() for slot, _ in found})
+        slots = {
+            slot + number: None
+            for path, sha256, number in windows
+            for slot, stored in of_paths[path]
+            if stored == sha256 and number < counts.get(slot, 0)
+        }
+        return np.array(list(slots), np.int64)
+
+    def _counts_at(self, first_slots: Iterable[int]) -> dict[int, int]:
+        """Numbers of windows of those of some first slots that these videos have."""
+        slots = np.array(sorted(first_slots), np.int64)
+        rows = np.minimum(np.searchsorted(self.first_slots, slots), len(self.first_slots) - 1)
+        here = self.first_slots[rows] == slots
+        return dict(zip(slots[here].tolist(), self.counts[rows[here]].tolist(), strict=True))
+
     def listing(self) -> Listing:
         """What filters need of all videos, in no order; reads a row of each.
 

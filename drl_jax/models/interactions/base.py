@@ -53,7 +53,8 @@ class Interaction(nnx.Module):
     # Names of the arrays of texts and of videos that `similarity` reads.
     TEXT_ARRAYS: ClassVar[tuple[str, ...]] = ()
     VIDEO_ARRAYS: ClassVar[tuple[str, ...]] = ()
-    # Whether `query_vectors` and `video_vectors` exist.
+    # Whether `query_vectors` and `video_vectors` exist, and their dot product approximates the
+    # similarity.
     HAS_VECTORS: ClassVar[bool] = False
     # Whether similarities are of single tokens and frames; the arrays then have features of both,
     # which is what `attribution` needs.
@@ -176,15 +177,12 @@ class Interaction(nnx.Module):
 
     @classmethod
     def query_vectors(cls, text: Features) -> np.ndarray:
-        """Vectors of one text for an engine that ranks by MaxSim: float32 [n, D].
-
-        The engine's score is the sum over them of the largest dot product with a video's vectors.
-        """
+        """One vector of each text for an engine that ranks by dot product: float32 [A, D]."""
         raise NotImplementedError
 
     @classmethod
     def video_vectors(cls, video: Features) -> np.ndarray:
-        """Vectors of one video for such an engine: float32 [m, D]."""
+        """One vector of each video for such an engine: float32 [B, D]."""
         raise NotImplementedError
 
     @classmethod
@@ -207,8 +205,12 @@ def unit_features(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 def unit_sum(unit: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Unit vectors [B, F, D] and their weights [B, F] -> their sum, normalised, float32 [B, D]."""
-    total = np.einsum("bfd,bf->bd", unit, weight)
-    return unit_features({"sum_feat": total}, "sum")
+    return unit_features({"sum_feat": weighted_sum(unit, weight)}, "sum")
+
+
+def weighted_sum(unit: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Vectors [B, F, D] and their weights [B, F] -> their sum, float32 [B, D]."""
+    return np.matmul(weight[:, None], unit)[:, 0]
 
 
 def frames_as_tokens(video: Features) -> Features:

@@ -50,11 +50,11 @@ class DotProduct(Interaction):
 
     @classmethod
     def query_vectors(cls, text: Features) -> np.ndarray:
-        return text["sentence_unit"][None]
+        return text["sentence_unit"]
 
     @classmethod
     def video_vectors(cls, video: Features) -> np.ndarray:
-        return video["video_unit"][None]
+        return video["video_unit"]
 
     @classmethod
     def video_as_text(cls, video: Features) -> Features:

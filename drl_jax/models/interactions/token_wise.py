@@ -22,6 +22,7 @@ from drl_jax.models.interactions.base import (
     linear_without_bias_gradient,
     unit_features,
     unit_sum,
+    weighted_sum,
 )
 from drl_jax.models.ops import (
     l2_normalize,
@@ -112,17 +113,12 @@ class TokenWise(Interaction):
 
     @classmethod
     def query_vectors(cls, text: Features) -> np.ndarray:
-        """Weighted tokens; their MaxSim, sum_l w_l max_f <t_l, v_f>, is half of the similarity."""
-        weighted = text["text_unit"] * text["text_weight"][:, None]
-        return weighted[text["text_mask"]]
+        """The weighted sum of the unit tokens; see `pool_text`."""
+        return weighted_sum(text["text_unit"], text["text_weight"])
 
     @classmethod
     def video_vectors(cls, video: Features) -> np.ndarray:
-        vectors = video["frame_unit"][video["frame_mask"]]
-        if not video["frame_mask"].all():
-            # A token with negative similarities only takes the padding's 0 (`weighted_token_wise`).
-            vectors = np.concatenate([vectors, np.zeros_like(vectors[:1])])
-        return vectors
+        return weighted_sum(video["frame_unit"], video["frame_weight"])
 
     @classmethod
     def video_as_text(cls, video: Features) -> Features:
