@@ -16,7 +16,7 @@ import numpy as np
 
 from drl_jax.models.interactions import Features
 from drl_jax.models.interactions.token_wise import TokenWise
-from drl_jax.search.candidate_engine import Point
+from drl_jax.search.candidate_engine import BREADTH, Point
 from drl_jax.search.quantization import quantize
 
 BLOCK = 2048
@@ -192,7 +192,7 @@ class QdrantFrames(_Built):
             limit=count,
             query=qdrant.Query.Nearest(weighted_tokens(text)),
             params=qdrant.SearchParams(
-                hnsw_ef=max(count, 200), quantization=qdrant.QuantizationSearchParams(rescore=False)
+                hnsw_ef=10 * count, quantization=qdrant.QuantizationSearchParams(rescore=False)
             ),
         )
         return np.array([point.id for point in self._shard.query(request)])
@@ -279,7 +279,7 @@ class LanceHNSW(_Lance):
         return HnswSq(distance_type=self.METRIC, m=16, ef_construction=100)
 
     def _search(self, text: Features, count: int) -> Any:
-        return super()._search(text, count).nprobes(20).ef(10 * count)
+        return super()._search(text, count).nprobes(20).ef(BREADTH * count)
 
 
 class LanceFrames(LancePQ):

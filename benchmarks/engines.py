@@ -88,6 +88,8 @@ def measure(engine: Engine, exact: Exact, candidates: int) -> dict[str, float]:
         "recall@10": round(100 * found / exact.best.size, 2),
         "engine_p50_ms": round(float(np.median(engine_ms)), 1),
         "rerank_p50_ms": round(float(np.median(rerank_ms)), 1),
+        # Of a busy machine, the fastest queries say most about a quiet one.
+        "p10_ms": round(float(np.percentile(both_ms, 10)), 1),
         "p50_ms": round(float(np.median(both_ms)), 1),
         "p95_ms": round(float(np.percentile(both_ms, 95)), 1),
         "cpu_ms": round(1e3 * (time.process_time() - before) / len(times), 1),
@@ -128,6 +130,7 @@ def main() -> None:
             "gigabytes": round(exact.gallery.nbytes / 1e9, 2),
             "candidates": options.videos,
             "recall@10": 100.0,
+            "p10_ms": round(1e3 * min(exact.seconds)),
             "p50_ms": round(1e3 * float(np.median(exact.seconds))),
         }
     ]

@@ -40,7 +40,10 @@ cache_compilations()
 
 
 # Files that take longest. They start first, so that both workers finish at about the same time.
-SLOW_FILES = ("train", "steps", "distributed", "reference_parity", "search", "search_engines")
+SLOW_FILES = (
+    *("train", "steps", "distributed", "reference_parity", "search", "search_engines"),
+    *("ray_build", "ray_index"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

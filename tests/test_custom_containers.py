@@ -16,6 +16,7 @@ import pytest
 from pyarrow import parquet
 from support.commands import error_of
 from support.containers import write_parquet, write_tar
+from support.files import contents
 from support.videos import SHARED, numbered_frames, write_video
 
 from data_prep import parquet_files
@@ -106,10 +107,6 @@ def built(sources, tmp_path_factory) -> Path:
     return root
 
 
-def files_of(directory: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
     sources, built, tmp_path, capsys
 ):
@@ -148,7 +145,7 @@ def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
 def test_a_second_build_finds_the_first_one_and_its_frames(built, videos, capsys):
     shards = built / "shards"
     flags = ["custom", f"--annotations={shards}", f"--data_dir={built}", *SIZE]
-    before = files_of(built / BUILT)
+    before = contents(built / BUILT)
     cached = {path: path.stat().st_mtime_ns for path in (built / "cache").rglob("*.npz")}
     assert len(cached) == 4
     assert build(flags) == 0
@@ -156,7 +153,7 @@ def test_a_second_build_finds_the_first_one_and_its_frames(built, videos, capsys
     # The folder of files is not needed, and the command says so.
     assert build([*flags, f"--videos={built / 'files'}", "--overwrite"]) == 0
     assert f"--videos is not used: the videos are inside {shards}" in capsys.readouterr().out
-    assert files_of(built / BUILT) == before
+    assert contents(built / BUILT) == before
     assert {path: path.stat().st_mtime_ns for path in (built / "cache").rglob("*.npz")} == cached
     write_tar(shards / "val" / "0.tar", [("0001.mp4", videos[2]), ("0001.txt", "other")])
     line = error_of("data_prep.build", *flags, capsys=capsys)

@@ -21,6 +21,12 @@ MODULES = {
     if path != ROOT / "drl_jax" / "__init__.py"
 }
 
+# They import Ray, and no other module imports them before it needs a cluster.
+RAY_MODULES = {
+    *("drl_jax.runtime.ray_connection", "drl_jax.runtime.ray_cluster"),
+    *("drl_jax.runtime.ray_map", "drl_jax.search.ray_index"),
+}
+
 
 def imports(path: Path) -> set[str]:
     """Absolute names of everything a file imports, also inside functions."""
@@ -78,28 +84,15 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         "tensorflow": set(),
         "torch": set(),
         "pyarrow": {"drl_jax.data.description_files", "drl_jax.embeddings.formats"},
-        # Imported for --ray only, see `test_ray_is_imported_on_demand`.
-        "ray": {
-            *(
-                "drl_jax.runtime.cluster",
-                "drl_jax.runtime.ray_cluster",
-                "drl_jax.runtime.ray_map",
-                "drl_jax.search.ray_index",
-            )
-        },
+        "ray": {"drl_jax.runtime.cluster", *RAY_MODULES},
         "tokenizers": {"drl_jax.models.tokenizers.files"},
         "sentencepiece": {"drl_jax.models.tokenizers.files"},
     }
 
 
 def test_ray_is_imported_on_demand():
-    users = {
-        *("drl_jax.runtime.ray_connection", "drl_jax.runtime.ray_cluster"),
-        *("drl_jax.runtime.ray_map", "drl_jax.search.ray_index"),
-    }
     files = {**MODULES, **{str(path): path for path in (ROOT / "data_prep").rglob("*.py")}}
     for module, path in files.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and module not in users:
-                assert node.module not in users, module
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and module not in RAY_MODULES:
+                assert node.module not in RAY_MODULES, module

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from support.commands import ROOT, error_of
-from support.ray_nodes import ENVIRONMENT, add_node, kill_node, sleep_briefly, two_nodes, work
+from support.files import contents
+from support.ray_nodes import ENVIRONMENT, sleep_briefly, two_nodes, work
 from support.videos import write_video
 
 import drl_jax
@@ -103,10 +104,6 @@ def wait_for_entries(process: subprocess.Popen, data_dir: Path, count: int) -> N
         time.sleep(0.01)
 
 
-def content(dataset: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in dataset.iterdir()}
-
-
 def test_a_build_that_is_killed_and_then_loses_a_node_has_the_same_bytes(
     nodes, sources, local, tmp_path
 ):
@@ -118,10 +115,10 @@ def test_a_build_that_is_killed_and_then_loses_a_node_has_the_same_bytes(
     assert 6 <= len(kept) < VIDEOS - 1
     process = start_build(sources, tmp_path, nodes.address)
     wait_for_entries(process, tmp_path, len(kept) + 6)
-    kill_node(nodes)
+    nodes.kill(nodes.others[0])
     decoded = len(entries(tmp_path))
     out, error = process.communicate(timeout=120)
-    add_node(nodes)
+    nodes.add()
     with connect(nodes.address) as cluster:
         wait_for_nodes(cluster, 2)
     assert process.returncode == 0, error
@@ -130,7 +127,7 @@ def test_a_build_that_is_killed_and_then_loses_a_node_has_the_same_bytes(
     assert "raylet" not in out + error
     assert "Traceback" not in error
     assert entries(tmp_path).items() >= kept.items()
-    assert content(tmp_path / VARIANT) == content(local)
+    assert contents(tmp_path / VARIANT) == contents(local)
     # Nothing of the checks is left.
     assert not list((tmp_path / "cache" / "custom").glob(".*"))
 
@@ -241,15 +238,15 @@ def test_a_node_with_another_version_of_the_package_is_named(nodes, cluster, sou
     results = cluster.map(sleep_briefly, [(n, tmp_path) for n in range(500)])
     assert next(results) == 0
     path = f"{other}:{ROOT / 'tests'}:{ROOT}"
-    bad = add_node(nodes, PYTHONPATH=path)
+    bad = nodes.add(PYTHONPATH=path)
     try:
-        line = rf"^node \S+ \(.*, {bad.node_id[:8]}\) has drl_jax 0.0.7, not {drl_jax.__version__};"
+        line = rf"^node \S+ \(.*, {bad.id[:8]}\) has drl_jax 0.0.7, not {drl_jax.__version__};"
         with pytest.raises(UserError, match=line):
             list(results)
         with pytest.raises(UserError, match=line):
             cluster.check(*needed)
     finally:
-        nodes.remove_node(bad, allow_graceful=False)
+        nodes.kill(bad)
     wait_for_nodes(cluster, 2)
 
 

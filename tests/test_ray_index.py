@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.ray_nodes import kill_node, two_nodes, workers_of
+from support.ray_nodes import two_nodes
 from support.videos import numbered_frames, write_video
 
 from drl_jax.data.frame_form import FrameForm
@@ -101,11 +101,11 @@ def test_an_index_that_loses_processes_and_a_node_is_that_of_a_local_run(
             time.sleep(0.01)
         encoders = [
             pid
-            for pid in workers_of(nodes.head_node)
+            for pid in nodes.head.workers()
             if b"_NodeEncoder" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         os.kill(*encoders, signal.SIGKILL)
-        kill_node(nodes)
+        nodes.kill(nodes.others[0])
         killed_at.append(stored(directory))
 
     killer = threading.Thread(target=kill)

@@ -804,6 +804,11 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
     [
         (("index", "--index=I", "--videos=V"), "name the model with --workdir=RUN or --weights"),
         (("index", "--index=I", "--videos=V", "--workdir=nowhere"), "no run in nowhere"),
+        (
+            ("index", "--index=I", "--videos=V", "--shard=16/16"),
+            "--shard=16/16: write NUMBER/COUNT",
+        ),
+        (("join", "--index=I", "nowhere"), "no index in nowhere; make one with"),
         (("index", "--index=I", "--videos=V", "--weights=none.pt"), "none.pt"),
         (("query", "--index=nowhere", "a dog"), "no index in nowhere; make one with"),
         (

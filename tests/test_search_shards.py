@@ -1,6 +1,7 @@
 """Indexes of some files: one shard of a folder, and several of them that open as one."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -17,11 +18,13 @@ from drl_jax.search import integrity
 from drl_jax.search.__main__ import main
 from drl_jax.search.addresses import PageQuery
 from drl_jax.search.api import SearchAPI
+from drl_jax.search.candidates import CandidateSearch
 from drl_jax.search.filters import Filters
 from drl_jax.search.hubness import Correction
 from drl_jax.search.indexing import update_index
 from drl_jax.search.joined import join
 from drl_jax.search.query import Query
+from drl_jax.search.recall import measure_recall
 from drl_jax.search.rows import SearchIndexError
 from drl_jax.search.serve import make_app
 from drl_jax.search.session import SearchSession
@@ -166,6 +169,20 @@ def test_the_page_of_a_joined_index(search_model, shared):
         assert get(f"/frames/{name}", "window=0")[1].startswith(b"\xff\xd8")
     assert b"no.mp4" in get("/unsearchable")[1]
     assert get("/videos/no.mp4")[0] == 404
+
+
+def test_an_engine_finds_candidates_in_a_joined_index(search_model, copy):
+    session = SearchSession(copy / "joined", search_model)
+    windows = session.snapshot().videos.windows
+    with contextlib.closing(CandidateSearch(session, candidates=windows)) as engine:
+        assert engine.export().sent == windows
+        for queries in (["a dog"], ["a red circle", "two triangles"]):
+            expected = session.search(queries, 9)
+            for found, others in zip(engine.search(queries, 9), expected, strict=True):
+                assert_same_hits(found, others)
+        (measured,) = measure_recall(engine, ["a dog"], [windows], 3)
+        assert measured.recall == 1
+        assert engine.export().unchanged == windows
 
 
 def test_shards_have_each_file_once(shared):

@@ -9,6 +9,7 @@ for ever.
 import collections
 import dataclasses
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,8 @@ def _run(
     global _pool
     if _pool is None:
         check_worker(needs)
+        # A spawned process imports the main module of its parent, and that of a worker all of Ray.
+        vars(sys.modules["__main__"]).pop("__file__", None)
         _pool = CallPool(1)
     result = _pool.call(function, *arguments, timeout=timeout)
     if isinstance(result, OSError):

@@ -11,9 +11,10 @@ import numpy as np
 
 # Links of a node of the graph, and candidates for them: Qdrant's defaults.
 GRAPH_LINKS, GRAPH_CANDIDATES = 16, 100
-# Points that a search of the graph keeps, for each candidate that it is asked for: sentences lie
-# apart from the videos that the graph links.
-BREADTH = 10
+# Points that a search of the graph keeps, for each candidate that it is asked for. Sentences lie
+# apart from the videos that the graph links: in a million, 500 candidates have 97 % of the exact
+# best ten with 10, and 99 % with 40, in 14 and 30 ms.
+BREADTH = 40
 
 
 class Point(NamedTuple):

@@ -107,20 +107,6 @@ def select_listing(connection: sqlite3.Connection) -> sqlite3.Cursor:
     )
 
 
-def select_slots_of_path(
-    connection: sqlite3.Connection, path: str, generation: int, current: int
-) -> list[int]:
-    """First slots of the videos with a path in all states of a generation."""
-    rows = []
-    if generation == current:
-        rows = connection.execute("SELECT slot FROM videos WHERE path = ?", (path,)).fetchall()
-    if _has_table(connection, "removed_videos"):
-        rows += connection.execute(
-            "SELECT slot FROM removed_videos WHERE generation = ? AND path = ?", (generation, path)
-        ).fetchall()
-    return [slot for (slot,) in rows if slot is not None]
-
-
 def select_slots_of_paths(
     connection: sqlite3.Connection, paths: Sequence[str], generation: int, current: int
 ) -> list[tuple[str, int, str]]:

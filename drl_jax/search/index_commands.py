@@ -21,6 +21,7 @@ _SHOWN = 20
 
 def index_videos(options: argparse.Namespace) -> None:
     """Creates or updates an index."""
+    shard = Shard.parse(options.shard) if options.shard else None
     with _cluster(options.ray) as cluster:
         model = required_model(options)
         report = update_index(
@@ -32,7 +33,7 @@ def index_videos(options: argparse.Namespace) -> None:
             prune=options.prune,
             bank=_bank_captions(options.bank, model) if options.bank else (),
             only=options.only,
-            shard=Shard.parse(options.shard) if options.shard else None,
+            shard=shard,
             cluster=cluster,
         )
     print(_format_report(report, options.index, options.storage))

@@ -113,11 +113,11 @@ def update_index(
         else:
             writer.recount()
             changes = changes_of_folder(writer, videos, timeout, shard)
-            gone, count = len(changes.missing), writer.header["rows"]
-            is_mounted = prune or gone <= count / 2 or changes.may_have_moved()
+            is_few = len(changes.missing) <= writer.count() / 2
+            is_mounted = prune or is_few or changes.may_have_moved()
         if not is_mounted:
             raise UserError(
-                f"{len(changes.missing)} of the {writer.header['rows']} videos of the index"
+                f"{len(changes.missing)} of the {writer.count()} videos of the index"
                 f" {directory} are not in {videos}: is it the right folder, and mounted? --prune"
                 " removes them from the index"
             )

@@ -161,7 +161,7 @@ def join(directory: Path, shards: Sequence[Path]) -> JoinReport:
             headers.append(store.header)
             _, counts = store.slots()
             windows += int(counts.sum())
-            videos += len(counts) + store.count_unsearchable()
+            videos += store.count()
     for one, other in itertools.combinations(shards, 2):
         if one.resolve() == other.resolve():
             raise SearchIndexError(f"{other} is named twice; name each shard once")

@@ -50,7 +50,7 @@ class IndexPart:
             self.header, stored = store.header, store.arrays()
             source = VideosPart(directory, self.header["generation"])
             self.videos = IndexedVideos((source,), *store.slots())
-            self.unsearchable_count = store.count_unsearchable()
+            self.unsearchable_count = store.count() - len(self.videos)
         if not made_with(self.header, model):
             raise SearchIndexError(
                 f"the index {directory} was made with another model than"

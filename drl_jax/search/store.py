@@ -18,15 +18,14 @@ the queries that were running at the switch.
 Reads. A Store sees one state of the index: it reads in one transaction, and the files it maps keep
 their rows. `index_version` changes with every transaction; `SearchSession` checks it before each
 query. Opening an index reads the slots of its videos, from an index of the table, and a video is
-read when it is shown (`videos.py`). For open readers, the rows of removed videos, and the slots
-that `compact` changes, stay in `removed_videos` as long as the old files.
+read when it is shown (`videos.py`). For open readers, rows of removed videos, and slots that
+`compact` changes, stay in `removed_videos` as long as the old files.
 
-Format 5, in which a video has windows. Format 6 is an index of one shard of a folder: earlier
-versions of this program would add the files of the other shards. Format 4 has one window a video,
-format 3 also lacks checksums (`rows.py`), and format 2 is converted in memory when it is read
-(`format_2.py`). Formats 2 to 4 are converted in the database, in one transaction that renames no
-files, when their own model first updates them; their videos keep their one window until their
-files change.
+Format 5, in which a video has windows; 6 is an index of one shard of a folder, to which earlier
+versions would add all files. Format 4 has one window a video, format 3 also lacks checksums
+(`rows.py`), and format 2 is converted in memory when it is read (`format_2.py`). They are converted
+in the database, in one transaction that renames no files, when their own model first updates them;
+their videos keep their one window until their files change.
 """
 
 import contextlib
@@ -50,7 +49,6 @@ from drl_jax.search.database import (
     select_paths,
     select_removed,
     select_slots,
-    select_slots_of_path,
     select_slots_of_paths,
     select_strip,
     select_videos,
@@ -59,13 +57,7 @@ from drl_jax.search.database import (
 from drl_jax.search.database_file import database_path, open_database
 from drl_jax.search.header import read_header
 from drl_jax.search.listing import Listing
-from drl_jax.search.rows import (
-    COLUMNS,
-    IndexedVideo,
-    SearchIndexError,
-    damaged,
-    from_row,
-)
+from drl_jax.search.rows import COLUMNS, IndexedVideo, SearchIndexError, damaged, from_row
 
 # Videos that one statement selects by their slots; SQLite takes 32,766 values at most.
 _SELECTED = 500
@@ -128,6 +120,11 @@ class Store:
             self._check_count(len(videos))
         return sorted(videos, key=lambda video: video.path)
 
+    def count(self) -> int:
+        """Number of files, including those that cannot be searched."""
+        rows = self.header.get("rows")  # Format 3 and older do not have it.
+        return count_rows(self._database) if rows is None else rows
+
     def _check_stop(self, path: str, stop: int) -> None:
         """Checks that the slots of a video are before those that were never used."""
         if stop > self._rows:
@@ -135,7 +132,6 @@ class Store:
 
     def _check_count(self, listed: int) -> None:
         """Checks how many files the table lists."""
-        # Format 3 and older do not have it in their header.
         if (rows := self.header.get("rows", listed)) != listed:
             raise ValueError(f"it lists {listed} of {rows} videos")
 
@@ -161,13 +157,8 @@ class Store:
             is_whole = (counts > 0).all() and (ends[:-1] <= first[1:]).all()
             if len(rows) and not (is_whole and first[0] >= 0 and ends[-1] <= self._rows):
                 raise ValueError("the slots of its videos are not those of its arrays")
-            self._check_count(len(rows) + self.count_unsearchable())
+            self._check_count(len(rows) + count_without_slot(self._database))
         return first, counts
-
-    def count_unsearchable(self) -> int:
-        """Number of files that cannot be searched."""
-        with self._reading():
-            return count_without_slot(self._database)
 
     def videos_at(self, counts: Mapping[int, int], generation: int) -> dict[int, IndexedVideo]:
         """Reads videos of this state of the index, or of an earlier one.
@@ -230,16 +221,6 @@ class Store:
             # In the table itself: other counts rely on its indexes.
             if (rows := count_rows(self._database)) != listed:
                 raise ValueError(f"it has {rows} files and lists {listed}")
-
-    def slots_of_path(self, path: str, generation: int) -> list[int]:
-        """First slots of the videos with a path in the states of a generation.
-
-        Raises:
-          SearchIndexError: the database is damaged.
-        """
-        with self._reading():
-            current = self.header["generation"]
-            return select_slots_of_path(self._database, path, generation, current)
 
     def slots_of_paths(
         self, paths: Sequence[str], generation: int

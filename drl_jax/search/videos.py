@@ -134,8 +134,9 @@ class IndexedVideos(Sequence[IndexedVideo]):
             if not path.startswith(part.prefix):
                 continue
             with Store(part.directory) as store:
-                rows = store.slots_of_path(path[len(part.prefix) :], part.generation)
-            slots = np.array(rows, np.int64) + number * PART_SLOTS
+                inner = path[len(part.prefix) :]
+                rows = store.slots_of_paths([inner], part.generation)[inner]
+            slots = np.array([slot for slot, _ in rows], np.int64) + number * PART_SLOTS
             found = slots[np.isin(slots, self.first_slots)]
             if len(found):
                 return self.at_slots(found)[0]

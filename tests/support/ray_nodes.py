@@ -4,12 +4,15 @@ Workers import this module, so its imports are light.
 """
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from support.commands import ROOT
 
@@ -26,47 +29,101 @@ ENVIRONMENT = {
 }
 
 
-@contextlib.contextmanager
-def two_nodes() -> Iterator[Any]:
-    """A `ray.cluster_utils.Cluster` of two nodes of one processor each."""
-    from ray.cluster_utils import Cluster
+class Node(NamedTuple):
+    """A node: its id, and the process id of its raylet."""
 
-    before = dict(os.environ)
+    id: str
+    raylet: int
+
+    def workers(self) -> list[int]:
+        """Process ids of the children of the raylet."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                if int(path.read_text().rpartition(")")[2].split()[1]) == self.raylet:
+                    found.append(int(path.parent.name))
+        return found
+
+
+class Nodes:
+    """Ray's own cluster for tests, in a process: starting a raylet forks, and jax has threads.
+
+    Attributes:
+      address: of the head.
+      head: the first node.
+      others: the other nodes.
+    """
+
+    def __init__(self) -> None:
+        """Starts the head."""
+        self._owner = subprocess.Popen(
+            [sys.executable, "-m", "support.ray_nodes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+        )
+        self.address, *head = json.loads(self._owner.stdout.readline())
+        self.head, self.others = Node(*head), list[Node]()
+
+    def add(self, **environment: str) -> Node:
+        """Starts a node; `environment` is added to that of its workers."""
+        self.others.append(Node(*self._ask("add", environment)))
+        return self.others[-1]
+
+    def kill(self, node: Node) -> None:
+        """SIGKILL to the raylet of a node, with which its workers die."""
+        self._ask("kill", node.id)
+        self.others.remove(node)
+
+    def close(self) -> None:
+        """Ends all nodes."""
+        self._owner.communicate()
+
+    def _ask(self, *request: Any) -> Any:
+        print(json.dumps(request), file=self._owner.stdin, flush=True)
+        return json.loads(self._owner.stdout.readline())
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[Nodes]:
+    """A cluster of two nodes of one processor each, and an environment to connect to it."""
+    nodes, before = Nodes(), dict(os.environ)
     os.environ.update(ENVIRONMENT)
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        add_node(cluster)
-        yield cluster
+        nodes.add()
+        yield nodes
     finally:
-        cluster.shutdown()
         os.environ.clear()
         os.environ.update(before)
+        nodes.close()
 
 
-def add_node(cluster: Any, **environment: str) -> Any:
-    """Starts a raylet; `environment` is added to that of its workers."""
+def _own_nodes() -> None:
+    """Does what `Nodes` asks for, until its input ends."""
+    from ray.cluster_utils import Cluster
+
+    answers, sys.stdout = sys.stdout, sys.stderr
     settings = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    if environment:
-        settings["env_vars"] = environment
-    return cluster.add_node(**settings)
+    cluster = Cluster(initialize_head=True, head_node_args={**settings, "include_dashboard": False})
 
+    def answer(value: Any) -> None:
+        print(json.dumps(value), file=answers, flush=True)
 
-def kill_node(cluster: Any) -> None:
-    """Kills the second node: SIGKILL to its raylet, with which its workers die."""
-    (node,) = cluster.worker_nodes
-    cluster.remove_node(node, allow_graceful=False)
+    def described(node: Any) -> list:
+        return [node.node_id, node.all_processes["raylet"][0].process.pid]
 
-
-def workers_of(node: Any) -> list[int]:
-    """Process ids of the children of a raylet."""
-    raylet = node.all_processes["raylet"][0].process.pid
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == raylet:
-                found.append(int(path.parent.name))
-    return found
+    answer([cluster.address, *described(cluster.head_node)])
+    for line in sys.stdin:
+        what, value = json.loads(line)
+        if what == "add":
+            extra = {"env_vars": value} if value else {}
+            answer(described(cluster.add_node(**settings, **extra)))
+        else:
+            node = next(node for node in cluster.worker_nodes if node.node_id == value)
+            cluster.remove_node(node, allow_graceful=False)
+            answer(None)
+    cluster.shutdown()
 
 
 # ------------------------------------------------------------------- what calls do on the cluster
@@ -96,3 +153,7 @@ def sleep_briefly(number: int, folder: Path) -> int:
     (folder / f"{number}").touch()
     time.sleep(0.3)
     return number
+
+
+if __name__ == "__main__":
+    _own_nodes()
