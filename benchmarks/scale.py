@@ -4,8 +4,8 @@
 
 Each stage runs on a few H.264 files (those in DIR, or synthetic ones: 15 s, 320 x 240, 30 frames/s)
 in this process; processor seconds hardly depend on what else runs. Links to the same files make
-enough clips for the stages that write, and decode nothing twice. The GPU rate is an assumption, not
-a measurement. `docs/scale.md` explains the formulas.
+enough clips for the stages that write, and decode nothing twice. The rate of a GPU is an assumption,
+not a measurement. Needs the extra `ray`. `docs/scale.md` explains the formulas.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import operator
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,8 @@ from drl_jax.training.flops import train_step_flops
 FRAMES, WORDS = 12, 32
 # Links to each file, for the stages that write: the difference of the two is measured.
 _LINKS = (8, 40)
+# Calls on a cluster.
+_CALLS = 4000
 # Videos that an index stores in one transaction (`config.eval.batch_size`).
 _STORED = 128
 
@@ -51,6 +54,7 @@ class PerClip:
 
     Attributes:
       decode: processor seconds to decode and encode its frames.
+      call: processor seconds of the driver of a Ray cluster for a call on it.
       record: seconds of the one process that writes records, from the cache of frames.
       dataset_bytes: of the built dataset.
       cache_bytes: of the cache of decoded frames.
@@ -63,6 +67,7 @@ class PerClip:
     """
 
     decode: float
+    call: float
     record: float
     dataset_bytes: float
     cache_bytes: float
@@ -101,6 +106,7 @@ def measure(videos: Path, directory: Path, model: ModelConfig) -> PerClip:
     )
     return PerClip(
         decode=decode_seconds,
+        call=measure_calls(directory / "calls", files[0]),
         record=record,
         dataset_bytes=dataset_bytes,
         cache_bytes=cache_bytes,
@@ -120,6 +126,18 @@ def processor_seconds(function: Callable, inputs: Sequence) -> float:
     for value in inputs:
         function(value)
     return (time.process_time() - start) / len(inputs)
+
+
+def measure_calls(directory: Path, example: Path) -> float:
+    """Processor seconds of this process for a call that does nothing, on a cluster of one node."""
+    from drl_jax.runtime.cluster import connect
+
+    with connect("local") as cluster:
+        cluster.check({"--data_dir": directory}, example, packages=["numpy"], modules=["drl_jax"])
+        list(cluster.map(operator.neg, [(number,) for number in range(100)]))
+        start = time.process_time()
+        list(cluster.map(operator.neg, [(number,) for number in range(_CALLS)], timeout=60))
+        return (time.process_time() - start) / _CALLS
 
 
 def measure_build(
@@ -255,14 +273,14 @@ def costs(one: PerClip, options: argparse.Namespace) -> list[dict]:
 
     return [
         on_cores("build: decode", one.decode),
-        in_one_process("build: write records", one.record),
+        in_one_process("build: the driver of a cluster, calls and records", one.call + one.record),
         stored("build: dataset", one.dataset_bytes),
         stored("build: cache of frames", one.cache_bytes),
         on_cores("train: read frames, an epoch", one.read),
         on_gpus("train: steps, an epoch", one.step_flops),
         on_cores("index: read videos", one.index_read),
         on_gpus("index: encode", encode),
-        in_one_process("index: write", one.index_put),
+        in_one_process("index: the driver of a cluster, calls and rows", one.call + one.index_put),
         stored("index: features", one.array_bytes),
         stored("index: rows and thumbnails", one.database_bytes),
     ]
