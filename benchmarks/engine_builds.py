@@ -259,7 +259,7 @@ class _Lance(_Built):
 
 
 class LancePQ(_Lance):
-    """Product quantization with 64 bytes a vector, compared in 1 of 5 partitions."""
+    """Product quantization with 64 bytes a vector, of which 100 partitions are compared."""
 
     def _index(self) -> Any:
         from lancedb.index import IvfPq

@@ -97,7 +97,7 @@ def measure(engine: Engine, exact: Exact, candidates: int) -> dict[str, float]:
 
 
 def memory_gb(directory: Path) -> float:
-    """What this process has of an engine in memory: its own pages, and those of mapped files."""
+    """Memory of this process: its own pages, and those of the mapped files of an engine."""
     own, mapped = 0, 0
     where = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -144,7 +144,7 @@ def main() -> None:
         common = {
             "engine": name,
             "gigabytes": round(size / 1e9, 2),
-            "memory_gb": round(memory_gb(place) - before, 2),
+            "memory_growth_gb": round(memory_gb(place) - before, 2),
             **{part: round(seconds, 1) for part, seconds in built.items()},
         }
         rows += [common | row for row in some]
