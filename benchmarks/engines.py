@@ -55,7 +55,7 @@ def exact_search(arrays: Features, text: Features, videos: int, directory: Path)
     )
     config = ModelConfig(backbone=dataclasses.replace(small, vocab_size=64), agg_module="none")
     search = SearchEngine(config, init_params(config, jax.random.key(0)))
-    gallery = Gallery(arrays, range(videos), make_layout())
+    gallery = Gallery([arrays], np.arange(videos), make_layout())
     count = len(text["text_mask"])
     file = directory / f"exact_{count}.npy"
     if not file.exists():

@@ -210,6 +210,8 @@ def updated(encoder: RetrievalModel, root: Path, times: Times) -> None:
 
 def measure(size: int, directory: Path | None) -> dict:
     encoder = model()
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="large_index_", dir=directory))
     try:
         times = Times()

@@ -4,7 +4,7 @@
 
 Each stage runs on a few H.264 files (those in DIR, or synthetic ones: 15 s, 320 x 240, 30 frames/s)
 in this process; processor seconds hardly depend on what else runs. Links to the same files make
-enough clips for the stages that write, and decode nothing twice. The rate of a GPU is an assumption,
+enough clips for the stages that write, and decode nothing twice. A GPU's rate is an assumption,
 not a measurement. Needs the extra `ray`. `docs/scale.md` explains the formulas.
 """
 
