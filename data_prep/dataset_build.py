@@ -127,6 +127,8 @@ def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -
         f" again; {data_dir} has {free} free",
         flush=True,
     )
+    if plan.annotations.contained is not None and plan.unannotated:
+        print(f"{len(plan.unannotated):,} videos without a caption are not stored", flush=True)
 
 
 def print_report(target: Path) -> None:

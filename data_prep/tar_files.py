@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from drl_jax.data.video import VideoError
 from drl_jax.runtime.errors import UserError, one_line
 
 # First bytes of compressed files, and the program that unpacks them.
@@ -53,8 +54,11 @@ class TarMember:
         """Opens it like a file of its own.
 
         Raises:
+          VideoError: it is empty.
           OSError: the tar file cannot be opened.
         """
+        if not self.size:  # FFmpeg would say "Invalid argument".
+            raise VideoError(f"has no bytes in {self.path.name}")
         if mode != "rb":
             raise ValueError(f"a member of a tar file can only be read, not opened as {mode!r}")
         return io.BufferedReader(_Window(self))

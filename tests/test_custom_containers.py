@@ -424,7 +424,7 @@ def test_a_damaged_tar_file_is_one_line(damage, message, tmp_path, capsys):
         ({"video": [7], "caption": ["b"]}, "the column video has the type int64, but"),
         ({"bytes": [b"0"], "caption": [7.5]}, "the column caption has the type double, but"),
         ({"video": ["a", None], "caption": ["b", "c"]}, r"parquet, row 1 \(from 0\): video is"),
-        ({"bytes": [b"0"], "caption": [None]}, r"row 0 \(from 0\): caption is empty"),
+        ({"bytes": [b"0"], "caption": [None]}, "mine.parquet has no video with a caption"),
         ({"bytes": [b"0"], "captions": ["a"]}, r"row 0 \(from 0\): captions must be a list"),
         ({"bytes": [b"0"], "captions": [[None]]}, "row 0 .*: caption must be a text, not None"),
         ({"bytes": [b"0"], "caption": ["a"], "start": [1.0]}, "start is set but end is not"),
@@ -509,6 +509,19 @@ def test_a_cell_without_a_video_costs_that_video_only(videos, tmp_path):
         cell.open()
     path.unlink()
     assert "No such file" in read_frames_or_error(cell, STORAGE, None)
+
+
+def test_a_row_without_a_caption_and_an_empty_member_cost_that_video_only(videos, tmp_path, capsys):
+    columns = {"bytes": [videos[1]] * 4, "caption": ["a", None, " ", "d"]}
+    path = write_parquet(tmp_path / "mine.parquet", columns)
+    flags = (f"--annotations={path}", f"--data_dir={tmp_path / 'data'}", *SIZE)
+    assert build(["custom", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "custom: found 2 of 2 annotated videos" in out
+    assert "2 videos without a caption are not stored" in out
+    tar = write_tar(tmp_path / "mine.tar", [("0.mp4", b""), ("0.txt", "zero")])
+    (clip,) = read(tar).contained.clips
+    assert read_frames_or_error(clip.location, STORAGE, None) == "has no bytes in mine.tar"
 
 
 # ---------------------------------------------------------------- places of bytes

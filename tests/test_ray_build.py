@@ -109,8 +109,10 @@ def test_a_build_that_is_killed_and_then_loses_a_node_has_the_same_bytes(
 ):
     process = start_build(sources, tmp_path, nodes.address)
     wait_for_entries(process, tmp_path, 6)
-    process.kill()
-    process.communicate()
+    process.terminate()
+    _, error = process.communicate()
+    assert process.returncode == -signal.SIGTERM
+    assert "SIGTERM" not in error
     kept = entries(tmp_path)
     assert 6 <= len(kept) < VIDEOS - 1
     process = start_build(sources, tmp_path, nodes.address)
@@ -170,6 +172,13 @@ def test_an_address_without_ray_is_one_line(address, sources, tmp_path, capsys):
     else:
         assert line.startswith(f"{start}no Ray cluster is there (")
         assert "start one with `ray start --head`" in line
+
+
+def test_an_address_that_is_empty_is_not_a_local_build(sources, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        build(flags(sources, tmp_path, "--ray="))
+    line = "argument --ray: write local, auto, or HOST:PORT of the head of a Ray cluster"
+    assert capsys.readouterr().err == f"data_prep.build: {line}\n"
 
 
 def answer_as_http(server: socket.socket) -> None:

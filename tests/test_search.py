@@ -808,6 +808,7 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
             ("index", "--index=I", "--videos=V", "--shard=16/16"),
             "--shard=16/16: write NUMBER/COUNT",
         ),
+        (("index", "--index=I", "--videos=V", "--shard="), "--shard=: write NUMBER/COUNT"),
         (("join", "--index=I", "nowhere"), "no index in nowhere; make one with"),
         (("index", "--index=I", "--videos=V", "--weights=none.pt"), "none.pt"),
         (("query", "--index=nowhere", "a dog"), "no index in nowhere; make one with"),

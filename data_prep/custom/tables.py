@@ -20,10 +20,12 @@ def read_tables(files: ContainerFiles) -> Annotations:
 
     A column with the contents of videos is as `ParquetTable.video_column` says; without one, the
     column `video` names files. The id of a video inside is that in the column `id` or `key`, or the
-    name of its file without suffix, a slash, and the number of the row.
+    name of its file without suffix, a slash, and the number of the row. A video inside without
+    a caption is not annotated.
 
     Raises:
-      AnnotationError: a column is missing or of another type, or a row is wrong.
+      AnnotationError: a column is missing or of another type, a row is wrong, or there is no video
+        with a caption.
       ParquetError: a file is damaged, or has row groups that are too large.
       OSError: it cannot be read.
     """
@@ -33,7 +35,7 @@ def read_tables(files: ContainerFiles) -> Annotations:
         annotations = annotations_of_files(files.named, _rows_of_files(files))
         annotations.hashes = {name: sha256(path) for path, name, _ in files.each()}
         return annotations
-    videos, ids = ContainedVideos(files), set()
+    videos, ids, count = ContainedVideos(files), set(), 0
     for path, name, split in files.each():
         stem = name[: -len(path.suffix)]
         with contextlib.closing(_opened(path, contained=True)) as table:
@@ -45,11 +47,17 @@ def read_tables(files: ContainerFiles) -> Annotations:
                         " captions is one row with the column captions"
                     )
                 ids.add(video_id)
+                if _has_no_caption(row):
+                    videos.add_unannotated(cell)
+                    continue
+                count += 1
                 captions, span = captions_of(row, where), span_of(row, where)
                 videos.add(video_id, captions, split_of(row, where) or split, cell, span)
         videos.end_file(name)
     if not ids:
         raise AnnotationError(f"{files.named} has no rows")
+    if not count:
+        raise AnnotationError(f"{files.named} has no video with a caption")
     return videos.annotations()
 
 
@@ -99,6 +107,10 @@ def _rows(table: ParquetTable) -> Iterator[tuple[str, dict[str, Any]]]:
     columns = [name for name in wanted if name in table.columns]
     for number, row in enumerate(table.read(columns)):
         yield f"{table.path}, row {number} (from 0)", row
+
+
+def _has_no_caption(row: dict[str, Any]) -> bool:
+    return not (row.get("caption") or "").strip() and not row.get("captions")
 
 
 def _id(row: dict[str, Any], where: str) -> str:

@@ -70,6 +70,15 @@ def step_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
+def ray_address(text: str) -> str:
+    """Argument type: the address of a Ray cluster, which is looked at when it is used."""
+    if not text.strip():  # E.g. of a variable that is not set; not the same as no flag.
+        raise argparse.ArgumentTypeError(
+            "write local, auto, or HOST:PORT of the head of a Ray cluster"
+        )
+    return text
+
+
 def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds `--ray`.
 
@@ -79,7 +88,7 @@ def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
     """
     parser.add_argument(
         "--ray",
-        default="",
+        type=ray_address,
         metavar="local|auto|HOST:PORT",
         help=f"{what} a Ray cluster (drl_jax[ray]): one on this machine alone, the one that this"
         " machine is a node of, or by the address of its head",

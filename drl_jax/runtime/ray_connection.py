@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +55,9 @@ def connect_ray(address: str) -> None:
         else:
             remedy = "this machine must be a node of the cluster: `ray start --address=HOST:PORT`"
         raise ClusterError(f"--ray={address}: {message}; {remedy}") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's handler prints the stack, and ends the process with status 1, as after an error.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _check_listening(address: str) -> None:

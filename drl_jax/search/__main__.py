@@ -90,7 +90,6 @@ def _parser() -> Parser:
     )
     index.add_argument(
         "--shard",
-        default="",
         metavar="NUMBER/COUNT",
         help="of a new index: only a part of the files, chosen by their paths, from 0/16 to 15/16",
     )

@@ -21,7 +21,7 @@ _SHOWN = 20
 
 def index_videos(options: argparse.Namespace) -> None:
     """Creates or updates an index."""
-    shard = Shard.parse(options.shard) if options.shard else None
+    shard = None if options.shard is None else Shard.parse(options.shard)
     with _cluster(options.ray) as cluster:
         model = required_model(options)
         report = update_index(
@@ -52,7 +52,7 @@ def join_shards(options: argparse.Namespace) -> None:
         print(f"shards that were not given: {' '.join(shown)}{rest}")
 
 
-def _cluster(address: str) -> "contextlib.AbstractContextManager[RayCluster | None]":
+def _cluster(address: str | None) -> "contextlib.AbstractContextManager[RayCluster | None]":
     """The cluster that `--ray` names, if any."""
     if not address:
         return contextlib.nullcontext()
