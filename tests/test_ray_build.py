@@ -107,14 +107,16 @@ def wait_for_entries(process: subprocess.Popen, data_dir: Path, count: int) -> N
 def test_a_build_that_is_killed_and_then_loses_a_node_has_the_same_bytes(
     nodes, sources, local, tmp_path
 ):
-    process = start_build(sources, tmp_path, nodes.address)
-    wait_for_entries(process, tmp_path, 6)
-    process.terminate()
-    _, error = process.communicate()
-    assert process.returncode == -signal.SIGTERM
-    assert "SIGTERM" not in error
-    kept = entries(tmp_path)
-    assert 6 <= len(kept) < VIDEOS - 1
+    kept: dict[str, int] = {}
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        process = start_build(sources, tmp_path, nodes.address)
+        wait_for_entries(process, tmp_path, len(kept) + 6)
+        process.send_signal(sent)
+        _, error = process.communicate()
+        assert process.returncode == -sent
+        assert "SIGTERM" not in error
+        kept = entries(tmp_path)
+    assert 12 <= len(kept) < VIDEOS - 1
     process = start_build(sources, tmp_path, nodes.address)
     wait_for_entries(process, tmp_path, len(kept) + 6)
     nodes.kill(nodes.others[0])

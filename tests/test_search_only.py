@@ -66,7 +66,8 @@ def test_only_the_named_files_are_updated(search_model, copy):
     # Others change, too, and are left alone.
     write_video(videos / "a.mp4", frames(240), fps=2)
     (videos / "sub" / "d.mp4").unlink()
-    report = update(search_model, copy, "new.mp4", "./b.mp4", "sub/c.mp4", "bad.mp4", "new.mp4")
+    named = ("new.mp4", "./b.mp4", str(videos / "sub" / "c.mp4"), "bad.mp4", "new.mp4")
+    report = update(search_model, copy, *named)
     assert (report.added, report.changed, report.removed, report.unchanged) == (2, 1, 1, 0)
     assert report.bad.keys() == {"bad.mp4"}
     found = session.snapshot()
@@ -91,7 +92,7 @@ def test_files_that_can_not_be_named(search_model, copy, search_run, capsys):
         ("text.txt", r"neither .* nor the index has such a video"),
         ("sub", r"--only takes files, and .*sub is a folder"),
         ("../copy/videos/a.mp4", r"--only takes paths below .*videos, not \.\./copy"),
-        (str(videos / "a.mp4"), r"--only takes paths below"),
+        (str(copy / "a.mp4"), r"--only takes paths below"),
         ("link/c.mp4", r"leads through a link: name sub/c.mp4"),
         ("\udce9.mp4", r"its name is not UTF-8; rename it"),
     ):

@@ -114,14 +114,14 @@ def changes_of_files(
       writer: of the index.
       folder: of the videos.
       timeout: see `changes_of_folder`.
-      paths: of the files, relative to the folder.
+      paths: of the files, relative to the folder; or absolute and below it.
       shard: see `changes_of_folder`.
 
     Raises:
       SearchIndexError: a row is damaged.
       UserError: neither the folder nor the index has one of the files, or it is of another shard.
     """
-    paths = list(dict.fromkeys(str(PurePath(path)) for path in paths))
+    paths = list(dict.fromkeys(_below(folder, PurePath(path)) for path in paths))
     comparison = Changes([], {}, {}, 0, paths)
     for path in paths:
         video, file = find_video(folder, path, timeout), writer.file_at(path)
@@ -131,3 +131,9 @@ def changes_of_files(
             raise UserError(f"--only={path}: it is not in shard {shard} of {folder}")
         comparison.add(file, video)
     return comparison
+
+
+def _below(folder: Path, path: PurePath) -> str:
+    """A path relative to the folder, if it is below it."""
+    folder = folder.absolute()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
