@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from drl_jax.pretrained import RetrievalModel, Video, load
     from drl_jax.runtime.errors import UserError
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["RetrievalModel", "UserError", "Video", "load"]
 
 
