@@ -35,6 +35,8 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 _MAX_ASPECT_RATIO = 64
 # Black in limited-range video decodes to a few levels above 0.
 _BLACK_LEVEL = 8
+# Titles in Latin-1 are common, and PyAV below 19 raises an error for them by default.
+_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 class Openable(Protocol):
@@ -234,8 +236,7 @@ def ffmpeg_errors() -> Iterator[None]:
 def _open(path: VideoFile) -> Iterator[av.container.InputContainer]:
     with contextlib.ExitStack() as stack:
         file = str(path) if isinstance(path, Path) else stack.enter_context(path.open("rb"))
-        # Titles in Latin-1 are common, and by default they are errors.
-        yield stack.enter_context(av.open(file, metadata_errors="replace"))
+        yield stack.enter_context(av.open(file, **_LENIENT))
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
