@@ -232,11 +232,16 @@ def ffmpeg_errors() -> Iterator[None]:
         raise VideoError(f"cannot be read as a video ({' '.join(reason.split())})") from error
 
 
+def open_container(file: str | BinaryIO) -> av.container.InputContainer:
+    """Opens a video with PyAV, also one whose titles are not UTF-8."""
+    return av.open(file, **_LENIENT)
+
+
 @contextlib.contextmanager
 def _open(path: VideoFile) -> Iterator[av.container.InputContainer]:
     with contextlib.ExitStack() as stack:
         file = str(path) if isinstance(path, Path) else stack.enter_context(path.open("rb"))
-        yield stack.enter_context(av.open(file, **_LENIENT))
+        yield stack.enter_context(open_container(file))
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -14,7 +14,7 @@ import av
 from av.video.frame import PictureType
 from PIL import Image
 
-from drl_jax.data.video import RgbConverter, VideoError, ffmpeg_errors
+from drl_jax.data.video import RgbConverter, VideoError, ffmpeg_errors, open_container
 from drl_jax.search.remux import MP4_OPTIONS, can_copy, write_copy
 
 # Longest clip, seconds.
@@ -194,7 +194,7 @@ def _can_start(path: Path, time: float) -> bool:
 def _opened(
     path: Path, time: float
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, float]]:
-    with av.open(str(path), metadata_errors="replace") as container:
+    with open_container(str(path)) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise VideoError("has no video stream that FFmpeg decodes")
