@@ -268,6 +268,15 @@ def link_readable_videos(videos: Path, directory: Path) -> None:
             (directory / path.name).symlink_to(path.absolute())
 
 
+def put_videos(directory: Path, options: argparse.Namespace) -> None:
+    """Creates a directory with links to the files of `--videos`, or with `--count` drawn ones."""
+    directory.mkdir()
+    if options.videos:
+        link_readable_videos(options.videos, directory)
+    else:
+        draw_videos(directory, options.count)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures all sources on the videos of a folder, or on synthetic ones."""
     parser = arguments("input_pipeline", __doc__.splitlines()[0])
@@ -299,11 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         videos = Path(directory) / "videos"
-        videos.mkdir()
-        if options.videos:
-            link_readable_videos(options.videos, videos)
-        else:
-            draw_videos(videos, options.count)
+        put_videos(videos, options)
         rows, settings = measure(options, videos, Path(directory) / "data")
     report(rows, options, files="drawn" if options.videos is None else "real", **settings)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.input_pipeline import draw_videos, link_readable_videos
+from benchmarks.input_pipeline import put_videos
 from benchmarks.measure import arguments, matmul_rate, positive_int, report
 from data_prep.annotations import Annotations, Captioned
 from data_prep.command import DECODE_TIMEOUT
@@ -306,11 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         videos = Path(directory) / "videos"
-        videos.mkdir()
-        if options.videos:
-            link_readable_videos(options.videos, videos)
-        else:
-            draw_videos(videos, options.count)
+        put_videos(videos, options)
         one = measure(videos, Path(directory), ModelConfig(backbone=BackboneConfig()))
     report(
         costs(one, options),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.old_datasets import rewrite_as_layout_1
+from support.old_datasets import rewrite_as_layout_1, splits_in_json
 from support.tokenizer_files import write_gemma, write_spiece
 
 from drl_jax.config import BackboneConfig, ModelConfig
@@ -120,21 +120,14 @@ def test_a_later_layout_is_one_line(copy):
 @pytest.mark.parametrize("piece", [1, 7, 10_000])
 def test_hashes_are_those_of_json(dataset, monkeypatch, piece):
     monkeypatch.setattr(content, "_PIECE", piece)
-    splits = {name: dataset.split(name) for name in dataset.split_names}
     described = {
         "frames": "ab",
         "video_ids": list(dataset.video_ids),
-        "splits": {
-            name: {
-                "videos": split.videos.tolist(),
-                "captions": list(split.captions),
-                "reversed_pairs": split.reversed_pairs.tolist(),
-            }
-            for name, split in splits.items()
-        },
+        "splits": splits_in_json(dataset),
     }
     text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     expected = hashlib.sha256(text.encode()).hexdigest()
+    splits = {name: dataset.split(name) for name in dataset.split_names}
     assert content.content_sha256("ab", dataset.video_ids, splits) == expected
     text = json.dumps([["é", 'a"'], [["ü", "\n"], []]], separators=(",", ":"))
     expected = hashlib.sha256(text.encode()).hexdigest()
