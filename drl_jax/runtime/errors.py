@@ -1,5 +1,28 @@
-"""Base class of errors a user can fix, and descriptions of other errors."""
+"""Errors a user can fix, and the one classification of failures of files.
 
+A file is *damaged* if its contents contradict their checksums or format: it can be set aside. It is
+*unavailable* if the operating system or a lock refused access: nothing is known about its contents,
+so nothing is moved, replaced or deleted. It is *foreign* if it is valid and belongs to another run,
+model, dataset or version.
+"""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+# A part of something that was written, e.g. a file of a checkpoint, and is no longer there: the
+# whole is damaged. All other errors of the operating system say nothing about contents.
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
+# Refusals that libraries report as text.
+_REPORTED = {
+    os.strerror(number): number
+    for number in (
+        *(errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE),
+        *(errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE),
+        errno.ETIMEDOUT,
+    )
+}
 # Maximum length of a line, and of the message of another error in it.
 _MAX_LINE, _MAX_MESSAGE = 800, 200
 
@@ -23,6 +46,54 @@ class Interrupted(UserError):
 
     # EX_TEMPFAIL: the same command resumes the run.
     status = 75
+
+
+class Unavailable(UserError):
+    """The operating system refused to read or write something, which may be healthy."""
+
+    def __init__(self, what: str | Path, error: OSError, action: str = "read"):
+        """Names the error.
+
+        Args:
+          what: path or description of what was accessed, if the error has no path itself.
+          error: see `refusal`.
+          action: what was refused.
+        """
+        name = errno.errorcode.get(error.errno, str(error.errno))
+        super().__init__(
+            f"{error.filename or what} cannot be {action}: {error.strerror} ({name}); nothing was"
+            " moved or deleted, try again when the cause is removed"
+        )
+
+
+def refusal(error: BaseException) -> OSError | None:
+    """The operating system's refusal that an exception reports; None if contents are wrong.
+
+    Looks through the causes of the exception, and at the texts in which TensorStore and array_record
+    report errors of files. A file that is absent is no refusal.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, MemoryError):
+            return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        if isinstance(link, OSError):
+            number = link.errno
+            known = number is not None and number not in _ABSENT
+            if known and not isinstance(link, FileExistsError):
+                return OSError(number, link.strerror or os.strerror(number), link.filename)
+            continue
+        text = str(link)
+        code = re.search(r"\[os_error_code='(\d+)'\]", text)
+        number = int(code[1]) if code else 0
+        if not code and isinstance(link, RuntimeError):
+            number = next((n for reason, n in _REPORTED.items() if reason in text), 0)
+        if number and number not in _ABSENT:
+            return OSError(number, os.strerror(number))
+    return None
 
 
 def one_line(error: BaseException) -> str:
