@@ -1,4 +1,4 @@
-"""Encodes the windows of videos that were read."""
+"""Encodes the windows of videos that were read, as an index stores them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,47 +10,12 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.search.calibration import BANK_ARRAY, bank_similarity
 from drl_jax.search.hubness import HUBNESS_ARRAY, hubness_of, read_bank
+from drl_jax.search.quantization import quantize
 from drl_jax.search.reading import VideoRead, frames_of
 
 
-def encode_reads(model: RetrievalModel, reads: Sequence[VideoRead]) -> Features:
-    """Encodes all windows, in order; videos of one window are encoded together.
-
-    Args:
-      model: encodes the windows.
-      reads: videos that were read; those with an error have no windows.
-
-    Returns:
-      NumPy arrays as of `RetrievalModel.encode_videos`, one row for each window; none if there is
-      no window.
-    """
-    short = [read.frames for read in reads if read.frames is not None]
-    rows: list[Features] = []
-    encoded = model.encode_videos(short) if short else {}
-    next_short = 0
-    for read in reads:
-        if read.frames is not None:
-            rows.append({name: a[next_short : next_short + 1] for name, a in encoded.items()})
-            next_short += 1
-        elif read.spooled is not None:
-            windows = [window.frames for window in read.windows]
-            frames = frames_of(read, model.frame_form)
-            rows.append(model.encode_windows(frames, windows))
-            del frames
-    if not rows:
-        return {}
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-
-
-def delete_spooled(reads: Sequence[VideoRead]) -> None:
-    """Deletes the files of the frames of long videos, which were encoded."""
-    for read in reads:
-        if read.spooled is not None:
-            read.spooled.unlink(missing_ok=True)
-
-
 class WindowEncoder:
-    """Encodes windows for an index, with what it stores of its banks of captions."""
+    """Encodes videos for an index, with what it stores of its banks of captions."""
 
     def __init__(self, model: RetrievalModel, directory: Path, header: Mapping[str, Any]):
         """Encodes nothing before the first call.
@@ -61,23 +26,58 @@ class WindowEncoder:
           header: of the index.
         """
         self._model, self._directory, self._header = model, directory, header
-        # The banks of captions, encoded.
-        self._bank: Features | None = None
-        self._hubness_bank: Features | None = None
+        self._banks: tuple[Features, Features | None] | None = None
 
-    def encode(self, reads: Sequence[VideoRead]) -> Features:
-        """Features of all windows, in order."""
-        features = encode_reads(self._model, reads)
-        if not features:
-            return {}
-        model, header, of_banks = self._model, self._header, {}
-        # Indexes of earlier versions have no bank.
-        if sentences := header.get("bank"):
-            if self._bank is None:
-                self._bank = model.encode_text(sentences)
-            of_banks[BANK_ARRAY] = bank_similarity(model, self._bank, features)
-        if "hubness" in header:
-            if self._hubness_bank is None:
-                self._hubness_bank = model.encode_text(read_bank(self._directory, header))
-            of_banks[HUBNESS_ARRAY] = hubness_of(model, header, self._hubness_bank, features)
-        return features | of_banks
+    def encode(self, reads: Sequence[VideoRead]) -> list[dict[str, np.ndarray]]:
+        """The arrays of each video that need the model; see `VideoRecord.arrays`.
+
+        Videos of one window are encoded together; those with an error have no arrays.
+        """
+        short = [read.frames for read in reads if read.frames is not None]
+        together = self._model.encode_videos(short) if short else {}
+        rows: list[Features] = []  # Of all windows, in order.
+        features = [np.zeros((0, self._model.config.model.backbone.embed_dim), np.float32)] * len(reads)
+        next_short = 0
+        for number, read in enumerate(reads):
+            if read.frames is not None:
+                rows.append({name: a[[next_short]] for name, a in together.items()})
+                next_short += 1
+            elif read.spooled is not None:
+                image_feat = self._model.encode_frames(frames_of(read, self._model.frame_form))
+                rows.append(self._model.encode_frame_windows(image_feat, read.windows))
+                if len(read.windows) > 1:
+                    features[number] = image_feat
+        if not rows:
+            return [{} for _ in reads]
+        windows = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        ends = np.cumsum([len(read.windows) for read in reads])
+        of_windows = {n: np.split(a, ends[:-1]) for n, a in self._stored(windows).items()}
+        return [
+            {f"window.{name}": parts[number] for name, parts in of_windows.items()}
+            | {f"feature.{name}": a for name, a in quantize({"image_feat": feat}, "bfloat16").items()}
+            if read.arrays
+            else {}
+            for number, (read, feat) in enumerate(zip(reads, features, strict=True))
+        ]
+
+    def _stored(self, windows: Features) -> Features:
+        """What is stored of windows."""
+        stored = quantize(windows, self._header["storage"])
+        if self._model.interaction.HAS_VECTORS:
+            vectors = self._model.interaction.video_vectors(windows)
+            stored |= quantize({"pooled_unit": vectors}, "int8")
+        return stored | self._of_banks(windows)
+
+    def _of_banks(self, windows: Features) -> Features:
+        model, header = self._model, self._header
+        if self._banks is None:
+            hubness = read_bank(self._directory, header) if "hubness" in header else []
+            self._banks = (
+                model.encode_text(header["bank"]),
+                model.encode_text(hubness) if hubness else None,
+            )
+        bank, hubness_bank = self._banks
+        arrays = {BANK_ARRAY: bank_similarity(model, bank, windows)}
+        if hubness_bank is not None:
+            arrays[HUBNESS_ARRAY] = hubness_of(model, header, hubness_bank, windows)
+        return arrays

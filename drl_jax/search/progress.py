@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.lock import is_locked
-from drl_jax.search.database_file import lock_path
+from drl_jax.search.index_file import LOCK
 
 _FILE = "indexing.json"
 # Seconds between two writes.
@@ -83,4 +83,4 @@ def read_progress(directory: Path) -> Progress | None:
         progress = Progress(int(values["done"]), int(values["total"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return progress if is_locked(lock_path(directory)) else None
+    return progress if is_locked(directory / LOCK) else None
