@@ -83,7 +83,7 @@ class Ranker:
         Raises:
           UserError: the interaction has no vectors to scan.
         """
-        self.model, self.options, self._ask_engine = model, options, ask_engine
+        self.model, self.options, self.ask_engine = model, options, ask_engine
         if options.engine in ("scan", "qdrant") and not model.interaction.HAS_VECTORS:
             raise UserError(
                 f"the interaction {model.config.model.interaction} has no vectors that"
@@ -173,14 +173,14 @@ class Ranker:
             names = parts[0].text.keys()
             together = {n: np.concatenate([q.parts[0].text[n] for q in queries]) for n in names}
             parts = (Part(together),)
-        asks_engine = self._ask_engine and queries[0].is_sentence and among is None
+        asks_engine = self.ask_engine and queries[0].is_sentence and among is None
         if asks_engine or self.scans(index):
             wanted = max(count, self.options.candidates)
             vectors = _vectors(self.model, queries)
             chosen = [
                 np.unique(np.concatenate(slots))
                 for query in vectors
-                if (slots := self._ask_engine(index, query, wanted) if asks_engine
+                if (slots := self.ask_engine(index, query, wanted) if asks_engine
                     else self._engine.scan(query, gallery, wanted))
             ]
             rankings = [
