@@ -159,7 +159,10 @@ def _parser() -> Parser:
         "--queries", type=Path, required=True, help="file with one sentence per line"
     )
     recall.add_argument(
-        "--engine", choices=("scan", "qdrant"), default="scan", help="of the candidates (%(default)s)"
+        "--engine",
+        choices=("scan", "qdrant"),
+        default="scan",
+        help="of the candidates (%(default)s)",
     )
     recall.add_argument(
         "--candidates",

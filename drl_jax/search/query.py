@@ -47,7 +47,7 @@ class Query:
     like: tuple[IndexedVideo, float] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedQuery:
     """A query as the engine takes it.
 
@@ -62,7 +62,7 @@ class EncodedQuery:
     is_sentence: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedVideo:
     """A video file as a query.
 
@@ -132,7 +132,7 @@ def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
         window = window_at(liked.windows, time)
         add_frames({n: a[[window]] for n, a in stored_windows(liked).items()}, "[moment]")
     if not parts:
-        raise UserError("the query is empty: give a sentence, a picture or a video")
+        raise UserError("the query is blank: give a sentence, a picture or a video")
     is_sentence = len(parts) == 1 and bool(query.sentence.strip()) and not query.without.strip()
     if query.without.strip():
         add_sentence(query.without, _WITHOUT)

@@ -1,4 +1,4 @@
-"""Reads video files: as windows for an index, or whole.
+"""Finds video files and reads them: as windows for an index, or whole.
 
 Worker processes import this module, so it does not import jax.
 """
@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,60 @@ from PIL import Image
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.video import VideoError, read_timed_frames, video_length
-from drl_jax.runtime.files import sha256
+from drl_jax.data.video import VIDEO_SUFFIXES, VideoError, read_timed_frames, video_length
+from drl_jax.runtime.files import names_below, sha256
 from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 # Side of the thumbnails, pixels.
 _THUMBNAIL = 112
+
+
+class FoundFile(NamedTuple):
+    """A video file of a folder; `allowed` are the seconds that decoding may take."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    allowed: float
+
+
+def find_videos(folder: Path, timeout: float) -> Iterator[FoundFile]:
+    """Yields the video files below a folder; see `allowed_seconds`."""
+    for name in filter(is_video, names_below(folder)):
+        yield found_file(folder, name, timeout)
+
+
+def found_file(folder: Path, path: str, timeout: float) -> FoundFile:
+    """The file with a path below a folder."""
+    status = (folder / path).stat()
+    allowed = allowed_seconds(timeout, status.st_size)
+    return FoundFile(path, status.st_size, status.st_mtime_ns, allowed)
+
+
+def allowed_seconds(timeout: float, size: int) -> float:
+    """Seconds that decoding a file may take: `timeout`, and one for each MB."""
+    return timeout + size / 1e6
+
+
+def is_video(path: str) -> bool:
+    """Whether a path has the suffix of a video."""
+    stem, _, suffix = path.rpartition("/")[2].rpartition(".")
+    return bool(stem) and f".{suffix.lower()}" in VIDEO_SUFFIXES
+
+
+def is_text(path: str) -> bool:
+    """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
+
+
+def names_of_no_files(folder: Path) -> list[str]:
+    """Names of videos below a folder that are not files: links to nothing, pipes, devices."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        below = [Path(parent, name) for name in names if is_video(name)]
+        found += [str(path.relative_to(folder)) for path in below if not path.is_file()]
+    return sorted(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +150,17 @@ def read_video(
         return VideoRead(digest, str(error))
     except SpoolError as error:
         return VideoRead(digest, failure=str(error))
+
+
+def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
+    """Reads a file of any length as one window, with the frames that evaluation uses."""
+    try:
+        frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
+    except VideoError as error:
+        return VideoRead("", str(error))
+    window = Window(0.0, float(times[-1]), tuple(range(len(frames))))
+    arrays = _arrays([window], times, [], [], sampling.max_frames)
+    return VideoRead("", duration=window.end, arrays=arrays, frames=frames)
 
 
 def read_video_on_node(*arguments: Any) -> VideoRead | OSError:

@@ -12,6 +12,7 @@ opened. It has a checksum of the array rows of each video, which are checked whe
 """
 
 import bisect
+import itertools
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ class VideoRecord(NamedTuple):
     error: str = ""
     allowed: float = 0.0
     duration: float = 0.0
-    arrays: Mapping[str, np.ndarray] = {}  # noqa: RUF012
+    arrays: Mapping[str, np.ndarray] = {}
     strips: Sequence[bytes | np.ndarray] = ()
 
 
@@ -215,9 +216,9 @@ class Segment:
 
     def _strips_of(self, row: int) -> list[np.ndarray]:
         first, last = self.firsts["strip"][row : row + 2].tolist()
-        ends = self.arrays["strip.end"][max(first - 1, 0) : last].tolist()
-        starts = ends[:-1] if first else [0, *ends[:-1]]
-        return [self._strips[start:end] for start, end in zip(starts, ends[-len(starts) :], strict=True)]
+        ends = self.arrays["strip.end"]
+        edges = [int(ends[first - 1]) if first else 0, *ends[first:last].tolist()]
+        return [self._strips[start:end] for start, end in itertools.pairwise(edges)]
 
     def strip(self, row: int, number: int) -> bytes:
         """A JPEG file of thumbnails.
@@ -292,4 +293,3 @@ def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
     for name in sorted(arrays):
         checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).data, checksum)
     return checksum
-
