@@ -1,6 +1,5 @@
 """Handles signals that ask a command to end: at once, or at the next safe point of a long job."""
 
-import _thread
 import atexit
 import contextlib
 import os
@@ -76,8 +75,10 @@ class Interruption:
             os._exit(INTERRUPTED)
 
     def _retry(self) -> None:
+        """Sends the signal again, soon, so that it also ends a system call."""
         if self._is_inside:
-            threading.Timer(0.05, _thread.interrupt_main).start()
+            main = threading.main_thread().ident
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
 
 
 class StopRequest:

@@ -75,8 +75,8 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             return f"cannot be read: {error.strerror}"
-        # Its JPEG decoder does not tell them apart.
-        return "is damaged" if pixels <= MAX_PIXELS else "is damaged, or too large"
+        # Decoders do not say whether memory was missing.
+        return "is damaged" if 0 < pixels <= MAX_PIXELS else "is damaged, or too large"
 
 
 def _upright(image: Image.Image) -> Image.Image:

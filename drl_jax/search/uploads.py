@@ -27,8 +27,8 @@ def upload_routes(sent: SentQueries, max_video: int) -> list[Route]:
       max_video: bytes of a video, at most.
     """
     kinds = (
-        ("/api/pictures", "picture", MAX_PICTURE, sent.add_picture, "picture"),
-        ("/api/videos", "video", max_video, sent.add_video, "by_video"),
+        ("/api/pictures", "picture", MAX_PICTURE, lambda path: sent.add_picture(path), "picture"),
+        ("/api/videos", "video", max_video, lambda path: sent.add_video(path), "by_video"),
     )
     return [Route(path, _receiving(*kind), methods=["POST"]) for path, *kind in kinds]
 
