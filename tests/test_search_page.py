@@ -114,8 +114,11 @@ def served(search_model, test_videos, tmp_path_factory):
     (folder / "temporary").mkdir()
     with serving(index, folder / "temporary", "--top=4", "--max_upload=2") as (process, url):
         assert url.startswith("http://127.0.0.1:")
-        port = int(url.removesuffix("/").rpartition(":")[2])
-        yield Served(process, port, videos, index, folder / "temporary")
+        yield Served(process, port_of(url), videos, index, folder / "temporary")
+
+
+def port_of(url: str) -> int:
+    return int(url.split("/")[2].rpartition(":")[2])
 
 
 @contextlib.contextmanager
@@ -591,12 +594,13 @@ def test_what_a_killed_server_left_is_deleted(served, tmp_path):
     flags = [sys.executable, "-m", "drl_jax.search", "serve", f"--index={served.index}", "--port=0"]
     options = {"env": {**os.environ, "TMPDIR": str(tmp_path)}, "stdout": subprocess.PIPE}
     with start_interruptible(flags, **options) as killed:
-        port = int(killed.stdout.readline().split("/")[2].partition(":")[2])
-        assert dataclasses.replace(served, port=port).get(f"/clips/{LONG}?start=0&end=1")[0] == 200
+        own = dataclasses.replace(served, port=port_of(killed.stdout.readline().split()[3]))
+        assert own.get(f"/clips/{LONG}?start=0&end=1")[0] == 200
         killed.kill()
     assert [path.suffix for path in tmp_path.glob("*/*")] == [".mp4"]
-    with serving(served.index, tmp_path):
+    with serving(served.index, tmp_path) as (_, url):
         assert not [*tmp_path.glob("*/*")]
+        assert dataclasses.replace(served, port=port_of(url)).get("/")[0] == 200
 
 
 # ---------------------------------------------------------------------- browser
@@ -604,8 +608,7 @@ def test_what_a_killed_server_left_is_deleted(served, tmp_path):
 
 def test_a_browser_visits_a_server_with_a_token(browser, served, tmp_path):
     with serving(served.index, tmp_path, "--host=0.0.0.0") as (_, url):
-        address, _, token = url.partition("?token=")
-        port = address.removesuffix("/").rpartition(":")[2]
+        port, token = port_of(url), url.partition("?token=")[2]
         context = browser.new_context()
         page, failed = context.new_page(), []
         page.on("response", lambda response: response.status < 400 or failed.append(response.url))

@@ -110,7 +110,6 @@ def serve(
             listener.bind(address)
             listener.listen()
         url = access.url(host, *listener.getsockname()[:2])
-        print(f"{app.state.videos} videos on {url}  (Ctrl-C stops)", flush=True)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -120,6 +119,7 @@ def serve(
             h11_max_incomplete_event_size=_MAX_REQUEST,
         )
         try:
+            print(f"{app.state.videos} videos on {url}  (Ctrl-C stops)", flush=True)
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             print()
