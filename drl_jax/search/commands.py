@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.model_flags import model_of_flags, required_model
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError, printable
+from drl_jax.runtime.worker_pool import CallPool
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit, format_timestamp
 from drl_jax.search.hubness import Correction
 from drl_jax.search.index_file import join
 from drl_jax.search.open_index import IndexedVideo
+from drl_jax.search.pictures import open_picture
 from drl_jax.search.query import Query, encode_video_file
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.session import Index, rank_sentences
@@ -145,7 +148,7 @@ def _query(options: argparse.Namespace) -> None:
     state = index.state()
     rest = Query(
         without=options.without,
-        picture=_bytes(options.picture) if options.picture else b"",
+        picture=_picture(options.picture, index.model.frame_form) if options.picture else b"",
         # Decoded once for all sentences.
         video=encode_video_file(index.model, options.video) if options.video else None,
         like=_moment(index, options.like) if options.like else None,
@@ -210,11 +213,9 @@ def _moment(index: Index, text: str) -> tuple[IndexedVideo, float]:
     return video, time
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+def _picture(path: Path, form: FrameForm) -> bytes:
+    with contextlib.closing(CallPool(1)) as pool:
+        return open_picture(pool, path, form)
 
 
 def _rank_sentences(options: argparse.Namespace, index: Index) -> None:
@@ -369,6 +370,8 @@ def _serve(options: argparse.Namespace) -> None:
         port=options.port,
         top=options.top,
         max_upload=options.max_upload,
+        allowed_hosts=options.allowed_hosts,
+        needs_token=not options.no_token,
     )
 
 

@@ -1,6 +1,5 @@
 """`search explain`: a figure of the best window of a video file for a sentence."""
 
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 from drl_jax.evaluation.figures import interaction_figure
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.lock import temporary_directory
 from drl_jax.search.hits import explain, format_timestamp
 from drl_jax.search.query import encode_sentences, sampling_of
 from drl_jax.search.reading import frames_of, read_video
@@ -42,8 +42,8 @@ def explain_file(model: RetrievalModel, path: Path, sentence: str, out: Path) ->
     """
     (query,) = encode_sentences(model, [sentence])
     part = query.parts[0]
-    with tempfile.TemporaryDirectory() as folder:
-        read = read_video(path, (), sampling_of(model), Path(folder) / "frames")
+    with temporary_directory() as folder:
+        read = read_video(path, (), sampling_of(model), folder / "frames")
         if reason := read.error or read.failure:
             raise UserError(f"{path} {reason}")
         frames = frames_of(read, model.frame_form)

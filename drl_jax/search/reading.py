@@ -19,11 +19,14 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
 from drl_jax.data.video import VIDEO_SUFFIXES, VideoError, read_timed_frames, video_length
 from drl_jax.runtime.files import names_below, sha256
+from drl_jax.runtime.resources import memory_limit
 from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 # Side of the thumbnails, pixels.
 _THUMBNAIL = 112
+# Bytes that decoding a file from elsewhere may take.
+_SENT_MEMORY = 2 * 2**30
 
 
 class FoundFile(NamedTuple):
@@ -150,6 +153,12 @@ def read_video(
         return VideoRead(digest, str(error))
     except SpoolError as error:
         return VideoRead(digest, failure=str(error))
+
+
+def read_sent_video(*arguments: Any) -> VideoRead:
+    """`read_video` of a file from elsewhere, of which a small one can have the largest pictures."""
+    with memory_limit(_SENT_MEMORY):
+        return read_video(*arguments)
 
 
 def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
