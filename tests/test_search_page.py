@@ -27,11 +27,10 @@ from playwright.sync_api import Page, expect
 from support.browser import text_contrasts
 from support.commands import error_of, start_interruptible
 
-from drl_jax.search import progress as progress_module
-from drl_jax.search.indexing import update_index
-from drl_jax.search.progress import ProgressFile
+from drl_jax.search import index_file
+from drl_jax.search.index_file import IndexWriter, ProgressFile
 from drl_jax.search.routes import api_routes
-from drl_jax.search.writer import IndexWriter
+from drl_jax.search.update import update_index
 
 SENTENCE = "a green triangle shrinks"
 ASKED = f"?q={quote(SENTENCE)}"
@@ -265,7 +264,7 @@ def test_bad_requests_are_one_line(served):
         (f"/pictures/{LONG}?t=99", 400, b"t=99 is outside the video"),
         (f"/clips/{LONG}?start=20&end=10", 400, b"is not in the video"),
         (f"/clips/{LONG}?start=0&end=61", 400, b"a clip has at most 60 s, not 1:01"),
-        (f"/frames/{LONG}?window=1000", 400, b"window must be a number from 0 to"),
+        (f"/frames/{LONG}?frames=0,1000", 400, b"frame must be a number from 0 to"),
         (f"/frames/{LONG}?frame=x", 400, b"frame must be a number from 0 to"),
         ("/?video=none.mp4", 404, b"no video of the index has the path"),
     ):
@@ -501,7 +500,7 @@ def test_files_that_cannot_be_searched_are_listed(served):
 
 
 def test_the_progress_of_indexing_is_shown(served, monkeypatch):
-    monkeypatch.setattr(progress_module, "_INTERVAL", 0.0)
+    monkeypatch.setattr(index_file, "_INTERVAL", 0.0)
     assert served.json("/api/index")["indexing"] is None
     with IndexWriter(served.index), ProgressFile(served.index, 340) as progress:
         progress.update(120)
