@@ -116,7 +116,6 @@ def _records(gallery: dict[str, np.ndarray], first: int, last: int) -> Iterator[
                     "frame.time": times,
                     "frame.hash": np.full(FRAMES, number, np.uint64),
                     "feature.image_feat": np.zeros((0, WIDTH), np.uint16),
-                    "shot.start": np.zeros(0),
                 },
             )
 

@@ -34,7 +34,6 @@ def record(path, seed=0, windows=1):
         "window.frame_unit": rng.random((windows, 4, 8)).astype(np.float32),
         "frame.time": np.arange(4.0 * windows),
         "feature.image_feat": rng.integers(0, 2**16, (features, 8)).astype(np.uint16),
-        "shot.start": np.arange(2.0 if windows > 1 else 0.0),
     }
     return VideoRecord(
         path, 100 + seed, seed, f"sha{seed}", "", 0.0, 9.5, arrays, [b"jpeg%d" % seed]

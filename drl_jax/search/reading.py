@@ -168,7 +168,7 @@ def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
     except VideoError as error:
         return VideoRead("", str(error))
     window = Window(0.0, float(times[-1]), tuple(range(len(frames))))
-    arrays = _arrays([window], times, [], [], sampling.max_frames)
+    arrays = _arrays([window], times, [], sampling.max_frames)
     return VideoRead("", duration=window.end, arrays=arrays, frames=frames)
 
 
@@ -209,7 +209,7 @@ def _read_short(path: Path, digest: str, sampling: FrameSampling, length: float)
     for frame in frames:
         seen.add(frame)
     window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
-    arrays = _arrays([window], times, seen.hashes, [], sampling.max_frames)
+    arrays = _arrays([window], times, seen.hashes, sampling.max_frames)
     return VideoRead(
         digest, duration=window.end, arrays=arrays, strips=seen.finish(), frames=frames
     )
@@ -223,9 +223,9 @@ def _read_long(path: Path, digest: str, sampling: FrameSampling, spool: Path) ->
             write(frame.tobytes())
             seen.add(frame)
 
-        video = sample_video(path, sampling.form, emit)
+        video = sample_video(path, sampling.form, emit, sampling.fps)
     windows = windows_of(video, sampling.max_frames)
-    arrays = _arrays(windows, video.times, seen.hashes, video.shot_starts, sampling.max_frames)
+    arrays = _arrays(windows, video.times, seen.hashes, sampling.max_frames)
     return VideoRead(
         digest, duration=video.duration, arrays=arrays, strips=seen.finish(), spooled=spool
     )
@@ -235,7 +235,6 @@ def _arrays(
     windows: Sequence[Window],
     times: np.ndarray,
     hashes: list[np.uint64],
-    shot_starts: Sequence[float],
     max_frames: int,
 ) -> dict[str, np.ndarray]:
     numbers = np.full((len(windows), max_frames), -1, np.int32)
@@ -246,8 +245,6 @@ def _arrays(
         "window.frames": numbers,
         "frame.time": np.asarray(times, np.float64),
         "frame.hash": np.array(hashes, np.uint64),
-        # A video of one window is never cut in another way.
-        "shot.start": np.asarray(shot_starts if len(windows) > 1 else [], np.float64),
     }
 
 

@@ -1,7 +1,7 @@
 """Segments: the immutable parts of an index.
 
     videos.arrow     a row for each video, ordered by path
-    AXIS.NAME.bin    an array: a row for each window, sampled frame, frame feature, shot, or strip
+    AXIS.NAME.bin    an array: a row for each window, sampled frame, frame feature, or strip
     strips.bin       thumbnails: JPEG files, one after the other
 
 A segment is written once, published whole, and never changed: readers map its files and take no
@@ -26,7 +26,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import publishing, sha256
 
-AXES = ("window", "frame", "feature", "shot")
+AXES = ("window", "frame", "feature")
 _TABLE, _STRIPS = "videos.arrow", "strips.bin"
 # Columns that are fields of a record, in their order.
 _FIELDS = ("path", "size", "mtime_ns", "sha256", "error", "allowed", "duration")
@@ -60,11 +60,10 @@ class VideoRecord(NamedTuple):
       error: why it cannot be searched; empty if it can.
       allowed: seconds that decoding could take, for a video whose decoding took longer; else 0.
       duration: seconds.
-      arrays: by `AXIS.NAME`. W windows: `window.span` float64 [W, 2], seconds; `window.frames` int32
-        [W, F], numbers of sampled frames, -1 where there is none; and what the interaction compares.
-        N sampled frames: `frame.time` float64 [N], seconds, and `frame.hash` uint64 [N]. Of a file
-        of several windows: `feature.image_feat` [N, D], as stored, and `shot.start` float64 [S],
-        seconds; of others [0, D] and [0]. No arrays with an error.
+      arrays: by `AXIS.NAME`; none with an error. W windows: `window.span` float64 [W, 2], seconds,
+        `window.frames` int32 [W, F], numbers of sampled frames or -1, and what the interaction
+        compares. N sampled frames: `frame.time` float64 [N], seconds, and `frame.hash` uint64 [N].
+        Of a file of several windows: `feature.image_feat` [N, D], as stored; of others [0, D].
       strips: JPEG files of STRIP_FRAMES thumbnails side by side.
     """
 
