@@ -27,9 +27,6 @@ def _parser() -> Parser:
     qdrant = Parser("", add_help=False)
     qdrant.add_argument("--url", default="", help="of a Qdrant server, for --engine=qdrant")
     qdrant.add_argument(
-        "--collection", default="", help="name of its collection (default: one per index)"
-    )
-    qdrant.add_argument(
         "--hubness",
         default="",
         metavar="is|nnn",

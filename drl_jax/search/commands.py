@@ -322,29 +322,29 @@ def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from drl_jax.search.qdrant import open_collection
+    from drl_jax.search.qdrant import Qdrant
 
-    index = Index(options.index, model_of_flags(options), _search_options(options))
-    with contextlib.closing(open_collection(index, options.url, options.collection)) as collection:
-        print(collection.export(index.state()))
+    search_options = _search_options(options)
+    index = Index(options.index, model_of_flags(options), search_options)
+    report = Qdrant(options.url, search_options.correction).export(index.state())
+    print(f"{report.sent} windows sent, {report.deleted} deleted, {report.unchanged} unchanged")
 
 
 def _recall(options: argparse.Namespace) -> None:
     from drl_jax.search.recall import measure_recall
 
-    index = _open(options, candidates=max(options.candidates))
-    rows = measure_recall(index, read_lines(options.queries), options.candidates, options.top)
+    counts, index = options.candidates, _open(options)
+    rows = measure_recall(
+        index, read_lines(options.queries), counts, options.top, index.ranker.ask_engine
+    )
     if options.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        print(json.dumps([row._asdict() for row in rows]))
         return
     print(f"{len(index.state().gallery)} windows, milliseconds per query")
-    print(f"candidates  recall@{options.top:<3}   find  rerank   exact")
+    print(f"candidates  recall@{options.top:<3}   find  compare   exact")
     for row in rows:
-        times = (row.find_seconds, row.rerank_seconds, row.exact_seconds)
-        print(
-            f"{row.candidates:10}  {100 * row.recall:9.1f}  "
-            + "  ".join(f"{1e3 * t:6.1f}" for t in times)
-        )
+        times = "  ".join(f"{1e3 * seconds:6.1f}" for seconds in row[2:])
+        print(f"{row.candidates:10}  {100 * row.recall:9.1f}  {times}")
 
 
 def _duplicates(options: argparse.Namespace) -> None:
@@ -391,25 +391,26 @@ def _explain(options: argparse.Namespace) -> None:
     print(f"{found.score:.4f}, best moment {peak} (of {start} to {end}): {options.out}")
 
 
-def _open(options: argparse.Namespace, **changes: int) -> Index:
+def _open(options: argparse.Namespace) -> Index:
     """The index of a command that answers queries."""
-    model = model_of_flags(options)
-    if options.engine != "qdrant":
-        if options.url or options.collection:
-            raise UserError("--url and --collection need --engine=qdrant")
-        return Index(options.index, model, _search_options(options, **changes))
-    from drl_jax.search.qdrant import open_collection
+    if options.engine != "qdrant" and options.url:
+        raise UserError("--url needs --engine=qdrant")
+    search_options, ask_engine = _search_options(options), None
+    if options.engine == "qdrant":
+        from drl_jax.search.qdrant import Qdrant
 
-    index = Index(options.index, model, _search_options(options, **changes))
-    collection = open_collection(index, options.url, options.collection)
-    collection.check(index.state())
-    index.ranker.ask_engine = collection.candidates
+        ask_engine = Qdrant(options.url, search_options.correction)
+    index = Index(options.index, model_of_flags(options), search_options, ask_engine)
+    if ask_engine is not None:
+        ask_engine.check(index.state())
     return index
 
 
-def _search_options(options: argparse.Namespace, **changes: int) -> SearchOptions:
+def _search_options(options: argparse.Namespace) -> SearchOptions:
     names = ("engine", "candidates", "refine")
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)} | changes
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    if isinstance(given.get("candidates"), list):  # Of `recall`.
+        given["candidates"] = max(given["candidates"])
     correction = Correction.parse(options.hubness) if options.hubness else None
     return SearchOptions(**given, correction=correction)
 

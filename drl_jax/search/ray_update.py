@@ -19,7 +19,6 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel, load_source
 from drl_jax.runtime.cluster import ClusterError
 from drl_jax.runtime.compilation_cache import cache_compilations
@@ -29,9 +28,9 @@ from drl_jax.runtime.ray_cluster import RayCluster, name_of, problem_of_task
 from drl_jax.runtime.ray_map import NODE_LOST, check_worker
 from drl_jax.runtime.worker_pool import WorkerFailure
 from drl_jax.search.encoding import WindowEncoder
-from drl_jax.search.index_engine import AHEAD, FramesLostError
+from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.reading import VideoRead, read_video_on_node
-from drl_jax.search.writer import IndexWriter
+from drl_jax.search.update import AHEAD, FramesLostError
 
 # Batches that an actor has at a time: it fetches the frames of one while it encodes another.
 _AT_ACTOR = 2
@@ -46,7 +45,7 @@ _PACKAGES = ("av", "numpy", "pillow", "jax", "jaxlib", "flax")
 
 
 class RayEngine:
-    """An engine of `index_engine.IndexEngine`."""
+    """An engine of `update.IndexEngine`."""
 
     def __init__(
         self, cluster: RayCluster, model: RetrievalModel, writer: IndexWriter, example: Path
@@ -115,22 +114,14 @@ class RayEngine:
         for actor in self._actors:
             while self._queue and actor.is_ready and len(actor.running) < _AT_ACTOR:
                 actor.start(self._queue.popleft())
-        self._say_if_none_is_ready()
-        refs = {ref: actor for actor in self._actors for ref in actor.refs()}
-        if not refs:
-            return
-        timeout = _WAIT if wait else 0
-        for ref in ray.wait(list(refs), num_returns=1, timeout=timeout)[0]:
-            self._take(refs[ref], ref)
-
-    def _say_if_none_is_ready(self) -> None:
-        """Prints once that no actor starts, e.g. because other jobs have the GPUs."""
-        is_late = time.monotonic() - self._started_at > _START_TIMEOUT
-        if is_late and not any(actor.is_ready for actor in self._actors):
-            tqdm.write(
-                "still waiting for a process that encodes; are the GPUs of the cluster free?"
-            )
+        if time.monotonic() - self._started_at > _START_TIMEOUT:
+            if not any(actor.is_ready for actor in self._actors):
+                tqdm.write("still waiting for an encoder; are the GPUs of the cluster free?")
             self._started_at = math.inf
+        refs = {ref: actor for actor in self._actors for ref in actor.refs()}
+        ready = ray.wait(list(refs), num_returns=1, timeout=_WAIT if wait else 0)[0] if refs else []
+        for ref in ready:
+            self._take(refs[ref], ref)
 
     def _take(self, actor: "_Actor", ref: ray.ObjectRef) -> None:
         """Takes one result of an actor."""
@@ -196,12 +187,12 @@ class RayEngine:
 
 
 class _Batch:
-    """An `index_engine.Encoded`."""
+    """An `update.Encoded`."""
 
     def __init__(self, engine: RayEngine, reads: Sequence[VideoRead]):
         self.reads = reads
         self.crashes = 0
-        self.outcome: Features | FramesLostError | None = None
+        self.outcome: list[dict[str, np.ndarray]] | FramesLostError | None = None
         self._engine = engine
 
     def is_done(self) -> bool:
@@ -209,7 +200,7 @@ class _Batch:
             self._engine.work(wait=False)
         return self.outcome is not None
 
-    def result(self) -> Features:
+    def result(self) -> list[dict[str, np.ndarray]]:
         while self.outcome is None:
             self._engine.work(wait=True)
         if isinstance(self.outcome, FramesLostError):
@@ -251,11 +242,10 @@ class _Actor:
 
     def start(self, batch: _Batch) -> None:
         """Starts to encode a batch."""
-        frames = [read.frames for read in batch.reads if read.frames is not None]
         reads = [dataclasses.replace(read, frames=None, strips=()) for read in batch.reads]
-        has_frames = [read.frames is not None for read in batch.reads]
         # Arguments of the call itself: Ray replaces references in these only.
-        self.running[self._handle.encode.remote(reads, has_frames, *frames)] = batch
+        frames = [read.frames for read in batch.reads]
+        self.running[self._handle.encode.remote(reads, *frames)] = batch
 
 
 class _NodeEncoder:
@@ -283,13 +273,8 @@ class _NodeEncoder:
         return ""
 
     def encode(
-        self, reads: list[VideoRead], has_frames: list[bool], *frames: np.ndarray
-    ) -> Features:
-        """Encodes all windows; `frames` are those of the reads that have some."""
-        of_short = iter(frames)
-        return self._encoder.encode(
-            [
-                dataclasses.replace(read, frames=next(of_short)) if has else read
-                for read, has in zip(reads, has_frames, strict=True)
-            ]
-        )
+        self, reads: list[VideoRead], *frames: np.ndarray | None
+    ) -> list[dict[str, np.ndarray]]:
+        """Encodes the windows of videos; `frames` are those of the short ones."""
+        pairs = zip(reads, frames, strict=True)
+        return self._encoder.encode([dataclasses.replace(r, frames=f) for r, f in pairs])

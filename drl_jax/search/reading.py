@@ -25,6 +25,13 @@ from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 # Side of the thumbnails, pixels.
 _THUMBNAIL = 112
+# What `picture_hash` looks at: cosines of the 8 lowest frequencies on a grid of so many places.
+_PLACES = 32
+_COSINES = np.cos(np.pi / _PLACES * np.outer(np.arange(8), np.arange(_PLACES) + 0.5))
+# The bits of odd frequencies along its rows, in which the hash of a mirrored picture differs.
+MIRRORED = np.uint64(0x5555_5555_5555_5555)
+# Standard deviation of grey below which a picture is plain, levels.
+_PLAIN = 4.0
 # Bytes that decoding a file from elsewhere may take.
 _SENT_MEMORY = 2 * 2**30
 
@@ -187,15 +194,18 @@ def frames_of(read: VideoRead, form: FrameForm) -> np.ndarray:
 
 
 def picture_hash(frame: np.ndarray) -> np.uint64:
-    """A hash of what a picture shows: whether each of 8 x 8 places is brighter than the one before.
+    """A hash of what a picture shows: the signs of its 8 x 8 lowest frequencies; 0 if it is plain.
 
     Pictures that are scaled or compressed have hashes of which few bits differ.
 
     Args:
       frame: uint8 [S, S, 3].
     """
-    grey = Image.fromarray(frame).convert("L").resize((9, 8), Image.Resampling.BOX)
-    bits = np.diff(np.asarray(grey, np.int16), axis=1) > 0
+    grey = Image.fromarray(frame).convert("L").resize((_PLACES, _PLACES), Image.Resampling.BOX)
+    levels = np.asarray(grey, np.float32)
+    if levels.std() < _PLAIN:
+        return np.uint64(0)
+    bits = _COSINES @ levels @ _COSINES.T > 0
     return np.packbits(bits).view(">u8")[0].astype(np.uint64)
 
 
