@@ -39,7 +39,8 @@ def _check(options: argparse.Namespace) -> int:
         with disk_errors(options.data_dir):
             read_quarantine(quarantine)  # An error in it should not wait for the end of the check.
             annotations = builder.read_annotations(options.annotations)
-            plan = make_plan(annotations, videos_folder(options, annotations), {})
+            folder = videos_folder(options, annotations)
+            plan = make_plan(annotations, folder, {}, protocols=builder.PROTOCOLS)
     except UserError as error:
         return _fail(str(error))
     storage = requested_storage(options)
@@ -52,7 +53,7 @@ def _check(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"cannot write to {quarantine.parent} ({error.strerror})")
     print(f"wrote {dataset_check.report_file(quarantine)} and {quarantine}")
-    return 1 if report["missing"] or report["unusable"] else 0
+    return 1 if report["missing"] or report["left_out"] or report["unusable"] else 0
 
 
 def _fail(message: str) -> int:

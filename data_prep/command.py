@@ -97,7 +97,9 @@ def add_source_flags(parser: Parser, *, required: bool) -> None:
         required=required,
         metavar="PATH",
         help="folder of the annotation files; for custom, a .csv or .jsonl file, or .parquet or"
-        " .tar files: one, a folder, or a pattern such as 'shards/*.tar'",
+        " .tar files: one, a folder, or a pattern such as 'shards/*.tar'. Rows and videos that"
+        " cannot be used are left out and listed; the command ends if they are more than 50 %% of a"
+        " file's rows or of the videos",
     )
     add_data_dir_flag(parser)
     parser.add_argument(

@@ -2,11 +2,13 @@
 
 import contextlib
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from data_prep import estimate
 from data_prep.datasets import builder_class
 from data_prep.manifest import describe_split
+from data_prep.overlap import warnings
 from data_prep.retrieval_builder import StorageConfig
 from data_prep.video_folder import Plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
@@ -116,8 +118,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -> None:
-    """Prints the number of videos and the disk space of a build before it starts."""
+def print_plan(
+    dataset: str,
+    plan: Plan,
+    data_dir: Path,
+    storage: StorageSpec,
+    *,
+    protocols: Sequence[Collection[str]] = (),
+) -> None:
+    """Prints the number of videos and the disk space of a build before it starts, and warnings."""
     frames = len(plan.clips) * storage.max_frames
     stored = estimate.format_bytes(estimate.stored_bytes(frames, storage))
     free = estimate.format_bytes(estimate.free_bytes(data_dir))
@@ -129,6 +138,11 @@ def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -
     )
     if plan.annotations.contained is not None and plan.unannotated:
         print(f"{len(plan.unannotated):,} videos without a caption are not stored", flush=True)
+    if left_out := plan.annotations.left_out:
+        place, reason = next(iter(left_out.items()))
+        print(f"{len(left_out):,} rows are left out (the first: {place}: {reason})", flush=True)
+    for line in warnings(plan.annotations, plan.merged, protocols):
+        print(line, flush=True)
 
 
 def print_report(target: Path) -> None:
@@ -140,6 +154,6 @@ def print_report(target: Path) -> None:
     for name, split in manifest["splits"].items():
         print(f"  {describe_split(name, split)}")
     if left_out := manifest["left_out"]:
-        print(f"left out {len(left_out)} videos (full list: {target / MANIFEST}):")
+        print(f"left out {len(left_out)} videos and rows (full list: {target / MANIFEST}):")
         for video, reason in list(left_out.items())[:10]:
             print(f"  {video}: {reason}")

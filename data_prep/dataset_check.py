@@ -14,7 +14,7 @@ from data_prep import estimate
 from data_prep.annotations import Annotations
 from data_prep.locations import Clip, Location
 from data_prep.manifest import PublishedSizes, count_splits, describe_split
-from data_prep.overlap import repeated_captions, shared_captions, shared_videos
+from data_prep.overlap import repeated_captions, shared_captions, shared_videos, warnings
 from data_prep.quarantine import read_quarantine, write_quarantine
 from data_prep.video_folder import Plan
 from drl_jax.data.storage import StorageSpec
@@ -67,10 +67,11 @@ def check_dataset(
       protocols: groups of splits that are used together; empty: all are.
 
     Returns:
-      The report: "missing", "unusable" and "suspicious" (reasons by video), "duplicate_videos"
-      (groups of ids with the same file content), "videos_in_several_splits" and
-      "captions_in_several_splits" (for pairs of splits that are used together),
-      "repeated_captions", "splits", "build" (estimates), "unannotated_files".
+      The report: "left_out" (reasons by row), "missing", "unusable" and "suspicious" (reasons by
+      video), "duplicate_videos" (groups of ids with the same file content), "same_files" (ids by
+      other names of their files), "videos_in_several_splits" and "captions_in_several_splits" (for
+      pairs of splits that are used together), "repeated_captions", "warnings" (lines), "splits",
+      "build" (estimates), "unannotated_files".
     """
     findings = _inspect_files([clip.location for clip in plan.clips], storage, timeout)
     unusable, suspicious, frames = {}, {}, 0
@@ -86,14 +87,18 @@ def check_dataset(
             suspicious[clip.video_id] = "; ".join(reasons)
     usable = {clip.video_id for clip in plan.clips} - unusable.keys()
     seconds = sum(finding.seconds for finding in findings.values())
+    left_out = plan.annotations.left_out
     return {
-        "missing": plan.unusable,
+        "left_out": left_out,
+        "missing": {name: why for name, why in plan.unusable.items() if name not in left_out},
         "unusable": unusable,
         "suspicious": suspicious,
         "duplicate_videos": _duplicate_videos(plan.clips, findings, plan.annotations),
+        "same_files": plan.merged,
         "videos_in_several_splits": shared_videos(plan.annotations, protocols),
         "captions_in_several_splits": shared_captions(plan.annotations, protocols),
         "repeated_captions": repeated_captions(plan.annotations),
+        "warnings": warnings(plan.annotations, plan.merged, protocols),
         "splits": count_splits(plan.annotations, usable, published),
         "build": {
             "videos": len(usable),
@@ -194,6 +199,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     for name, split in report["splits"].items():
         print(f"  {describe_split(name, split)}")
     for kind, title in (
+        ("left_out", "rows of the annotation files are left out"),
         ("missing", "annotated videos are missing"),
         ("unusable", "videos cannot be used"),
         ("suspicious", "videos can be used but are suspicious"),
@@ -206,11 +212,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             for group in report["duplicate_videos"]
         ],
     )
-    for splits, shared in report["videos_in_several_splits"].items():
-        print(
-            f"{len(shared['videos'])} videos are in both {splits}, with {shared['captions']} equal"
-            f" captions (the first: {shared['videos'][0]}): results on one of them are too good"
-        )
+    for line in report["warnings"]:
+        print(line)
     for splits, count in report["captions_in_several_splits"].items():
         print(f"{count} captions are in both {splits}")
     for split, count in report["repeated_captions"].items():

@@ -17,7 +17,7 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations
+from data_prep.annotations import AnnotationError, Annotations, check_lost
 from data_prep.decode import Decoded, decode_clips
 from data_prep.descriptions import write_description
 from data_prep.frame_cache import FrameCache
@@ -34,6 +34,7 @@ from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
 _VIDEOS_PER_SHARD = 1000
+_REMEDY = "copy them again, or let data_prep.check list them, and the build then leaves them out"
 
 
 @dataclasses.dataclass(eq=False)
@@ -123,7 +124,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
           map_calls: runs the decoders, see `decode_clips`.
 
         Raises:
-          AnnotationError: no video can be used.
+          AnnotationError: no video can be used, or more than `MAX_LOST` cannot.
           OSError, RuntimeError: the disk is full.
         """
         directory = Path(self.data_dir)
@@ -140,8 +141,10 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
         for example in self._examples(plan.clips, decoded, records, unusable, content):
             writer.add_examples({VIDEOS_SPLIT: [example]})
-        if not records:
-            raise AnnotationError(_no_usable_video_message(annotations, unusable))
+        # What is absent or in quarantine is no loss: a part of a dataset may be built.
+        lost = {name: why for name, why in unusable.items() if name not in plan.unusable}
+        lost = annotations.left_out | lost if records else unusable
+        check_lost(lost, len(records), "annotated videos", _REMEDY)
         metadata = write_description(directory, plan, records)
         self.info.metadata.update(metadata)
         writer.close_all()
@@ -210,11 +213,3 @@ class _StableWriter(tfds.core.SequentialWriter):
 class _StableSerializer(ExampleSerializer):
     def serialize_example(self, example: Any) -> bytes:
         return self.get_tf_example(example).SerializeToString(deterministic=True)
-
-
-def _no_usable_video_message(annotations: Annotations, unusable: Mapping[str, str]) -> str:
-    shown = [f"{video}: {reason}" for video, reason in list(unusable.items())[:3]]
-    return (
-        f"none of the {len(annotations.video_ids())} annotated videos can be used; the first:"
-        f" {'; '.join(shown)}"
-    )

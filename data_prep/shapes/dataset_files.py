@@ -156,16 +156,19 @@ def read_files(directory: Path) -> Annotations:
     Raises:
       AnnotationError: a file is missing or damaged.
     """
-    captions_of = read_sentences(directory / _SENTENCES)
-    train = [video for (video,) in read_csv_columns(directory / _TRAIN, ("video_id",))]
+    left_out: dict[str, str] = {}
+
+    def columns(file: str, *names: str) -> list[tuple[str, ...]]:
+        return read_csv_columns(directory / file, names, left_out)
+
+    sentences = directory / _SENTENCES
+    captions_of = read_sentences(sentences, left_out)
+    train = [video for (video,) in columns(_TRAIN, "video_id")]
     splits = {
-        "train": with_all_captions(train, captions_of, directory / _TRAIN, directory / _SENTENCES)
+        "train": with_all_captions(train, captions_of, directory / _TRAIN, sentences, left_out)
     }
     for split, file in (("val", _VAL), ("test", _TEST)):
-        splits[split] = group_captions(read_csv_columns(directory / file, ("video_id", "sentence")))
-    pairs = {
-        split: read_csv_columns(directory / file, ("video_id", "reversed_id"))
-        for split, file in _PAIRS.items()
-    }
+        splits[split] = group_captions(columns(file, "video_id", "sentence"))
+    pairs = {split: columns(file, "video_id", "reversed_id") for split, file in _PAIRS.items()}
     files = [directory / name for name in (_SENTENCES, _TRAIN, _VAL, _TEST, *_PAIRS.values())]
-    return Annotations(splits, files=files, reversed_pairs=pairs)
+    return Annotations(splits, files=files, reversed_pairs=pairs, left_out=left_out)

@@ -14,6 +14,7 @@ import numpy as np
 from drl_jax.data.content import content_sha256
 from drl_jax.data.description_files import (
     VIDEOS_FILE,
+    Sources,
     Videos,
     captions_file,
     id_hash,
@@ -104,6 +105,11 @@ class Description:
             return self.videos.id_hashes[records]
         ids = self.videos.ids
         return np.fromiter((id_hash(ids[record]) for record in records), np.uint64, len(records))
+
+    def of_same_files(self, records: np.ndarray) -> np.ndarray:
+        """Indices of all records whose files are those of these, ascending."""
+        sources = self.videos.sources
+        return sources.of_same_files(records) if isinstance(sources, Sources) else np.sort(records)
 
     @functools.cached_property
     def _metadata_sha256(self) -> str:

@@ -138,6 +138,17 @@ class VideoDataset:
         """
         return self._description.id_hashes(videos)
 
+    def of_same_files(self, videos: np.ndarray) -> np.ndarray:
+        """All videos whose source files are those of some videos.
+
+        Args:
+          videos: int [V], record indices.
+
+        Returns:
+          int [W], record indices; W is V or more.
+        """
+        return self._description.of_same_files(videos)
+
     def split(self, name: str) -> Split:
         """The videos and captions of a split.
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 # Key of the hash of an object that `seal` made.
 _SEAL = "sha256"
+# A text of a JSON file, with the colon after it if it is a key; or an end of an object.
+_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]')
 
 
 @contextlib.contextmanager
@@ -79,6 +82,43 @@ def unseal(text: str) -> dict[str, Any]:
     if digest is not None and digest != json_sha256(values):
         raise ValueError("its content differs from its hash")
     return values
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON that people wrote: a key that an object has twice is an error.
+
+    Raises:
+      json.JSONDecodeError: it is not JSON, or a key is repeated; `json.loads` keeps the last value.
+      RecursionError: it is nested too deeply.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise _repeated_key(text)
+        return values
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _repeated_key(text: str) -> json.JSONDecodeError:
+    objects: list[dict[str, int]] = []
+    for token in _TOKEN.finditer(text):
+        if token[0] == "{":
+            objects.append({})
+        elif token[0] == "}":
+            objects.pop()
+        elif token[2]:
+            key = json.loads(token[1])
+            if (first := objects[-1].setdefault(key, token.start())) != token.start():
+                line = text.count("\n", 0, first) + 1
+                column = first - text.rfind("\n", 0, first)
+                return json.JSONDecodeError(
+                    f"an object has the key {key!r} at line {line} column {column} and again",
+                    text,
+                    token.start(),
+                )
+    raise AssertionError("no key is repeated")
 
 
 def json_sha256(value: Any) -> str:
