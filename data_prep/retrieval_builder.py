@@ -143,8 +143,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             writer.add_examples({VIDEOS_SPLIT: [example]})
         # What is absent or in quarantine is no loss: a part of a dataset may be built.
         lost = {name: why for name, why in unusable.items() if name not in plan.unusable}
-        lost = annotations.left_out | lost if records else unusable
-        check_lost(lost, len(records), "annotated videos", _REMEDY)
+        check_lost(lost if records else unusable, len(records), "annotated videos", _REMEDY)
         metadata = write_description(directory, plan, records)
         self.info.metadata.update(metadata)
         writer.close_all()

@@ -104,9 +104,15 @@ class VideoFolder:
             return name
         parent, file = os.path.split(name)
         with contextlib.suppress(OSError, ValueError):
-            parent = os.path.realpath(parent)
-        below = os.path.relpath(parent, self._resolved)
-        return name if below.startswith("..") else posixpath.normpath(f"{below}/{file}")
+            # As it is written, it may lead through a link below the folder.
+            for path, folder in (
+                (name, self.directory),
+                (name, self._resolved),
+                (f"{os.path.realpath(parent)}/{file}", self._resolved),
+            ):
+                if not (below := os.path.relpath(path, folder)).startswith("../"):
+                    return below
+        return name
 
     def _find_spelling(self, spelling: str, named: Set[Path]) -> list[Path]:
         """The file with exactly this path, or else all files with the most similar name.

@@ -414,6 +414,12 @@ def test_files_of_captions(name, content, tmp_path):
         ("c.csv", 'caption\n"a dog', "c.csv is not a csv file (unexpected end of data)"),
         ("c.jsonl", '"a dog"\n\n', "c.jsonl, line 2: the caption is blank"),
         ("c.jsonl", '"a dog"\n{"text": "b"}\n', "c.jsonl, line 2: there is no caption"),
+        ("c.csv", "caption,id,caption\na,1,b\n", "c.csv has two columns caption"),
+        (
+            "c.jsonl",
+            '{"caption": "a", "caption": "b"}\n',
+            "c.jsonl is not a jsonl file (an object has",
+        ),
         ("c.jsonl", "a dog\n", "c.jsonl is not a jsonl file (Expecting value"),
         ("c.json", "{}", "c.json is not a list of captions"),
         ("c.json", "[3]", "c.json, item 1: there is no caption"),
