@@ -6,7 +6,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from data_prep.annotations import AnnotationError, RowError, check_lost, parse_all
+from data_prep.annotations import AnnotationError
+from data_prep.left_out import RowError, check_lost, parse_all
 from drl_jax.data.video import Span
 from drl_jax.runtime.files import parse_json
 from drl_jax.runtime.pickles import check_memo

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.annotation_files import read_text
-from data_prep.annotations import AnnotationError, RowError, parse_all
+from data_prep.annotations import AnnotationError
+from data_prep.left_out import RowError, parse_all
 
 # Spreadsheets of many countries separate by semicolons.
 _DELIMITERS = ",;\t"

@@ -17,10 +17,11 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations, check_lost
+from data_prep.annotations import AnnotationError, Annotations
 from data_prep.decode import Decoded, decode_clips
 from data_prep.descriptions import write_description
 from data_prep.frame_cache import FrameCache
+from data_prep.left_out import check_lost
 from data_prep.locations import Clip
 from data_prep.manifest import ContentHash, PublishedSizes, make_manifest
 from data_prep.video_folder import Plan

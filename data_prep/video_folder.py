@@ -8,13 +8,9 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 
-from data_prep.annotations import (
-    AnnotationError,
-    Annotations,
-    leave_out_texts,
-    without_video_suffix,
-)
+from data_prep.annotations import AnnotationError, Annotations, without_video_suffix
 from data_prep.file_splits import draw_again, merge_names, refuse_shared_files, same_files
+from data_prep.left_out import leave_out_texts
 from data_prep.locations import Clip, FoundVideos
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.files import files_below
@@ -217,7 +213,9 @@ def make_plan(
     # One path for each file: it tells later which videos are of one file.
     location = {clip.video_id: group[0].location for group in groups for clip in group}
     usable = [
-        dataclasses.replace(clip, location=location.get(clip.video_id, clip.location))
+        Clip(clip.video_id, location[clip.video_id], clip.span)
+        if clip.video_id in location
+        else clip
         for clip in clips
         if clip.video_id not in unusable and clip.video_id not in merged
     ]

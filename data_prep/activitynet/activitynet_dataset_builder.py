@@ -9,10 +9,10 @@ from data_prep.annotations import (
     Annotations,
     Source,
     find_annotation_pairs,
-    parse_all,
     require_splits,
     with_all_captions,
 )
+from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec

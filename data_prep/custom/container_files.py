@@ -8,9 +8,10 @@ from pathlib import Path, PurePath
 
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations, Captioned, check_lost
+from data_prep.annotations import AnnotationError, Annotations, Captioned
 from data_prep.custom.rows import SplitRows, split_of_file
 from data_prep.file_splits import draw_splits
+from data_prep.left_out import check_lost
 from data_prep.locations import Clip, FoundVideos, Location, name_below
 from drl_jax.data.video import Span
 from drl_jax.runtime.errors import printable

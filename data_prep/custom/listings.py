@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.annotation_files import numbered_lines
-from data_prep.annotations import (
-    AnnotationError,
-    Annotations,
-    Captioned,
-    RowError,
-    Source,
-    check_lost,
-)
+from data_prep.annotations import AnnotationError, Annotations, Captioned, Source
 from data_prep.csv_files import read_csv_rows
 from data_prep.custom.rows import (
     FIELDS,
@@ -26,6 +19,7 @@ from data_prep.custom.rows import (
     video_of,
 )
 from data_prep.file_splits import draw_splits
+from data_prep.left_out import RowError, check_lost
 from drl_jax.runtime.files import parse_json
 
 # Where a row is, and its fields, or why it has none.

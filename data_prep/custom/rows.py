@@ -9,7 +9,8 @@ from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
 from data_prep.annotation_files import parse_span
-from data_prep.annotations import AnnotationError, RowError, name_problem, text_problem
+from data_prep.annotations import AnnotationError
+from data_prep.left_out import RowError, name_problem, text_problem
 from data_prep.parquet_files import is_url
 from drl_jax.data.video import Span
 from drl_jax.runtime.files import parse_json

@@ -11,11 +11,11 @@ from data_prep.annotations import (
     Annotations,
     Source,
     find_annotation_pairs,
-    parse_all,
     require_splits,
     with_all_captions,
     without_video_suffix,
 )
+from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec

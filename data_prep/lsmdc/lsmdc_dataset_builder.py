@@ -7,12 +7,11 @@ from data_prep.annotation_files import numbered_lines
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
-    RowError,
     find_annotation_files,
     group_captions,
-    parse_all,
     require_splits,
 )
+from data_prep.left_out import RowError, parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 
 _FILES = {

@@ -15,10 +15,10 @@ from data_prep.annotations import (
     Annotations,
     Source,
     find_annotation_files,
-    parse_all,
     require_splits,
     with_all_captions,
 )
+from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 
 _LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
