@@ -161,7 +161,7 @@ def test_a_damaged_file_is_one_line(name, damage, copy):
 
 
 def assert_equal_to_tokenize(found, captions, tokenizer, words):
-    ids, mask = tokenizer.tokenize(list(captions.texts), words)
+    ids, mask, _ = tokenizer.tokenize(list(captions.texts), words)
     rows = [found[row] for row in range(len(ids))]
     for number, expected in enumerate((ids, mask)):
         array = np.stack([row[number] for row in rows])
@@ -259,7 +259,7 @@ def test_ids_of_a_large_vocabulary_fit():
     class Large(Tokenizer):
         vocabulary_size = 256_000
 
-        def _encode(self, captions, max_words):
+        def _encode(self, captions):
             return [[255_999, row] for row in range(len(captions))]
 
     captions = Captions.of([["a"], ["b"]])
