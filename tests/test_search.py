@@ -482,7 +482,7 @@ def with_config(base, **groups):
 
 
 def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, index):
-    other = with_config(model, data={"max_words": 23})
+    other = with_config(model, data={"max_frames": 3})
     with pytest.raises(SearchIndexError, match="was made with another model"):
         update_index(other, videos, index)
     with pytest.raises(SearchIndexError, match="was made with another model"):

@@ -70,6 +70,19 @@ def test_a_long_caption_keeps_its_end_mark():
     assert mask[1].sum() == 3
 
 
+@pytest.mark.parametrize("kind", ["clip", "spiece", "gemma", "unigram"])
+def test_a_caption_with_just_enough_room_is_not_cut(files, kind):
+    """The start and end tokens count."""
+    tokenizer = CLIP if kind == "clip" else load_tokenizer(model_of(files[kind]))
+    caption = "a red circle moves left"
+    whole = tokenizer.tokenize([caption], 64)
+    length = int(whole.text_mask.sum())
+    fits = tokenizer.tokenize([caption, "", caption], length)
+    assert fits.is_cut.tolist() == [False] * 3
+    np.testing.assert_array_equal(fits.text_ids[0], whole.text_ids[0, :length])
+    assert tokenizer.tokenize([caption, "", caption], length - 1).is_cut.tolist() == [1, 0, 1]
+
+
 def test_tokens_as_text():
     ids, mask, _ = CLIP.tokenize(["a red dog!"], 12)
     assert CLIP.token_strings(ids[0][mask[0]]) == ["[start]", "a", "red", "dog", "!", "[end]"]

@@ -52,9 +52,9 @@ def embed_captions(
     """
     made_with = {
         "model": model.fingerprint,
-        "max_words": model.config.data.max_words,
         "list of captions": json_sha256(list(captions)),
         "--dtype": dtype,
+        "max_words": model.config.data.max_words,
     }
     encoded = cut = 0
     with Output(out, made_with, len(captions), shard_size) as output:
