@@ -162,7 +162,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         for name in description.split_names:
             captions = description.split(name).captions
             cut = store_tokens(captions, CLIPTokenizer(), self.MAX_WORDS)
-            where = f"{name}, with CLIP's tokenizer"
+            where = f"split {name}, with CLIP's tokenizer"
             warn_of_cut(cut, len(captions.texts), self.MAX_WORDS, where)
         write_json(directory / MANIFEST, manifest)
 

@@ -252,7 +252,7 @@ def test_captions_that_training_cuts_are_counted(copy):
             caption_tokens(captions, tokenizer, words)
         (notice,) = map(str, [warning.message for warning in notices])
         assert notice.startswith(
-            f"test: {cut} of {len(lengths)} captions cut to data.max_words={words}"
+            f"split test: {cut} of {len(lengths)} captions cut to data.max_words={words}"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("error")

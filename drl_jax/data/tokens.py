@@ -78,7 +78,7 @@ def caption_tokens(
                 )
     rows, cut = found or _in_memory(texts, tokenizer, max_words, quiet)
     if not quiet:
-        warn_of_cut(cut, len(texts), max_words, origin.split if origin else "")
+        warn_of_cut(cut, len(texts), max_words, f"split {origin.split}" if origin else "")
     return Tokens(rows, tokenizer.pad_id)
 
 
