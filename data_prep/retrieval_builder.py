@@ -31,6 +31,7 @@ from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.tokens import store_tokens
 from drl_jax.models.tokenizers import CLIPTokenizer
+from drl_jax.models.tokenizers.base import warn_of_cut
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
@@ -162,7 +163,10 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         description = Description(directory, metadata, manifest["files"])
         manifest["content_with_captions"] = description.content(manifest["content"])
         for name in description.split_names:
-            store_tokens(description.split(name).captions, CLIPTokenizer(), self.MAX_WORDS)
+            captions = description.split(name).captions
+            cut = store_tokens(captions, CLIPTokenizer(), self.MAX_WORDS)
+            where = f"split {name}, with CLIP's tokenizer"
+            warn_of_cut(cut, len(captions.texts), self.MAX_WORDS, where)
         write_json(directory / MANIFEST, manifest)
 
     def _examples(

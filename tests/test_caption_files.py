@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from drl_jax.data.records import DatasetError, VideoDataset
 from drl_jax.data.splits import Captions
 from drl_jax.data.tokens import caption_tokens
 from drl_jax.models.tokenizers import CLIPTokenizer, Tokenizer, load_tokenizer
+from drl_jax.runtime.errors import Notice
 
 VARIANT = Path("shapes") / "64px_4f_raw" / "1.0.0"
 WORDS = 24  # Of the tokens that the build of `shapes` stores.
@@ -161,7 +163,7 @@ def test_a_damaged_file_is_one_line(name, damage, copy):
 
 
 def assert_equal_to_tokenize(found, captions, tokenizer, words):
-    ids, mask = tokenizer.tokenize(list(captions.texts), words)
+    ids, mask, _ = tokenizer.tokenize(list(captions.texts), words)
     rows = [found[row] for row in range(len(ids))]
     for number, expected in enumerate((ids, mask)):
         array = np.stack([row[number] for row in rows])
@@ -236,6 +238,28 @@ def test_tokens_that_cannot_be_stored_stay_in_memory(copy, capsys):
     assert (copy / "tokens").read_text() == "not a directory"
 
 
+def test_captions_that_training_cuts_are_counted(copy):
+    """At each start of a training: the second call reads the tokens that the first one stored."""
+    captions, tokenizer = VideoDataset(copy).split("test").captions, CLIPTokenizer()
+    lengths = [
+        len(tokenizer.tokenize([text], 64).text_ids[0].nonzero()[0]) for text in captions.texts
+    ]
+    words = sorted(lengths)[len(lengths) // 2]
+    cut = sum(length > words for length in lengths)
+    assert 0 < cut < len(lengths)
+    for _ in range(2):
+        with pytest.warns(Notice) as notices:
+            caption_tokens(captions, tokenizer, words)
+        (notice,) = map(str, [warning.message for warning in notices])
+        assert notice.startswith(
+            f"split test: {cut} of {len(lengths)} captions cut to data.max_words={words}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        caption_tokens(captions, tokenizer, words, quiet=True)
+        caption_tokens(captions, tokenizer, max(lengths))
+
+
 def test_processes_may_store_tokens_at_once(copy, monkeypatch):
     """Threads stand for them: nothing of this process is shared between the calls."""
     monkeypatch.setattr(tokens, "_CHUNK", 4)
@@ -259,7 +283,7 @@ def test_ids_of_a_large_vocabulary_fit():
     class Large(Tokenizer):
         vocabulary_size = 256_000
 
-        def _encode(self, captions, max_words):
+        def _encode(self, captions):
             return [[255_999, row] for row in range(len(captions))]
 
     captions = Captions.of([["a"], ["b"]])

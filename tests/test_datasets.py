@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -199,6 +200,10 @@ def lay_out_didemo(root, place):
     }
 
 
+# More words than a training reads.
+LONG = " ".join(["two roses"] * 20)
+
+
 def lay_out_custom(root, place):
     place(root / "videos" / "holiday" / "beach.mp4", 4)
     place(root / "videos" / "garden.webm")
@@ -206,13 +211,13 @@ def lay_out_custom(root, place):
     rows = [
         {"video": "holiday/beach.mp4", "caption": "waves", "start": 0, "end": 1, "split": "train"},
         {"video": "holiday/beach.mp4", "caption": "sand", "start": 2, "end": 3, "split": "train"},
-        {"video": "garden", "captions": ["a rose", "two roses"], "split": "val"},
+        {"video": "garden", "captions": ["a rose", LONG], "split": "val"},
         {"video": "cat.mp4", "caption": "it sleeps", "split": "test"},
     ]
     write(root / "annotations", "\n".join(map(json.dumps, rows)), suffix=".jsonl")
     return {
         "train": {"holiday/beach.mp4@0-1": ["waves"], "holiday/beach.mp4@2-3": ["sand"]},
-        "val": {"garden": ["a rose", "two roses"]},
+        "val": {"garden": ["a rose", LONG]},
         "test": {"cat.mp4": ["it sleeps"]},
     }
 
@@ -281,9 +286,11 @@ def test_a_small_dataset_is_built(name, tmp_path, clips, capsys):
             "--storage=raw",
         ]
     )
-    report = capsys.readouterr().out
+    report, errors = capsys.readouterr()
     assert status == 0
     assert "left out" not in report
+    said = re.findall(r"data_prep.build: (.*) captions cut to data.max_words=32 ", errors)
+    assert said == (["split val, with CLIP's tokenizer: 1 of 2"] if name == "custom" else [])
     max_frames = builder_class(name).DEFAULT_STORAGE.max_frames
     dataset = VideoDataset(tmp_path / "data" / name / f"32px_{max_frames}f_raw" / "1.0.0")
     found = {

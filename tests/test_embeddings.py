@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -99,6 +100,22 @@ def test_a_file_of_captions_has_the_arrays_of_the_api(suffix, search_model, tmp_
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_captions_that_are_cut_are_counted_over_all_files(search_run, captions, capsys):
+    """The run reads 24 tokens."""
+    captions.write_text("\n".join(["dog " * 22, "dog " * 23, "a dog", "cat " * 50]))
+    flags = (f"--workdir={search_run}", f"--captions={captions}", "--shard_size=1")
+    assert main([*flags, f"--out={captions.with_name('c.npz')}"]) == 0
+    lines = re.split(r"[\r\n]", capsys.readouterr().err)
+    assert [line for line in lines if "cut" in line] == [
+        "drl_jax.embed: 2 of 4 captions cut to data.max_words=24 tokens (start and end included):"
+        " their last words are not read"
+    ]
+    # Features of captions depend on it, those of videos do not.
+    shorter = drl_jax.load(search_run, max_words=20)
+    with pytest.raises(drl_jax.UserError, match="max_words"):
+        embed_captions(shorter, read_captions(captions), captions.with_name("c.npz"), shard_size=1)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

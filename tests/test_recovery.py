@@ -375,7 +375,7 @@ def explosive_weights(tiny_weights, tmp_path_factory) -> Path:
     """Weights that are finite, but overflow for a caption with the rare word."""
     path = tmp_path_factory.mktemp("weights") / "explosive.safetensors"
     state = load_file(tiny_weights)
-    ids, mask = CLIPTokenizer().tokenize([RARE_WORD], 8)
+    ids, mask, _ = CLIPTokenizer().tokenize([RARE_WORD], 8)
     state["clip.token_embedding.weight"][ids[0][mask[0]][1:-1]] = 3e38
     save_changed(state, path, tiny_weights)
     return path

@@ -482,7 +482,7 @@ def with_config(base, **groups):
 
 
 def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, index):
-    other = with_config(model, data={"max_words": 23})
+    other = with_config(model, data={"max_frames": 3})
     with pytest.raises(SearchIndexError, match="was made with another model"):
         update_index(other, videos, index)
     with pytest.raises(SearchIndexError, match="was made with another model"):
@@ -771,6 +771,11 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
     assert main(["query", index, "a red circle", "a dog", "--json", "--top=2"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["query"] for answer in answers] == ["a red circle", "a dog"]
+    # The run reads 24 tokens; a second sentence may be cut, too, in the same process.
+    for sentence, cut in (("dog " * 22, 0), ("dog " * 23, 1), ("cat " * 23, 1)):
+        assert main(["query", index, sentence, "a dog", "--json"]) == 0
+        said = "drl_jax.search: 1 of 2 captions cut to data.max_words=24 tokens (start and end"
+        assert capsys.readouterr().err.count(said) == cut
     hit = answers[0]["hits"][0]
     assert set(hit) == {"rank", "score", "weak", "path", "duration", "moments"}
     moment = hit["moments"][0]

@@ -14,6 +14,7 @@ from drl_jax.embeddings import SHARD_SIZE
 from drl_jax.embeddings.inputs import VideoFolder
 from drl_jax.embeddings.output import Output
 from drl_jax.models.interactions import Features
+from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256
@@ -53,15 +54,19 @@ def embed_captions(
         "model": model.fingerprint,
         "list of captions": json_sha256(list(captions)),
         "--dtype": dtype,
+        "max_words": model.config.data.max_words,
     }
+    encoded = cut = 0
     with Output(out, made_with, len(captions), shard_size) as output:
         pending = list(output.pending())
         with _progress(pending, len(captions), "caption") as progress:
             for file, numbers in pending:
                 part = captions[numbers.start : numbers.stop]
-                arrays = _of_captions(model, part, dtype)
-                output.write(file, arrays, _about(model), {})
+                tokens = model.tokenize(part)
+                output.write(file, _of_captions(model, part, tokens, dtype), _about(model), {})
+                encoded, cut = encoded + len(part), cut + int(tokens.is_cut.sum())
                 progress.update(len(part))
+    warn_of_cut(cut, encoded, model.config.data.max_words)
     return output
 
 
@@ -180,13 +185,13 @@ class _VideoShard:
 
 
 def _of_captions(
-    model: RetrievalModel, captions: Sequence[str], dtype: str
+    model: RetrievalModel, captions: Sequence[str], tokens: Tokenized, dtype: str
 ) -> dict[str, np.ndarray]:
-    text = model.encode_text(captions)
-    tokens = model.token_strings(captions)
-    longest = max(len(token) for row in tokens for token in row)
+    text = model.encode_tokens(tokens)
+    words = model.token_strings(captions)
+    longest = max(len(word) for row in words for word in row)
     token = np.zeros(text["text_mask"].shape, f"<U{longest}")
-    for row, strings in enumerate(tokens):
+    for row, strings in enumerate(words):
         token[row, text["text_mask"][row]] = strings
     features = {"pooled": model.pool_text(text), **text}
     return {"caption": np.array(captions), **_stored(features, dtype), "token": token}

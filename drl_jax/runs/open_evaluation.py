@@ -58,7 +58,7 @@ class OpenEvaluation:
           UserError: there is none, or it cannot be ranked.
         """
         split = load_split(self.dataset, name, self.config.data)
-        check_split(name, split, self.dataset, load_tokenizer(self.config.model))
+        _check_split(name, split, self.dataset, self.config)
         return split
 
 
@@ -75,7 +75,7 @@ def open_evaluation(
     dataset = VideoDataset(dataset_dir(config))
     _note_other_content(workdir, dataset)
     split = load_split(dataset, split_name, config.data)
-    check_split(split_name, split, dataset, load_tokenizer(config.model))
+    _check_split(split_name, split, dataset, config)
     card = protocol_card(
         workdir,
         config,
@@ -97,6 +97,10 @@ def open_evaluation(
         order_by_content if frame_order == "content" else None,
         card,
     )
+
+
+def _check_split(name: str, split: Split, dataset: VideoDataset, config: Config) -> None:
+    check_split(name, split, dataset, load_tokenizer(config.model), config.data.max_words)
 
 
 def _note_other_content(workdir: Path, dataset: VideoDataset) -> None:

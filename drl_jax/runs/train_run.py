@@ -96,7 +96,7 @@ def train(
         )
         val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
         for name, split in (("val", val), ("test", test)):
-            check_split(name, split, dataset, tokenizer)
+            check_split(name, split, dataset, tokenizer, config.data.max_words)
         if reproduce is not None:
             _print_differences(reproduce, config, dataset)
     steps_per_epoch = batches.steps_per_epoch

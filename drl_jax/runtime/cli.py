@@ -11,17 +11,19 @@ are answered before jax is imported.
 import argparse
 import asyncio
 import difflib
+import functools
 import json
 import logging as std_logging
 import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Notice, UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -96,7 +98,7 @@ def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
-    """Runs the work of a command and reports what a user can fix in one line on stderr.
+    """Runs the work of a command and reports what a user can fix, and notices, as lines on stderr.
 
     Args:
       command: name of the command, e.g. `drl_jax.train`.
@@ -112,6 +114,8 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
     # Orbax and TFDS log every file they touch, and tracebacks of errors that they raise, too.
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = _report_unraisable
+    warnings.simplefilter("always", Notice)
+    warnings.showwarning = functools.partial(_show_warning, command, warnings.showwarning)
     std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
     try:
         status = work() or 0
@@ -136,6 +140,16 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
         left_behind = str(interrupt) or on_interrupt
         print("; ".join(filter(None, (f"{command}: interrupted", left_behind))), file=sys.stderr)
         return 130
+
+
+def _show_warning(
+    command: str, show: Callable, message: Warning, category: type[Warning], *where: Any
+) -> None:
+    """Prints a notice without its place in the program, which says nothing to a user."""
+    if issubclass(category, Notice):
+        print(f"{command}: {message}", file=sys.stderr)
+    else:
+        show(message, category, *where)
 
 
 def _report_unraisable(unraisable: Any) -> None:

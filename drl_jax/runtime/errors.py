@@ -41,6 +41,10 @@ class UserError(Exception):
         super().__init__(_shortened(printable(message), _MAX_LINE))
 
 
+class Notice(UserWarning):
+    """Something that a user should know, in one line; commands print it as they print an error."""
+
+
 class Interrupted(UserError):
     """A run that was stopped after a checkpoint."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from drl_jax.data.video import VideoError, to_form
+from drl_jax.evaluation.embedder import pad_tokens
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
@@ -227,14 +228,5 @@ def _joined(parts: Sequence[Features]) -> Features:
         return dict(parts[0])
     names = set.intersection(*(set(part) for part in parts))
     length = max(part["text_mask"].shape[1] for part in parts)
-
-    def padded(name: str, array: np.ndarray) -> np.ndarray:
-        if not name.startswith("text_"):
-            return array
-        missing = length - array.shape[1]
-        return np.pad(array, ((0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)))
-
-    return {
-        name: np.concatenate([padded(name, np.asarray(part[name])) for part in parts])
-        for name in sorted(names)
-    }
+    parts = [pad_tokens(part, length) for part in parts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in sorted(names)}

@@ -18,9 +18,9 @@ from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.tokenizers import tokenizer_of_weights
 from drl_jax.runtime.files import replacing, sha256
-from drl_jax.weights.description import Description, check_release, describe
+from drl_jax.weights.description import Description, check_beside, check_release, describe
 from drl_jax.weights.download import MODELS
-from drl_jax.weights.hub import resolved_revision
+from drl_jax.weights.hub import is_hub_name, resolved_revision
 from drl_jax.weights.hugging_face import (
     from_hugging_face,
     is_hugging_face,
@@ -81,13 +81,14 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
     Args:
       source: what `weights_path` takes; a file of towers, a DRL checkpoint in any form that
         `read_torch_file` reads, or a file that `save_weights` wrote.
-      release: a name of `releases.RELEASES`, for a CLIP whose activation nothing else says.
+      release: a name of `releases.RELEASES`, for a CLIP whose activation no description says.
 
     Raises:
       InstalledWeightsError: installed weights are missing or damaged.
       HubError: a repository cannot be used, see `hub.download`.
       TorchFileError: the file cannot be read safely.
-      WeightsError: it does not hold supported towers, or nothing says their activation.
+      WeightsError: it does not hold supported towers, nothing says their activation, or what the
+        file, the release and a description beside it say is contradictory.
     """
     check_release(release)
     path = weights_path(source)
@@ -105,30 +106,32 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
     is_archive = all(name in state for name in _OPENAI_EXTRAS)
     for name in _OPENAI_EXTRAS:
         state.pop(name, None)
-    # A checkpoint of the PyTorch original of DRL, which knows OpenAI's CLIP only.
-    is_drl = any(name.startswith("clip.") for name in state)
-    if not is_drl:
+    # As checkpoints of the PyTorch original of DRL, which knows OpenAI's CLIP only.
+    is_like_drl = any(name.startswith("clip.") for name in state)
+    if not is_like_drl:
         state = {f"clip.{name}": tensor for name, tensor in state.items()}
     if "clip.visual.conv1.weight" not in state:
         raise WeightsError(f"{path} holds no towers: it has no visual.conv1.weight; {_SUPPORTED}")
+    towers = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
     config = _stored_config(path, metadata)
     if config is not None:
         if release:
             raise WeightsError(f"{path} says what it is; leave the release out")
+        check_beside(path, towers, config.model.backbone)
         description = Description(config.model.backbone, "the file")
         tokenizer = tokenizer_of_weights(path, config.model.backbone, config.model.tokenizer)
         return Weights(state, description, config, tokenizer)
-    towers = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
-    description = describe(towers, path, release=release, is_openai=is_archive or is_drl)
+    is_openais = is_archive and sha256(path) in MODELS.values()
+    likeness = "names of tensors as in DRL's original" if is_like_drl else ""
     if is_archive:
-        known = sha256(path) in MODELS.values()
-        form = f"OpenAI's archive, {'by its sha256' if known else 'by its form'}"
-        description = description._replace(activation_from=form)
-    licences = {published.source: published.licence for published in PUBLISHED.values()}
-    description = description._replace(
-        revision=resolved_revision(path) or "",
-        licence=description.licence or licences.get(str(source), ""),
-    )
+        likeness = f"OpenAI's archive (by its {'sha256' if is_openais else 'form'})"
+    description = describe(towers, path, release=release, likeness=likeness, is_openais=is_openais)
+    licence = description.licence
+    if is_hub_name(source):
+        licences = {published.source: published.licence for published in PUBLISHED.values()}
+        licence = licence or licences.get(source, "")
+    revision = resolved_revision(path) or ""
+    description = description._replace(revision=revision, licence=licence)
     tokenizer = tokenizer_of_weights(path, description.backbone)
     return Weights(state, description, tokenizer=tokenizer)
 
