@@ -1,4 +1,4 @@
-"""Checkpoints and directories of runs: order of saving, the best one, runs of version 0.1."""
+"""Checkpoints and directories of runs: order of saving, the best one, whose they are."""
 
 import dataclasses
 import json
@@ -9,17 +9,16 @@ import pytest
 from support.params import random_params
 from support.runs import make_run
 
-from drl_jax.config import Config, LossConfig, OptimConfig
+from drl_jax.config import LossConfig, OptimConfig
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.drl import abstract_params
 from drl_jax.runs import train_run
-from drl_jax.runs.checkpoint_files import CheckpointError, _rename_keys
+from drl_jax.runs.checkpoint_files import CheckpointError
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.train_run import train
-from drl_jax.runs.workdir import load_config
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import TrainState, abstract_state, state_from_params
+from drl_jax.training.state import TrainState, state_from_params
 
 
 @pytest.fixture(scope="module")
@@ -74,43 +73,6 @@ def test_of_equally_good_checkpoints_the_latest_is_best(tmp_path):
             checkpoints.save(at_step(step))
             checkpoints.attach_metric(step, 5.0)
         assert checkpoints.best_step() == 2
-
-
-def write_version_0_1(workdir, config: Config, state: TrainState) -> None:
-    """A run as version 0.1 wrote it: `clip` for `backbone`, metrics in Orbax's own file."""
-    values = dataclasses.asdict(config)
-    values["model"]["clip"] = values["model"].pop("backbone")
-    del values["model"]["clip"]["family"]
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(values))
-    old = TrainState(state.step, *_rename_keys(tuple(state[1:]), {"backbone": "clip"}))
-    assert set(old.params) == {"clip", "interaction", "temporal"}
-    with Checkpoints(workdir, keep_latest=2) as checkpoints:
-        for step, value in ((3, 50.0), (6, 40.0)):
-            counter = jax.device_put(np.int32(step), state.step.sharding)
-            checkpoints.save(old._replace(step=counter))
-            checkpoints._manager.wait_until_finished()
-            directory = workdir / "checkpoints" / str(step)
-            (directory / "step" / "metadata").write_text(json.dumps({"step": step}))
-            (directory / "metrics").mkdir()
-            (directory / "metrics" / "metrics").write_text(json.dumps({"val_t2v_R1": value}))
-
-
-def test_a_run_of_version_0_1_opens(shapes_config, state, tx, tmp_path):
-    config, workdir = shapes_config, tmp_path / "old"
-    write_version_0_1(workdir, config, state)
-    assert load_config(workdir) == config
-    layout = make_layout()
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        assert (checkpoints.find_step("best"), checkpoints.find_step("latest")) == (3, 6)
-        abstract = abstract_state(config.model, tx, layout)
-        params = checkpoints.restore_params(3, abstract.params)
-        restored, _ = checkpoints.restore_state(6, abstract)
-    assert int(restored.step) == 6
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    for found, tree in ((params, state.params), (restored[1:], state[1:])):
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True):
-            np.testing.assert_array_equal(a, b)
 
 
 def test_a_run_that_is_killed_in_an_evaluation_evaluates_again(

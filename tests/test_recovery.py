@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import ROOT, TINY, error_line, error_of, run_module
@@ -259,24 +258,6 @@ def test_a_finished_run_with_a_damaged_best_checkpoint_tests_the_next(
     assert train(arguments(run)) == 0
     assert "checkpoint 6 is damaged: params/" in capsys.readouterr().out
     assert json.loads((run / "result.json").read_text())["best_step"] == 9
-
-
-def test_a_state_that_an_early_version_saved_although_it_was_not_finite(model_run, tmp_path):
-    _, _, state, abstract = model_run
-    scale = state.params["backbone"]["logit_scale"]
-    poisoned = {
-        **state.params,
-        "backbone": {**state.params["backbone"], "logit_scale": scale * np.nan},
-    }
-    with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
-        for step, params in ((1, state.params), (2, poisoned)):
-            items = {"params": params, "opt_state": state.opt_state}
-            arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-            info = ocp.args.JsonSave({"step": step})
-            checkpoints._manager.save(step, args=ocp.args.Composite(**arguments, step=info))
-        _, info = checkpoints.restore_latest(abstract)
-        assert info == {"step": 1}
-        assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from drl_jax.data.splits import CaptionOrigin, Captions
 from drl_jax.models.tokenizers import Tokenizer
+from drl_jax.runtime.errors import refusal
 from drl_jax.runtime.files import seal, sha256, unseal, write_json
 
 TOKENS = "tokens"
@@ -52,7 +53,7 @@ def caption_tokens(
 
     Computed tokens are stored beside the captions where that directory can be written, and
     otherwise kept in memory. Stored ones that are damaged, or of other captions, are computed
-    again. Processes may do so at the same time.
+    again; those that cannot be read stay as they are. Processes may do so at the same time.
 
     Args:
       captions: the captions.
@@ -63,19 +64,20 @@ def caption_tokens(
     texts, origin = captions.texts, captions.origin
     if origin is None:
         return Tokens(_in_memory(texts, tokenizer, max_words, quiet), tokenizer.pad_id)
-    rows = _read(origin, len(texts), tokenizer, max_words)
-    if rows is None:
-        try:
+    rows = None
+    try:
+        rows = _read(origin, len(texts), tokenizer, max_words)
+        if rows is None:
             store_tokens(captions, tokenizer, max_words, quiet=quiet)
             rows = _read(origin, len(texts), tokenizer, max_words)
-        except OSError as error:
-            if not quiet:
-                tqdm.write(
-                    f"the tokens of {origin.split} cannot be stored in"
-                    f" {origin.directory / TOKENS} ({error.strerror or error}): they are kept in"
-                    " memory, and computed again by the next training",
-                    file=sys.stderr,
-                )
+    except OSError as error:
+        if not quiet:
+            tqdm.write(
+                f"the tokens of {origin.split} cannot be read from or stored in"
+                f" {origin.directory / TOKENS} ({error.strerror or error}): they are kept in"
+                " memory, and computed again by the next training",
+                file=sys.stderr,
+            )
     if rows is None:
         rows = _in_memory(texts, tokenizer, max_words, quiet)
     return Tokens(rows, tokenizer.pad_id)
@@ -150,7 +152,10 @@ def _about(
 def _read(
     origin: CaptionOrigin, texts: int, tokenizer: Tokenizer, max_words: int
 ) -> np.ndarray | None:
-    """Maps stored tokens into memory; None if there are none, or they cannot be used."""
+    """Maps stored tokens into memory; None if there are none, or they cannot be used.
+
+    Raises OSError if they cannot be read.
+    """
     entry = _entry(origin, tokenizer, max_words)
     try:
         about = unseal((entry / _ABOUT_FILE).read_text(encoding="utf-8"))
@@ -160,7 +165,9 @@ def _read(
         if digest != sha256(entry / _IDS_FILE):
             return None
         rows = np.load(entry / _IDS_FILE, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if (refused := refusal(error)) is not None:
+            raise refused from error
         return None
     # A plain array: indexing one of class memmap takes longer.
     return rows.view(np.ndarray)

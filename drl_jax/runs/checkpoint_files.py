@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from drl_jax.runs.checksums import ArraySummary, digest, summarise
-from drl_jax.runs.identity import Identity
+from drl_jax.runs.identity import UNKNOWN, Identity
 from drl_jax.runs.workdir import FORMAT
 from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
 from drl_jax.runtime.files import seal, unseal, write_json
@@ -49,10 +49,11 @@ def write_metric(directory: Path, value: float) -> None:
       DamagedCheckpoint: the checkpoint is damaged.
       OSError: the metric cannot be written.
     """
+    directory.stat()  # A run that was moved away meanwhile is not damaged.
     write_json(directory / METRICS_FILE, seal({SELECTION_METRIC: value, **owner(directory)}))
 
 
-def read_metric(directory: Path, identity: Identity = Identity()) -> float | None:
+def read_metric(directory: Path, identity: Identity = UNKNOWN) -> float | None:
     """The metric of the checkpoint in `directory`; None if there is none.
 
     NaN ranks below every number.
@@ -90,9 +91,7 @@ def read_metric(directory: Path, identity: Identity = Identity()) -> float | Non
 # ---------------------------------------------------------------- writing
 
 
-def sealed_info(
-    step: int, identity: Identity, items: dict[str, Any], **log: Any
-) -> dict[str, Any]:
+def sealed_info(step: int, identity: Identity, items: dict[str, Any], **log: Any) -> dict[str, Any]:
     """The JSON item of a checkpoint.
 
     Args:
@@ -118,7 +117,7 @@ def sealed_info(
 # ---------------------------------------------------------------- reading
 
 
-def read_info(directory: Path, identity: Identity = Identity()) -> dict[str, Any]:
+def read_info(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
     """Reads the JSON item of the checkpoint in `directory`.
 
     Args:
@@ -159,7 +158,7 @@ def stored_params(info: dict[str, Any]) -> dict[str, ArraySummary]:
     }
 
 
-def owner(directory: Path, identity: Identity = Identity()) -> dict[str, Any]:
+def owner(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
     """Step, identity, and `checksums.digest` of the parameters of the checkpoint in `directory`.
 
     Raises:

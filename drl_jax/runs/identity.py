@@ -46,6 +46,9 @@ class Identity(NamedTuple):
         ]
 
 
+UNKNOWN = Identity()
+
+
 def identity_of(workdir: Path) -> Identity:
     """The identity of the run in a directory, from its manifest.
 
@@ -59,7 +62,7 @@ def identity_of(workdir: Path) -> Identity:
         return Identity(manifest["id"], manifest["config_sha256"], content)
     if (workdir / CONFIG_FILE).exists():
         return Identity(config=config_sha256(stored_config(workdir)))
-    return Identity()
+    return UNKNOWN
 
 
 def shared_run_id(known: str) -> str:

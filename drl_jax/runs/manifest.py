@@ -22,8 +22,8 @@ from drl_jax.config import Config
 from drl_jax.config_fields import config_from_fields
 from drl_jax.data.records import VideoDataset
 from drl_jax.models.tokenizers import load_tokenizer
-from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.identity import Identity
+from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.workdir import (
     FORMAT,
     MANIFEST_FILE,
@@ -81,9 +81,7 @@ class RunRecord:
         self._values.setdefault("weights_sha256", self._weights_sha256)
         # Not computed again: a later version may have more fields.
         self._values.setdefault("config_sha256", config_sha256(config))
-        self.identity = Identity(
-            self._values["id"], self._values["config_sha256"], dataset.content
-        )
+        self.identity = Identity(self._values["id"], self._values["config_sha256"], dataset.content)
         self.step, self._started, self._wall_time = 0, False, wall_time
 
     def check_weights(self, config: Config) -> None:

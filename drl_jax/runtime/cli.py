@@ -11,6 +11,7 @@ are answered before jax is imported.
 import argparse
 import asyncio
 import difflib
+import errno
 import json
 import logging as std_logging
 import math
@@ -130,7 +131,8 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{command}: {where}{error.strerror}", file=sys.stderr)
+        name = errno.errorcode.get(error.errno, str(error.errno))
+        print(f"{command}: {where}{error.strerror} ({name})", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         left_behind = str(interrupt) or on_interrupt

@@ -53,7 +53,7 @@ class Interrupted(UserError):
 
 
 class Unavailable(UserError):
-    """The operating system refused to read or write something, which may be healthy."""
+    """The operating system refused to read or write something, which may be intact."""
 
     def __init__(self, what: str | Path, error: OSError, action: str = "read"):
         """Names the error.
@@ -64,10 +64,10 @@ class Unavailable(UserError):
           action: what was refused.
         """
         name = errno.errorcode.get(error.errno, str(error.errno))
-        super().__init__(
-            f"{error.filename or what} cannot be {action}: {error.strerror} ({name}); nothing was"
-            " moved or deleted, try again when the cause is removed"
-        )
+        message = f"{error.filename or what} cannot be {action}: {error.strerror} ({name})"
+        if error.errno not in _OF_CONTENTS:
+            message += "; nothing was moved or deleted, try again when the cause is removed"
+        super().__init__(message)
 
 
 def system_errors(error: BaseException) -> Iterator[OSError]:

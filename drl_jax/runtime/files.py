@@ -17,9 +17,9 @@ _SEAL = "sha256"
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds `path` to an error of the operating system in the block, which writes this file.
+    """Adds `path` to an error of the operating system in the block, which uses this file.
 
-    `write` names no file; others name a temporary one beside it, or two files.
+    `read` and `write` name no file; others name a temporary one beside it, or two files.
     """
     try:
         yield
@@ -108,7 +108,7 @@ def sha256(path: Path) -> str:
     Raises:
       OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
