@@ -171,7 +171,9 @@ def test_arrays_of_another_step_are_refused(finished, tmp_path):
     assert "differs from its checksum; intact: " in line
     shutil.rmtree(directory / "9")
     shutil.copytree(directory / "6", directory / "9")
-    assert "it is that of step 6" in error_of_evaluate(run, "--checkpoint=9")
+    assert "9 is not a checkpoint of this run and step: it is of step 6; it is kept" in (
+        error_of_evaluate(run, "--checkpoint=9")
+    )
     # In a process: Orbax's abandoned tasks print nothing either.
     damage(directory / "9" / "params" / "manifest.ocdbt", "cut", random.Random(0))
     damage(directory / "9" / "step" / "metadata", "delete", random.Random(0))
@@ -222,10 +224,12 @@ def test_a_resumed_run_falls_back_to_the_latest_intact_checkpoint(
 
     for step in list((run / "checkpoints").iterdir()):
         flip_largest(step)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
     line = error_of("drl_jax.train", *arguments(run), capsys=capsys)
     assert "no checkpoint in" in line
     assert "is intact" in line
-    assert "delete this directory to start the run again" in line
+    assert "they are kept: restore a backup, or train the run again with another" in line
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
     assert "no other one is intact" in error_of_evaluate(run)
 
 
@@ -237,7 +241,7 @@ def test_a_damaged_metric_is_noticed(finished, arguments, tmp_path, capsys):
     before = path.read_text()
     path.write_text(before.replace('"val_t2v_R1": ', '"val_t2v_R1": 9'))
     line = error_of_evaluate(run)
-    assert "6/metrics.json cannot be read" in line
+    assert f"{run / 'checkpoints'}: 6/metrics.json is damaged" in line
     assert "name a step instead of best: " in line
     assert train(arguments(run)) == 0
     assert "the metric of checkpoint 6 is damaged; evaluating it again" in capsys.readouterr().out

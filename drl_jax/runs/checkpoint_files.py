@@ -142,8 +142,8 @@ def read_info(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
             other.append(f"step {info['step']}")
     if other:
         raise CheckpointError(
-            f"{directory} is a checkpoint of another {', another '.join(other)}; it is kept: move"
-            " it away, or put back the files of this run"
+            f"{directory} is not a checkpoint of this run and step: it is of {', '.join(other)}; it"
+            " is kept: move it away, or put back the files of this run"
         )
     return info
 
@@ -223,4 +223,4 @@ def _damage(path: Path) -> Iterator[None]:
 def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
     """The error of a damaged file or directory of a checkpoint, unless it was refused."""
     raise_if_refused(path, error)
-    return DamagedCheckpoint(f"{path} is damaged ({one_line(error)})")
+    return DamagedCheckpoint(f"{path.parent.name}/{path.name} is damaged ({one_line(error)})")

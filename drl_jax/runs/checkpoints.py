@@ -85,6 +85,7 @@ class Checkpoints:
             raise CheckpointError(f"{self._directory} is not a directory; move it away")
         with without_warnings(), self._saving("opened"):
             save_small_arrays_whole()
+            self._check_listed()
             self._manager = self._open(keep_latest, read_only)
         self.identity = identity_of(workdir) if identity is None else identity
         run = self.identity.run or self._run_of_checkpoints()
@@ -112,6 +113,12 @@ class Checkpoints:
                 # A training, another process, deletes a checkpoint while Orbax lists them.
                 if not attempts:
                     raise
+
+    def _check_listed(self) -> None:
+        """Orbax would leave out a checkpoint whose directory is refused, and an older be latest."""
+        for path in self._directory.iterdir() if self._directory.exists() else ():
+            with contextlib.suppress(FileNotFoundError):  # Deleted by a training meanwhile.
+                path.stat()
 
     def _run_of_checkpoints(self) -> str:
         """The id in the checkpoints; empty if there are none."""
@@ -178,7 +185,8 @@ class Checkpoints:
             step = self.best_step() if name == "best" else None
         except DamagedCheckpoint as error:
             raise DamagedCheckpoint(
-                f"{error}; name a step instead of best: {', '.join(map(str, self.steps()))}"
+                f"{self._directory}: {error}; name a step instead of best:"
+                f" {', '.join(map(str, self.steps()))}"
             ) from error
         step = self.latest_step() if step is None else step
         if step is None:

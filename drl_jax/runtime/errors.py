@@ -23,8 +23,8 @@ _REPORTED = {
     os.strerror(number): number
     for number in (
         *(errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE),
-        *(errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE),
-        errno.ETIMEDOUT,
+        *(errno.ELOOP, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EPERM, errno.EROFS),
+        *(errno.ESTALE, errno.ETIMEDOUT),
     )
 }
 # Maximum length of a line, and of the message of another error in it.
