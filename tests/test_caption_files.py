@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.files import contents, refused
 from support.old_datasets import rewrite_as_layout_1, splits_in_json
 from support.tokenizer_files import write_gemma, write_spiece
 
@@ -232,8 +233,20 @@ def test_tokens_that_cannot_be_stored_stay_in_memory(copy, capsys):
         found = caption_tokens(captions, CLIPTokenizer(), WORDS, quiet=quiet)
         assert_equal_to_tokenize(found, captions, CLIPTokenizer(), WORDS)
         said = capsys.readouterr().err
-        assert said.count("the tokens of test cannot be stored in") == (not quiet)
+        assert said.count("the tokens of test cannot be read from or stored in") == (not quiet)
     assert (copy / "tokens").read_text() == "not a directory"
+
+
+@pytest.mark.parametrize("file", ["ids.npy", "about.json"])
+def test_tokens_that_cannot_be_read_are_not_replaced(file, copy, capsys):
+    captions = VideoDataset(copy).split("test").captions
+    entry = copy / "tokens" / f"test_{WORDS}_{CLIPTokenizer().fingerprint[:16]}"
+    before = contents(entry)
+    with refused(entry / file):
+        found = caption_tokens(captions, CLIPTokenizer(), WORDS)
+        assert_equal_to_tokenize(found, captions, CLIPTokenizer(), WORDS)
+    assert "Too many levels of symbolic links): they are kept in memory" in capsys.readouterr().err
+    assert contents(entry) == before
 
 
 def test_processes_may_store_tokens_at_once(copy, monkeypatch):
