@@ -14,7 +14,7 @@ from support.finished_runs import assert_same_run, summaries
 
 from drl_jax.evaluation.figures import block_maxima, interaction_figure, rendered
 from drl_jax.models.interactions import Attribution
-from drl_jax.runs.metrics_file import JsonlWriter
+from drl_jax.runs.metrics_file import JsonlWriter, read_scalars
 from drl_jax.runs.nonfinite import TrainingError
 from drl_jax.runs.profile import StepProfile
 from drl_jax.runs.tensorboard import tensorboard_writer
@@ -136,6 +136,14 @@ def test_event_files_that_cannot_be_read_are_not_called_damaged(finished, tmp_pa
         tensorboard_writer(tmp_path, lambda step, tags: True, [])
     assert error.value.filename == str(events)
     assert events.read_bytes() == before
+
+
+def test_a_log_that_cannot_be_read_is_not_begun_anew(finished, tmp_path):
+    shutil.copy(finished / "metrics.jsonl", tmp_path)
+    with refused(tmp_path / "metrics.jsonl"):
+        for read in (read_scalars, lambda path: JsonlWriter(path, lambda step, tags: True)):
+            with pytest.raises(OSError, match="Too many levels of symbolic links"):
+                read(tmp_path)
 
 
 def test_a_line_that_cannot_be_written_names_its_file(tmp_path):

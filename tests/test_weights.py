@@ -462,9 +462,9 @@ def test_an_exported_run_comes_back_as_the_same_model(shapes_config, tmp_path):
 def test_weights_that_cannot_be_read_are_not_called_damaged(name, shapes_config, tmp_path):
     weights = "weights.pt" if name.endswith("pt") else "weights.safetensors"
     (tmp_path / "config.json").write_text('{"family": "clip", "activation": "gelu"}')
-    save_file(
-        state_dict_from_params(random_params(shapes_config.model)), tmp_path / "weights.safetensors"
-    )
+    towers = {"backbone": random_params(shapes_config.model)["backbone"]}
+    state = {n.removeprefix("clip."): t for n, t in state_dict_from_params(towers).items()}
+    save_file(state, tmp_path / "weights.safetensors")
     (tmp_path / "weights.pt").write_bytes(b"PK")
     with (
         refused(tmp_path / name),
@@ -537,4 +537,4 @@ def test_an_export_that_cannot_be_written_is_one_line(search_run, tmp_path, caps
     (tmp_path / "file").write_text("not a directory")
     target = tmp_path / "file" / "out.safetensors"
     line = error_of("drl_jax.convert", str(search_run), str(target), capsys=capsys)
-    assert f"{target} cannot be written: " in line
+    assert f"{target.parent} cannot be written: File exists" in line

@@ -134,13 +134,6 @@ class Output:
 
     def _read_report(self) -> dict[str, dict[str, Any]]:
         """The finished files of an earlier run with the same inputs."""
-        if not self.report.exists():
-            if existing := [file for file in self.files if file.exists()]:
-                raise UserError(
-                    f"{existing[0]} exists, and {self.report} does not: move it away, or give"
-                    " another --out"
-                )
-            return {}
         try:
             report = json.loads(self.report.read_text(encoding="utf-8"))
             made_with = dict(report["made_with"])
@@ -152,6 +145,13 @@ class Output:
                 }
                 for name, file in report["files"].items()
             }
+        except FileNotFoundError as error:
+            if existing := [file for file in self.files if file.exists()]:
+                raise UserError(
+                    f"{existing[0]} exists, and {self.report} does not: move it away, or give"
+                    " another --out"
+                ) from error
+            return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise_if_refused(self.report, error)
             raise UserError(

@@ -25,11 +25,12 @@ class JsonlWriter:
         """
         self._path = workdir / METRICS_FILE
         self.lines: list[dict[str, float]] = []
-        if not self._path.exists():
-            return
         damaged = []
-        with naming(self._path):
-            text = self._path.read_text(encoding="utf-8", errors="replace")
+        try:
+            with naming(self._path):
+                text = self._path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return
         for number, line in enumerate(text.splitlines(), start=1):
             values = _parse(line)
             if values is None:
@@ -59,10 +60,11 @@ def read_scalars(workdir: Path) -> list[dict[str, float]]:
       OSError: the file cannot be read.
     """
     path = workdir / METRICS_FILE
-    if not path.exists():
+    try:
+        with naming(path):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
         return []
-    with naming(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [values for values in map(_parse, lines) if values is not None]
 
 
