@@ -91,10 +91,13 @@ def _ensure_entry(
     """Decodes a video into the cache unless it is there.
 
     Returns:
-      "" on success, what is wrong with the file, or why the cache cannot be written.
+      "" on success, what is wrong with the file, or why the cache cannot be read or written.
     """
-    if read_entry(entry) is not None:
-        return ""
+    try:
+        if read_entry(entry) is not None:
+            return ""
+    except OSError as error:
+        return error
     frames = read_frames_or_error(location, storage, span)
     if isinstance(frames, str):
         return frames

@@ -226,9 +226,8 @@ def test_a_directory_that_cannot_be_written_is_one_line(sources, small_disk, cap
     assert build(arguments) == 0
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     line = error_of("data_prep.build", *arguments, "--overwrite", capsys=capsys)
-    assert line.endswith(
-        f"cannot read or write {small_disk / 'custom' / '.lock'} (Read-only file system)"
-    )
+    lock = small_disk / "custom" / ".lock"
+    assert f"{lock} cannot be read or written: Read-only file system (EROFS); nothing was" in line
     assert "Read-only file system" in error_of("data_prep.check", *arguments, capsys=capsys)
     # What needs no writing works.
     capsys.readouterr()
@@ -241,5 +240,5 @@ def test_a_file_in_place_of_the_data_directory_is_one_line(sources, tmp_path, ca
     (tmp_path / "data").write_text("a file")
     arguments = flags(sources, sources / "2.csv", tmp_path / "data")
     line = error_of("data_prep.build", *arguments, capsys=capsys)
-    assert "cannot read or write" in line
+    assert "cannot be read or written" in line
     assert "Not a directory" in line

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.files import contents, refused
 from support.old_datasets import rewrite_as_layout_1, splits_in_json
 from support.tokenizer_files import write_gemma, write_spiece
 
@@ -151,7 +152,7 @@ def test_a_damaged_file_is_one_line(name, damage, copy):
         text = bytearray(path.read_bytes())
         text[len(text) // 2] ^= 1
         path.write_bytes(text)
-    with pytest.raises(DatasetError, match="is damaged or cannot be read") as error:
+    with pytest.raises(DatasetError, match="is damaged") as error:
         VideoDataset(copy).split("train")
     assert ("videos.arrow" if damage == "no hash" else name) in str(error.value)
     assert "--overwrite" in str(error.value)
@@ -234,7 +235,7 @@ def test_tokens_that_cannot_be_stored_stay_in_memory(copy, capsys):
         found = caption_tokens(captions, CLIPTokenizer(), WORDS, quiet=quiet)
         assert_equal_to_tokenize(found, captions, CLIPTokenizer(), WORDS)
         said = capsys.readouterr().err
-        assert said.count("the tokens of test cannot be stored in") == (not quiet)
+        assert said.count("the tokens of test cannot be read from or stored in") == (not quiet)
     assert (copy / "tokens").read_text() == "not a directory"
 
 
@@ -258,6 +259,18 @@ def test_captions_that_training_cuts_are_counted(copy):
         warnings.simplefilter("error")
         caption_tokens(captions, tokenizer, words, quiet=True)
         caption_tokens(captions, tokenizer, max(lengths))
+
+
+@pytest.mark.parametrize("file", ["ids.npy", "about.json"])
+def test_tokens_that_cannot_be_read_are_not_replaced(file, copy, capsys):
+    captions = VideoDataset(copy).split("test").captions
+    entry = copy / "tokens" / f"test_{WORDS}_{CLIPTokenizer().fingerprint[:16]}"
+    before = contents(entry)
+    with refused(entry / file):
+        found = caption_tokens(captions, CLIPTokenizer(), WORDS)
+        assert_equal_to_tokenize(found, captions, CLIPTokenizer(), WORDS)
+    assert "Too many levels of symbolic links): they are kept in memory" in capsys.readouterr().err
+    assert contents(entry) == before
 
 
 def test_processes_may_store_tokens_at_once(copy, monkeypatch):

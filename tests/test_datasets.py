@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 from support.commands import error_of
+from support.files import contents, refused
 from support.videos import numbered_frames, write_video
 
 from data_prep.annotations import AnnotationError
@@ -635,6 +636,20 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_dataset(
     assert build(["custom", *flags, annotations, "--image_size=32"]) == 1
     assert "no space left in" in capsys.readouterr().err
     assert not list((tmp_path / "data").rglob("*.array_record*"))
+
+
+def test_a_cache_entry_that_cannot_be_read_ends_a_build(tmp_path, clips, capsys):
+    """It is not decoded again: what is wrong with the disk is not known."""
+    lay_out_custom(tmp_path, clips)
+    flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
+    flags = ["custom", *flags, f"--annotations={annotations_of(tmp_path, 'custom')}"]
+    assert build([*flags, "--image_size=32"]) == 0
+    entry = sorted((tmp_path / "data" / "cache").rglob("*.npz"))[0]
+    before = contents(tmp_path / "data")
+    with refused(entry):
+        line = error_of("data_prep.build", *flags, "--image_size=32", "--overwrite", capsys=capsys)
+    assert f"{entry.resolve()} cannot be read or written: Too many levels" in line
+    assert contents(tmp_path / "data") == before
 
 
 def test_a_video_whose_name_several_files_have_is_left_out(tmp_path, clips, capsys):

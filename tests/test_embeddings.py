@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from safetensors import safe_open
 from support.commands import ROOT, error_of
+from support.files import refused
 from support.videos import numbered_frames, write_video
 
 import drl_jax
@@ -333,7 +334,7 @@ def test_a_disk_that_takes_no_more_is_one_line(search_run, captions, tmp_path, c
             line = error_of("drl_jax.embed", *flags, f"--out={out}", capsys=capsys)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert line == f"drl_jax.embed: cannot write {out}: File too large"
+        assert line.startswith(f"drl_jax.embed: {out} cannot be written: File too large (EFBIG);")
         left = sorted(path.name for path in tmp_path.glob(f"c.{suffix}*"))
         assert left == [f"c.{suffix}.json", f"c.{suffix}.lock"]
         # No file was finished, so flags may change.
@@ -364,10 +365,15 @@ def test_another_model_or_input_is_refused(search_model, videos, tmp_path):
     with pytest.raises(drl_jax.UserError, match="was made with another model"):
         embed_videos(search_model, folder, out)
     (tmp_path / "v.npz.json").write_text("{")
-    with pytest.raises(drl_jax.UserError, match="cannot be read as a report"):
+    with pytest.raises(drl_jax.UserError, match="json is damaged, or no report; move it and its"):
+        embed_videos(search_model, folder, out)
+    with (
+        refused(tmp_path / "v.npz.json"),
+        pytest.raises(drl_jax.UserError, match=r"json cannot be read: .*ELOOP.*nothing was moved"),
+    ):
         embed_videos(search_model, folder, out)
     (tmp_path / "v.npz.json").unlink()
-    with pytest.raises(drl_jax.UserError, match=r"v.npz exists, and .* does not: delete it, or"):
+    with pytest.raises(drl_jax.UserError, match=r"v.npz exists, and .* does not: move it away"):
         embed_videos(search_model, folder, out)
     with (
         locked(tmp_path / "v.npz.lock", "it"),
@@ -393,7 +399,7 @@ def test_mistakes_are_one_line(videos, captions, tmp_path, capsys):
         ((run, out, "--videos=nowhere"), "no directory nowhere"),
         ((run, out, f"--videos={tmp_path / 'empty'}"), f"no video in {tmp_path / 'empty'} (looked"),
         ((run, out, of_captions, "--windows"), "--windows is of videos; omit it"),
-        ((run, out, "--captions=none.txt"), "cannot read none.txt: No such file or directory"),
+        ((run, out, "--captions=none.txt"), "none.txt cannot be read: No such file or directory"),
         ((run, out, of_videos, "--shard_size=0"), "must be a positive whole number"),
         ((run, out, of_videos, "--timeout=-1"), "must be a number of seconds above 0, not '-1'"),
         ((run, out, of_videos, "--timeout=nan"), "must be a number of seconds above 0, not 'nan'"),

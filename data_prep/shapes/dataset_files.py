@@ -91,7 +91,7 @@ def _remove_other_drawing(directory: Path, content: str) -> None:
         except OSError as error:
             raise UserError(
                 f"cannot remove the videos of another version in {videos}: {error.strerror};"
-                " remove them, then rerun the command"
+                " rerun the command when the cause is removed"
             ) from error
     directory.mkdir(parents=True, exist_ok=True)
     write_text(marker, digest)

@@ -62,8 +62,7 @@ class Description:
             return
         self.files = [VIDEOS_FILE, *map(captions_file, self.split_names)]
         for name in self.files:
-            if not (directory / name).is_file():
-                raise FileNotFoundError(f"{name} is missing")
+            (directory / name).stat()
             if name not in self._hashes:
                 raise ValueError(f"the hash of {name} is missing in manifest.json")
         self._check(VIDEOS_FILE)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from drl_jax.data.splits import CaptionOrigin, Captions
 from drl_jax.models.tokenizers.base import Tokenizer, warn_of_cut
+from drl_jax.runtime.errors import refusal
 from drl_jax.runtime.files import seal, sha256, unseal, write_json
 
 TOKENS = "tokens"
@@ -54,7 +55,7 @@ def caption_tokens(
 
     Computed tokens are stored beside the captions where that directory can be written, and
     otherwise kept in memory. Stored ones that are damaged, or of other captions, are computed
-    again. Processes may do so at the same time.
+    again; those that cannot be read stay as they are. Processes may do so at the same time.
 
     Args:
       captions: the captions.
@@ -63,19 +64,20 @@ def caption_tokens(
       quiet: whether to print no progress and no warning.
     """
     texts, origin = captions.texts, captions.origin
-    found = _read(origin, len(texts), tokenizer, max_words) if origin else None
-    if found is None and origin:
-        try:
+    found = None
+    try:
+        found = _read(origin, len(texts), tokenizer, max_words) if origin else None
+        if found is None and origin:
             store_tokens(captions, tokenizer, max_words, quiet=quiet)
             found = _read(origin, len(texts), tokenizer, max_words)
-        except OSError as error:
-            if not quiet:
-                tqdm.write(
-                    f"the tokens of {origin.split} cannot be stored in"
-                    f" {origin.directory / TOKENS} ({error.strerror or error}): they are kept in"
-                    " memory, and computed again by the next training",
-                    file=sys.stderr,
-                )
+    except OSError as error:
+        if not quiet:
+            tqdm.write(
+                f"the tokens of {origin.split} cannot be read from or stored in"
+                f" {origin.directory / TOKENS} ({error.strerror or error}): they are kept in"
+                " memory, and computed again by the next training",
+                file=sys.stderr,
+            )
     rows, cut = found or _in_memory(texts, tokenizer, max_words, quiet)
     if not quiet:
         warn_of_cut(cut, len(texts), max_words, f"split {origin.split}" if origin else "")
@@ -157,7 +159,7 @@ def _read(
 ) -> tuple[np.ndarray, int] | None:
     """Maps stored tokens into memory, with the number of captions that are cut.
 
-    None if there are none, or they cannot be used.
+    None if there are none, or they cannot be used. Raises OSError if they cannot be read.
     """
     entry = _entry(origin, tokenizer, max_words)
     try:
@@ -168,7 +170,9 @@ def _read(
         if digest != sha256(entry / _IDS_FILE):
             return None
         rows = np.load(entry / _IDS_FILE, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if (refused := refusal(error)) is not None:
+            raise refused from error
         return None
     # A plain array: indexing one of class memmap takes longer.
     return rows.view(np.ndarray), cut

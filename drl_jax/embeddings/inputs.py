@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drl_jax.data.video import VIDEO_SUFFIXES
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import parse_json
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.video_files import find_videos, is_text, names_of_no_files
@@ -69,7 +69,7 @@ def read_captions(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise Unavailable(path, error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
     captions = []

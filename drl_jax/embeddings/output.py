@@ -15,7 +15,7 @@ import numpy as np
 
 from drl_jax.embeddings import SUFFIXES
 from drl_jax.embeddings.formats import write_arrays
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError, raise_if_refused
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.lock import locked
 
@@ -134,13 +134,6 @@ class Output:
 
     def _read_report(self) -> dict[str, dict[str, Any]]:
         """The finished files of an earlier run with the same inputs."""
-        if not self.report.exists():
-            if existing := [file for file in self.files if file.exists()]:
-                raise UserError(
-                    f"{existing[0]} exists, and {self.report} does not: delete it, or"
-                    " give another --out"
-                )
-            return {}
         try:
             report = json.loads(self.report.read_text(encoding="utf-8"))
             made_with = dict(report["made_with"])
@@ -152,16 +145,25 @@ class Output:
                 }
                 for name, file in report["files"].items()
             }
+        except FileNotFoundError as error:
+            if existing := [file for file in self.files if file.exists()]:
+                raise UserError(
+                    f"{existing[0]} exists, and {self.report} does not: move it away, or give"
+                    " another --out"
+                ) from error
+            return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise_if_refused(self.report, error)
             raise UserError(
-                f"{self.report} cannot be read as a report; delete it and its files"
+                f"{self.report} is damaged, or no report; move it and its files away, or give"
+                " another --out"
             ) from error
         for name, value in self._made_with.items():
             # A run that finished no file binds no other one.
             if finished and made_with.get(name) != value:
                 raise UserError(
-                    f"{self._out} was made with another {name}; give another --out, or delete its"
-                    f" files and {self.report.name}"
+                    f"{self._out} was made with another {name}; give another --out, or move its"
+                    f" files and {self.report.name} away"
                 )
         return finished
 
@@ -183,4 +185,4 @@ class Output:
         try:
             write_json(self.report, report)
         except OSError as error:
-            raise UserError(f"cannot write {self.report}: {error.strerror}") from error
+            raise Unavailable(self.report, error, "written") from error

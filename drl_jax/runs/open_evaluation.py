@@ -19,7 +19,7 @@ from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.checksums import params_digest
 from drl_jax.runs.protocol_card import ProtocolCard, protocol_card
 from drl_jax.runs.run_params import restore_params
-from drl_jax.runs.workdir import MANIFEST_FILE, read_manifest
+from drl_jax.runs.workdir import own_manifest
 from drl_jax.sharding import make_layout
 
 
@@ -105,7 +105,7 @@ def _check_split(name: str, split: Split, dataset: VideoDataset, config: Config)
 
 def _note_other_content(workdir: Path, dataset: VideoDataset) -> None:
     """Says so if the run was trained with another build of the dataset."""
-    manifest = workdir / MANIFEST_FILE
-    expected = read_manifest(manifest)["dataset"]["content"] if manifest.exists() else ""
+    manifest = own_manifest(workdir)
+    expected = manifest["dataset"]["content"] if manifest else ""
     if expected and dataset.content and expected != dataset.content:
         print(f"note: {workdir} was trained with other frames or captions than {dataset.directory}")

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import difflib
 import functools
+import errno
 import json
 import logging as std_logging
 import math
@@ -134,7 +135,8 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{command}: {where}{error.strerror}", file=sys.stderr)
+        name = errno.errorcode.get(error.errno, str(error.errno))
+        print(f"{command}: {where}{error.strerror} ({name})", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         left_behind = str(interrupt) or on_interrupt

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,21 @@ _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]')
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds `path` to an error of the operating system in the block, which uses this file.
+
+    `read` and `write` name no file; others name a temporary one beside it, or two files.
+    """
+    try:
+        yield
+    except OSError as error:
+        if str(error.filename2 or error.filename or path).startswith(str(path)):
+            error.filename = str(path)
+            del error.filename2
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` that replaces it when the block ends without an error.
 
@@ -25,13 +41,14 @@ def replacing(path: Path) -> Iterator[Path]:
     would bring back that of a run or a checkpoint that was moved away meanwhile.
 
     Raises:
-      OSError: the file cannot be written; `path` is as it was.
+      OSError: the file cannot be written, with its path; `path` is as it was.
     """
-    # The process id keeps two writers of one file apart.
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Keeps two writers of one file apart; process ids are not unique across containers.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        yield unfinished
-        unfinished.replace(path)
+        with naming(path):
+            yield unfinished
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -68,7 +85,7 @@ def seal(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """Parses a JSON object of `seal`; one field without a hash, of an early version, is accepted.
+    """Parses a JSON object of `seal`.
 
     Raises:
       ValueError: it is not the object that was written.
@@ -76,10 +93,9 @@ def unseal(text: str) -> dict[str, Any]:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
-    digest = values.pop(_SEAL, None)
-    if digest is None and len(values) != 1:
+    if _SEAL not in values:
         raise ValueError("its hash is missing")
-    if digest is not None and digest != json_sha256(values):
+    if values.pop(_SEAL) != json_sha256(values):
         raise ValueError("its content differs from its hash")
     return values
 
@@ -132,7 +148,7 @@ def sha256(path: Path) -> str:
     Raises:
       OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

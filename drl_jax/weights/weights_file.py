@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.tokenizers import tokenizer_of_weights
+from drl_jax.runtime.errors import Unavailable, one_line
 from drl_jax.runtime.files import replacing, sha256
 from drl_jax.weights.description import Description, check_beside, check_release, describe
 from drl_jax.weights.download import MODELS
@@ -34,8 +35,8 @@ from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
 
 # Integers that OpenAI's archives store beside the weights.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
-# Keys of the configuration and the checksum in the metadata of a safetensors file that we write.
-_CONFIG_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_crc32"
+# Keys in the metadata of a safetensors file that we write.
+_CONFIG_KEY, _ORIGIN_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_origin", "drl_jax_crc32"
 _SUPPORTED = (
     "supported are CLIP (OpenAI, open_clip, Hugging Face), SigLIP and SigLIP 2 of a fixed"
     " resolution (Hugging Face), PE-Core T, S, B and L (Meta), and DRL checkpoints"
@@ -96,7 +97,8 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
         raise WeightsError(f"{path} is one part of sharded weights; join them into one file")
     state, metadata = read_torch_file(path), read_metadata(path)
     stored = metadata.get(_CHECKSUM_KEY)
-    if stored is not None and stored != _checksum(state, metadata.get(_CONFIG_KEY, "")):
+    about = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
+    if stored is not None and stored != _checksum(state, about):
         raise WeightsError(f"{path} is damaged: its checksum is wrong; copy or export it again")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -113,12 +115,12 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
     if "clip.visual.conv1.weight" not in state:
         raise WeightsError(f"{path} holds no towers: it has no visual.conv1.weight; {_SUPPORTED}")
     towers = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
-    config = _stored_config(path, metadata)
-    if config is not None:
+    if _CONFIG_KEY in metadata:
+        config, origin = _stored_config(path, metadata)
         if release:
             raise WeightsError(f"{path} says what it is; leave the release out")
         check_beside(path, towers, config.model.backbone)
-        description = Description(config.model.backbone, "the file")
+        description = Description(config.model.backbone, f"the file{origin}")
         tokenizer = tokenizer_of_weights(path, config.model.backbone, config.model.tokenizer)
         return Weights(state, description, config, tokenizer)
     is_openais = is_archive and sha256(path) in MODELS.values()
@@ -151,22 +153,24 @@ def _refuse_unsupported(path: Path, state: StateDict) -> None:
         raise WeightsError(f"{path} is a PE-Core G, without a class token; {_SUPPORTED}")
 
 
-def _checksum(state: StateDict, config: str) -> str:
-    """CRC-32 of the tensors and the configuration that we store; safetensors has no checksum."""
-    crc32 = zlib.crc32(config.encode())
+def _checksum(state: StateDict, about: str) -> str:
+    """CRC-32 of the tensors, and of the configuration and origin; safetensors has no checksum."""
+    crc32 = zlib.crc32(about.encode())
     for name, tensor in sorted(state.items()):
         crc32 = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), crc32)
         crc32 = zlib.crc32(np.ascontiguousarray(tensor).data, crc32)
     return str(crc32)
 
 
-def _stored_config(path: Path, metadata: Mapping[str, str]) -> Config | None:
-    stored = metadata.get(_CONFIG_KEY)
-    if stored is None:
-        return None
+def _stored_config(path: Path, metadata: Mapping[str, str]) -> tuple[Config, str]:
+    """The configuration of an exported file, and its step and run in words."""
     try:
-        return config_from_dict(json.loads(stored))
-    except (ValueError, ConfigError) as error:
+        config = config_from_dict(json.loads(metadata[_CONFIG_KEY]))
+        if _ORIGIN_KEY not in metadata:
+            return config, ""
+        origin = json.loads(metadata[_ORIGIN_KEY])
+        return config, f", step {origin['step']} of run {origin['run']}"
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise WeightsError(f"{path}: its stored configuration cannot be used: {error}") from error
 
 
@@ -177,6 +181,7 @@ def save_weights(
     *,
     dtype: str = "float32",
     clip_only: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes safetensors atomically under the reference's names, with the configuration.
 
@@ -187,9 +192,12 @@ def save_weights(
       dtype: "float32" or "float16", of the tensors in the file.
       clip_only: write the towers alone, under their publisher's names (SigLIP: Hugging Face's), as
         a model with the interaction dp and without temporal head.
+      origin: the "step" and "run" that the parameters are of, and what else identifies them, as
+        JSON values; None if they are of no run.
 
     Raises:
-      WeightsError: the file cannot be written, or a parameter is too large for float16.
+      WeightsError: a parameter is too large for float16.
+      Unavailable: the file cannot be written.
     """
     if clip_only:
         params = {"backbone": params["backbone"]}
@@ -207,15 +215,19 @@ def save_weights(
         if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
             raise WeightsError(f"{name} is too large for float16; use float32")
         state[name] = np.ascontiguousarray(tensor, dtype) if tensor.ndim else tensor.astype(dtype)
-    stored = json.dumps(dataclasses.asdict(config))
-    metadata = {"format": "pt", _CONFIG_KEY: stored, _CHECKSUM_KEY: _checksum(state, stored)}
+    about = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
+    if origin is not None:
+        about[_ORIGIN_KEY] = json.dumps(origin)
+    checksum = _checksum(state, "".join(about.values()))
+    metadata = {"format": "pt", **about, _CHECKSUM_KEY: checksum}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
             save_file(state, unfinished, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WeightsError(f"cannot write {path}: {reason}") from error
+    except OSError as error:
+        raise Unavailable(path, error, "written") from error
+    except SafetensorError as error:
+        raise WeightsError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def state_dict_from_params(params: Params) -> StateDict:
