@@ -5,6 +5,7 @@ and stores the videos.
 """
 
 import abc
+import contextlib
 import dataclasses
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -110,7 +111,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         cache_dir: Path,
         timeout: float,
         map_calls: OrderedMap = map_in_processes,
-    ) -> None:
+    ) -> dict[str, str]:
         """Decodes the videos and writes the dataset into `data_dir`.
 
         Records are written sequentially. (`download_and_prepare` collects all records first and,
@@ -122,6 +123,10 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
           timeout: maximum seconds to decode one video.
           map_calls: runs the decoders, see `decode_clips`.
 
+        Returns:
+          By id, why videos could not be decoded that may be sound. The dataset is complete only if
+          there are none.
+
         Raises:
           AnnotationError: no video can be used.
           OSError, RuntimeError: the disk is full.
@@ -129,7 +134,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)
         storage, annotations = self.builder_config.spec, plan.annotations
-        unusable = dict(plan.unusable)
+        unusable, unavailable = dict(plan.unusable), {}
         writer = _StableWriter(
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
         )
@@ -138,8 +143,12 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         content = ContentHash()
         cache = FrameCache(cache_dir, storage)
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
-        for example in self._examples(plan.clips, decoded, records, unusable, content):
-            writer.add_examples({VIDEOS_SPLIT: [example]})
+        with contextlib.closing(decoded):
+            examples = self._examples(plan.clips, decoded, records, unusable, unavailable, content)
+            for example in examples:
+                writer.add_examples({VIDEOS_SPLIT: [example]})
+        if unavailable:
+            return unavailable
         if not records:
             raise AnnotationError(_no_usable_video_message(annotations, unusable))
         metadata = write_description(directory, plan, records)
@@ -161,6 +170,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         for name in description.split_names:
             store_tokens(description.split(name).captions, CLIPTokenizer(), self.MAX_WORDS)
         write_json(directory / MANIFEST, manifest)
+        return {}
 
     def _examples(
         self,
@@ -168,14 +178,15 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         decoded: Iterator[Decoded],
         records: dict[str, int],
         unusable: dict[str, str],
+        unavailable: dict[str, str],
         content: ContentHash,
     ) -> Iterator[dict[str, Any]]:
-        """Yields a record for each decoded clip; updates `records`, `unusable` and `content`."""
+        """Yields a record for each decoded clip; updates the other arguments."""
         progress = tqdm(zip(clips, decoded, strict=True), "decoding", len(clips), unit="video")
         for clip, result in progress:
             frames = result.frames
             if frames is None:
-                unusable[clip.video_id] = result.error
+                (unavailable if result.is_passing else unusable)[clip.video_id] = result.error
                 continue
             records[clip.video_id] = len(records)
             content.update(clip.video_id, frames)

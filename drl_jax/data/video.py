@@ -29,8 +29,8 @@ VIDEO_SUFFIXES = (
     *(".flv", ".f4v", ".mpg", ".mpeg", ".mpe", ".3gp", ".3g2", ".ogv", ".gif"),
     *(".mts", ".m2ts", ".ts", ".qt", ".asf", ".vob"),
 )
-# FFmpeg's demuxers of files with these suffixes, also of raw streams (mpegvideo, m4v) and of FLV that
-# nginx records (live_flv). None of them opens what a file names; others do: concat, hls, dash.
+# FFmpeg's demuxers of files with these suffixes, also of raw streams (mpegvideo, m4v) and of FLV
+# that nginx records (live_flv). None of them opens what a file names; concat, hls and others do.
 _DEMUXERS = (
     *("mov", "avi", "matroska", "asf", "flv", "live_flv", "mpeg", "mpegvideo", "mpegts", "m4v"),
     *("ogg", "gif"),

@@ -60,7 +60,7 @@ def embed_captions(
             for file, numbers in pending:
                 part = captions[numbers.start : numbers.stop]
                 arrays = _of_captions(model, part, dtype)
-                output.write(file, arrays, _about(model), {})
+                output.write(file, arrays, _about(model), {}, {})
                 progress.update(len(part))
     return output
 
@@ -122,7 +122,9 @@ def embed_videos(
                 for path, read in zip(paths, islice(reads, len(paths)), strict=True):
                     shard.add(path, read)
                     progress.update()
-                output.write(file, shard.arrays(), _about(model), shard.unreadable)
+                output.write(
+                    file, shard.arrays(), _about(model), shard.unreadable, shard.unavailable
+                )
     return output
 
 
@@ -131,6 +133,7 @@ class _VideoShard:
 
     def __init__(self, model: RetrievalModel, dtype: str, windows: bool):
         self.unreadable: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
         self._model, self._dtype, self._windows = model, dtype, windows
         self._waiting: list[tuple[str, VideoRead]] = []
         self._encoded: list[dict[str, np.ndarray]] = []
@@ -138,7 +141,7 @@ class _VideoShard:
     def add(self, path: str, read: VideoRead | WorkerFailure) -> None:
         """Takes a video that was read."""
         if isinstance(read, WorkerFailure):
-            self.unreadable[path] = read.reason
+            (self.unavailable if read.is_passing else self.unreadable)[path] = read.reason
         elif read.failure:
             raise UserError(f"cannot write the frames of {path} beside --out ({read.failure})")
         elif read.error:

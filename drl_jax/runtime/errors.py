@@ -60,17 +60,17 @@ class Unavailable(UserError):
           action: what was refused.
         """
         name = errno.errorcode.get(error.errno, str(error.errno))
-        super().__init__(
-            f"{error.filename or what} cannot be {action}: {error.strerror} ({name}); nothing was"
-            " moved or deleted, try again when the cause is removed"
-        )
+        message = f"{error.filename or what} cannot be {action}: {error.strerror} ({name})"
+        if error.errno not in _ABSENT:
+            message += "; nothing was moved or deleted, try again when the cause is removed"
+        super().__init__(message)
 
 
 def refusal(error: BaseException) -> OSError | None:
     """The operating system's refusal that an exception reports; None if contents are wrong.
 
-    Looks through the causes of the exception, and at the texts in which TensorStore and array_record
-    report errors of files. A file that is absent is no refusal.
+    Looks through the causes of the exception, and at the texts in which TensorStore and
+    array_record report errors of files. A file that is absent is no refusal.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error
