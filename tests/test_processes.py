@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from support.calls import fail_once, work
 from support.commands import ROOT
+from support.processes import children_of, is_running, wait_until
 from support.videos import numbered_frames, write_video
 
 from data_prep.decode import Decoded, decode_clips
@@ -122,29 +121,3 @@ def test_workers_do_not_outlive_a_killed_parent():
         parent.kill()
         parent.wait()
     wait_until(lambda: not any(map(is_running, workers)))
-
-
-def status(pid: int) -> tuple[str, int] | None:
-    """State and parent of a process; None if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return fields[0], int(fields[1])
-
-
-def children_of(pid: int) -> list[int]:
-    running = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-    return [child for child in running if (status(child) or ("", 0))[1] == pid]
-
-
-def is_running(pid: int) -> bool:
-    found = status(pid)
-    return found is not None and found[0] != "Z"
-
-
-def wait_until(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)

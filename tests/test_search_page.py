@@ -389,7 +389,7 @@ def test_a_video_that_is_sent_is_a_query(served):
     status, _, body = served.get("/api/search?by_video=0123")
     assert (status, b"the video is not known any more; send it again" in body) == (404, True)
     for body, kind, expected, message in (
-        (b"text", "application/octet-stream", 400, "the video cannot be read as a video (Inv"),
+        (b"text", "application/octet-stream", 400, "the video is not a video: its content is"),
         (b"", "application/octet-stream", 400, "the video cannot be read as a video (Inv"),
         (film, "video/mp4", 415, "send it as application/octet-stream"),
     ):

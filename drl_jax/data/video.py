@@ -287,7 +287,7 @@ def open_container(path: VideoFile) -> Iterator[av.container.InputContainer]:
         try:
             try:
                 container = av.open(source, container_options=_CONTAINER_OPTIONS, **_LENIENT)
-            except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+            except av.error.FFmpegError as error:
                 if text := _start_of_text(file):
                     reason = f"its content is text that starts with {text!r}"
                 elif isinstance(error, av.error.ArgumentError):
