@@ -142,14 +142,18 @@ class CallPool:
     ) -> "concurrent.futures.Future[T | WorkerFailure]":
         """Like `call`, without waiting; `repeats` as `map_in_processes` does."""
         future: concurrent.futures.Future = concurrent.futures.Future()
-        self._calls.put((future, (function, arguments, timeout), repeats))
+        with self._turn_ends:
+            if self._is_closed.is_set():
+                future.set_result(_ENDED)
+            else:
+                self._calls.put((future, (function, arguments, timeout), repeats))
         return future
 
     def close(self) -> None:
         """Ends the processes and their calls, which fail."""
         atexit.unregister(self.close)
-        self._is_closed.set()
         with self._turn_ends:
+            self._is_closed.set()
             self._turn_ends.notify_all()
         for worker in self._workers:
             worker.kill()
@@ -204,21 +208,21 @@ class _Worker:
             return _ENDED
         if self._process is None:
             self._start()
-        limit = _START_SECONDS
+        has_started = False
         try:
-            with self._killing_after(limit):
+            with self._killing_after(_START_SECONDS):
                 self._connection.send_bytes(call)
                 content = self._connection.recv_bytes()
-            if not content:  # The call has started.
-                limit = timeout
-                with self._killing_after(limit):
+            if has_started := not content:
+                with self._killing_after(timeout):
                     content = self._connection.recv_bytes()
-        except (EOFError, OSError):
+        # RuntimeError: there can be no more threads.
+        except (EOFError, OSError, RuntimeError):
             code = self.end(patience=1.0)
             if self._is_closed.is_set():
                 return _ENDED
-            if self._is_late:
-                reason = f"took longer than {limit:g} s"
+            if self._is_late and has_started:
+                reason = f"took longer than {timeout:g} s"
                 return WorkerFailure(reason, is_passing=True, timed_out=True)
             reason = f"the process that worked on it died (exit code {code})"
             return WorkerFailure(reason, is_passing=True)
