@@ -4,7 +4,8 @@
 
 Decodes every annotated video completely. Writes the report to `DATA_DIR/DATASET/check.json`, and
 the videos that cannot be used to `DATA_DIR/DATASET/quarantine.txt`, which builds leave out. Exit
-status: 0 if all annotated videos can be used, 1 if some cannot, 2 if the dataset cannot be checked.
+status: 0 if all annotated videos can be used, 1 if some cannot or could not be read, 2 if the
+dataset cannot be checked.
 """
 
 import argparse
@@ -53,7 +54,8 @@ def _check(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"cannot write to {quarantine.parent} ({error.strerror})")
     print(f"wrote {dataset_check.report_file(quarantine)} and {quarantine}")
-    return 1 if report["missing"] or report["left_out"] or report["unusable"] else 0
+    kinds = ("left_out", "missing", "unusable", "unavailable")
+    return int(any(report[kind] for kind in kinds))
 
 
 def _fail(message: str) -> int:

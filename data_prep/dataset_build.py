@@ -9,10 +9,12 @@ from data_prep import estimate
 from data_prep.datasets import builder_class
 from data_prep.manifest import describe_split
 from data_prep.overlap import warnings
+from data_prep.quarantine import quarantine_file
 from data_prep.retrieval_builder import StorageConfig
 from data_prep.video_folder import Plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
 from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.lock import LOCK_FILE, locked
 from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
@@ -65,7 +67,8 @@ def build_dataset(
       The dataset's directory.
 
     Raises:
-      UserError: nothing can be built. An existing dataset is unchanged.
+      UserError: nothing can be built, or a video could not be decoded for a reason that may pass.
+        An existing dataset is unchanged.
       OSError, RuntimeError: the disk is full or cannot be written (`disk_errors`). The same.
     """
     cls = builder_class(dataset)
@@ -77,7 +80,16 @@ def build_dataset(
     config = StorageConfig.of(storage)
     builder = cls(data_dir=unfinished, config=config, file_format="array_record")
     try:
-        builder.store(plan, cache, timeout, map_calls)
+        unavailable = builder.store(plan, cache, timeout, map_calls)
+        if unavailable:
+            for video, reason in unavailable.items():
+                print(f"{video}: {reason}")
+            raise UserError(
+                f"{len(unavailable)} of {len(plan.clips)} videos could not be decoded, which may"
+                " not be their fault; the frames of the others are kept: rerun the command to try"
+                " these again (with a larger --timeout if they take too long), or leave them out"
+                f" with a line for each id in {quarantine_file(data_dir, dataset)}"
+            )
         _replace(target, Path(builder.data_dir))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -71,7 +71,7 @@ class ParquetCell:
             for field in fields:
                 cell = cell[field] if cell.is_valid else cell
         except _errors() as error:
-            if isinstance(error, OSError) and error.errno:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise
             raise VideoError(f"its row cannot be read from {self.path.name} ({error})") from error
         content = cell.as_buffer() if cell.is_valid else None
@@ -216,7 +216,7 @@ class ParquetTable:
         try:
             return read()
         except _errors() as error:
-            if isinstance(error, OSError) and error.errno:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise
             raise self._damaged(one_line(error)) from error
 

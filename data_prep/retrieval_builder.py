@@ -5,6 +5,7 @@ and stores the videos.
 """
 
 import abc
+import contextlib
 import dataclasses
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         cache_dir: Path,
         timeout: float,
         map_calls: OrderedMap = map_in_processes,
-    ) -> None:
+    ) -> dict[str, str]:
         """Decodes the videos and writes the dataset into `data_dir`.
 
         Records are written sequentially. (`download_and_prepare` collects all records first and,
@@ -125,6 +126,10 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
           timeout: maximum seconds to decode one video.
           map_calls: runs the decoders, see `decode_clips`.
 
+        Returns:
+          By id, why videos could not be decoded that may be sound. The dataset is complete only if
+          there are none.
+
         Raises:
           AnnotationError: no video can be used, or more than `MAX_LOST` cannot.
           OSError, RuntimeError: the disk is full.
@@ -132,7 +137,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)
         storage, annotations = self.builder_config.spec, plan.annotations
-        unusable = dict(plan.unusable)
+        unusable, unavailable = dict(plan.unusable), {}
         writer = _StableWriter(
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
         )
@@ -141,8 +146,12 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         content = ContentHash()
         cache = FrameCache(cache_dir, storage)
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
-        for example in self._examples(plan.clips, decoded, records, unusable, content):
-            writer.add_examples({VIDEOS_SPLIT: [example]})
+        with contextlib.closing(decoded):
+            examples = self._examples(plan.clips, decoded, records, unusable, unavailable, content)
+            for example in examples:
+                writer.add_examples({VIDEOS_SPLIT: [example]})
+        if unavailable:
+            return unavailable
         # What is absent or in quarantine is no loss: a part of a dataset may be built.
         lost = {name: why for name, why in unusable.items() if name not in plan.unusable}
         check_lost(lost if records else unusable, len(records), "annotated videos", _REMEDY)
@@ -168,6 +177,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             where = f"split {name}, with CLIP's tokenizer"
             warn_of_cut(cut, len(captions.texts), self.MAX_WORDS, where)
         write_json(directory / MANIFEST, manifest)
+        return {}
 
     def _examples(
         self,
@@ -175,14 +185,15 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         decoded: Iterator[Decoded],
         records: dict[str, int],
         unusable: dict[str, str],
+        unavailable: dict[str, str],
         content: ContentHash,
     ) -> Iterator[dict[str, Any]]:
-        """Yields a record for each decoded clip; updates `records`, `unusable` and `content`."""
+        """Yields a record for each decoded clip; updates the other arguments."""
         progress = tqdm(zip(clips, decoded, strict=True), "decoding", len(clips), unit="video")
         for clip, result in progress:
             frames = result.frames
             if frames is None:
-                unusable[clip.video_id] = result.error
+                (unavailable if result.is_passing else unusable)[clip.video_id] = result.error
                 continue
             records[clip.video_id] = len(records)
             content.update(clip.video_id, frames)

@@ -187,7 +187,7 @@ def test_mistakes_say_what_to_do(search_model, tmp_path):
             lambda: search_model.encode_videos("a.mp4"),
             "encode_videos takes a list of videos, not one path",
         ),
-        (lambda: search_model.encode_videos(["a.mp4"]), r"a\.mp4 cannot be read as a video"),
+        (lambda: search_model.encode_videos(["a.mp4"]), r"a\.mp4 cannot be read: No such file"),
     ):
         with pytest.raises(drl_jax.UserError, match=message):
             call()

@@ -35,7 +35,7 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import VideoDataset
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import VideoError, inspect_video
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 
 STORAGE = StorageSpec(FrameForm(32), 4, "raw")
 BUILT = Path("custom") / STORAGE.name / "1.0.0"
@@ -134,7 +134,7 @@ def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
     assert shards.sources[2] == ["train/0.tar/0002.mp4", 0.5, 1.5]
     assert shards.manifest["left_out"] == {
         "train/0/gone": "its shard has its txt, but no video",
-        "train/0/0003": "cannot be read as a video (Invalid data found when processing input)",
+        "train/0/0003": "is not a video: its content is text that starts with 'no video'",
     }
     assert list(shards.manifest["annotations"]) == ["test/0.tar", "train/0.tar", "val/0.tar"]
     capsys.readouterr()
@@ -633,7 +633,7 @@ def test_a_cell_without_a_video_costs_that_video_only(videos, tmp_path):
         "has no bytes in mine.parquet, row 2 (from 0)",
         "is a URL in mine.parquet, row 3 (from 0): https://a.b/c.mp4; the cell must have the"
         " content of the file",
-        "cannot be read as a video (Invalid data found when processing input)",
+        "is not a video: its content is text that starts with 'TEXT'",
     ]
     # A page whose header is damaged, after the file was planned.
     cell = ParquetCell(path, "bytes", 5, 1, 0)
@@ -644,7 +644,8 @@ def test_a_cell_without_a_video_costs_that_video_only(videos, tmp_path):
     with pytest.raises(VideoError, match=r"its row cannot be read from mine.parquet"):
         cell.open()
     path.unlink()
-    assert "No such file" in read_frames_or_error(cell, STORAGE, None)
+    with pytest.raises(Unavailable, match="No such file"):
+        read_frames_or_error(cell, STORAGE, None)
 
 
 def test_a_row_without_a_caption_and_an_empty_member_cost_that_video_only(videos, tmp_path, capsys):

@@ -16,6 +16,7 @@ import pytest
 from safetensors import safe_open
 from support.commands import ROOT, error_of
 from support.files import refused
+from support.processes import killing_workers
 from support.videos import numbered_frames, write_video
 
 import drl_jax
@@ -230,7 +231,7 @@ def test_videos_that_cannot_be_read_are_listed_and_the_rest_is_written(
     arguments = [*flags, "--shard_size=1"]
     expected = [
         "  \\udcff.mp4: its name is not UTF-8; rename it",
-        "  bad.mp4: cannot be read as a video (Invalid data found when processing input)",
+        "  bad.mp4: is not a video: its content is text that starts with 'no video'",
         "  link.mp4: it is no file, e.g. a link to nothing",
     ]
     for _ in range(2):  # What is finished is not read again, but still reported.
@@ -246,6 +247,21 @@ def test_videos_that_cannot_be_read_are_listed_and_the_rest_is_written(
     report = json.loads((tmp_path / "v.npz.json").read_text())
     assert [*report["unusable"]] == ["link.mp4", "\\udcff.mp4"]
     assert [*report["files"]["v-00000-of-00002.npz"]["unreadable"]] == ["bad.mp4"]
+
+
+def test_videos_that_could_not_be_read_this_time_are_read_by_the_next_run(
+    search_run, tmp_path, capsys
+):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_video(folder / "a.mp4", numbered_frames(4, 64, 64), fps=2)
+    flags = (f"--workdir={search_run}", f"--videos={folder}", f"--out={tmp_path / 'v.npz'}")
+    with killing_workers():
+        assert main(flags) == 1
+    captured = capsys.readouterr()
+    assert "  a.mp4: the process that worked on it died (exit code -9)" in captured.err
+    assert main(flags) == 0
+    assert read(tmp_path / "v.npz")["video_id"].tolist() == ["a.mp4"]
 
 
 # ---------------------------------------------------------------- interruptions

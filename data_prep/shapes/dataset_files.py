@@ -64,7 +64,8 @@ def draw_files(
             seeds[other] = seeds[one]
     _remove_other_drawing(directory, f"{items} {seeds}")
     drawings = [
-        (directory / "videos" / split / f"{name}.mp4", draw, item, seed)
+        # Absolute: FFmpeg takes a colon in the first part of a path for the end of a protocol.
+        (directory.absolute() / "videos" / split / f"{name}.mp4", draw, item, seed)
         for (split, item), name, seed in zip(items, names, seeds, strict=True)
     ]
     absent = [drawing for drawing in drawings if not drawing[0].exists()]

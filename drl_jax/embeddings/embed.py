@@ -63,7 +63,7 @@ def embed_captions(
             for file, numbers in pending:
                 part = captions[numbers.start : numbers.stop]
                 tokens = model.tokenize(part)
-                output.write(file, _of_captions(model, part, tokens, dtype), _about(model), {})
+                output.write(file, _of_captions(model, part, tokens, dtype), _about(model), {}, {})
                 encoded, cut = encoded + len(part), cut + int(tokens.is_cut.sum())
                 progress.update(len(part))
     warn_of_cut(cut, encoded, model.config.data.max_words)
@@ -127,7 +127,9 @@ def embed_videos(
                 for path, read in zip(paths, islice(reads, len(paths)), strict=True):
                     shard.add(path, read)
                     progress.update()
-                output.write(file, shard.arrays(), _about(model), shard.unreadable)
+                output.write(
+                    file, shard.arrays(), _about(model), shard.unreadable, shard.unavailable
+                )
     return output
 
 
@@ -136,6 +138,7 @@ class _VideoShard:
 
     def __init__(self, model: RetrievalModel, dtype: str, windows: bool):
         self.unreadable: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
         self._model, self._dtype, self._windows = model, dtype, windows
         self._waiting: list[tuple[str, VideoRead]] = []
         self._encoded: list[dict[str, np.ndarray]] = []
@@ -143,7 +146,7 @@ class _VideoShard:
     def add(self, path: str, read: VideoRead | WorkerFailure) -> None:
         """Takes a video that was read."""
         if isinstance(read, WorkerFailure):
-            self.unreadable[path] = read.reason
+            (self.unavailable if read.is_passing else self.unreadable)[path] = read.reason
         elif read.failure:
             raise UserError(f"cannot write the frames of {path} beside --out ({read.failure})")
         elif read.error:
