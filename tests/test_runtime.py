@@ -1,13 +1,15 @@
-"""Limits of processors and memory, atomic files, the command-line layer, agreement to stop."""
+"""Limits of processors and memory, atomic files, the command-line layer, interruptions."""
 
 import errno
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from support.commands import ROOT
+from support.commands import ROOT, start_interruptible
 
 from drl_jax.runtime import resources
 from drl_jax.runtime.distributed import StopPoll, poll_interval
@@ -88,6 +90,22 @@ def test_limits_of_cgroup_version_1(cgroups, tmp_path):
     assert resources.available_memory() == 600
 
 
+def test_memory_is_limited_in_a_block():
+    code = (
+        "from drl_jax.runtime.resources import memory_limit\n"
+        "before = bytearray(200_000_000)\n"
+        "with memory_limit(100_000_000):\n"
+        "    inside = bytearray(50_000_000)\n"
+        "    try:\n"
+        "        bytearray(100_000_000)\n"
+        "    except MemoryError:\n"
+        "        print('limited')\n"
+        "after = bytearray(200_000_000)\n"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == "limited\n"
+
+
 def test_files_are_replaced_atomically(tmp_path):
     path = tmp_path / "file.txt"
     write_text(path, "first")
@@ -119,6 +137,90 @@ def test_a_pipe_that_is_closed_early_ends_a_command_without_a_word():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 141
+
+
+# Where Ctrl-C comes in the middle of something; all of them clean up after it for a while.
+WORK = {
+    "waiting": "ready(); time.sleep(60)",
+    # Python drops what is raised there, and says so.
+    "in a callback": """
+class Callback:
+    def __del__(self):
+        ready()
+        time.sleep(1)
+callback = Callback()
+del callback
+time.sleep(60)
+""",
+    # Extension modules print it, or go on.
+    "in an import": """
+ready()
+import slow
+time.sleep(60)
+""",
+    "a library's error": """
+ready()
+try:
+    time.sleep(60)
+except KeyboardInterrupt as error:
+    raise RuntimeError("in a library") from error
+""",
+    "a job that stops at a safe point": """
+with StopRequest():
+    ready()
+    time.sleep(60)
+""",
+}
+COMMAND = """
+import sys, time
+from drl_jax.runtime.cli import run_command
+from drl_jax.runtime.signals import StopRequest
+def ready():
+    print("ready", flush=True)
+def work():
+    try:
+        exec(compile(sys.argv[1], "work", "exec"), globals())
+    finally:
+        time.sleep(float(sys.argv[2]))
+        print("cleaned up", flush=True)
+sys.exit(run_command("command", work, on_interrupt="all is kept"))
+"""
+
+
+def interrupted(work: str, cleaning: float, gaps: list[float], folder) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a command, after a Ctrl-C and others some seconds later."""
+    (folder / "slow.py").write_text(
+        "import time\ntry:\n    time.sleep(0.6)\nexcept BaseException as error:\n    print(error)\n"
+    )
+    process = start_interruptible(
+        [sys.executable, "-c", COMMAND, work, str(cleaning)],
+        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == "ready\n"
+    for seconds in (0.1, *gaps):
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize("where", WORK)
+def test_three_interruptions_are_one(where, tmp_path):
+    status, output, errors = interrupted(WORK[where], 0.5, [0.15, 0.15], tmp_path)
+    assert (status, output) == (130, "cleaned up\n")
+    lines = errors.splitlines()
+    assert lines.pop() == "command: interrupted; all is kept"
+    if where == "a job that stops at a safe point":
+        assert lines.pop().startswith("SIGINT: stopping after the next checkpoint or test")
+    assert lines in ([], [""])
+
+
+def test_a_late_interruption_ends_a_command_that_cleans_up(tmp_path):
+    assert interrupted(WORK["waiting"], 60, [0.2, 1.1], tmp_path) == (
+        *(130, "", "command: interrupted; all is kept\n"),
+    )
 
 
 def test_commands_answer_help_without_importing_jax():

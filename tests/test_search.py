@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support.commands import ROOT, error_of, run_module
+from support.commands import error_of, run_module, start_interruptible
 from support.processes import killing_workers
 from support.search import random_model
 from support.videos import (
@@ -399,16 +399,28 @@ def test_frame_times_and_thumbnails_are_stored(shared_index):
 # ---------------------------------------------------------------------- interruptions and errors
 
 
-def test_a_killed_indexer_loses_nothing(search_run, model, videos, tmp_path):
+@pytest.mark.parametrize("sent", [[signal.SIGKILL], 3 * [signal.SIGINT]], ids=["killed", "ctrl-c"])
+def test_an_indexer_that_is_ended_loses_nothing(search_run, model, videos, tmp_path, sent):
     for number in range(60):
         shutil.copy(videos / f"{2 * (number % 3)}.mp4", videos / f"copy{number}.mp4")
     flags = [f"--workdir={search_run}", f"--videos={videos}", f"--index={tmp_path / 'killed'}"]
     command = [sys.executable, "-m", "drl_jax.search", "index", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    options = {"stderr": subprocess.PIPE, "start_new_session": True}
+    with start_interruptible(command, **options) as process:
         while process.poll() is None and count_stored(tmp_path / "killed") < 16:
             time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+        for number in sent:
+            # As a terminal does: also to the processes that decode.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            time.sleep(0.2)
+        errors = process.stderr.read()
+    assert process.returncode == (-signal.SIGKILL if len(sent) == 1 else 130)
+    assert "Traceback" not in errors
+    if len(sent) == 3:
+        assert errors.splitlines()[-1] == (
+            "drl_jax.search: interrupted; the index is kept; rerun the command to continue"
+        )
     before = stored_features(tmp_path / "killed")
     assert 16 <= len(before) < 66
     report = update_index(model, videos, tmp_path / "killed")

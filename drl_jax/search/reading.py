@@ -18,12 +18,15 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
 from drl_jax.data.video import VideoError, ffmpeg_errors, read_timed_frames, video_length
 from drl_jax.runtime.files import sha256
+from drl_jax.runtime.resources import memory_limit
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 # Side of the thumbnails, pixels.
 THUMBNAIL = 112
 # Frames side by side in a JPEG file.
 STRIP_FRAMES = 64
+# Bytes that decoding a file from elsewhere may take.
+_SENT_MEMORY = 2 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,12 @@ def read_video(
         return VideoRead(digest, str(error))
     except SpoolError as error:
         return VideoRead(digest, failure=str(error))
+
+
+def read_sent_video(*arguments: Any) -> VideoRead:
+    """`read_video` of a file from elsewhere, of which a small one can have the largest pictures."""
+    with memory_limit(_SENT_MEMORY):
+        return read_video(*arguments)
 
 
 def read_video_on_node(*arguments: Any) -> VideoRead | OSError:

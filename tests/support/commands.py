@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,16 @@ def run_module(
     if check and finished.returncode:
         raise AssertionError(f"{module} {arguments}: {finished.stdout}\n{finished.stderr}")
     return finished
+
+
+def start_interruptible(command: list[str], **options) -> subprocess.Popen:
+    """Starts a command that SIGINT interrupts, from the root of the repository."""
+    # Where the tests run in the background, a shell has them ignore SIGINT.
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def error_line(finished: subprocess.CompletedProcess) -> str:
