@@ -117,6 +117,11 @@ def _check_values(config: Config) -> None:
             f"train.microbatch={train.microbatch} must divide train.batch_size={train.batch_size}"
             " (or be 0)",
         ),
+        (
+            train.batch_size > 1 or config.loss.contrastive != "softmax",
+            "train.batch_size=1 leaves the softmax loss no other pair to compare with: choose at"
+            " least 2, or --config.loss.contrastive=sigmoid",
+        ),
         (data.num_threads >= 0, "data.num_threads must be 0 (chosen) or a number of threads"),
         *(
             (getattr(model.backbone, name) >= 0, f"model.backbone.{name} must be 0 or positive")

@@ -26,10 +26,10 @@ def take(batches, start, count, process=0, processes=1):
     return [next(stream) for _ in range(count)]
 
 
-def make(dataset, config, seed=0, **changes):
+def make(dataset, config, seed=0, batch_size=16, **changes):
     data = dataclasses.replace(config.data, **changes)
     split = load_split(dataset, "train", data)
-    return TrainBatches(dataset, split, data, 16, seed, CLIPTokenizer())
+    return TrainBatches(dataset, split, data, batch_size, seed, CLIPTokenizer())
 
 
 def assert_same(one, other):
@@ -53,10 +53,16 @@ def test_iteration_can_start_at_any_step(dataset, shapes_config):
     assert_same(run[27:], take(make(dataset, shapes_config, num_threads=1), 27, 3))
 
 
-def test_processes_split_the_batch_of_a_single_process(dataset, shapes_config):
+@pytest.mark.parametrize(("batch_size", "processes"), [(16, 4), (2, 2), (1, 1)])
+def test_processes_split_the_batch_of_a_single_process(
+    dataset, shapes_config, batch_size, processes
+):
+    """Also where each of them reads one example."""
+    batches = make(dataset, shapes_config, batch_size=batch_size)
+    first = 80 // batch_size
     (whole,) = take(make(dataset, shapes_config), 5, 1)
-    batches = make(dataset, shapes_config)
-    parts = [take(batches, 5, 1, p, 4)[0] for p in range(4)]
+    whole = {name: array[:batch_size] for name, array in whole.items()}
+    parts = [take(batches, first, 1, p, processes)[0] for p in range(processes)]
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
 

@@ -170,7 +170,9 @@ class TrainBatches:
         examples = self._in_order(self._read)
         # Process p reads the p-th part of each batch, so that the order of a batch's rows is the
         # same for any number of processes.
-        parts = examples.batch(self._batch_size // processes)
+        # Of the endless order there is no remainder; without the argument, its number of batches is
+        # rounded up in floating point, for one example a batch beyond what `len` can return.
+        parts = examples.batch(self._batch_size // processes, drop_remainder=True)
         own_parts = parts[start_step * processes + process :: processes]
         options = grain.ReadOptions(
             num_threads=self._threads, prefetch_buffer_size=PREFETCHED_BATCHES
