@@ -37,8 +37,8 @@ from drl_jax.models.interactions.token_wise import TokenWise
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.cli import positive_int
 from drl_jax.search.calibration import bank_of
-from drl_jax.search.engine import Part, SearchEngine
 from drl_jax.search.encoding import dequantize, quantize
+from drl_jax.search.engine import Part, SearchEngine
 from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.segments import VideoRecord
@@ -205,7 +205,7 @@ def served(root: Path) -> dict:
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    words = "red green blue dog cat man woman car runs jumps sings left right fast slowly twice".split()
+    words = ["red", "green", "blue", "dog", "cat", "man", "woman", "car", "runs", "jumps", "sings", "left", "right", "fast", "slowly", "twice"]
     rng = np.random.default_rng(0)
 
     def get(number: int) -> int:

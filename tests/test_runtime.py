@@ -1,5 +1,6 @@
 """Limits of processors and memory, atomic files, the command-line layer, interruptions."""
 
+import errno
 import os
 import platform
 import signal
@@ -12,7 +13,8 @@ from support.commands import ROOT, start_interruptible
 
 from drl_jax.runtime import resources
 from drl_jax.runtime.distributed import StopPoll, poll_interval
-from drl_jax.runtime.files import replacing, write_text
+from drl_jax.runtime.errors import Unavailable, raise_if_refused, refusal
+from drl_jax.runtime.files import copy_once, naming, replacing, write_text
 
 
 def test_failed_tasks_that_are_left_behind_print_nothing():
@@ -323,3 +325,77 @@ def test_processes_poll_after_the_same_steps(monkeypatch):
     # The slower process takes 0.5 s a step: intervals double up to 10 steps, 5 s.
     assert polls == [1, 3, 7, 15]
     assert step == 15
+
+
+# ---------------------------------------------------------------- failures of files
+
+
+def caused(error: Exception, cause: Exception | None, context: Exception | None = None):
+    error.__cause__, error.__context__ = cause, context
+    error.__suppress_context__ = cause is not None
+    return error
+
+
+EIO = OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (EIO, errno.EIO),
+        (MemoryError(), errno.ENOMEM),
+        (TimeoutError(), errno.ETIMEDOUT),
+        (caused(ValueError("not JSON"), EIO), errno.EIO),
+        (caused(ValueError("not JSON"), None, EIO), errno.EIO),
+        # What TensorStore 0.1.86 and array_record 0.8 raise.
+        (ValueError("UNKNOWN: Error [tensorstore_spec='{}'] [os_error_code='24']"), errno.EMFILE),
+        (RuntimeError("read() failed: Input/output error; reading x; at byte 0"), errno.EIO),
+        (ValueError("Input/output error is a caption"), None),
+        (ValueError("NOT_FOUND: Error [os_error_code='2']"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), None),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), None),
+        # Of an offset in a damaged file.
+        (OSError(errno.EINVAL, "Invalid argument"), None),
+        # PyArrow raises these for damaged files.
+        (OSError("Expected to read 8 bytes"), None),
+        (ValueError("not JSON"), None),
+    ],
+)
+def test_a_refusal_of_the_operating_system_is_no_damage(error, number):
+    found = refusal(error)
+    assert (found and found.errno) == number
+    if number is None:
+        raise_if_refused("x.json", error)
+        return
+    with pytest.raises(Unavailable, match=r"x.json cannot be read: .*nothing was moved or deleted"):
+        raise_if_refused("x.json", error)
+
+
+def test_an_error_that_was_dealt_with_is_no_refusal():
+    error = caused(ValueError("not JSON"), None, EIO)
+    error.__suppress_context__ = True  # raise ... from None
+    assert refusal(error) is None
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+    """`write` itself names none, and a copy names its source."""
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match=r"No space left") as error, naming(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(path)
+    with pytest.raises(OSError, match=r"No space left") as error, replacing(path) as unfinished:
+        raise OSError(errno.ENOSPC, "No space left on device", "source", None, str(unfinished))
+    assert str(error.value).endswith(f"'{path}'")
+    with pytest.raises(FileNotFoundError) as error:
+        copy_once(tmp_path / "source", path)
+    assert error.value.filename == str(tmp_path / "source")
+    assert not list(tmp_path.iterdir())
+
+
+def test_writers_with_the_same_process_id_do_not_share_a_temporary_file(tmp_path):
+    """As in two containers; in one process here."""
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.commands import error_of, run_module, start_interruptible
+from support.processes import killing_workers
 from support.search import random_model
 from support.videos import (
     HARD,
@@ -221,7 +222,7 @@ def test_unreadable_files_are_listed_and_not_retried(model, videos, index):
     write_video_with_latin_title(videos / "latin_title.mp4", numbered_frames(20, 64, 64), fps=10)
     first = update_index(model, videos, index)
     assert first.bad.keys() == {"text.mp4", "unknown.mp4"}
-    assert "cannot be read as a video" in first.bad["text.mp4"]
+    assert "is not a video: its content is text" in first.bad["text.mp4"]
     assert first.bad["unknown.mp4"] == "has a video codec that FFmpeg cannot decode"
     (videos / "latin\udce9.mp4").write_bytes(b"")  # The byte 0xe9 alone.
     second = update_index(model, videos, index)
@@ -231,6 +232,16 @@ def test_unreadable_files_are_listed_and_not_retried(model, videos, index):
     (videos / "latin\udce9.mp4").unlink()
     write_video(videos / "text.mp4", numbered_frames(20, 64, 64), fps=10)
     assert not update_index(model, videos, index).bad
+
+
+def test_files_that_could_not_be_read_this_time_are_read_by_the_next_update(model, videos, index):
+    write_video(videos / "new.mp4", numbered_frames(20, 64, 64), fps=10)
+    with killing_workers():
+        first = update_index(model, videos, index)
+    assert first.unavailable == {"new.mp4": "the process that worked on it died (exit code -9)"}
+    assert (first.added, first.bad) == (0, {})
+    second = update_index(model, videos, index)
+    assert (second.added, second.unavailable) == (1, {})
 
 
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips beside the repository")
@@ -535,6 +546,11 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
     assert main(["query", index, "a red circle", "a dog", "--json", "--top=2"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["query"] for answer in answers] == ["a red circle", "a dog"]
+    # The run reads 24 tokens; a second sentence may be cut, too, in the same process.
+    for sentence, cut in (("dog " * 22, 0), ("dog " * 23, 1), ("cat " * 23, 1)):
+        assert main(["query", index, sentence, "a dog", "--json"]) == 0
+        said = "drl_jax.search: 1 of 2 captions cut to data.max_words=24 tokens (start and end"
+        assert capsys.readouterr().err.count(said) == cut
     hit = answers[0]["hits"][0]
     assert set(hit) == {"rank", "score", "weak", "same_picture", "path", "duration", "moments"}
     moment = hit["moments"][0]

@@ -11,6 +11,9 @@ import time
 
 import numpy as np
 import pytest
+from drl_jax.search.indexing import update_index
+from drl_jax.search.rows import SearchIndexError
+from drl_jax.search.writer import IndexWriter
 from PIL import Image
 from support.videos import write_video
 
@@ -22,13 +25,10 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.search import session as session_module
 from drl_jax.search.calibration import unusual
 from drl_jax.search.filters import Filters, parse_day
-from drl_jax.search.indexing import update_index
 from drl_jax.search.moments import find_spans
 from drl_jax.search.query import Query, encode_sentences
-from drl_jax.search.rows import SearchIndexError
 from drl_jax.search.session import SearchSession
 from drl_jax.search.windows import Window, window_at, windows_of
-from drl_jax.search.writer import IndexWriter
 
 FPS = 5
 # Seconds of the shots of the film; the third is longer than a window.

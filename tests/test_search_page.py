@@ -271,7 +271,9 @@ def test_bad_requests_are_one_line(served):
         status, _, body = served.get(path)
         assert (status, message in body) == (expected, True), body
     assert b"&lt;script&gt;" in served.get("/?q=%3Cscript%3E")[2]
-    assert served.json("/api/search?q=" + "dog+" * 40)["tokens_used"] == 22
+    # The model reads 24 tokens, with the start and the end.
+    for words, used in ((22, None), (23, 22), (40, 22)):
+        assert served.json("/api/search?q=" + "dog+" * words)["tokens_used"] == used
 
 
 TYPES = {
@@ -416,7 +418,7 @@ def test_a_video_that_is_sent_is_a_query(served):
     status, _, body = served.get("/api/search?by_video=0123")
     assert (status, b"the video is not known any more; send it again" in body) == (404, True)
     for body, kind, expected, message in (
-        (b"text", "application/octet-stream", 400, "the video cannot be read as a video (Inv"),
+        (b"text", "application/octet-stream", 400, "the video is not a video: its content is"),
         (b"", "application/octet-stream", 400, "the video cannot be read as a video (Inv"),
         (film, "video/mp4", 415, "send it as application/octet-stream"),
     ):
@@ -491,12 +493,12 @@ def test_files_that_cannot_be_searched_are_listed(served):
     assert served.json("/api/index")["unsearchable"] == 1
     (file,) = served.json("/api/unsearchable")["files"]
     assert file["path"] == "no video.mp4"
-    assert file["reason"].startswith("cannot be read as a video")
+    assert file["reason"].startswith("is not a video: its content is text")
     assert b'<a href="/unsearchable">1 file cannot be searched</a>' in served.get("/")[2]
     status, _, body = served.get("/unsearchable")
     assert status == 200
     assert b"no video.mp4" in body
-    assert b"cannot be read as a video" in body
+    assert b"is not a video: its content is text" in body
 
 
 def test_the_progress_of_indexing_is_shown(served, monkeypatch):
@@ -876,7 +878,7 @@ def test_a_video_is_sent_as_a_query(page: Page, served):
           document.dispatchEvent(new DragEvent('drop', { dataTransfer }));
         }"""
     )
-    expect(page.locator("#status")).to_contain_text("the video cannot be read as a video")
+    expect(page.locator("#status")).to_contain_text("the video is not a video: its content is text")
     large = {"name": "large.mp4", "mimeType": "video/mp4", "buffer": bytes(2_000_001)}
     page.set_input_files("#file", large)
     expect(page.locator("#status")).to_have_text("a video has at most 2 MB")

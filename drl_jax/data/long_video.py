@@ -74,8 +74,9 @@ def sample_video(
 
     Raises:
       VideoError: no frame could be decoded.
+      Unavailable: the file cannot be read.
     """
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         _, rate = count_frames(path)
         sampler, time = _Sampler(form, emit, fps, min(0.5 / rate, _LATE)), 0.0
         for (frame, time), end in CutFinder().with_cuts(_timed(path, rate)):

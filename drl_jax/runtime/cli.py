@@ -10,6 +10,7 @@ are answered before jax is imported.
 
 import argparse
 import difflib
+import errno
 import functools
 import json
 import logging as std_logging
@@ -18,11 +19,12 @@ import os
 import signal
 import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Notice, UserError
 from drl_jax.runtime.signals import INTERRUPTED, Interruption
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
-    """Runs the work of a command and reports what a user can fix in one line on stderr.
+    """Runs the work of a command and reports what a user can fix, and notices, as lines on stderr.
 
     Args:
       command: name of the command, e.g. `drl_jax.train`.
@@ -118,6 +120,8 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
 
             # Orbax and TFDS log every file they touch, and tracebacks of errors they raise, too.
             logging.set_verbosity(logging.FATAL)
+            warnings.simplefilter("always", Notice)
+            warnings.showwarning = functools.partial(_show_warning, command, warnings.showwarning)
             std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
             return _status_of(command, work)
     except KeyboardInterrupt as interrupt:
@@ -152,8 +156,19 @@ def _status_of(command: str, work: Callable[[], int | None]) -> int:
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{command}: {where}{error.strerror}", file=sys.stderr)
+        name = errno.errorcode.get(error.errno, str(error.errno))
+        print(f"{command}: {where}{error.strerror} ({name})", file=sys.stderr)
         return 1
+
+
+def _show_warning(
+    command: str, show: Callable, message: Warning, category: type[Warning], *where: Any
+) -> None:
+    """Prints a notice without its place in the program, which says nothing to a user."""
+    if issubclass(category, Notice):
+        print(f"{command}: {message}", file=sys.stderr)
+    else:
+        show(message, category, *where)
 
 
 def _report_unraisable(interruption: Interruption, unraisable: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import naming
 
 # Name of a directory's lock file.
 LOCK_FILE = ".lock"
@@ -48,7 +49,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
     # inherited: a child that outlives this process would keep the lock.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _acquire(descriptor, path, what)
+        with naming(path):
+            _acquire(descriptor, path, what)
         yield
     finally:
         os.close(descriptor)

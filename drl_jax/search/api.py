@@ -148,10 +148,10 @@ class SearchAPI:
     def _tokens_used(self, sentence: str) -> int | None:
         """How many tokens of a sentence are used if not all are."""
         model = self.index.model
-        (tokens,) = model.token_strings([sentence]) if sentence.strip() else ([],)
-        if len(tokens) < model.config.data.max_words:
+        if not (sentence.strip() and model.tokenize([sentence]).is_cut[0]):
             return None
-        return sum(token not in (START, END) for token in tokens)
+        (words,) = model.token_strings([sentence])
+        return sum(word not in (START, END) for word in words)
 
 
 def _facts_of(state: OpenIndex) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, 
 # ---------------------------------------------------------------------- index and join
 
 
-def _index(options: argparse.Namespace) -> int:
+def _index(options: argparse.Namespace) -> None:
     shard = None if options.shard is None else Shard.parse(options.shard)
     with _cluster(options.ray) as cluster:
         model = required_model(options)
@@ -53,7 +53,11 @@ def _index(options: argparse.Namespace) -> int:
             cluster=cluster,
         )
     print(_format_report(report, options.index, options.storage))
-    return 1 if report.failed else 0
+    if report.failed:
+        raise UserError(
+            f"{len(report.failed)} files could not be read, which may pass; rerun the command to"
+            " try them again"
+        )
 
 
 def _cluster(address: str | None) -> "contextlib.AbstractContextManager[RayCluster | None]":
@@ -96,7 +100,7 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
     ]
     for names, title in (
         (report.bad, "files cannot be searched"),
-        (report.failed, "files were not read; the same command tries them again"),
+        (report.failed, "files could not be read this time"),
     ):
         if names:
             lines.append(f"{len(names)} {title}:")

@@ -17,7 +17,13 @@ from PIL import Image
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.video import VIDEO_SUFFIXES, VideoError, read_timed_frames, video_length
+from drl_jax.data.video import (
+    VIDEO_SUFFIXES,
+    VideoError,
+    ffmpeg_errors,
+    read_timed_frames,
+    video_length,
+)
 from drl_jax.runtime.files import names_below, sha256
 from drl_jax.runtime.resources import memory_limit
 from drl_jax.search import STRIP_FRAMES
@@ -88,7 +94,7 @@ class VideoRead:
     """A file that was read.
 
     Attributes:
-      sha256: of its content; empty if it cannot be opened, or was not computed.
+      sha256: of its content; empty if it was not computed.
       error: why it has no frames; empty if it has.
       failure: why it was not read, which is no property of the video; empty if it was.
       timed_out: whether `error` is that decoding took too long.
@@ -144,11 +150,12 @@ def read_video(
       known_sha256s: of contents that need not be decoded.
       sampling: what is sampled.
       spool: file to write the frames of a long video to: memory does not depend on its length.
+
+    Raises:
+      Unavailable: the file cannot be read.
     """
-    try:
+    with ffmpeg_errors(path):
         digest = sha256(path)
-    except OSError as error:
-        return VideoRead("", failure=f"it cannot be opened ({error.strerror})")
     if digest in known_sha256s:
         return VideoRead(digest, is_known=True)
     try:
@@ -169,7 +176,11 @@ def read_sent_video(*arguments: Any) -> VideoRead:
 
 
 def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
-    """Reads a file of any length as one window, with the frames that evaluation uses."""
+    """Reads a file of any length as one window, with the frames that evaluation uses.
+
+    Raises:
+      Unavailable: the file cannot be read.
+    """
     try:
         frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
     except VideoError as error:

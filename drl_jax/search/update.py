@@ -556,9 +556,11 @@ class _Update:
         """Reads the short videos of a batch again; the frames of long ones are in files."""
         lost = [file for file, read in batch if read.frames is not None]
         reads = iter(self._engine.read(*self._calls(lost, lambda file: frozenset())))
-        return [
+        again = [
             (file, read if read.frames is None else _checked(next(reads))) for file, read in batch
         ]
+        self._report.failed |= {file.path: read.failure for file, read in again if read.failure}
+        return [(file, read) for file, read in again if not read.failure]
 
     def _put(self, batch: _Batch, arrays: list[dict[str, np.ndarray]]) -> None:
         """Commits a batch that is encoded."""
@@ -583,6 +585,9 @@ class _Update:
 
 def _checked(read: VideoRead | WorkerFailure) -> VideoRead:
     """What was read of a video, also if its reader failed."""
-    if isinstance(read, WorkerFailure):
-        return VideoRead("", read.reason, timed_out=read.timed_out)
-    return read
+    if not isinstance(read, WorkerFailure):
+        return read
+    # A video that took too long is stored with the time that it had.
+    if read.is_passing and not read.timed_out:
+        return VideoRead("", failure=read.reason)
+    return VideoRead("", read.reason, timed_out=read.timed_out)

@@ -54,7 +54,7 @@ def start_interruptible(command: list[str], **options) -> subprocess.Popen:
 
 
 def error_line(finished: subprocess.CompletedProcess) -> str:
-    """The one line that a failed command prints on stderr, besides progress bars."""
+    """The one line that a failed command prints on stderr, besides progress bars and notices."""
     assert finished.returncode != 0, finished.stdout
     return _only_line(finished.stderr)
 
@@ -75,6 +75,6 @@ def error_of(module: str, *arguments: str, capsys) -> str:
 def _only_line(errors: str) -> str:
     assert "Traceback" not in errors, errors
     lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip()]
-    lines = [line for line in lines if not re.search(r"\| \d+/\d+ \[", line)]
+    lines = [line for line in lines if not re.search(r"\| \d+/\d+ \[| captions cut to ", line)]
     assert len(lines) == 1, errors
     return lines[0]
