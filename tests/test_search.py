@@ -1,5 +1,6 @@
 """Search on real files: exact, incremental, and consistent after interruptions and updates."""
 
+import contextlib
 import dataclasses
 import errno
 import json
