@@ -53,9 +53,9 @@ def _index(options: argparse.Namespace) -> None:
             cluster=cluster,
         )
     print(_format_report(report, options.index, options.storage))
-    if report.failed:
+    if report.unavailable:
         raise UserError(
-            f"{len(report.failed)} files could not be read, which may pass; rerun the command to"
+            f"{len(report.unavailable)} files could not be read, which may pass; rerun the command to"
             " try them again"
         )
 
@@ -100,7 +100,7 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
     ]
     for names, title in (
         (report.bad, "files cannot be searched"),
-        (report.failed, "files could not be read this time"),
+        (report.unavailable, "files could not be read this time"),
     ):
         if names:
             lines.append(f"{len(names)} {title}:")

@@ -86,7 +86,7 @@ class IndexReport:
       added, changed, moved, removed, unchanged: numbers of files. Changed ones have other content,
         or their features were damaged.
       bad: why files cannot be searched, by path; of all files that were compared.
-      failed: why files were not read, which is no property of them, by path: the next update tries
+      unavailable: why files were not read, which is no property of them, by path: the next update tries
         them again.
       skipped: names of videos that are no files: links to nothing, pipes, devices.
       windows: number of all windows.
@@ -99,7 +99,7 @@ class IndexReport:
     removed: int = 0
     unchanged: int = 0
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped: list[str] = dataclasses.field(default_factory=list)
     windows: int = 0
     nbytes: int = 0
@@ -491,7 +491,7 @@ class _Update:
         """Stores a file that was read, or adds it to the next batch."""
         known = self._changes.known.get(file.path)
         if read.failure:
-            self._report.failed[file.path] = read.failure
+            self._report.unavailable[file.path] = read.failure
             return
         if not read.is_known:
             self._report.added += known is None
@@ -559,7 +559,7 @@ class _Update:
         again = [
             (file, read if read.frames is None else _checked(next(reads))) for file, read in batch
         ]
-        self._report.failed |= {file.path: read.failure for file, read in again if read.failure}
+        self._report.unavailable |= {file.path: read.failure for file, read in again if read.failure}
         return [(file, read) for file, read in again if not read.failure]
 
     def _put(self, batch: _Batch, arrays: list[dict[str, np.ndarray]]) -> None:
