@@ -234,14 +234,15 @@ class SearchEngine:
 
             replicated, rows = PartitionSpec(), PartitionSpec(AXIS)
             columns = PartitionSpec(None, AXIS)
+            compare_shards = jax.shard_map(
+                compare,
+                mesh=layout.mesh,
+                in_specs=(replicated, replicated, rows),
+                out_specs=(columns, columns),
+                check_vma=False,
+            )
             self._steps[share, top, combined] = jax.jit(
-                jax.shard_map(
-                    compare,
-                    mesh=layout.mesh,
-                    in_specs=(replicated, replicated, rows),
-                    out_specs=(columns, columns),
-                    check_vma=False,
-                )
+                layout.on_mesh(compare_shards, self._config.dtype)
             )
         return self._steps[share, top, combined]
 
