@@ -21,6 +21,7 @@ from benchmarks.measure import arguments, peak_memory, positive_int, report
 from drl_jax.config import LossConfig
 from drl_jax.models import ops
 from drl_jax.models.interactions import token_wise
+from drl_jax.sharding import make_layout
 from drl_jax.training.losses import decorrelation_loss
 
 
@@ -71,7 +72,8 @@ def measure(way: str, batch: int, words: int, frames: int, width: int, repeats: 
         correlation = token_wise.matched_correlation(text_unit, frame_unit, **others, weighted=True)
         return decorrelation_loss(correlation, LossConfig.cdcr_alpha1, alpha2=0.06)
 
-    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    layout = make_layout(jax.local_devices()[:1])
+    step = jax.jit(layout.on_mesh(jax.value_and_grad(loss, (0, 1)), "float32"))
     inputs = unit_features(words), unit_features(frames)
     idle = peak_memory()
     with mock.patch.object(token_wise, "weighted_outer_product", VARIANTS[way]):

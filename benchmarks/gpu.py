@@ -17,7 +17,7 @@ from drl_jax.runtime.errors import UserError
 
 _LARGE = ("--name=train_step_large", "--microbatch=128", "--remat=full")
 RUNS = (
-    ("train_step", "--models=32,16", "--dtypes=bfloat16,float32", "--batches=32,64,128"),
+    ("train_step", "--models=32,16", "--dtypes=bfloat16,tf32,float32", "--batches=32,64,128"),
     ("train_step", *_LARGE, "--dtypes=bfloat16", "--batches=512,1024"),
     ("similarity", "--sizes=1000,2000,5000,10000", "--plain_up_to=5000"),
     ("search",),

@@ -18,8 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from drl_jax.config import ModelConfig
 from drl_jax.runtime.cli import Parser, positive_int
 from drl_jax.runtime.files import write_json
+from drl_jax.sharding import make_layout
 
 RESULTS = Path(__file__).parent / "results"
 # Rows and columns of the matrices that `matmul_rate` multiplies on a CPU.
@@ -96,8 +98,9 @@ def seconds(function: Callable, *inputs: Any, repeats: int = 3) -> float:
 def matmul_rate(dtype: str = "float32", repeats: int = 5) -> float:
     """Measured FLOP/s of the product of two large square matrices on one device."""
     size = MATMUL_SIZE_CPU if jax.default_backend() == "cpu" else 16384
-    a = jnp.ones((size, size), dtype)
-    return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, a, repeats=repeats)
+    a = jnp.ones((size, size), ModelConfig(dtype=dtype).array_dtype)
+    product = jax.jit(make_layout(jax.local_devices()[:1]).on_mesh(jnp.matmul, dtype))
+    return 2 * size**3 / seconds(product, a, a, repeats=repeats)
 
 
 def peak_memory() -> int:

@@ -26,6 +26,7 @@ from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import similarity_in_blocks
 from drl_jax.models.interactions.token_wise import weighted_token_wise
 from drl_jax.models.ops import l2_normalize
+from drl_jax.sharding import make_layout
 
 WORDS, FRAMES, WIDTH = 32, 12, 512
 
@@ -69,7 +70,9 @@ def measure(way: str, size: int) -> dict:
     video = random_arrays("frame", size, FRAMES, seed=1)
     rows = size if way == "plain" else min(size, EvalConfig.text_block)
     part = {name: array[:rows] for name, array in text.items()}
-    step = jax.jit(plain if way == "plain" else blocks).lower(part, video).compile()
+    layout = make_layout(jax.local_devices()[:1])
+    compare = layout.on_mesh(plain if way == "plain" else blocks, "float32")
+    step = jax.jit(compare).lower(part, video).compile()
     calls = -(-size // rows)
     taken = seconds(step, part, video, repeats=2 if size > 2000 else 3) * calls
     # Without the captions that pad the last block: they take time but are no result.

@@ -14,8 +14,8 @@ from drl_jax.runtime.errors import UserError
 STORAGE_ENCODINGS = ("jpeg", "raw")
 # Caches of frames: `DataConfig.cache`.
 CACHES = ("auto", "none", "memory", "device")
-# Dtypes of matrix products: `ModelConfig.dtype`.
-DTYPES = ("float32", "bfloat16")
+# Precisions of matrix products: `ModelConfig.dtype`.
+DTYPES = ("float32", "tf32", "bfloat16")
 # What is kept of a transformer layer for the backward pass: `ModelConfig.remat`.
 REMAT = ("none", "dots", "full")
 # What computes attention: `ModelConfig.attention`.
@@ -147,8 +147,9 @@ class ModelConfig:
     # width**-0.5 and frames copy the text tower's, as in the reference. Small models learn
     # places and the order of frames faster with larger values (docs/benchmarks.md).
     position_std: float = 0.0
-    # Dtype of the transformers' matrix products: float32 or bfloat16. Parameters, norms, softmax,
-    # features, similarities and losses are float32 in both cases.
+    # Matrix products of the transformers, one of DTYPES. Parameters, norms, softmax, features,
+    # similarities and losses are float32 in all cases. tf32 is float32 but for all products, which
+    # round their inputs to 11 significant bits on GPUs that can (TF32), and are then faster.
     dtype: str = "float32"
     # What the backward pass computes again, one of REMAT: none keeps everything, dots keeps the
     # matrix products and computes norms, activations and attention weights again, full keeps the
@@ -162,6 +163,11 @@ class ModelConfig:
     # Videos compared with all texts at a time; bounds the memory of the token-wise product, which
     # is recomputed in the backward pass. 0: all videos.
     similarity_block: int = 128
+
+    @property
+    def array_dtype(self) -> str:
+        """Dtype of the arrays that the transformers multiply."""
+        return "float32" if self.dtype == "tf32" else self.dtype
 
 
 @dataclasses.dataclass(frozen=True)

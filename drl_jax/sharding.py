@@ -75,16 +75,25 @@ class Layout:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.parameter(x.shape)), tree
         )
 
-    def on_mesh(self, function: Callable) -> Callable:
-        """A function that is traced with the mesh as the current one.
+    def on_mesh(self, function: Callable, dtype: str) -> Callable:
+        """A function that is traced with the mesh as the current one, and the products of a dtype.
 
-        Models need it: `attend` takes the kind of the devices from it, and `split_rows` and
-        `replicate` do nothing without it.
+        Every program of a model needs it. `attend` takes the kind of the devices from the mesh, and
+        `split_rows` and `replicate` do nothing without it. Products of float32 arrays are float32
+        on every platform; JAX's default is less on GPUs (TF32) and TPUs (bfloat16).
+
+        Args:
+          function: of positional arguments.
+          dtype: `ModelConfig.dtype`. For "tf32", products of float32 arrays may be TF32.
         """
+        precision = "tensorfloat32" if dtype == "tf32" else "highest"
 
         @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
-            with use_abstract_mesh(self.mesh.abstract_mesh):
+            with (
+                use_abstract_mesh(self.mesh.abstract_mesh),
+                jax.default_matmul_precision(precision),
+            ):
                 return function(*arguments)
 
         # The name of the program in profiles; a functools.partial has none.

@@ -104,7 +104,7 @@ def test_cudnn_is_asked_for_an_even_number_of_positions(monkeypatch, mask, posit
 def test_models_are_traced_on_their_mesh():
     layout = make_layout()
     mesh = layout.mesh.abstract_mesh
-    assert jax.jit(layout.on_mesh(lambda x: x + (get_abstract_mesh() == mesh)))(1) == 2
+    assert jax.jit(layout.on_mesh(lambda x: x + (get_abstract_mesh() == mesh), "float32"))(1) == 2
 
 
 @pytest.mark.skipif(
@@ -124,7 +124,7 @@ def test_cudnn_agrees_with_xla(kind, positions):
             return (out.astype(jnp.float32) ** 2).sum(), out
 
         gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
-        program = jax.jit(layout.on_mesh(gradient)).lower(*arrays)
+        program = jax.jit(layout.on_mesh(gradient, "bfloat16")).lower(*arrays)
         assert ("cudnn" in program.as_text()) == (choice == "auto")
         (_, out), gradients = program.compile()(*arrays)
         return [np.asarray(x, np.float32) for x in (out, *gradients)]

@@ -52,5 +52,7 @@ def test_what_is_computed_again_does_not_count(tiny_model):
 
 def test_peak_rates():
     assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == pytest.approx(989.5e12)
-    assert peak_flops("NVIDIA A100-SXM4-40GB", "float32") == pytest.approx(156e12)
+    # float32 is not TF32 (`Layout.on_mesh`).
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "tf32") == pytest.approx(156e12)
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "float32") == pytest.approx(19.5e12)
     assert peak_flops("cpu", "float32") is None

@@ -66,9 +66,11 @@ def test_a_file_that_hangs_its_reader_times_out(tmp_path):
 
 # Leaves a generator that waits for calls that hang.
 HANGING = """
-import sys, time
+import signal, sys, time
 from drl_jax.runtime.worker_pool import map_in_processes
 if __name__ == "__main__":
+    # Where the tests run in the background, a shell has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     results = map_in_processes(time.sleep, [(seconds,) for seconds in (0, 600, 600)])
     next(results)
     try:

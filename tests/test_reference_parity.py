@@ -66,7 +66,10 @@ class Case:
         loss_function = functools.partial(
             loss_and_parts, definition=self.definition, config=loss, layout=layout
         )
-        gradients = jax.jit(jax.grad(loss_function, has_aux=True), out_shardings=self.replicated)
+        self.on_mesh = functools.partial(layout.on_mesh, dtype=self.model.dtype)
+        gradients = jax.jit(
+            self.on_mesh(jax.grad(loss_function, has_aux=True)), out_shardings=self.replicated
+        )
         self.gradients = lambda params, number: gradients(params, self.batch(number), KEY)
 
     def batch(self, number: int) -> dict[str, np.ndarray]:
@@ -106,6 +109,7 @@ def test_backbone_sizes_are_inferred():
 
 def test_features_and_similarities(case):
     @jax.jit
+    @case.on_mesh
     def evaluate(params, batch):
         model = nnx.merge(case.definition, params)
         ids, mask = batch["text_ids"], batch["text_mask"]

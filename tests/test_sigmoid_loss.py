@@ -191,7 +191,7 @@ def shapes_of(model, devices):
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.batch_sharded)
         for name, x in made_batch(PAIRS).items()
     }
-    grad = jax.jit(layout.on_mesh(jax.grad(loss, has_aux=True)))
+    grad = jax.jit(layout.on_mesh(jax.grad(loss, has_aux=True), model.dtype))
     hlo = grad.lower(params, batch, jax.random.key(0)).compile().as_text()
     found = re.findall(r"\b(?:f32|bf16|pred|s32|u32|u8)\[([\d,]+)\]", hlo)
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-gather|all-to-all)\(", hlo)

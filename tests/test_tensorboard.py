@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -17,8 +18,9 @@ from drl_jax.models.interactions import Attribution
 from drl_jax.runs.metrics_file import JsonlWriter, read_scalars
 from drl_jax.runs.nonfinite import TrainingError
 from drl_jax.runs.profile import StepProfile
-from drl_jax.runs.tensorboard import tensorboard_writer
+from drl_jax.runs.tensorboard import tensorboard_writer, writing
 from drl_jax.runs.wall_time import WallTime
+from drl_jax.runtime.errors import Unavailable
 from drl_jax.train import main as train
 
 
@@ -152,6 +154,21 @@ def test_a_line_that_cannot_be_written_names_its_file(tmp_path):
     with pytest.raises(OSError, match="No space left on device") as error:
         writer.write_scalars(1, {"train/loss": 1.0})
     assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def test_event_files_that_cannot_be_written_are_one_line(tmp_path):
+    """A limit of the size of files fails as a full disk does."""
+    writer = tensorboard_writer(tmp_path, lambda step, tags: True, [])
+    writer.flush()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    message = rf"the TensorBoard files in {tmp_path} cannot be written: File too large \(EFBIG\)"
+    try:
+        writer.write_scalars(1, {"train/loss": 1.0})
+        with pytest.raises(Unavailable, match=message), writing(tmp_path):
+            writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_profile_of_some_steps(finished, arguments, tmp_path, capsys):

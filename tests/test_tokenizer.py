@@ -19,6 +19,7 @@ from drl_jax.models.tokenizers import (
     tokenizer_of_weights,
 )
 from drl_jax.models.tokenizers.files import canonicalize
+from drl_jax.runtime.errors import UserError
 
 CAPTIONS = ["a red circle moves left", "the dog", "", "a cat runs quickly " * 20]
 CLIP = CLIPTokenizer()
@@ -219,10 +220,10 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path, files):
     endless = write_spiece(tmp_path / "endless.model", eos_id=-1)
     with pytest.raises(TokenizerError, match="has no end token"):
         load_tokenizer(model_of(endless))
-    with pytest.raises(TokenizerError, match=r"none\.json cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
         load_tokenizer(model_of(tmp_path / "none.json"))
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(TokenizerError, match=r"folder\.json cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"folder\.json cannot be read: Is a directory"):
         load_tokenizer(model_of(tmp_path / "folder.json"))
     with pytest.raises(TokenizerError, match=r"vocab\.txt is neither a tokenizer\.json nor"):
         load_tokenizer(model_of(tmp_path / "vocab.txt"))

@@ -257,7 +257,7 @@ def make_embed_steps(
 
     def compiled(function, *shardings):
         return jax.jit(
-            layout.on_mesh(function),
+            layout.on_mesh(function, model.dtype),
             in_shardings=(params, *shardings),
             out_shardings=replicated,
         )

@@ -40,7 +40,9 @@ class BlockRunConfig(NamedTuple):
 
     @classmethod
     def of(cls, config: ModelConfig) -> "BlockRunConfig":
-        return cls(jnp.dtype(config.dtype), config.remat, config.attention, config.scan_unroll)
+        return cls(
+            jnp.dtype(config.array_dtype), config.remat, config.attention, config.scan_unroll
+        )
 
 
 class BlockConfig(NamedTuple):

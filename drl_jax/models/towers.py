@@ -47,7 +47,7 @@ class ImageTower(nnx.Module):
             width,
             use_bias=not class_token,
             kernel_init=variance_scaling(1 / 3, "fan_in", "uniform"),
-            dtype=jnp.dtype(model.dtype),
+            dtype=jnp.dtype(model.array_dtype),
             rngs=rngs,
         )
         self.class_embedding = (

@@ -1,13 +1,15 @@
 """TensorBoard files of a run: one continuous curve, however often it was stopped."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drl_jax.config import Config
 from drl_jax.models.drl import Params
 from drl_jax.runs.workdir import RESUMABLE_FIELDS, flatten
+from drl_jax.runtime.errors import raise_if_refused
 from drl_jax.runtime.files import naming, replacing
 
 if TYPE_CHECKING:
@@ -61,6 +63,20 @@ def tensorboard_writer(
                 line["step"], {tag: value for tag, value in line.items() if tag != "step"}
             )
     return writer
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Reports an error of the disk in the block, which uses the writer.
+
+    Raises:
+      Unavailable: the files cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise_if_refused(f"the TensorBoard files in {workdir}", error, "written")
+        raise
 
 
 def describe(writer: "MetricWriter", config: Config, params: Params) -> None:

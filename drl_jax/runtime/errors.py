@@ -77,8 +77,8 @@ class Unavailable(UserError):
 def system_errors(error: BaseException) -> Iterator[OSError]:
     """Yields the errors of the operating system, with their numbers, that an exception reports.
 
-    Looks at the exception and its causes, and at the texts in which TensorStore and array_record
-    report errors of files.
+    Looks at the exception and its causes, and at the texts in which TensorStore, array_record and
+    TensorFlow report errors of files.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -93,7 +93,7 @@ def system_errors(error: BaseException) -> Iterator[OSError]:
             number = errno.ENOMEM
         elif code := re.search(r"\[os_error_code='(\d+)'\]", text):
             number = int(code[1])
-        elif isinstance(link, RuntimeError):
+        elif isinstance(link, RuntimeError) or type(link).__module__.startswith("tensorflow."):
             number = next((n for reason, n in _REPORTED.items() if reason in text), 0)
         if number:
             reason = getattr(link, "strerror", None) or os.strerror(number)
@@ -108,11 +108,13 @@ def refusal(error: BaseException) -> OSError | None:
     return next((e for e in system_errors(error) if e.errno not in _OF_CONTENTS), None)
 
 
-def raise_if_refused(what: str | Path, error: BaseException) -> None:
-    """Raises Unavailable if the operating system refused to read `what`; call it before `error`
-    is taken for damage."""
+def raise_if_refused(what: str | Path, error: BaseException, action: str = "read") -> None:
+    """Raises Unavailable if `error` reports a refusal; call it before it is taken for damage.
+
+    Arguments as of `Unavailable`.
+    """
     if (refused := refusal(error)) is not None:
-        raise Unavailable(what, refused) from error
+        raise Unavailable(what, refused, action) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -251,15 +251,14 @@ class SearchEngine:
 
             replicated, rows = PartitionSpec(), PartitionSpec(AXIS)
             columns = PartitionSpec(None, AXIS)
-            self._steps[key] = jax.jit(
-                jax.shard_map(
-                    compare,
-                    mesh=layout.mesh,
-                    in_specs=(replicated, replicated, replicated, rows),
-                    out_specs=(columns, columns),
-                    check_vma=False,
-                )
+            compare_shards = jax.shard_map(
+                compare,
+                mesh=layout.mesh,
+                in_specs=(replicated, replicated, replicated, rows),
+                out_specs=(columns, columns),
+                check_vma=False,
             )
+            self._steps[key] = jax.jit(layout.on_mesh(compare_shards, self._config.dtype))
         return self._steps[key]
 
     def scan(self, vectors: np.ndarray, gallery: Gallery, count: int) -> list[np.ndarray]:

@@ -17,18 +17,18 @@ from drl_jax.training.train_step import loss_and_parts
 
 _TERA = 1e12
 # Peak rates of one device, FLOP/s, by `Device.device_kind` and `ModelConfig.dtype`: dense products
-# on tensor cores, from NVIDIA's data sheets of the H100, H200, A100, L40S and L4. JAX computes
-# float32 products as TF32 there (https://docs.jax.dev/en/latest/201/precision.html).
+# on tensor cores, and of float32 without them, from NVIDIA's data sheets of the H100, H200, A100,
+# L40S and L4.
 _PEAK = {
-    kind: {"bfloat16": bfloat16 * _TERA, "float32": tf32 * _TERA}
-    for bfloat16, tf32, kinds in (
-        (989.5, 494.7, ("NVIDIA H100 80GB HBM3", "NVIDIA H200")),
-        (835.5, 417.5, ("NVIDIA H100 NVL", "NVIDIA H200 NVL")),
-        (756.5, 378.0, ("NVIDIA H100 PCIe",)),
-        (312.0, 156.0, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB")),
-        (312.0, 156.0, ("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe")),
-        (362.0, 183.0, ("NVIDIA L40S",)),
-        (121.0, 60.0, ("NVIDIA L4",)),
+    kind: {"bfloat16": bfloat16 * _TERA, "tf32": tf32 * _TERA, "float32": float32 * _TERA}
+    for bfloat16, tf32, float32, kinds in (
+        (989.5, 494.7, 66.9, ("NVIDIA H100 80GB HBM3", "NVIDIA H200")),
+        (835.5, 417.5, 60.0, ("NVIDIA H100 NVL", "NVIDIA H200 NVL")),
+        (756.5, 378.0, 51.2, ("NVIDIA H100 PCIe",)),
+        (312.0, 156.0, 19.5, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB")),
+        (312.0, 156.0, 19.5, ("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe")),
+        (362.0, 183.0, 91.6, ("NVIDIA L40S",)),
+        (121.0, 60.0, 30.3, ("NVIDIA L4",)),
     )
     for kind in kinds
 }
@@ -74,7 +74,7 @@ def train_step_flops(
     function = functools.partial(
         loss_and_parts, definition=model_definition(model), config=loss, layout=layout
     )
-    traced = jax.make_jaxpr(layout.on_mesh(jax.grad(function, has_aux=True)))(
+    traced = jax.make_jaxpr(layout.on_mesh(jax.grad(function, has_aux=True), model.dtype))(
         param_shapes(model), shapes, jax.eval_shape(lambda: jax.random.key(0))
     )
     # The gradient of the pixels is traced, and nothing needs it.

@@ -209,7 +209,7 @@ def make_train_step(
     )
     state = layout.parameters(abstract_state(model, tx, layout))
     return jax.jit(
-        layout.on_mesh(step),
+        layout.on_mesh(step, model.dtype),
         in_shardings=(state, layout.batch_sharded),
         out_shardings=(state, layout.replicated),
         donate_argnums=0,
