@@ -29,8 +29,8 @@ _CHANGED, _CHANGED_ALONE, _SAME_COLOUR = 0.45, 0.8, 6.0
 # two on each side.
 _RATIO, _NEXT = 2.0, 2
 # A mixture of two pictures differs from the nearest point between them by less than this share of
-# their distance, and is not one of them.
-_UNMIXED, _PURE = 0.1, 0.1
+# their squared distance. A larger step between two mixtures is a cut.
+_UNMIXED, _CUT_IN_FADE = 0.1, 0.75
 # Energy of noise, squared levels: pictures of a plain colour do not differ.
 _NOISE = 32.0
 _SAME = 1e-6
@@ -129,21 +129,25 @@ class CutFinder:
         is_alike = np.abs(before.colour - after.colour).max() < _SAME_COLOUR
         if difference < (_CHANGED_ALONE if is_alike else _CHANGED):
             return False
-        steps = [p.step for p in pictures[max(1, last + 1 - _NEXT) : last + 1]]
-        steps += [p.step for p in pictures[first + 1 : first + 1 + _NEXT]]
-        if steps and difference < _RATIO * np.median(steps):
+        near = pictures[max(1, last + 1 - _NEXT) : last + 1]
+        near += pictures[first + 1 : first + 1 + _NEXT]
+        if near and difference < _RATIO * np.median([picture.step for picture in near]):
             return False
-        shares = [_share(before, mixed, after) for mixed in pictures[last + 1 : first]]
-        if None in shares or (shares and not shares[0] > _PURE / 2):
-            return False
-        if shares and not _PURE <= shares[-1] <= 1 - _PURE:
-            return False
+        steps = first - last
+        if steps > 1:
+            shares = [_share(before, mixed, after) for mixed in pictures[last + 1 : first]]
+            if None in shares:
+                return False
+            # Those of an even fade grow by 1 / steps.
+            growth = np.diff([0.0, *shares, 1.0])
+            ends = min(growth[0], growth[-1])
+            if ends < 0.5 / steps or growth.max() > min(2 / steps, _CUT_IN_FADE):
+                return False
         following = pictures[first + 1 : first + 2]
         if following and _difference(before, following[0]) >= _CHANGED:
-            # The fade goes on.
             share = _share(before, after, following[0])
-            if share is not None and _PURE < share < 1 - _PURE:
-                return False
+            if share is not None and share < 1 - 0.5 / (steps + 1):
+                return False  # The fade goes on.
         gone = [p for p in pictures[: last + 1] if p.time > before.time - _AROUND + _SAME]
         come = [p for p in pictures[first:] if p.time < after.time + _AROUND - _SAME]
         return all(_difference(one, other) >= _CHANGED for one in gone for other in come)
