@@ -11,24 +11,35 @@ import time
 
 import numpy as np
 import pytest
-from drl_jax.search.indexing import update_index
-from drl_jax.search.rows import SearchIndexError
-from drl_jax.search.writer import IndexWriter
 from PIL import Image
 from support.videos import write_video
 
 import drl_jax
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import SampledVideo, sample_video
-from drl_jax.data.video import read_frames, to_form
+from drl_jax.data.video import read_frames
 from drl_jax.runtime.errors import UserError
+from drl_jax.search import refine as refine_module
 from drl_jax.search import session as session_module
-from drl_jax.search.calibration import unusual
+from drl_jax.search.calibration import WEAK, gallery_scale, unusual
 from drl_jax.search.filters import Filters, parse_day
+from drl_jax.search.indexing import update_index
 from drl_jax.search.moments import find_spans
-from drl_jax.search.query import Query, encode_sentences
+from drl_jax.search.quantization import dequantize, quantize
+from drl_jax.search.query import Query, encode_sentences, read_picture
+from drl_jax.search.refine import (
+    Candidate,
+    Film,
+    Part,
+    encode,
+    refine,
+    score_windows,
+    tighten,
+)
+from drl_jax.search.rows import SearchIndexError
 from drl_jax.search.session import SearchSession
-from drl_jax.search.windows import Window, window_at, windows_of
+from drl_jax.search.windows import Window, window_at, windows_around, windows_of
+from drl_jax.search.writer import IndexWriter
 
 FPS = 5
 # Seconds of the shots of the film; the third is longer than a window.
@@ -40,8 +51,9 @@ def shot(number: int, seconds: int) -> np.ndarray:
     """A square that moves slowly over a picture of its own colours."""
     rng = np.random.default_rng(number)
     ramp = np.linspace(0, 1, 64)[:, None, None]
+    ramp = np.broadcast_to(ramp.swapaxes(0, 1) if number % 2 else ramp, (64, 64, 1))
     picture = (1 - ramp) * rng.integers(0, 256, 3) + ramp * rng.integers(0, 256, 3)
-    frames = np.tile(picture, (seconds * FPS, 1, 64, 1)).astype(np.uint8)
+    frames = np.tile(picture, (seconds * FPS, 1, 1, 1)).astype(np.uint8)
     for step, frame in enumerate(frames):
         frame[20:30, step % 50 : step % 50 + 10] = rng.integers(0, 256, 3) if not step else 255
     return frames
@@ -98,25 +110,12 @@ def update(model, videos, index, **flags):
 # ---------------------------------------------------------------- sampling and windows
 
 
-def test_a_shot_in_a_film_has_the_frames_of_the_shot_as_a_file(film):
-    sampled = []
-    video = sample_video(film / "film.mp4", FORM, sampled.append)
-    np.testing.assert_allclose(video.shot_starts, np.cumsum((0, *SHOTS[:-1])), atol=1e-6)
-    assert video.duration == pytest.approx(sum(SHOTS))
-    assert len(sampled) == len(video.times) == sum(SHOTS)
-    for number in (0, 3):
-        alone = read_frames(film / f"shot{number}.mp4", 100, FORM)
-        first = video.shots[number]
-        found = np.stack(sampled[first : first + len(alone)]).astype(int)
-        # Two encodings of the same pictures.
-        assert np.abs(found - alone).mean() < 3
-
-
-def sampled(starts, duration) -> SampledVideo:
-    """A video with a frame each second, and shots."""
-    times = np.arange(0, duration, 1.0)
+def sampled(starts, duration, fps=1) -> SampledVideo:
+    """A video with some frames each second, and shots."""
+    times = np.arange(0, duration * fps) / fps
     shots = np.searchsorted(times, starts)
-    return SampledVideo(times, shots, np.array(starts, float), float(duration))
+    coarse = times % 1 == 0
+    return SampledVideo(times, coarse, shots, np.array(starts, float), float(duration))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_windows_of_shots(starts, duration, expected):
 
 
 def test_a_window_has_evenly_spaced_frames_if_there_are_too_many():
-    video = sampled([0], 4)._replace(times=np.arange(0, 4, 0.5))
+    video = sampled([0], 4)._replace(times=np.arange(0, 4, 0.5), coarse=np.ones(8, bool))
     (window,) = windows_of(video, max_frames=4)
     assert window.frames == (0, 2, 4, 7)
 
@@ -160,6 +159,145 @@ def test_no_window_crosses_a_cut_by_more_than_half_a_second():
                 assert min(cut - window.start, window.end - cut) <= 0.5
 
 
+@pytest.mark.parametrize("fps", [1, 2, 4])
+def test_every_frame_starts_a_window_around_a_stored_one(fps):
+    video = sampled([0, 9], 40, fps)
+    windows = windows_of(video, 4)
+    around = [windows_around(video.times, windows, n, 4) for n in range(len(windows))]
+    found = sorted(window for near in around for window in near)
+    starts = [time for time in video.times if time + 3 < (9 if time < 9 else 40)]
+    assert [window.start for window in found] == starts
+    for window in found:
+        assert video.times[list(window.frames)].tolist() == [window.start + n for n in range(4)]
+        assert window.end == window.start + 3.25
+    for stored, near in zip(windows, around, strict=True):
+        assert stored.frames in [window.frames for window in near]
+        assert all(abs(window.start - stored.start) <= 2 for window in near)
+
+
+def test_no_window_around_a_stored_one_crosses_a_cut():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        starts = np.concatenate([[0], np.cumsum(rng.choice([0.4, 1, 3, 4.1, 8, 30], 12))])
+        video = sampled(starts[:-1], starts[-1], 4)
+        windows = windows_of(video, 4)
+        for number, stored in enumerate(windows):
+            for window in windows_around(video.times, windows, number, 4):
+                cuts = starts[(starts > window.start) & (starts < window.end)]
+                assert all(min(c - window.start, window.end - c) <= 0.5 for c in cuts)
+
+
+# ---------------------------------------------------------------- refinement
+
+
+@pytest.fixture(scope="module")
+def features(search_model):
+    """A film of 40 s without cuts, two frames a second, as an index stores it."""
+    frames = np.stack([shot(n // 10, 1)[n % 5] for n in range(80)])
+    feat = quantize({"image_feat": search_model.encode_frames(frames)}, "bfloat16")["image_feat"]
+    video = sampled([0], 40, fps=2)
+    return Film(video.times, windows_of(video, 4), feat)
+
+
+def parts_of(model, *sentences: str) -> list[Part]:
+    return [Part(model.encode_text([sentence]), 1.0) for sentence in sentences]
+
+
+def candidates_of(model, parts, film: Film) -> list[Candidate]:
+    """All stored windows, the best first."""
+    scores = score_windows(model, parts, encode(model, [(film, w) for w in film.windows]))
+    order = np.argsort(-scores, kind="stable")
+    return [Candidate(film, int(number), float(scores[number])) for number in order]
+
+
+def test_a_refined_window_has_the_score_of_its_frames(search_model, features):
+    parts = parts_of(search_model, "a red circle moves")
+    candidates = candidates_of(search_model, parts, features)
+    found = refine(search_model, parts, candidates)
+    stored = np.asarray(dequantize({"image_feat": features.image_feat})["image_feat"])
+    for candidate, (window, score) in zip(candidates, found, strict=True):
+        near = windows_around(features.times, features.windows, candidate.window, 4)
+        alone = search_model.encode_frame_windows(stored, [near.frames for near in near])
+        similarity = search_model.similarity(parts[0].text, alone)[0]
+        assert score == pytest.approx(similarity.max(), abs=1e-6)
+        assert window == near[similarity.argmax()]
+    assert any(new.score > old.score for new, old in zip(found, candidates, strict=True))
+
+
+def test_what_a_candidate_becomes_depends_on_its_film_alone(search_model, features):
+    parts = parts_of(search_model, "a red circle moves")
+    candidates = candidates_of(search_model, parts, features)
+    together = refine(search_model, parts, candidates)
+    for number in (0, 7):
+        (alone,) = refine(search_model, parts, [candidates[number]])
+        assert alone.window == together[number].window
+        assert alone.score == pytest.approx(together[number].score, abs=1e-6)
+
+
+def test_a_fixed_number_of_windows_is_refined(search_model, features, monkeypatch):
+    parts = parts_of(search_model, "a red circle moves")
+    candidates = candidates_of(search_model, parts, features)
+    encoded = []
+    of_model = type(search_model).encode_frame_windows
+    monkeypatch.setattr(
+        type(search_model),
+        "encode_frame_windows",
+        lambda self, feat, windows: encoded.append(len(windows)) or of_model(self, feat, windows),
+    )
+    short = Candidate(None, 0, 0.5)
+    found = refine(search_model, parts, [short, *candidates], most=10)
+    assert found[0] == (None, 0.5)
+    assert sum(encoded) <= 10
+    unchanged = [
+        (features.windows[candidate.window], candidate.score) for candidate in candidates[10:]
+    ]
+    assert found[11:] == unchanged
+    # A correction for hubs is that of the stored window.
+    biased = [candidate._replace(score=candidate.score - 0.5, bias=0.5) for candidate in candidates]
+    for one, other in zip(
+        refine(search_model, parts, biased, 10), refine(search_model, parts, candidates, 10)
+    ):
+        assert one.score == pytest.approx(other.score - 0.5, abs=1e-6)
+
+
+def test_scores_of_parts_are_sums(search_model, features):
+    """Also of parts of different lengths: none is padded to the other's."""
+    windows = encode(search_model, [(features, window) for window in features.windows])
+    video = search_model.interaction.video_as_text({n: a[:3] for n, a in windows.items()})
+    sentence, similar = Part(search_model.encode_text(["a"]), 1.0), Part(video, -0.5)
+    one, other = (score_windows(search_model, [part], windows) for part in (sentence, similar))
+    both = score_windows(search_model, [sentence, similar], windows)
+    np.testing.assert_allclose(both, one + other, atol=1e-7)
+    # Of the windows of a video, the most similar one counts.
+    assert (other <= -0.5 * 0.99).sum() >= 3
+    np.testing.assert_allclose(
+        other, -0.5 * search_model.similarity(video, windows).max(axis=0), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("has_vectors", [True, False])
+def test_few_of_many_windows_are_proposed(search_model, features, monkeypatch, has_vectors):
+    monkeypatch.setattr(search_model.interaction, "HAS_VECTORS", has_vectors)
+    parts = parts_of(search_model, "a red circle moves")
+    windows = [Window(n, n + 3.25, (n, n + 2, n + 4, n + 6)) for n in range(40)]
+    found = refine_module._promising(search_model.interaction, parts, features, windows)
+    assert len(found) == 4
+    if not has_vectors:
+        assert [window.start for window in found] == [0, 13, 26, 39]
+
+
+def test_a_moment_is_tightened_inside_its_window(search_model, features):
+    parts = parts_of(search_model, "a red circle moves")
+    bank = search_model.encode_text(["a dog", "two cats", "some birds in the sky"])
+    for number in range(0, 18, 3):
+        for window in windows_around(features.times, features.windows, number, 4):
+            tight = tighten(search_model, parts, bank, features, window)
+            assert window.start <= tight.start < tight.end <= window.end
+            assert set(tight.frames) <= set(range(window.frames[0], window.frames[-1] + 1))
+    whole = Film(features.times, [Window(0.0, 3.5, (0, 2, 4, 6))], features.image_feat)
+    assert tighten(search_model, parts, bank, whole, whole.windows[0]) == whole.windows[0]
+
+
 # ---------------------------------------------------------------- moments
 
 
@@ -170,6 +308,52 @@ def test_windows_that_touch_and_score_alike_are_one_moment():
     found = find_spans(WINDOWS, np.array([0.1, 0.95, 1.0, 0.92, 0.2, 0.1]), most=2)
     assert found[0] == (6.0, 30.0, 1.0, 2)
     assert [span.window for span in found] == [2, 4]
+
+
+def test_moments_do_not_depend_on_the_scale_of_scores():
+    """They may all be negative."""
+    rng = np.random.default_rng(0)
+    windows = [Window(6.0 * n, 6.0 * n + 12, (n,)) for n in range(60)]
+    scores = rng.normal(0.25, 0.01, 60)
+    scores[20:23] = 0.3, 0.31, 0.295
+    expected = [span[:2] for span in find_spans(windows, scores, most=3)]
+    assert expected[0] == (120, 144)
+    for changed in (scores - 1, 50 * scores - 40, 1e-3 * scores):
+        assert [span[:2] for span in find_spans(windows, changed, most=3)] == expected
+
+
+def test_a_weak_event_is_no_long_moment():
+    """Cosines as CLIP gives them: neighbours are alike, and the event is little above them."""
+    rng = np.random.default_rng(0)
+    windows = [Window(6.0 * n, 6.0 * n + 12, (n,)) for n in range(599)]
+    lengths, hits = [], 0
+    for _ in range(50):
+        noise = rng.normal(0, 1, 599)
+        for n in range(1, 599):
+            noise[n] = 0.8 * noise[n - 1] + 0.6 * noise[n]
+        scores, event = 0.25 + 0.008 * noise, int(rng.integers(5, 594))
+        scores[event] = max(scores[event], 0.275)
+        best = find_spans(windows, scores, 1, deviation=0.025)[0]
+        lengths.append(best.end - best.start)
+        shared = min(best.end, windows[event].end) - max(best.start, windows[event].start)
+        hits += shared / (lengths[-1] + 12 - shared) >= 0.5
+    assert np.median(lengths) <= 24
+    assert hits >= 30
+
+
+def test_a_short_film_may_be_one_moment():
+    """All windows answer the query, and none stands out of the others."""
+    scores = np.array([0.30, 0.305, 0.302, 0.304, 0.301, 0.303])
+    assert find_spans(WINDOWS, scores, 1, deviation=0.03)[0][:2] == (0, 42)
+
+
+def test_the_scale_of_a_query_that_is_no_sentence():
+    scores = np.random.default_rng(0).normal(0.3, 0.02, 64)
+    scores[:6] = 0.9  # It may be among those that it is compared with.
+    scale = gallery_scale(scores)
+    np.testing.assert_allclose(scale, [0.3, 0.02], atol=0.01)
+    assert unusual(0.9, scale) > WEAK > unusual(0.32, scale)
+    assert gallery_scale(scores[:7]) is None
 
 
 def test_windows_that_overlap_a_better_moment_are_left_out():
@@ -244,7 +428,9 @@ def test_calibration_is_that_of_the_bank(session, search_model):
 
 
 def picture_of(session, number: int) -> bytes:
-    return to_form(shot(number, 1)[0], session.model.frame_form).tobytes()
+    file = io.BytesIO()
+    Image.fromarray(shot(number, 1)[0]).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_a_picture_finds_its_shot(session):
@@ -294,7 +480,15 @@ def test_scores_of_combined_queries_are_sums(session, film):
     assert hit.moments[0].explanation.words[1:-1] == sentence.split()
 
 
-def test_queries_that_cannot_be_read_are_one_line(session):
+def test_pictures_that_cannot_be_read_are_one_line(search_model, session):
+    damaged = picture_of(session, 0)[:200]
+    for content, message in ((b"no picture", "not an image file"), (damaged, "is damaged")):
+        with pytest.raises(UserError, match=message):
+            read_picture(search_model, content)
+    large = io.BytesIO()
+    Image.new("1", (20_000, 6_000)).save(large, "PNG")
+    with pytest.raises(UserError, match="20000 x 6000 pixels; at most 100,000,000"):
+        read_picture(search_model, large.getvalue())
     with pytest.raises(UserError, match="the query is empty"):
         session.answer(Query(without="a dog"), top=1)
     with pytest.raises(UserError, match="has 100,000 characters; at most 10,000"):

@@ -9,6 +9,8 @@ is a run of pictures that are mixtures of the one before and the one after it.
 """
 
 import collections
+import math
+import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,10 +31,12 @@ _CHANGED, _CHANGED_ALONE, _SAME_COLOUR = 0.45, 0.8, 6.0
 # two on each side.
 _RATIO, _NEXT = 2.0, 2
 # A mixture of two pictures differs from the nearest point between them by less than this share of
-# their distance, and is not one of them.
-_UNMIXED, _PURE = 0.1, 0.1
+# their squared distance. A larger step between two mixtures is a cut.
+_UNMIXED, _CUT_IN_FADE = 0.1, 0.75
 # Energy of noise, squared levels: pictures of a plain colour do not differ.
 _NOISE = 32.0
+# A mean colour of that length is almost black, and has no hue, levels.
+_BLACK = 8.0
 _SAME = 1e-6
 
 Frame = tuple[av.VideoFrame, float]
@@ -43,14 +47,16 @@ class _Picture(NamedTuple):
 
     Attributes:
       time: seconds.
-      colour: float32 [3], its mean.
+      colour: its mean, levels.
+      hue: the direction of the mean; shorter if it is almost black.
       pixels: float32 [N], without the mean, so that its dot product with itself is the energy.
       energy: squared levels.
       step: share of the structure that differs from the picture before.
     """
 
     time: float
-    colour: np.ndarray
+    colour: tuple[float, ...]
+    hue: tuple[float, ...]
     pixels: np.ndarray
     energy: float
     step: float
@@ -85,9 +91,11 @@ class CutFinder:
             frame, _SIDE, _SIDE, "rgb24", interpolation="FAST_BILINEAR"
         )
         pixels = small.to_ndarray().reshape(-1, 3).astype(np.float32)
-        colour = pixels.mean(axis=0)
-        pixels = (pixels - colour).ravel() / np.float32(_SIDE * 3**0.5)
-        picture = _Picture(time, colour, pixels, float(pixels @ pixels), 0.0)
+        mean = pixels.mean(axis=0)
+        pixels = (pixels - mean).ravel() / np.float32(_SIDE * 3**0.5)
+        colour = tuple(mean.tolist())
+        hue = tuple(level / (math.hypot(*colour) + _BLACK) for level in colour)
+        picture = _Picture(time, colour, hue, pixels, float(pixels @ pixels), 0.0)
         if not self._pictures:
             return picture
         return picture._replace(step=_difference(self._pictures[-1], picture))
@@ -126,33 +134,41 @@ class CutFinder:
         pictures = self._pictures
         before, after = pictures[last], pictures[first]
         difference = _difference(before, after)
-        is_alike = np.abs(before.colour - after.colour).max() < _SAME_COLOUR
-        if difference < (_CHANGED_ALONE if is_alike else _CHANGED):
+        if difference < _CHANGED:
             return False
-        steps = [p.step for p in pictures[max(1, last + 1 - _NEXT) : last + 1]]
-        steps += [p.step for p in pictures[first + 1 : first + 1 + _NEXT]]
-        if steps and difference < _RATIO * np.median(steps):
+        colours = zip(before.colour, after.colour, strict=True)
+        is_alike = max(abs(one - other) for one, other in colours) < _SAME_COLOUR
+        if is_alike and difference < _CHANGED_ALONE:
             return False
-        shares = [_share(before, mixed, after) for mixed in pictures[last + 1 : first]]
-        if None in shares or (shares and not shares[0] > _PURE / 2):
+        near = pictures[max(1, last + 1 - _NEXT) : last + 1]
+        near += pictures[first + 1 : first + 1 + _NEXT]
+        if near and difference < _RATIO * statistics.median(picture.step for picture in near):
             return False
-        if shares and not _PURE <= shares[-1] <= 1 - _PURE:
-            return False
+        steps = first - last
+        if steps > 1:
+            shares = [_share(before, mixed, after) for mixed in pictures[last + 1 : first]]
+            if None in shares:
+                return False
+            # Those of an even fade grow by 1 / steps.
+            growth = np.diff([0.0, *shares, 1.0])
+            ends = min(growth[0], growth[-1])
+            if ends < 0.5 / steps or growth.max() > min(2 / steps, _CUT_IN_FADE):
+                return False
         following = pictures[first + 1 : first + 2]
         if following and _difference(before, following[0]) >= _CHANGED:
-            # The fade goes on.
             share = _share(before, after, following[0])
-            if share is not None and _PURE < share < 1 - _PURE:
-                return False
+            if share is not None and share < 1 - 0.5 / (steps + 1):
+                return False  # The fade goes on.
         gone = [p for p in pictures[: last + 1] if p.time > before.time - _AROUND + _SAME]
         come = [p for p in pictures[first:] if p.time < after.time + _AROUND - _SAME]
         return all(_difference(one, other) >= _CHANGED for one in gone for other in come)
 
 
 def _difference(one: _Picture, other: _Picture) -> float:
-    """Share of the structure of two pictures that differs: 0 to about 1."""
+    """Share of the structure of two pictures that differs, or how far their hues do: 0 to 1."""
     both = one.energy + other.energy
-    return (both - 2 * float(one.pixels @ other.pixels)) / (both + _NOISE)
+    structure = (both - 2 * float(one.pixels @ other.pixels)) / (both + _NOISE)
+    return max(structure, math.dist(one.hue, other.hue))
 
 
 def _share(before: _Picture, mixed: _Picture, after: _Picture) -> float | None:

@@ -18,10 +18,11 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.search.calibration import bank_similarity
 from drl_jax.search.windows import Window, inner_windows, windows_around
 
-# Windows that a query encodes, and those of one candidate, at most.
-REFINE, _PER_CANDIDATE = 128, 8
+# Windows that a query encodes, and those of one candidate, at most. More candidates find more than
+# more windows of each do.
+REFINE, _PER_CANDIDATE = 128, 4
 # By how many deviations of the bank a shorter window has to be more unusual than the winner.
-_CLEARLY = 1.0
+_CLEARLY = 0.25
 
 
 class Part(NamedTuple):
@@ -69,10 +70,10 @@ class Candidate(NamedTuple):
 
 
 class Refined(NamedTuple):
-    """The best window at a candidate; None: the candidate's own.
+    """The best window at a candidate.
 
     Attributes:
-      window: the window.
+      window: the window; None for a file of one window.
       score: of the query, without the bias of the candidate.
     """
 
@@ -127,23 +128,20 @@ def refine(
     Returns:
       One for each candidate.
     """
+    refined = [Refined(c.film and c.film.windows[c.window], c.score) for c in candidates]
     proposed: list[tuple[int, Window]] = []
-    own: dict[int, Window] = {}
-    for number, candidate in enumerate(candidates):
-        if candidate.film is None:
+    for number, (film, window, score, _) in enumerate(candidates):
+        if film is None:
             continue
-        film, frames = candidate.film, model.config.data.max_frames
-        around = windows_around(film.times, film.windows, candidate.window, frames)
-        stored = film.windows[candidate.window].frames
-        own.update((number, window) for window in around if window.frames == stored)
-        around = [window for window in around if window.frames != stored]
+        around = windows_around(film.times, film.windows, window, model.config.data.max_frames)
+        stored = [new for new in around if new.frames == film.windows[window].frames]
+        if stored:  # With the span of a refined window, and its score is known.
+            around.remove(stored[0])
+            refined[number] = Refined(stored[0], score)
         around = _promising(model.interaction, parts, film, around)
         if len(proposed) + len(around) > most:
             break
-        proposed += [(number, window) for window in around]
-    refined = [
-        Refined(own.get(number), candidate.score) for number, candidate in enumerate(candidates)
-    ]
+        proposed += [(number, new) for new in around]
     if not proposed:
         return refined
     features = encode(model, [(candidates[number].film, window) for number, window in proposed])
@@ -160,25 +158,27 @@ def tighten(
 ) -> Window:
     """Moves the start and the end of a moment inside it.
 
-    Windows of other lengths are compared by how unusual the query's score is among those of the
-    bank's captions with the same window.
+    Windows of other lengths are compared by how unusual the score is among those of the same window
+    with the captions of the bank. A window that is a whole shot stays as it is.
 
     Args:
       model: of the index.
       parts: of the query, a sentence.
       bank: arrays of the captions (`encode_text`).
       film: that the window is of.
-      window: a refined window.
+      window: the best one at a candidate.
 
     Returns:
       The most unusual part of the window, or the window.
     """
-    inside = [window, *inner_windows(film.times, window, model.config.data.max_frames)]
-    features = encode(model, [(film, part) for part in inside])
+    windows = [window, *inner_windows(film.times, window, model.config.data.max_frames)]
+    if len(windows) == 1 or window in film.windows:
+        return window
+    features = encode(model, [(film, part) for part in windows])
     mean, deviation = bank_similarity(model, bank, features).T
     unusual = (score_windows(model, parts, features) - mean) / np.maximum(deviation, 1e-6)
-    best = int(unusual.argmax())
-    return inside[best] if unusual[best] > unusual[0] + _CLEARLY else window
+    unusual[0] += _CLEARLY
+    return windows[int(unusual.argmax())]
 
 
 def encode(model: RetrievalModel, windows: Sequence[tuple[Film, Window]]) -> Features:
@@ -192,35 +192,21 @@ def encode(model: RetrievalModel, windows: Sequence[tuple[Film, Window]]) -> Fea
 def _promising(
     interaction: type[Interaction], parts: Sequence[Part], film: Film, windows: list[Window]
 ) -> list[Window]:
-    """The windows to encode: the best by single frames, or evenly spread ones."""
+    """The windows to encode: the most similar by single frames, or evenly spread ones."""
     if len(windows) <= _PER_CANDIDATE:
         return windows
     if not interaction.HAS_VECTORS:
         chosen = np.linspace(0, len(windows) - 1, _PER_CANDIDATE, dtype=int)
         return [windows[number] for number in chosen]
-    first = min(window.frames[0] for window in windows)
-    last = max(window.frames[-1] for window in windows)
-    image_feat = _float32(film.image_feat[first : last + 1])
-    unit = unit_features({"frame_feat": image_feat}, "frame")
-    rows = np.array([window.frames for window in windows]) - first
-    promise = sum(part.weight * _promise(interaction, part.text, unit, rows) for part in parts)
+    rows = np.array([window.frames for window in windows])  # [W, F]
+    feat = _float32(film.image_feat[rows.min() : rows.max() + 1])
+    unit = unit_features({"frame_feat": feat}, "frame")
+    of_frames = sum(
+        part.weight * (interaction.query_vectors(part.text) @ unit.T).max(axis=0) for part in parts
+    )
+    promise = of_frames[rows - rows.min()].mean(axis=1)
     chosen = np.sort(np.argsort(-promise, kind="stable")[:_PER_CANDIDATE])
     return [windows[number] for number in chosen]
-
-
-def _promise(
-    interaction: type[Interaction], text: Features, unit: np.ndarray, rows: np.ndarray
-) -> np.ndarray:
-    """What single frames say about windows: unit [F, D], rows of frames [W, F] -> [W]."""
-    if not interaction.COMPARES_TOKENS:
-        return (interaction.query_vectors(text) @ unit.T).max(axis=0)[rows].mean(axis=1)
-    found = []
-    for tokens, mask, weight in zip(
-        text["text_unit"], text["text_mask"], text["text_weight"], strict=True
-    ):
-        similarity = (unit @ tokens[mask].T)[rows]  # [W, F, L]
-        found.append(similarity.max(axis=1) @ weight[mask] + similarity.max(axis=2).mean(axis=1))
-    return np.max(found, axis=0)
 
 
 def _float32(image_feat: np.ndarray) -> np.ndarray:
