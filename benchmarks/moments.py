@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from drl_jax.search.indexing import update_index
 
 from benchmarks.hours import Clip, Film, read_clips, write_files, write_hour, write_joined
 from benchmarks.measure import arguments, report, table
@@ -31,7 +32,6 @@ from benchmarks.moment_metrics import PREDICTIONS, is_inside, overlaps, summary
 from benchmarks.moment_windows import Candidates, other_windows
 from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.cli import positive_int, run_command
-from drl_jax.search.indexing import update_index
 from drl_jax.search.moments import find_spans
 from drl_jax.search.session import SearchSession
 from drl_jax.search.windows import Window

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from drl_jax.search.rows import IndexedVideo
+from drl_jax.search.writer import IndexWriter
 
 from benchmarks.input_pipeline import put_videos
 from benchmarks.measure import arguments, matmul_rate, positive_int, report
@@ -27,7 +29,8 @@ from data_prep.annotations import Annotations, Captioned
 from data_prep.command import DECODE_TIMEOUT
 from data_prep.dataset_build import build_dataset
 from data_prep.decode import encode_jpeg
-from data_prep.video_folder import VideoFolder, make_plan
+from data_prep.locations import Clip
+from data_prep.video_folder import Plan, VideoFolder
 from drl_jax.config import BackboneConfig, LossConfig, ModelConfig
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.frames import DiskFrames
@@ -35,8 +38,6 @@ from drl_jax.data.records import VideoDataset
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import read_frames
 from drl_jax.search.reading import VideoRead, read_video
-from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.writer import IndexWriter
 from drl_jax.training.flops import train_step_flops
 
 FRAMES, WORDS = 12, 32
@@ -154,7 +155,9 @@ def measure_build(
         folder = directory / f"links_{links}"
         names = link_repeatedly(videos, folder, links)
         captions = [Captioned(name, [f"caption of {name}"]) for name in names]
-        plan = make_plan(Annotations({"train": captions}), folder, {})
+        # Not `make_plan`: links to one file would be one video.
+        planned = [Clip(name, folder / name, None) for name in names]
+        plan = Plan(Annotations({"train": captions}), folder, planned, {}, [])
         for _ in range(2):  # The first build decodes.
             start = time.process_time()
             with contextlib.redirect_stderr(io.StringIO()):  # Hides the progress bars.

@@ -148,6 +148,7 @@ def test_rows_of_the_ablation(name):
         ),
         ({"model.agg_module": "mean"}, "model.agg_module is none, seqLSTM or seqTransf"),
         ({"train.batch_size": 0}, "config.train.batch_size must be positive"),
+        ({"train.batch_size": 1}, "config.train.batch_size=1 .* softmax .* at least 2, or --config"),
         ({"train.microbatch": 7}, "train.microbatch=7 must divide train.batch_size="),
         ({"model.dtype": "float16"}, "model.dtype is float32 or bfloat16, not 'float16'"),
         ({"model.similarity_block": -1}, "model.similarity_block must be 0"),

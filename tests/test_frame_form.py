@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from drl_jax.search.indexing import update_index
 from PIL import Image
 from support.commands import TINY, error_of
 from support.videos import SHARED, write_video, write_video_turned_right
@@ -22,7 +23,6 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.data.storage import DRAWN_DATASETS, StorageSpec
 from drl_jax.data.video import VideoError, read_frames
-from drl_jax.search.indexing import update_index
 from drl_jax.search.session import SearchSession
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

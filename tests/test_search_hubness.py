@@ -6,6 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from drl_jax.search.candidates import CandidateSearch
+from drl_jax.search.indexing import update_index
+from drl_jax.search.videos import slots_of
 from support.commands import error_of
 from support.search import random_model
 from support.videos import numbered_frames, write_video
@@ -14,11 +17,8 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.search.__main__ import main
 from drl_jax.search.addresses import PageQuery
 from drl_jax.search.api import SearchAPI
-from drl_jax.search.candidates import CandidateSearch
 from drl_jax.search.hubness import Correction
-from drl_jax.search.indexing import update_index
 from drl_jax.search.session import SearchSession
-from drl_jax.search.videos import slots_of
 
 QUERIES = ["a red circle moves to the left", "a green cross grows", "two words"]
 BANK = [f"a {color} {shape} waits" for color in ("red", "green", "blue") for shape in "abcdefgh"]

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drl_jax.search.indexing import update_index
+from drl_jax.search.rows import IndexedVideo, SearchIndexError
+from drl_jax.search.store import Store
+from drl_jax.search.writer import IndexWriter
 from support.commands import error_of
 from support.videos import write_video
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import store as store_module
-from drl_jax.search.indexing import update_index
-from drl_jax.search.rows import IndexedVideo, SearchIndexError
 from drl_jax.search.session import SearchSession
-from drl_jax.search.store import Store
 from drl_jax.search.windows import Window
-from drl_jax.search.writer import IndexWriter
 
 
 def frames(level: int, seconds: int = 2) -> np.ndarray:

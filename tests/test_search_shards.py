@@ -9,6 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drl_jax.search.candidates import CandidateSearch
+from drl_jax.search.indexing import update_index
+from drl_jax.search.joined import join
+from drl_jax.search.rows import SearchIndexError
+from drl_jax.search.slots import PART_SLOTS
+from drl_jax.search.store import Store
+from drl_jax.search.video_files import Shard
+from drl_jax.search.writer import IndexWriter
 from support.commands import error_of
 from support.videos import write_video
 
@@ -18,20 +26,12 @@ from drl_jax.search import integrity
 from drl_jax.search.__main__ import main
 from drl_jax.search.addresses import PageQuery
 from drl_jax.search.api import SearchAPI
-from drl_jax.search.candidates import CandidateSearch
 from drl_jax.search.filters import Filters
 from drl_jax.search.hubness import Correction
-from drl_jax.search.indexing import update_index
-from drl_jax.search.joined import join
 from drl_jax.search.query import Query
 from drl_jax.search.recall import measure_recall
-from drl_jax.search.rows import SearchIndexError
 from drl_jax.search.serve import make_app
 from drl_jax.search.session import SearchSession
-from drl_jax.search.slots import PART_SLOTS
-from drl_jax.search.store import Store
-from drl_jax.search.video_files import Shard
-from drl_jax.search.writer import IndexWriter
 
 NAMES = ("a.mp4", "c/d.mp4", "c/e.mp4", "g.mp4", "j.mp4", "long.mp4", "no.mp4")
 # The shard of each, of four.

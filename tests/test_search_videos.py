@@ -4,18 +4,18 @@ import shutil
 
 import numpy as np
 import pytest
+from drl_jax.search.indexing import update_index
+from drl_jax.search.rows import SearchIndexError
+from drl_jax.search.snapshot import IndexSnapshot
+from drl_jax.search.store import Store
+from drl_jax.search.videos import slots_of
+from drl_jax.search.writer import IndexWriter
 from support.videos import write_video
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import integrity, rows, store, writer
 from drl_jax.search.filters import Filters
-from drl_jax.search.indexing import update_index
-from drl_jax.search.rows import SearchIndexError
 from drl_jax.search.session import SearchSession
-from drl_jax.search.snapshot import IndexSnapshot
-from drl_jax.search.store import Store
-from drl_jax.search.videos import slots_of
-from drl_jax.search.writer import IndexWriter
 
 NAMES = ("a.mp4", "b.mp4", "c/d.mp4", "e.mp4", "long.mp4")
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from drl_jax.search.array_files import GROWTH
+from drl_jax.search.indexing import update_index
+from drl_jax.search.rows import ADDED_COLUMNS
 
 import drl_jax
 from benchmarks.fuzz.damage import FAILURE, UNDETECTABLE, Damage, damage_bytes, damage_file
 from benchmarks.fuzz.small_run import write_run
 from benchmarks.fuzz.videos import write_video
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.search.array_files import GROWTH
 from drl_jax.search.calibration import BANK_ARRAY
-from drl_jax.search.indexing import update_index
-from drl_jax.search.rows import ADDED_COLUMNS
 from drl_jax.search.session import SearchSession
 
 _VIDEOS = 4

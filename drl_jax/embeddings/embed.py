@@ -14,13 +14,14 @@ from drl_jax.embeddings import SHARD_SIZE
 from drl_jax.embeddings.inputs import VideoFolder
 from drl_jax.embeddings.output import Output
 from drl_jax.models.interactions import Features
+from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
-from drl_jax.search.encoding import delete_spooled, encode_reads
+from drl_jax.search.encoding import encode_reads
+from drl_jax.search.query import sampling_of
 from drl_jax.search.reading import VideoRead, read_video, read_whole_video
-from drl_jax.search.windows import Window
 
 # Videos that a worker may read ahead.
 _AHEAD = 2
@@ -53,15 +54,19 @@ def embed_captions(
         "model": model.fingerprint,
         "list of captions": json_sha256(list(captions)),
         "--dtype": dtype,
+        "max_words": model.config.data.max_words,
     }
+    encoded = cut = 0
     with Output(out, made_with, len(captions), shard_size) as output:
         pending = list(output.pending())
         with _progress(pending, len(captions), "caption") as progress:
             for file, numbers in pending:
                 part = captions[numbers.start : numbers.stop]
-                arrays = _of_captions(model, part, dtype)
-                output.write(file, arrays, _about(model), {})
+                tokens = model.tokenize(part)
+                output.write(file, _of_captions(model, part, tokens, dtype), _about(model), {}, {})
+                encoded, cut = encoded + len(part), cut + int(tokens.is_cut.sum())
                 progress.update(len(part))
+    warn_of_cut(cut, encoded, model.config.data.max_words)
     return output
 
 
@@ -97,18 +102,18 @@ def embed_videos(
         "--dtype": dtype,
         "--windows": windows,
     }
-    most, form = model.config.data.max_frames, model.frame_form
+    sampling = sampling_of(model)
     with Output(out, made_with, len(found), shard_size, videos.unusable) as output:
         pending = list(output.pending())
         numbers = [number for _, numbers in pending for number in numbers]
         files = [videos.folder / found[number].path for number in numbers]
         if windows:
             calls = [
-                (file, frozenset(), most, form, output.spool / f"{number}.frames")
+                (file, frozenset(), sampling, output.spool / f"{number}.frames")
                 for number, file in zip(numbers, files, strict=True)
             ]
         else:
-            calls = [(file, most, form) for file in files]
+            calls = [(file, sampling) for file in files]
         reads = map_in_processes(
             read_video if windows else read_whole_video,
             calls,
@@ -122,7 +127,9 @@ def embed_videos(
                 for path, read in zip(paths, islice(reads, len(paths)), strict=True):
                     shard.add(path, read)
                     progress.update()
-                output.write(file, shard.arrays(), _about(model), shard.unreadable)
+                output.write(
+                    file, shard.arrays(), _about(model), shard.unreadable, shard.unavailable
+                )
     return output
 
 
@@ -131,6 +138,7 @@ class _VideoShard:
 
     def __init__(self, model: RetrievalModel, dtype: str, windows: bool):
         self.unreadable: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
         self._model, self._dtype, self._windows = model, dtype, windows
         self._waiting: list[tuple[str, VideoRead]] = []
         self._encoded: list[dict[str, np.ndarray]] = []
@@ -138,7 +146,7 @@ class _VideoShard:
     def add(self, path: str, read: VideoRead | WorkerFailure) -> None:
         """Takes a video that was read."""
         if isinstance(read, WorkerFailure):
-            self.unreadable[path] = read.reason
+            (self.unavailable if read.is_passing else self.unreadable)[path] = read.reason
         elif read.failure:
             raise UserError(f"cannot write the frames of {path} beside --out ({read.failure})")
         elif read.error:
@@ -155,8 +163,12 @@ class _VideoShard:
             self._encode()
         if not self._encoded:
             black = np.zeros((1, *self._model.frame_form.shape), np.uint8)
-            window = Window(0.0, 0.0, (0,))
-            self._waiting = [("", VideoRead("", times=(0.0,), windows=(window,), frames=black))]
+            arrays = {
+                "window.frames": np.zeros((1, 1), np.int32),
+                "window.span": np.zeros((1, 2)),
+                "frame.time": np.zeros(1),
+            }
+            self._waiting = [("", VideoRead("", arrays=arrays, frames=black))]
             self._encode()
             self._encoded = [{name: array[:0] for name, array in self._encoded[0].items()}]
         parts = self._encoded
@@ -164,29 +176,31 @@ class _VideoShard:
 
     def _encode(self) -> None:
         reads, self._waiting = self._waiting, []
-        video = encode_reads(self._model, [read for _, read in reads])
-        delete_spooled([read for _, read in reads])
+        video, _ = encode_reads(self._model, [read for _, read in reads])
+        for _, read in reads:
+            if read.spooled is not None:
+                read.spooled.unlink(missing_ok=True)
         rows = [(path, read, window) for path, read in reads for window in read.windows]
         # Not a number where there is no frame.
         frame_time = np.full(video["frame_mask"].shape, np.nan, np.float32)
         for row, (_, read, window) in enumerate(rows):
-            frame_time[row, : len(window.frames)] = np.array(read.times)[list(window.frames)]
+            frame_time[row, : len(window)] = read.arrays["frame.time"][list(window)]
         arrays = {"video_id": np.array([path for path, _, _ in rows])}
         if self._windows:
-            arrays["start"] = np.array([window.start for _, _, window in rows], np.float32)
-            arrays["end"] = np.array([window.end for _, _, window in rows], np.float32)
+            spans = np.concatenate([read.arrays["window.span"] for _, read in reads])
+            arrays["start"], arrays["end"] = spans.astype(np.float32).T
         features = {"pooled": self._model.pool_videos(video), **video}
         self._encoded.append({**arrays, **_stored(features, self._dtype), "frame_time": frame_time})
 
 
 def _of_captions(
-    model: RetrievalModel, captions: Sequence[str], dtype: str
+    model: RetrievalModel, captions: Sequence[str], tokens: Tokenized, dtype: str
 ) -> dict[str, np.ndarray]:
-    text = model.encode_text(captions)
-    tokens = model.token_strings(captions)
-    longest = max(len(token) for row in tokens for token in row)
+    text = model.encode_tokens(tokens)
+    words = model.token_strings(captions)
+    longest = max(len(word) for row in words for word in row)
     token = np.zeros(text["text_mask"].shape, f"<U{longest}")
-    for row, strings in enumerate(tokens):
+    for row, strings in enumerate(words):
         token[row, text["text_mask"][row]] = strings
     features = {"pooled": model.pool_text(text), **text}
     return {"caption": np.array(captions), **_stored(features, dtype), "token": token}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from drl_jax.config import Config
 from drl_jax.models.drl import Params
 from drl_jax.runs.workdir import RESUMABLE_FIELDS, flatten
-from drl_jax.runtime.files import replacing
+from drl_jax.runtime.files import naming, replacing
 
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
@@ -108,12 +108,18 @@ def _rewrite(path: Path, keep: Keep, *, scalars: bool = True) -> set[tuple[int, 
 
     Returns:
       The steps and tags of the scalars that stay.
+
+    Raises:
+      OSError: it cannot be read or written.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     points = set()
+    # An error of the disk, which TensorFlow reports in its own way, must not be taken for damage.
+    with naming(path):
+        path.read_bytes()
     # The file's timestamp and name stay, so that TensorBoard reads several files in their order.
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         writer = RecordWriter(file)

@@ -2,6 +2,8 @@
 
 # How features are stored in an index; masks and weights are stored exactly.
 STORAGES = ("bfloat16", "int8", "float32")
+# What finds candidates: see `ranking.SearchOptions`.
+ENGINES = ("auto", "exact", "scan", "qdrant")
 # Moments of a video that a hit has at most, unless a query asks for more.
 MOMENTS = 3
 # Windows that a scan or an engine finds, to be compared exactly.

@@ -45,9 +45,10 @@ def read_picture(path: Path, time: float) -> bytes:
 
     Raises:
       VideoError: no frame can be decoded.
+      Unavailable: the file cannot be read.
     """
     frame = None
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         with _decoding(path, time) as (container, stream, first):
             aspect = float(stream.sample_aspect_ratio or 1)
             for frame in (f for packet in container.demux(stream) for f in _frames(packet)):
@@ -77,8 +78,9 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
 
     Raises:
       VideoError: it cannot be decoded, or has no frame there.
+      Unavailable: it cannot be read.
     """
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         with contextlib.suppress(av.error.FFmpegError, ValueError):
             if _copy(path, start, end, out) and _can_start(out, 0.0):
                 return
@@ -258,7 +260,7 @@ def _can_start(path: Path, time: float) -> bool:
 @contextlib.contextmanager
 def _opened(path: Path, time: float) -> Iterator[_Opened]:
     """Opens a video before a time; yields container, stream and the time stamp of its start."""
-    with open_container(str(path)) as container:
+    with open_container(path) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise VideoError("has no video stream that FFmpeg decodes")

@@ -14,51 +14,52 @@ from drl_jax.search.quantization import quantize
 from drl_jax.search.reading import VideoRead, frames_of
 
 
+def encode_reads(
+    model: RetrievalModel, reads: Sequence[VideoRead]
+) -> tuple[Features, list[np.ndarray]]:
+    """Encodes the windows of videos; those of one window are encoded together.
+
+    Returns:
+      The arrays of all windows, in order, as of `RetrievalModel.encode_videos`; none without a
+      window. And for each video the features of its frames, float32 [N, D]; of one window [0, D].
+    """
+    short = [read.frames for read in reads if read.frames is not None]
+    together = model.encode_videos(short) if short else {}
+    rows: list[Features] = []
+    nothing = np.zeros((0, model.config.model.backbone.embed_dim), np.float32)
+    features, taken = [nothing] * len(reads), 0
+    for number, read in enumerate(reads):
+        if read.frames is not None:
+            rows.append({name: array[[taken]] for name, array in together.items()})
+            taken += 1
+        elif read.spooled is not None:
+            image_feat = model.encode_frames(frames_of(read, model.frame_form))
+            rows.append(model.encode_frame_windows(image_feat, read.windows))
+            features[number] = image_feat if len(read.windows) > 1 else nothing
+    names = rows[0] if rows else ()
+    return {name: np.concatenate([row[name] for row in rows]) for name in names}, features
+
+
 class WindowEncoder:
     """Encodes videos for an index, with what it stores of its banks of captions."""
 
     def __init__(self, model: RetrievalModel, directory: Path, header: Mapping[str, Any]):
-        """Encodes nothing before the first call.
-
-        Args:
-          model: of the index.
-          directory: of the index.
-          header: of the index.
-        """
         self._model, self._directory, self._header = model, directory, header
         self._banks: tuple[Features, Features | None] | None = None
 
     def encode(self, reads: Sequence[VideoRead]) -> list[dict[str, np.ndarray]]:
-        """The arrays of each video that need the model; see `VideoRecord.arrays`.
-
-        Videos of one window are encoded together; those with an error have no arrays.
-        """
-        short = [read.frames for read in reads if read.frames is not None]
-        together = self._model.encode_videos(short) if short else {}
-        rows: list[Features] = []  # Of all windows, in order.
-        features = [np.zeros((0, self._model.config.model.backbone.embed_dim), np.float32)] * len(reads)
-        next_short = 0
-        for number, read in enumerate(reads):
-            if read.frames is not None:
-                rows.append({name: a[[next_short]] for name, a in together.items()})
-                next_short += 1
-            elif read.spooled is not None:
-                image_feat = self._model.encode_frames(frames_of(read, self._model.frame_form))
-                rows.append(self._model.encode_frame_windows(image_feat, read.windows))
-                if len(read.windows) > 1:
-                    features[number] = image_feat
-        if not rows:
+        """The arrays of each video that need the model (`VideoRecord.arrays`); none with an error."""
+        windows, features = encode_reads(self._model, reads)
+        if not windows:
             return [{} for _ in reads]
-        windows = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         ends = np.cumsum([len(read.windows) for read in reads])
-        of_windows = {n: np.split(a, ends[:-1]) for n, a in self._stored(windows).items()}
-        return [
-            {f"window.{name}": parts[number] for name, parts in of_windows.items()}
-            | {f"feature.{name}": a for name, a in quantize({"image_feat": feat}, "bfloat16").items()}
-            if read.arrays
-            else {}
-            for number, (read, feat) in enumerate(zip(reads, features, strict=True))
-        ]
+        parts = {n: np.split(a, ends[:-1]) for n, a in self._stored(windows).items()}
+        found = []
+        for number, read in enumerate(reads):
+            feat = quantize({"image_feat": features[number]}, "bfloat16")["image_feat"]
+            arrays = {f"window.{name}": part[number] for name, part in parts.items()}
+            found.append({**arrays, "feature.image_feat": feat} if read.arrays else {})
+        return found
 
     def _stored(self, windows: Features) -> Features:
         """What is stored of windows."""

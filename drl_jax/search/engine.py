@@ -208,9 +208,7 @@ class SearchEngine:
         top = min(top, len(gallery))
         if not top:
             return [Ranking(np.zeros(0, np.float32), np.zeros(0, np.int64))] * count
-        texts = jax.device_put(
-            [_padded(part.text) for part in parts], gallery.layout.replicated
-        )
+        texts = jax.device_put([_padded(part.text) for part in parts], gallery.layout.replicated)
         weights = np.array([part.weight for part in parts], np.float32)
         found, pending = [], []
         for slots, arrays in gallery.blocks():

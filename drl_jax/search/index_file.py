@@ -8,9 +8,11 @@ other indexes instead, its parts, which are updated on their own.
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import numpy as np
 
 from drl_jax.runtime.errors import Unavailable, one_line, refusal
 from drl_jax.runtime.files import seal, unseal, write_json
-from drl_jax.runtime.lock import locked
+from drl_jax.runtime.lock import is_locked, locked
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord, write_segment
 
 FORMAT = 7
@@ -41,6 +43,8 @@ _LIGHT = 16 * _SMALLEST * _MERGED
 # A segment is written again when more of its videos than this share are gone.
 _MOST_GONE = 0.25
 _ATTEMPTS = 3
+# How far an update is, for the processes that search; no part of the index. Seconds between writes.
+_PROGRESS, _INTERVAL = "indexing.json", 1.0
 
 
 def read_header(directory: Path) -> dict[str, Any]:
@@ -380,7 +384,9 @@ class IndexWriter:
         for n in allowed:
             tier = max(0, int(np.log(max(sizes[n] / _SMALLEST, 1)) / np.log(_MERGED)))
             tiers.setdefault(tier, []).append(n)
-        return sorted({*chosen, *(n for same in tiers.values() if len(same) >= _MERGED for n in same)})
+        return sorted(
+            {*chosen, *(n for same in tiers.values() if len(same) >= _MERGED for n in same)}
+        )
 
     def _commit(self, entries: list[dict[str, Any]]) -> None:
         self.header = {**self.header, "segments": entries}
@@ -510,3 +516,73 @@ def _written(directory: Path, shard: Path) -> str:
 
 def _normal(path: Path) -> Path:
     return Path(os.path.normpath(path))
+
+
+# ---------------------------------------------------------------------- progress
+
+
+class Progress(NamedTuple):
+    """Progress of an update.
+
+    Attributes:
+      done: files that were read.
+      total: new and changed files.
+    """
+
+    done: int
+    total: int
+
+
+class ProgressFile:
+    """Writes the progress of an update; a context manager that deletes the file at its end.
+
+    A file that cannot be written is left out: the update itself reports a full disk.
+    """
+
+    def __init__(self, directory: Path, total: int):
+        """Writes nothing.
+
+        Args:
+          directory: of the index, which this process has locked.
+          total: new and changed files.
+        """
+        self._path, self._total = directory / _PROGRESS, total
+        self._next_write = 0.0
+
+    def __enter__(self) -> "ProgressFile":
+        self.update(0)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def update(self, done: int) -> None:
+        """Writes the number of files that were read, at most once a second."""
+        if not self._total or time.monotonic() < self._next_write:
+            return
+        self._next_write = time.monotonic() + _INTERVAL
+        with contextlib.suppress(OSError):
+            write_json(self._path, {"done": done, "total": self._total})
+
+
+def progress_of(directories: Iterable[Path]) -> Progress | None:
+    """The progress of the processes that update the parts of an index; None if there is none."""
+    found = [progress for directory in directories if (progress := read_progress(directory))]
+    return Progress(*map(sum, zip(*found, strict=True))) if found else None
+
+
+def read_progress(directory: Path) -> Progress | None:
+    """The progress of the process that updates an index; None if there is none.
+
+    The file of a process that was killed is no progress: the lock of the index is free.
+
+    Args:
+      directory: of the index.
+    """
+    try:
+        values = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
+        progress = Progress(int(values["done"]), int(values["total"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return progress if is_locked(directory / LOCK) else None

@@ -21,14 +21,15 @@ from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
 from drl_jax.search.filters import Filters, Listing, passing
 from drl_jax.search.index_file import (
     Part,
+    Progress,
     check_alike,
     check_distinct,
     common_folder,
     failure,
     index_version,
     open_part,
+    progress_of,
 )
-from drl_jax.search.progress import Progress, progress_of
 from drl_jax.search.quantization import dequantize
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord
 from drl_jax.search.windows import Window
@@ -157,9 +158,7 @@ class OpenIndex:
       gallery: their windows.
     """
 
-    def __init__(
-        self, directory: Path, model: RetrievalModel, previous: "OpenIndex | None" = None
-    ):
+    def __init__(self, directory: Path, model: RetrievalModel, previous: "OpenIndex | None" = None):
         """Maps the files, and checks the features of a small index; those of others in a thread.
 
         Args:
@@ -434,7 +433,11 @@ def stored_windows(video: IndexedVideo) -> Features:
 def _windows_of(segment: Segment) -> Features:
     """The arrays of a segment that queries are compared with."""
     arrays = _compared(segment.arrays)
-    vectors = {name: segment.arrays[f"window.{name}"] for name in VECTORS if f"window.{name}" in segment.arrays}
+    vectors = {
+        name: segment.arrays[f"window.{name}"]
+        for name in VECTORS
+        if f"window.{name}" in segment.arrays
+    }
     return arrays | vectors
 
 

@@ -1,18 +1,15 @@
 """Queries: a sentence, a picture, a video, a moment of an indexed video, and their combinations."""
 
 import dataclasses
-import io
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from drl_jax.data.video import VideoError, to_form
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.lock import temporary_directory
 from drl_jax.search.engine import Part
 from drl_jax.search.open_index import IndexedVideo, stored_windows
 from drl_jax.search.reading import FrameSampling, VideoRead, frames_of, read_video
@@ -20,8 +17,6 @@ from drl_jax.search.windows import window_at
 
 # What `without` subtracts, as a share of the similarity to its sentence.
 _WITHOUT = -0.5
-# Largest picture that is opened, pixels.
-_MAX_PIXELS = 100_000_000
 # Windows of a video that is a query, evenly spaced if it has more.
 _MAX_WINDOWS = 32
 # Longest sentence, characters; a model reads a few hundred at most.
@@ -35,7 +30,7 @@ class Query:
     Attributes:
       sentence: what is seen.
       without: what is not seen.
-      picture: bytes of an image file.
+      picture: a frame in the form of the model, as `pictures.open_picture` decodes it.
       video: a video file, or one that was encoded before.
       like: a video of an open index and a time in it, seconds.
     """
@@ -47,7 +42,7 @@ class Query:
     like: tuple[IndexedVideo, float] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedQuery:
     """A query as the engine takes it.
 
@@ -62,7 +57,7 @@ class EncodedQuery:
     is_sentence: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedVideo:
     """A video file as a query.
 
@@ -123,7 +118,8 @@ def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
     if query.picture:
         # A shot in which nothing moves. One frame alone is unlike the windows that a model is
         # trained with, and most like other windows of one frame, whatever they show.
-        still = np.repeat(read_picture(model, query.picture), model.config.data.max_frames, axis=0)
+        frame = np.frombuffer(query.picture, np.uint8).reshape(1, *model.frame_form.shape)
+        still = np.repeat(frame, model.config.data.max_frames, axis=0)
         add_frames(model.encode_videos([still]), "[picture]")
     if video is not None:
         add_frames(video.whole, "[video]")
@@ -132,7 +128,7 @@ def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
         window = window_at(liked.windows, time)
         add_frames({n: a[[window]] for n, a in stored_windows(liked).items()}, "[moment]")
     if not parts:
-        raise UserError("the query is empty: give a sentence, a picture or a video")
+        raise UserError("the query is blank: give a sentence, a picture or a video")
     is_sentence = len(parts) == 1 and bool(query.sentence.strip()) and not query.without.strip()
     if query.without.strip():
         add_sentence(query.without, _WITHOUT)
@@ -150,8 +146,8 @@ def encode_video_file(model: RetrievalModel, path: Path) -> EncodedVideo:
     Raises:
       UserError: it cannot be read.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        read = read_video(path, (), sampling_of(model), Path(folder) / "frames")
+    with temporary_directory() as folder:
+        read = read_video(path, (), sampling_of(model), folder / "frames")
         return encode_read(model, str(path), read)
 
 
@@ -181,27 +177,3 @@ def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVid
     text = model.interaction.video_as_text({n: array[:count] for n, array in encoded.items()})
     words = ["[video]"] * int(text["text_mask"].sum(axis=1).max())
     return EncodedVideo(EncodedQuery((Part(text),), words), whole)
-
-
-def read_picture(model: RetrievalModel, content: bytes) -> np.ndarray:
-    """Reads an image file as a video of one frame: uint8 [1, S, S, 3].
-
-    Raises:
-      UserError: it is no image, or too large.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise UserError(
-                    f"the picture has {image.width} x {image.height} pixels; at most"
-                    f" {_MAX_PIXELS:,} are opened"
-                )
-            pixels = np.asarray(image.convert("RGB"))
-        return to_form(pixels, model.frame_form)[None]
-    except UserError:
-        raise
-    except VideoError as error:
-        raise UserError(str(error)) from error
-    # Pillow raises many types of errors for damaged files.
-    except Exception as error:
-        raise UserError("the picture is damaged, or not an image file") from error

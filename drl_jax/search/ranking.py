@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
@@ -70,7 +69,7 @@ class Ranker:
     def __init__(
         self,
         model: RetrievalModel,
-        options: SearchOptions = SearchOptions(),  # noqa: B008
+        options: SearchOptions = SearchOptions(),
         ask_engine: FindCandidates | None = None,
     ):
         """Compiles nothing before the first query.
@@ -83,7 +82,7 @@ class Ranker:
         Raises:
           UserError: the interaction has no vectors to scan.
         """
-        self.model, self.options, self._ask_engine = model, options, ask_engine
+        self.model, self.options, self.ask_engine = model, options, ask_engine
         if options.engine in ("scan", "qdrant") and not model.interaction.HAS_VECTORS:
             raise UserError(
                 f"the interaction {model.config.model.interaction} has no vectors that"
@@ -157,7 +156,9 @@ class Ranker:
         return gallery
 
     def _read_biases(self, index: OpenIndex) -> np.ndarray:
-        return self.options.correction.biases(index.directory, index.header, index.array(HUBNESS_ARRAY))
+        return self.options.correction.biases(
+            index.directory, index.header, index.array(HUBNESS_ARRAY)
+        )
 
     def _coarse(
         self,
@@ -173,15 +174,18 @@ class Ranker:
             names = parts[0].text.keys()
             together = {n: np.concatenate([q.parts[0].text[n] for q in queries]) for n in names}
             parts = (Part(together),)
-        asks_engine = self._ask_engine and queries[0].is_sentence and among is None
+        asks_engine = self.ask_engine and queries[0].is_sentence and among is None
         if asks_engine or self.scans(index):
             wanted = max(count, self.options.candidates)
             vectors = _vectors(self.model, queries)
             chosen = [
                 np.unique(np.concatenate(slots))
                 for query in vectors
-                if (slots := self._ask_engine(index, query, wanted) if asks_engine
-                    else self._engine.scan(query, gallery, wanted))
+                if (
+                    slots := self.ask_engine(index, query, wanted)
+                    if asks_engine
+                    else self._engine.scan(query, gallery, wanted)
+                )
             ]
             rankings = [
                 self._engine.search(query.parts, gallery.copied(slots), count)[0]
@@ -198,7 +202,9 @@ class Ranker:
         count = min(self.options.refine, len(ranking.slots))
         films: dict[tuple[int, int], Film] = {}
         candidates, slots = [], []
-        for score, slot in zip(ranking.scores[:count].tolist(), ranking.slots[:count].tolist(), strict=True):
+        for score, slot in zip(
+            ranking.scores[:count].tolist(), ranking.slots[:count].tolist(), strict=True
+        ):
             place = index.place(slot)
             listed = index.segments[place[0]]
             if np.diff(listed.segment.firsts["feature"][place[1] : place[1] + 2])[0] == 0:
@@ -284,7 +290,9 @@ class Ranker:
             return unusual(span.score, video.record.arrays[f"window.{BANK_ARRAY}"][span.window])
         return None
 
-    def _explain(self, query: EncodedQuery, video: IndexedVideo, window, number: int) -> Explanation:
+    def _explain(
+        self, query: EncodedQuery, video: IndexedVideo, window, number: int
+    ) -> Explanation:
         if window.frames == video.windows[number].frames:
             arrays = {name: a[number] for name, a in stored_windows(video).items()}
         else:
@@ -311,7 +319,9 @@ def _vectors(model: RetrievalModel, queries: Sequence[EncodedQuery]) -> list[np.
     """One vector for each query, float32 [1, D]; several for the windows of a video."""
     found = []
     for query in queries:
-        of_parts = [part.weight * model.interaction.query_vectors(part.text) for part in query.parts]
+        of_parts = [
+            part.weight * model.interaction.query_vectors(part.text) for part in query.parts
+        ]
         # Only a query of one part has several texts, of which the best counts.
         found.append(of_parts[0] if len(of_parts) == 1 else sum(of_parts))
     return [np.asarray(vectors, np.float32) for vectors in found]

@@ -1,4 +1,4 @@
-"""Reads video files: as windows for an index, or whole.
+"""Finds video files and reads them: as windows for an index, or whole.
 
 Worker processes import this module, so it does not import jax.
 """
@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,15 @@ from PIL import Image
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.video import VideoError, read_timed_frames, video_length
-from drl_jax.runtime.files import sha256
+from drl_jax.data.video import (
+    VIDEO_SUFFIXES,
+    VideoError,
+    ffmpeg_errors,
+    read_timed_frames,
+    video_length,
+)
+from drl_jax.runtime.files import names_below, sha256
+from drl_jax.runtime.resources import memory_limit
 from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
@@ -31,6 +39,55 @@ MIRRORED = np.uint64(0x5555_5555_5555_5555)
 # Standard deviation of grey below which a picture is plain, levels; and what a frequency has at
 # least, 1/8 of a level: a symmetrical picture has no odd ones, and their signs would be chance.
 _PLAIN, _NOISE = 4.0, 32.0
+# Bytes that decoding a file from elsewhere may take.
+_SENT_MEMORY = 2 * 2**30
+
+
+class FoundFile(NamedTuple):
+    """A video file of a folder; `allowed` are the seconds that decoding may take."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    allowed: float
+
+
+def find_videos(folder: Path, timeout: float) -> Iterator[FoundFile]:
+    """Yields the video files below a folder; see `allowed_seconds`."""
+    for name in filter(is_video, names_below(folder)):
+        yield found_file(folder, name, timeout)
+
+
+def found_file(folder: Path, path: str, timeout: float) -> FoundFile:
+    """The file with a path below a folder."""
+    status = (folder / path).stat()
+    allowed = allowed_seconds(timeout, status.st_size)
+    return FoundFile(path, status.st_size, status.st_mtime_ns, allowed)
+
+
+def allowed_seconds(timeout: float, size: int) -> float:
+    """Seconds that decoding a file may take: `timeout`, and one for each MB."""
+    return timeout + size / 1e6
+
+
+def is_video(path: str) -> bool:
+    """Whether a path has the suffix of a video."""
+    stem, _, suffix = path.rpartition("/")[2].rpartition(".")
+    return bool(stem) and f".{suffix.lower()}" in VIDEO_SUFFIXES
+
+
+def is_text(path: str) -> bool:
+    """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
+
+
+def names_of_no_files(folder: Path) -> list[str]:
+    """Names of videos below a folder that are not files: links to nothing, pipes, devices."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        below = [Path(parent, name) for name in names if is_video(name)]
+        found += [str(path.relative_to(folder)) for path in below if not path.is_file()]
+    return sorted(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +95,7 @@ class VideoRead:
     """A file that was read.
 
     Attributes:
-      sha256: of its content; empty if it cannot be opened, or was not computed.
+      sha256: of its content; empty if it was not computed.
       error: why it has no frames; empty if it has.
       failure: why it was not read, which is no property of the video; empty if it was.
       timed_out: whether `error` is that decoding took too long.
@@ -94,11 +151,12 @@ def read_video(
       known_sha256s: of contents that need not be decoded.
       sampling: what is sampled.
       spool: file to write the frames of a long video to: memory does not depend on its length.
+
+    Raises:
+      Unavailable: the file cannot be read.
     """
-    try:
+    with ffmpeg_errors(path):
         digest = sha256(path)
-    except OSError as error:
-        return VideoRead("", failure=f"it cannot be opened ({error.strerror})")
     if digest in known_sha256s:
         return VideoRead(digest, is_known=True)
     try:
@@ -110,6 +168,27 @@ def read_video(
         return VideoRead(digest, str(error))
     except SpoolError as error:
         return VideoRead(digest, failure=str(error))
+
+
+def read_sent_video(*arguments: Any) -> VideoRead:
+    """`read_video` of a file from elsewhere, of which a small one can have the largest pictures."""
+    with memory_limit(_SENT_MEMORY):
+        return read_video(*arguments)
+
+
+def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
+    """Reads a file of any length as one window, with the frames that evaluation uses.
+
+    Raises:
+      Unavailable: the file cannot be read.
+    """
+    try:
+        frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
+    except VideoError as error:
+        return VideoRead("", str(error))
+    window = Window(0.0, float(times[-1]), tuple(range(len(frames))))
+    arrays = _arrays([window], times, [], sampling.max_frames)
+    return VideoRead("", duration=window.end, arrays=arrays, frames=frames)
 
 
 def read_video_on_node(*arguments: Any) -> VideoRead | OSError:
@@ -152,7 +231,7 @@ def _read_short(path: Path, digest: str, sampling: FrameSampling, length: float)
     for frame in frames:
         seen.add(frame)
     window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
-    arrays = _arrays([window], times, seen.hashes, [], sampling.max_frames)
+    arrays = _arrays([window], times, seen.hashes, sampling.max_frames)
     return VideoRead(
         digest, duration=window.end, arrays=arrays, strips=seen.finish(), frames=frames
     )
@@ -166,9 +245,9 @@ def _read_long(path: Path, digest: str, sampling: FrameSampling, spool: Path) ->
             write(frame.tobytes())
             seen.add(frame)
 
-        video = sample_video(path, sampling.form, emit)
+        video = sample_video(path, sampling.form, emit, sampling.fps)
     windows = windows_of(video, sampling.max_frames)
-    arrays = _arrays(windows, video.times, seen.hashes, video.shot_starts, sampling.max_frames)
+    arrays = _arrays(windows, video.times, seen.hashes, sampling.max_frames)
     return VideoRead(
         digest, duration=video.duration, arrays=arrays, strips=seen.finish(), spooled=spool
     )
@@ -178,7 +257,6 @@ def _arrays(
     windows: Sequence[Window],
     times: np.ndarray,
     hashes: list[np.uint64],
-    shot_starts: Sequence[float],
     max_frames: int,
 ) -> dict[str, np.ndarray]:
     numbers = np.full((len(windows), max_frames), -1, np.int32)
@@ -189,8 +267,6 @@ def _arrays(
         "window.frames": numbers,
         "frame.time": np.asarray(times, np.float64),
         "frame.hash": np.array(hashes, np.uint64),
-        # A video of one window is never cut in another way.
-        "shot.start": np.asarray(shot_starts if len(windows) > 1 else [], np.float64),
     }
 
 

@@ -1,7 +1,7 @@
 """Segments: the immutable parts of an index.
 
     videos.arrow     a row for each video, ordered by path
-    AXIS.NAME.bin    an array: a row for each window, sampled frame, frame feature, shot, or strip
+    AXIS.NAME.bin    an array: a row for each window, sampled frame, frame feature, or strip
     strips.bin       thumbnails: JPEG files, one after the other
 
 A segment is written once, published whole, and never changed: readers map its files and take no
@@ -12,6 +12,7 @@ opened. It has a checksum of the array rows of each video, which are checked whe
 """
 
 import bisect
+import itertools
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import publishing, sha256
 
-AXES = ("window", "frame", "feature", "shot")
+AXES = ("window", "frame", "feature")
 _TABLE, _STRIPS = "videos.arrow", "strips.bin"
 # Columns that are fields of a record, in their order.
 _FIELDS = ("path", "size", "mtime_ns", "sha256", "error", "allowed", "duration")
@@ -59,11 +60,10 @@ class VideoRecord(NamedTuple):
       error: why it cannot be searched; empty if it can.
       allowed: seconds that decoding could take, for a video whose decoding took longer; else 0.
       duration: seconds.
-      arrays: by `AXIS.NAME`. W windows: `window.span` float64 [W, 2], seconds; `window.frames` int32
-        [W, F], numbers of sampled frames, -1 where there is none; and what the interaction compares.
-        N sampled frames: `frame.time` float64 [N], seconds, and `frame.hash` uint64 [N]. Of a file
-        of several windows: `feature.image_feat` [N, D], as stored, and `shot.start` float64 [S],
-        seconds; of others [0, D] and [0]. No arrays with an error.
+      arrays: by `AXIS.NAME`; none with an error. W windows: `window.span` float64 [W, 2], seconds,
+        `window.frames` int32 [W, F], numbers of sampled frames or -1, and what the interaction
+        compares. N sampled frames: `frame.time` float64 [N], seconds, and `frame.hash` uint64 [N].
+        Of a file of several windows: `feature.image_feat` [N, D], as stored; of others [0, D].
       strips: JPEG files of STRIP_FRAMES thumbnails side by side.
     """
 
@@ -74,7 +74,7 @@ class VideoRecord(NamedTuple):
     error: str = ""
     allowed: float = 0.0
     duration: float = 0.0
-    arrays: Mapping[str, np.ndarray] = {}  # noqa: RUF012
+    arrays: Mapping[str, np.ndarray] = {}
     strips: Sequence[bytes | np.ndarray] = ()
 
 
@@ -215,9 +215,9 @@ class Segment:
 
     def _strips_of(self, row: int) -> list[np.ndarray]:
         first, last = self.firsts["strip"][row : row + 2].tolist()
-        ends = self.arrays["strip.end"][max(first - 1, 0) : last].tolist()
-        starts = ends[:-1] if first else [0, *ends[:-1]]
-        return [self._strips[start:end] for start, end in zip(starts, ends[-len(starts) :], strict=True)]
+        ends = self.arrays["strip.end"]
+        edges = [int(ends[first - 1]) if first else 0, *ends[first:last].tolist()]
+        return [self._strips[start:end] for start, end in itertools.pairwise(edges)]
 
     def strip(self, row: int, number: int) -> bytes:
         """A JPEG file of thumbnails.
@@ -292,4 +292,3 @@ def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
     for name in sorted(arrays):
         checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).data, checksum)
     return checksum
-

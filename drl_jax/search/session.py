@@ -13,6 +13,7 @@ import numpy as np
 from drl_jax.pretrained import RetrievalModel, load_source
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import MOMENTS
+from drl_jax.search.duplicates import same_picture
 from drl_jax.search.filters import Filters
 from drl_jax.search.hits import Hit
 from drl_jax.search.index_file import index_version, part_directories, read_header
@@ -185,9 +186,22 @@ class Index:
         with self._searching:
             if request.found is None:
                 self._rank(request)
-            videos = self.ranker.videos(state, request.found, top)[offset:]
+            videos = self.ranker.videos(state, request.found, top)
+            same = self._same(state, query, among)
+            videos = list(dict.fromkeys([*same, *videos]))[offset:top]
             hits = self.ranker.hits(state, request.encoded, request.found, videos, moments)
-        return [dataclasses.replace(hit, rank=hit.rank + offset) for hit in hits]
+        return [
+            dataclasses.replace(hit, rank=hit.rank + offset, is_same=hit.video in same)
+            for hit in hits
+        ]
+
+    def _same(self, state: OpenIndex, query: Query, among: Videos | None) -> Sequence[IndexedVideo]:
+        """The videos of which the picture of a query is a frame; they are first."""
+        if not query.picture:
+            return ()
+        frame = np.frombuffer(query.picture, np.uint8).reshape(self.model.frame_form.shape)
+        found = same_picture(state, frame)
+        return found if among is None else [v for v in found if among.valid[v.slot]]
 
     def _rank(self, request: "_Request") -> None:
         """Ranks a query; sentences that wait at the same time share one product."""

@@ -16,15 +16,23 @@ from tqdm import tqdm
 
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.runtime.errors import Unavailable, UserError
-from drl_jax.runtime.files import names_below
+from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.calibration import bank_of
 from drl_jax.search.encoding import WindowEncoder
 from drl_jax.search.hubness import check_bank, write_bank
-from drl_jax.search.index_file import IndexWriter, KnownFile
-from drl_jax.search.progress import ProgressFile
-from drl_jax.search.reading import FrameSampling, VideoRead, read_video
+from drl_jax.search.index_file import IndexWriter, KnownFile, ProgressFile
+from drl_jax.search.reading import (
+    FoundFile,
+    FrameSampling,
+    VideoRead,
+    find_videos,
+    found_file,
+    is_text,
+    is_video,
+    names_of_no_files,
+    read_video,
+)
 from drl_jax.search.segments import SearchIndexError, VideoRecord
 
 if TYPE_CHECKING:
@@ -36,8 +44,6 @@ AHEAD = 2
 _STORED_EVERY = 15.0
 # Shards of a folder, at most.
 _MAX_SHARDS = 100_000
-# Seconds of decoding that a file may take for each MB, beside those of `timeout`.
-_SECONDS_PER_MB = 1.0
 
 
 class Shard(NamedTuple):
@@ -80,7 +86,7 @@ class IndexReport:
       added, changed, moved, removed, unchanged: numbers of files. Changed ones have other content,
         or their features were damaged.
       bad: why files cannot be searched, by path; of all files that were compared.
-      failed: why files were not read, which is no property of them, by path: the next update tries
+      unavailable: why files were not read, which is no property of them, by path: the next update tries
         them again.
       skipped: names of videos that are no files: links to nothing, pipes, devices.
       windows: number of all windows.
@@ -93,7 +99,7 @@ class IndexReport:
     removed: int = 0
     unchanged: int = 0
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped: list[str] = dataclasses.field(default_factory=list)
     windows: int = 0
     nbytes: int = 0
@@ -274,15 +280,6 @@ def _check_made_with(
 # ---------------------------------------------------------------------- what has changed
 
 
-class FoundFile(NamedTuple):
-    """A video file of the folder; see `VideoRecord`."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    allowed: float
-
-
 @dataclasses.dataclass
 class _Changes:
     """The files that an update has to look at; those that have not changed are only counted.
@@ -346,21 +343,18 @@ def _changes_of_folder(
     """Compares an index with all files of its folder, and checks its features."""
     known = {file.path: file for file in writer.files()}
     changes, has_names = _Changes(), bool(known)
-    for path in filter(is_video, names_below(folder)):
-        if not _is_text(path):
-            changes.misnamed.append(path)
+    for found in find_videos(folder, timeout):
+        if not is_text(found.path):
+            changes.misnamed.append(found.path)
             continue
         has_names = True
-        if shard is None or shard.has(path):
-            changes.add(writer, known.pop(path, None), _found(folder, path, timeout))
+        if shard is None or shard.has(found.path):
+            changes.add(writer, known.pop(found.path, None), found)
     if not has_names:
         raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
     for path in sorted(known):
         changes.add(writer, known[path], None)
-    for parent, _, names in os.walk(folder):
-        below = [Path(parent, name) for name in names if is_video(name)]
-        changes.skipped += [str(path.relative_to(folder)) for path in below if not path.is_file()]
-    changes.skipped.sort()
+    changes.skipped = names_of_no_files(folder)
     return changes
 
 
@@ -386,7 +380,7 @@ def _find(folder: Path, path: str, timeout: float) -> FoundFile | None:
     """The video file that `--only` names; None: there is none."""
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         raise UserError(f"--only takes paths below {folder}, not {path}")
-    if not _is_text(path):
+    if not is_text(path):
         raise UserError(f"--only={ascii(path)[1:-1]}: its name is not UTF-8; rename it")
     file = folder / path
     if file.is_dir():
@@ -395,28 +389,7 @@ def _find(folder: Path, path: str, timeout: float) -> FoundFile | None:
     root, parent = folder.resolve(), file.parent.resolve()
     if parent.is_relative_to(root) and parent.relative_to(root) != PurePath(path).parent:
         raise UserError(f"{file} leads through a link: name {parent.relative_to(root) / file.name}")
-    return _found(folder, path, timeout) if is_video(path) and file.is_file() else None
-
-
-def _found(folder: Path, path: str, timeout: float) -> FoundFile:
-    status = (folder / path).stat()
-    return FoundFile(path, status.st_size, status.st_mtime_ns, allowed_seconds(timeout, status.st_size))
-
-
-def is_video(path: str) -> bool:
-    """Whether a path has the suffix of a video."""
-    stem, _, suffix = path.rpartition("/")[2].rpartition(".")
-    return bool(stem) and f".{suffix.lower()}" in VIDEO_SUFFIXES
-
-
-def allowed_seconds(timeout: float, size: int) -> float:
-    """Seconds that decoding a file of `size` bytes may take."""
-    return timeout + _SECONDS_PER_MB * size / 1e6
-
-
-def _is_text(path: str) -> bool:
-    """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in path)
+    return found_file(folder, path, timeout) if is_video(path) and file.is_file() else None
 
 
 # ---------------------------------------------------------------------- the update
@@ -428,9 +401,7 @@ _Batch = list[tuple[FoundFile, VideoRead]]
 class _Update:
     """One update of an index."""
 
-    def __init__(
-        self, writer: IndexWriter, model: RetrievalModel, folder: Path, changes: _Changes
-    ):
+    def __init__(self, writer: IndexWriter, model: RetrievalModel, folder: Path, changes: _Changes):
         self._writer, self._model, self._folder, self._changes = writer, model, folder, changes
         self._report = IndexReport(unchanged=changes.unchanged, skipped=changes.skipped)
         # Gone files whose features a file of the same content may take over, by size and path.
@@ -520,7 +491,7 @@ class _Update:
         """Stores a file that was read, or adds it to the next batch."""
         known = self._changes.known.get(file.path)
         if read.failure:
-            self._report.failed[file.path] = read.failure
+            self._report.unavailable[file.path] = read.failure
             return
         if not read.is_known:
             self._report.added += known is None
@@ -585,9 +556,11 @@ class _Update:
         """Reads the short videos of a batch again; the frames of long ones are in files."""
         lost = [file for file, read in batch if read.frames is not None]
         reads = iter(self._engine.read(*self._calls(lost, lambda file: frozenset())))
-        return [
+        again = [
             (file, read if read.frames is None else _checked(next(reads))) for file, read in batch
         ]
+        self._report.unavailable |= {file.path: read.failure for file, read in again if read.failure}
+        return [(file, read) for file, read in again if not read.failure]
 
     def _put(self, batch: _Batch, arrays: list[dict[str, np.ndarray]]) -> None:
         """Commits a batch that is encoded."""
@@ -612,6 +585,9 @@ class _Update:
 
 def _checked(read: VideoRead | WorkerFailure) -> VideoRead:
     """What was read of a video, also if its reader failed."""
-    if isinstance(read, WorkerFailure):
-        return VideoRead("", read.reason, timed_out=read.timed_out)
-    return read
+    if not isinstance(read, WorkerFailure):
+        return read
+    # A video that took too long is stored with the time that it had.
+    if read.is_passing and not read.timed_out:
+        return VideoRead("", failure=read.reason)
+    return VideoRead("", read.reason, timed_out=read.timed_out)

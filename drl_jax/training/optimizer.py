@@ -61,12 +61,18 @@ def make_schedule(
     The cosine starts at step 0, not at the end of warm-up, so the curve is discontinuous there. The
     learning rate of step 0 is 0.
     """
+    total_steps = max(total_steps, 1)
+    # The first step after warm-up, by BertAdam's own comparison of Python floats. The quotient that
+    # a compiled program computes in float32 may be on the other side.
+    end = max(int(warmup_proportion * total_steps) - 1, 0)
+    while end / total_steps < warmup_proportion:
+        end += 1
 
     def schedule(step):
-        x = step / max(total_steps, 1)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * x))
-        warmup = x / max(warmup_proportion, 1e-9)
-        return base_lr * jnp.where(x < warmup_proportion, warmup, cosine)
+        warmup = step / max(warmup_proportion * total_steps, 1e-9)
+        # 0.5 * (1 + cos(pi * step / total_steps)), which in float32 cancels at the last steps.
+        cosine = jnp.sin(0.5 * jnp.pi * ((total_steps - step) / total_steps)) ** 2
+        return base_lr * jnp.where(step < end, warmup, cosine)
 
     return schedule
 
