@@ -4,7 +4,7 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.reading import MIRRORED, picture_hash
@@ -64,15 +64,18 @@ def find_duplicates(index: OpenIndex) -> list[Duplicate]:
             continue
         if equal.mean() > _CLEAR:
             a, b = np.unravel_index(bits.argmin(), bits.shape)
-            picture = _thumbnail(index.video(*places[short]), shown[a], index)
+            picture = _thumbnail(index, places[short], shown[a])
             if is_mirrored:
-                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            if not _is_like(_thumbnail(index.video(*places[long]), b, index), picture):
+                picture = ImageOps.mirror(picture)
+            if not _is_like(_thumbnail(index, places[long], b), picture):
                 continue
-        how = len(equal) / most, bool(is_mirrored)
+        how = len(equal) / most, not is_mirrored  # Symmetrical pictures are like both.
         found[one, other] = max(how, found.get((one, other), how))
-    paths = {n: index.path_of(tuple(places[n])) for pair in found for n in pair}
-    return sorted(Duplicate(*sorted((paths[a], paths[b])), *h) for (a, b), h in found.items())
+    paths = {n: index.path_of(places[n]) for pair in found for n in pair}
+    return sorted(
+        Duplicate(*sorted((paths[a], paths[b])), share, not is_direct)
+        for (a, b), (share, is_direct) in found.items()
+    )
 
 
 def same_picture(index: OpenIndex, picture: np.ndarray) -> list[IndexedVideo]:
@@ -85,19 +88,25 @@ def same_picture(index: OpenIndex, picture: np.ndarray) -> list[IndexedVideo]:
     Raises:
       SearchIndexError: a video is damaged.
     """
-    wanted, (hashes, firsts, places) = picture_hash(picture), _sampled_frames(index)
-    bits = np.bitwise_count(hashes ^ wanted)
-    near = np.flatnonzero((bits <= _BITS) & (wanted != 0))
-    near = near[np.argsort(bits[near], kind="stable")]
-    owners = np.searchsorted(firsts, near, side="right") - 1
-    best = np.sort(np.unique(owners, return_index=True)[1])[:_VIDEOS]  # A frame of each video.
-    found = [(index.video(*places[owners[n]]), near[n] - firsts[owners[n]]) for n in best]
-    shown = Image.fromarray(picture)
-    return [video for video, frame in found if _is_like(_thumbnail(video, frame, index), shown)]
+    found: dict[tuple[int, int], tuple[int, int]] = {}  # The best frame of each video.
+    wanted, shown = picture_hash(picture), Image.fromarray(picture)
+    for number, (segment, live, *_) in enumerate(index.segments):
+        if not (live.any() and wanted):  # A plain picture is in no video.
+            continue
+        firsts, hashes = segment.firsts["frame"], segment.arrays["frame.hash"]
+        bits = np.bitwise_count(hashes ^ wanted)
+        near = np.flatnonzero(bits <= _BITS)
+        rows = np.searchsorted(firsts, near, side="right") - 1
+        for row, frame in zip(rows[live[rows]].tolist(), near[live[rows]].tolist(), strict=True):
+            better = int(bits[frame]), frame - int(firsts[row])
+            found[number, row] = min(better, found.get((number, row), better))
+    best = sorted(found, key=lambda place: found[place])[:_VIDEOS]
+    same = [p for p in best if _is_like(_thumbnail(index, p, found[p][1]), shown)]
+    return [index.video(*place) for place in same]
 
 
-def _thumbnail(video: IndexedVideo, frame: int, index: OpenIndex) -> Image.Image:
-    return Image.open(io.BytesIO(index.frames_of(video, [int(frame)])))
+def _thumbnail(index: OpenIndex, place: tuple[int, int], frame: int) -> Image.Image:
+    return Image.open(io.BytesIO(index.frames_of(index.video(*place), [int(frame)])))
 
 
 def _is_like(thumbnail: Image.Image, picture: Image.Image) -> bool:

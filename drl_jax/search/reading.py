@@ -36,8 +36,9 @@ _PLACES = 32
 _COSINES = np.cos(np.pi / _PLACES * np.outer(np.arange(8), np.arange(_PLACES) + 0.5))
 # The bits of odd frequencies along its rows, in which the hash of a mirrored picture differs.
 MIRRORED = np.uint64(0x5555_5555_5555_5555)
-# Standard deviation of grey below which a picture is plain, levels.
-_PLAIN = 4.0
+# Standard deviation of grey below which a picture is plain, levels; and what a frequency has at
+# least, 1/8 of a level: a symmetrical picture has no odd ones, and their signs would be chance.
+_PLAIN, _NOISE = 4.0, 32.0
 # Bytes that decoding a file from elsewhere may take.
 _SENT_MEMORY = 2 * 2**30
 
@@ -216,7 +217,7 @@ def picture_hash(frame: np.ndarray) -> np.uint64:
     levels = np.asarray(grey, np.float32)
     if levels.std() < _PLAIN:
         return np.uint64(0)
-    bits = _COSINES @ levels @ _COSINES.T > 0
+    bits = _COSINES @ levels @ _COSINES.T > _NOISE
     return np.packbits(bits).view(">u8")[0].astype(np.uint64)
 
 
