@@ -218,13 +218,12 @@ class Ranker:
         if not candidates:
             return Found(ranking.scores, ranking.slots, {})
         found = refine(self.model, query.parts, candidates, self.options.refine)
-        refined = {
-            slot: one for slot, one in zip(slots, found, strict=True) if one.window is not None
-        }
-        scores = np.array(ranking.scores, np.float64)
-        for n, slot in enumerate(ranking.slots[:count].tolist()):
-            if slot in refined:
-                scores[n] = refined[slot].score
+        ranks = {slot: n for n, slot in enumerate(ranking.slots.tolist())}
+        scores, refined = np.array(ranking.scores, np.float64), {}
+        for slot, candidate, one in zip(slots, candidates, found, strict=True):
+            scores[ranks[slot]] = one.score
+            # What is shown is the similarity.
+            refined[slot] = one._replace(score=one.score + candidate.bias)
         return Found(*_in_order(index, Ranking(scores, ranking.slots), len(scores)), refined)
 
     def videos(self, index: OpenIndex, found: Found, top: int) -> list[IndexedVideo]:

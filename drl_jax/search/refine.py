@@ -16,6 +16,7 @@ from drl_jax.models.interactions import Features, Interaction
 from drl_jax.models.interactions.base import unit_features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.search.calibration import bank_similarity
+from drl_jax.search.engine import Part
 from drl_jax.search.windows import Window, inner_windows, windows_around
 
 # Windows that a query encodes, and those of one candidate, at most. More candidates find more than
@@ -23,19 +24,6 @@ from drl_jax.search.windows import Window, inner_windows, windows_around
 REFINE, _PER_CANDIDATE = 128, 4
 # By how many deviations of the bank a shorter window has to be more unusual than the winner.
 _CLEARLY = 0.25
-
-
-class Part(NamedTuple):
-    """A part of a query: a sentence, a picture, a video or a moment.
-
-    Attributes:
-      text: arrays of Q texts, or of videos in the place of texts. The most similar of them counts;
-        Q is 1 but for the windows of a video.
-      weight: of its similarity in the score of the query.
-    """
-
-    text: Features
-    weight: float
 
 
 class Film(NamedTuple):
