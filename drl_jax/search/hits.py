@@ -96,7 +96,7 @@ class Moment:
     @functools.cached_property
     def explanation(self) -> Explanation:
         """Why the window has its score, by the first part of the query; made when it is shown."""
-        return self._explain(self.window, self.number)
+        return self._explain()
 
     @property
     def peak(self) -> float:

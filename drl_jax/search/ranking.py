@@ -14,17 +14,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
-from drl_jax.search.calibration import BANK_ARRAY, unusual
+from drl_jax.search.calibration import BANK_ARRAY, SCALE_WINDOWS, gallery_scale, unusual
 from drl_jax.search.engine import Gallery, Part, Ranking, SearchEngine
 from drl_jax.search.hits import Explanation, Hit, Moment, explain
 from drl_jax.search.hubness import HUBNESS_ARRAY, Correction
-from drl_jax.search.moments import Span, find_spans
+from drl_jax.search.moments import find_spans
 from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos, stored_windows
 from drl_jax.search.query import EncodedQuery
-from drl_jax.search.refine import Candidate, Film, Refined, refine
+from drl_jax.search.refine import Candidate, Film, Refined, refine, tighten
+from drl_jax.search.windows import Window
 
 # Finds candidates by vectors: a state of the index, float32 [Q, D], and their number -> slots of each.
 FindCandidates = Callable[[OpenIndex, np.ndarray, int], list[np.ndarray]]
@@ -90,6 +92,7 @@ class Ranker:
             )
         self._engine = SearchEngine(model.config.model, model.params)
         self._biases = functools.lru_cache(maxsize=1)(self._read_biases)
+        self._encoded_bank: Features | None = None
 
     def scans(self, index: OpenIndex) -> bool:
         """Whether candidates are found by a scan."""
@@ -245,15 +248,28 @@ class Ranker:
         if not videos:
             return []
         slots = np.concatenate([video.slots for video in videos])
-        (ranking,) = self._engine.search(query.parts, index.gallery.copied(slots), len(slots))
-        scores = np.empty(len(slots))
-        scores[np.argsort(slots)[np.searchsorted(np.sort(slots), ranking.slots)]] = ranking.scores
+        scores = self._scores(index, query, slots)
         ends = np.cumsum([len(video.slots) for video in videos])
         parts = np.split(scores, ends[:-1])
+        scale = None if query.is_sentence else self._scale(index, query)
         return [
-            self._hit(index, query, found, video, rank, own, most)
+            self._hit(index, query, found, video, rank, own, most, scale)
             for rank, (video, own) in enumerate(zip(videos, parts, strict=True), start=1)
         ]
+
+    def _scores(self, index: OpenIndex, query: EncodedQuery, slots: np.ndarray) -> np.ndarray:
+        """Similarities of windows, float32 [N], without the correction for hubs."""
+        (ranking,) = self._engine.search(query.parts, index.gallery.copied(slots), len(slots))
+        order = np.argsort(slots)
+        scores = np.empty(len(slots), np.float32)
+        scores[order[np.searchsorted(slots, ranking.slots, sorter=order)]] = ranking.scores
+        return scores
+
+    def _scale(self, index: OpenIndex, query: EncodedQuery) -> np.ndarray | None:
+        """What similarities to a picture or a video mean: those of windows of the whole index."""
+        live = np.flatnonzero(index.valid)
+        chosen = np.unique(np.linspace(0, len(live) - 1, SCALE_WINDOWS, dtype=int))
+        return gallery_scale(self._scores(index, query, live[chosen]))
 
     def _hit(
         self,
@@ -264,33 +280,46 @@ class Ranker:
         rank: int,
         scores: np.ndarray,
         most: int,
+        scale: np.ndarray | None,
     ) -> Hit:
-        windows, scores = list(video.windows), np.array(scores)
+        windows, scores = list(video.windows), np.array(scores, np.float64)
         for number, slot in enumerate(video.slots.tolist()):
             if slot in found.refined:
-                refined = found.refined[slot]
-                windows[number], scores[number] = refined.window, refined.score
-        explained = functools.partial(self._explain, query, video)
-        moments = tuple(
-            Moment(
-                *(span.start, span.end, span.score, windows[span.window], span.window),
-                self._unusual(index, query, video, span),
-                explained,
+                windows[number], scores[number] = found.refined[slot]
+        bank = video.record.arrays[f"window.{BANK_ARRAY}"]
+        deviation = float(bank[:, 1].mean()) if query.is_sentence else 0.0
+        moments = []
+        for span in find_spans(windows, scores, most, deviation):
+            window = windows[span.window]
+            if query.is_sentence and not moments and span[:2] == window[:2]:
+                # Of the best moment alone: it takes as much as refining a candidate.
+                span = span._replace(**self._tightened(index, query, video, window))
+            explained = functools.partial(self._explain, query, video, window, span.window)
+            unit = bank[span.window] if query.is_sentence else scale
+            is_unusual = None if unit is None else unusual(span.score, unit)
+            moments.append(
+                Moment(span.start, span.end, span.score, window, span.window, is_unusual, explained)
             )
-            for span in find_spans(windows, scores, most)
-        )
         path = index.folder / video.path
-        return Hit(rank, path, video, moments, tuple(windows), scores)
+        return Hit(rank, path, video, tuple(moments), tuple(windows), scores)
 
-    def _unusual(
-        self, index: OpenIndex, query: EncodedQuery, video: IndexedVideo, span: Span
-    ) -> float | None:
-        if query.is_sentence:
-            return unusual(span.score, video.record.arrays[f"window.{BANK_ARRAY}"][span.window])
-        return None
+    def _bank(self, captions: list[str]) -> Features:
+        """The captions of the index's calibration, encoded once."""
+        if self._encoded_bank is None:
+            self._encoded_bank = self.model.encode_text(captions)
+        return self._encoded_bank
+
+    def _tightened(
+        self, index: OpenIndex, query: EncodedQuery, video: IndexedVideo, window: Window
+    ) -> dict[str, float]:
+        """Start and end of a moment that is one window."""
+        if len(video.windows) > 1:
+            bank = self._bank(index.header["bank"])
+            window = tighten(self.model, query.parts, bank, film_of(video), window)
+        return {"start": window.start, "end": window.end}
 
     def _explain(
-        self, query: EncodedQuery, video: IndexedVideo, window, number: int
+        self, query: EncodedQuery, video: IndexedVideo, window: Window, number: int
     ) -> Explanation:
         if window.frames == video.windows[number].frames:
             arrays = {name: a[number] for name, a in stored_windows(video).items()}

@@ -559,7 +559,9 @@ class _Update:
         again = [
             (file, read if read.frames is None else _checked(next(reads))) for file, read in batch
         ]
-        self._report.unavailable |= {file.path: read.failure for file, read in again if read.failure}
+        self._report.unavailable |= {
+            file.path: read.failure for file, read in again if read.failure
+        }
         return [(file, read) for file, read in again if not read.failure]
 
     def _put(self, batch: _Batch, arrays: list[dict[str, np.ndarray]]) -> None:
