@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 from support.videos import SHARED, write_video
 
-from drl_jax.data.video import RgbConverter, read_timed_frames
+from drl_jax.data.video import RgbConverter, read_timed_frames, to_form
 from drl_jax.search import duplicates
 from drl_jax.search.duplicates import find_duplicates, same_picture
 from drl_jax.search.open_index import OpenIndex
-from drl_jax.search.query import read_picture
 from drl_jax.search.reading import MIRRORED, picture_hash
 from drl_jax.search.update import update_index
 
@@ -121,7 +120,7 @@ def test_a_picture_is_a_frame(index, videos, suffix):
             )
         file = io.BytesIO()
         picture.to_image().save(file, suffix)
-        (read,) = read_picture(index.model, file.getvalue())
+        read = to_form(np.asarray(Image.open(file)), index.model.frame_form)
         assert [found.path for found in same_picture(index, read)] == ["film0.mp4", "small.mp4"]
     assert same_picture(index, film(99, 1)[0]) == []
     assert same_picture(index, np.full((64, 64, 3), 16, np.uint8)) == []

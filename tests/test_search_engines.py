@@ -232,10 +232,15 @@ def test_recall_by_the_number_of_candidates(exact, server, engine):
     assert min(few.scan_seconds, few.compare_seconds, few.exact_seconds) > 0
 
 
-def test_an_interaction_without_vectors_is_one_line(exact, shapes_config):
-    options = SearchOptions("qdrant")
+def test_an_interaction_without_vectors_is_one_line(shapes_config, shared_videos, tmp_path):
+    model = random_model(shapes_config, "xti")
+    (tmp_path / "videos").mkdir()
+    shutil.copy(next(shared_videos.glob("v*")), tmp_path / "videos")
+    update_index(model, tmp_path / "videos", tmp_path / "index")
     with pytest.raises(UserError, match=r"xti has no vectors .* use --engine=exact"):
-        Index(exact.directory, random_model(shapes_config, "xti"), options, memory())
+        Index(tmp_path / "index", model, SearchOptions("qdrant"), memory())
+    with pytest.raises(UserError, match="xti has no vectors that Qdrant can compare"):
+        memory().export(Index(tmp_path / "index", model).state())
 
 
 def test_errors_are_one_line(exact, monkeypatch):

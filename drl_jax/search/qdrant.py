@@ -83,12 +83,12 @@ class Qdrant:
 
         After an interruption the same call continues. Queries are answered meanwhile.
 
-        Args:
-          index: state of an index whose interaction has vectors.
-
         Raises:
-          UserError: the server fails.
+          UserError: the server fails, or the index has no vectors.
         """
+        if not index.model.interaction.HAS_VECTORS:
+            interaction = index.model.config.model.interaction
+            raise UserError(f"the interaction {interaction} has no vectors that Qdrant can compare")
         name, is_missing, deleted, biases = self.collection(index), index.valid.copy(), 0, None
         if self._correction is not None:
             stored = index.array(HUBNESS_ARRAY)
