@@ -27,7 +27,8 @@ from data_prep.annotations import Annotations, Captioned
 from data_prep.command import DECODE_TIMEOUT
 from data_prep.dataset_build import build_dataset
 from data_prep.decode import encode_jpeg
-from data_prep.video_folder import VideoFolder, make_plan
+from data_prep.locations import Clip
+from data_prep.video_folder import Plan, VideoFolder
 from drl_jax.config import BackboneConfig, LossConfig, ModelConfig
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.frames import DiskFrames
@@ -154,7 +155,9 @@ def measure_build(
         folder = directory / f"links_{links}"
         names = link_repeatedly(videos, folder, links)
         captions = [Captioned(name, [f"caption of {name}"]) for name in names]
-        plan = make_plan(Annotations({"train": captions}), folder, {})
+        # Not `make_plan`: links to one file would be one video.
+        planned = [Clip(name, folder / name, None) for name in names]
+        plan = Plan(Annotations({"train": captions}), folder, planned, {}, [])
         for _ in range(2):  # The first build decodes.
             start = time.process_time()
             with contextlib.redirect_stderr(io.StringIO()):  # Hides the progress bars.

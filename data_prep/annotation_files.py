@@ -1,19 +1,24 @@
 """Readers for annotation file syntaxes: text, JSON, lists, pickles. Errors name the file."""
 
 import codecs
-import json
 import math
 import pickle
 from pathlib import Path
 from typing import Any
 
 from data_prep.annotations import AnnotationError
+from data_prep.left_out import RowError, check_lost, parse_all
 from drl_jax.data.video import Span
+from drl_jax.runtime.files import parse_json
 from drl_jax.runtime.pickles import check_memo
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, errors: str = "strict") -> str:
     """Reads a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+      path: the file.
+      errors: what to do with other bytes: "strict" or "surrogateescape", for `text_problem`.
 
     Returns:
       Its text, with the line ends of the file.
@@ -25,7 +30,7 @@ def read_text(path: Path) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:1000]:
         raise AnnotationError(f"{path} is in UTF-16 or is no text; save it as text in UTF-8")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise AnnotationError(
@@ -34,14 +39,18 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def numbered_lines(path: Path) -> list[tuple[int, str]]:
+def numbered_lines(path: Path, errors: str = "strict") -> list[tuple[int, str]]:
     """Reads the non-blank lines of a text file, with their line numbers (from 1).
+
+    Args:
+      path: the file.
+      errors: see `read_text`.
 
     Raises:
       AnnotationError: the file is not text in UTF-8.
     """
     # str.splitlines would also split at characters that JSON allows in a text, such as U+2028.
-    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = read_text(path, errors).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -65,10 +74,11 @@ def read_json(path: Path, kind: type) -> Any:
       kind: required type of the value, dict or list.
 
     Raises:
-      AnnotationError: the file is not JSON, or its value has another type.
+      AnnotationError: the file is not JSON, an object in it has a key twice, or its value has
+        another type.
     """
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{path} is not a JSON file ({error})") from error
     if not isinstance(value, kind):
@@ -109,21 +119,31 @@ def read_plain_pickle(path: Path) -> Any:
         raise AnnotationError(f"{path} is not a pickle file of captions ({reason})") from error
 
 
-def checked_captions(path: Path, captions: Any) -> dict[str, list[str]]:
+def checked_captions(path: Path, captions: Any, left_out: dict[str, str]) -> dict[str, list[str]]:
     """Validates `{video: [caption, ...]}` read from a file, and drops blank captions.
 
+    Args:
+      path: the file.
+      captions: its content.
+      left_out: receives the reason for each video with anything but a list of captions.
+
     Raises:
-      AnnotationError: the value has another structure.
+      AnnotationError: the value has another structure, or most of it (`check_lost`); or two keys
+        are one id, e.g. 7 and "7".
     """
     if not isinstance(captions, dict):
         raise AnnotationError(f"{path} must contain {{video: [caption, ..]}}")
-    checked = {}
+    checked, lost = {}, {}
     for video, sentences in captions.items():
+        if not isinstance(video, str) and str(video) in captions:
+            raise AnnotationError(f"{path} has the key {video!r} and the key {str(video)!r}")
         if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
-            raise AnnotationError(
-                f"{path}, {video}: expected a list of captions, found {_shortened(sentences)}"
-            )
-        checked[str(video)] = [sentence.strip() for sentence in sentences if sentence.strip()]
+            place = f"{path.name}, {video}"
+            lost[place] = f"expected a list of captions, found {_shortened(sentences)}"
+        else:
+            checked[str(video)] = [sentence.strip() for sentence in sentences if sentence.strip()]
+    check_lost(lost, len(checked), f"videos of {path}")
+    left_out |= lost
     return checked
 
 
@@ -132,58 +152,61 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_sentences(path: Path) -> dict[str, list[str]]:
+def read_sentences(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
     """Reads captions by video from MSR-VTT's JSON, `{"videos": [...], "sentences": [...]}`.
 
     Blank captions are left out.
 
+    Args:
+      path: the file.
+      left_out: receives the reason for each sentence that is something else.
+
     Raises:
       AnnotationError: the file is not JSON, or has another structure.
     """
-    document = read_json(path, dict)
-    captions: dict[str, list[str]] = {}
-    try:
-        for number, sentence in enumerate(document["sentences"], start=1):
-            video, caption = sentence["video_id"], sentence["caption"]
-            if not isinstance(video, str) or not isinstance(caption, str):
-                raise AnnotationError(
-                    f"{path}, sentence {number}: video_id and caption must be texts, not"
-                    f" {_shortened(video)} and {_shortened(caption)}"
-                )
-            if caption.strip():
-                captions.setdefault(video, []).append(caption)
-    except (KeyError, TypeError) as error:
+    sentences = read_json(path, dict).get("sentences")
+    form = '{"video_id": "..", "caption": ".."}'
+    if not isinstance(sentences, list):
         raise AnnotationError(
-            f"{path} does not have MSR-VTT's structure,"
-            f' {{"sentences": [{{"video_id": .., "caption": ..}}, ..]}}'
-            f" ({type(error).__name__}: {error})"
-        ) from error
+            f'{path} does not have MSR-VTT\'s structure, {{"sentences": [{form}]}}'
+        )
+    placed = ((f"{path.name}, sentence {n}", entry) for n, entry in enumerate(sentences, start=1))
+    captions: dict[str, list[str]] = {}
+    for video, caption in parse_all(placed, _sentence, left_out, f"sentences of {path}", form):
+        if caption.strip():
+            captions.setdefault(video, []).append(caption)
     return captions
 
 
-def parse_span(start: Any, end: Any, where: str) -> Span:
+def _sentence(entry: Any) -> tuple[str, str]:
+    video, caption = entry["video_id"], entry["caption"]
+    if not isinstance(video, str) or not isinstance(caption, str):
+        raise RowError(
+            f"video_id and caption must be texts, not {_shortened(video)} and {_shortened(caption)}"
+        )
+    return video, caption
+
+
+def parse_span(start: Any, end: Any) -> Span:
     """Parses a time span.
 
     Args:
       start: seconds as a number or text, or a text such as "1:02:03.5" or "0:05".
       end: the same.
-      where: file and row, for the error message.
 
     Raises:
-      AnnotationError: the values are not times, or end is not after start.
+      RowError: the values are not times, or end is not after start.
     """
     try:
         span = (_seconds(start), _seconds(end))
     # OverflowError: JSON can have whole numbers of any size.
     except (TypeError, ValueError, OverflowError) as error:
-        raise AnnotationError(
-            f"{where}: start and end must be seconds or h:mm:ss, with a decimal point, not"
+        raise RowError(
+            "start and end must be seconds or h:mm:ss, with a decimal point, not"
             f" {_shortened(start)} and {_shortened(end)}"
         ) from error
     if not all(map(math.isfinite, span)) or not 0 <= span[0] < span[1]:
-        raise AnnotationError(
-            f"{where}: end must be after start, and start 0 or more; got {start} to {end}"
-        )
+        raise RowError(f"end must be after start, and start 0 or more; got {start} to {end}")
     return span
 
 

@@ -1,15 +1,20 @@
 """Annotations of a dataset: captioned videos by split, and the files and spans they come from."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drl_jax.data.video import VIDEO_SUFFIXES, Span
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
     from data_prep.locations import FoundVideos
+
+
+# A row, a member of a tar file or a video that cannot be used is left out and listed. A build ends
+# if that is more than this share of a file's rows, or of the videos.
+MAX_LOST = 0.5
 
 
 class AnnotationError(UserError):
@@ -50,6 +55,10 @@ class Annotations:
       missing_files: optional annotation files that are missing, with their purpose.
       hashes: hashes, by name, of what was read from files that are too large to be hashed.
       contained: the videos, if they are inside these files.
+      left_out: reasons, by place in the files, for rows and members that cannot be used.
+      drawn: whether the splits were drawn by `draw_splits`; otherwise the files state them.
+      place_of: the row that names a video of a split first, from its id and the split; None: a
+        place that an id and a split do not tell.
     """
 
     splits: dict[str, list[Captioned]]
@@ -59,6 +68,9 @@ class Annotations:
     missing_files: dict[str, str] = dataclasses.field(default_factory=dict)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     contained: "FoundVideos | None" = None
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    drawn: bool = False
+    place_of: Callable[[str, str], str] | None = None
 
     def video_ids(self) -> list[str]:
         """Ids of all videos, without duplicates, in split order."""
@@ -133,50 +145,41 @@ def require_splits(annotations: Annotations, directory: Path) -> Annotations:
 
 
 def with_all_captions(
-    video_ids: Iterable[str], captions: dict[str, list[str]], list_path: Path, captions_path: Path
+    video_ids: Iterable[str],
+    captions: Mapping[str, list[str]],
+    list_path: Path,
+    captions_path: Path,
+    left_out: dict[str, str],
 ) -> list[Captioned]:
     """Combines a list of videos with the captions from another file.
 
+    Args:
+      video_ids: the list; a repeated id counts once.
+      captions: of the other file.
+      list_path: where the list is.
+      captions_path: where the captions are.
+      left_out: receives the reason for each video without a caption.
+
     Raises:
-      AnnotationError: a listed video has no caption.
+      AnnotationError: more than `MAX_LOST` of the videos have no caption.
     """
     video_ids = list(dict.fromkeys(video_ids))
     if without := [video for video in video_ids if not captions.get(video)]:
-        raise AnnotationError(
-            f"{len(without)} of the {len(video_ids)} videos of {list_path} have no caption in"
-            f" {captions_path} (the first: {without[0]!r}); check that the two files belong"
-            " together"
-        )
-    return [Captioned(video, captions[video]) for video in video_ids]
-
-
-def check_texts(annotations: Annotations) -> None:
-    """Checks that ids and captions can be stored and printed.
-
-    Raises:
-      AnnotationError: half of a character, which JSON can contain (`"\\ud83d"`), or an id with a
-        line end or a tab.
-    """
-    for captioned in annotations.splits.values():
-        for entry in captioned:
-            if any(character in entry.video_id for character in "\n\r\t"):
-                raise AnnotationError(
-                    f"the name of the video {entry.video_id!r} contains a line end or a tab;"
-                    f" correct it in {_names(annotations)}"
-                )
-            for text in (entry.video_id, *entry.captions):
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:
-                    raise AnnotationError(
-                        f"{entry.video_id!a}: the text {text!a} contains half of a"
-                        f" character; correct it in {_names(annotations)}"
-                    ) from error
-
-
-def _names(annotations: Annotations) -> str:
-    names = [*(path.name for path in annotations.files), *annotations.hashes]
-    return " or ".join(names[:3]) + (" or another file" if len(names) > 3 else "")
+        bare = {without_video_suffix(name): name for name, found in captions.items() if found}
+        similar = [bare.get(without_video_suffix(video)) for video in without]
+        hints = [
+            f", which names it {name!r}, with another suffix" if name else "" for name in similar
+        ]
+        if len(without) > MAX_LOST * len(video_ids):
+            raise AnnotationError(
+                f"{len(without)} of the {len(video_ids)} videos of {list_path} have no caption in"
+                f" {captions_path} (the first: {without[0]!r}{hints[0]}); check that the two files"
+                " belong together"
+            )
+        for video, hint in zip(without, hints, strict=True):
+            place = f"{list_path.name}, {printable(video)}"
+            left_out[place] = f"no caption in {captions_path.name}{hint}"
+    return [Captioned(video, captions[video]) for video in video_ids if captions.get(video)]
 
 
 def group_captions(rows: Iterable[tuple[str, str]]) -> list[Captioned]:

@@ -125,8 +125,10 @@ def _build_locked(options: argparse.Namespace) -> None:
     if reasons:
         print(f"leaving out {len(reasons)} videos listed in {quarantine}")
     annotations = builder.read_annotations(options.annotations)
-    plan = make_plan(annotations, videos_folder(options, annotations), reasons)
-    dataset_build.print_plan(dataset, plan, data_dir, storage)
+    plan = make_plan(
+        annotations, videos_folder(options, annotations), reasons, protocols=builder.PROTOCOLS
+    )
+    dataset_build.print_plan(dataset, plan, data_dir, storage, protocols=builder.PROTOCOLS)
     with _engine(options, plan) as map_calls:
         built = dataset_build.build_dataset(
             dataset,

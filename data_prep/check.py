@@ -4,7 +4,8 @@
 
 Decodes every annotated video completely. Writes the report to `DATA_DIR/DATASET/check.json`, and
 the videos that cannot be used to `DATA_DIR/DATASET/quarantine.txt`, which builds leave out. Exit
-status: 0 if all annotated videos can be used, 1 if some cannot, 2 if the dataset cannot be checked.
+status: 0 if all annotated videos can be used, 1 if some cannot or could not be read, 2 if the
+dataset cannot be checked.
 """
 
 import argparse
@@ -39,7 +40,8 @@ def _check(options: argparse.Namespace) -> int:
         with disk_errors(options.data_dir):
             read_quarantine(quarantine)  # An error in it should not wait for the end of the check.
             annotations = builder.read_annotations(options.annotations)
-            plan = make_plan(annotations, videos_folder(options, annotations), {})
+            folder = videos_folder(options, annotations)
+            plan = make_plan(annotations, folder, {}, protocols=builder.PROTOCOLS)
     except UserError as error:
         return _fail(str(error))
     storage = requested_storage(options)
@@ -52,7 +54,8 @@ def _check(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"cannot write to {quarantine.parent} ({error.strerror})")
     print(f"wrote {dataset_check.report_file(quarantine)} and {quarantine}")
-    return 1 if report["missing"] or report["unusable"] else 0
+    kinds = ("left_out", "missing", "unusable", "unavailable")
+    return int(any(report[kind] for kind in kinds))
 
 
 def _fail(message: str) -> int:

@@ -13,7 +13,7 @@ from drl_jax.config import INTERPOLATIONS, RESIZES, STORAGE_ENCODINGS
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.cli import Parser, positive_int
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError, one_line, system_errors
 
 if TYPE_CHECKING:
     from data_prep.annotations import Annotations
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 # Maximum time to decode one video, seconds.
 DECODE_TIMEOUT = 300
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Errors of a disk, which array_record raises as a RuntimeError with the system's message.
-_DISK_ERRORS = (*_FULL, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG, errno.ESTALE)
 
 
 @contextlib.contextmanager
@@ -34,24 +32,21 @@ def disk_errors(data_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
-            # "" or " on node NAME": the engine of a cluster adds it.
-            node = (error.strerror or "").removeprefix(os.strerror(error.errno))
-            raise UserError(_full_message(data_dir, node)) from error
-        where, reason = error.filename or data_dir, error.strerror or str(error)
-        raise UserError(f"cannot read or write {where} ({reason})") from error
-    except RuntimeError as error:
-        found = next((number for number in _DISK_ERRORS if os.strerror(number) in str(error)), 0)
-        if not found:
+    # array_record raises RuntimeError.
+    except (OSError, RuntimeError) as error:
+        found = next(system_errors(error), None)
+        if found is None and isinstance(error, RuntimeError):
             raise
-        if found in _FULL:
-            raise UserError(_full_message(data_dir)) from error
-        raise UserError(f"cannot read or write {data_dir} ({os.strerror(found)})") from error
-
-
-def _full_message(data_dir: Path, node: str = "") -> str:
-    return f"no space left in {data_dir}{node}; free disk space, then rerun the command to continue"
+        if found is None:
+            raise UserError(f"{data_dir} cannot be read or written ({one_line(error)})") from error
+        if found.errno not in _FULL:
+            raise Unavailable(data_dir, found, "read or written") from error
+        # "" or " on node NAME": the engine of a cluster adds it.
+        node = found.strerror.removeprefix(os.strerror(found.errno))
+        raise UserError(
+            f"no space left in {data_dir}{node}; free disk space, then rerun the command to"
+            " continue"
+        ) from error
 
 
 def add_data_dir_flag(parser: Parser) -> None:
@@ -97,7 +92,9 @@ def add_source_flags(parser: Parser, *, required: bool) -> None:
         required=required,
         metavar="PATH",
         help="folder of the annotation files; for custom, a .csv or .jsonl file, or .parquet or"
-        " .tar files: one, a folder, or a pattern such as 'shards/*.tar'",
+        " .tar files: one, a folder, or a pattern such as 'shards/*.tar'. Rows and videos that"
+        " cannot be used are left out and listed; the command ends if they are more than 50 %% of a"
+        " file's rows or of the videos",
     )
     add_data_dir_flag(parser)
     parser.add_argument(

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from data_prep.command import DECODE_TIMEOUT, add_data_dir_flag, add_videos_flag
 from data_prep.datasets import dataset_names
 from drl_jax.runtime.cli import Parser, positive_int, run_command
+from drl_jax.runtime.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def _compare(options: argparse.Namespace) -> None:
         raise DatasetError(
             f"no directory {options.videos}; --videos must be the folder of the video files"
         )
-    wrong = {}
+    wrong, unavailable = {}, {}
     variants = built_variants(options.data_dir, options.dataset)
     width = max(20, *(len(directory.parent.name) for directory in variants))
     print(f"{'storage':<{width}}{'videos':>8}{'max':>6}{'mean':>8}")
@@ -52,12 +53,17 @@ def _compare(options: argparse.Namespace) -> None:
         storage = directory.parent.name
         print(f"{storage:<{width}}{found.videos:>8}{found.largest:>6}{found.mean:>8.3f}")
         wrong |= {f"{storage}, {video}": reason for video, reason in found.wrong.items()}
-    for video, reason in list(wrong.items())[:10]:
+        unavailable |= {f"{storage}, {video}": why for video, why in found.unavailable.items()}
+    for video, reason in [*wrong.items(), *unavailable.items()][:10]:
         print(f"  {video}: {reason}")
     if wrong:
         raise DatasetError(
             f"{len(wrong)} stored videos differ from their files in {options.videos}; if the files"
             " are correct, rebuild the dataset with --overwrite"
+        )
+    if unavailable:
+        raise UserError(
+            f"{len(unavailable)} videos could not be read, which may pass; rerun the command"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_prep.annotation_files import read_text
 from data_prep.annotations import AnnotationError
+from data_prep.left_out import RowError, parse_all
 
 # Spreadsheets of many countries separate by semicolons.
 _DELIMITERS = ",;\t"
@@ -18,11 +19,18 @@ _SEPARATOR_LINE = re.compile(r"sep=([^\w\s\"'=]|\t)\s*", re.IGNORECASE)
 Row = tuple[int, dict[str, str]]
 
 
-def read_csv_columns(path: Path, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+def read_csv_columns(
+    path: Path, columns: tuple[str, ...], left_out: dict[str, str]
+) -> list[tuple[str, ...]]:
     """Reads the named columns of a CSV file, row by row.
 
+    Args:
+      path: the file.
+      columns: their names.
+      left_out: receives the reason for each row with an empty value.
+
     Raises:
-      AnnotationError: as `read_csv_rows`; a column is missing, or a value is empty.
+      AnnotationError: as `read_csv_rows`; a column is missing, or most rows have an empty value.
     """
     present, rows = read_csv_rows(path)
     for column in columns:
@@ -30,24 +38,32 @@ def read_csv_columns(path: Path, columns: tuple[str, ...]) -> list[tuple[str, ..
             raise AnnotationError(
                 f"{path} has no column {column!r}; its header is {','.join(present) or 'empty'!r}"
             )
-    for number, row in rows:
+
+    def values(row: dict[str, str]) -> tuple[str, ...]:
         if empty := [column for column in columns if not row[column]]:
-            raise AnnotationError(f"{path}, row {number}: {' and '.join(empty)} is empty")
-    return [tuple(row[column] for column in columns) for _, row in rows]
+            raise RowError(f"{' and '.join(empty)} is empty")
+        return tuple(row[column] for column in columns)
+
+    placed = ((f"{path.name}, row {number}", row) for number, row in rows)
+    return parse_all(placed, values, left_out, f"rows of {path}")
 
 
-def read_csv_rows(path: Path) -> tuple[list[str], list[Row]]:
+def read_csv_rows(path: Path, errors: str = "strict") -> tuple[list[str], list[Row]]:
     """Reads a CSV file whose first line, or the one after Excel's `sep=;`, names its columns.
 
     Columns are separated by commas, semicolons or tabs, or as `sep=` says. Names are in
     lower case, and names and values without surrounding blanks. Empty rows are left out.
+
+    Args:
+      path: the file.
+      errors: see `read_text`.
 
     Raises:
       AnnotationError: the file is not text in UTF-8, a quotation mark is not closed, a row has
         another number of fields than the header, or two columns have the same name.
     """
     # With newline="", the reader sees the line ends inside quotation marks.
-    lines = list(io.StringIO(read_text(path), newline=""))
+    lines = list(io.StringIO(read_text(path, errors), newline=""))
     header, delimiter = _header(lines)
     records = _records(path, lines, header, delimiter)
     names = [name.strip().lower() for name in next(records, (1, []))[1]]

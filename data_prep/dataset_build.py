@@ -2,15 +2,19 @@
 
 import contextlib
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from data_prep import estimate
 from data_prep.datasets import builder_class
 from data_prep.manifest import describe_split
+from data_prep.overlap import warnings
+from data_prep.quarantine import quarantine_file
 from data_prep.retrieval_builder import StorageConfig
 from data_prep.video_folder import Plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
 from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.lock import LOCK_FILE, locked
 from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
@@ -63,7 +67,8 @@ def build_dataset(
       The dataset's directory.
 
     Raises:
-      UserError: nothing can be built. An existing dataset is unchanged.
+      UserError: nothing can be built, or a video could not be decoded for a reason that may pass.
+        An existing dataset is unchanged.
       OSError, RuntimeError: the disk is full or cannot be written (`disk_errors`). The same.
     """
     cls = builder_class(dataset)
@@ -75,7 +80,16 @@ def build_dataset(
     config = StorageConfig.of(storage)
     builder = cls(data_dir=unfinished, config=config, file_format="array_record")
     try:
-        builder.store(plan, cache, timeout, map_calls)
+        unavailable = builder.store(plan, cache, timeout, map_calls)
+        if unavailable:
+            for video, reason in unavailable.items():
+                print(f"{video}: {reason}")
+            raise UserError(
+                f"{len(unavailable)} of {len(plan.clips)} videos could not be decoded, which may"
+                " not be their fault; the frames of the others are kept: rerun the command to try"
+                " these again (with a larger --timeout if they take too long), or leave them out"
+                f" with a line for each id in {quarantine_file(data_dir, dataset)}"
+            )
         _replace(target, Path(builder.data_dir))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -116,8 +130,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -> None:
-    """Prints the number of videos and the disk space of a build before it starts."""
+def print_plan(
+    dataset: str,
+    plan: Plan,
+    data_dir: Path,
+    storage: StorageSpec,
+    *,
+    protocols: Sequence[Collection[str]] = (),
+) -> None:
+    """Prints the number of videos and the disk space of a build before it starts, and warnings."""
     frames = len(plan.clips) * storage.max_frames
     stored = estimate.format_bytes(estimate.stored_bytes(frames, storage))
     free = estimate.format_bytes(estimate.free_bytes(data_dir))
@@ -129,6 +150,11 @@ def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -
     )
     if plan.annotations.contained is not None and plan.unannotated:
         print(f"{len(plan.unannotated):,} videos without a caption are not stored", flush=True)
+    if left_out := plan.annotations.left_out:
+        place, reason = next(iter(left_out.items()))
+        print(f"{len(left_out):,} rows are left out (the first: {place}: {reason})", flush=True)
+    for line in warnings(plan.annotations, plan.merged, protocols):
+        print(line, flush=True)
 
 
 def print_report(target: Path) -> None:
@@ -140,6 +166,6 @@ def print_report(target: Path) -> None:
     for name, split in manifest["splits"].items():
         print(f"  {describe_split(name, split)}")
     if left_out := manifest["left_out"]:
-        print(f"left out {len(left_out)} videos (full list: {target / MANIFEST}):")
+        print(f"left out {len(left_out)} videos and rows (full list: {target / MANIFEST}):")
         for video, reason in list(left_out.items())[:10]:
             print(f"  {video}: {reason}")

@@ -14,11 +14,17 @@ from data_prep import estimate
 from data_prep.annotations import Annotations
 from data_prep.locations import Clip, Location
 from data_prep.manifest import PublishedSizes, count_splits, describe_split
-from data_prep.overlap import repeated_captions, shared_captions, shared_videos
+from data_prep.overlap import repeated_captions, shared_captions, shared_videos, warnings
 from data_prep.quarantine import read_quarantine, write_quarantine
 from data_prep.video_folder import Plan
 from drl_jax.data.storage import StorageSpec
-from drl_jax.data.video import VideoError, VideoFacts, inspect_video, sample_positions
+from drl_jax.data.video import (
+    VideoError,
+    VideoFacts,
+    ffmpeg_errors,
+    inspect_video,
+    sample_positions,
+)
 from drl_jax.runtime.files import sha256, write_json
 from drl_jax.runtime.resources import available_cpus
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
@@ -41,12 +47,14 @@ class Finding:
       error: reason why the file should be left out; empty if it can be used.
       digest: SHA-256 of the file; empty if it could not be read.
       seconds: duration of the inspection.
+      is_passing: whether the error is no property of the file: another try may succeed.
     """
 
     facts: VideoFacts | None
     error: str
     digest: str
     seconds: float
+    is_passing: bool = False
 
 
 def check_dataset(
@@ -67,15 +75,20 @@ def check_dataset(
       protocols: groups of splits that are used together; empty: all are.
 
     Returns:
-      The report: "missing", "unusable" and "suspicious" (reasons by video), "duplicate_videos"
-      (groups of ids with the same file content), "videos_in_several_splits" and
-      "captions_in_several_splits" (for pairs of splits that are used together),
-      "repeated_captions", "splits", "build" (estimates), "unannotated_files".
+      The report: "left_out" (reasons by row), "missing", "unusable", "unavailable" (which could not
+      be read, for a reason that may pass) and "suspicious" (reasons by video), "duplicate_videos"
+      (groups of ids with the same file content), "same_files" (ids by other names of their files),
+      "videos_in_several_splits" and "captions_in_several_splits" (for pairs of splits that are used
+      together), "repeated_captions", "warnings" (lines), "splits", "build" (estimates),
+      "unannotated_files".
     """
     findings = _inspect_files([clip.location for clip in plan.clips], storage, timeout)
-    unusable, suspicious, frames = {}, {}, 0
+    unusable, unavailable, suspicious, frames = {}, {}, {}, 0
     for clip in plan.clips:
         finding = findings[clip.location]
+        if finding.is_passing:
+            unavailable[clip.video_id] = finding.error
+            continue
         error = finding.error or _span_error(clip, finding.facts)
         if error:
             unusable[clip.video_id] = error
@@ -84,16 +97,21 @@ def check_dataset(
         frames += len(sample_positions(facts.frames, facts.fps, storage.max_frames, clip.span))
         if reasons := suspicions(facts):
             suspicious[clip.video_id] = "; ".join(reasons)
-    usable = {clip.video_id for clip in plan.clips} - unusable.keys()
+    usable = {clip.video_id for clip in plan.clips} - unusable.keys() - unavailable.keys()
     seconds = sum(finding.seconds for finding in findings.values())
+    left_out = plan.annotations.left_out
     return {
-        "missing": plan.unusable,
+        "left_out": left_out,
+        "missing": {name: why for name, why in plan.unusable.items() if name not in left_out},
         "unusable": unusable,
+        "unavailable": unavailable,
         "suspicious": suspicious,
         "duplicate_videos": _duplicate_videos(plan.clips, findings, plan.annotations),
+        "same_files": plan.merged,
         "videos_in_several_splits": shared_videos(plan.annotations, protocols),
         "captions_in_several_splits": shared_captions(plan.annotations, protocols),
         "repeated_captions": repeated_captions(plan.annotations),
+        "warnings": warnings(plan.annotations, plan.merged, protocols),
         "splits": count_splits(plan.annotations, usable, published),
         "build": {
             "videos": len(usable),
@@ -116,7 +134,7 @@ def _inspect_files(
     progress = tqdm(zip(files, results, strict=True), "checking", len(files), unit="video")
     for file, finding in progress:
         if isinstance(finding, WorkerFailure):
-            finding = Finding(None, finding.reason, "", timeout)
+            finding = Finding(None, finding.reason, "", timeout, finding.is_passing)
         findings[file] = finding
     return findings
 
@@ -125,15 +143,14 @@ def _inspect(location: Location, storage: StorageSpec) -> Finding:
     start = time.monotonic()
     digest = ""
     try:
-        digest = sha256(location)
+        with ffmpeg_errors(location):
+            digest = sha256(location)
         facts, error = inspect_video(location, storage.max_frames, storage.form), ""
         if facts.black:
             # A build would store it, but no caption can match it.
             error = "all its sampled frames are black"
     except VideoError as problem:
         facts, error = None, str(problem)
-    except OSError as problem:
-        facts, error = None, f"cannot be opened ({problem.strerror})"
     return Finding(facts, error, digest, time.monotonic() - start)
 
 
@@ -194,8 +211,10 @@ def print_report(report: Mapping[str, Any]) -> None:
     for name, split in report["splits"].items():
         print(f"  {describe_split(name, split)}")
     for kind, title in (
+        ("left_out", "rows of the annotation files are left out"),
         ("missing", "annotated videos are missing"),
         ("unusable", "videos cannot be used"),
+        ("unavailable", "videos could not be read this time; check again"),
         ("suspicious", "videos can be used but are suspicious"),
     ):
         _print_some(title, [f"{video}: {why}" for video, why in report[kind].items()])
@@ -206,11 +225,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             for group in report["duplicate_videos"]
         ],
     )
-    for splits, shared in report["videos_in_several_splits"].items():
-        print(
-            f"{len(shared['videos'])} videos are in both {splits}, with {shared['captions']} equal"
-            f" captions (the first: {shared['videos'][0]}): results on one of them are too good"
-        )
+    for line in report["warnings"]:
+        print(line)
     for splits, count in report["captions_in_several_splits"].items():
         print(f"{count} captions are in both {splits}")
     for split, count in report["repeated_captions"].items():

@@ -25,12 +25,14 @@ class Comparison:
       largest: largest difference of a pixel.
       mean: mean difference over all pixels.
       wrong: reasons, by id, for videos whose stored frames are not those of their file.
+      unavailable: why files could not be read, which may pass, by id.
     """
 
     videos: int
     largest: int
     mean: float
     wrong: dict[str, str]
+    unavailable: dict[str, str]
 
 
 def compare_dataset(
@@ -62,7 +64,7 @@ def compare_dataset(
         (location, storage, tuple(span) or None)
         for location, (_, *span) in zip(locations, sources, strict=True)
     ]
-    largest, total, pixels, wrong = 0, 0.0, 0, {}
+    largest, total, pixels, wrong, unavailable = 0, 0.0, 0, {}, {}
     decoded = map_in_processes(read_frames_or_error, calls, timeout=timeout)
     for video, frames in tqdm(
         zip(picked, decoded, strict=True), storage.name, len(picked), unit="video"
@@ -74,7 +76,7 @@ def compare_dataset(
             wrong[video_id] = str(error)
             continue
         if isinstance(frames, WorkerFailure):
-            wrong[video_id] = frames.reason
+            (unavailable if frames.is_passing else wrong)[video_id] = frames.reason
         elif isinstance(frames, str):
             wrong[video_id] = f"its file {frames}"
         elif frames.shape != stored.shape:
@@ -86,7 +88,7 @@ def compare_dataset(
             allowed = 0 if storage.encoding == "raw" else _MAX_JPEG_DIFFERENCE
             if difference.mean() > allowed:
                 wrong[video_id] = f"its pixels differ by {difference.mean():.1f} levels on average"
-    return Comparison(len(picked), largest, total / max(pixels, 1), wrong)
+    return Comparison(len(picked), largest, total / max(pixels, 1), wrong, unavailable)
 
 
 def built_variants(data_dir: Path, dataset: str) -> list[Path]:

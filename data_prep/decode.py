@@ -1,5 +1,6 @@
 """Decodes videos in parallel. Worker processes import this module, so its imports are light."""
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -13,6 +14,7 @@ from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
 from data_prep.locations import Clip, Location, absolute
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import Span, VideoError, read_frames
+from drl_jax.runtime.errors import one_line
 from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_processes
 
 _JPEG_QUALITY = 95
@@ -25,10 +27,12 @@ class Decoded:
     Attributes:
       frames: uint8 [F, S, S, 3] for `raw`, a list of F JPEG files for `jpeg`; None on failure.
       error: the reason; empty on success.
+      is_passing: whether the error is no property of the video: another try may succeed.
     """
 
     frames: Frames | None
     error: str = ""
+    is_passing: bool = False
 
 
 def decode_clips(
@@ -54,35 +58,35 @@ def decode_clips(
       OSError: the cache cannot be written, e.g. because the disk is full, or an entry that was
         written cannot be read here.
     """
-    entries: list[Path | None] = []
+    entries: list[Path | OSError] = []
     for clip in clips:
         try:
             entries.append(cache.entry(clip))
-        except OSError:
-            entries.append(None)
+        except OSError as error:
+            entries.append(error)
     # Absolute: the nodes of a cluster have other working directories.
     calls = [
         (absolute(clip.location), clip.span, entry.absolute(), cache.storage)
         for clip, entry in zip(clips, entries, strict=True)
-        if entry is not None
+        if isinstance(entry, Path)
     ]
-    errors = map_calls(_ensure_entry, calls, timeout=timeout)
-    for entry in entries:
-        if entry is None:
-            yield Decoded(None, "cannot be opened")
-            continue
-        error = next(errors)
-        if isinstance(error, WorkerFailure):
-            yield Decoded(None, error.reason)
-        elif isinstance(error, OSError):
-            raise error
-        elif error:
-            yield Decoded(None, error)
-        else:
-            frames = read_entry(entry)
-            if frames is None:
-                raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
-            yield Decoded(frames)
+    with contextlib.closing(map_calls(_ensure_entry, calls, timeout=timeout)) as errors:
+        for entry in entries:
+            if isinstance(entry, OSError):
+                yield Decoded(None, one_line(entry), is_passing=True)
+                continue
+            error = next(errors)
+            if isinstance(error, WorkerFailure):
+                yield Decoded(None, error.reason, is_passing=error.is_passing)
+            elif isinstance(error, OSError):
+                raise error
+            elif error:
+                yield Decoded(None, error)
+            else:
+                frames = read_entry(entry)
+                if frames is None:
+                    raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
+                yield Decoded(frames)
 
 
 def _ensure_entry(
@@ -91,10 +95,13 @@ def _ensure_entry(
     """Decodes a video into the cache unless it is there.
 
     Returns:
-      "" on success, what is wrong with the file, or why the cache cannot be written.
+      "" on success, what is wrong with the file, or why the cache cannot be read or written.
     """
-    if read_entry(entry) is not None:
-        return ""
+    try:
+        if read_entry(entry) is not None:
+            return ""
+    except OSError as error:
+        return error
     frames = read_frames_or_error(location, storage, span)
     if isinstance(frames, str):
         return frames
@@ -120,6 +127,9 @@ def read_frames_or_error(
 
     Returns:
       uint8 [F, S, S, 3], or the reason why the file cannot be decoded.
+
+    Raises:
+      Unavailable: the file cannot be read.
     """
     try:
         return read_frames(location, storage.max_frames, storage.form, span)

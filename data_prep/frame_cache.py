@@ -14,6 +14,7 @@ import numpy as np
 
 from data_prep.locations import Clip, file_of
 from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime.errors import refusal
 from drl_jax.runtime.files import replacing
 
 # Encoded frames of a video: uint8 [F, S, S, 3] for `raw`, F JPEG files for `jpeg`.
@@ -71,12 +72,18 @@ def write_entry(path: Path, frames: Frames) -> None:
 
 
 def read_entry(path: Path) -> Frames | None:
-    """Reads the frames of an entry; None if it does not exist or is damaged."""
+    """Reads the frames of an entry; None if it does not exist or is damaged.
+
+    Raises:
+      OSError: it cannot be read.
+    """
     try:
         # The file is a zip: every array has a checksum.
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[f"arr_{number}"] for number in range(len(file.files))]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if (refused := refusal(error)) is not None:
+            raise refused from error
         return None
     if not arrays:
         return None

@@ -100,4 +100,5 @@ def _inside(file: Path) -> dict[str, Location]:
     return {
         member.name: TarMember(file, member.name, member.offset_data, member.size)
         for member, _ in read_members(file)
+        if not member.issparse()
     }

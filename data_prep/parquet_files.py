@@ -71,7 +71,7 @@ class ParquetCell:
             for field in fields:
                 cell = cell[field] if cell.is_valid else cell
         except _errors() as error:
-            if isinstance(error, OSError) and error.errno:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise
             raise VideoError(f"its row cannot be read from {self.path.name} ({error})") from error
         content = cell.as_buffer() if cell.is_valid else None
@@ -216,7 +216,7 @@ class ParquetTable:
         try:
             return read()
         except _errors() as error:
-            if isinstance(error, OSError) and error.errno:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise
             raise self._damaged(one_line(error)) from error
 
@@ -236,4 +236,23 @@ def _next_rows(
     """The rows of the next batch as Python values; None after the last one."""
     if (batch := next(batches, None)) is None:
         return None
-    return list(zip(*(batch.column(column).to_pylist() for column in columns), strict=True))
+    return list(zip(*(_values(batch.column(column)) for column in columns), strict=True))
+
+
+def _values(column: "pyarrow.Array") -> list[Any]:
+    """The cells; bytes of a text that are not UTF-8 become surrogates, as in names of files."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        kind = pyarrow.large_binary()
+        if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+            kind = pyarrow.large_list(kind)
+        return [_decoded(cell) for cell in column.cast(kind).to_pylist()]
+
+
+def _decoded(cell: bytes | list[bytes | None] | None) -> str | list[Any] | None:
+    if isinstance(cell, list):
+        return [_decoded(text) for text in cell]
+    return None if cell is None else cell.decode(errors="surrogateescape")

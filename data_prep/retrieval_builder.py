@@ -5,6 +5,7 @@ and stores the videos.
 """
 
 import abc
+import contextlib
 import dataclasses
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from data_prep.annotations import AnnotationError, Annotations
 from data_prep.decode import Decoded, decode_clips
 from data_prep.descriptions import write_description
 from data_prep.frame_cache import FrameCache
+from data_prep.left_out import check_lost
 from data_prep.locations import Clip
 from data_prep.manifest import ContentHash, PublishedSizes, make_manifest
 from data_prep.video_folder import Plan
@@ -30,10 +32,12 @@ from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.tokens import store_tokens
 from drl_jax.models.tokenizers import CLIPTokenizer
+from drl_jax.models.tokenizers.base import warn_of_cut
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
 _VIDEOS_PER_SHARD = 1000
+_REMEDY = "copy them again, or let data_prep.check list them, and the build then leaves them out"
 
 
 @dataclasses.dataclass(eq=False)
@@ -110,7 +114,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         cache_dir: Path,
         timeout: float,
         map_calls: OrderedMap = map_in_processes,
-    ) -> None:
+    ) -> dict[str, str]:
         """Decodes the videos and writes the dataset into `data_dir`.
 
         Records are written sequentially. (`download_and_prepare` collects all records first and,
@@ -122,14 +126,18 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
           timeout: maximum seconds to decode one video.
           map_calls: runs the decoders, see `decode_clips`.
 
+        Returns:
+          By id, why videos could not be decoded that may be sound. The dataset is complete only if
+          there are none.
+
         Raises:
-          AnnotationError: no video can be used.
+          AnnotationError: no video can be used, or more than `MAX_LOST` cannot.
           OSError, RuntimeError: the disk is full.
         """
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)
         storage, annotations = self.builder_config.spec, plan.annotations
-        unusable = dict(plan.unusable)
+        unusable, unavailable = dict(plan.unusable), {}
         writer = _StableWriter(
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
         )
@@ -138,10 +146,15 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         content = ContentHash()
         cache = FrameCache(cache_dir, storage)
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
-        for example in self._examples(plan.clips, decoded, records, unusable, content):
-            writer.add_examples({VIDEOS_SPLIT: [example]})
-        if not records:
-            raise AnnotationError(_no_usable_video_message(annotations, unusable))
+        with contextlib.closing(decoded):
+            examples = self._examples(plan.clips, decoded, records, unusable, unavailable, content)
+            for example in examples:
+                writer.add_examples({VIDEOS_SPLIT: [example]})
+        if unavailable:
+            return unavailable
+        # What is absent or in quarantine is no loss: a part of a dataset may be built.
+        lost = {name: why for name, why in unusable.items() if name not in plan.unusable}
+        check_lost(lost if records else unusable, len(records), "annotated videos", _REMEDY)
         metadata = write_description(directory, plan, records)
         self.info.metadata.update(metadata)
         writer.close_all()
@@ -159,8 +172,12 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         description = Description(directory, metadata, manifest["files"])
         manifest["content_with_captions"] = description.content(manifest["content"])
         for name in description.split_names:
-            store_tokens(description.split(name).captions, CLIPTokenizer(), self.MAX_WORDS)
+            captions = description.split(name).captions
+            cut = store_tokens(captions, CLIPTokenizer(), self.MAX_WORDS)
+            where = f"split {name}, with CLIP's tokenizer"
+            warn_of_cut(cut, len(captions.texts), self.MAX_WORDS, where)
         write_json(directory / MANIFEST, manifest)
+        return {}
 
     def _examples(
         self,
@@ -168,14 +185,15 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         decoded: Iterator[Decoded],
         records: dict[str, int],
         unusable: dict[str, str],
+        unavailable: dict[str, str],
         content: ContentHash,
     ) -> Iterator[dict[str, Any]]:
-        """Yields a record for each decoded clip; updates `records`, `unusable` and `content`."""
+        """Yields a record for each decoded clip; updates the other arguments."""
         progress = tqdm(zip(clips, decoded, strict=True), "decoding", len(clips), unit="video")
         for clip, result in progress:
             frames = result.frames
             if frames is None:
-                unusable[clip.video_id] = result.error
+                (unavailable if result.is_passing else unusable)[clip.video_id] = result.error
                 continue
             records[clip.video_id] = len(records)
             content.update(clip.video_id, frames)
@@ -210,11 +228,3 @@ class _StableWriter(tfds.core.SequentialWriter):
 class _StableSerializer(ExampleSerializer):
     def serialize_example(self, example: Any) -> bytes:
         return self.get_tf_example(example).SerializeToString(deterministic=True)
-
-
-def _no_usable_video_message(annotations: Annotations, unusable: Mapping[str, str]) -> str:
-    shown = [f"{video}: {reason}" for video, reason in list(unusable.items())[:3]]
-    return (
-        f"none of the {len(annotations.video_ids())} annotated videos can be used; the first:"
-        f" {'; '.join(shown)}"
-    )

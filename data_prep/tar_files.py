@@ -20,7 +20,7 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
 # Largest member that is read as a whole, bytes.
-_MAX_CONTENT = 1 << 26
+MAX_CONTENT = 1 << 26
 # What follows the end of a tar file is read in pieces of this size, bytes.
 _PIECE = 1 << 20
 
@@ -116,11 +116,6 @@ def read_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    if member.issparse():
-                        raise TarError(
-                            f"{path}: {member.name} is stored as a sparse file; pack the tar file"
-                            " again without --sparse"
-                        )
                     yield member, tar
                     tar.members.clear()  # It would hold the headers of all members.
                 end = tar.offset
@@ -130,13 +125,11 @@ def read_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]
 
 
 def read_content(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Content of a small member, from the file that `read_members` yields with it.
+    """Content of a member of at most `MAX_CONTENT` bytes, from the file of `read_members`.
 
     Raises:
-      TarError: the tar file ends inside it, or it is larger than a text.
+      TarError: the tar file ends inside it.
     """
-    if member.size > _MAX_CONTENT:
-        raise TarError(f"{path}: {member.name} has {member.size / 1e6:.0f} MB, too much for a text")
     tar.fileobj.seek(member.offset_data)
     content = tar.fileobj.read(member.size)
     if len(content) < member.size:

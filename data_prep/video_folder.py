@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
+import os
+import posixpath
 import unicodedata
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 
-from data_prep.annotations import (
-    AnnotationError,
-    Annotations,
-    Source,
-    check_texts,
-    without_video_suffix,
-)
+from data_prep.annotations import AnnotationError, Annotations, without_video_suffix
+from data_prep.file_splits import draw_again, merge_names, refuse_shared_files, same_files
+from data_prep.left_out import leave_out_texts
 from data_prep.locations import Clip, FoundVideos
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.files import files_below
@@ -37,6 +35,7 @@ class VideoFolder:
                 f"no directory {directory}; --videos must be the folder of the video files"
             )
         self.directory = directory
+        self._resolved = os.path.realpath(directory)
         self.files: list[Path] = []
         self._by_path: dict[str, Path] = {}
         # Files by name and by path; the first two have video files only.
@@ -70,10 +69,11 @@ class VideoFolder:
             path
             for sources in sources_of.values()
             for source in sources
-            for path in self._by_name.get(_normalised(source.file), ())
+            for name in self._spellings(source.file)
+            for path in self._by_name.get(_normalised(name), ())
         }
         for video_id, sources in sources_of.items():
-            candidates = [(source, self._find(source, named)) for source in sources]
+            candidates = [(source, self._find(source.file, named)) for source in sources]
             found = next((pair for pair in candidates if pair[1]), None)
             if found is None:
                 not_found[video_id] = "no such file"
@@ -84,13 +84,39 @@ class VideoFolder:
                 clips.append(Clip(video_id, found[1][0], found[0].span))
         return clips, not_found
 
-    def _find(self, source: Source, named: Set[Path]) -> list[Path]:
+    def _find(self, name: str, named: Set[Path]) -> list[Path]:
+        """The file with exactly this path, or else all files with the most similar name."""
+        found = (self._find_spelling(name, named) for name in self._spellings(name))
+        return next(filter(None, found), [])
+
+    def _spellings(self, name: str) -> list[str]:
+        """Forms of a name to look for: as it is written, and with the separators of Windows."""
+        names = dict.fromkeys((name, name.replace("\\", "/")))
+        return [self._below(posixpath.normpath(name)) for name in names]
+
+    def _below(self, name: str) -> str:
+        """An absolute path as one below the folder, if it is one, however the folder is written."""
+        if not name.startswith("/"):
+            return name
+        parent, file = os.path.split(name)
+        with contextlib.suppress(OSError, ValueError):
+            # As it is written, it may lead through a link below the folder.
+            for path, folder in (
+                (name, self.directory),
+                (name, self._resolved),
+                (f"{os.path.realpath(parent)}/{file}", self._resolved),
+            ):
+                if not (below := os.path.relpath(path, folder)).startswith("../"):
+                    return below
+        return name
+
+    def _find_spelling(self, spelling: str, named: Set[Path]) -> list[Path]:
         """The file with exactly this path, or else all files with the most similar name.
 
         That is: with the same name; with a video suffix after it; without a video suffix in it; or
         with another video suffix than it has.
         """
-        name = _normalised(source.file)
+        name = _normalised(spelling)
         if name in self._by_path:
             return [self._by_path[name]]
         if name in self._by_name:
@@ -100,17 +126,16 @@ class VideoFolder:
         if name != bare:
             found = [path for path in found if path not in named]
         # A file without a video suffix, e.g. with a dot at the end; or a path through a link.
-        found = found or self._others.get(name, []) or self._linked(source)
+        found = found or self._others.get(name, []) or self._linked(spelling)
         while not found and name != bare:
             name, bare = bare, without_video_suffix(bare)
             similar = self._by_name.get(name) or self._by_stem.get(name, [])
             found = [path for path in similar if path not in named]
         return found
 
-    def _linked(self, source: Source) -> list[Path]:
+    def _linked(self, name: str) -> list[Path]:
         """The file with a path through a link, for a folder that is listed by another path."""
-        path = self.directory / source.file
-        inside = path.is_relative_to(self.directory) and ".." not in path.parts
+        path, inside = self.directory / name, not name.startswith(("/", "../"))
         # A name can be too long for the file system, or its folder unreadable.
         with contextlib.suppress(OSError):
             return [path] if inside and path.is_file() else []
@@ -135,8 +160,9 @@ class Plan:
       annotations: the dataset's annotations.
       folder: folder of the video files, or of the files that contain the videos.
       clips: annotated videos that were found.
-      unusable: reasons why the other videos are left out, by id.
+      unusable: reasons why the other videos are left out, by id; and those of rows, by place.
       unannotated: names, below the folder, of videos without annotation.
+      merged: for each id of a file with several names that is not kept, the one that is.
     """
 
     annotations: Annotations
@@ -144,27 +170,56 @@ class Plan:
     clips: list[Clip]
     unusable: dict[str, str]
     unannotated: list[str]
+    merged: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def make_plan(annotations: Annotations, videos: Path | None, quarantine: Mapping[str, str]) -> Plan:
+def make_plan(
+    annotations: Annotations,
+    videos: Path | None,
+    quarantine: Mapping[str, str],
+    *,
+    protocols: Sequence[Collection[str]] = (),
+) -> Plan:
     """Finds the annotated videos, and leaves out those in quarantine.
+
+    A file with several names is one video. Splits that were drawn are drawn by the files.
 
     Args:
       annotations: the dataset's annotations.
       videos: folder of the video files; not used if the annotation files contain the videos.
       quarantine: reasons by id of the videos to leave out.
+      protocols: groups of splits that are used together; empty: all are.
 
     Raises:
-      AnnotationError: the folder is None or contains no video, or a text cannot be stored.
+      AnnotationError: the folder is None or contains no video, a file is in two splits under two
+        names, or most texts of a split cannot be stored.
     """
-    check_texts(annotations)
+    annotations = dataclasses.replace(
+        annotations, splits=dict(annotations.splits), left_out=dict(annotations.left_out)
+    )
+    gone = leave_out_texts(annotations)
     found = annotations.contained or _find_files(annotations, videos)
-    unusable = dict(found.missing)
-    for clip in found.clips:
+    clips = [clip for clip in found.clips if clip.video_id not in gone]
+    groups = same_files(clips)
+    if annotations.drawn:
+        draw_again(annotations, groups)
+    unusable = found.missing | annotations.left_out
+    for clip in clips:
         if clip.video_id in quarantine:
             unusable[clip.video_id] = f"in quarantine: {quarantine[clip.video_id]}"
-    usable = [clip for clip in found.clips if clip.video_id not in unusable]
-    return Plan(annotations, found.folder, usable, unusable, found.unannotated)
+    groups = [[clip for clip in group if clip.video_id not in unusable] for group in groups]
+    refuse_shared_files(annotations, groups, protocols)
+    merged = merge_names(annotations, groups)
+    # One path for each file: it tells later which videos are of one file.
+    location = {clip.video_id: group[0].location for group in groups for clip in group}
+    usable = [
+        Clip(clip.video_id, location[clip.video_id], clip.span)
+        if clip.video_id in location
+        else clip
+        for clip in clips
+        if clip.video_id not in unusable and clip.video_id not in merged
+    ]
+    return Plan(annotations, found.folder, usable, unusable, found.unannotated, merged)
 
 
 def _find_files(annotations: Annotations, videos: Path | None) -> FoundVideos:

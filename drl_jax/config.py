@@ -92,7 +92,7 @@ class BackboneConfig:
         """The fields that features depend on, by name.
 
         Fields that version 0.2 did not have are left out where they have the default, so that
-        features made with it keep their fingerprint.
+        indexes of version 0.1 keep their fingerprint.
         """
         default = BackboneConfig()
         return {

@@ -45,20 +45,10 @@ def config_from_fields(values: Mapping[str, Any]) -> Config:
       ConfigError: an unknown or missing field, a wrong type, or a value that cannot work.
     """
     if isinstance(values, Mapping):
-        values = _with_new_fields(_with_backbone_group(values))
+        values = _with_new_fields(values)
     config = _from_dict(Config, values, "config")
     _check_values(config)
     return config
-
-
-def _with_backbone_group(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Reads configurations of version 0.1, where `model.backbone` was `model.clip`."""
-    model = values.get("model")
-    if not isinstance(model, Mapping) or "clip" not in model or "backbone" in model:
-        return values
-    model = dict(model)
-    model["backbone"] = {"family": "clip", **model.pop("clip")}
-    return {**values, "model": model}
 
 
 def _with_new_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:

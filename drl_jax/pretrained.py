@@ -21,8 +21,9 @@ from drl_jax.config import Config
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import VideoError, read_timed_frames
 from drl_jax.evaluation.embedder import Embedder
-from drl_jax.models.drl import Params
+from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
+from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
@@ -55,7 +56,7 @@ class RetrievalModel:
       params: its parameters.
       layout: mesh and shardings.
       source: where it was loaded from: "workdir" and "checkpoint", or "weights" with
-        "release" and "tokenizer" if they were given.
+        "release" and "tokenizer" if they were given; and "max_words" if it was.
       towers: what a file of weights says about its towers; empty for a run.
     """
 
@@ -86,6 +87,9 @@ class RetrievalModel:
           NumPy arrays by name, first axis N: what the interaction compares (for wti `text_unit`
           [N, L, D], `text_mask` [N, L], `text_weight` [N, L]), and features of all tokens.
 
+        A caption of more than `data.max_words` tokens loses its last words; one `UserWarning` says
+        how many do.
+
         Raises:
           UserError: there is no caption, or one is blank or no string.
         """
@@ -97,7 +101,17 @@ class RetrievalModel:
             raise UserError(f"a caption is a string, not {type(wrong[0]).__name__}")
         if not all(caption.strip() for caption in captions):
             raise UserError("a query is blank; write a sentence")
-        return self._embedder.encode_text(self.params, list(captions))
+        tokens = self.tokenize(captions)
+        warn_of_cut(int(tokens.is_cut.sum()), len(captions), self.config.data.max_words)
+        return self.encode_tokens(tokens)
+
+    def tokenize(self, captions: Sequence[str]) -> Tokenized:
+        """The token ids of captions, and which captions are cut to `data.max_words` tokens."""
+        return self._embedder.tokenize(captions)
+
+    def encode_tokens(self, tokens: Tokenized) -> Features:
+        """As `encode_text`, of captions that `tokenize` has read."""
+        return self._embedder.encode_text(self.params, tokens)
 
     def encode_videos(self, videos: Sequence[str | os.PathLike | np.ndarray]) -> Features:
         """Encodes videos.
@@ -203,19 +217,19 @@ class RetrievalModel:
 
     def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
         """The tokens of each caption as the model reads them, truncated, with start and end."""
-        tokenizer = self._embedder.tokenizer
-        text_ids, text_mask = tokenizer.tokenize(captions, self.config.data.max_words)
+        text_ids, text_mask, _ = self.tokenize(captions)
         return [
-            tokenizer.token_strings(ids[mask])
+            self._embedder.tokenizer.token_strings(ids[mask])
             for ids, mask in zip(text_ids, text_mask, strict=True)
         ]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that features and similarities depend on.
+        """SHA-256 of everything that features of videos and similarities depend on.
 
         Features of two models with the same fingerprint can be compared. Fields that change how the
-        model is computed (`similarity_block`, `remat`, ...) are left out.
+        model is computed (`similarity_block`, `remat`, ...) are left out, and `data.max_words`,
+        which says how much of a caption is read.
         """
         model = self.config.model
         identity = {
@@ -224,7 +238,6 @@ class RetrievalModel:
             "agg_module": model.agg_module,
             "dtype": model.dtype,
             "max_frames": self.config.data.max_frames,
-            "max_words": self.config.data.max_words,
         }
         # Where it lies does not matter. CLIP's is not a file, and as in earlier versions.
         if model.tokenizer:
@@ -285,6 +298,7 @@ def load(
     *,
     release: str = "",
     tokenizer: str = "",
+    max_words: int | None = None,
 ) -> RetrievalModel:
     """Loads a model.
 
@@ -298,6 +312,9 @@ def load(
       release: of a CLIP whose activation nothing else says, one of
         `drl_jax.weights.releases.RELEASES`.
       tokenizer: file of the tokenizer of a file of weights, if it is not beside it.
+      max_words: tokens that are read of a caption, 3 to the context length of the text tower, start
+        and end included. None: those of the run; of a file, all that towers alone have positions
+        for (CLIP 77, SigLIP 64), and 32 with heads of DRL.
 
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
@@ -328,6 +345,10 @@ def load(
         params = initial_params(config.model, weights, jax.random.key(0))
         params = jax.device_put(params, layout.replicated)
         origin = {"weights": str(path.absolute()) if is_file else source, **given}
+    if max_words is not None:
+        data = dataclasses.replace(config.data, max_words=max_words)
+        config = config_from_dict(dataclasses.asdict(dataclasses.replace(config, data=data)))
+        origin["max_words"] = str(max_words)
     embedder = Embedder(config, layout, keep_tokens=True)
     return RetrievalModel(config, params, layout, origin, towers, embedder)
 
@@ -338,7 +359,9 @@ def load_source(source: dict[str, str]) -> RetrievalModel:
     Raises:
       UserError: see `load`.
     """
+    given = {name: source[name] for name in ("release", "tokenizer") if name in source}
+    if "max_words" in source:
+        given["max_words"] = int(source["max_words"])
     if "weights" in source:
-        given = {name: source[name] for name in ("release", "tokenizer") if name in source}
         return load(source["weights"], **given)
-    return load(source["workdir"], source["checkpoint"])
+    return load(source["workdir"], source["checkpoint"], **given)

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 from support.commands import ROOT
 from support.golden import GOLDEN
@@ -18,6 +19,9 @@ from drl_jax.config import Config, ModelConfig
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.models.drl import model_definition
+from drl_jax.models.tokenizers import CLIPTokenizer
+from drl_jax.pretrained import load_source
 from drl_jax.weights.weights_file import state_dict_from_params
 
 CAPTIONS = ["a red circle moves left", "two words"]
@@ -102,6 +106,65 @@ def test_a_drl_checkpoint_loads_with_its_heads(openai_shaped, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+# More than 32 tokens, and fewer than 77.
+LONG = "a man in a red coat walks slowly along the river " * 4
+
+
+def test_towers_alone_read_all_words_that_they_have_positions_for(openai_shaped, tmp_path):
+    state = state_dict_from_params({"backbone": openai_shaped["backbone"]})
+    save_file(state, tmp_path / "clip.safetensors")
+    model = drl_jax.load(tmp_path / "clip.safetensors")
+    assert (model.config.data.max_words, model.config.data.max_frames) == (77, 12)
+    captions = ["a dog", LONG, "dog " * 75, "dog " * 76]
+    with pytest.warns(
+        UserWarning, match="^1 of 4 captions cut to data.max_words=77 tokens"
+    ) as said:
+        text = model.encode_text(captions)
+    assert (len(said), said[0].filename) == (1, __file__)
+    # As OpenAI's code: all positions at once, and the feature of the end token.
+    ids = CLIPTokenizer().tokenize(captions, 77).text_ids
+    assert (ids == 49407).argmax(1).tolist() == [3, 45, 76, 76]
+    definition = model_definition(model.config.model)
+    backbone = nnx.merge(definition, model.params).backbone
+    tokens = np.asarray(backbone.encode_text(ids, np.ones(ids.shape, bool)).tokens)
+    ends = tokens[np.arange(4), (ids == 49407).argmax(1)]
+    expected = ends / np.linalg.norm(ends, axis=1, keepdims=True)
+    np.testing.assert_allclose(text["sentence_unit"], expected, atol=1e-6)
+    # Alone, it is encoded with fewer positions, and the rest is padding.
+    alone = model.encode_text(captions[:1])
+    assert alone["text_feat"].shape == (1, 77, 64)
+    assert alone["text_mask"].sum() == 4
+    assert not alone["text_feat"][0, 32:].any()
+    np.testing.assert_allclose(alone["sentence_unit"], expected[:1], atol=1e-6)
+
+
+def test_max_words_of_a_model_can_be_changed(openai_shaped, search_run, tmp_path):
+    file = tmp_path / "drl.safetensors"
+    save_file(state_dict_from_params(openai_shaped), file)
+    assert drl_jax.load(file).config.data.max_words == 32
+    model = drl_jax.load(file, max_words=64)
+    assert model.source == {"weights": str(file), "max_words": "64"}
+    assert load_source(model.source).config.data.max_words == 64
+    # The padding of ti and wti takes part in maxima: its place changes no similarity.
+    frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    video, scores = model.encode_videos([frames]), []
+    for caption in ("a dog", LONG):
+        tokens = model.tokenize([caption])
+        whole = nnx.merge(model_definition(model.config.model), model.params)
+        feat = whole.backbone.encode_text(tokens.text_ids, tokens.text_mask)
+        text = whole.interaction.encode_text(feat, tokens.text_mask)
+        expected = model.similarity(text, video)
+        scores.append(model.similarity(model.encode_text([caption]), video))
+        np.testing.assert_allclose(scores[-1], expected, atol=1e-6)
+    assert abs(scores[0] - scores[1]) > 1e-4
+    run = drl_jax.load(search_run, max_words=40)
+    assert run.encode_text(CAPTIONS)["text_mask"].shape == (2, 40)
+    assert load_source(run.source).config.data.max_words == 40
+    for wrong in (2, 78, 40.5, "40"):
+        with pytest.raises(drl_jax.UserError, match="max_words"):
+            drl_jax.load(search_run, max_words=wrong)
+
+
 def test_a_vocabulary_that_is_too_small_is_refused():
     with pytest.raises(drl_jax.UserError, match="is too small for the tokenizer of clip"):
         drl_jax.load(GOLDEN / "drl_wti_seqtransf.bin")
@@ -124,7 +187,7 @@ def test_mistakes_say_what_to_do(search_model, tmp_path):
             lambda: search_model.encode_videos("a.mp4"),
             "encode_videos takes a list of videos, not one path",
         ),
-        (lambda: search_model.encode_videos(["a.mp4"]), r"a\.mp4 cannot be read as a video"),
+        (lambda: search_model.encode_videos(["a.mp4"]), r"a\.mp4 cannot be read: No such file"),
     ):
         with pytest.raises(drl_jax.UserError, match=message):
             call()
@@ -137,6 +200,9 @@ def test_the_fingerprint_depends_on_results_only(search_model):
         config = dataclasses.replace(config, model=model)
         return dataclasses.replace(search_model, config=config).fingerprint
 
+    shorter = dataclasses.replace(search_model.config.data, max_words=5)
+    config = dataclasses.replace(search_model.config, data=shorter)
+    assert dataclasses.replace(search_model, config=config).fingerprint == search_model.fingerprint
     same = {"similarity_block": 7, "remat": "full", "scan_unroll": 2, "init": "a.pt"}
     for name, value in same.items():
         assert fingerprint(**{name: value}) == search_model.fingerprint, name
@@ -144,13 +210,13 @@ def test_the_fingerprint_depends_on_results_only(search_model):
     assert fingerprint(dtype="bfloat16") != search_model.fingerprint
 
 
-def test_fingerprints_are_those_of_version_0_2():
-    """Indexes made with it, and with 0.1, open; the numbers were computed with its code."""
+def test_fingerprints_do_not_change():
+    """The second one is of indexes of version 0.1, and was computed with the code of 0.2."""
     backbone = dataclasses.replace(openai_shaped_backbone(32), vocab_size=100)
     config = Config(model=ModelConfig(backbone=backbone, init="a.pt", position_std=0.5))
     params = {"a": np.arange(5, dtype=np.float32)}
     model = drl_jax.RetrievalModel(config, params, None, {}, "", None)
-    assert model.fingerprint == "5624ef93f81b4a317f3b7b9865d6e58d411380319c412e20fa1b4ec8991b4b72"
+    assert model.fingerprint == "c8c14c23cde565081f9cbffaa09ba443e4fb4a2bb04015c0a9083bb379d2b55b"
     assert (
         model.format_2_fingerprint
         == "85e5d524465c8037ba7bdc7e56d63090250da3c9788c39ea7bfc2d58acd58aa0"

@@ -1,9 +1,13 @@
 import dataclasses
+import hashlib
 
 import jax
 import numpy as np
 import pytest
+from support.videos import numbered_frames, write_video
 
+from data_prep.build import main as build
+from drl_jax.config import DataConfig
 from drl_jax.data import frames
 from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.frames import pad_frames
@@ -101,6 +105,38 @@ def test_holdout_removes_videos_from_training(dataset, shapes_config):
     np.testing.assert_array_equal(val.videos, again.videos)
     with pytest.raises(DatasetError, match="leaves nothing"):
         load_split(dataset, "val", dataclasses.replace(data, holdout=192))
+
+
+def test_holdout_separates_no_videos_of_one_file(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    names = [f"{number}.mp4" for number in range(4)]
+    for name in names:
+        write_video(videos / name, numbered_frames(45)[5:], fps=10)
+        (videos / f"link_{name}").symlink_to(name)
+    rows = [f"{name},a,0,2,train" for name in names]
+    rows += [f"link_{name},b,1,3,train" for name in names[:3]]
+    (tmp_path / "mine.csv").write_text("\n".join(["video,caption,start,end,split", *rows]))
+    flags = [f"--annotations={tmp_path / 'mine.csv'}", "--image_size=32", "--max_frames=4"]
+    assert build(["custom", f"--videos={videos}", *flags, f"--data_dir={tmp_path}"]) == 0
+    dataset = VideoDataset(tmp_path / "custom" / "32px_4f_jpeg" / "1.0.0")
+    files = [dataset.sources[video][0] for video in range(7)]
+    assert sorted(files) == sorted([*names, *names[:3]])
+    by_hash = sorted(range(7), key=lambda n: hashlib.sha256(dataset.video_ids[n].encode()).digest())
+    for count in range(1, 6):
+        data = DataConfig(train_split="train", holdout=count)
+        train, val = (
+            {files[video] for video in load_split(dataset, name, data).videos}
+            for name in ("train", "val")
+        )
+        assert not train & val
+        assert train | val == set(names)
+        # The files of the first videos by hash, until there are enough.
+        ordered = list(dict.fromkeys(files[video] for video in by_hash))
+        sizes = np.cumsum([files.count(file) for file in ordered])
+        assert val == set(ordered[: np.searchsorted(sizes, count) + 1])
+    with pytest.raises(DatasetError, match="leaves nothing to train on: train has 7 videos"):
+        load_split(dataset, "val", DataConfig(train_split="train", holdout=8))
 
 
 def test_padding_is_black_and_masked():

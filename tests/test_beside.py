@@ -246,6 +246,17 @@ def test_preprocessing_that_we_cannot_do_is_refused(hugging_face_file, field, va
     assert f"preprocessor_config.json: {message}" in str(error.value)
 
 
+def test_two_descriptions_with_two_activations(clip_file):
+    write(clip_file, "open_clip_config.json", OPEN_CLIP)
+    write(clip_file, "config.json", OURS)
+    assert read_weights(clip_file).description.activation_from == "open_clip_config.json"
+    write(clip_file, "config.json", {**OURS, "activation": "quick_gelu"})
+    with pytest.raises(
+        WeightsError, match=r"open_clip_config.json gelu and config.json quick_gelu; move one"
+    ):
+        read_weights(clip_file)
+
+
 def test_a_release_against_a_description(clip_file):
     write(clip_file, "open_clip_config.json", OPEN_CLIP)
     with pytest.raises(WeightsError, match=r"release openai does not go with .*activation is gelu"):

@@ -139,7 +139,7 @@ def test_missing_and_broken_videos_are_reported_and_left_out(msrvtt, capsys):
     report = capsys.readouterr().out
     assert "left out 3 videos" in report
     assert "video0: no such file" in report
-    assert "video1: cannot be read as a video" in report
+    assert "video1: is not a video: its content is text" in report
     assert "MSRVTT_train.7k.csv (the split train_7k): not found" in report
     dataset = opened(msrvtt)
     assert list(dataset.video_ids) == ["video2", "video3", "video4"]

@@ -1,5 +1,6 @@
 """Builds and checks of a dataset that meet another build, changed files, or a full disk."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from support.commands import ROOT, error_line, error_of, run_module
 from support.old_datasets import rewrite_as_layout_1
+from support.processes import killing_workers
 from support.videos import write_video
 
 from data_prep.annotations import Annotations
 from data_prep.build import main as build
+from data_prep.check import main as check
 from data_prep.manifest import annotation_changes
 from drl_jax.data.records import VideoDataset
 from drl_jax.runtime.files import sha256
@@ -101,6 +104,36 @@ def test_builds_at_once_leave_one_good_dataset(sources, tmp_path):
     assert list(dataset.video_ids) == [f"{n}" for n in range(20)]
     assert {dataset.read_frames(video).shape for video in range(20)} == {(3, 128, 128, 3)}
     assert [path.name for path in (tmp_path / VARIANT).parent.iterdir()] == ["1.0.0"]
+
+
+def test_a_killed_decoder_costs_no_video(sources, tmp_path):
+    with killing_workers(1):
+        assert build(flags(sources, sources / "2.csv", tmp_path)) == 0
+    assert len(VideoDataset(tmp_path / VARIANT)) == 2
+
+
+def test_videos_whose_decoders_are_killed_again_are_left_for_the_next_build(
+    sources, tmp_path, capsys
+):
+    arguments = flags(sources, sources / "2.csv", tmp_path)
+    with killing_workers():
+        line = error_of("data_prep.build", *arguments, capsys=capsys)
+    assert line == (
+        "data_prep.build: 2 of 2 videos could not be decoded, which may not be their fault; the"
+        " frames of the others are kept: rerun the command to try these again (with a larger"
+        " --timeout if they take too long), or leave them out with a line for each id in"
+        f" {tmp_path / 'custom' / 'quarantine.txt'}"
+    )
+    assert not (tmp_path / VARIANT).parent.exists() or not any(
+        (tmp_path / VARIANT).parent.iterdir()
+    )
+    # A check does not put them there.
+    with killing_workers():
+        assert check(arguments) == 1
+    report = json.loads((tmp_path / "custom" / "check.json").read_text())
+    assert (report["unavailable"].keys(), report["unusable"]) == ({"0", "1"}, {})
+    assert build(arguments) == 0
+    assert len(VideoDataset(tmp_path / VARIANT)) == 2
 
 
 def test_changed_annotations_are_not_built_already(sources, tmp_path, capsys):
@@ -226,9 +259,8 @@ def test_a_directory_that_cannot_be_written_is_one_line(sources, small_disk, cap
     assert build(arguments) == 0
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     line = error_of("data_prep.build", *arguments, "--overwrite", capsys=capsys)
-    assert line.endswith(
-        f"cannot read or write {small_disk / 'custom' / '.lock'} (Read-only file system)"
-    )
+    lock = small_disk / "custom" / ".lock"
+    assert f"{lock} cannot be read or written: Read-only file system (EROFS); nothing was" in line
     assert "Read-only file system" in error_of("data_prep.check", *arguments, capsys=capsys)
     # What needs no writing works.
     capsys.readouterr()
@@ -241,5 +273,5 @@ def test_a_file_in_place_of_the_data_directory_is_one_line(sources, tmp_path, ca
     (tmp_path / "data").write_text("a file")
     arguments = flags(sources, sources / "2.csv", tmp_path / "data")
     line = error_of("data_prep.build", *arguments, capsys=capsys)
-    assert "cannot read or write" in line
+    assert "cannot be read or written" in line
     assert "Not a directory" in line

@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.files import contents, refused
 from support.old_datasets import rewrite_as_layout_1, splits_in_json
 from support.tokenizer_files import write_gemma, write_spiece
 
@@ -19,6 +21,7 @@ from drl_jax.data.records import DatasetError, VideoDataset
 from drl_jax.data.splits import Captions
 from drl_jax.data.tokens import caption_tokens
 from drl_jax.models.tokenizers import CLIPTokenizer, Tokenizer, load_tokenizer
+from drl_jax.runtime.errors import Notice
 
 VARIANT = Path("shapes") / "64px_4f_raw" / "1.0.0"
 WORDS = 24  # Of the tokens that the build of `shapes` stores.
@@ -149,7 +152,7 @@ def test_a_damaged_file_is_one_line(name, damage, copy):
         text = bytearray(path.read_bytes())
         text[len(text) // 2] ^= 1
         path.write_bytes(text)
-    with pytest.raises(DatasetError, match="is damaged or cannot be read") as error:
+    with pytest.raises(DatasetError, match="is damaged") as error:
         VideoDataset(copy).split("train")
     assert ("videos.arrow" if damage == "no hash" else name) in str(error.value)
     assert "--overwrite" in str(error.value)
@@ -161,7 +164,7 @@ def test_a_damaged_file_is_one_line(name, damage, copy):
 
 
 def assert_equal_to_tokenize(found, captions, tokenizer, words):
-    ids, mask = tokenizer.tokenize(list(captions.texts), words)
+    ids, mask, _ = tokenizer.tokenize(list(captions.texts), words)
     rows = [found[row] for row in range(len(ids))]
     for number, expected in enumerate((ids, mask)):
         array = np.stack([row[number] for row in rows])
@@ -232,8 +235,42 @@ def test_tokens_that_cannot_be_stored_stay_in_memory(copy, capsys):
         found = caption_tokens(captions, CLIPTokenizer(), WORDS, quiet=quiet)
         assert_equal_to_tokenize(found, captions, CLIPTokenizer(), WORDS)
         said = capsys.readouterr().err
-        assert said.count("the tokens of test cannot be stored in") == (not quiet)
+        assert said.count("the tokens of test cannot be read from or stored in") == (not quiet)
     assert (copy / "tokens").read_text() == "not a directory"
+
+
+def test_captions_that_training_cuts_are_counted(copy):
+    """At each start of a training: the second call reads the tokens that the first one stored."""
+    captions, tokenizer = VideoDataset(copy).split("test").captions, CLIPTokenizer()
+    lengths = [
+        len(tokenizer.tokenize([text], 64).text_ids[0].nonzero()[0]) for text in captions.texts
+    ]
+    words = sorted(lengths)[len(lengths) // 2]
+    cut = sum(length > words for length in lengths)
+    assert 0 < cut < len(lengths)
+    for _ in range(2):
+        with pytest.warns(Notice) as notices:
+            caption_tokens(captions, tokenizer, words)
+        (notice,) = map(str, [warning.message for warning in notices])
+        assert notice.startswith(
+            f"split test: {cut} of {len(lengths)} captions cut to data.max_words={words}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        caption_tokens(captions, tokenizer, words, quiet=True)
+        caption_tokens(captions, tokenizer, max(lengths))
+
+
+@pytest.mark.parametrize("file", ["ids.npy", "about.json"])
+def test_tokens_that_cannot_be_read_are_not_replaced(file, copy, capsys):
+    captions = VideoDataset(copy).split("test").captions
+    entry = copy / "tokens" / f"test_{WORDS}_{CLIPTokenizer().fingerprint[:16]}"
+    before = contents(entry)
+    with refused(entry / file):
+        found = caption_tokens(captions, CLIPTokenizer(), WORDS)
+        assert_equal_to_tokenize(found, captions, CLIPTokenizer(), WORDS)
+    assert "Too many levels of symbolic links): they are kept in memory" in capsys.readouterr().err
+    assert contents(entry) == before
 
 
 def test_processes_may_store_tokens_at_once(copy, monkeypatch):
@@ -259,7 +296,7 @@ def test_ids_of_a_large_vocabulary_fit():
     class Large(Tokenizer):
         vocabulary_size = 256_000
 
-        def _encode(self, captions, max_words):
+        def _encode(self, captions):
             return [[255_999, row] for row in range(len(captions))]
 
     captions = Captions.of([["a"], ["b"]])

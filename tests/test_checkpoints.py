@@ -1,43 +1,47 @@
-"""Checkpoints and directories of runs: order of saving, the best one, runs of version 0.1."""
+"""Checkpoints and directories of runs: order of saving, the best one, whose they are."""
 
 import dataclasses
 import json
+import os
+import resource
+import shutil
+import tracemalloc  # noqa: F401 (pytest imports it when it reports what Orbax leaves behind)
 
 import jax
 import numpy as np
 import pytest
-from support.params import random_params
+from support.files import contents, refused
 from support.runs import make_run
 
-from drl_jax.config import Config, LossConfig, OptimConfig
+from drl_jax.config import Config, LossConfig
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.drl import abstract_params
 from drl_jax.runs import train_run
-from drl_jax.runs.checkpoint_files import CheckpointError, _rename_keys
+from drl_jax.runs.checkpoint_files import CheckpointError, read_info
 from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.identity import Identity, identity_of
 from drl_jax.runs.train_run import train
-from drl_jax.runs.workdir import load_config
+from drl_jax.runs.workdir import MANIFEST_FILE, WorkdirError, claim_workdir, load_config
+from drl_jax.runtime.errors import Unavailable
+from drl_jax.runtime.files import seal
 from drl_jax.sharding import make_layout
-from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import TrainState, abstract_state, state_from_params
-
-
-@pytest.fixture(scope="module")
-def tx():
-    return make_optimizer(OptimConfig(), 10)
-
-
-@pytest.fixture(scope="module")
-def state(tiny_model, tx):
-    return state_from_params(random_params(tiny_model), tx, make_layout(jax.devices()[:1]))
+from drl_jax.training.state import TrainState
 
 
 def at_step(step: int) -> TrainState:
     """A state with one small parameter; checkpoints do not depend on the model."""
     replicated = make_layout(jax.devices()[:1]).replicated
     return jax.device_put(
-        TrainState(np.int32(step), {"w": np.ones(3)}, {"m": np.ones(3)}), replicated
+        TrainState(np.int32(step), {"w": np.full(3, step)}, {"m": np.ones(3)}), replicated
     )
+
+
+def write_steps(workdir, *steps: int, **options) -> None:
+    """Checkpoints whose metric is their step."""
+    with Checkpoints(workdir, keep_latest=9, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(at_step(step))
+            checkpoints.attach_metric(step, step)
 
 
 def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
@@ -74,43 +78,6 @@ def test_of_equally_good_checkpoints_the_latest_is_best(tmp_path):
             checkpoints.save(at_step(step))
             checkpoints.attach_metric(step, 5.0)
         assert checkpoints.best_step() == 2
-
-
-def write_version_0_1(workdir, config: Config, state: TrainState) -> None:
-    """A run as version 0.1 wrote it: `clip` for `backbone`, metrics in Orbax's own file."""
-    values = dataclasses.asdict(config)
-    values["model"]["clip"] = values["model"].pop("backbone")
-    del values["model"]["clip"]["family"]
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(values))
-    old = TrainState(state.step, *_rename_keys(tuple(state[1:]), {"backbone": "clip"}))
-    assert set(old.params) == {"clip", "interaction", "temporal"}
-    with Checkpoints(workdir, keep_latest=2) as checkpoints:
-        for step, value in ((3, 50.0), (6, 40.0)):
-            counter = jax.device_put(np.int32(step), state.step.sharding)
-            checkpoints.save(old._replace(step=counter))
-            checkpoints._manager.wait_until_finished()
-            directory = workdir / "checkpoints" / str(step)
-            (directory / "step" / "metadata").write_text(json.dumps({"step": step}))
-            (directory / "metrics").mkdir()
-            (directory / "metrics" / "metrics").write_text(json.dumps({"val_t2v_R1": value}))
-
-
-def test_a_run_of_version_0_1_opens(shapes_config, state, tx, tmp_path):
-    config, workdir = shapes_config, tmp_path / "old"
-    write_version_0_1(workdir, config, state)
-    assert load_config(workdir) == config
-    layout = make_layout()
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        assert (checkpoints.find_step("best"), checkpoints.find_step("latest")) == (3, 6)
-        abstract = abstract_state(config.model, tx, layout)
-        params = checkpoints.restore_params(3, abstract.params)
-        restored, _ = checkpoints.restore_state(6, abstract)
-    assert int(restored.step) == 6
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    for found, tree in ((params, state.params), (restored[1:], state[1:])):
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True):
-            np.testing.assert_array_equal(a, b)
 
 
 def test_a_run_that_is_killed_in_an_evaluation_evaluates_again(
@@ -164,3 +131,237 @@ def test_a_checkpoint_of_another_model_is_one_line(shapes_config, tmp_path):
         pytest.raises(CheckpointError, match=r"is of another model: temporal/.* there and .* here"),
     ):
         checkpoints.restore_params(0, abstract_params(other, make_layout()))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+# Of a run whose manifest was read.
+OWN = Identity("a" * 32, "b" * 64, "c" * 64)
+
+
+def restore_latest(workdir, identity: Identity = OWN) -> int:
+    with Checkpoints(workdir, identity=identity) as checkpoints:
+        restored, _ = checkpoints.restore_latest(at_step(0))
+        assert int(restored.params["w"][0]) == int(restored.step)
+        return int(restored.step)
+
+
+def restore_best(workdir) -> int:
+    with Checkpoints(workdir, identity=OWN) as checkpoints:
+        return checkpoints.restore_best(at_step(0).params)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "readers"),
+    [
+        ("step/metadata", (restore_latest, restore_best)),
+        ("step", (restore_latest, restore_best)),
+        (".", (restore_latest, restore_best)),
+        ("params/manifest.ocdbt", (restore_latest, restore_best)),
+        ("params/d/*", (restore_latest, restore_best)),
+        ("opt_state/manifest.ocdbt", (restore_latest,)),
+        ("metrics.json", (restore_best,)),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_not_replaced_by_an_earlier_one(
+    name, readers, tmp_path
+):
+    run = tmp_path / "run"
+    write_steps(run, 1, 2, identity=OWN)
+    before = contents(run)
+    latest = run / "checkpoints" / "2"
+    with refused(latest if name == "." else next(latest.glob(name))):
+        for read in readers:
+            with pytest.raises(
+                Unavailable, match=r"2.* cannot be .*: Too many levels .*\(ELOOP\);"
+            ):
+                read(run)
+    assert contents(run) == before
+    assert restore_latest(run) == restore_best(run) == 2
+
+
+# Orbax leaves tasks behind when it cannot read an array.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+def test_running_out_of_file_descriptors_is_no_damage(tmp_path):
+    write_steps(tmp_path, 1, 2, identity=OWN)
+    before = contents(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    refusals = 0
+    with Checkpoints(tmp_path, identity=OWN) as checkpoints:
+        checkpoints.restore_latest(at_step(0))
+        free = os.dup(0)
+        os.close(free)
+        for left in range(12):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + left, limits[1]))
+            try:
+                assert int(checkpoints.restore_latest(at_step(0))[0].step) == 2
+            except Unavailable as error:
+                refusals += "EMFILE" in str(error)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert refusals > 3
+    assert contents(tmp_path) == before
+
+
+def test_no_checkpoint_is_deleted_while_a_metric_cannot_be_read(tmp_path):
+    """That of the best checkpoint, which would be deleted."""
+    with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+        checkpoints.save(at_step(1))
+        checkpoints.attach_metric(1, 9.0)
+        with refused(tmp_path / "checkpoints" / "1" / "metrics.json"):
+            for step in (2, 3):
+                checkpoints.save(at_step(step))
+                checkpoints.wait()
+        assert checkpoints.steps() == [1, 2, 3]
+        checkpoints.save(at_step(4))
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 4]
+
+
+def test_a_checkpoint_that_cannot_be_written_names_the_error(tmp_path):
+    """A limit of the size of files fails as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_steps(tmp_path, 1, identity=OWN)
+
+    def save() -> None:
+        with Checkpoints(tmp_path, identity=OWN) as checkpoints:
+            checkpoints.save(at_step(2))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(Unavailable, match=r"checkpoints.* cannot be .*: .*\(EFBIG\); nothing"):
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert restore_latest(tmp_path) == 1
+
+
+# ---------------------------------------------------------------- whose a checkpoint is
+
+
+def assert_refused(run, step: int, config: Config, message: str) -> None:
+    """A stranger is one line and stays where it is, whatever asks for it."""
+    write_manifest(run, OWN, config)
+    before = contents(run)
+    with Checkpoints(run, read_only=True) as checkpoints:
+        for read in (
+            checkpoints.best_step,
+            lambda: checkpoints.find_step("best"),
+            lambda: checkpoints.restore_params(step, at_step(0).params),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                read()
+    with (
+        Checkpoints(run, identity=identity_of(run)) as checkpoints,
+        pytest.raises(CheckpointError, match=message),
+    ):
+        checkpoints.restore_latest(at_step(0))
+    assert contents(run) == before
+
+
+def write_manifest(workdir, identity: Identity, config: Config) -> None:
+    """The part of a manifest that says whose the checkpoints are."""
+    values = {
+        "format": 2,
+        "id": identity.run,
+        "config_sha256": identity.config,
+        "dataset": {"content": identity.dataset},
+        "config": dataclasses.asdict(config),
+        "starts": [{}],
+    }
+    (workdir / MANIFEST_FILE).write_text(json.dumps(seal(values)))
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("other", ["run", "config", "dataset"])
+def test_a_checkpoint_of_another_run_is_refused(other, step, shapes_config, tmp_path):
+    """Also an earlier one than the latest, which a later save would delete."""
+    for name, identity in (("own", OWN), ("other", OWN._replace(**{other: "d" * 32}))):
+        write_steps(tmp_path / name, 1, 2, 3, identity=identity)
+    run = tmp_path / "own"
+    shutil.rmtree(run / "checkpoints" / str(step))
+    place = run / "checkpoints" / str(step)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / str(step), place)
+    message = rf"{place} is not a checkpoint of this run and step: it is of {other} d{{12}} \(here"
+    assert_refused(run, step, shapes_config, message)
+    shutil.rmtree(place)
+    assert restore_latest(run) == (3 if step == 1 else 2)
+
+
+def test_a_checkpoint_of_another_step_is_refused(shapes_config, tmp_path):
+    write_steps(tmp_path, 1, 2, identity=OWN)
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "7")
+    message = "checkpoints/7 is not a checkpoint of this run and step: it is of step 1; it is kept"
+    assert_refused(tmp_path, 7, shapes_config, message)
+
+
+def test_a_metric_of_another_checkpoint_is_refused(tmp_path):
+    """Swapped within a run; or of a copy of the run that went on in another way."""
+    run = tmp_path / "run"
+    write_steps(run, 1, 2)
+    one, other = (run / "checkpoints" / step / "metrics.json" for step in "12")
+    texts = one.read_text(), other.read_text()
+    one.write_text(texts[1])
+    other.write_text(texts[0])
+    before = contents(run)
+    with Checkpoints(run) as checkpoints:
+        for read in (checkpoints.best_step, checkpoints.with_damaged_metric):
+            with pytest.raises(CheckpointError, match=r"1/metrics.json is .*another .*\(step 2"):
+                read()
+    assert contents(run) == before
+    one.write_text(texts[0])
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints" / "2")
+    with Checkpoints(copy, keep_latest=9) as checkpoints:
+        checkpoints.save(at_step(1)._replace(step=at_step(2).step))
+        checkpoints.attach_metric(2, 9.0)
+    shutil.copy(copy / "checkpoints" / "2" / "metrics.json", other)
+    with (
+        Checkpoints(run) as checkpoints,
+        pytest.raises(CheckpointError, match=r"2/metrics.json is .*another checkpoint \(params"),
+    ):
+        checkpoints.best_step()
+    other.write_text(texts[1])
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.best_step() == 2
+
+
+def test_a_run_without_a_manifest_has_the_id_of_its_checkpoints(tmp_path):
+    write_steps(tmp_path / "run", 1)
+    run = read_info(tmp_path / "run" / "checkpoints" / "1")["run"]
+    assert len(run) == 32
+    write_steps(tmp_path / "run", 2)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    for options in ({}, {"read_only": True}, {"identity": Identity(config="e" * 64)}):
+        with Checkpoints(moved, **options) as checkpoints:
+            assert checkpoints.identity.run == run
+            assert checkpoints.best_step() == 2
+    write_steps(tmp_path / "other", 3)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "3", moved / "checkpoints" / "3")
+    with pytest.raises(CheckpointError, match=r"of several runs .*, and no manifest"):
+        Checkpoints(moved)
+
+
+def test_a_run_of_an_earlier_version_is_one_line(shapes_config, tmp_path):
+    """It says how the run is made again."""
+    run = tmp_path / "run"
+    claim_workdir(run, shapes_config)
+    write_manifest(run, OWN, shapes_config)
+    values = json.loads((run / MANIFEST_FILE).read_text())
+    for name in ("sha256", "format", "id", "config_sha256"):
+        del values[name]
+    (run / MANIFEST_FILE).write_text(json.dumps(seal(values)))
+    for read in (load_config, identity_of):
+        with pytest.raises(WorkdirError, match=r"format 1, .*--reproduce=.*manifest.json"):
+            read(run)
+    write_steps(tmp_path / "old", 1)
+    path = tmp_path / "old" / "checkpoints" / "1" / "step" / "metadata"
+    values = json.loads(path.read_text())
+    for name in ("sha256", "format", *Identity._fields):
+        del values[name]
+    path.write_text(json.dumps(seal(values)))
+    for options in ({}, {"identity": OWN}):
+        with pytest.raises(CheckpointError, match=r"is of another version \(format 1"):
+            Checkpoints(tmp_path / "old", **options).restore_latest(at_step(0))

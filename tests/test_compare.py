@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from support.commands import error_of
+from support.files import refused
 from support.runs import make_run
 
 from drl_jax.compare import main as compare
@@ -61,6 +62,12 @@ def test_ranks_of_other_parameters_are_not_used(runs, capsys):
     ranks, card = read_ranks(path)
     assert card.parameters_sha256 != "0" * 64
     assert ranks.t2v.max() > 1
+
+    before = path.read_bytes()
+    with refused(path):
+        line = error_of("drl_jax.compare", str(tested), str(untested), capsys=capsys)
+        assert f"{path} cannot be read: Too many levels" in line
+    assert path.read_bytes() == before
 
     path.write_bytes(path.read_bytes()[:-100])
     assert read_ranks(path) is None

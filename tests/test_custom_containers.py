@@ -35,7 +35,7 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import VideoDataset
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import VideoError, inspect_video
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 
 STORAGE = StorageSpec(FrameForm(32), 4, "raw")
 BUILT = Path("custom") / STORAGE.name / "1.0.0"
@@ -134,7 +134,7 @@ def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
     assert shards.sources[2] == ["train/0.tar/0002.mp4", 0.5, 1.5]
     assert shards.manifest["left_out"] == {
         "train/0/gone": "its shard has its txt, but no video",
-        "train/0/0003": "cannot be read as a video (Invalid data found when processing input)",
+        "train/0/0003": "is not a video: its content is text that starts with 'no video'",
     }
     assert list(shards.manifest["annotations"]) == ["test/0.tar", "train/0.tar", "val/0.tar"]
     capsys.readouterr()
@@ -353,15 +353,18 @@ MP4 = ("0.mp4", b"0")
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([MP4, ("0.json", "{")], r"mine.tar, 0.json is not JSON \(Expecting"),
-        ([MP4, ("0.json", "[1]")], r'mine.tar, 0.json is not an object: {"caption": ..}'),
-        ([MP4, ("0.txt", b"Caf\xe9")], "mine.tar, 0.txt is not text in UTF-8; save it as UTF-8"),
-        ([MP4, ("0.json", '{"caption": 7}')], "mine.tar, 0: caption must be a text, not 7"),
-        ([MP4, ("0.json", '{"captions": "a"}')], "mine.tar, 0: captions must be a list"),
-        ([MP4, ("0.json", '{"captions": ["a", ""]}')], "mine.tar, 0: caption is empty"),
-        ([MP4, ("0.json", '{"caption": "a", "end": -1}')], "mine.tar, 0: end must be after start"),
+        ([MP4, ("0.json", "{")], r"mine/0: its .json is not JSON \(Expecting"),
+        ([MP4, ("0.json", "[1]")], r'mine/0: its .json is not an object: {"caption": ..}'),
+        ([MP4, ("0.txt", b"Caf\xe9")], r"caption is not text in UTF-8 \(byte 0xe9\); save"),
+        ([MP4, ("0.json", '{"caption": 7}')], "mine/0: caption must be a text, not 7"),
+        ([MP4, ("0.json", '{"captions": "a"}')], "mine/0: captions must be a list"),
+        ([MP4, ("0.json", '{"captions": ["a", ""]}')], "mine/0: caption is empty"),
+        ([MP4, ("0.json", '{"caption": "a", "end": -1}')], "mine/0: end must be after start"),
         ([MP4, ("0.json", '{"caption": "a", "split": "Test"}')], "0: 'Test' is not a split"),
-        ([MP4, ("0.left.avi", b"")], "0.left.avi and another member have the key '0', which is"),
+        (
+            [MP4, ("0.left.avi", b"")],
+            "tar: 0.mp4 at byte 0 and 0.left.avi at byte 1024 have the key '0'",
+        ),
         ([MP4, ("0.txt", "a"), ("0.TXT", "b")], "a key has one of the members .txt"),
         ([MP4, ("1.txt", "a")], "mine.tar has no video with a caption: each needs members of one"),
         ([("0.jpg", b""), ("0.cls", "1")], "mine.tar has no video with a caption"),
@@ -373,15 +376,149 @@ def test_a_wrong_member_is_named(members, message, tmp_path):
         read(write_tar(tmp_path / "mine.tar", members))
 
 
-def linked(path):
-    with tarfile.open(path, "a") as tar:
-        member = tarfile.TarInfo("1.mp4")
-        member.type, member.linkname = tarfile.LNKTYPE, "0.mp4"
-        tar.addfile(member)
-
-
 def changed(change):
     return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def member(name, kind=tarfile.REGTYPE, content=b"", link=""):
+    """Blocks of a member of any kind; tarfile writes no sparse files."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(content)
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape"))
+    if kind == tarfile.GNUTYPE_SPARSE:  # One piece of data at 0, and a size of 1,000.
+        numbers = [f"{number:011o}\0".encode() for number in (0, len(content), 1000)]
+        block[386:410], block[483:495] = b"".join(numbers[:2]), numbers[2]
+        block[148:156] = b" " * 8
+        block[148:156] = f"{sum(block[:512]):06o}\0 ".encode()
+    return bytes(block) + content + bytes(-len(content) % 512)
+
+
+LEFT_OUT = {
+    "bytes": (
+        [member("bytes.txt", content=b"caf\xe9")],
+        "caption is not text in UTF-8 (byte 0xe9); ",
+    ),
+    "hard": (
+        [member("hard.mp4", tarfile.LNKTYPE, link="0.mp4")],
+        "its .mp4 is a link, not a file;",
+    ),
+    "soft": (
+        [member("soft.txt", tarfile.SYMTYPE, link="0.txt")],
+        "its .txt is a link, not a file;",
+    ),
+    "pipe": ([member("pipe.mp4", tarfile.FIFOTYPE)], "its .mp4 is a device or a pipe, not a file"),
+    "sparse": (
+        [member("sparse.mp4", tarfile.GNUTYPE_SPARSE, b"0")],
+        "its .mp4 is stored as a spars",
+    ),
+    "a\\nb": ([member("a\nb.mp4"), member("a\nb.txt", content=b"x")], "its .mp4 has a line end or"),
+    "a\\nb/c": ([member("a\nb/c.txt", content=b"x")], "its .txt has a line end or a tab in its na"),
+    "/abs": (
+        [member("/abs.mp4"), member("/abs.txt", content=b"x")],
+        "its .mp4 leads out of the fol",
+    ),
+    "../up": ([member("../up.mp4")], "its .mp4 leads out of the folder by its name, ../up.mp4"),
+    "caf\\udce9": ([member("caf\udce9.mp4")], "its .mp4 is not text in UTF-8 (byte 0xe9); save"),
+    "json": (
+        [member("json.json", content=b'{"caption": "a", "caption": "b"}')],
+        "its .json is not",
+    ),
+    "fields": ([member("fields.json", content=b'{"captions": "a"}')], "captions must be a list"),
+}
+
+
+def test_one_bad_member_costs_its_sample_only(videos, tmp_path, capsys):
+    """The members of `LEFT_OUT`, twice as many good ones, and one caption without a video."""
+    path = tmp_path / "mine.tar"
+    good = [
+        (f"{n}.{suffix}", text)
+        for n in range(24)
+        for suffix, text in (("mp4", videos[0]), ("txt", "x"))
+    ]
+    write_tar(path, [*good, ("alone.txt", "y")])
+    end = path.read_bytes().rstrip(b"\0")
+    end += bytes(-len(end) % 512)
+    bad = b"".join(block for blocks, _ in LEFT_OUT.values() for block in blocks)
+    path.write_bytes(end + bad + bytes(1024))
+    flags = ["custom", f"--annotations={path}", f"--data_dir={tmp_path}", *SIZE]
+    assert build(flags) == 0
+    left_out = VideoDataset(tmp_path / BUILT).manifest["left_out"]
+    assert left_out.pop("mine/alone") == "its shard has its txt, but no video"
+    assert left_out.keys() == {f"mine/{key}" for key in LEFT_OUT}
+    for key, (_, reason) in LEFT_OUT.items():
+        assert left_out[f"mine/{key}"].startswith(reason)
+    assert "12 rows are left out (the first: mine/bytes: caption is not" in capsys.readouterr().out
+    assert compare(["custom", f"--videos={tmp_path}", f"--data_dir={tmp_path}"]) == 0
+    # More than half are lost.
+    write_tar(path, good[:22])
+    end = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(end + bytes(-len(end) % 512) + bad + bytes(1024))
+    line = error_of("data_prep.build", *flags, "--overwrite", capsys=capsys)
+    assert "12 of the 23 videos of" in line
+    assert "cannot be used, and a build may lose at most 50%" in line
+    assert len(VideoDataset(tmp_path / BUILT)) == 24
+
+
+def test_wrong_rows_of_parquet_files_are_left_out(tmp_path):
+    # Writers in C++ do not check that a string is UTF-8.
+    cells = pa.array([b"one", b"caf\xe9", b"two", b" ", b"three", b"four", b"five"])
+    texts = pa.Array.from_buffers(pa.string(), len(cells), cells.buffers())
+    table = {"video": ["a", "b", "c", "d", None, "e", "f"], "caption": texts}
+    annotations = read(write_parquet(tmp_path / "train-paths.parquet", table))
+    expected = {"a": ["one"], "c": ["two"], "e": ["four"], "f": ["five"]}
+    assert captions_of(annotations) == {"train": expected}
+    not_text = "caption is not text in UTF-8 (byte 0xe9); save the file as UTF-8"
+    assert annotations.left_out == {
+        "train-paths.parquet, row 1 (from 0)": not_text,
+        "train-paths.parquet, row 3 (from 0)": "caption is empty",
+        "train-paths.parquet, row 4 (from 0)": "video is empty",
+    }
+    lists = pa.ListArray.from_arrays(pa.array(range(8)), texts)
+    ends = [None, None, None, None, -1.0, None, None]
+    table = {"id": ["a", "b", "c", "d\td", "e", "f", "g"], "captions": lists, "end": ends}
+    table = {"bytes": [b"0"] * 7, **table}
+    annotations = read(write_parquet(tmp_path / "train-inside.parquet", table))
+    expected = {"a": ["one"], "c": ["two"], "f": ["four"], "g": ["five"]}
+    assert captions_of(annotations) == {"train": expected}
+    assert [clip.video_id for clip in annotations.contained.clips] == list(expected)
+    assert annotations.left_out == {
+        "train-inside.parquet, row 1 (from 0)": not_text,
+        "train-inside.parquet, row 3 (from 0)": "id has a line end or a tab in its name",
+        "train-inside.parquet, row 4 (from 0)": "end must be after start, and start 0"
+        " or more; got 0.0 to -1.0",
+    }
+
+
+def test_a_linked_tar_file_is_one_file(tmp_path):
+    members = [("0.mp4", b"0"), ("0.txt", "x"), ("1.mp4", b"1"), ("1.txt", "y")]
+    tar = write_tar(tmp_path / "all" / "train" / "0.tar", members)
+    (tar.parent / "1.tar").symlink_to("0.tar")
+    plan = make_plan(read(tmp_path / "all"), None, {})
+    assert captions_of(plan.annotations) == {"train": {"train/0/0": ["x"], "train/0/1": ["y"]}}
+    assert plan.merged == {"train/1/0": "train/0/0", "train/1/1": "train/0/1"}
+    (tmp_path / "all" / "test").mkdir()
+    (tmp_path / "all" / "test" / "5.tar").hardlink_to(tar)
+    with pytest.raises(
+        AnnotationError, match=r"'test/5/0' of test and 'train/0/0' of train are the"
+    ):
+        make_plan(read(tmp_path / "all"), None, {})
+
+
+def test_files_that_give_the_same_ids_are_refused(tmp_path):
+    for name in ("a.tar", "a.TAR"):
+        write_tar(tmp_path / name, [("0.mp4", b"0"), ("0.txt", name)])
+    with pytest.raises(
+        AnnotationError, match=r"a.TAR and .*a.tar would give their videos the same"
+    ):
+        read(tmp_path)
+
+
+def test_the_split_of_a_shard_does_not_depend_on_how_its_folder_is_written(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "test" / "0.tar", [("0.mp4", b"0"), ("0.txt", "x")])
+    (tar.parent / "empty").mkdir()
+    monkeypatch.chdir(tar.parent)
+    for written in (".", "0.tar", "./*.tar", "empty/..", "../test", tar.parent):
+        assert captions_of(read(Path(written))) == {"test": {"0/0": ["x"]}}
 
 
 # A tar file of two samples: the video has 5,000 bytes, and each member a header of 512.
@@ -399,7 +536,6 @@ def changed(change):
         (changed(lambda b: b + b), "has data after its end at byte 6656: it is"),
         (changed(lambda b: b"\x1f\x8b" + b), "mine.tar is compressed, .* file with gunzip"),
         (changed(lambda b: b"\x28\xb5\x2f\xfd" + b), "compressed, .* file with unzstd"),
-        (linked, "1.mp4 is a link, not a file; pack the tar file again with --dereference"),
         (lambda p: p.rename(p.parent / "mine.tar.gz"), "mine.tar.gz is a compressed tar file"),
         (Path.unlink, "no .tar file and no .parquet file in "),
     ],
@@ -423,7 +559,7 @@ def test_a_damaged_tar_file_is_one_line(damage, message, tmp_path, capsys):
         ({"video": ["http://a"], "caption": ["b"]}, r"row 0 .*: video is a URL \(http://a\)"),
         ({"video": [7], "caption": ["b"]}, "the column video has the type int64, but"),
         ({"bytes": [b"0"], "caption": [7.5]}, "the column caption has the type double, but"),
-        ({"video": ["a", None], "caption": ["b", "c"]}, r"parquet, row 1 \(from 0\): video is"),
+        ({"video": [None], "caption": ["c"]}, r"parquet, row 0 \(from 0\): video is empty"),
         ({"bytes": [b"0"], "caption": [None]}, "mine.parquet has no video with a caption"),
         ({"bytes": [b"0"], "captions": ["a"]}, r"row 0 \(from 0\): captions must be a list"),
         ({"bytes": [b"0"], "captions": [[None]]}, "row 0 .*: caption must be a text, not None"),
@@ -431,7 +567,7 @@ def test_a_damaged_tar_file_is_one_line(damage, message, tmp_path, capsys):
         ({"bytes": [b"0"], "caption": ["a"], "end": [True]}, "start and end must be seconds"),
         ({"bytes": [b"0"], "caption": ["a"], "split": ["dev"]}, "did you mean val"),
         ({"bytes": [b"0"] * 2, "caption": ["a"] * 2, "id": [1, 1]},
-         r"row 1 \(from 0\): another row has the id '1', too; a video with several"),
+         r"row 0 \(from 0\) and .*row 1 \(from 0\) have the id '1'; a video with several"),
         ({"bytes": [b"0"], "caption": ["a"], "id": [1.5]}, "id must be a text or a whole number"),
         ({"bytes": [], "caption": []}, "mine.parquet has no rows"),
         ({"bytes": [b"0"] * 2, "caption": ["a"] * 2, "split": ["val", None]},
@@ -497,7 +633,7 @@ def test_a_cell_without_a_video_costs_that_video_only(videos, tmp_path):
         "has no bytes in mine.parquet, row 2 (from 0)",
         "is a URL in mine.parquet, row 3 (from 0): https://a.b/c.mp4; the cell must have the"
         " content of the file",
-        "cannot be read as a video (Invalid data found when processing input)",
+        "is not a video: its content is text that starts with 'TEXT'",
     ]
     # A page whose header is damaged, after the file was planned.
     cell = ParquetCell(path, "bytes", 5, 1, 0)
@@ -508,7 +644,8 @@ def test_a_cell_without_a_video_costs_that_video_only(videos, tmp_path):
     with pytest.raises(VideoError, match=r"its row cannot be read from mine.parquet"):
         cell.open()
     path.unlink()
-    assert "No such file" in read_frames_or_error(cell, STORAGE, None)
+    with pytest.raises(Unavailable, match="No such file"):
+        read_frames_or_error(cell, STORAGE, None)
 
 
 def test_a_row_without_a_caption_and_an_empty_member_cost_that_video_only(videos, tmp_path, capsys):

@@ -8,6 +8,7 @@ from support.commands import error_of
 from support.videos import numbered_frames, write_video
 
 from data_prep.annotations import AnnotationError
+from data_prep.build import main as build
 from data_prep.datasets import builder_class
 from data_prep.video_folder import make_plan
 
@@ -127,8 +128,10 @@ HEADER = "video,caption,split\n"
         ("video,caption\n\na.mp4,\n", "row 3: caption is empty"),
         (HEADER.encode("utf-16"), "mine.csv is in UTF-16 or is no text; save it as text in UTF-8"),
         (HEADER.encode("utf-16-le"), "mine.csv is in UTF-16 or is no text"),
-        (f"{HEADER}a,b,train\nc,Café,train\n".encode("latin-1"),
-         "mine.csv, line 3 is not text in UTF-8 (byte 0xe9); save the file as UTF-8"),
+        (f"{HEADER}a,b,train\nc,Café,train\nd,été,train\n".encode("latin-1"),
+         "2 of the 3 rows of"),
+        (f"{HEADER}c,Café,train\n".encode("latin-1"),
+         "mine.csv, row 2: caption is not text in UTF-8 (byte 0xe9); save the file as UTF-8"),
     ],
 )  # fmt: skip
 def test_a_csv_that_would_be_misread_is_refused_with_its_row(content, message, tmp_path, capsys):
@@ -166,22 +169,21 @@ def test_a_wrong_value_in_jsonl(row, message, tmp_path):
     [
         (
             r'{"video": "a", "caption": "b \ud83d"}',
-            r"a': the text 'b \\ud83d' contains half of a char",
+            r"line 1: caption has half of a character in 'b \\ud83d'",
         ),
         (
             r'{"video": "a\ud83d", "caption": "b"}',
-            r"contains half of a character; correct it in mine",
+            r"line 1: video has half of a character in 'a\\ud83d'",
         ),
         (
             r'{"video": "a\tb", "caption": "c"}',
-            r"'a\\tb' contains a line end or a tab; correct it in",
+            r"line 1: video has a line end or a tab in its name",
         ),
     ],
 )
-def test_a_text_that_cannot_be_stored(row, message, tmp_path, capsys):
-    annotations = read(tmp_path, row, "mine.jsonl")
+def test_a_text_that_cannot_be_stored(row, message, tmp_path):
     with pytest.raises(AnnotationError, match=message):
-        make_plan(annotations, tmp_path, {})
+        read(tmp_path, row, "mine.jsonl")
 
 
 def test_a_json_file_that_is_not_jsonl(tmp_path):
@@ -213,3 +215,79 @@ def test_accents_are_compared_in_their_composed_form(annotated, stored, tmp_path
         text = unicodedata.normalize(annotated, annotation)
         plan = make_plan(read(tmp_path, f"video,caption\n{text},a\n"), tmp_path / "videos", {})
         assert [clip.location for clip in plan.clips] == [tmp_path / "videos" / name]
+
+
+# ---------------------------------------------------------------- repeats, and rows left out
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            '{"video": "a", "caption": "b", "caption": "c"}',
+            r"an object has the key 'caption' at line 1 column 16 and again: line 1 column 32",
+        ),
+        ('{"video": "a", "Caption": "b", "caption ": "c"}', "line 1: has two fields 'caption'"),
+        ('{"video": "a", "caption": "b", "x": [{"k": 1, "k": 1}]}', "the key 'k' at line 1 column"),
+    ],
+)
+def test_a_repeated_field_is_refused_with_both_places(row, message, tmp_path):
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, row, "mine.jsonl")
+    with pytest.raises(AnnotationError, match=r"row 2: captions must be a JSON list"):
+        read(tmp_path, 'video,captions\na,"[{""b"": 1, ""b"": 2}]"\n')
+
+
+def test_wrong_rows_are_left_out_and_counted(tmp_path):
+    good = [json.dumps({"video": "a", "caption": f"good {number}"}) for number in range(10)]
+    wrong = {
+        '{"video": "b", "caption": null}': "caption is empty",
+        '{"video": "b", "caption": 7}': "caption must be a text, not 7",
+        '{"video": null, "caption": "b"}': "video is empty",
+        '{"video": "b"}': "has no caption; it has video",
+        '{"video": "b", "caption": "c", "end": -1}': "end must be after start, and start 0 or more;"
+        " got 0.0 to -1",
+        '{"video": "b", "caption": "caf\udce9"}': "caption is not text in UTF-8 (byte 0xe9); save"
+        " the file as UTF-8",
+        '{"video": "b\\nc", "caption": "d"}': "video has a line end or a tab in its name",
+        "[7]": 'is not an object: {"caption": ..}',
+        '{"video": "b", "caption": "c": 2}': "is not JSON (Expecting ',' delimiter: line 1 column"
+        " 30 (char 29))",
+    }
+    lines = "\n".join([*good, *wrong]).encode(errors="surrogateescape")
+    annotations = read(tmp_path, lines, "mine.jsonl")
+    assert captions_of(annotations) == {"train": {"a": [f"good {number}" for number in range(10)]}}
+    places = (f"mine.jsonl, line {number}" for number in range(11, 20))
+    assert annotations.left_out == dict(zip(places, wrong.values(), strict=True))
+    # The same in csv, where a row of a video may be wrong and another one not.
+    rows = b"video,caption\na,one\nb,\na,caf\xe9\n,x\na,two\na,three\n"
+    annotations = read(tmp_path, rows)
+    assert captions_of(annotations) == {"train": {"a": ["one", "two", "three"]}}
+    assert annotations.left_out == {
+        "mine.csv, row 3": "caption is empty",
+        "mine.csv, row 4": "caption is not text in UTF-8 (byte 0xe9); save the file as UTF-8",
+        "mine.csv, row 5": "video is empty",
+    }
+
+
+@pytest.mark.parametrize(("good", "ends"), [(3, True), (4, False)])
+def test_a_build_ends_if_more_than_half_of_the_rows_are_wrong(good, ends, tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", numbered_frames(25)[5:], fps=10)
+    (tmp_path / "mine.csv").write_text("video,caption\n" + "a,x\n" * good + "a,\n" * 4)
+    flags = [f"--videos={tmp_path / 'videos'}", f"--annotations={tmp_path / 'mine.csv'}"]
+    flags = ["custom", *flags, f"--data_dir={tmp_path / 'data'}", "--image_size=32"]
+    if ends:
+        line = error_of("data_prep.build", *flags, capsys=capsys)
+        assert "4 of the 7 rows of" in line
+        assert "a build may lose at most 50%: correct or remove them; the first: mine.csv" in line
+        return
+    assert build(flags) == 0
+    out = capsys.readouterr().out
+    assert "4 rows are left out (the first: mine.csv, row 6: caption is empty)" in out
+    assert "left out 4 videos and rows (full list: " in out
+    manifest = tmp_path / "data" / "custom" / "32px_12f_jpeg" / "1.0.0" / "manifest.json"
+    assert len(json.loads(manifest.read_text())["left_out"]) == 4
+    with pytest.raises(SystemExit):
+        build(["--help"])
+    assert "they are more than 50 % of a file's rows" in " ".join(capsys.readouterr().out.split())

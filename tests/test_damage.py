@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from support.commands import TINY, error_line, error_of, run_module
+from support.files import contents, refused
 from support.old_datasets import rewrite_as_layout_1
 from support.params import random_params
 
@@ -21,6 +22,7 @@ from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.records import DatasetError, VideoDataset
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.tokenizers import CLIPTokenizer
+from drl_jax.runtime.errors import Unavailable
 from drl_jax.sharding import make_layout
 
 VARIANT = Path("shapes") / "64px_4f_raw" / "1.0.0"
@@ -144,11 +146,40 @@ def test_a_damaged_description_is_one_line(name, damage, damaged):
     else:
         # In a manifest, not every letter matters.
         flip_bit(path, 0 if name == "manifest.json" else path.stat().st_size // 2)
-    with pytest.raises(DatasetError, match="is damaged or cannot be read") as error:
+    with pytest.raises(DatasetError, match="is damaged") as error:
         VideoDataset(damaged)
     assert path.name in str(error.value)
     assert "\n" not in str(error.value)
     assert "python -m data_prep.build shapes --data_dir=" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, "*.array_record*", "videos.arrow", "captions.*"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(name, damaged):
+    """Nor is the dataset to be built again."""
+    before = contents(damaged)
+    path = sorted(damaged.glob(name))[0]
+    with refused(path), pytest.raises(Unavailable, match=r"Too many levels .*\(ELOOP\)") as error:
+        read_everything(damaged)
+    assert str(path) in str(error.value)
+    assert "nothing was moved or deleted" in str(error.value)
+    assert "rebuild" not in str(error.value)
+    assert contents(damaged) == before
+    read_everything(damaged)
+
+
+def test_records_that_can_no_longer_be_read_are_not_called_damaged(damaged):
+    """Opened when the dataset was intact."""
+    dataset, shard = VideoDataset(damaged), shard_of(damaged)
+    message = rf"{shard}, record 3 .* cannot be read: Too many levels"
+    with refused(shard), pytest.raises(Unavailable, match=message):
+        dataset.read_frames(3)
+
+
+def read_everything(directory):
+    dataset = VideoDataset(directory)
+    dataset.read_frames(0)
+    for name in dataset.split_names:
+        dataset.split(name)
 
 
 def test_descriptions_of_a_dataset_without_hashes(damaged):
@@ -161,12 +192,12 @@ def test_descriptions_of_a_dataset_without_hashes(damaged):
     metadata = (damaged / "metadata.json").read_text()
     for text in (metadata[:-100], "{}", json.dumps({"video_ids": ["a"], "splits": {}})):
         (damaged / "metadata.json").write_text(text)
-        with pytest.raises(DatasetError, match="is damaged or cannot be read"):
+        with pytest.raises(DatasetError, match="is damaged"):
             VideoDataset(damaged)
     for name in ("features.json", "dataset_info.json"):
         (damaged / "metadata.json").write_text(metadata)
         (damaged / name).write_text("{}")
-        with pytest.raises(DatasetError, match="is damaged or cannot be read"):
+        with pytest.raises(DatasetError, match="is damaged"):
             VideoDataset(damaged)
 
 
@@ -218,7 +249,7 @@ def test_commands_print_one_line(shapes_data, damaged, tmp_path, tiny_weights, c
         f"--config.data.data_dir={tmp_path}",
     )
     finished = run_module(*train, check=False)
-    assert error_line(finished).startswith(f"drl_jax.train: {record} is damaged or cannot be read")
+    assert error_line(finished).startswith(f"drl_jax.train: {record} is damaged")
     videos = shapes_data / "source" / "shapes_smoke" / "videos"
     assert compare(["shapes", f"--videos={videos}", f"--data_dir={tmp_path}", "--samples=256"]) == 1
     captured = capsys.readouterr()

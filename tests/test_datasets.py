@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
 import pytest
+from support.commands import error_of
+from support.files import contents, refused
 from support.videos import numbered_frames, write_video
 
 from data_prep.annotations import AnnotationError
@@ -198,6 +201,10 @@ def lay_out_didemo(root, place):
     }
 
 
+# More words than a training reads.
+LONG = " ".join(["two roses"] * 20)
+
+
 def lay_out_custom(root, place):
     place(root / "videos" / "holiday" / "beach.mp4", 4)
     place(root / "videos" / "garden.webm")
@@ -205,13 +212,13 @@ def lay_out_custom(root, place):
     rows = [
         {"video": "holiday/beach.mp4", "caption": "waves", "start": 0, "end": 1, "split": "train"},
         {"video": "holiday/beach.mp4", "caption": "sand", "start": 2, "end": 3, "split": "train"},
-        {"video": "garden", "captions": ["a rose", "two roses"], "split": "val"},
+        {"video": "garden", "captions": ["a rose", LONG], "split": "val"},
         {"video": "cat.mp4", "caption": "it sleeps", "split": "test"},
     ]
     write(root / "annotations", "\n".join(map(json.dumps, rows)), suffix=".jsonl")
     return {
         "train": {"holiday/beach.mp4@0-1": ["waves"], "holiday/beach.mp4@2-3": ["sand"]},
-        "val": {"garden": ["a rose", "two roses"]},
+        "val": {"garden": ["a rose", LONG]},
         "test": {"cat.mp4": ["it sleeps"]},
     }
 
@@ -280,9 +287,11 @@ def test_a_small_dataset_is_built(name, tmp_path, clips, capsys):
             "--storage=raw",
         ]
     )
-    report = capsys.readouterr().out
+    report, errors = capsys.readouterr()
     assert status == 0
     assert "left out" not in report
+    said = re.findall(r"data_prep.build: (.*) captions cut to data.max_words=32 ", errors)
+    assert said == (["split val, with CLIP's tokenizer: 1 of 2"] if name == "custom" else [])
     max_frames = builder_class(name).DEFAULT_STORAGE.max_frames
     dataset = VideoDataset(tmp_path / "data" / name / f"32px_{max_frames}f_raw" / "1.0.0")
     found = {
@@ -357,11 +366,17 @@ MISTAKES = [
     ("vatex", "ref_captions.json", '{"a": "b"}', "a: expected a list of captions, found 'b'"),
     ("lsmdc", "LSMDC16_annos_val.csv", "a,b,c\n", "line 1: expected 6 tab-separated fields"),
     ("lsmdc", "LSMDC16_annos_val.csv", "a\t1\t2\t3\t4\t \n", "found 6 with an empty one"),
-    ("activitynet", "train.json", '{"v_a": {}}', "does not have ActivityNet's structure"),
+    (
+        "activitynet",
+        "train.json",
+        '{"v_a": {}}',
+        r'train.json, v_a: is not {"sentences": \["..", ..\]',
+    ),
     ("activitynet", "train_ids.json", "{}", "must contain a list, but contains dict"),
-    ("didemo", "train_data.json", '[{"video": "a"}]', 'does not list {"video": .., "description"'),
+    ("didemo", "train_data.json", '[{"video": "a"}]', 'entry 1: is not {"video": "..", "descr'),
     ("didemo", "train_data.json", "[", "train_data.json is not a JSON file"),
-    ("msrvtt", "MSRVTT_data.json", '{"sentences": [{}]}', "does not have MSR-VTT's structure"),
+    ("msrvtt", "MSRVTT_data.json", '{"sentences": [{}]}', 'sentence 1: is not {"video_id"'),
+    ("msrvtt", "MSRVTT_data.json", '{"sentences": 7}', "does not have MSR-VTT's structure"),
     (
         "msrvtt",
         "MSRVTT_data.json",
@@ -382,6 +397,161 @@ def test_an_invalid_annotation_file_is_named(name, file, text, message, tmp_path
     with pytest.raises(AnnotationError, match=message) as error:
         builder_class(name).read_annotations(tmp_path / "annotations")
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- repeats, and what is left out
+
+
+def read_changed(tmp_path, clips, name, **files):
+    """Reads a dataset of which some files were replaced: text, or a value for JSON."""
+    LAYOUTS[name](tmp_path, clips)
+    for file, content in files.items():
+        path = tmp_path / "annotations" / file
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return builder_class(name).read_annotations(tmp_path / "annotations")
+
+
+def test_a_repeated_video_of_vatex_has_the_captions_of_all_its_entries(tmp_path):
+    entries = [("a", ["one", "one"]), ("b", ["x"]), ("a", ["two", "one"])]
+    entries = [{"videoID": video, "enCap": captions} for video, captions in entries]
+    write_json(tmp_path / "vatex_training_v1.0.json", entries)
+    # Another copy has the same captions, and one more video.
+    write_json(
+        tmp_path / "vatex_training_v1.0_copy.json", [*entries, {**entries[1], "videoID": "c"}]
+    )
+    found = builder_class("vatex").read_annotations(tmp_path)
+    assert described(found.splits) == {
+        "train": {"a": ["one", "one", "two"], "b": ["x"], "c": ["x"]}
+    }
+    write_json(tmp_path / "ref_captions.json", {"a": ["other"]})
+    message = r"ref_captions.json and .*v1.0.json have different captions of a; keep one"
+    with pytest.raises(AnnotationError, match=message):
+        builder_class("vatex").read_annotations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("vatex", "ref_captions.json", '{"a": ["b"],\n "a": ["c"]}',
+         r"the key 'a' at line 1 column 2 and again: line 2 column 2"),
+        ("vatex", "ref_captions.json", '{\n"a\\u0062": ["}{"],\n"c": [],\n"ab": []}',
+         r"the key 'ab' at line 2 column 1 and again: line 4 column 1"),
+        ("activitynet", "train.json", {"v_a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}},
+         r"train.json has the keys 'a' and 'v_a' of one video"),
+        ("didemo", "train_list.txt", "v.avi\nv\n", r"have v.avi and v, which are one video"),
+        ("msrvtt", "MSRVTT_data.json",
+         {"videos": [{"video_id": "v", "split": s} for s in ("train", "train", "test")],
+          "sentences": [{"video_id": "v", "caption": "x"}]},
+         r"entry 1 of .videos. has 'v' in the split train, and entry 3 in test; correct one"),
+    ],
+)  # fmt: skip
+def test_a_contradiction_is_refused_with_both_places(name, file, content, message, tmp_path, clips):
+    entries = [{"video": video, "description": "x"} for video in ("v", "v.avi")]
+    extra = {"train_data.json": entries} if name == "didemo" else {}
+    with pytest.raises(AnnotationError, match=message):
+        read_changed(tmp_path, clips, name, **{file: content}, **extra)
+
+
+def test_keys_of_a_pickle_that_are_one_id_are_refused(tmp_path):
+    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({7: ["a"], "7": ["b"]}))
+    (tmp_path / "test_list.txt").write_text("7\n")
+    with pytest.raises(AnnotationError, match=r"has the key 7 and the key '7'"):
+        builder_class("msvd").read_annotations(tmp_path)
+
+
+def test_one_video_without_a_caption_is_left_out(tmp_path, clips):
+    found = read_changed(
+        *(tmp_path, clips, "msrvtt"),
+        **{"MSRVTT_train.9k.csv": "video_id\nvideo0\nvideo1.mp4\nvideo2\nvideo99\n"},
+    )
+    assert [entry.video_id for entry in found.splits["train_9k"]] == ["video0", "video2"]
+    place, no_caption = "MSRVTT_train.9k.csv, ", "no caption in MSRVTT_data.json"
+    assert found.left_out == {
+        f"{place}video1.mp4": f"{no_caption}, which names it 'video1', with another suffix",
+        f"{place}video99": no_caption,
+    }
+    with pytest.raises(AnnotationError, match=r"first: 'video0.mp4', which names it 'video0'"):
+        read_changed(
+            *(tmp_path, clips, "msrvtt"), **{"MSRVTT_train.9k.csv": "video_id\nvideo0.mp4\n"}
+        )
+    found = read_changed(
+        *(tmp_path / "msvd", clips, "msvd"), **{"test_list.txt": "04Gt01vatkk_248_265\nb\n"}
+    )
+    assert found.left_out == {"test_list.txt, b": "no caption in raw-captions.pkl"}
+
+
+def test_wrong_entries_of_published_files_are_left_out(tmp_path, clips):
+    sentences = [{"video_id": "video0", "caption": "x"}, {"video_id": "video0"}, {"video_id": 7}]
+    document = {"sentences": sentences[:2]}
+    rows = "video_id,sentence\nvideo4,one\nvideo5,\n"
+    found = read_changed(
+        *(tmp_path, clips, "msrvtt"),
+        **{"MSRVTT_data.json": document, "MSRVTT_JSFUSION_test.csv": rows},
+        **dict.fromkeys(("MSRVTT_train.9k.csv", "MSRVTT_train.7k.csv"), "video_id\nvideo0\n"),
+    )
+    assert described(found.splits)["test"] == {"video4": ["one"]}
+    assert found.left_out == {
+        "MSRVTT_data.json, sentence 2": 'is not {"video_id": "..", "caption": ".."}',
+        "MSRVTT_JSFUSION_test.csv, row 3": "sentence is empty",
+    }
+    with pytest.raises(AnnotationError, match=r"2 of the 3 sentences of .* may lose at most 50%"):
+        read_changed(tmp_path, clips, "msrvtt", **{"MSRVTT_data.json": {"sentences": sentences}})
+    row = "{}\t1\t2\t3\t4\tx\n".format
+    found = read_changed(
+        *(tmp_path / "lsmdc", clips, "lsmdc"), **{"LSMDC16_annos_val.csv": row("a") + "b\tc\n"}
+    )
+    assert list(found.left_out) == ["LSMDC16_annos_val.csv, line 2"]
+
+
+def test_a_build_warns_of_shared_videos_and_of_equal_captions(tmp_path, clips, capsys):
+    clips(tmp_path / "videos" / "a.mp4", 2)
+    clips(tmp_path / "videos" / "b.mp4", 3)
+    rows = ["a,A dog,train", "a,a  dog,train", "b,a dog,train", "b,a cat,test", "./b,a cow,test"]
+    (tmp_path / "mine.csv").write_text("\n".join(["video,caption,split", *rows]))
+    flags = [
+        f"--{name}={tmp_path / file}" for name, file in (("videos", "videos"), ("data_dir", "d"))
+    ]
+    flags += [f"--annotations={tmp_path / 'mine.csv'}", "--image_size=32"]
+    line = error_of("data_prep.build", "custom", *flags, capsys=capsys)
+    assert "'b' of train (mine.csv, row 4) and './b' of test (mine.csv, row 6) are the same" in line
+    (tmp_path / "mine.csv").write_text("\n".join(["video,caption,split", *rows[:4], "./a,x,train"]))
+    assert build(["custom", *flags]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert (
+        "1 videos are in both train and test, with 0 equal captions (the first: b): results on"
+        in (out[1])
+    )
+    assert out[2].startswith("1 names are other names of the same file and span")
+    (tmp_path / "mine.csv").write_text("\n".join(["video,caption,split", *rows[:3], "a,x,test"]))
+    assert build(["custom", *flags, "--overwrite"]) == 0
+    warned = "all captions of train are equal ('A dog'): they tell no video from another"
+    assert capsys.readouterr().out.splitlines().count(warned) == 1
+
+
+@pytest.mark.parametrize(("good", "ends"), [(1, True), (2, False)])
+def test_a_build_ends_if_more_than_half_of_the_videos_cannot_be_decoded(
+    good, ends, tmp_path, clips, capsys
+):
+    for number in range(good):
+        clips(tmp_path / "videos" / f"{number}.mp4", 2)
+    for number in (2, 3):
+        (tmp_path / "videos" / f"{number}.mp4").write_text("no video")
+    # A file that is absent is no loss: parts of datasets are built.
+    rows = [f"{number},caption {number}" for number in range(9)]
+    (tmp_path / "mine.csv").write_text("\n".join(["video,caption", *rows]))
+    flags = [
+        f"--{name}={tmp_path / file}" for name, file in (("videos", "videos"), ("data_dir", "d"))
+    ]
+    flags = ["custom", *flags, f"--annotations={tmp_path / 'mine.csv'}", "--image_size=32"]
+    assert build(flags) == ends
+    if ends:
+        error = capsys.readouterr().err
+        assert (
+            "2 of the 3 annotated videos cannot be used, and a build may lose at most 50%" in error
+        )
+        # What the user has seen and listed is no loss.
+        (tmp_path / "d" / "custom" / "quarantine.txt").write_text("2\n3\n")
+        assert build(flags) == 0
 
 
 def read_custom(tmp_path, text, suffix=".csv"):
@@ -434,9 +604,9 @@ def test_custom_without_splits_holds_out_a_tenth_of_the_files_for_val_and_for_te
         ("video,caption,start,end\na,b,x,3\n", ".csv", "start and end must be seconds"),
         ("video,caption,start,end\na,b,5,\n", ".csv", "start is set but end is not"),
         ("video,caption,split\na,b,train\nc,d,\n", ".csv", "some rows have a split and others"),
-        ('{"video": "a"}\n', ".jsonl", "line 1 has no caption; it has video"),
-        ("{\n", ".jsonl", "line 1 is not JSON"),
-        ("[]\n", ".jsonl", "line 1 is not an object"),
+        ('{"video": "a"}\n', ".jsonl", "line 1: has no caption; it has video"),
+        ("{\n", ".jsonl", "line 1: is not JSON"),
+        ("[]\n", ".jsonl", "line 1: is not an object"),
         ('{"video": "a", "captions": "b"}\n', ".jsonl", "line 1: captions must be a list"),
     ],
 )
@@ -466,6 +636,20 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_dataset(
     assert build(["custom", *flags, annotations, "--image_size=32"]) == 1
     assert "no space left in" in capsys.readouterr().err
     assert not list((tmp_path / "data").rglob("*.array_record*"))
+
+
+def test_a_cache_entry_that_cannot_be_read_ends_a_build(tmp_path, clips, capsys):
+    """It is not decoded again: what is wrong with the disk is not known."""
+    lay_out_custom(tmp_path, clips)
+    flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
+    flags = ["custom", *flags, f"--annotations={annotations_of(tmp_path, 'custom')}"]
+    assert build([*flags, "--image_size=32"]) == 0
+    entry = sorted((tmp_path / "data" / "cache").rglob("*.npz"))[0]
+    before = contents(tmp_path / "data")
+    with refused(entry):
+        line = error_of("data_prep.build", *flags, "--image_size=32", "--overwrite", capsys=capsys)
+    assert f"{entry.resolve()} cannot be read or written: Too many levels" in line
+    assert contents(tmp_path / "data") == before
 
 
 def test_a_video_whose_name_several_files_have_is_left_out(tmp_path, clips, capsys):

@@ -1,6 +1,7 @@
 """What a file of towers is: from its tensors, a description beside it, or a release; or refused."""
 
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -13,11 +14,13 @@ from support.towers import PE, SIGLIP, tiny_state
 from drl_jax.config import Config, DataConfig, LossConfig, ModelConfig
 from drl_jax.models.drl import BACKBONES, param_shapes
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import sha256
+from drl_jax.weights import download
 from drl_jax.weights.hugging_face import siglip_to_hugging_face
 from drl_jax.weights.json_values import WeightsError
 from drl_jax.weights.load import config_of_weights, head_start, initial_params, with_backbone_of
 from drl_jax.weights.releases import PUBLISHED, RELEASES
-from drl_jax.weights.weights_file import read_weights
+from drl_jax.weights.weights_file import read_weights, save_weights
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_siglip_needs_no_description(tmp_path):
     assert (backbone.layer_norm_eps, backbone.resize) == (1e-6, "squash")
     assert (backbone.vision_mlp_width, backbone.text_mlp_width) == (96, 80)
     assert (backbone.logit_bias, backbone.pad_id, backbone.text_cleaning) == (True, 0, "lower")
-    assert description.licence == "Apache-2.0"
+    assert "gelu_tanh (guessed from its family), licence: not stated" in str(description)
 
 
 def test_the_first_siglip_pads_with_its_end_and_drops_punctuation(tmp_path):
@@ -126,11 +129,125 @@ def test_heads_of_wide_image_towers(width, heads, tmp_path):
         assert read_weights(path, "dfn5b").description.backbone.vision_heads == heads
 
 
-def test_openais_archives_are_openais():
-    description = read_weights(GOLDEN / "clip_torchscript.pt").description
-    assert description.activation_from == "OpenAI's archive, by its form"
-    with pytest.raises(WeightsError, match="its release is openai, not laion2b_s34b_b79k"):
-        read_weights(GOLDEN / "clip_torchscript.pt", "laion2b_s34b_b79k")
+# ---------------------------------------------------------------- what is stated, and guesses
+
+
+@pytest.fixture(params=["clip.", "heads", "archive", "siglip", "pe"])
+def suggestive_file(request, tmp_path):
+    """Towers of which the form or the names suggest an activation."""
+    if request.param == "archive":
+        return shutil.copy(GOLDEN / "clip_torchscript.pt", tmp_path / "clip.pt")
+    families = {"siglip": {**SIGLIP, "vocab_size": 32_000}, "pe": PE}
+    state = {f"clip.{n}": t for n, t in tiny_state(**families.get(request.param, {})).items()}
+    if request.param == "heads":
+        state["text_weight_fc.weight"] = np.zeros((1, 128), np.float32)
+    save_file(state, tmp_path / "towers.safetensors")
+    return tmp_path / "towers.safetensors"
+
+
+def test_a_guess_is_printed_as_one_and_a_description_wins(suggestive_file):
+    guess = read_weights(suggestive_file).description
+    assert guess.is_guessed
+    assert f"{guess.backbone.activation} (guessed from " in str(guess)
+    assert "licence: not stated" in str(guess)
+    other = "gelu" if guess.backbone.activation != "gelu" else "quick_gelu"
+    described = {"family": guess.backbone.family, "activation": other, "mean": [0.1, 0.2, 0.3]}
+    suggestive_file.with_name("config.json").write_text(json.dumps({**described, "pad": 1}))
+    stated = read_weights(suggestive_file).description
+    assert f"activation {other} (from config.json), licence: not stated" in str(stated)
+    assert stated.backbone.pixel_mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("suggestive_file", ["clip.", "heads", "archive"], indirect=True)
+def test_a_release_wins_over_names_and_form(suggestive_file):
+    assert read_weights(suggestive_file).description.backbone.activation == "quick_gelu"
+    stated = read_weights(suggestive_file, "laion2b_s34b_b79k").description
+    assert "gelu (from the release laion2b_s34b_b79k), licence: MIT" in str(stated)
+    described = {"family": "clip", "activation": "quick_gelu"}
+    suggestive_file.with_name("config.json").write_text(json.dumps(described))
+    with pytest.raises(
+        WeightsError, match=r"laion2b_s34b_b79k does not go with .*config.json: act"
+    ):
+        read_weights(suggestive_file, "laion2b_s34b_b79k")
+
+
+def test_the_sha256_of_openais_archives_is_a_proof(tmp_path, monkeypatch):
+    file = shutil.copy(GOLDEN / "clip_torchscript.pt", tmp_path / "any name.pt")
+    monkeypatch.setitem(download.MODELS, "ViT-B/32", sha256(file))
+    description = read_weights(file).description
+    assert "quick_gelu (from OpenAI's archive (by its sha256)), licence: MIT" in str(description)
+    assert read_weights(file, "openai").description == description
+    with pytest.raises(
+        WeightsError, match=r"is OpenAI's archive \(by its sha256\), not of the rel"
+    ):
+        read_weights(file, "laion2b_s34b_b79k")
+    (tmp_path / "config.json").write_text('{"family": "clip", "activation": "gelu"}')
+    with pytest.raises(
+        WeightsError, match=r"sha256\) does not go with .*config.json: activation is"
+    ):
+        read_weights(file)
+
+
+def test_the_path_of_a_file_says_no_licence(tmp_path, monkeypatch):
+    """`weights/ViT-B-32.pt` is what configs/msrvtt.py names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    shutil.copy(GOLDEN / "clip_torchscript.pt", PUBLISHED["clip_b32"].source)
+    assert read_weights(PUBLISHED["clip_b32"].source).description.licence == ""
+
+
+def test_what_an_exported_file_says_is_not_contradicted_in_silence(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file(tiny_state(), file)
+    (tmp_path / "config.json").write_text('{"family": "clip", "activation": "gelu"}')
+    weights = read_weights(file)
+    config = config_of_weights(weights)
+    params = initial_params(config.model, weights, jax.random.key(0))
+    save_weights(file, params, config)
+    assert read_weights(file).description.activation_from == "the file"
+    (tmp_path / "config.json").write_text('{"family": "clip", "activation": "quick_gelu"}')
+    with pytest.raises(
+        WeightsError, match=r"config.json contradicts what a.safetensors says of its"
+    ):
+        read_weights(file)
+    # A description of other weights in the same folder.
+    (tmp_path / "config.json").write_text(
+        '{"family": "clip", "activation": "gelu_tanh", "patch": 8}'
+    )
+    assert read_weights(file).description.backbone.activation == "gelu"
+
+
+# ---------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"context_length": 77}, 77),
+        ({"context_length": 248}, 248),  # Long-CLIP.
+        ({**SIGLIP, "vocab_size": 32_000}, 64),
+        (PE, 32),
+    ],
+)
+def test_towers_alone_read_as_many_words_as_they_have_positions(changes, words, tmp_path):
+    state, family = tiny_state(**changes), changes.get("family", "clip")
+    state = siglip_to_hugging_face(state) if family == "siglip" else state
+    save_file(state, tmp_path / "a.safetensors")
+    described = {"family": family, "activation": "gelu", "pad": 1}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    data = config_of_weights(read_weights(tmp_path / "a.safetensors")).data
+    assert (data.max_words, data.max_frames) == (words, 12)
+
+
+@pytest.mark.parametrize(("positions", "words"), [(77, 32), (248, 32), (16, 16)])
+@pytest.mark.parametrize("head", ["text_weight_fc.weight", "frame_position_embeddings.weight"])
+def test_with_heads_they_read_as_many_as_the_original_of_drl(head, positions, words, tmp_path):
+    """The second head is CLIP4Clip's, too."""
+    state = {f"clip.{name}": t for name, t in tiny_state(context_length=positions).items()}
+    save_file({**state, head: np.zeros((1, 128), np.float32)}, tmp_path / "a.safetensors")
+    weights = read_weights(tmp_path / "a.safetensors")
+    assert weights.has_heads
+    assert config_of_weights(weights).data.max_words == words
 
 
 def test_a_release_of_a_file_that_says_what_it_is_is_refused():
@@ -157,7 +274,7 @@ def test_perception_encoder_needs_no_description(tmp_path):
         "gelu",
         "bilinear",
     )
-    assert description.licence == "Apache-2.0"
+    assert "gelu (guessed from its family), licence: not stated" in str(description)
 
 
 def test_heads_and_bias_start_as_the_announcement_says(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pyarrow.parquet
 import pytest
 from safetensors import safe_open
 from support.commands import ROOT, error_of
+from support.files import refused
+from support.processes import killing_workers
 from support.videos import numbered_frames, write_video
 
 import drl_jax
@@ -99,6 +102,22 @@ def test_a_file_of_captions_has_the_arrays_of_the_api(suffix, search_model, tmp_
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_captions_that_are_cut_are_counted_over_all_files(search_run, captions, capsys):
+    """The run reads 24 tokens."""
+    captions.write_text("\n".join(["dog " * 22, "dog " * 23, "a dog", "cat " * 50]))
+    flags = (f"--workdir={search_run}", f"--captions={captions}", "--shard_size=1")
+    assert main([*flags, f"--out={captions.with_name('c.npz')}"]) == 0
+    lines = re.split(r"[\r\n]", capsys.readouterr().err)
+    assert [line for line in lines if "cut" in line] == [
+        "drl_jax.embed: 2 of 4 captions cut to data.max_words=24 tokens (start and end included):"
+        " their last words are not read"
+    ]
+    # Features of captions depend on it, those of videos do not.
+    shorter = drl_jax.load(search_run, max_words=20)
+    with pytest.raises(drl_jax.UserError, match="max_words"):
+        embed_captions(shorter, read_captions(captions), captions.with_name("c.npz"), shard_size=1)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -212,7 +231,7 @@ def test_videos_that_cannot_be_read_are_listed_and_the_rest_is_written(
     arguments = [*flags, "--shard_size=1"]
     expected = [
         "  \\udcff.mp4: its name is not UTF-8; rename it",
-        "  bad.mp4: cannot be read as a video (Invalid data found when processing input)",
+        "  bad.mp4: is not a video: its content is text that starts with 'no video'",
         "  link.mp4: it is no file, e.g. a link to nothing",
     ]
     for _ in range(2):  # What is finished is not read again, but still reported.
@@ -228,6 +247,21 @@ def test_videos_that_cannot_be_read_are_listed_and_the_rest_is_written(
     report = json.loads((tmp_path / "v.npz.json").read_text())
     assert [*report["unusable"]] == ["link.mp4", "\\udcff.mp4"]
     assert [*report["files"]["v-00000-of-00002.npz"]["unreadable"]] == ["bad.mp4"]
+
+
+def test_videos_that_could_not_be_read_this_time_are_read_by_the_next_run(
+    search_run, tmp_path, capsys
+):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_video(folder / "a.mp4", numbered_frames(4, 64, 64), fps=2)
+    flags = (f"--workdir={search_run}", f"--videos={folder}", f"--out={tmp_path / 'v.npz'}")
+    with killing_workers():
+        assert main(flags) == 1
+    captured = capsys.readouterr()
+    assert "  a.mp4: the process that worked on it died (exit code -9)" in captured.err
+    assert main(flags) == 0
+    assert read(tmp_path / "v.npz")["video_id"].tolist() == ["a.mp4"]
 
 
 # ---------------------------------------------------------------- interruptions
@@ -316,7 +350,7 @@ def test_a_disk_that_takes_no_more_is_one_line(search_run, captions, tmp_path, c
             line = error_of("drl_jax.embed", *flags, f"--out={out}", capsys=capsys)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert line == f"drl_jax.embed: cannot write {out}: File too large"
+        assert line.startswith(f"drl_jax.embed: {out} cannot be written: File too large (EFBIG);")
         left = sorted(path.name for path in tmp_path.glob(f"c.{suffix}*"))
         assert left == [f"c.{suffix}.json", f"c.{suffix}.lock"]
         # No file was finished, so flags may change.
@@ -347,10 +381,15 @@ def test_another_model_or_input_is_refused(search_model, videos, tmp_path):
     with pytest.raises(drl_jax.UserError, match="was made with another model"):
         embed_videos(search_model, folder, out)
     (tmp_path / "v.npz.json").write_text("{")
-    with pytest.raises(drl_jax.UserError, match="cannot be read as a report"):
+    with pytest.raises(drl_jax.UserError, match="json is damaged, or no report; move it and its"):
+        embed_videos(search_model, folder, out)
+    with (
+        refused(tmp_path / "v.npz.json"),
+        pytest.raises(drl_jax.UserError, match=r"json cannot be read: .*ELOOP.*nothing was moved"),
+    ):
         embed_videos(search_model, folder, out)
     (tmp_path / "v.npz.json").unlink()
-    with pytest.raises(drl_jax.UserError, match=r"v.npz exists, and .* does not: delete it, or"):
+    with pytest.raises(drl_jax.UserError, match=r"v.npz exists, and .* does not: move it away"):
         embed_videos(search_model, folder, out)
     with (
         locked(tmp_path / "v.npz.lock", "it"),
@@ -376,7 +415,7 @@ def test_mistakes_are_one_line(videos, captions, tmp_path, capsys):
         ((run, out, "--videos=nowhere"), "no directory nowhere"),
         ((run, out, f"--videos={tmp_path / 'empty'}"), f"no video in {tmp_path / 'empty'} (looked"),
         ((run, out, of_captions, "--windows"), "--windows is of videos; omit it"),
-        ((run, out, "--captions=none.txt"), "cannot read none.txt: No such file or directory"),
+        ((run, out, "--captions=none.txt"), "none.txt cannot be read: No such file or directory"),
         ((run, out, of_videos, "--shard_size=0"), "must be a positive whole number"),
         ((run, out, of_videos, "--timeout=-1"), "must be a number of seconds above 0, not '-1'"),
         ((run, out, of_videos, "--timeout=nan"), "must be a number of seconds above 0, not 'nan'"),
@@ -414,6 +453,12 @@ def test_files_of_captions(name, content, tmp_path):
         ("c.csv", 'caption\n"a dog', "c.csv is not a csv file (unexpected end of data)"),
         ("c.jsonl", '"a dog"\n\n', "c.jsonl, line 2: the caption is blank"),
         ("c.jsonl", '"a dog"\n{"text": "b"}\n', "c.jsonl, line 2: there is no caption"),
+        ("c.csv", "caption,id,caption\na,1,b\n", "c.csv has two columns caption"),
+        (
+            "c.jsonl",
+            '{"caption": "a", "caption": "b"}\n',
+            "c.jsonl is not a jsonl file (an object has",
+        ),
         ("c.jsonl", "a dog\n", "c.jsonl is not a jsonl file (Expecting value"),
         ("c.json", "{}", "c.json is not a list of captions"),
         ("c.json", "[3]", "c.json, item 1: there is no caption"),

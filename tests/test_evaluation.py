@@ -13,6 +13,7 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.data.splits import Captions, Split
 from drl_jax.evaluation.evaluator import Evaluator, SplitError, check_split, order_by_content
 from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.runtime.errors import Notice
 from drl_jax.sharding import make_layout
 
 
@@ -111,12 +112,22 @@ def test_an_evaluation_has_the_rank_of_every_query(plain, test_split):
 def test_splits_that_cannot_be_ranked(dataset, test_split, tiny_model, videos, caption, message):
     captions = [["a circle"], ["a circle", caption], ["a square"]][:videos]
     split = Split(test_split.videos[:videos], Captions.of(captions), np.zeros((0, 2), np.int32))
-    arguments = ("test", split, dataset, load_tokenizer(tiny_model))
+    arguments = ("test", split, dataset, load_tokenizer(tiny_model), 24)
     if message is None:
         check_split(*arguments)
     else:
         with pytest.raises(SplitError, match=message):
             check_split(*arguments)
+
+
+def test_captions_that_evaluation_cuts_are_counted(dataset, test_split, tiny_model):
+    captions = [["a circle", "a red circle"], ["a circle moves"]]
+    split = Split(test_split.videos[:2], Captions.of(captions), np.zeros((0, 2), np.int32))
+    with pytest.warns(
+        Notice, match="^split test: 2 of 3 captions cut to data.max_words=4 tok"
+    ) as said:
+        check_split("test", split, dataset, load_tokenizer(tiny_model), 4)
+    assert len(said) == 1
 
 
 def test_pair_accuracy_is_exactly_chance_without_time(

@@ -6,11 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from support.commands import ROOT
 
-from drl_jax.runtime.lock import LOCK_FILE, LockError, locked
+from drl_jax.runtime.lock import LOCK_FILE, LockError, locked, temporary_directory
 
 # Takes the lock, says so, and holds it until its stdin ends; then leaves the block.
 HOLDER = """
@@ -94,3 +96,73 @@ def test_a_file_system_without_locks_is_a_warning(number, tmp_path, capsys, monk
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {tmp_path / LOCK_FILE} cannot be locked (")
     assert "nothing prevents a second process" in line
+
+
+# Makes a temporary directory, names it, and keeps it until its stdin ends.
+KEEPER = """
+import sys
+from drl_jax.runtime.lock import temporary_directory
+with temporary_directory() as directory:
+    (directory / "clip.mp4").write_text("a part")
+    print(directory, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_temporary_directory_of_a_killed_process_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "drl_jax_temporary_file").touch()  # Of nobody.
+    keepers = [
+        subprocess.Popen(
+            [sys.executable, "-c", KEEPER],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    killed, running = [Path(keeper.stdout.readline().strip()) for keeper in keepers]
+    keepers[0].kill()
+    keepers[0].communicate()
+    assert (killed / "clip.mp4").exists()
+    with temporary_directory() as own:
+        assert own.stat().st_mode & 0o777 == 0o700
+        assert not killed.exists()
+        with temporary_directory() as other:
+            assert own.exists()
+            assert (running / "clip.mp4").exists()
+        assert not other.exists()
+    keepers[1].communicate()
+    assert [path.name for path in tmp_path.iterdir()] == ["drl_jax_temporary_file"]
+
+
+def test_a_temporary_directory_that_another_process_deletes_at_once(tmp_path, monkeypatch):
+    """A process that looks for those of killed ones can come before the lock."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made, make = [], tempfile.mkdtemp
+
+    def mkdtemp(**options: str) -> str:
+        made.append(make(**options))
+        if len(made) == 1:
+            Path(made[0]).rmdir()
+        if len(made) == 2:
+            descriptor = os.open(made[1], os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    with temporary_directory() as directory:
+        assert str(directory) == made[2]
+
+
+def test_a_temporary_directory_without_locks_is_kept(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with temporary_directory() as one, temporary_directory():
+        assert one.exists()
+    assert not one.exists()

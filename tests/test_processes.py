@@ -4,14 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 
+import pytest
+from support.calls import fail_once, work
 from support.commands import ROOT
+from support.processes import children_of, is_running, wait_until
 from support.videos import numbered_frames, write_video
 
-from data_prep.decode import decode_clips
+from data_prep.decode import Decoded, decode_clips
 from data_prep.frame_cache import FrameCache
 from data_prep.locations import Clip
 from drl_jax.data.frame_form import FrameForm
@@ -19,34 +19,15 @@ from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 
-def work(number: int) -> int:
-    """Dies for 3, hangs for 5, raises for 7 and 8, returns nonsense for 9.
-
-    Workers import this module, so its imports are light.
-    """
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if number == 5:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        time.sleep(600)
-    if number == 7:
-        raise UnicodeDecodeError("utf-8", b"Caf\xe9", 3, 4, "unexpected\nend " + "of data " * 100)
-    if number == 8:
-        raise Unpicklable(number, 3)
-    if number == 9:
-        return threading.Lock()  # A result that cannot be sent.
-    return number
-
-
-class Unpicklable(Exception):
-    """An exception that can be sent to another process, but not be received there."""
-
-    def __init__(self, number: int, other: int):
-        super().__init__(f"about {number} and {other}")
-
-
 def test_a_call_that_dies_hangs_or_raises_fails_alone():
-    results = list(map_in_processes(work, [(n,) for n in range(11)], timeout=2))
+    results = list(map_in_processes(work, [(n,) for n in range(14)], timeout=1))
+    # What the system refused may pass; what is wrong with the content does not.
+    truncated, files, memory, disk = (results.pop() for _ in range(4))
+    assert disk == WorkerFailure("OSError: [Errno 5] Input/output error: 'a.mp4'", is_passing=True)
+    assert memory == WorkerFailure("MemoryError", is_passing=True)
+    assert files.is_passing
+    assert files.reason.startswith("a.mp4 cannot be read: Too many open files (EMFILE)")
+    assert truncated == WorkerFailure("OSError: image file is truncated")
     lock, unpicklable, raised = results.pop(9), results.pop(8), results.pop(7)
     assert unpicklable == WorkerFailure("Unpicklable: about 8 and 3")
     assert isinstance(lock, WorkerFailure)
@@ -55,9 +36,20 @@ def test_a_call_that_dies_hangs_or_raises_fails_alone():
     assert ": unexpected end of data of data" in raised.reason
     assert " ... " in raised.reason  # A long message is shortened in the middle.
     assert len(raised.reason) < 240
-    assert results.pop(5) == WorkerFailure("took longer than 2 s", timed_out=True)
-    assert results.pop(3) == WorkerFailure("the process that worked on it died (exit code -11)")
-    assert results == [0, 1, 2, 4, 6, 10]
+    late = WorkerFailure("took longer than 1 s", is_passing=True, timed_out=True)
+    assert results.pop(5) == late
+    died = "the process that worked on it died (exit code -11)"
+    assert results.pop(3) == WorkerFailure(died, is_passing=True)
+    assert results == [0, 1, 2, 4, 6]
+
+
+def test_a_call_that_fails_in_passing_is_repeated_alone(tmp_path):
+    calls = [(number, tmp_path) for number in range(12)]
+    assert list(map_in_processes(fail_once, calls, timeout=1)) == list(range(12))
+    ran = {n: [float(time) for time in (tmp_path / f"{n}").read_text().split()] for n, _ in calls}
+    for number in (2, 3, 4):
+        start, end = ran.pop(number)
+        assert all(other[1] <= start or end <= other[0] for other in ran.values()), number
 
 
 def test_a_file_that_hangs_its_reader_times_out(tmp_path):
@@ -66,9 +58,55 @@ def test_a_file_that_hangs_its_reader_times_out(tmp_path):
     clips = [Clip(name, tmp_path / f"{name}.mp4", None) for name in ("hangs", "good", "absent")]
     cache = FrameCache(tmp_path / "cache", StorageSpec(FrameForm(32), 4, "raw"))
     hangs, good, absent = decode_clips(clips, cache=cache, timeout=2)
-    assert (hangs.frames, hangs.error) == (None, "took longer than 2 s")
+    assert hangs == Decoded(None, "took longer than 2 s", is_passing=True)
     assert good.frames.shape == (3, 32, 32, 3)
-    assert (absent.frames, absent.error) == (None, "cannot be opened")
+    assert absent.is_passing
+    assert "No such file or directory" in absent.error
+
+
+# Leaves a generator that waits for calls that hang.
+HANGING = """
+import signal, sys, time
+from drl_jax.runtime.worker_pool import map_in_processes
+if __name__ == "__main__":
+    # Where the tests run in the background, a shell has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    results = map_in_processes(time.sleep, [(seconds,) for seconds in (0, 600, 600)])
+    next(results)
+    try:
+        print("waiting", flush=True)
+        {then}
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "status"),
+    [("results.close()", 0), ("sys.exit(3)", 3), ("1 / 0", 1), ("next(results)", 130)],
+)
+def test_nothing_waits_for_calls_whose_results_nobody_wants(then, status):
+    """Also at exit, where the generator is closed last, and after Ctrl-C."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", HANGING.format(then=then)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert parent.stdout.readline() == "waiting\n"
+        workers = children_of(parent.pid)
+        if status == 130:  # As a terminal sends it.
+            os.killpg(parent.pid, signal.SIGINT)
+        _, error = parent.communicate(timeout=20)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert parent.returncode == status
+    assert error.count("Traceback") == (status == 1)
+    wait_until(lambda: not any(map(is_running, workers)))
 
 
 def test_workers_do_not_outlive_a_killed_parent():
@@ -86,29 +124,3 @@ def test_workers_do_not_outlive_a_killed_parent():
         parent.kill()
         parent.wait()
     wait_until(lambda: not any(map(is_running, workers)))
-
-
-def status(pid: int) -> tuple[str, int] | None:
-    """State and parent of a process; None if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return fields[0], int(fields[1])
-
-
-def children_of(pid: int) -> list[int]:
-    running = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-    return [child for child in running if (status(child) or ("", 0))[1] == pid]
-
-
-def is_running(pid: int) -> bool:
-    found = status(pid)
-    return found is not None and found[0] != "Z"
-
-
-def wait_until(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)

@@ -140,9 +140,11 @@ def test_a_call_that_hangs_crashes_or_kills_its_worker_fails_alone(cluster, sour
     cluster.check({"--data_dir": tmp_path}, sources / "all.csv", ["numpy"], ["drl_jax"])
     calls = [(number, tmp_path) for number in range(10)]
     results = list(cluster.map(work, calls, timeout=2))
-    assert results[2] == WorkerFailure("3 processes that worked on it died")
-    assert results[3] == WorkerFailure("the process that worked on it died (exit code -11)")
-    assert results[5] == WorkerFailure("took longer than 2 s", timed_out=True)
+    died = "the process that worked on it died (exit code -11)"
+    assert results[2] == WorkerFailure("the Ray worker that worked on it died", is_passing=True)
+    assert results[3] == WorkerFailure(died, is_passing=True)
+    late = WorkerFailure("took longer than 2 s", is_passing=True, timed_out=True)
+    assert results[5] == late
     assert results[7] == WorkerFailure("ValueError: of call 7")
     assert [results[n] for n in (0, 1, 4, 6, 8, 9)] == [0, 1, 4, 6, 8, 9]
 

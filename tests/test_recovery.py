@@ -16,10 +16,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import ROOT, TINY, error_line, error_of, run_module
+from support.files import contents, refused
 from support.finished_runs import assert_same_run, metrics
 from support.pairs import start_pair, wait_for
 from support.params import random_params
@@ -172,7 +172,9 @@ def test_arrays_of_another_step_are_refused(finished, tmp_path):
     assert "differs from its checksum; intact: " in line
     shutil.rmtree(directory / "9")
     shutil.copytree(directory / "6", directory / "9")
-    assert "it is that of step 6" in error_of_evaluate(run, "--checkpoint=9")
+    assert "9 is not a checkpoint of this run and step: it is of step 6; it is kept" in (
+        error_of_evaluate(run, "--checkpoint=9")
+    )
     # In a process: Orbax's abandoned tasks print nothing either.
     damage(directory / "9" / "params" / "manifest.ocdbt", "cut", random.Random(0))
     damage(directory / "9" / "step" / "metadata", "delete", random.Random(0))
@@ -223,11 +225,58 @@ def test_a_resumed_run_falls_back_to_the_latest_intact_checkpoint(
 
     for step in list((run / "checkpoints").iterdir()):
         flip_largest(step)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
     line = error_of("drl_jax.train", *arguments(run), capsys=capsys)
     assert "no checkpoint in" in line
     assert "is intact" in line
-    assert "delete this directory to start the run again" in line
+    assert "they are kept: restore a backup, or train the run again with another" in line
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
     assert "no other one is intact" in error_of_evaluate(run)
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_the_run(finished, arguments, tmp_path, capsys):
+    """Status 1, and the same command goes on when the disk is well again."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "checkpoints" / "9" / "params" / "manifest.ocdbt"
+    before = contents(run / "checkpoints")
+    with refused(path):
+        for line in (
+            error_of("drl_jax.train", *arguments(run), capsys=capsys),
+            error_of_evaluate(run, "--checkpoint=latest"),
+        ):
+            assert (
+                f"{path.parent} cannot be read: Too many levels of symbolic links (ELOOP)" in line
+            )
+            assert line.endswith(
+                "nothing was moved or deleted, try again when the cause is removed"
+            )
+    assert contents(run / "checkpoints") == before
+    assert not (run / "damaged_checkpoints").exists()
+    assert train(arguments(run)) == 0
+    assert_same_run(run, finished)
+
+
+def test_a_checkpoint_of_another_run_ends_the_run(finished, arguments, tmp_path, capsys):
+    """Of the same configuration, dataset and step, and therefore of the same parameters. A run may
+    be moved, and go on with other flags on which results do not depend."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished, run)
+    assert train(arguments(other)) == 0
+    ids = [json.loads((path / "manifest.json").read_text())["id"] for path in (run, other)]
+    assert len({*ids, ""}) == 3
+    shutil.rmtree(run / "checkpoints" / "9")
+    shutil.copytree(other / "checkpoints" / "9", run / "checkpoints" / "9")
+    before = contents(run / "checkpoints")
+    message = f"it is of run {ids[1][:12]} (here {ids[0][:12]}); it is kept"
+    assert message in error_of("drl_jax.train", *arguments(run), capsys=capsys)
+    assert message in error_of_evaluate(run, "--checkpoint=latest")
+    assert message in error_of_evaluate(run)
+    assert contents(run / "checkpoints") == before
+    shutil.rmtree(run / "checkpoints" / "9")
+    (run / "manifest.json").unlink()
+    assert train(arguments(run, "--config.train.keep_checkpoints=3")) == 0
+    assert json.loads((run / "manifest.json").read_text())["id"] == ids[0]
 
 
 def test_a_damaged_metric_is_noticed(finished, arguments, tmp_path, capsys):
@@ -238,7 +287,7 @@ def test_a_damaged_metric_is_noticed(finished, arguments, tmp_path, capsys):
     before = path.read_text()
     path.write_text(before.replace('"val_t2v_R1": ', '"val_t2v_R1": 9'))
     line = error_of_evaluate(run)
-    assert "6/metrics.json cannot be read" in line
+    assert f"{run / 'checkpoints'}: 6/metrics.json is damaged" in line
     assert "name a step instead of best: " in line
     assert train(arguments(run)) == 0
     assert "the metric of checkpoint 6 is damaged; evaluating it again" in capsys.readouterr().out
@@ -259,24 +308,6 @@ def test_a_finished_run_with_a_damaged_best_checkpoint_tests_the_next(
     assert train(arguments(run)) == 0
     assert "checkpoint 6 is damaged: params/" in capsys.readouterr().out
     assert json.loads((run / "result.json").read_text())["best_step"] == 9
-
-
-def test_a_state_that_an_early_version_saved_although_it_was_not_finite(model_run, tmp_path):
-    _, _, state, abstract = model_run
-    scale = state.params["backbone"]["logit_scale"]
-    poisoned = {
-        **state.params,
-        "backbone": {**state.params["backbone"], "logit_scale": scale * np.nan},
-    }
-    with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
-        for step, params in ((1, state.params), (2, poisoned)):
-            items = {"params": params, "opt_state": state.opt_state}
-            arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-            info = ocp.args.JsonSave({"step": step})
-            checkpoints._manager.save(step, args=ocp.args.Composite(**arguments, step=info))
-        _, info = checkpoints.restore_latest(abstract)
-        assert info == {"step": 1}
-        assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +406,7 @@ def explosive_weights(tiny_weights, tmp_path_factory) -> Path:
     """Weights that are finite, but overflow for a caption with the rare word."""
     path = tmp_path_factory.mktemp("weights") / "explosive.safetensors"
     state = load_file(tiny_weights)
-    ids, mask = CLIPTokenizer().tokenize([RARE_WORD], 8)
+    ids, mask, _ = CLIPTokenizer().tokenize([RARE_WORD], 8)
     state["clip.token_embedding.weight"][ids[0][mask[0]][1:-1]] = 3e38
     save_changed(state, path, tiny_weights)
     return path
@@ -465,6 +496,11 @@ def test_the_manifest_reproduces_a_run(finished, custom_data, tmp_path, capsys):
     assert "configuration, weights and dataset are the same" in printed
     assert "optax: 0.0.1 there, " in printed
     assert_same_run(tmp_path / "again", finished)
+    again = json.loads((tmp_path / "again" / "manifest.json").read_text())
+    assert (again["id"] != manifest["id"], again["config_sha256"]) == (
+        True,
+        manifest["config_sha256"],
+    )
 
     other = (*flags, f"--workdir={tmp_path / 'other'}")
     line = error_of("drl_jax.train", *other, "--config.optim.lr=0.5", capsys=capsys)

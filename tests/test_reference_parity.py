@@ -299,7 +299,7 @@ def test_initial_parameters_combine_clip_and_new_heads():
 def test_tokenizer():
     golden = json.loads((GOLDEN / "tokenizer.json").read_text())
     captions = [entry["text"] for entry in golden]
-    ids, mask = CLIPTokenizer().tokenize(captions, len(golden[0]["ids"]))
+    ids, mask, _ = CLIPTokenizer().tokenize(captions, len(golden[0]["ids"]))
     for row, entry in enumerate(golden):
         assert ids[row].tolist() == entry["ids"], entry["text"]
         assert mask[row].sum() == entry["length"], entry["text"]

@@ -37,10 +37,11 @@ from drl_jax.report.findings import (
     worst_queries,
 )
 from drl_jax.report.page import render
-from drl_jax.report.write import PAGE, ReportError, write_report
+from drl_jax.report.write import PAGE, write_report
 from drl_jax.runs.protocol_card import ProtocolCard
 from drl_jax.runs.run_params import remake_initial_params
 from drl_jax.runs.workdir import MANIFEST_FILE, WorkdirError, load_config
+from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import seal, sha256, write_json
 from drl_jax.sharding import make_layout
 from drl_jax.weights.load import initial_params
@@ -286,7 +287,7 @@ def test_initial_parameters_of_another_file_are_refused(tiny_weights, tmp_path):
     config = tiny_shapes_config()
     model = dataclasses.replace(config.model, init=str(tiny_weights))
     config = dataclasses.replace(config, model=model)
-    manifest = {"config": dataclasses.asdict(config), "starts": [{}]}
+    manifest = {"format": 2, "config": dataclasses.asdict(config), "starts": [{}]}
     write_json(tmp_path / MANIFEST_FILE, seal({**manifest, "weights_sha256": sha256(tiny_weights)}))
     params = remake_initial_params(tmp_path, config, make_layout())
     read = initial_params(config.model, read_weights(tiny_weights), jax.random.key(0))
@@ -298,9 +299,12 @@ def test_initial_parameters_of_another_file_are_refused(tiny_weights, tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_one_line(run, capsys):
     file = run / "config.json"
-    for path, reason in ((file, "File exists"), (file / "report", "Not a directory")):
+    for path, reason in (
+        (file, "File exists (EEXIST)"),
+        (file / "report", "Not a directory (ENOTDIR)"),
+    ):
         line = error_of("drl_jax.evaluate", f"--workdir={run}", f"--report={path}", capsys=capsys)
-        assert line == f"drl_jax.evaluate: cannot write to --report={path}: {reason}"
+        assert line == f"drl_jax.evaluate: {path} cannot be written: {reason}"
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_page(tmp_path, monkeypatch):
@@ -312,7 +316,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr("drl_jax.report.collect.collect", lambda workdir, evaluated: None)
     monkeypatch.setattr("drl_jax.report.page.render", lambda data: "a new one")
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ReportError, match=r"complete, but .*index.html .*: No space left on"):
+    with pytest.raises(UserError, match=r"complete, but .*index.html .*: No space left on"):
         write_report(tmp_path, tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == [PAGE]
     assert page.read_bytes() == b"the report before"

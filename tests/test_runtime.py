@@ -1,16 +1,20 @@
-"""Limits of processors and memory, atomic files, the command-line layer, agreement to stop."""
+"""Limits of processors and memory, atomic files, the command-line layer, interruptions."""
 
+import errno
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from support.commands import ROOT
+from support.commands import ROOT, start_interruptible
 
 from drl_jax.runtime import resources
 from drl_jax.runtime.distributed import StopPoll, poll_interval
-from drl_jax.runtime.files import replacing, write_text
+from drl_jax.runtime.errors import Unavailable, raise_if_refused, refusal
+from drl_jax.runtime.files import copy_once, naming, replacing, write_text
 
 
 def test_failed_tasks_that_are_left_behind_print_nothing():
@@ -86,6 +90,22 @@ def test_limits_of_cgroup_version_1(cgroups, tmp_path):
     assert resources.available_memory() == 600
 
 
+def test_memory_is_limited_in_a_block():
+    code = (
+        "from drl_jax.runtime.resources import memory_limit\n"
+        "before = bytearray(200_000_000)\n"
+        "with memory_limit(100_000_000):\n"
+        "    inside = bytearray(50_000_000)\n"
+        "    try:\n"
+        "        bytearray(100_000_000)\n"
+        "    except MemoryError:\n"
+        "        print('limited')\n"
+        "after = bytearray(200_000_000)\n"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == "limited\n"
+
+
 def test_files_are_replaced_atomically(tmp_path):
     path = tmp_path / "file.txt"
     write_text(path, "first")
@@ -117,6 +137,90 @@ def test_a_pipe_that_is_closed_early_ends_a_command_without_a_word():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 141
+
+
+# Where Ctrl-C comes in the middle of something; all of them clean up after it for a while.
+WORK = {
+    "waiting": "ready(); time.sleep(60)",
+    # Python drops what is raised there, and says so.
+    "in a callback": """
+class Callback:
+    def __del__(self):
+        ready()
+        time.sleep(1)
+callback = Callback()
+del callback
+time.sleep(60)
+""",
+    # Extension modules print it, or go on.
+    "in an import": """
+ready()
+import slow
+time.sleep(60)
+""",
+    "a library's error": """
+ready()
+try:
+    time.sleep(60)
+except KeyboardInterrupt as error:
+    raise RuntimeError("in a library") from error
+""",
+    "a job that stops at a safe point": """
+with StopRequest():
+    ready()
+    time.sleep(60)
+""",
+}
+COMMAND = """
+import sys, time
+from drl_jax.runtime.cli import run_command
+from drl_jax.runtime.signals import StopRequest
+def ready():
+    print("ready", flush=True)
+def work():
+    try:
+        exec(compile(sys.argv[1], "work", "exec"), globals())
+    finally:
+        time.sleep(float(sys.argv[2]))
+        print("cleaned up", flush=True)
+sys.exit(run_command("command", work, on_interrupt="all is kept"))
+"""
+
+
+def interrupted(work: str, cleaning: float, gaps: list[float], folder) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a command, after a Ctrl-C and others some seconds later."""
+    (folder / "slow.py").write_text(
+        "import time\ntry:\n    time.sleep(0.6)\nexcept BaseException as error:\n    print(error)\n"
+    )
+    process = start_interruptible(
+        [sys.executable, "-c", COMMAND, work, str(cleaning)],
+        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == "ready\n"
+    for seconds in (0.1, *gaps):
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize("where", WORK)
+def test_three_interruptions_are_one(where, tmp_path):
+    status, output, errors = interrupted(WORK[where], 0.5, [0.15, 0.15], tmp_path)
+    assert (status, output) == (130, "cleaned up\n")
+    lines = errors.splitlines()
+    assert lines.pop() == "command: interrupted; all is kept"
+    if where == "a job that stops at a safe point":
+        assert lines.pop().startswith("SIGINT: stopping after the next checkpoint or test")
+    assert lines in ([], [""])
+
+
+def test_a_late_interruption_ends_a_command_that_cleans_up(tmp_path):
+    assert interrupted(WORK["waiting"], 60, [0.2, 1.1], tmp_path) == (
+        *(130, "", "command: interrupted; all is kept\n"),
+    )
 
 
 def test_commands_answer_help_without_importing_jax():
@@ -221,3 +325,77 @@ def test_processes_poll_after_the_same_steps(monkeypatch):
     # The slower process takes 0.5 s a step: intervals double up to 10 steps, 5 s.
     assert polls == [1, 3, 7, 15]
     assert step == 15
+
+
+# ---------------------------------------------------------------- failures of files
+
+
+def caused(error: Exception, cause: Exception | None, context: Exception | None = None):
+    error.__cause__, error.__context__ = cause, context
+    error.__suppress_context__ = cause is not None
+    return error
+
+
+EIO = OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (EIO, errno.EIO),
+        (MemoryError(), errno.ENOMEM),
+        (TimeoutError(), errno.ETIMEDOUT),
+        (caused(ValueError("not JSON"), EIO), errno.EIO),
+        (caused(ValueError("not JSON"), None, EIO), errno.EIO),
+        # What TensorStore 0.1.86 and array_record 0.8 raise.
+        (ValueError("UNKNOWN: Error [tensorstore_spec='{}'] [os_error_code='24']"), errno.EMFILE),
+        (RuntimeError("read() failed: Input/output error; reading x; at byte 0"), errno.EIO),
+        (ValueError("Input/output error is a caption"), None),
+        (ValueError("NOT_FOUND: Error [os_error_code='2']"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), None),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), None),
+        # Of an offset in a damaged file.
+        (OSError(errno.EINVAL, "Invalid argument"), None),
+        # PyArrow raises these for damaged files.
+        (OSError("Expected to read 8 bytes"), None),
+        (ValueError("not JSON"), None),
+    ],
+)
+def test_a_refusal_of_the_operating_system_is_no_damage(error, number):
+    found = refusal(error)
+    assert (found and found.errno) == number
+    if number is None:
+        raise_if_refused("x.json", error)
+        return
+    with pytest.raises(Unavailable, match=r"x.json cannot be read: .*nothing was moved or deleted"):
+        raise_if_refused("x.json", error)
+
+
+def test_an_error_that_was_dealt_with_is_no_refusal():
+    error = caused(ValueError("not JSON"), None, EIO)
+    error.__suppress_context__ = True  # raise ... from None
+    assert refusal(error) is None
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+    """`write` itself names none, and a copy names its source."""
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match=r"No space left") as error, naming(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(path)
+    with pytest.raises(OSError, match=r"No space left") as error, replacing(path) as unfinished:
+        raise OSError(errno.ENOSPC, "No space left on device", "source", None, str(unfinished))
+    assert str(error.value).endswith(f"'{path}'")
+    with pytest.raises(FileNotFoundError) as error:
+        copy_once(tmp_path / "source", path)
+    assert error.value.filename == str(tmp_path / "source")
+    assert not list(tmp_path.iterdir())
+
+
+def test_writers_with_the_same_process_id_do_not_share_a_temporary_file(tmp_path):
+    """As in two containers; in one process here."""
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

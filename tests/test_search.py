@@ -17,7 +17,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support.commands import ROOT, error_of, run_module
+from support.commands import error_of, run_module, start_interruptible
+from support.processes import killing_workers
 from support.search import random_model
 from support.videos import (
     HARD,
@@ -348,7 +349,7 @@ def test_unreadable_files_are_listed_and_not_retried(model, videos, index):
     write_video_with_latin_title(videos / "latin_title.mp4", numbered_frames(20, 64, 64), fps=10)
     first = update_index(model, videos, index)
     assert first.bad.keys() == {"text.mp4", "unknown.mp4"}
-    assert "cannot be read as a video" in first.bad["text.mp4"]
+    assert "is not a video: its content is text" in first.bad["text.mp4"]
     assert first.bad["unknown.mp4"] == "has a video codec that FFmpeg cannot decode"
     (videos / "latin\udce9.mp4").write_bytes(b"")  # The byte 0xe9 alone.
     second = update_index(model, videos, index)
@@ -358,6 +359,16 @@ def test_unreadable_files_are_listed_and_not_retried(model, videos, index):
     (videos / "latin\udce9.mp4").unlink()
     write_video(videos / "text.mp4", numbered_frames(20, 64, 64), fps=10)
     assert not update_index(model, videos, index).bad
+
+
+def test_files_that_could_not_be_read_this_time_are_read_by_the_next_update(model, videos, index):
+    write_video(videos / "new.mp4", numbered_frames(20, 64, 64), fps=10)
+    with killing_workers():
+        first = update_index(model, videos, index)
+    assert first.unavailable == {"new.mp4": "the process that worked on it died (exit code -9)"}
+    assert (first.added, first.bad) == (0, {})
+    second = update_index(model, videos, index)
+    assert (second.added, second.unavailable) == (1, {})
 
 
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips beside the repository")
@@ -388,16 +399,28 @@ def test_frame_times_and_thumbnails_are_stored(shared_index):
 # ---------------------------------------------------------------------- interruptions and errors
 
 
-def test_a_killed_indexer_loses_nothing(search_run, model, videos, tmp_path):
+@pytest.mark.parametrize("sent", [[signal.SIGKILL], 3 * [signal.SIGINT]], ids=["killed", "ctrl-c"])
+def test_an_indexer_that_is_ended_loses_nothing(search_run, model, videos, tmp_path, sent):
     for number in range(60):
         shutil.copy(videos / f"{2 * (number % 3)}.mp4", videos / f"copy{number}.mp4")
     flags = [f"--workdir={search_run}", f"--videos={videos}", f"--index={tmp_path / 'killed'}"]
     command = [sys.executable, "-m", "drl_jax.search", "index", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    options = {"stderr": subprocess.PIPE, "start_new_session": True}
+    with start_interruptible(command, **options) as process:
         while process.poll() is None and count_stored(tmp_path / "killed") < 16:
             time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+        for number in sent:
+            # As a terminal does: also to the processes that decode.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            time.sleep(0.2)
+        errors = process.stderr.read()
+    assert process.returncode == (-signal.SIGKILL if len(sent) == 1 else 130)
+    assert "Traceback" not in errors
+    if len(sent) == 3:
+        assert errors.splitlines()[-1] == (
+            "drl_jax.search: interrupted; the index is kept; rerun the command to continue"
+        )
     before = stored_features(tmp_path / "killed")
     assert 16 <= len(before) < 66
     report = update_index(model, videos, tmp_path / "killed")
@@ -482,7 +505,7 @@ def with_config(base, **groups):
 
 
 def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, index):
-    other = with_config(model, data={"max_words": 23})
+    other = with_config(model, data={"max_frames": 3})
     with pytest.raises(SearchIndexError, match="was made with another model"):
         update_index(other, videos, index)
     with pytest.raises(SearchIndexError, match="was made with another model"):
@@ -771,6 +794,11 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
     assert main(["query", index, "a red circle", "a dog", "--json", "--top=2"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["query"] for answer in answers] == ["a red circle", "a dog"]
+    # The run reads 24 tokens; a second sentence may be cut, too, in the same process.
+    for sentence, cut in (("dog " * 22, 0), ("dog " * 23, 1), ("cat " * 23, 1)):
+        assert main(["query", index, sentence, "a dog", "--json"]) == 0
+        said = "drl_jax.search: 1 of 2 captions cut to data.max_words=24 tokens (start and end"
+        assert capsys.readouterr().err.count(said) == cut
     hit = answers[0]["hits"][0]
     assert set(hit) == {"rank", "score", "weak", "path", "duration", "moments"}
     moment = hit["moments"][0]

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 from urllib.parse import quote
@@ -23,7 +25,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 from support.browser import text_contrasts
-from support.commands import ROOT, error_of
+from support.commands import error_of, start_interruptible
 
 from drl_jax.search import progress as progress_module
 from drl_jax.search.indexing import update_index
@@ -109,25 +111,33 @@ def served(search_model, test_videos, tmp_path_factory):
     (videos / "no video.mp4").write_text("text")
     (folder / "secret.mp4").write_text("outside the folder")
     update_index(search_model, videos, index)
-    command = [sys.executable, "-m", "drl_jax.search", "serve", f"--index={index}"]
     (folder / "temporary").mkdir()
-    process = subprocess.Popen(
-        [*command, "--port=0", "--top=4", "--max_upload=2"],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(folder / "temporary")},
+    with serving(index, folder / "temporary", "--top=4", "--max_upload=2") as (process, url):
+        assert url.startswith("http://127.0.0.1:")
+        yield Served(process, port_of(url), videos, index, folder / "temporary")
+
+
+def port_of(url: str) -> int:
+    return int(url.split("/")[2].rpartition(":")[2])
+
+
+@contextlib.contextmanager
+def serving(index: Path, temporary: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server until the block ends, and the address that it printed."""
+    process = start_interruptible(
+        [sys.executable, "-m", "drl_jax.search", "serve", f"--index={index}", "--port=0", *flags],
+        env={**os.environ, "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
     )
     line = process.stdout.readline()
-    assert line.startswith("6 videos on http://127.0.0.1:"), process.communicate()
-    yield Served(
-        process, int(line.split(":")[2].split("/")[0]), videos, index, folder / "temporary"
-    )
+    assert line.startswith("6 videos on http://"), process.communicate()
+    yield process, line.split()[3]
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in errors
+    assert not [*temporary.iterdir()]
 
 
 # ---------------------------------------------------------------------- files
@@ -262,7 +272,9 @@ def test_bad_requests_are_one_line(served):
         status, _, body = served.get(path)
         assert (status, message in body) == (expected, True), body
     assert b"&lt;script&gt;" in served.get("/?q=%3Cscript%3E")[2]
-    assert served.json("/api/search?q=" + "dog+" * 40)["tokens_used"] == 22
+    # The model reads 24 tokens, with the start and the end.
+    for words, used in ((22, None), (23, 22), (40, 22)):
+        assert served.json("/api/search?q=" + "dog+" * words)["tokens_used"] == used
 
 
 TYPES = {
@@ -370,9 +382,27 @@ def test_pictures_and_moments_are_queries(served):
         assert message in json.loads(body)["error"]
 
 
+def test_pictures_cost_the_server_no_memory(served):
+    file = io.BytesIO()
+    Image.new("L", (10_000, 10_000)).save(file, "PNG", compress_level=1)
+    memory = Path(f"/proc/{served.process.pid}")
+
+    def used(name: str) -> int:
+        lines = (memory / "status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) // 1024
+
+    (memory / "clear_refs").write_text("5")  # The peak starts again.
+    before = used("VmRSS")
+    with ThreadPoolExecutor(5) as senders:
+        answers = [*senders.map(lambda _: served.post("/api/pictures", file.getvalue()), range(5))]
+    message = "the picture has 10000 x 10000 pixels; at most 50,000,000 are decoded"
+    assert answers == [(400, {"error": message})] * 5
+    assert used("VmHWM") - before < 64  # MB
+
+
 def sent_files(served: Served) -> list[str]:
     """What is kept of files that were sent to the server."""
-    return [path.name for path in served.temporary.iterdir() if "sent" in path.name]
+    return [path.name for path in served.temporary.glob("*/video")]
 
 
 def test_a_video_that_is_sent_is_a_query(served):
@@ -389,7 +419,7 @@ def test_a_video_that_is_sent_is_a_query(served):
     status, _, body = served.get("/api/search?by_video=0123")
     assert (status, b"the video is not known any more; send it again" in body) == (404, True)
     for body, kind, expected, message in (
-        (b"text", "application/octet-stream", 400, "the video cannot be read as a video (Inv"),
+        (b"text", "application/octet-stream", 400, "the video is not a video: its content is"),
         (b"", "application/octet-stream", 400, "the video cannot be read as a video (Inv"),
         (film, "video/mp4", 415, "send it as application/octet-stream"),
     ):
@@ -464,12 +494,12 @@ def test_files_that_cannot_be_searched_are_listed(served):
     assert served.json("/api/index")["unsearchable"] == 1
     (file,) = served.json("/api/unsearchable")["files"]
     assert file["path"] == "no video.mp4"
-    assert file["reason"].startswith("cannot be read as a video")
+    assert file["reason"].startswith("is not a video: its content is text")
     assert b'<a href="/unsearchable">1 file cannot be searched</a>' in served.get("/")[2]
     status, _, body = served.get("/unsearchable")
     assert status == 200
     assert b"no video.mp4" in body
-    assert b"cannot be read as a video" in body
+    assert b"is not a video: its content is text" in body
 
 
 def test_the_progress_of_indexing_is_shown(served, monkeypatch):
@@ -562,7 +592,40 @@ def test_the_server_listens_on_this_machine_only(served):
     assert f"00000000:{served.port:04X}" not in addresses
 
 
+def test_what_a_killed_server_left_is_deleted(served, tmp_path):
+    flags = [sys.executable, "-m", "drl_jax.search", "serve", f"--index={served.index}", "--port=0"]
+    options = {"env": {**os.environ, "TMPDIR": str(tmp_path)}, "stdout": subprocess.PIPE}
+    with start_interruptible(flags, **options) as killed:
+        own = dataclasses.replace(served, port=port_of(killed.stdout.readline().split()[3]))
+        assert own.get(f"/clips/{LONG}?start=0&end=1")[0] == 200
+        killed.kill()
+    assert [path.suffix for path in tmp_path.glob("*/*")] == [".mp4"]
+    with serving(served.index, tmp_path) as (_, url):
+        assert not [*tmp_path.glob("*/*")]
+        assert dataclasses.replace(served, port=port_of(url)).get("/")[0] == 200
+
+
 # ---------------------------------------------------------------------- browser
+
+
+def test_a_browser_visits_a_server_with_a_token(browser, served, tmp_path):
+    with serving(served.index, tmp_path, "--host=0.0.0.0") as (_, url):
+        port, token = port_of(url), url.partition("?token=")[2]
+        context = browser.new_context()
+        page, failed = context.new_page(), []
+        page.on("response", lambda response: response.status < 400 or failed.append(response.url))
+        here = f"http://127.0.0.1:{port}/"
+        page.goto(here)
+        expect(page.locator("body")).to_contain_text("this server requires its token")
+        assert failed.pop() == here
+        page.goto(f"{here}{ASKED}&video={LONG}&t=1&token={token}")
+        assert page.url == f"{here}{ASKED}&video={LONG}&t=1"
+        playing_from(page, 1)
+        expect(page.get_by_role("heading", name=FOUND)).to_be_visible()
+        assert [name for name in failed if not name.endswith("/favicon.ico")] == []
+        assert [cookie["name"] for cookie in context.cookies()] == [f"drl_jax_token_{port}"]
+        assert page.evaluate("document.cookie") == ""
+        context.close()
 
 
 @pytest.fixture
@@ -816,7 +879,7 @@ def test_a_video_is_sent_as_a_query(page: Page, served):
           document.dispatchEvent(new DragEvent('drop', { dataTransfer }));
         }"""
     )
-    expect(page.locator("#status")).to_contain_text("the video cannot be read as a video")
+    expect(page.locator("#status")).to_contain_text("the video is not a video: its content is text")
     large = {"name": "large.mp4", "mimeType": "video/mp4", "buffer": bytes(2_000_001)}
     page.set_input_files("#file", large)
     expect(page.locator("#status")).to_have_text("a video has at most 2 MB")

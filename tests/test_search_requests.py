@@ -1,9 +1,11 @@
-"""Parts of the search page that need no server: filters, addresses, words."""
+"""Parts of the search page that need no server: access, filters, addresses, words."""
 
 import asyncio
 import errno
 import json
 import os
+import socket
+import time
 import types
 from pathlib import Path
 from urllib.parse import unquote
@@ -11,8 +13,11 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 
 from drl_jax.models.interactions import Attribution
+from drl_jax.runtime.errors import UserError
+from drl_jax.search.access import Access, CheckAccess, parse_hosts
 from drl_jax.search.addresses import PageQuery, format_clock
 from drl_jax.search.explain import Explanation
 from drl_jax.search.filters import Filters, passing
@@ -21,6 +26,117 @@ from drl_jax.search.page_view import duration, extent, marks_note, span, timelin
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.uploads import upload_routes
 from drl_jax.search.word_table import word_rows
+
+# ---------------------------------------------------------------------- access
+
+
+def answer_of(
+    access: Access, path: str = "/", query: str = "", method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], str]:
+    """Status, headers and body of the answer to a request that reached 192.0.2.7:8000."""
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    given = {"host": "localhost", **headers}
+    scope = {
+        **{"type": "http", "method": method, "path": path, "raw_path": path.encode()},
+        **{"query_string": query.encode(), "server": ("192.0.2.7", 8000)},
+        "headers": [(name.encode(), text.encode("latin-1")) for name, text in given.items()],
+    }
+    app = CheckAccess(PlainTextResponse("inside"), access)
+    asyncio.run(app(scope, None, send))
+    names = {name.decode(): text.decode() for name, text in sent[0]["headers"]}
+    return sent[0]["status"], names, sent[1]["body"].decode()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "status"),
+    [
+        (("localhost", "LOCALHOST.:80", "127.0.0.1:8000", "127.0.0.2", "[::1]", "[::1]:8000"), 200),
+        (("[::ffff:127.0.0.1]:8000", "[0:0:0:0:0:0:0:1]", "192.0.2.7", "192.0.2.7:1"), 200),
+        (("videos.example.org", "Videos.Example.org.:443", "[2001:DB8::5]:80", "server"), 200),
+        (("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "192.0.2.8"), 400),
+        (("", "[::1", "::1]:80", "[::1]x", "a@localhost", "localhost, evil.example"), 400),
+        (("2130706433", "127.1", "localhost:port", "\xe4", "[2001:db8::6]", "0.0.0.0"), 400),
+    ],
+)
+def test_only_requests_for_known_hosts_are_answered(hosts, status):
+    allowed = parse_hosts("Videos.example.org:1, 2001:db8::5")
+    access = Access.to("server", "127.0.0.1", allowed, needs_token=True)
+    for host in hosts:
+        found, _, body = answer_of(access, host=host)
+        assert (found, body.count("\n")) == (status, 0), host
+    assert ("--allowed_hosts adds names" in body) == (status == 400)
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "url"),
+    [
+        ("::1", "::1", "http://[::1]:8000/"),
+        ("127.0.0.2", "127.0.0.2", "http://127.0.0.2:8000/"),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", "http://[::ffff:127.0.0.1]:8000/"),
+        ("localhost", "127.0.0.1", "http://localhost:8000/"),
+        ("here", "127.0.1.1", "http://here:8000/"),
+        ("0.0.0.0", "0.0.0.0", "http://the-machine:8000/?token="),
+        ("::", "::", "http://the-machine:8000/?token="),
+        ("::ffff:0.0.0.0", "::ffff:0.0.0.0", "http://the-machine:8000/?token="),
+        ("server", "192.0.2.7", "http://server:8000/?token="),
+        ("2001:db8::5", "2001:db8::5", "http://[2001:db8::5]:8000/?token="),
+    ],
+)
+def test_an_address_that_other_machines_reach_has_a_token(host, address, url, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "the-machine")
+    access = Access.to(host, address, (), needs_token=True)
+    assert access.url(host, address, 8000) == url + access.token
+    assert (len(access.token) > 30) == url.endswith("=")
+    name = url.removeprefix("http://").partition("/")[0]
+    assert answer_of(access, host=name)[0] == (401 if access.token else 200)
+    without = Access.to(host, address, (), needs_token=False)
+    assert without.url(host, address, 8000) == url.removesuffix("?token=")
+
+
+def test_the_token_of_an_address_becomes_a_cookie():
+    access = Access.to("server", "192.0.2.7", (), needs_token=True)
+    other = Access.to("server", "192.0.2.7", (), needs_token=True)
+    assert access.token != other.token
+    query = f"q=a+%26&token={access.token}&t=1"
+    status, headers, body = answer_of(access, "//sub%20folder/", query)
+    # Not the address //sub%20folder of another host.
+    assert (status, headers["location"], body) == (303, "/sub%20folder/?q=a+%26&t=1", "")
+    cookie, _, attributes = headers["set-cookie"].partition("; ")
+    assert cookie == f"drl_jax_token_8000={access.token}"
+    assert {part.lower() for part in attributes.split("; ")} == {
+        *("httponly", "path=/", "samesite=lax")
+    }
+    assert answer_of(access, cookie=f"a=b; {cookie}")[::2] == (200, "inside")
+    assert answer_of(access, authorization=f"Bearer {access.token}", method="POST")[0] == 200
+    for path in ("/", "/videos/video.mp4", "/static/page.js", "/api/index"):
+        for query, given in (
+            *(("", {}), ("token=", {}), (f"token={other.token}", {}), ("token=%C3%A4", {})),
+            ("", {"cookie": cookie[:-1]}),
+            ("", {"cookie": cookie.replace("8000", "8001")}),
+            ("", {"authorization": f"Bearer {other.token}", "cookie": "drl_jax_token_8000=\xe4"}),
+            ("", {"authorization": f"Basic {access.token}"}),
+            ("", {"authorization": "Bearer \xe4"}),
+            (f"token={access.token}", {"method": "POST"}),
+        ):
+            status, headers, body = answer_of(access, path, query, **given)
+            assert (status, headers["www-authenticate"]) == (401, "Bearer")
+            line = json.loads(body)["error"] if path.startswith("/api/") else body
+            assert line.startswith("this server requires its token: open the address that it")
+    assert answer_of(access, host="evil.example", cookie=cookie)[0] == 400
+
+
+def test_names_of_hosts_that_are_none_are_one_line():
+    assert parse_hosts("") == parse_hosts(" ,") == []
+    for text in ("http://videos.example.org/", "*", "a b", "videos.example.org/path", "\xe4.org"):
+        with pytest.raises(UserError, match="is not the name of a host; write"):
+            parse_hosts(text)
+
+
+# ---------------------------------------------------------------------- requests
 
 
 def test_filters():
@@ -90,6 +206,30 @@ def test_a_full_disk_while_a_video_is_sent_is_one_line():
     assert json.loads(answer.body) == {
         "error": "the server cannot keep the file (No space left on device)"
     }
+
+
+def test_files_that_are_sent_are_read_one_by_one():
+    running, most = [], []
+
+    def add_picture(path: Path) -> str:
+        running.append(path.read_bytes())
+        most.append(len(running))
+        time.sleep(0.02)
+        return running.pop().decode()
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"name", "more_body": False}
+
+    async def send_five() -> list:
+        route = upload_routes(types.SimpleNamespace(add_picture=add_picture), 100)[0]
+        headers = [(b"content-type", b"application/octet-stream")]
+        scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
+        requests = (route.endpoint(Request(scope, receive)) for _ in range(5))
+        return await asyncio.gather(*requests)
+
+    answers = asyncio.run(send_five())
+    assert [json.loads(answer.body) for answer in answers] == 5 * [{"picture": "name"}]
+    assert most == [1, 1, 1, 1, 1]
 
 
 def test_tokens_are_joined_to_words():

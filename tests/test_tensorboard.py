@@ -3,20 +3,24 @@
 import io
 import json
 import re
+import resource
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.commands import TINY, error_of
+from support.files import refused
 from support.finished_runs import assert_same_run, summaries
 
 from drl_jax.evaluation.figures import block_maxima, interaction_figure, rendered
 from drl_jax.models.interactions import Attribution
+from drl_jax.runs.metrics_file import JsonlWriter, read_scalars
 from drl_jax.runs.nonfinite import TrainingError
 from drl_jax.runs.profile import StepProfile
-from drl_jax.runs.tensorboard import tensorboard_writer
+from drl_jax.runs.tensorboard import tensorboard_writer, writing
 from drl_jax.runs.wall_time import WallTime
+from drl_jax.runtime.errors import Unavailable
 from drl_jax.train import main as train
 
 
@@ -123,6 +127,48 @@ def test_pictures_survive_when_scalars_are_written_again(finished, tmp_path):
     before, after = summaries(finished), summaries(tmp_path)
     assert after == {tag: values for tag, values in before.items() if tag in after}
     assert {tag for tag in before if tag.startswith(("eval/", "train/", "test/"))} == after.keys()
+
+
+def test_event_files_that_cannot_be_read_are_not_called_damaged(finished, tmp_path):
+    """They would be cut off where reading stopped."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (events,) = tmp_path.glob("events*")
+    before = events.read_bytes()
+    with refused(events), pytest.raises(OSError, match="Too many levels") as error:
+        tensorboard_writer(tmp_path, lambda step, tags: True, [])
+    assert error.value.filename == str(events)
+    assert events.read_bytes() == before
+
+
+def test_a_log_that_cannot_be_read_is_not_begun_anew(finished, tmp_path):
+    shutil.copy(finished / "metrics.jsonl", tmp_path)
+    with refused(tmp_path / "metrics.jsonl"):
+        for read in (read_scalars, lambda path: JsonlWriter(path, lambda step, tags: True)):
+            with pytest.raises(OSError, match="Too many levels of symbolic links"):
+                read(tmp_path)
+
+
+def test_a_line_that_cannot_be_written_names_its_file(tmp_path):
+    writer = JsonlWriter(tmp_path, lambda step, tags: True)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        writer.write_scalars(1, {"train/loss": 1.0})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def test_event_files_that_cannot_be_written_are_one_line(tmp_path):
+    """A limit of the size of files fails as a full disk does."""
+    writer = tensorboard_writer(tmp_path, lambda step, tags: True, [])
+    writer.flush()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    message = rf"the TensorBoard files in {tmp_path} cannot be written: File too large \(EFBIG\)"
+    try:
+        writer.write_scalars(1, {"train/loss": 1.0})
+        with pytest.raises(Unavailable, match=message), writing(tmp_path):
+            writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_profile_of_some_steps(finished, arguments, tmp_path, capsys):

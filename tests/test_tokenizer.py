@@ -19,6 +19,7 @@ from drl_jax.models.tokenizers import (
     tokenizer_of_weights,
 )
 from drl_jax.models.tokenizers.files import canonicalize
+from drl_jax.runtime.errors import UserError
 
 CAPTIONS = ["a red circle moves left", "the dog", "", "a cat runs quickly " * 20]
 CLIP = CLIPTokenizer()
@@ -55,7 +56,7 @@ def library_ids(file, text: str, length: int) -> list[int]:
 
 
 def test_known_ids():
-    ids, mask = CLIP.tokenize(["a photo of a cat"], 10)
+    ids, mask, _ = CLIP.tokenize(["a photo of a cat"], 10)
     assert ids.dtype == np.int32
     assert mask.dtype == bool
     assert ids[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0, 0, 0]
@@ -63,27 +64,40 @@ def test_known_ids():
 
 
 def test_a_long_caption_keeps_its_end_mark():
-    ids, mask = CLIP.tokenize(["dog " * 50, "dog"], 8)
+    ids, mask, _ = CLIP.tokenize(["dog " * 50, "dog"], 8)
     assert ids[0, 0] == 49406
     assert ids[0, -1] == 49407
     assert mask[0].all()
     assert mask[1].sum() == 3
 
 
+@pytest.mark.parametrize("kind", ["clip", "spiece", "gemma", "unigram"])
+def test_a_caption_with_just_enough_room_is_not_cut(files, kind):
+    """The start and end tokens count."""
+    tokenizer = CLIP if kind == "clip" else load_tokenizer(model_of(files[kind]))
+    caption = "a red circle moves left"
+    whole = tokenizer.tokenize([caption], 64)
+    length = int(whole.text_mask.sum())
+    fits = tokenizer.tokenize([caption, "", caption], length)
+    assert fits.is_cut.tolist() == [False] * 3
+    np.testing.assert_array_equal(fits.text_ids[0], whole.text_ids[0, :length])
+    assert tokenizer.tokenize([caption, "", caption], length - 1).is_cut.tolist() == [1, 0, 1]
+
+
 def test_tokens_as_text():
-    ids, mask = CLIP.tokenize(["a red dog!"], 12)
+    ids, mask, _ = CLIP.tokenize(["a red dog!"], 12)
     assert CLIP.token_strings(ids[0][mask[0]]) == ["[start]", "a", "red", "dog", "!", "[end]"]
-    ids, mask = CLIP.tokenize(["it shrinks"], 12)
+    ids, mask, _ = CLIP.tokenize(["it shrinks"], 12)
     assert CLIP.token_strings(ids[0][mask[0]]) == ["[start]", "it", "shrin-", "ks", "[end]"]
 
 
 def test_cleaning_is_openais():
-    ids, _ = CLIP.tokenize(["A  CAT &amp;amp; a\tdog", "a cat & a dog"], 12)
+    ids, _, _ = CLIP.tokenize(["A  CAT &amp;amp; a\tdog", "a cat & a dog"], 12)
     np.testing.assert_array_equal(ids[0], ids[1])
 
 
 def test_the_mask_is_not_a_guess_from_the_ids():
-    ids, mask = CLIP.tokenize(["!$", ""], 6)
+    ids, mask, _ = CLIP.tokenize(["!$", ""], 6)
     assert ids[0].tolist() == [49406, 0, 259, 49407, 0, 0]
     assert mask[0].tolist() == [True] * 4 + [False] * 2
     assert mask[1].sum() == 2
@@ -91,7 +105,7 @@ def test_the_mask_is_not_a_guess_from_the_ids():
 
 @pytest.mark.parametrize("family", ["clip", "pe"])
 def test_two_families_have_clips_by_default(family):
-    ids, _ = load_tokenizer(ModelConfig(BackboneConfig(family=family))).tokenize(CAPTIONS, 12)
+    ids, _, _ = load_tokenizer(ModelConfig(BackboneConfig(family=family))).tokenize(CAPTIONS, 12)
     np.testing.assert_array_equal(ids, CLIP.tokenize(CAPTIONS, 12)[0])
     padded = load_tokenizer(ModelConfig(BackboneConfig(family=family, pad_id=9)))
     assert padded.tokenize(["a"], 5)[0].tolist() == [[49406, 320, 49407, 9, 9]]
@@ -105,7 +119,7 @@ def test_ids_are_those_of_the_packages(files, kind):
     """Whole, truncated and empty, and without the padding and the truncation of the file."""
     tokenizer = load_tokenizer(model_of(files[kind]))
     for length in (6, 40):
-        ids, mask = tokenizer.tokenize(CAPTIONS, length)
+        ids, mask, _ = tokenizer.tokenize(CAPTIONS, length)
         assert (ids.dtype, mask.dtype, ids.shape) == (np.int32, bool, (4, length))
         for row, caption in enumerate(CAPTIONS):
             expected = library_ids(files[kind], caption, length)
@@ -133,7 +147,7 @@ def test_captions_are_cleaned_before(files):
     np.testing.assert_array_equal(canonical.tokenize(["  A_red, -- DOG!"], 12)[0], plain)
     assert (lower.tokenize(["a red, dog"], 12)[0] != plain).any()
     # Nothing is left of it.
-    ids, mask = canonical.tokenize(["!!!"], 12)
+    ids, mask, _ = canonical.tokenize(["!!!"], 12)
     assert ids[0, 0] == 1
     assert mask.sum() == 1
     # From a name that is not UTF-8.
@@ -145,7 +159,7 @@ def test_tokens_of_files_as_text(files, kind):
     tokenizer = load_tokenizer(model_of(files[kind]))
 
     def strings(caption, length=24):
-        ids, mask = tokenizer.tokenize([caption], length)
+        ids, mask, _ = tokenizer.tokenize([caption], length)
         shown = tokenizer.token_strings(ids[0][mask[0]])
         assert len(shown) == mask.sum()
         return shown
@@ -162,7 +176,7 @@ def test_tokens_of_files_as_text(files, kind):
 
 def test_a_character_of_several_bytes_has_its_bytes_as_text(files):
     tokenizer = load_tokenizer(model_of(files["gemma"]))
-    ids, mask = tokenizer.tokenize(["dog é"], 12)
+    ids, mask, _ = tokenizer.tokenize(["dog é"], 12)
     shown = tokenizer.token_strings(ids[0][mask[0]])
     assert shown[0] == "dog"
     assert shown[-3:] == ["<0xC3>", "<0xA9>", "[end]"]
@@ -206,10 +220,10 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path, files):
     endless = write_spiece(tmp_path / "endless.model", eos_id=-1)
     with pytest.raises(TokenizerError, match="has no end token"):
         load_tokenizer(model_of(endless))
-    with pytest.raises(TokenizerError, match=r"none\.json cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
         load_tokenizer(model_of(tmp_path / "none.json"))
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(TokenizerError, match=r"folder\.json cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"folder\.json cannot be read: Is a directory"):
         load_tokenizer(model_of(tmp_path / "folder.json"))
     with pytest.raises(TokenizerError, match=r"vocab\.txt is neither a tokenizer\.json nor"):
         load_tokenizer(model_of(tmp_path / "vocab.txt"))

@@ -80,6 +80,12 @@ def test_parity(golden):
     assert max(differences(weights, io).values()) < TOLERANCE
 
 
+def test_captions_have_the_publishers_length(golden):
+    """Of 77 tokens of CLIP, a golden caption has up to 70."""
+    weights, io, _ = golden
+    assert config_of_weights(weights).data.max_words == io["text_ids"].shape[1]
+
+
 def test_another_activation_is_another_result(golden):
     weights, io, _ = golden
     for activation in ACTIVATIONS:

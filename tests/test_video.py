@@ -1,7 +1,10 @@
+import errno
 import hashlib
+import io
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +26,7 @@ from drl_jax.data.video import (
     sample_positions,
     to_form,
 )
+from drl_jax.runtime.errors import Unavailable
 
 
 @pytest.mark.parametrize(
@@ -103,16 +107,124 @@ def test_a_picture_of_the_right_size_is_unchanged():
 
 
 def test_a_file_that_is_no_video_gives_a_reason(tmp_path):
-    (tmp_path / "text.mp4").write_text("no video at all")
     (tmp_path / "empty.mp4").touch()
     write_video(tmp_path / "whole.mp4", numbered_frames(30), fps=10)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:300])
-    for name in ("text.mp4", "empty.mp4", "cut.mp4", "absent.mp4"):
+    for name in ("empty.mp4", "cut.mp4"):
         with pytest.raises(VideoError, match=r"cannot be read as a video \(.+\)"):
             read_frames(tmp_path / name, 12, FrameForm(32))
     write_video(tmp_path / "thin.mkv", np.zeros((4, 2, 320, 3), np.uint8), fps=2)
     with pytest.raises(VideoError, match="320 x 2"):
         read_frames(tmp_path / "thin.mkv", 12, FrameForm(32))
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.mp4", "PNG")
+    with pytest.raises(VideoError, match="is not a video: its format is none of mov, avi, "):
+        read_frames(tmp_path / "picture.mp4", 12, FrameForm(32))
+    (tmp_path / "page.mp4").write_text("\ufeff<!DOCTYPE html>\n<title>Café</title> " + "é" * 60)
+    start = "is not a video: its content is text that starts with '<!DOCTYPE html> <title>Café"
+    with pytest.raises(VideoError, match=start):
+        read_frames(tmp_path / "page.mp4", 12, FrameForm(32))
+
+
+class Member:
+    """A file inside another one."""
+
+    def __init__(self, name: str, content: bytes, error: OSError | None = None):
+        self.name, self.content, self.error = name, content, error
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        file = io.BytesIO(self.content)
+        file.name, read = self.name, file.read
+
+        def read_or_raise(size: int) -> bytes:
+            content = read(size)
+            if self.error is not None and len(content) < size:
+                raise self.error
+            return content
+
+        file.read = read_or_raise
+        return file
+
+
+# Texts of playlists, which FFmpeg follows.
+PLAYLISTS = {
+    "concat": "ffconcat version 1.0\nfile {file}\n",
+    "hls": "#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:0\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{file}\n"
+    "#EXT-X-ENDLIST\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+    "asx": '<asx version="3.0"><entry><ref href="{file}"/></entry></asx>',
+    "ref": "[Reference]\nRef1={file}\n",
+    "sub": "{{1}}{{20}}words\n" * 9,
+}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".ts", ".asf", ".gif"])
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_a_text_that_names_a_video_is_none(kind, suffix, tmp_path, monkeypatch):
+    write_video(tmp_path / "secret.ts", numbered_frames(10), fps=10)
+    monkeypatch.chdir(tmp_path)
+    for file in ("secret.ts", tmp_path / "secret.ts"):
+        text = PLAYLISTS[kind].format(file=file)
+        path = tmp_path / f"list{suffix}"
+        path.write_text(text)
+        for video in (path, Path(path.name), Member(path.name, text.encode())):
+            with pytest.raises(VideoError, match="is not a video: its content is text"):
+                read_frames(video, 4, FrameForm(32))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("concat:a.mp4|a.mp4", "cache:a.mp4", "file:a.mp4", "async:a.mp4", "crypto:a.mp4"),
+        *("subfile,,start,0,end,900,,:a.mp4", "pipe:0.mp4", "fd:0.mp4", "data:x.mp4", "-.mp4"),
+        *("http:x.mp4", "tcp:x.mp4", "a%03d.mp4", "*.mp4"),
+    ],
+)
+def test_a_name_like_an_address_is_that_of_a_file(name, tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", numbered_frames(10), fps=10)
+    write_video(tmp_path / name, numbered_frames(30), fps=10)
+    monkeypatch.chdir(tmp_path)
+    content = Path(name).read_bytes()
+    for video in (Path(name), Member(name, content)):
+        levels = read_frames(video, 12, FrameForm(32)).reshape(3, -1).mean(1)
+        np.testing.assert_allclose(levels, [0, 40, 80], atol=2)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind", "codec"),
+    [
+        *((".avi", "avi", "mpeg4"), (".wmv", "asf", "wmv2"), (".flv", "flv", "flv")),
+        *((".m2ts", "mpegts", "mpeg2video"), (".vob", "vob", "mpeg2video")),
+        *((".mpg", "mpeg", "mpeg1video"), (".mpg", "mpeg1video", "mpeg1video")),
+        *((".m4v", "m4v", "mpeg4"), (".3gp", "3gp", "mpeg4"), (".webm", "webm", "libvpx")),
+        *((".ogv", "ogg", "libvpx"), (".gif", "gif", "gif"), (".f4v", "f4v", "libx264")),
+    ],
+)
+def test_formats_of_all_suffixes(suffix, kind, codec, tmp_path):
+    path = tmp_path / f"v{suffix}"
+    with av.open(str(path), "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = 64, 48
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        for array in numbered_frames(50, 48, 64):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    levels = read_frames(path, 12, FrameForm(32)).reshape(2, -1).mean(1)
+    np.testing.assert_allclose(levels, [0, 100], atol=20)
+
+
+def test_what_the_system_refuses_is_no_property_of_a_video(tmp_path):
+    write_video(tmp_path / "a.mp4", numbered_frames(30), fps=10)
+    content = (tmp_path / "a.mp4").read_bytes()
+    # FFmpeg alone would take the error for the end of the file.
+    for length in (100, len(content) - 100):
+        broken = Member("a.mp4", content[:length], OSError(errno.EIO, "Input/output error"))
+        for read in (read_frames, inspect_video):
+            with pytest.raises(Unavailable, match=r"Input/output error \(EIO\)"):
+                read(broken, 12, FrameForm(32))
+    with pytest.raises(
+        Unavailable, match=r"absent\.mp4 cannot be read: No such file .* \(ENOENT\)$"
+    ):
+        read_frames(tmp_path / "absent.mp4", 12, FrameForm(32))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv", ".mov"])

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 from support.videos import numbered_frames, write_video
@@ -11,7 +12,7 @@ from data_prep.annotations import AnnotationError, Annotations, Captioned, Sourc
 from data_prep.build import main as build
 from data_prep.datasets import builder_class
 from data_prep.quarantine import read_quarantine, write_quarantine
-from data_prep.video_folder import VideoFolder
+from data_prep.video_folder import VideoFolder, make_plan
 from drl_jax.data.records import VideoDataset
 from drl_jax.runtime.files import files_below
 
@@ -129,7 +130,11 @@ def test_lists_of_didemo_without_suffixes(tmp_path):
         *STRANGE, "own.avi", "same.mov",
     ]  # fmt: skip
     (annotations / "test_list.txt").write_text("own\nother.mov\n")
-    with pytest.raises(AnnotationError, match=r"1 videos of .* no description .*first: other.mov"):
+    found = builder.read_annotations(annotations)
+    assert [entry.video_id for entry in found.splits["test"]] == ["own"]
+    assert found.left_out == {"test_list.txt, other": "no caption in test_data.json"}
+    (annotations / "test_list.txt").write_text("other.mov\n")
+    with pytest.raises(AnnotationError, match=r"1 of the 1 videos of .* no caption .*'other'\)"):
         builder.read_annotations(annotations)
     (annotations / "test_list.txt").write_text("own\n")
     (annotations / "test_data.json").write_text('[{"video": "own.avi", "description": " "}]')
@@ -169,8 +174,8 @@ def test_a_pickle_of_msvd_with_another_structure(content, tmp_path):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"sentences": [{"video_id": "v", "caption": "a"}, {"video_id": "v", "caption": 7}]},
-         "sentence 2: video_id and caption must be texts, not 'v' and 7"),
+        ({"sentences": [{"video_id": "v", "caption": 7}]},
+         "sentence 1: video_id and caption must be texts, not 'v' and 7"),
         ({"sentences": [{"video_id": 7010, "caption": "a"}]}, "sentence 1: .* not 7010 and 'a'"),
         ({"sentences": [{"video_id": ["v"], "caption": "a"}]}, "sentence 1: video_id and caption"),
         ({"sentences": [], "videos": [{"video_id": 7, "split": "test"}]},
@@ -195,3 +200,121 @@ def test_ids_in_quarantine_can_start_with_a_hash(tmp_path):
     path.write_bytes("café\ta\n".encode("latin-1"))
     with pytest.raises(AnnotationError, match=r"quarantine.txt is not text in UTF-8"):
         read_quarantine(path)
+
+
+# ---------------------------------------------------------------- one file, several names
+
+SPELLINGS = ("normal.mp4", "normal", "./normal.mp4", "sub/../normal.mp4", "link.mp4", "hard.mp4")
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Two files; one of them has two more paths. The files are not opened."""
+    folder = tmp_path / "videos"
+    touch(folder, "normal.mp4", "sub/a.mp4")
+    (folder / "link.mp4").symlink_to("normal.mp4")
+    (folder / "hard.mp4").hardlink_to(folder / "normal.mp4")
+    return folder
+
+
+def planned(videos, rows, columns="video,caption,split"):
+    path = videos.parent / "mine.csv"
+    path.write_text("\n".join([columns, *rows]))
+    return make_plan(builder_class("custom").read_annotations(path), videos, {})
+
+
+def captions(plan):
+    return {
+        split: {entry.video_id: entry.captions for entry in captioned}
+        for split, captioned in plan.annotations.splits.items()
+    }
+
+
+@pytest.mark.parametrize("other", SPELLINGS[1:])
+def test_a_file_is_not_in_two_splits_under_two_names(other, videos):
+    message = (
+        rf"'normal.mp4' of train \(mine.csv, row 2\) and '{other}' of test \(mine.csv, row 4\) are"
+        r" the same file, .*normal.mp4, in different splits \(pairs of such names: 1\)"
+    )
+    with pytest.raises(AnnotationError, match=message):
+        planned(videos, ["normal.mp4,a dog,train", "sub/a,a cat,val", f"{other},a bird,test"])
+
+
+def test_names_of_one_file_are_one_video(videos):
+    plan = planned(videos, [f"{name},a {name},train" for name in SPELLINGS])
+    assert captions(plan) == {"train": {"normal.mp4": [f"a {name}" for name in SPELLINGS]}}
+    assert [clip.video_id for clip in plan.clips] == ["normal.mp4"]
+    assert plan.merged == dict.fromkeys(SPELLINGS[1:], "normal.mp4")
+
+
+def test_splits_are_drawn_by_files(videos):
+    touch(videos, *(f"{number}.mp4" for number in range(27)))
+    rows = [f"{number},caption {number}" for number in range(27)]
+    plan = planned(videos, [*rows, *(f"{name},a {name}" for name in SPELLINGS)], "video,caption")
+    assert sorted(len(split) for split in captions(plan).values()) == [3, 3, 22]
+    (kept,) = set(SPELLINGS) & {clip.video_id for clip in plan.clips}
+    found = next(split[kept] for split in captions(plan).values() if kept in split)
+    assert sorted(found) == sorted(f"a {name}" for name in SPELLINGS)
+
+
+def test_spans_of_one_file_in_different_splits_must_not_overlap(videos):
+    columns = "video,caption,start,end,split"
+    rows = ["normal,a,0,5,train", "link.mp4,b,5,9,test", "normal.mp4,c,2,6,train"]
+    with pytest.raises(AnnotationError, match=r"row 4\) and .*row 3\) .* with spans that overlap"):
+        planned(videos, rows, columns)
+    plan = planned(videos, [*rows[:2], "hard.mp4,c,2,5,train", "normal.mp4,d,0,5.0,train"], columns)
+    assert captions(plan) == {
+        "train": {"normal@0-5": ["a", "d"], "hard.mp4@2-5": ["c"]},
+        "test": {"link.mp4@5-9": ["b"]},
+    }
+    # One path of a file, which tells later that the videos are of one.
+    assert {clip.location for clip in plan.clips} == {videos / "normal.mp4"}
+    with pytest.raises(AnnotationError, match=r"in different splits"):
+        planned(videos, ["normal,a,,,train", "hard,b,1,2,val"], columns)
+
+
+def test_splits_of_different_protocols_may_have_one_file_under_two_names(videos):
+    splits = {
+        "train": [Captioned("normal", ["a"])],
+        "full": [Captioned("link.mp4", ["b"])],
+        "test": [Captioned("sub/a.mp4", ["c"])],
+    }
+    protocols = (("train", "test"), ("full",))
+    plan = make_plan(Annotations(splits), videos, {}, protocols=protocols)
+    assert [clip.video_id for clip in plan.clips] == ["normal", "sub/a.mp4"]
+    assert captions(plan)["full"] == {"normal": ["b"]}
+    with pytest.raises(AnnotationError, match=r"'normal' of train and 'link.mp4' of full are the"):
+        make_plan(Annotations(splits), videos, {})
+    # A name that is left out is in no split.
+    plan = make_plan(Annotations(splits), videos, {"link.mp4": "black"})
+    assert plan.unusable == {"link.mp4": "in quarantine: black"}
+
+
+# ---------------------------------------------------------------- how paths are written
+
+
+def test_files_are_found_however_the_folder_is_written(tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "videos", tmp_path / "elsewhere"
+    touch(folder, "a.mp4", "sub/b.mp4")
+    touch(elsewhere, "c.mp4")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "other").symlink_to("link")
+    (tmp_path / "through").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    names = (
+        *("other/c.mp4", "./a.mp4", "sub/../a.mp4", "sub\\b.mp4", ".\\sub\\b", "other\\c.mp4"),
+        *(f"{folder}/sub/b.mp4", f"{tmp_path}/through/a.mp4", f"{folder}/other/c.mp4"),
+    )
+    inner = ["other/c.mp4", "a.mp4", "a.mp4", "sub/b.mp4", "sub/b.mp4", "other/c.mp4"]
+    inner += ["sub/b.mp4", "a.mp4", "link/c.mp4"]
+    for written in ("videos", folder, "elsewhere/../videos", "through", "through/sub/.."):
+        paths = [folder.parent / written / name for name in inner]
+        found = located(tmp_path / written if written == folder else Path(written), *names)
+        assert [(Path(written) / name).resolve() for name in found] == [p.resolve() for p in paths]
+    outside = ("../elsewhere/c.mp4", f"{elsewhere}/d.mp4", "C:\\a.mp4", "..\\videos\\a.mp4")
+    assert located(folder, *outside) == ["no such file"] * 4
+
+
+def test_a_name_with_a_backslash_comes_before_a_path(tmp_path):
+    touch(tmp_path, "a\\b.mp4", "a/b.mp4", "c/d.mp4")
+    assert located(tmp_path, "a\\b.mp4", "a/b.mp4", "c\\d") == ["a\\b.mp4", "a/b.mp4", "c/d.mp4"]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import error_of, run_module
+from support.files import refused
 from support.golden import GOLDEN, SPEC, case_state, clip_state, clip_weights, load
 from support.params import random_params
 from support.runs import make_run
@@ -28,8 +29,9 @@ from data_prep.dataset_config import SHAPES_BACKBONE
 from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, ModelConfig
 from drl_jax.convert import main as convert
 from drl_jax.models.drl import param_shapes
+from drl_jax.runs.checkpoint_files import read_info
 from drl_jax.runs.workdir import load_config
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import sha256
 from drl_jax.weights import installed
 from drl_jax.weights.json_values import WeightsError
@@ -38,7 +40,7 @@ from drl_jax.weights.load import (
     params_from_state,
     with_backbone_of,
 )
-from drl_jax.weights.torch_file import TorchFileError, read_torch_file
+from drl_jax.weights.torch_file import TorchFileError, read_metadata, read_torch_file
 from drl_jax.weights.weights_file import read_weights, save_weights, state_dict_from_params
 
 WHOLE = "drl_wti_seqtransf.bin"
@@ -59,7 +61,7 @@ def test_archives_of_clip_read_bit_for_bit(file):
     weights = read_weights(GOLDEN / file, release)
     assert_states_equal(weights.state, clip_state())
     assert weights.description.backbone.activation == "quick_gelu"
-    assert weights.description.licence == "MIT"
+    assert weights.description.licence == ("MIT" if release else "")
 
 
 def test_a_drl_checkpoint_reads_bit_for_bit():
@@ -318,6 +320,13 @@ def installed_copy(tmp_path, monkeypatch):
     return copy
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_installed_weights_that_cannot_be_read_are_not_called_damaged(suffix, installed_copy):
+    path = installed_copy / f"shapes_clip.{suffix}"
+    with refused(path), pytest.raises(Unavailable, match=f"{path} cannot be read: .*ELOOP"):
+        read_weights("shapes_clip")
+
+
 @pytest.mark.parametrize(
     ("suffix", "damage", "problem"),
     [
@@ -435,6 +444,33 @@ def test_an_exported_run_comes_back_as_the_same_model(shapes_config, tmp_path):
     found = [m.similarity(m.encode_text(captions), m.encode_videos([frames])) for m in models]
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
+    # Whose it is, also where the run is not.
+    owner = json.loads(read_metadata(file)["drl_jax_origin"])
+    info = read_info(tmp_path / "run" / "checkpoints" / "0")
+    assert {name: owner[name] for name in ("step", "run", "config")} == {
+        name: info[name] for name in ("step", "run", "config")
+    }
+    assert f"(from the file, step 0 of run {owner['run']})" in models[1].towers
+    metadata = read_metadata(file)
+    metadata["drl_jax_origin"] = json.dumps({**owner, "run": "0" * 32})
+    save_file(load_file(file), file, metadata=metadata)
+    with pytest.raises(WeightsError, match="its checksum is wrong"):
+        read_weights(file)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "config.json"])
+def test_weights_that_cannot_be_read_are_not_called_damaged(name, shapes_config, tmp_path):
+    weights = "weights.pt" if name.endswith("pt") else "weights.safetensors"
+    (tmp_path / "config.json").write_text('{"family": "clip", "activation": "gelu"}')
+    towers = {"backbone": random_params(shapes_config.model)["backbone"]}
+    state = {n.removeprefix("clip."): t for n, t in state_dict_from_params(towers).items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    (tmp_path / "weights.pt").write_bytes(b"PK")
+    with (
+        refused(tmp_path / name),
+        pytest.raises(Unavailable, match=rf"{name} cannot be read: .*ELOOP.*nothing was moved"),
+    ):
+        read_weights(tmp_path / weights)
 
 
 def test_heads_are_not_guessed_for_widths_that_openai_does_not_have(shapes_config, tmp_path):
@@ -458,7 +494,7 @@ def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tm
     ("arguments", "message"),
     [
         (["one"], "the following arguments are required: OUT"),
-        (["absent.pt", "out"], "cannot read absent.pt"),
+        (["absent.pt", "out"], "absent.pt cannot be read: No such file"),
         (["README.md", "out"], "README.md is damaged, or not a PyTorch or safetensors file"),
         (["tests", "out"], "a run is exported to a file NAME.safetensors, not out"),
         (["tests", "out.safetensors"], "no run in tests"),
@@ -501,4 +537,4 @@ def test_an_export_that_cannot_be_written_is_one_line(search_run, tmp_path, caps
     (tmp_path / "file").write_text("not a directory")
     target = tmp_path / "file" / "out.safetensors"
     line = error_of("drl_jax.convert", str(search_run), str(target), capsys=capsys)
-    assert f"cannot write {target}" in line
+    assert f"{target.parent} cannot be written: File exists" in line

@@ -1,12 +1,10 @@
 """Runs inputs in worker processes and judges what the readers made of them."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import json
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from random import Random
 from benchmarks.fuzz.damage import FAILURE, LEGITIMATE, UNDETECTABLE, Damage
 from drl_jax.data.video import VideoError
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.resources import memory_limit
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 KINDS = ("videos", "annotations", "weights", "index", "checkpoints")
@@ -109,7 +108,7 @@ def judge(outcome: Outcome, if_changed: str, root: Path, directory: Path) -> Out
     expected = _expected(outcome.kind, root, outcome.subject)
     start = time.monotonic()
     try:
-        with _memory_limit():
+        with memory_limit(MEMORY_LIMIT):
             found = _module(outcome.kind).read(root, outcome.subject, directory)
     except (UserError, VideoError) as error:
         status, detail = _judged_message(str(error)), str(error)
@@ -201,16 +200,3 @@ def _expected(kind: str, root: Path, name: str) -> str:
 
 def _module(kind: str):
     return importlib.import_module(f"benchmarks.fuzz.{kind}")
-
-
-@contextlib.contextmanager
-def _memory_limit() -> Iterator[None]:
-    """Limits what the process can allocate while the block runs."""
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    status = Path("/proc/self/status").read_text().splitlines()
-    used = next(int(line.split()[1]) for line in status if line.startswith("VmData"))
-    resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + MEMORY_LIMIT, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -12,6 +12,7 @@ from data_prep.annotations import (
     require_splits,
     with_all_captions,
 )
+from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
@@ -32,8 +33,9 @@ class Builder(RetrievalBuilder):
         annotations, pairs = find_annotation_pairs(path, _FILES)
         for split, (ids, captions) in pairs.items():
             videos = map(_without_prefix, map(str, read_json(ids, list)))
+            left_out = annotations.left_out
             annotations.splits[split] = with_all_captions(
-                videos, _paragraphs(captions), ids, captions
+                videos, _paragraphs(captions, left_out), ids, captions, left_out
             )
         annotations.sources = {
             video: (Source(video), Source(f"v_{video}")) for video in annotations.video_ids()
@@ -45,18 +47,21 @@ def _without_prefix(video_id: str) -> str:
     return video_id.removeprefix("v_")
 
 
-def _paragraphs(path: Path) -> dict[str, list[str]]:
+def _paragraphs(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
     """One caption per video, from `{"v_ID": {"sentences": [..], ..}}`."""
-    paragraphs = {}
-    try:
-        for video, entry in read_json(path, dict).items():
-            if not isinstance(entry["sentences"], list):
-                raise TypeError(f"sentences of {video} must be a list")
-            text = " ".join(sentence.strip() for sentence in entry["sentences"]).strip()
-            paragraphs[_without_prefix(video)] = [text] if text else []
-    except (AttributeError, KeyError, TypeError) as error:
+    entries = read_json(path, dict)
+    if doubled := [video for video in entries if f"v_{video}" in entries]:
         raise AnnotationError(
-            f'{path} does not have ActivityNet\'s structure, {{"v_ID": {{"sentences": [..], ..}}}}'
-            f" ({type(error).__name__}: {error})"
-        ) from error
-    return paragraphs
+            f"{path} has the keys {doubled[0]!r} and 'v_{doubled[0]}' of one video"
+        )
+    placed = ((f"{path.name}, {video}", (video, entry)) for video, entry in entries.items())
+    form = '{"sentences": ["..", ..], ..}'
+    return dict(parse_all(placed, _paragraph, left_out, f"videos of {path}", form))
+
+
+def _paragraph(item: tuple[str, dict]) -> tuple[str, list[str]]:
+    video, entry = item
+    if not isinstance(entry["sentences"], list):
+        raise TypeError("not a list")
+    text = " ".join(sentence.strip() for sentence in entry["sentences"]).strip()
+    return _without_prefix(video), [text] if text else []

@@ -10,8 +10,11 @@ from tqdm import tqdm
 
 from data_prep.annotations import AnnotationError, Annotations, Captioned
 from data_prep.custom.rows import SplitRows, split_of_file
+from data_prep.file_splits import draw_splits
+from data_prep.left_out import check_lost
 from data_prep.locations import Clip, FoundVideos, Location, name_below
 from drl_jax.data.video import Span
+from drl_jax.runtime.errors import printable
 from drl_jax.runtime.files import files_below
 
 TAR, PARQUET = ".tar", ".parquet"
@@ -38,11 +41,15 @@ class ContainerFiles:
         return self.paths[0].suffix.lower()
 
     def each(self) -> Iterator[tuple[Path, str, str]]:
-        """Yields each file, its name below the folder, and the split that its path names, or ""."""
+        """Yields each file, its name below the folder, and the split that its path names, or "".
+
+        The split does not depend on how `--annotations` is written, e.g. as "." in the folder.
+        """
+        folder = self.folder if self.folder.name not in ("", "..") else self.folder.resolve()
         # Short work shows no bar.
         for path in tqdm(self.paths, "reading annotations", unit="file", delay=2):
             inner = path.relative_to(self.folder)
-            yield path, inner.as_posix(), split_of_file(PurePath(self.folder.name) / inner)
+            yield path, inner.as_posix(), split_of_file(PurePath(folder.name) / inner)
 
 
 def find_containers(named: Path) -> ContainerFiles | None:
@@ -56,7 +63,8 @@ def find_containers(named: Path) -> ContainerFiles | None:
       video2dataset writes its logs beside them, as Parquet files.
 
     Raises:
-      AnnotationError: there is no such file, or tar files are compressed.
+      AnnotationError: there is no such file, tar files are compressed, or two files differ in the
+        case of their suffix alone.
     """
     if named.is_dir():
         folder, found = named, files_below(named)
@@ -73,6 +81,12 @@ def find_containers(named: Path) -> ContainerFiles | None:
             " each to a plain .tar file, e.g. with gunzip (videos are compressed already)"
         )
     paths = _with_suffix(found, TAR) or _with_suffix(found, PARQUET)
+    stems: dict[Path, Path] = {}
+    for path in paths:
+        if (other := stems.setdefault(path.with_suffix(""), path)) != path:
+            raise AnnotationError(
+                f"{other} and {path} would give their videos the same ids; rename one"
+            )
     if paths:
         return ContainerFiles(named, folder, paths)
     if not named.exists() and glob.escape(str(named)) == str(named):
@@ -98,6 +112,7 @@ class ContainedVideos:
         self._rows: SplitRows[str] = SplitRows(files.named)
         self._found = FoundVideos(files.folder)
         self._hashes: dict[str, str] = {}
+        self._left_out: dict[str, str] = {}
         self._digest = hashlib.sha256()
 
     def add(
@@ -131,6 +146,10 @@ class ContainedVideos:
         else:
             self._found.clips.append(Clip(video_id, location, span))
 
+    def leave_out(self, name: str, reason: str) -> None:
+        """Adds a sample or a row that cannot be used."""
+        self._left_out[printable(name)] = printable(reason)
+
     def add_unannotated(self, location: Location) -> None:
         """Adds a video without captions."""
         self._found.unannotated.append(name_below(location, self._files.folder))
@@ -144,11 +163,17 @@ class ContainedVideos:
         """The annotations.
 
         Raises:
-          AnnotationError: some videos have a split and others have none.
+          AnnotationError: some videos have a split and others have none, or too much is left out.
         """
-        splits = self._rows.splits(lambda video_id: video_id)
+        check_lost(self._left_out, len(self._found.clips), f"videos of {self._files.named}")
+        splits = self._rows.splits()
         captioned = {
             name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
             for name, videos in splits.items()
         }
-        return Annotations(captioned, hashes=self._hashes, contained=self._found)
+        annotations = Annotations(
+            captioned, hashes=self._hashes, contained=self._found, left_out=self._left_out
+        )
+        if "" in splits:
+            draw_splits(annotations)
+        return annotations

@@ -1,8 +1,7 @@
 """Lists of video files with captions: csv and jsonl."""
 
 import collections
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,25 @@ from data_prep.custom.rows import (
     FIELDS,
     SplitRows,
     captions_of,
-    check_fields,
+    missing_fields,
+    read_object,
     span_of,
     split_of,
     video_of,
 )
+from data_prep.file_splits import draw_splits
+from data_prep.left_out import RowError, check_lost
+from drl_jax.runtime.files import parse_json
 
-# Where a row is, for error messages, and its fields.
-PlacedRow = tuple[str, dict[str, Any]]
+# Where a row is, and its fields, or why it has none.
+PlacedRow = tuple[str, dict[str, Any] | RowError]
 
 
 def read_listing(path: Path) -> Annotations:
     """Reads a csv file or a jsonl file.
 
     Raises:
-      AnnotationError: it is neither, or a row is wrong.
+      AnnotationError: it is neither, or most of its rows are wrong.
     """
     if path.suffix.lower() == ".json":
         raise AnnotationError(
@@ -35,70 +38,103 @@ def read_listing(path: Path) -> Annotations:
             " per line)"
         )
     read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
-    annotations = annotations_of_files(path, read(path))
+    annotations = annotations_of_files(path, lambda: read(path))
     annotations.files = [path]
     return annotations
 
 
-def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
+def annotations_of_files(where: Path, rows: Callable[[], Iterable[PlacedRow]]) -> Annotations:
     """Annotations from rows that name video files.
 
-    Rows with the same video and span are one video with several captions.
+    Rows with the same video and span are one video with several captions. A row that is wrong is
+    left out.
 
     Args:
       where: what has the rows, for error messages.
-      rows: the rows.
+      rows: reads the rows. They are read again to name two of them: to keep the place of each would
+        take a fifth of the memory.
 
     Raises:
-      AnnotationError: a row is wrong, or there is none.
+      AnnotationError: there is no row, most rows are wrong, or one has a word that is no split.
     """
     collected: SplitRows[Source] = SplitRows(where)
-    for place, row in rows:
-        source = Source(video_of(row, place), span_of(row, place))
-        collected.add(source, captions_of(row, place), split_of(row, place))
-    splits = collected.splits(lambda source: source.file)
+    left_out: dict[str, str] = {}
+    kept = 0
+    for _, source, captions, split in _parsed(rows(), left_out):
+        collected.add(source, captions, split)
+        kept += 1
+    check_lost(left_out, kept, f"rows of {where}")
+    splits = collected.splits()
     if not splits:
         raise AnnotationError(f"{where} has no rows")
     ids = _video_ids(dict.fromkeys(source for videos in splits.values() for source in videos))
-    return Annotations(
+
+    def place_of(video_id: str, split: str) -> str:
+        return next(
+            place
+            for place, source, _, stated in _parsed(rows(), {})
+            if video_id in (_short_id(source), _exact_id(source)) and stated == split
+        )
+
+    annotations = Annotations(
         {
             name: [Captioned(ids[source], captions) for source, captions in videos.items()]
             for name, videos in splits.items()
         },
         # A whole file with its name as id needs no source.
         sources={video: (source,) for source, video in ids.items() if source.span is not None},
+        left_out=left_out,
+        place_of=place_of,
     )
+    if "" in splits:
+        draw_splits(annotations)
+    return annotations
+
+
+def _parsed(
+    rows: Iterable[PlacedRow], left_out: dict[str, str]
+) -> Iterator[tuple[str, Source, list[str], str]]:
+    """Place, source, captions and split of each row; `left_out` receives the reasons for others."""
+    for place, row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            source, captions = Source(video_of(row), span_of(row)), captions_of(row)
+        except RowError as error:
+            left_out[place] = str(error)
+        else:
+            yield place, source, captions, split_of(row, place)
 
 
 def _read_csv(path: Path) -> Iterator[PlacedRow]:
-    present, rows = read_csv_rows(path)
-    check_fields(path, present)
-    for number, row in rows:
-        where = f"{path}, row {number}"
-        row = {name: value for name, value in row.items() if name in FIELDS}
-        if row.get("captions"):
+    present, rows = read_csv_rows(path, errors="surrogateescape")
+    if problem := missing_fields(present):
+        raise AnnotationError(f"{path} {problem}")
+    for number, fields in rows:
+        row: dict[str, Any] | RowError = {
+            name: value for name, value in fields.items() if name in FIELDS
+        }
+        if fields.get("captions"):
             try:
-                row["captions"] = json.loads(row["captions"])
-            except (ValueError, RecursionError) as error:
-                raise AnnotationError(
-                    f'{where}: captions must be a JSON list such as ["one", "two"]; with'
-                    " one caption per row, name the column caption"
-                ) from error
-        yield where, row
+                row["captions"] = parse_json(fields["captions"])
+            except (ValueError, RecursionError):
+                row = RowError(
+                    'captions must be a JSON list such as ["one", "two"]; with one caption per row,'
+                    " name the column caption"
+                )
+        yield f"{path.name}, row {number}", row
 
 
 def _read_jsonl(path: Path) -> Iterator[PlacedRow]:
-    for number, line in numbered_lines(path):
-        where = f"{path}, line {number}"
+    for number, line in numbered_lines(path, errors="surrogateescape"):
+        place = f"{path.name}, line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise AnnotationError(f"{where} is not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise AnnotationError(f'{where} is not an object: {{"video": .., "caption": ..}}')
-        row = {name.strip().lower(): value for name, value in row.items()}
-        check_fields(where, list(row))
-        yield where, row
+            row: dict[str, Any] | RowError = read_object(line)
+            if problem := missing_fields(list(row)):
+                row = RowError(problem)
+        except RowError as error:
+            row = error
+        yield place, row
 
 
 def _video_ids(sources: Iterable[Source]) -> dict[Source, str]:

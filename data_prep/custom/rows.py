@@ -2,18 +2,18 @@
 
 import dataclasses
 import difflib
-import hashlib
-import heapq
 import math
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
 from data_prep.annotation_files import parse_span
 from data_prep.annotations import AnnotationError
+from data_prep.left_out import RowError, name_problem, text_problem
 from data_prep.parquet_files import is_url
 from drl_jax.data.video import Span
+from drl_jax.runtime.files import parse_json
 
 FIELDS = ("video", "caption", "captions", "start", "end", "split")
 _SPLITS = ("train", "val", "test")
@@ -22,50 +22,76 @@ _SYNONYMS = {
     **{"training": "train", "testing": "test", "evaluation": "test"},
     **{"validation": "val", "validate": "val", "valid": "val", "dev": "val"},
 }
-# Without splits, the fraction of files that becomes val, and the fraction that becomes test.
-_HELD_OUT = 0.1
-
 Video = TypeVar("Video", bound=Hashable)
 
 
-def check_fields(where: object, present: Sequence[str], *, needed: str = "video") -> None:
-    """Checks that the fields of a row, or the columns of a file, have what every row needs.
+def missing_fields(present: Sequence[str], *, needed: str = "video") -> str:
+    """Says which fields of a row, or columns of a file, are missing; empty if none is.
 
-    Raises:
-      AnnotationError: no video, or no caption.
+    Args:
+      present: names of the fields.
+      needed: a field beside `caption` or `captions`, or "".
     """
     missing = [] if not needed or needed in present else [needed]
     if not {"caption", "captions"} & set(present):
         missing.append("caption")
-    if missing:
-        raise AnnotationError(
-            f"{where} has no {' and no '.join(missing)}; it has {', '.join(present) or 'nothing'}"
-        )
+    if not missing:
+        return ""
+    return f"has no {' and no '.join(missing)}; it has {', '.join(present) or 'nothing'}"
 
 
-def video_of(row: dict[str, Any], where: str) -> str:
-    """The field `video`, without blanks around it."""
+def read_object(text: str) -> dict[str, Any]:
+    """A JSON object; the names of its fields in lower case without blanks around them.
+
+    Raises:
+      RowError: it is something else, or has a field twice.
+    """
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise RowError('is not an object: {"caption": ..}')
+    fields: dict[str, Any] = {}
+    for name, content in value.items():
+        if (name := name.strip().lower()) in fields:
+            raise RowError(f"has two fields {name!r}")
+        fields[name] = content
+    return fields
+
+
+def video_of(row: dict[str, Any]) -> str:
+    """The field `video`, without blanks around it.
+
+    Raises:
+      RowError: it is empty, no text, a URL, or cannot be a name.
+    """
     video = row.get("video")
     if video is not None and not isinstance(video, str):
-        raise AnnotationError(f"{where}: video must be a text, not {video!r}")
-    if not (video or "").strip():
-        raise AnnotationError(f"{where}: video is empty")
-    if is_url(video.strip()):
-        raise AnnotationError(
-            f"{where}: video is a URL ({video.strip()}); download the files, and write their paths"
-            " below --videos"
+        raise RowError(f"video must be a text, not {video!r}")
+    if not (video := (video or "").strip()):
+        raise RowError("video is empty")
+    if is_url(video):
+        raise RowError(
+            f"video is a URL ({video}); download the files, and write their paths below --videos"
         )
-    return video.strip()
+    if problem := name_problem(video):
+        raise RowError(f"video {problem}")
+    return video
 
 
-def span_of(row: dict[str, Any], where: str) -> Span | None:
-    """The fields `start` and `end`, seconds."""
+def span_of(row: dict[str, Any]) -> Span | None:
+    """The fields `start` and `end`, seconds.
+
+    Raises:
+      RowError: they are no span.
+    """
     start, end = row.get("start"), row.get("end")
     if _is_empty(end):
         if _is_empty(start):
             return None
-        raise AnnotationError(f"{where}: start is set but end is not")
-    return parse_span(0.0 if _is_empty(start) else start, end, where)
+        raise RowError("start is set but end is not")
+    return parse_span(0.0 if _is_empty(start) else start, end)
 
 
 def _is_empty(value: Any) -> bool:
@@ -74,7 +100,11 @@ def _is_empty(value: Any) -> bool:
 
 
 def split_of(row: dict[str, Any], where: str) -> str:
-    """The field `split`; empty if the row has none."""
+    """The field `split`; empty if the row has none.
+
+    Raises:
+      AnnotationError: it is another word. Such a row is not left out: its whole split has the word.
+    """
     split = str(row.get("split") or "").strip()
     if not split or split in _SPLITS:
         return split
@@ -94,16 +124,22 @@ def split_of_file(path: PurePath) -> str:
     return next((name for name in found if name in _SPLITS), "")
 
 
-def captions_of(row: dict[str, Any], where: str) -> list[str]:
-    """The fields `caption` and `captions`, without blanks around the texts."""
+def captions_of(row: dict[str, Any]) -> list[str]:
+    """The fields `caption` and `captions`, without blanks around the texts.
+
+    Raises:
+      RowError: a caption is empty or no text, or there is none.
+    """
     captions = row.get("captions") or []
     if isinstance(captions, str) or not isinstance(captions, list):
-        raise AnnotationError(f"{where}: captions must be a list")
+        raise RowError("captions must be a list")
     captions = [*([row["caption"]] if row.get("caption") else []), *captions]
     if wrong := [caption for caption in captions if not isinstance(caption, str)]:
-        raise AnnotationError(f"{where}: caption must be a text, not {wrong[0]!r}")
+        raise RowError(f"caption must be a text, not {wrong[0]!r}")
     if not captions or not all(caption.strip() for caption in captions):
-        raise AnnotationError(f"{where}: caption is empty")
+        raise RowError("caption is empty")
+    if problem := next(filter(None, map(text_problem, captions)), ""):
+        raise RowError(f"caption {problem}")
     captions = [caption.strip() for caption in captions]
     return captions[:]  # A copy has no room for more, a fifth of the memory of a short caption.
 
@@ -127,32 +163,15 @@ class SplitRows(Generic[Video]):
         else:
             videos[video] = captions
 
-    def splits(self, file_of: Callable[[Video], str]) -> dict[str, dict[Video, list[str]]]:
-        """The captions of each video of each split.
-
-        Args:
-          file_of: file of a video. Without splits, all videos of a file are in the same one, which
-            depends on the hash of its name.
+    def splits(self) -> dict[str, dict[Video, list[str]]]:
+        """The captions of each video of each split; "" has all videos if no row has a split.
 
         Raises:
           AnnotationError: some rows have a split, and others have none.
         """
-        if "" not in self._splits:
-            return self._splits
-        if len(self._splits) > 1:
+        if "" in self._splits and len(self._splits) > 1:
             raise AnnotationError(
                 f"{self.where}: some rows have a split and others have none; set it in all rows or"
                 " none"
             )
-        videos = self._splits.pop("")
-        files = {file_of(video) for video in videos}
-        held_out = math.ceil(len(files) * _HELD_OUT) if len(files) >= 3 else 0
-        first = heapq.nsmallest(
-            2 * held_out,
-            files,
-            key=lambda file: hashlib.sha256(file.encode(errors="surrogatepass")).digest(),
-        )
-        held = {file: "val" if rank < held_out else "test" for rank, file in enumerate(first)}
-        for video, captions in videos.items():
-            self._splits.setdefault(held.get(file_of(video), "train"), {})[video] = captions
         return self._splits

@@ -8,7 +8,14 @@ from typing import Any
 from data_prep.annotations import AnnotationError, Annotations
 from data_prep.custom.container_files import ContainedVideos, ContainerFiles
 from data_prep.custom.listings import PlacedRow, annotations_of_files
-from data_prep.custom.rows import FIELDS, captions_of, check_fields, span_of, split_of
+from data_prep.custom.rows import (
+    FIELDS,
+    captions_of,
+    missing_fields,
+    span_of,
+    split_of,
+)
+from data_prep.left_out import RowError, name_problem
 from data_prep.parquet_files import ParquetTable
 from drl_jax.runtime.files import sha256
 
@@ -21,50 +28,64 @@ def read_tables(files: ContainerFiles) -> Annotations:
     A column with the contents of videos is as `ParquetTable.video_column` says; without one, the
     column `video` names files. The id of a video inside is that in the column `id` or `key`, or the
     name of its file without suffix, a slash, and the number of the row. A video inside without
-    a caption is not annotated.
+    a caption is not annotated. A row that is wrong is left out.
 
     Raises:
-      AnnotationError: a column is missing or of another type, a row is wrong, or there is no video
-        with a caption.
+      AnnotationError: a column is missing or of another type, two rows have one id, a word is no
+        split, most rows are wrong, or there is no video with a caption.
       ParquetError: a file is damaged, or has row groups that are too large.
       OSError: it cannot be read.
     """
     with contextlib.closing(ParquetTable(files.paths[0])) as table:
         contained = bool(table.video_column)
     if not contained:
-        annotations = annotations_of_files(files.named, _rows_of_files(files))
+        annotations = annotations_of_files(files.named, lambda: _rows_of_files(files))
         annotations.hashes = {name: sha256(path) for path, name, _ in files.each()}
         return annotations
-    videos, ids, count = ContainedVideos(files), set(), 0
+    videos, ids, count = ContainedVideos(files), set(), 0  # Of the rows that are not left out.
     for path, name, split in files.each():
         stem = name[: -len(path.suffix)]
         with contextlib.closing(_opened(path, contained=True)) as table:
-            for (where, row), cell in zip(_rows(table), table.cells(), strict=True):
-                video_id = _id(row, where) or f"{stem}/{cell.row}"
-                if video_id in ids:
-                    raise AnnotationError(
-                        f"{where}: another row has the id {video_id!r}, too; a video with several"
-                        " captions is one row with the column captions"
-                    )
-                ids.add(video_id)
-                if _has_no_caption(row):
-                    videos.add_unannotated(cell)
+            for (where, row), cell in zip(_rows(table, name), table.cells(), strict=True):
+                try:
+                    video_id = _id(row) or f"{stem}/{cell.row}"
+                    if video_id in ids:
+                        raise _repeated_id(files, video_id, where)
+                    ids.add(video_id)
+                    if _has_no_caption(row):
+                        videos.add_unannotated(cell)
+                        continue
+                    captions, span = captions_of(row), span_of(row)
+                except RowError as error:
+                    videos.leave_out(where, str(error))
                     continue
-                count += 1
-                captions, span = captions_of(row, where), span_of(row, where)
                 videos.add(video_id, captions, split_of(row, where) or split, cell, span)
+                count += 1
         videos.end_file(name)
-    if not ids:
-        raise AnnotationError(f"{files.named} has no rows")
+    annotations = videos.annotations()
     if not count:
-        raise AnnotationError(f"{files.named} has no video with a caption")
-    return videos.annotations()
+        raise AnnotationError(f"{files.named} has no {'video with a caption' if ids else 'rows'}")
+    return annotations
+
+
+def _repeated_id(files: ContainerFiles, video_id: str, where: str) -> AnnotationError:
+    """Names both rows; the first is looked for, since to keep the place of each takes memory."""
+    for path, name, _ in files.each():
+        with contextlib.closing(ParquetTable(path)) as table:
+            for number, (first, row) in enumerate(_rows(table, name)):
+                with contextlib.suppress(RowError):
+                    if (_id(row) or f"{name[: -len(path.suffix)]}/{number}") == video_id:
+                        return AnnotationError(
+                            f"{files.named}: {first} and {where} have the id {video_id!r}; a video"
+                            " with several captions is one row with the column captions"
+                        )
+    raise AssertionError("no row has the id")
 
 
 def _rows_of_files(files: ContainerFiles) -> Iterator[PlacedRow]:
-    for path, _, split in files.each():
+    for path, name, split in files.each():
         with contextlib.closing(_opened(path, contained=False)) as table:
-            for where, row in _rows(table):
+            for where, row in _rows(table, name):
                 yield where, row if row.get("split") else {**row, "split": split}
 
 
@@ -79,7 +100,8 @@ def _opened(path: Path, *, contained: bool) -> ParquetTable:
             f"{path}: the column bytes has the type {table.type('bytes')}, but must be binary, the"
             " contents of the video files; a column of paths below --videos is called video"
         )
-    check_fields(path, columns, needed="" if table.video_column else "video")
+    if problem := missing_fields(columns, needed="" if table.video_column else "video"):
+        raise AnnotationError(f"{path} {problem}")
     if bool(table.video_column) != contained:
         raise AnnotationError(
             f"{path} {'names files' if contained else 'contains videos'}, and other files of its"
@@ -100,22 +122,24 @@ def _opened(path: Path, *, contained: bool) -> ParquetTable:
     return table
 
 
-def _rows(table: ParquetTable) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(table: ParquetTable, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     wanted = [*FIELDS, *_IDS]
     if table.video_column:
         wanted.remove("video")
     columns = [name for name in wanted if name in table.columns]
     for number, row in enumerate(table.read(columns)):
-        yield f"{table.path}, row {number} (from 0)", row
+        yield f"{name}, row {number} (from 0)", row
 
 
 def _has_no_caption(row: dict[str, Any]) -> bool:
     return not (row.get("caption") or "").strip() and not row.get("captions")
 
 
-def _id(row: dict[str, Any], where: str) -> str:
+def _id(row: dict[str, Any]) -> str:
     """The field `id` or `key`: a text or a whole number; empty if the row has none."""
     value = next((row[name] for name in _IDS if row.get(name) is not None), "")
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise AnnotationError(f"{where}: id must be a text or a whole number, not {value!r}")
+        raise RowError(f"id must be a text or a whole number, not {value!r}")
+    if problem := name_problem(str(value).strip()):
+        raise RowError(f"id {problem}")
     return str(value).strip()

@@ -1,7 +1,7 @@
 """DiDeMo as paragraph retrieval: all descriptions of a video's moments form one query."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from data_prep.annotations import (
     with_all_captions,
     without_video_suffix,
 )
+from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
@@ -39,7 +40,8 @@ class Builder(RetrievalBuilder):
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
         annotations, pairs = find_annotation_pairs(path, _FILES)
-        sentences = {split: _sentences(data) for split, (_, data) in pairs.items()}
+        left_out = annotations.left_out
+        sentences = {split: _sentences(data, left_out) for split, (_, data) in pairs.items()}
         files = {
             split: _full_names(read_lines(names), sentences[split], names, data)
             for split, (names, data) in pairs.items()
@@ -47,28 +49,34 @@ class Builder(RetrievalBuilder):
         ids = _video_ids({*itertools.chain(*sentences.values()), *itertools.chain(*files.values())})
         for split, (names, data) in pairs.items():
             paragraphs = {
-                ids[file]: " ".join(sentences[split][described]).strip()
+                file: " ".join(sentences[split].get(described, [])).strip()
                 for file, described in files[split].items()
             }
-            captions = {video: [text] if text else [] for video, text in paragraphs.items()}
-            annotations.splits[split] = with_all_captions(captions, captions, names, data)
+            captions = {ids[file]: [text] if text else [] for file, text in paragraphs.items()}
+            if len(captions) < len(paragraphs):
+                doubled = next(f for f in paragraphs if f != ids[f] in paragraphs)
+                raise AnnotationError(
+                    f"{names} and {data} have {doubled} and {ids[doubled]}, which are one"
+                    " video; describe it by one of these names"
+                )
+            annotations.splits[split] = with_all_captions(captions, captions, names, data, left_out)
             annotations.sources |= {ids[file]: (Source(file, _SPAN),) for file in files[split]}
         return require_splits(annotations, path)
 
 
-def _sentences(path: Path) -> dict[str, list[str]]:
+def _sentences(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
     """Descriptions by video, from `[{"video": .., "description": .., ..}]`."""
+    entries = enumerate(read_json(path, list), start=1)
+    placed = ((f"{path.name}, entry {number}", entry) for number, entry in entries)
+    form = '{"video": "..", "description": "..", ..}'
     sentences: dict[str, list[str]] = {}
-    try:
-        for entry in read_json(path, list):
-            video, description = entry["video"].strip(), entry["description"].strip()
-            sentences.setdefault(video, []).append(description)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise AnnotationError(
-            f'{path} does not list {{"video": .., "description": .., ..}}'
-            f" ({type(error).__name__}: {error})"
-        ) from error
+    for video, text in parse_all(placed, _description, left_out, f"entries of {path}", form):
+        sentences.setdefault(video, []).append(text)
     return sentences
+
+
+def _description(entry: Mapping[str, str]) -> tuple[str, str]:
+    return entry["video"].strip(), entry["description"].strip()
 
 
 def _full_names(
@@ -80,17 +88,17 @@ def _full_names(
     or the descriptions may have no suffixes, or others.
 
     Returns:
-      For each listed video, by its full name, its name in the descriptions.
+      For each listed video, by its full name, its name in the descriptions; its own if it has none.
 
     Raises:
-      AnnotationError: a video has no descriptions, or those of several videos, or two videos have
-        the same descriptions.
+      AnnotationError: a video has the descriptions of several videos, or two videos have the same
+        descriptions.
     """
     described = set(described)
     by_stem: dict[str, list[str]] = {}
     for video in sorted(described):
         by_stem.setdefault(without_video_suffix(video), []).append(video)
-    found, missing = {}, []
+    found = {}
     for video in listed:
         if video in described:
             candidates = [video]
@@ -102,16 +110,8 @@ def _full_names(
             raise AnnotationError(
                 f"{names}: {video} can be {' or '.join(candidates)} of {data}; list the full name"
             )
-        if not candidates:
-            missing.append(video)
-            continue
-        (match,) = candidates
+        (match,) = candidates or [video]
         found[match if video in by_stem else video] = match
-    if missing:
-        raise AnnotationError(
-            f"{len(missing)} videos of {names} have no description in {data} (the first:"
-            f" {missing[0]}); check that the two files belong together"
-        )
     video_of: dict[str, str] = {}
     for video, match in found.items():
         if (other := video_of.setdefault(match, video)) != video:

@@ -11,6 +11,7 @@ from data_prep.annotations import (
     group_captions,
     require_splits,
 )
+from data_prep.left_out import RowError, parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 
 _FILES = {
@@ -38,21 +39,26 @@ class Builder(RetrievalBuilder):
         )
         for split, file in _FILES.items():
             if file not in annotations.missing_files:
-                annotations.splits[split] = group_captions(_read_rows(path / file))
+                annotations.splits[split] = group_captions(
+                    _read_rows(path / file, annotations.left_out)
+                )
         return require_splits(annotations, path)
 
 
-def _read_rows(path: Path) -> list[tuple[str, str]]:
+def _read_rows(path: Path, left_out: dict[str, str]) -> list[tuple[str, str]]:
     """(clip, sentence) of each row; the `.csv` is tab-separated, without header or quoting."""
-    rows = []
-    for number, line in numbered_lines(path):
-        fields = [field.strip() for field in line.split("\t")]
-        if len(fields) != 6 or not fields[0] or not fields[5]:
-            raise AnnotationError(
-                f"{path}, line {number}: expected 6 tab-separated fields ({_COLUMNS}), found"
-                f" {len(fields)}{'' if len(fields) != 6 else ' with an empty one'}"
-            )
-        rows.append((fields[0], fields[5]))
-    if not rows:
+    lines = numbered_lines(path)
+    if not lines:
         raise AnnotationError(f"{path} is empty")
-    return rows
+    placed = ((f"{path.name}, line {number}", line) for number, line in lines)
+    return parse_all(placed, _row, left_out, f"lines of {path}")
+
+
+def _row(line: str) -> tuple[str, str]:
+    fields = [field.strip() for field in line.split("\t")]
+    if len(fields) != 6 or not fields[0] or not fields[5]:
+        raise RowError(
+            f"expected 6 tab-separated fields ({_COLUMNS}), found"
+            f" {len(fields)}{'' if len(fields) != 6 else ' with an empty one'}"
+        )
+    return fields[0], fields[5]

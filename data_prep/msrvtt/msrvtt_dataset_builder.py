@@ -56,11 +56,13 @@ class Builder(RetrievalBuilder):
                 _TEST: "the split test (1k-A)",
             },
         )
-        present = {file.name for file in annotations.files}
+        present, left_out = {file.name for file in annotations.files}, annotations.left_out
         if _SENTENCES in present:
-            captions = read_sentences(path / _SENTENCES)
+            captions = read_sentences(path / _SENTENCES, left_out)
             lists = {
-                split: [video for (video,) in read_csv_columns(path / file, ("video_id",))]
+                split: [
+                    video for (video,) in read_csv_columns(path / file, ("video_id",), left_out)
+                ]
                 for split, file in _TRAIN.items()
                 if file in present
             }
@@ -68,11 +70,11 @@ class Builder(RetrievalBuilder):
             for split, videos in lists.items():
                 source = path / _TRAIN.get(split, _SENTENCES)
                 annotations.splits[split] = with_all_captions(
-                    videos, captions, source, path / _SENTENCES
+                    videos, captions, source, path / _SENTENCES, left_out
                 )
         if _TEST in present:
             # 1k-A has one sentence per test video; each row is a query.
-            rows = read_csv_columns(path / _TEST, ("video_id", "sentence"))
+            rows = read_csv_columns(path / _TEST, ("video_id", "sentence"), left_out)
             annotations.splits["test"] = group_captions(rows)
         return require_splits(annotations, path)
 
@@ -80,13 +82,20 @@ class Builder(RetrievalBuilder):
 def _official_splits(path: Path) -> dict[str, list[str]]:
     """Videos of each official split, from `{"videos": [{"video_id": .., "split": ..}, ..]}`."""
     splits: dict[str, list[str]] = {}
+    stated: dict[str, tuple[int, str]] = {}
     try:
-        for video in read_json(path, dict).get("videos", []):
+        for number, video in enumerate(read_json(path, dict).get("videos", []), start=1):
             if "split" not in video:
                 continue
             if not isinstance(video["video_id"], str):
                 raise TypeError(f"video_id {video['video_id']!r} is not a text")
             splits.setdefault(_FULL[video["split"]], []).append(video["video_id"])
+            first, split = stated.setdefault(video["video_id"], (number, video["split"]))
+            if split != video["split"]:
+                raise AnnotationError(
+                    f'{path}: entry {first} of "videos" has {video["video_id"]!r} in the split'
+                    f" {split}, and entry {number} in {video['split']}; correct one of them"
+                )
     except (KeyError, TypeError) as error:
         raise AnnotationError(
             f'{path}: "videos" does not list {{"video_id": .., "split": {" | ".join(_FULL)}}}'

@@ -43,22 +43,26 @@ class Builder(RetrievalBuilder):
         if captions_path is None:
             raise AnnotationError(f"{path} has no captions: neither {_PICKLE} nor {_JSON}")
         annotations.files.append(captions_path)
-        captions = _read_captions(captions_path)
+        captions = _read_captions(captions_path, annotations.left_out)
         for split, file in _LISTS.items():
             if file not in annotations.missing_files:
                 annotations.splits[split] = with_all_captions(
-                    read_lines(path / file), captions, path / file, captions_path
+                    read_lines(path / file),
+                    captions,
+                    path / file,
+                    captions_path,
+                    annotations.left_out,
                 )
         return require_splits(annotations, path)
 
 
-def _read_captions(path: Path) -> dict[str, list[str]]:
+def _read_captions(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
     if path.name == _JSON:
-        return checked_captions(path, read_json(path, dict))
+        return checked_captions(path, read_json(path, dict), left_out)
     captions = read_plain_pickle(path)
     if isinstance(captions, dict):
         captions = {video: _joined(sentences) for video, sentences in captions.items()}
-    return checked_captions(path, captions)
+    return checked_captions(path, captions, left_out)
 
 
 def _joined(sentences: Any) -> Any:

@@ -64,7 +64,8 @@ def draw_files(
             seeds[other] = seeds[one]
     _remove_other_drawing(directory, f"{items} {seeds}")
     drawings = [
-        (directory / "videos" / split / f"{name}.mp4", draw, item, seed)
+        # Absolute: FFmpeg takes a colon in the first part of a path for the end of a protocol.
+        (directory.absolute() / "videos" / split / f"{name}.mp4", draw, item, seed)
         for (split, item), name, seed in zip(items, names, seeds, strict=True)
     ]
     absent = [drawing for drawing in drawings if not drawing[0].exists()]
@@ -91,7 +92,7 @@ def _remove_other_drawing(directory: Path, content: str) -> None:
         except OSError as error:
             raise UserError(
                 f"cannot remove the videos of another version in {videos}: {error.strerror};"
-                " remove them, then rerun the command"
+                " rerun the command when the cause is removed"
             ) from error
     directory.mkdir(parents=True, exist_ok=True)
     write_text(marker, digest)
@@ -156,16 +157,19 @@ def read_files(directory: Path) -> Annotations:
     Raises:
       AnnotationError: a file is missing or damaged.
     """
-    captions_of = read_sentences(directory / _SENTENCES)
-    train = [video for (video,) in read_csv_columns(directory / _TRAIN, ("video_id",))]
+    left_out: dict[str, str] = {}
+
+    def columns(file: str, *names: str) -> list[tuple[str, ...]]:
+        return read_csv_columns(directory / file, names, left_out)
+
+    sentences = directory / _SENTENCES
+    captions_of = read_sentences(sentences, left_out)
+    train = [video for (video,) in columns(_TRAIN, "video_id")]
     splits = {
-        "train": with_all_captions(train, captions_of, directory / _TRAIN, directory / _SENTENCES)
+        "train": with_all_captions(train, captions_of, directory / _TRAIN, sentences, left_out)
     }
     for split, file in (("val", _VAL), ("test", _TEST)):
-        splits[split] = group_captions(read_csv_columns(directory / file, ("video_id", "sentence")))
-    pairs = {
-        split: read_csv_columns(directory / file, ("video_id", "reversed_id"))
-        for split, file in _PAIRS.items()
-    }
+        splits[split] = group_captions(columns(file, "video_id", "sentence"))
+    pairs = {split: columns(file, "video_id", "reversed_id") for split, file in _PAIRS.items()}
     files = [directory / name for name in (_SENTENCES, _TRAIN, _VAL, _TEST, *_PAIRS.values())]
-    return Annotations(splits, files=files, reversed_pairs=pairs)
+    return Annotations(splits, files=files, reversed_pairs=pairs, left_out=left_out)

@@ -1,8 +1,9 @@
 """VATEX: ten English captions per clip, from any of three published file layouts."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from data_prep.annotation_files import (
     checked_captions,
@@ -17,6 +18,7 @@ from data_prep.annotations import (
     require_splits,
     with_all_captions,
 )
+from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 
 _LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
@@ -49,49 +51,63 @@ class Builder(RetrievalBuilder):
         }
         captions: dict[str, list[str]] = {}
         official: dict[str, list[str]] = {}
-        sources = [path / name for name in _CAPTIONS if (path / name).is_file()]
-        for source in sources:
-            captions |= _captions_by_id(source)
+        origin: dict[str, Path] = {}
+        files = [("", path / name) for name in _CAPTIONS if (path / name).is_file()]
         for split, pattern in _OFFICIAL.items():
-            for source in sorted(path.glob(pattern)):
-                found = _official_captions(source)
-                official[split] = list(found)
-                captions |= found
-                sources.append(source)
+            files += [(split, file) for file in sorted(path.glob(pattern))]
+        for split, file in files:
+            read = _official_captions if split else _captions_by_id
+            for video, found in read(file, annotations.left_out).items():
+                if captions.setdefault(video, found) != found:
+                    raise AnnotationError(
+                        f"{origin[video]} and {file} have different captions of {video}; keep one"
+                        " of the files"
+                    )
+                origin.setdefault(video, file)
+                if split:
+                    official.setdefault(split, []).append(video)
         if not captions:
             raise AnnotationError(
                 f"{path} has no captions: none of {', '.join((*_CAPTIONS, *_OFFICIAL.values()))}"
             )
-        annotations.files += sources
+        annotations.files += [file for _, file in files]
         if not lists:
             # The official files define the splits, so the list files are not missing.
             lists, annotations.missing_files = official, {}
         for split, videos in lists.items():
             annotations.splits[split] = with_all_captions(
-                videos, captions, path / _LISTS[split], sources[-1]
+                videos, captions, path / _LISTS[split], files[-1][1], annotations.left_out
             )
         annotations.sources = {video: _sources(video) for video in annotations.video_ids()}
         return require_splits(annotations, path)
 
 
-def _captions_by_id(path: Path) -> dict[str, list[str]]:
+def _captions_by_id(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
     captions = read_json(path, dict)
     unwrapped = {
         video: value.get("enCap") if isinstance(value, dict) else value
         for video, value in captions.items()
     }
-    return checked_captions(path, unwrapped)
+    return checked_captions(path, unwrapped, left_out)
 
 
-def _official_captions(path: Path) -> dict[str, list[str]]:
-    try:
-        captions = {entry["videoID"]: entry["enCap"] for entry in read_json(path, list)}
-    except (KeyError, TypeError) as error:
-        raise AnnotationError(
-            f'{path} does not list {{"videoID": .., "enCap": [..]}} ({type(error).__name__}:'
-            f" {error})"
-        ) from error
-    return checked_captions(path, captions)
+def _official_captions(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
+    """Captions by id; the entries of one id are one video with the captions of all."""
+    entries = enumerate(read_json(path, list), start=1)
+    placed = ((f"{path.name}, entry {number}", entry) for number, entry in entries)
+    form = '{"videoID": "..", "enCap": ["..", ..], ..}'
+    captions: dict[str, list[str]] = {}
+    for video, found in parse_all(placed, _entry, left_out, f"entries of {path}", form):
+        known = captions.setdefault(video, [])
+        known += [text for text in found if text not in known] if known else found
+    return checked_captions(path, captions, left_out)
+
+
+def _entry(entry: Mapping[str, Any]) -> tuple[str, list[str]]:
+    video, captions = entry["videoID"], entry["enCap"]
+    if not isinstance(video, str) or not isinstance(captions, list):
+        raise TypeError("another form")
+    return video, captions
 
 
 def _sources(video_id: str) -> tuple[Source, ...]:

@@ -32,7 +32,8 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
     """Loads a split by its role (`train`, `val` or `test`) or by its stored name.
 
     With `config.holdout`, `val` is that many videos of the training split, chosen by the hash of
-    their ids, with the first caption of each; `train` is the rest.
+    their ids, with the first caption of each; `train` is the rest. All videos of a file are in the
+    same one, so there can be a few more.
 
     Raises:
       DatasetError: the dataset has no such split, or too few videos to hold out.
@@ -41,19 +42,22 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
     if not config.holdout or name not in ("train", "val"):
         return dataset.split(stored.get(name, name))
     full = dataset.split(config.train_split)
-    if config.holdout >= len(full.videos):
+    held_out = _held_out(dataset, full.videos, min(config.holdout, len(full.videos)))
+    if len(held_out) == len(full.videos):
         raise DatasetError(
             f"config.data.holdout={config.holdout} leaves nothing to train on:"
             f" {config.train_split} has {len(full.videos)} videos"
         )
-    held_out = _held_out(dataset, full.videos, config.holdout)
     rows = held_out if name == "val" else np.delete(np.arange(len(full.videos)), held_out)
     captions = full.captions.subset(rows, first_only=name == "val")
     return Split(full.videos[rows], captions, np.zeros((0, 2), np.int32))
 
 
 def _held_out(dataset: VideoDataset, videos: np.ndarray, count: int) -> np.ndarray:
-    """Indices, ascending, of the `count` videos whose ids have the smallest SHA-256."""
+    """Indices, ascending, of the videos whose ids have the smallest SHA-256: at least `count`.
+
+    There are more if the last file has several videos.
+    """
     hashes = dataset.id_hashes(videos)
     # Those whose first bytes are small enough are few; the whole hashes decide between them.
     candidates = np.flatnonzero(hashes <= np.partition(hashes, count - 1)[count - 1])
@@ -61,7 +65,18 @@ def _held_out(dataset: VideoDataset, videos: np.ndarray, count: int) -> np.ndarr
     def whole_hash(row: int) -> bytes:
         return hashlib.sha256(dataset.video_ids[videos[row]].encode()).digest()
 
-    return np.sort(sorted(candidates, key=whole_hash)[:count])
+    first = np.array(sorted(candidates, key=whole_hash)[:count])
+    rows = np.flatnonzero(np.isin(videos, dataset.of_same_files(videos[first])))
+    if len(rows) == count:
+        return rows
+    by_file: dict[str, list[int]] = {}
+    for row in rows:
+        by_file.setdefault(dataset.sources[videos[row]][0], []).append(row)
+    held: list[int] = []
+    for row in first:
+        if len(held) < count:
+            held += by_file.pop(dataset.sources[videos[row]][0], [])
+    return np.sort(held)
 
 
 # Batches that are read ahead of the step.

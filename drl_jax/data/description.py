@@ -14,6 +14,7 @@ import numpy as np
 from drl_jax.data.content import content_sha256
 from drl_jax.data.description_files import (
     VIDEOS_FILE,
+    Sources,
     Videos,
     captions_file,
     id_hash,
@@ -61,8 +62,7 @@ class Description:
             return
         self.files = [VIDEOS_FILE, *map(captions_file, self.split_names)]
         for name in self.files:
-            if not (directory / name).is_file():
-                raise FileNotFoundError(f"{name} is missing")
+            (directory / name).stat()
             if name not in self._hashes:
                 raise ValueError(f"the hash of {name} is missing in manifest.json")
         self._check(VIDEOS_FILE)
@@ -104,6 +104,11 @@ class Description:
             return self.videos.id_hashes[records]
         ids = self.videos.ids
         return np.fromiter((id_hash(ids[record]) for record in records), np.uint64, len(records))
+
+    def of_same_files(self, records: np.ndarray) -> np.ndarray:
+        """Indices of all records whose files are those of these, ascending."""
+        sources = self.videos.sources
+        return sources.of_same_files(records) if isinstance(sources, Sources) else np.sort(records)
 
     @functools.cached_property
     def _metadata_sha256(self) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 
 from drl_jax.data.splits import CaptionOrigin, Captions
@@ -69,7 +70,7 @@ class Strings(Sequence[str]):
 class Sources(Sequence[list]):
     """Source of each record: [path below the videos' folder] or [path, start, end] in seconds."""
 
-    def __init__(self, files: Strings, starts: pa.DoubleArray, ends: pa.DoubleArray):
+    def __init__(self, files: pa.LargeStringArray, starts: pa.DoubleArray, ends: pa.DoubleArray):
         self._files, self._starts, self._ends = files, starts, ends
 
     def __len__(self) -> int:
@@ -78,7 +79,12 @@ class Sources(Sequence[list]):
     def __getitem__(self, index: int) -> list:
         start = self._starts[int(index)].as_py()
         span = [] if start is None else [start, self._ends[int(index)].as_py()]
-        return [self._files[index], *span]
+        return [self._files[int(index)].as_py(), *span]
+
+    def of_same_files(self, records: np.ndarray) -> np.ndarray:
+        """Indices of all records whose files are those of these, ascending."""
+        found = pc.is_in(self._files, value_set=self._files.take(pa.array(records)))
+        return np.flatnonzero(found.to_numpy(zero_copy_only=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +139,7 @@ def read_videos(directory: Path) -> Videos:
     """
     batch = _read(directory / VIDEOS_FILE, _VIDEOS_SCHEMA)
     ids, hashes, files, starts, ends = batch.columns
-    return Videos(Strings(ids), Sources(Strings(files), starts, ends), hashes.to_numpy())
+    return Videos(Strings(ids), Sources(files, starts, ends), hashes.to_numpy())
 
 
 def write_captions(

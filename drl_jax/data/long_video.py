@@ -77,8 +77,9 @@ def sample_video(path: Path, form: FrameForm, emit: Callable[[np.ndarray], None]
 
     Raises:
       VideoError: no frame could be decoded.
+      Unavailable: the file cannot be read.
     """
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         _, fps = count_frames(path)
         stride = max(1, round(fps))
         to_rgb, times, shots, starts = RgbConverter(), [], [], []

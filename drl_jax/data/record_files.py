@@ -31,11 +31,10 @@ class RecordFiles(Sequence[bytes]):
           lengths: number of records in each.
 
         Raises:
-          FileNotFoundError: a file is missing.
+          OSError: a file is missing, or cannot be accessed.
         """
         for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file.name} is missing")
+            file.stat()
         self.files = files
         # For each file, the number of records in it and in those before it.
         self._ends = list(itertools.accumulate(lengths))
@@ -58,7 +57,7 @@ class RecordFiles(Sequence[bytes]):
 
         Raises:
           IndexError: there is no such record.
-          OSError, RuntimeError, ValueError: the file is damaged.
+          OSError, RuntimeError, ValueError: the file is damaged or cannot be read (`refusal`).
         """
         if not 0 <= record < len(self):
             raise IndexError(f"there is no record {record}")

@@ -21,7 +21,7 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.record_files import RecordFiles
 from drl_jax.data.splits import Split
 from drl_jax.data.storage import StorageSpec, build_command
-from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
 from drl_jax.runtime.files import sha256
 
 # Increase it when the layout of the records changes. It is a part of the path: a dataset of another
@@ -63,6 +63,7 @@ class VideoDataset:
 
         Raises:
           DatasetError: there is no dataset in it, or it is damaged.
+          Unavailable: a file cannot be read.
         """
         if not directory.is_dir():
             raise DatasetError(_not_built_message(directory))
@@ -88,7 +89,7 @@ class VideoDataset:
                 raise ValueError(f"{METADATA} describes {named} of its {len(self._records)} videos")
         # TFDS raises many kinds of errors for a damaged file.
         except Exception as error:
-            raise DatasetError(_damaged_message(directory, directory, error)) from error
+            raise _damaged(directory, directory, error) from error
 
     def __len__(self) -> int:
         """Number of stored videos."""
@@ -125,7 +126,7 @@ class VideoDataset:
         try:
             return self._description.content(frames)
         except _DAMAGED as error:
-            raise DatasetError(_damaged_message(self.directory, self.directory, error)) from error
+            raise _damaged(self.directory, self.directory, error) from error
 
     def id_hashes(self, videos: np.ndarray) -> np.ndarray:
         """The first 8 bytes of the SHA-256 of ids, as numbers.
@@ -138,11 +139,23 @@ class VideoDataset:
         """
         return self._description.id_hashes(videos)
 
+    def of_same_files(self, videos: np.ndarray) -> np.ndarray:
+        """All videos whose source files are those of some videos.
+
+        Args:
+          videos: int [V], record indices.
+
+        Returns:
+          int [W], record indices; W is V or more.
+        """
+        return self._description.of_same_files(videos)
+
     def split(self, name: str) -> Split:
         """The videos and captions of a split.
 
         Raises:
           DatasetError: the dataset has no such split, or the file of its captions is damaged.
+          Unavailable: that file cannot be read.
         """
         if name not in self.split_names:
             raise DatasetError(
@@ -152,7 +165,7 @@ class VideoDataset:
         try:
             return self._description.split(name)
         except _DAMAGED as error:
-            raise DatasetError(_damaged_message(self.directory, self.directory, error)) from error
+            raise _damaged(self.directory, self.directory, error) from error
 
     def queries_sha256(self, split: Split) -> str:
         """Hexadecimal SHA-256 of the ids and captions of a split, in their order."""
@@ -168,6 +181,7 @@ class VideoDataset:
 
         Raises:
           DatasetError: the record is damaged, or is that of another video or storage variant.
+          Unavailable: its file cannot be read.
         """
         video = int(video)
         video_id = self.video_ids[video]
@@ -177,12 +191,10 @@ class VideoDataset:
             if stored_id not in (video_id, video_id.encode()):
                 raise ValueError(f"it holds the video {stored_id!r}")
             _check_frames(frames, self.storage)
-        except MemoryError:
-            raise
         # array_record raises RuntimeError for a wrong checksum, and other errors at other places.
         except Exception as error:
             what = f"{self._records.file(video)}, record {video} (video {video_id})"
-            raise DatasetError(_damaged_message(self.directory, what, error)) from error
+            raise _damaged(self.directory, what, error) from error
         return frames
 
 
@@ -191,10 +203,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
     Raises:
       DatasetError: it is damaged.
+      Unavailable: it cannot be read.
     """
     path = directory / MANIFEST
-    if not path.is_file():
-        return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
@@ -205,8 +216,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         str(manifest["content"]), str(manifest["versions"]["av"]), len(manifest["left_out"])
         if not all(isinstance(s, dict) for s in dict(manifest.get("splits", {})).values()):
             raise TypeError("its splits are not objects by name")
+    except FileNotFoundError:
+        return {}
     except _DAMAGED as error:
-        raise DatasetError(_damaged_message(directory, path, error)) from error
+        raise _damaged(directory, path, error) from error
     return manifest
 
 
@@ -219,8 +232,7 @@ def _check_descriptions(directory: Path, manifest: dict[str, Any]) -> None:
     """Compares the files that TFDS wrote with their hashes, if the manifest has them."""
     hashes = manifest.get("files", {})
     for name in DESCRIPTIONS:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{name} is missing")
+        (directory / name).stat()
         if name in hashes and sha256(directory / name) != hashes[name]:
             raise ValueError(f"{name} is not the file that the build wrote")
 
@@ -243,9 +255,11 @@ def _check_frames(frames: np.ndarray, storage: StorageSpec) -> None:
         raise ValueError(f"it has {len(frames)} frames")
 
 
-def _damaged_message(directory: Path, what: object, error: Exception) -> str:
+def _damaged(directory: Path, what: str | Path, error: Exception) -> DatasetError:
+    """The error of a damaged part of the dataset in `directory`, unless it was refused."""
+    raise_if_refused(what, error)
     command = _build_command(directory, "--overwrite")
-    return f"{what} is damaged or cannot be read ({one_line(error)}); rebuild it with: {command}"
+    return DatasetError(f"{what} is damaged ({one_line(error)}); rebuild it with: {command}")
 
 
 def _not_built_message(directory: Path) -> str:

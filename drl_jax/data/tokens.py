@@ -16,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from drl_jax.data.splits import CaptionOrigin, Captions
-from drl_jax.models.tokenizers import Tokenizer
+from drl_jax.models.tokenizers.base import Tokenizer, warn_of_cut
+from drl_jax.runtime.errors import refusal
 from drl_jax.runtime.files import seal, sha256, unseal, write_json
 
 TOKENS = "tokens"
@@ -50,9 +51,11 @@ def caption_tokens(
 ) -> Tokens:
     """The tokens of `captions.texts`: stored ones if there are any, or else computed.
 
+    Says how many captions are cut (`warn_of_cut`).
+
     Computed tokens are stored beside the captions where that directory can be written, and
     otherwise kept in memory. Stored ones that are damaged, or of other captions, are computed
-    again. Processes may do so at the same time.
+    again; those that cannot be read stay as they are. Processes may do so at the same time.
 
     Args:
       captions: the captions.
@@ -61,30 +64,32 @@ def caption_tokens(
       quiet: whether to print no progress and no warning.
     """
     texts, origin = captions.texts, captions.origin
-    if origin is None:
-        return Tokens(_in_memory(texts, tokenizer, max_words, quiet), tokenizer.pad_id)
-    rows = _read(origin, len(texts), tokenizer, max_words)
-    if rows is None:
-        try:
+    found = None
+    try:
+        found = _read(origin, len(texts), tokenizer, max_words) if origin else None
+        if found is None and origin:
             store_tokens(captions, tokenizer, max_words, quiet=quiet)
-            rows = _read(origin, len(texts), tokenizer, max_words)
-        except OSError as error:
-            if not quiet:
-                tqdm.write(
-                    f"the tokens of {origin.split} cannot be stored in"
-                    f" {origin.directory / TOKENS} ({error.strerror or error}): they are kept in"
-                    " memory, and computed again by the next training",
-                    file=sys.stderr,
-                )
-    if rows is None:
-        rows = _in_memory(texts, tokenizer, max_words, quiet)
+            found = _read(origin, len(texts), tokenizer, max_words)
+    except OSError as error:
+        if not quiet:
+            tqdm.write(
+                f"the tokens of {origin.split} cannot be read from or stored in"
+                f" {origin.directory / TOKENS} ({error.strerror or error}): they are kept in"
+                " memory, and computed again by the next training",
+                file=sys.stderr,
+            )
+    rows, cut = found or _in_memory(texts, tokenizer, max_words, quiet)
+    if not quiet:
+        warn_of_cut(cut, len(texts), max_words, f"split {origin.split}" if origin else "")
     return Tokens(rows, tokenizer.pad_id)
 
 
 def store_tokens(
     captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
-) -> None:
+) -> int:
     """Computes and stores the tokens of `captions.texts`, which have an origin.
+
+    Returns how many captions are cut.
 
     Args:
       captions: the captions.
@@ -95,7 +100,7 @@ def store_tokens(
     Raises:
       OSError: they cannot be written.
     """
-    texts, origin = captions.texts, captions.origin
+    texts, origin, cut = captions.texts, captions.origin, 0
     entry = _entry(origin, tokenizer, max_words)
     # A name of its own: processes, also of other hosts, may store the same tokens.
     unfinished = entry.with_name(f"unfinished.{uuid.uuid4().hex}")
@@ -109,14 +114,16 @@ def store_tokens(
                 "shape": (len(texts),),
             }
             np.lib.format.write_array_header_1_0(file, header)
-            for rows in _tokenized(texts, tokenizer, max_words, quiet):
+            for rows, cut_rows in _tokenized(texts, tokenizer, max_words, quiet):
                 file.write(rows.tobytes())
+                cut += cut_rows
         about = _about(origin, len(texts), tokenizer, max_words)
-        about["ids_sha256"] = sha256(unfinished / _IDS_FILE)
+        about |= {"ids_sha256": sha256(unfinished / _IDS_FILE), "cut": cut}
         write_json(unfinished / _ABOUT_FILE, seal(about))
         _publish(unfinished, entry)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    return cut
 
 
 def _publish(unfinished: Path, entry: Path) -> None:
@@ -149,21 +156,26 @@ def _about(
 
 def _read(
     origin: CaptionOrigin, texts: int, tokenizer: Tokenizer, max_words: int
-) -> np.ndarray | None:
-    """Maps stored tokens into memory; None if there are none, or they cannot be used."""
+) -> tuple[np.ndarray, int] | None:
+    """Maps stored tokens into memory, with the number of captions that are cut.
+
+    None if there are none, or they cannot be used. Raises OSError if they cannot be read.
+    """
     entry = _entry(origin, tokenizer, max_words)
     try:
         about = unseal((entry / _ABOUT_FILE).read_text(encoding="utf-8"))
-        digest = about.pop("ids_sha256", None)
-        if about != _about(origin, texts, tokenizer, max_words):
+        digest, cut = about.pop("ids_sha256", None), about.pop("cut", None)
+        if cut is None or about != _about(origin, texts, tokenizer, max_words):
             return None
         if digest != sha256(entry / _IDS_FILE):
             return None
         rows = np.load(entry / _IDS_FILE, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if (refused := refusal(error)) is not None:
+            raise refused from error
         return None
     # A plain array: indexing one of class memmap takes longer.
-    return rows.view(np.ndarray)
+    return rows.view(np.ndarray), cut
 
 
 def _row_dtype(tokenizer: Tokenizer, max_words: int) -> np.dtype:
@@ -174,26 +186,27 @@ def _row_dtype(tokenizer: Tokenizer, max_words: int) -> np.dtype:
 
 def _in_memory(
     texts: Sequence[str], tokenizer: Tokenizer, max_words: int, quiet: bool
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
     rows = np.empty(len(texts), _row_dtype(tokenizer, max_words))
-    done = 0
-    for chunk in _tokenized(texts, tokenizer, max_words, quiet):
+    done = cut = 0
+    for chunk, cut_rows in _tokenized(texts, tokenizer, max_words, quiet):
         rows[done : done + len(chunk)] = chunk
         done += len(chunk)
-    return rows
+        cut += cut_rows
+    return rows, cut
 
 
 def _tokenized(
     texts: Sequence[str], tokenizer: Tokenizer, max_words: int, quiet: bool
-) -> Iterator[np.ndarray]:
-    """Yields the rows of `Tokens` for a chunk of captions at a time."""
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields the rows of `Tokens`, and how many are cut, for a chunk of captions at a time."""
     dtype = _row_dtype(tokenizer, max_words)
     # The bar appears only if there is something to wait for.
     with tqdm(total=len(texts), desc="tokenizing", unit="caption", delay=2, disable=quiet) as bar:
         for start in range(0, len(texts), _CHUNK):
-            ids, mask = tokenizer.tokenize(texts[start : start + _CHUNK], max_words)
+            ids, mask, is_cut = tokenizer.tokenize(texts[start : start + _CHUNK], max_words)
             rows = np.zeros(len(ids), dtype)
             rows["length"] = mask.sum(axis=1)
             rows["ids"] = np.where(mask, ids, 0)
-            yield rows
+            yield rows, int(is_cut.sum())
             bar.update(len(rows))

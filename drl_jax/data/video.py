@@ -8,6 +8,7 @@ counted as decoded, swscale's default flags. It never seeks: seeking returns wro
 with edit lists or B-frames in AVI.
 """
 
+import codecs
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from drl_jax.data.frame_form import FrameForm
+from drl_jax.runtime.errors import Unavailable, refusal
 
 # Suffixes of video files, lower case.
 VIDEO_SUFFIXES = (
@@ -27,6 +29,13 @@ VIDEO_SUFFIXES = (
     *(".flv", ".f4v", ".mpg", ".mpeg", ".mpe", ".3gp", ".3g2", ".ogv", ".gif"),
     *(".mts", ".m2ts", ".ts", ".qt", ".asf", ".vob"),
 )
+# FFmpeg's demuxers of files with these suffixes, also of raw streams (mpegvideo, m4v) and of FLV
+# that nginx records (live_flv). None of them opens what a file names; concat, hls and others do.
+_DEMUXERS = (
+    *("mov", "avi", "matroska", "asf", "flv", "live_flv", "mpeg", "mpegvideo", "mpegts", "m4v"),
+    *("ogg", "gif"),
+)
+_CONTAINER_OPTIONS = {"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "none"}
 # Start and end of a part of a video, seconds.
 Span = tuple[float, float]
 # PIL's filters; they average over all pixels that become one.
@@ -40,7 +49,7 @@ _LENIENT = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0
 
 
 class Openable(Protocol):
-    """A video inside another file. FFmpeg sees the suffix of the opened file's `name`, if any."""
+    """A video inside another file; the suffix of the opened file's `name`, if any, is its own."""
 
     def open(self, mode: str = "rb") -> BinaryIO: ...
 
@@ -130,8 +139,9 @@ def read_timed_frames(
 
     Raises:
       VideoError: no frame could be decoded.
+      Unavailable: the file cannot be read.
     """
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         n_frames, fps = count_frames(path)
         positions = sample_positions(n_frames, fps, max_frames, span)
         if n_frames and not positions:
@@ -159,8 +169,9 @@ def video_length(path: VideoFile) -> float:
 
     Raises:
       VideoError: it is not a video.
+      Unavailable: it cannot be read.
     """
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         n_frames, fps = count_frames(path)
     return n_frames / fps
 
@@ -195,9 +206,9 @@ def inspect_video(path: VideoFile, max_frames: int, form: FrameForm) -> VideoFac
       form: form of the frames.
 
     Raises:
-      VideoError: as in `read_frames`.
+      VideoError, Unavailable: as in `read_frames`.
     """
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         n_frames, fps = count_frames(path)
         wanted, sampled = set(sample_positions(n_frames, fps, max_frames)), []
         to_rgb, times, frames, damaged = RgbConverter(), [], 0, 0
@@ -221,27 +232,86 @@ def _stacked(frames: list[np.ndarray]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def ffmpeg_errors() -> Iterator[None]:
-    """Converts FFmpeg's errors, and those of impossible values in a file, to VideoError."""
+def ffmpeg_errors(path: VideoFile) -> Iterator[None]:
+    """Converts FFmpeg's errors, and those of impossible values in a file, to VideoError.
+
+    Errors of the operating system, which say nothing about the content, become Unavailable.
+    """
     try:
         yield
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+    # First: some are also errors of the operating system, e.g. EIO where a file is cut.
+    except (av.error.FFmpegError, ValueError, ArithmeticError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(f"cannot be read as a video ({' '.join(reason.split())})") from error
+    except (OSError, MemoryError) as error:
+        found = error if isinstance(error, OSError) else refusal(error)
+        raise Unavailable(getattr(path, "path", path), found) from error
 
 
-def open_container(file: str | BinaryIO) -> av.container.InputContainer:
-    """Opens a video with PyAV, also one whose titles are not UTF-8."""
-    return av.open(file, **_LENIENT)
+class _Source:
+    """A file as FFmpeg sees it, which would take an error of reading for the end."""
+
+    def __init__(self, file: BinaryIO):
+        self.name = f"video{Path(str(getattr(file, 'name', ''))).suffix}"
+        self.tell, self._file = file.tell, file
+        self.error: OSError | None = None
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.error = error
+            return b""
+
+    def seek(self, offset: int, whence: int) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):  # A damaged file may name a place before its start.
+            return -1
 
 
 @contextlib.contextmanager
-def _open(path: VideoFile) -> Iterator[av.container.InputContainer]:
-    with contextlib.ExitStack() as stack:
-        file = str(path) if isinstance(path, Path) else stack.enter_context(path.open("rb"))
-        yield stack.enter_context(open_container(file))
+def open_container(path: VideoFile) -> Iterator[av.container.InputContainer]:
+    """Opens a video with PyAV, also one whose titles are not UTF-8.
+
+    FFmpeg gets the bytes and no name, which it could take for an address, and opens nothing else.
+
+    Raises:
+      VideoError: it is not a video.
+      OSError: it cannot be opened or, also at the end of the context, read.
+    """
+    with path.open("rb") as file:
+        source = _Source(file)
+        try:
+            try:
+                container = av.open(source, container_options=_CONTAINER_OPTIONS, **_LENIENT)
+            except av.error.FFmpegError as error:
+                if text := _start_of_text(file):
+                    reason = f"its content is text that starts with {text!r}"
+                elif isinstance(error, av.error.ArgumentError):
+                    reason = f"its format is none of {', '.join(_DEMUXERS)}"
+                else:
+                    raise
+                raise VideoError(f"is not a video: {reason}") from error
+            with container:
+                yield container
+        finally:
+            if source.error is not None:
+                raise source.error
+
+
+def _start_of_text(file: BinaryIO) -> str:
+    """The first words of a file of text, e.g. of a web page; empty for any other file."""
+    file.seek(0)
+    try:
+        # A character may be cut.
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(file.read(60))
+    except UnicodeDecodeError:
+        return ""
+    text = " ".join(text.split())
+    return text if text.isprintable() else ""
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -260,7 +330,7 @@ def count_frames(path: VideoFile) -> tuple[int, float]:
 
     The reference counts frames in the same way; the counts in headers are unreliable.
     """
-    with _open(path) as container:
+    with open_container(path) as container:
         stream = _video_stream(container)
         rate = stream.average_rate or stream.guessed_rate or 1
         return sum(1 for packet in container.demux(stream) if packet.size), float(rate)
@@ -268,7 +338,7 @@ def count_frames(path: VideoFile) -> tuple[int, float]:
 
 def decode(path: VideoFile) -> Iterator[av.VideoFrame | None]:
     """Yields all frames in display order, and None for each damaged packet."""
-    with _open(path) as container:
+    with open_container(path) as container:
         stream = _video_stream(container)
         # With frame threads, the decoded frames of a damaged file differ from run to run.
         stream.thread_type = "NONE"
@@ -293,7 +363,7 @@ class RgbConverter:
 
 
 def _header_duration(path: VideoFile) -> float:
-    with _open(path) as container:
+    with open_container(path) as container:
         stream = _video_stream(container)
         if stream.duration and stream.time_base:
             return float(stream.duration * stream.time_base)

@@ -14,6 +14,7 @@ from drl_jax.embeddings import SHARD_SIZE
 from drl_jax.embeddings.inputs import VideoFolder
 from drl_jax.embeddings.output import Output
 from drl_jax.models.interactions import Features
+from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256
@@ -53,15 +54,19 @@ def embed_captions(
         "model": model.fingerprint,
         "list of captions": json_sha256(list(captions)),
         "--dtype": dtype,
+        "max_words": model.config.data.max_words,
     }
+    encoded = cut = 0
     with Output(out, made_with, len(captions), shard_size) as output:
         pending = list(output.pending())
         with _progress(pending, len(captions), "caption") as progress:
             for file, numbers in pending:
                 part = captions[numbers.start : numbers.stop]
-                arrays = _of_captions(model, part, dtype)
-                output.write(file, arrays, _about(model), {})
+                tokens = model.tokenize(part)
+                output.write(file, _of_captions(model, part, tokens, dtype), _about(model), {}, {})
+                encoded, cut = encoded + len(part), cut + int(tokens.is_cut.sum())
                 progress.update(len(part))
+    warn_of_cut(cut, encoded, model.config.data.max_words)
     return output
 
 
@@ -122,7 +127,9 @@ def embed_videos(
                 for path, read in zip(paths, islice(reads, len(paths)), strict=True):
                     shard.add(path, read)
                     progress.update()
-                output.write(file, shard.arrays(), _about(model), shard.unreadable)
+                output.write(
+                    file, shard.arrays(), _about(model), shard.unreadable, shard.unavailable
+                )
     return output
 
 
@@ -131,6 +138,7 @@ class _VideoShard:
 
     def __init__(self, model: RetrievalModel, dtype: str, windows: bool):
         self.unreadable: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
         self._model, self._dtype, self._windows = model, dtype, windows
         self._waiting: list[tuple[str, VideoRead]] = []
         self._encoded: list[dict[str, np.ndarray]] = []
@@ -138,7 +146,7 @@ class _VideoShard:
     def add(self, path: str, read: VideoRead | WorkerFailure) -> None:
         """Takes a video that was read."""
         if isinstance(read, WorkerFailure):
-            self.unreadable[path] = read.reason
+            (self.unavailable if read.is_passing else self.unreadable)[path] = read.reason
         elif read.failure:
             raise UserError(f"cannot write the frames of {path} beside --out ({read.failure})")
         elif read.error:
@@ -180,13 +188,13 @@ class _VideoShard:
 
 
 def _of_captions(
-    model: RetrievalModel, captions: Sequence[str], dtype: str
+    model: RetrievalModel, captions: Sequence[str], tokens: Tokenized, dtype: str
 ) -> dict[str, np.ndarray]:
-    text = model.encode_text(captions)
-    tokens = model.token_strings(captions)
-    longest = max(len(token) for row in tokens for token in row)
+    text = model.encode_tokens(tokens)
+    words = model.token_strings(captions)
+    longest = max(len(word) for row in words for word in row)
     token = np.zeros(text["text_mask"].shape, f"<U{longest}")
-    for row, strings in enumerate(tokens):
+    for row, strings in enumerate(words):
         token[row, text["text_mask"][row]] = strings
     features = {"pooled": model.pool_text(text), **text}
     return {"caption": np.array(captions), **_stored(features, dtype), "token": token}

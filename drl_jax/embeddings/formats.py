@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.files import replacing
 
 # Name of the text about the model.
@@ -34,14 +34,14 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: str) -> int:
       The size of the file, bytes.
 
     Raises:
-      UserError: it cannot be written, e.g. because the disk is full.
+      Unavailable: it cannot be written, e.g. because the disk is full.
     """
     content = _FORMATS[path.suffix](arrays, about)
     try:
         with replacing(path) as unfinished:
             unfinished.write_bytes(content)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise Unavailable(path, error, "written") from error
     return len(content)
 
 

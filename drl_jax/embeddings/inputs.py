@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drl_jax.data.video import VIDEO_SUFFIXES
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
+from drl_jax.runtime.files import parse_json
 from drl_jax.search.rows import IndexedVideo
 from drl_jax.search.video_files import find_videos, is_text, names_of_no_files
 
@@ -68,7 +69,7 @@ def read_captions(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise Unavailable(path, error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
     captions = []
@@ -109,6 +110,8 @@ def _csv(path: Path, text: str) -> _Captions:
     header = next(rows, [_FIELD])
     if _FIELD not in header:
         raise UserError(f"{path} has no column {_FIELD}; it has {', '.join(header)}")
+    if header.count(_FIELD) > 1:
+        raise UserError(f"{path} has two columns {_FIELD}")
     column = header.index(_FIELD)
     for row in rows:
         yield f"line {rows.line_num}", "".join(row[column : column + 1])
@@ -117,11 +120,11 @@ def _csv(path: Path, text: str) -> _Captions:
 def _jsonl(path: Path, text: str) -> _Captions:
     del path
     for number, line in enumerate(io.StringIO(text), start=1):
-        yield f"line {number}", json.loads(line) if line.strip() else ""
+        yield f"line {number}", parse_json(line) if line.strip() else ""
 
 
 def _json(path: Path, text: str) -> _Captions:
-    values = json.loads(text)
+    values = parse_json(text)
     if not isinstance(values, list):
         raise UserError(f"{path} is not a list of captions")
     for number, value in enumerate(values, start=1):

@@ -15,7 +15,7 @@ import numpy as np
 
 from drl_jax.embeddings import SUFFIXES
 from drl_jax.embeddings.formats import write_arrays
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError, raise_if_refused
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.lock import locked
 
@@ -69,7 +69,7 @@ class Output:
         self._out, self._made_with = out, {**made_with, "--shard_size": shard_size}
         self._inputs, self._shard_size = inputs, shard_size
         self._unusable = dict(unusable or {})
-        # By name: rows, bytes, and what could not be read, with the reasons.
+        # By name: rows, bytes, and with the reasons what cannot be read, and could not this time.
         self._finished: dict[str, dict[str, Any]] = {}
         self._resources = contextlib.ExitStack()
 
@@ -94,15 +94,24 @@ class Output:
         self._resources.close()
 
     def pending(self) -> Iterator[tuple[Path, range]]:
-        """The files that are not finished, each with the numbers of its inputs."""
+        """The files that are not finished, each with the numbers of its inputs.
+
+        Those with an input that could not be read this time are made again.
+        """
         for number, file in enumerate(self.files):
             known = self._finished.get(file.name)
-            if known is None or not file.is_file() or file.stat().st_size != known["bytes"]:
+            is_finished = known is not None and not known["unavailable"]
+            if not is_finished or not file.is_file() or file.stat().st_size != known["bytes"]:
                 first = number * self._shard_size
                 yield file, range(first, min(first + self._shard_size, self._inputs))
 
     def write(
-        self, file: Path, arrays: dict[str, np.ndarray], about: str, unreadable: dict[str, str]
+        self,
+        file: Path,
+        arrays: dict[str, np.ndarray],
+        about: str,
+        unreadable: dict[str, str],
+        unavailable: dict[str, str],
     ) -> None:
         """Writes a file, and what could not be read of its inputs to the report.
 
@@ -111,7 +120,12 @@ class Output:
         """
         size = write_arrays(file, arrays, about)
         rows = len(next(iter(arrays.values())))
-        self._finished[file.name] = {"rows": rows, "bytes": size, "unreadable": unreadable}
+        self._finished[file.name] = {
+            "rows": rows,
+            "bytes": size,
+            "unreadable": unreadable,
+            "unavailable": unavailable,
+        }
         self._write_report()
 
     @property
@@ -129,18 +143,12 @@ class Output:
         """Why inputs could not be read, by name; also of names that could be no inputs."""
         found = dict(self._unusable)
         for file in self.files:
-            found |= self._finished.get(file.name, {"unreadable": {}})["unreadable"]
+            known = self._finished.get(file.name, {})
+            found |= known.get("unreadable", {}) | known.get("unavailable", {})
         return found
 
     def _read_report(self) -> dict[str, dict[str, Any]]:
         """The finished files of an earlier run with the same inputs."""
-        if not self.report.exists():
-            if existing := [file for file in self.files if file.exists()]:
-                raise UserError(
-                    f"{existing[0]} exists, and {self.report} does not: delete it, or"
-                    " give another --out"
-                )
-            return {}
         try:
             report = json.loads(self.report.read_text(encoding="utf-8"))
             made_with = dict(report["made_with"])
@@ -149,19 +157,29 @@ class Output:
                     "rows": int(file["rows"]),
                     "bytes": int(file["bytes"]),
                     "unreadable": dict(file["unreadable"]),
+                    "unavailable": dict(file.get("unavailable", {})),
                 }
                 for name, file in report["files"].items()
             }
+        except FileNotFoundError as error:
+            if existing := [file for file in self.files if file.exists()]:
+                raise UserError(
+                    f"{existing[0]} exists, and {self.report} does not: move it away, or give"
+                    " another --out"
+                ) from error
+            return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise_if_refused(self.report, error)
             raise UserError(
-                f"{self.report} cannot be read as a report; delete it and its files"
+                f"{self.report} is damaged, or no report; move it and its files away, or give"
+                " another --out"
             ) from error
         for name, value in self._made_with.items():
             # A run that finished no file binds no other one.
             if finished and made_with.get(name) != value:
                 raise UserError(
-                    f"{self._out} was made with another {name}; give another --out, or delete its"
-                    f" files and {self.report.name}"
+                    f"{self._out} was made with another {name}; give another --out, or move its"
+                    f" files and {self.report.name} away"
                 )
         return finished
 
@@ -183,4 +201,4 @@ class Output:
         try:
             write_json(self.report, report)
         except OSError as error:
-            raise UserError(f"cannot write {self.report}: {error.strerror}") from error
+            raise Unavailable(self.report, error, "written") from error

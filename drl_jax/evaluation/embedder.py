@@ -16,8 +16,12 @@ from drl_jax.data.frames import pad_frames
 from drl_jax.models.drl import Params, abstract_params, model_definition
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.models.tokenizers.base import Tokenized
 from drl_jax.runtime.distributed import is_main
 from drl_jax.sharding import Layout
+
+# Positions that a text tower reads at least.
+_LEAST_POSITIONS = 32
 
 
 class Embedder:
@@ -44,14 +48,29 @@ class Embedder:
         self._config, self._layout = config, layout
         self._steps = make_embed_steps(config.model, layout, keep_tokens=keep_tokens)
 
-    def encode_text(self, params: Params, captions: list[str]) -> Features:
-        """N captions -> the arrays of `DRL.encode_text`."""
-        text_ids, text_mask = self.tokenizer.tokenize(captions, self._config.data.max_words)
+    def tokenize(self, captions: Sequence[str]) -> Tokenized:
+        """The ids of captions, at most `data.max_words` each."""
+        return self.tokenizer.tokenize(captions, self._config.data.max_words)
+
+    def encode_text(self, params: Params, tokens: Tokenized) -> Features:
+        """The tokens of N captions -> the arrays of `DRL.encode_text`.
+
+        The tower reads as many positions as the longest caption needs, in a few sizes: the feature
+        of a token does not depend on the padding after it, and interactions multiply that of the
+        padding by 0.
+        """
+        text_ids, text_mask, _ = tokens
+        longest = int(text_mask.sum(axis=1).max())
+        positions = max(_LEAST_POSITIONS, 1 << (longest - 1).bit_length())
 
         def read(rows: np.ndarray) -> Features:
-            return {"text_ids": text_ids[rows], "text_mask": text_mask[rows]}
+            return {
+                "text_ids": text_ids[rows, :positions],
+                "text_mask": text_mask[rows, :positions],
+            }
 
-        return self._encode(params, self._steps.encode_text, read, len(captions), "caption")
+        text = self._encode(params, self._steps.encode_text, read, len(text_ids), "caption")
+        return pad_tokens(text, text_ids.shape[1])
 
     def encode_video(
         self, params: Params, read: Callable[[np.ndarray], list[np.ndarray]], count: int
@@ -143,6 +162,16 @@ class Embedder:
                 parts.append({name: np.asarray(array)[:valid] for name, array in feat.items()})
                 progress.update(valid)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def pad_tokens(text: Features, length: int) -> Features:
+    """Arrays of captions with `length` tokens each; those that are added are masked zeros."""
+
+    def padded(array: np.ndarray) -> np.ndarray:
+        added = [(0, 0), (0, length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
+        return np.pad(array, added) if added[1][1] else array
+
+    return {name: padded(a) if name.startswith("text_") else a for name, a in text.items()}
 
 
 def _progress(count: int, unit: str) -> tqdm:

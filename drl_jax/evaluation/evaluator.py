@@ -15,7 +15,8 @@ from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.metrics import Ranks, metrics_of, query_ranks
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
-from drl_jax.models.tokenizers import Tokenizer
+from drl_jax.models.tokenizers.base import Tokenizer, warn_of_cut
+from drl_jax.runtime.distributed import is_main
 from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout
 
@@ -81,7 +82,7 @@ class Evaluator:
 
     def encode_captions(self, params: Params, captions: list[str]) -> Features:
         """N captions -> the interaction's arrays, [N, ...] each."""
-        return self._embedder.encode_text(params, captions)
+        return self._embedder.encode_text(params, self._embedder.tokenize(captions))
 
     def encode_videos(
         self, params: Params, videos: np.ndarray, *, frame_order: FrameOrder | None = None
@@ -103,8 +104,10 @@ class Evaluator:
         return self._embedder.similarity(params, text, video)
 
 
-def check_split(name: str, split: Split, dataset: VideoDataset, tokenizer: Tokenizer) -> None:
-    """Checks that the captions and videos of a split can be ranked.
+def check_split(
+    name: str, split: Split, dataset: VideoDataset, tokenizer: Tokenizer, max_words: int
+) -> None:
+    """Checks that the captions and videos of a split can be ranked; says how many are cut.
 
     Raises:
       SplitError: it has a single video, or a caption of which the tokenizer leaves no word.
@@ -115,8 +118,8 @@ def check_split(name: str, split: Split, dataset: VideoDataset, tokenizer: Token
             " need at least two, since the only one always ranks first"
         )
     text_to_video, captions = split.caption_pairs()
-    # A caption without words has the tokens of an empty one. Three: a start, a word and the end.
-    text_ids, text_mask = tokenizer.tokenize(["", *captions], 3)
+    # A caption without words has the tokens of an empty one.
+    text_ids, text_mask, is_cut = tokenizer.tokenize(["", *captions], max_words)
     empty = (text_ids == text_ids[0]).all(axis=1) & (text_mask == text_mask[0]).all(axis=1)
     if empty[1:].any():
         row = int(np.argmax(empty[1:]))
@@ -125,6 +128,8 @@ def check_split(name: str, split: Split, dataset: VideoDataset, tokenizer: Token
             f"the split {name} of {dataset.directory} has a caption without words, of the video"
             f" {video}: {captions[row]!r}; correct the annotations and build the dataset again"
         )
+    if is_main():
+        warn_of_cut(int(is_cut.sum()), len(captions), max_words, f"split {name}")
 
 
 def order_by_content(frames: np.ndarray) -> np.ndarray:

@@ -189,11 +189,11 @@ def _maps(
     interaction = INTERACTIONS[config.model.interaction]
     maps = []
     for caption, video in pairs:
-        ids, mask = tokenizer.tokenize([captions[caption]], config.data.max_words)
+        tokens = tokenizer.tokenize([captions[caption]], config.data.max_words)
         attribution = interaction.attribution(
             {name: array[caption] for name, array in evaluation.text.items()},
             {name: array[video] for name, array in evaluation.video.items()},
         )
-        words = tokenizer.token_strings(ids[0][mask[0]])
+        words = tokenizer.token_strings(tokens.text_ids[0][tokens.text_mask[0]])
         maps.append(WordFrameMap(caption, video, words, attribution, frames[video]))
     return maps

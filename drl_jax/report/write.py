@@ -4,28 +4,24 @@ import tempfile
 from pathlib import Path
 
 from drl_jax.runs.evaluate_run import Evaluated
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import write_text
 
 PAGE = "index.html"
-
-
-class ReportError(UserError):
-    """A report that cannot be written."""
 
 
 def prepare_directory(directory: Path) -> None:
     """Creates the directory of a report, before the work that a report needs.
 
     Raises:
-      ReportError: it cannot be created, or no file can be written to it.
+      Unavailable: it cannot be created, or no file can be written to it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ReportError(f"cannot write to --report={directory}: {error.strerror}") from error
+        raise Unavailable(directory, error, "written") from error
 
 
 def write_report(directory: Path, workdir: Path, evaluated: Evaluated) -> None:
@@ -48,7 +44,6 @@ def write_report(directory: Path, workdir: Path, evaluated: Evaluated) -> None:
     try:
         write_text(path, page)
     except OSError as error:
-        raise ReportError(
-            f"the metrics are complete, but {path} cannot be written: {error.strerror}"
-        ) from error
+        reason = Unavailable(path, error, "written")
+        raise UserError(f"the metrics are complete, but {reason}") from error
     print(f"report: {path} ({len(page.encode()) / 1e6:.1f} MB)")

@@ -1,8 +1,9 @@
 """Reads the files of one checkpoint, and checks them against the checksums that were saved with it.
 
 A checkpoint has three items: the arrays `params` and `opt_state`, and `step`, a JSON object: the
-step, a summary of every array (`runs/checksums.py`), what the log needs to go on, and its own
-hash. All three are written in one atomic step.
+step, whose it is (`runs/identity.py`), a summary of every array (`runs/checksums.py`), what the log
+needs to go on, and its own hash. All three are written in one atomic step. Its metric is written
+later, with the same step and identity and the digest of the parameters.
 
 Neither Orbax nor TensorStore notices a changed bit of an array: their formats have checksums of
 the index alone.
@@ -18,17 +19,20 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from drl_jax.runs.checksums import ArraySummary, digest, path_name, summarise
-from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.runs.checksums import ArraySummary, digest, summarise
+from drl_jax.runs.identity import UNKNOWN, Identity
+from drl_jax.runs.workdir import FORMAT
+from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
 from drl_jax.runtime.files import seal, unseal, write_json
 
 ITEMS = ("params", "opt_state")
 # Metric maximised to choose the best checkpoint.
 SELECTION_METRIC = "val_t2v_R1"
+METRICS_FILE = "metrics.json"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, cannot be saved, or belongs to another model."""
+    """A checkpoint that is missing, cannot be saved, or is another run's or model's."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -39,38 +43,60 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def write_metric(directory: Path, value: float) -> None:
-    """Stores the metric of the checkpoint in `directory`, which chooses the best one."""
-    write_json(directory / "metrics.json", seal({SELECTION_METRIC: value}))
+    """Stores the metric of the checkpoint in `directory`, which chooses the best one.
+
+    Raises:
+      DamagedCheckpoint: the checkpoint is damaged.
+      OSError: the metric cannot be written.
+    """
+    directory.stat()  # A run that was moved away meanwhile is not damaged.
+    write_json(directory / METRICS_FILE, seal({SELECTION_METRIC: value, **owner(directory)}))
 
 
-def read_metric(directory: Path) -> float | None:
+def read_metric(directory: Path, identity: Identity = UNKNOWN) -> float | None:
     """The metric of the checkpoint in `directory`; None if there is none.
 
     NaN ranks below every number.
 
+    Args:
+      directory: that of the checkpoint.
+      identity: of the run.
+
     Raises:
-      DamagedCheckpoint: it cannot be read.
+      DamagedCheckpoint: it is damaged.
+      CheckpointError: it is that of another checkpoint, or see `read_info`.
     """
-    # Runs of version 0.1 have Orbax's own file.
-    for path in (directory / "metrics.json", directory / "metrics" / "metrics"):
-        with _damage(str(path)):
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            value = float(unseal(text)[SELECTION_METRIC])
-            return -math.inf if math.isnan(value) else value
-    return None
+    path = directory / METRICS_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    expected = owner(directory, identity)
+    try:
+        values = unseal(text)
+        value = float(values[SELECTION_METRIC])
+        other = [f"{name} {values[name]}" for name in expected if values[name] != expected[name]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    if other:
+        raise CheckpointError(
+            f"{path} is the metric of another checkpoint ({', '.join(other)}); put that of this"
+            " checkpoint back, or move the file away"
+        )
+    return -math.inf if math.isnan(value) else value
 
 
 # ---------------------------------------------------------------- writing
 
 
-def sealed_info(step: int, items: dict[str, Any], **log: Any) -> dict[str, Any]:
+def sealed_info(step: int, identity: Identity, items: dict[str, Any], **log: Any) -> dict[str, Any]:
     """The JSON item of a checkpoint.
 
     Args:
       step: its step.
+      identity: of its run.
       items: trees of arrays by name.
       **log: JSON values to restore with it.
 
@@ -83,61 +109,64 @@ def sealed_info(step: int, items: dict[str, Any], **log: Any) -> dict[str, Any]:
             f"the state of step {step} is not saved: {not_finite[0]} has values that are not finite"
             f" ({len(not_finite)} such arrays); earlier checkpoints are kept"
         )
-    return seal({"step": step, "arrays": {name: list(s) for name, s in arrays.items()}, **log})
+    summaries = {name: list(summary) for name, summary in arrays.items()}
+    about = {"format": FORMAT, "step": step, **identity._asdict()}
+    return seal({**about, "arrays": summaries, **log})
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read_info(directory: Path) -> dict[str, Any]:
+def read_info(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
     """Reads the JSON item of the checkpoint in `directory`.
 
+    Args:
+      directory: that of the checkpoint; its name is the step.
+      identity: of the run.
+
     Raises:
-      DamagedCheckpoint: it cannot be read, or is that of another step.
+      DamagedCheckpoint: it is damaged.
+      CheckpointError: it is that of another run, configuration, dataset, step or version.
     """
     path = directory / "step" / "metadata"
-    with _damage(f"{path.relative_to(directory)}"):
+    with _damage(path):
         info = unseal(path.read_text(encoding="utf-8"))
+    if info.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory} is of another version (format {info.get('format', 1)}, this one reads"
+            f" {FORMAT}); train the run again with another --workdir"
+        )
+    with _damage(path):
+        other = identity.differences(Identity(*(info[name] for name in Identity._fields)))
         if info["step"] != int(directory.name):
-            raise ValueError(f"it is that of step {info['step']}")
-        return info
+            other.append(f"step {info['step']}")
+    if other:
+        raise CheckpointError(
+            f"{directory} is not a checkpoint of this run and step: it is of {', '.join(other)}; it"
+            " is kept: move it away, or put back the files of this run"
+        )
+    return info
 
 
-def stored_shapes(directory: Path, info: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of a checkpoint, by path.
-
-    Raises:
-      DamagedCheckpoint: a checkpoint without checksums, whose metadata cannot be read.
-    """
-    if "arrays" in info:
-        prefix = "params/"
-        return {
-            name.removeprefix(prefix): tuple(shape)
-            for name, (shape, _, _) in info["arrays"].items()
-            if name.startswith(prefix)
-        }
-    with _damage("params"):
-        tree = _array_handler().metadata(epath.Path(directory / "params")).tree
-        tree = _rename_keys(tree, {"clip": "backbone"})
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def stored_params_digest(directory: Path) -> str:
-    """What `checksums.digest` gives for the parameters of the checkpoint in `directory`.
-
-    Empty for a checkpoint of a version that wrote no checksums.
-
-    Raises:
-      DamagedCheckpoint: it cannot be read.
-    """
-    prefix, arrays = "params/", read_info(directory).get("arrays", {})
-    summaries = {
-        name.removeprefix(prefix): ArraySummary(*summary)
-        for name, summary in arrays.items()
+def stored_params(info: dict[str, Any]) -> dict[str, ArraySummary]:
+    """Summaries of the parameters of a checkpoint by path, from its JSON item."""
+    prefix = "params/"
+    return {
+        name.removeprefix(prefix): ArraySummary(tuple(shape), dtype, checksum)
+        for name, (shape, dtype, checksum) in info["arrays"].items()
         if name.startswith(prefix)
     }
-    return digest(summaries) if summaries else ""
+
+
+def owner(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
+    """Step, identity, and `checksums.digest` of the parameters of the checkpoint in `directory`.
+
+    Raises:
+      CheckpointError: see `read_info`.
+    """
+    info = read_info(directory, identity)
+    names = ("step", *Identity._fields)
+    return {**{name: info[name] for name in names}, "params": digest(stored_params(info))}
 
 
 def read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -150,44 +179,25 @@ def read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     Raises:
       DamagedCheckpoint: they cannot be read.
     """
-    # Version 0.1 called the backbone `clip`, also in the optimiser state.
-    with _damage("params"):
-        old = "clip" in _array_handler().metadata(epath.Path(directory / "params")).tree
-    if old:
-        abstract = _rename_keys(abstract, {"backbone": "clip"})
     items = {}
     for name, tree in abstract.items():
-        with _damage(name):
+        with _damage(directory / name):
             arguments = ocp.args.StandardRestore(tree)
             items[name] = _array_handler().restore(epath.Path(directory / name), args=arguments)
             jax.block_until_ready(items[name])
-    return _rename_keys(items, {"clip": "backbone"}) if old else items
+    return items
 
 
 def verify_arrays(info: dict[str, Any], items: dict[str, Any]) -> None:
-    """Compares arrays with the summaries of their checkpoint, if it has them.
+    """Compares arrays with the summaries of their checkpoint.
 
     Raises:
-      DamagedCheckpoint: an array is not the one that was saved, or has values that are not finite,
-        which earlier versions could save.
+      DamagedCheckpoint: an array is not the one that was saved.
     """
-    summaries, not_finite = summarise(items)
-    if not_finite:
-        raise DamagedCheckpoint(f"{not_finite[0]} has values that are not finite")
-    for name, found in summaries.items() if "arrays" in info else ():
+    for name, found in summarise(items)[0].items():
         shape, dtype, checksum = info["arrays"][name]
         if found != ArraySummary(tuple(shape), dtype, checksum):
             raise DamagedCheckpoint(f"{name} differs from its checksum")
-
-
-def _rename_keys(tree: Any, names: dict[str, str]) -> Any:
-    """Renames dictionary keys at every depth of a tree of dicts and (named) tuples."""
-    if isinstance(tree, dict):
-        return {names.get(key, key): _rename_keys(value, names) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        values = [_rename_keys(value, names) for value in tree]
-        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
-    return tree
 
 
 def _array_handler() -> ocp.StandardCheckpointHandler:
@@ -199,11 +209,18 @@ def _array_handler() -> ocp.StandardCheckpointHandler:
 
 
 @contextlib.contextmanager
-def _damage(what: str) -> Iterator[None]:
+def _damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except DamagedCheckpoint:
+    # Devices without the memory for the arrays.
+    except jax.errors.JaxRuntimeError:
         raise
     # TensorStore, Orbax and json raise many types for damaged files.
     except Exception as error:
-        raise DamagedCheckpoint(f"{what} cannot be read ({one_line(error)})") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
+    """The error of a damaged file or directory of a checkpoint, unless it was refused."""
+    raise_if_refused(path, error)
+    return DamagedCheckpoint(f"{path.parent.name}/{path.name} is damaged ({one_line(error)})")

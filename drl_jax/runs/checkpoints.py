@@ -24,19 +24,20 @@ from drl_jax.runs.checkpoint_files import (
     read_info,
     read_metric,
     sealed_info,
-    stored_shapes,
+    stored_params,
     verify_arrays,
     write_metric,
 )
 from drl_jax.runs.checksums import path_name
+from drl_jax.runs.identity import Identity, identity_of, shared_run_id
 from drl_jax.runs.orbax_parts import (
     LatestAndBest,
-    cause_of,
     save_small_arrays_whole,
     watched_handler,
     without_warnings,
 )
 from drl_jax.runtime.distributed import barrier, failing_together, is_main
+from drl_jax.runtime.errors import Unavailable, UserError, one_line, system_errors
 from drl_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
@@ -51,22 +52,44 @@ class Checkpoints:
 
     Leaving the block waits for the last save; without it, an asynchronous save is lost even when
     the program ends normally. With several processes, all of them call each method.
+
+    Attributes:
+      identity: of the run. A run without a manifest has the id of its checkpoints; if it has none
+        of these either, it gets a new one, unless they are only read.
     """
 
-    def __init__(self, workdir: Path, keep_latest: int = 1, *, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: Path,
+        keep_latest: int = 1,
+        *,
+        identity: Identity | None = None,
+        read_only: bool = False,
+    ):
         """Opens the checkpoints of a run; creates the directory unless `read_only`.
 
+        Args:
+          workdir: directory of the run.
+          keep_latest: how many of the latest checkpoints are kept.
+          identity: of the run, as far as it is known; None: `identity_of` the directory.
+          read_only: whether another process may write them.
+
         Raises:
-          CheckpointError: the directory cannot be created or read.
+          UserError: the directory cannot be created or read, the checkpoints are those of several
+            runs, or see `identity_of`.
         """
         self._directory = (workdir / DIRECTORY).absolute()
         self._damaged = workdir / DAMAGED_DIRECTORY
         self._failures: list[BaseException] = []
         if self._directory.exists() and not self._directory.is_dir():
             raise CheckpointError(f"{self._directory} is not a directory; move it away")
-        with without_warnings(), self._saving("open"):
+        with without_warnings(), self._saving("opened"):
             save_small_arrays_whole()
+            self._check_listed()
             self._manager = self._open(keep_latest, read_only)
+        self.identity = identity_of(workdir) if identity is None else identity
+        run = self.identity.run or self._run_of_checkpoints()
+        self.identity = self.identity._replace(run=run if read_only else shared_run_id(run))
 
     def _open(self, keep_latest: int, read_only: bool) -> ocp.CheckpointManager:
         attempts = _OPENINGS if read_only else 1
@@ -91,6 +114,26 @@ class Checkpoints:
                 if not attempts:
                     raise
 
+    def _check_listed(self) -> None:
+        """Orbax would leave out a checkpoint whose directory is refused, and an older be latest."""
+        for path in self._directory.iterdir() if self._directory.exists() else ():
+            with contextlib.suppress(FileNotFoundError):  # Deleted by a training meanwhile.
+                path.stat()
+
+    def _run_of_checkpoints(self) -> str:
+        """The id in the checkpoints; empty if there are none."""
+        found = set()
+        for step in self.steps():
+            with contextlib.suppress(DamagedCheckpoint):
+                found.add(read_info(self._directory / str(step))["run"])
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{self._directory} has checkpoints of several runs ({', '.join(sorted(found))}),"
+                " and no manifest.json says which is this one; restore that file, or move the"
+                " others away"
+            )
+        return "".join(found)
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -99,10 +142,10 @@ class Checkpoints:
         if kind and jax.process_count() > 1:
             return
         # An error of the last save must not hide the one that ended the block.
-        hidden = contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext()
+        hidden = contextlib.suppress(UserError) if kind else contextlib.nullcontext()
         with hidden:
             self.wait()
-            with self._saving("close"):
+            with self._saving("closed"):
                 self._manager.close()
 
     # ------------------------------------------------------------ which there are
@@ -114,7 +157,7 @@ class Checkpoints:
         """Step of the best evaluated checkpoint; the latest of several equally good ones.
 
         Raises:
-          DamagedCheckpoint: a metric cannot be read.
+          UserError: a metric cannot be read, see `read_metric`.
         """
         values = {step: value for step in self.steps() if (value := self.metric(step)) is not None}
         return max(values, key=lambda step: (values[step], step), default=None)
@@ -124,7 +167,7 @@ class Checkpoints:
 
     def metric(self, step: int) -> float | None:
         """The attached metric of a checkpoint, see `read_metric`."""
-        return read_metric(self._directory / str(step))
+        return read_metric(self._directory / str(step), self.identity)
 
     def find_step(self, name: str) -> int:
         """Resolves the name of a checkpoint: "best", "latest" or a number.
@@ -132,7 +175,7 @@ class Checkpoints:
         Without an evaluated checkpoint, "best" is the latest.
 
         Raises:
-          CheckpointError: there is no checkpoint, or the name is none of these.
+          UserError: there is no checkpoint, the name is none of these, or a metric cannot be read.
         """
         if name.isdecimal():
             return int(name)
@@ -141,8 +184,9 @@ class Checkpoints:
         try:
             step = self.best_step() if name == "best" else None
         except DamagedCheckpoint as error:
-            raise CheckpointError(
-                f"{error}; name a step instead of best: {', '.join(map(str, self.steps()))}"
+            raise DamagedCheckpoint(
+                f"{self._directory}: {error}; name a step instead of best:"
+                f" {', '.join(map(str, self.steps()))}"
             ) from error
         step = self.latest_step() if step is None else step
         if step is None:
@@ -159,28 +203,28 @@ class Checkpoints:
           **log: JSON values that `restore_latest` returns.
 
         Raises:
-          CheckpointError: the state is not finite, or this or the previous save failed.
+          UserError: the state is not finite, or this or the previous save failed.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         items = {"params": state.params, "opt_state": state.opt_state}
-        info = sealed_info(step, items, **log)
+        info = sealed_info(step, self.identity, items, **log)
         arguments = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             step=ocp.args.JsonSave(info),
         )
         self.wait()
-        with self._saving("save"):
+        with self._saving("saved"):
             self._manager.save(step, args=arguments, force=True)
 
     def wait(self) -> None:
         """Waits until the last save has finished.
 
         Raises:
-          CheckpointError: it failed.
+          UserError: it failed.
         """
-        with self._saving("save"):
+        with self._saving("saved"):
             if jax.process_count() == 1:
                 self._manager.wait_until_finished()
                 return
@@ -203,7 +247,7 @@ class Checkpoints:
         """Stores the metric of a saved checkpoint; waits until the save has finished.
 
         Raises:
-          CheckpointError: the save failed.
+          UserError: the save failed.
           OSError: the metric cannot be written.
         """
         self.wait()
@@ -216,12 +260,16 @@ class Checkpoints:
         """Reports what the disk or Orbax, which also raises errors of its threads, refuses."""
         try:
             yield
-        except CheckpointError:
+        except UserError:
             raise
         except Exception as error:
+            # Also of a directory that is gone: here, nothing is read that may be damaged.
+            if (refused := next(system_errors(error), None)) is not None:
+                what = f"a checkpoint in {self._directory}"
+                raise Unavailable(what, refused, action) from error
             raise CheckpointError(
-                f"cannot {action} checkpoints in {self._directory}: {cause_of(error)}; checkpoints"
-                " that were saved before are intact"
+                f"checkpoints in {self._directory} cannot be {action}: {one_line(error)}; those"
+                " that were saved before are kept"
             ) from error
 
     # ------------------------------------------------------------ restoring
@@ -236,8 +284,13 @@ class Checkpoints:
           if there is no checkpoint.
 
         Raises:
-          CheckpointError: all checkpoints are damaged, or they belong to another model.
+          CheckpointError: all checkpoints are damaged, or one belongs to another run or model.
+          Unavailable: one cannot be read; an earlier one is not used instead.
         """
+        # Also of the earlier ones, before a later save deletes them.
+        for step in self.steps():
+            with contextlib.suppress(DamagedCheckpoint):
+                read_info(self._directory / str(step), self.identity)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -250,8 +303,8 @@ class Checkpoints:
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(
-                f"no checkpoint in {self._directory} is intact ({reasons}); delete this directory"
-                " to start the run again"
+                f"no checkpoint in {self._directory} is intact ({reasons}); they are kept: restore"
+                " a backup, or train the run again with another --workdir"
             )
         return None
 
@@ -259,15 +312,15 @@ class Checkpoints:
         """Restores the parameters of the best intact checkpoint; damaged ones are moved away.
 
         Raises:
-          CheckpointError: no evaluated checkpoint is intact.
+          UserError: no evaluated checkpoint is intact, or one cannot be read.
         """
         while (step := self.best_step()) is not None:
             params = self.restore_or_set_aside(step, abstract)
             if params is not None:
                 return step, params
         raise CheckpointError(
-            f"no evaluated checkpoint in {self._directory} is intact; delete this directory to"
-            " start the run again"
+            f"no evaluated checkpoint in {self._directory} is intact; restore one from"
+            f" {self._damaged}, or train the run again with another --workdir"
         )
 
     def restore_or_set_aside(self, step: int, abstract: Params) -> Params | None:
@@ -279,14 +332,14 @@ class Checkpoints:
             return None
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether a checkpoint has a metric that can be read."""
+        """Whether a checkpoint has a metric that is not damaged."""
         try:
             return self.metric(step) is not None
         except DamagedCheckpoint:
             return False
 
     def with_damaged_metric(self) -> list[int]:
-        """Steps of checkpoints whose metric cannot be read."""
+        """Steps of checkpoints whose metric is damaged."""
         damaged = []
         for step in self.steps():
             try:
@@ -300,7 +353,8 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: its files are not as they were saved.
-          CheckpointError: there is no such checkpoint, or its parameters have other shapes.
+          CheckpointError: there is no such checkpoint, or it is another run's or model's.
+          Unavailable: a file cannot be read.
         """
         return self._restore(step, params=abstract)[0]["params"]
 
@@ -308,7 +362,7 @@ class Checkpoints:
         """Restores a checkpoint, and the values that were saved with it.
 
         Raises:
-          CheckpointError: see `restore_params`.
+          UserError: see `restore_params`.
         """
         items, info = self._restore(step, params=abstract.params, opt_state=abstract.opt_state)
         counter = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
@@ -324,8 +378,8 @@ class Checkpoints:
         directory = self._directory / str(step)
         # All processes restore the same checkpoint, also if one of them reads other bytes.
         with failing_together(DamagedCheckpoint):
-            info = read_info(directory)
-            stored = stored_shapes(directory, info)
+            info = read_info(directory, self.identity)
+        stored = {name: summary.shape for name, summary in stored_params(info).items()}
         self._check(step, stored, _shapes(abstract["params"]))
         with failing_together(DamagedCheckpoint):
             items = read_arrays(directory, abstract)
@@ -346,7 +400,7 @@ class Checkpoints:
         """Moves damaged checkpoints out of the way of later saves."""
         if not damaged:
             return
-        with failing_together(CheckpointError), self._saving("move"):
+        with failing_together(UserError), self._saving("moved"):
             if is_main():
                 self._damaged.mkdir(exist_ok=True)
                 for step, reason in damaged.items():

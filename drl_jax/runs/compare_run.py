@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from drl_jax.evaluation.bootstrap import Difference, differences
 from drl_jax.evaluation.metrics import RANK_METRICS, Ranks
-from drl_jax.runs.checkpoint_files import DamagedCheckpoint, stored_params_digest
+from drl_jax.runs.checkpoint_files import DamagedCheckpoint, owner
 from drl_jax.runs.checkpoints import DIRECTORY
 from drl_jax.runs.open_evaluation import open_evaluation
 from drl_jax.runs.protocol_card import ProtocolCard, how_chosen
@@ -111,10 +111,9 @@ def _ranked(workdir: Path, checkpoint: str, split_name: str, data_dir: str | Non
 def _is_of(workdir: Path, step: int, card: ProtocolCard) -> bool:
     """Whether a stored card is that of the parameters of a checkpoint as they are now."""
     try:
-        parameters = stored_params_digest(workdir / DIRECTORY / str(step))
+        return owner(workdir / DIRECTORY / str(step))["params"] == card.parameters_sha256
     except DamagedCheckpoint:
         return False  # Its evaluation says what is damaged.
-    return bool(parameters) and parameters == card.parameters_sha256
 
 
 def _report(one: RankedRun, other: RankedRun, found: Mapping[str, Difference]) -> str:

@@ -6,10 +6,11 @@ import jax
 
 from drl_jax.config import Config
 from drl_jax.models.tokenizers import check_cleaning, stored_name, with_tokenizer
-from drl_jax.runs.checkpoints import Checkpoints
+from drl_jax.runs.checkpoint_files import owner
+from drl_jax.runs.checkpoints import DIRECTORY, Checkpoints
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import copy_once
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
@@ -71,8 +72,8 @@ def export_weights(
 ) -> int:
     """Writes a checkpoint as safetensors under the reference's names; returns its step.
 
-    The file holds the configuration, so that importing it gives the same model. A tokenizer that is
-    a file is written beside it.
+    The file holds the configuration, so that importing it gives the same model, and the run and the
+    step. A tokenizer that is a file is written beside it.
 
     Args:
       workdir: the run.
@@ -89,7 +90,8 @@ def export_weights(
     step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
     if config.model.tokenizer:
         config = with_tokenizer(config, _write_tokenizer(Path(config.model.tokenizer), target))
-    save_weights(target, params, config, dtype=dtype, clip_only=clip_only)
+    origin = owner(workdir / DIRECTORY / str(step))
+    save_weights(target, params, config, dtype=dtype, clip_only=clip_only, origin=origin)
     return step
 
 
@@ -104,5 +106,5 @@ def _write_tokenizer(tokenizer: Path, target: Path) -> str:
             f"{copy} is another tokenizer than the run's; export to another folder"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot write {copy}: {error.strerror}") from error
+        raise Unavailable(copy, error, "written") from error
     return copy.name

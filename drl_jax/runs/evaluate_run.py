@@ -14,8 +14,7 @@ from drl_jax.runs.open_evaluation import OpenEvaluation, open_evaluation
 from drl_jax.runs.post_processing_run import PostProcessing, Ranked
 from drl_jax.runs.protocol_card import ProtocolCard
 from drl_jax.runs.rank_files import evaluation_path, write_ranks
-from drl_jax.runs.workdir import WorkdirError
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import write_json
 
 # No post-processing.
@@ -85,9 +84,8 @@ def evaluate(
             write_ranks(path.with_suffix(".npz"), ranked[name].ranks, card)
             write_json(path, result)
         except OSError as error:
-            raise WorkdirError(
-                f"the metrics are complete, but {path} cannot be written: {error.strerror}"
-            ) from error
+            reason = Unavailable(path, error, "written")
+            raise UserError(f"the metrics are complete, but {reason}") from error
     return Evaluated(opened, evaluation)
 
 

@@ -20,7 +20,7 @@ from drl_jax.evaluation.evaluator import Evaluation
 from drl_jax.models.drl import Params
 from drl_jax.runs.metrics_file import JsonlWriter
 from drl_jax.runs.pictures import EvaluationPictures
-from drl_jax.runs.tensorboard import Keep, describe, tensorboard_writer
+from drl_jax.runs.tensorboard import Keep, describe, tensorboard_writer, writing
 from drl_jax.runs.wall_time import WallTime
 from drl_jax.runtime.distributed import is_main
 from drl_jax.sharding import Layout
@@ -67,7 +67,8 @@ class TrainLog:
           pictures: of evaluations, for TensorBoard.
           wall_time: waiting for steps is spent on "steps", writing on "logging".
         """
-        self._config, self._accept, self._wall_time = config, accept, wall_time
+        self._workdir, self._config = workdir, config
+        self._accept, self._wall_time = accept, wall_time
         self._pictures = pictures
         optim = config.optim
         self._schedule = make_schedule(optim.lr, optim.warmup_proportion, total_steps)
@@ -191,7 +192,9 @@ class TrainLog:
         scalars = _by_tag("eval", evaluation.metrics)
         self._write(step, scalars)
         if self._tensorboard is not None and self._config.train.pictures:
-            self._tensorboard.write_images(step, self._pictures.draw(evaluation))
+            pictures = self._pictures.draw(evaluation)
+            with writing(self._workdir):
+                self._tensorboard.write_images(step, pictures)
         # Before its metric is attached to the checkpoint: a run that is killed later does not
         # evaluate this step again.
         self._flush()
@@ -217,14 +220,16 @@ class TrainLog:
         self._waited_before = self._wall_time.seconds.get("data", 0.0)
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
-        for writer in (self._jsonl, self._tensorboard):
-            if writer is not None:
-                writer.write_scalars(step, scalars)
+        with writing(self._workdir):
+            for writer in (self._jsonl, self._tensorboard):
+                if writer is not None:
+                    writer.write_scalars(step, scalars)
 
     def _flush(self) -> None:
         # Each line of metrics.jsonl is in the file already.
         if self._tensorboard is not None:
-            self._tensorboard.flush()
+            with writing(self._workdir):
+                self._tensorboard.flush()
 
     def __enter__(self) -> "TrainLog":
         return self
@@ -232,7 +237,8 @@ class TrainLog:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with writing(self._workdir):
+                self._tensorboard.close()
 
 
 def _by_tag(prefix: str, metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -22,14 +22,17 @@ from drl_jax.config import Config
 from drl_jax.config_fields import config_from_fields
 from drl_jax.data.records import VideoDataset
 from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.runs.identity import Identity
 from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.workdir import (
+    FORMAT,
     MANIFEST_FILE,
     RESUMABLE_FIELDS,
     WorkdirError,
     claim_workdir,
+    config_sha256,
     flatten,
-    read_manifest,
+    own_manifest,
 )
 from drl_jax.runtime.distributed import failing_together, is_main
 from drl_jax.runtime.errors import UserError
@@ -46,6 +49,7 @@ class RunRecord:
     """The manifest of a run that is being trained; only process 0 writes it.
 
     Attributes:
+      identity: of the run; one that has no manifest does not know its id yet.
       step: the step of the last checkpoint since this start.
     """
 
@@ -63,9 +67,9 @@ class RunRecord:
             or its manifest is damaged.
         """
         self._path = workdir / MANIFEST_FILE
-        self._values: dict[str, Any] = {"starts": []}
-        if self._path.exists():
-            self._values = read_manifest(self._path)
+        self._values: dict[str, Any] = {"format": FORMAT, "id": "", "starts": []}
+        if (found := own_manifest(workdir)) is not None:
+            self._values = found
             _check_content(self._values["dataset"]["content"], dataset, f"the run in {workdir}")
             _check_tokenizer(self._values, config, f"the run in {workdir}")
         self._weights_sha256 = weights_sha256(config)
@@ -75,6 +79,9 @@ class RunRecord:
             "tokenizer_sha256": _tokenizer_sha256(config),
         }
         self._values.setdefault("weights_sha256", self._weights_sha256)
+        # Not computed again: a later version may have more fields.
+        self._values.setdefault("config_sha256", config_sha256(config))
+        self.identity = Identity(self._values["id"], self._values["config_sha256"], dataset.content)
         self.step, self._started, self._wall_time = 0, False, wall_time
 
     def check_weights(self, config: Config) -> None:
@@ -89,9 +96,16 @@ class RunRecord:
                 f" {self._path.parent} was started with; choose another --workdir"
             )
 
-    def start(self, step: int, total_steps: int) -> None:
-        """Adds this start, with its versions and devices."""
+    def start(self, run: str, step: int, total_steps: int) -> None:
+        """Adds this start, with its versions and devices.
+
+        Args:
+          run: id of the run.
+          step: step that the run starts from.
+          total_steps: steps of the whole run.
+        """
         self.step, self._started = step, True
+        self._values["id"] = run
         self._values["total_steps"] = total_steps
         self._values["starts"].append(
             {

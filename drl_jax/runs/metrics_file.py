@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from drl_jax.runs.tensorboard import Keep
-from drl_jax.runtime.files import write_text
+from drl_jax.runtime.files import naming, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -18,13 +18,19 @@ class JsonlWriter:
     """
 
     def __init__(self, workdir: Path, keep: Keep):
-        """Opens the file and removes the lines that are not kept, or damaged."""
+        """Opens the file and removes the lines that are not kept, or damaged.
+
+        Raises:
+          OSError: the file cannot be read or written.
+        """
         self._path = workdir / METRICS_FILE
         self.lines: list[dict[str, float]] = []
-        if not self._path.exists():
-            return
         damaged = []
-        text = self._path.read_text(encoding="utf-8", errors="replace")
+        try:
+            with naming(self._path):
+                text = self._path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return
         for number, line in enumerate(text.splitlines(), start=1):
             values = _parse(line)
             if values is None:
@@ -37,8 +43,13 @@ class JsonlWriter:
         write_text(self._path, "".join(json.dumps(values) + "\n" for values in self.lines))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a line.
+
+        Raises:
+          OSError: it cannot be written.
+        """
         values = {tag: float(value) for tag, value in scalars.items()}
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
@@ -49,9 +60,11 @@ def read_scalars(workdir: Path) -> list[dict[str, float]]:
       OSError: the file cannot be read.
     """
     path = workdir / METRICS_FILE
-    if not path.exists():
+    try:
+        with naming(path):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [values for values in map(_parse, lines) if values is not None]
 
 

@@ -19,7 +19,7 @@ from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.checksums import params_digest
 from drl_jax.runs.protocol_card import ProtocolCard, protocol_card
 from drl_jax.runs.run_params import restore_params
-from drl_jax.runs.workdir import MANIFEST_FILE, read_manifest
+from drl_jax.runs.workdir import own_manifest
 from drl_jax.sharding import make_layout
 
 
@@ -58,7 +58,7 @@ class OpenEvaluation:
           UserError: there is none, or it cannot be ranked.
         """
         split = load_split(self.dataset, name, self.config.data)
-        check_split(name, split, self.dataset, load_tokenizer(self.config.model))
+        _check_split(name, split, self.dataset, self.config)
         return split
 
 
@@ -75,7 +75,7 @@ def open_evaluation(
     dataset = VideoDataset(dataset_dir(config))
     _note_other_content(workdir, dataset)
     split = load_split(dataset, split_name, config.data)
-    check_split(split_name, split, dataset, load_tokenizer(config.model))
+    _check_split(split_name, split, dataset, config)
     card = protocol_card(
         workdir,
         config,
@@ -99,9 +99,13 @@ def open_evaluation(
     )
 
 
+def _check_split(name: str, split: Split, dataset: VideoDataset, config: Config) -> None:
+    check_split(name, split, dataset, load_tokenizer(config.model), config.data.max_words)
+
+
 def _note_other_content(workdir: Path, dataset: VideoDataset) -> None:
     """Says so if the run was trained with another build of the dataset."""
-    manifest = workdir / MANIFEST_FILE
-    expected = read_manifest(manifest)["dataset"]["content"] if manifest.exists() else ""
+    manifest = own_manifest(workdir)
+    expected = manifest["dataset"]["content"] if manifest else ""
     if expected and dataset.content and expected != dataset.content:
         print(f"note: {workdir} was trained with other frames or captions than {dataset.directory}")

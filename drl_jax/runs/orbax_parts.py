@@ -1,8 +1,6 @@
-"""What `runs/checkpoints.py` needs around Orbax: its handler, its policy, and its errors."""
+"""What `runs/checkpoints.py` needs around Orbax: its handler and its policy."""
 
 import contextlib
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,8 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from drl_jax.runs.checkpoint_files import DamagedCheckpoint
-from drl_jax.runtime.errors import one_line
+from drl_jax.runtime.errors import UserError
 
 # The devices that hold copies of an array each save a slice of it, if slices have this many bytes.
 # By default Orbax slices every array, and saves a small model on 8 devices a third as fast.
@@ -64,7 +61,7 @@ def _listing(failures: list[BaseException]) -> Iterator[None]:
 
 
 class LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest checkpoints and the best evaluated one, and those of unreadable metrics.
+    """Keeps the latest checkpoints and the best evaluated one; all if a metric cannot be read.
 
     (Orbax's `best_fn` with `max_to_keep` deletes the latest checkpoint when its metric is poor.)
     """
@@ -78,7 +75,7 @@ class LatestAndBest(checkpoint_managers.PreservationPolicy):
         kept = set(sorted(steps)[-self._keep_latest :])
         try:
             kept.add(self._best_step())
-        except DamagedCheckpoint:
+        except UserError:
             return [True] * len(steps)
         return [step in kept for step in steps]
 
@@ -92,18 +89,3 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def cause_of(error: BaseException) -> str:
-    """The reason of the operating system if there is one, in one line."""
-    chain, link = [], error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
-        # TensorStore's errors end with it.
-        if code := re.search(r"\[os_error_code='(\d+)'\]", str(link)):
-            return os.strerror(int(code[1]))
-    return one_line(error)

@@ -58,11 +58,11 @@ class EvaluationPictures:
             {name: array[video] for name, array in evaluation.video.items()},
         )
         sentence = self._captions[caption]
-        text_ids, text_mask = self._tokenizer.tokenize([sentence], self._config.data.max_words)
+        tokens = self._tokenizer.tokenize([sentence], self._config.data.max_words)
         frames = self._dataset.read_frames(record)
         figure = interaction_figure(
             attribution,
-            self._tokenizer.token_strings(text_ids[0][text_mask[0]]),
+            self._tokenizer.token_strings(tokens.text_ids[0][tokens.text_mask[0]]),
             [f"frame {number + 1}" for number in range(len(frames))],
             frames,
             f"{self._dataset.video_ids[record]}: {sentence}",

@@ -11,7 +11,7 @@ from drl_jax.data.splits import Split
 from drl_jax.evaluation.metrics import TIE_RULE
 from drl_jax.runs.checkpoint_files import read_metric
 from drl_jax.runs.checkpoints import DIRECTORY
-from drl_jax.runs.workdir import MANIFEST_FILE, read_manifest
+from drl_jax.runs.workdir import own_manifest
 
 # Post-processing of similarities: none.
 RAW = "raw"
@@ -138,9 +138,9 @@ def protocol_card(
 
     Raises:
       WorkdirError: the manifest of the run is damaged.
-      DamagedCheckpoint: the metric of the checkpoint cannot be read.
+      UserError: the metric of the checkpoint cannot be read.
     """
-    manifest, data, counts = workdir / MANIFEST_FILE, config.data, split.caption_counts()
+    data, counts = config.data, split.caption_counts()
     stored = _stored_name(split_name, data)
     return ProtocolCard(
         dataset=data.dataset,
@@ -161,7 +161,7 @@ def protocol_card(
         seeds=(config.seed,),
         model=_described(config),
         init=config.model.init,
-        init_sha256=read_manifest(manifest)["weights_sha256"] if manifest.exists() else "",
+        init_sha256=(own_manifest(workdir) or {}).get("weights_sha256", ""),
         parameters_sha256=parameters_sha256,
     )
 

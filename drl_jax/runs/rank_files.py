@@ -13,6 +13,7 @@ import numpy as np
 
 from drl_jax.evaluation.metrics import Ranks
 from drl_jax.runs.protocol_card import ProtocolCard
+from drl_jax.runtime.errors import raise_if_refused
 from drl_jax.runtime.files import replacing
 
 
@@ -33,7 +34,11 @@ def write_ranks(path: Path, ranks: Ranks, card: ProtocolCard) -> None:
 
 
 def read_ranks(path: Path) -> tuple[Ranks, ProtocolCard] | None:
-    """Reads ranks and their card; None if there are none, or they cannot be used."""
+    """Reads ranks and their card; None if there are none, or they cannot be used.
+
+    Raises:
+      Unavailable: the file cannot be read.
+    """
     try:
         with np.load(path) as arrays:
             ranks = Ranks(**{field.name: arrays[field.name] for field in dataclasses.fields(Ranks)})
@@ -45,5 +50,9 @@ def read_ranks(path: Path) -> tuple[Ranks, ProtocolCard] | None:
             raise ValueError("it lacks captions")
         return ranks, card
     # Damaged files, and those of a version whose cards say less.
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
+    except (
+        *(OSError, EOFError, ValueError, KeyError, TypeError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
+        raise_if_refused(path, error)
         return None

@@ -1,7 +1,9 @@
 """Parameters of a run that may be training meanwhile: of a checkpoint, and the initial ones."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -10,25 +12,25 @@ from drl_jax.models.drl import Params, abstract_params, init_params
 from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint
 from drl_jax.runs.checkpoints import DIRECTORY, Checkpoints
 from drl_jax.runs.manifest import weights_sha256
-from drl_jax.runs.workdir import MANIFEST_FILE, WorkdirError, read_manifest
+from drl_jax.runs.workdir import WorkdirError, own_manifest
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.sharding import Layout
 from drl_jax.weights.load import initial_params
 from drl_jax.weights.weights_file import read_weights
 
-# A checkpoint that cannot be read may be one that a training deletes at this moment. It is damaged
-# if it cannot be read again after a pause.
+# A checkpoint that cannot be read may be one that a training deletes at this moment. An error that
+# is the same after a pause is believed.
 _ATTEMPTS, _PAUSE = 30, 0.5
+T = TypeVar("T")
 
 
 def find_step(workdir: Path, checkpoint: str) -> int:
     """The step of a checkpoint of a run: "best", "latest" or a step, which need not exist.
 
     Raises:
-      CheckpointError: the run has no checkpoints, or the name is none of these.
+      UserError: the run has no checkpoints, the name is none of these, or a metric cannot be read.
     """
-    _check_has_checkpoints(workdir)
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.find_step(checkpoint)
+    return _patiently(workdir, lambda checkpoints: checkpoints.find_step(checkpoint))
 
 
 def restore_params(
@@ -46,28 +48,25 @@ def restore_params(
       The step and the parameters.
 
     Raises:
-      CheckpointError: the run has no such checkpoint, or it is damaged; the message has the steps
-        that are intact.
+      CheckpointError: the run has no such checkpoint, or it is another run's, or damaged; then the
+        message has the steps that are intact.
+      Unavailable: a file cannot be read.
     """
-    _check_has_checkpoints(workdir)
     abstract = abstract_params(model, layout)
-    failed = None
-    for _ in range(_ATTEMPTS):
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            step = checkpoints.find_step(checkpoint)
-            try:
-                return step, checkpoints.restore_params(step, abstract)
-            except DamagedCheckpoint as error:
-                reason = str(error)
-        if step == failed:
-            break
-        failed = step
-        time.sleep(_PAUSE)
-    else:
-        raise CheckpointError(
-            f"checkpoints in {workdir} are replaced faster than they can be read; try again, or"
-            " after the training"
-        )
+    step = None
+
+    def restore(checkpoints: Checkpoints) -> tuple[int, Params]:
+        nonlocal step
+        step = None
+        step = checkpoints.find_step(checkpoint)
+        return step, checkpoints.restore_params(step, abstract)
+
+    try:
+        return _patiently(workdir, restore)
+    except DamagedCheckpoint as error:
+        if step is None:
+            raise
+        reason = error
     with Checkpoints(workdir, read_only=True) as checkpoints:
         intact = [
             other for other in checkpoints.steps() if _is_intact(checkpoints, other, abstract)
@@ -75,7 +74,7 @@ def restore_params(
     choice = f"intact: {', '.join(map(str, intact))}" if intact else "no other one is intact"
     raise CheckpointError(
         f"checkpoint {step} in {workdir / DIRECTORY} is damaged: {reason}; {choice}"
-    )
+    ) from reason
 
 
 def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Params:
@@ -93,8 +92,7 @@ def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Para
     if not model.init:
         params = jax.jit(init_params, static_argnums=0)(model, key)
         return jax.device_put(params, layout.parameters(params))
-    manifest = workdir / MANIFEST_FILE
-    recorded = read_manifest(manifest)["weights_sha256"] if manifest.exists() else None
+    recorded = (own_manifest(workdir) or {}).get("weights_sha256")
     if recorded not in (None, weights_sha256(config)):
         raise WorkdirError(
             f"config.model.init={model.init} is another file than the run in {workdir} started from"
@@ -103,14 +101,29 @@ def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Para
     return jax.device_put(params, layout.parameters(params))
 
 
-def _check_has_checkpoints(workdir: Path) -> None:
+def _patiently(workdir: Path, read: Callable[[Checkpoints], T]) -> T:
+    """What `read` returns; it is called again while other checkpoints cannot be read each time."""
     if not (workdir / DIRECTORY).is_dir():
         raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
+    failed = ""
+    for _ in range(_ATTEMPTS):
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            try:
+                return read(checkpoints)
+            except (DamagedCheckpoint, Unavailable) as error:
+                if str(error) == failed:
+                    raise
+                failed = str(error)
+        time.sleep(_PAUSE)
+    raise CheckpointError(
+        f"checkpoints in {workdir} are replaced faster than they can be read; try again, or after"
+        " the training"
+    )
 
 
 def _is_intact(checkpoints: Checkpoints, step: int, abstract: Params) -> bool:
     try:
         checkpoints.restore_params(step, abstract)
-    except CheckpointError:
+    except UserError:
         return False
     return True

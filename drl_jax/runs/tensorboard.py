@@ -1,14 +1,16 @@
 """TensorBoard files of a run: one continuous curve, however often it was stopped."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drl_jax.config import Config
 from drl_jax.models.drl import Params
 from drl_jax.runs.workdir import RESUMABLE_FIELDS, flatten
-from drl_jax.runtime.files import replacing
+from drl_jax.runtime.errors import raise_if_refused
+from drl_jax.runtime.files import naming, replacing
 
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
@@ -63,6 +65,20 @@ def tensorboard_writer(
     return writer
 
 
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Reports an error of the disk in the block, which uses the writer.
+
+    Raises:
+      Unavailable: the files cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise_if_refused(f"the TensorBoard files in {workdir}", error, "written")
+        raise
+
+
 def describe(writer: "MetricWriter", config: Config, params: Params) -> None:
     """Writes the configuration and the table of parameters, as texts and as hyperparameters.
 
@@ -108,12 +124,18 @@ def _rewrite(path: Path, keep: Keep, *, scalars: bool = True) -> set[tuple[int, 
 
     Returns:
       The steps and tags of the scalars that stay.
+
+    Raises:
+      OSError: it cannot be read or written.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     points = set()
+    # An error of the disk, which TensorFlow reports in its own way, must not be taken for damage.
+    with naming(path):
+        path.read_bytes()
     # The file's timestamp and name stay, so that TensorBoard reads several files in their order.
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         writer = RecordWriter(file)

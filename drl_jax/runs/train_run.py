@@ -19,14 +19,14 @@ from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.checksums import params_digest
 from drl_jax.runs.logging import TrainLog
-from drl_jax.runs.manifest import differences, read_manifest, recorded
+from drl_jax.runs.manifest import differences, recorded
 from drl_jax.runs.nonfinite import NonFiniteBatches, TrainingError
 from drl_jax.runs.pictures import EvaluationPictures
 from drl_jax.runs.profile import StepProfile
 from drl_jax.runs.protocol_card import ProtocolCard, protocol_card
 from drl_jax.runs.rank_files import evaluation_path, write_ranks
 from drl_jax.runs.wall_time import WallTime
-from drl_jax.runs.workdir import exclusive
+from drl_jax.runs.workdir import exclusive, read_manifest
 from drl_jax.runtime.child_process import run_module
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
 from drl_jax.runtime.errors import Interrupted, UserError, one_line
@@ -96,7 +96,7 @@ def train(
         )
         val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
         for name, split in (("val", val), ("test", test)):
-            check_split(name, split, dataset, tokenizer)
+            check_split(name, split, dataset, tokenizer, config.data.max_words)
         if reproduce is not None:
             _print_differences(reproduce, config, dataset)
     steps_per_epoch = batches.steps_per_epoch
@@ -126,7 +126,9 @@ def train(
         _memory_errors(config),
         exclusive(workdir),
         recorded(workdir, config, dataset, wall_time) as record,
-        Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+        Checkpoints(
+            workdir, config.train.keep_checkpoints, identity=record.identity
+        ) as checkpoints,
         StopRequest() as stop,
         StepProfile(workdir, profile_steps, wall_time) as profile,
     ):
@@ -142,7 +144,7 @@ def train(
         if saved and is_main():
             print(f"resuming {workdir} from step {start} of {total_steps}")
         evaluated = bool(saved) and checkpoints.is_evaluated(start)
-        record.start(start, total_steps)
+        record.start(checkpoints.identity.run, start, total_steps)
         nonfinite = NonFiniteBatches(workdir, config.train, batches, saved.get("skipped", []))
 
         # ---------------------------------------------------------------- the loop

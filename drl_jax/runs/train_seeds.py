@@ -14,7 +14,7 @@ from drl_jax.runs.protocol_card import ProtocolCard, card_of_seeds
 from drl_jax.runs.train_run import RESULT_FILE, train
 from drl_jax.runs.workdir import CONFIG_FILE, WorkdirError, changed_fields, load_config
 from drl_jax.runtime.distributed import failing_together, from_main, is_main
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, raise_if_refused
 from drl_jax.runtime.files import write_json
 
 SEEDS_FILE = "seeds.json"
@@ -45,7 +45,7 @@ def train_seeds(config: Config, workdir: Path, seeds: Sequence[int]) -> None:
     # signals and the exit status stay those of a single training.
     for number, seed in enumerate(seeds, start=1):
         directory, own = workdir / f"seed_{seed}", dataclasses.replace(config, seed=seed)
-        finished = from_main(_finished_result(directory, own) is not None)
+        finished = bool(from_main(_finished_result(directory, own) is not None))
         if is_main():
             state = f"finished in {directory}" if finished else f"training in {directory}"
             print(f"seed {seed}, {number} of {len(seeds)}: {state}", flush=True)
@@ -57,13 +57,18 @@ def train_seeds(config: Config, workdir: Path, seeds: Sequence[int]) -> None:
 
 
 def _finished_result(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`result.json` of a finished run of a configuration; None if `train` has to see to it."""
+    """`result.json` of a finished run of a configuration; None if `train` has to see to it.
+
+    Raises:
+      Unavailable: a file cannot be read.
+    """
     try:
         result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
         # Those of earlier versions have no card.
         flatten(result["test"]), ProtocolCard.from_dict(result["card"]), result["best_step"]
         stored = load_config(workdir)
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        raise_if_refused(workdir / RESULT_FILE, error)
         return None
     if config.model.init:
         # The weights replaced it.

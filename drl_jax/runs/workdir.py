@@ -12,11 +12,14 @@ from drl_jax.config_fields import config_from_fields
 from drl_jax.models.drl import config_from_dict
 from drl_jax.models.tokenizers import stored_name, with_tokenizer
 from drl_jax.runtime.distributed import failing_together, is_main
-from drl_jax.runtime.errors import UserError, one_line
-from drl_jax.runtime.files import copy_once, sha256, unseal, write_json
+from drl_jax.runtime.errors import Unavailable, UserError, one_line
+from drl_jax.runtime.files import copy_once, json_sha256, sha256, unseal, write_json
 from drl_jax.runtime.lock import LOCK_FILE, locked
 
 CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
+# Of the directory of a run; its manifest and its checkpoints name it. Increase it when an earlier
+# run cannot be read any more.
+FORMAT = 2
 # Fields that may change when a run is resumed: results depend on them by rounding at most, and on
 # `skip_nonfinite` only where the run could not continue.
 RESUMABLE_FIELDS = (
@@ -57,16 +60,20 @@ def load_config(workdir: Path) -> Config:
     Raises:
       WorkdirError: the directory does not hold a run, or its files are damaged or changed.
     """
-    config = _stored_config(workdir)
+    config = stored_config(workdir)
     if not config.model.tokenizer:
         return config
-    copy, manifest = workdir / stored_name(config.model.tokenizer), workdir / MANIFEST_FILE
-    if not copy.is_file():
+    copy = workdir / stored_name(config.model.tokenizer)
+    try:
+        found = sha256(copy)
+    except FileNotFoundError as error:
         raise WorkdirError(
             f"{workdir} lacks {copy.name}, its copy of {config.model.tokenizer}; restore that file"
-        )
-    recorded = read_manifest(manifest).get("tokenizer_sha256") if manifest.exists() else None
-    if recorded and recorded != sha256(copy):
+        ) from error
+    except OSError as error:
+        raise Unavailable(copy, error) from error
+    recorded = (own_manifest(workdir) or {}).get("tokenizer_sha256")
+    if recorded and recorded != found:
         raise WorkdirError(
             f"{copy} is damaged or another file than the run was trained with (its sha256 was"
             f" {recorded}); restore that file"
@@ -81,36 +88,60 @@ def with_data_dir(config: Config, data_dir: str | None) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
 
 
-def _stored_config(workdir: Path) -> Config:
-    """The configuration of a run as it was given."""
+def stored_config(workdir: Path) -> Config:
+    """The configuration of a run as it was given.
+
+    Raises:
+      WorkdirError: there is none, or it is damaged, changed or of another version.
+    """
     path = workdir / CONFIG_FILE
-    if not path.is_file():
+    try:
+        config = config_from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
         raise WorkdirError(
             f"no run in {workdir} (it has no {CONFIG_FILE}); train one with: python -m"
             f" drl_jax.train --config=configs/shapes.py --workdir={workdir}"
-        )
-    try:
-        config = config_from_dict(json.loads(path.read_text(encoding="utf-8")))
+        ) from error
     except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from error
+        raise Unavailable(path, error) from error
     except (ValueError, ConfigError) as error:
         raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error
-    manifest = workdir / MANIFEST_FILE
-    # Runs of earlier versions have none.
-    if manifest.exists():
-        recorded = config_from_dict(read_manifest(manifest)["config"])
+    if (manifest := own_manifest(workdir)) is not None:
+        recorded = config_from_dict(manifest["config"])
         if changed := changed_fields(recorded, config):
             raise WorkdirError(
-                f"{path} was changed: config.{changed[0]} is not that of {manifest}; undo this"
+                f"{path} was changed: config.{changed[0]} is not that of"
+                f" {workdir / MANIFEST_FILE}; undo this"
             )
     return config
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a run (`runs/manifest.py` writes it).
+def own_manifest(workdir: Path) -> dict[str, Any] | None:
+    """The manifest of the run in a directory; None if it has none, e.g. before its first step.
 
     Raises:
-      WorkdirError: there is none, or it is damaged.
+      WorkdirError: it is damaged, or of another version.
+    """
+    path = workdir / MANIFEST_FILE
+    try:
+        values = read_manifest(path)
+    except FileNotFoundError:
+        return None
+    if values.get("format") != FORMAT:
+        raise WorkdirError(
+            f"the run in {workdir} is of another version (format {values.get('format', 1)}, this"
+            f" one reads {FORMAT}); train it again with: python -m drl_jax.train"
+            f" --reproduce={path} --workdir=DIR"
+        )
+    return values
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads the manifest of a run (`runs/manifest.py` writes it), also of an earlier version.
+
+    Raises:
+      FileNotFoundError: there is none.
+      WorkdirError: it is damaged.
     """
     try:
         values = unseal(path.read_text(encoding="utf-8"))
@@ -118,12 +149,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("it has no starts")
         config_from_fields(values["config"])
         return values
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from error
+        raise Unavailable(path, error) from error
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise WorkdirError(
-            f"{path} is damaged, or not the manifest of a run ({one_line(error)}); a run continues"
-            " without it, and records a new one"
+            f"{path} is damaged, or not the manifest of a run ({one_line(error)}); move it away: a"
+            " run continues without it, and records a new one"
         ) from error
 
 
@@ -131,6 +164,12 @@ def changed_fields(old: Config, new: Config) -> list[str]:
     """Names of the fields that differ and are not in RESUMABLE_FIELDS."""
     before, after = flatten(old), flatten(new)
     return [name for name in after if before[name] != after[name] and name not in RESUMABLE_FIELDS]
+
+
+def config_sha256(config: Config) -> str:
+    """Hexadecimal SHA-256 of the fields that are not in RESUMABLE_FIELDS."""
+    values = flatten(config)
+    return json_sha256({name: values[name] for name in values if name not in RESUMABLE_FIELDS})
 
 
 @contextlib.contextmanager
@@ -148,7 +187,7 @@ def exclusive(workdir: Path) -> Iterator[None]:
                 try:
                     stack.enter_context(locked(workdir / LOCK_FILE, f"the run in {workdir}"))
                 except OSError as error:
-                    raise _unwritable(workdir, error) from error
+                    raise Unavailable(workdir, error, "written") from error
         yield
 
 
@@ -162,7 +201,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     """
     old = None
     if (workdir / CONFIG_FILE).exists():
-        old = _stored_config(workdir)
+        old = stored_config(workdir)
         if changed := changed_fields(old, config):
             name, before, after = changed[0], flatten(old), flatten(config)
             raise WorkdirError(
@@ -183,7 +222,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         _keep_tokenizer(workdir, config, old)
         write_json(workdir / CONFIG_FILE, dataclasses.asdict(config))
     except OSError as error:
-        raise _unwritable(workdir, error) from error
+        raise Unavailable(workdir, error, "written") from error
 
 
 def _keep_tokenizer(workdir: Path, config: Config, old: Config | None) -> None:
@@ -207,13 +246,7 @@ def _keep_tokenizer(workdir: Path, config: Config, old: Config | None) -> None:
             " another --workdir"
         ) from error
     except OSError as error:
-        raise WorkdirError(
-            f"cannot copy config.model.tokenizer={tokenizer} to {workdir}: {error.strerror}"
-        ) from error
-
-
-def _unwritable(workdir: Path, error: OSError) -> WorkdirError:
-    return WorkdirError(f"cannot write to --workdir={workdir}: {error.strerror}")
+        raise Unavailable(workdir / name, error, "copied") from error
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -9,19 +9,23 @@ are answered before jax is imported.
 """
 
 import argparse
-import asyncio
 import difflib
+import errno
+import functools
 import json
 import logging as std_logging
 import math
 import os
 import signal
 import sys
+import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Notice, UserError
+from drl_jax.runtime.signals import INTERRUPTED, Interruption
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -96,7 +100,7 @@ def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
-    """Runs the work of a command and reports what a user can fix in one line on stderr.
+    """Runs the work of a command and reports what a user can fix, and notices, as lines on stderr.
 
     Args:
       command: name of the command, e.g. `drl_jax.train`.
@@ -107,12 +111,34 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
     Returns:
       The exit status.
     """
-    from absl import logging
+    interrupted = "; ".join(filter(None, (f"{command}: interrupted", on_interrupt)))
+    interruption = Interruption(interrupted)
+    sys.unraisablehook = functools.partial(_report_unraisable, interruption)
+    try:
+        with interruption:
+            from absl import logging
 
-    # Orbax and TFDS log every file they touch, and tracebacks of errors that they raise, too.
-    logging.set_verbosity(logging.FATAL)
-    sys.unraisablehook = _report_unraisable
-    std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
+            # Orbax and TFDS log every file they touch, and tracebacks of errors they raise, too.
+            logging.set_verbosity(logging.FATAL)
+            warnings.simplefilter("always", Notice)
+            warnings.showwarning = functools.partial(_show_warning, command, warnings.showwarning)
+            std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
+            return _status_of(command, work)
+    except KeyboardInterrupt as interrupt:
+        print(
+            f"{command}: interrupted; {interrupt}" if str(interrupt) else interrupted,
+            file=sys.stderr,
+        )
+    except Exception:
+        # Libraries turn an interruption into errors of their own.
+        if not interruption.came:
+            raise
+        print(interrupted, file=sys.stderr)
+    return INTERRUPTED
+
+
+def _status_of(command: str, work: Callable[[], int | None]) -> int:
+    """The exit status of work that is not interrupted, after a line on stderr if it failed."""
     try:
         status = work() or 0
         sys.stdout.flush()
@@ -130,23 +156,34 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{command}: {where}{error.strerror}", file=sys.stderr)
+        name = errno.errorcode.get(error.errno, str(error.errno))
+        print(f"{command}: {where}{error.strerror} ({name})", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as interrupt:
-        left_behind = str(interrupt) or on_interrupt
-        print("; ".join(filter(None, (f"{command}: interrupted", left_behind))), file=sys.stderr)
-        return 130
 
 
-def _report_unraisable(unraisable: Any) -> None:
+def _show_warning(
+    command: str, show: Callable, message: Warning, category: type[Warning], *where: Any
+) -> None:
+    """Prints a notice without its place in the program, which says nothing to a user."""
+    if issubclass(category, Notice):
+        print(f"{command}: {message}", file=sys.stderr)
+    else:
+        show(message, category, *where)
+
+
+def _report_unraisable(interruption: Interruption, unraisable: Any) -> None:
     """Prints an exception that cannot be raised, but for those of abandoned asyncio tasks.
+
+    An interruption in such a place is raised again in another.
 
     When Orbax cannot read or write an array, it leaves the tasks of the other arrays behind, and
     each of them would print pages.
     """
-    abandoned = asyncio.iscoroutine(unraisable.object) or "Event loop is closed" in str(
-        unraisable.exc_value
-    )
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        interruption.raise_again()
+        return
+    is_task = isinstance(unraisable.object, types.CoroutineType)
+    abandoned = is_task or "Event loop is closed" in str(unraisable.exc_value)
     if not abandoned:
         sys.__unraisablehook__(unraisable)
 

@@ -168,11 +168,11 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def from_main(value: bool) -> bool:
+def from_main(value: np.typing.ArrayLike) -> np.ndarray:
     """The value of process 0, in all processes; all of them call it."""
     if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+        return np.asarray(value)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def end_together(error: Exception) -> None:

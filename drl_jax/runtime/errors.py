@@ -9,18 +9,22 @@ model, dataset or version.
 import errno
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-# A part of something that was written, e.g. a file of a checkpoint, and is no longer there: the
-# whole is damaged. All other errors of the operating system say nothing about contents.
-_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
+# What damaged contents cause: a part that was written, e.g. a file of a checkpoint, is no longer
+# there, or an offset is impossible. All other errors of the operating system say nothing about
+# contents.
+_OF_CONTENTS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL}
+)
 # Refusals that libraries report as text.
 _REPORTED = {
     os.strerror(number): number
     for number in (
         *(errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE),
-        *(errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE),
-        errno.ETIMEDOUT,
+        *(errno.ELOOP, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EPERM, errno.EROFS),
+        *(errno.ESTALE, errno.ETIMEDOUT),
     )
 }
 # Maximum length of a line, and of the message of another error in it.
@@ -41,6 +45,10 @@ class UserError(Exception):
         super().__init__(_shortened(printable(message), _MAX_LINE))
 
 
+class Notice(UserWarning):
+    """Something that a user should know, in one line; commands print it as they print an error."""
+
+
 class Interrupted(UserError):
     """A run that was stopped after a checkpoint."""
 
@@ -49,7 +57,7 @@ class Interrupted(UserError):
 
 
 class Unavailable(UserError):
-    """The operating system refused to read or write something, which may be healthy."""
+    """The operating system refused to read or write something, which may be intact."""
 
     def __init__(self, what: str | Path, error: OSError, action: str = "read"):
         """Names the error.
@@ -60,40 +68,53 @@ class Unavailable(UserError):
           action: what was refused.
         """
         name = errno.errorcode.get(error.errno, str(error.errno))
-        super().__init__(
-            f"{error.filename or what} cannot be {action}: {error.strerror} ({name}); nothing was"
-            " moved or deleted, try again when the cause is removed"
-        )
+        message = f"{error.filename or what} cannot be {action}: {error.strerror} ({name})"
+        if error.errno not in _OF_CONTENTS:
+            message += "; nothing was moved or deleted, try again when the cause is removed"
+        super().__init__(message)
 
 
-def refusal(error: BaseException) -> OSError | None:
-    """The operating system's refusal that an exception reports; None if contents are wrong.
+def system_errors(error: BaseException) -> Iterator[OSError]:
+    """Yields the errors of the operating system, with their numbers, that an exception reports.
 
-    Looks through the causes of the exception, and at the texts in which TensorStore and array_record
-    report errors of files. A file that is absent is no refusal.
+    Looks at the exception and its causes, and at the texts in which TensorStore, array_record and
+    TensorFlow report errors of files.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
-        link = link.__cause__ or link.__context__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     for link in chain:
-        if isinstance(link, MemoryError):
-            return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        number, text = 0, str(link)
         if isinstance(link, OSError):
-            number = link.errno
-            known = number is not None and number not in _ABSENT
-            if known and not isinstance(link, FileExistsError):
-                return OSError(number, link.strerror or os.strerror(number), link.filename)
-            continue
-        text = str(link)
-        code = re.search(r"\[os_error_code='(\d+)'\]", text)
-        number = int(code[1]) if code else 0
-        if not code and isinstance(link, RuntimeError):
+            number = link.errno or (errno.ETIMEDOUT if isinstance(link, TimeoutError) else 0)
+        elif isinstance(link, MemoryError):
+            number = errno.ENOMEM
+        elif code := re.search(r"\[os_error_code='(\d+)'\]", text):
+            number = int(code[1])
+        elif isinstance(link, RuntimeError) or type(link).__module__.startswith("tensorflow."):
             number = next((n for reason, n in _REPORTED.items() if reason in text), 0)
-        if number and number not in _ABSENT:
-            return OSError(number, os.strerror(number))
-    return None
+        if number:
+            reason = getattr(link, "strerror", None) or os.strerror(number)
+            yield OSError(number, reason, getattr(link, "filename", None))
+
+
+def refusal(error: BaseException) -> OSError | None:
+    """The operating system's refusal that an exception reports; None if contents are wrong.
+
+    An absent file is no refusal.
+    """
+    return next((e for e in system_errors(error) if e.errno not in _OF_CONTENTS), None)
+
+
+def raise_if_refused(what: str | Path, error: BaseException, action: str = "read") -> None:
+    """Raises Unavailable if `error` reports a refusal; call it before it is taken for damage.
+
+    Arguments as of `Unavailable`.
+    """
+    if (refused := refusal(error)) is not None:
+        raise Unavailable(what, refused, action) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -5,6 +5,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,23 @@ from typing import Any
 
 # Key of the hash of an object that `seal` made.
 _SEAL = "sha256"
+# A text of a JSON file, with the colon after it if it is a key; or an end of an object.
+_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]')
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds `path` to an error of the operating system in the block, which uses this file.
+
+    `read` and `write` name no file; others name a temporary one beside it, or two files.
+    """
+    try:
+        yield
+    except OSError as error:
+        if str(error.filename2 or error.filename or path).startswith(str(path)):
+            error.filename = str(path)
+            del error.filename2
+        raise
 
 
 @contextlib.contextmanager
@@ -22,13 +41,14 @@ def replacing(path: Path) -> Iterator[Path]:
     would bring back that of a run or a checkpoint that was moved away meanwhile.
 
     Raises:
-      OSError: the file cannot be written; `path` is as it was.
+      OSError: the file cannot be written, with its path; `path` is as it was.
     """
-    # The process id keeps two writers of one file apart.
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Keeps two writers of one file apart; process ids are not unique across containers.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        yield unfinished
-        unfinished.replace(path)
+        with naming(path):
+            yield unfinished
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -65,7 +85,7 @@ def seal(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """Parses a JSON object of `seal`; one field without a hash, of an early version, is accepted.
+    """Parses a JSON object of `seal`.
 
     Raises:
       ValueError: it is not the object that was written.
@@ -73,12 +93,48 @@ def unseal(text: str) -> dict[str, Any]:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
-    digest = values.pop(_SEAL, None)
-    if digest is None and len(values) != 1:
+    if _SEAL not in values:
         raise ValueError("its hash is missing")
-    if digest is not None and digest != json_sha256(values):
+    if values.pop(_SEAL) != json_sha256(values):
         raise ValueError("its content differs from its hash")
     return values
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON that people wrote: a key that an object has twice is an error.
+
+    Raises:
+      json.JSONDecodeError: it is not JSON, or a key is repeated; `json.loads` keeps the last value.
+      RecursionError: it is nested too deeply.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise _repeated_key(text)
+        return values
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _repeated_key(text: str) -> json.JSONDecodeError:
+    objects: list[dict[str, int]] = []
+    for token in _TOKEN.finditer(text):
+        if token[0] == "{":
+            objects.append({})
+        elif token[0] == "}":
+            objects.pop()
+        elif token[2]:
+            key = json.loads(token[1])
+            if (first := objects[-1].setdefault(key, token.start())) != token.start():
+                line = text.count("\n", 0, first) + 1
+                column = first - text.rfind("\n", 0, first)
+                return json.JSONDecodeError(
+                    f"an object has the key {key!r} at line {line} column {column} and again",
+                    text,
+                    token.start(),
+                )
+    raise AssertionError("no key is repeated")
 
 
 def json_sha256(value: Any) -> str:
@@ -92,7 +148,7 @@ def sha256(path: Path) -> str:
     Raises:
       OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,18 +1,23 @@
-"""A lock on a directory that is written, which ends with the process that holds it."""
+"""Locks on directories, which end with the process that holds them."""
 
 import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import naming
 
 # Name of a directory's lock file.
 LOCK_FILE = ".lock"
+# Start of the names of temporary directories.
+_TEMPORARY = "drl_jax_temporary_"
 # A file system that has no locks.
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -44,7 +49,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
     # inherited: a child that outlives this process would keep the lock.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _acquire(descriptor, path, what)
+        with naming(path):
+            _acquire(descriptor, path, what)
         yield
     finally:
         os.close(descriptor)
@@ -70,6 +76,53 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """A directory for temporary files, which is deleted when the block ends.
+
+    Those that processes left behind when they were killed are deleted first: the kernel has
+    released their locks. On a file system without locks, they stay.
+
+    Raises:
+      OSError: it cannot be created.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            descriptor = _hold(left, fcntl.LOCK_EX)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+    descriptor = None
+    while descriptor is None:
+        directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+        try:
+            descriptor = _hold(directory, fcntl.LOCK_SH)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # Another process came first, and deletes it.
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            break
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _hold(directory: Path, kind: int) -> int:
+    """Locks a directory itself, and returns the descriptor that holds the lock."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(directory, flags)
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        directory.stat()  # It may have been deleted before it was locked.
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _acquire(descriptor: int, path: Path, what: str) -> None:

@@ -157,7 +157,7 @@ class RayCluster:
         """Computes `function(*a)` for each `a` of `arguments`, in order, on the cluster.
 
         As `map_in_processes`, with these differences. An OSError that a call returns names the
-        node. A call whose worker or node dies is repeated. `check` precedes.
+        node. A call is repeated beside others, and as often as its node dies. `check` precedes.
 
         Args:
           function: defined at the top level of a module.

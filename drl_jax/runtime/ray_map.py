@@ -19,8 +19,6 @@ import ray.exceptions
 from drl_jax.runtime.node_check import Needs, problem_of_node
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 
-# A call that has lost so many workers fails; losses of nodes do not count.
-_MAX_CRASHES = 3
 # Results that are looked at together, and seconds to wait for them.
 _AT_ONCE, _WAIT = 64, 0.05
 # What the death of a node may do to a call or its result.
@@ -40,7 +38,7 @@ class BadNodeError(Exception):
 class _Call:
     arguments: tuple
     timeout: float | None
-    crashes: int = 0
+    is_repeated: bool = False
     is_done: bool = False
     result: Any = None
 
@@ -112,11 +110,11 @@ class OrderedCalls:
                 self._start(call)
                 continue
             except WORKER_LOST:
-                call.crashes += 1
-                if call.crashes < _MAX_CRASHES:
-                    self._start(call)
-                    continue
-                result = WorkerFailure(f"{call.crashes} processes that worked on it died")
+                result = WorkerFailure("the Ray worker that worked on it died", is_passing=True)
+            if isinstance(result, WorkerFailure) and result.is_passing and not call.is_repeated:
+                call.is_repeated = True
+                self._start(call)
+                continue
             if isinstance(result, _Kept):
                 result = dataclasses.replace(result.rest, **{self._keep: kept})
             call.result, call.is_done = result, True

@@ -4,8 +4,10 @@
 give to this process.
 """
 
+import contextlib
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +42,26 @@ def available_memory() -> int:
             reclaimable = _inactive_file_bytes(directory / "memory.stat")
             available = min(available, max(limit - used + reclaimable, 0))
     return available
+
+
+@contextlib.contextmanager
+def memory_limit(size: int) -> Iterator[None]:
+    """Limits what this process, in all its threads, can allocate while the block runs.
+
+    An allocation beyond the limit fails: in Python, with a MemoryError.
+
+    Args:
+      size: bytes, beside those that the process has already.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) for line in status if line.startswith("VmData"))
+    bounds = (1024 * used + size, *(limit for limit in before if limit != resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _cgroup_directories() -> Iterator[Path]:

@@ -1,12 +1,84 @@
-"""Handles signals that ask a long job to stop, at its next safe point."""
+"""Handles signals that ask a command to end: at once, or at the next safe point of a long job."""
 
+import atexit
+import contextlib
 import os
 import signal
-import sys
+import threading
+import time
 from types import FrameType
 
 # SIGHUP comes when a terminal or an SSH connection is closed.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Seconds after an interruption in which further ones are the same impatience.
+_PATIENCE = 1.0
+# Exit status of a command that was interrupted.
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class Interruption:
+    """Context manager: SIGINT interrupts the block once, and never the cleaning up after it.
+
+    The first SIGINT raises KeyboardInterrupt, after the import that is running: extension modules
+    print or drop what is raised in one. Those of the next second do nothing; a later one ends the
+    process with one line and status INTERRUPTED. This holds until the process ends. In a thread
+    other than the main one, and where SIGINT is ignored or handled already, nothing changes.
+    """
+
+    def __init__(self, line: str):
+        """Changes nothing.
+
+        Args:
+          line: what a process prints that does not wait until everything is cleaned up.
+        """
+        self._line = line
+        self._since: float | None = None
+        self._is_inside = self._is_raised = False
+
+    @property
+    def came(self) -> bool:
+        """Whether there was a SIGINT."""
+        return self._since is not None
+
+    def __enter__(self) -> "Interruption":
+        is_main = threading.current_thread() is threading.main_thread()
+        self._is_inside = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._is_inside:
+            signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._is_inside:
+            self._is_inside = False
+            # Python's last steps reset handlers, and a SIGINT would then change the exit status.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            if not self.came:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def raise_again(self) -> None:
+        """Raises KeyboardInterrupt once more: Python dropped one that came in a callback."""
+        self._is_raised = False
+        self._retry()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del number
+        self._since = self._since or time.monotonic()
+        is_late = time.monotonic() - self._since > _PATIENCE
+        if self._is_inside and not self._is_raised:
+            if not _is_importing(frame):
+                self._is_raised = True
+                raise KeyboardInterrupt
+            if not is_late:
+                self._retry()
+        if is_late:
+            _write(f"{self._line}\n")
+            os._exit(INTERRUPTED)
+
+    def _retry(self) -> None:
+        """Sends the signal again, soon, so that it also ends a system call."""
+        if self._is_inside:
+            main = threading.main_thread().ident
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
 
 
 class StopRequest:
@@ -33,16 +105,16 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del frame
         if self.pending and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            # Raises KeyboardInterrupt, but not while that of an earlier one is cleaned up after.
+            self._previous[number](number, frame)
+            return
         self.pending = True
         if number == signal.SIGHUP:
             self._leave_terminal()
-        print(
+        _write(
             f"\n{signal.Signals(number).name}: stopping after the next checkpoint or test"
-            " (Ctrl-C again stops at once)",
-            file=sys.stderr,
+            " (Ctrl-C again stops at once)\n"
         )
 
     def _leave_terminal(self) -> None:
@@ -51,3 +123,17 @@ class StopRequest:
         for descriptor in self._terminals:
             os.dup2(nothing, descriptor)
         os.close(nothing)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _write(text: str) -> None:
+    """Writes to stderr, where `print` is an error if the signal came during another one."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

@@ -1,21 +1,32 @@
-"""Ordered map over a pool of processes, with bounded memory and per-call failures."""
+"""Ordered map over a pool of processes, with bounded memory and per-call failures.
 
+Python's own pools have no time limit per call, and break when a process dies.
+"""
+
+import atexit
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
+import pickle
+import queue
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
-
 from drl_jax.runtime.child_process import exit_with_parent
-from drl_jax.runtime.errors import one_line
+from drl_jax.runtime.errors import Unavailable, UserError, one_line, refusal
 from drl_jax.runtime.resources import available_cpus
 
 T = TypeVar("T")
+
+# Seconds for a process to start and to import what a call needs, and for it to end when killed.
+_START_SECONDS, _END_SECONDS = 300.0, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +35,17 @@ class WorkerFailure:
 
     Attributes:
       reason: one line.
+      is_passing: whether it is no property of what the call worked on, and must not be stored as
+        one: the process died or took too long, or the operating system refused something.
       timed_out: whether it took longer than it was allowed to.
     """
 
     reason: str
+    is_passing: bool = False
     timed_out: bool = False
+
+
+_ENDED = WorkerFailure("its processes were ended", is_passing=True)
 
 
 class OrderedMap(Protocol):
@@ -54,6 +71,9 @@ def map_in_processes(
 ) -> Iterator[T | WorkerFailure]:
     """Computes `function(*a)` for each `a` of `arguments`, in order, on all available processors.
 
+    A call whose failure is passing is repeated once, while no other call runs: together they may
+    need more memory than there is.
+
     Args:
       function: defined at the top level of a module.
       arguments: one tuple for each call.
@@ -64,23 +84,15 @@ def map_in_processes(
       The results in order; a call that fails gives a WorkerFailure, and the others continue.
     """
     workers = max(1, min(available_cpus(), len(arguments)))
-    # Spawned: forking a process in which TFDS or jax runs threads can deadlock.
-    pool = ProcessPool(
-        workers, context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
-    )
     timeouts = timeout if isinstance(timeout, Sequence) else [timeout] * len(arguments)
-    waiting: collections.deque[tuple[ProcessFuture, float | None]] = collections.deque()
-    try:
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    with contextlib.closing(CallPool(workers)) as pool:
         for call, seconds in zip(arguments, timeouts, strict=True):
-            future = pool.schedule(_guarded, args=(function, *call), timeout=seconds)
-            waiting.append((future, seconds))
+            waiting.append(pool.submit(function, call, seconds, repeats=True))
             if len(waiting) > ahead * workers:
-                yield _result(*waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _result(*waiting.popleft())
-    finally:
-        pool.stop()
-        pool.join()
+            yield waiting.popleft().result()
 
 
 class CallPool:
@@ -92,12 +104,21 @@ class CallPool:
         Args:
           workers: number of processes.
         """
-        self._pool = ProcessPool(
-            workers,
-            context=get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(os.getpid(),),
-        )
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        self._is_closed = threading.Event()
+        # How many calls run, and how many run or want to run alone.
+        self._running = self._alone = 0
+        self._turn_ends = threading.Condition()
+        self._workers = [_Worker(self._is_closed) for _ in range(workers)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(worker,), daemon=True)
+            for worker in self._workers
+        ]
+        for thread in self._threads:
+            thread.start()
+        # Before multiprocessing ends the processes, for which their threads would start others. A
+        # generator that holds a pool may be closed only afterwards, when threads run no more.
+        atexit.register(self.close)
 
     def call(
         self, function: Callable[..., T], *arguments: Any, timeout: float | None
@@ -109,25 +130,174 @@ class CallPool:
           arguments: of the function.
           timeout: seconds from the start of the call; then its process is killed. None: no limit.
         """
-        future = self._pool.schedule(_guarded, args=(function, *arguments), timeout=timeout)
-        return _result(future, timeout)
+        return self.submit(function, arguments, timeout).result()
+
+    def submit(
+        self,
+        function: Callable[..., T],
+        arguments: tuple,
+        timeout: float | None,
+        *,
+        repeats: bool = False,
+    ) -> "concurrent.futures.Future[T | WorkerFailure]":
+        """Like `call`, without waiting; `repeats` as `map_in_processes` does."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        with self._turn_ends:
+            if self._is_closed.is_set():
+                future.set_result(_ENDED)
+            else:
+                self._calls.put((future, (function, arguments, timeout), repeats))
+        return future
 
     def close(self) -> None:
-        """Ends the processes and their calls."""
-        self._pool.stop()
-        self._pool.join()
+        """Ends the processes and their calls, which fail."""
+        atexit.unregister(self.close)
+        with self._turn_ends:
+            self._is_closed.set()
+            self._turn_ends.notify_all()
+        for worker in self._workers:
+            worker.kill()
+            self._calls.put(None)
+        end = time.monotonic() + _END_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _serve(self, worker: "_Worker") -> None:
+        """Runs calls until there are no more."""
+        while (item := self._calls.get()) is not None:
+            future, call, repeats = item
+            with self._turn(alone=False):
+                result = _guarded(worker.call, *call)
+            if repeats and isinstance(result, WorkerFailure) and result.is_passing:
+                with self._turn(alone=True):
+                    worker.end()  # Another process may have what this one lacked, e.g. open files.
+                    result = _guarded(worker.call, *call)
+            future.set_result(result)
+        worker.end()
+
+    @contextlib.contextmanager
+    def _turn(self, *, alone: bool) -> Iterator[None]:
+        """Waits until a call may run: not while one runs alone, and alone not while others run."""
+        with self._turn_ends:
+            self._alone += alone
+            self._turn_ends.wait_for(
+                lambda: self._is_closed.is_set() or not (self._running if alone else self._alone)
+            )
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._turn_ends:
+                self._running -= 1
+                self._alone -= alone
+                self._turn_ends.notify_all()
 
 
-def _result(future: ProcessFuture, timeout: float | None) -> T | WorkerFailure:
-    try:
-        return future.result()
-    except concurrent.futures.TimeoutError:
-        return WorkerFailure(f"took longer than {timeout:g} s", timed_out=True)
-    except ProcessExpired as error:
-        return WorkerFailure(f"the process that worked on it died (exit code {error.exitcode})")
-    # A result that cannot be sent to this process.
-    except Exception as error:
-        return WorkerFailure(one_line(error))
+class _Worker:
+    """A process that runs the calls of one thread, and another one when it is lost."""
+
+    def __init__(self, is_closed: threading.Event):
+        self._is_closed, self._is_late = is_closed, False
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def call(self, function: Callable, arguments: tuple, timeout: float | None) -> Any:
+        """See `CallPool.call`; also raises."""
+        call = pickle.dumps((function, arguments))
+        if self._is_closed.is_set():
+            return _ENDED
+        if self._process is None:
+            self._start()
+        has_started = False
+        try:
+            with self._killing_after(_START_SECONDS):
+                self._connection.send_bytes(call)
+                content = self._connection.recv_bytes()
+            if has_started := not content:
+                with self._killing_after(timeout):
+                    content = self._connection.recv_bytes()
+        # RuntimeError: there can be no more threads.
+        except (EOFError, OSError, RuntimeError):
+            code = self.end(patience=1.0)
+            if self._is_closed.is_set():
+                return _ENDED
+            if self._is_late and has_started:
+                reason = f"took longer than {timeout:g} s"
+                return WorkerFailure(reason, is_passing=True, timed_out=True)
+            reason = f"the process that worked on it died (exit code {code})"
+            return WorkerFailure(reason, is_passing=True)
+        if self._is_late:
+            self.end()
+        return pickle.loads(content)
+
+    def kill(self) -> None:
+        """Kills the process; from any thread."""
+        if (process := self._process) is not None:
+            process.kill()
+
+    def end(self, patience: float = 0.0) -> int | None:
+        """Waits for the end of the process, then kills it; returns its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        self._connection.close()
+        for seconds in (patience, _END_SECONDS):
+            end = time.monotonic() + seconds
+            # Not `join`: where another thread has seen the end, the code may come a moment later.
+            while process.exitcode is None and time.monotonic() < end:
+                time.sleep(0.001)
+            process.kill()
+        return process.exitcode
+
+    def _start(self) -> None:
+        # Spawned: forking a process in which TFDS or jax runs threads can deadlock.
+        context = get_context("spawn")
+        self._connection, other = context.Pipe()
+        process = context.Process(target=_serve_calls, args=(other, os.getpid()), daemon=True)
+        # Ctrl-C reaches every process of a terminal, and the owner of the pool ends its workers:
+        # they inherit that this thread blocks it, which the start of the tracker would undo.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        with contextlib.closing(other):
+            process.start()
+        self._process = process
+        if self._is_closed.is_set():  # `close` may not have seen the process.
+            self.kill()
+
+    @contextlib.contextmanager
+    def _killing_after(self, seconds: float | None) -> Iterator[None]:
+        """Kills the process if the block takes longer."""
+
+        def kill() -> None:
+            self._is_late = True
+            self.kill()
+
+        self._is_late = False
+        timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+
+def _serve_calls(connection: Connection, parent: int) -> None:
+    """Runs calls in a worker process."""
+    exit_with_parent(parent)
+    with contextlib.suppress(EOFError, OSError):  # The parent has ended.
+        while True:
+            result = _guarded(_run, connection, connection.recv_bytes())
+            content = _guarded(pickle.dumps, result)
+            connection.send_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+
+
+def _run(connection: Connection, call: bytes) -> Any:
+    function, arguments = pickle.loads(call)
+    # Its modules are imported: the time of the call starts.
+    connection.send_bytes(b"")
+    return function(*arguments)
 
 
 def _guarded(function: Callable[..., T], *arguments: Any) -> T | WorkerFailure:
@@ -135,10 +305,6 @@ def _guarded(function: Callable[..., T], *arguments: Any) -> T | WorkerFailure:
     try:
         return function(*arguments)
     except Exception as error:
-        return WorkerFailure(one_line(error))
-
-
-def _start_worker(parent: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the owner of the pool ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent(parent)
+        reason = str(error) if isinstance(error, UserError) else one_line(error)
+        is_passing = isinstance(error, Unavailable) or refusal(error) is not None
+        return WorkerFailure(reason, is_passing=is_passing)

@@ -159,6 +159,17 @@ def _parser() -> Parser:
     text = "serve the search page"
     serve = commands.add_parser("serve", parents=[common, chosen], help=text, description=text)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    serve.add_argument(
+        "--allowed_hosts",
+        default="",
+        metavar="NAME,...",
+        help="names that lead to this server, besides that of --host",
+    )
+    serve.add_argument(
+        "--no_token",
+        action="store_true",
+        help="answer whoever reaches a --host that other machines can reach",
+    )
     serve.add_argument("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
     serve.add_argument("--top", type=positive_int, default=12, help="hits per query (%(default)s)")
 

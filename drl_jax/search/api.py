@@ -201,10 +201,10 @@ class SearchAPI:
         video = self.sent.video(by_video) if by_video else None
         index, model = self.session.snapshot(), self.session.model
         encoded = index.encoded(Query(sentence, without, content, video, like))
-        (tokens,) = model.token_strings([sentence]) if sentence.strip() else ([],)
-        if len(tokens) < model.config.data.max_words:
+        if not (sentence.strip() and model.tokenize([sentence]).is_cut[0]):
             return encoded, None
-        return encoded, sum(token not in (START, END) for token in tokens)
+        (words,) = model.token_strings([sentence])
+        return encoded, sum(word not in (START, END) for word in words)
 
 
 def video_of(index: IndexSnapshot, path: str | None) -> IndexedVideo:

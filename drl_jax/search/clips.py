@@ -33,8 +33,9 @@ def read_picture(path: Path, time: float) -> bytes:
 
     Raises:
       VideoError: no frame can be decoded.
+      Unavailable: the file cannot be read.
     """
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         frame, aspect = _frame_at(path, time)
         if frame is None:
             raise VideoError("no frame could be decoded")
@@ -72,8 +73,9 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
 
     Raises:
       VideoError: it cannot be decoded, or has no frame there.
+      Unavailable: it cannot be read.
     """
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         if _copied(path, start, end, out):
             return
         with av.open(str(out), "w", format="mp4", options=MP4_OPTIONS) as clip:
@@ -194,7 +196,7 @@ def _can_start(path: Path, time: float) -> bool:
 def _opened(
     path: Path, time: float
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, float]]:
-    with open_container(str(path)) as container:
+    with open_container(path) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise VideoError("has no video stream that FFmpeg decodes")

@@ -8,9 +8,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from drl_jax.data.frame_form import FrameForm
 from drl_jax.model_flags import model_of_flags
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.worker_pool import CallPool
 from drl_jax.search import CANDIDATES, MOMENTS
 from drl_jax.search.candidates import CandidateSearch
 from drl_jax.search.explain import format_timestamp
@@ -19,6 +21,7 @@ from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit
 from drl_jax.search.hubness import Correction
 from drl_jax.search.index_commands import index_videos, join_shards, read_lines
+from drl_jax.search.pictures import open_picture
 from drl_jax.search.prompt import format_hits, run_prompt
 from drl_jax.search.query import Query, encode_video_file
 from drl_jax.search.rows import IndexedVideo
@@ -97,7 +100,7 @@ def _answer_query(
         raise UserError(f"none of the {len(snapshot.videos)} videos passes the filters")
     rest = Query(
         without=options.without,
-        picture=_bytes(options.picture) if options.picture else b"",
+        picture=_picture(options.picture, session.model.frame_form) if options.picture else b"",
         # Decoded once for all sentences.
         video=encode_video_file(session.model, options.video) if options.video else None,
         like=_moment(snapshot, options.like) if options.like else None,
@@ -125,11 +128,9 @@ def _moment(snapshot: IndexSnapshot, text: str) -> tuple[IndexedVideo, float]:
     return video, time
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+def _picture(path: Path, form: FrameForm) -> bytes:
+    with contextlib.closing(CallPool(1)) as pool:
+        return open_picture(pool, path, form)
 
 
 def _answer_sentences(
@@ -226,6 +227,8 @@ def _serve(options: argparse.Namespace) -> None:
         max_upload=options.max_upload,
         correction=_correction(options),
         engine=functools.partial(_candidates_of, options) if _has_engine(options) else None,
+        allowed_hosts=options.allowed_hosts,
+        needs_token=not options.no_token,
     )
 
 

@@ -1,6 +1,5 @@
 """Explains the best moment of a video file for a sentence."""
 
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.lock import temporary_directory
 from drl_jax.search.explain import Explanation, explain
 from drl_jax.search.reading import frames_of, read_video
 from drl_jax.search.windows import Window
@@ -36,8 +36,8 @@ def explain_file(model: RetrievalModel, path: Path, sentence: str) -> ExplainedF
       UserError: the file cannot be read, or the sentence is blank.
     """
     text = model.encode_text([sentence])
-    with tempfile.TemporaryDirectory() as folder:
-        spool = Path(folder) / "frames"
+    with temporary_directory() as folder:
+        spool = folder / "frames"
         read = read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
         if reason := read.error or read.failure:
             raise UserError(f"{path} {reason}")

@@ -21,7 +21,11 @@ _Batch = list[tuple[IndexedVideo, VideoRead]]
 
 
 class Batches:
-    """Videos that were read and are not stored yet."""
+    """Videos that were read and are not stored yet.
+
+    Attributes:
+      unavailable: why videos could not be read this time, by path; these are not stored.
+    """
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Batches:
         """
         self._engine, self._writer, self._windows = engine, writer, windows
         self._calls_again = calls_again
+        self.unavailable: dict[str, str] = {}
         # The next batch and when it got its first video, and batches that are being encoded.
         self._next: _Batch = []
         self._since = time.monotonic()
@@ -51,6 +56,9 @@ class Batches:
         Raises:
           SearchIndexError: the index cannot be written.
         """
+        if read.is_passing:
+            self.unavailable[video.path] = read.error
+            return
         if not self._next:
             self._since = time.monotonic()
         self._next.append((video, read))
@@ -91,10 +99,12 @@ class Batches:
         lost = [video for video, read in batch if read.frames is not None]
         reads = iter(self._engine.read(*self._calls_again(lost)))
         directory = self._writer.directory
-        return [
+        again = [
             (video, read if read.frames is None else checked(next(reads), directory))
             for video, read in batch
         ]
+        self.unavailable |= {video.path: read.error for video, read in again if read.is_passing}
+        return [(video, read) for video, read in again if not read.is_passing]
 
     def _put(self, batch: _Batch, features: Features) -> None:
         """Stores a batch that is encoded."""
@@ -126,7 +136,9 @@ def checked(read: VideoRead | WorkerFailure, directory: Path) -> VideoRead:
       SearchIndexError: the frames of a long video could not be written.
     """
     if isinstance(read, WorkerFailure):
-        return VideoRead("", read.reason, timed_out=read.timed_out)
+        # A video that took too long is stored with the time that it had.
+        is_passing = read.is_passing and not read.timed_out
+        return VideoRead("", read.reason, timed_out=read.timed_out, is_passing=is_passing)
     if read.failure:
         raise SearchIndexError(
             f"cannot write to the index {directory} ({read.failure}); fix this, then rerun the"

@@ -37,6 +37,11 @@ def index_videos(options: argparse.Namespace) -> None:
             cluster=cluster,
         )
     print(_format_report(report, options.index, options.storage))
+    if report.unavailable:
+        raise UserError(
+            f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
+            " to try them again"
+        )
 
 
 def join_shards(options: argparse.Namespace) -> None:
@@ -93,6 +98,9 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
     if report.bad:
         lines.append(f"{len(report.bad)} files cannot be searched:")
         lines += [f"  {printable(path)}: {reason}" for path, reason in report.bad.items()]
+    if report.unavailable:
+        lines.append(f"{len(report.unavailable)} files could not be read this time:")
+        lines += [f"  {printable(path)}: {why}" for path, why in report.unavailable.items()]
     if report.skipped:
         lines.append(f"{len(report.skipped)} names are no files (links to nothing, pipes):")
         lines += [f"  {printable(path)}" for path in report.skipped]

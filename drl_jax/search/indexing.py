@@ -38,6 +38,8 @@ class IndexReport:
       unchanged: number of other files.
       bad: why files cannot be searched, by path; of all files that were compared, also unchanged
         ones.
+      unavailable: why files could not be read this time, by path; they are not stored, and the next
+        update tries again.
       skipped: names of videos that are no files: links to nothing, pipes, devices.
       seconds: length of the videos that were decoded.
       windows: number of all windows.
@@ -50,6 +52,7 @@ class IndexReport:
     removed: int = 0
     unchanged: int = 0
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
+    unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     windows: int = 0
@@ -182,6 +185,7 @@ class _Update:
                 self._take(video, checked(read, self.writer.directory), batches)
                 progress.update(number)
             batches.finish()
+        self.report.unavailable = batches.unavailable
         self.writer.remove(list(self.missing))
         self.report.removed = len(self.missing)
         self.writer.compact()
@@ -225,13 +229,13 @@ class _Update:
         """Stores a file that was read, or adds it to the next batch."""
         if read.is_known:
             self._take_known(video, read.sha256, batches)
+            return
+        if video.path in self.known:
+            self.report.changed += not read.is_passing
         else:
-            if video.path in self.known:
-                self.report.changed += 1
-            else:
-                self.report.added += 1
-            self.report.seconds += read.duration
-            batches.add(video, read)
+            self.report.added += not read.is_passing
+        self.report.seconds += read.duration
+        batches.add(video, read)
 
     def _take_known(self, video: IndexedVideo, sha256: str, batches: Batches) -> None:
         known = self.known.get(video.path)

@@ -1,10 +1,11 @@
 """Pictures and clips that the page asks for, made in processes with a time limit."""
 
 import collections
-import tempfile
+import contextlib
 import threading
 from pathlib import Path
 
+from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search.addresses import BadRequest, format_clock
 from drl_jax.search.clips import MAX_CLIP, read_picture, write_clip
@@ -22,7 +23,8 @@ class Media:
 
     def __init__(self) -> None:
         self._pool = CallPool(_WORKERS)
-        self._folder: tempfile.TemporaryDirectory | None = None  # From the first clip on.
+        self._files = contextlib.ExitStack()
+        self._folder = self._files.enter_context(temporary_directory())
         self._clips: collections.OrderedDict[tuple, Path] = collections.OrderedDict()
         self._made = 0
         self._making_clip = threading.Lock()
@@ -71,9 +73,7 @@ class Media:
 
     def _make_clip(self, path: Path, start: float, end: float) -> Path:
         self._made += 1
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="drl_jax_clips_")
-        out = Path(self._folder.name) / f"{self._made}.mp4"
+        out = self._folder / f"{self._made}.mp4"
         made = self._pool.call(write_clip, path, start, end, out, timeout=_CLIP_SECONDS)
         if isinstance(made, WorkerFailure):
             out.unlink(missing_ok=True)
@@ -83,5 +83,4 @@ class Media:
     def close(self) -> None:
         """Ends the processes and deletes the clips."""
         self._pool.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._files.close()

@@ -1,26 +1,22 @@
 """Queries: a sentence, a picture, a video, a moment of an indexed video, and their combinations."""
 
 import dataclasses
-import io
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from drl_jax.data.video import VideoError, to_form
+from drl_jax.evaluation.embedder import pad_tokens
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.lock import temporary_directory
 from drl_jax.search.engine import BEST
 from drl_jax.search.reading import VideoRead, frames_of, read_video
 from drl_jax.search.rows import IndexedVideo
 
 # What `without` subtracts, as a share of the similarity to its sentence.
 _WITHOUT = -0.5
-# Largest picture that is opened, pixels.
-_MAX_PIXELS = 100_000_000
 # Windows of a video that is a query, evenly spaced if it has more.
 _MAX_WINDOWS = 32
 # Longest sentence, characters; a model reads a few hundred at most.
@@ -34,7 +30,7 @@ class Query:
     Attributes:
       sentence: what is seen.
       without: what is not seen.
-      picture: bytes of an image file.
+      picture: a frame in the form of the model, as `pictures.open_picture` decodes it.
       video: a video file, or one that was encoded before.
       like: an indexed video and a time in it, seconds.
     """
@@ -128,7 +124,8 @@ def encode_query(
     if query.picture:
         # A shot in which nothing moves. One frame alone is unlike the windows that a model is
         # trained with, and most like other windows of one frame, whatever they show.
-        still = np.repeat(read_picture(model, query.picture), model.config.data.max_frames, axis=0)
+        frame = np.frombuffer(query.picture, np.uint8).reshape(1, *model.frame_form.shape)
+        still = np.repeat(frame, model.config.data.max_frames, axis=0)
         add_frames(model.encode_videos([still]), "[picture]")
     if video is not None:
         add_frames(video.whole, "[video]")
@@ -153,8 +150,8 @@ def encode_video_file(model: RetrievalModel, path: Path) -> EncodedVideo:
     Raises:
       UserError: it cannot be read.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        spool = Path(folder) / "frames"
+    with temporary_directory() as folder:
+        spool = folder / "frames"
         read = read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
         return encode_read(model, str(path), read)
 
@@ -190,30 +187,6 @@ def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVid
     return EncodedVideo(EncodedQuery(text, BEST if count > 1 else (1.0,), words), whole)
 
 
-def read_picture(model: RetrievalModel, content: bytes) -> np.ndarray:
-    """Reads an image file as a video of one frame: uint8 [1, S, S, 3].
-
-    Raises:
-      UserError: it is no image, or too large.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise UserError(
-                    f"the picture has {image.width} x {image.height} pixels; at most"
-                    f" {_MAX_PIXELS:,} are opened"
-                )
-            pixels = np.asarray(image.convert("RGB"))
-        return to_form(pixels, model.frame_form)[None]
-    except UserError:
-        raise
-    except VideoError as error:
-        raise UserError(str(error)) from error
-    # Pillow raises many types of errors for damaged files.
-    except Exception as error:
-        raise UserError("the picture is damaged, or not an image file") from error
-
-
 def _check_length(sentence: str) -> None:
     if len(sentence) > _MAX_CHARACTERS:
         raise UserError(
@@ -227,14 +200,5 @@ def _joined(parts: Sequence[Features]) -> Features:
         return dict(parts[0])
     names = set.intersection(*(set(part) for part in parts))
     length = max(part["text_mask"].shape[1] for part in parts)
-
-    def padded(name: str, array: np.ndarray) -> np.ndarray:
-        if not name.startswith("text_"):
-            return array
-        missing = length - array.shape[1]
-        return np.pad(array, ((0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)))
-
-    return {
-        name: np.concatenate([padded(name, np.asarray(part[name])) for part in parts])
-        for name in sorted(names)
-    }
+    parts = [pad_tokens(part, length) for part in parts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in sorted(names)}

@@ -16,14 +16,17 @@ from PIL import Image
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.video import VideoError, read_timed_frames, video_length
+from drl_jax.data.video import VideoError, ffmpeg_errors, read_timed_frames, video_length
 from drl_jax.runtime.files import sha256
+from drl_jax.runtime.resources import memory_limit
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 # Side of the thumbnails, pixels.
 THUMBNAIL = 112
 # Frames side by side in a JPEG file.
 STRIP_FRAMES = 64
+# Bytes that decoding a file from elsewhere may take.
+_SENT_MEMORY = 2 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +34,11 @@ class VideoRead:
     """A file that was read.
 
     Attributes:
-      sha256: of its content; empty if it cannot be opened, or was not computed.
+      sha256: of its content; empty if it was not computed.
       error: why it has no frames; empty if it has.
       failure: why nothing can be stored, which is no property of the video; empty if it can.
       timed_out: whether `error` is that decoding took too long.
+      is_passing: whether `error` is no property of the video, and must not be stored.
       is_known: whether the content was known; nothing was decoded then.
       times: F times of its frames, seconds from the start.
       duration: seconds.
@@ -48,6 +52,7 @@ class VideoRead:
     error: str = ""
     failure: str = ""
     timed_out: bool = False
+    is_passing: bool = False
     is_known: bool = False
     times: tuple[float, ...] = ()
     duration: float = 0.0
@@ -70,11 +75,12 @@ def read_video(
       max_frames: frames of a window.
       form: form of the frames.
       spool: file to write the frames of a long video to: memory does not depend on its length.
+
+    Raises:
+      Unavailable: the file cannot be read.
     """
-    try:
+    with ffmpeg_errors(path):
         digest = sha256(path)
-    except OSError as error:
-        return VideoRead("", f"cannot be opened ({error.strerror})")
     if digest in known_sha256s:
         return VideoRead(digest, is_known=True)
     try:
@@ -87,6 +93,12 @@ def read_video(
         return VideoRead(digest, str(error))
     except SpoolError as error:
         return VideoRead(digest, failure=str(error))
+
+
+def read_sent_video(*arguments: Any) -> VideoRead:
+    """`read_video` of a file from elsewhere, of which a small one can have the largest pictures."""
+    with memory_limit(_SENT_MEMORY):
+        return read_video(*arguments)
 
 
 def read_video_on_node(*arguments: Any) -> VideoRead | OSError:
@@ -102,6 +114,9 @@ def read_whole_video(path: Path, max_frames: int, form: FrameForm) -> VideoRead:
       path: of the file.
       max_frames: frames of the window.
       form: form of the frames.
+
+    Raises:
+      Unavailable: the file cannot be read.
     """
     try:
         frames, times = read_timed_frames(path, max_frames, form)

@@ -1,16 +1,17 @@
 """Pictures and videos that programs send to the server as queries; the last ones are kept."""
 
 import collections
-import hashlib
 import threading
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from drl_jax.pretrained import RetrievalModel
+from drl_jax.runtime.files import sha256
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search.addresses import BadRequest
-from drl_jax.search.query import EncodedVideo, encode_read, read_picture
-from drl_jax.search.reading import read_video
+from drl_jax.search.pictures import open_picture
+from drl_jax.search.query import EncodedVideo, encode_read
+from drl_jax.search.reading import read_sent_video
 from drl_jax.search.video_files import allowed_seconds
 
 # Pictures, and videos, that are kept.
@@ -44,29 +45,30 @@ class _Kept(Generic[T]):
 
 
 class SentQueries:
-    """Keeps pictures as they were sent, and videos as encoded queries."""
+    """Keeps pictures as frames, and videos as encoded queries."""
 
     def __init__(self, model: RetrievalModel):
-        """Starts no process before the first video.
+        """Starts no process before the first file.
 
         Args:
           model: encodes the videos.
         """
         self._model = model
         self._pictures, self._videos = _Kept[bytes]("picture"), _Kept[EncodedVideo]("video")
-        # FFmpeg may crash or hang on a damaged file.
-        self._reader = CallPool(1)
+        # A damaged file may crash or hang its decoder. Pictures do not wait for videos.
+        self._picture_reader, self._video_reader = CallPool(1), CallPool(1)
         self._encoding = threading.Lock()  # It uses all cores.
 
-    def add_picture(self, content: bytes) -> str:
-        """Keeps a picture; returns its name.
+    def add_picture(self, path: Path) -> str:
+        """Reads an image file, which may be deleted then; returns its name.
 
         Raises:
-          UserError: it is no image.
+          UserError: see `open_picture`.
         """
-        read_picture(self._model, content)
-        name = hashlib.sha256(content).hexdigest()[:16]
-        self._pictures.add(name, content)
+        form = self._model.frame_form
+        picture = open_picture(self._picture_reader, path, form, "the picture")
+        name = sha256(path)[:16]
+        self._pictures.add(name, picture)
         return name
 
     def add_video(self, path: Path) -> str:
@@ -79,8 +81,8 @@ class SentQueries:
           UserError: it cannot be read, or not in time.
         """
         model = self._model
-        read = self._reader.call(
-            *(read_video, path, (), model.config.data.max_frames, model.frame_form),
+        read = self._video_reader.call(
+            *(read_sent_video, path, (), model.config.data.max_frames, model.frame_form),
             path.with_name("frames"),
             timeout=allowed_seconds(_READ_SECONDS, path.stat().st_size),
         )
@@ -93,7 +95,7 @@ class SentQueries:
         return name
 
     def picture(self, name: str) -> bytes:
-        """The bytes of a picture.
+        """The frame of a picture, as `open_picture` decodes it.
 
         Raises:
           BadRequest: it is not kept (any more).
@@ -109,5 +111,6 @@ class SentQueries:
         return self._videos.get(name)
 
     def close(self) -> None:
-        """Ends the process that reads videos."""
-        self._reader.close()
+        """Ends the processes that read files."""
+        self._picture_reader.close()
+        self._video_reader.close()

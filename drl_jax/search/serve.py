@@ -7,20 +7,20 @@ they were indexed; pages of other sites learn nothing from it, not even which fi
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.search.access import Access, CheckAccess, parse_hosts
 from drl_jax.search.addresses import MAX_HITS, PageQuery
 from drl_jax.search.api import SearchAPI
 from drl_jax.search.candidates import CandidateSearch
@@ -29,7 +29,7 @@ from drl_jax.search.media import Media
 from drl_jax.search.routes import api_routes, file_routes, page_routes
 from drl_jax.search.session import SearchSession
 
-_LOOPBACK = ("127.0.0.1", "localhost")
+_ONLY_HERE = Access()
 # Bytes of a request without its body.
 _MAX_REQUEST = 1 << 20
 _HEADERS = {
@@ -71,6 +71,8 @@ def serve(
     max_upload: int,
     correction: Correction | None = None,
     engine: Callable[[SearchSession], CandidateSearch] | None = None,
+    allowed_hosts: str = "",
+    needs_token: bool = True,
 ) -> None:
     """Serves the page until it is interrupted.
 
@@ -83,11 +85,16 @@ def serve(
       max_upload: MB of a video that is sent as a query, at most.
       correction: see `SearchSession`.
       engine: makes what answers sentences among all videos; None: all are compared.
+      allowed_hosts: names that lead to the server, besides `host`; separated by commas.
+      needs_token: whether requests need a token if other machines can send them.
 
     Raises:
       UserError: the index or the engine cannot be opened, or the address is not available.
     """
-    hosts = _LOOPBACK if host in _LOOPBACK else ("*",)
+    hosts = parse_hosts(allowed_hosts)
+    with _listening_errors(host, port):
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    access = Access.to(host, address[0], hosts, needs_token=needs_token)
     app = make_app(
         directory,
         model,
@@ -95,40 +102,38 @@ def serve(
         max_upload=max_upload,
         correction=correction,
         engine=engine,
-        hosts=hosts,
+        access=access,
     )
-    listener = _listen(host, port)
-    print(
-        f"{app.state.videos} videos on http://{host}:{listener.getsockname()[1]}/  (Ctrl-C stops)",
-        flush=True,
-    )
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=1,
-        # So that a long query gets an answer that says what is wrong.
-        http="h11",
-        h11_max_incomplete_event_size=_MAX_REQUEST,
-    )
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:
-        print()
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        with _listening_errors(host, port):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        url = access.url(host, *listener.getsockname()[:2])
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=1,
+            # So that a long query gets an answer that says what is wrong.
+            http="h11",
+            h11_max_incomplete_event_size=_MAX_REQUEST,
+        )
+        try:
+            print(f"{app.state.videos} videos on {url}  (Ctrl-C stops)", flush=True)
+            uvicorn.Server(config).run(sockets=[listener])
+        except KeyboardInterrupt:
+            print()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+@contextlib.contextmanager
+def _listening_errors(host: str, port: int) -> Iterator[None]:
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen()
+        yield
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"cannot listen on --host={host} --port={port} ({reason}); --port=0 chooses a free one"
         ) from error
-    return listener
 
 
 def make_app(
@@ -139,7 +144,7 @@ def make_app(
     max_upload: int,
     correction: Correction | None = None,
     engine: Callable[[SearchSession], CandidateSearch] | None = None,
-    hosts: tuple[str, ...] = _LOOPBACK,
+    access: Access = _ONLY_HERE,
 ) -> Starlette:
     """Creates the ASGI application; answers one query, so that the first is not slow.
 
@@ -150,7 +155,7 @@ def make_app(
       max_upload: MB of a video that is sent as a query, at most.
       correction: see `SearchSession`.
       engine: see `serve`.
-      hosts: accepted values of the Host header; refuses DNS rebinding.
+      access: which requests are accepted.
 
     Raises:
       UserError: the index or the engine cannot be opened, or `top` is too large.
@@ -179,7 +184,7 @@ def make_app(
         ],
         middleware=[
             Middleware(_AddHeaders),
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
+            Middleware(CheckAccess, access=access),
         ],
         exception_handlers={Exception: _internal_error},
         lifespan=lifespan,

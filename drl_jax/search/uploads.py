@@ -1,7 +1,6 @@
 """Requests that send a picture or a video as a query."""
 
-import io
-import tempfile
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -12,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.lock import temporary_directory
 from drl_jax.search.addresses import BadRequest, status_of
 from drl_jax.search.sent import SentQueries
 
@@ -26,31 +26,26 @@ def upload_routes(sent: SentQueries, max_video: int) -> list[Route]:
       sent: keeps them.
       max_video: bytes of a video, at most.
     """
-
-    async def receive_picture(request: Request) -> dict[str, str]:
-        content = io.BytesIO()
-        await _receive(request, content, "a picture", MAX_PICTURE)
-        return {"picture": await run_in_threadpool(sent.add_picture, content.getvalue())}
-
-    async def receive_video(request: Request) -> dict[str, str]:
-        with tempfile.TemporaryDirectory(prefix="drl_jax_sent_") as folder:
-            path = Path(folder) / "video"
-            with path.open("wb") as file:
-                await _receive(request, file, "a video", max_video)
-            return {"by_video": await run_in_threadpool(sent.add_video, path)}
-
-    return [
-        Route("/api/pictures", _answering(receive_picture), methods=["POST"]),
-        Route("/api/videos", _answering(receive_video), methods=["POST"]),
-    ]
+    kinds = (
+        ("/api/pictures", "picture", MAX_PICTURE, lambda path: sent.add_picture(path), "picture"),
+        ("/api/videos", "video", max_video, lambda path: sent.add_video(path), "by_video"),
+    )
+    return [Route(path, _receiving(*kind), methods=["POST"]) for path, *kind in kinds]
 
 
-def _answering(receive: Callable) -> Callable:
+def _receiving(what: str, most: int, add: Callable[[Path], str], parameter: str) -> Callable:
     """An endpoint that answers with the name of what was received, or says what is wrong."""
+    # One file is read at a time. The others wait here, and not in the threads that answer pages.
+    turn = asyncio.Semaphore(1)
 
     async def endpoint(request: Request) -> Response:
         try:
-            return JSONResponse(await receive(request))
+            with temporary_directory() as folder:
+                path = folder / what
+                with path.open("wb") as file:
+                    await _receive(request, file, f"a {what}", most)
+                async with turn:
+                    return JSONResponse({parameter: await run_in_threadpool(add, path)})
         except UserError as error:
             return JSONResponse({"error": str(error)}, status_of(error))
         except OSError as error:

@@ -42,24 +42,39 @@ class Beside(NamedTuple):
 
     Attributes:
       name: of the file.
-      fields: of BackboneConfig.
-      licence: of the weights; empty if the file does not imply it.
+      fields: of BackboneConfig; the activation is one of them.
     """
 
     name: str
     fields: dict[str, Any]
-    licence: str = ""
 
 
 def read_beside(path: Path) -> Beside | None:
     """The description beside a file of weights; None if there is none that says the activation.
 
+    That of open_clip is preferred: a publisher may put both into one folder.
+
     Raises:
-      WeightsError: a file is damaged, or describes what is not supported.
+      WeightsError: a file is damaged, describes what is not supported, or another one says another
+        activation.
     """
+    found = [beside for beside in (_open_clip(path), _config(path)) if beside is not None]
+    activations = [f"{beside.name} {beside.fields['activation']}" for beside in found]
+    if len({beside.fields["activation"] for beside in found}) > 1:
+        raise WeightsError(
+            f"the activation in {path.parent} is {' and '.join(activations)}; move one of them"
+        )
+    return found[0] if found else None
+
+
+def _open_clip(path: Path) -> Beside | None:
     values = JSONValues.read(path.with_name("open_clip_config.json"))
-    if values is not None:
-        return Beside("open_clip_config.json", _open_clip_fields(values))
+    if values is None:
+        return None
+    return Beside("open_clip_config.json", _open_clip_fields(values))
+
+
+def _config(path: Path) -> Beside | None:
     values = JSONValues.read(path.with_name("config.json"))
     if values is None:
         return None
@@ -70,8 +85,7 @@ def read_beside(path: Path) -> Beside | None:
             if preprocessor is not None:
                 fields |= _preprocessor_fields(preprocessor, values)
                 break
-        licence = "CC-BY-NC-4.0" if values.text("model_type") == "metaclip_2" else ""
-        return Beside("config.json", fields, licence)
+        return Beside("config.json", fields)
     return Beside("config.json", _own_fields(values)) if "family" in values.content else None
 
 

@@ -1,5 +1,6 @@
 """Describes the towers in a file: what its tensors say, what lies beside it, and its release."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 from drl_jax.config import BackboneConfig
 from drl_jax.weights.beside import read_beside
 from drl_jax.weights.json_values import WeightsError
-from drl_jax.weights.releases import FAMILY_FIELDS, FAMILY_LICENCES, RELEASES, SIGLIP_TEXT
+from drl_jax.weights.releases import FAMILY_FIELDS, RELEASES, SIGLIP_TEXT
 
 # Channels of an attention head of a tower of at most this width, and the heads of wider ones and
 # of So400m.
@@ -31,13 +32,15 @@ class Description(NamedTuple):
 
     Attributes:
       backbone: family, sizes and everything else.
-      activation_from: what says the activation.
-      licence: of the weights; empty if unknown.
+      activation_from: what says the activation, or what it is guessed from.
+      is_guessed: whether nothing says it.
+      licence: of the weights; empty if nothing says it.
       revision: commit of the repository that they were downloaded from; empty for another file.
     """
 
     backbone: BackboneConfig
     activation_from: str
+    is_guessed: bool = False
     licence: str = ""
     revision: str = ""
 
@@ -47,8 +50,8 @@ class Description(NamedTuple):
         return (
             f"{backbone.family}, patches of {backbone.vision_patch_size} pixels at"
             f" {backbone.image_resolution} ({form}), captions: {backbone.text_cleaning}, activation"
-            f" {backbone.activation}"
-            f" (from {self.activation_from}), licence: {self.licence or 'not stated by the file'}"
+            f" {backbone.activation} ({'guessed ' if self.is_guessed else ''}from"
+            f" {self.activation_from}), licence: {self.licence or 'not stated by the file'}"
             f"{self.revision and f', commit {self.revision}'}"
         )
 
@@ -58,16 +61,17 @@ def describe(
     path: Path | None = None,
     *,
     release: str = "",
-    is_openai: bool = False,
+    likeness: str = "",
+    is_openais: bool = False,
 ) -> Description:
-    """Describes towers from their tensors, a description beside them, or a release.
+    """Describes towers from a release, a description beside them, or what their tensors suggest.
 
     Args:
       state: tensors under OpenAI's names.
       path: of the file; None if there is none.
       release: a name of `RELEASES`; empty: none is given.
-      is_openai: whether the file has the form of OpenAI's archives, or is a checkpoint of the
-        PyTorch original of DRL, which knows no other towers.
+      likeness: what suggests that towers of CLIP are OpenAI's; a description or a release wins.
+      is_openais: whether it proves that, as the release openai.
 
     Raises:
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.
@@ -75,12 +79,19 @@ def describe(
     check_release(release)
     family, sizes = _family(state), _sizes(state)
     known = {"family": family, **FAMILY_FIELDS[family]}
-    source, licence = "its family", FAMILY_LICENCES.get(family, "")
+    source, is_guessed, licence = "its family", True, ""
+    said = likeness if is_openais else f"the release {release}"
+    if is_openais and release not in ("", "openai"):
+        raise WeightsError(f"{path} is {likeness}, not of the release {release}; leave that out")
+    release = "openai" if is_openais else release
     if family == "siglip":
         known |= SIGLIP_TEXT.get(sizes["vocab_size"], {})
     elif sizes["vocab_size"] > _CLIP_VOCABULARY:
         known["text_cleaning"] = "none"  # A multilingual vocabulary.
-    beside = None if path is None or is_openai else read_beside(path)
+    if likeness and family == "clip":
+        known |= RELEASES["openai"].backbone_fields(sizes["vision_patch_size"])
+        source = likeness
+    beside = None if path is None else read_beside(path)
     if beside is not None and (wrong := _disagreement(beside.fields, {"family": family, **sizes})):
         if not release:
             raise WeightsError(
@@ -88,27 +99,21 @@ def describe(
                 f" move one of them, or name the release ({RELEASE_FLAGS})"
             )
         beside = None
-    if is_openai and release not in ("", "openai"):
-        raise WeightsError(
-            f"{path} has the form of OpenAI's archives or of a checkpoint of DRL's PyTorch"
-            f" original: its release is openai, not {release}"
-        )
-    if is_openai or release:
-        name = "openai" if is_openai else release
+    if release:
         if family != "clip":
-            raise WeightsError(f"the release {name} is a CLIP, and {path} is a {family}")
-        stated = RELEASES[name].backbone_fields(sizes["vision_patch_size"])
+            raise WeightsError(f"the release {release} is a CLIP, and {path} is a {family}")
+        stated = RELEASES[release].backbone_fields(sizes["vision_patch_size"])
         if beside is not None and (wrong := _disagreement(beside.fields, stated)):
             raise WeightsError(
-                f"the release {name} does not go with {path.parent / beside.name}: {wrong}; leave"
-                " the release out, or move the file"
+                f"{said} does not go with {path.parent / beside.name}: {wrong}; move that file"
+                f"{'' if is_openais else ', or leave the release out'}"
             )
         known |= stated
-        source = "the form of the file" if is_openai else f"the release {name}"
-        licence = RELEASES[name].licence
+        source, is_guessed = said, False
+        licence = RELEASES[release].licence
     if beside is not None:
         known |= beside.fields
-        source, licence = beside.name, beside.licence or licence
+        source, is_guessed = beside.name, False
     if "activation" not in known:
         raise WeightsError(
             f"{path or 'the file'} does not say its activation, and neither a config.json nor an"
@@ -126,7 +131,28 @@ def describe(
     for tower in ("vision", "text"):
         if f"{tower}_heads" not in known:
             known[f"{tower}_heads"] = _heads(tower, sizes[f"{tower}_width"])
-    return Description(BackboneConfig(**known), source, licence)
+    return Description(BackboneConfig(**known), source, is_guessed, licence)
+
+
+def check_beside(path: Path, state: Mapping[str, np.ndarray], backbone: BackboneConfig) -> None:
+    """Checks that a description beside a file that describes itself does not contradict it.
+
+    Args:
+      path: of the file.
+      state: its tensors under OpenAI's names.
+      backbone: what it says of itself.
+
+    Raises:
+      WeightsError: the description has the sizes of the tensors, and something else differs.
+    """
+    beside = read_beside(path)
+    if beside is None or _disagreement(beside.fields, {"family": _family(state), **_sizes(state)}):
+        return
+    if wrong := _disagreement(beside.fields, dataclasses.asdict(backbone)):
+        raise WeightsError(
+            f"{path.parent / beside.name} contradicts what {path.name} says of itself: {wrong};"
+            " move one of them"
+        )
 
 
 def check_release(release: str) -> None:

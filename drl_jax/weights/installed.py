@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import sha256
 
 # NAME.safetensors and NAME.json, its record: how it was made, its metrics and its sha256.
@@ -20,6 +20,7 @@ def installed_path(name: str) -> Path:
 
     Raises:
       InstalledWeightsError: the installed file or its record is missing or damaged.
+      Unavailable: one of them cannot be read.
     """
     path = DIRECTORY / f"{name}.safetensors"
     try:
@@ -28,9 +29,7 @@ def installed_path(name: str) -> Path:
     except FileNotFoundError as error:
         raise _unusable(name, Path(error.filename), "is missing") from error
     except OSError as error:
-        raise _unusable(
-            name, Path(error.filename or path), f"is unreadable: {error.strerror}"
-        ) from error
+        raise Unavailable(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise _unusable(name, path.with_suffix(".json"), "is damaged") from error
     if found != recorded:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 
 
 class WeightsError(UserError):
@@ -26,7 +26,7 @@ class JSONValues:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+            raise Unavailable(path, error) from error
         except (ValueError, RecursionError) as error:
             raise WeightsError(f"{path} is damaged: it is not JSON; get it again") from error
         if not isinstance(content, dict):

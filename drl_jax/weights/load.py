@@ -51,7 +51,8 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
 
     Args:
       weights: with a stored configuration, which is used; or a complete DRL checkpoint, whose heads
-        are inferred; or CLIP alone, which gets no temporal head, as in zero-shot retrieval.
+        are inferred, and which reads as many words as its original; or towers alone, which get no
+        temporal head, as in zero-shot retrieval, and read all words that they have positions for.
       interaction: "dp" or "ti", for weights without interaction parameters.
 
     Raises:
@@ -66,8 +67,10 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
     if weights.has_heads:
         model = heads_of_weights(model, weights)
     loss = dataclasses.replace(Config().loss, cdcr=0)
-    length = weights.description.backbone.context_length
-    data = DataConfig(holdout=500, max_words=min(DataConfig.max_words, length))
+    max_words = weights.description.backbone.context_length
+    if weights.has_heads:
+        max_words = min(DataConfig.max_words, max_words)
+    data = DataConfig(holdout=500, max_words=max_words)
     return with_backbone_of(Config(data=data, model=model, loss=loss), weights)
 
 

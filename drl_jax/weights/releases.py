@@ -78,8 +78,6 @@ RELEASES: dict[str, Release] = {
     "metaclip_400m": Release("quick_gelu", _NON_COMMERCIAL),
     "metaclip_fullcc": Release("quick_gelu", _NON_COMMERCIAL),
 }
-# Of the families that have one licence.
-FAMILY_LICENCES = {"siglip": "Apache-2.0", "pe": "Apache-2.0"}
 
 
 class Published(NamedTuple):
@@ -121,7 +119,7 @@ PUBLISHED: dict[str, Published] = {
             **SIGLIP_TEXT[256_000],
         ),
         "hf-hub:google/siglip2-base-patch16-224",
-        FAMILY_LICENCES["siglip"],
+        "Apache-2.0",
     ),
     "pe_b16": Published(
         BackboneConfig(
@@ -135,6 +133,6 @@ PUBLISHED: dict[str, Published] = {
             **FAMILY_FIELDS["pe"],
         ),
         "hf-hub:facebook/PE-Core-B16-224",
-        FAMILY_LICENCES["pe"],
+        "Apache-2.0",
     ),
 }

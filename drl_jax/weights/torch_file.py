@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from drl_jax.runtime.errors import one_line
+from drl_jax.runtime.errors import Unavailable, one_line, raise_if_refused
 from drl_jax.weights.torch_pickle import (
     Storage,
     Tensor,
@@ -45,12 +45,13 @@ def read_torch_file(path: Path) -> StateDict:
 
     Raises:
       TorchFileError: the file cannot be read safely and completely; no code in it was executed.
+      Unavailable: there is no such file, or it cannot be read.
     """
     try:
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as error:
-        raise TorchFileError(f"cannot read {path}: {error.strerror}") from error
+        raise Unavailable(path, error) from error
     try:
         if start[:4] == b"PK\x03\x04":
             return _read_zip(path)
@@ -64,6 +65,7 @@ def read_torch_file(path: Path) -> StateDict:
         raise TorchFileError(f"{path} is not a complete safetensors file ({error})") from error
     # The standard library raises many types of errors for damaged pickles and archives.
     except Exception as error:
+        raise_if_refused(path, error)
         reason = one_line(error)
         raise TorchFileError(
             f"{path} is damaged, or not a PyTorch or safetensors file ({reason})"

@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,10 +17,11 @@ from safetensors.numpy import save_file
 from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.tokenizers import tokenizer_of_weights
+from drl_jax.runtime.errors import Unavailable, one_line
 from drl_jax.runtime.files import replacing, sha256
-from drl_jax.weights.description import Description, check_release, describe
+from drl_jax.weights.description import Description, check_beside, check_release, describe
 from drl_jax.weights.download import MODELS
-from drl_jax.weights.hub import resolved_revision
+from drl_jax.weights.hub import is_hub_name, resolved_revision
 from drl_jax.weights.hugging_face import (
     from_hugging_face,
     is_hugging_face,
@@ -34,8 +35,8 @@ from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
 
 # Integers that OpenAI's archives store beside the weights.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
-# Keys of the configuration and the checksum in the metadata of a safetensors file that we write.
-_CONFIG_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_crc32"
+# Keys in the metadata of a safetensors file that we write.
+_CONFIG_KEY, _ORIGIN_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_origin", "drl_jax_crc32"
 _SUPPORTED = (
     "supported are CLIP (OpenAI, open_clip, Hugging Face), SigLIP and SigLIP 2 of a fixed"
     " resolution (Hugging Face), PE-Core T, S, B and L (Meta), and DRL checkpoints"
@@ -81,13 +82,14 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
     Args:
       source: what `weights_path` takes; a file of towers, a DRL checkpoint in any form that
         `read_torch_file` reads, or a file that `save_weights` wrote.
-      release: a name of `releases.RELEASES`, for a CLIP whose activation nothing else says.
+      release: a name of `releases.RELEASES`, for a CLIP whose activation no description says.
 
     Raises:
       InstalledWeightsError: installed weights are missing or damaged.
       HubError: a repository cannot be used, see `hub.download`.
       TorchFileError: the file cannot be read safely.
-      WeightsError: it does not hold supported towers, or nothing says their activation.
+      WeightsError: it does not hold supported towers, nothing says their activation, or what the
+        file, the release and a description beside it say is contradictory.
     """
     check_release(release)
     path = weights_path(source)
@@ -95,7 +97,8 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
         raise WeightsError(f"{path} is one part of sharded weights; join them into one file")
     state, metadata = read_torch_file(path), read_metadata(path)
     stored = metadata.get(_CHECKSUM_KEY)
-    if stored is not None and stored != _checksum(state, metadata.get(_CONFIG_KEY, "")):
+    about = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
+    if stored is not None and stored != _checksum(state, about):
         raise WeightsError(f"{path} is damaged: its checksum is wrong; copy or export it again")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -105,30 +108,32 @@ def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
     is_archive = all(name in state for name in _OPENAI_EXTRAS)
     for name in _OPENAI_EXTRAS:
         state.pop(name, None)
-    # A checkpoint of the PyTorch original of DRL, which knows OpenAI's CLIP only.
-    is_drl = any(name.startswith("clip.") for name in state)
-    if not is_drl:
+    # As checkpoints of the PyTorch original of DRL, which knows OpenAI's CLIP only.
+    is_like_drl = any(name.startswith("clip.") for name in state)
+    if not is_like_drl:
         state = {f"clip.{name}": tensor for name, tensor in state.items()}
     if "clip.visual.conv1.weight" not in state:
         raise WeightsError(f"{path} holds no towers: it has no visual.conv1.weight; {_SUPPORTED}")
-    config = _stored_config(path, metadata)
-    if config is not None:
+    towers = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
+    if _CONFIG_KEY in metadata:
+        config, origin = _stored_config(path, metadata)
         if release:
             raise WeightsError(f"{path} says what it is; leave the release out")
-        description = Description(config.model.backbone, "the file")
+        check_beside(path, towers, config.model.backbone)
+        description = Description(config.model.backbone, f"the file{origin}")
         tokenizer = tokenizer_of_weights(path, config.model.backbone, config.model.tokenizer)
         return Weights(state, description, config, tokenizer)
-    towers = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
-    description = describe(towers, path, release=release, is_openai=is_archive or is_drl)
+    is_openais = is_archive and sha256(path) in MODELS.values()
+    likeness = "names of tensors as in DRL's original" if is_like_drl else ""
     if is_archive:
-        known = sha256(path) in MODELS.values()
-        form = f"OpenAI's archive, {'by its sha256' if known else 'by its form'}"
-        description = description._replace(activation_from=form)
-    licences = {published.source: published.licence for published in PUBLISHED.values()}
-    description = description._replace(
-        revision=resolved_revision(path) or "",
-        licence=description.licence or licences.get(str(source), ""),
-    )
+        likeness = f"OpenAI's archive (by its {'sha256' if is_openais else 'form'})"
+    description = describe(towers, path, release=release, likeness=likeness, is_openais=is_openais)
+    licence = description.licence
+    if is_hub_name(source):
+        licences = {published.source: published.licence for published in PUBLISHED.values()}
+        licence = licence or licences.get(source, "")
+    revision = resolved_revision(path) or ""
+    description = description._replace(revision=revision, licence=licence)
     tokenizer = tokenizer_of_weights(path, description.backbone)
     return Weights(state, description, tokenizer=tokenizer)
 
@@ -148,22 +153,24 @@ def _refuse_unsupported(path: Path, state: StateDict) -> None:
         raise WeightsError(f"{path} is a PE-Core G, without a class token; {_SUPPORTED}")
 
 
-def _checksum(state: StateDict, config: str) -> str:
-    """CRC-32 of the tensors and the configuration that we store; safetensors has no checksum."""
-    crc32 = zlib.crc32(config.encode())
+def _checksum(state: StateDict, about: str) -> str:
+    """CRC-32 of the tensors, and of the configuration and origin; safetensors has no checksum."""
+    crc32 = zlib.crc32(about.encode())
     for name, tensor in sorted(state.items()):
         crc32 = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), crc32)
         crc32 = zlib.crc32(np.ascontiguousarray(tensor).data, crc32)
     return str(crc32)
 
 
-def _stored_config(path: Path, metadata: Mapping[str, str]) -> Config | None:
-    stored = metadata.get(_CONFIG_KEY)
-    if stored is None:
-        return None
+def _stored_config(path: Path, metadata: Mapping[str, str]) -> tuple[Config, str]:
+    """The configuration of an exported file, and its step and run in words."""
     try:
-        return config_from_dict(json.loads(stored))
-    except (ValueError, ConfigError) as error:
+        config = config_from_dict(json.loads(metadata[_CONFIG_KEY]))
+        if _ORIGIN_KEY not in metadata:
+            return config, ""
+        origin = json.loads(metadata[_ORIGIN_KEY])
+        return config, f", step {origin['step']} of run {origin['run']}"
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise WeightsError(f"{path}: its stored configuration cannot be used: {error}") from error
 
 
@@ -174,6 +181,7 @@ def save_weights(
     *,
     dtype: str = "float32",
     clip_only: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes safetensors atomically under the reference's names, with the configuration.
 
@@ -184,9 +192,12 @@ def save_weights(
       dtype: "float32" or "float16", of the tensors in the file.
       clip_only: write the towers alone, under their publisher's names (SigLIP: Hugging Face's), as
         a model with the interaction dp and without temporal head.
+      origin: the "step" and "run" that the parameters are of, and what else identifies them, as
+        JSON values; None if they are of no run.
 
     Raises:
-      WeightsError: the file cannot be written, or a parameter is too large for float16.
+      WeightsError: a parameter is too large for float16.
+      Unavailable: the file cannot be written.
     """
     if clip_only:
         params = {"backbone": params["backbone"]}
@@ -204,15 +215,19 @@ def save_weights(
         if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
             raise WeightsError(f"{name} is too large for float16; use float32")
         state[name] = np.ascontiguousarray(tensor, dtype) if tensor.ndim else tensor.astype(dtype)
-    stored = json.dumps(dataclasses.asdict(config))
-    metadata = {"format": "pt", _CONFIG_KEY: stored, _CHECKSUM_KEY: _checksum(state, stored)}
+    about = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
+    if origin is not None:
+        about[_ORIGIN_KEY] = json.dumps(origin)
+    checksum = _checksum(state, "".join(about.values()))
+    metadata = {"format": "pt", **about, _CHECKSUM_KEY: checksum}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
             save_file(state, unfinished, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WeightsError(f"cannot write {path}: {reason}") from error
+    except OSError as error:
+        raise Unavailable(path, error, "written") from error
+    except SafetensorError as error:
+        raise WeightsError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def state_dict_from_params(params: Params) -> StateDict:

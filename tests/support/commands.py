@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,18 @@ def run_module(
     return finished
 
 
+def start_interruptible(command: list[str], **options) -> subprocess.Popen:
+    """Starts a command that SIGINT interrupts, from the root of the repository."""
+    # Where the tests run in the background, a shell has them ignore SIGINT.
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def error_line(finished: subprocess.CompletedProcess) -> str:
-    """The one line that a failed command prints on stderr, besides progress bars."""
+    """The one line that a failed command prints on stderr, besides progress bars and notices."""
     assert finished.returncode != 0, finished.stdout
     return _only_line(finished.stderr)
 
@@ -64,6 +75,6 @@ def error_of(module: str, *arguments: str, capsys) -> str:
 def _only_line(errors: str) -> str:
     assert "Traceback" not in errors, errors
     lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip()]
-    lines = [line for line in lines if not re.search(r"\| \d+/\d+ \[", line)]
+    lines = [line for line in lines if not re.search(r"\| \d+/\d+ \[| captions cut to ", line)]
     assert len(lines) == 1, errors
     return lines[0]

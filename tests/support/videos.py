@@ -76,7 +76,7 @@ HARD = {
     "sar_16_9.mp4": 3,
     "short_0p3s.mp4": 1,
     "single_frame.mp4": 1,
-    "text.mp4": "cannot be read",
+    "text.mp4": "is not a video: its content is text",
     "truncated_60pct.mp4": 7,
     "vfr.mp4": 10,
     "vp9.webm": 3,

@@ -14,6 +14,7 @@ from drl_jax.models.tokenizers.files import (
     SentencePieceTokenizer,
     TokenizerError,
 )
+from drl_jax.runtime.errors import Unavailable
 
 # Names of tokenizer files beside weights and in runs, the preferred one first, and their classes.
 _KINDS: dict[str, type[FileTokenizer]] = {
@@ -28,7 +29,8 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     Raises:
       ConfigError: there is no tokenizer, `text_cleaning` does not go with it, or the text tower has
         fewer tokens.
-      TokenizerError: the file is missing, damaged or of another format, or a package is missing.
+      TokenizerError: the file is damaged or of another format, or a package is missing.
+      Unavailable: the file is missing, or cannot be read.
     """
     backbone = model.backbone
     check_cleaning(model)
@@ -79,9 +81,7 @@ def _from_file(path: Path, backbone: BackboneConfig) -> Tokenizer:
         version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         return _parsed(kind, path, version, backbone.text_cleaning, backbone.pad_id)
     except OSError as error:
-        raise TokenizerError(
-            f"config.model.tokenizer={path} cannot be read: {error.strerror}"
-        ) from error
+        raise Unavailable(f"config.model.tokenizer={path}", error) from error
     except ImportError as error:
         raise TokenizerError(
             f"config.model.tokenizer={path} needs a package that is not installed"

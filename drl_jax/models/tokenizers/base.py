@@ -4,12 +4,48 @@ import hashlib
 import importlib.metadata
 import json
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from drl_jax.runtime.errors import Notice
+
 # How `Tokenizer.token_strings` shows the tokens before and after a text.
 START, END = "[start]", "[end]"
+
+
+class Tokenized(NamedTuple):
+    """Token ids of N captions.
+
+    Attributes:
+      text_ids: int32 [N, L], padded with `Tokenizer.pad_id`.
+      text_mask: bool [N, L], True from the first token to the end token. The padding may also be
+        the id of a word, so the ids do not determine the mask.
+      is_cut: bool [N], whether a caption has more than L tokens and lost its last words.
+    """
+
+    text_ids: np.ndarray
+    text_mask: np.ndarray
+    is_cut: np.ndarray
+
+
+def warn_of_cut(cut: int, captions: int, max_words: int, where: str = "") -> None:
+    """Issues one `Notice`, if captions were cut, for the caller of the calling function.
+
+    Args:
+      cut: how many were.
+      captions: how many there are.
+      max_words: L of `Tokenizer.tokenize`.
+      where: what they are the captions of.
+    """
+    if cut:
+        text = (
+            f"{where}{where and ': '}{cut:,} of {captions:,} captions cut to data.max_words="
+            f"{max_words} tokens (start and end included): their last words are not read"
+        )
+        warnings.warn(text, Notice, stacklevel=3)
 
 
 class Tokenizer:
@@ -23,6 +59,8 @@ class Tokenizer:
 
     vocabulary_size: int
     sha256: str = ""
+    # Ids after every text; there is at least one.
+    _end: list[int]
     # Packages whose versions may change the ids.
     _PACKAGES: tuple[str, ...] = ()
 
@@ -37,7 +75,7 @@ class Tokenizer:
         parts = [self._identity(), versions, unicodedata.unidata_version]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def tokenize(self, captions: Sequence[str], max_words: int) -> tuple[np.ndarray, np.ndarray]:
+    def tokenize(self, captions: Sequence[str], max_words: int) -> Tokenized:
         """Tokenizes captions.
 
         A caption that is too long loses its last words, and never its end token. An empty one has
@@ -46,18 +84,17 @@ class Tokenizer:
         Args:
           captions: N strings.
           max_words: L, the length of each row, at least 3; start and end tokens are included.
-
-        Returns:
-          text_ids: int32 [N, L], padded with `pad_id`.
-          text_mask: bool [N, L], True from the first token to the end token. The padding may also
-            be the id of a word, so the ids do not determine the mask.
         """
         text_ids = np.full((len(captions), max_words), self.pad_id, np.int32)
         text_mask = np.zeros((len(captions), max_words), bool)
-        for row, ids in enumerate(self._encode(captions, max_words)):
+        is_cut = np.zeros(len(captions), bool)
+        for row, ids in enumerate(self._encode(captions)):
+            if len(ids) > max_words:
+                is_cut[row] = True
+                ids = ids[: max_words - len(self._end)] + self._end
             text_ids[row, : len(ids)] = ids
             text_mask[row, : len(ids)] = True
-        return text_ids, text_mask
+        return Tokenized(text_ids, text_mask, is_cut)
 
     def token_strings(self, text_ids: np.ndarray) -> list[str]:
         """The text of each token.
@@ -76,6 +113,6 @@ class Tokenizer:
         """What distinguishes the tokenizer from those of other classes, files and settings."""
         raise NotImplementedError
 
-    def _encode(self, captions: Sequence[str], max_words: int) -> Iterable[list[int]]:
-        """The ids of each caption, at most `max_words`, with start and end."""
+    def _encode(self, captions: Sequence[str]) -> Iterable[list[int]]:
+        """All ids of each caption, with start and end."""
         raise NotImplementedError

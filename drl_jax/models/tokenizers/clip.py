@@ -10,12 +10,15 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from drl_jax.models.tokenizers.base import END, START, Tokenizer
 
 _VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+# Ids in that vocabulary.
+_START_ID, _END_ID = 49406, 49407
 
 
 @functools.cache
@@ -44,6 +47,7 @@ class CLIPTokenizer(Tokenizer):
 
     vocabulary_size = 49408
     _PACKAGES = ("openai-clip", "ftfy", "regex")
+    _end: ClassVar = [_END_ID]
 
     def __init__(self, pad_id: int = 0):
         super().__init__(pad_id)
@@ -51,20 +55,14 @@ class CLIPTokenizer(Tokenizer):
     def _identity(self) -> list[str]:
         return ["clip", _VOCABULARY_SHA256]
 
-    def _encode(self, captions: Sequence[str], max_words: int) -> Iterator[list[int]]:
-        tokenizer = _simple_tokenizer()
-        bos, eos = tokenizer.encoder["<|startoftext|>"], tokenizer.encoder["<|endoftext|>"]
+    def _encode(self, captions: Sequence[str]) -> Iterator[list[int]]:
         for caption in captions:
-            yield [bos, *tokenizer.encode(caption)[: max_words - 2], eos]
+            yield [_START_ID, *_simple_tokenizer().encode(caption), _END_ID]
 
     def token_strings(self, text_ids: np.ndarray) -> list[str]:
-        tokenizer = _simple_tokenizer()
-        marks = {
-            tokenizer.encoder["<|startoftext|>"]: START,
-            tokenizer.encoder["<|endoftext|>"]: END,
-        }
+        marks = {_START_ID: START, _END_ID: END}
         strings = []
         for token in map(int, text_ids):
-            text = tokenizer.decode([token])
+            text = _simple_tokenizer().decode([token])
             strings.append(marks.get(token) or (text.strip() if text.endswith(" ") else f"{text}-"))
         return strings

@@ -6,7 +6,7 @@ The packages `tokenizers` and `sentencepiece` are optional, and imported when a 
 import hashlib
 import itertools
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -35,9 +35,8 @@ CLEANINGS = {"none": str, "lower": str.lower, "canonicalize": canonicalize}
 class FileTokenizer(Tokenizer):
     """What the tokenizers of both kinds of files share."""
 
-    # Ids before and after every text; there is at least one after it.
+    # Ids before every text.
     _start: list[int]
-    _end: list[int]
 
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
         """Keeps the settings; a subclass parses the content.
@@ -54,12 +53,10 @@ class FileTokenizer(Tokenizer):
     def _identity(self) -> list[str]:
         return [type(self).__name__, self.sha256, self._cleaning]
 
-    def _encode(self, captions: Sequence[str], max_words: int) -> Iterator[list[int]]:
+    def _encode(self, captions: Sequence[str]) -> list[list[int]]:
         # Neither package takes the surrogates that Python makes of bytes that are not UTF-8.
         texts = [self._clean(text.encode("utf-8", "replace").decode()) for text in captions]
-        for ids in self._whole(texts) if texts else ():
-            fits = len(ids) <= max_words
-            yield ids if fits else ids[: max_words - len(self._end)] + self._end
+        return self._whole(texts) if texts else []
 
     def token_strings(self, text_ids: np.ndarray) -> list[str]:
         ids = [int(token) for token in text_ids]

@@ -1,0 +1,158 @@
+"""Splits by file: what is one file is one video, and in one split, whatever its names are."""
+
+import collections
+import hashlib
+import heapq
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from data_prep.annotations import AnnotationError, Annotations, Captioned
+from data_prep.locations import Clip, file_of
+from data_prep.overlap import used_together
+
+# Without splits, the fraction of files that becomes val, and the fraction that becomes test.
+_HELD_OUT = 0.1
+
+
+def draw_splits(annotations: Annotations, names: Mapping[str, str] | None = None) -> None:
+    """Puts all videos of a file into one split, which depends on the hash of the file's name.
+
+    A tenth of the files becomes `val` and a tenth `test`; of fewer than three, none.
+
+    Args:
+      annotations: their splits are replaced.
+      names: the name that counts, by id, for the videos of files with several names.
+    """
+
+    def name(entry: Captioned) -> str:
+        named = names.get(entry.video_id) if names else None
+        return named or annotations.sources_of(entry.video_id)[0].file
+
+    entries = list(itertools.chain.from_iterable(annotations.splits.values()))
+    files = {name(entry) for entry in entries}
+    held_out = math.ceil(len(files) * _HELD_OUT) if len(files) >= 3 else 0
+    first = heapq.nsmallest(
+        2 * held_out,
+        files,
+        key=lambda file: hashlib.sha256(file.encode(errors="surrogatepass")).digest(),
+    )
+    held = {file: "val" if rank < held_out else "test" for rank, file in enumerate(first)}
+    annotations.splits, annotations.drawn = {}, True
+    for entry in entries:
+        annotations.splits.setdefault(held.get(name(entry), "train"), []).append(entry)
+
+
+def same_files(clips: Sequence[Clip]) -> list[list[Clip]]:
+    """The clips of each file, or of each place in a file, that several ids have.
+
+    Links and hard links are the file that they lead to.
+    """
+    identities = {}
+    for path in {file_of(clip.location): None for clip in clips}:
+        try:
+            status = path.stat()
+            # Some network file systems have no inodes.
+            identities[path] = status.st_dev, status.st_ino or path.resolve()
+        except OSError:
+            identities[path] = path
+    places = [getattr(clip.location, "place", None) for clip in clips]
+    if None not in places and len(set(identities.values())) == len(identities):
+        return []  # Ten million videos in tar files: a place in a file has one id.
+    first: dict[object, Clip] = {}
+    groups: dict[object, list[Clip]] = {}
+    for clip, place in zip(clips, places, strict=True):
+        key = identities[file_of(clip.location)], place
+        if (other := first.setdefault(key, clip)) is not clip:
+            groups.setdefault(key, [other]).append(clip)
+    return list(groups.values())
+
+
+def draw_again(annotations: Annotations, groups: Iterable[Sequence[Clip]]) -> None:
+    """Draws the splits again if a file has several names, by the first of them."""
+    names = {}
+    for group in groups:
+        sources = {clip.video_id: annotations.sources_of(clip.video_id)[0].file for clip in group}
+        if len(set(sources.values())) > 1:
+            names |= dict.fromkeys(sources, min(sources.values()))
+    if names:
+        draw_splits(annotations, names)
+
+
+def refuse_shared_files(
+    annotations: Annotations,
+    groups: Iterable[Sequence[Clip]],
+    protocols: Sequence[Collection[str]],
+) -> None:
+    """Checks that no file is in two splits under two ids, unless the spans do not overlap.
+
+    Args:
+      annotations: with the splits.
+      groups: see `same_files`.
+      protocols: groups of splits that are used together; empty: all are.
+
+    Raises:
+      AnnotationError: a file is.
+    """
+    ids = {clip.video_id for group in groups for clip in group}
+    splits = collections.defaultdict(list)
+    for name, captioned in annotations.splits.items():
+        for entry in captioned:
+            if entry.video_id in ids:
+                splits[entry.video_id].append(name)
+    together = {frozenset(pair) for pair in used_together(annotations, protocols)}
+    shared = []
+    for one, other in itertools.chain.from_iterable(map(_overlapping, groups)):
+        places = itertools.product(splits[one.video_id], splits[other.video_id])
+        if apart := [pair for pair in places if frozenset(pair) in together]:
+            shared.append((one, other, apart[0]))
+    if shared:
+        one, other, pair = shared[0]
+        rows = [
+            f"{clip.video_id!r} of {split}"
+            + (f" ({annotations.place_of(clip.video_id, split)})" if annotations.place_of else "")
+            for clip, split in zip((one, other), pair, strict=True)
+        ]
+        spans = " with spans that overlap" if one.span and other.span else ""
+        raise AnnotationError(
+            f"{' and '.join(rows)} are the same file, {file_of(one.location)},{spans} in different"
+            f" splits (pairs of such names: {len(shared)}): give all rows of a file one split, or"
+            " spans that do not overlap"
+        )
+
+
+def _overlapping(clips: Iterable[Clip]) -> Iterator[tuple[Clip, Clip]]:
+    """Pairs of clips of one file whose spans overlap."""
+    spans = [(clip.span or (0.0, math.inf), clip) for clip in clips]
+    open_spans: list[tuple[float, Clip]] = []
+    for (start, end), clip in sorted(spans, key=lambda item: item[0]):
+        open_spans = [(last, other) for last, other in open_spans if last > start]
+        yield from ((other, clip) for _, other in open_spans)
+        open_spans.append((end, clip))
+
+
+def merge_names(annotations: Annotations, groups: Iterable[Sequence[Clip]]) -> dict[str, str]:
+    """Makes the ids of one file and span one video, with the captions of all.
+
+    Returns:
+      The id that stays, for each other id.
+    """
+    stays = {}
+    for group in groups:
+        by_span: dict[object, str] = {}
+        for clip in group:
+            if (video_id := by_span.setdefault(clip.span, clip.video_id)) != clip.video_id:
+                stays[clip.video_id] = video_id
+    for name, captioned in annotations.splits.items():
+        if not any(entry.video_id in stays for entry in captioned):
+            continue
+        merged: dict[str, Captioned] = {}
+        for entry in captioned:
+            video_id = stays.get(entry.video_id, entry.video_id)
+            if video_id not in merged:
+                merged[video_id] = Captioned(video_id, list(entry.captions))
+                continue
+            known = merged[video_id].captions
+            known += [text for text in entry.captions if text not in known]
+        annotations.splits[name] = list(merged.values())
+    return stays
