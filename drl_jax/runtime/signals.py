@@ -86,7 +86,7 @@ class Interruption:
             if not is_late:
                 self._retry()
         if is_late:
-            _write(f"{self._line}\n")
+            _write("" if self._is_end else f"{self._line}\n")
             os._exit(INTERRUPTED)
 
     def _retry(self) -> None:
