@@ -81,14 +81,16 @@ def _seeds(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    parser = _parser()
-    options, config = parse_with_config(parser, arguments)
-    if options.seeds and options.reproduce:
-        parser.error("--seeds goes with --config: --reproduce repeats a run with its own seed")
-    if options.seeds and options.profile_steps:
-        parser.error("--profile_steps traces one run; omit --seeds")
 
     def work() -> None:
+        # Here, because a configuration is code, and takes a while.
+        parser = _parser()
+        options, config = parse_with_config(parser, arguments)
+        if options.seeds and options.reproduce:
+            parser.error("--seeds goes with --config: --reproduce repeats a run with its own seed")
+        if options.seeds and options.profile_steps:
+            parser.error("--profile_steps traces one run; omit --seeds")
+
         from drl_jax.models.drl import config_from_dict
         from drl_jax.runs.train_run import train
         from drl_jax.runs.train_seeds import train_seeds

@@ -158,6 +158,8 @@ def restore_best(workdir) -> int:
         ("step/metadata", (restore_latest, restore_best)),
         ("step", (restore_latest, restore_best)),
         (".", (restore_latest, restore_best)),
+        # Orbax takes what it may not look at for absent.
+        ("params", (restore_latest, restore_best)),
         ("params/manifest.ocdbt", (restore_latest, restore_best)),
         ("params/d/*", (restore_latest, restore_best)),
         ("opt_state/manifest.ocdbt", (restore_latest,)),

@@ -165,6 +165,14 @@ try:
 except KeyboardInterrupt as error:
     raise RuntimeError("in a library") from error
 """,
+    "a crash at the end of Python": """
+class Crash:
+    def __del__(self, abort=os.abort):
+        abort()
+crash = Crash()
+ready()
+time.sleep(60)
+""",
     "a job that stops at a safe point": """
 with StopRequest():
     ready()
@@ -172,7 +180,7 @@ with StopRequest():
 """,
 }
 COMMAND = """
-import sys, time
+import os, sys, time
 from drl_jax.runtime.cli import run_command
 from drl_jax.runtime.signals import StopRequest
 def ready():

@@ -164,9 +164,8 @@ def test_event_files_that_cannot_be_written_are_one_line(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     message = rf"the TensorBoard files in {tmp_path} cannot be written: File too large \(EFBIG\)"
     try:
-        writer.write_scalars(1, {"train/loss": 1.0})
         with pytest.raises(Unavailable, match=message), writing(tmp_path):
-            writer.flush()
+            writer.write_scalars(1, {"train/loss": 1.0}), writer.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

@@ -23,7 +23,7 @@ from drl_jax.runs.checksums import ArraySummary, digest, summarise
 from drl_jax.runs.identity import UNKNOWN, Identity
 from drl_jax.runs.workdir import FORMAT
 from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
-from drl_jax.runtime.files import seal, unseal, write_json
+from drl_jax.runtime.files import read_all, seal, unseal, write_json
 
 ITEMS = ("params", "opt_state")
 # Metric maximised to choose the best checkpoint.
@@ -223,4 +223,8 @@ def _damage(path: Path) -> Iterator[None]:
 def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
     """The error of a damaged file or directory of a checkpoint, unless it was refused."""
     raise_if_refused(path, error)
+    try:
+        read_all(path)
+    except OSError as reason:
+        raise_if_refused(path, reason)
     return DamagedCheckpoint(f"{path.parent.name}/{path.name} is damaged ({one_line(error)})")

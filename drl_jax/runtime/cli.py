@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from drl_jax.runtime.errors import Notice, UserError
-from drl_jax.runtime.signals import INTERRUPTED, Interruption
+from drl_jax.runtime.signals import Interruption
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -134,7 +134,7 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
         if not interruption.came:
             raise
         print(interrupted, file=sys.stderr)
-    return INTERRUPTED
+    return interruption.end()
 
 
 def _status_of(command: str, work: Callable[[], int | None]) -> int:

@@ -192,6 +192,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_all(path: Path) -> None:
+    """Reads a file, or all files below a directory, and forgets them.
+
+    Libraries take a file that they may not look at for one that is absent.
+
+    Raises:
+      OSError: one cannot be read.
+    """
+    if path.is_dir():
+        for entry in path.iterdir():
+            read_all(entry)
+    else:
+        sha256(path)
+
+
 def files_below(directory: Path) -> list[Path]:
     """The regular files below a directory, sorted.
 

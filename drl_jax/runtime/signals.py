@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -33,7 +34,7 @@ class Interruption:
         """
         self._line = line
         self._since: float | None = None
-        self._is_inside = self._is_raised = False
+        self._is_inside = self._is_raised = self._is_end = False
 
     @property
     def came(self) -> bool:
@@ -45,15 +46,29 @@ class Interruption:
         self._is_inside = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._is_inside:
             signal.signal(signal.SIGINT, self._on_signal)
+            # Before those of libraries are registered: it runs after them.
+            atexit.register(self._at_exit)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._is_inside:
             self._is_inside = False
-            # Python's last steps reset handlers, and a SIGINT would then change the exit status.
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             if not self.came:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def end(self) -> int:
+        """The exit status, INTERRUPTED, which stands whatever happens at the end of the process."""
+        self._is_end = self.came
+        return INTERRUPTED
+
+    def _at_exit(self) -> None:
+        # Python's last steps reset handlers, and a SIGINT would then change the exit status.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self._is_end:
+            # XLA may crash there with what the interruption left unfinished.
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(INTERRUPTED)
 
     def raise_again(self) -> None:
         """Raises KeyboardInterrupt once more: Python dropped one that came in a callback."""
@@ -71,7 +86,7 @@ class Interruption:
             if not is_late:
                 self._retry()
         if is_late:
-            _write(f"{self._line}\n")
+            _write("" if self._is_end else f"{self._line}\n")
             os._exit(INTERRUPTED)
 
     def _retry(self) -> None:
