@@ -87,7 +87,7 @@ def test_no_window_around_a_stored_one_crosses_a_cut():
         starts = np.concatenate([[0], np.cumsum(rng.choice([0.4, 1, 3, 4.1, 8, 30], 12))])
         video = sampled(starts[:-1], starts[-1], 4)
         windows = windows_of(video, 4)
-        for number, stored in enumerate(windows):
+        for number in range(len(windows)):
             for window in windows_around(video.times, windows, number, 4):
                 cuts = starts[(starts > window.start) & (starts < window.end)]
                 assert all(min(c - window.start, window.end - c) <= 0.5 for c in cuts)
@@ -160,9 +160,8 @@ def test_a_fixed_number_of_windows_is_refined(search_model, features, monkeypatc
     assert found[11:] == unchanged
     # A correction for hubs is that of the stored window.
     biased = [candidate._replace(score=candidate.score - 0.5, bias=0.5) for candidate in candidates]
-    for one, other in zip(
-        refine(search_model, parts, biased, 10), refine(search_model, parts, candidates, 10)
-    ):
+    plain = refine(search_model, parts, candidates, 10)
+    for one, other in zip(refine(search_model, parts, biased, 10), plain, strict=True):
         assert one.score == pytest.approx(other.score - 0.5, abs=1e-6)
 
 
@@ -211,8 +210,14 @@ WINDOWS = [Window(6.0 * n, 6.0 * n + 12, (n,)) for n in range(6)]
 
 
 def test_windows_that_touch_and_score_alike_are_one_moment():
-    found = find_spans(WINDOWS, np.array([0.1, 0.95, 1.0, 0.92, 0.2, 0.1]), most=2)
-    assert found[0] == (6.0, 30.0, 1.0, 2)
+    found = find_spans(WINDOWS, np.array([0.1, 0.99, 0.98, 1.0, 0.2, 0.1]), most=2)
+    assert found[0] == (6.0, 30.0, 1.0, 3)
+    assert [span.window for span in found] == [3, 4]
+
+
+def test_neighbours_that_share_the_best_part_do_not_make_a_moment_longer():
+    found = find_spans(WINDOWS, np.array([0.1, 0.99, 1.0, 0.98, 0.2, 0.1]), most=2)
+    assert found[0] == (12.0, 24.0, 1.0, 2)
     assert [span.window for span in found] == [2, 4]
 
 
@@ -221,7 +226,7 @@ def test_moments_do_not_depend_on_the_scale_of_scores():
     rng = np.random.default_rng(0)
     windows = [Window(6.0 * n, 6.0 * n + 12, (n,)) for n in range(60)]
     scores = rng.normal(0.25, 0.01, 60)
-    scores[20:23] = 0.3, 0.31, 0.295
+    scores[20:23] = 0.31, 0.309, 0.308
     expected = [span[:2] for span in find_spans(windows, scores, most=3)]
     assert expected[0] == (120, 144)
     for changed in (scores - 1, 50 * scores - 40, 1e-3 * scores):
@@ -250,7 +255,7 @@ def test_a_weak_event_is_no_long_moment():
 def test_a_short_film_may_be_one_moment():
     """All windows answer the query, and none stands out of the others."""
     scores = np.array([0.30, 0.305, 0.302, 0.304, 0.301, 0.303])
-    assert find_spans(WINDOWS, scores, 1, deviation=0.03)[0][:2] == (0, 42)
+    assert find_spans(WINDOWS, scores, 1, deviation=0.06)[0][:2] == (0, 42)
 
 
 def test_the_scale_of_a_query_that_is_no_sentence():
