@@ -384,10 +384,6 @@ class OpenIndex:
 
     # ------------------------------------------------------------------ what is stored
 
-    def windows_of(self, video: IndexedVideo) -> Features:
-        """The arrays of the windows of a video that the interaction compares, float32."""
-        return stored_windows(video)
-
     def array(self, name: str) -> np.ndarray:
         """A stored array of all windows, [S, ...].
 

@@ -195,7 +195,7 @@ class _Batch:
         self.outcome: list[dict[str, np.ndarray]] | FramesLostError | None = None
         self._engine = engine
 
-    def is_done(self) -> bool:
+    def done(self) -> bool:
         if self.outcome is None:
             self._engine.work(wait=False)
         return self.outcome is not None

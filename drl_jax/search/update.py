@@ -1,6 +1,7 @@
 """Creates an index of a folder of videos, and updates it to what has changed there."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -86,11 +87,10 @@ class IndexReport:
       added, changed, moved, removed, unchanged: numbers of files. Changed ones have other content,
         or their features were damaged.
       bad: why files cannot be searched, by path; of all files that were compared.
-      unavailable: why files were not read, which is no property of them, by path: the next update tries
-        them again.
-      skipped: names of videos that are no files: links to nothing, pipes, devices.
-      windows: number of all windows.
-      nbytes: size of the index.
+      unavailable: why files were not read, which is no property of them: the next update tries them
+        again.
+      skipped: names of videos that are not files: links to nothing, pipes, devices.
+      windows, nbytes: windows and bytes of the whole index.
     """
 
     added: int = 0
@@ -110,17 +110,13 @@ class FramesLostError(Exception):
 
 
 class Encoded(Protocol):
-    """The arrays of a batch of videos, which may still be computed."""
+    """The arrays of a batch of videos (`WindowEncoder.encode`), e.g. a Future."""
 
-    def is_done(self) -> bool:
+    def done(self) -> bool:
         """Whether `result` returns at once."""
 
     def result(self) -> list[dict[str, np.ndarray]]:
-        """Waits for `WindowEncoder.encode`.
-
-        Raises:
-          FramesLostError: see there.
-        """
+        """Waits for the arrays, or raises FramesLostError."""
 
 
 class IndexEngine(Protocol):
@@ -138,7 +134,7 @@ class IndexEngine(Protocol):
         """Batches that may be encoded while an earlier one is not stored."""
 
 
-class LocalEngine:
+class _LocalEngine:
     """Worker processes read, and this process encodes."""
 
     def __init__(self, encoder: WindowEncoder):
@@ -149,21 +145,13 @@ class LocalEngine:
     ) -> Iterator[VideoRead | WorkerFailure]:
         return map_in_processes(read_video, calls, timeout=allowed, ahead=AHEAD)
 
-    def encode(self, reads: Sequence[VideoRead]) -> "_Finished":
-        return _Finished(self._encoder.encode(reads))
+    def encode(self, reads: Sequence[VideoRead]) -> concurrent.futures.Future:
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_result(self._encoder.encode(reads))
+        return future
 
     def batches(self) -> int:
         return 0
-
-
-class _Finished(NamedTuple):
-    arrays: list[dict[str, np.ndarray]]
-
-    def is_done(self) -> bool:
-        return True
-
-    def result(self) -> list[dict[str, np.ndarray]]:
-        return self.arrays
 
 
 def update_index(
@@ -182,9 +170,6 @@ def update_index(
 ) -> IndexReport:
     """Updates an index to the files of a folder; decodes only new and changed files.
 
-    With `only`, neither the folder nor the rest of the index is read: the time it takes does not
-    depend on their sizes.
-
     What is encoded is committed every few seconds: after an interruption, the same call continues.
     A file with the content of one that is gone takes over its features. A video whose features are
     damaged is decoded again.
@@ -196,14 +181,13 @@ def update_index(
       directory: of the index; created if it does not exist.
       storage: how features are stored, one of `drl_jax.search.STORAGES`.
       fps: frames a second that are stored of files of several windows, 1 to 4.
-      timeout: seconds for decoding one video, and one more for each MB of its file. A video that
-        took longer is tried again when this is larger.
+      timeout: see `allowed_seconds`. A video that took longer is tried again when this is larger.
       prune: remove files that are gone also if they are most of the index.
-      bank: captions of other videos, to rank without hubs (`hubness.py`); those of an existing
-        index need not be given again.
-      only: adds, updates or removes only these files, paths relative to the folder; empty: all.
-      shard: of a new index: only the files of this shard of the folder; that of an existing index
-        need not be given again.
+      bank: captions of other videos, to rank without hubs; those of an existing index need not be
+        given again.
+      only: adds, updates or removes only these files, paths relative to the folder; empty: all. The
+        time does not depend on the sizes of the folder and of the index.
+      shard: of a new index: only the files of this shard of the folder. An index remembers it.
       cluster: decodes and encodes; None: this process and its workers do.
 
     Raises:
@@ -425,7 +409,7 @@ class _Update:
         """What reads and encodes; checks the nodes of a cluster."""
         if cluster is None or not self._changes.pending:
             encoder = WindowEncoder(self._model, self._writer.directory, self._writer.header)
-            return LocalEngine(encoder)
+            return _LocalEngine(encoder)
         # Ray is optional.
         from drl_jax.search.ray_update import RayEngine
 
@@ -540,7 +524,7 @@ class _Update:
         """Stores the batches that are encoded, in order; waits until `at_most` are left."""
         while self._encoding:
             batch, encoded = self._encoding[0]
-            if len(self._encoding) <= at_most and not encoded.is_done():
+            if len(self._encoding) <= at_most and not encoded.done():
                 return
             try:
                 arrays = encoded.result()
