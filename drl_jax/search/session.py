@@ -71,6 +71,8 @@ class Index:
         self._failure: Exception | None = None
         self._opening: threading.Thread | None = None
         self._state = OpenIndex(self.directory, model)
+        if options.correction is not None:
+            self._state.biases(options.correction)
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._encode)
         self._found = functools.lru_cache(maxsize=_KEPT)(self._find)
 
