@@ -28,7 +28,7 @@ from drl_jax.search.query import EncodedQuery
 from drl_jax.search.refine import Candidate, Film, Refined, refine, tighten
 from drl_jax.search.windows import Window
 
-# Finds candidates by vectors: a state of the index, float32 [Q, D], and their number -> slots of each.
+# Finds candidates by vectors: a state of the index, float32 [Q, D], their number -> slots of each.
 FindCandidates = Callable[[OpenIndex, np.ndarray, int], list[np.ndarray]]
 
 
