@@ -207,7 +207,7 @@ def served(root: Path) -> dict:
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     words = (
-        "red green blue dog cat man woman car runs jumps sings left right fast slowly twice".split()
+        ["red", "green", "blue", "dog", "cat", "man", "woman", "car", "runs", "jumps", "sings", "left", "right", "fast", "slowly", "twice"]
     )
     rng = np.random.default_rng(0)
 
