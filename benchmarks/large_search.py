@@ -206,9 +206,24 @@ def served(root: Path) -> dict:
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    words = (
-        ["red", "green", "blue", "dog", "cat", "man", "woman", "car", "runs", "jumps", "sings", "left", "right", "fast", "slowly", "twice"]
-    )
+    words = [
+        "red",
+        "green",
+        "blue",
+        "dog",
+        "cat",
+        "man",
+        "woman",
+        "car",
+        "runs",
+        "jumps",
+        "sings",
+        "left",
+        "right",
+        "fast",
+        "slowly",
+        "twice",
+    ]
     rng = np.random.default_rng(0)
 
     def get(number: int) -> int:
