@@ -1,4 +1,7 @@
-"""Films of the test clips of `shapes`, with the time of each clip, in six ways (`KINDS`)."""
+"""Films of the test clips of `shapes`, with the time of each clip.
+
+Shots follow each other in six ways; see `KINDS`.
+"""
 
 import contextlib
 import csv
@@ -15,8 +18,10 @@ from drl_jax.runtime.errors import UserError
 
 # Frames a second of the clips, and of films of short events.
 _FPS, _EVENT_FPS = 4, 8
-# Background of a camera that does not move, and levels by which an object differs from its own.
-_STILL, _OBJECT = np.array([20, 24, 22], np.float32), 40
+# Background of a camera that does not move.
+_STILL = np.array([20, 24, 22], np.float32)
+# Levels by which an object differs from its background, at least.
+_OBJECT = 40
 # Seconds of the events, of the still picture before and after each, and their number.
 _EVENT, _AROUND, _EVENTS = 1.0, 29.5, 40
 
@@ -29,7 +34,13 @@ class Clip(NamedTuple):
 
 
 class Film(NamedTuple):
-    """Frames, uint8 [F, H, W, 3], their rate, and the number, start and end of each clip."""
+    """A film in memory.
+
+    Attributes:
+      frames: uint8 [F, H, W, 3].
+      fps: frames a second.
+      parts: number of a clip, start and end, seconds.
+    """
 
     frames: np.ndarray
     fps: int
@@ -37,7 +48,11 @@ class Film(NamedTuple):
 
 
 def read_clips(videos: Path, most: int) -> list[Clip]:
-    """Reads some clips of `.../videos/SPLIT`, with captions of `SHAPES_SPLIT.csv` beside it.
+    """Reads clips of a split of a drawn dataset, in a random order.
+
+    Args:
+      videos: `.../videos/SPLIT`, beside `SHAPES_SPLIT.csv`.
+      most: number of clips at most.
 
     Raises:
       UserError: there is no such folder, file or clip.
@@ -47,7 +62,7 @@ def read_clips(videos: Path, most: int) -> list[Clip]:
         with captions.open(encoding="utf-8", newline="") as file:
             rows = [(row["video_id"], row["sentence"]) for row in csv.DictReader(file)]
         order = np.random.default_rng(0).permutation(len(rows))[:most]
-        return [Clip(rows[n][1], _read(videos / f"{rows[n][0]}.mp4")) for n in order]
+        return [Clip(rows[n][1], read_all(videos / f"{rows[n][0]}.mp4")) for n in order]
     except (OSError, VideoError) as error:
         raise UserError(
             f"no clips in {videos} with captions in {captions} ({error}); README's first command"
@@ -55,8 +70,9 @@ def read_clips(videos: Path, most: int) -> list[Clip]:
         ) from error
 
 
-def _read(path: Path) -> np.ndarray:
-    with ffmpeg_errors(), contextlib.closing(decode(path)) as frames:
+def read_all(path: Path) -> np.ndarray:
+    """All frames of a file: uint8 [F, H, W, 3]."""
+    with ffmpeg_errors(path), contextlib.closing(decode(path)) as frames:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in frames if frame is not None])
 
 
