@@ -111,6 +111,12 @@ def test_segments_of_one_size_are_merged(tmp_path):
     assert len(list((tmp_path / "segments").iterdir())) == len(read_header(tmp_path)["segments"])
 
 
+def _read_all(segment):
+    for row in range(2):
+        segment.verify(row)
+        segment.strip(row, 0)
+
+
 def test_each_flipped_bit_is_noticed(tmp_path):
     """Of any file of a segment; where a bit is flipped, the features of one video are refused."""
     rng = random.Random(0)
@@ -124,10 +130,7 @@ def test_each_flipped_bit_is_noticed(tmp_path):
         healthy = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"differ|bytes, not|thumbnails|columns|hash"):
-            segment = Segment(tmp_path, entry)
-            for row in range(2):
-                segment.verify(row)
-                segment.strip(row, 0)
+            _read_all(Segment(tmp_path, entry))
         path.write_bytes(healthy)
 
 
@@ -157,18 +160,18 @@ def test_damage_of_the_list_and_of_a_segment(index, capsys):
     text = (index / "index.json").read_text()
     for damaged in (text[:-40], text.replace('"fps": 1.0', '"fps": 2.0'), "[]", ""):
         (index / "index.json").write_text(damaged)
-        with pytest.raises(SearchIndexError, match="is damaged .* another --index, or restore"):
+        with pytest.raises(SearchIndexError, match=r"is damaged .* another --index, or restore"):
             read_header(index)
         with pytest.raises(SearchIndexError, match="is damaged"):
             IndexWriter(index)
 
 
 def test_indexes_of_other_versions_are_one_line(tmp_path):
-    with pytest.raises(SearchIndexError, match="no index in .* make it with: python -m drl_jax"):
+    with pytest.raises(SearchIndexError, match=r"no index in .* make it with: python -m drl_jax"):
         read_header(tmp_path)
     (tmp_path / "index.sqlite").write_bytes(b"SQLite format 3\0")
     for opens in (read_header, IndexWriter):
-        with pytest.raises(SearchIndexError, match="made by an earlier version.*make it anew"):
+        with pytest.raises(SearchIndexError, match=r"made by an earlier version.*make it anew"):
             opens(tmp_path)
     files.write_json(tmp_path / "index.json", files.seal({"format": 8, "new": 1}))
     with pytest.raises(SearchIndexError, match=r"has format 8, and this version reads 7"):
@@ -184,9 +187,11 @@ def test_a_refusal_of_the_system_is_no_damage(index, monkeypatch, number):
     for module, name in ((index_file, "Segment"), (index_file, "write_segment")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, refused)
-            with pytest.raises(Unavailable, match=errno.errorcode[number]):
-                with IndexWriter(index) as writer:
-                    writer.put([record("new.mp4")])
+            with (
+                pytest.raises(Unavailable, match=errno.errorcode[number]),
+                IndexWriter(index) as writer,
+            ):
+                writer.put([record("new.mp4")])
     assert contents(index).keys() == before
     assert sorted(index.rglob("*")) == listed
 

@@ -17,8 +17,8 @@ from drl_jax.pretrained import RetrievalModel
 BANK_ARRAY = "bank_similarity"
 # Captions of a bank.
 _BANK_SIZE = 64
-# Windows that a query which is no sentence is compared with, evenly spread over the index in the
-# order of the paths, and the fewest that make a scale.
+# Windows that a query which is no sentence is compared with (`OpenIndex.spread`), and the fewest
+# that make a scale.
 SCALE_WINDOWS, _FEW = 64, 8
 # Standard deviation of normal values whose median distance to their median is 1.
 _DEVIATION = 1.4826

@@ -166,12 +166,12 @@ class KnownFile(NamedTuple):
     """What an update compares a file with.
 
     Attributes:
-      segment: number of the segment that has it.
+      segment: that has it; a merge may have replaced it since.
       row: in the segment.
       path, size, mtime_ns, sha256, allowed: as in `VideoRecord`.
     """
 
-    segment: int
+    segment: Segment
     row: int
     path: str
     size: int
@@ -276,7 +276,7 @@ class IndexWriter:
             columns = [segment.table.column(name) for name in KnownFile._fields[2:]]
             gone = _gone(segment, self.header["segments"][number])
             for row in np.flatnonzero(~gone).tolist():
-                yield KnownFile(number, row, *(column[row].as_py() for column in columns))
+                yield KnownFile(segment, row, *(column[row].as_py() for column in columns))
 
     def file_at(self, path: str) -> KnownFile | None:
         """What is known of one file; its time does not depend on the number of files."""
@@ -284,20 +284,20 @@ class IndexWriter:
             row = segment.find(path)
             if row is not None and row not in self.header["segments"][number]["gone"]:
                 values = segment.table.slice(row, 1).to_pylist()[0]
-                return KnownFile(number, row, *(values[name] for name in KnownFile._fields[2:]))
+                return KnownFile(segment, row, *(values[name] for name in KnownFile._fields[2:]))
         return None
 
     def is_damaged(self, file: KnownFile) -> bool:
         """Whether the features of a file differ from their checksum."""
         try:
-            self.segments[file.segment].verify(file.row)
+            file.segment.verify(file.row)
         except ValueError:
             return True
         return False
 
     def record(self, file: KnownFile) -> VideoRecord:
         """All that the index has of a file."""
-        return self.segments[file.segment].read(file.row)
+        return file.segment.read(file.row)
 
     def errors(self, paths: Sequence[str] | None) -> dict[str, str]:
         """Why files cannot be searched, by path; of all files, or of some."""
@@ -305,11 +305,11 @@ class IndexWriter:
             known = [file for path in paths if (file := self.file_at(path)) is not None]
             rows = [(file.segment, [file.row]) for file in known]
         else:
-            gone = zip(self.segments, self.header["segments"], strict=True)
-            rows = [(n, np.flatnonzero(~_gone(*pair))) for n, pair in enumerate(gone)]
+            pairs = zip(self.segments, self.header["segments"], strict=True)
+            rows = [(segment, np.flatnonzero(~_gone(segment, entry))) for segment, entry in pairs]
         found = {}
-        for number, chosen in rows:
-            path, error = (self.segments[number].table.column(c) for c in ("path", "error"))
+        for segment, chosen in rows:
+            path, error = (segment.table.column(c) for c in ("path", "error"))
             chosen = [row for row in map(int, chosen) if error[row].as_py()]
             found |= {path[row].as_py(): error[row].as_py() for row in chosen}
         return dict(sorted(found.items()))

@@ -17,6 +17,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import STRIP_FRAMES
+from drl_jax.search.calibration import SCALE_WINDOWS
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
 from drl_jax.search.filters import Filters, Listing, passing
 from drl_jax.search.hubness import HUBNESS_ARRAY, Correction
@@ -39,6 +40,8 @@ from drl_jax.search.windows import Window
 _OTHERS = ("span", "frames", "bank_similarity", HUBNESS_ARRAY)
 # Windows that are checked before an index is open: a few tenths of a second.
 _AT_ONCE = 10_000
+# 2^64 divided by the golden ratio: multiples of it are evenly spread.
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class _Listed(NamedTuple):
@@ -200,8 +203,10 @@ class OpenIndex:
         parts = [_windows_of(listed.segment) for listed in self.segments]
         self.gallery = Gallery(parts, model.layout, self._small_order()).only(self.valid)
         self._damage: Exception | None = None
+        self._checking: threading.Thread | None = None
         self._closed = False
         self._verify_all(is_first=previous is None)
+        self.check()
 
     def _check_present(self) -> None:
         for part, version in self.version.items():
@@ -242,17 +247,17 @@ class OpenIndex:
 
     # ------------------------------------------------------------------ checks
 
-    def _verify_all(self, *, is_first: bool) -> None:
+    def _verify_all(self, *, is_first: bool = False) -> None:
         waiting = sum(
             int(np.diff(one.segment.firsts["window"])[one.live & ~one.segment.verified].sum())
             for one in self.segments
         )
         if waiting <= _AT_ONCE:
             self._verify(is_first)
-            self.check()
         else:
             # A daemon: a command that has its answer ends.
-            threading.Thread(target=self._verify, args=(is_first,), daemon=True).start()
+            self._checking = threading.Thread(target=self._verify, args=(is_first,), daemon=True)
+            self._checking.start()
 
     def _verify(self, is_first: bool) -> None:
         try:
@@ -277,11 +282,11 @@ class OpenIndex:
         try:
             for listed in self.segments:
                 listed.segment.check_files()
-                if not listed.segment.verified.all() and len(self.valid) <= _AT_ONCE:
-                    for row in np.flatnonzero(listed.live & ~listed.segment.verified).tolist():
-                        listed.segment.verify(row)
         except (OSError, ValueError) as error:
             raise failure(self.directory, error) from error
+        is_checking = self._checking is not None and self._checking.is_alive()
+        if not is_checking and any((s.live & ~s.segment.verified).any() for s in self.segments):
+            self._verify_all()  # Files were written to.
         if self._damage is not None:
             raise self._damage
 
@@ -304,8 +309,9 @@ class OpenIndex:
         """
         listed = self.segments[segment]
         try:
+            listed.segment.check_files()
             record = listed.segment.read(row)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise failure(self.directory, error) from error
         first = int(listed.segment.firsts["window"][row])
         slot = listed.first_slot + first if record.arrays else -1
@@ -374,6 +380,23 @@ class OpenIndex:
             np.array([video.record.mtime_ns for _, video in videos]),
             np.array([video.duration for _, video in videos]),
         )
+
+    @functools.cached_property
+    def spread(self) -> np.ndarray:
+        """Slots of SCALE_WINDOWS windows, or all, that depend on no more than the videos' contents.
+
+        So a joined index has the same windows as one of all files.
+        """
+        keys = [np.zeros(0, np.uint64)]
+        for segment, *_ in self.segments:
+            digests = segment.table.column("sha256").to_pylist()
+            seeds = np.array([int(digest[:15] or "0", 16) for digest in digests], np.uint64)
+            counts = np.diff(segment.firsts["window"])
+            numbers = np.arange(counts.sum()) - np.repeat(segment.firsts["window"][:-1], counts)
+            keys.append((np.repeat(seeds, counts) + numbers.astype(np.uint64)) * _GOLDEN)
+        slots = np.flatnonzero(self.valid)
+        order = np.argsort(np.concatenate(keys)[slots], kind="stable")
+        return slots[order[:SCALE_WINDOWS]]
 
     def is_unchanged(self, video: IndexedVideo) -> bool:
         """Whether a file is the one that was indexed, by its size and modification time."""

@@ -18,7 +18,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
-from drl_jax.search.calibration import BANK_ARRAY, SCALE_WINDOWS, gallery_scale, unusual
+from drl_jax.search.calibration import BANK_ARRAY, gallery_scale, unusual
 from drl_jax.search.engine import Gallery, Part, Ranking, SearchEngine
 from drl_jax.search.hits import Explanation, Hit, Moment, explain
 from drl_jax.search.hubness import Correction
@@ -28,7 +28,7 @@ from drl_jax.search.query import EncodedQuery
 from drl_jax.search.refine import Candidate, Film, Refined, refine, tighten
 from drl_jax.search.windows import Window
 
-# Finds candidates by vectors: a state of the index, float32 [Q, D], and their number -> slots of each.
+# Finds candidates by vectors: a state of the index, float32 [Q, D], their number -> slots of each.
 FindCandidates = Callable[[OpenIndex, np.ndarray, int], list[np.ndarray]]
 
 
@@ -264,9 +264,7 @@ class Ranker:
 
     def _scale(self, index: OpenIndex, query: EncodedQuery) -> np.ndarray | None:
         """What similarities to a picture or a video mean: those of windows of the whole index."""
-        live = np.flatnonzero(index.valid)
-        chosen = np.unique(np.linspace(0, len(live) - 1, SCALE_WINDOWS, dtype=int))
-        return gallery_scale(self._scores(index, query, live[chosen]))
+        return gallery_scale(self._scores(index, query, index.spread))
 
     def _hit(
         self,

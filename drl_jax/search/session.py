@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ from drl_jax.search.filters import Filters
 from drl_jax.search.hits import Hit
 from drl_jax.search.index_file import index_version, part_directories, read_header
 from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos
-from drl_jax.search.query import EncodedQuery, Query, encode_query, encode_sentences
+from drl_jax.search.query import (
+    EncodedQuery,
+    Query,
+    encode_query,
+    encode_sentences,
+    encode_video_file,
+)
 from drl_jax.search.ranking import FindCandidates, Found, Ranker, SearchOptions
 
-# Seconds that a query waits for a new state of its index; one that is opened for longer is used by
+# Seconds that queries wait for a new state of their index; one that is opened for longer is used by
 # later queries.
 _PATIENCE = 0.1
 # Sentences that are compared together at most.
@@ -70,6 +77,7 @@ class Index:
         self._waiting: list[_Request] = []
         self._failure: Exception | None = None
         self._opening: threading.Thread | None = None
+        self._ready_by = 0.0
         self._state = OpenIndex(self.directory, model)
         if options.correction is not None:
             self._state.biases(options.correction)
@@ -113,12 +121,14 @@ class Index:
         with self._refreshing:
             version = index_version(self.directory)
             if version == self._state.version and all(version.values()):
+                self._failure = None
                 return self._state
             if self._opening is None or not self._opening.is_alive():
-                self._failure = None
+                self._ready_by = time.monotonic() + _PATIENCE
                 self._opening = threading.Thread(target=self._reopen, daemon=True)
                 self._opening.start()
-            self._opening.join(_PATIENCE)
+            # All queries together wait so long, not each of them.
+            self._opening.join(max(0.0, self._ready_by - time.monotonic()))
             if self._failure is not None:
                 raise self._failure
             return self._state
@@ -130,7 +140,7 @@ class Index:
             self._failure = error
             return
         self._state.close()
-        self._state = state
+        self._state, self._failure = state, None
         self._found.cache_clear()  # It holds the state before, whose files may be deleted.
 
     @property
@@ -183,6 +193,8 @@ class Index:
         moments: int = MOMENTS,
     ) -> list[Hit]:
         """The hits of one query in one state of the index, those before `offset` left out."""
+        if isinstance(query.video, Path):  # What is kept of a query has no file that can change.
+            query = dataclasses.replace(query, video=encode_video_file(self.model, query.video))
         request = _Request(state, query, top, among)
         self._waiting.append(request)
         with self._searching:
