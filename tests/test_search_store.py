@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from drl_jax.runtime import files
 from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.lock import LockError
 from drl_jax.search import index_file
+from drl_jax.search.hubness import Correction
 from drl_jax.search.index_file import IndexWriter, check_distinct, join, open_part, read_header
+from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord, write_segment
+from drl_jax.sharding import make_layout
 
 ABOUT = {"videos": "/videos", "fingerprint": "f", "storage": "float32", "fps": 1.0, "bank": []}
 
@@ -265,3 +269,21 @@ def test_indexes_that_cannot_be_joined(index, tmp_path):
         join(index, [other])
     with pytest.raises(SearchIndexError, match="joins other indexes"):
         IndexWriter(tmp_path / "joined")
+
+
+def test_biases_of_hubs_are_read_beside_files_that_cannot_be_searched(tmp_path):
+    model = SimpleNamespace(fingerprint="f", source={}, layout=make_layout())
+    numbers = {"window.hubness": np.array([[3.0, 4.0], [5.0, 6.0]], np.float32)}
+    good = record("good.mp4", windows=2)
+    with IndexWriter(tmp_path / "index") as writer:
+        writer.create(**ABOUT, hubness={"is": [2], "nnn": [16]})
+        writer.put([VideoRecord("bad.mp4", 1, 1, error="is not a video")])
+        writer.put([good._replace(arrays={**good.arrays, **numbers})])
+    index = OpenIndex(tmp_path / "index", model)
+    assert index.biases(Correction("is", 2)).tolist() == [3, 5]
+    assert index.biases(Correction("nnn", 16, 0.5)).tolist() == [2, 3]
+    with IndexWriter(tmp_path / "plain") as writer:
+        writer.create(**ABOUT)
+        writer.put([good])
+    with pytest.raises(SearchIndexError, match="has no bank of captions, which --hubness needs"):
+        OpenIndex(tmp_path / "plain", model).biases(Correction("is", 2))
