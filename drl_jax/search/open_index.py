@@ -413,7 +413,9 @@ class OpenIndex:
         Raises:
           KeyError: the index does not have it.
         """
-        return np.concatenate([one.segment.arrays[f"window.{name}"] for one in self.segments])
+        # A segment of files that cannot be searched has no arrays.
+        segments = [one.segment for one in self.segments if one.segment.firsts["window"][-1]]
+        return np.concatenate([segment.arrays[f"window.{name}"] for segment in segments])
 
     def progress(self) -> Progress | None:
         """How far the processes are that update the index; None if there are none."""
