@@ -72,7 +72,7 @@ def read_clips(videos: Path, most: int) -> list[Clip]:
 
 def read_all(path: Path) -> np.ndarray:
     """All frames of a file: uint8 [F, H, W, 3]."""
-    with ffmpeg_errors(), contextlib.closing(decode(path)) as frames:
+    with ffmpeg_errors(path), contextlib.closing(decode(path)) as frames:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in frames if frame is not None])
 
 

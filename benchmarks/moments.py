@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.films import KINDS, Film, make_film, read_clips, write_film
 from benchmarks.measure import arguments, positive_ints, report, table
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.video import sample_positions, to_form
+from drl_jax.data.video import to_form
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.cli import run_command
@@ -38,11 +38,8 @@ _CLIPS, _QUERIES, _TOP = 128, 100, 5
 # Scores of an hour without cuts, windows of 12 s every 6 s: mean and deviation of the noise, the
 # score of the event, and the deviation of unrelated captions.
 _EVENTS = {
-    "strong": (0.20, 0.008, 0.30, 0.025),
     "usual": (0.22, 0.010, 0.28, 0.025),
-    "alike": (0.24, 0.010, 0.28, 0.025),
     "weak": (0.25, 0.008, 0.275, 0.025),
-    "low": (0.05, 0.020, 0.20, 0.03),
     "wide": (0.20, 0.100, 0.90, 0.2),
     "negative": (-0.10, 0.005, -0.075, 0.01),
 }
@@ -108,30 +105,25 @@ def measure(
         for fps in rates:
             indexed = IndexedFilm(model, path, fps, bank)
             scores = indexed.scores(text)
-            coarse = [[indexed.windows[row.argmax()][:2]] for row in scores]
-            found, tight, start = [], [], time.perf_counter()
-            for number, row in enumerate(scores):
-                sentence = {name: array[[number]] for name, array in text.items()}
-                moments = indexed.moments(sentence, row)
-                found.append(moments[0])
-                tight.append(moments[1])
+            start = time.perf_counter()
+            asked = [
+                indexed.moments({name: array[[number]] for name, array in text.items()}, row)
+                for number, row in enumerate(scores)
+            ]
             seconds = (time.perf_counter() - start) / len(scores)
+            found, tight = zip(*asked, strict=True)
+            coarse = _metrics([[indexed.windows[row.argmax()][:2]] for row in scores], truth)
             rows.append(
-                {
-                    "film": kind,
-                    "fps": fps,
-                    "minutes": round(minutes, 1),
-                    "shots": len(indexed.video.shots),
-                    "frames": len(indexed.video.times),
-                    "windows": len(indexed.windows),
-                    **_metrics(found, truth),
-                    **{f"coarse_{name}": v for name, v in _metrics(coarse, truth).items()},
-                    "tight_iou5": _metrics(tight, truth)["iou5"],
-                    **{f"true_{name}": true[name] for name in ("clip", "iou5")},
-                    "sampling_s_an_hour": round(indexed.seconds * 60 / minutes, 1),
-                    "mb_an_hour": round(indexed.nbytes * 60 / minutes / 1e6, 2),
-                    "query_ms": round(1e3 * seconds, 1),
-                }
+                {"film": kind, "fps": fps, "minutes": round(minutes, 1)}
+                | {"shots": len(indexed.video.shots), "frames": len(indexed.video.times)}
+                | {"windows": len(indexed.windows)}
+                | _metrics(found, truth)
+                | {"tight_iou5": _metrics(tight, truth)["iou5"]}
+                | {f"coarse_{name}": coarse[name] for name in ("clip", "iou5")}
+                | {f"true_{name}": true[name] for name in ("clip", "iou5")}
+                | {"sampling_s_an_hour": round(indexed.seconds * 60 / minutes, 1)}
+                | {"mb_an_hour": round(indexed.nbytes * 60 / minutes / 1e6, 2)}
+                | {"query_ms": round(1e3 * seconds, 1)}
             )
     return rows
 
@@ -141,9 +133,7 @@ def _best_parts(model: RetrievalModel, film: Film, text: Features) -> list[Spans
     most, fps = model.config.data.max_frames, film.fps
     frames = np.stack([to_form(frame, model.frame_form) for frame in film.frames])
     windows = [
-        sample_positions(len(frames), fps, most, (start, end - 0.5 / fps))
-        if end - start > most - 1
-        else np.linspace(start * fps, end * fps - 1, most).round().astype(int)
+        np.linspace(start * fps, end * fps - 1, most).round().astype(int)
         for _, start, end in film.parts
     ]
     similarity = model.similarity(text, model.encode_windows(frames, windows))
@@ -188,29 +178,18 @@ def events() -> list[dict]:
             best = find_spans(windows, scores, 1, of_bank)[0]
             lengths.append(best.end - best.start)
             is_found.append(overlap((best.start, best.end), windows[event][:2]) >= 0.5)
-        rows.append(
-            {
-                "event": name,
-                "median_s": float(np.median(lengths)),
-                "above_60_s": round(100 * float(np.mean(np.array(lengths) > 60)), 1),
-                "iou5": round(100 * float(np.mean(is_found)), 1),
-            }
-        )
+        share = {"iou5": is_found, "above_60_s": np.array(lengths) > 60}
+        percent = {key: round(100 * float(np.mean(values)), 1) for key, values in share.items()}
+        rows.append({"event": name, "median_s": float(np.median(lengths)), **percent})
     return rows
 
 
 def main() -> int:
     parser = arguments("moments", __doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help=f"of {', '.join(KINDS)}")
-    parser.add_argument(
-        "--workdir", default="runs/shapes", help="run, or file of weights (%(default)s)"
-    )
-    parser.add_argument(
-        "--videos",
-        type=Path,
-        default=Path("data/source/shapes_full/videos/test"),
-        help="clips of one split, as README's first command draws them (%(default)s)",
-    )
+    parser.add_argument("--workdir", default="runs/shapes", help="run, or file of weights")
+    videos = Path("data/source/shapes_full/videos/test")
+    parser.add_argument("--videos", type=Path, default=videos, help="clips of a split, drawn")
     parser.add_argument("--fps", type=positive_ints, default=[1, 2, 4], help="frames a second")
     options = parser.parse_args()
     if unknown := sorted(set(options.kinds) - set(KINDS)):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from drl_jax.runtime import files
 from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.lock import LockError
 from drl_jax.search import index_file
+from drl_jax.search.hubness import Correction
 from drl_jax.search.index_file import IndexWriter, check_distinct, join, open_part, read_header
+from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord, write_segment
+from drl_jax.sharding import make_layout
 
 ABOUT = {"videos": "/videos", "fingerprint": "f", "storage": "float32", "fps": 1.0, "bank": []}
 
@@ -111,6 +115,12 @@ def test_segments_of_one_size_are_merged(tmp_path):
     assert len(list((tmp_path / "segments").iterdir())) == len(read_header(tmp_path)["segments"])
 
 
+def _read_all(segment):
+    for row in range(2):
+        segment.verify(row)
+        segment.strip(row, 0)
+
+
 def test_each_flipped_bit_is_noticed(tmp_path):
     """Of any file of a segment; where a bit is flipped, the features of one video are refused."""
     rng = random.Random(0)
@@ -124,10 +134,7 @@ def test_each_flipped_bit_is_noticed(tmp_path):
         healthy = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"differ|bytes, not|thumbnails|columns|hash"):
-            segment = Segment(tmp_path, entry)
-            for row in range(2):
-                segment.verify(row)
-                segment.strip(row, 0)
+            _read_all(Segment(tmp_path, entry))
         path.write_bytes(healthy)
 
 
@@ -157,18 +164,18 @@ def test_damage_of_the_list_and_of_a_segment(index, capsys):
     text = (index / "index.json").read_text()
     for damaged in (text[:-40], text.replace('"fps": 1.0', '"fps": 2.0'), "[]", ""):
         (index / "index.json").write_text(damaged)
-        with pytest.raises(SearchIndexError, match="is damaged .* another --index, or restore"):
+        with pytest.raises(SearchIndexError, match=r"is damaged .* another --index, or restore"):
             read_header(index)
         with pytest.raises(SearchIndexError, match="is damaged"):
             IndexWriter(index)
 
 
 def test_indexes_of_other_versions_are_one_line(tmp_path):
-    with pytest.raises(SearchIndexError, match="no index in .* make it with: python -m drl_jax"):
+    with pytest.raises(SearchIndexError, match=r"no index in .* make it with: python -m drl_jax"):
         read_header(tmp_path)
     (tmp_path / "index.sqlite").write_bytes(b"SQLite format 3\0")
     for opens in (read_header, IndexWriter):
-        with pytest.raises(SearchIndexError, match="made by an earlier version.*make it anew"):
+        with pytest.raises(SearchIndexError, match=r"made by an earlier version.*make it anew"):
             opens(tmp_path)
     files.write_json(tmp_path / "index.json", files.seal({"format": 8, "new": 1}))
     with pytest.raises(SearchIndexError, match=r"has format 8, and this version reads 7"):
@@ -184,9 +191,11 @@ def test_a_refusal_of_the_system_is_no_damage(index, monkeypatch, number):
     for module, name in ((index_file, "Segment"), (index_file, "write_segment")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, refused)
-            with pytest.raises(Unavailable, match=errno.errorcode[number]):
-                with IndexWriter(index) as writer:
-                    writer.put([record("new.mp4")])
+            with (
+                pytest.raises(Unavailable, match=errno.errorcode[number]),
+                IndexWriter(index) as writer,
+            ):
+                writer.put([record("new.mp4")])
     assert contents(index).keys() == before
     assert sorted(index.rglob("*")) == listed
 
@@ -260,3 +269,21 @@ def test_indexes_that_cannot_be_joined(index, tmp_path):
         join(index, [other])
     with pytest.raises(SearchIndexError, match="joins other indexes"):
         IndexWriter(tmp_path / "joined")
+
+
+def test_biases_of_hubs_are_read_beside_files_that_cannot_be_searched(tmp_path):
+    model = SimpleNamespace(fingerprint="f", source={}, layout=make_layout())
+    numbers = {"window.hubness": np.array([[3.0, 4.0], [5.0, 6.0]], np.float32)}
+    good = record("good.mp4", windows=2)
+    with IndexWriter(tmp_path / "index") as writer:
+        writer.create(**ABOUT, hubness={"is": [2], "nnn": [16]})
+        writer.put([VideoRecord("bad.mp4", 1, 1, error="is not a video")])
+        writer.put([good._replace(arrays={**good.arrays, **numbers})])
+    index = OpenIndex(tmp_path / "index", model)
+    assert index.biases(Correction("is", 2)).tolist() == [3, 5]
+    assert index.biases(Correction("nnn", 16, 0.5)).tolist() == [2, 3]
+    with IndexWriter(tmp_path / "plain") as writer:
+        writer.create(**ABOUT)
+        writer.put([good])
+    with pytest.raises(SearchIndexError, match="has no bank of captions, which --hubness needs"):
+        OpenIndex(tmp_path / "plain", model).biases(Correction("is", 2))

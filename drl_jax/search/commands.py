@@ -55,8 +55,8 @@ def _index(options: argparse.Namespace) -> None:
     print(_format_report(report, options.index, options.storage))
     if report.unavailable:
         raise UserError(
-            f"{len(report.unavailable)} files could not be read, which may pass; rerun the command to"
-            " try them again"
+            f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
+            " to try them again"
         )
 
 

@@ -48,7 +48,7 @@ class WindowEncoder:
         self._banks: tuple[Features, Features | None] | None = None
 
     def encode(self, reads: Sequence[VideoRead]) -> list[dict[str, np.ndarray]]:
-        """The arrays of each video that need the model (`VideoRecord.arrays`); none with an error."""
+        """The arrays of each video that need the model (`VideoRecord.arrays`); errors have none."""
         windows, features = encode_reads(self._model, reads)
         if not windows:
             return [{} for _ in reads]

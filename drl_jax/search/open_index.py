@@ -20,6 +20,7 @@ from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.calibration import SCALE_WINDOWS
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
 from drl_jax.search.filters import Filters, Listing, passing
+from drl_jax.search.hubness import HUBNESS_ARRAY, Correction
 from drl_jax.search.index_file import (
     Part,
     Progress,
@@ -36,7 +37,7 @@ from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord
 from drl_jax.search.windows import Window
 
 # Arrays of windows that the interaction does not compare.
-_OTHERS = ("span", "frames", "bank_similarity", "hubness")
+_OTHERS = ("span", "frames", "bank_similarity", HUBNESS_ARRAY)
 # Windows that are checked before an index is open: a few tenths of a second.
 _AT_ONCE = 10_000
 # 2^64 divided by the golden ratio: multiples of it are evenly spread.
@@ -407,15 +408,21 @@ class OpenIndex:
 
     # ------------------------------------------------------------------ what is stored
 
-    def array(self, name: str) -> np.ndarray:
-        """A stored array of all windows, [S, ...].
+    def biases(self, correction: Correction) -> np.ndarray:
+        """What a correction for hubs subtracts from the similarities of windows: float32 [S].
 
         Raises:
-          KeyError: the index does not have it.
+          UserError: the index does not store it.
         """
-        # A segment of files that cannot be searched has no arrays.
-        segments = [one.segment for one in self.segments if one.segment.firsts["window"][-1]]
-        return np.concatenate([segment.arrays[f"window.{name}"] for segment in segments])
+        if "hubness" not in self.header:
+            raise SearchIndexError(
+                f"the index {self.directory} has no bank of captions, which --hubness needs; make"
+                " a new one with: python -m drl_jax.search index --bank=train|FILE"
+            )
+        arrays = (listed.segment.arrays for listed in self.segments)
+        name = f"window.{HUBNESS_ARRAY}"  # Segments of files that cannot be searched lack it.
+        stored = np.concatenate([of[name] for of in arrays if name in of])
+        return correction.biases(self.directory, self.header, stored)
 
     def progress(self) -> Progress | None:
         """How far the processes are that update the index; None if there are none."""

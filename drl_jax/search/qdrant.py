@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.search.engine import VECTORS
-from drl_jax.search.hubness import HUBNESS_ARRAY, Correction
+from drl_jax.search.hubness import Correction
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.segments import Segment
 
@@ -89,10 +89,8 @@ class Qdrant:
         if not index.model.interaction.HAS_VECTORS:
             interaction = index.model.config.model.interaction
             raise UserError(f"the interaction {interaction} has no vectors that Qdrant can compare")
-        name, is_missing, deleted, biases = self.collection(index), index.valid.copy(), 0, None
-        if self._correction is not None:
-            stored = index.array(HUBNESS_ARRAY)
-            biases = self._correction.biases(index.directory, index.header, stored)
+        name, is_missing, deleted = self.collection(index), index.valid.copy(), 0
+        biases = None if self._correction is None else index.biases(self._correction)
         with self._errors():
             if not self._client.collection_exists(name):
                 width = index.model.config.model.backbone.embed_dim

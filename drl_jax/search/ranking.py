@@ -21,14 +21,14 @@ from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
 from drl_jax.search.calibration import BANK_ARRAY, gallery_scale, unusual
 from drl_jax.search.engine import Gallery, Part, Ranking, SearchEngine
 from drl_jax.search.hits import Explanation, Hit, Moment, explain
-from drl_jax.search.hubness import HUBNESS_ARRAY, Correction
+from drl_jax.search.hubness import Correction
 from drl_jax.search.moments import find_spans
 from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos, stored_windows
 from drl_jax.search.query import EncodedQuery
 from drl_jax.search.refine import Candidate, Film, Refined, refine, tighten
 from drl_jax.search.windows import Window
 
-# Finds candidates by vectors: a state of the index, float32 [Q, D], and their number -> slots of each.
+# Finds candidates by vectors: a state of the index, float32 [Q, D], their number -> slots of each.
 FindCandidates = Callable[[OpenIndex, np.ndarray, int], list[np.ndarray]]
 
 
@@ -91,7 +91,9 @@ class Ranker:
                 f" --engine={options.engine} can compare; use --engine=exact"
             )
         self._engine = SearchEngine(model.config.model, model.params)
-        self._biases = functools.lru_cache(maxsize=1)(self._read_biases)
+        self._biases = functools.lru_cache(maxsize=1)(
+            lambda index: index.biases(options.correction)
+        )
         self._encoded_bank: Features | None = None
 
     def scans(self, index: OpenIndex) -> bool:
@@ -157,11 +159,6 @@ class Ranker:
         if self.options.correction is not None and query.is_sentence:
             gallery = gallery.with_biases(self._biases(index))
         return gallery
-
-    def _read_biases(self, index: OpenIndex) -> np.ndarray:
-        return self.options.correction.biases(
-            index.directory, index.header, index.array(HUBNESS_ARRAY)
-        )
 
     def _coarse(
         self,

@@ -8,7 +8,6 @@ import numpy as np
 from tqdm import tqdm
 
 from drl_jax.search.engine import SearchEngine
-from drl_jax.search.hubness import HUBNESS_ARRAY
 from drl_jax.search.query import encode_sentences
 from drl_jax.search.ranking import FindCandidates
 from drl_jax.search.session import Index
@@ -51,8 +50,7 @@ def measure_recall(
     state, engine = index.state(), SearchEngine(index.model.config.model, index.model.params)
     gallery, correction = state.gallery, index.ranker.options.correction
     if correction is not None:
-        stored = state.array(HUBNESS_ARRAY)
-        gallery = gallery.with_biases(correction.biases(state.directory, state.header, stored))
+        gallery = gallery.with_biases(state.biases(correction))
     queries = encode_sentences(index.model, sentences)
     queries = [queries[0], *queries]  # The first one compiles, and is not counted.
     exact, report = [], []

@@ -119,7 +119,7 @@ def _listening_errors(host: str, port: int) -> Iterator[None]:
 
 
 def make_app(index: Index, *, top: int, max_upload: int, access: Access = _ONLY_HERE) -> Starlette:
-    """Creates the ASGI application; answers one query, so that the first is not slow; see `serve`."""
+    """Creates the ASGI application; answers one query, so that the first is fast; see `serve`."""
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
     media, api, max_video = Media(), SearchAPI(index, top), 1_000_000 * max_upload

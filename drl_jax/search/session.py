@@ -79,6 +79,8 @@ class Index:
         self._opening: threading.Thread | None = None
         self._ready_by = 0.0
         self._state = OpenIndex(self.directory, model)
+        if options.correction is not None:
+            self._state.biases(options.correction)
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._encode)
         self._found = functools.lru_cache(maxsize=_KEPT)(self._find)
 

@@ -16,8 +16,7 @@ SHORT_VIDEO_SECONDS = 12.0
 # Shots are joined if no cut is further than this from an end of the window, seconds: the frames of
 # another shot take the place of frames that show the moment.
 _ACROSS_CUT = 0.5
-# What a window shows after its last frame, seconds: a frame or a few, as a file of the same length
-# as training's has after its last sampled one.
+# What a window shows after its last frame, seconds.
 _LAST_FRAME = 0.25
 # Times that differ by less are the same, seconds.
 _SAME = 1e-6
