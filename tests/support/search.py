@@ -73,9 +73,12 @@ def write_index(
     directory: Path, model: RetrievalModel, segments: Iterable[Sequence[VideoRecord]], **about
 ) -> Path:
     """Writes an index with one segment for each list of videos."""
-    given = {"videos": str(directory), "storage": "float32", "fps": 1.0, "bank": ["a"]}
+    given = {
+        **{"source": model.source, "fingerprint": model.fingerprint, "videos": str(directory)},
+        **{"storage": "float32", "fps": 1.0, "bank": ["a"]},
+    }
     with IndexWriter(directory) as writer:
-        writer.create(source=model.source, fingerprint=model.fingerprint, **{**given, **about})
+        writer.create(**{**given, **about})
         for videos in segments:
             writer.put(videos)
     return directory
