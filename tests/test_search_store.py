@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -287,3 +288,18 @@ def test_biases_of_hubs_are_read_beside_files_that_cannot_be_searched(tmp_path):
         writer.put([good])
     with pytest.raises(SearchIndexError, match="has no bank of captions, which --hubness needs"):
         OpenIndex(tmp_path / "plain", model).biases(Correction("is", 2))
+
+
+def test_a_merge_does_not_hold_all_thumbnails_in_memory(tmp_path):
+    size, count = 2**20, 16
+    with IndexWriter(tmp_path / "index") as writer:
+        writer.create(**ABOUT)
+        for number in range(count):
+            writer.put([record(f"{number}.mp4")._replace(strips=[bytes([number]) * size])])
+        tracemalloc.start()
+        writer.merge()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(writer.segments) == 1
+        assert peak < count * size / 4
+        assert bytes(writer.record(writer.file_at("3.mp4")).strips[0]) == bytes([3]) * size

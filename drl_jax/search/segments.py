@@ -255,7 +255,7 @@ def write_segment(parent: Path, videos: Sequence[VideoRecord]) -> dict[str, Any]
         array: [rows.dtype.name, *rows.shape[1:]]
         for array, rows in (searchable[0].arrays if searchable else {}).items()
     }
-    strips = [bytes(strip) for video in videos for strip in video.strips]
+    strips = [strip for video in videos for strip in video.strips]
     of_strips = {
         "strip.end": np.cumsum([len(strip) for strip in strips], dtype=np.int64),
         "strip.crc32": np.array([zlib.crc32(strip) for strip in strips], np.uint32),
