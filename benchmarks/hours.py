@@ -88,7 +88,7 @@ def read_clips(videos: Path) -> tuple[list[Clip], int]:
 
 def read_all(path: Path) -> np.ndarray:
     """All frames of a file: uint8 [F, H, W, 3]."""
-    with ffmpeg_errors(), contextlib.closing(decode(path)) as frames:
+    with ffmpeg_errors(path), contextlib.closing(decode(path)) as frames:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in frames if frame is not None])
 
 
@@ -192,7 +192,7 @@ def write_files(path: Path, folder: Path) -> tuple[list[Path], list[Part]]:
 
 def _at_one_rate(path: Path) -> Iterator[np.ndarray]:
     """The frames of a file in one size, at `_FPS` by repeating frames or leaving them out."""
-    with ffmpeg_errors():
+    with ffmpeg_errors(path):
         _, fps = count_frames(path)
         written = 0
         with contextlib.closing(decode(path)) as frames:
