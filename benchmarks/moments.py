@@ -1,227 +1,211 @@
 """Moments of films that are made of clips: how many captions find theirs, and how exactly.
 
-    python -m benchmarks.moments [--workdir=runs/shapes] [--hours=10] [--clips=DIR] [--record]
+    python -m benchmarks.moments [KIND ...] [--workdir=runs/shapes] [--fps=1,2,4] [--record]
 
-Makes films of the test clips of `shapes`, indexes them and asks the caption of every clip. Where
-each clip is, is known. The films are `joined` (256 clips without gaps, in random order),
-`joined_pairs` (the same in the order of the files, where a clip is followed by its time reversal:
-the last picture of one is the first of the other), `hour` and `hour_fades` (random order, gaps of a
-plain colour, hard cuts and cross-fades) and `corpus` (more such hours).
+Makes films of 128 test clips of `shapes` (`benchmarks.films`), samples and encodes them as an index
+does, and asks the captions of 100 clips. Where each clip is, is known. `clip` is the share of the
+captions whose best moment has its middle in the right clip; `iou3` and `iou5`, those whose best
+moment has this IoU with it; `top5` are those of which one of the first five moments has IoU 0.5.
+`coarse` are the stored windows alone, `true` the right spans in the place of windows, and `tight`
+the best moment with its ends moved inside it.
 
-The row `index` is what a search finds: moments of the windows of the index. The other rows have
-other windows, with scores of the same model and moments made by the same rule:
-
-- `oracle`: the true times of the clips, each a moment;
-- `fixed_clip`, `fixed_12`: windows of a clip's length, and of 12 s, half over the next, no cuts;
-- `random`: as many windows as in the index, anywhere, of 1 to 12 s;
-- `chance`: the windows of the index in random order, each a moment.
+`events` asks no model: it finds one event among the scores of an hour's windows as models give
+them, and says how long the best moment is, and how often it has IoU 0.5 with the event.
 """
 
-import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.hours import Clip, Film, read_clips, write_files, write_hour, write_joined
-from benchmarks.measure import arguments, report, table
-from benchmarks.moment_metrics import PREDICTIONS, is_inside, overlaps, summary
-from benchmarks.moment_windows import Candidates, other_windows
+from benchmarks.films import KINDS, Film, make_film, read_clips, write_film
+from benchmarks.measure import arguments, positive_ints, report, table
+from drl_jax.data.long_video import sample_video
+from drl_jax.data.video import to_form
+from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel, load
-from drl_jax.runtime.cli import positive_int, run_command
-from drl_jax.search.indexing import update_index
+from drl_jax.runtime.cli import run_command
+from drl_jax.search import refine as refinement
+from drl_jax.search.calibration import bank_of, bank_similarity
 from drl_jax.search.moments import find_spans
-from drl_jax.search.session import SearchSession
-from drl_jax.search.windows import Window
+from drl_jax.search.quantization import quantize
+from drl_jax.search.refine import REFINE, Candidate, Part, refine, tighten
+from drl_jax.search.windows import Window, windows_of
 
-# Clips of the film `joined`, and seconds of the others.
-_JOINED, _HOUR = 256, 3600
+_CLIPS, _QUERIES, _TOP = 128, 100, 5
+# Scores of an hour without cuts, windows of 12 s every 6 s: mean and deviation of the noise, the
+# score of the event, and the deviation of unrelated captions.
+_EVENTS = {
+    "usual": (0.22, 0.010, 0.28, 0.025),
+    "weak": (0.25, 0.008, 0.275, 0.025),
+    "wide": (0.20, 0.100, 0.90, 0.2),
+    "negative": (-0.10, 0.005, -0.075, 0.01),
+}
+_TRIALS, _ALIKE = 200, 0.8
+Spans = list[tuple[float, float]]
+
+
+class IndexedFilm:
+    """One film as an index stores it, in memory."""
+
+    def __init__(self, model: RetrievalModel, path: Path, fps: float, bank: Features):
+        frames: list[np.ndarray] = []
+        start = time.perf_counter()
+        self.video = sample_video(path, model.frame_form, frames.append, fps)
+        self.seconds = time.perf_counter() - start
+        self._model, self._bank = model, bank
+        self.windows = windows_of(self.video, model.config.data.max_frames)
+        image_feat = model.encode_frames(np.stack(frames))
+        self._features = model.encode_frame_windows(image_feat, [w.frames for w in self.windows])
+        self._scale = bank_similarity(model, bank, self._features)
+        stored = quantize({"image_feat": image_feat}, "bfloat16")["image_feat"]
+        self._film = refinement.Film(self.video.times, self.windows, stored)
+        self.nbytes = stored.nbytes
+
+    def scores(self, text: Features) -> np.ndarray:
+        """Of all stored windows: float32 [Q, W]."""
+        return self._model.similarity(text, self._features)
+
+    def moments(self, text: Features, scores: np.ndarray) -> tuple[Spans, Spans]:
+        """The best moments of one sentence, and with the ends of the first moved inside it."""
+        parts = [Part(text, 1.0)]
+        order = np.argsort(-scores, kind="stable")[:REFINE]
+        candidates = [Candidate(self._film, int(n), float(scores[n])) for n in order]
+        windows, scores = list(self.windows), scores.copy()
+        refined = refine(self._model, parts, candidates)
+        for number, (window, score) in zip(order, refined, strict=True):
+            windows[number], scores[number] = window, score
+        deviation = float(self._scale[int(scores.argmax()), 1])
+        spans = find_spans(windows, scores, _TOP, deviation)
+        best = windows[spans[0].window]
+        found = [(span.start, span.end) for span in spans]
+        tight = found[:1]
+        if found[0] == (best.start, best.end):
+            window = tighten(self._model, parts, self._bank, self._film, best)
+            tight = [(window.start, window.end)]
+        return found, tight
 
 
 def measure(
-    name: str, folder: Path, films: Sequence[Film], clips: Sequence[Clip], model: RetrievalModel
-) -> tuple[list[dict], dict]:
-    """Indexes films and asks all captions of their clips.
-
-    Returns:
-      A row of metrics for each kind of windows, and one about the index.
-    """
-    session, indexing = _index(name, folder, model)
-    captions = list(
-        dict.fromkeys(clips[part.clip].caption for film in films for part in film.parts)
-    )
-    true = {caption: [] for caption in captions}
-    for number, film in enumerate(films):
-        for part in film.parts:
-            true[clips[part.clip].caption].append((number, part.start, part.end))
-    truth = [np.array(true[caption]) for caption in captions]
-    text = model.encode_text(captions)
-    indexed = _indexed(session, films)
-    rng = np.random.default_rng(0)
-    counts = [len(windows) for windows in indexed.windows]
-    kinds = {"index": indexed} | other_windows(films, counts, rng, model)
+    model: RetrievalModel, kind: str, film: Film, captions: Sequence[str], rates: Sequence[int]
+) -> list[dict]:
+    """Asks the captions of the parts of a film, sampled at each of the rates."""
+    queries = film.parts[:_QUERIES]
+    truth = [(start, end) for _, start, end in queries]
+    text = model.encode_text([captions[number] for number, _, _ in queries])
+    bank = model.encode_text(bank_of(model.config))
+    minutes = len(film.frames) / film.fps / 60
+    true = _metrics(_best_parts(model, film, text), truth)
     rows = []
-    for kind, candidates in kinds.items():
-        scores = model.similarity(text, candidates.features)
-        find = best_windows if kind == "oracle" else best_moments
-        rows.append(_row(name, kind, candidates, scores, find, truth))
-    shuffled = rng.random((len(captions), sum(counts)))
-    rows.append(_row(name, "chance", indexed, shuffled, best_windows, truth))
-    return rows, indexing
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "film.mp4"
+        write_film(path, film)
+        for fps in rates:
+            indexed = IndexedFilm(model, path, fps, bank)
+            scores = indexed.scores(text)
+            start = time.perf_counter()
+            asked = [
+                indexed.moments({name: array[[number]] for name, array in text.items()}, row)
+                for number, row in enumerate(scores)
+            ]
+            seconds = (time.perf_counter() - start) / len(scores)
+            found, tight = zip(*asked, strict=True)
+            coarse = _metrics([[indexed.windows[row.argmax()][:2]] for row in scores], truth)
+            rows.append(
+                {"film": kind, "fps": fps, "minutes": round(minutes, 1)}
+                | {"shots": len(indexed.video.shots), "frames": len(indexed.video.times)}
+                | {"windows": len(indexed.windows)}
+                | _metrics(found, truth)
+                | {"tight_iou5": _metrics(tight, truth)["iou5"]}
+                | {f"coarse_{name}": coarse[name] for name in ("clip", "iou5")}
+                | {f"true_{name}": true[name] for name in ("clip", "iou5")}
+                | {"sampling_s_an_hour": round(indexed.seconds * 60 / minutes, 1)}
+                | {"mb_an_hour": round(indexed.nbytes * 60 / minutes / 1e6, 2)}
+                | {"query_ms": round(1e3 * seconds, 1)}
+            )
+    return rows
 
 
-def _row(
-    name: str,
-    kind: str,
-    candidates: Candidates,
-    scores: np.ndarray,
-    find: Callable[[list[list[Window]], list[np.ndarray]], np.ndarray],
-    truth: list[np.ndarray],
-) -> dict:
-    edges = np.cumsum([len(windows) for windows in candidates.windows])[:-1]
-    found = [find(candidates.windows, np.split(row, edges)) for row in scores]
-    counts = {"queries": len(truth), "windows": len(scores[0])}
-    return {"film": name, "kind": kind, **counts, **summary(found, truth)}
-
-
-def best_moments(windows: list[list[Window]], scores: list[np.ndarray]) -> np.ndarray:
-    """The best moments of all films, [M, 3] as in `moment_metrics`, made as a search makes them."""
-    found = [
-        (span.score, film, span.start, span.end)
-        for film, (own, values) in enumerate(zip(windows, scores, strict=True))
-        for span in find_spans(own, values, PREDICTIONS)
+def _best_parts(model: RetrievalModel, film: Film, text: Features) -> list[Spans]:
+    """What is found if the spans of the clips are known."""
+    most, fps = model.config.data.max_frames, film.fps
+    frames = np.stack([to_form(frame, model.frame_form) for frame in film.frames])
+    windows = [
+        np.linspace(start * fps, end * fps - 1, most).round().astype(int)
+        for _, start, end in film.parts
     ]
-    return np.array(sorted(found, reverse=True))[:PREDICTIONS, 1:]
+    similarity = model.similarity(text, model.encode_windows(frames, windows))
+    return [[film.parts[number][1:] for number in np.argsort(-row)[:_TOP]] for row in similarity]
 
 
-def best_windows(windows: list[list[Window]], scores: list[np.ndarray]) -> np.ndarray:
-    """The best windows of all films, [M, 3] as in `moment_metrics`."""
-    every = [(film, window.start, window.end) for film, own in enumerate(windows) for window in own]
-    order = np.argsort(-np.concatenate(scores), kind="stable")[:PREDICTIONS]
-    return np.array([every[row] for row in order])
+def _metrics(found: list[Spans], truth: Spans) -> dict[str, float]:
+    """Percentages of the queries; see the module."""
+    pairs = list(zip(found, truth, strict=True))
 
+    def percent(values: list[bool]) -> float:
+        return round(100 * float(np.mean(values)), 1)
 
-def _index(name: str, folder: Path, model: RetrievalModel) -> tuple[SearchSession, dict]:
-    """Indexes the films in a folder, and says what that takes."""
-    directory = folder.with_name(f"{folder.name}_index")
-    start = time.perf_counter()
-    made = update_index(model, folder, directory)
-    seconds, hours = time.perf_counter() - start, made.seconds / 3600
-    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    return SearchSession(directory, model), {
-        "film": name,
-        "hours": round(hours, 3),
-        "windows": made.windows,
-        "seconds": round(seconds, 1),
-        "hours_a_minute": round(hours / seconds * 60, 2),
-        "feature_mb_an_hour": round(made.nbytes / hours / 1e6, 2),
-        "index_mb_an_hour": round(size / hours / 1e6, 2),
+    return {
+        "clip": percent([true[0] <= sum(spans[0]) / 2 <= true[1] for spans, true in pairs]),
+        "iou3": percent([overlap(spans[0], true) >= 0.3 for spans, true in pairs]),
+        "iou5": percent([overlap(spans[0], true) >= 0.5 for spans, true in pairs]),
+        "top5": percent([any(overlap(s, true) >= 0.5 for s in spans) for spans, true in pairs]),
     }
 
 
-def _indexed(session: SearchSession, films: Sequence[Film]) -> Candidates:
-    snapshot = session.snapshot()
-    videos = [snapshot.video_at(film.path.name) for film in films]
-    return Candidates([list(video.windows) for video in videos], snapshot.stored(videos))
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Intersection over union of two spans."""
+    shared = max(0.0, min(one[1], other[1]) - max(one[0], other[0]))
+    return shared / ((one[1] - one[0]) + (other[1] - other[0]) - shared)
 
 
-def ask_clips(folder: Path, clips: Path, model: RetrievalModel) -> tuple[list[dict], dict]:
-    """Joins the videos of a folder to one film, and asks for each of them by its file."""
-    film = folder / "film.mp4"
-    files, parts = write_files(film, clips)
-    session, indexing = _index("clips", folder, model)
-    rows = []
-    for file, part in zip(files, parts, strict=True):
-        best = session.search_by_video(file, 1)[0].moments[0]
-        found, true = np.array([[0, best.start, best.end]]), np.array([[0, part.start, part.end]])
-        rows.append(
-            {
-                "clip": file.name,
-                "start": round(part.start, 2),
-                "end": round(part.end, 2),
-                "found_start": round(best.start, 2),
-                "found_end": round(best.end, 2),
-                "iou": round(float(overlaps(found, true)[0, 0]), 2),
-                "inside": is_inside(found, true),
-            }
-        )
-    return rows, indexing
-
-
-def _films(
-    root: Path, clips: list[Clip], fps: int, hours: int, seed: int
-) -> Iterator[tuple[str, Path, list[Film]]]:
-    """Makes the films: yields the name, the folder and the films of each task."""
-
-    def folder(name: str) -> Path:
-        (root / name).mkdir(parents=True)
-        return root / name
-
-    for name, order in (("joined", seed), ("joined_pairs", None)):
-        path = folder(name) / "film.mp4"
-        parts = write_joined(path, clips[:_JOINED], fps, order)
-        yield name, path.parent, [Film(path, parts)]
-    for name, fades in (("hour", False), ("hour_fades", True)):
-        path = folder(name) / "film.mp4"
-        parts = write_hour(path, clips, fps, _HOUR, seed, fades=fades)
-        yield name, path.parent, [Film(path, parts)]
-    if hours > 1:
-        corpus, films = folder("corpus"), []
-        for number in range(hours):
-            path = corpus / f"film{number}.mp4"
-            films.append(Film(path, write_hour(path, clips, fps, _HOUR, seed + 1 + number)))
-        yield "corpus", corpus, films
-
-
-@contextlib.contextmanager
-def _folder(path: Path | None) -> Iterator[Path]:
-    """An empty folder to keep, or one that is deleted."""
-    if path is not None:
-        path.mkdir(parents=True)
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        yield Path(directory)
+def events() -> list[dict]:
+    """Finds events among scores that are drawn."""
+    rng, rows = np.random.default_rng(0), []
+    windows = [Window(6.0 * n, 6.0 * n + 12, ()) for n in range(599)]
+    for name, (mean, deviation, peak, of_bank) in _EVENTS.items():
+        lengths, is_found = [], []
+        for _ in range(_TRIALS):
+            noise = rng.normal(0, 1, len(windows))
+            for n in range(1, len(windows)):
+                noise[n] = _ALIKE * noise[n - 1] + (1 - _ALIKE**2) ** 0.5 * noise[n]
+            scores, event = mean + deviation * noise, int(rng.integers(5, len(windows) - 5))
+            scores[event] = max(scores[event], peak)
+            for near in (event - 1, event + 1):
+                scores[near] = max(scores[near], (mean + peak) / 2)
+            best = find_spans(windows, scores, 1, of_bank)[0]
+            lengths.append(best.end - best.start)
+            is_found.append(overlap((best.start, best.end), windows[event][:2]) >= 0.5)
+        share = {"iou5": is_found, "above_60_s": np.array(lengths) > 60}
+        percent = {key: round(100 * float(np.mean(values)), 1) for key, values in share.items()}
+        rows.append({"event": name, "median_s": float(np.median(lengths)), **percent})
+    return rows
 
 
 def main() -> int:
     parser = arguments("moments", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--workdir", default="runs/shapes", help="run, or file of weights (%(default)s)"
-    )
-    parser.add_argument(
-        "--videos",
-        type=Path,
-        default=Path("data/source/shapes_full/videos/test"),
-        help="clips of one split, as README's first command draws them (%(default)s)",
-    )
-    parser.add_argument(
-        "--hours", type=positive_int, default=10, help="films of the corpus; 1: none (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the films (%(default)s)")
-    parser.add_argument("--clips", type=Path, help="folder of any videos: each is asked for")
-    parser.add_argument("--save", type=Path, help="new folder that keeps films and indexes")
+    parser.add_argument("kinds", nargs="*", default=list(KINDS), help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--workdir", default="runs/shapes", help="run, or file of weights")
+    videos = Path("data/source/shapes_full/videos/test")
+    parser.add_argument("--videos", type=Path, default=videos, help="clips of a split, drawn")
+    parser.add_argument("--fps", type=positive_ints, default=[1, 2, 4], help="frames a second")
     options = parser.parse_args()
+    if unknown := sorted(set(options.kinds) - set(KINDS)):
+        parser.error(f"a film is {', '.join(KINDS)}, not {unknown[0]}")
 
     def work() -> None:
         model = load(options.workdir)
-        clips, fps = read_clips(options.videos)
-        rows, indexing, settings = [], [], {}
-        with _folder(options.save) as root:
-            for name, folder, films in _films(root, clips, fps, options.hours, options.seed):
-                found, index = measure(name, folder, films, clips, model)
-                rows += found
-                indexing.append(index)
-            if options.clips:
-                (root / "clips").mkdir()
-                asked, index = ask_clips(root / "clips", options.clips, model)
-                indexing.append(index)
-                settings["real_clips"] = asked
-                print(table(asked))
-        print(table(indexing))
-        report(rows, options, split=options.videos.name, indexing=indexing, **settings)
+        clips = read_clips(options.videos, _CLIPS)
+        captions = [clip.caption for clip in clips]
+        rows = []
+        for kind in options.kinds:
+            rows += measure(model, kind, make_film(kind, clips), captions, options.fps)
+            print(table(rows[-len(options.fps) :]), flush=True)
+        found = events()
+        print(table(found))
+        report(rows, options, split=options.videos.name, clips=len(clips), events=found)
 
     return run_command(parser.prog, work)
 

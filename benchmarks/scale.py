@@ -35,9 +35,10 @@ from drl_jax.data.frames import DiskFrames
 from drl_jax.data.records import VideoDataset
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import read_frames
-from drl_jax.search.reading import VideoRead, read_video
-from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.writer import IndexWriter
+from drl_jax.search.index_file import IndexWriter
+from drl_jax.search.quantization import quantize
+from drl_jax.search.reading import FrameSampling, VideoRead, read_video
+from drl_jax.search.segments import VideoRecord
 from drl_jax.training.flops import train_step_flops
 
 FRAMES, WORDS = 12, 32
@@ -45,8 +46,10 @@ FRAMES, WORDS = 12, 32
 _LINKS = (8, 40)
 # Calls on a cluster.
 _CALLS = 4000
-# Videos that an index stores in one transaction (`config.eval.batch_size`).
-_STORED = 128
+# Videos of a commit of an index (`config.eval.batch_size`), and commits until they are merged.
+_STORED, _COMMITS = 128, 16
+# How often a video is written again by merges: 16 times 128, 16 of these, and all of these.
+_MERGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,9 @@ class PerClip:
       read: processor seconds to read its frames for a training step.
       index_read: processor seconds to hash and decode it, and to make its thumbnails, for an index.
       index_put: seconds of the one process that writes an index.
+      index_merge: seconds of this process for writing it again, when segments are merged.
       array_bytes: of the features in the index.
-      database_bytes: of its row and thumbnails in the index.
+      row_bytes: of its row and thumbnails in the index.
       step_flops: of a training step, for each pair.
     """
 
@@ -75,8 +79,9 @@ class PerClip:
     read: float
     index_read: float
     index_put: float
+    index_merge: float
     array_bytes: float
-    database_bytes: float
+    row_bytes: float
     step_flops: float
 
 
@@ -98,11 +103,11 @@ def measure(videos: Path, directory: Path, model: ModelConfig) -> PerClip:
 
     def read_for_index(path: Path) -> None:
         spool = directory / f"{path.name}.frames"
-        reads.append(read_video(path, frozenset(), FRAMES, form, spool))
+        reads.append(read_video(path, (), FrameSampling(form, FRAMES, 1.0), spool))
         spool.unlink(missing_ok=True)
 
     index_read = processor_seconds(read_for_index, files)
-    put, array_bytes, database_bytes = measure_put(
+    put, merge, array_bytes, row_bytes = measure_put(
         reads, directory / "index", model.backbone.embed_dim
     )
     return PerClip(
@@ -114,8 +119,9 @@ def measure(videos: Path, directory: Path, model: ModelConfig) -> PerClip:
         read=read_seconds,
         index_read=index_read,
         index_put=put,
+        index_merge=merge,
         array_bytes=array_bytes,
-        database_bytes=database_bytes,
+        row_bytes=row_bytes,
         step_flops=train_step_flops(model, LossConfig(), 128, FRAMES, WORDS) / 128,
     )
 
@@ -190,53 +196,46 @@ def link_repeatedly(videos: Path, folder: Path, links: int) -> list[str]:
 
 def measure_put(
     reads: Sequence[VideoRead], directory: Path, width: int
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float, float]:
     """Stores videos of one window in a new index, with random features.
 
     Returns:
-      Seconds, bytes of features, and bytes of the database, each for one video.
+      Seconds of a commit and of a merge, bytes of features, and other bytes, each for one video.
     """
-    rng = np.random.default_rng(0)
-    short = [read for read in reads if read.strips]
-    count = 8 * _STORED
+    rng, count, seconds = np.random.default_rng(0), _STORED * _COMMITS, 0.0
+    reads = [read for read in reads if read.strips]
     with IndexWriter(directory) as writer:
-        writer.update_header(source={}, fingerprint="", videos="", storage="bfloat16")
-        start = 0.0
-        # The first transaction creates the files.
-        for batch in range(count // _STORED + 1):
-            videos, strips = [], {}
+        writer.create(source={}, fingerprint="", videos="", storage="bfloat16", fps=1.0, bank=[])
+        for batch in range(_COMMITS):
+            units = rng.normal(size=(_STORED, 1, FRAMES, width)).astype(np.float32)
+            windows = quantize({"frame_unit": units}, "bfloat16")
+            windows |= quantize({"pooled_unit": units.mean(axis=2)}, "int8")
+            windows["frame_mask"] = np.ones((_STORED, 1, FRAMES), bool)
+            windows["frame_weight"] = np.full((_STORED, 1, FRAMES), 1 / FRAMES, np.float32)
+            windows["bank_similarity"] = np.zeros((_STORED, 1, 2), np.float32)
+            records = []
             for number in range(_STORED):
-                read, path = short[number % len(short)], f"videos/{batch:05}/{number:05}.mp4"
-                videos.append(
-                    IndexedVideo(
-                        path,
-                        size=10**6,
-                        mtime_ns=10**18,
-                        sha256=read.sha256,
-                        times=read.times[:FRAMES],
-                        windows=read.windows[:1],
+                read, path = reads[number % len(reads)], f"videos/{batch:05}/{number:05}.mp4"
+                arrays = {f"window.{name}": array[number] for name, array in windows.items()}
+                arrays["feature.image_feat"] = np.zeros((0, width), np.uint16)
+                for name, array in read.arrays.items():
+                    arrays[name] = array[: 1 if name.startswith("window.") else FRAMES]
+                records.append(
+                    VideoRecord(
+                        *(path, 10**6, 10**18, read.sha256),
                         duration=read.duration,
+                        arrays=arrays,
+                        strips=read.strips,
                     )
                 )
-                strips[path] = list(read.strips)
-            features = {
-                "frame_unit": rng.normal(size=(_STORED, FRAMES, width)).astype(np.float32),
-                "frame_mask": np.ones((_STORED, FRAMES), bool),
-                "frame_weight": np.full((_STORED, FRAMES), 1 / FRAMES, np.float32),
-            }
-            if batch == 1:
-                start, first = time.perf_counter(), sizes_of_index(directory)
-            writer.put(videos, features, strips)
-        seconds = time.perf_counter() - start
-        last = sizes_of_index(directory)
-    arrays, database = (after - before for before, after in zip(first, last, strict=True))
-    return seconds / count, arrays / count, database / count
-
-
-def sizes_of_index(directory: Path) -> tuple[int, int]:
-    """Bytes of the arrays and of everything else."""
-    arrays = sum(path.stat().st_size for path in directory.glob("*.bin"))
-    return arrays, bytes_below(directory) - arrays
+            start = time.perf_counter()
+            writer.put(records)
+            seconds += time.perf_counter() - start
+        start = time.perf_counter()
+        writer.merge()
+        merged = time.perf_counter() - start
+    vectors = sum(path.stat().st_size for path in directory.rglob("*_unit*.bin"))
+    return tuple(x / count for x in (seconds, merged, vectors, bytes_below(directory) - vectors))
 
 
 def bytes_below(directory: Path) -> int:
@@ -284,8 +283,9 @@ def costs(one: PerClip, options: argparse.Namespace) -> list[dict]:
         on_cores("index: read videos", one.index_read),
         on_gpus("index: encode", encode),
         in_one_process("index: the driver of a cluster, calls and rows", one.call + one.index_put),
+        in_one_process("index: merges", _MERGES * one.index_merge),
         stored("index: features", one.array_bytes),
-        stored("index: rows and thumbnails", one.database_bytes),
+        stored("index: rows and thumbnails", one.row_bytes),
     ]
 
 

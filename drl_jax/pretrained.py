@@ -152,7 +152,32 @@ class RetrievalModel:
         Returns:
           NumPy arrays as of `encode_videos`, first axis N.
         """
-        return self._embedder.encode_windows(self.params, frames, windows)
+        return self.encode_frame_windows(self.encode_frames(frames), windows)
+
+    def encode_frames(self, frames: np.ndarray) -> np.ndarray:
+        """Encodes single frames with the image tower alone, before the temporal head.
+
+        Args:
+          frames: uint8 [F, S, S, 3]; may be a memory map.
+
+        Returns:
+          float32 [F, D], which `encode_frame_windows` takes.
+        """
+        return self._embedder.encode_frames(self.params, frames)
+
+    def encode_frame_windows(
+        self, image_feat: np.ndarray, windows: Sequence[Sequence[int]]
+    ) -> Features:
+        """Encodes parts of a video from the features of its frames.
+
+        Args:
+          image_feat: float32 [F, D] (`encode_frames`).
+          windows: as in `encode_windows`.
+
+        Returns:
+          NumPy arrays as of `encode_videos`, first axis N.
+        """
+        return self._embedder.encode_windows(self.params, image_feat, windows)
 
     def read_video(self, path: str | os.PathLike) -> Video:
         """Decodes the frames of a video file that the model encodes.

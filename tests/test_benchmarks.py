@@ -5,10 +5,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from jax.lax import with_sharding_constraint
 from support.commands import ROOT
 
+from benchmarks.films import KINDS, Clip, make_film
 from benchmarks.hlo import collective_bytes, collective_counts
+from benchmarks.moments import overlap
 from drl_jax.sharding import make_layout
 
 
@@ -59,7 +63,25 @@ def test_gpu_benchmarks_need_only_jax_flax_optax_and_numpy():
         "import sys\n"
         f"for name in {absent.split()}: sys.modules[name] = None\n"
         "import benchmarks.train_step, benchmarks.similarity, benchmarks.memory\n"
-        "import benchmarks.collectives, benchmarks.compile, benchmarks.cdcr, benchmarks.search\n"
+        "import benchmarks.collectives, benchmarks.compile, benchmarks.cdcr\n"
         "import benchmarks.gpu\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_films_show_their_clips(kind):
+    """Where they say so: the objects are those of the clips."""
+    rng = np.random.default_rng(0)
+    clips = [Clip("a", np.full((13, 16, 16, 3), 30 * n, np.uint8)) for n in range(1, 4)]
+    for clip in clips:
+        clip.frames[:, 4:8, 4:8] = rng.integers(150, 256, 3)
+    film = make_film(kind, clips)
+    assert [number for number, _, _ in film.parts] == [0, 1, 2]
+    for number, start, end in film.parts:
+        assert end - start == (1 if kind == "event1s" else 3.25)
+        shown = film.frames[round(start * film.fps) : round(end * film.fps), 5, 5]
+        if kind != "flicker":
+            np.testing.assert_array_equal(shown, clips[number].frames[: len(shown), 5, 5])
+    assert overlap((0, 4), (2, 6)) == 2 / 6
+    assert overlap((0, 1), (2, 6)) == 0

@@ -22,8 +22,8 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.data.storage import DRAWN_DATASETS, StorageSpec
 from drl_jax.data.video import VideoError, read_frames
-from drl_jax.search.indexing import update_index
-from drl_jax.search.session import SearchSession
+from drl_jax.search.session import Index
+from drl_jax.search.update import update_index
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CROP, SQUASH = FrameForm(32), FrameForm(32, "squash")
@@ -251,7 +251,7 @@ def test_a_model_encodes_files_in_its_own_form(search_model, sources, tmp_path):
     np.testing.assert_array_equal(model.read_video(files[0]).frames, frames[0])
     # An index has the same features, and those of a crop are others.
     update_index(model, sources / "videos", tmp_path / "index", storage="float32")
-    hits = SearchSession(tmp_path / "index", model).search(["a red circle"], top=3)[0]
+    hits = Index(tmp_path / "index", model).search(["a red circle"], top=3)[0]
     found = [hit.score for hit in sorted(hits, key=lambda hit: hit.path)]
     text = model.encode_text(["a red circle"])
     expected = model.similarity(text, model.encode_videos(frames))[0]

@@ -4,10 +4,8 @@
 damages a subject in a few lines.
 """
 
-import contextlib
 import json
 import shutil
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -20,7 +18,6 @@ from support.files import contents
 
 from benchmarks.fuzz import runner
 from benchmarks.fuzz.damage import FAILURE, LEGITIMATE
-from benchmarks.fuzz.index import remove_checksums
 from benchmarks.fuzz.videos import latin_1_title, unknown_codec
 from drl_jax.weights.torch_file import read_metadata, read_torch_file
 
@@ -73,16 +70,6 @@ def flipped(position: int) -> Callable[[bytes], bytes]:
         return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
 
     return flip
-
-
-def execute(sql: str) -> Callable[[Path], None]:
-    """Changes the database of an index behind its back."""
-
-    def damage(directory: Path) -> None:
-        with contextlib.closing(sqlite3.connect(directory / "index.sqlite")) as database, database:
-            assert database.execute(sql).rowcount != 0
-
-    return damage
 
 
 # ---------------------------------------------------------------- videos and annotations
@@ -211,56 +198,38 @@ WEIGHTS = {
 # ---------------------------------------------------------------- search indexes
 
 
-def mask_of_format_3(directory: Path) -> None:
-    remove_checksums(directory)
-    edit("frame_mask.bin", lambda data: bytes(4) + data[4:])(directory)
+def missing(name: str) -> Callable[[Path], None]:
+    return lambda directory: [path.unlink() for path in directory.glob(name)]
 
 
-def zeroed(content: bytes, start: int, length: int) -> bytes:
-    return content[:start] + bytes(length) + content[start + length :]
+def in_segment(name: str, change: Callable[[bytes], bytes], message: str) -> Case:
+    return Case("index", "int8", edit(f"segments/*/{name}", change), message=message)
 
 
-def swapped_slots(directory: Path) -> None:
-    """Slots are unique, so one is NULL meanwhile."""
-    for old, new in ((0, 77), (1, 0), (77, 1)):
-        execute(f"UPDATE videos SET slot = {new} WHERE slot = {old}")(directory)
+def in_list(change: Callable) -> Case:
+    return Case("index", "int8", edit_json("index.json", change), message="from its hash")
 
 
 INDEX = {
     "a missing array": Case(
-        "index", "int8", lambda d: (d / "frame_weight.bin").unlink(), message="frame_weight"
+        "index", "int8", missing("segments/*/window.frame_weight.bin"), message="frame_weight"
     ),
-    "a truncated array": Case("index", "int8", edit("frame_unit.bin", lambda d: d[:300])),
-    "a bit of a feature": Case(
-        "index", "bfloat16", edit("frame_unit.bin", flipped(700)), message="features of"
+    "no list": Case("index", "int8", missing("index.json"), message="there is no index in"),
+    "a truncated array": in_segment("window.frame_unit.bin", lambda d: d[:300], "300 bytes, not"),
+    "a bit of a feature": in_segment("window.frame_unit.bin", flipped(70), "features of"),
+    "a bit of a frame's feature": in_segment("feature.image_feat.bin", flipped(70), "features of"),
+    "a bit of a mask": in_segment("window.frame_mask.bin", flipped(2), "features of"),
+    "a bit of a span": in_segment("window.span.bin", flipped(7), "features of"),
+    "features of other videos": in_segment(
+        "window.frame_unit.bin", lambda d: d[-len(d) // 2 :] + d[: -len(d) // 2], "features of"
     ),
-    "a bit of a mask": Case("index", "int8", edit("frame_mask.bin", flipped(2))),
-    "an empty mask without checksums": Case("index", "int8", mask_of_format_3),
-    "a time": Case(
-        "index", "int8", execute("UPDATE videos SET times = '[0.0, 9.0]' WHERE slot = 1")
-    ),
-    "a path": Case("index", "int8", execute("UPDATE videos SET path = 'x' WHERE slot = 1")),
-    "two slots swapped": Case("index", "int8", swapped_slots, message="features of"),
-    "no slot": Case("index", "int8", execute("UPDATE videos SET slot = NULL WHERE slot = 1")),
-    "a row that is gone": Case(
-        "index", "int8", execute("DELETE FROM videos WHERE slot = 1"), message="lists 4 of 5"
-    ),
-    "thumbnails": Case(
-        "index",
-        "int8",
-        execute("UPDATE strips SET jpeg = x'00'"),
-        message="thumbnails of",
-    ),
-    "the folder in the header": Case(
-        "index", "int8", execute("UPDATE header SET value = replace(value, 'videos', 'Videos')")
-    ),
-    "no header": Case("index", "int8", execute("DELETE FROM header"), message="without a header"),
-    "a page of the table": Case(
-        "index", "int8", edit("index.sqlite", lambda d: zeroed(d, d.index(b"3.mp4") - 300, 600))
-    ),
-    "the schema": Case(
-        "index", "int8", edit("index.sqlite", lambda d: d.replace(b"times TEXT", b"tines TEXT"))
-    ),
+    "a bit of a thumbnail": in_segment("strips.bin", flipped(70), "thumbnails of"),
+    "where a thumbnail ends": in_segment("strip.end.bin", lambda d: b"\xff" * len(d), "bytes, not"),
+    "a path": in_segment("videos.arrow", lambda d: d.replace(b"3.mp4", b"4.mp4"), "from its hash"),
+    "an offset of a table": in_segment("videos.arrow", flipped(-900), "from its hash"),
+    "the folder in the list": in_list(lambda v: v.update(videos="/elsewhere")),
+    "a video that is gone": in_list(lambda v: v["segments"][0].update(gone=[1])),
+    "a segment less": in_list(lambda v: v.update(segments=[])),
 }
 
 # ---------------------------------------------------------------- runs

@@ -24,7 +24,7 @@ MODULES = {
 # They import Ray, and no other module imports them before it needs a cluster.
 RAY_MODULES = {
     *("drl_jax.runtime.ray_connection", "drl_jax.runtime.ray_cluster"),
-    *("drl_jax.runtime.ray_map", "drl_jax.search.ray_index"),
+    *("drl_jax.runtime.ray_map", "drl_jax.search.ray_update"),
 }
 
 
@@ -83,7 +83,10 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         "huggingface_hub": {"drl_jax.weights.hub"},
         "tensorflow": set(),
         "torch": set(),
-        "pyarrow": {"drl_jax.data.description_files", "drl_jax.embeddings.formats"},
+        "pyarrow": {
+            *("drl_jax.data.description_files", "drl_jax.embeddings.formats"),
+            *("drl_jax.search.filters", "drl_jax.search.segments"),
+        },
         "ray": {"drl_jax.runtime.cluster", *RAY_MODULES},
         "tokenizers": {"drl_jax.models.tokenizers.files"},
         "sentencepiece": {"drl_jax.models.tokenizers.files"},

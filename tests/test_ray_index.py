@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support.ray_nodes import two_nodes
 from support.videos import numbered_frames, write_video
@@ -17,12 +16,12 @@ from support.videos import numbered_frames, write_video
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.runtime.cluster import connect
 from drl_jax.runtime.node_check import needs_of_driver
-from drl_jax.search import index_batches
-from drl_jax.search.indexing import update_index
-from drl_jax.search.reading import read_video_on_node
-from drl_jax.search.rows import SearchIndexError
-from drl_jax.search.session import SearchSession
-from drl_jax.search.store import Store
+from drl_jax.search import update
+from drl_jax.search.index_file import open_part
+from drl_jax.search.reading import FrameSampling, read_video_on_node
+from drl_jax.search.segments import SearchIndexError
+from drl_jax.search.session import Index
+from drl_jax.search.update import update_index
 
 pytest.importorskip("ray")
 
@@ -33,7 +32,7 @@ BANK = ("a red circle moves left", "a blue square", "two shapes")
 def full_batches():
     """Features depend, by rounding, on how many windows are encoded together."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_batches, "_STORED_EVERY", math.inf)
+        patch.setattr(update, "_STORED_EVERY", math.inf)
         yield
 
 
@@ -69,23 +68,24 @@ def local(search_model, videos, tmp_path_factory) -> Path:
     return directory
 
 
-def content(directory: Path) -> dict[str, tuple]:
-    """Record, features and thumbnails of each video of an index."""
-    with Store(directory) as store:
-        arrays, found = store.arrays(), {}
-        for video in store.videos():
-            if video.error:
-                found[video.path] = (video,)
-                continue
-            rows = {name: np.asarray(a[list(video.slots)]).tobytes() for name, a in arrays.items()}
-            found[video.path] = (video, rows, store.strip(video.path, 0))
-        return found
+def content(directory: Path) -> list[tuple]:
+    """Fields, arrays and thumbnails of each video of an index, in the order of its segments."""
+    part = open_part(directory)
+    assert not any(gone.any() for gone in part.gone)
+    records = [segment.read(row) for segment in part.segments for row in range(len(segment))]
+    return [
+        (
+            record[:-2],
+            {name: array.tobytes() for name, array in record.arrays.items()},
+            [bytes(strip) for strip in record.strips],
+        )
+        for record in records
+    ]
 
 
 def stored(directory: Path) -> int:
     try:
-        with Store(directory) as store:
-            return store.count()
+        return sum(map(len, open_part(directory).segments))
     except SearchIndexError:  # Not created yet.
         return 0
 
@@ -93,7 +93,7 @@ def stored(directory: Path) -> int:
 def test_an_index_that_loses_processes_and_a_node_is_that_of_a_local_run(
     nodes, cluster, search_model, videos, local, tmp_path, capsys
 ):
-    """Also the slots, and also what died with them: frames, batches, and the processes' models."""
+    """Also the segments, and what died with them: frames, batches, and the processes' models."""
     directory, killed_at = tmp_path / "index", []
 
     def kill() -> None:
@@ -120,7 +120,7 @@ def test_an_index_that_loses_processes_and_a_node_is_that_of_a_local_run(
     assert not list((directory / "spool").glob("*"))
     queries = ["a red circle moves left", "a square"]
     found, expected = (
-        [[(hit.path, hit.score) for hit in hits] for hits in SearchSession(d).search(queries, 5)]
+        [[(hit.path, hit.score) for hit in hits] for hits in Index(d).search(queries, 5)]
         for d in (directory, local)
     )
     assert found == expected
@@ -129,7 +129,7 @@ def test_an_index_that_loses_processes_and_a_node_is_that_of_a_local_run(
 
 
 def test_a_node_without_the_model_says_so(search_model, tmp_path, monkeypatch):
-    from drl_jax.search.ray_index import _NodeEncoder
+    from drl_jax.search.ray_update import _NodeEncoder
 
     def load(fingerprint: str, **source: str) -> str:
         needs = needs_of_driver([], [])
@@ -146,7 +146,8 @@ def test_frames_that_a_node_cannot_write_name_the_node(cluster, tmp_path):
     """Of a long video, whose frames wait in a file."""
     write_video(tmp_path / "long.mp4", numbered_frames(60, 64, 64), fps=2)
     cluster.check({"--index": tmp_path}, tmp_path / "long.mp4", ["numpy"], ["drl_jax"])
-    call = (tmp_path / "long.mp4", frozenset(), 4, FrameForm(32), tmp_path / "absent" / "0")
+    sampling = FrameSampling(FrameForm(32), 4, 1.0)
+    call = (tmp_path / "long.mp4", frozenset(), sampling, tmp_path / "absent" / "0")
     (result,) = cluster.map(read_video_on_node, [call], timeout=60, keep="frames")
     name = r"No such file or directory on node \S+ \(\S+, \w{8}\)"
     assert re.fullmatch(name, result.strerror)

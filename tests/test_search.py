@@ -7,13 +7,11 @@ import json
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,32 +27,24 @@ from support.videos import (
     write_video_with_latin_title,
 )
 
-from benchmarks.fuzz.index import remove_checksums
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.interactions import INTERACTIONS
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.lock import LockError
-from drl_jax.search import engine as engine_module
-from drl_jax.search import progress as progress_module
-from drl_jax.search import writer as writer_module
+from drl_jax.search import index_file
 from drl_jax.search.__main__ import main
-from drl_jax.search.engine import Gallery, SearchEngine
-from drl_jax.search.explain import explain, format_timestamp
-from drl_jax.search.feature_checks import FeatureChecks
-from drl_jax.search.figure import save_figure
-from drl_jax.search.format_2 import header_from_format_2
-from drl_jax.search.indexing import update_index
-from drl_jax.search.progress import read_progress
-from drl_jax.search.prompt import format_hits, run_prompt
-from drl_jax.search.rows import IndexedVideo, SearchIndexError
-from drl_jax.search.session import SearchSession
-from drl_jax.search.slots import PART_SLOTS
-from drl_jax.search.store import Store
-from drl_jax.search.writer import IndexWriter
-from drl_jax.sharding import make_layout
+from drl_jax.search.commands import format_hits, run_prompt
+from drl_jax.search.engine import Part
+from drl_jax.search.explain_file import explain_file
+from drl_jax.search.hits import explain, format_timestamp
+from drl_jax.search.index_file import IndexWriter, open_part, read_progress
+from drl_jax.search.query import Query
+from drl_jax.search.segments import SearchIndexError, Segment
+from drl_jax.search.session import Index, rank_sentences
+from drl_jax.search.update import update_index
 
 
 @pytest.fixture
@@ -86,11 +76,11 @@ def shared_index(search_model, shared_videos):
 
 
 @pytest.fixture(scope="module")
-def shared_session(search_model, shared_videos):
+def shared_search(search_model, shared_videos):
     """A session on an index of these videos with exact features (float32)."""
     directory = shared_videos.parent / "float32"
     update_index(search_model, shared_videos, directory, storage="float32")
-    return SearchSession(directory, search_model)
+    return Index(directory, search_model)
 
 
 @pytest.fixture
@@ -103,8 +93,8 @@ def videos(shared_videos, tmp_path):
 def index(shared_index, videos, tmp_path):
     """A copy of the index, of the copied videos."""
     directory = shutil.copytree(shared_index, tmp_path / "index")
-    with IndexWriter(directory) as store:
-        store.update_header(videos=str(videos.resolve()))
+    with IndexWriter(directory) as writer:
+        writer.update_header(videos=str(videos.resolve()))
     return directory
 
 
@@ -119,14 +109,13 @@ def scores(searcher, top=20):
 
 
 def stored_features(directory):
-    """Path -> (slot, features) of an index."""
-    with Store(directory) as store:
-        arrays = store.arrays()
-        return {
-            video.path: (video.slot, arrays["frame_unit"][video.slot].tobytes())
-            for video in store.videos()
-            if video.slot is not None
-        }
+    """Path -> features of an index."""
+    part = open_part(directory)
+    return {
+        (record := segment.read(row)).path: record.arrays["window.frame_unit"].tobytes()
+        for segment, gone in zip(part.segments, part.gone, strict=True)
+        for row in np.flatnonzero(~gone & (segment.column("windows") > 0))
+    }
 
 
 # ---------------------------------------------------------------------- exact search
@@ -142,7 +131,7 @@ def test_search_matches_evaluation(interaction, model, shapes_config, test_video
     evaluation = Evaluator(model.config, dataset, model.layout).run(model.params, split)
 
     update_index(model, test_videos, tmp_path / "index", storage="float32")
-    session = SearchSession(tmp_path / "index", model)
+    session = Index(tmp_path / "index", model)
     sentences = [captions[0] for captions in split.captions]
     hits = session.search(sentences, top=32)
     column = {dataset.video_ids[video]: place for place, video in enumerate(split.videos)}
@@ -155,7 +144,7 @@ def test_search_matches_evaluation(interaction, model, shapes_config, test_video
     by_search = retrieval_metrics(found_scores, np.arange(32))
     assert by_search["t2v"]["MnR"] == pytest.approx(evaluation.metrics["t2v"]["MnR"], abs=0.2)
 
-    (similar,) = session.search_by_video(hits[0][0].path, top=1)
+    (similar,) = session.search(Query(video=hits[0][0].path), top=1)
     if (
         interaction != "xti"
     ):  # The transformer's similarity of a video and itself is not the largest.
@@ -163,88 +152,15 @@ def test_search_matches_evaluation(interaction, model, shapes_config, test_video
         assert similar.score == pytest.approx(1, abs=1e-4)
 
 
-def test_quantized_storage_is_close(model, shared_videos, shared_index, shared_session, tmp_path):
-    exact = scores(shared_session)
-    int8 = update_index(model, shared_videos, tmp_path / "int8", storage="int8")
-    with Store(shared_index) as bfloat16, Store(shared_session.directory) as float32:
-        assert bfloat16.nbytes() < 0.7 * float32.nbytes()
-        assert int8.nbytes < 0.7 * float32.nbytes()
+def test_quantized_storage_is_close(model, shared_videos, shared_index, shared_search, tmp_path):
+    exact, sizes = scores(shared_search), []
+    update_index(model, shared_videos, tmp_path / "int8", storage="int8")
+    for directory in (shared_search.directory, shared_index, tmp_path / "int8"):
+        files = (directory / "segments").glob("*/window.frame_unit.bin")
+        sizes.append(sum(path.stat().st_size for path in files))
+    assert sizes[0] == 2 * sizes[1] == 4 * sizes[2]
     for directory, error in ((shared_index, 5e-3), (tmp_path / "int8", 1e-2)):
-        assert scores(SearchSession(directory, model)) == pytest.approx(exact, abs=error)
-
-
-@pytest.mark.parametrize("devices", [1, 8])
-def test_blocks_and_devices_change_nothing(devices, model):
-    """37 videos in 50 slots, in blocks of which the last is not full."""
-    rng = np.random.default_rng(0)
-    mask = np.arange(4) < rng.integers(1, 5, (50, 1))
-    video = {
-        "frame_unit": rng.normal(size=(50, 4, 32)).astype(np.float32),
-        "frame_mask": mask,
-        "frame_weight": (mask / mask.sum(1, keepdims=True)).astype(np.float32),
-    }
-    rows = rng.permutation(50)[:37]
-    text = model.encode_text(["one", "two words", "three more words"])
-    expected = model.similarity(text, {k: v[rows] for k, v in video.items()})
-    layout = make_layout(jax.devices()[:devices])
-    gallery = Gallery([video], rows, layout, block=16)
-    engine = SearchEngine(model.config.model, jax.device_put(model.params, layout.replicated))
-    for _ in range(2):  # The second time, the blocks are on the devices.
-        ranking = engine.search(text, gallery, top=10)
-        order = np.argsort(-expected, axis=1)[:, :10]
-        np.testing.assert_array_equal(ranking.slots, rows[order])
-        found = np.take_along_axis(expected, order, 1)
-        np.testing.assert_allclose(ranking.scores, found, atol=1e-5)
-    everything = engine.search(text, gallery, top=100)
-    assert everything.slots.shape == (3, 37)
-    assert sorted(everything.slots[0]) == sorted(rows)
-    order = np.argsort(-expected[:, 5:15], axis=1)[:, :3]
-    few = engine.search(text, gallery.copied(rows[5:15]), top=3)
-    np.testing.assert_array_equal(few.slots, order)
-    few = engine.search(text, gallery.only(rows[5:15]), top=3)
-    np.testing.assert_array_equal(few.slots, rows[5:15][order])
-    everything = engine.search(text, gallery, top=100)
-    assert everything.slots.shape == (3, 37)
-
-
-def test_parts_of_an_index_are_compared_as_one(model, monkeypatch):
-    """50 slots in parts of 21, 0 and 29: blocks of 16, of which the last of a part overlaps."""
-    monkeypatch.setattr(engine_module, "_SMALL", 1)
-    rng = np.random.default_rng(0)
-    video = {
-        "frame_unit": rng.normal(size=(50, 4, 32)).astype(np.float32),
-        "frame_mask": np.ones((50, 4), bool),
-        "frame_weight": np.full((50, 4), 0.25, np.float32),
-    }
-    # Two videos are alike: the one with the smaller slot is first.
-    for array in video.values():
-        array[40] = array[7]
-    parts = [{n: a[:21] for n, a in video.items()}, {}, {n: a[21:] for n, a in video.items()}]
-    rows = np.sort(rng.permutation(50)[:37])
-    rows = np.union1d(rows, [7, 20, 21, 40, 49])
-    slots = np.where(rows < 21, rows, 2 * PART_SLOTS + rows - 21)
-    text = model.encode_text(["one", "two words", "three more words"])
-    layout, biases = model.layout, rng.normal(size=50).astype(np.float32)
-    engine = SearchEngine(model.config.model, model.params)
-    one = Gallery([video], rows, layout, block=16)
-    joined = Gallery(parts, slots, layout, block=16)
-    assert one.block == joined.block == 16
-    assert joined.nbytes == one.nbytes
-    in_one = dict(zip(slots.tolist(), rows.tolist(), strict=True))
-    pairs = [
-        (one, joined),
-        (one.with_biases([biases]), joined.with_biases([biases[:21], biases[:0], biases[21:]])),
-        (one.only(rows[::3]), joined.only(slots[::3])),
-    ]
-    for expected, found in pairs:
-        first, second = (engine.search(text, gallery, top=100) for gallery in (expected, found))
-        np.testing.assert_allclose(second.scores, first.scores, atol=1e-6)
-        assert [[in_one[slot] for slot in row] for row in second.slots.tolist()] == (
-            first.slots.tolist()
-        )
-    copied = engine.search(text, pairs[1][1].copied(slots[5:15]), top=3)
-    expected = engine.search(text, pairs[1][0].copied(rows[5:15]), top=3)
-    np.testing.assert_array_equal(copied.slots, expected.slots)
+        assert scores(Index(directory, model)) == pytest.approx(exact, abs=error)
 
 
 # ---------------------------------------------------------------------- updates
@@ -260,11 +176,10 @@ def test_only_changed_files_are_indexed_again(model, videos, index):
     assert (second.added, second.changed, second.removed, second.unchanged) == (1, 1, 1, 4)
     after = stored_features(index)
     assert set(after) == set(before) - {"2.mp4"} | {"new.mp4"}
-    assert after["0.mp4"][1] != before["0.mp4"][1]
+    assert after["0.mp4"] != before["0.mp4"]
     for path in ("4.mp4", "sub/1.mp4", "sub/3.mp4", "sub/5.mp4"):
         assert after[path] == before[path]
-    assert len({slot for slot, _ in after.values()}) == 6
-    paths = {hit.path for hit in SearchSession(index, model).search(["x"], top=10)[0]}
+    paths = {hit.path for hit in Index(index, model).search(["x"], top=10)[0]}
     assert paths == {videos / path for path in after}
     third = update_index(model, videos, index)
     assert (third.added, third.changed, third.removed, third.unchanged) == (0, 0, 0, 6)
@@ -272,36 +187,27 @@ def test_only_changed_files_are_indexed_again(model, videos, index):
 
 def test_an_open_session_sees_updates(model, videos, index):
     """A video is deleted and another one added while a session is open."""
-    session = SearchSession(index, model)
-    old_snapshot, old = session.snapshot(), scores(session)
+    session = Index(index, model)
+    old_state, old = session.state(), scores(session)
     (videos / "0.mp4").unlink()
     write_other_video(videos / "2.mp4")
     write_other_video(videos / "new.mp4", level=9)
     update_index(model, videos, index)
     new = scores(session)
     assert set(new) == {"1.mp4", "2.mp4", "3.mp4", "4.mp4", "5.mp4", "new.mp4"}
-    assert new == scores(SearchSession(index, model))
+    assert new == scores(Index(index, model))
     assert {name: new[name] for name in ("1.mp4", "4.mp4")} == pytest.approx(
         {name: old[name] for name in ("1.mp4", "4.mp4")}, abs=1e-6
     )
     # A query that was running meanwhile has the features of the videos it lists.
-    assert scores(old_snapshot) == old
+    hits = session.answer(old_state, Query("a red circle"), 20)
+    assert {hit.path.name: hit.score for hit in hits} == old
     update_index(model, videos, index)
-    assert session.snapshot() is session.snapshot()  # Nothing changed: not opened again.
-
-
-def test_features_that_a_reader_mapped_do_not_change(model, videos, index):
-    """The same for a reader that has read nothing before the update."""
-    expected, snapshot = scores(SearchSession(index, model)), SearchSession(index, model).snapshot()
-    (videos / "0.mp4").unlink()
-    update_index(model, videos, index)
-    write_other_video(videos / "new.mp4")
-    update_index(model, videos, index)
-    assert scores(snapshot) == expected
+    assert session.state() is session.state()  # Nothing changed: not opened again.
 
 
 def test_a_deleted_and_recreated_index_is_opened_again(model, videos, index):
-    session = SearchSession(index, model)
+    session = Index(index, model)
     assert len(scores(session)) == 6
     shutil.rmtree(index)
     with pytest.raises(SearchIndexError, match="no index in"):
@@ -309,38 +215,6 @@ def test_a_deleted_and_recreated_index_is_opened_again(model, videos, index):
     (videos / "0.mp4").unlink()
     update_index(model, videos, index)
     assert set(scores(session)) == {f"{number}.mp4" for number in range(1, 6)}
-
-
-def test_unused_slots_are_removed(model, videos, index, monkeypatch):
-    """Many unused slots: the arrays are copied without them; open readers keep the old files."""
-    monkeypatch.setattr(writer_module, "GROWTH", 3)
-    session = SearchSession(index, model)
-    snapshot, old = session.snapshot(), scores(session)
-    old_files = set(index.glob("*.bin"))
-    for name in ("0.mp4", "2.mp4", "sub/1.mp4"):
-        (videos / name).unlink()
-
-    def killed(*arguments):
-        copy_rows(*arguments)
-        raise KeyboardInterrupt
-
-    copy_rows = writer_module.copy_rows
-    with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "copy_rows", killed)
-        with pytest.raises(KeyboardInterrupt):
-            update_index(model, videos, index)
-    kept = {name: old[name] for name in ("3.mp4", "4.mp4", "5.mp4")}
-    assert scores(session) == pytest.approx(kept, abs=1e-6)
-
-    update_index(model, videos, index)
-    assert sorted(slot for slot, _ in stored_features(index).values()) == [0, 1, 2]
-    assert scores(session) == pytest.approx(kept, abs=1e-6)
-    assert scores(snapshot) == old
-    assert old_files < set(index.glob("*.bin"))
-    write_other_video(videos / "new.mp4")
-    update_index(model, videos, index)
-    assert not old_files & set(index.glob("*.bin"))
-    assert set(scores(session)) == {*kept, "new.mp4"}
 
 
 def test_unreadable_files_are_listed_and_not_retried(model, videos, index):
@@ -387,13 +261,11 @@ def test_real_clips_are_indexed_or_listed(model, tmp_path):
     assert report.added == len(files)
 
 
-def test_frame_times_and_thumbnails_are_stored(shared_index):
-    with Store(shared_index) as store:
-        found = {video.path: video for video in store.videos()}
-        strip = store.strip("sub/1.mp4", 0)
-    assert isinstance(found["sub/1.mp4"], IndexedVideo)
-    assert found["sub/1.mp4"].times == (0.0, 1.0, 2.0)
-    assert strip[:2] == b"\xff\xd8"
+def test_frame_times_and_thumbnails_are_stored(shared_index, model):
+    state = Index(shared_index, model).state()
+    video = state.video_at("sub/1.mp4")
+    assert video.times == (0.0, 1.0, 2.0)
+    assert state.frames_of(video, (0, 1, 2))[:2] == b"\xff\xd8"
 
 
 # ---------------------------------------------------------------------- interruptions and errors
@@ -432,24 +304,8 @@ def test_an_indexer_that_is_ended_loses_nothing(search_run, model, videos, tmp_p
 def count_stored(directory):
     try:
         return len(stored_features(directory))
-    except (SearchIndexError, KeyError):  # Not created yet, or no features yet.
+    except SearchIndexError:  # Not created yet.
         return 0
-
-
-def test_an_uncommitted_change_leaves_the_old_video(model, videos, index, monkeypatch):
-    """Features are written to new slots; without the transaction no reader uses them."""
-    before = stored_features(index)
-    write_other_video(videos / "0.mp4")
-
-    def killed(*arguments):
-        write_rows(*arguments)
-        raise KeyboardInterrupt
-
-    write_rows = writer_module.write_rows
-    monkeypatch.setattr(writer_module, "write_rows", killed)
-    with pytest.raises(KeyboardInterrupt):
-        update_index(model, videos, index)
-    assert stored_features(index) == before
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, index, monkeypatch):
@@ -460,8 +316,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, index, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "write_rows", full)
-        with pytest.raises(SearchIndexError, match=r"No space left on device.*rerun the command"):
+        patch.setattr(index_file, "write_segment", full)
+        with pytest.raises(Unavailable, match=r"No space left on device"):
             update_index(model, videos, index)
     assert stored_features(index) == before
     assert update_index(model, videos, index).changed == 1
@@ -472,13 +328,15 @@ def test_other_processes_see_the_progress(model, videos, tmp_path, monkeypatch):
     put = IndexWriter.put
 
     def watched(writer, *arguments):
+        if not arguments[0]:
+            return
         seen.append(read_progress(directory))
         with pytest.raises(SearchIndexError, match=r"is being made \(6 of 6 files are read\), and"):
-            SearchSession(directory, model)
+            Index(directory, model)
         put(writer, *arguments)
 
     monkeypatch.setattr(IndexWriter, "put", watched)
-    monkeypatch.setattr(progress_module, "_INTERVAL", 0.0)
+    monkeypatch.setattr(index_file, "_INTERVAL", 0.0)
     update_index(model, videos, directory)
     assert seen == [(6, 6)]
     assert read_progress(directory) is None
@@ -509,7 +367,7 @@ def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, index):
     with pytest.raises(SearchIndexError, match="was made with another model"):
         update_index(other, videos, index)
     with pytest.raises(SearchIndexError, match="was made with another model"):
-        SearchSession(index, other)
+        Index(index, other)
     with pytest.raises(SearchIndexError, match="another folder"):
         update_index(model, videos / "sub", index)
     with pytest.raises(SearchIndexError, match="another storage, bfloat16"):
@@ -520,140 +378,35 @@ def test_an_index_opens_with_another_similarity_block(model, videos, index):
     other = with_config(model, model={"similarity_block": 3})
     assert other.config.model != model.config.model
     assert update_index(other, videos, index).unchanged == 6
-    assert scores(SearchSession(index, other)) == scores(SearchSession(index, model))
+    assert scores(Index(index, other)) == scores(Index(index, model))
 
 
-# ---------------------------------------------------------------------- format 2
-
-
-def rewrite_as_format_2(index, model):
-    """Turns an index of a token-wise model into what version 0.1 stored.
-
-    Its unit vectors were named `frame_feat`; its header had no names of files and another
-    fingerprint.
-    """
-    remove_checksums(index)
-    with contextlib.closing(sqlite3.connect(index / "index.sqlite")) as database, database:
-        header = json.loads(database.execute("SELECT value FROM header").fetchone()[0])
-        arrays = {}
-        for name, array in header["arrays"].items():
-            old_name = name.replace("frame_unit", "frame_feat")
-            (index / array["file"]).rename(index / f"{old_name}.bin")
-            arrays[old_name] = {"dtype": array["dtype"], "shape": array["shape"]}
-        old_header = {
-            "format": 2,
-            "source": header["source"],
-            "fingerprint": model.format_2_fingerprint,
-            "videos": header["videos"],
-            "storage": header["storage"],
-            "arrays": arrays,
-        }
-        database.execute("UPDATE header SET value = ?", (json.dumps(old_header),))
-
-
-def stored_header(index):
-    with contextlib.closing(sqlite3.connect(index / "index.sqlite")) as database:
-        return json.loads(database.execute("SELECT value FROM header").fetchone()[0])
-
-
-def test_an_index_of_format_2_is_searched_and_updated(model, videos, tmp_path):
-    index = tmp_path / "index"
-    update_index(model, videos, index, storage="int8")
-    expected = scores(SearchSession(index, model))
-    rewrite_as_format_2(index, model)
-    assert (index / "frame_feat.scale.bin").exists()
-    files = sorted(path.name for path in index.iterdir())
-
-    session = SearchSession(index, model)
-    assert scores(session) == expected
-    assert stored_header(index)["format"] == 2
-    other = with_config(model, data={"max_frames": 3})
-    with pytest.raises(SearchIndexError, match="was made with another model"):
-        update_index(other, videos, index, storage="int8")
-    assert stored_header(index)["format"] == 2
-
-    (videos / "0.mp4").unlink()
-    write_other_video(videos / "new.mp4")
-    report = update_index(model, videos, index, storage="int8")
-    assert (report.added, report.changed, report.removed, report.unchanged) == (1, 0, 1, 5)
-    header = stored_header(index)
-    assert (header["format"], header["fingerprint"]) == (5, model.fingerprint)
-    assert sorted(path.name for path in index.iterdir()) == files
-    found = scores(session)
-    assert set(found) == {"1.mp4", "2.mp4", "3.mp4", "4.mp4", "5.mp4", "new.mp4"}
-    for name in found.keys() & expected.keys():
-        assert found[name] == pytest.approx(expected[name], abs=1e-6)
-
-
-def test_an_index_of_format_3_is_searched_and_updated(model, videos, index):
-    """It has no checksums; what is indexed from now on has."""
-    expected = scores(SearchSession(index, model))
-    remove_checksums(index)
-    assert scores(SearchSession(index, model)) == expected
-    assert stored_header(index)["format"] == 3
-    os.utime(videos / "4.mp4", (1, 1))
-    write_other_video(videos / "new.mp4")
-    report = update_index(model, videos, index)
-    assert (report.added, report.unchanged) == (1, 6)
-    assert stored_header(index)["format"] == 5
-    assert scores(SearchSession(index, model)).keys() == {*expected, "new.mp4"}
-    with Store(index) as store:
-        checked = [video.path for video in store.videos() if video.checksums is not None]
-    assert checked == ["new.mp4"]
-
-
-def test_an_open_session_checks_only_new_features(model, videos, index, monkeypatch):
-    session, checked = SearchSession(index, model), []
-    crc32 = FeatureChecks.crc32
+def test_an_open_index_checks_only_new_features(model, videos, index, monkeypatch):
+    session, checked = Index(index, model), []
+    verify = Segment.verify
     monkeypatch.setattr(
-        FeatureChecks, "crc32", lambda checks, row: checked.append(row) or crc32(checks, row)
+        Segment,
+        "verify",
+        lambda s, row: checked.append(s) if not s.verified[row] else None or verify(s, row),
     )
     write_other_video(videos / "new.mp4")
     update_index(model, videos, index)
     checked.clear()
     assert len(scores(session)) == 7
-    assert checked == [6]
-    SearchSession(index, model)
-    assert sorted(checked[1:]) == list(range(7))
-
-
-def test_names_of_format_2():
-    """dp stored `video_feat` (a unit vector) and raw features of frames, xti only the latter."""
-
-    def new_names(*names):
-        header = {"source": {}, "fingerprint": "old", "videos": "V", "storage": "int8"}
-        header["arrays"] = {name: {"dtype": "int8", "shape": [2]} for name in names}
-        arrays = header_from_format_2(header, next_slot=5)["arrays"]
-        return {name: array["file"] for name, array in arrays.items()}
-
-    assert new_names("video_feat", "video_feat.scale", "frame_feat", "frame_mask") == {
-        "video_unit": "video_feat.bin",
-        "video_unit.scale": "video_feat.scale.bin",
-        "frame_feat": "frame_feat.bin",
-        "frame_mask": "frame_mask.bin",
-    }
-    assert set(new_names("frame_feat", "frame_mask")) == {"frame_feat", "frame_mask"}
-    assert set(new_names("frame_feat", "frame_weight")) == {"frame_unit", "frame_weight"}
-
-
-def test_an_unknown_format_is_one_line(model, index):
-    with IndexWriter(index) as store:
-        store.update_header(format=7)
-    with pytest.raises(SearchIndexError, match="has format 7, this version reads formats 2 to 6"):
-        SearchSession(index, model)
+    assert {segment.paths()[0] for segment in checked} == {"new.mp4"}
 
 
 # ---------------------------------------------------------------------- explanations
 
 
-def test_a_video_finds_itself_and_its_sentence(shared_session, shared_videos):
-    session, videos = shared_session, shared_videos
+def test_a_video_finds_itself_and_its_sentence(shared_search, shared_videos):
+    session, videos = shared_search, shared_videos
     for name in ("0.mp4", "sub/3.mp4"):
-        hits = session.search_by_video(videos / name, top=3)
+        hits = session.search(Query(video=videos / name), top=3)
         assert hits[0].path == videos / name
         assert hits[0].score == pytest.approx(1, abs=1e-4)
     sentences = ["a circle", "a cross", "two words more"]
-    ranked = session.rank_sentences(videos / "0.mp4", sentences)
+    ranked = rank_sentences(session.model, videos / "0.mp4", sentences)
     assert sorted(text for _, text in ranked) == sorted(sentences)
     assert [score for score, _ in ranked] == sorted((s for s, _ in ranked), reverse=True)
     for score, text in ranked:
@@ -661,8 +414,8 @@ def test_a_video_finds_itself_and_its_sentence(shared_session, shared_videos):
         assert score == pytest.approx(found[videos / "0.mp4"], abs=1e-5)
 
 
-def test_a_score_is_the_sum_of_its_frame_contributions(shared_session):
-    (hits,) = shared_session.search(["a red circle"], top=6)
+def test_a_score_is_the_sum_of_its_frame_contributions(shared_search):
+    (hits,) = shared_search.search(["a red circle"], top=6)
     for hit in hits:
         explanation = hit.moments[0].explanation
         attribution = explanation.attribution
@@ -670,15 +423,15 @@ def test_a_score_is_the_sum_of_its_frame_contributions(shared_session):
         assert explanation.words == ["[start]", "a", "red", "circle", "[end]"]
         assert attribution.token_weight.sum() == pytest.approx(1, abs=1e-5)
         best = attribution.frame_contribution.argmax()
-        assert explanation.moment == explanation.times[best]
+        assert explanation.peak == explanation.times[best]
 
 
 def test_an_explanation_by_hand():
     one, other = np.eye(2, dtype=np.float32)
     text = {
-        "text_feat": np.stack([one, one, other, one, one]),
-        "text_mask": np.array([True, True, True, True, False]),
-        "text_weight": np.array([0.1, 0.2, 0.6, 0.1, 0.0], np.float32),
+        "text_feat": np.stack([one, one, other, one, one])[None],
+        "text_mask": np.array([[True, True, True, True, False]]),
+        "text_weight": np.array([[0.1, 0.2, 0.6, 0.1, 0.0]], np.float32),
     }
     video = {
         "frame_feat": np.stack([2 * other, 3 * one, one]),
@@ -686,13 +439,13 @@ def test_an_explanation_by_hand():
         "frame_weight": np.array([0.7, 0.3, 0.0], np.float32),
     }
     words = ["[start]", "red", "dog", "[end]"]
-    explanation = explain(INTERACTIONS["wti"], text, video, words, (0.0, 1.5))
+    explanation = explain(INTERACTIONS["wti"], Part(text), video, words, (0.0, 1.5))
     attribution = explanation.attribution
     assert explanation.words == words
     np.testing.assert_allclose(attribution.similarity, [[0, 1], [0, 1], [1, 0], [0, 1]])
     contributions = [(0.6 + 0.7) / 2, (0.4 + 0.3) / 2]
     np.testing.assert_allclose(attribution.frame_contribution, contributions)
-    assert explanation.moment == 0.0
+    assert explanation.peak == 0.0
     found = [(word, when) for word, when, _, _ in explanation.matches()]
     assert found == [("[start]", 1.5), ("red", 1.5), ("dog", 0.0), ("[end]", 1.5)]
 
@@ -702,7 +455,7 @@ def test_timestamps_are_formatted():
     assert {seconds: format_timestamp(seconds) for seconds in times} == times
 
 
-def test_a_figure_of_a_pair(search_run, test_videos, shared_session, tmp_path, capsys):
+def test_a_figure_of_a_pair(search_run, test_videos, shared_search, tmp_path, capsys):
     """Of a file that is in no index, with the model of a run; and errors of the output file."""
     video = sorted(test_videos.iterdir())[0]
     flags = (f"--workdir={search_run}", "--query=a red circle", f"--video={video}")
@@ -715,11 +468,9 @@ def test_a_figure_of_a_pair(search_run, test_videos, shared_session, tmp_path, c
     error = error_of("drl_jax.search", "explain", *flags, flag, capsys=capsys)
     assert f"cannot write {flag}" in error
     assert "xyz" in error.removeprefix(f"cannot write {flag}")
-    (hits,) = shared_session.search(["a red circle"], top=1)
-    explanation, path = hits[0].moments[0].explanation, tmp_path / "none" / "figure.png"
-    frames = np.zeros((len(explanation.times), 64, 64, 3), np.uint8)
+    path = tmp_path / "none" / "figure.png"
     with pytest.raises(UserError, match=rf"cannot write --out={path} \(No such file"):
-        save_figure(path, explanation, frames, "title")
+        explain_file(shared_search.model, video, "a red circle", path)
 
 
 # ---------------------------------------------------------------------- prompt and commands
@@ -740,15 +491,15 @@ def talk(session, *lines, captions=("a test caption", "another")):
     return answers[1:]
 
 
-def test_a_name_with_a_newline_is_printed_in_one_line(shared_session):
-    ((hit,),) = shared_session.search(["a"], top=1)
+def test_a_name_with_a_newline_is_printed_in_one_line(shared_search):
+    ((hit,),) = shared_search.search(["a"], top=1)
     named = dataclasses.replace(hit, path=Path("new\nline.mp4"))
     assert format_hits([named]).count("\n") == format_hits([hit]).count("\n")
     assert r"new\nline.mp4" in format_hits([named])
 
 
-def test_the_prompt(shared_session):
-    session = shared_session
+def test_the_prompt(shared_search):
+    session = shared_search
     (found,) = talk(session, "t a red circle", "q", "t never asked")
     assert found.splitlines()[0] == "a red circle"
     assert ".mp4" in found
@@ -759,7 +510,9 @@ def test_the_prompt(shared_session):
     assert talk(session, "i 2")[0] == talk(session, "i", "2")[0] == error
     assert talk(session, "i -1")[0] == "i takes a number from 0 to 1, not '-1'"
     assert "there are no captions" in talk(session, "i 0", captions=())[0]
-    assert talk(session, "t", "  ")[0] == "a query is blank; write a sentence"
+    assert (
+        talk(session, "t", "  ")[0] == "the query is blank: give a sentence, a picture or a video"
+    )
     assert talk(session, "")[0] == talk(session, "x")[0] == talk(session, "?")[0]
     assert "q: quit" in talk(session, "")[0]
 
@@ -771,7 +524,7 @@ def test_the_prompt_answers_from_the_updated_index(model, videos, index):
         write_other_video(videos / "new.mp4")
         update_index(model, videos, index, prune=True)
 
-    session = SearchSession(index, model)
+    session = Index(index, model)
     before, after, _ = talk(session, "t a dog", update, "t a dog")
     assert before != after
     assert sorted(line.split("/")[-1] for line in after.splitlines() if ".mp4" in line) == [
@@ -800,7 +553,7 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
         said = "drl_jax.search: 1 of 2 captions cut to data.max_words=24 tokens (start and end"
         assert capsys.readouterr().err.count(said) == cut
     hit = answers[0]["hits"][0]
-    assert set(hit) == {"rank", "score", "weak", "path", "duration", "moments"}
+    assert set(hit) == {"rank", "score", "weak", "same_picture", "path", "duration", "moments"}
     moment = hit["moments"][0]
     assert set(moment) == {"start", "end", "peak", "score", "unusual", "words"}
     assert [word["word"] for word in moment["words"]][1:-1] == ["a", "red", "circle"]
@@ -837,19 +590,15 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
             "--shard=16/16: write NUMBER/COUNT",
         ),
         (("index", "--index=I", "--videos=V", "--shard="), "--shard=: write NUMBER/COUNT"),
-        (("join", "--index=I", "nowhere"), "no index in nowhere; make one with"),
+        (("join", "--index=I", "nowhere"), "no index in nowhere; make it with"),
         (("index", "--index=I", "--videos=V", "--weights=none.pt"), "none.pt"),
-        (("query", "--index=nowhere", "a dog"), "no index in nowhere; make one with"),
+        (("query", "--index=nowhere", "a dog"), "no index in nowhere; make it with"),
         (
             ("query", "--index=I", "a dog", "--video=v.mp4", "--sentences=s.txt"),
             "--sentences ranks the sentences of its file",
         ),
         (("query", "--index=I", "--sentences=s.txt"), "--sentences needs --video"),
-        (
-            ("query", "--index=I", "--video=v", "--engine=qdrant"),
-            "answers sentences only, among all",
-        ),
-        (("query", "--index=I", "--url=http://h:6333", "a"), "need --engine=qdrant"),
+        (("query", "--index=I", "--url=http://h:6333", "a"), "--url needs --engine=qdrant"),
         (("query", "--index=I", "--top=0", "a"), "must be a positive whole number, not '0'"),
         (("query", "a dog"), "required: --index"),
         (("serve", "--index=nowhere"), "no index in nowhere"),

@@ -27,11 +27,10 @@ from playwright.sync_api import Page, expect
 from support.browser import text_contrasts
 from support.commands import error_of, start_interruptible
 
-from drl_jax.search import progress as progress_module
-from drl_jax.search.indexing import update_index
-from drl_jax.search.progress import ProgressFile
+from drl_jax.search import index_file
+from drl_jax.search.index_file import IndexWriter, ProgressFile
 from drl_jax.search.routes import api_routes
-from drl_jax.search.writer import IndexWriter
+from drl_jax.search.update import update_index
 
 SENTENCE = "a green triangle shrinks"
 ASKED = f"?q={quote(SENTENCE)}"
@@ -239,7 +238,7 @@ def test_other_sites_learn_nothing(served):
 
 def test_bad_requests_are_one_line(served):
     for query, message in (
-        ("q=%20%20", "the query is empty: give a sentence, a picture or a video"),
+        ("q=%20%20", "the query is blank: give a sentence, a picture or a video"),
         ("q=a+dog&top=0", "top must be a number from 1 to 50, not '0'"),
         ("q=a+dog&top=many", "top must be a number from 1 to 50"),
         ("offset=-1", "offset must be a number from 0"),
@@ -265,7 +264,7 @@ def test_bad_requests_are_one_line(served):
         (f"/pictures/{LONG}?t=99", 400, b"t=99 is outside the video"),
         (f"/clips/{LONG}?start=20&end=10", 400, b"is not in the video"),
         (f"/clips/{LONG}?start=0&end=61", 400, b"a clip has at most 60 s, not 1:01"),
-        (f"/frames/{LONG}?window=1000", 400, b"window must be a number from 0 to"),
+        (f"/frames/{LONG}?frames=0,1000", 400, b"frame must be a number from 0 to"),
         (f"/frames/{LONG}?frame=x", 400, b"frame must be a number from 0 to"),
         ("/?video=none.mp4", 404, b"no video of the index has the path"),
     ):
@@ -353,7 +352,8 @@ def test_pictures_and_moments_are_queries(served):
     found = served.json(f"/api/search?picture={answer['picture']}")
     (hit,) = (hit for hit in found["hits"] if hit["path"] == "video0.mp4")
     assert hit["score"] > 0.5  # Of unit vectors, of which one is the same frame.
-    assert hit["moments"][0]["unusual"] is None
+    assert hit["same_picture"]
+    assert hit["moments"][0]["unusual"] > 0  # Among other windows.
     like = hit["moments"][0]["like"]
     assert like.startswith("/?like=video0.mp4%40")
     assert served.json(f"/api/search{like[1:]}")["hits"][0]["path"] == "video0.mp4"
@@ -375,7 +375,7 @@ def test_pictures_and_moments_are_queries(served):
         ("like=none@1", "no video of the index has the path"),
         ("like=none", "like takes PATH@SECONDS, not 'none'"),
         ("like=video0.mp4@99", "video0.mp4 has the seconds 0 to"),
-        ("without=red", "the query is empty"),
+        ("without=red", "the query is blank"),
     ):
         status, _, body = served.get(f"/api/search?{query}")
         assert status in (400, 404)
@@ -503,7 +503,7 @@ def test_files_that_cannot_be_searched_are_listed(served):
 
 
 def test_the_progress_of_indexing_is_shown(served, monkeypatch):
-    monkeypatch.setattr(progress_module, "_INTERVAL", 0.0)
+    monkeypatch.setattr(index_file, "_INTERVAL", 0.0)
     assert served.json("/api/index")["indexing"] is None
     with IndexWriter(served.index), ProgressFile(served.index, 340) as progress:
         progress.update(120)
@@ -538,7 +538,7 @@ def test_a_video_is_explained_at_a_time(served):
     best = max(video["heat"], key=lambda window: window["score"])
     moment = video["moments"][video["moment"]]
     assert moment["score"] == best["score"] == video["score"]
-    assert moment["start"] <= best["start"] < best["end"] <= moment["end"]
+    assert best["start"] <= moment["start"] <= moment["peak"] <= moment["end"] <= best["end"]
     why = video["explanation"]
     assert [row["word"] for row in why["words"]] == SENTENCE.split()
     shares = sum(row["weight"] for row in why["words"]) + why["marks_share"]
@@ -936,7 +936,7 @@ def test_a_growing_index_is_announced(page: Page, served):
 def test_an_error_is_announced(page: Page, served):
     page.goto(f"{served.url}?q=%20")
     expect(page.get_by_role("alert")).to_have_text(
-        "the query is empty: give a sentence, a picture or a video"
+        "the query is blank: give a sentence, a picture or a video"
     )
     page.fill("#q", SENTENCE)
     page.keyboard.press("Enter")

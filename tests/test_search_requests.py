@@ -19,13 +19,10 @@ from drl_jax.models.interactions import Attribution
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.access import Access, CheckAccess, parse_hosts
 from drl_jax.search.addresses import PageQuery, format_clock
-from drl_jax.search.explain import Explanation
-from drl_jax.search.filters import Filters, passing
-from drl_jax.search.listing import Listing
+from drl_jax.search.filters import Filters, Listing, passing
+from drl_jax.search.hits import Explanation, word_rows
+from drl_jax.search.media import upload_routes
 from drl_jax.search.page_view import duration, extent, marks_note, span, timeline_curve
-from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.uploads import upload_routes
-from drl_jax.search.word_table import word_rows
 
 # ---------------------------------------------------------------------- access
 
@@ -140,11 +137,8 @@ def test_names_of_hosts_that_are_none_are_one_line():
 
 
 def test_filters():
-    def video(path: str, duration: float) -> IndexedVideo:
-        return IndexedVideo(path, 0, 0, "", slot=0, duration=duration)
-
-    videos = [video("a.mp4", 5), video("films/B[1].MKV", 60), video("films2/b.mp4", 600)]
-    listing = Listing.of_videos(videos)
+    paths, lengths = ["a.mp4", "films/B[1].MKV", "films2/b.mp4"], np.array([5.0, 60.0, 600.0])
+    listing = Listing(np.zeros(3), np.arange(3), paths, np.zeros(3), lengths)
     for filters, expected in (
         (Filters(), [0, 1, 2]),
         (Filters(folder="films"), [1]),

@@ -44,12 +44,12 @@ def prepare(root: Path, clips: Path | None = None) -> None:
             target.write_bytes(path.read_bytes())
 
 
-def write_video(path: Path, codec: str, pixels: str, seed: int = 0) -> None:
-    """Writes 2 seconds of a moving square, with a title; another seed gives another colour."""
+def write_video(path: Path, codec: str, pixels: str, seed: int = 0, rate: int = 10) -> None:
+    """Writes 20 frames of a moving square, with a title; another seed gives another colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         container.metadata["title"] = _TITLE
-        stream = container.add_stream(codec, rate=10)
+        stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = 48, 64, pixels
         for number in range(20):
             frame = np.full((48, 64, 3), 4 * number, np.uint8)

@@ -1,13 +1,14 @@
-"""Samples videos of any length, shot by shot.
+"""Samples videos of any length, shot by shot, by the time at which a viewer sees the frames.
 
 Decoding workers import this module, so it does not import jax.
 
-A film is decoded once, in order, and one frame a second is sampled. The second starts anew at each
-hard cut: a shot of a film then has the frames that the same shot has as a file of its own. Frames
-go to the caller one by one, so that memory does not depend on the length.
+A film is decoded once, in order, and `fps` frames a second are sampled. The seconds start anew at
+each cut and after each cross-fade, so that a shot of a film has the frames that it has as a file of
+its own; the mixed frames of a cross-fade are not sampled. A shot that is shorter than
+`SHORT_SHOT` has four evenly spaced frames. Frames go to the caller one by one, and a few are held,
+so that memory does not depend on the length.
 """
 
-import collections
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,8 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
-from PIL import Image
 
+from drl_jax.data.cuts import LONGEST_FADE, CutFinder
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import (
     RgbConverter,
@@ -28,143 +28,175 @@ from drl_jax.data.video import (
     to_form,
 )
 
-# Frames a second that are compared to find cuts, at most.
-_COMPARED_FPS = 12
-# Side of the picture that is compared, pixels.
-_COMPARED_SIDE = 64
-# A cut is a change of at least this many levels of hue, saturation and value on average, and at
-# least this many times that of its neighbours. All cuts between 150 clips of `shapes` (val) and no
-# other frame pass; so does the only cut of the real clips that people see as one.
-_CUT_LEVELS, _CUT_RATIO = 15.0, 2.0
-# Neighbours on each side.
-_NEIGHBOURS = 2
+# A shot that is shorter has `_SHORT_FRAMES` frames, seconds.
+SHORT_SHOT, _SHORT_FRAMES = 4.0, 4
+# Frames that may become those of a short shot, at most: at least six intervals of the shot.
+_HELD = 12
+# Of more frames a second, some are left out.
+_MOST_FPS = 40
+# A viewer's clock goes on by a frame where that of the file goes back by more, or forward, seconds.
+_LONGEST_BACK, _LONGEST_STILL = 1.0, 3600.0
+# The frame that is shown at a time may begin this much after it, seconds; half a frame at most.
+_LATE = 1 / 24
+_SAME = 1e-6
 
 
 class SampledVideo(NamedTuple):
     """What was sampled of a video.
 
     Attributes:
-      times: float64 [F], of the frames, seconds from the first frame of the file.
+      times: float64 [F], when the frames are seen, seconds from the first frame of the file; a
+        frame that is shown for longer is sampled again.
+      coarse: bool [F], the frames that any `fps` samples: one a second of each shot, and all of a
+        short one.
       shots: int [S], the first sampled frame of each shot; begins with 0.
       shot_starts: float64 [S], seconds.
       duration: seconds, to the end of the last frame.
     """
 
     times: np.ndarray
+    coarse: np.ndarray
     shots: np.ndarray
     shot_starts: np.ndarray
     duration: float
 
 
-class _Decoded(NamedTuple):
-    """A decoded frame, and how much it differs from the last one that was compared.
-
-    `change` is None for a frame that is not compared, and for the first.
-    """
-
-    frame: av.VideoFrame
-    time: float
-    change: float | None
-
-
-def sample_video(path: Path, form: FrameForm, emit: Callable[[np.ndarray], None]) -> SampledVideo:
-    """Decodes a video and samples one frame a second of each shot.
+def sample_video(
+    path: Path, form: FrameForm, emit: Callable[[np.ndarray], None], fps: float = 1.0
+) -> SampledVideo:
+    """Decodes a video and samples it.
 
     Args:
       path: any file that FFmpeg reads.
       form: form of the frames.
       emit: called with each frame, uint8 [size, size, 3], in order.
+      fps: frames a second, at least 1.
 
     Raises:
       VideoError: no frame could be decoded.
       Unavailable: the file cannot be read.
     """
     with ffmpeg_errors(path):
-        _, fps = count_frames(path)
-        stride = max(1, round(fps))
-        to_rgb, times, shots, starts = RgbConverter(), [], [], []
-        since, time = 0, 0.0
-        for decoded, is_cut in _with_cuts(_compared(path, fps)):
-            time = decoded.time
-            if is_cut or not starts:
-                shots.append(len(times))
-                starts.append(time)
-                since = 0
-            if since % stride == 0:
-                emit(to_form(to_rgb(decoded.frame), form))
-                times.append(time)
-            since += 1
-    if not times:
-        raise VideoError("no frame could be decoded")
-    return SampledVideo(np.array(times), np.array(shots), np.array(starts), time + 1 / fps)
+        _, rate = count_frames(path)
+        sampler, time = _Sampler(form, emit, fps, min(0.5 / rate, _LATE)), 0.0
+        for (frame, time), end in CutFinder().with_cuts(_timed(path, rate)):
+            sampler.add(frame, time, end)
+        if not sampler.starts:
+            raise VideoError("no frame could be decoded")
+        return sampler.close(time + 1 / rate)
 
 
-def _compared(path: Path, fps: float) -> Iterator[_Decoded]:
-    """Decodes all frames; every n-th is compared with the last one that was."""
-    every = max(1, round(fps / _COMPARED_FPS))
-    first = before = None
-    shrink = _Shrinker()
+def _timed(path: Path, rate: float) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Decodes frames, with times that never decrease; leaves some of very many out."""
+    last, shift, taken = -1 / rate, None, -np.inf
     with contextlib.closing(decode(path)) as decoded:
-        frames = (frame for frame in decoded if frame is not None)
-        for number, frame in enumerate(frames):
+        for frame in decoded:
+            if frame is None:
+                continue
             # Without timestamps, assume a constant frame rate.
-            time = number / fps if frame.time is None else frame.time
-            first = time if first is None else first
-            change = None
-            if number % every == 0:
-                small = shrink(frame)
-                change = None if before is None else _change(before, small)
-                before = small
-            yield _Decoded(frame, time - first, change)
+            expected = last + 1 / rate
+            if frame.time is None:
+                time = expected
+            else:
+                shift = -frame.time if shift is None else shift
+                time = frame.time + shift
+                if not last - _LONGEST_BACK < time < last + _LONGEST_STILL:
+                    shift, time = expected - frame.time, expected
+            last = max(time, last, 0.0)
+            if last >= taken + 1 / _MOST_FPS - _SAME:
+                taken = last
+                yield frame, last
 
 
-class _Shrinker:
-    """Converts frames to small pictures, int16 [side, side, 3] of hue, saturation and value."""
+class _Frame:
+    """A decoded frame, in its form once it is asked for."""
 
-    def __init__(self) -> None:
-        self._reformatter = VideoReformatter()
+    def __init__(self, frame: av.VideoFrame, time: float):
+        self.time = time
+        self._frame: av.VideoFrame | None = frame
+        self._image: np.ndarray | None = None
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        side = _COMPARED_SIDE
-        # A cut shows with any filter, and this one takes a third of the time of swscale's default.
-        small = self._reformatter.reformat(
-            frame, side, side, "rgb24", interpolation="FAST_BILINEAR"
-        )
-        return np.asarray(Image.fromarray(small.to_ndarray()).convert("HSV"), np.int16)
-
-
-def _change(before: np.ndarray, after: np.ndarray) -> float:
-    """Mean absolute difference of hue (which is a circle), saturation and value, in levels."""
-    difference = np.abs(after - before)
-    hue = difference[..., 0]
-    difference[..., 0] = np.minimum(hue, 256 - hue)
-    return float(difference.mean())
+    def image(self, to_rgb: RgbConverter, form: FrameForm) -> np.ndarray:
+        if self._image is None:
+            self._image = to_form(to_rgb(self._frame), form)
+            self._frame = None  # It is much larger.
+        return self._image
 
 
-def _with_cuts(frames: Iterator[_Decoded]) -> Iterator[tuple[_Decoded, bool]]:
-    """Adds whether a shot starts at each frame; looks a few compared frames ahead."""
-    pending: collections.deque[_Decoded] = collections.deque()
-    before: collections.deque[float] = collections.deque(maxlen=_NEIGHBOURS)
-    compared = 0  # Of the pending frames.
+class _Sampler:
+    """Chooses frames of one shot after another."""
 
-    def decided() -> tuple[_Decoded, bool]:
-        nonlocal compared
-        item = pending.popleft()
-        if item.change is None:
-            return item, False
-        compared -= 1
-        after = [later.change for later in pending if later.change is not None][:_NEIGHBOURS]
-        neighbours = [*before, *after]
-        is_cut = bool(before) and item.change >= max(
-            _CUT_LEVELS, _CUT_RATIO * sum(neighbours) / len(neighbours)
-        )
-        before.append(item.change)
-        return item, is_cut
+    def __init__(
+        self, form: FrameForm, emit: Callable[[np.ndarray], None], fps: float, late: float
+    ):
+        self.starts: list[float] = []
+        self._form, self._emit, self._fps, self._late = form, emit, max(1.0, fps), late
+        self._to_rgb = RgbConverter()
+        self._times: list[float] = []
+        self._coarse: list[bool] = []
+        self._shots: list[int] = []
+        # Samples that are not emitted yet: the shot may turn out to be short, or to fade.
+        self._waiting: list[tuple[float, bool, _Frame]] = []
 
-    for item in frames:
-        pending.append(item)
-        compared += item.change is not None
-        while compared > _NEIGHBOURS:
-            yield decided()
-    while pending:
-        yield decided()
+    def add(self, frame: av.VideoFrame, time: float, end: float | None) -> None:
+        """Adds the next frame; `end` is that of the shot before, if one starts here."""
+        if not self.starts:
+            self._begin(time)
+        elif end is not None:
+            self._finish(end)
+            self._begin(time)
+        else:
+            self._sample_until(time)
+        self._shown = _Frame(frame, time)
+        if time - self.starts[-1] >= SHORT_SHOT + LONGEST_FADE:
+            self._held = []
+            self._release(time - LONGEST_FADE)
+        elif not self._held or time >= self._held[-1].time + self._spacing - _SAME:
+            self._held.append(self._shown)
+            if len(self._held) > _HELD:
+                self._held = self._held[::2]
+                self._spacing = max(2 * self._spacing, self._held[1].time - self._held[0].time)
+
+    def close(self, duration: float) -> SampledVideo:
+        self._finish(duration)
+        arrays = (self._times, self._coarse, self._shots, self.starts)
+        return SampledVideo(*map(np.array, arrays), duration)
+
+    def _begin(self, time: float) -> None:
+        self.starts.append(time)
+        self._shots.append(len(self._times))
+        self._held: list[_Frame] = []
+        self._spacing = 0.0
+        self._seconds = self._steps = 0  # On the coarse grid, and on that of `fps`.
+
+    def _sample_until(self, end: float) -> None:
+        """Samples the shown frame at all times of the grids before `end`, when another is shown."""
+        while True:
+            second = self.starts[-1] + self._seconds
+            step = self.starts[-1] + self._steps / self._fps
+            due, is_coarse = min(second, step), second <= step + _SAME
+            if due >= end - self._late:
+                return
+            self._shown.image(self._to_rgb, self._form)
+            self._waiting.append((due, is_coarse, self._shown))
+            self._seconds += is_coarse
+            self._steps += step <= second + _SAME
+
+    def _finish(self, end: float) -> None:
+        """Emits what is left of a shot."""
+        self._sample_until(end)
+        self._waiting = [sample for sample in self._waiting if sample[0] < end - _SAME]
+        if end - self.starts[-1] < SHORT_SHOT - _SAME:
+            frames = [frame for frame in (*self._held, self._shown) if frame.time < end - _SAME]
+            times = np.array([frame.time for frame in frames])
+            wanted = np.linspace(times[0], times[-1], _SHORT_FRAMES)
+            nearest = np.abs(times - wanted[:, None]).argmin(axis=1)
+            self._waiting = [(times[n], True, frames[n]) for n in dict.fromkeys(nearest.tolist())]
+        self._release(np.inf)
+
+    def _release(self, before: float) -> None:
+        while self._waiting and self._waiting[0][0] < before:
+            time, is_coarse, frame = self._waiting.pop(0)
+            self._emit(frame.image(self._to_rgb, self._form))
+            self._times.append(float(time))
+            self._coarse.append(is_coarse)

@@ -19,9 +19,9 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
-from drl_jax.search.encoding import delete_spooled, encode_reads
+from drl_jax.search.encoding import encode_reads
+from drl_jax.search.query import sampling_of
 from drl_jax.search.reading import VideoRead, read_video, read_whole_video
-from drl_jax.search.windows import Window
 
 # Videos that a worker may read ahead.
 _AHEAD = 2
@@ -102,18 +102,18 @@ def embed_videos(
         "--dtype": dtype,
         "--windows": windows,
     }
-    most, form = model.config.data.max_frames, model.frame_form
+    sampling = sampling_of(model)
     with Output(out, made_with, len(found), shard_size, videos.unusable) as output:
         pending = list(output.pending())
         numbers = [number for _, numbers in pending for number in numbers]
         files = [videos.folder / found[number].path for number in numbers]
         if windows:
             calls = [
-                (file, frozenset(), most, form, output.spool / f"{number}.frames")
+                (file, frozenset(), sampling, output.spool / f"{number}.frames")
                 for number, file in zip(numbers, files, strict=True)
             ]
         else:
-            calls = [(file, most, form) for file in files]
+            calls = [(file, sampling) for file in files]
         reads = map_in_processes(
             read_video if windows else read_whole_video,
             calls,
@@ -163,8 +163,12 @@ class _VideoShard:
             self._encode()
         if not self._encoded:
             black = np.zeros((1, *self._model.frame_form.shape), np.uint8)
-            window = Window(0.0, 0.0, (0,))
-            self._waiting = [("", VideoRead("", times=(0.0,), windows=(window,), frames=black))]
+            arrays = {
+                "window.frames": np.zeros((1, 1), np.int32),
+                "window.span": np.zeros((1, 2)),
+                "frame.time": np.zeros(1),
+            }
+            self._waiting = [("", VideoRead("", arrays=arrays, frames=black))]
             self._encode()
             self._encoded = [{name: array[:0] for name, array in self._encoded[0].items()}]
         parts = self._encoded
@@ -172,17 +176,19 @@ class _VideoShard:
 
     def _encode(self) -> None:
         reads, self._waiting = self._waiting, []
-        video = encode_reads(self._model, [read for _, read in reads])
-        delete_spooled([read for _, read in reads])
+        video, _ = encode_reads(self._model, [read for _, read in reads])
+        for _, read in reads:
+            if read.spooled is not None:
+                read.spooled.unlink(missing_ok=True)
         rows = [(path, read, window) for path, read in reads for window in read.windows]
         # Not a number where there is no frame.
         frame_time = np.full(video["frame_mask"].shape, np.nan, np.float32)
         for row, (_, read, window) in enumerate(rows):
-            frame_time[row, : len(window.frames)] = np.array(read.times)[list(window.frames)]
+            frame_time[row, : len(window)] = read.arrays["frame.time"][list(window)]
         arrays = {"video_id": np.array([path for path, _, _ in rows])}
         if self._windows:
-            arrays["start"] = np.array([window.start for _, _, window in rows], np.float32)
-            arrays["end"] = np.array([window.end for _, _, window in rows], np.float32)
+            spans = np.concatenate([read.arrays["window.span"] for _, read in reads])
+            arrays["start"], arrays["end"] = spans.astype(np.float32).T
         features = {"pooled": self._model.pool_videos(video), **video}
         self._encoded.append({**arrays, **_stored(features, self._dtype), "frame_time": frame_time})
 

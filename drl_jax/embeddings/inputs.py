@@ -10,8 +10,7 @@ from pathlib import Path
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import parse_json
-from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.video_files import find_videos, is_text, names_of_no_files
+from drl_jax.search.reading import FoundFile, find_videos, is_text, names_of_no_files
 
 # Name of the column of a table, and of the field of an object.
 _FIELD = "caption"
@@ -28,7 +27,7 @@ class VideoFolder:
     """
 
     folder: Path
-    found: list[IndexedVideo]
+    found: list[FoundFile]
     unusable: dict[str, str]
 
 

@@ -90,32 +90,41 @@ class Embedder:
 
         return self._encode(params, self._steps.encode_video, read_padded, count, "video")
 
-    def encode_windows(
-        self, params: Params, frames: np.ndarray, windows: Sequence[Sequence[int]]
-    ) -> Features:
-        """Windows of one video -> the arrays of `DRL.encode_video`; each frame is encoded once.
+    def encode_frames(self, params: Params, frames: np.ndarray) -> np.ndarray:
+        """Frames -> features of the image tower, before the temporal head: float32 [F, D].
 
         Args:
           params: the model's parameters.
           frames: uint8 [F, H, W, 3]; may be a memory map.
+        """
+
+        def read(rows: np.ndarray) -> Features:
+            return {"images": frames[rows], "mask": np.ones(len(rows), bool)}
+
+        encoded = self._encode(params, self._steps.encode_image, read, len(frames), "frame")
+        return encoded["image_feat"]
+
+    def encode_windows(
+        self, params: Params, image_feat: np.ndarray, windows: Sequence[Sequence[int]]
+    ) -> Features:
+        """Windows of frames -> the arrays of `DRL.encode_video`.
+
+        Args:
+          params: the model's parameters.
+          image_feat: float32 [F, D], features of frames (`encode_frames`).
           windows: the frames of each of N windows, at most `data.max_frames`.
         """
         most = self._config.data.max_frames
 
-        def read_images(rows: np.ndarray) -> Features:
-            return {"images": frames[rows], "mask": np.ones(len(rows), bool)}
-
-        def read_windows(rows: np.ndarray) -> Features:
-            image_feat = np.zeros((len(rows), most, image_features.shape[-1]), np.float32)
+        def read(rows: np.ndarray) -> Features:
+            feat = np.zeros((len(rows), most, image_feat.shape[-1]), np.float32)
             mask = np.zeros((len(rows), most), bool)
             for row, window in enumerate(windows[number] for number in rows):
-                image_feat[row, : len(window)] = image_features[list(window)]
+                feat[row, : len(window)] = image_feat[list(window)]
                 mask[row, : len(window)] = True
-            return {"image_feat": image_feat, "mask": mask}
+            return {"image_feat": feat, "mask": mask}
 
-        encoded = self._encode(params, self._steps.encode_image, read_images, len(frames), "frame")
-        image_features = encoded["image_feat"]
-        return self._encode(params, self._steps.encode_window, read_windows, len(windows), "window")
+        return self._encode(params, self._steps.encode_window, read, len(windows), "window")
 
     def similarity(self, params: Params, text: Features, video: Features) -> np.ndarray:
         """sim_matrix float32 [A, B] of encoded captions and videos.

@@ -34,11 +34,15 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path` that replaces it when the block ends without an error.
 
     Readers see the old file or the whole new one. The directory must exist: to create it here
     would bring back that of a run or a checkpoint that was moved away meanwhile.
+
+    Args:
+      path: of the file.
+      durable: whether the new file is on disk when the block ends, also after a power failure.
 
     Raises:
       OSError: the file cannot be written, with its path; `path` is as it was.
@@ -48,20 +52,56 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield unfinished
+            if durable:
+                sync(unfinished)
             unfinished.replace(path)
+            if durable:
+                sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Writes a text file atomically, in UTF-8."""
-    with replacing(path) as unfinished:
+    with replacing(path, durable=durable) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """Writes a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
+
+
+@contextlib.contextmanager
+def publishing(target: Path) -> Iterator[Path]:
+    """Yields a new private directory that becomes `target` when the block ends without an error.
+
+    All its files are on disk before it gets its name: after a power failure `target` is complete,
+    or absent. A killed process leaves a directory whose name ends in `.part`.
+
+    Raises:
+      OSError: a file cannot be written, or `target` exists; nothing is left behind.
+    """
+    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for path in (*unfinished.rglob("*"), unfinished):
+            sync(path)
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Writes a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def copy_once(source: Path, target: Path) -> None:

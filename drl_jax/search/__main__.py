@@ -5,6 +5,7 @@ python -m drl_jax.search query --index=DIR "a dog catches a ball" --top=5
 python -m drl_jax.search serve --index=DIR
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from drl_jax.model_flags import add_model_flags
 from drl_jax.runtime.cli import Parser, add_ray_flag, positive_int, positive_seconds, run_command
-from drl_jax.search import CANDIDATES, MOMENTS, STORAGES
+from drl_jax.search import CANDIDATES, ENGINES, MOMENTS, REFINE, SCAN_FROM, STORAGES
 
 
 def _parser() -> Parser:
@@ -23,33 +24,36 @@ def _parser() -> Parser:
     add_model_flags(model)
     common = Parser("", add_help=False, parents=[model])
     common.add_argument("--index", type=Path, required=True, help="directory of the index")
-    hubness = Parser("", add_help=False)
-    hubness.add_argument(
+    qdrant = Parser("", add_help=False)
+    qdrant.add_argument("--url", default="", help="of a Qdrant server, for --engine=qdrant")
+    qdrant.add_argument(
         "--hubness",
         default="",
         metavar="is|nnn",
         help="rank sentences without hubs, in an index with a --bank: is:BETA or nnn:K:W (is is"
         " is:20, nnn is nnn:128:0.75)",
     )
-    engine = Parser("", add_help=False, parents=[hubness])
-    engine.add_argument(
-        "--url", default="", help="URL of a Qdrant server (default: in this process)"
-    )
-    engine.add_argument(
-        "--collection", default="", help="name of the collection (default: one per index)"
-    )
-    chosen = Parser("", add_help=False, parents=[engine])
-    chosen.add_argument(
+    answering = Parser("", add_help=False, parents=[qdrant])
+    answering.add_argument(
         "--engine",
-        choices=("exact", "qdrant"),
-        default="exact",
-        help="qdrant finds sentences among candidates (%(default)s)",
+        choices=ENGINES,
+        default="auto",
+        help="exact compares all windows; scan first compares one vector of each; auto scans above"
+        f" {SCAN_FROM:,} windows; qdrant finds candidates of sentences (%(default)s)",
     )
-    chosen.add_argument(
+    answering.add_argument(
         "--candidates",
         type=positive_int,
         default=CANDIDATES,
-        help="windows that the engine is asked for (%(default)s)",
+        help="windows that a scan or qdrant finds, to be compared exactly (%(default)s)",
+    )
+    answering.add_argument(
+        "--refine",
+        type=_count,
+        default=REFINE,
+        metavar="N",
+        help="windows of long files that a query makes, to find where its moments start; 0: none"
+        " (%(default)s)",
     )
 
     text = "create or update the index of a folder of videos"
@@ -62,6 +66,13 @@ def _parser() -> Parser:
         choices=STORAGES,
         default=STORAGES[0],
         help="how features are stored (%(default)s)",
+    )
+    index.add_argument(
+        "--fps",
+        type=_frame_rate,
+        default=1.0,
+        help="frames a second that are stored of files of several windows, 1 to 4: more find where"
+        " moments start more exactly (%(default)g)",
     )
     index.add_argument(
         "--timeout",
@@ -104,7 +115,7 @@ def _parser() -> Parser:
     add_ray_flag(index, "decode and encode on")
 
     text = "answer queries, or prompt for them"
-    query = commands.add_parser("query", parents=[common, chosen], help=text, description=text)
+    query = commands.add_parser("query", parents=[common, answering], help=text, description=text)
     query.add_argument("query", nargs="*", help="sentences; without any, a prompt asks for them")
     query.add_argument("--queries", type=Path, help="file with one sentence per line")
     query.add_argument("--video", type=Path, help="a video file as the query, or a part of it")
@@ -136,13 +147,19 @@ def _parser() -> Parser:
     )
     query.add_argument("--json", action="store_true", help="print one JSON object per query")
 
-    text = "write the vectors of an index to Qdrant, or update them, and build their graph"
-    commands.add_parser("export", parents=[common, engine], help=text, description=text)
+    text = "write the vectors of an index to Qdrant, or update them"
+    commands.add_parser("export", parents=[common, qdrant], help=text, description=text)
 
-    text = "measure how much of the exact answer Qdrant's candidates contain, and the times"
-    recall = commands.add_parser("recall", parents=[common, engine], help=text, description=text)
+    text = "measure how much of the exact answer the candidates contain, and the times"
+    recall = commands.add_parser("recall", parents=[common, qdrant], help=text, description=text)
     recall.add_argument(
         "--queries", type=Path, required=True, help="file with one sentence per line"
+    )
+    recall.add_argument(
+        "--engine",
+        choices=("scan", "qdrant"),
+        default="scan",
+        help="of the candidates (%(default)s)",
     )
     recall.add_argument(
         "--candidates",
@@ -156,8 +173,13 @@ def _parser() -> Parser:
     )
     recall.add_argument("--json", action="store_true", help="print one JSON list")
 
+    text = "list videos that show the same, also scaled, compressed or mirrored"
+    duplicates = commands.add_parser("duplicates", help=text, description=text)
+    duplicates.add_argument("--index", type=Path, required=True, help="directory of the index")
+    duplicates.add_argument("--json", action="store_true", help="print one JSON list")
+
     text = "serve the search page"
-    serve = commands.add_parser("serve", parents=[common, chosen], help=text, description=text)
+    serve = commands.add_parser("serve", parents=[common, answering], help=text, description=text)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     serve.add_argument(
         "--allowed_hosts",
@@ -194,6 +216,20 @@ def _parser() -> Parser:
 
 def _positive_ints(text: str) -> list[int]:
     return [positive_int(number) for number in text.split(",")]
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else positive_int(text)
+
+
+def _frame_rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 1 <= rate <= 4:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to 4, not {text!r}")
+    return rate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

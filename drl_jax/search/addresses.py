@@ -9,7 +9,7 @@ from urllib.parse import quote, urlencode
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.filters import Filters, parse_day
-from drl_jax.search.rows import SearchIndexError
+from drl_jax.search.segments import SearchIndexError
 
 # Maximum hits per request, and moments of the video that is open.
 MAX_HITS, MAX_MOMENTS = 50, 30

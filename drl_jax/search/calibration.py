@@ -1,8 +1,10 @@
-"""How unusual a similarity is: compared with those of the same window to a bank of captions.
+"""How unusual a similarity is: compared with others that mean nothing.
 
-The similarity of a sentence and a video has no scale of its own: it depends on the model, and some
-videos are similar to everything. An index therefore stores, for each window, the mean and the
-standard deviation of its similarities to captions that were written for other videos.
+A similarity has no scale of its own: it depends on the model, and some videos are similar to
+everything. That of a sentence and a window is compared with those of the same window to a bank of
+captions that were written for other videos; an index stores their mean and standard deviation.
+Captions say nothing about similarities to pictures and videos: those are compared with the
+similarities of the same query to windows that are spread over the index.
 """
 
 import numpy as np
@@ -15,6 +17,11 @@ from drl_jax.pretrained import RetrievalModel
 BANK_ARRAY = "bank_similarity"
 # Captions of a bank.
 _BANK_SIZE = 64
+# Windows that a query which is no sentence is compared with (`OpenIndex.spread`), and the fewest
+# that make a scale.
+SCALE_WINDOWS, _FEW = 64, 8
+# Standard deviation of normal values whose median distance to their median is 1.
+_DEVIATION = 1.4826
 # A best moment that is less unusual than this many standard deviations is a weak match. Of the 200
 # first captions of `shapes` (val), 99 % have more with their own clip.
 WEAK = 2.5
@@ -62,12 +69,30 @@ def bank_similarity(model: RetrievalModel, bank: Features, windows: Features) ->
     return np.stack([similarity.mean(axis=0), similarity.std(axis=0)], axis=1)
 
 
-def unusual(score: float, bank: np.ndarray) -> float:
-    """By how many standard deviations a similarity is above the mean of the bank's.
+def gallery_scale(scores: np.ndarray) -> np.ndarray | None:
+    """The scale of a query that is no sentence, in the place of a row of BANK_ARRAY.
 
     Args:
-      score: similarity of a sentence and a window.
-      bank: float32 [2], the row of BANK_ARRAY of the window.
+      scores: of the query, with SCALE_WINDOWS windows or all of a smaller index. The windows that
+        it looks for may be among them: they move neither the median nor the deviation.
+
+    Returns:
+      float32 [2], as `unusual` takes it; None if there are too few.
     """
-    mean, deviation = map(float, bank)
+    if len(scores) < _FEW:
+        return None
+    median = np.median(scores)
+    deviation = _DEVIATION * np.median(np.abs(scores - median))
+    return np.array([median, deviation], np.float32)
+
+
+def unusual(score: float, scale: np.ndarray) -> float:
+    """By how many standard deviations a similarity is above the mean.
+
+    Args:
+      score: of a query and a window.
+      scale: float32 [2], mean and deviation: the row of BANK_ARRAY of the window for a sentence,
+        `gallery_scale` for other queries.
+    """
+    mean, deviation = map(float, scale)
     return (score - mean) / max(deviation, 1e-6)

@@ -1,5 +1,8 @@
 """Pictures and clips of video files, for the page.
 
+A clip is an mp4 file of H.264 and AAC or MP3, which browsers play. Where a file has these in
+another container, they are copied; else it is encoded.
+
 Worker processes import this module, so it does not import jax. FFmpeg may crash or hang on a
 damaged file: the server calls these functions in a process with a time limit.
 """
@@ -15,13 +18,22 @@ from av.video.frame import PictureType
 from PIL import Image
 
 from drl_jax.data.video import RgbConverter, VideoError, ffmpeg_errors, open_container
-from drl_jax.search.remux import MP4_OPTIONS, can_copy, write_copy
 
 # Longest clip, seconds.
 MAX_CLIP = 60.0
 # Largest picture and clip, pixels.
 _PICTURE_SIDE, _CLIP_SIDE = 640, 1280
 _TIME_BASE = Fraction(1, 90_000)
+_Opened = tuple[av.container.InputContainer, av.VideoStream, float]
+# The header comes first, so that a browser plays while it loads.
+_MP4_OPTIONS = {"movflags": "faststart"}
+# What browsers play in mp4. H.264 with other pixels, e.g. of 10 bits, is played by few.
+_PIXELS, _SOUND = {"yuv420p", "yuvj420p"}, {"aac", "mp3"}
+# A copy starts at a key frame, at most so many seconds before the clip: players decode these, too.
+_MAX_LEAD = 20.0
+# Seconds before the clip from which a key frame is looked for. Containers with an index seek to the
+# one before a time, others anywhere.
+_LEADS = (0.0, 5.0, _MAX_LEAD)
 
 
 def read_picture(path: Path, time: float) -> bytes:
@@ -35,8 +47,13 @@ def read_picture(path: Path, time: float) -> bytes:
       VideoError: no frame can be decoded.
       Unavailable: the file cannot be read.
     """
+    frame = None
     with ffmpeg_errors(path):
-        frame, aspect = _frame_at(path, time)
+        with _decoding(path, time) as (container, stream, first):
+            aspect = float(stream.sample_aspect_ratio or 1)
+            for frame in (f for packet in container.demux(stream) for f in _frames(packet)):
+                if frame.time is None or frame.time - first >= time - 1e-3:
+                    break
         if frame is None:
             raise VideoError("no frame could be decoded")
         picture = Image.fromarray(RgbConverter()(frame))
@@ -48,22 +65,10 @@ def read_picture(path: Path, time: float) -> bytes:
     return file.getvalue()
 
 
-def _frame_at(path: Path, time: float) -> tuple[av.VideoFrame | None, float]:
-    """The frame at a time, the last one if it is later; and the width of its pixels by height."""
-    last = None
-    with _decoding(path, time) as (container, stream, first):
-        for packet in container.demux(stream):
-            for frame in _frames(packet):
-                last = frame
-                if frame.time is None or frame.time - first >= time - 1e-3:
-                    return last, float(stream.sample_aspect_ratio or 1)
-        return last, float(stream.sample_aspect_ratio or 1)
-
-
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
-    """Writes a part of a video as an mp4 file that browsers play: H.264 and AAC, or MP3.
+    """Writes a part of a video as an mp4 file that browsers play.
 
-    Where the file has them in another container, they are copied (`remux.py`); else it is encoded.
+    A copy begins with the key frame before `start`, and players show it from `start` on.
 
     Args:
       path: any file that FFmpeg reads.
@@ -76,64 +81,131 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
       Unavailable: it cannot be read.
     """
     with ffmpeg_errors(path):
-        if _copied(path, start, end, out):
-            return
-        with av.open(str(out), "w", format="mp4", options=MP4_OPTIONS) as clip:
-            if not _write_frames(path, start, end, clip):
+        with contextlib.suppress(av.error.FFmpegError, ValueError):
+            if _copy(path, start, end, out) and _can_start(out, 0.0):
+                return
+        with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
+            if not _encode(path, start, end, clip):
                 raise VideoError("has no frame in this part")
 
 
-def _copied(path: Path, start: float, end: float, out: Path) -> bool:
-    """Copies a part of a video if browsers play that; what cannot be copied can be encoded."""
-    try:
-        with _opened(path, 0.0) as (container, _, first):
-            is_written = can_copy(container) and write_copy(container, first, start, end, out)
-        # Some files name key frames that are none.
-        return is_written and _can_start(out, 0.0)
-    except (av.error.FFmpegError, ValueError):
-        return False
+def _copy(path: Path, start: float, end: float, out: Path) -> bool:
+    """Copies packets if browsers play them; False if they cannot be copied."""
+    with _opened(path, 0.0) as (container, video, first):
+        sound = container.streams.best("audio")
+        inputs = [video] if sound is None else [video, sound]
+        is_playable = _is_playable(container.format.name.split(","), video, sound)
+        if not is_playable or not any(
+            _seek(container, video, first + start, lead) for lead in _LEADS
+        ):
+            return False
+        done: set[int] = set()
+        with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
+            outputs = {stream.index: clip.add_stream_from_template(stream) for stream in inputs}
+            for packet in _with_times(container.demux(inputs), video):
+                if packet.pts is None or packet.dts is None:
+                    return False
+                pts, dts = (float(stamp * packet.time_base) for stamp in (packet.pts, packet.dts))
+                # A frame that is shown later may be needed for one that is shown before the end.
+                if (dts if packet.stream is video else pts) >= first + end:
+                    done.add(packet.stream.index)
+                if len(done) == len(inputs):
+                    break
+                is_early = packet.stream is not video and pts < first + start
+                if packet.stream.index in done or is_early:
+                    continue
+                shift = round((first + start) / packet.time_base)
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = outputs[packet.stream.index]
+                clip.mux(packet)
+    return True
 
 
-def _write_frames(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> int:
-    """Writes the pictures and the sound between two times; returns the number of pictures."""
+def _is_playable(formats: list[str], *streams: av.stream.Stream | None) -> bool:
+    """Whether only the container of a video keeps browsers from playing it."""
+    video, sound = (stream and stream.codec_context for stream in streams)
+    return (
+        "mp4" not in formats
+        and video.codec.canonical_name == "h264"
+        and video.pix_fmt in _PIXELS
+        # AVI has no times of presentation; they follow those of decoding only without B-frames.
+        and not ("avi" in formats and video.has_b_frames)
+        and (streams[1] is None or (sound and sound.codec.canonical_name in _SOUND))
+    )
+
+
+def _seek(
+    container: av.container.InputContainer, video: av.VideoStream, time: float, lead: float
+) -> bool:
+    """Seeks to `lead` seconds before a time stamp; False if no key frame is between them."""
+    where = round((time - lead) / video.time_base)
+    with contextlib.suppress(av.error.FFmpegError):
+        container.seek(where, stream=video)
+        packet = next((packet for packet in container.demux(video) if packet.is_keyframe), None)
+        if packet is not None and packet.pts is not None:
+            container.seek(where, stream=video)
+            return time - _MAX_LEAD <= packet.pts * packet.time_base <= time
+    return False
+
+
+def _with_times(packets: Iterator[av.Packet], video: av.VideoStream) -> Iterator[av.Packet]:
+    """Packets from the first key frame on, the first ones with times of decoding.
+
+    Matroska has no times of decoding; FFmpeg finds them but for the frames before it knows their
+    order. These get times that decrease by the length of a frame.
+    """
+    waiting: list[av.Packet] = []
+    knows_order = False
+    for packet in packets:
+        if not packet.size:
+            continue
+        if packet.stream is not video or knows_order:
+            yield packet
+        elif waiting or packet.is_keyframe:
+            waiting.append(packet)
+            if packet.dts is not None:
+                for earlier, later in zip(waiting[-2::-1], waiting[:0:-1], strict=True):
+                    earlier.dts = later.dts - max(1, earlier.duration or 0)
+                yield from waiting
+                waiting, knows_order = [], True
+    yield from waiting
+
+
+def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> int:
+    """Encodes the pictures and the sound between two times; returns the number of pictures."""
     count, last = 0, -1
     with _decoding(path, start) as (container, stream, first):
         sound = container.streams.best("audio")
         inputs = [stream] if sound is None else [stream, sound]
         video = audio = None
         packets: list[av.Packet] = []
-        done = set()
-        for packet in container.demux(inputs):
-            if packet.stream.index in done:
-                continue
-            for frame in _frames(packet):
-                time = None if frame.time is None else frame.time - first
-                if time is None or time < start:
-                    continue
-                if time >= end:
-                    done.add(packet.stream.index)
-                    break
-                if isinstance(frame, av.AudioFrame):
-                    if audio is None:
-                        audio = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
-                    # The ticks of AVI are longer than a packet of AAC.
-                    frame.time_base = Fraction(1, frame.sample_rate)
-                    frame.pts = round((time - start) / frame.time_base)
-                    packets += audio.encode(frame)
-                    continue
-                picture = _even(frame)
-                if video is None:
-                    video = _video_stream(clip, picture, stream)
-                # The times of an AVI file with B-frames go back and forth; an encoder fails then.
-                last = max(last + 1, round((time - start) / _TIME_BASE))
-                picture.pts, picture.time_base = last, _TIME_BASE
-                packets += video.encode(picture)
-                count += 1
+        done: set[int] = set()
+        read = (packet for packet in container.demux(inputs) if packet.stream.index not in done)
+        for index, frame in ((p.stream.index, frame) for p in read for frame in _frames(p)):
+            time = -1.0 if frame.time is None else frame.time - first
+            if time >= end:
+                done.add(index)
             if len(done) == len(inputs):
                 break
-        for output in (video, audio):
-            if output is not None:
-                packets += output.encode()
+            if not start <= time < end:
+                continue
+            if isinstance(frame, av.AudioFrame):
+                if audio is None:
+                    audio = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
+                # The ticks of AVI are longer than a packet of AAC.
+                frame.time_base = Fraction(1, frame.sample_rate)
+                frame.pts = round((time - start) / frame.time_base)
+                packets += audio.encode(frame)
+                continue
+            picture = _even(frame)
+            if video is None:
+                video = _video_stream(clip, picture, stream)
+            # The times of an AVI file with B-frames go back and forth; an encoder fails then.
+            last = max(last + 1, round((time - start) / _TIME_BASE))
+            picture.pts, picture.time_base = last, _TIME_BASE
+            packets += video.encode(picture)
+            count += 1
+        packets += [p for output in (video, audio) if output for p in output.encode()]
         # A clip has its streams before the first packet; sound may start after many pictures.
         clip.mux(packets)
     return count
@@ -172,30 +244,22 @@ def _frames(packet: av.Packet) -> list[av.VideoFrame | av.AudioFrame]:
         return []
 
 
-@contextlib.contextmanager
-def _decoding(
-    path: Path, time: float
-) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, float]]:
-    """Opens a video before a time; yields container, stream and the time stamp of its start."""
-    if time > 0 and not _can_start(path, time):
-        time = 0.0
-    with _opened(path, time) as (container, stream, first):
-        yield container, stream, first
+def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager[_Opened]:
+    """Opens a video before a time, from where it can be decoded."""
+    return _opened(path, time if time > 0 and _can_start(path, time) else 0.0)
 
 
 def _can_start(path: Path, time: float) -> bool:
     """Whether decoding can start before a time: some files name key frames that are none."""
     with _opened(path, time) as (container, stream, _):
-        for packet in container.demux(stream):
-            for frame in _frames(packet):
-                return not frame.is_corrupt
-    return False
+        found = (frame for packet in container.demux(stream) for frame in _frames(packet))
+        frame = next(found, None)
+        return frame is not None and not frame.is_corrupt
 
 
 @contextlib.contextmanager
-def _opened(
-    path: Path, time: float
-) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, float]]:
+def _opened(path: Path, time: float) -> Iterator[_Opened]:
+    """Opens a video before a time; yields container, stream and the time stamp of its start."""
     with open_container(path) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:

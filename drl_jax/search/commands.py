@@ -3,50 +3,177 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.model_flags import model_of_flags
+from drl_jax.model_flags import model_of_flags, required_model
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, printable
 from drl_jax.runtime.worker_pool import CallPool
-from drl_jax.search import CANDIDATES, MOMENTS
-from drl_jax.search.candidates import CandidateSearch
-from drl_jax.search.explain import format_timestamp
-from drl_jax.search.explain_file import explain_file
 from drl_jax.search.filters import Filters, parse_day
-from drl_jax.search.hits import Hit
+from drl_jax.search.hits import Hit, format_timestamp
 from drl_jax.search.hubness import Correction
-from drl_jax.search.index_commands import index_videos, join_shards, read_lines
+from drl_jax.search.index_file import join
+from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.pictures import open_picture
-from drl_jax.search.prompt import format_hits, run_prompt
 from drl_jax.search.query import Query, encode_video_file
-from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.session import Searcher, SearchSession
-from drl_jax.search.snapshot import IndexSnapshot
+from drl_jax.search.ranking import SearchOptions
+from drl_jax.search.session import Index, rank_sentences
+from drl_jax.search.update import IndexReport, Shard, update_index
+
+if TYPE_CHECKING:
+    from drl_jax.runtime.ray_cluster import RayCluster
+
+# Missing shards that are named.
+_SHOWN = 20
+_HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, q: quit"
+
+
+# ---------------------------------------------------------------------- index and join
+
+
+def _index(options: argparse.Namespace) -> None:
+    shard = None if options.shard is None else Shard.parse(options.shard)
+    with _cluster(options.ray) as cluster:
+        model = required_model(options)
+        report = update_index(
+            model,
+            options.videos,
+            options.index,
+            storage=options.storage,
+            fps=options.fps,
+            timeout=options.timeout,
+            prune=options.prune,
+            bank=_bank_captions(options.bank, model) if options.bank else (),
+            only=options.only,
+            shard=shard,
+            cluster=cluster,
+        )
+    print(_format_report(report, options.index, options.storage))
+    if report.unavailable:
+        raise UserError(
+            f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
+            " to try them again"
+        )
+
+
+def _cluster(address: str | None) -> "contextlib.AbstractContextManager[RayCluster | None]":
+    """The cluster that `--ray` names, if any."""
+    if not address:
+        return contextlib.nullcontext()
+    import jax
+
+    from drl_jax.runtime.cluster import connect
+
+    # The GPUs are for the processes that encode: this one only compares models.
+    jax.config.update("jax_platforms", "cpu")
+    return connect(address)
+
+
+def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
+    """Captions of the training split of a model's dataset, or of a file."""
+    if bank != "train":
+        return read_lines(Path(bank))
+    # The libraries of datasets take half a second to import, and a query needs none.
+    from drl_jax.data.batches import load_split
+    from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+    from drl_jax.runs.post_processing_run import draw_bank
+
+    config = model.config
+    try:
+        train = load_split(VideoDataset(dataset_dir(config)), "train", config.data)
+    except DatasetError as error:
+        raise UserError(
+            f"--bank=train: {error}; or give --bank=FILE, with one caption per line"
+        ) from error
+    return [caption for caption in draw_bank(train, None).captions if caption.strip()]
+
+
+def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
+    lines = [
+        f"{directory}: {report.added} added, {report.changed} changed, {report.moved} moved,"
+        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
+        f" {report.nbytes / 1e6:.1f} MB ({storage})"
+    ]
+    for names, title in (
+        (report.bad, "files cannot be searched"),
+        (report.unavailable, "files could not be read this time"),
+    ):
+        if names:
+            lines.append(f"{len(names)} {title}:")
+            lines += [f"  {printable(path)}: {reason}" for path, reason in names.items()]
+    if report.skipped:
+        lines.append(f"{len(report.skipped)} names are not files (dangling links, pipes):")
+        lines += [f"  {printable(path)}" for path in report.skipped]
+    return "\n".join(lines)
+
+
+def _join(options: argparse.Namespace) -> None:
+    parts = join(options.index, options.shards)
+    videos = sum(int((~gone).sum()) for part in parts for gone in part.gone)
+    windows = sum(
+        int(segment.column("windows")[~gone].sum())
+        for part in parts
+        for segment, gone in zip(part.segments, part.gone, strict=True)
+    )
+    print(
+        f"{options.index}: {len(parts)} shards with {videos} files and {windows} windows open as"
+        " one"
+    )
+    given = {Shard.parse(shard) for part in parts if (shard := part.header.get("shard"))}
+    wanted = {Shard(number, shard.count) for shard in given for number in range(shard.count)}
+    if missing := [str(shard) for shard in sorted(wanted - given)]:
+        rest = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        print(f"shards that were not given: {' '.join(missing[:_SHOWN])}{rest}")
+
+
+# ---------------------------------------------------------------------- query
 
 
 def _query(options: argparse.Namespace) -> None:
     _check_query(options)
-    queries = list(options.query)
+    sentences = list(options.query)
     if options.queries:
-        queries += read_lines(options.queries)
-    session = _session(options)
+        sentences += read_lines(options.queries)
+    index = _open(options)
     if options.hubness and not options.json:
         print(f"ranked with --hubness={options.hubness}; the scores are those without it")
-    if options.video and options.sentences:
-        _rank_sentences(options, session)
-    elif not _is_plain(options):
-        _answer_query(options, session, queries)
-    elif _has_engine(options):
-        with contextlib.closing(_candidates_of(options, session)) as engine:
-            engine.check()
-            _answer_sentences(options, queries, session.model, engine)
+    if options.sentences:
+        _rank_sentences(options, index)
+        return
+    others = (options.video, options.picture, options.like, options.without)
+    filters = _filters(options)
+    if not sentences and not any(others):
+        run_prompt(index, _captions(options, index.model), options.top)
+        return
+    if not any(others):
+        found = index.search(sentences, options.top, filters=filters, moments=options.moments)
     else:
-        _answer_sentences(options, queries, session.model, session)
+        query = Query(
+            without=options.without,
+            picture=_picture(options.picture, index.model.frame_form) if options.picture else b"",
+            # Decoded once for all sentences.
+            video=encode_video_file(index.model, options.video) if options.video else None,
+            like=_moment(index, options.like) if options.like else None,
+        )
+        found = [
+            index.search(
+                dataclasses.replace(query, sentence=sentence),
+                options.top,
+                filters=filters,
+                moments=options.moments,
+            )
+            for sentence in sentences or [""]
+        ]
+    names = sentences or [str(options.video or options.picture or options.like)]
+    for name, hits in zip(names, found, strict=True):
+        if options.json:
+            print(json.dumps({"query": name, "hits": [hit.to_json() for hit in hits]}))
+        else:
+            print(f"{name}\n{format_hits(hits)}")
 
 
 def _check_query(options: argparse.Namespace) -> None:
@@ -55,22 +182,12 @@ def _check_query(options: argparse.Namespace) -> None:
         raise UserError("--sentences needs --video: it ranks sentences for a video")
     if options.sentences and (options.query or options.queries):
         raise UserError("--sentences ranks the sentences of its file; give no other ones")
-    if _has_engine(options) and not _is_plain(options):
-        raise UserError(
-            f"--engine={options.engine} answers sentences only, among all videos; omit it"
-        )
     if options.hubness and (options.video or options.picture or options.like or options.without):
         raise UserError(
             "--hubness ranks sentences; omit it with --video, --picture, --like or --without"
         )
     if options.without and not (options.query or options.picture or options.like or options.video):
         raise UserError("--without needs something to look for, e.g. a sentence")
-
-
-def _is_plain(options: argparse.Namespace) -> bool:
-    """Whether the queries are sentences among all videos, which every engine answers."""
-    others = (options.video, options.picture, options.like, options.without, _filters(options))
-    return not any(others) and options.moments == MOMENTS
 
 
 def _filters(options: argparse.Namespace) -> Filters:
@@ -89,42 +206,18 @@ def _filters(options: argparse.Namespace) -> Filters:
     )
 
 
-def _answer_query(
-    options: argparse.Namespace, session: SearchSession, sentences: Sequence[str]
-) -> None:
-    """Answers queries that are not plain."""
-    snapshot = session.snapshot()
-    filters = _filters(options)
-    videos = snapshot.filtered(filters) if filters else None
-    if videos is not None and not videos:
-        raise UserError(f"none of the {len(snapshot.videos)} videos passes the filters")
-    rest = Query(
-        without=options.without,
-        picture=_picture(options.picture, session.model.frame_form) if options.picture else b"",
-        # Decoded once for all sentences.
-        video=encode_video_file(session.model, options.video) if options.video else None,
-        like=_moment(snapshot, options.like) if options.like else None,
-    )
-    for sentence in sentences or [""]:
-        query = dataclasses.replace(rest, sentence=sentence)
-        name = sentence or str(options.video or options.picture or options.like)
-        hits = snapshot.answer(query, options.top, videos, moments=options.moments)
-        _print_hits(name, hits, options.json)
-
-
-def _moment(snapshot: IndexSnapshot, text: str) -> tuple[IndexedVideo, float]:
+def _moment(index: Index, text: str) -> tuple[IndexedVideo, float]:
     """Reads PATH@SECONDS."""
     path, _, seconds = text.rpartition("@")
-    video = snapshot.video_at(path)
+    video = index.state().video_at(path)
     if video is None:
         raise UserError(f"--like={text}: the index has no video {path!r}; write PATH@SECONDS")
     try:
         time = float(seconds)
     except ValueError:
         time = -1.0
-    end = max(window.end for window in video.windows)
-    if not 0 <= time <= end:
-        raise UserError(f"--like={text}: {path} has the seconds 0 to {end:.1f}")
+    if not 0 <= time <= video.duration:
+        raise UserError(f"--like={text}: {path} has the seconds 0 to {video.duration:.1f}")
     return video, time
 
 
@@ -133,18 +226,9 @@ def _picture(path: Path, form: FrameForm) -> bytes:
         return open_picture(pool, path, form)
 
 
-def _answer_sentences(
-    options: argparse.Namespace, queries: list[str], model: RetrievalModel, searcher: Searcher
-) -> None:
-    if not queries:
-        run_prompt(searcher, _captions(options, model), options.top)
-        return
-    for sentence, hits in zip(queries, searcher.search(queries, options.top), strict=True):
-        _print_hits(sentence, hits, options.json)
-
-
-def _rank_sentences(options: argparse.Namespace, session: SearchSession) -> None:
-    ranked = session.rank_sentences(options.video, read_lines(options.sentences))[: options.top]
+def _rank_sentences(options: argparse.Namespace, index: Index) -> None:
+    ranked = rank_sentences(index.model, options.video, read_lines(options.sentences))
+    ranked = ranked[: options.top]
     if options.json:
         found = [{"score": round(score, 6), "sentence": text} for score, text in ranked]
         print(json.dumps({"video": str(options.video), "sentences": found}))
@@ -152,112 +236,80 @@ def _rank_sentences(options: argparse.Namespace, session: SearchSession) -> None
         print("\n".join(f"{score:8.4f}  {text}" for score, text in ranked))
 
 
-def _print_hits(query: str, hits: Sequence[Hit], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"query": query, "hits": [hit.to_json() for hit in hits]}))
-    else:
-        print(f"{query}\n{format_hits(hits)}")
+def format_hits(hits: Sequence[Hit]) -> str:
+    """Formats hits as text: rank, score and path; then each moment, with its words for the best."""
+    lines = []
+    # Set apart instead of listed as if they were answers.
+    for hit in sorted(hits, key=lambda hit: hit.is_weak):
+        if hit.is_weak and "weak matches:" not in lines:
+            lines.append("weak matches:")
+        same = "  (has this picture)" if hit.is_same else ""
+        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(str(hit.path))}{same}")
+        for moment in hit.moments:
+            span = f"{format_timestamp(moment.start)} to {format_timestamp(moment.end)}"
+            peak = format_timestamp(moment.peak)
+            lines.append(f"{'':14}{span}, best at {peak} ({moment.score:.4f})")
+            if moment is hit.moments[0]:
+                words = (
+                    f"{word} {format_timestamp(time)}"
+                    + (f" ({weight:.0%})" if weight >= 0.005 else "")
+                    for word, time, _, weight in moment.explanation.matches()
+                )
+                lines.append(f"{'':14}{'  '.join(words)}")
+    return "\n".join(lines)
 
 
-def _export(options: argparse.Namespace) -> None:
-    session = _session(options)
-    with contextlib.closing(_candidate_search(options, session)) as engine:
-        report = engine.export()
-    print(
-        f"{report.collection}: {report.sent} windows sent, {report.deleted} deleted,"
-        f" {report.unchanged} unchanged"
-    )
+# ---------------------------------------------------------------------- the prompt
 
 
-def _recall(options: argparse.Namespace) -> None:
-    session = _session(options)
-    queries, windows = read_lines(options.queries), session.snapshot().videos.windows
-    with contextlib.closing(_candidate_search(options, session)) as engine:
-        from drl_jax.search.recall import measure_recall
+def run_prompt(
+    index: Index,
+    captions: Sequence[str],
+    top: int,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = print,
+) -> None:
+    """Reads and answers sentences and captions until `q` or the end of the input.
 
-        engine.check()
-        counts = [count for count in options.candidates if count <= windows]
-        if not counts:
-            raise UserError(f"the index has {windows} windows; ask for fewer candidates")
-        rows = measure_recall(engine, queries, counts, options.top)
-    if options.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
-        return
-    print(f"{windows} windows, {len(queries)} queries, milliseconds per query")
-    print(f"candidates  recall@{options.top:<3} engine  rerank   exact")
-    for row in rows:
-        times = (row.engine_seconds, row.rerank_seconds, row.exact_seconds)
-        print(
-            f"{row.candidates:10}  {100 * row.recall:9.1f}  "
-            + "  ".join(f"{1e3 * t:6.1f}" for t in times)
-        )
-
-
-def _candidate_search(
-    options: argparse.Namespace, session: SearchSession, candidates: int = CANDIDATES
-) -> CandidateSearch:
-    return CandidateSearch(
-        session, url=options.url, collection=options.collection, candidates=candidates
-    )
-
-
-def _candidates_of(options: argparse.Namespace, session: SearchSession) -> CandidateSearch:
-    """With the number of candidates of --candidates."""
-    return _candidate_search(options, session, options.candidates)
+    Args:
+      index: answers.
+      captions: the captions that `i` selects from; may be empty.
+      top: number of hits.
+      read: shows a prompt and returns a line; EOFError ends the prompt.
+      write: prints.
+    """
+    write(f"{len(index.videos)} videos. {_HELP}")
+    while True:
+        try:
+            command, _, rest = read("> ").strip().partition(" ")
+            if command == "t" and not rest.strip():
+                rest = read("sentence: ")
+            elif command == "i" and not rest.strip():
+                rest = read("number: ")
+        except EOFError:
+            write("")
+            return
+        if command == "q":
+            return
+        try:
+            write(_answer(index, captions, top, command, rest.strip()))
+        except UserError as error:
+            write(str(error))
 
 
-def _has_engine(options: argparse.Namespace) -> bool:
-    """Whether sentences are found among candidates; checks the flags of that."""
-    if options.engine == "exact" and (options.url or options.collection):
-        raise UserError("--url and --collection need --engine=qdrant")
-    return options.engine != "exact"
+def _answer(index: Index, captions: Sequence[str], top: int, command: str, rest: str) -> str:
+    if command not in ("t", "i"):
+        return _HELP
+    sentence = rest if command == "t" else _caption(captions, rest)
+    return f"{sentence}\n{format_hits(index.search(sentence, top))}"
 
 
-def _serve(options: argparse.Namespace) -> None:
-    # The other commands need no server.
-    from drl_jax.search.serve import serve
-
-    model = model_of_flags(options)
-    serve(
-        options.index,
-        model,
-        host=options.host,
-        port=options.port,
-        top=options.top,
-        max_upload=options.max_upload,
-        correction=_correction(options),
-        engine=functools.partial(_candidates_of, options) if _has_engine(options) else None,
-        allowed_hosts=options.allowed_hosts,
-        needs_token=not options.no_token,
-    )
-
-
-def _explain(options: argparse.Namespace) -> None:
-    # The other commands need no matplotlib.
-    from drl_jax.search.figure import save_figure
-
-    model, path = model_of_flags(options), options.video
-    if options.index is not None:
-        session = SearchSession(options.index, model)
-        model = session.model
-        path = path if path.exists() else session.snapshot().folder / path
-    if model is None:
-        raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
-    found = explain_file(model, path, options.query)
-    title = f"“{options.query}”  {found.score:.4f}\n{path.name}"
-    save_figure(options.out, found.explanation, found.frames, title)
-    start, end, peak = map(
-        format_timestamp, (found.window.start, found.window.end, found.explanation.moment)
-    )
-    print(f"{found.score:.4f}, best moment {peak} (of {start} to {end}): {options.out}")
-
-
-def _session(options: argparse.Namespace) -> SearchSession:
-    return SearchSession(options.index, model_of_flags(options), _correction(options))
-
-
-def _correction(options: argparse.Namespace) -> Correction | None:
-    return Correction.parse(options.hubness) if options.hubness else None
+def _caption(captions: Sequence[str], number: str) -> str:
+    if not captions:
+        raise UserError("there are no captions to select from; give --captions=FILE")
+    if not number.isdecimal() or int(number) >= len(captions):
+        raise UserError(f"i takes a number from 0 to {len(captions) - 1}, not {number!r}")
+    return captions[int(number)]
 
 
 def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:
@@ -274,12 +326,126 @@ def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:
         return []
 
 
+# ---------------------------------------------------------------------- other commands
+
+
+def _export(options: argparse.Namespace) -> None:
+    from drl_jax.search.qdrant import Qdrant
+
+    search_options = _search_options(options)
+    index = Index(options.index, model_of_flags(options), search_options)
+    report = Qdrant(options.url, search_options.correction).export(index.state())
+    print(f"{report.sent} windows sent, {report.deleted} deleted, {report.unchanged} unchanged")
+
+
+def _recall(options: argparse.Namespace) -> None:
+    from drl_jax.search.recall import measure_recall
+
+    counts, index = options.candidates, _open(options)
+    rows = measure_recall(
+        index, read_lines(options.queries), counts, options.top, index.ranker.ask_engine
+    )
+    if options.json:
+        print(json.dumps([row._asdict() for row in rows]))
+        return
+    print(f"{len(index.state().gallery)} windows, milliseconds per query")
+    print(f"candidates  recall@{options.top:<3}   find  compare   exact")
+    for row in rows:
+        times = "  ".join(f"{1e3 * seconds:6.1f}" for seconds in row[2:])
+        print(f"{row.candidates:10}  {100 * row.recall:9.1f}  {times}")
+
+
+def _duplicates(options: argparse.Namespace) -> None:
+    from drl_jax.search.duplicates import find_duplicates
+
+    pairs = find_duplicates(Index(options.index).state())
+    if options.json:
+        print(json.dumps([pair._asdict() for pair in pairs]))
+        return
+    for pair in pairs:
+        mirrored = ", mirrored" if pair.is_mirrored else ""
+        print(f"{pair.share:4.0%}{mirrored}  {printable(pair.first)}  {printable(pair.second)}")
+    print(f"{len(pairs)} pairs of videos show the same")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    # The other commands need no server.
+    from drl_jax.search.serve import serve
+
+    serve(
+        _open(options),
+        host=options.host,
+        port=options.port,
+        top=options.top,
+        max_upload=options.max_upload,
+        allowed_hosts=options.allowed_hosts,
+        needs_token=not options.no_token,
+    )
+
+
+def _explain(options: argparse.Namespace) -> None:
+    # The other commands need no matplotlib.
+    from drl_jax.search.explain_file import explain_file
+
+    model, path = model_of_flags(options), options.video
+    if options.index is not None:
+        index = Index(options.index, model)
+        model = index.model
+        path = path if path.exists() else index.state().folder / path
+    if model is None:
+        raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
+    found = explain_file(model, path, options.query, options.out)
+    start, end, peak = map(format_timestamp, (*found.span, found.peak))
+    print(f"{found.score:.4f}, best moment {peak} (of {start} to {end}): {options.out}")
+
+
+def _open(options: argparse.Namespace) -> Index:
+    """The index of a command that answers queries."""
+    if options.engine != "qdrant" and options.url:
+        raise UserError("--url needs --engine=qdrant")
+    search_options, ask_engine = _search_options(options), None
+    if options.engine == "qdrant":
+        from drl_jax.search.qdrant import Qdrant
+
+        ask_engine = Qdrant(options.url, search_options.correction)
+    index = Index(options.index, model_of_flags(options), search_options, ask_engine)
+    if ask_engine is not None:
+        ask_engine.check(index.state())
+    return index
+
+
+def _search_options(options: argparse.Namespace) -> SearchOptions:
+    names = ("engine", "candidates", "refine")
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    if isinstance(given.get("candidates"), list):  # Of `recall`.
+        given["candidates"] = max(given["candidates"])
+    correction = Correction.parse(options.hubness) if options.hubness else None
+    return SearchOptions(**given, correction=correction)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+      UserError: it cannot be read, or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as lines of text ({error})") from error
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"{path} has no lines")
+    return lines
+
+
 COMMANDS = {
-    "index": index_videos,
-    "join": join_shards,
+    "index": _index,
+    "join": _join,
     "query": _query,
     "export": _export,
     "recall": _recall,
+    "duplicates": _duplicates,
     "serve": _serve,
     "explain": _explain,
 }

@@ -1,12 +1,13 @@
-"""Exact search: compares every indexed video with the query, by the model's own interaction.
+"""Compares queries with the windows of an index, by the model's own interaction or by one vector.
 
-Videos are compared in blocks of one shape, sharded over the devices. Each device returns the best
+Windows are compared in blocks of few shapes, sharded over the devices. Each device returns the best
 of its shard, and only these are merged.
 """
 
+import concurrent.futures
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,139 +19,171 @@ from drl_jax.config import ModelConfig
 from drl_jax.models.drl import Params, model_definition
 from drl_jax.models.interactions import Features
 from drl_jax.models.interactions.base import similarity_in_blocks
-from drl_jax.search.blocks import Blocks
+from drl_jax.runtime.resources import available_cpus
 from drl_jax.search.quantization import dequantize
-from drl_jax.search.slots import by_part, take_rows
 from drl_jax.sharding import AXIS, Layout
 
-# Videos per block, on all devices together.
-BLOCK = 16384
-# Slots of a block at least, also where a part of the index has fewer.
-_SMALL = 2048
-# Instead of weights: the best of several queries counts.
-BEST = "best"
-# Name of the weights of queries beside the arrays of texts.
-_WEIGHTS = "query_weights"
-# Name of what is subtracted from the similarities of videos, beside their arrays.
-_BIAS = "bias"
-# Videos that a device compares at a time: their features, as float32, fit in its caches.
+# Windows of a block, on all devices together: of large runs, and of others. Smaller runs are copied
+# together.
+BLOCKS = (16384, 2048)
+# Arrays of one vector a window, for `SearchEngine.scan`.
+VECTORS = ("pooled_unit", "pooled_unit.scale")
+# Windows that a device compares at a time: their features, as float32, fit in its caches.
 _COMPARED = 128
 
 
-@dataclasses.dataclass(frozen=True)
-class Ranking:
-    """The best videos of each query.
+class Part(NamedTuple):
+    """A part of a query. Parts keep their own lengths: padding takes part in the similarity.
 
     Attributes:
-      scores: float32 [Q, k], descending; k is at most the number of videos.
-      slots: int [Q, k], rows of the gallery's arrays.
+      text: arrays of Q texts, or of videos in the place of texts (`Interaction.video_as_text`). The
+        similarity of the part is the largest of the Q.
+      weight: the score is the weighted sum of the similarities of all parts.
+    """
+
+    text: Features
+    weight: float = 1.0
+
+
+class Ranking(NamedTuple):
+    """The best windows of a query, by score, then by slot.
+
+    Attributes:
+      scores: float32 [k].
+      slots: int64 [k].
     """
 
     scores: np.ndarray
     slots: np.ndarray
 
 
-class Gallery:
-    """Stored arrays of videos, in blocks of consecutive slots, sharded over the devices."""
+class _Run(NamedTuple):
+    """Windows that lie one after the other in memory.
 
-    def __init__(
-        self,
-        parts: Sequence[Features],
-        slots: Sequence[int] | np.ndarray,
-        layout: Layout,
-        *,
-        block: int = BLOCK,
-    ):
-        """Creates a gallery; nothing is read before the first query.
+    Attributes:
+      arrays: stored arrays by name, [W, ...]; may be memory maps.
+      slots: int64 [W].
+      block: windows that are compared by one call; more than W only if W is small.
+    """
+
+    arrays: Features
+    slots: np.ndarray
+    block: int
+
+
+class Gallery:
+    """Stored arrays of windows. A slot is the number of a window among those of all parts."""
+
+    def __init__(self, parts: Sequence[Features], layout: Layout, order: np.ndarray | None = None):
+        """Copies small parts together; others are read at each query.
 
         Args:
-          parts: stored arrays (`quantization.quantize`) of each part of an index, one row per slot
-            of the part; may be memory maps. A part without videos may have no arrays.
-          slots: int [V], those that are videos (`slots.py`).
+          parts: stored arrays (`quantization.quantize`), [W, ...] each; may be memory maps.
           layout: mesh and shardings.
-          block: slots per block, at most.
+          order: int64 [N], a permutation of the slots of all windows of small parts
+            (`small_slots`), in which the first of equal scores counts.
         """
-        ends = [0] * len(parts)
-        for part, _, rows in by_part(slots):
-            ends[part] = int(rows.max()) + 1
-        used = [end for end in ends if end]
-        block = min(block, max(used))
-        if len(used) > 1:
-            # One shape for all parts, and no other one when they grow a little. A part that is
-            # smaller than a block is copied to fill it.
-            block = min(block, 1 << (max(min(used), _SMALL).bit_length() - 1))
-        share = -(-block // layout.device_count)
-        if share > _COMPARED:
-            # Without a remainder: for one, `similarity_in_blocks` would copy the whole block.
-            share = -(-share // _COMPARED) * _COMPARED
-        else:
-            # Few shapes: a growing index is compiled for a few times.
-            share = 1 << (share - 1).bit_length()
-        self.layout, self.block = layout, share * layout.device_count
-        self._blocks = Blocks(parts, ends, self.block, layout)
-        self._biases: Sequence[np.ndarray] | None = None
-        self._choose(slots)
+        self.layout, self._parts = layout, parts
+        self._firsts = np.concatenate([[0], np.cumsum([_length(part) for part in parts])])
+        self._runs = [
+            self._run(part, np.arange(first, first + _length(part)))
+            for part, first in zip(parts, self._firsts.tolist(), strict=False)
+            if _length(part) >= BLOCKS[-1]
+        ]
+        small = self.small_slots() if order is None else order
+        if len(small):
+            self._runs.append(self._run(self.take(small), small))
+        self.valid = np.ones(int(self._firsts[-1]), bool)
+        self.biases: np.ndarray | None = None
 
-    def _choose(self, slots: Sequence[int] | np.ndarray) -> None:
-        self.size = len(slots)
-        self._valid = [np.zeros(end, bool) for end in self._blocks.ends]
-        for part, _, rows in by_part(slots):
-            self._valid[part][rows] = True
+    def small_slots(self) -> np.ndarray:
+        """int64 [N]: the slots of the windows of small parts."""
+        counts = np.diff(self._firsts)
+        return np.flatnonzero(np.repeat(counts < BLOCKS[-1], counts))
+
+    def _run(self, arrays: Features, slots: np.ndarray) -> _Run:
+        devices = self.layout.device_count
+        size = next((size for size in BLOCKS if len(slots) >= size), 0)
+        # Few shapes: a growing index is compiled for a few times.
+        share = -(-(size or 1 << (len(slots) - 1).bit_length()) // devices)
+        if share > _COMPARED:
+            share = -(-share // _COMPARED) * _COMPARED
+        return _Run(arrays, slots, share * devices)
+
+    def __len__(self) -> int:
+        return int(self.valid.sum())
 
     @property
     def nbytes(self) -> int:
         """Bytes that a query reads."""
-        return self._blocks.nbytes
+        return sum(array.nbytes for part in self._parts for array in part.values())
 
-    def only(self, slots: Sequence[int] | np.ndarray) -> "Gallery":
-        """A gallery of some of the videos, with the same slots; shares the blocks."""
+    def only(self, valid: np.ndarray) -> "Gallery":
+        """A gallery of the same slots, of which only some count: bool [all slots]."""
         gallery = copy.copy(self)
-        gallery._choose(slots)
+        gallery.valid = valid
         return gallery
 
-    def with_biases(self, biases: Sequence[np.ndarray]) -> "Gallery":
-        """A gallery of the same videos that ranks by similarity minus bias, and scores by it.
+    def with_biases(self, biases: np.ndarray) -> "Gallery":
+        """A gallery that ranks by similarity minus bias, float32 [all slots]."""
+        gallery = copy.copy(self)
+        gallery.biases = biases
+        return gallery
+
+    def take(self, slots: np.ndarray) -> Features:
+        """Copies of the stored arrays of some windows, [N, ...]."""
+        parts = np.searchsorted(self._firsts, slots, side="right") - 1
+        taken: Features = {}
+        for part in np.unique(parts).tolist():
+            places = np.flatnonzero(parts == part)
+            rows = slots[places] - self._firsts[part]
+            for name, array in self._parts[part].items():
+                if name not in taken:
+                    taken[name] = np.empty((len(slots), *array.shape[1:]), array.dtype)
+                taken[name][places] = array[rows]
+        return taken
+
+    def copied(self, slots: np.ndarray) -> "Gallery":
+        """A gallery of copies of some windows, in their order, with their slots."""
+        gallery = copy.copy(self)
+        gallery._runs = [self._run(self.take(slots), slots)] if len(slots) else []
+        return gallery
+
+    def blocks(self, *, vectors: bool = False) -> Iterator[tuple[np.ndarray, Features]]:
+        """Yields the slots of each block and its arrays, [block, ...], with `valid` and `bias`.
+
+        On a CPU nothing is copied: a block is the memory map itself. So that this is also true of
+        the last block of a run, it begins before the end of the one before.
 
         Args:
-          biases: of each part, float32 [S], one per slot.
+          vectors: the arrays VECTORS instead of the others.
         """
-        gallery = copy.copy(self)
-        gallery._biases = biases
-        return gallery
-
-    def copied(self, slots: Sequence[int] | np.ndarray) -> "Gallery":
-        """A gallery with copies of some videos; its slot n is the n-th of `slots`."""
-        arrays = take_rows(self._blocks.parts, slots)
-        gallery = Gallery([arrays], np.arange(len(slots)), self.layout, block=self.block)
-        if self._biases is None:
-            return gallery
-        biases = take_rows([{_BIAS: part} for part in self._biases], slots)
-        return gallery.with_biases([biases[_BIAS]])
-
-    def blocks(self) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """Yields the first slot and the arrays of each block.
-
-        With `valid`: which of its slots are videos; and with biases, if the gallery has some.
-        """
-        rows = {"valid": self._valid}
-        if self._biases is not None:
-            rows[_BIAS] = self._biases
-        for block, arrays in self._blocks.read():
-            of_block = {name: block.rows_of(parts[block.part]) for name, parts in rows.items()}
-            yield block.first_slot, {**arrays, **self.layout.put_batch(of_block)}
+        for run in self._runs:
+            for start in range(0, len(run.slots), run.block):
+                first = max(0, min(start, len(run.slots) - run.block))
+                rows = slice(first, first + run.block)
+                slots = run.slots[rows]
+                valid = self.valid[slots]
+                valid[: start - first] = False
+                arrays = {
+                    name: array[rows]
+                    for name, array in run.arrays.items()
+                    if (name in VECTORS) == vectors
+                }
+                arrays["valid"] = valid
+                if self.biases is not None:
+                    arrays["bias"] = self.biases[slots]
+                yield slots, {name: _filled(array, run.block) for name, array in arrays.items()}
 
 
-def compared_arrays(config: ModelConfig, params: Params) -> set[str]:
-    """Names of the arrays of videos that a model compares."""
-    definition = model_definition(config)
-    frame_feat = jax.ShapeDtypeStruct((1, 1, config.backbone.embed_dim), np.float32)
-    frame_mask = jax.ShapeDtypeStruct((1, 1), bool)
+def _filled(array: np.ndarray, rows: int) -> np.ndarray:
+    if len(array) == rows:
+        return array
+    return np.pad(array, ((0, rows - len(array)), *[(0, 0)] * (array.ndim - 1)))
 
-    def encode(params: Params, frame_feat: jax.Array, frame_mask: jax.Array) -> Features:
-        interaction = nnx.merge(definition, params).interaction
-        return interaction.encode_video(frame_feat, frame_mask)
 
-    return set(jax.eval_shape(encode, params, frame_feat, frame_mask))
+def _length(part: Features) -> int:
+    return len(next(iter(part.values()), ()))
 
 
 class SearchEngine:
@@ -158,118 +191,144 @@ class SearchEngine:
 
     def __init__(self, config: ModelConfig, params: Params):
         self._config, self._params = config, params
-        self._steps: dict[tuple[int, int, str | None], Callable] = {}
+        self._steps: dict[tuple[int, int, bool], Callable] = {}
 
     def search(
-        self,
-        text: Features,
-        gallery: Gallery,
-        top: int,
-        weights: Sequence[float] | str | None = None,
-    ) -> Ranking:
-        """Finds the best windows for each of Q queries, or for a sum of them.
+        self, parts: Sequence[Part], gallery: Gallery, top: int, *, is_one: bool = True
+    ) -> list[Ranking]:
+        """Finds the best windows.
 
         Args:
-          text: arrays of Q texts, with features and mask of their tokens (`encode_text`), or of
-            videos in the place of texts (`Interaction.video_as_text`).
+          parts: of one query; or one part, whose Q texts are queries of their own.
           gallery: the windows.
-          top: number of windows per query.
-          weights: Q numbers: ranks by the weighted sum of the Q similarities, as one query. BEST:
-            by the largest of them, as one query. None: each query on its own.
+          top: number of windows per query; all windows with the score of the last one are added.
+          is_one: whether the parts are one query.
         """
-        count = len(next(iter(text.values())))
-        top = min(top, gallery.size)
-        # Few shapes: the numbers of queries and of hits are rounded up to powers of two.
-        padded = 1 << (count - 1).bit_length()
-        rows = np.minimum(np.arange(padded), count - 1)
-        text = {name: array[rows] for name, array in _without_padding(text).items()}
-        text = jax.device_put(text, gallery.layout.replicated)
-        rounded = min(1 << (top - 1).bit_length(), gallery.block)
-        # A query that is repeated to fill the batch does not change the largest similarity.
-        combined = weights if weights in (None, BEST) else "sum"
-        step = self._step(gallery, rounded, combined)
-        if combined == "sum":
-            factors = np.pad(np.asarray(weights, np.float32), (0, padded - count))
-            text = {**text, _WEIGHTS: jax.device_put(factors, gallery.layout.replicated)}
-        if combined is not None:
-            count = 1
-        scores = np.full((count, 0), -np.inf, np.float32)
-        slots = np.zeros((count, 0), np.int64)
-        pending = []  # The next block is read while this one is compared.
-        for first_slot, arrays in gallery.blocks():
-            pending.append((first_slot, step(self._params, text, arrays)))
-            if len(pending) > 1:
-                scores, slots = _merge(scores, slots, pending.pop(0), count, top)
-        for block in pending:
-            scores, slots = _merge(scores, slots, block, count, top)
-        return Ranking(scores, slots)
+        count = 1 if is_one else len(next(iter(parts[0].text.values())))
+        top = min(top, len(gallery))
+        if not top:
+            return [Ranking(np.zeros(0, np.float32), np.zeros(0, np.int64))] * count
+        texts = jax.device_put([_padded(part.text) for part in parts], gallery.layout.replicated)
+        weights = np.array([part.weight for part in parts], np.float32)
+        found, pending = [], []
+        for slots, arrays in gallery.blocks():
+            # Few shapes: the number of hits is rounded up to a power of two.
+            most = min(1 << (top - 1).bit_length(), len(arrays["valid"]))
+            step = self._step(gallery.layout, len(arrays["valid"]), most, is_one)
+            result = step(self._params, texts, weights, gallery.layout.put_batch(arrays))
+            pending.append((slots, result))
+            if len(pending) > 1:  # The next block is read while this one is compared.
+                found.append(_fetched(*pending.pop(0), count))
+        found += [_fetched(*block, count) for block in pending]
+        scores, slots = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+        return [_best(*query, top) for query in zip(scores, slots, strict=True)]
 
-    def _step(self, gallery: Gallery, top: int, combined: str | None) -> Callable:
-        """Compiled function: the best `top` of each device's shard of a block, concatenated."""
-        layout, share = gallery.layout, gallery.block // gallery.layout.device_count
-        if (share, top, combined) not in self._steps:
-            definition = model_definition(self._config)
-            local_top = min(top, share)
+    def _step(self, layout: Layout, block: int, top: int, is_one: bool) -> Callable:
+        """Compiled: the best `top` of each device's shard of a block, concatenated."""
+        key = (block, top, is_one)
+        if key not in self._steps:
+            definition, share = model_definition(self._config), block // layout.device_count
 
-            def compare(params, text, arrays):
-                arrays, text = dict(arrays), dict(text)
-                valid, weights = arrays.pop("valid"), text.pop(_WEIGHTS, None)
-                bias = arrays.pop(_BIAS, None)
+            def compare(params, texts, weights, arrays):
+                arrays = dict(arrays)
+                valid, bias = arrays.pop("valid"), arrays.pop("bias", None)
                 interaction = nnx.merge(definition, params).interaction
-                sim = similarity_in_blocks(
-                    lambda part, _: interaction.similarity(text, dequantize(part)),
-                    arrays,
-                    None,
-                    _COMPARED,
-                )
-                if combined == "sum":
-                    sim = weights[None] @ sim
-                elif combined == BEST:
-                    sim = sim.max(axis=0, keepdims=True)
+
+                def similarities(block, _):
+                    videos = dequantize(block)
+                    return jnp.concatenate([interaction.similarity(t, videos) for t in texts])
+
+                sim = similarity_in_blocks(similarities, arrays, None, _COMPARED)
+                if is_one:
+                    ends = np.cumsum([len(jax.tree.leaves(text)[0]) for text in texts])
+                    of_parts = [part.max(axis=0) for part in jnp.split(sim, ends[:-1])]
+                    sim = sum(w * part for w, part in zip(weights, of_parts, strict=True))[None]
                 if bias is not None:
                     sim = sim - bias
                 sim = jnp.where(valid, sim, -jnp.inf)
-                scores, slots = jax.lax.top_k(sim, local_top)  # [Q, k]
-                return scores, slots + share * jax.lax.axis_index(AXIS)
+                scores, rows = jax.lax.top_k(sim, min(top, share))  # [Q, k]
+                return scores, rows + share * jax.lax.axis_index(AXIS)
 
             replicated, rows = PartitionSpec(), PartitionSpec(AXIS)
             columns = PartitionSpec(None, AXIS)
             compare_shards = jax.shard_map(
                 compare,
                 mesh=layout.mesh,
-                in_specs=(replicated, replicated, rows),
+                in_specs=(replicated, replicated, replicated, rows),
                 out_specs=(columns, columns),
                 check_vma=False,
             )
-            self._steps[share, top, combined] = jax.jit(
-                layout.on_mesh(compare_shards, self._config.dtype)
-            )
-        return self._steps[share, top, combined]
+            self._steps[key] = jax.jit(layout.on_mesh(compare_shards, self._config.dtype))
+        return self._steps[key]
+
+    def scan(self, vectors: np.ndarray, gallery: Gallery, count: int) -> list[np.ndarray]:
+        """Windows whose stored vectors have the largest dot products with those of queries.
+
+        Args:
+          vectors: float32 [Q, D] (`Interaction.query_vectors`).
+          gallery: the windows.
+          count: number of windows per query.
+
+        Returns:
+          int64 [k] for each query, the slots, ascending; k is at most `count`.
+        """
+
+        def compare(block: tuple[np.ndarray, Features]) -> tuple[np.ndarray, np.ndarray]:
+            slots, arrays = block
+            rows, scale = (arrays[name] for name in VECTORS)
+            scores = np.array(_dot(rows, scale, vectors))
+            if "bias" in arrays:
+                scores -= arrays["bias"]
+            scores[:, ~arrays["valid"]] = -np.inf
+            return scores[:, : len(slots)], slots
+
+        # One thread computes a block: XLA does not split this product.
+        with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
+            found = list(pool.map(compare, gallery.blocks(vectors=True)))
+        scores = np.concatenate([block for block, _ in found], axis=1)
+        slots = np.concatenate([block for _, block in found])
+        count = min(count, len(gallery))
+        if not count:
+            return [np.zeros(0, np.int64)] * len(vectors)
+        best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+        return [np.sort(slots[row]) for row in best]
 
 
-def _without_padding(text: Features) -> Features:
-    """Truncates the tokens to the longest query, rounded up to a multiple of eight.
+@jax.jit
+def _dot(rows: jax.Array, scale: jax.Array, vectors: jax.Array) -> jax.Array:
+    """int8 [B, D], float32 [B] and [Q, D] -> [Q, B]."""
+    rows = rows.astype(jnp.float32)
+    if len(vectors) == 1:  # Not converted in memory.
+        return (jnp.sum(rows * vectors[0], axis=1) * scale)[None]
+    return (vectors @ rows.T) * scale
+
+
+def _padded(text: Features) -> Features:
+    """Rounds texts up to a power of two, and tokens to the longest text and a multiple of eight.
 
     One padded token is kept where there is one: its similarity, 0, takes part in the maxima of
     token-wise interactions (see `weighted_token_wise`).
     """
-    longest = int(text["text_mask"].sum(axis=1).max())
-    length = min(-(-(longest + 1) // 8) * 8, text["text_mask"].shape[1])
+    mask = text["text_mask"]
+    rows = np.minimum(np.arange(1 << (len(mask) - 1).bit_length()), len(mask) - 1)
+    longest = int(mask.sum(axis=1).max())
+    length = min(-(-(longest + 1) // 8) * 8, mask.shape[1])
     # Arrays of tokens, [Q, L, ...], are named `text_*`; those of whole sentences are not.
     return {
-        name: array[:, :length] if name.startswith("text_") else array
+        name: (array[:, :length] if name.startswith("text_") else array)[rows]
         for name, array in text.items()
     }
 
 
-def _merge(
-    scores: np.ndarray, slots: np.ndarray, block: tuple, count: int, top: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Merges the best so far with those of another block; equal scores are ordered by slot."""
-    offset, found = block
-    new_scores, new_slots = (np.asarray(array)[:count] for array in found)
-    scores = np.concatenate([scores, new_scores], axis=1)
-    # Slots of a block are int32, those of an index int64.
-    slots = np.concatenate([slots, new_slots.astype(np.int64) + offset], axis=1)
-    order = np.lexsort((slots, -scores), axis=1)[:, :top]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(slots, order, 1)
+def _fetched(slots: np.ndarray, result: tuple, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [Q, k] and slots [Q, k] of a block."""
+    scores, rows = (np.asarray(array)[:count] for array in result)
+    return scores, slots[np.minimum(rows, len(slots) - 1)]
+
+
+def _best(scores: np.ndarray, slots: np.ndarray, top: int) -> Ranking:
+    """The best of all blocks, and all with the score of the last of them."""
+    order = np.lexsort((slots, -scores))
+    last = scores[order[min(top, len(order)) - 1]]
+    kept = order[(scores[order] >= last) & (scores[order] > -np.inf)]
+    return Ranking(scores[kept], slots[kept])

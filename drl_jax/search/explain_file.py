@@ -1,16 +1,17 @@
-"""Explains the best moment of a video file for a sentence."""
+"""`search explain`: a figure of the best window of a video file for a sentence."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from drl_jax.evaluation.figures import interaction_figure
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.lock import temporary_directory
-from drl_jax.search.explain import Explanation, explain
+from drl_jax.search.hits import explain, format_timestamp
+from drl_jax.search.query import encode_sentences, sampling_of
 from drl_jax.search.reading import frames_of, read_video
-from drl_jax.search.windows import Window
 
 
 class ExplainedFile(NamedTuple):
@@ -18,40 +19,50 @@ class ExplainedFile(NamedTuple):
 
     Attributes:
       score: its similarity to the sentence.
-      window: the window.
-      frames: uint8 [F, S, S, 3], its frames.
-      explanation: of the score.
+      span: its start and end, seconds.
+      peak: time of the frame that contributes most, seconds.
     """
 
     score: float
-    window: Window
-    frames: np.ndarray
-    explanation: Explanation
+    span: tuple[float, float]
+    peak: float
 
 
-def explain_file(model: RetrievalModel, path: Path, sentence: str) -> ExplainedFile:
-    """Finds and explains the window of a file that is most similar to a sentence.
+def explain_file(model: RetrievalModel, path: Path, sentence: str, out: Path) -> ExplainedFile:
+    """Draws how the words of a sentence and the frames of the best window of a file match.
+
+    Args:
+      model: compares them.
+      path: a video file.
+      sentence: the query.
+      out: a file with a suffix that matplotlib writes: .png, .svg, .pdf.
 
     Raises:
-      UserError: the file cannot be read, or the sentence is blank.
+      UserError: the file cannot be read, the sentence is blank, or `out` cannot be written.
     """
-    text = model.encode_text([sentence])
+    (query,) = encode_sentences(model, [sentence])
+    part = query.parts[0]
     with temporary_directory() as folder:
-        spool = folder / "frames"
-        read = read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
+        read = read_video(path, (), sampling_of(model), folder / "frames")
         if reason := read.error or read.failure:
             raise UserError(f"{path} {reason}")
         frames = frames_of(read, model.frame_form)
-        videos = model.encode_windows(frames, [window.frames for window in read.windows])
-        scores = model.similarity(text, videos)[0]
+        videos = model.encode_windows(frames, read.windows)
+        scores = model.similarity(part.text, videos)[0]
         best = int(scores.argmax())
-        window = read.windows[best]
-        explanation = explain(
-            model.interaction,
-            {name: array[0] for name, array in text.items()},
-            {name: array[best] for name, array in videos.items()},
-            model.token_strings([sentence])[0],
-            tuple(read.times[frame] for frame in window.frames),
-        )
-        chosen = np.array(frames[list(window.frames)])
-    return ExplainedFile(float(scores[best]), window, chosen, explanation)
+        chosen = read.windows[best]
+        times = tuple(read.arrays["frame.time"][list(chosen)].tolist())
+        arrays = {name: array[best] for name, array in videos.items()}
+        explanation = explain(model.interaction, part, arrays, query.words, times)
+        pictures = np.array(frames[list(chosen)])
+    score = float(scores[best])
+    clocks = [format_timestamp(time) for time in times]
+    title = f"“{sentence}”  {score:.4f}\n{path.name}"
+    figure = interaction_figure(explanation.attribution, explanation.words, clocks, pictures, title)
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write --out={out} ({reason})") from error
+    span = tuple(read.arrays["window.span"][best].tolist())
+    return ExplainedFile(score, span, explanation.peak)

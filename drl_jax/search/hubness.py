@@ -24,7 +24,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256, write_json
-from drl_jax.search.rows import SearchIndexError
+from drl_jax.search.segments import SearchIndexError
 
 # Name of the array of an index: float32 [P] for each window, by inverse temperatures of inverted
 # softmax, then by numbers of largest similarities of NNN.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from drl_jax.search.addresses import format_clock
-from drl_jax.search.explain import format_timestamp
+from drl_jax.search.hits import format_timestamp
 
 # Columns of the timeline's curve.
 _COLUMNS = 240

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from drl_jax.evaluation.embedder import pad_tokens
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.lock import temporary_directory
-from drl_jax.search.engine import BEST
-from drl_jax.search.reading import VideoRead, frames_of, read_video
-from drl_jax.search.rows import IndexedVideo
+from drl_jax.search.engine import Part
+from drl_jax.search.open_index import IndexedVideo, stored_windows
+from drl_jax.search.reading import FrameSampling, VideoRead, frames_of, read_video
+from drl_jax.search.windows import window_at
 
 # What `without` subtracts, as a share of the similarity to its sentence.
 _WITHOUT = -0.5
@@ -32,7 +32,7 @@ class Query:
       without: what is not seen.
       picture: a frame in the form of the model, as `pictures.open_picture` decodes it.
       video: a video file, or one that was encoded before.
-      like: an indexed video and a time in it, seconds.
+      like: a video of an open index and a time in it, seconds.
     """
 
     sentence: str = ""
@@ -42,31 +42,22 @@ class Query:
     like: tuple[IndexedVideo, float] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedQuery:
     """A query as the engine takes it.
 
     Attributes:
-      parts: arrays of Q texts, or of frames in their place.
-      weights: Q numbers, and the score is the weighted sum of the similarities; or BEST, and it is
-        the largest of them.
-      words: names of the tokens of the first part; with BEST, of the longest part.
+      parts: of the query; see `Part`.
+      words: names of the tokens of the first part; of several texts, of the longest.
       is_sentence: whether the query is one sentence.
     """
 
-    parts: Features
-    weights: tuple[float, ...] | str
+    parts: tuple[Part, ...]
     words: list[str]
     is_sentence: bool = False
 
-    @property
-    def explaining(self) -> list[Features]:
-        """The parts of which one explains a hit, without the axis of parts: all with BEST."""
-        count = len(next(iter(self.parts.values()))) if self.weights == BEST else 1
-        return [{name: array[n] for name, array in self.parts.items()} for n in range(count)]
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedVideo:
     """A video file as a query.
 
@@ -86,23 +77,20 @@ def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[En
       UserError: a sentence is blank or too long.
     """
     for sentence in sentences:
-        _check_length(sentence)
+        if len(sentence) > _MAX_CHARACTERS:
+            raise UserError(
+                f"the sentence has {len(sentence):,} characters; at most {_MAX_CHARACTERS:,} are"
+                " read"
+            )
     text = model.encode_text(sentences)
     return [
-        EncodedQuery({name: a[[row]] for name, a in text.items()}, (1.0,), words, True)
+        EncodedQuery((Part({name: a[[row]] for name, a in text.items()}),), words, True)
         for row, words in enumerate(model.token_strings(sentences))
     ]
 
 
-def encode_query(
-    model: RetrievalModel, query: Query, stored: Features | None = None
-) -> EncodedQuery:
+def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
     """Encodes a query of any kind.
-
-    Args:
-      model: of the index.
-      query: what to look for.
-      stored: arrays of the window of `query.like`, [1, ...] each.
 
     Raises:
       UserError: the query is empty, or a part of it cannot be read.
@@ -110,17 +98,23 @@ def encode_query(
     video = query.video
     if isinstance(video, Path):
         video = encode_video_file(model, video)
-    if video is not None and stored is None and query == Query(video=query.video):
+    if video is not None and query == Query(video=query.video):
         return video.windows
-    parts: list[tuple[Features, float, list[str]]] = []
+    parts: list[Part] = []
+    words: list[list[str]] = []
+
+    def add_sentence(sentence: str, weight: float) -> None:
+        (encoded,) = encode_sentences(model, [sentence])
+        parts.append(encoded.parts[0]._replace(weight=weight))
+        words.append(encoded.words)
 
     def add_frames(video: Features, name: str) -> None:
         text = model.interaction.video_as_text(video)
-        parts.append((text, 1.0, [name] * int(text["text_mask"].sum())))
+        parts.append(Part(text))
+        words.append([name] * int(text["text_mask"].sum()))
 
     if query.sentence.strip():
-        (encoded,) = encode_sentences(model, [query.sentence])
-        parts.append((encoded.parts, 1.0, encoded.words))
+        add_sentence(query.sentence, 1.0)
     if query.picture:
         # A shot in which nothing moves. One frame alone is unlike the windows that a model is
         # trained with, and most like other windows of one frame, whatever they show.
@@ -129,19 +123,21 @@ def encode_query(
         add_frames(model.encode_videos([still]), "[picture]")
     if video is not None:
         add_frames(video.whole, "[video]")
-    if stored is not None:
-        add_frames(stored, "[moment]")
+    if query.like is not None:
+        liked, time = query.like
+        window = window_at(liked.windows, time)
+        add_frames({n: a[[window]] for n, a in stored_windows(liked).items()}, "[moment]")
     if not parts:
-        raise UserError("the query is empty: give a sentence, a picture or a video")
+        raise UserError("the query is blank: give a sentence, a picture or a video")
+    is_sentence = len(parts) == 1 and bool(query.sentence.strip()) and not query.without.strip()
     if query.without.strip():
-        (encoded,) = encode_sentences(model, [query.without])
-        parts.append((encoded.parts, _WITHOUT, encoded.words))
-    return EncodedQuery(
-        _joined([part for part, _, _ in parts]),
-        tuple(weight for _, weight, _ in parts),
-        parts[0][2],
-        is_sentence=len(parts) == 1 and bool(query.sentence.strip()),
-    )
+        add_sentence(query.without, _WITHOUT)
+    return EncodedQuery(tuple(parts), words[0], is_sentence)
+
+
+def sampling_of(model: RetrievalModel) -> FrameSampling:
+    """What is sampled of a video that is a query."""
+    return FrameSampling(model.frame_form, model.config.data.max_frames, 1.0)
 
 
 def encode_video_file(model: RetrievalModel, path: Path) -> EncodedVideo:
@@ -151,8 +147,7 @@ def encode_video_file(model: RetrievalModel, path: Path) -> EncodedVideo:
       UserError: it cannot be read.
     """
     with temporary_directory() as folder:
-        spool = folder / "frames"
-        read = read_video(path, (), model.config.data.max_frames, model.frame_form, spool)
+        read = read_video(path, (), sampling_of(model), folder / "frames")
         return encode_read(model, str(path), read)
 
 
@@ -167,14 +162,11 @@ def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVid
     Raises:
       UserError: it has no frames.
     """
-    if read.error:
-        raise UserError(f"{name} {read.error}")
-    if read.failure:
-        raise UserError(f"the frames of {name} cannot be written ({read.failure})")
-    frames = frames_of(read, model.frame_form)
-    count = min(len(read.windows), _MAX_WINDOWS)
-    chosen = np.linspace(0, len(read.windows) - 1, count, dtype=int)
-    windows = [read.windows[number].frames for number in chosen]
+    if reason := read.error or read.failure:
+        raise UserError(f"{name} {reason}")
+    frames, windows = frames_of(read, model.frame_form), read.windows
+    count = min(len(windows), _MAX_WINDOWS)
+    windows = [windows[number] for number in np.linspace(0, len(windows) - 1, count, dtype=int)]
     if count > 1:
         most = min(len(frames), model.config.data.max_frames)
         windows.append(tuple(np.linspace(0, len(frames) - 1, most, dtype=int).tolist()))
@@ -184,21 +176,4 @@ def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVid
     whole = {name: array[-1:] for name, array in encoded.items()}
     text = model.interaction.video_as_text({n: array[:count] for n, array in encoded.items()})
     words = ["[video]"] * int(text["text_mask"].sum(axis=1).max())
-    return EncodedVideo(EncodedQuery(text, BEST if count > 1 else (1.0,), words), whole)
-
-
-def _check_length(sentence: str) -> None:
-    if len(sentence) > _MAX_CHARACTERS:
-        raise UserError(
-            f"the sentence has {len(sentence):,} characters; at most {_MAX_CHARACTERS:,} are read"
-        )
-
-
-def _joined(parts: Sequence[Features]) -> Features:
-    """Arrays of several texts; tokens are padded to the longest."""
-    if len(parts) == 1:
-        return dict(parts[0])
-    names = set.intersection(*(set(part) for part in parts))
-    length = max(part["text_mask"].shape[1] for part in parts)
-    parts = [pad_tokens(part, length) for part in parts]
-    return {name: np.concatenate([part[name] for part in parts]) for name in sorted(names)}
+    return EncodedVideo(EncodedQuery((Part(text),), words), whole)

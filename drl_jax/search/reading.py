@@ -1,4 +1,4 @@
-"""Reads video files: as windows for an index, or whole.
+"""Finds video files and reads them: as windows for an index, or whole.
 
 Worker processes import this module, so it does not import jax.
 """
@@ -7,26 +7,87 @@ import contextlib
 import dataclasses
 import errno
 import io
-from collections.abc import Callable, Collection, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.video import VideoError, ffmpeg_errors, read_timed_frames, video_length
-from drl_jax.runtime.files import sha256
+from drl_jax.data.video import (
+    VIDEO_SUFFIXES,
+    VideoError,
+    ffmpeg_errors,
+    read_timed_frames,
+    video_length,
+)
+from drl_jax.runtime.files import names_below, sha256
 from drl_jax.runtime.resources import memory_limit
+from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 # Side of the thumbnails, pixels.
-THUMBNAIL = 112
-# Frames side by side in a JPEG file.
-STRIP_FRAMES = 64
+_THUMBNAIL = 112
+# What `picture_hash` looks at: cosines of the 8 lowest frequencies on a grid of so many places.
+_PLACES = 32
+_COSINES = np.cos(np.pi / _PLACES * np.outer(np.arange(8), np.arange(_PLACES) + 0.5))
+# The bits of odd frequencies along its rows, in which the hash of a mirrored picture differs.
+MIRRORED = np.uint64(0x5555_5555_5555_5555)
+# Standard deviation of grey below which a picture is plain, levels; and what a frequency has at
+# least, 1/8 of a level: a symmetrical picture has no odd ones, and their signs would be chance.
+_PLAIN, _NOISE = 4.0, 32.0
 # Bytes that decoding a file from elsewhere may take.
 _SENT_MEMORY = 2 * 2**30
+
+
+class FoundFile(NamedTuple):
+    """A video file of a folder; `allowed` are the seconds that decoding may take."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    allowed: float
+
+
+def find_videos(folder: Path, timeout: float) -> Iterator[FoundFile]:
+    """Yields the video files below a folder; see `allowed_seconds`."""
+    for name in filter(is_video, names_below(folder)):
+        yield found_file(folder, name, timeout)
+
+
+def found_file(folder: Path, path: str, timeout: float) -> FoundFile:
+    """The file with a path below a folder."""
+    status = (folder / path).stat()
+    allowed = allowed_seconds(timeout, status.st_size)
+    return FoundFile(path, status.st_size, status.st_mtime_ns, allowed)
+
+
+def allowed_seconds(timeout: float, size: int) -> float:
+    """Seconds that decoding a file may take: `timeout`, and one for each MB."""
+    return timeout + size / 1e6
+
+
+def is_video(path: str) -> bool:
+    """Whether a path has the suffix of a video."""
+    stem, _, suffix = path.rpartition("/")[2].rpartition(".")
+    return bool(stem) and f".{suffix.lower()}" in VIDEO_SUFFIXES
+
+
+def is_text(path: str) -> bool:
+    """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
+
+
+def names_of_no_files(folder: Path) -> list[str]:
+    """Names of videos below a folder that are not files: links to nothing, pipes, devices."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        below = [Path(parent, name) for name in names if is_video(name)]
+        found += [str(path.relative_to(folder)) for path in below if not path.is_file()]
+    return sorted(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +97,12 @@ class VideoRead:
     Attributes:
       sha256: of its content; empty if it was not computed.
       error: why it has no frames; empty if it has.
-      failure: why nothing can be stored, which is no property of the video; empty if it can.
+      failure: why it was not read, which is no property of the video; empty if it was.
       timed_out: whether `error` is that decoding took too long.
-      is_passing: whether `error` is no property of the video, and must not be stored.
       is_known: whether the content was known; nothing was decoded then.
-      times: F times of its frames, seconds from the start.
       duration: seconds.
-      windows: its parts.
-      strips: JPEG files of thumbnails, STRIP_FRAMES side by side; none of a video read whole.
+      arrays: as `VideoRecord.arrays`, those that need no model.
+      strips: JPEG files of thumbnails, STRIP_FRAMES side by side.
       frames: uint8 [F, S, S, 3] of a short video; None if they are in `spooled`.
       spooled: file with the bytes of the frames, which the caller deletes.
     """
@@ -52,18 +111,36 @@ class VideoRead:
     error: str = ""
     failure: str = ""
     timed_out: bool = False
-    is_passing: bool = False
     is_known: bool = False
-    times: tuple[float, ...] = ()
     duration: float = 0.0
-    windows: tuple[Window, ...] = ()
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     strips: tuple[bytes, ...] = ()
     frames: np.ndarray | None = None
     spooled: Path | None = None
 
+    @property
+    def windows(self) -> list[tuple[int, ...]]:
+        """The frames of each window."""
+        rows = self.arrays.get("window.frames", ())
+        return [tuple(row[row >= 0].tolist()) for row in rows]
+
+
+class FrameSampling(NamedTuple):
+    """What is sampled of a video.
+
+    Attributes:
+      form: form of the frames.
+      max_frames: frames of a window.
+      fps: frames a second of a file of several windows.
+    """
+
+    form: FrameForm
+    max_frames: int
+    fps: float
+
 
 def read_video(
-    path: Path, known_sha256s: Collection[str], max_frames: int, form: FrameForm, spool: Path
+    path: Path, known_sha256s: Collection[str], sampling: FrameSampling, spool: Path
 ) -> VideoRead:
     """Reads a file, and decodes it unless its content is known.
 
@@ -72,8 +149,7 @@ def read_video(
     Args:
       path: of the file.
       known_sha256s: of contents that need not be decoded.
-      max_frames: frames of a window.
-      form: form of the frames.
+      sampling: what is sampled.
       spool: file to write the frames of a long video to: memory does not depend on its length.
 
     Raises:
@@ -84,10 +160,9 @@ def read_video(
     if digest in known_sha256s:
         return VideoRead(digest, is_known=True)
     try:
-        length = video_length(path)
-        if length <= SHORT_VIDEO_SECONDS:
-            return _read_short(path, digest, max_frames, form, length)
-        return _read_long(path, digest, max_frames, form, spool)
+        if (length := video_length(path)) <= SHORT_VIDEO_SECONDS:
+            return _read_short(path, digest, sampling, length)
+        return _read_long(path, digest, sampling, spool)
     except VideoError as error:
         spool.unlink(missing_ok=True)
         return VideoRead(digest, str(error))
@@ -101,79 +176,98 @@ def read_sent_video(*arguments: Any) -> VideoRead:
         return read_video(*arguments)
 
 
-def read_video_on_node(*arguments: Any) -> VideoRead | OSError:
-    """`read_video` on a cluster, which adds the node to an OSError: what cannot be written is."""
-    read = read_video(*arguments)
-    return OSError(errno.EIO, read.failure) if read.failure else read
-
-
-def read_whole_video(path: Path, max_frames: int, form: FrameForm) -> VideoRead:
+def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
     """Reads a file of any length as one window, with the frames that evaluation uses.
-
-    Args:
-      path: of the file.
-      max_frames: frames of the window.
-      form: form of the frames.
 
     Raises:
       Unavailable: the file cannot be read.
     """
     try:
-        frames, times = read_timed_frames(path, max_frames, form)
+        frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
     except VideoError as error:
         return VideoRead("", str(error))
-    seconds = tuple(map(float, times))
-    window = Window(0.0, seconds[-1], tuple(range(len(frames))))
-    return VideoRead("", times=seconds, duration=window.end, windows=(window,), frames=frames)
+    window = Window(0.0, float(times[-1]), tuple(range(len(frames))))
+    arrays = _arrays([window], times, [], sampling.max_frames)
+    return VideoRead("", duration=window.end, arrays=arrays, frames=frames)
+
+
+def read_video_on_node(*arguments: Any) -> VideoRead | OSError:
+    """`read_video` on a cluster, which adds the node to an OSError."""
+    read = read_video(*arguments)
+    return OSError(errno.EIO, read.failure) if read.failure else read
 
 
 def frames_of(read: VideoRead, form: FrameForm) -> np.ndarray:
     """The frames of a video that was read, uint8 [F, S, S, 3]; those of a long one are mapped."""
     if read.frames is not None:
         return read.frames
-    return np.memmap(read.spooled, np.uint8, "r", shape=(len(read.times), *form.shape))
+    shape = (len(read.arrays["frame.time"]), *form.shape)
+    return np.memmap(read.spooled, np.uint8, "r", shape=shape)
+
+
+def picture_hash(frame: np.ndarray) -> np.uint64:
+    """A hash of what a picture shows: the signs of its 8 x 8 lowest frequencies; 0 if it is plain.
+
+    Pictures that are scaled or compressed have hashes of which few bits differ.
+
+    Args:
+      frame: uint8 [S, S, 3].
+    """
+    grey = Image.fromarray(frame).convert("L").resize((_PLACES, _PLACES), Image.Resampling.BOX)
+    levels = np.asarray(grey, np.float32)
+    if levels.std() < _PLAIN:
+        return np.uint64(0)
+    bits = _COSINES @ levels @ _COSINES.T > _NOISE
+    return np.packbits(bits).view(">u8")[0].astype(np.uint64)
 
 
 class SpoolError(Exception):
     """The frames of a long video cannot be written, e.g. because the disk is full."""
 
 
-def _read_short(
-    path: Path, digest: str, max_frames: int, form: FrameForm, length: float
-) -> VideoRead:
-    frames, times = read_timed_frames(path, max_frames, form)
-    strips = _Strips()
+def _read_short(path: Path, digest: str, sampling: FrameSampling, length: float) -> VideoRead:
+    frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
+    seen = _Seen()
     for frame in frames:
-        strips.add(frame)
+        seen.add(frame)
     window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
-    seconds = tuple(map(float, times))
+    arrays = _arrays([window], times, seen.hashes, sampling.max_frames)
     return VideoRead(
-        digest,
-        times=seconds,
-        duration=window.end,
-        windows=(window,),
-        strips=strips.finish(),
-        frames=frames,
+        digest, duration=window.end, arrays=arrays, strips=seen.finish(), frames=frames
     )
 
 
-def _read_long(path: Path, digest: str, max_frames: int, form: FrameForm, spool: Path) -> VideoRead:
-    strips = _Strips()
+def _read_long(path: Path, digest: str, sampling: FrameSampling, spool: Path) -> VideoRead:
+    seen = _Seen()
     with _spooling(spool) as write:
 
         def emit(frame: np.ndarray) -> None:
             write(frame.tobytes())
-            strips.add(frame)
+            seen.add(frame)
 
-        video = sample_video(path, form, emit)
+        video = sample_video(path, sampling.form, emit, sampling.fps)
+    windows = windows_of(video, sampling.max_frames)
+    arrays = _arrays(windows, video.times, seen.hashes, sampling.max_frames)
     return VideoRead(
-        digest,
-        times=tuple(map(float, video.times)),
-        duration=video.duration,
-        windows=tuple(windows_of(video, max_frames)),
-        strips=strips.finish(),
-        spooled=spool,
+        digest, duration=video.duration, arrays=arrays, strips=seen.finish(), spooled=spool
     )
+
+
+def _arrays(
+    windows: Sequence[Window],
+    times: np.ndarray,
+    hashes: list[np.uint64],
+    max_frames: int,
+) -> dict[str, np.ndarray]:
+    numbers = np.full((len(windows), max_frames), -1, np.int32)
+    for row, window in zip(numbers, windows, strict=True):
+        row[: len(window.frames)] = window.frames
+    return {
+        "window.span": np.array([window[:2] for window in windows], np.float64),
+        "window.frames": numbers,
+        "frame.time": np.asarray(times, np.float64),
+        "frame.hash": np.array(hashes, np.uint64),
+    }
 
 
 @contextlib.contextmanager
@@ -199,15 +293,17 @@ def _spooling(path: Path) -> Iterator[Callable[[bytes], object]]:
             raise SpoolError(error.strerror) from error
 
 
-class _Strips:
-    """Makes JPEG files of thumbnails side by side."""
+class _Seen:
+    """Hashes and thumbnails of frames."""
 
     def __init__(self) -> None:
+        self.hashes: list[np.uint64] = []
         self._pending: list[np.ndarray] = []
-        self._done: list[bytes] = []
+        self._strips: list[bytes] = []
 
     def add(self, frame: np.ndarray) -> None:
-        side = min(THUMBNAIL, len(frame))
+        self.hashes.append(picture_hash(frame))
+        side = min(_THUMBNAIL, len(frame))
         self._pending.append(np.asarray(Image.fromarray(frame).resize((side, side))))
         if len(self._pending) == STRIP_FRAMES:
             self._flush()
@@ -215,10 +311,10 @@ class _Strips:
     def finish(self) -> tuple[bytes, ...]:
         if self._pending:
             self._flush()
-        return tuple(self._done)
+        return tuple(self._strips)
 
     def _flush(self) -> None:
         file = io.BytesIO()
         Image.fromarray(np.concatenate(self._pending, axis=1)).save(file, "JPEG", quality=85)
-        self._done.append(file.getvalue())
+        self._strips.append(file.getvalue())
         self._pending = []

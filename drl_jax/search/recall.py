@@ -1,76 +1,74 @@
-"""Measures how much of the exact answer the candidates of an engine contain."""
+"""Measures how many of the best windows are among the candidates of a scan, or of an engine."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from drl_jax.search.candidates import CandidateSearch
+from drl_jax.search.engine import SearchEngine
+from drl_jax.search.query import encode_sentences
+from drl_jax.search.ranking import FindCandidates
+from drl_jax.search.session import Index
 
 
-@dataclasses.dataclass(frozen=True)
-class Recall:
-    """Recall of some number of candidates.
+class Recall(NamedTuple):
+    """What some number of candidates finds.
 
     Attributes:
       candidates: number of candidates per query.
       recall: share of the exact best windows that are among the candidates, 0 to 1.
-      engine_seconds: median time of a query in the engine.
-      rerank_seconds: median time of the exact comparison with the candidates.
-      exact_seconds: median time of the exact comparison with all windows.
+      scan_seconds, compare_seconds, exact_seconds: median times in which candidates are found,
+        these are compared exactly, and all windows are compared exactly.
     """
 
     candidates: int
     recall: float
-    engine_seconds: float
-    rerank_seconds: float
+    scan_seconds: float
+    compare_seconds: float
     exact_seconds: float
 
 
 def measure_recall(
-    engine: CandidateSearch, sentences: Sequence[str], counts: Sequence[int], top: int
+    index: Index,
+    sentences: Sequence[str],
+    counts: Sequence[int],
+    top: int,
+    ask_engine: FindCandidates | None = None,
 ) -> list[Recall]:
-    """Compares search with candidates to exact search.
+    """Compares candidates with exact search, for each number of them.
 
     Args:
-      engine: an engine with an exported collection.
-      sentences: queries.
-      counts: numbers of candidates.
-      top: number of exact hits to look for.
+      index: whose interaction has vectors, and whose correction is used.
+      sentences, counts, top: queries, numbers of candidates, and how many best windows to look for.
+      ask_engine: finds the candidates; None: a scan.
 
     Raises:
       UserError: a sentence is blank, or the engine fails.
     """
-    index = engine.session.snapshot()
-    text = index.model.encode_text(sentences)
-    queries = [
-        {name: array[row : row + 1] for name, array in text.items()}
-        for row in range(len(sentences))
-    ]
-    index.rank(queries[0], top)  # Compiles, and reads the arrays from disk.
-    exact, exact_seconds = [], []
-    for query in tqdm(queries, "exact search", unit="query", leave=False):
+    state, engine = index.state(), SearchEngine(index.model.config.model, index.model.params)
+    gallery, correction = state.gallery, index.ranker.options.correction
+    if correction is not None:
+        gallery = gallery.with_biases(state.biases(correction))
+    queries = encode_sentences(index.model, sentences)
+    queries = [queries[0], *queries]  # The first one compiles, and is not counted.
+    exact, report = [], []
+    for query in queries:
         start = time.perf_counter()
-        exact.append(set(index.rank(query, top).slots[0]))
-        exact_seconds.append(time.perf_counter() - start)
-    wanted = sum(map(len, exact))
-    report = []
+        (best,) = engine.search(query.parts, gallery, top)
+        exact.append((best.slots[:top], time.perf_counter() - start))
     for count in counts:
-        first = engine.candidates(index, queries[0], count)
-        index.rank_windows(queries[0], top, first)  # Compiles.
-        engine_seconds, rerank_seconds, found = [], [], 0
-        for query, best in zip(
-            tqdm(queries, f"{count} candidates", unit="query", leave=False), exact, strict=True
-        ):
+        times, found = [], 0
+        for query, (best, seconds) in zip(tqdm(queries, f"{count} candidates"), exact, strict=True):
             start = time.perf_counter()
-            candidates = engine.candidates(index, query, count)
+            vectors = index.model.interaction.query_vectors(query.parts[0].text)
+            asked = ask_engine(state, vectors, count) if ask_engine else None
+            (slots,) = asked or engine.scan(vectors, gallery, count)
             middle = time.perf_counter()
-            slots = index.rank_windows(query, top, candidates).slots[0]
-            rerank_seconds.append(time.perf_counter() - middle)
-            engine_seconds.append(middle - start)
-            found += len(best & set(slots))
-        medians = map(np.median, (engine_seconds, rerank_seconds, exact_seconds))
-        report.append(Recall(count, found / wanted, *map(float, medians)))
+            engine.search(query.parts, gallery.copied(slots), top)
+            found += len(np.intersect1d(slots, best)) if times else 0
+            times.append((middle - start, time.perf_counter() - middle, seconds))
+        medians = np.median(times[1:], axis=0).tolist()
+        report.append(Recall(count, found / sum(len(best) for best, _ in exact[1:]), *medians))
     return report

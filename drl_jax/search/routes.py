@@ -24,18 +24,17 @@ from drl_jax.search.addresses import (
     seconds_text,
     status_of,
 )
-from drl_jax.search.api import SearchAPI, video_of
+from drl_jax.search.api import SearchAPI, state_of, video_of
 from drl_jax.search.filters import Filters
-from drl_jax.search.hit_json import state_of
-from drl_jax.search.media import Media
-from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.session import SearchSession
-from drl_jax.search.snapshot import IndexSnapshot
-from drl_jax.search.uploads import MAX_PICTURE, upload_routes
+from drl_jax.search.media import MAX_PICTURE, Media, upload_routes
+from drl_jax.search.open_index import IndexedVideo, OpenIndex
+from drl_jax.search.session import Index
 
 _PAGE = Path(__file__).parent / "page"
 # Answers that name the content in `v` stay right.
 _KEPT = {"Cache-Control": "private, max-age=86400"}
+# Frames side by side in one answer.
+_MOST_FRAMES = 64
 _STATES = {
     "changed": "the file has changed since it was indexed; index the folder again",
     "missing": "the file is missing: it was moved, deleted, or its disk is not mounted",
@@ -87,14 +86,14 @@ def page_routes(api: SearchAPI, max_video: int) -> list[Route]:
         sentence = request.query_params.get("q", "")[:MAX_CHARACTERS] or None
         context: dict[str, Any] = {"query": PageQuery(sentence), "index": {}, "status": 200}
         try:
-            context["index"] = api.index()
+            context["index"] = api.facts()
             context["query"] = query = PageQuery.of(request.query_params.multi_items())
             context["found"] = api.search(query)
             if query.video is not None:
                 context["open"] = api.video(query)
         except UserError as error:
             context |= {"error": str(error), "status": status_of(error)}
-        context["examples"] = page_view.examples(api.session.model.config.data.dataset)
+        context["examples"] = page_view.examples(api.index.model.config.data.dataset)
         return templates.TemplateResponse(
             request, "page.html", context, status_code=context["status"]
         )
@@ -102,7 +101,7 @@ def page_routes(api: SearchAPI, max_video: int) -> list[Route]:
     def unsearchable(request: Request) -> Response:
         context: dict[str, Any] = {"index": {}, "status": 200}
         try:
-            context |= {"index": api.index(), **api.unsearchable()}
+            context |= {"index": api.facts(), **api.unsearchable()}
         except UserError as error:
             context |= {"error": str(error), "status": status_of(error)}
         return templates.TemplateResponse(
@@ -151,7 +150,7 @@ def api_routes(api: SearchAPI, max_video: int) -> list[Route]:
     return [
         Route("/api/search", of(api.search)),
         Route("/api/video", of(api.video)),
-        Route("/api/index", of(lambda query: api.index())),
+        Route("/api/index", of(lambda query: api.facts())),
         Route("/api/unsearchable", of(lambda query: api.unsearchable())),
         Route("/api/openapi.json", description),
         *upload_routes(api.sent, max_video),
@@ -161,43 +160,40 @@ def api_routes(api: SearchAPI, max_video: int) -> list[Route]:
 # ---------------------------------------------------------------------- files
 
 
-def file_routes(session: SearchSession, media: Media) -> list[Route | Mount]:
+def file_routes(index: Index, media: Media) -> list[Route | Mount]:
     """Videos of the index, their thumbnails, pictures and clips; and the files of the page."""
 
-    def of_video(answer: Callable[[Request, IndexSnapshot, IndexedVideo], Response]) -> Callable:
+    def of_video(answer: Callable[[Request, OpenIndex, IndexedVideo], Response]) -> Callable:
         def endpoint(request: Request) -> Response:
             try:
-                index = session.snapshot()
-                return answer(request, index, video_of(index, request.path_params["path"]))
+                state = index.state()
+                return answer(request, state, video_of(state, request.path_params["path"]))
             except UserError as error:
                 return PlainTextResponse(str(error), status_of(error))
 
         return endpoint
 
-    def video(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
-        return FileResponse(_unchanged(index, video))
+    def video(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
+        return FileResponse(_unchanged(state, video))
 
-    def frames(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
-        """The frames of a window side by side, or one frame."""
-        window = _number(request, "window", len(video.windows), 0)
-        chosen = video.windows[window].frames
-        if "frame" in request.query_params:
-            chosen = (_number(request, "frame", len(video.times), 0),)
-        jpeg = index.frames_of(video, chosen)
-        if not jpeg:
-            raise BadRequest("the index has no pictures of this video", 404)
+    def frames(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
+        """One frame, or several side by side."""
+        count = len(video.times)
+        names = request.query_params.get("frames", request.query_params.get("frame", "0"))
+        chosen = [_number("frame", name, count) for name in names.split(",")[:_MOST_FRAMES]]
+        jpeg = state.frames_of(video, chosen)
         return Response(jpeg, media_type="image/jpeg", headers=_kept(request))
 
-    def picture(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
+    def picture(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
         time = _time(request, "t", 0.0)
-        if time > video.length:
-            raise BadRequest(f"t={time:g} is outside the video, which has {video.length:.1f} s")
-        jpeg = media.picture(_unchanged(index, video), time)
+        if time > video.duration:
+            raise BadRequest(f"t={time:g} is outside the video, which has {video.duration:.1f} s")
+        jpeg = media.picture(_unchanged(state, video), time)
         return Response(jpeg, media_type="image/jpeg", headers=_kept(request))
 
-    def clip(request: Request, index: IndexSnapshot, video: IndexedVideo) -> Response:
-        start, end = _time(request, "start", 0.0), _time(request, "end", video.length)
-        file = media.clip(_unchanged(index, video), video, start, end)
+    def clip(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
+        start, end = _time(request, "start", 0.0), _time(request, "end", video.duration)
+        file = media.clip(_unchanged(state, video), video, start, end)
         name = f"{PurePosixPath(video.path).stem} {start:.1f}-{end:.1f}.mp4"
         return FileResponse(file, filename=name, content_disposition_type="inline")
 
@@ -210,16 +206,15 @@ def file_routes(session: SearchSession, media: Media) -> list[Route | Mount]:
     ]
 
 
-def _unchanged(index: IndexSnapshot, video: IndexedVideo) -> Path:
+def _unchanged(state: OpenIndex, video: IndexedVideo) -> Path:
     """The path of a file that is as it was indexed; one that was replaced could link anywhere."""
-    state = state_of(index, video)
-    if state != "ok":
-        raise BadRequest(_STATES[state], {"changed": 409, "missing": 410}[state])
-    return index.folder / video.path
+    found = state_of(state, video)
+    if found != "ok":
+        raise BadRequest(_STATES[found], {"changed": 409, "missing": 410}[found])
+    return state.folder / video.path
 
 
-def _number(request: Request, name: str, count: int, default: int) -> int:
-    text = request.query_params.get(name, str(default))
+def _number(name: str, text: str, count: int) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) >= count:
         raise BadRequest(f"{name} must be a number from 0 to {count - 1}, not {text[:100]!r}")
     return int(text)

@@ -7,8 +7,7 @@ they were indexed; pages of other sites learn nothing from it, not even which fi
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
 from starlette.applications import Starlette
@@ -18,16 +17,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.access import Access, CheckAccess, parse_hosts
 from drl_jax.search.addresses import MAX_HITS, PageQuery
 from drl_jax.search.api import SearchAPI
-from drl_jax.search.candidates import CandidateSearch
-from drl_jax.search.hubness import Correction
 from drl_jax.search.media import Media
 from drl_jax.search.routes import api_routes, file_routes, page_routes
-from drl_jax.search.session import SearchSession
+from drl_jax.search.session import Index
 
 _ONLY_HERE = Access()
 # Bytes of a request without its body.
@@ -62,48 +58,34 @@ class _AddHeaders:
 
 
 def serve(
-    directory: Path,
-    model: RetrievalModel | None,
+    index: Index,
     *,
     host: str,
     port: int,
     top: int,
     max_upload: int,
-    correction: Correction | None = None,
-    engine: Callable[[SearchSession], CandidateSearch] | None = None,
     allowed_hosts: str = "",
     needs_token: bool = True,
 ) -> None:
-    """Serves the page until it is interrupted.
+    """Serves the page of an index until it is interrupted.
 
     Args:
-      directory: of the index.
-      model: see `SearchSession`.
+      index: open.
       host: name or address to listen on.
       port: 0 chooses a free one.
       top: number of hits, unless the request has another.
       max_upload: MB of a video that is sent as a query, at most.
-      correction: see `SearchSession`.
-      engine: makes what answers sentences among all videos; None: all are compared.
       allowed_hosts: names that lead to the server, besides `host`; separated by commas.
       needs_token: whether requests need a token if other machines can send them.
 
     Raises:
-      UserError: the index or the engine cannot be opened, or the address is not available.
+      UserError: the address is not available, or `top` is too large.
     """
     hosts = parse_hosts(allowed_hosts)
     with _listening_errors(host, port):
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     access = Access.to(host, address[0], hosts, needs_token=needs_token)
-    app = make_app(
-        directory,
-        model,
-        top=top,
-        max_upload=max_upload,
-        correction=correction,
-        engine=engine,
-        access=access,
-    )
+    app = make_app(index, top=top, max_upload=max_upload, access=access)
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         with _listening_errors(host, port):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -119,7 +101,7 @@ def serve(
             h11_max_incomplete_event_size=_MAX_REQUEST,
         )
         try:
-            print(f"{app.state.videos} videos on {url}  (Ctrl-C stops)", flush=True)
+            print(f"{len(index.videos)} videos on {url}  (Ctrl-C stops)", flush=True)
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             print()
@@ -136,51 +118,23 @@ def _listening_errors(host: str, port: int) -> Iterator[None]:
         ) from error
 
 
-def make_app(
-    directory: Path,
-    model: RetrievalModel | None,
-    *,
-    top: int,
-    max_upload: int,
-    correction: Correction | None = None,
-    engine: Callable[[SearchSession], CandidateSearch] | None = None,
-    access: Access = _ONLY_HERE,
-) -> Starlette:
-    """Creates the ASGI application; answers one query, so that the first is not slow.
-
-    Args:
-      directory: of the index.
-      model: see `SearchSession`.
-      top: number of hits.
-      max_upload: MB of a video that is sent as a query, at most.
-      correction: see `SearchSession`.
-      engine: see `serve`.
-      access: which requests are accepted.
-
-    Raises:
-      UserError: the index or the engine cannot be opened, or `top` is too large.
-    """
+def make_app(index: Index, *, top: int, max_upload: int, access: Access = _ONLY_HERE) -> Starlette:
+    """Creates the ASGI application; answers one query, so that the first is fast; see `serve`."""
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
-    session, media = SearchSession(directory, model, correction), Media()
-    candidates = engine(session) if engine else None
-    if candidates is not None:
-        candidates.check()
-    api, max_video = SearchAPI(session, top, candidates), 1_000_000 * max_upload
+    media, api, max_video = Media(), SearchAPI(index, top), 1_000_000 * max_upload
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         media.close()
         api.sent.close()
-        if candidates is not None:
-            candidates.close()
 
     app = Starlette(
         routes=[
             *page_routes(api, max_video),
             *api_routes(api, max_video),
-            *file_routes(session, media),
+            *file_routes(index, media),
         ],
         middleware=[
             Middleware(_AddHeaders),
@@ -190,7 +144,6 @@ def make_app(
         lifespan=lifespan,
     )
     api.search(PageQuery("warm-up"))
-    app.state.videos = len(session.videos)
     return app
 
 

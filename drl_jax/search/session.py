@@ -1,155 +1,285 @@
-"""An open index that follows its updates."""
+"""An open index that follows its updates and answers queries."""
 
+import dataclasses
+import functools
+import os
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from drl_jax.pretrained import RetrievalModel, load_source
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.engine import SearchEngine
+from drl_jax.search import MOMENTS
+from drl_jax.search.duplicates import same_picture
+from drl_jax.search.filters import Filters
 from drl_jax.search.hits import Hit
-from drl_jax.search.hubness import Correction
-from drl_jax.search.joined import check_present, part_directories, part_versions
-from drl_jax.search.query import Query
-from drl_jax.search.rows import IndexedVideo
-from drl_jax.search.snapshot import IndexSnapshot
-from drl_jax.search.store import Store
+from drl_jax.search.index_file import index_version, part_directories, read_header
+from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos
+from drl_jax.search.query import (
+    EncodedQuery,
+    Query,
+    encode_query,
+    encode_sentences,
+    encode_video_file,
+)
+from drl_jax.search.ranking import FindCandidates, Found, Ranker, SearchOptions
+
+# Seconds that queries wait for a new state of their index; one that is opened for longer is used by
+# later queries.
+_PATIENCE = 0.1
+# Sentences that are compared together at most.
+_TOGETHER = 32
+# Encoded queries, and their best windows, that are kept: a page asks for a query several times.
+_KEPT = 64
 
 
-class Searcher(Protocol):
-    """Answers sentences: a session, or a candidate engine in front of it."""
-
-    @property
-    def videos(self) -> Sequence[IndexedVideo]:
-        """The videos that can be found."""
-
-    def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
-        """The best videos for each sentence."""
-
-
-# `index_version` of each part of an index, by its directory.
-Versions = dict[Path, tuple[int, ...]]
-# Seconds that a query may wait until a new state of its index is open.
-_PATIENCE = 0.25
-
-
-class SearchSession:
-    """An open index and its model.
+class Index:
+    """An open index and its model. Safe to use from several threads.
 
     Every query is answered from the current state of the index, also while another process updates
-    it. Where opening a state takes long, it is opened in the background, and queries are answered
-    from the one before until then. Safe to use from several threads.
+    it. A state that takes long to open is opened in the background, and queries are answered from
+    the one before until then.
 
     Attributes:
       directory: of the index.
       model: the model that the index was made with.
-      correction: for hubs, of queries of one sentence.
+      ranker: answers.
     """
 
     def __init__(
         self,
-        directory: Path,
+        directory: str | os.PathLike,
         model: RetrievalModel | None = None,
-        correction: Correction | None = None,
+        options: SearchOptions = SearchOptions(),  # noqa: B008
+        ask_engine: FindCandidates | None = None,
     ):
         """Opens an index.
 
         Args:
           directory: of the index.
           model: the model it was made with; None: loaded from where the index says it is.
-          correction: for hubs, of queries of one sentence; None: they are ranked by similarity.
+          options: how queries are answered.
+          ask_engine: see `Ranker`.
 
         Raises:
           UserError: there is no index, no video to search, the model is another one, or the index
-            does not store what the correction needs.
+            does not store what the options need.
         """
-        self.directory, self.correction = directory, correction
+        self.directory = Path(directory)
         if model is None:
-            first = part_directories(directory)[0]
-            check_present(directory, first)
-            with Store(first) as store:
-                source = store.header["source"]
-            model = load_source(source)
-        self.model = model
-        self._engine = SearchEngine(model.config.model, model.params)
-        self._refreshing = threading.Lock()
+            model = load_source(read_header(part_directories(self.directory)[0])["source"])
+        self.model, self.ranker = model, Ranker(model, options, ask_engine)
+        self._refreshing, self._searching = threading.Lock(), threading.Lock()
+        self._waiting: list[_Request] = []
+        self._failure: Exception | None = None
         self._opening: threading.Thread | None = None
-        self._versions: Versions = {}
-        self._seconds = 0.0  # That opening the last state took.
-        self._open(part_versions(directory))
+        self._ready_by = 0.0
+        self._state = OpenIndex(self.directory, model)
+        if options.correction is not None:
+            self._state.biases(options.correction)
+        self._encoded = functools.lru_cache(maxsize=_KEPT)(self._encode)
+        self._found = functools.lru_cache(maxsize=_KEPT)(self._find)
 
-    @property
-    def videos(self) -> Sequence[IndexedVideo]:
-        """The videos that can be found."""
-        return self.snapshot().videos
+    @classmethod
+    def open(cls, directory: str | os.PathLike, **options: Any) -> "Index":
+        """Opens an index with fields of `SearchOptions`, e.g. `engine="exact"`."""
+        return cls(directory, options=SearchOptions(**options))
 
-    def snapshot(self) -> "IndexSnapshot":
+    def add(self, videos: Sequence[str | os.PathLike]) -> Any:
+        """Adds, updates or removes videos of the folder of the index: paths below it.
+
+        Returns:
+          The `IndexReport`.
+
+        Raises:
+          UserError: see `update_index`.
+        """
+        from drl_jax.search.update import update_index
+
+        state = self.state()
+        return update_index(
+            self.model,
+            state.folder,
+            self.directory,
+            storage=state.header["storage"],
+            fps=state.header["fps"],
+            only=[os.fspath(path) for path in videos],
+        )
+
+    # ------------------------------------------------------------------ the state
+
+    def state(self) -> OpenIndex:
         """A state of the index to answer from; see the class.
 
         Raises:
           UserError: see `__init__`.
         """
         with self._refreshing:
-            versions = part_versions(self.directory)
-            if versions == self._versions and all(versions.values()):
-                return self._snapshot
-            if self._seconds < _PATIENCE or not self._is_update(versions):
-                self._open(versions)
-            elif self._opening is None or not self._opening.is_alive():
-                self._opening = threading.Thread(
-                    target=self._open_in_background, args=(versions,), daemon=True
-                )
+            version = index_version(self.directory)
+            if version == self._state.version and all(version.values()):
+                self._failure = None
+                return self._state
+            if self._opening is None or not self._opening.is_alive():
+                self._ready_by = time.monotonic() + _PATIENCE
+                self._opening = threading.Thread(target=self._reopen, daemon=True)
                 self._opening.start()
-            return self._snapshot
+            # All queries together wait so long, not each of them.
+            self._opening.join(max(0.0, self._ready_by - time.monotonic()))
+            if self._failure is not None:
+                raise self._failure
+            return self._state
 
-    def _open(self, versions: Versions) -> None:
-        start = time.monotonic()
-        # Most features of an update are checked already.
-        previous = self._snapshot if self._is_update(versions) else None
-        self._snapshot = IndexSnapshot(
-            self.directory, self.model, self._engine, previous, self.correction, versions
-        )
-        self._versions, self._seconds = versions, time.monotonic() - start
-
-    def _open_in_background(self, versions: Versions) -> None:
+    def _reopen(self) -> None:
         try:
-            self._open(versions)
-        except UserError:
-            self._seconds = 0.0  # The next query opens it, and says what is wrong.
+            state = OpenIndex(self.directory, self.model, self._state)
+        except Exception as error:
+            self._failure = error
+            return
+        self._state.close()
+        self._state, self._failure = state, None
+        self._found.cache_clear()  # It holds the state before, whose files may be deleted.
 
-    def _is_update(self, versions: Versions) -> bool:
-        """Whether they are of the same databases, with more transactions."""
-        if list(versions) != list(self._versions):
-            return False
-        pairs = [(self._versions[part], version) for part, version in versions.items()]
-        return all(old and new and old[0] == new[0] and old[-1] <= new[-1] for old, new in pairs)
+    @property
+    def videos(self) -> Videos:
+        """The videos that can be found."""
+        return self.state().videos
 
-    def search(self, sentences: Sequence[str], top: int) -> list[list[Hit]]:
-        """See `IndexSnapshot.search`."""
-        return self.snapshot().search(sentences, top)
+    # ------------------------------------------------------------------ queries
 
-    def answer(self, query: Query, top: int) -> list[Hit]:
-        """See `IndexSnapshot.answer`."""
-        return self.snapshot().answer(query, top)
+    def search(
+        self,
+        query: str | Query | Sequence[str],
+        top: int = 5,
+        *,
+        filters: Filters | None = None,
+        moments: int = MOMENTS,
+    ) -> list[Hit] | list[list[Hit]]:
+        """Finds the best videos for a query of any kind, or for each of several sentences.
 
-    def search_by_video(self, path: Path, top: int) -> list[Hit]:
-        """See `IndexSnapshot.search_by_video`."""
-        return self.snapshot().search_by_video(path, top)
-
-    def rank_sentences(self, path: Path, sentences: Sequence[str]) -> list[tuple[float, str]]:
-        """Ranks sentences by their similarity to a video file.
-
-        Returns:
-          Pairs of similarity and sentence, the best first.
+        Args:
+          query: a sentence, several, or a `Query`.
+          top: number of hits.
+          filters: which videos are searched; None: all.
+          moments: of a hit, at most.
 
         Raises:
-          UserError: the file cannot be read, or a sentence is blank.
+          UserError: the query is empty, a part of it cannot be read, or no video passes the
+            filters.
         """
-        model = self.model
-        scores = model.similarity(model.encode_text(sentences), model.encode_videos([path]))[:, 0]
-        order = np.argsort(-scores, kind="stable")
-        return [(float(scores[row]), sentences[row]) for row in order]
+        state = self.state()
+        among = state.filtered(filters) if filters else None
+        if among is not None and not len(among):
+            raise UserError(f"none of the {state.count} videos passes the filters")
+        if isinstance(query, str):
+            query = Query(sentence=query)
+        if isinstance(query, Query):
+            return self.answer(state, query, top, among, moments=moments)
+        encoded = encode_sentences(self.model, query)
+        with self._searching:
+            return self.ranker.find(state, encoded, top, among, moments)
+
+    def answer(
+        self,
+        state: OpenIndex,
+        query: Query,
+        top: int,
+        among: Videos | None = None,
+        *,
+        offset: int = 0,
+        moments: int = MOMENTS,
+    ) -> list[Hit]:
+        """The hits of one query in one state of the index, those before `offset` left out."""
+        if isinstance(query.video, Path):  # What is kept of a query has no file that can change.
+            query = dataclasses.replace(query, video=encode_video_file(self.model, query.video))
+        request = _Request(state, query, top, among)
+        self._waiting.append(request)
+        with self._searching:
+            if request.found is None:
+                self._rank(request)
+            videos = self.ranker.videos(state, request.found, top)
+            same = self._same(state, query, among)
+            videos = list(dict.fromkeys([*same, *videos]))[offset:top]
+            hits = self.ranker.hits(state, request.encoded, request.found, videos, moments)
+        return [
+            dataclasses.replace(hit, rank=hit.rank + offset, is_same=hit.video in same)
+            for hit in hits
+        ]
+
+    def _same(self, state: OpenIndex, query: Query, among: Videos | None) -> Sequence[IndexedVideo]:
+        """The videos of which the picture of a query is a frame; they are first."""
+        if not query.picture:
+            return ()
+        frame = np.frombuffer(query.picture, np.uint8).reshape(self.model.frame_form.shape)
+        found = same_picture(state, frame)
+        return found if among is None else [v for v in found if among.valid[v.slot]]
+
+    def _rank(self, request: "_Request") -> None:
+        """Ranks a query; sentences that wait at the same time share one product."""
+        batch = [request]
+        if request.is_plain:
+            others = (one for one in self._waiting if one is not request and one.is_plain)
+            batch += [one for one in others if one.state is request.state][: _TOGETHER - 1]
+        self._waiting = [one for one in self._waiting if one not in batch]
+        try:
+            encoded = [self._encoded(one.query) for one in batch]
+            top = max(one.top for one in batch)
+            results = self.ranker.rank(request.state, encoded, top, request.among)
+        except UserError:
+            if len(batch) == 1:
+                raise
+            self._waiting += batch[1:]  # One of them may be wrong; each is answered alone.
+            batch, encoded = [request], [self._encoded(request.query)]
+            results = self.ranker.rank(request.state, encoded, request.top, request.among)
+        for one, query, found in zip(batch, encoded, results, strict=True):
+            one.encoded, one.found = query, found
+
+    def _encode(self, query: Query) -> EncodedQuery:
+        return encode_query(self.model, query)
+
+    def in_video(self, state: OpenIndex, query: Query, video: IndexedVideo, most: int) -> Hit:
+        """The hit of a query in one video, as a search that finds it has it."""
+        with self._searching:
+            encoded, found = self._encoded(query), self._found(state, query, None)
+            if not any(slot in found.refined for slot in video.slots.tolist()):
+                found = self._found(state, query, video.path)
+            return self.ranker.hits(state, encoded, found, [video], most)[0]
+
+    def _find(self, state: OpenIndex, query: Query, path: str | None) -> Found:
+        among = None if path is None else state.filtered(Filters(only=(path,)))
+        return self.ranker.rank(state, [self._encoded(query)], 1, among)[0]
+
+
+@dataclasses.dataclass(eq=False)
+class _Request:
+    """A query that waits for its ranking."""
+
+    state: OpenIndex
+    query: Query
+    top: int
+    among: Videos | None
+    encoded: EncodedQuery | None = None
+    found: Found | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.among is None and self.query == Query(sentence=self.query.sentence)
+
+
+def rank_sentences(
+    model: RetrievalModel, path: Path, sentences: Sequence[str]
+) -> list[tuple[float, str]]:
+    """Ranks sentences by their similarity to a video file.
+
+    Returns:
+      Pairs of similarity and sentence, the best first.
+
+    Raises:
+      UserError: the file cannot be read, or a sentence is blank.
+    """
+    scores = model.similarity(model.encode_text(sentences), model.encode_videos([path]))[:, 0]
+    order = np.argsort(-scores, kind="stable")
+    return [(float(scores[row]), sentences[row]) for row in order]

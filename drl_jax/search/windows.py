@@ -16,6 +16,10 @@ SHORT_VIDEO_SECONDS = 12.0
 # Shots are joined if no cut is further than this from an end of the window, seconds: the frames of
 # another shot take the place of frames that show the moment.
 _ACROSS_CUT = 0.5
+# What a window shows after its last frame, seconds.
+_LAST_FRAME = 0.25
+# Times that differ by less are the same, seconds.
+_SAME = 1e-6
 
 
 class Window(NamedTuple):
@@ -33,7 +37,7 @@ class Window(NamedTuple):
 
 
 def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
-    """Splits a video into windows.
+    """Splits a video into windows, of the frames that are sampled once a second.
 
     A window has as many seconds as the model has frames, one a second as in training. A shot that
     is not longer is one window; a longer one has windows that are each half over the next. Very
@@ -44,14 +48,74 @@ def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
       max_frames: frames of a window at most, and its seconds.
     """
     windows = []
+    coarse = np.flatnonzero(video.coarse)
+    times = video.times[coarse]
     for start, end in _spans(video):
         for first, last in _pieces(start, end, float(max_frames)):
-            inside = np.flatnonzero((video.times >= first) & (video.times < last))
+            inside = coarse[slice(*np.searchsorted(times, (first - _SAME, last - _SAME)))]
             if len(inside) > max_frames:
                 inside = inside[np.linspace(0, len(inside) - 1, num=max_frames, dtype=int)]
             if len(inside):
                 windows.append(Window(first, last, tuple(map(int, inside))))
     return windows
+
+
+def windows_around(
+    times: np.ndarray, windows: Sequence[Window], number: int, max_frames: int
+) -> list[Window]:
+    """Windows of `max_frames` frames a second apart, one for each sampled frame near a window.
+
+    They start nearer to it than to its neighbours, and stay inside it and the windows that overlap
+    it: around all windows of a shot, there is one for each frame at which one may start.
+
+    Args:
+      times: float64 [F], of the sampled frames.
+      windows: of the video (`windows_of`), by their start.
+      number: index of the window.
+      max_frames: frames of each, exactly.
+
+    Returns:
+      By their start. None if the window is a whole shot: there is no other one.
+    """
+    start, end = windows[number].start, windows[number].end
+    if end - start < max_frames - _SAME:
+        return []
+    low, high, limit = start, end, end
+    if number and windows[number - 1].end > start + _SAME:
+        low = (windows[number - 1].start + start) / 2
+    if number + 1 < len(windows) and windows[number + 1].start < end - _SAME:
+        high, limit = (start + windows[number + 1].start) / 2, windows[number + 1].end
+    first, last = np.searchsorted(times, (low - _SAME, high - _SAME))
+    around = []
+    for time in times[first:last]:
+        if time + max_frames - 1 > limit - _SAME:
+            break
+        frames = _nearest(times, time + np.arange(max_frames))
+        if (np.diff(frames) > 0).all() and times[frames[-1]] < limit:
+            around.append(_spanning(times, frames, limit))
+    return around
+
+
+def inner_windows(times: np.ndarray, window: Window, max_frames: int) -> list[Window]:
+    """Shorter windows inside one: `max_frames` evenly spaced frames of a half or a quarter of it.
+
+    Args:
+      times: float64 [F], of the sampled frames of the video.
+      window: at the pace of training.
+      max_frames: frames of each, at most.
+    """
+    inside = np.arange(window.frames[0], window.frames[-1] + 1)
+    inner = []
+    for share in (2, 4):
+        length = len(inside) // share + 1
+        if length < 2 or length == len(inside):
+            continue
+        for first in range(0, len(inside) - length + 1, max(1, length // 4)):
+            part = inside[first : first + length]
+            if len(part) > max_frames:
+                part = part[np.linspace(0, len(part) - 1, num=max_frames, dtype=int)]
+            inner.append(_spanning(times, part, window.end))
+    return inner
 
 
 def window_at(windows: Sequence[Window], time: float) -> int:
@@ -62,6 +126,18 @@ def window_at(windows: Sequence[Window], time: float) -> int:
         return is_outside, abs((window.start + window.end) / 2 - time)
 
     return min(range(len(windows)), key=lambda number: distance(windows[number]))
+
+
+def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Indices of the times that are nearest to others."""
+    after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
+    return after - (wanted - times[after - 1] <= times[after] - wanted)
+
+
+def _spanning(times: np.ndarray, frames: np.ndarray, limit: float) -> Window:
+    """The window of frames, from the first to a little after the last."""
+    end = min(float(times[frames[-1]]) + _LAST_FRAME, limit)
+    return Window(float(times[frames[0]]), end, tuple(map(int, frames)))
 
 
 def _spans(video: SampledVideo) -> list[tuple[float, float]]:

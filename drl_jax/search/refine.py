@@ -1,0 +1,203 @@
+"""Windows that are made at query time, from the stored features of single frames.
+
+The windows of an index start every few seconds, and find candidates. Around each candidate there
+are windows that start at every sampled frame; a fixed number of them goes through the temporal head
+and the interaction, and the best one gives the candidate its score and its span. They all have the
+pace of training and the same number of frames: the scores of windows of different lengths cannot be
+compared, because a padded window has the floor 0 in its maxima.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from drl_jax.models.interactions import Features, Interaction
+from drl_jax.models.interactions.base import unit_features
+from drl_jax.pretrained import RetrievalModel
+from drl_jax.search.calibration import bank_similarity
+from drl_jax.search.engine import Part
+from drl_jax.search.windows import Window, inner_windows, windows_around
+
+# Windows that a query encodes, and those of one candidate, at most. More candidates find more than
+# more windows of each do.
+REFINE, _PER_CANDIDATE = 128, 4
+# By how many deviations of the bank a shorter window has to be more unusual than the winner.
+_CLEARLY = 0.25
+
+
+class Film(NamedTuple):
+    """What an index stores of a file of more than one window.
+
+    Attributes:
+      times: float64 [F], of the sampled frames, seconds.
+      windows: those that are stored, by their start.
+      image_feat: [F, D], features of the frames before the temporal head: float32, or the bits of
+        bfloat16 as uint16; may be a memory map.
+    """
+
+    times: np.ndarray
+    windows: Sequence[Window]
+    image_feat: np.ndarray
+
+
+class Candidate(NamedTuple):
+    """A stored window that scores well.
+
+    Attributes:
+      film: the file that it is of; None: it has one window, which is not refined.
+      window: index of the window among the film's.
+      score: of the query, without the bias.
+      bias: what was subtracted from the score: a correction for hubs.
+    """
+
+    film: Film | None
+    window: int
+    score: float
+    bias: float = 0.0
+
+
+class Refined(NamedTuple):
+    """The best window at a candidate.
+
+    Attributes:
+      window: the window; None for a file of one window.
+      score: of the query, without the bias of the candidate.
+    """
+
+    window: Window | None
+    score: float
+
+
+def score_windows(
+    model: RetrievalModel, parts: Sequence[Part], windows: Features, pad: int = 1
+) -> np.ndarray:
+    """Compares a query with windows.
+
+    The parts of a query are compared one by one, each with its own length: a padded token takes
+    part in the maxima of token-wise interactions.
+
+    Args:
+      model: encoded both.
+      parts: of the query.
+      windows: arrays of W windows (`encode_frame_windows`).
+      pad: the number of windows is rounded up to a multiple of it, to compile few shapes.
+
+    Returns:
+      float32 [W].
+    """
+    count = len(next(iter(windows.values())))
+    rows = np.minimum(np.arange(-(-count // pad) * pad), count - 1)
+    padded = {name: array[rows] for name, array in windows.items()}
+    scores = np.zeros(count, np.float32)
+    for part in parts:
+        similarity = model.similarity(part.text, padded)[:, :count]
+        scores += np.float32(part.weight) * similarity.max(axis=0)
+    return scores
+
+
+def refine(
+    model: RetrievalModel,
+    parts: Sequence[Part],
+    candidates: Sequence[Candidate],
+    most: int = REFINE,
+) -> list[Refined]:
+    """Finds the best window at each of the candidates of a query.
+
+    What a candidate becomes depends on its film alone. The windows are spent from the first
+    candidate on; those for which none is left keep their window and score. No score gets lower.
+
+    Args:
+      model: of the index.
+      parts: of the query.
+      candidates: the best first; an order that does not depend on how videos are stored.
+      most: number of windows that are encoded, at most.
+
+    Returns:
+      One for each candidate.
+    """
+    refined = [Refined(c.film and c.film.windows[c.window], c.score) for c in candidates]
+    proposed: list[tuple[int, Window]] = []
+    for number, (film, window, score, _) in enumerate(candidates):
+        if film is None:
+            continue
+        around = windows_around(film.times, film.windows, window, model.config.data.max_frames)
+        stored = [new for new in around if new.frames == film.windows[window].frames]
+        if stored:  # With the span of a refined window, and its score is known.
+            around.remove(stored[0])
+            refined[number] = Refined(stored[0], score)
+        around = _promising(model.interaction, parts, film, around)
+        if len(proposed) + len(around) > most:
+            break
+        proposed += [(number, new) for new in around]
+    if not proposed:
+        return refined
+    features = encode(model, [(candidates[number].film, window) for number, window in proposed])
+    scores = score_windows(model, parts, features, most)
+    for (number, window), score in zip(proposed, scores, strict=True):
+        score = float(score) - candidates[number].bias
+        if score > refined[number].score:
+            refined[number] = Refined(window, score)
+    return refined
+
+
+def tighten(
+    model: RetrievalModel, parts: Sequence[Part], bank: Features, film: Film, window: Window
+) -> Window:
+    """Moves the start and the end of a moment inside it.
+
+    Windows of other lengths are compared by how unusual the score is among those of the same window
+    with the captions of the bank. A window that is a whole shot stays as it is.
+
+    Args:
+      model: of the index.
+      parts: of the query, a sentence.
+      bank: arrays of the captions (`encode_text`).
+      film: that the window is of.
+      window: the best one at a candidate.
+
+    Returns:
+      The most unusual part of the window, or the window.
+    """
+    windows = [window, *inner_windows(film.times, window, model.config.data.max_frames)]
+    if len(windows) == 1 or window in film.windows:
+        return window
+    features = encode(model, [(film, part) for part in windows])
+    mean, deviation = bank_similarity(model, bank, features).T
+    unusual = (score_windows(model, parts, features) - mean) / np.maximum(deviation, 1e-6)
+    unusual[0] += _CLEARLY
+    return windows[int(unusual.argmax())]
+
+
+def encode(model: RetrievalModel, windows: Sequence[tuple[Film, Window]]) -> Features:
+    """Encodes windows of any films from the features of their frames; arrays of W windows."""
+    rows = [_float32(film.image_feat[list(window.frames)]) for film, window in windows]
+    ends = np.cumsum([len(part) for part in rows])
+    frames = [range(end - len(part), end) for part, end in zip(rows, ends, strict=True)]
+    return model.encode_frame_windows(np.concatenate(rows), frames)
+
+
+def _promising(
+    interaction: type[Interaction], parts: Sequence[Part], film: Film, windows: list[Window]
+) -> list[Window]:
+    """The windows to encode: the most similar by single frames, or evenly spread ones."""
+    if len(windows) <= _PER_CANDIDATE:
+        return windows
+    if not interaction.HAS_VECTORS:
+        chosen = np.linspace(0, len(windows) - 1, _PER_CANDIDATE, dtype=int)
+        return [windows[number] for number in chosen]
+    rows = np.array([window.frames for window in windows])  # [W, F]
+    feat = _float32(film.image_feat[rows.min() : rows.max() + 1])
+    unit = unit_features({"frame_feat": feat}, "frame")
+    of_frames = sum(
+        part.weight * (interaction.query_vectors(part.text) @ unit.T).max(axis=0) for part in parts
+    )
+    promise = of_frames[rows - rows.min()].mean(axis=1)
+    chosen = np.sort(np.argsort(-promise, kind="stable")[:_PER_CANDIDATE])
+    return [windows[number] for number in chosen]
+
+
+def _float32(image_feat: np.ndarray) -> np.ndarray:
+    if image_feat.dtype == np.uint16:  # The bits of bfloat16, the upper half of a float32.
+        return (image_feat.astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(image_feat, np.float32)

@@ -1,0 +1,305 @@
+"""The store of an index: immutable segments, and one sealed file that lists them."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.commands import ROOT
+
+from drl_jax.runtime import files
+from drl_jax.runtime.errors import Unavailable
+from drl_jax.runtime.lock import LockError
+from drl_jax.search import index_file
+from drl_jax.search.hubness import Correction
+from drl_jax.search.index_file import IndexWriter, check_distinct, join, open_part, read_header
+from drl_jax.search.open_index import OpenIndex
+from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord, write_segment
+from drl_jax.sharding import make_layout
+
+ABOUT = {"videos": "/videos", "fingerprint": "f", "storage": "float32", "fps": 1.0, "bank": []}
+
+
+def record(path, seed=0, windows=1):
+    """A record with random arrays; one of several windows has features of its frames."""
+    rng = np.random.default_rng(seed)
+    features = 4 * windows if windows > 1 else 0
+    arrays = {
+        "window.span": rng.random((windows, 2)),
+        "window.frames": rng.integers(0, 9, (windows, 4)).astype(np.int32),
+        "window.frame_unit": rng.random((windows, 4, 8)).astype(np.float32),
+        "frame.time": np.arange(4.0 * windows),
+        "feature.image_feat": rng.integers(0, 2**16, (features, 8)).astype(np.uint16),
+    }
+    return VideoRecord(
+        path, 100 + seed, seed, f"sha{seed}", "", 0.0, 9.5, arrays, [b"jpeg%d" % seed]
+    )
+
+
+def assert_equal(found, expected):
+    assert found[:7] == expected[:7]
+    assert found.arrays.keys() == expected.arrays.keys()
+    for name, array in expected.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array)
+    assert [bytes(strip) for strip in found.strips] == list(expected.strips)
+
+
+def contents(directory):
+    """Path -> record of an index, without those that are gone."""
+    part = open_part(directory)
+    return {
+        (found := segment.read(row)).path: found
+        for segment, gone in zip(part.segments, part.gone, strict=True)
+        for row in np.flatnonzero(~gone)
+    }
+
+
+@pytest.fixture
+def index(tmp_path):
+    directory = tmp_path / "index"
+    with IndexWriter(directory) as writer:
+        writer.create(**ABOUT)
+        writer.put([record("b.mp4", 1), record("a/é.mp4", 2, windows=3), record("c.mp4", 3)])
+        writer.put([VideoRecord("bad.mp4", 5, 6, "", "is no video", 300.0), record("d.mp4", 4)])
+    return directory
+
+
+def test_records_are_read_as_they_were_written(index):
+    found = contents(index)
+    assert_equal(found["a/é.mp4"], record("a/é.mp4", 2, windows=3))
+    assert_equal(found["d.mp4"], record("d.mp4", 4))
+    assert found["bad.mp4"] == ("bad.mp4", 5, 6, "", "is no video", 300.0, 0.0, {}, [])
+    first = open_part(index).segments[0]
+    assert first.paths() == ["a/é.mp4", "b.mp4", "c.mp4"]
+    assert [first.find(path) for path in ("b.mp4", "c.mp4", "d.mp4", "")] == [1, 2, None, None]
+    assert first.row_of_window(np.arange(5)).tolist() == [0, 0, 0, 1, 2]
+    assert first.strip(0, 0) == b"jpeg2"
+
+
+def test_records_are_replaced_removed_and_merged_under_open_readers(index):
+    part = open_part(index)
+    before = {s.directory: [s.read(row) for row in range(len(s))] for s in part.segments}
+    with IndexWriter(index) as writer:
+        writer.put([record("b.mp4", 9)], gone=["c.mp4"])
+        assert writer.file_at("b.mp4").sha256 == "sha9"
+        assert writer.file_at("c.mp4") is None
+        writer.merge()  # A third of the first segment, and half of it, are gone.
+    assert contents(index).keys() == {"a/é.mp4", "b.mp4", "bad.mp4", "d.mp4"}
+    assert_equal(contents(index)["b.mp4"], record("b.mp4", 9))
+    assert_equal(contents(index)["a/é.mp4"], record("a/é.mp4", 2, windows=3))
+    assert not part.segments[0].directory.exists()
+    for segment in part.segments:  # What a reader has mapped stays.
+        segment.check_files()
+        for row, expected in enumerate(before[segment.directory]):
+            assert_equal(
+                segment.read(row), expected._replace(strips=[bytes(s) for s in expected.strips])
+            )
+
+
+def test_segments_of_one_size_are_merged(tmp_path):
+    with IndexWriter(tmp_path) as writer:
+        writer.create(**ABOUT)
+        for number in range(40):
+            writer.put([record(f"{number}.mp4", number)])
+            writer.merge(light=True)
+            assert len(writer.segments) <= 16
+    assert contents(tmp_path).keys() == {f"{number}.mp4" for number in range(40)}
+    assert len(list((tmp_path / "segments").iterdir())) == len(read_header(tmp_path)["segments"])
+
+
+def _read_all(segment):
+    for row in range(2):
+        segment.verify(row)
+        segment.strip(row, 0)
+
+
+def test_each_flipped_bit_is_noticed(tmp_path):
+    """Of any file of a segment; where a bit is flipped, the features of one video are refused."""
+    rng = random.Random(0)
+    entry = write_segment(tmp_path, [record("a.mp4", 1), record("b.mp4", 2, windows=3)])
+    paths = sorted(path for path in (tmp_path / entry["name"]).iterdir() if path.stat().st_size)
+    for _ in range(150):
+        path = rng.choice(paths)
+        content = bytearray(path.read_bytes())
+        bit = rng.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        healthy = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"differ|bytes, not|thumbnails|columns|hash"):
+            _read_all(Segment(tmp_path, entry))
+        path.write_bytes(healthy)
+
+
+def test_files_that_change_under_a_reader_are_noticed(index):
+    segment = open_part(index).segments[0]
+    segment.read(0)
+    path = segment.directory / "window.frame_unit.bin"
+    with path.open("r+b") as file:  # In place, as a failing disk or another program would.
+        file.write(bytes(64))
+    segment.check_files()
+    with pytest.raises(ValueError, match=r"features of 'a/é.mp4' differ from their checksum"):
+        segment.read(0)
+    os.truncate(path, 10)
+    with pytest.raises(ValueError, match="was cut"):
+        segment.check_files()
+
+
+def test_damage_of_the_list_and_of_a_segment(index, capsys):
+    first = open_part(index).segments[0].directory
+    (first / "videos.arrow").write_bytes(b"x" * 100)
+    with pytest.raises(SearchIndexError, match=r"is damaged .* only the damaged ones are decoded"):
+        open_part(index)
+    with IndexWriter(index) as writer:  # Its videos are unknown now, and are indexed again.
+        assert {file.path for file in writer.files()} == {"bad.mp4", "d.mp4"}
+    assert "3 videos are indexed again: a segment is damaged" in capsys.readouterr().out
+    assert (index / "damaged_segments" / first.name / "videos.arrow").exists()
+    text = (index / "index.json").read_text()
+    for damaged in (text[:-40], text.replace('"fps": 1.0', '"fps": 2.0'), "[]", ""):
+        (index / "index.json").write_text(damaged)
+        with pytest.raises(SearchIndexError, match=r"is damaged .* another --index, or restore"):
+            read_header(index)
+        with pytest.raises(SearchIndexError, match="is damaged"):
+            IndexWriter(index)
+
+
+def test_indexes_of_other_versions_are_one_line(tmp_path):
+    with pytest.raises(SearchIndexError, match=r"no index in .* make it with: python -m drl_jax"):
+        read_header(tmp_path)
+    (tmp_path / "index.sqlite").write_bytes(b"SQLite format 3\0")
+    for opens in (read_header, IndexWriter):
+        with pytest.raises(SearchIndexError, match=r"made by an earlier version.*make it anew"):
+            opens(tmp_path)
+    files.write_json(tmp_path / "index.json", files.seal({"format": 8, "new": 1}))
+    with pytest.raises(SearchIndexError, match=r"has format 8, and this version reads 7"):
+        read_header(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOSPC])
+def test_a_refusal_of_the_system_is_no_damage(index, monkeypatch, number):
+    def refused(*arguments, **options):
+        raise OSError(number, os.strerror(number), "a file")
+
+    before, listed = contents(index).keys(), sorted(index.rglob("*"))
+    for module, name in ((index_file, "Segment"), (index_file, "write_segment")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refused)
+            with (
+                pytest.raises(Unavailable, match=errno.errorcode[number]),
+                IndexWriter(index) as writer,
+            ):
+                writer.put([record("new.mp4")])
+    assert contents(index).keys() == before
+    assert sorted(index.rglob("*")) == listed
+
+
+def test_one_process_writes(index):
+    with IndexWriter(index), pytest.raises(LockError, match=r"is in use by process"):
+        IndexWriter(index)
+
+
+def test_a_killed_writer_loses_nothing(tmp_path):
+    """Killed at random moments, among them between a segment and its commit, and while merging."""
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from test_search_store import ABOUT, record
+        from drl_jax.search.index_file import IndexWriter
+
+        with IndexWriter(Path(sys.argv[1])) as writer:
+            if not writer.header:
+                writer.create(**ABOUT)
+            first = len(list(writer.files()))
+            for number in range(first, 100_000):
+                writer.put([record(f"{number:06}.mp4", number)])
+                writer.merge()
+                print(number, flush=True)
+    """)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    rng, stored = random.Random(0), 0
+    for _ in range(4):
+        command = [sys.executable, "-c", program, str(tmp_path / "index")]
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT / "tests"
+        ) as process:
+            lines = [process.stdout.readline() for _ in range(rng.randrange(1, 25))]
+            time.sleep(rng.random() / 50)
+            process.kill()
+            lines += process.stdout.readlines()
+        assert process.returncode == -signal.SIGKILL
+        last = int(lines[-1])
+        found = contents(tmp_path / "index")
+        assert sorted(found) == [f"{number:06}.mp4" for number in range(len(found))]
+        assert len(found) >= last + 1 > stored
+        stored = len(found)
+        for number in (0, stored // 2, stored - 1):
+            assert_equal(found[f"{number:06}.mp4"], record(f"{number:06}.mp4", number))
+    with IndexWriter(tmp_path / "index") as writer:
+        listed = {entry["name"] for entry in writer.header["segments"]}
+        assert {path.name for path in (tmp_path / "index" / "segments").iterdir()} == listed
+
+
+def test_indexes_that_cannot_be_joined(index, tmp_path):
+    other = shutil.copytree(index, tmp_path / "other")
+    with pytest.raises(SearchIndexError, match=r"is in two shards, .*index one of them again"):
+        join(tmp_path / "joined", [index, other])
+    with IndexWriter(other) as writer:
+        writer.update_header(videos="/elsewhere")
+    assert len(join(tmp_path / "joined", [index, other])) == 2
+    check_distinct([open_part(index), open_part(other)])
+    with IndexWriter(other) as writer:
+        writer.update_header(fps=2.0)
+    with pytest.raises(SearchIndexError, match=r"they differ in their --fps"):
+        join(tmp_path / "joined", [index, other])
+    for shards, message in (
+        ([index, index], "is named twice"),
+        ([index, tmp_path / "joined"], "is a joined index; name its shards"),
+        ([index, tmp_path / "none"], "no index in"),
+    ):
+        with pytest.raises(SearchIndexError, match=message):
+            join(tmp_path / "joined", shards)
+    with pytest.raises(SearchIndexError, match="is an index with videos"):
+        join(index, [other])
+    with pytest.raises(SearchIndexError, match="joins other indexes"):
+        IndexWriter(tmp_path / "joined")
+
+
+def test_biases_of_hubs_are_read_beside_files_that_cannot_be_searched(tmp_path):
+    model = SimpleNamespace(fingerprint="f", source={}, layout=make_layout())
+    numbers = {"window.hubness": np.array([[3.0, 4.0], [5.0, 6.0]], np.float32)}
+    good = record("good.mp4", windows=2)
+    with IndexWriter(tmp_path / "index") as writer:
+        writer.create(**ABOUT, hubness={"is": [2], "nnn": [16]})
+        writer.put([VideoRecord("bad.mp4", 1, 1, error="is not a video")])
+        writer.put([good._replace(arrays={**good.arrays, **numbers})])
+    index = OpenIndex(tmp_path / "index", model)
+    assert index.biases(Correction("is", 2)).tolist() == [3, 5]
+    assert index.biases(Correction("nnn", 16, 0.5)).tolist() == [2, 3]
+    with IndexWriter(tmp_path / "plain") as writer:
+        writer.create(**ABOUT)
+        writer.put([good])
+    with pytest.raises(SearchIndexError, match="has no bank of captions, which --hubness needs"):
+        OpenIndex(tmp_path / "plain", model).biases(Correction("is", 2))
+
+
+def test_a_merge_does_not_hold_all_thumbnails_in_memory(tmp_path):
+    size, count = 2**20, 16
+    with IndexWriter(tmp_path / "index") as writer:
+        writer.create(**ABOUT)
+        for number in range(count):
+            writer.put([record(f"{number}.mp4")._replace(strips=[bytes([number]) * size])])
+        tracemalloc.start()
+        writer.merge()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(writer.segments) == 1
+        assert peak < count * size / 4
+        assert bytes(writer.record(writer.file_at("3.mp4")).strips[0]) == bytes([3]) * size
