@@ -135,6 +135,10 @@ def test_our_own_form(clip_file):
         (0.5,) * 3,
         "squash",
     )
+    # Also without a family, which the tensors say.
+    write(clip_file, "config.json", {"activation": "gelu", "text_heads": 4})
+    description = read_weights(clip_file).description
+    assert (description.backbone.activation, description.is_guessed) == ("gelu", False)
 
 
 def test_the_file_wins_over_the_configuration_where_input_is_prepared(clip_file):
@@ -150,6 +154,11 @@ def test_the_file_wins_over_the_configuration_where_input_is_prepared(clip_file)
 
 REFUSED = (
     ("config.json", "[", "is damaged: it is not JSON"),
+    (
+        "config.json",
+        '{"activation": "gelu", "activation": "quick_gelu"}',
+        "has the key 'activation'",
+    ),
     ("config.json", "[]", "is not a JSON object"),
     ("open_clip_config.json", "{}", "model_cfg.vision_cfg.width is None, not a whole number"),
     ("config.json", changed(HUGGING_FACE, "model_type", "blip"), "model_type 'blip' is not"),

@@ -1,10 +1,12 @@
 """Checkpoints and directories of runs: order of saving, the best one, whose they are."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
 import shutil
+import threading
 import tracemalloc  # noqa: F401 (pytest imports it when it reports what Orbax leaves behind)
 
 import jax
@@ -238,6 +240,23 @@ def test_a_checkpoint_that_cannot_be_written_names_the_error(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert restore_latest(tmp_path) == 1
+
+
+def test_a_checkpoint_whose_directory_cannot_be_created_leaves_no_thread(tmp_path, monkeypatch):
+    """One that waits for the directory would keep the process for five minutes."""
+    makedirs = os.makedirs
+
+    def full(path, *arguments, **options):
+        if "orbax-checkpoint-tmp" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        makedirs(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "makedirs", full)
+    before = set(threading.enumerate())
+    with pytest.raises(Unavailable, match=r"cannot be saved: .*\(ENOSPC\); nothing"):
+        write_steps(tmp_path, 1, identity=OWN)
+    left = [thread.name for thread in set(threading.enumerate()) - before]
+    assert not [name for name in left if not name.startswith("asyncio")]
 
 
 # ---------------------------------------------------------------- whose a checkpoint is

@@ -107,6 +107,10 @@ class Checkpoints:
                         preservation_policy=LatestAndBest(self.best_step, keep_latest),
                         cleanup_tmp_directories=not read_only,
                         read_only=read_only,
+                        # If a thread of its own cannot create one, others wait five minutes for it.
+                        async_options=ocp.AsyncOptions(
+                            create_directories_asynchronously=jax.process_count() > 1
+                        ),
                     ),
                 )
             except (FileNotFoundError, NotADirectoryError):

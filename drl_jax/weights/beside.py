@@ -86,7 +86,8 @@ def _config(path: Path) -> Beside | None:
                 fields |= _preprocessor_fields(preprocessor, values)
                 break
         return Beside("config.json", fields)
-    return Beside("config.json", _own_fields(values)) if "family" in values.content else None
+    is_own = not values.content.keys().isdisjoint(("family", "activation"))
+    return Beside("config.json", _own_fields(values)) if is_own else None
 
 
 # ---------------------------------------------------------------- our own form

@@ -1,11 +1,11 @@
 """Reads JSON files of others; every value is checked, and the message names file and field."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drl_jax.runtime.errors import Unavailable, UserError
+from drl_jax.runtime.errors import Unavailable, UserError, one_line
+from drl_jax.runtime.files import parse_json
 
 
 class WeightsError(UserError):
@@ -22,13 +22,15 @@ class JSONValues:
     def read(cls, path: Path) -> "JSONValues | None":
         """The content of a file; None if there is no such file."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except OSError as error:
             raise Unavailable(path, error) from error
         except (ValueError, RecursionError) as error:
-            raise WeightsError(f"{path} is damaged: it is not JSON; get it again") from error
+            raise WeightsError(
+                f"{path} is damaged: it is not JSON ({one_line(error)}); get it again"
+            ) from error
         if not isinstance(content, dict):
             raise WeightsError(f"{path} describes no model: it is not a JSON object")
         return cls(path, content)
