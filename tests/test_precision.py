@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -53,15 +52,14 @@ def test_float32_is_not_tf32_unless_it_is_named(tiny_model, dtype, expected):
     text = jax.eval_shape(steps.encode_text, params, text_ids, text_mask)
     video = jax.eval_shape(steps.encode_video, params, frames, frame_mask)
     image_feat = jax.ShapeDtypeStruct((B, F, model.backbone.embed_dim), jnp.float32)
-    gallery = SimpleNamespace(layout=layout, block=B)
-    compare = SearchEngine(model, params)._step(gallery, 1, combined="sum")
-    query = {**text, "query_weights": jax.ShapeDtypeStruct((B,), jnp.float32)}
+    compare = SearchEngine(model, params)._step(layout, B, 1, is_one=True)
+    weights = jax.ShapeDtypeStruct((1,), jnp.float32)
     for program, *arguments in (
         (steps.encode_text, text_ids, text_mask),
         (steps.encode_video, frames, frame_mask),
         (steps.encode_image, jax.ShapeDtypeStruct((B, *frames.shape[2:]), jnp.uint8), valid),
         (steps.encode_window, image_feat, frame_mask),
         (steps.similarity, text, video),
-        (compare, query, {**video, "valid": valid}),
+        (compare, [text], weights, {**video, "valid": valid}),
     ):
         assert precisions(program, params, *arguments) == {expected}

@@ -598,7 +598,7 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
             "--sentences ranks the sentences of its file",
         ),
         (("query", "--index=I", "--sentences=s.txt"), "--sentences needs --video"),
-        (("query", "--index=I", "--url=http://h:6333", "a"), "need --engine=qdrant"),
+        (("query", "--index=I", "--url=http://h:6333", "a"), "--url needs --engine=qdrant"),
         (("query", "--index=I", "--top=0", "a"), "must be a positive whole number, not '0'"),
         (("query", "a dog"), "required: --index"),
         (("serve", "--index=nowhere"), "no index in nowhere"),

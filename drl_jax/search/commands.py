@@ -149,23 +149,27 @@ def _query(options: argparse.Namespace) -> None:
     if not sentences and not any(others):
         run_prompt(index, _captions(options, index.model), options.top)
         return
-    state = index.state()
-    rest = Query(
-        without=options.without,
-        picture=_picture(options.picture, index.model.frame_form) if options.picture else b"",
-        # Decoded once for all sentences.
-        video=encode_video_file(index.model, options.video) if options.video else None,
-        like=_moment(index, options.like) if options.like else None,
-    )
-    if not any(others) and options.moments == 0:
-        raise UserError("--moments takes a number from 1")
-    among = state.filtered(filters) if filters else None
-    if among is not None and not len(among):
-        raise UserError(f"none of the {state.count} videos passes the filters")
-    for sentence in sentences or [""]:
-        name = sentence or str(options.video or options.picture or options.like)
-        query = dataclasses.replace(rest, sentence=sentence)
-        hits = index.answer(state, query, options.top, among, moments=options.moments)
+    if not any(others):
+        found = index.search(sentences, options.top, filters=filters, moments=options.moments)
+    else:
+        query = Query(
+            without=options.without,
+            picture=_picture(options.picture, index.model.frame_form) if options.picture else b"",
+            # Decoded once for all sentences.
+            video=encode_video_file(index.model, options.video) if options.video else None,
+            like=_moment(index, options.like) if options.like else None,
+        )
+        found = [
+            index.search(
+                dataclasses.replace(query, sentence=sentence),
+                options.top,
+                filters=filters,
+                moments=options.moments,
+            )
+            for sentence in sentences or [""]
+        ]
+    names = sentences or [str(options.video or options.picture or options.like)]
+    for name, hits in zip(names, found, strict=True):
         if options.json:
             print(json.dumps({"query": name, "hits": [hit.to_json() for hit in hits]}))
         else:

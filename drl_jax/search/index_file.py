@@ -143,6 +143,8 @@ def open_part(directory: Path, known: Sequence[Segment] = ()) -> Part:
                 or Segment(directory / _SEGMENTS, entry)
                 for entry in header["segments"]
             ]
+            for segment in segments:
+                segment.check_files()
             gone = [_gone(s, e) for s, e in zip(segments, header["segments"], strict=True)]
             return Part(directory, header, segments, gone)
         except (OSError, ValueError) as error:

@@ -100,9 +100,8 @@ class Segment:
           OSError, ValueError: a file is missing, cut, or not what was written.
         """
         self.directory, self._entry = parent / entry["name"], entry
+        self._check_table()
         path = self.directory / _TABLE
-        if sha256(path) != entry["sha256"]:
-            raise ValueError(f"{path} differs from its hash")
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if reader.schema != _SCHEMA:
             raise ValueError(f"{path} has other columns")
@@ -112,7 +111,7 @@ class Segment:
             for axis in (*AXES, "strip")
         }
         self.arrays: Features = {}
-        self._sizes: dict[Path, int] = {}
+        self._sizes = {path: path.stat().st_size}
         for name, (dtype, *shape) in entry["arrays"].items():
             rows = int(self.firsts[name.partition(".")[0]][-1])
             self.arrays[name] = self._map(f"{name}.bin", dtype, (rows, *shape))
@@ -128,6 +127,10 @@ class Segment:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, not {self._sizes[path]}")
         return np.memmap(path, dtype, "r", shape=shape) if count else np.zeros(shape, dtype)
 
+    def _check_table(self) -> None:
+        if sha256(self.directory / _TABLE) != self._entry["sha256"]:
+            raise ValueError(f"{self.directory / _TABLE} differs from its hash")
+
     def _modified(self) -> list[int]:
         return [path.stat().st_mtime_ns for path in self._sizes]
 
@@ -137,7 +140,7 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes of its files."""
-        return sum(self._sizes.values()) + (self.directory / _TABLE).stat().st_size
+        return sum(self._sizes.values())
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers of the table, [V]."""
@@ -189,18 +192,19 @@ class Segment:
         Videos of files that were written to are checked again when they are used.
 
         Raises:
-          ValueError: one was cut.
+          ValueError: one was cut, or the table has changed.
         """
         try:
             for path, size in self._sizes.items():
                 if path.stat().st_size < size:
                     raise ValueError(f"{path} was cut")
             modified = self._modified()
+            if modified != self._state:
+                self._check_table()
+                self._state = modified
+                self.verified[:] = False
         except FileNotFoundError:
             return  # A merge has deleted the segment, which stays mapped.
-        if modified != self._state:
-            self._state = modified
-            self.verified[:] = False
 
     def _rows(self, row: int) -> Features:
         """The array rows of a video; with an error, it has none."""
