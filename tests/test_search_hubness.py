@@ -1,4 +1,4 @@
-"""Search that ranks without hubs: stored numbers, ranks, banks."""
+"""Search that ranks without hubs: stored numbers, exact and Qdrant's ranks, banks."""
 
 import dataclasses
 import json
@@ -50,16 +50,16 @@ def shared_index(search_model, shared_videos):
 
 @pytest.fixture
 def videos(shared_videos, tmp_path):
-    """Two videos."""
-    (tmp_path / "videos").mkdir()
-    for path in sorted(shared_videos.iterdir())[:2]:
-        shutil.copy2(path, tmp_path / "videos")
-    return tmp_path / "videos"
+    return shutil.copytree(shared_videos, tmp_path / "videos")
 
 
-def opened(directory, model, correction, refine=0):
-    options = SearchOptions(refine=refine, correction=correction and Correction.parse(correction))
-    return Index(directory, model, options)
+@pytest.fixture
+def index(search_model, videos, tmp_path):
+    """An index of two videos with a bank."""
+    for path in sorted(videos.iterdir())[2:]:
+        path.unlink()
+    update_index(search_model, videos, tmp_path / "index", storage="float32", bank=BANK)
+    return tmp_path / "index"
 
 
 def opened(directory, model, correction=None) -> Index:
@@ -127,26 +127,24 @@ def test_new_videos_get_their_numbers(search_model, shared_videos, videos, index
     _, expected = corrected("is:20", index.state(), search_model)
     assert_ranked_by(index, expected, range(expected.shape[1]))
 
+
+def test_an_index_keeps_its_bank(search_model, shared_videos, videos, index):
     def update(**bank):
         shutil.copy2(shared_videos / "zz_long.mp4", videos)
-        return update_index(search_model, videos, directory, storage="float32", **bank)
+        return update_index(search_model, videos, index, storage="float32", **bank)
 
-    update_index(search_model, videos, directory, storage="float32", bank=BANK)
-    update()
-    index = opened(directory, search_model, "is:20")
-    check_ranks(index, corrected(search_model, index.state(), "is:20")[1])
     with pytest.raises(UserError, match="was made with another --bank"):
         update(bank=BANK[1:])
     for damaged, reason in ((b'["a"]', "has changed"), (b"{", "is damaged"), (None, "No such")):
-        (videos / "zz_long.mp4").unlink()
-        update_index(search_model, videos, directory, storage="float32")
-        path = directory / "hubness_bank.json"
+        path = index / "hubness_bank.json"
         path.unlink()
         if damaged:
             path.write_bytes(damaged)
         with pytest.raises(UserError, match=rf"{reason}.*; give the captions .* with --bank"):
             update()
         assert update(bank=BANK).added == 1
+        (videos / "zz_long.mp4").unlink()
+        update_index(search_model, videos, index, storage="float32")
 
 
 def test_an_index_without_a_bank_is_one_line(search_model, videos, tmp_path):
@@ -158,6 +156,8 @@ def test_an_index_without_a_bank_is_one_line(search_model, videos, tmp_path):
 
 
 def test_the_commands(search_run, videos, tmp_path, capsys):
+    for path in sorted(videos.iterdir())[3:-1]:
+        path.unlink()
     index = f"--index={tmp_path / 'index'}"
     (tmp_path / "bank.txt").write_text("\n".join(BANK))
     make = ("index", index, f"--workdir={search_run}", f"--videos={videos}")
@@ -174,7 +174,7 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
     for flags, message in (
         (["--hubness=csls", "a"], "--hubness=csls: write is, is:BETA, nnn, nnn:K or nnn:K:W"),
         (["--hubness=nnn:9", "a"], "has nnn for 16, 128 only"),
-        (["--hubness=is", f"--video={next(videos.iterdir())}"], "--hubness ranks sentences"),
+        (["--hubness=is", f"--video={videos / 'zz_long.mp4'}"], "--hubness ranks sentences"),
     ):
         assert message in error_of("drl_jax.search", "query", index, *flags, capsys=capsys)
 
@@ -187,15 +187,24 @@ def test_training_captions_that_are_not_here(search_model, tmp_path, videos):
         _bank_captions("train", model)
 
 
-def test_corrections_are_parsed():
-    for text, expected in (
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("is", ("is", 20, 1.0)),
         ("is:5", ("is", 5, 1.0)),
         ("nnn", ("nnn", 128, 0.75)),
         ("nnn:16", ("nnn", 16, 0.75)),
         ("nnn:16:0.5", ("nnn", 16, 0.5)),
-    ):
-        assert dataclasses.astuple(Correction.parse(text)) == expected
-    for text in ("", "dsl", "is:", "is:x", "is:5:1", "nnn:a", "nnn:1:b", "nnn:1:nan", "nnn:1:-1"):
-        with pytest.raises(UserError, match="write is, is:BETA"):
-            Correction.parse(text)
+    ],
+)
+def test_corrections_are_parsed(text, expected):
+    assert dataclasses.astuple(Correction.parse(text)) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "dsl", "is:", "is:x", "is:5:1", "nnn:a", "nnn:1:b", "nnn:1:nan", "nnn:1:-1", "nnn:1:1:1"],
+)
+def test_other_corrections_are_refused(text):
+    with pytest.raises(UserError, match="write is, is:BETA"):
+        Correction.parse(text)
