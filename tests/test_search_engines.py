@@ -13,8 +13,9 @@ from support.videos import numbered_frames, write_video
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import qdrant
 from drl_jax.search.filters import Filters
-from drl_jax.search.hubness import HUBNESS_ARRAY, Correction
+from drl_jax.search.hubness import Correction
 from drl_jax.search.index_file import join
+from drl_jax.search.open_index import stored_windows
 from drl_jax.search.qdrant import Qdrant
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
@@ -73,8 +74,9 @@ def check_same(found: list, expected: list) -> None:
 
 
 def vectors_of(index: Index) -> np.ndarray:
-    state = index.state()
-    return state.array("pooled_unit") * state.array("pooled_unit.scale")[:, None]
+    gallery = index.state().gallery
+    stored = gallery.take(np.arange(len(gallery)))
+    return stored["pooled_unit"] * stored["pooled_unit.scale"][:, None]
 
 
 def test_candidates_have_the_largest_products(exact, server):
@@ -92,9 +94,8 @@ def test_the_correction_is_a_channel(exact):
     engine.export(state)
     assert engine.collection(state) != memory().collection(state)
     queries = exact.model.interaction.query_vectors(exact.model.encode_text(QUERIES))
-    stored = state.array(HUBNESS_ARRAY)
     products = queries @ vectors_of(exact).T
-    corrected = products - correction.biases(state.directory, state.header, stored)
+    corrected = products - state.biases(correction)
     found = [set(slots) for slots in engine(state, queries, 5)]
     assert found == [set(row) for row in np.argsort(-corrected, axis=1)[:, :5]]
     assert found != [set(row) for row in np.argsort(-products, axis=1)[:, :5]]
@@ -218,9 +219,8 @@ def test_recall_by_the_number_of_candidates(exact, server, engine):
     assert (few.candidates, all_.candidates) == (4, windows)
     text = exact.model.encode_text(QUERIES)
     products = exact.model.interaction.query_vectors(text) @ vectors_of(exact).T
-    stored = exact.state().windows_of
     similarity = np.concatenate(
-        [exact.model.similarity(text, stored(video)) for video in exact.videos], axis=1
+        [exact.model.similarity(text, stored_windows(video)) for video in exact.videos], axis=1
     )
     slots = np.concatenate([video.slots for video in exact.videos])
     shared = sum(
