@@ -344,7 +344,7 @@ def test_a_joined_index_can_be_moved(search_model, copy, tmp_path):
     moved = Index(tmp_path / "elsewhere" / "joined", search_model).search("a dog", 9)
     assert [(hit.path, hit.score) for hit in moved] == [(hit.path, hit.score) for hit in expected]
     damage(tmp_path / "elsewhere" / "shard1", "j.mp4")
-    with pytest.raises(SearchIndexError, match=r"is damaged .*features of 'j.mp4'"):
+    with pytest.raises(SearchIndexError, match=r"shard1 is damaged .*features of 'j.mp4'"):
         Index(tmp_path / "elsewhere" / "joined", search_model)
 
 

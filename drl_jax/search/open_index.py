@@ -269,7 +269,7 @@ class OpenIndex:
             if is_first:
                 check_distinct(self._parts)
         except (OSError, ValueError) as error:
-            self._damage = failure(self.directory, error)
+            self._damage = _failure(listed.segment, error)
         except SearchIndexError as error:
             self._damage = error
 
@@ -283,7 +283,7 @@ class OpenIndex:
             for listed in self.segments:
                 listed.segment.check_files()
         except (OSError, ValueError) as error:
-            raise failure(self.directory, error) from error
+            raise _failure(listed.segment, error) from error
         is_checking = self._checking is not None and self._checking.is_alive()
         if not is_checking and any((s.live & ~s.segment.verified).any() for s in self.segments):
             self._verify_all()  # Files were written to.
@@ -312,7 +312,7 @@ class OpenIndex:
             listed.segment.check_files()
             record = listed.segment.read(row)
         except (OSError, ValueError) as error:
-            raise failure(self.directory, error) from error
+            raise _failure(listed.segment, error) from error
         first = int(listed.segment.firsts["window"][row])
         slot = listed.first_slot + first if record.arrays else -1
         return IndexedVideo(listed.prefix + record.path, slot, listed.segment, row, record)
@@ -438,7 +438,7 @@ class OpenIndex:
             numbers = sorted({frame // STRIP_FRAMES for frame in frames})
             strips = {n: video.segment.strip(video.row, n) for n in numbers}
         except ValueError as error:
-            raise failure(self.directory, error) from error
+            raise _failure(video.segment, error) from error
         if tuple(frames) == tuple(range(len(video.times))) and len(strips) == 1:
             return strips[0]
         pictures = []
@@ -450,6 +450,11 @@ class OpenIndex:
         file = io.BytesIO()
         Image.fromarray(np.concatenate(pictures, axis=1)).save(file, "JPEG", quality=85)
         return file.getvalue()
+
+
+def _failure(segment: Segment, error: Exception) -> Exception:
+    """The error of the part that has a segment."""
+    return failure(segment.directory.parents[1], error)
 
 
 def stored_windows(video: IndexedVideo) -> Features:
