@@ -1,6 +1,8 @@
 """How annotated videos are found among the files of a folder; names as in DiDeMo and MSVD."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -67,6 +69,24 @@ def test_folders_behind_links_are_searched_once(tmp_path):
     assert located(folder, "a", "again/a.mp4", "link/deep/c.mp4", "other_link/b.mp4") == [
         *("real/a.mp4", "again/a.mp4", "link/deep/c.mp4", "other_link/b.mp4")
     ]
+
+
+def test_videos_of_a_folder_that_is_refused_are_not_absent(tmp_path, monkeypatch):
+    """An index would remove them, and a build leave them out."""
+    touch(tmp_path, "a.mp4", "b/c.mp4", "lost+found/d.mp4")
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name in refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refused = {"lost+found"}
+    assert files_below(tmp_path) == [tmp_path / "a.mp4", tmp_path / "b" / "c.mp4"]
+    refused = {"b"}
+    with pytest.raises(PermissionError, match=f"{tmp_path}/b"):
+        files_below(tmp_path)
 
 
 # Names that real files of DiDeMo have.

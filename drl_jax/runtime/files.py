@@ -211,8 +211,11 @@ def files_below(directory: Path) -> list[Path]:
     """The regular files below a directory, sorted.
 
     Links to folders are followed. A folder that several paths lead to is listed once: by its own
-    path if that is below the directory, or else by the first link. Folders that this process may
-    not read are left out.
+    path if that is below the directory, or else by the first link. `lost+found`, which a file system
+    has for itself, is left out if this process may not read it.
+
+    Raises:
+      OSError: a folder cannot be read. Its files are not absent.
     """
     return [directory / name for name in names_below(directory)]
 
@@ -229,7 +232,8 @@ def names_below(directory: Path) -> list[str]:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with contextlib.suppress(PermissionError), os.scandir(path) as entries:
+        refused = (PermissionError,) if path.name == "lost+found" else ()
+        with contextlib.suppress(*refused), os.scandir(path) as entries:
             # An entry knows what it is: most files need no system call of their own.
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = f"{folder}/{entry.name}" if folder else entry.name
