@@ -211,8 +211,8 @@ def files_below(directory: Path) -> list[Path]:
     """The regular files below a directory, sorted.
 
     Links to folders are followed. A folder that several paths lead to is listed once: by its own
-    path if that is below the directory, or else by the first link. `lost+found`, which a file system
-    has for itself, is left out if this process may not read it.
+    path if that is below the directory, or else by the first link. `lost+found`, which a file
+    system has for itself, is left out if this process may not read it.
 
     Raises:
       OSError: a folder cannot be read. Its files are not absent.
