@@ -264,31 +264,10 @@ class RetrievalModel:
             "dtype": model.dtype,
             "max_frames": self.config.data.max_frames,
         }
-        # Where it lies does not matter. CLIP's is not a file, and as in earlier versions.
+        # Where it lies does not matter; CLIP's is not a file.
         if model.tokenizer:
             identity["tokenizer"] = self._embedder.tokenizer.sha256
-        return self._digest(json.dumps(identity, sort_keys=True))
-
-    @functools.cached_property
-    def format_2_fingerprint(self) -> str:
-        """The fingerprint that search indexes of format 2 (version 0.1) store."""
-        # The repr of version 0.1's configuration, which had one family and fewer fields.
-        model = dataclasses.asdict(self.config.model) | {"init": "", "remat": False}
-        model["scan_unroll"] = 1
-        backbone = self.config.model.backbone.identity()
-        if backbone["family"] == "clip":
-            del backbone["family"]
-        for name in ("backbone", "attention", "release", "tokenizer"):
-            del model[name]
-        fields, sizes = (
-            ", ".join(f"{name}={value!r}" for name, value in group.items())
-            for group in (model, backbone)
-        )
-        model_repr = f"ModelConfig(clip=ClipConfig({sizes}), {fields})"
-        return self._digest(f"({model_repr}, {self.config.data.max_frames})")
-
-    def _digest(self, identity: str) -> str:
-        digest = hashlib.sha256(identity.encode())
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         for leaf in jax.tree.leaves(self.params):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()

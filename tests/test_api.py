@@ -211,13 +211,8 @@ def test_the_fingerprint_depends_on_results_only(search_model):
 
 
 def test_fingerprints_do_not_change():
-    """The second one is of indexes of version 0.1, and was computed with the code of 0.2."""
     backbone = dataclasses.replace(openai_shaped_backbone(32), vocab_size=100)
     config = Config(model=ModelConfig(backbone=backbone, init="a.pt", position_std=0.5))
     params = {"a": np.arange(5, dtype=np.float32)}
     model = drl_jax.RetrievalModel(config, params, None, {}, "", None)
     assert model.fingerprint == "c8c14c23cde565081f9cbffaa09ba443e4fb4a2bb04015c0a9083bb379d2b55b"
-    assert (
-        model.format_2_fingerprint
-        == "85e5d524465c8037ba7bdc7e56d63090250da3c9788c39ea7bfc2d58acd58aa0"
-    )

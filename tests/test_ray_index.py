@@ -19,7 +19,7 @@ from drl_jax.runtime.node_check import needs_of_driver
 from drl_jax.search import update
 from drl_jax.search.index_file import open_part
 from drl_jax.search.reading import FrameSampling, read_video_on_node
-from drl_jax.search.segments import SearchIndexError
+from drl_jax.search.segments import SearchIndexError, VideoRecord
 from drl_jax.search.session import Index
 from drl_jax.search.update import update_index
 
@@ -75,7 +75,7 @@ def content(directory: Path) -> list[tuple]:
     records = [segment.read(row) for segment in part.segments for row in range(len(segment))]
     return [
         (
-            record[:-2],
+            record[: VideoRecord._fields.index("arrays")],
             {name: array.tobytes() for name, array in record.arrays.items()},
             [bytes(strip) for strip in record.strips],
         )

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from support.commands import error_of, run_module, start_interruptible
 from support.processes import killing_workers
-from support.search import random_model
+from support.search import copy_index, random_model
 from support.videos import (
     HARD,
     SHARED,
@@ -33,7 +33,6 @@ from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import Unavailable, UserError
-from drl_jax.runtime.lock import LockError
 from drl_jax.search import index_file
 from drl_jax.search.__main__ import main
 from drl_jax.search.commands import format_hits, run_prompt
@@ -92,10 +91,7 @@ def videos(shared_videos, tmp_path):
 @pytest.fixture
 def index(shared_index, videos, tmp_path):
     """A copy of the index, of the copied videos."""
-    directory = shutil.copytree(shared_index, tmp_path / "index")
-    with IndexWriter(directory) as writer:
-        writer.update_header(videos=str(videos.resolve()))
-    return directory
+    return copy_index(shared_index, videos, tmp_path / "index")
 
 
 def write_other_video(path, level=0):
@@ -343,14 +339,6 @@ def test_other_processes_see_the_progress(model, videos, tmp_path, monkeypatch):
     # Nothing is to be done.
     update_index(model, videos, directory)
     assert not (directory / "indexing.json").exists()
-
-
-def test_one_writer_at_a_time(model, videos, tmp_path):
-    with (
-        IndexWriter(tmp_path / "index"),
-        pytest.raises(LockError, match=r"the index .* is in use by process \d+ on host"),
-    ):
-        update_index(model, videos, tmp_path / "index")
 
 
 def with_config(base, **groups):

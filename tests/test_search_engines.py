@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from qdrant_client import QdrantClient
 from support.search import random_model
 from support.videos import numbered_frames, write_video
 
-from drl_jax.runtime.errors import UserError
-from drl_jax.search import qdrant
+from drl_jax.runtime.errors import Notice, UserError
+from drl_jax.search import qdrant, ranking
+from drl_jax.search.engine import SearchEngine
 from drl_jax.search.filters import Filters
 from drl_jax.search.hubness import Correction
 from drl_jax.search.index_file import join
@@ -46,6 +48,19 @@ def exact(search_model, shared_videos):
     directory = shared_videos.parent / "index"
     update_index(search_model, shared_videos, directory, storage="float32", bank=BANK)
     return Index(directory, search_model, SearchOptions(engine="exact"))
+
+
+def test_a_large_index_is_scanned_and_says_so(exact, monkeypatch):
+    monkeypatch.setattr(ranking, "SCAN_FROM", 3)
+    with pytest.warns(
+        Notice, match=r"\d windows are scanned, and the best 500 are compared exactly"
+    ):
+        index = Index(exact.directory, exact.model)
+    with mock.patch.object(
+        SearchEngine, "scan", autospec=True, side_effect=SearchEngine.scan
+    ) as scan:
+        check_same([index.search(QUERIES[0])], [exact.search(QUERIES[0])])
+    scan.assert_called_once()
 
 
 def memory(correction: Correction | None = None) -> Qdrant:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.films import FORM, FPS, SHOTS, shot
+from support.search import copy_index
 from support.videos import write_video
 
 import drl_jax
@@ -63,10 +64,7 @@ def videos(film, tmp_path):
 @pytest.fixture
 def index(shared_index, videos, tmp_path):
     """A copy of the index, of the copied videos."""
-    directory = shutil.copytree(shared_index, tmp_path / "index")
-    with IndexWriter(directory) as store:
-        store.update_header(videos=str(videos.resolve()))
-    return directory
+    return copy_index(shared_index, videos, tmp_path / "index")
 
 
 def scores(index, model):

@@ -8,12 +8,10 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -26,6 +24,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 from support.browser import text_contrasts
 from support.commands import error_of, start_interruptible
+from support.served import Served, check_schema, join_clips, port_of, serving
 
 from drl_jax.search import index_file
 from drl_jax.search.index_file import IndexWriter, ProgressFile
@@ -38,63 +37,6 @@ ASKED = f"?q={quote(SENTENCE)}"
 FOUND = re.compile("^(Best matches|No clear match)$")
 ODD = 'sub folder/5\'s #5% "<b>"\nä.mp4'
 LONG, UNPLAYABLE = "long.mp4", "unplayable.avi"
-RATE = 4  # Frames a second of all clips; each has 13.
-
-
-@dataclasses.dataclass
-class Served:
-    """A running server on the index of a folder."""
-
-    process: subprocess.Popen
-    port: int
-    videos: Path
-    index: Path
-    temporary: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-    def respond(self, path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
-        """The response and its body; the path is sent unchanged."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.putrequest("GET", path, skip_host="Host" in headers)
-        for name, value in headers.items():
-            connection.putheader(name, value)
-        connection.endheaders()
-        response = connection.getresponse()
-        return response, response.read()
-
-    def get(self, path: str, **headers: str) -> tuple[int, str, bytes]:
-        """Status, content type and body."""
-        response, body = self.respond(path, **headers)
-        return response.status, response.headers["Content-Type"], body
-
-    def post(self, path: str, body: bytes, kind: str = "application/octet-stream"):
-        """Status and JSON of the answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", path, body, {"Content-Type": kind})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-    def json(self, path: str) -> dict:
-        status, kind, body = self.get(path)
-        assert (status, kind) == (200, "application/json"), body
-        return json.loads(body)
-
-
-def join(clips: list[Path], out: Path, codec: str) -> None:
-    """Writes clips of four frames a second as one video."""
-    with av.open(str(out), "w") as container:
-        stream = container.add_stream(codec, rate=RATE)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for clip in clips:
-            with av.open(str(clip)) as source:
-                for frame in source.decode(video=0):
-                    picture = frame.reformat(64, 64, "rgb24").to_ndarray()
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        container.mux(stream.encode())
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +47,8 @@ def served(search_model, test_videos, tmp_path_factory):
     clips = sorted(test_videos.iterdir())
     for number, path in enumerate(clips[:4]):
         shutil.copy2(path, videos / ODD if number == 3 else videos)
-    join(clips[4:14], videos / LONG, "libx264")
-    join(clips[14:16], videos / UNPLAYABLE, "mpeg4")
+    join_clips(clips[4:14], videos / LONG, "libx264")
+    join_clips(clips[14:16], videos / UNPLAYABLE, "mpeg4")
     (videos / "no video.mp4").write_text("text")
     (folder / "secret.mp4").write_text("outside the folder")
     update_index(search_model, videos, index)
@@ -114,29 +56,6 @@ def served(search_model, test_videos, tmp_path_factory):
     with serving(index, folder / "temporary", "--top=4", "--max_upload=2") as (process, url):
         assert url.startswith("http://127.0.0.1:")
         yield Served(process, port_of(url), videos, index, folder / "temporary")
-
-
-def port_of(url: str) -> int:
-    return int(url.split("/")[2].rpartition(":")[2])
-
-
-@contextlib.contextmanager
-def serving(index: Path, temporary: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A server until the block ends, and the address that it printed."""
-    process = start_interruptible(
-        [sys.executable, "-m", "drl_jax.search", "serve", f"--index={index}", "--port=0", *flags],
-        env={**os.environ, "TMPDIR": str(temporary)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    line = process.stdout.readline()
-    assert line.startswith("6 videos on http://"), process.communicate()
-    yield process, line.split()[3]
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "Traceback" not in errors
-    assert not [*temporary.iterdir()]
 
 
 # ---------------------------------------------------------------------- files
@@ -276,38 +195,6 @@ def test_bad_requests_are_one_line(served):
         assert served.json("/api/search?q=" + "dog+" * words)["tokens_used"] == used
 
 
-TYPES = {
-    **{"object": dict, "array": list, "string": str},
-    **{"integer": int, "boolean": bool, "number": (int, float), "null": type(None)},
-}
-
-
-def check(value: object, schema: dict, schemas: dict) -> None:
-    """Asserts that a value has the types and the fields of a JSON schema, and no others."""
-    if "$ref" in schema:
-        return check(value, schemas[schema["$ref"].split("/")[-1]], schemas)
-    if "oneOf" in schema:
-        schema = schema["oneOf"][0 if value is None else 1]
-        return check(value, schema, schemas)
-    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    assert isinstance(value, tuple(np.ravel([TYPES[name] for name in types[:1]]))) or (
-        value is None and "null" in types
-    ), (value, schema)
-    assert value in schema.get("enum", [value])
-    if isinstance(value, list):
-        for item in value:
-            check(item, schema["items"], schemas)
-    if isinstance(value, dict) and "required" in schema:
-        fields, required = dict(schema.get("properties", {})), set(schema["required"])
-        for part in schema.get("allOf", ()):
-            base = schemas[part["$ref"].split("/")[-1]]
-            fields |= base["properties"]
-            required |= set(base["required"])
-        assert set(value) == required == set(fields)
-        for name, item in value.items():
-            check(item, fields[name], schemas)
-
-
 def test_the_api_is_as_described(served):
     description = served.json("/api/openapi.json")
     schemas = description["components"]["schemas"]
@@ -339,9 +226,9 @@ def test_the_api_is_as_described(served):
         assert status == 200
         assert kind == expected or (expected == "video/*" and kind.startswith("video/"))
         if kind == "application/json":
-            check(json.loads(body), content["schema"], schemas)
+            check_schema(json.loads(body), content["schema"], schemas)
     for path in ("/api/search?top=0", "/api/video?video=none"):
-        check(json.loads(served.get(path)[2]), schemas["Error"], schemas)
+        check_schema(json.loads(served.get(path)[2]), schemas["Error"], schemas)
 
 
 def test_pictures_and_moments_are_queries(served):
@@ -353,6 +240,7 @@ def test_pictures_and_moments_are_queries(served):
     (hit,) = (hit for hit in found["hits"] if hit["path"] == "video0.mp4")
     assert hit["score"] > 0.5  # Of unit vectors, of which one is the same frame.
     assert hit["same_picture"]
+    assert b"has this picture" in served.get(f"/?picture={answer['picture']}")[2]
     assert hit["moments"][0]["unusual"] > 0  # Among other windows.
     like = hit["moments"][0]["like"]
     assert like.startswith("/?like=video0.mp4%40")

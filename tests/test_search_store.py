@@ -77,7 +77,7 @@ def test_records_are_read_as_they_were_written(index):
     found = contents(index)
     assert_equal(found["a/é.mp4"], record("a/é.mp4", 2, windows=3))
     assert_equal(found["d.mp4"], record("d.mp4", 4))
-    assert found["bad.mp4"] == ("bad.mp4", 5, 6, "", "is no video", 300.0, 0.0, {}, [])
+    assert found["bad.mp4"] == ("bad.mp4", 5, 6, "", "is no video", 300.0, 0.0, {}, [], [])
     first = open_part(index).segments[0]
     assert first.paths() == ["a/é.mp4", "b.mp4", "c.mp4"]
     assert [first.find(path) for path in ("b.mp4", "c.mp4", "d.mp4", "")] == [1, 2, None, None]
@@ -103,6 +103,22 @@ def test_records_are_replaced_removed_and_merged_under_open_readers(index):
             assert_equal(
                 segment.read(row), expected._replace(strips=[bytes(s) for s in expected.strips])
             )
+
+
+def test_a_merge_does_not_make_damaged_thumbnails_healthy(index):
+    """They are stored with the checksums that they had."""
+    segment = open_part(index).segments[0]
+    row = segment.find("b.mp4")
+    strips = segment.directory / "strips.bin"
+    damaged = strips.read_bytes().replace(segment.strip(row, 0), b"jpegX")
+    strips.write_bytes(damaged)
+    with IndexWriter(index) as writer:
+        writer.put([], gone=["c.mp4"])
+        writer.merge()
+    (merged,) = (s for s in open_part(index).segments if s.find("b.mp4") is not None)
+    assert merged.directory != segment.directory
+    with pytest.raises(ValueError, match=r"thumbnails of 'b\.mp4'"):
+        merged.strip(merged.find("b.mp4"), 0)
 
 
 def test_segments_of_one_size_are_merged(tmp_path):

@@ -102,9 +102,8 @@ class Moment:
     def peak(self) -> float:
         """Time of the frame of the moment that contributes most to the score, seconds."""
         times = self.explanation.times
-        inside = (self.start <= times) & (
-            times <= self.end
-        )  # A moment can be a part of its window.
+        # A moment can be a part of its window.
+        inside = (self.start <= times) & (times <= self.end)
         of_frames = self.explanation.attribution.frame_contribution
         return float(times[np.where(inside, of_frames, -np.inf).argmax()])
 

@@ -67,11 +67,11 @@ def read_header(directory: Path) -> dict[str, Any]:
             raise SearchIndexError(
                 f"the index {directory} was made by an earlier version, which this one does not"
                 " read; make it anew in another directory with: python -m drl_jax.search index"
-                " --videos=DIR --index=DIR"
+                " --workdir=RUN --videos=DIR --index=DIR"
             ) from error
         raise SearchIndexError(
             f"there is no index in {directory}; make it with: python -m drl_jax.search index"
-            f" --videos=DIR --index={directory}"
+            f" --workdir=RUN --videos=DIR --index={directory}"
         ) from error
     except OSError as error:
         raise Unavailable(directory / _INDEX, error) from error

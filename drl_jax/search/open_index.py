@@ -52,14 +52,12 @@ class _Listed(NamedTuple):
       live: bool [V], videos that can be searched.
       prefix: what their paths have before those of the segment; "" but for joined indexes.
       first_slot: the slot of its first window.
-      header: what its index was made with.
     """
 
     segment: Segment
     live: np.ndarray
     prefix: str
     first_slot: int
-    header: dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -484,5 +482,5 @@ def _listed(parts: Sequence[Part], prefixes: Sequence[str]) -> Iterator[_Listed]
     for part, prefix in zip(parts, prefixes, strict=True):
         for segment, gone in zip(part.segments, part.gone, strict=True):
             live = ~gone & (segment.column("windows") > 0)
-            yield _Listed(segment, live, prefix, first, part.header)
+            yield _Listed(segment, live, prefix, first)
             first += int(segment.firsts["window"][-1])

@@ -131,7 +131,7 @@ class Qdrant:
     ) -> None:
         """Sends the windows in some slots, bool [S]."""
         with tqdm(total=int(is_missing.sum()), desc="exporting", unit="window") as progress:
-            for segment, _, prefix, first, _ in index.segments:
+            for segment, _, prefix, first in index.segments:
                 last = first + int(segment.firsts["window"][-1])
                 missing = np.flatnonzero(is_missing[first:last])
                 for start in range(0, len(missing), _WRITTEN):

@@ -40,6 +40,13 @@ def quantize(features: Features, storage: str) -> Features:
     return stored
 
 
+def float32_of(stored: np.ndarray) -> np.ndarray:
+    """Features stored as bfloat16 or float32, as float32; nothing is compiled for their shape."""
+    return (
+        stored.view(ml_dtypes.bfloat16).astype(np.float32) if stored.dtype == np.uint16 else stored
+    )
+
+
 def dequantize(arrays: dict[str, Any]) -> Arrays:
     """Converts stored arrays (`quantize`) to those that interactions take, features float32."""
     features = {}

@@ -17,6 +17,7 @@ from drl_jax.models.interactions.base import unit_features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.search.calibration import bank_similarity
 from drl_jax.search.engine import Part
+from drl_jax.search.quantization import float32_of
 from drl_jax.search.windows import Window, inner_windows, windows_around
 
 # Windows that a query encodes, and those of one candidate, at most. More candidates find more than
@@ -171,7 +172,7 @@ def tighten(
 
 def encode(model: RetrievalModel, windows: Sequence[tuple[Film, Window]]) -> Features:
     """Encodes windows of any films from the features of their frames; arrays of W windows."""
-    rows = [_float32(film.image_feat[list(window.frames)]) for film, window in windows]
+    rows = [float32_of(film.image_feat[list(window.frames)]) for film, window in windows]
     ends = np.cumsum([len(part) for part in rows])
     frames = [range(end - len(part), end) for part, end in zip(rows, ends, strict=True)]
     return model.encode_frame_windows(np.concatenate(rows), frames)
@@ -187,7 +188,7 @@ def _promising(
         chosen = np.linspace(0, len(windows) - 1, _PER_CANDIDATE, dtype=int)
         return [windows[number] for number in chosen]
     rows = np.array([window.frames for window in windows])  # [W, F]
-    feat = _float32(film.image_feat[rows.min() : rows.max() + 1])
+    feat = float32_of(film.image_feat[rows.min() : rows.max() + 1])
     unit = unit_features({"frame_feat": feat}, "frame")
     of_frames = sum(
         part.weight * (interaction.query_vectors(part.text) @ unit.T).max(axis=0) for part in parts
@@ -195,9 +196,3 @@ def _promising(
     promise = of_frames[rows - rows.min()].mean(axis=1)
     chosen = np.sort(np.argsort(-promise, kind="stable")[:_PER_CANDIDATE])
     return [windows[number] for number in chosen]
-
-
-def _float32(image_feat: np.ndarray) -> np.ndarray:
-    if image_feat.dtype == np.uint16:  # The bits of bfloat16, the upper half of a float32.
-        return (image_feat.astype(np.uint32) << 16).view(np.float32)
-    return np.asarray(image_feat, np.float32)

@@ -65,6 +65,7 @@ class VideoRecord(NamedTuple):
         compares. N sampled frames: `frame.time` float64 [N], seconds, and `frame.hash` uint64 [N].
         Of a file of several windows: `feature.image_feat` [N, D], as stored; of others [0, D].
       strips: JPEG files of STRIP_FRAMES thumbnails side by side.
+      strip_crc32: their stored checksums, which are checked when they are shown.
     """
 
     path: str
@@ -76,6 +77,7 @@ class VideoRecord(NamedTuple):
     duration: float = 0.0
     arrays: Mapping[str, np.ndarray] = {}
     strips: Sequence[bytes | np.ndarray] = ()
+    strip_crc32: Sequence[int] = ()
 
 
 class Segment:
@@ -171,7 +173,8 @@ class Segment:
             self.verify(row)
         values = self.table.slice(row, 1).to_pylist()[0]
         fields = (values[name] for name in _FIELDS)
-        return VideoRecord(*fields, self._rows(row), self._strips_of(row))
+        checksums = self.arrays["strip.crc32"][slice(*self.firsts["strip"][row : row + 2])]
+        return VideoRecord(*fields, self._rows(row), self._strips_of(row), checksums.tolist())
 
     def verify(self, row: int) -> None:
         """Checks the array rows of a video, once.
@@ -258,7 +261,9 @@ def write_segment(parent: Path, videos: Sequence[VideoRecord]) -> dict[str, Any]
     strips = [strip for video in videos for strip in video.strips]
     of_strips = {
         "strip.end": np.cumsum([len(strip) for strip in strips], dtype=np.int64),
-        "strip.crc32": np.array([zlib.crc32(strip) for strip in strips], np.uint32),
+        "strip.crc32": np.array(
+            [crc for video in videos for crc in _strip_crc32(video)], np.uint32
+        ),
     }
     with publishing(parent / name) as directory:
         for array in layout:
@@ -283,6 +288,10 @@ def _write(path: Path, parts: Iterator[np.ndarray] | Sequence[np.ndarray]) -> No
     with path.open("wb") as file:
         for rows in parts:
             file.write(np.ascontiguousarray(rows).data)
+
+
+def _strip_crc32(video: VideoRecord) -> Sequence[int]:
+    return video.strip_crc32 or [zlib.crc32(strip) for strip in video.strips]
 
 
 def _count(video: VideoRecord, axis: str) -> int:

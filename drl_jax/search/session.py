@@ -5,14 +5,15 @@ import functools
 import os
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from drl_jax.pretrained import RetrievalModel, load_source
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Notice, UserError
 from drl_jax.search import MOMENTS
 from drl_jax.search.duplicates import same_picture
 from drl_jax.search.filters import Filters
@@ -27,6 +28,9 @@ from drl_jax.search.query import (
     encode_video_file,
 )
 from drl_jax.search.ranking import FindCandidates, Found, Ranker, SearchOptions
+
+if TYPE_CHECKING:
+    from drl_jax.search.update import IndexReport
 
 # Seconds that queries wait for a new state of their index; one that is opened for longer is used by
 # later queries.
@@ -81,6 +85,12 @@ class Index:
         self._state = OpenIndex(self.directory, model)
         if options.correction is not None:
             self._state.biases(options.correction)
+        if options.engine == "auto" and self.ranker.scans(self._state):
+            text = (
+                f"{len(self._state.gallery):,} windows are scanned, and the best"
+                f" {options.candidates:,} are compared exactly; engine=exact compares all"
+            )
+            warnings.warn(text, Notice, stacklevel=2)
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._encode)
         self._found = functools.lru_cache(maxsize=_KEPT)(self._find)
 
@@ -89,11 +99,8 @@ class Index:
         """Opens an index with fields of `SearchOptions`, e.g. `engine="exact"`."""
         return cls(directory, options=SearchOptions(**options))
 
-    def add(self, videos: Sequence[str | os.PathLike]) -> Any:
+    def add(self, videos: Sequence[str | os.PathLike]) -> "IndexReport":
         """Adds, updates or removes videos of the folder of the index: paths below it.
-
-        Returns:
-          The `IndexReport`.
 
         Raises:
           UserError: see `update_index`.

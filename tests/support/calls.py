@@ -10,13 +10,18 @@ from pathlib import Path
 from drl_jax.runtime.errors import Unavailable
 
 
-def work(number: int) -> int:
-    """Dies for 3, hangs for 5, raises for 7, 8 and 10 to 13, returns nonsense for 9."""
+def fail(number: int) -> None:
+    """Dies for 3; hangs for 5, also if it is asked to end."""
     if number == 3:
         os.kill(os.getpid(), signal.SIGSEGV)
     if number == 5:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         time.sleep(600)
+
+
+def work(number: int) -> int:
+    """Fails for 3 and 5, raises for 7, 8 and 10 to 13, returns nonsense for 9."""
+    fail(number)
     if number == 7:
         raise UnicodeDecodeError("utf-8", b"Caf\xe9", 3, 4, "unexpected\nend " + "of data " * 100)
     if number == 8:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from support.calls import fail
 from support.commands import ROOT
 
 # Of raylets and of commands. Without a token: Ray writes that of a local cluster to the home
@@ -143,11 +144,7 @@ def work(number: int, folder: Path) -> int:
         (folder / "killed").touch()
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(600)
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if number == 5:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        time.sleep(600)
+    fail(number)
     if number == 7:
         raise ValueError("of call 7")
     return number
