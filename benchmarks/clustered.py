@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from drl_jax.models.interactions import Features
-from drl_jax.search.quantization import quantize
+from drl_jax.search.encoding import quantize
 
 FRAMES, WIDTH, MAX_WORDS = 12, 512, 32
 # Share of a frame's variance. The sums from the left are the cosines of two frames: of any two

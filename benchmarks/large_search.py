@@ -35,11 +35,10 @@ from drl_jax.models.drl import init_params
 from drl_jax.models.interactions.token_wise import TokenWise
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.cli import positive_int
-from drl_jax.search.calibration import bank_of
+from drl_jax.search.encoding import bank_of, dequantize, quantize
 from drl_jax.search.engine import Part, SearchEngine
 from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.open_index import OpenIndex
-from drl_jax.search.quantization import dequantize, quantize
 from drl_jax.search.segments import VideoRecord
 from drl_jax.search.update import update_index
 from drl_jax.sharding import make_layout

@@ -28,11 +28,9 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel, load
 from drl_jax.runtime.cli import run_command
 from drl_jax.search import refine as refinement
-from drl_jax.search.calibration import bank_of, bank_similarity
-from drl_jax.search.moments import find_spans
-from drl_jax.search.quantization import quantize
+from drl_jax.search.encoding import bank_of, bank_similarity, quantize
 from drl_jax.search.refine import REFINE, Candidate, Part, refine, tighten
-from drl_jax.search.windows import Window, windows_of
+from drl_jax.search.windows import Window, find_spans, windows_of
 
 _CLIPS, _QUERIES, _TOP = 128, 100, 5
 # Scores of an hour without cuts, windows of 12 s every 6 s: mean and deviation of the noise, the

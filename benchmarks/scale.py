@@ -35,8 +35,8 @@ from drl_jax.data.frames import DiskFrames
 from drl_jax.data.records import VideoDataset
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import read_frames
+from drl_jax.search.encoding import quantize
 from drl_jax.search.index_file import IndexWriter
-from drl_jax.search.quantization import quantize
 from drl_jax.search.reading import FrameSampling, VideoRead, read_video
 from drl_jax.search.segments import VideoRecord
 from drl_jax.training.flops import train_step_flops

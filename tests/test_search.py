@@ -35,9 +35,8 @@ from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.search import index_file
 from drl_jax.search.__main__ import main
-from drl_jax.search.commands import format_hits, run_prompt
+from drl_jax.search.commands import explain_file, format_hits, run_prompt
 from drl_jax.search.engine import Part
-from drl_jax.search.explain_file import explain_file
 from drl_jax.search.hits import explain, format_timestamp
 from drl_jax.search.index_file import IndexWriter, open_part, read_progress
 from drl_jax.search.query import Query

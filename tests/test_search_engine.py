@@ -6,8 +6,8 @@ import pytest
 
 from drl_jax.models.interactions.token_wise import TokenWise
 from drl_jax.search import engine as engine_module
+from drl_jax.search.encoding import quantize
 from drl_jax.search.engine import Gallery, Part, SearchEngine
-from drl_jax.search.quantization import quantize
 from drl_jax.sharding import make_layout
 
 SENTENCES = ["one", "two words", "three more words"]

@@ -13,16 +13,15 @@ from support.videos import numbered_frames, write_video
 
 from drl_jax.runtime.errors import Notice, UserError
 from drl_jax.search import qdrant, ranking
+from drl_jax.search.encoding import Correction
 from drl_jax.search.engine import SearchEngine
 from drl_jax.search.filters import Filters
-from drl_jax.search.hubness import Correction
 from drl_jax.search.index_file import join
 from drl_jax.search.open_index import stored_windows
 from drl_jax.search.qdrant import Qdrant
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
-from drl_jax.search.recall import measure_recall
-from drl_jax.search.session import Index
+from drl_jax.search.session import Index, measure_recall
 from drl_jax.search.update import update_index
 
 pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact")

@@ -19,11 +19,10 @@ from drl_jax.data.long_video import sample_video
 from drl_jax.data.video import read_frames
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import session as session_module
-from drl_jax.search.calibration import unusual
+from drl_jax.search.encoding import dequantize, unusual
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.open_index import OpenIndex, stored_windows
-from drl_jax.search.quantization import dequantize
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.segments import SearchIndexError

@@ -14,10 +14,9 @@ from drl_jax.search.__main__ import main
 from drl_jax.search.addresses import PageQuery
 from drl_jax.search.api import SearchAPI
 from drl_jax.search.commands import _bank_captions
+from drl_jax.search.encoding import Correction, dequantize
 from drl_jax.search.filters import Filters
-from drl_jax.search.hubness import Correction
 from drl_jax.search.open_index import OpenIndex
-from drl_jax.search.quantization import dequantize
 from drl_jax.search.query import Query, encode_sentences
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.session import Index

@@ -6,12 +6,10 @@ from support.films import shot
 
 from drl_jax.data.long_video import SampledVideo
 from drl_jax.search import refine as refine_module
-from drl_jax.search.calibration import WEAK, gallery_scale, unusual
+from drl_jax.search.encoding import WEAK, dequantize, gallery_scale, quantize, unusual
 from drl_jax.search.engine import Part
-from drl_jax.search.moments import find_spans
-from drl_jax.search.quantization import dequantize, quantize
 from drl_jax.search.refine import Candidate, Film, encode, refine, score_windows, tighten
-from drl_jax.search.windows import Window, window_at, windows_around, windows_of
+from drl_jax.search.windows import Window, find_spans, window_at, windows_around, windows_of
 
 # ---------------------------------------------------------------- sampling and windows
 

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin, features
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import CallPool
-from drl_jax.search.pictures import open_picture
+from drl_jax.search.reading import open_picture
 
 FORM = FrameForm(32)
 ORIENTATION, QUARTER_TURN = 0x112, 6

@@ -17,12 +17,12 @@ from starlette.responses import PlainTextResponse
 
 from drl_jax.models.interactions import Attribution
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.access import Access, CheckAccess, parse_hosts
 from drl_jax.search.addresses import PageQuery, format_clock
 from drl_jax.search.filters import Filters, Listing, passing
 from drl_jax.search.hits import Explanation, word_rows
 from drl_jax.search.media import upload_routes
-from drl_jax.search.page_view import duration, extent, marks_note, span, timeline_curve
+from drl_jax.search.routes import duration, extent, marks_note, span, timeline_curve
+from drl_jax.search.serve import Access, CheckAccess, parse_hosts
 
 # ---------------------------------------------------------------------- access
 

@@ -20,7 +20,7 @@ from drl_jax.runtime import files
 from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.lock import LockError
 from drl_jax.search import index_file
-from drl_jax.search.hubness import Correction
+from drl_jax.search.encoding import Correction
 from drl_jax.search.index_file import IndexWriter, check_distinct, join, open_part, read_header
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord, write_segment

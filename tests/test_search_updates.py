@@ -20,8 +20,8 @@ from drl_jax.search import update as update_module
 from drl_jax.search.__main__ import main
 from drl_jax.search.addresses import PageQuery
 from drl_jax.search.api import SearchAPI
+from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters
-from drl_jax.search.hubness import Correction
 from drl_jax.search.index_file import IndexWriter, join, open_part, read_header
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions

@@ -20,10 +20,10 @@ from drl_jax.search.addresses import (
 from drl_jax.search.clips import MAX_CLIP
 from drl_jax.search.hits import Explanation, Hit, Moment, word_rows
 from drl_jax.search.media import SentQueries
-from drl_jax.search.moments import find_spans
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.query import Query
 from drl_jax.search.session import Index
+from drl_jax.search.windows import find_spans
 
 # Folders that are suggested at most.
 _FOLDERS = 200

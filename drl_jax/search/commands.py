@@ -6,23 +6,84 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.model_flags import model_of_flags, required_model
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError, printable
+from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool
+from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
-from drl_jax.search.hits import Hit, format_timestamp
-from drl_jax.search.hubness import Correction
+from drl_jax.search.hits import Hit, explain, format_timestamp
 from drl_jax.search.index_file import join
 from drl_jax.search.open_index import IndexedVideo
-from drl_jax.search.pictures import open_picture
-from drl_jax.search.query import Query, encode_video_file
+from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
+from drl_jax.search.reading import frames_of, open_picture, read_video
 from drl_jax.search.session import Index, rank_sentences
 from drl_jax.search.update import IndexReport, Shard, update_index
+
+
+class ExplainedFile(NamedTuple):
+    """The best window of a file.
+
+    Attributes:
+      score: its similarity to the sentence.
+      span: its start and end, seconds.
+      peak: time of the frame that contributes most, seconds.
+    """
+
+    score: float
+    span: tuple[float, float]
+    peak: float
+
+
+def explain_file(model: RetrievalModel, path: Path, sentence: str, out: Path) -> ExplainedFile:
+    """Draws how the words of a sentence and the frames of the best window of a file match.
+
+    Args:
+      model: compares them.
+      path: a video file.
+      sentence: the query.
+      out: a file with a suffix that matplotlib writes: .png, .svg, .pdf.
+
+    Raises:
+      UserError: the file cannot be read, the sentence is blank, or `out` cannot be written.
+    """
+    # The other commands need no matplotlib.
+    from drl_jax.evaluation.figures import interaction_figure
+
+    (query,) = encode_sentences(model, [sentence])
+    part = query.parts[0]
+    with temporary_directory() as folder:
+        read = read_video(path, (), sampling_of(model), folder / "frames")
+        if reason := read.error or read.failure:
+            raise UserError(f"{path} {reason}")
+        frames = frames_of(read, model.frame_form)
+        videos = model.encode_windows(frames, read.windows)
+        scores = model.similarity(part.text, videos)[0]
+        best = int(scores.argmax())
+        chosen = read.windows[best]
+        times = tuple(read.arrays["frame.time"][list(chosen)].tolist())
+        arrays = {name: array[best] for name, array in videos.items()}
+        explanation = explain(model.interaction, part, arrays, query.words, times)
+        pictures = np.array(frames[list(chosen)])
+    score = float(scores[best])
+    clocks = [format_timestamp(time) for time in times]
+    title = f"“{sentence}”  {score:.4f}\n{path.name}"
+    figure = interaction_figure(explanation.attribution, explanation.words, clocks, pictures, title)
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write --out={out} ({reason})") from error
+    span = tuple(read.arrays["window.span"][best].tolist())
+    return ExplainedFile(score, span, explanation.peak)
+
 
 if TYPE_CHECKING:
     from drl_jax.runtime.ray_cluster import RayCluster
@@ -339,7 +400,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _recall(options: argparse.Namespace) -> None:
-    from drl_jax.search.recall import measure_recall
+    from drl_jax.search.session import measure_recall
 
     counts, index = options.candidates, _open(options)
     rows = measure_recall(
@@ -384,9 +445,6 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    # The other commands need no matplotlib.
-    from drl_jax.search.explain_file import explain_file
-
     model, path = model_of_flags(options), options.video
     if options.index is not None:
         index = Index(options.index, model)

@@ -1,17 +1,305 @@
 """Encodes the windows of videos that were read, as an index stores them."""
 
+import dataclasses
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from drl_jax.models.interactions import Features
+from drl_jax.config import Config
+from drl_jax.evaluation.hubness import inverted_softmax_bias, mean_of_largest
+from drl_jax.evaluation.post_processing import BETAS, LARGEST
+from drl_jax.models.interactions import Arrays, Features
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.search.calibration import BANK_ARRAY, bank_similarity
-from drl_jax.search.hubness import HUBNESS_ARRAY, hubness_of, read_bank
-from drl_jax.search.quantization import quantize
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import json_sha256, write_json
 from drl_jax.search.reading import VideoRead, frames_of
+from drl_jax.search.segments import SearchIndexError
+
+_FEATURE_SUFFIXES = ("_unit", "_feat")
+
+
+def quantize(features: Features, storage: str) -> Features:
+    """Converts features to the form in which an index stores them.
+
+    int8 stores a scale for each vector (the last axis): `NAME * NAME.scale[..., None]` differs from
+    the vector by at most 1/254 of its largest channel.
+
+    Args:
+      features: arrays of videos; names of features end in `_unit` or `_feat`.
+      storage: one of `drl_jax.search.STORAGES`.
+
+    Returns:
+      bfloat16: the bits of features as uint16. int8: features as int8, and float32 `NAME.scale`.
+      Other arrays, such as masks and weights, are not changed.
+    """
+    stored: Features = {}
+    for name, array in features.items():
+        if not name.endswith(_FEATURE_SUFFIXES) or storage == "float32":
+            stored[name] = array
+        elif storage == "bfloat16":
+            stored[name] = array.astype(ml_dtypes.bfloat16).view(np.uint16)
+        else:
+            largest = np.abs(array).max(axis=-1).astype(np.float32)
+            scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+            stored[name] = np.rint(array / scale[..., None]).astype(np.int8)
+            stored[f"{name}.scale"] = scale
+    return stored
+
+
+def float32_of(stored: np.ndarray) -> np.ndarray:
+    """Features stored as bfloat16 or float32, as float32; nothing is compiled for their shape."""
+    return (
+        stored.view(ml_dtypes.bfloat16).astype(np.float32) if stored.dtype == np.uint16 else stored
+    )
+
+
+def dequantize(arrays: dict[str, Any]) -> Arrays:
+    """Converts stored arrays (`quantize`) to those that interactions take, features float32."""
+    features = {}
+    for name, array in arrays.items():
+        if name.endswith(".scale"):
+            continue
+        if array.dtype == jnp.uint16:
+            # bfloat16 is the upper half of a float32. XLA's own conversion, and any slice of a
+            # bfloat16 array, is ten times slower than this on a CPU.
+            bits = jnp.asarray(array).astype(jnp.uint32) << 16
+            array = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        elif array.dtype == jnp.int8:
+            array = array.astype(jnp.float32) * arrays[f"{name}.scale"][..., None]
+        features[name] = array
+    return features
+
+
+# Name of the array of an index: mean and standard deviation, float32 [2] for each window.
+BANK_ARRAY = "bank_similarity"
+# Captions of a bank.
+_BANK_SIZE = 64
+# Windows that a query which is no sentence is compared with (`OpenIndex.spread`), and the fewest
+# that make a scale.
+SCALE_WINDOWS, _FEW = 64, 8
+# Standard deviation of normal values whose median distance to their median is 1.
+_DEVIATION = 1.4826
+# A best moment that is less unusual than this many standard deviations is a weak match. Of the 200
+# first captions of `shapes` (val), 99 % have more with their own clip.
+WEAK = 2.5
+# For models whose training captions are not at hand.
+_SUBJECTS = ("a man", "a woman", "two children", "a dog", "a car", "a crowd", "a bird", "someone")
+_ACTIONS = (
+    "is talking to the camera",
+    "is cooking food in a kitchen",
+    "runs across a field",
+    "is shown in a cartoon",
+    "plays a musical instrument on a stage",
+    "moves along a street at night",
+    "is swimming in the sea",
+    "sits at a table indoors",
+)
+
+
+def bank_of(config: Config) -> list[str]:
+    """Captions of the training split of a model's dataset, or plain ones if it is not here."""
+    # The libraries of datasets take half a second to import, and a query needs none.
+    from drl_jax.data.batches import load_split
+    from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+
+    try:
+        captions = load_split(VideoDataset(dataset_dir(config)), "train", config.data).captions
+    except DatasetError:
+        return [f"{subject} {action}" for subject in _SUBJECTS for action in _ACTIONS]
+    distinct = sorted({sentences[0] for sentences in captions if sentences})
+    chosen = np.linspace(0, len(distinct) - 1, min(_BANK_SIZE, len(distinct)), dtype=int)
+    return [distinct[row] for row in chosen]
+
+
+def bank_similarity(model: RetrievalModel, bank: Features, windows: Features) -> np.ndarray:
+    """Mean and standard deviation of the similarities of each window to a bank.
+
+    Args:
+      model: of the index.
+      bank: arrays of the captions (`encode_text`).
+      windows: arrays of W windows (`encode_videos`).
+
+    Returns:
+      float32 [W, 2].
+    """
+    similarity = model.similarity(bank, windows)
+    return np.stack([similarity.mean(axis=0), similarity.std(axis=0)], axis=1)
+
+
+def gallery_scale(scores: np.ndarray) -> np.ndarray | None:
+    """The scale of a query that is no sentence, in the place of a row of BANK_ARRAY.
+
+    Args:
+      scores: of the query, with SCALE_WINDOWS windows or all of a smaller index. The windows that
+        it looks for may be among them: they move neither the median nor the deviation.
+
+    Returns:
+      float32 [2], as `unusual` takes it; None if there are too few.
+    """
+    if len(scores) < _FEW:
+        return None
+    median = np.median(scores)
+    deviation = _DEVIATION * np.median(np.abs(scores - median))
+    return np.array([median, deviation], np.float32)
+
+
+def unusual(score: float, scale: np.ndarray) -> float:
+    """By how many standard deviations a similarity is above the mean.
+
+    Args:
+      score: of a query and a window.
+      scale: float32 [2], mean and deviation: the row of BANK_ARRAY of the window for a sentence,
+        `gallery_scale` for other queries.
+    """
+    mean, deviation = map(float, scale)
+    return (score - mean) / max(deviation, 1e-6)
+
+
+# Name of the array of an index: float32 [P] for each window, by inverse temperatures of inverted
+# softmax, then by numbers of largest similarities of NNN.
+HUBNESS_ARRAY = "hubness"
+_FILE = "hubness_bank.json"
+# Windows that are compared with a bank at a time.
+_COMPARED = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """A method that ranks without hubs, and its parameters.
+
+    Attributes:
+      method: "is" or "nnn".
+      parameter: the inverse temperature of "is", or how many of the largest similarities "nnn"
+        takes the mean of.
+      factor: what the stored number is multiplied by: the weight of "nnn", 1 for "is".
+    """
+
+    method: str
+    parameter: int
+    factor: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Correction":
+        """Reads is, is:BETA, nnn, nnn:K or nnn:K:W; the default is 20, and 128 and 0.75.
+
+        Raises:
+          UserError: it is none of these.
+        """
+        method, *values = text.split(":")
+        try:
+            if method == "is" and len(values) <= 1:
+                return cls("is", *map(int, values or ["20"]))
+            if method == "nnn" and len(values) <= 2:
+                largest, weight = [*values, *["128", "0.75"][len(values) :]]
+                if 0 <= float(weight) < math.inf:
+                    return cls("nnn", int(largest), float(weight))
+        except ValueError:
+            pass
+        raise UserError(f"--hubness={text}: write is, is:BETA, nnn, nnn:K or nnn:K:W")
+
+    def __str__(self) -> str:
+        weight = f":{self.factor:g}" if self.method == "nnn" else ""
+        return f"{self.method}:{self.parameter}{weight}"
+
+    def biases(self, directory: Path, header: Mapping[str, Any], stored: np.ndarray) -> np.ndarray:
+        """What is subtracted from the similarities of each window: float32 [S].
+
+        Args:
+          directory: of the index.
+          header: of the index.
+          stored: HUBNESS_ARRAY of the index, float32 [S, P].
+
+        Raises:
+          UserError: the index does not store this parameter.
+        """
+        bank = header["hubness"]
+        if self.parameter not in bank[self.method]:
+            known = ", ".join(map(str, sorted(bank[self.method])))
+            raise UserError(
+                f"--hubness={self}: the index {directory} has {self.method} for {known} only"
+            )
+        column = bank[self.method].index(self.parameter)
+        column += len(bank["is"]) if self.method == "nnn" else 0
+        return np.float32(self.factor) * np.asarray(stored[:, column])
+
+
+def write_bank(directory: Path, captions: Sequence[str]) -> dict[str, Any]:
+    """Stores the captions of a bank in an index; returns what its header says of them."""
+    write_json(directory / _FILE, list(captions))
+    return {
+        "captions": len(captions),
+        "sha256": json_sha256(list(captions)),
+        "is": list(BETAS),
+        "nnn": list(LARGEST),
+    }
+
+
+def read_bank(directory: Path, header: Mapping[str, Any]) -> list[str]:
+    """Reads the captions of the bank that the header of an index describes.
+
+    Raises:
+      SearchIndexError: they are missing, or have changed.
+    """
+    try:
+        captions = json.loads((directory / _FILE).read_text(encoding="utf-8"))
+        if json_sha256(captions) == header["hubness"]["sha256"]:
+            return captions
+        reason = "has changed"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except ValueError:
+        reason = "is damaged"
+    raise SearchIndexError(
+        f"{directory / _FILE} {reason}; give the captions of the index again with --bank"
+    )
+
+
+def check_bank(directory: Path, header: Mapping[str, Any], captions: Sequence[str]) -> None:
+    """Checks that captions are those of the bank of an index, and stores them again.
+
+    Raises:
+      SearchIndexError: the index has another bank, or none.
+    """
+    if header.get("hubness", {}).get("sha256") != json_sha256(list(captions)):
+        what = "another --bank" if "hubness" in header else "no --bank"
+        raise SearchIndexError(
+            f"the index {directory} was made with {what}; give another --index, or delete it"
+        )
+    write_json(directory / _FILE, list(captions))
+
+
+def hubness_of(
+    model: RetrievalModel, header: Mapping[str, Any], bank: Features, windows: Features
+) -> np.ndarray:
+    """The numbers of W windows, HUBNESS_ARRAY: float32 [W, P].
+
+    Args:
+      model: of the index.
+      header: of the index.
+      bank: arrays of the captions (`encode_text`).
+      windows: arrays of the windows (`encode_video`).
+    """
+    count, parameters = len(next(iter(windows.values()))), header["hubness"]
+    found = []
+    for start in range(0, count, _COMPARED):
+        size = min(_COMPARED, count - start)
+        # Few shapes: the number of windows is rounded up to a power of two.
+        rows = start + np.minimum(np.arange(1 << (size - 1).bit_length()), size - 1)
+        part = {name: array[rows] for name, array in windows.items()}
+        similarity = model.similarity(bank, part)[:, :size]
+        columns = [
+            *(inverted_softmax_bias(similarity, beta) for beta in parameters["is"]),
+            *(mean_of_largest(similarity, count) for count in parameters["nnn"]),
+        ]
+        found.append(np.stack(columns, axis=1).astype(np.float32))
+    return np.concatenate(found)
 
 
 def encode_reads(

@@ -9,7 +9,7 @@ import numpy as np
 
 from drl_jax.models.interactions import Attribution, Features, Interaction
 from drl_jax.models.tokenizers.base import END, START
-from drl_jax.search.calibration import WEAK
+from drl_jax.search.encoding import WEAK
 from drl_jax.search.engine import Part
 from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.windows import Window

@@ -21,9 +21,8 @@ from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search.addresses import BadRequest, format_clock, status_of
 from drl_jax.search.clips import MAX_CLIP, read_picture, write_clip
 from drl_jax.search.open_index import IndexedVideo
-from drl_jax.search.pictures import open_picture
 from drl_jax.search.query import EncodedVideo, encode_read, sampling_of
-from drl_jax.search.reading import allowed_seconds, read_sent_video
+from drl_jax.search.reading import allowed_seconds, open_picture, read_sent_video
 
 # Seconds that one picture or clip may take.
 _PICTURE_SECONDS, _CLIP_SECONDS = 10.0, 60.0

@@ -17,10 +17,9 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import STRIP_FRAMES
-from drl_jax.search.calibration import SCALE_WINDOWS
+from drl_jax.search.encoding import HUBNESS_ARRAY, SCALE_WINDOWS, Correction, dequantize
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
 from drl_jax.search.filters import Filters, Listing, passing
-from drl_jax.search.hubness import HUBNESS_ARRAY, Correction
 from drl_jax.search.index_file import (
     Part,
     Progress,
@@ -32,7 +31,6 @@ from drl_jax.search.index_file import (
     open_part,
     progress_of,
 )
-from drl_jax.search.quantization import dequantize
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord
 from drl_jax.search.windows import Window
 

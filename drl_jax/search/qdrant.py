@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.search.encoding import Correction
 from drl_jax.search.engine import VECTORS
-from drl_jax.search.hubness import Correction
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.segments import Segment
 

@@ -18,15 +18,13 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
-from drl_jax.search.calibration import BANK_ARRAY, gallery_scale, unusual
+from drl_jax.search.encoding import BANK_ARRAY, Correction, gallery_scale, unusual
 from drl_jax.search.engine import Gallery, Part, Ranking, SearchEngine
 from drl_jax.search.hits import Explanation, Hit, Moment, explain
-from drl_jax.search.hubness import Correction
-from drl_jax.search.moments import find_spans
 from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos, stored_windows
 from drl_jax.search.query import EncodedQuery
 from drl_jax.search.refine import Candidate, Film, Refined, refine, tighten
-from drl_jax.search.windows import Window
+from drl_jax.search.windows import Window, find_spans
 
 # Finds candidates by vectors: a state of the index, float32 [Q, D], their number -> slots of each.
 FindCandidates = Callable[[OpenIndex, np.ndarray, int], list[np.ndarray]]

@@ -15,9 +15,8 @@ import numpy as np
 from drl_jax.models.interactions import Features, Interaction
 from drl_jax.models.interactions.base import unit_features
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.search.calibration import bank_similarity
+from drl_jax.search.encoding import bank_similarity, float32_of
 from drl_jax.search.engine import Part
-from drl_jax.search.quantization import float32_of
 from drl_jax.search.windows import Window, inner_windows, windows_around
 
 # Windows that a query encodes, and those of one candidate, at most. More candidates find more than

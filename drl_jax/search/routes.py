@@ -1,9 +1,10 @@
 """Addresses that the server answers: the page, its JSON API, and files of indexed videos."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -13,7 +14,6 @@ from starlette.templating import Jinja2Templates
 
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import UserError
-from drl_jax.search import page_view
 from drl_jax.search.addresses import (
     MAX_CHARACTERS,
     BadRequest,
@@ -26,9 +26,126 @@ from drl_jax.search.addresses import (
 )
 from drl_jax.search.api import SearchAPI, state_of, video_of
 from drl_jax.search.filters import Filters
+from drl_jax.search.hits import format_timestamp
 from drl_jax.search.media import MAX_PICTURE, Media, upload_routes
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.session import Index
+
+# Columns of the timeline's curve.
+_COLUMNS = 240
+# Share of the score above which the marks of start and end are mentioned.
+_MUCH = 1 / 3
+_EXAMPLES = {
+    "shapes": (
+        "a red circle moves to the left",
+        "a green triangle shrinks",
+        "a blue square grows , a yellow circle sways",
+    ),
+}
+_OTHER_EXAMPLES = ("a person talks to the camera", "a dog plays outside", "someone cooks a meal")
+
+
+def examples(dataset: str) -> Sequence[str]:
+    """Queries to try with a model that was trained on a dataset."""
+    name = dataset.partition("_")[0]
+    return _EXAMPLES.get(name, _OTHER_EXAMPLES)
+
+
+def timeline_curve(heat: Sequence[dict[str, float]], duration: float) -> str:
+    """The path of an SVG area, 240 wide and 100 high: the best score of the windows at each time.
+
+    Args:
+      heat: windows with start, end and score.
+      duration: of the video, seconds.
+    """
+    if not heat:
+        return ""
+    scores = np.array([window["score"] for window in heat])
+    low, high = float(scores.min()), float(scores.max())
+    # The lowest score is still seen: the curve has a floor.
+    level = 0.12 + 0.88 * (scores - low) / (high - low) if high > low else np.ones(len(scores))
+    columns = np.zeros(_COLUMNS)
+    for window, value in zip(heat, level, strict=True):
+        first = int(_COLUMNS * min(window["start"] / duration, 1))
+        last = max(first + 1, int(np.ceil(_COLUMNS * min(window["end"] / duration, 1))))
+        columns[first:last] = np.maximum(columns[first:last], value)
+    points = " ".join(
+        f"L{number} {100 - 100 * value:.0f} L{number + 1} {100 - 100 * value:.0f}"
+        for number, value in enumerate(columns)
+    )
+    return f"M0 100 {points} L{_COLUMNS} 100 Z"
+
+
+def table(explanation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of words and frames; `heat` is the similarity scaled to 0 ... 1."""
+    words = explanation["words"]
+    if not words:
+        return []
+    similarity = np.array([word["similarity"] for word in words])
+    low, high = float(similarity.min()), float(similarity.max())
+    heat = (similarity - low) / (high - low or 1)
+    largest = max(word["weight"] for word in words) or 1
+    best = similarity.argmax(axis=1)
+    return [
+        {
+            "word": word["word"],
+            "share": word["weight"],
+            "length": word["weight"] / largest,
+            "cells": [
+                {"similarity": value, "heat": float(h), "best": column == best[row]}
+                for column, (value, h) in enumerate(zip(word["similarity"], heat[row], strict=True))
+            ],
+        }
+        for row, word in enumerate(words)
+    ]
+
+
+def marks_note(share: float) -> str:
+    """One sentence where much of a score rests on the marks of the sentence; else empty."""
+    if share < _MUCH:
+        return ""
+    return (
+        f"{share:.0%} of the score rests on the marks that the model puts before and after the"
+        " sentence: on the sentence as a whole, not on one word."
+    )
+
+
+def span(moment: dict[str, Any]) -> str:
+    """A moment in words: 0:12 to 0:18; with tenths if it is short."""
+    start, end = moment["start"], moment["end"]
+    show = format_clock if end - start >= 1.5 else format_timestamp
+    return f"{show(start)} to {show(end)}"
+
+
+def duration(seconds: float) -> str:
+    """A length in words: 6 s, or 1:02 from a minute on."""
+    if seconds < 1.5:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 59.5 else format_clock(seconds)
+
+
+def extent(hit: dict[str, Any]) -> str:
+    """How much of a video its best moment is: 6 s of 5:28."""
+    moment = hit["moments"][0]
+    seconds = moment["end"] - moment["start"]
+    if seconds >= 0.95 * hit["duration"]:
+        return f"the whole video, {duration(seconds)}"
+    return f"{duration(seconds)} of {duration(hit['duration'])}"
+
+
+def file_name(path: str) -> str:
+    """The name of a file, without its folder."""
+    return PurePosixPath(path).name
+
+
+def moment_name(like: str) -> str:
+    """PATH@SECONDS as the page shows it: the name of the file, and the time."""
+    path, _, seconds = like.rpartition("@")
+    try:
+        return f"{file_name(path)} at {format_clock(float(seconds))}"
+    except ValueError:
+        return like
+
 
 _PAGE = Path(__file__).parent / "page"
 # Answers that name the content in `v` stay right.
@@ -69,11 +186,11 @@ def page_routes(api: SearchAPI, max_video: int) -> list[Route]:
     templates = Jinja2Templates(_PAGE)
     templates.env.trim_blocks = templates.env.lstrip_blocks = True
     for name in ("span", "duration", "extent", "table", "marks_note"):
-        templates.env.filters[name] = getattr(page_view, name)
+        templates.env.filters[name] = globals()[name]
     templates.env.filters |= {"clock": format_clock, "seconds": seconds_text, "day": day_text}
-    templates.env.filters |= {"name": page_view.file_name, "moment_name": page_view.moment_name}
+    templates.env.filters |= {"name": file_name, "moment_name": moment_name}
     templates.env.globals |= {
-        "curve": page_view.timeline_curve,
+        "curve": timeline_curve,
         "states": _STATES,
         "no_filters": Filters(),
         "video_suffixes": VIDEO_SUFFIXES,
@@ -93,7 +210,7 @@ def page_routes(api: SearchAPI, max_video: int) -> list[Route]:
                 context["open"] = api.video(query)
         except UserError as error:
             context |= {"error": str(error), "status": status_of(error)}
-        context["examples"] = page_view.examples(api.index.model.config.data.dataset)
+        context["examples"] = examples(api.index.model.config.data.dataset)
         return templates.TemplateResponse(
             request, "page.html", context, status_code=context["status"]
         )

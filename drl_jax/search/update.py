@@ -19,9 +19,7 @@ from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
-from drl_jax.search.calibration import bank_of
-from drl_jax.search.encoding import WindowEncoder
-from drl_jax.search.hubness import check_bank, write_bank
+from drl_jax.search.encoding import WindowEncoder, bank_of, check_bank, write_bank
 from drl_jax.search.index_file import IndexWriter, KnownFile, ProgressFile
 from drl_jax.search.reading import (
     FoundFile,
