@@ -35,7 +35,7 @@ from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.search import index_file
 from drl_jax.search.__main__ import main
-from drl_jax.search.commands import explain_file, format_hits, run_prompt
+from drl_jax.search.commands import draw_pair, format_hits
 from drl_jax.search.engine import Part
 from drl_jax.search.hits import explain, format_timestamp
 from drl_jax.search.index_file import IndexWriter, open_part, read_progress
@@ -457,25 +457,10 @@ def test_a_figure_of_a_pair(search_run, test_videos, shared_search, tmp_path, ca
     assert "xyz" in error.removeprefix(f"cannot write {flag}")
     path = tmp_path / "none" / "figure.png"
     with pytest.raises(UserError, match=rf"cannot write --out={path} \(No such file"):
-        explain_file(shared_search.model, video, "a red circle", path)
+        draw_pair(shared_search.model, video, "a red circle", path)
 
 
 # ---------------------------------------------------------------------- prompt and commands
-
-
-def talk(session, *lines, captions=("a test caption", "another")):
-    """What the prompt answers to lines of input; a callable runs before the next line."""
-    answers, left = [], list(lines)
-
-    def read(_):
-        while left and callable(left[0]):
-            left.pop(0)()
-        if not left:
-            raise EOFError
-        return left.pop(0)
-
-    run_prompt(session, captions, 2, read, answers.append)
-    return answers[1:]
 
 
 def test_a_name_with_a_newline_is_printed_in_one_line(shared_search):
@@ -485,39 +470,28 @@ def test_a_name_with_a_newline_is_printed_in_one_line(shared_search):
     assert r"new\nline.mp4" in format_hits([named])
 
 
-def test_the_prompt(shared_search):
-    session = shared_search
-    (found,) = talk(session, "t a red circle", "q", "t never asked")
-    assert found.splitlines()[0] == "a red circle"
-    assert ".mp4" in found
-    # Asks for the sentence; then the input ends.
-    assert talk(session, "t", "a red circle")[0] == found
-    assert talk(session, "i 1")[0].splitlines()[0] == "another"
-    error = "i takes a number from 0 to 1, not '2'"
-    assert talk(session, "i 2")[0] == talk(session, "i", "2")[0] == error
-    assert talk(session, "i -1")[0] == "i takes a number from 0 to 1, not '-1'"
-    assert "there are no captions" in talk(session, "i 0", captions=())[0]
-    assert (
-        talk(session, "t", "  ")[0] == "the query is blank: give a sentence, a picture or a video"
-    )
-    assert talk(session, "")[0] == talk(session, "x")[0] == talk(session, "?")[0]
-    assert "q: quit" in talk(session, "")[0]
-
-
-def test_the_prompt_answers_from_the_updated_index(model, videos, index):
-    def update():
+def test_the_prompt_answers_from_the_updated_index(model, videos, index, monkeypatch, capsys):
+    def lines():
+        yield "a dog"
         for name in ("0.mp4", "2.mp4", "4.mp4", "sub/1.mp4", "sub/3.mp4"):
             (videos / name).unlink()
         write_other_video(videos / "new.mp4")
         update_index(model, videos, index, prune=True)
+        yield "a dog"
+        yield "dog " * 3000
+        yield ""
 
-    session = Index(index, model)
-    before, after, _ = talk(session, "t a dog", update, "t a dog")
-    assert before != after
+    answers = lines()
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    capsys.readouterr()
+    assert main(["query", f"--index={index}"]) == 0
+    _, before, after = capsys.readouterr().out.split("a dog\n")
+    assert before.count(".mp4") == 5
     assert sorted(line.split("/")[-1] for line in after.splitlines() if ".mp4" in line) == [
         "5.mp4",
         "new.mp4",
     ]
+    assert "the sentence has 11,999 characters" in after
 
 
 def test_the_commands(search_run, videos, tmp_path, capsys):
@@ -526,9 +500,9 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
         "drl_jax.search", "index", f"--workdir={search_run}", f"--videos={videos}", index
     )
     assert "6 added" in made.stdout
-    prompt = run_module("drl_jax.search", "query", index, input="t a dog\ni 5\n\nq\n")
+    prompt = run_module("drl_jax.search", "query", index, input="a dog\n  a red circle \n")
     assert "a dog\n" in prompt.stdout
-    # i: a caption of the run's own test split.
+    assert "a red circle\n" in prompt.stdout
     assert prompt.stdout.count(".mp4") == 2 * 5
 
     assert main(["query", index, "a red circle", "a dog", "--json", "--top=2"]) == 0

@@ -395,5 +395,5 @@ def test_indexes_are_joined_by_a_command(copy, capsys):
     assert not (copy / "new").exists()
     assert main([*flags, str(copy / "shard1")]) == 0
     printed = capsys.readouterr().out
-    assert "1 shards with 4 files" in printed
+    assert "1 shards, 4 files" in printed
     assert "shards that were not given: 0/2" in printed

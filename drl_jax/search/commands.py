@@ -3,14 +3,14 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from drl_jax.data.frame_form import FrameForm
 from drl_jax.model_flags import model_of_flags, required_model
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError, printable
@@ -24,76 +24,17 @@ from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import frames_of, open_picture, read_video
-from drl_jax.search.session import Index, rank_sentences
+from drl_jax.search.session import Index, measure_recall, rank_sentences
 from drl_jax.search.update import IndexReport, Shard, update_index
-
-
-class ExplainedFile(NamedTuple):
-    """The best window of a file.
-
-    Attributes:
-      score: its similarity to the sentence.
-      span: its start and end, seconds.
-      peak: time of the frame that contributes most, seconds.
-    """
-
-    score: float
-    span: tuple[float, float]
-    peak: float
-
-
-def explain_file(model: RetrievalModel, path: Path, sentence: str, out: Path) -> ExplainedFile:
-    """Draws how the words of a sentence and the frames of the best window of a file match.
-
-    Args:
-      model: compares them.
-      path: a video file.
-      sentence: the query.
-      out: a file with a suffix that matplotlib writes: .png, .svg, .pdf.
-
-    Raises:
-      UserError: the file cannot be read, the sentence is blank, or `out` cannot be written.
-    """
-    # The other commands need no matplotlib.
-    from drl_jax.evaluation.figures import interaction_figure
-
-    (query,) = encode_sentences(model, [sentence])
-    part = query.parts[0]
-    with temporary_directory() as folder:
-        read = read_video(path, (), sampling_of(model), folder / "frames")
-        if reason := read.error or read.failure:
-            raise UserError(f"{path} {reason}")
-        frames = frames_of(read, model.frame_form)
-        videos = model.encode_windows(frames, read.windows)
-        scores = model.similarity(part.text, videos)[0]
-        best = int(scores.argmax())
-        chosen = read.windows[best]
-        times = tuple(read.arrays["frame.time"][list(chosen)].tolist())
-        arrays = {name: array[best] for name, array in videos.items()}
-        explanation = explain(model.interaction, part, arrays, query.words, times)
-        pictures = np.array(frames[list(chosen)])
-    score = float(scores[best])
-    clocks = [format_timestamp(time) for time in times]
-    title = f"“{sentence}”  {score:.4f}\n{path.name}"
-    figure = interaction_figure(explanation.attribution, explanation.words, clocks, pictures, title)
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot write --out={out} ({reason})") from error
-    span = tuple(read.arrays["window.span"][best].tolist())
-    return ExplainedFile(score, span, explanation.peak)
-
 
 if TYPE_CHECKING:
     from drl_jax.runtime.ray_cluster import RayCluster
 
 # Missing shards that are named.
 _SHOWN = 20
-_HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, q: quit"
 
 
-# ---------------------------------------------------------------------- index and join
+# ---------------------------------------------------------------------- indexing
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -125,12 +66,8 @@ def _cluster(address: str | None) -> "contextlib.AbstractContextManager[RayClust
     """The cluster that `--ray` names, if any."""
     if not address:
         return contextlib.nullcontext()
-    import jax
+    from drl_jax.runtime.cluster import connect  # Ray is optional.
 
-    from drl_jax.runtime.cluster import connect
-
-    # The GPUs are for the processes that encode: this one only compares models.
-    jax.config.update("jax_platforms", "cpu")
     return connect(address)
 
 
@@ -143,13 +80,10 @@ def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
     from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
     from drl_jax.runs.post_processing_run import draw_bank
 
-    config = model.config
     try:
-        train = load_split(VideoDataset(dataset_dir(config)), "train", config.data)
+        train = load_split(VideoDataset(dataset_dir(model.config)), "train", model.config.data)
     except DatasetError as error:
-        raise UserError(
-            f"--bank=train: {error}; or give --bank=FILE, with one caption per line"
-        ) from error
+        raise UserError(f"--bank=train: {error}; --bank=FILE reads one caption per line") from error
     return [caption for caption in draw_bank(train, None).captions if caption.strip()]
 
 
@@ -159,31 +93,23 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
         f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
         f" {report.nbytes / 1e6:.1f} MB ({storage})"
     ]
-    for names, title in (
+    for reasons, title in (
         (report.bad, "files cannot be searched"),
         (report.unavailable, "files could not be read this time"),
+        (dict.fromkeys(report.skipped, "a dangling link, pipe or device"), "names are not files"),
     ):
-        if names:
-            lines.append(f"{len(names)} {title}:")
-            lines += [f"  {printable(path)}: {reason}" for path, reason in names.items()]
-    if report.skipped:
-        lines.append(f"{len(report.skipped)} names are not files (dangling links, pipes):")
-        lines += [f"  {printable(path)}" for path in report.skipped]
+        if reasons:
+            lines.append(f"{len(reasons)} {title}:")
+            lines += [f"  {printable(path)}: {reason}" for path, reason in reasons.items()]
     return "\n".join(lines)
 
 
 def _join(options: argparse.Namespace) -> None:
     parts = join(options.index, options.shards)
-    videos = sum(int((~gone).sum()) for part in parts for gone in part.gone)
-    windows = sum(
-        int(segment.column("windows")[~gone].sum())
-        for part in parts
-        for segment, gone in zip(part.segments, part.gone, strict=True)
-    )
-    print(
-        f"{options.index}: {len(parts)} shards with {videos} files and {windows} windows open as"
-        " one"
-    )
+    rows = [(s, ~gone) for part in parts for s, gone in zip(part.segments, part.gone, strict=True)]
+    files = sum(int(is_there.sum()) for _, is_there in rows)
+    windows = sum(int(segment.column("windows")[is_there].sum()) for segment, is_there in rows)
+    print(f"{options.index}: {len(parts)} shards, {files} files and {windows} windows, open as one")
     given = {Shard.parse(shard) for part in parts if (shard := part.header.get("shard"))}
     wanted = {Shard(number, shard.count) for shard in given for number in range(shard.count)}
     if missing := [str(shard) for shard in sorted(wanted - given)]:
@@ -191,80 +117,63 @@ def _join(options: argparse.Namespace) -> None:
         print(f"shards that were not given: {' '.join(missing[:_SHOWN])}{rest}")
 
 
-# ---------------------------------------------------------------------- query
+# ---------------------------------------------------------------------- queries
 
 
 def _query(options: argparse.Namespace) -> None:
     _check_query(options)
-    sentences = list(options.query)
-    if options.queries:
-        sentences += read_lines(options.queries)
+    sentences = options.query + (read_lines(options.queries) if options.queries else [])
     index = _open(options)
     if options.hubness and not options.json:
         print(f"ranked with --hubness={options.hubness}; the scores are those without it")
     if options.sentences:
-        _rank_sentences(options, index)
+        _rank_sentences(options, index.model)
         return
-    others = (options.video, options.picture, options.like, options.without)
-    filters = _filters(options)
-    if not sentences and not any(others):
-        run_prompt(index, _captions(options, index.model), options.top)
-        return
-    if not any(others):
-        found = index.search(sentences, options.top, filters=filters, moments=options.moments)
-    else:
-        query = Query(
-            without=options.without,
-            picture=_picture(options.picture, index.model.frame_form) if options.picture else b"",
-            # Decoded once for all sentences.
-            video=encode_video_file(index.model, options.video) if options.video else None,
-            like=_moment(index, options.like) if options.like else None,
-        )
-        found = [
-            index.search(
-                dataclasses.replace(query, sentence=sentence),
-                options.top,
-                filters=filters,
-                moments=options.moments,
-            )
-            for sentence in sentences or [""]
-        ]
+    query = Query(
+        without=options.without,
+        picture=_picture(options.picture, index.model) if options.picture else b"",
+        # Decoded once for all sentences.
+        video=encode_video_file(index.model, options.video) if options.video else None,
+        like=_moment(index, options.like) if options.like else None,
+    )
+    has_sentences_only = query == Query()
     names = sentences or [str(options.video or options.picture or options.like)]
-    for name, hits in zip(names, found, strict=True):
-        if options.json:
-            print(json.dumps({"query": name, "hits": [hit.to_json() for hit in hits]}))
-        else:
-            print(f"{name}\n{format_hits(hits)}")
+    search = functools.partial(
+        index.search, top=options.top, filters=_filters(options), moments=options.moments
+    )
+    if has_sentences_only and not sentences:
+        _ask(search)
+    elif has_sentences_only:
+        _print(options, names, search(sentences))
+    else:
+        queries = [dataclasses.replace(query, sentence=text) for text in sentences or [""]]
+        _print(options, names, map(search, queries))
 
 
 def _check_query(options: argparse.Namespace) -> None:
     """Checks which flags go together."""
+    sentences, others = options.query or options.queries, (options.picture, options.like)
     if options.sentences and not options.video:
         raise UserError("--sentences needs --video: it ranks sentences for a video")
-    if options.sentences and (options.query or options.queries):
+    if options.sentences and sentences:
         raise UserError("--sentences ranks the sentences of its file; give no other ones")
-    if options.hubness and (options.video or options.picture or options.like or options.without):
+    if options.hubness and (options.video or any(others) or options.without):
         raise UserError(
             "--hubness ranks sentences; omit it with --video, --picture, --like or --without"
         )
-    if options.without and not (options.query or options.picture or options.like or options.video):
+    if options.without and not (sentences or options.video or any(others)):
         raise UserError("--without needs something to look for, e.g. a sentence")
 
 
 def _filters(options: argparse.Namespace) -> Filters:
+    names = ("folder", "name", "min_length", "max_length")
     days = {
         name: parse_day(f"--{name}", text)
         for name in ("since", "until")
         if (text := getattr(options, name))
     }
-    return Filters(
-        folder=options.folder,
-        name=options.name,
-        min_length=options.min_length,
-        max_length=options.max_length,
-        only=tuple(options.only),
-        **days,
-    )
+    given = {name: getattr(options, name) for name in names}
+    return Filters(only=tuple(options.only), **given, **days)
 
 
 def _moment(index: Index, text: str) -> tuple[IndexedVideo, float]:
@@ -282,14 +191,31 @@ def _moment(index: Index, text: str) -> tuple[IndexedVideo, float]:
     return video, time
 
 
-def _picture(path: Path, form: FrameForm) -> bytes:
+def _picture(path: Path, model: RetrievalModel) -> bytes:
     with contextlib.closing(CallPool(1)) as pool:
-        return open_picture(pool, path, form)
+        return open_picture(pool, path, model.frame_form)
 
 
-def _rank_sentences(options: argparse.Namespace, index: Index) -> None:
-    ranked = rank_sentences(index.model, options.video, read_lines(options.sentences))
-    ranked = ranked[: options.top]
+def _print(options: argparse.Namespace, names: Sequence[str], found: Iterable[list[Hit]]) -> None:
+    for name, hits in zip(names, found, strict=True):
+        if options.json:
+            print(json.dumps({"query": name, "hits": [hit.to_json() for hit in hits]}))
+        else:
+            print(f"{name}\n{format_hits(hits)}")
+
+
+def _ask(search: Callable[[str], list[Hit]]) -> None:
+    """Answers the lines of the standard input, to an empty one or its end."""
+    with contextlib.suppress(EOFError):
+        while sentence := input("sentence (an empty line ends): ").strip():
+            try:
+                print(f"{sentence}\n{format_hits(search(sentence))}")
+            except UserError as error:
+                print(error)
+
+
+def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
+    ranked = rank_sentences(model, options.video, read_lines(options.sentences))[: options.top]
     if options.json:
         found = [{"score": round(score, 6), "sentence": text} for score, text in ranked]
         print(json.dumps({"video": str(options.video), "sentences": found}))
@@ -300,16 +226,15 @@ def _rank_sentences(options: argparse.Namespace, index: Index) -> None:
 def format_hits(hits: Sequence[Hit]) -> str:
     """Formats hits as text: rank, score and path; then each moment, with its words for the best."""
     lines = []
-    # Set apart instead of listed as if they were answers.
+    # Weak ones are set apart instead of listed as if they were answers.
     for hit in sorted(hits, key=lambda hit: hit.is_weak):
         if hit.is_weak and "weak matches:" not in lines:
             lines.append("weak matches:")
         same = "  (has this picture)" if hit.is_same else ""
         lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(str(hit.path))}{same}")
         for moment in hit.moments:
-            span = f"{format_timestamp(moment.start)} to {format_timestamp(moment.end)}"
-            peak = format_timestamp(moment.peak)
-            lines.append(f"{'':14}{span}, best at {peak} ({moment.score:.4f})")
+            start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
+            lines.append(f"{'':14}{start} to {end}, best at {peak} ({moment.score:.4f})")
             if moment is hit.moments[0]:
                 words = (
                     f"{word} {format_timestamp(time)}"
@@ -318,73 +243,6 @@ def format_hits(hits: Sequence[Hit]) -> str:
                 )
                 lines.append(f"{'':14}{'  '.join(words)}")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------- the prompt
-
-
-def run_prompt(
-    index: Index,
-    captions: Sequence[str],
-    top: int,
-    read: Callable[[str], str] = input,
-    write: Callable[[str], None] = print,
-) -> None:
-    """Reads and answers sentences and captions until `q` or the end of the input.
-
-    Args:
-      index: answers.
-      captions: the captions that `i` selects from; may be empty.
-      top: number of hits.
-      read: shows a prompt and returns a line; EOFError ends the prompt.
-      write: prints.
-    """
-    write(f"{len(index.videos)} videos. {_HELP}")
-    while True:
-        try:
-            command, _, rest = read("> ").strip().partition(" ")
-            if command == "t" and not rest.strip():
-                rest = read("sentence: ")
-            elif command == "i" and not rest.strip():
-                rest = read("number: ")
-        except EOFError:
-            write("")
-            return
-        if command == "q":
-            return
-        try:
-            write(_answer(index, captions, top, command, rest.strip()))
-        except UserError as error:
-            write(str(error))
-
-
-def _answer(index: Index, captions: Sequence[str], top: int, command: str, rest: str) -> str:
-    if command not in ("t", "i"):
-        return _HELP
-    sentence = rest if command == "t" else _caption(captions, rest)
-    return f"{sentence}\n{format_hits(index.search(sentence, top))}"
-
-
-def _caption(captions: Sequence[str], number: str) -> str:
-    if not captions:
-        raise UserError("there are no captions to select from; give --captions=FILE")
-    if not number.isdecimal() or int(number) >= len(captions):
-        raise UserError(f"i takes a number from 0 to {len(captions) - 1}, not {number!r}")
-    return captions[int(number)]
-
-
-def _captions(options: argparse.Namespace, model: RetrievalModel) -> list[str]:
-    """Captions for the prompt's `i`: those of a file, or of the test split of the model's run."""
-    if options.captions:
-        return read_lines(options.captions)
-    from drl_jax.data.batches import load_split
-    from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
-
-    config = model.config
-    try:
-        return load_split(VideoDataset(dataset_dir(config)), "test", config.data).caption_pairs()[1]
-    except DatasetError:
-        return []
 
 
 # ---------------------------------------------------------------------- other commands
@@ -400,12 +258,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _recall(options: argparse.Namespace) -> None:
-    from drl_jax.search.session import measure_recall
-
     counts, index = options.candidates, _open(options)
-    rows = measure_recall(
-        index, read_lines(options.queries), counts, options.top, index.ranker.ask_engine
-    )
+    sentences, ask_engine = read_lines(options.queries), index.ranker.ask_engine
+    rows = measure_recall(index, sentences, counts, options.top, ask_engine)
     if options.json:
         print(json.dumps([row._asdict() for row in rows]))
         return
@@ -430,31 +285,58 @@ def _duplicates(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    # The other commands need no server.
-    from drl_jax.search.serve import serve
+    from drl_jax.search.serve import serve  # The other commands need no server.
 
-    serve(
-        _open(options),
-        host=options.host,
-        port=options.port,
-        top=options.top,
-        max_upload=options.max_upload,
-        allowed_hosts=options.allowed_hosts,
-        needs_token=not options.no_token,
-    )
+    names = ("host", "port", "top", "max_upload", "allowed_hosts")
+    given = {name: getattr(options, name) for name in names}
+    serve(_open(options), needs_token=not options.no_token, **given)
 
 
 def _explain(options: argparse.Namespace) -> None:
     model, path = model_of_flags(options), options.video
     if options.index is not None:
         index = Index(options.index, model)
-        model = index.model
-        path = path if path.exists() else index.state().folder / path
+        model, path = index.model, path if path.exists() else index.state().folder / path
     if model is None:
         raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
-    found = explain_file(model, path, options.query, options.out)
-    start, end, peak = map(format_timestamp, (*found.span, found.peak))
-    print(f"{found.score:.4f}, best moment {peak} (of {start} to {end}): {options.out}")
+    print(f"{draw_pair(model, path, options.query, options.out)}: {options.out}")
+
+
+def draw_pair(model: RetrievalModel, path: Path, sentence: str, out: Path) -> str:
+    """Draws how the words of a sentence and the frames of the best window of a file match.
+
+    Returns:
+      The score and the best moment, as text.
+
+    Raises:
+      UserError: the file cannot be read, the sentence is blank, or `out` cannot be written.
+    """
+    from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
+
+    (query,) = encode_sentences(model, [sentence])
+    with temporary_directory() as folder:
+        read = read_video(path, (), sampling_of(model), folder / "frames")
+        if reason := read.error or read.failure:
+            raise UserError(f"{path} {reason}")
+        frames = frames_of(read, model.frame_form)
+        windows = model.encode_windows(frames, read.windows)
+        scores = model.similarity(query.parts[0].text, windows)[0]
+        best = int(scores.argmax())
+        chosen = list(read.windows[best])
+        times, pictures = read.arrays["frame.time"][chosen], np.array(frames[chosen])
+    arrays = {name: array[best] for name, array in windows.items()}
+    explanation = explain(model.interaction, query.parts[0], arrays, query.words, times)
+    title = f"“{sentence}”  {scores[best]:.4f}\n{path.name}"
+    clocks = [format_timestamp(time) for time in times]
+    figure = interaction_figure(explanation.attribution, explanation.words, clocks, pictures, title)
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write --out={out} ({reason})") from error
+    span = (*read.arrays["window.span"][best], explanation.peak)
+    start, end, peak = map(format_timestamp, span)
+    return f"{scores[best]:.4f}, best moment {peak} (of {start} to {end})"
 
 
 def _open(options: argparse.Namespace) -> Index:
@@ -475,8 +357,8 @@ def _open(options: argparse.Namespace) -> Index:
 def _search_options(options: argparse.Namespace) -> SearchOptions:
     names = ("engine", "candidates", "refine")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    if isinstance(given.get("candidates"), list):  # Of `recall`.
-        given["candidates"] = max(given["candidates"])
+    if options.command == "recall":
+        given["candidates"] = max(options.candidates)
     correction = Correction.parse(options.hubness) if options.hubness else None
     return SearchOptions(**given, correction=correction)
 
