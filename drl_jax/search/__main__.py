@@ -57,8 +57,8 @@ def _parser() -> Parser:
 def _add_hubness_flags(parser: Parser) -> None:
     parser.add_argument("--url", default="", help="of a Qdrant server, for --engine=qdrant")
     text = (
-        "rank sentences without hubs, in an index with a --bank: is:BETA or nnn:K:W (is means is:20,"
-        " nnn means nnn:128:0.75)"
+        "rank sentences without hubs, in an index with a --bank: is:BETA or nnn:K:W (is means"
+        " is:20, nnn means nnn:128:0.75)"
     )
     parser.add_argument("--hubness", default="", metavar="is|nnn", help=text)
 
