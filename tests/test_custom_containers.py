@@ -217,7 +217,7 @@ def test_keys_captions_and_splits_of_shards(tmp_path):
         "test": {"training/b/x/5": ["five"]},
     }
     found = annotations.contained
-    assert found.unannotated == ["training/b.tar/./x/3.mp4", "training/b.tar/./x/4.mp4"]
+    assert found.unannotated == ["training/b.tar/./x/3.mp4"]
     contents = {clip.video_id: clip.location.open().read() for clip in found.clips}
     assert contents == {
         "a/0": b"0", "training/b/x/1": b"11", "training/b/x/2": b"2", "training/b/x/5": b"5"
@@ -423,6 +423,7 @@ LEFT_OUT = {
         [member("json.json", content=b'{"caption": "a", "caption": "b"}')],
         "its .json is not",
     ),
+    "blank": ([member("blank.mp4"), member("blank.txt", content=b" \n")], "its .txt is empty"),
     "fields": ([member("fields.json", content=b'{"captions": "a"}')], "captions must be a list"),
 }
 
@@ -447,14 +448,14 @@ def test_one_bad_member_costs_its_sample_only(videos, tmp_path, capsys):
     assert left_out.keys() == {f"mine/{key}" for key in LEFT_OUT}
     for key, (_, reason) in LEFT_OUT.items():
         assert left_out[f"mine/{key}"].startswith(reason)
-    assert "12 rows are left out (the first: mine/bytes: caption is not" in capsys.readouterr().out
+    assert "13 rows are left out (the first: mine/bytes: caption is not" in capsys.readouterr().out
     assert compare(["custom", f"--videos={tmp_path}", f"--data_dir={tmp_path}"]) == 0
     # More than half are lost.
     write_tar(path, good[:22])
     end = path.read_bytes().rstrip(b"\0")
     path.write_bytes(end + bytes(-len(end) % 512) + bad + bytes(1024))
     line = error_of("data_prep.build", *flags, "--overwrite", capsys=capsys)
-    assert "12 of the 23 videos of" in line
+    assert "13 of the 24 videos of" in line
     assert "cannot be used, and a build may lose at most 50%" in line
     assert len(VideoDataset(tmp_path / BUILT)) == 24
 

@@ -126,6 +126,8 @@ def _add(
         raise RowError(sample.problem)
     row = _row(sample)
     if not row.get("caption") and not row.get("captions"):
+        if sample.video is not None and "txt" in sample.texts:
+            raise RowError("its .txt is empty")
         if sample.video is not None:
             videos.add_unannotated(sample.video)
         return False
