@@ -67,17 +67,11 @@ def moved(hlo: str, config: ModelConfig, pairs: int, devices: int) -> dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures each number of devices."""
-    parser = arguments("collectives", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--devices",
-        type=positive_ints,
-        default="1,2,4,8,16,32,64",
-        help="numbers of simulated devices (%(default)s)",
-    )
-    parser.add_argument(
-        "--batch", type=positive_int, default=1024, help="pairs of the global batch (%(default)s)"
-    )
-    options = parser.parse_args(argv)
+    options = arguments(
+        *("collectives", __doc__),
+        ("devices", positive_ints, "1,2,4,8,16,32,64", "numbers of simulated devices"),
+        ("batch", positive_int, 1024, "pairs of the global batch"),
+    ).parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(options.devices))
     rows = [measure(ModelConfig(), options.batch, devices) for devices in options.devices]

@@ -20,8 +20,6 @@ RUNS = (
     ("train_step", "--models=32,16", "--dtypes=bfloat16,tf32,float32", "--batches=32,64,128"),
     ("train_step", *_LARGE, "--dtypes=bfloat16", "--batches=512,1024"),
     ("similarity", "--sizes=1000,2000,5000,10000", "--plain_up_to=5000"),
-    ("cdcr",),
-    ("compile",),
     ("memory",),
     ("collectives",),
 )
@@ -29,8 +27,6 @@ TRY = (
     ("train_step", "--batches=1", "--frames=1", "--words=8", "--steps=1"),
     ("train_step", *_LARGE, "--batches=2", "--frames=1", "--words=8", "--steps=1"),
     ("similarity", "--sizes=100"),
-    ("cdcr", "--batch=4"),
-    ("compile",),
     ("memory", "--batches=128", "--devices=1"),
     ("collectives", "--devices=2", "--batch=16"),
 )

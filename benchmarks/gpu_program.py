@@ -34,6 +34,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.sharding import Layout, make_layout
 
 _DEVICE = Path(__file__).parent / "devices" / "h100.txtpb"
+_RUNS = "1x128,1x512,1x1024/128,8x128,8x2048/128"
 _KERNELS = {
     "cublas": r'custom_call_target="__cublas',
     "cudnn": r'custom_call_target="__cudnn',
@@ -79,6 +80,16 @@ class Run(NamedTuple):
         return cls(*(int(part or 0) for part in match.groups()))
 
 
+def runs(text: str) -> list[Run]:
+    """Argument type: runs, separated by commas."""
+    return [Run.parse(part) for part in names(text)]
+
+
+def switches(text: str) -> list[bool]:
+    """Argument type: 0 and 1, separated by commas."""
+    return [bool(int(part)) for part in names(text)]
+
+
 def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str, Any]:
     """Compiles a step and reads its memory, kernels and collectives."""
     layout = h100_layout(run.devices, fsdp=fsdp)
@@ -118,28 +129,14 @@ def work(options: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles each combination."""
-    parser = arguments("gpu_program", __doc__.splitlines()[0])
-    parser.add_argument("--models", type=backbones, default="32", help="of ViT-B (%(default)s)")
-    parser.add_argument(
-        "--runs",
-        type=lambda text: [Run.parse(part) for part in text.split(",")],
-        default="1x128,1x512,1x1024/128,8x128,8x2048/128",
-        help="DEVICESxBATCH/MICROBATCH, pairs on each device (%(default)s)",
-    )
-    parser.add_argument(
-        "--fsdp",
-        type=lambda text: [bool(int(part)) for part in text.split(",")],
-        default="0",
-        help="0,1: replicated parameters, and split ones on several devices (%(default)s)",
-    )
-    for field, choices in (("remat", REMAT), ("attention", ATTENTION)):
-        parser.add_argument(
-            f"--{field}",
-            type=names,
-            default=getattr(ModelConfig, field),
-            help=f"of {', '.join(choices)} (%(default)s)",
-        )
-    options = parser.parse_args(argv)
+    options = arguments(
+        *("gpu_program", __doc__),
+        ("models", backbones, "32", "of ViT-B"),
+        ("runs", runs, _RUNS, "DEVICESxBATCH/MICROBATCH, pairs on each device"),
+        ("fsdp", switches, "0", "0,1: replicated parameters, and sharded ones on several devices"),
+        ("remat", names, ModelConfig.remat, f"of {', '.join(REMAT)}"),
+        ("attention", names, ModelConfig.attention, f"of {', '.join(ATTENTION)}"),
+    ).parse_args(argv)
     return run_command("benchmarks.gpu_program", lambda: work(options))
 
 

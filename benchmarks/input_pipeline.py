@@ -36,8 +36,7 @@ from benchmarks.measure import arguments, positive_int, report
 from data_prep.annotations import Annotations, Captioned
 from data_prep.command import DECODE_TIMEOUT
 from data_prep.dataset_build import build_dataset
-from data_prep.estimate import stored_bytes
-from data_prep.video_folder import VideoFolder, make_plan
+from data_prep.video_folder import Plan, VideoFolder, make_plan
 from drl_jax.config import BackboneConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.data.batches import PREFETCHED_BATCHES, TrainBatches
 from drl_jax.data.frame_form import FrameForm
@@ -55,7 +54,7 @@ from drl_jax.training.train_step import make_train_step
 
 FRAMES, WORDS = 12, 32
 _FORM = FrameForm.of(BackboneConfig())
-_CAPTIONS_PER_VIDEO = 8
+_CAPTIONS = [f"caption {number} of a clip" for number in range(8)]
 # CLIP's mean and standard deviation of RGB values in [0, 1].
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -102,8 +101,10 @@ def draw_videos(directory: Path, count: int) -> None:
             container.mux(stream.encode())
 
 
-def make_captions() -> list[str]:
-    return [f"caption {number} of a clip" for number in range(_CAPTIONS_PER_VIDEO)]
+def build_quietly(plan: Plan, data_dir: Path, storage: StorageSpec) -> Path:
+    """Builds a dataset without progress bars; returns its directory."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return build_dataset("custom", plan, data_dir, storage, timeout=DECODE_TIMEOUT)
 
 
 def build_datasets(
@@ -116,15 +117,13 @@ def build_datasets(
       build.
     """
     names = [str(path.relative_to(videos)) for path in VideoFolder(videos).files]
-    splits = {"train": [Captioned(name, make_captions()) for name in names]}
+    splits = {"train": [Captioned(name, _CAPTIONS) for name in names]}
     plan = make_plan(Annotations(splits), videos, {})
     datasets, seconds = {}, {}
     for encoding in ("raw", "jpeg"):
         storage = StorageSpec(_FORM, FRAMES, encoding)
         start = time.perf_counter()
-        with contextlib.redirect_stderr(io.StringIO()):  # Hides the progress bars.
-            directory = build_dataset("custom", plan, data_dir, storage, timeout=DECODE_TIMEOUT)
-        datasets[encoding] = VideoDataset(directory)
+        datasets[encoding] = VideoDataset(build_quietly(plan, data_dir, storage))
         seconds[encoding] = (time.perf_counter() - start) / len(names)
     files = [videos / name for name in datasets["jpeg"].video_ids]
     return datasets, files, seconds["jpeg"]
@@ -158,14 +157,6 @@ def delivery_rates(
             return batch * count / taken, batch * count / (time.process_time() - cpu_start)
 
 
-def make_step(config: ModelConfig) -> tuple[TrainState, Callable]:
-    """A new training state and the compiled training step."""
-    layout = make_layout()
-    tx = make_optimizer(OptimConfig(), total_steps=1000)
-    state = create_state(config, tx, seed=0, layout=layout)
-    return state, make_train_step(config, LossConfig(), tx, layout)
-
-
 def time_steps(
     state: TrainState, step: Callable, batches: Iterator[dict[str, jax.Array]], steps: int
 ) -> tuple[TrainState, float, int]:
@@ -194,7 +185,7 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
     """Builds the datasets and measures each source; returns the rows and settings of the record."""
     datasets, files, build_seconds = build_datasets(videos, data_dir)
     count = len(files)
-    captions = Captions.of([make_captions()] * count)
+    captions = Captions.of([_CAPTIONS] * count)
     split = Split(np.arange(count, dtype=np.int32), captions, np.zeros((0, 2), np.int32))
     sources = {
         "mp4": (Mp4Dataset(files), "none"),
@@ -234,9 +225,6 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
         "dtype": options.dtype,
         "build_seconds_per_video": round(build_seconds, 3),
         "build_hours_for_10000": round(build_seconds * 10000 / 3600, 2),
-        "jpeg_gb_for_10000": round(
-            stored_bytes(10000 * FRAMES, StorageSpec(_FORM, FRAMES, "jpeg")) / 1e9, 1
-        ),
         "cores": available_cpus(),
     }
     return rows, settings
@@ -246,8 +234,10 @@ def measure_steps(
     rows: list[dict], batches: dict[str, TrainBatches], options: argparse.Namespace
 ) -> None:
     """Adds the columns of training steps to the rows of the sources."""
-    layout = make_layout()
-    state, step = make_step(ModelConfig(backbone=BackboneConfig(), dtype=options.dtype))
+    layout, config = make_layout(), ModelConfig(dtype=options.dtype)
+    tx = make_optimizer(OptimConfig(), total_steps=1000)
+    state = create_state(config, tx, seed=0, layout=layout)
+    step = make_train_step(config, LossConfig(), tx, layout)
     for row in rows:
         stream = batches[row["source"]].on_devices(0, layout)
         state, alone, _ = time_steps(state, step, itertools.repeat(next(stream)), options.steps)
@@ -260,45 +250,29 @@ def measure_steps(
         }
 
 
-def link_readable_videos(videos: Path, directory: Path) -> None:
-    """Creates links in `directory` to the files of a folder that can be decoded."""
-    for path in VideoFolder(videos).files:
+def put_videos(directory: Path, options: argparse.Namespace) -> None:
+    """Creates a directory with links to the readable files of `--videos`, or with drawn ones."""
+    directory.mkdir()
+    if options.videos is None:
+        draw_videos(directory, options.count)
+        return
+    for path in VideoFolder(options.videos).files:
         with contextlib.suppress(VideoError):
             read_frames(path, 1, _FORM)
             (directory / path.name).symlink_to(path.absolute())
 
 
-def put_videos(directory: Path, options: argparse.Namespace) -> None:
-    """Creates a directory with links to the files of `--videos`, or with `--count` drawn ones."""
-    directory.mkdir()
-    if options.videos:
-        link_readable_videos(options.videos, directory)
-    else:
-        draw_videos(directory, options.count)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures all sources on the videos of a folder, or on synthetic ones."""
-    parser = arguments("input_pipeline", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--videos", type=Path, metavar="DIR", help="folder of video files (default: synthetic)"
+    parser = arguments(
+        *("input_pipeline", __doc__),
+        ("count", positive_int, 16, "number of synthetic videos"),
+        ("batch", positive_int, 4, "pairs of the global batch"),
+        ("steps", positive_int, 6, "timed steps, after a warm-up"),
+        ("threads", positive_int, available_cpus(), "reader threads"),
     )
-    parser.add_argument(
-        "--count", type=positive_int, default=16, help="number of synthetic videos (%(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=positive_int, default=4, help="pairs of the global batch (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=positive_int, default=6, help="timed steps, after a warm-up (%(default)s)"
-    )
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="folder (default: synthetic)")
     parser.add_argument("--reading_only", action="store_true", help="without training steps")
-    parser.add_argument(
-        "--threads",
-        type=positive_int,
-        default=available_cpus(),
-        help="reader threads (%(default)s)",
-    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

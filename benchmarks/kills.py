@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,17 +31,14 @@ from drl_jax.runs.logging import TIMING_TAGS
 _EPOCHS = 20
 _FLAGS = (
     "--config=configs/shapes.py:smoke",
-    "--config.model.init=",
     f"--config.train.epochs={_EPOCHS}",
     "--config.train.checkpoint_every=2",
-    "--config.model.backbone.embed_dim=32",
-    "--config.model.backbone.text_width=32",
-    "--config.model.backbone.text_heads=2",
-    "--config.model.backbone.text_layers=1",
-    "--config.model.backbone.vision_width=32",
-    "--config.model.backbone.vision_heads=2",
-    "--config.model.backbone.vision_layers=1",
+    "--config.model.init=",
     "--config.model.temporal_layers=1",
+    "--config.model.backbone.embed_dim=32",
+    *(f"--config.model.backbone.{tower}_width=32" for tower in ("text", "vision")),
+    *(f"--config.model.backbone.{tower}_heads=2" for tower in ("text", "vision")),
+    *(f"--config.model.backbone.{tower}_layers=1" for tower in ("text", "vision")),
 )
 # Seconds that a run may take between two kills.
 _TIME_LIMIT = 600
@@ -173,25 +171,24 @@ def compare(killed: Path, whole: Path) -> dict[str, bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = arguments("kills", __doc__.splitlines()[0])
-    parser.add_argument("--kills", type=positive_int, default=20, help="of one process")
-    parser.add_argument("--pair_kills", type=positive_int, default=10, help="of two processes")
-    parser.add_argument("--seed", type=int, default=0, help="of the times (%(default)s)")
-    options = parser.parse_args(argv)
+    options = arguments(
+        *("kills", __doc__),
+        ("kills", positive_int, 20, "of one process"),
+        ("pair_kills", positive_int, 10, "of two processes"),
+        ("seed", int, 0, "of the times"),
+    ).parse_args(argv)
     rng, rows = random.Random(options.seed), []
     root = Path(tempfile.mkdtemp(prefix="kills_"))
     print(f"runs and logs in {root}")
     for processes, kills in ((1, options.kills), (2, options.pair_kills)):
         whole, killed = root / f"whole_{processes}", root / f"killed_{processes}"
         finish(start(whole, processes))
-        doing: dict[str, int] = {}
+        doing: Counter[str] = Counter()
         for number in range(kills):
             what = kill(killed, processes, rng)
-            doing[what] = doing.get(what, 0) + 1
-            print(
-                f"{processes} processes, kill {number + 1}: {what}, step {_last_step(killed)}",
-                flush=True,
-            )
+            doing[what] += 1
+            at = f"{processes} processes, kill {number + 1}"
+            print(f"{at}: {what}, step {_last_step(killed)}", flush=True)
         finish(start(killed, processes))
         during = ", ".join(f"{count} {what}" for what, count in sorted(doing.items()))
         rows.append(

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmark programs: arguments, timing, peak memory, records.
+"""Shared parts of the benchmark programs: flags, timing, matrix rates, peak memory, records.
 
 Needs jax and numpy only.
 """
@@ -6,10 +6,12 @@ Needs jax and numpy only.
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import re
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +30,21 @@ RESULTS = Path(__file__).parent / "results"
 MATMUL_SIZE_CPU = 3072
 
 
-def arguments(name: str, description: str) -> Parser:
-    """A parser with the flags of every benchmark program."""
-    parser = Parser(f"python -m benchmarks.{name}", description=description)
+def arguments(name: str, description: str, *flags: tuple[str, Callable, Any, str]) -> Parser:
+    """A parser with the flags of every benchmark program.
+
+    Args:
+      name: of the program.
+      description: its first line is printed by `--help`.
+      flags: name, type, default and help of each flag of its own.
+    """
+    parser = Parser(f"python -m benchmarks.{name}", description=description.splitlines()[0])
     parser.add_argument(
         "--record", action="store_true", help="write benchmarks/results/NAME_DEVICE.json"
     )
     parser.add_argument("--name", default=name, help="NAME of the record (%(default)s)")
+    for flag, kind, default, text in flags:
+        parser.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} (%(default)s)")
     return parser
 
 
@@ -74,8 +84,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Formats rows with the same keys as aligned columns."""
-    columns = list(rows[0])
+    """Formats rows with the same keys as aligned columns, without those that are dicts."""
+    columns = [column for column, value in rows[0].items() if not isinstance(value, dict)]
     cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -95,12 +105,61 @@ def seconds(function: Callable, *inputs: Any, repeats: int = 3) -> float:
     return min(taken)
 
 
+def step_columns(
+    step: Callable[[], None], rate: Callable[[], float], flops: float, batch: int, steps: int
+) -> dict[str, float]:
+    """Times steps, and measures a matrix product after each of them.
+
+    Args:
+      step: runs a step to its end.
+      rate: measures the FLOP/s of a matrix product.
+      flops: of a step.
+      batch: pairs of a step.
+      steps: their number, after a warm-up.
+
+    Returns:
+      Medians, as columns of the table.
+    """
+    taken, rates = [], []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+        rates.append(rate())
+    taken, rates = taken[1:], rates[1:]  # The first step is the warm-up.
+    fractions = [flops / seconds / rate for seconds, rate in zip(taken, rates, strict=True)]
+    median = statistics.median(taken)
+    return {
+        "step_seconds": round(median, 4),
+        "pairs_per_second": round(batch / median, 3),
+        "tflops_per_second": round(flops / median / 1e12, 4),
+        "matmul_tflops_per_second": round(statistics.median(rates) / 1e12, 4),
+        "fraction_of_matmul": round(statistics.median(fractions), 3),
+    }
+
+
 def matmul_rate(dtype: str = "float32", repeats: int = 5) -> float:
     """Measured FLOP/s of the product of two large square matrices on one device."""
     size = MATMUL_SIZE_CPU if jax.default_backend() == "cpu" else 16384
     a = jnp.ones((size, size), ModelConfig(dtype=dtype).array_dtype)
     product = jax.jit(make_layout(jax.local_devices()[:1]).on_mesh(jnp.matmul, dtype))
     return 2 * size**3 / seconds(product, a, a, repeats=repeats)
+
+
+def torch_matmul_rate(repeats: int = 5) -> float:
+    """`matmul_rate` of PyTorch on the CPU, in float32."""
+    import torch
+
+    a = torch.ones(MATMUL_SIZE_CPU, MATMUL_SIZE_CPU)
+    return 2 * MATMUL_SIZE_CPU**3 / seconds(torch.matmul, a, a, repeats=repeats)
+
+
+def matmul_rates() -> dict[str, float]:
+    """GFLOP/s of `matmul_rate` in float32; on a CPU also of PyTorch's, if that is installed."""
+    rates = {"jax": matmul_rate()}
+    if jax.default_backend() == "cpu" and importlib.util.find_spec("torch"):
+        rates["pytorch"] = torch_matmul_rate()
+    return {name: round(rate / 1e9, 1) for name, rate in rates.items()}
 
 
 def peak_memory() -> int:

@@ -79,32 +79,13 @@ def measure(pairs: int, devices: int, microbatch: int, block: int) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures each global batch on each number of devices."""
-    parser = arguments("memory", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--batches",
-        type=positive_ints,
-        default="128,512,2048,8192,16384",
-        help="pairs of the global batch (%(default)s)",
-    )
-    parser.add_argument(
-        "--devices",
-        type=positive_ints,
-        default="1,8",
-        help="numbers of simulated devices (%(default)s)",
-    )
-    parser.add_argument(
-        "--microbatch",
-        type=int,
-        default=64,
-        help="pairs encoded at a time on each device; 0: all (%(default)s)",
-    )
-    parser.add_argument(
-        "--similarity_block",
-        type=int,
-        default=64,
-        help="videos compared at a time; 0: all (%(default)s)",
-    )
-    options = parser.parse_args(argv)
+    options = arguments(
+        *("memory", __doc__),
+        ("batches", positive_ints, "128,512,2048,8192,16384", "pairs of the global batch"),
+        ("devices", positive_ints, "1,8", "numbers of simulated devices"),
+        ("microbatch", int, 64, "pairs encoded at a time on each device; 0: all"),
+        ("similarity_block", int, 64, "videos compared at a time; 0: all"),
+    ).parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(options.devices))
     rows = [

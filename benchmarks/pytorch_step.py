@@ -10,8 +10,15 @@ transformers, best in a virtual environment of their own, beside jax, flax, opta
 
 from collections.abc import Sequence
 
-from benchmarks.measure import MATMUL_SIZE_CPU, arguments, peak_memory, report, seconds
-from benchmarks.train_step import add_step_arguments, step_columns
+from benchmarks.measure import (
+    arguments,
+    matmul_rates,
+    peak_memory,
+    report,
+    step_columns,
+    torch_matmul_rate,
+)
+from benchmarks.train_step import step_flags
 from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.runtime.allocator import keep_freed_memory
 from drl_jax.training.flops import train_step_flops
@@ -64,12 +71,6 @@ class Model(nn.Module):
         return functional.cross_entropy(logits, rows) + functional.cross_entropy(logits.T, rows)
 
 
-def matmul_rate() -> float:
-    """PyTorch's `measure.matmul_rate`."""
-    a = torch.ones(MATMUL_SIZE_CPU, MATMUL_SIZE_CPU)
-    return 2 * MATMUL_SIZE_CPU**3 / seconds(torch.matmul, a, a, repeats=2)
-
-
 def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int) -> dict:
     """Times the step on random input."""
     torch.manual_seed(0)
@@ -92,26 +93,19 @@ def measure(config: ModelConfig, batch: int, frames: int, words: int, steps: int
         "model": "ViT-B/32",
         "dtype": "float32",
         "batch": batch,
-        **step_columns(step, matmul_rate, flops, batch, steps),
+        **step_columns(step, lambda: torch_matmul_rate(2), flops, batch, steps),
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures each batch size."""
-    parser = arguments("pytorch_step", __doc__.splitlines()[0])
-    add_step_arguments(parser)
-    options = parser.parse_args(argv)
+    options = arguments("pytorch_step", __doc__, *step_flags()).parse_args(argv)
     keep_freed_memory()
     sizes = (options.frames, options.words, options.steps)
     rows = [measure(ModelConfig(), batch, *sizes) for batch in options.batches]
-    report(
-        rows,
-        options,
-        frames=options.frames,
-        words=options.words,
-        torch=torch.__version__,
-    )
+    settings = {"frames": options.frames, "words": options.words, "torch": torch.__version__}
+    report(rows, options, **settings, matmul_gflops=matmul_rates())
 
 
 if __name__ == "__main__":

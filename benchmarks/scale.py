@@ -9,9 +9,7 @@ not a measurement. Needs the extra `ray`. `docs/scale.md` explains the formulas.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import itertools
 import operator
 import tempfile
@@ -21,11 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.input_pipeline import put_videos
+from benchmarks.input_pipeline import build_quietly, put_videos
 from benchmarks.measure import arguments, matmul_rate, positive_int, report
 from data_prep.annotations import Annotations, Captioned
-from data_prep.command import DECODE_TIMEOUT
-from data_prep.dataset_build import build_dataset
 from data_prep.decode import encode_jpeg
 from data_prep.locations import Clip
 from data_prep.video_folder import Plan, VideoFolder
@@ -54,35 +50,20 @@ _MERGES = 3
 
 @dataclasses.dataclass(frozen=True)
 class PerClip:
-    """What one clip takes.
+    """What one clip takes: mean seconds, bytes and FLOPs."""
 
-    Attributes:
-      decode: processor seconds to decode and encode its frames.
-      call: processor seconds of the driver of a Ray cluster for a call on it.
-      record: seconds of the one process that writes records, from the cache of frames.
-      dataset_bytes: of the built dataset.
-      cache_bytes: of the cache of decoded frames.
-      read: processor seconds to read its frames for a training step.
-      index_read: processor seconds to hash and decode it, and to make its thumbnails, for an index.
-      index_put: seconds of the one process that writes an index.
-      index_merge: seconds of this process for writing it again, when segments are merged.
-      array_bytes: of the features in the index.
-      row_bytes: of its row and thumbnails in the index.
-      step_flops: of a training step, for each pair.
-    """
-
-    decode: float
-    call: float
-    record: float
+    decode: float  # Processor seconds to decode and encode its frames.
+    call: float  # Processor seconds of the driver of a Ray cluster for a call on it.
+    record: float  # Seconds of the one process that writes records, from the cache of frames.
     dataset_bytes: float
-    cache_bytes: float
-    read: float
-    index_read: float
-    index_put: float
-    index_merge: float
-    array_bytes: float
-    row_bytes: float
-    step_flops: float
+    cache_bytes: float  # Of the cache of decoded frames.
+    read: float  # Processor seconds to read its frames for a training step.
+    index_read: float  # Processor seconds to hash, decode and draw it for an index.
+    index_put: float  # Seconds of the one process that writes an index.
+    index_merge: float  # Seconds of this process to write it again when segments are merged.
+    array_bytes: float  # Of its features in the index.
+    row_bytes: float  # Of its row and thumbnails in the index.
+    step_flops: float  # Of a training step, for each pair.
 
 
 def measure(videos: Path, directory: Path, model: ModelConfig) -> PerClip:
@@ -107,9 +88,7 @@ def measure(videos: Path, directory: Path, model: ModelConfig) -> PerClip:
         spool.unlink(missing_ok=True)
 
     index_read = processor_seconds(read_for_index, files)
-    put, merge, array_bytes, row_bytes = measure_put(
-        reads, directory / "index", model.backbone.embed_dim
-    )
+    stored = measure_put(reads, directory / "index", model.backbone.embed_dim)
     return PerClip(
         decode=decode_seconds,
         call=measure_calls(directory / "calls", files[0]),
@@ -118,10 +97,7 @@ def measure(videos: Path, directory: Path, model: ModelConfig) -> PerClip:
         cache_bytes=cache_bytes,
         read=read_seconds,
         index_read=index_read,
-        index_put=put,
-        index_merge=merge,
-        array_bytes=array_bytes,
-        row_bytes=row_bytes,
+        **stored,
         step_flops=train_step_flops(model, LossConfig(), 128, FRAMES, WORDS) / 128,
     )
 
@@ -166,10 +142,7 @@ def measure_build(
         plan = Plan(Annotations({"train": captions}), folder, planned, {}, [])
         for _ in range(2):  # The first build decodes.
             start = time.process_time()
-            with contextlib.redirect_stderr(io.StringIO()):  # Hides the progress bars.
-                target = build_dataset(
-                    *("custom", plan, directory / "data", storage), timeout=DECODE_TIMEOUT
-                )
+            target = build_quietly(plan, directory / "data", storage)
             taken = time.process_time() - start
         seconds.append(taken)
         sizes.append(bytes_below(target))
@@ -194,13 +167,11 @@ def link_repeatedly(videos: Path, folder: Path, links: int) -> list[str]:
     return names
 
 
-def measure_put(
-    reads: Sequence[VideoRead], directory: Path, width: int
-) -> tuple[float, float, float, float]:
+def measure_put(reads: Sequence[VideoRead], directory: Path, width: int) -> dict[str, float]:
     """Stores videos of one window in a new index, with random features.
 
     Returns:
-      Seconds of a commit and of a merge, bytes of features, and other bytes, each for one video.
+      Fields of `PerClip`.
     """
     rng, count, seconds = np.random.default_rng(0), _STORED * _COMMITS, 0.0
     reads = [read for read in reads if read.strips]
@@ -235,15 +206,18 @@ def measure_put(
         writer.merge()
         merged = time.perf_counter() - start
     vectors = sum(path.stat().st_size for path in directory.rglob("*_unit*.bin"))
-    return tuple(x / count for x in (seconds, merged, vectors, bytes_below(directory) - vectors))
+    other = bytes_below(directory) - vectors
+    totals = {"index_put": seconds, "index_merge": merged, "array_bytes": vectors}
+    return {name: total / count for name, total in (totals | {"row_bytes": other}).items()}
 
 
 def bytes_below(directory: Path) -> int:
+    """Bytes of all files below a directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def costs(one: PerClip, options: argparse.Namespace) -> list[dict]:
-    """What all clips cost: rows of stage, what one clip takes, and totals."""
+    """What all clips cost: rows of stage, what one clip takes, totals, and hours."""
     clips, cores = options.clips, options.nodes * options.cores
     gpus, rate = options.nodes * options.gpus, options.gpu_tflops * 1e12
     # A third of a step is the forward pass; that of the text is a few percent of it.
@@ -291,21 +265,16 @@ def costs(one: PerClip, options: argparse.Namespace) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures all stages and prints what a corpus costs."""
-    parser = arguments("scale", __doc__.splitlines()[0])
-    parser.add_argument("--videos", type=Path, metavar="DIR", help="folder (default: synthetic)")
-    parser.add_argument(
-        "--count", type=positive_int, default=12, help="number of synthetic videos (%(default)s)"
+    parser = arguments(
+        *("scale", __doc__),
+        ("count", positive_int, 12, "number of synthetic videos"),
+        ("clips", positive_int, 10_000_000, "of the corpus"),
+        ("nodes", positive_int, 16, "machines"),
+        ("cores", positive_int, 64, "processors of a node"),
+        ("gpus", positive_int, 8, "GPUs of a node"),
+        ("gpu_tflops", positive_int, 400, "assumed rate of a GPU, TFLOP/s"),
     )
-    for name, default, text in (
-        ("clips", 10_000_000, "of the corpus"),
-        ("nodes", 16, "machines"),
-        ("cores", 64, "processors of a node"),
-        ("gpus", 8, "GPUs of a node"),
-        ("gpu_tflops", 400, "assumed rate of a GPU, TFLOP/s"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=positive_int, default=default, help=f"{text} (%(default)s)"
-        )
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="folder (default: synthetic)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         videos = Path(directory) / "videos"

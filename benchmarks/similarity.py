@@ -13,14 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import (
-    arguments,
-    matmul_rate,
-    positive_int,
-    positive_ints,
-    report,
-    seconds,
-)
+from benchmarks.measure import arguments, matmul_rate, positive_int, positive_ints, report, seconds
 from drl_jax.config import EvalConfig, ModelConfig
 from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import similarity_in_blocks
@@ -90,20 +83,11 @@ def measure(way: str, size: int) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures each size both ways."""
-    parser = arguments("similarity", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--sizes",
-        type=positive_ints,
-        default="1000,2000",
-        help="numbers of captions, and of videos (%(default)s)",
-    )
-    parser.add_argument(
-        "--plain_up_to",
-        type=positive_int,
-        default=2000,
-        help="largest size of the direct implementation, which needs much memory (%(default)s)",
-    )
-    options = parser.parse_args(argv)
+    options = arguments(
+        *("similarity", __doc__),
+        ("sizes", positive_ints, "1000,2000", "numbers of captions, and of videos"),
+        ("plain_up_to", positive_int, 2000, "largest size of the formula, which needs much memory"),
+    ).parse_args(argv)
     rows = []
     for size in options.sizes:
         ways = ("plain", "blocks") if size <= options.plain_up_to else ("blocks",)

@@ -6,13 +6,14 @@
 `fraction_of_matmul` is the step's FLOP/s divided by that of a large matrix product of the same
 dtype, which is measured after every step, for other programs may slow the machine down at any time:
 the median of these ratios. `peak_memory_gb` is the peak of the process, including earlier rows.
+The record also has the rates of JAX and, where it is installed, of PyTorch.
 Needs jax, flax, optax and numpy only; the model `shapes` also needs ml_collections.
 """
 
+import argparse
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,15 +22,16 @@ import numpy as np
 from benchmarks.measure import (
     arguments,
     matmul_rate,
+    matmul_rates,
     names,
     peak_memory,
     positive_int,
     positive_ints,
     report,
+    step_columns,
 )
 from drl_jax.config import REMAT, BackboneConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.runtime.allocator import keep_freed_memory
-from drl_jax.runtime.cli import Parser
 from drl_jax.sharding import make_layout
 from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
@@ -53,70 +55,18 @@ def backbones(text: str) -> dict[str, BackboneConfig]:
     return found
 
 
-def step_columns(
-    step: Callable[[], None],
-    rate: Callable[[], float],
-    flops: float,
-    batch: int,
-    steps: int,
-) -> dict[str, float]:
-    """Times steps, and measures the matrix product after each of them.
-
-    Args:
-      step: runs a step to its end.
-      rate: measures the FLOP/s of a matrix product.
-      flops: of a step.
-      batch: pairs of a step.
-      steps: their number, after a warm-up.
-
-    Returns:
-      Medians, as columns of the table.
-    """
-    taken, rates = [], []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - start)
-        rates.append(rate())
-    taken, rates = taken[1:], rates[1:]  # The first step is the warm-up.
-    fractions = [flops / seconds / rate for seconds, rate in zip(taken, rates, strict=True)]
-    seconds = statistics.median(taken)
-    return {
-        "step_seconds": round(seconds, 4),
-        "pairs_per_second": round(batch / seconds, 3),
-        "tflops_per_second": round(flops / seconds / 1e12, 4),
-        "matmul_tflops_per_second": round(statistics.median(rates) / 1e12, 4),
-        "fraction_of_matmul": round(statistics.median(fractions), 3),
-    }
-
-
-def add_step_arguments(parser: Parser) -> None:
-    """Adds the flags of the batches and of the number of steps."""
-    parser.add_argument(
-        "--batches",
-        type=positive_ints,
-        default="4",
-        help="pairs of the global batch, e.g. 4,8 (%(default)s)",
-    )
-    parser.add_argument(
-        "--frames", type=positive_int, default=12, help="frames per video (%(default)s)"
-    )
-    parser.add_argument(
-        "--words", type=positive_int, default=32, help="tokens per text (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=positive_int, default=5, help="timed steps, after a warm-up (%(default)s)"
-    )
+def step_flags() -> list[tuple]:
+    """The flags of the sizes of a batch and of the number of steps, for `arguments`."""
+    return [
+        ("batches", positive_ints, "4", "pairs of the global batch, e.g. 4,8"),
+        ("frames", positive_int, 12, "frames per video"),
+        ("words", positive_int, 32, "tokens per text"),
+        ("steps", positive_int, 5, "timed steps, after a warm-up"),
+    ]
 
 
 def measure(
-    name: str,
-    config: ModelConfig,
-    batch: int,
-    frames: int,
-    words: int,
-    steps: int,
-    microbatch: int,
+    name: str, config: ModelConfig, batch: int, microbatch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Compiles and times the training step on random input.
 
@@ -124,11 +74,10 @@ def measure(
       name: of the model, for the table.
       config: the model.
       batch: pairs of the global batch.
-      frames: frames per video.
-      words: tokens per text.
-      steps: timed steps.
       microbatch: pairs encoded at a time; 0: all.
+      options: frames of a video, words of a text, and timed steps.
     """
+    frames, words = options.frames, options.words
     layout = make_layout()
     tx = make_optimizer(OptimConfig(), total_steps=1000)
     state = create_state(config, tx, seed=0, layout=layout)
@@ -156,7 +105,7 @@ def measure(
         lambda: matmul_rate(config.dtype, repeats=2) * jax.device_count(),
         train_step_flops(config, LossConfig(), batch, frames, words),
         batch,
-        steps,
+        options.steps,
     )
     return {
         "model": name,
@@ -172,35 +121,15 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures each combination of model, dtype and batch."""
-    parser = arguments("train_step", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--models",
-        type=backbones,
-        default="32",
-        help="patch sizes of ViT-B (32,16), shapes (the model of configs/shapes.py), and names of"
-        f" published towers ({', '.join(PUBLISHED)}) (%(default)s)",
-    )
-    parser.add_argument(
-        "--dtypes",
-        type=names,
-        default="float32",
-        help="dtypes, e.g. float32,bfloat16 (%(default)s)",
-    )
-    add_step_arguments(parser)
-    parser.add_argument(
-        "--microbatch", type=int, default=0, help="pairs encoded at a time; 0: all (%(default)s)"
-    )
-    parser.add_argument(
-        "--remat",
-        type=names,
-        default=ModelConfig.remat,
-        help=f"of {', '.join(REMAT)}, e.g. none,dots (%(default)s)",
-    )
-    parser.add_argument(
-        "--scan_unroll",
-        type=positive_int,
-        default=ModelConfig.scan_unroll,
-        help="layers per iteration of the scan (%(default)s)",
+    towers = f"patch sizes of ViT-B (32,16), shapes, and names of towers: {', '.join(PUBLISHED)}"
+    parser = arguments(
+        *("train_step", __doc__),
+        ("models", backbones, "32", towers),
+        ("dtypes", names, "float32", "dtypes, e.g. float32,bfloat16"),
+        *step_flags(),
+        ("microbatch", int, 0, "pairs encoded at a time; 0: all"),
+        ("remat", names, ModelConfig.remat, f"of {', '.join(REMAT)}, e.g. none,dots"),
+        ("scan_unroll", positive_int, ModelConfig.scan_unroll, "layers per iteration of the scan"),
     )
     parser.add_argument(
         "--default_allocator",
@@ -214,18 +143,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, dtype, batch, remat in itertools.product(
         options.models, options.dtypes, options.batches, options.remat
     ):
-        config = ModelConfig(
-            backbone=options.models[name],
-            dtype=dtype,
-            remat=remat,
-            scan_unroll=options.scan_unroll,
-        )
+        backbone, unroll = options.models[name], options.scan_unroll
+        config = ModelConfig(backbone=backbone, dtype=dtype, remat=remat, scan_unroll=unroll)
         microbatch = options.microbatch if options.microbatch < batch else 0
-        sizes = (batch, options.frames, options.words)
-        rows.append(measure(name, config, *sizes, options.steps, microbatch))
-    names_of_settings = ("frames", "words", "scan_unroll", "default_allocator")
-    settings = {name: getattr(options, name) for name in names_of_settings}
-    report(rows, options, **settings)
+        rows.append(measure(name, config, batch, microbatch, options))
+    fields = ("frames", "words", "scan_unroll", "default_allocator")
+    settings = {field: getattr(options, field) for field in fields}
+    report(rows, options, **settings, matmul_gflops=matmul_rates())
 
 
 if __name__ == "__main__":
