@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -10,16 +9,10 @@ import numpy as np
 
 from drl_jax.models.tokenizers.base import END, START
 from drl_jax.search import MOMENTS
-from drl_jax.search.addresses import (
-    MAX_MOMENTS,
-    BadRequest,
-    PageQuery,
-    file_address,
-    parse_time,
-)
+from drl_jax.search.addresses import MAX_MOMENTS, BadRequest, PageQuery, file_address, parse_time
 from drl_jax.search.clips import MAX_CLIP
-from drl_jax.search.hits import Explanation, Hit, Moment, word_rows
-from drl_jax.search.media import SentQueries
+from drl_jax.search.hits import Hit, Moment, word_rows
+from drl_jax.search.media import Media
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.query import Query
 from drl_jax.search.session import Index
@@ -30,25 +23,22 @@ _FOLDERS = 200
 
 
 class SearchAPI:
-    """Answers requests as values of JSON; safe to use from several threads.
+    """Answers requests as values of JSON, or raises UserError; safe to use from several threads.
 
     Attributes:
       index: open.
       top: number of hits, unless the request has another.
-      sent: pictures and videos that were sent as queries.
+      media: files that were sent as queries, and parts of the videos.
     """
 
     def __init__(self, index: Index, top: int):
-        self.index, self.top = index, top
-        # Counted once for each state of the index: every page shows them.
-        self._facts = functools.lru_cache(maxsize=1)(_facts_of)
-        self.sent = SentQueries(index.model)
+        self.index, self.top, self.media = index, top, Media(index.model)
 
     def facts(self) -> dict[str, Any]:
         """Facts of the index, and the progress of the process that updates it."""
         state = self.index.state()
         progress = state.progress()
-        return {**self._facts(state), "indexing": progress and progress._asdict()}
+        return {**_facts_of(state), "indexing": progress and progress._asdict()}
 
     def unsearchable(self) -> dict[str, Any]:
         """The files of the folder that cannot be searched, and why."""
@@ -56,12 +46,7 @@ class SearchAPI:
         return {"files": [{"path": path, "reason": reason} for path, reason in files]}
 
     def search(self, query: PageQuery) -> dict[str, Any]:
-        """The hits of a query, or the videos of the index where it has no sentence.
-
-        Raises:
-          UserError: the sentence is blank, there are fewer hits than its offset, or no video has
-            one of the paths.
-        """
+        """The hits of a query, or the videos of the index where it looks for nothing."""
         state, top = self.index.state(), query.top or self.top
         # The addresses of hits do not depend on the video that is open.
         query = dataclasses.replace(query, video=None, time=None, moments=None)
@@ -87,33 +72,30 @@ class SearchAPI:
             "total": total,
             "next": query.address(offset=end) if end < total else None,
             "tokens_used": self._tokens_used(query.sentence or ""),
-            "hits": [hit_json(state, query, hit) for hit in hits],
+            "hits": [_hit_json(state, query, hit) for hit in hits],
         }
 
     def video(self, query: PageQuery) -> dict[str, Any]:
-        """One video: its moments, the heat of its timeline, and the explanation of one moment.
-
-        Raises:
-          UserError: it is not in the index, or the time is not in it.
-        """
-        state = self.index.state()
+        """One video: its moments, the heat of its timeline, and the explanation of one moment."""
+        state, time = self.index.state(), query.time
         video = video_of(state, query.video)
-        if query.time is not None and query.time > video.duration + 0.001:
-            raise BadRequest(
-                f"t={query.time:g} is outside the video, which has {video.duration:.1f} s"
-            )
-        most, has_more = query.moments or MOMENTS, False
+        if time is not None and time > video.duration + 0.001:
+            raise outside(time, video)
+        most, more = query.moments or MOMENTS, None
         hit = _listed(state, video)
         if query.asks:
             hit = self.index.in_video(state, self._asked(state, query), video, most)
-            has_more = most < MAX_MOMENTS and (
-                len(find_spans(hit.windows, hit.scores, most + 1)) > most
-            )
-        number = _open_moment(hit.moments, query.time)
-        moment = hit.moments[number] if hit.moments else None
+            if most < MAX_MOMENTS and len(find_spans(hit.windows, hit.scores, most + 1)) > most:
+                more = query.address(offset=0, moments=MAX_MOMENTS)
+        # The moment with the time, or the nearest one; the best without a time.
+        away = [0 if time is None else max(m.start - time, time - m.end, 0) for m in hit.moments]
+        number = away.index(min(away)) if away else None
+        moment = None if number is None else hit.moments[number]
+        if time is None:
+            time = moment.start if moment else 0.0
         return {
-            **hit_json(state, query, hit),
-            "time": query.time if query.time is not None else moment.start if moment else 0.0,
+            **_hit_json(state, query, hit),
+            "time": time,
             "windows": len(video.windows),
             "frames": [round(time, 3) for time in video.times],
             "frame_prefix": _frames(video) + "&frame=",
@@ -121,9 +103,9 @@ class SearchAPI:
                 {"start": window.start, "end": window.end, "score": round(float(score), 6)}
                 for window, score in zip(hit.windows, hit.scores, strict=True)
             ],
-            "moment": number if moment else None,
-            "more": query.address(offset=0, moments=MAX_MOMENTS) if has_more else None,
-            "explanation": _explanation_json(video, moment) if moment else None,
+            "moment": number,
+            "more": more,
+            "explanation": moment and _explanation_json(video, moment),
         }
 
     def _asked(self, state: OpenIndex, query: PageQuery) -> Query:
@@ -140,8 +122,8 @@ class SearchAPI:
         return Query(
             query.sentence or "",
             query.without or "",
-            self.sent.picture(query.picture) if query.picture else b"",
-            self.sent.video(query.by_video) if query.by_video else None,
+            self.media.sent_picture(query.picture) if query.picture else b"",
+            self.media.sent_video(query.by_video) if query.by_video else None,
             like,
         )
 
@@ -154,6 +136,7 @@ class SearchAPI:
         return sum(word not in (START, END) for word in words)
 
 
+@functools.lru_cache(maxsize=1)  # Every page shows them.
 def _facts_of(state: OpenIndex) -> dict[str, Any]:
     listing = state.listing
     folders = {path.rpartition("/")[0] for path in listing.paths} - {""}
@@ -181,6 +164,11 @@ def video_of(state: OpenIndex, path: str | None) -> IndexedVideo:
     return video
 
 
+def outside(time: float, video: IndexedVideo) -> BadRequest:
+    """The error of a time that a video does not have."""
+    return BadRequest(f"t={time:g} is outside the video, which has {video.duration:.1f} s")
+
+
 def state_of(state: OpenIndex, video: IndexedVideo) -> str:
     """Whether a file is as it was indexed: ok, changed or missing."""
     if state.is_unchanged(video):
@@ -188,8 +176,12 @@ def state_of(state: OpenIndex, video: IndexedVideo) -> str:
     return "changed" if (state.folder / video.path).exists() else "missing"
 
 
-def hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
-    """A video, and its moments if it was searched for."""
+def _listed(state: OpenIndex, video: IndexedVideo) -> Hit:
+    """A video that was not searched for; it has no moments."""
+    return Hit(0, state.folder / video.path, video)
+
+
+def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
     video = hit.video
     best = hit.moments[0] if hit.moments else None
     return {
@@ -209,19 +201,17 @@ def hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
 
 
 def _moment_json(query: PageQuery, video: IndexedVideo, moment: Moment) -> dict[str, Any]:
-    start, end = round(moment.start, 3), round(moment.end, 3)
+    found = moment.to_json()
+    del found["words"]  # They are explained for one moment only, and joined.
     # Of a long moment, the part around its peak.
-    first = max(start, min(moment.peak - MAX_CLIP / 2, end - MAX_CLIP))
-    clip = {"start": f"{first:.3f}", "end": f"{min(first + MAX_CLIP, end):.3f}"}
+    first = max(found["start"], min(moment.peak - MAX_CLIP / 2, found["end"] - MAX_CLIP))
+    clip = {"start": f"{first:.3f}", "end": f"{min(first + MAX_CLIP, found['end']):.3f}"}
     frames = moment.window.frames
+    like = {"like": f"{video.path}@{moment.peak:.3f}"}
     alone = query.closed(sentence=None, without=None, picture=None, by_video=None)
     return {
-        "start": start,
-        "end": end,
-        "peak": round(moment.peak, 3),
-        "score": round(moment.score, 6),
-        "unusual": None if moment.unusual is None else round(moment.unusual, 2),
-        "like": dataclasses.replace(alone, like=f"{video.path}@{moment.peak:.3f}").address(),
+        **found,
+        "like": alone.address(**like),
         "window": moment.number,
         "page": query.address(video=video.path, time=moment.start, offset=0),
         "clip": file_address("clips", video.path, **clip),
@@ -234,10 +224,9 @@ def _moment_json(query: PageQuery, video: IndexedVideo, moment: Moment) -> dict[
 def _pictures(video: IndexedVideo, time: float) -> dict[str, str]:
     """The picture at a time: from the file, and small from the index."""
     frame = int(np.abs(np.asarray(video.times) - time).argmin())
-    version = {"v": video.record.sha256[:8]}
-    seconds = f"{video.times[frame]:.3f}"
+    seconds, version = f"{video.times[frame]:.3f}", video.record.sha256[:8]
     return {
-        "picture": file_address("pictures", video.path, t=seconds, **version),
+        "picture": file_address("pictures", video.path, t=seconds, v=version),
         "thumbnail": _frames(video, frame=frame),
     }
 
@@ -248,11 +237,11 @@ def _frames(video: IndexedVideo, **which: int | str) -> str:
 
 def _explanation_json(video: IndexedVideo, moment: Moment) -> dict[str, Any]:
     """Why a moment was found."""
-    explanation: Explanation = moment.explanation
+    explanation = moment.explanation
     rows, marks = word_rows(explanation)
     return {
         "marks_share": round(marks, 4),
-        "times": [round(float(time), 3) for time in explanation.times],
+        "times": np.round(explanation.times, 3).tolist(),
         "thumbnails": [_frames(video, frame=frame) for frame in moment.window.frames],
         "frame_weights": [round(float(w), 4) for w in explanation.attribution.frame_weight],
         "words": [
@@ -264,17 +253,3 @@ def _explanation_json(video: IndexedVideo, moment: Moment) -> dict[str, Any]:
             for row in rows
         ],
     }
-
-
-def _listed(state: OpenIndex, video: IndexedVideo) -> Hit:
-    """A video that was not searched for; it has no moments."""
-    return Hit(0, state.folder / video.path, video)
-
-
-def _open_moment(moments: Sequence[Moment], time: float | None) -> int:
-    """The moment with a time, the nearest one if none has it; the best without a time."""
-    if time is None or not moments:
-        return 0
-    return min(
-        range(len(moments)), key=lambda n: max(moments[n].start - time, time - moments[n].end, 0)
-    )

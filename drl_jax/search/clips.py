@@ -9,7 +9,7 @@ damaged file: the server calls these functions in a process with a time limit.
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -37,11 +37,7 @@ _LEADS = (0.0, 5.0, _MAX_LEAD)
 
 
 def read_picture(path: Path, time: float) -> bytes:
-    """A JPEG file with the frame of a video at a time.
-
-    Args:
-      path: any file that FFmpeg reads.
-      time: seconds from the first frame; the last frame if it is later.
+    """A JPEG file with the frame of a video at a time, or the last one if the time is later.
 
     Raises:
       VideoError: no frame can be decoded.
@@ -51,7 +47,7 @@ def read_picture(path: Path, time: float) -> bytes:
     with ffmpeg_errors(path):
         with _decoding(path, time) as (container, stream, first):
             aspect = float(stream.sample_aspect_ratio or 1)
-            for frame in (f for packet in container.demux(stream) for f in _frames(packet)):
+            for frame in _frames(container.demux(stream)):
                 if frame.time is None or frame.time - first >= time - 1e-3:
                     break
         if frame is None:
@@ -66,15 +62,9 @@ def read_picture(path: Path, time: float) -> bytes:
 
 
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
-    """Writes a part of a video as an mp4 file that browsers play.
+    """Writes a part of a video, seconds from its first frame, as an mp4 file that browsers play.
 
     A copy begins with the key frame before `start`, and players show it from `start` on.
-
-    Args:
-      path: any file that FFmpeg reads.
-      start: seconds from the first frame.
-      end: seconds; at most MAX_CLIP after the start.
-      out: the file.
 
     Raises:
       VideoError: it cannot be decoded, or has no frame there.
@@ -85,19 +75,16 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
             if _copy(path, start, end, out) and _can_start(out, 0.0):
                 return
         with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
-            if not _encode(path, start, end, clip):
-                raise VideoError("has no frame in this part")
+            _encode(path, start, end, clip)
 
 
 def _copy(path: Path, start: float, end: float, out: Path) -> bool:
     """Copies packets if browsers play them; False if they cannot be copied."""
     with _opened(path, 0.0) as (container, video, first):
-        sound = container.streams.best("audio")
-        inputs = [video] if sound is None else [video, sound]
-        is_playable = _is_playable(container.format.name.split(","), video, sound)
-        if not is_playable or not any(
-            _seek(container, video, first + start, lead) for lead in _LEADS
-        ):
+        start, end = first + start, first + end
+        inputs = _inputs(container, video)
+        is_playable = _is_playable(container.format.name.split(","), *inputs)
+        if not (is_playable and any(_seek(container, video, start, lead) for lead in _LEADS)):
             return False
         done: set[int] = set()
         with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
@@ -105,32 +92,31 @@ def _copy(path: Path, start: float, end: float, out: Path) -> bool:
             for packet in _with_times(container.demux(inputs), video):
                 if packet.pts is None or packet.dts is None:
                     return False
+                index, is_sound = packet.stream.index, packet.stream is not video
                 pts, dts = (float(stamp * packet.time_base) for stamp in (packet.pts, packet.dts))
                 # A frame that is shown later may be needed for one that is shown before the end.
-                if (dts if packet.stream is video else pts) >= first + end:
-                    done.add(packet.stream.index)
+                if (pts if is_sound else dts) >= end:
+                    done.add(index)
                 if len(done) == len(inputs):
                     break
-                is_early = packet.stream is not video and pts < first + start
-                if packet.stream.index in done or is_early:
-                    continue
-                shift = round((first + start) / packet.time_base)
-                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                packet.stream = outputs[packet.stream.index]
-                clip.mux(packet)
+                if index not in done and not (is_sound and pts < start):
+                    shift = round(start / packet.time_base)
+                    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                    packet.stream = outputs[index]
+                    clip.mux(packet)
     return True
 
 
-def _is_playable(formats: list[str], *streams: av.stream.Stream | None) -> bool:
+def _is_playable(formats: list[str], *streams: av.stream.Stream) -> bool:
     """Whether only the container of a video keeps browsers from playing it."""
-    video, sound = (stream and stream.codec_context for stream in streams)
+    video, *sounds = (stream.codec_context for stream in streams)
     return (
         "mp4" not in formats
         and video.codec.canonical_name == "h264"
         and video.pix_fmt in _PIXELS
         # AVI has no times of presentation; they follow those of decoding only without B-frames.
         and not ("avi" in formats and video.has_b_frames)
-        and (streams[1] is None or (sound and sound.codec.canonical_name in _SOUND))
+        and all(sound and sound.codec.canonical_name in _SOUND for sound in sounds)
     )
 
 
@@ -156,9 +142,7 @@ def _with_times(packets: Iterator[av.Packet], video: av.VideoStream) -> Iterator
     """
     waiting: list[av.Packet] = []
     knows_order = False
-    for packet in packets:
-        if not packet.size:
-            continue
+    for packet in (packet for packet in packets if packet.size):
         if packet.stream is not video or knows_order:
             yield packet
         elif waiting or packet.is_keyframe:
@@ -171,44 +155,41 @@ def _with_times(packets: Iterator[av.Packet], video: av.VideoStream) -> Iterator
     yield from waiting
 
 
-def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> int:
-    """Encodes the pictures and the sound between two times; returns the number of pictures."""
-    count, last = 0, -1
+def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> None:
+    """Encodes the pictures and the sound between two times."""
+    outputs: dict[str, av.stream.Stream] = {}
+    packets: list[av.Packet] = []
+    last, done = -1, set()
     with _decoding(path, start) as (container, stream, first):
-        sound = container.streams.best("audio")
-        inputs = [stream] if sound is None else [stream, sound]
-        video = audio = None
-        packets: list[av.Packet] = []
-        done: set[int] = set()
-        read = (packet for packet in container.demux(inputs) if packet.stream.index not in done)
-        for index, frame in ((p.stream.index, frame) for p in read for frame in _frames(p)):
+        inputs = _inputs(container, stream)
+        for frame in _frames(p for p in container.demux(inputs) if p.stream.type not in done):
+            kind = "audio" if isinstance(frame, av.AudioFrame) else "video"
             time = -1.0 if frame.time is None else frame.time - first
             if time >= end:
-                done.add(index)
+                done.add(kind)
             if len(done) == len(inputs):
                 break
             if not start <= time < end:
                 continue
-            if isinstance(frame, av.AudioFrame):
-                if audio is None:
-                    audio = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
+            if kind == "audio":
+                if kind not in outputs:
+                    outputs[kind] = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
                 # The ticks of AVI are longer than a packet of AAC.
                 frame.time_base = Fraction(1, frame.sample_rate)
                 frame.pts = round((time - start) / frame.time_base)
-                packets += audio.encode(frame)
-                continue
-            picture = _even(frame)
-            if video is None:
-                video = _video_stream(clip, picture, stream)
-            # The times of an AVI file with B-frames go back and forth; an encoder fails then.
-            last = max(last + 1, round((time - start) / _TIME_BASE))
-            picture.pts, picture.time_base = last, _TIME_BASE
-            packets += video.encode(picture)
-            count += 1
-        packets += [p for output in (video, audio) if output for p in output.encode()]
-        # A clip has its streams before the first packet; sound may start after many pictures.
-        clip.mux(packets)
-    return count
+            else:
+                frame = _even(frame)
+                if kind not in outputs:
+                    outputs[kind] = _video_stream(clip, frame, stream)
+                # The times of an AVI file with B-frames go back and forth; an encoder fails then.
+                last = max(last + 1, round((time - start) / _TIME_BASE))
+                frame.pts, frame.time_base = last, _TIME_BASE
+            packets += outputs[kind].encode(frame)
+    packets += [packet for output in outputs.values() for packet in output.encode()]
+    if "video" not in outputs:
+        raise VideoError("has no frame in this part")
+    # A clip has its streams before the first packet; sound may start after many pictures.
+    clip.mux(packets)
 
 
 def _video_stream(
@@ -236,12 +217,19 @@ def _even(frame: av.VideoFrame) -> av.VideoFrame:
     return picture
 
 
-def _frames(packet: av.Packet) -> list[av.VideoFrame | av.AudioFrame]:
-    """The frames of a packet; none if it is damaged."""
-    try:
-        return packet.decode()
-    except av.error.InvalidDataError:
-        return []
+def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame | av.AudioFrame]:
+    """The frames of packets, without those of damaged ones."""
+    for packet in packets:
+        with contextlib.suppress(av.error.InvalidDataError):
+            yield from packet.decode()
+
+
+def _inputs(
+    container: av.container.InputContainer, video: av.VideoStream
+) -> list[av.stream.Stream]:
+    """The streams of a clip: the pictures, and the sound if there is any."""
+    sound = container.streams.best("audio")
+    return [video] if sound is None else [video, sound]
 
 
 def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager[_Opened]:
@@ -252,8 +240,7 @@ def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager[_Ope
 def _can_start(path: Path, time: float) -> bool:
     """Whether decoding can start before a time: some files name key frames that are none."""
     with _opened(path, time) as (container, stream, _):
-        found = (frame for packet in container.demux(stream) for frame in _frames(packet))
-        frame = next(found, None)
+        frame = next(_frames(container.demux(stream)), None)
         return frame is not None and not frame.is_corrupt
 
 
