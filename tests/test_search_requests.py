@@ -186,13 +186,13 @@ def test_addresses_survive_a_round_trip():
 
 
 def test_a_full_disk_while_a_video_is_sent_is_one_line():
-    def add_video(path: Path) -> str:
+    def add(what: str, path: Path) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     async def receive() -> dict:
         return {"type": "http.request", "body": b"a video", "more_body": False}
 
-    route = upload_routes(types.SimpleNamespace(add_video=add_video, add_picture=None), 100)[1]
+    route = upload_routes(types.SimpleNamespace(add=add), 100)[1]
     headers = [(b"content-type", b"application/octet-stream")]
     scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
     with pytest.raises(BadRequest, match=r"cannot keep the file \(No space") as raised:
@@ -203,7 +203,7 @@ def test_a_full_disk_while_a_video_is_sent_is_one_line():
 def test_files_that_are_sent_are_read_one_by_one():
     running, most = [], []
 
-    def add_picture(path: Path) -> str:
+    def add(what: str, path: Path) -> str:
         running.append(path.read_bytes())
         most.append(len(running))
         time.sleep(0.02)
@@ -213,9 +213,7 @@ def test_files_that_are_sent_are_read_one_by_one():
         return {"type": "http.request", "body": b"name", "more_body": False}
 
     async def send_five() -> list:
-        route = upload_routes(types.SimpleNamespace(add_picture=add_picture, add_video=None), 100)[
-            0
-        ]
+        route = upload_routes(types.SimpleNamespace(add=add), 100)[0]
         headers = [(b"content-type", b"application/octet-stream")]
         scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
         requests = (route.endpoint(Request(scope, receive)) for _ in range(5))

@@ -34,18 +34,15 @@ def status_of(error: UserError) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PageQuery:
-    """What a request asks for. Of the fields, None is what is not given.
+    """What a request asks for; without any of the first five fields, videos by their paths.
 
     Attributes:
       sentence, without: what is seen, and what is not.
       picture, by_video: names of a picture and a video that were sent to the server.
-      like: PATH@SECONDS of a moment of an indexed video. Without any of these, the answer is all
-        videos in the order of their paths.
-      top: number of hits.
-      offset: hits before the first one.
+      like: PATH@SECONDS of a moment of an indexed video.
+      top, offset: number of hits, and of those before the first one.
       filters: which videos are searched.
-      video: path of the video that is open, relative to the folder of the index.
-      time: where it is open, seconds.
+      video, time: the video that is open, its path and where it is, seconds.
       moments: number of its moments, at most; None: as many as a hit has.
     """
 
@@ -71,9 +68,7 @@ class PageQuery:
         """Reads the names and values of an address; empty ones are not given.
 
         `only` may be there several times; of another parameter, the last one counts.
-
-        Raises:
-          UserError: a parameter is unknown or has a value that it cannot have.
+        A UserError says which parameter is unknown or has a value that it cannot have.
         """
         parameters, values = list(parameters), {}
         for name, text in parameters:
@@ -110,8 +105,7 @@ class PageQuery:
 
     def closed(self, **changes: Any) -> "PageQuery":
         """The first hits and no open video, after `changes` of attributes."""
-        no_video = {"offset": 0, "video": None, "time": None, "moments": None}
-        return dataclasses.replace(self, **no_video, **changes)
+        return dataclasses.replace(self, offset=0, video=None, time=None, moments=None, **changes)
 
 
 def file_address(kind: str, path: str, **parameters: Any) -> str:
@@ -121,11 +115,7 @@ def file_address(kind: str, path: str, **parameters: Any) -> str:
 
 
 def parse_time(name: str, text: str) -> float:
-    """Reads seconds, `minutes:seconds` or `hours:minutes:seconds`.
-
-    Raises:
-      BadRequest: it is none of these; `name` is in the message.
-    """
+    """Reads seconds, minutes:seconds or hours:minutes:seconds; a BadRequest if it is neither."""
     try:
         parts = [float(part) for part in text.split(":")]
         if len(parts) > 3 or not all(0 <= part < math.inf for part in parts):
@@ -136,11 +126,7 @@ def parse_time(name: str, text: str) -> float:
 
 
 def parse_number(name: str, text: str, least: int, most: int) -> int:
-    """Reads a whole number.
-
-    Raises:
-      BadRequest: it is none, or not from `least` to `most`.
-    """
+    """Reads a whole number; a BadRequest if it is none or not from `least` to `most`."""
     if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
         raise BadRequest(f"{name} must be a number from {least} to {most}, not {text[:100]!r}")
     return int(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -97,7 +98,7 @@ class SearchAPI:
             **_hit_json(state, query, hit),
             "time": time,
             "windows": len(video.windows),
-            "frames": [round(time, 3) for time in video.times],
+            "frames": _rounded(video.times, 3),
             "frame_prefix": _frames(video) + "&frame=",
             "heat": [
                 {"start": window.start, "end": window.end, "score": round(float(score), 6)}
@@ -122,8 +123,8 @@ class SearchAPI:
         return Query(
             query.sentence or "",
             query.without or "",
-            self.media.sent_picture(query.picture) if query.picture else b"",
-            self.media.sent_video(query.by_video) if query.by_video else None,
+            self.media.sent("picture", query.picture) if query.picture else b"",
+            self.media.sent("video", query.by_video) if query.by_video else None,
             like,
         )
 
@@ -238,18 +239,18 @@ def _frames(video: IndexedVideo, **which: int | str) -> str:
 def _explanation_json(video: IndexedVideo, moment: Moment) -> dict[str, Any]:
     """Why a moment was found."""
     explanation = moment.explanation
-    rows, marks = word_rows(explanation)
+    words, marks = word_rows(explanation)
     return {
         "marks_share": round(marks, 4),
-        "times": np.round(explanation.times, 3).tolist(),
+        "times": _rounded(explanation.times, 3),
         "thumbnails": [_frames(video, frame=frame) for frame in moment.window.frames],
-        "frame_weights": [round(float(w), 4) for w in explanation.attribution.frame_weight],
+        "frame_weights": _rounded(explanation.attribution.frame_weight),
         "words": [
-            {
-                "word": row.word,
-                "weight": round(row.weight, 4),
-                "similarity": [round(float(value), 4) for value in row.similarity],
-            }
-            for row in rows
+            {"word": w.word, "weight": round(w.weight, 4), "similarity": _rounded(w.similarity)}
+            for w in words
         ],
     }
+
+
+def _rounded(values: Iterable[float], digits: int = 4) -> list[float]:
+    return [round(float(value), digits) for value in values]

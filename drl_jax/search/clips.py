@@ -24,7 +24,7 @@ MAX_CLIP = 60.0
 # Largest picture and clip, pixels.
 _PICTURE_SIDE, _CLIP_SIDE = 640, 1280
 _TIME_BASE = Fraction(1, 90_000)
-_Opened = tuple[av.container.InputContainer, av.VideoStream, float]
+_Opened = tuple[av.container.InputContainer, list[av.stream.Stream], float]
 # The header comes first, so that a browser plays while it loads.
 _MP4_OPTIONS = {"movflags": "faststart"}
 # What browsers play in mp4. H.264 with other pixels, e.g. of 10 bits, is played by few.
@@ -45,9 +45,9 @@ def read_picture(path: Path, time: float) -> bytes:
     """
     frame = None
     with ffmpeg_errors(path):
-        with _decoding(path, time) as (container, stream, first):
-            aspect = float(stream.sample_aspect_ratio or 1)
-            for frame in _frames(container.demux(stream)):
+        with _decoding(path, time) as (container, (video, *_), first):
+            aspect = float(video.sample_aspect_ratio or 1)
+            for frame in _frames(container.demux(video)):
                 if frame.time is None or frame.time - first >= time - 1e-3:
                     break
         if frame is None:
@@ -80,9 +80,8 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
 
 def _copy(path: Path, start: float, end: float, out: Path) -> bool:
     """Copies packets if browsers play them; False if they cannot be copied."""
-    with _opened(path, 0.0) as (container, video, first):
-        start, end = first + start, first + end
-        inputs = _inputs(container, video)
+    with _opened(path, 0.0) as (container, inputs, first):
+        video, start, end = inputs[0], first + start, first + end
         is_playable = _is_playable(container.format.name.split(","), *inputs)
         if not (is_playable and any(_seek(container, video, start, lead) for lead in _LEADS)):
             return False
@@ -160,8 +159,7 @@ def _encode(path: Path, start: float, end: float, clip: av.container.OutputConta
     outputs: dict[str, av.stream.Stream] = {}
     packets: list[av.Packet] = []
     last, done = -1, set()
-    with _decoding(path, start) as (container, stream, first):
-        inputs = _inputs(container, stream)
+    with _decoding(path, start) as (container, inputs, first):
         for frame in _frames(p for p in container.demux(inputs) if p.stream.type not in done):
             kind = "audio" if isinstance(frame, av.AudioFrame) else "video"
             time = -1.0 if frame.time is None else frame.time - first
@@ -180,7 +178,7 @@ def _encode(path: Path, start: float, end: float, clip: av.container.OutputConta
             else:
                 frame = _even(frame)
                 if kind not in outputs:
-                    outputs[kind] = _video_stream(clip, frame, stream)
+                    outputs[kind] = _video_stream(clip, frame, inputs[0])
                 # The times of an AVI file with B-frames go back and forth; an encoder fails then.
                 last = max(last + 1, round((time - start) / _TIME_BASE))
                 frame.pts, frame.time_base = last, _TIME_BASE
@@ -224,14 +222,6 @@ def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame | av.AudioFr
             yield from packet.decode()
 
 
-def _inputs(
-    container: av.container.InputContainer, video: av.VideoStream
-) -> list[av.stream.Stream]:
-    """The streams of a clip: the pictures, and the sound if there is any."""
-    sound = container.streams.best("audio")
-    return [video] if sound is None else [video, sound]
-
-
 def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager[_Opened]:
     """Opens a video before a time, from where it can be decoded."""
     return _opened(path, time if time > 0 and _can_start(path, time) else 0.0)
@@ -239,14 +229,14 @@ def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager[_Ope
 
 def _can_start(path: Path, time: float) -> bool:
     """Whether decoding can start before a time: some files name key frames that are none."""
-    with _opened(path, time) as (container, stream, _):
-        frame = next(_frames(container.demux(stream)), None)
+    with _opened(path, time) as (container, (video, *_), _):
+        frame = next(_frames(container.demux(video)), None)
         return frame is not None and not frame.is_corrupt
 
 
 @contextlib.contextmanager
 def _opened(path: Path, time: float) -> Iterator[_Opened]:
-    """Opens a video before a time; yields container, stream and the time stamp of its start."""
+    """Opens a video before a time; yields its container, streams and first time stamp."""
     with open_container(path) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
@@ -256,4 +246,5 @@ def _opened(path: Path, time: float) -> Iterator[_Opened]:
             # Without an index of the file, it is decoded from its start.
             with contextlib.suppress(av.error.FFmpegError):
                 container.seek(int((first + time) / stream.time_base), stream=stream)
-        yield container, stream, first
+        sound = container.streams.best("audio")
+        yield container, [stream] if sound is None else [stream, sound], first

@@ -38,10 +38,9 @@ _COLUMNS = 240
 # Frames side by side in one answer.
 _MOST_FRAMES = 64
 _STATES = {
-    "changed": "the file has changed since it was indexed; index the folder again",
-    "missing": "the file is missing: it was moved, deleted, or its disk is not mounted",
+    "changed": ("the file has changed since it was indexed; index the folder again", 409),
+    "missing": ("the file is missing: it was moved, deleted, or its disk is not mounted", 410),
 }
-_STATUSES = {"changed": 409, "missing": 410}
 
 
 class _FilePath(PathConvertor):
@@ -62,18 +61,17 @@ def timeline_curve(heat: list[dict[str, float]], duration: float) -> str:
     """
     if not heat:
         return ""
-    scores = np.array([window["score"] for window in heat])
-    low, high = float(scores.min()), float(scores.max())
+    keys = ("start", "end", "score")
+    starts, ends, scores = (np.array([window[key] for window in heat]) for key in keys)
     # The lowest score is still seen: the curve has a floor.
-    level = 0.12 + 0.88 * (scores - low) / (high - low) if high > low else np.ones(len(scores))
-    columns = np.zeros(_COLUMNS)
-    for window, value in zip(heat, level, strict=True):
-        first = int(_COLUMNS * min(window["start"] / duration, 1))
-        last = max(first + 1, int(np.ceil(_COLUMNS * min(window["end"] / duration, 1))))
-        columns[first:last] = np.maximum(columns[first:last], value)
+    levels = np.interp(scores, (scores.min(), scores.max()), (0.12, 1))
+    first = (_COLUMNS * np.minimum(starts / duration, 1)).astype(int)
+    last = np.maximum(first, np.ceil(_COLUMNS * np.minimum(ends / duration, 1)) - 1)
+    numbers = np.arange(_COLUMNS)[:, None]
+    heights = np.where((first <= numbers) & (numbers <= last), levels, 0).max(axis=1)
     points = " ".join(
-        f"L{number} {100 - 100 * value:.0f} L{number + 1} {100 - 100 * value:.0f}"
-        for number, value in enumerate(columns)
+        f"L{number} {100 - 100 * height:.0f} L{number + 1} {100 - 100 * height:.0f}"
+        for number, height in enumerate(heights)
     )
     return f"M0 100 {points} L{_COLUMNS} 100 Z"
 
@@ -183,13 +181,14 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
         return _jpeg(request, state.frames_of(video, chosen))
 
     def picture(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
-        time = _time(request, "t", 0.0)
+        time = parse_time("t", request.query_params.get("t", "0"))
         if time > video.duration:
             raise outside(time, video)
         return _jpeg(request, api.media.picture(_unchanged(state, video), time))
 
     def clip(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
-        start, end = _time(request, "start", 0.0), _time(request, "end", video.duration)
+        given = {"start": "0", "end": str(video.duration), **request.query_params}
+        start, end = (parse_time(name, given[name]) for name in ("start", "end"))
         file = api.media.clip(_unchanged(state, video), video, start, end)
         name = f"{PurePosixPath(video.path).stem} {start:.1f}-{end:.1f}.mp4"
         return FileResponse(file, filename=name, content_disposition_type="inline")
@@ -205,13 +204,8 @@ def _unchanged(state: OpenIndex, video: IndexedVideo) -> Path:
     """The path of a file that is as it was indexed; one that was replaced could link anywhere."""
     found = state_of(state, video)
     if found != "ok":
-        raise BadRequest(_STATES[found], _STATUSES[found])
+        raise BadRequest(*_STATES[found])
     return state.folder / video.path
-
-
-def _time(request: Request, name: str, default: float) -> float:
-    text = request.query_params.get(name)
-    return default if text is None else parse_time(name, text)
 
 
 def _jpeg(request: Request, content: bytes) -> Response:

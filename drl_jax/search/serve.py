@@ -242,14 +242,12 @@ def make_app(index: Index, *, top: int, max_upload: int, access: Access | None =
     return Starlette(
         routes=[*page_routes(api, max_video), *api_routes(api, max_video), *file_routes(api)],
         middleware=[Middleware(CheckAccess, access=access or Access())],
-        exception_handlers={UserError: _request_error, Exception: _internal_error},
+        exception_handlers=dict.fromkeys((UserError, Exception), _error),
         lifespan=lifespan,
     )
 
 
-def _request_error(request: Request, error: UserError) -> Response:
-    return _line(request.scope, status_of(error), str(error))
-
-
-def _internal_error(request: Request, error: Exception) -> Response:
+def _error(request: Request, error: Exception) -> Response:
+    if isinstance(error, UserError):
+        return _line(request.scope, status_of(error), str(error))
     return PlainTextResponse("internal error; the server's log has it", 500, _HEADERS)
