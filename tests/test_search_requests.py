@@ -21,7 +21,7 @@ from drl_jax.search.addresses import BadRequest, PageQuery, format_clock
 from drl_jax.search.filters import Filters, Listing, passing
 from drl_jax.search.hits import Explanation, word_rows
 from drl_jax.search.media import upload_routes
-from drl_jax.search.routes import TEMPLATES, timeline_curve
+from drl_jax.search.routes import TEMPLATES
 from drl_jax.search.serve import Access, CheckAccess, parse_hosts
 
 # ---------------------------------------------------------------------- access
@@ -259,7 +259,6 @@ def test_times_and_the_timeline_are_written_as_people_read_them():
     names = {"a/b c.mp4@62.4": "b c.mp4 at 1:02", "a@nan": "a@nan", "a@inf": "a@inf", "x": "x"}
     assert [words.moment_name(like) for like in names] == [*names.values()]
     heat = [{"start": 0, "end": 5, "score": -1.0}, {"start": 5, "end": 10, "score": 2.0}]
-    heights = [int(point.split()[1]) for point in timeline_curve(heat, 10.0).split("L")[1:-1]]
     # Low in the first half, up to the top in the second.
-    assert heights == [88] * 240 + [0] * 240
-    assert timeline_curve([], 10.0) == ""
+    assert words.curve(heat, 10.0) == "M0 100 V88 H120 V100 ZM120 100 V0 H240 V100 Z"
+    assert words.curve([], 10.0) == ""

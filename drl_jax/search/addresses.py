@@ -28,8 +28,7 @@ class BadRequest(UserError):
 
 def status_of(error: UserError) -> int:
     """The status of the answer to a request that is wrong: 4xx; 503 if the index cannot be read."""
-    default = 503 if isinstance(error, SearchIndexError) else 400
-    return getattr(error, "http_status", default)
+    return getattr(error, "http_status", 503 if isinstance(error, SearchIndexError) else 400)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +79,7 @@ class PageQuery:
                 raise BadRequest(line)
             if text:
                 values[_FIELDS[name]] = _READERS[name](name, text) if name in _READERS else text
-        only = dict.fromkeys(text for name, text in parameters if name == "only" and text)
-        values["only"] = tuple(only)
+        values["only"] = tuple(dict.fromkeys(t for n, t in parameters if n == "only" and t))
         filters = Filters(**{name: values.pop(name) for name in _FILTERS if name in values})
         if filters.min_length > filters.max_length:
             raise BadRequest("min_length is larger than max_length; no video can have both")
@@ -92,16 +90,16 @@ class PageQuery:
         """Names and values of an address that asks for the same."""
         values, defaults = ({**vars(of), **vars(of.filters)} for of in (self, PageQuery()))
         return {
-            name: _text(values[field])
+            name: f"{round(value, 3):.9g}" if isinstance(value, float) else value
             for name, field in _FIELDS.items()
-            if values[field] != defaults[field]
+            if (value := values[field]) != defaults[field]
         }
 
-    def address(self, page: str = "/", **changes: Any) -> str:
-        """The address of a page with these parameters, after `changes` of attributes."""
+    def address(self, **changes: Any) -> str:
+        """The address of the page with these parameters, after `changes` of attributes."""
         given = dataclasses.replace(self, **changes).parameters
         text = urlencode(given, doseq=True, quote_via=quote, safe="/", errors="surrogateescape")
-        return f"{page}?{text}" if text else page
+        return f"/?{text}" if text else "/"
 
     def closed(self, **changes: Any) -> "PageQuery":
         """The first hits and no open video, after `changes` of attributes."""
@@ -137,11 +135,6 @@ def format_clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _text(value: Any) -> Any:
-    """A value as `urlencode` takes it."""
-    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
 _FILTERS = [field.name for field in dataclasses.fields(Filters)]

@@ -55,17 +55,15 @@ class SearchAPI:
         if filters.only:
             paths = tuple(video_of(state, path).path for path in filters.only)
             filters = dataclasses.replace(filters, only=paths)
-        among = state.filtered(filters) if filters else None
-        videos = state.videos if among is None else among
+        videos = state.filtered(filters) if filters else state.videos
         total = len(videos)
         if query.offset and query.offset >= total:
             raise BadRequest(f"offset must be below the number of videos, {total}")
         end = min(query.offset + top, total)
-        hits: list[Hit] = []
-        if not query.asks:
+        if not query.asks or not total:
             hits = [_listed(state, video) for video in videos[query.offset : end]]
-        elif total:
-            asked = self._asked(state, query)
+        else:
+            asked, among = self._asked(state, query), videos if filters else None
             hits = self.index.answer(state, asked, end, among, offset=query.offset)
         return {
             "query": query.sentence,
@@ -91,7 +89,7 @@ class SearchAPI:
         # The moment with the time, or the nearest one; the best without a time.
         away = [0 if time is None else max(m.start - time, time - m.end, 0) for m in hit.moments]
         number = away.index(min(away)) if away else None
-        moment = None if number is None else hit.moments[number]
+        moment = hit.moments[number] if away else None
         if time is None:
             time = moment.start if moment else 0.0
         return {
@@ -116,10 +114,9 @@ class SearchAPI:
             path, _, seconds = query.like.rpartition("@")
             if not path:
                 raise BadRequest(f"like takes PATH@SECONDS, not {query.like[:100]!r}")
-            video, time = video_of(state, path), parse_time("like", seconds)
-            if time > video.duration:
-                raise BadRequest(f"like: {path} has the seconds 0 to {video.duration:.1f}")
-            like = (video, time)
+            like = video_of(state, path), parse_time("like", seconds)
+            if like[1] > like[0].duration:
+                raise BadRequest(f"like: {path} has the seconds 0 to {like[0].duration:.1f}")
         return Query(
             query.sentence or "",
             query.without or "",
@@ -139,26 +136,22 @@ class SearchAPI:
 
 @functools.lru_cache(maxsize=1)  # Every page shows them.
 def _facts_of(state: OpenIndex) -> dict[str, Any]:
-    listing = state.listing
-    folders = {path.rpartition("/")[0] for path in listing.paths} - {""}
+    folders = {path.rpartition("/")[0] for path in state.listing.paths} - {""}
     return {
         "folder": str(state.folder),
         "videos": state.count,
         "windows": len(state.gallery),
-        "hours": round(float(listing.lengths.sum()) / 3600, 3),
+        "hours": round(float(state.listing.lengths.sum()) / 3600, 3),
         "folders": sorted(folders)[:_FOLDERS],
         "unsearchable": state.unsearchable_count,
     }
 
 
 def video_of(state: OpenIndex, path: str | None) -> IndexedVideo:
-    """The video of an index with a path; forms of browsers send a newline in it as CR LF.
-
-    Raises:
-      BadRequest: there is none.
-    """
+    """The video of an index with a path; a BadRequest if there is none."""
     if path is None:
         raise BadRequest("name the video with video=PATH")
+    # Forms of browsers send a newline as CR LF.
     video = state.video_at(path) or state.video_at(path.replace("\r\n", "\n"))
     if video is None:
         raise BadRequest(f"no video of the index has the path {path[:200]!r}", 404)
@@ -208,11 +201,10 @@ def _moment_json(query: PageQuery, video: IndexedVideo, moment: Moment) -> dict[
     first = max(found["start"], min(moment.peak - MAX_CLIP / 2, found["end"] - MAX_CLIP))
     clip = {"start": f"{first:.3f}", "end": f"{min(first + MAX_CLIP, found['end']):.3f}"}
     frames = moment.window.frames
-    like = {"like": f"{video.path}@{moment.peak:.3f}"}
     alone = query.closed(sentence=None, without=None, picture=None, by_video=None)
     return {
         **found,
-        "like": alone.address(**like),
+        "like": alone.address(like=f"{video.path}@{moment.peak:.3f}"),
         "window": moment.number,
         "page": query.address(video=video.path, time=moment.start, offset=0),
         "clip": file_address("clips", video.path, **clip),

@@ -24,7 +24,7 @@ MAX_CLIP = 60.0
 # Largest picture and clip, pixels.
 _PICTURE_SIDE, _CLIP_SIDE = 640, 1280
 _TIME_BASE = Fraction(1, 90_000)
-_Opened = tuple[av.container.InputContainer, list[av.stream.Stream], float]
+_Container, _Stream = av.container.InputContainer, av.stream.Stream
 # The header comes first, so that a browser plays while it loads.
 _MP4_OPTIONS = {"movflags": "faststart"}
 # What browsers play in mp4. H.264 with other pixels, e.g. of 10 bits, is played by few.
@@ -39,9 +39,7 @@ _LEADS = (0.0, 5.0, _MAX_LEAD)
 def read_picture(path: Path, time: float) -> bytes:
     """A JPEG file with the frame of a video at a time, or the last one if the time is later.
 
-    Raises:
-      VideoError: no frame can be decoded.
-      Unavailable: the file cannot be read.
+    Raises VideoError if no frame can be decoded, and Unavailable if the file cannot be read.
     """
     frame = None
     with ffmpeg_errors(path):
@@ -64,11 +62,8 @@ def read_picture(path: Path, time: float) -> bytes:
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
     """Writes a part of a video, seconds from its first frame, as an mp4 file that browsers play.
 
-    A copy begins with the key frame before `start`, and players show it from `start` on.
-
-    Raises:
-      VideoError: it cannot be decoded, or has no frame there.
-      Unavailable: it cannot be read.
+    A copy begins with the key frame before `start`, and players show it from `start` on. Raises
+    VideoError if there is no frame that can be decoded, and Unavailable if it cannot be read.
     """
     with ffmpeg_errors(path):
         with contextlib.suppress(av.error.FFmpegError, ValueError):
@@ -83,7 +78,7 @@ def _copy(path: Path, start: float, end: float, out: Path) -> bool:
     with _opened(path, 0.0) as (container, inputs, first):
         video, start, end = inputs[0], first + start, first + end
         is_playable = _is_playable(container.format.name.split(","), *inputs)
-        if not (is_playable and any(_seek(container, video, start, lead) for lead in _LEADS)):
+        if not is_playable or not _seek(container, video, start):
             return False
         done: set[int] = set()
         with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
@@ -106,7 +101,7 @@ def _copy(path: Path, start: float, end: float, out: Path) -> bool:
     return True
 
 
-def _is_playable(formats: list[str], *streams: av.stream.Stream) -> bool:
+def _is_playable(formats: list[str], *streams: _Stream) -> bool:
     """Whether only the container of a video keeps browsers from playing it."""
     video, *sounds = (stream.codec_context for stream in streams)
     return (
@@ -119,17 +114,18 @@ def _is_playable(formats: list[str], *streams: av.stream.Stream) -> bool:
     )
 
 
-def _seek(
-    container: av.container.InputContainer, video: av.VideoStream, time: float, lead: float
-) -> bool:
-    """Seeks to `lead` seconds before a time stamp; False if no key frame is between them."""
-    where = round((time - lead) / video.time_base)
-    with contextlib.suppress(av.error.FFmpegError):
-        container.seek(where, stream=video)
-        packet = next((packet for packet in container.demux(video) if packet.is_keyframe), None)
-        if packet is not None and packet.pts is not None:
+def _seek(container: _Container, video: av.VideoStream, time: float) -> bool:
+    """Seeks to a key frame at most _MAX_LEAD before a time stamp; False if none is found."""
+    for lead in _LEADS:
+        where = round((time - lead) / video.time_base)
+        with contextlib.suppress(av.error.FFmpegError):
             container.seek(where, stream=video)
-            return time - _MAX_LEAD <= packet.pts * packet.time_base <= time
+            times = (p.pts for p in container.demux(video) if p.is_keyframe)
+            if (key := next(times, None)) is None:
+                continue
+            if 0 <= time - key * video.time_base <= _MAX_LEAD:
+                container.seek(where, stream=video)
+                return True
     return False
 
 
@@ -156,7 +152,7 @@ def _with_times(packets: Iterator[av.Packet], video: av.VideoStream) -> Iterator
 
 def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> None:
     """Encodes the pictures and the sound between two times."""
-    outputs: dict[str, av.stream.Stream] = {}
+    outputs: dict[str, _Stream] = {}
     packets: list[av.Packet] = []
     last, done = -1, set()
     with _decoding(path, start) as (container, inputs, first):
@@ -222,7 +218,7 @@ def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame | av.AudioFr
             yield from packet.decode()
 
 
-def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager[_Opened]:
+def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager:
     """Opens a video before a time, from where it can be decoded."""
     return _opened(path, time if time > 0 and _can_start(path, time) else 0.0)
 
@@ -235,7 +231,7 @@ def _can_start(path: Path, time: float) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, time: float) -> Iterator[_Opened]:
+def _opened(path: Path, time: float) -> Iterator[tuple[_Container, list[_Stream], float]]:
     """Opens a video before a time; yields its container, streams and first time stamp."""
     with open_container(path) as container:
         stream = container.streams.best("video")

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -29,8 +30,6 @@ _KEPT_QUERIES, _KEPT_CLIPS = 32, 8
 # Bytes of a picture, at most.
 MAX_PICTURE = 20_000_000
 
-K, V = TypeVar("K"), TypeVar("V")
-
 
 class Media:
     """Reads files in processes with time limits: a damaged one may crash or hang its decoder.
@@ -42,8 +41,8 @@ class Media:
 
     def __init__(self, model: RetrievalModel):
         self._model = model
-        self._sent: dict[str, dict[str, Any]] = {"picture": {}, "video": {}}
-        self._clips: dict[Path, Path] = {}
+        self._sent = {what: OrderedDict[str, Any]() for what in ("picture", "video")}
+        self._clips: OrderedDict[Path, Path] = OrderedDict()
         self._making_clip = threading.Lock()
         # Pictures do not wait for videos, and pages not for what is sent.
         self._pools = {what: CallPool(n) for what, n in (("picture", 1), ("video", 1), ("page", 2))}
@@ -65,44 +64,38 @@ class Media:
             form, name = self._model.frame_form, sha256(path)
             value = open_picture(self._pools[what], path, form, "the picture")
         else:
-            arguments = (path, (), sampling_of(self._model), path.with_name("frames"))
+            call = (read_sent_video, path, (), sampling_of(self._model), path.with_name("frames"))
             seconds = allowed_seconds(_READ_SECONDS, path.stat().st_size)
-            read = self._call(
-                what, "the video cannot be read", seconds, read_sent_video, *arguments
-            )
+            read = self._call(what, "the video cannot be read", seconds, *call)
             name, value = read.sha256, encode_read(self._model, "the video", read)
         _keep(self._sent[what], name[:16], value, _KEPT_QUERIES)
         return name[:16]
 
     def sent(self, what: str, name: str) -> Any:
         """A "picture", as `open_picture` decodes it, or a "video", an EncodedVideo."""
-        if name not in self._sent[what]:
+        if (value := self._sent[what].get(name)) is None:
             raise BadRequest(f"the {what} is not known any more; send it again", 404)
-        return self._sent[what][name]
+        return value
 
     def picture(self, path: Path, time: float) -> bytes:
         """A JPEG file with the frame of an unchanged file at a time, seconds."""
-        failure = "no picture can be read"
-        return self._call("page", failure, _PICTURE_SECONDS, read_picture, path, time)
+        call = (read_picture, path, time)
+        return self._call("page", "no picture can be read", _PICTURE_SECONDS, *call)
 
     def clip(self, path: Path, video: IndexedVideo, start: float, end: float) -> Path:
         """An mp4 file with a part, seconds, of the unchanged file of a video."""
-        length = video.duration
-        if start >= min(end, length):
-            raise BadRequest(
-                f"a clip from {start:g} to {end:g} s is not in the video, which has {length:.1f} s"
-            )
+        if start >= min(end, video.duration):
+            where = f"is not in the video, which has {video.duration:.1f} s"
+            raise BadRequest(f"a clip from {start:g} to {end:g} s {where}")
         if end - start > MAX_CLIP:
-            raise BadRequest(
-                f"a clip has at most {MAX_CLIP:g} s, not {format_clock(end - start)};"
-                " choose a later start or an earlier end"
-            )
+            length = f"at most {MAX_CLIP:g} s, not {format_clock(end - start)}"
+            raise BadRequest(f"a clip has {length}; choose a later start or an earlier end")
         clip = self._folder / f"{video.record.sha256}-{start}-{end}.mp4"
         with self._making_clip:
             if clip not in self._clips:
-                arguments, failure = (path, start, end, clip), "the clip cannot be made"
+                call = (write_clip, path, start, end, clip)
                 try:
-                    self._call("page", failure, _CLIP_SECONDS, write_clip, *arguments)
+                    self._call("page", "the clip cannot be made", _CLIP_SECONDS, *call)
                 except BadRequest:
                     clip.unlink(missing_ok=True)
                     raise
@@ -110,28 +103,24 @@ class Media:
                 old.unlink(missing_ok=True)
         return clip
 
-    def _call(self, pool: str, failure: str, seconds: float, function: Callable, *arguments: Any):
-        result = self._pools[pool].call(function, *arguments, timeout=seconds)
+    def _call(self, pool: str, failure: str, seconds: float, *call: Any) -> Any:
+        result = self._pools[pool].call(*call, timeout=seconds)
         if isinstance(result, WorkerFailure):
             raise BadRequest(f"{failure} ({result.reason})", 422)
         return result
 
 
-def _keep(values: dict[K, V], name: K, value: V, most: int) -> list[V]:
+def _keep(values: OrderedDict, name: Any, value: Any, most: int) -> list[Any]:
     """Puts a value last; returns the first ones if there are too many, and drops them."""
-    values.pop(name, None)
     values[name] = value
-    return [values.pop(old) for old in list(values)[:-most]]
+    values.move_to_end(name)
+    return [values.popitem(last=False)[1] for _ in range(len(values) - most)]
 
 
 def upload_routes(media: Media, max_video: int) -> list[Route]:
     """The addresses to which pictures and videos, of at most `max_video` bytes, are sent."""
-    picture = _receiving(media, "picture", MAX_PICTURE, "picture")
-    video = _receiving(media, "video", max_video, "by_video")
-    return [
-        Route("/api/pictures", picture, methods=["POST"]),
-        Route("/api/videos", video, methods=["POST"]),
-    ]
+    kinds = (("picture", MAX_PICTURE, "picture"), ("video", max_video, "by_video"))
+    return [Route(f"/api/{k[0]}s", _receiving(media, *k), methods=["POST"]) for k in kinds]
 
 
 def _receiving(media: Media, what: str, most: int, parameter: str) -> Callable:

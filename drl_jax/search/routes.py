@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -33,8 +32,6 @@ from drl_jax.search.media import MAX_PICTURE, upload_routes
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 
 _PAGE = Path(__file__).parent / "page"
-# Columns of the timeline's curve.
-_COLUMNS = 240
 # Frames side by side in one answer.
 _MOST_FRAMES = 64
 _STATES = {
@@ -52,35 +49,10 @@ class _FilePath(PathConvertor):
 register_url_convertor("file", _FilePath())
 
 
-def timeline_curve(heat: list[dict[str, float]], duration: float) -> str:
-    """The path of an SVG area, 240 wide and 100 high: the best score of the windows at each time.
-
-    Args:
-      heat: windows with start, end and score.
-      duration: of the video, seconds.
-    """
-    if not heat:
-        return ""
-    keys = ("start", "end", "score")
-    starts, ends, scores = (np.array([window[key] for window in heat]) for key in keys)
-    # The lowest score is still seen: the curve has a floor.
-    levels = np.interp(scores, (scores.min(), scores.max()), (0.12, 1))
-    first = (_COLUMNS * np.minimum(starts / duration, 1)).astype(int)
-    last = np.maximum(first, np.ceil(_COLUMNS * np.minimum(ends / duration, 1)) - 1)
-    numbers = np.arange(_COLUMNS)[:, None]
-    heights = np.where((first <= numbers) & (numbers <= last), levels, 0).max(axis=1)
-    points = " ".join(
-        f"L{number} {100 - 100 * height:.0f} L{number + 1} {100 - 100 * height:.0f}"
-        for number, height in enumerate(heights)
-    )
-    return f"M0 100 {points} L{_COLUMNS} 100 Z"
-
-
 TEMPLATES = Jinja2Templates(_PAGE)
 TEMPLATES.env.trim_blocks = TEMPLATES.env.lstrip_blocks = True
 TEMPLATES.env.filters |= {"clock": format_clock, "tenths": format_timestamp}
 TEMPLATES.env.globals |= {
-    "curve": timeline_curve,
     "states": _STATES,
     "no_filters": Filters(),
     "video_suffixes": VIDEO_SUFFIXES,
@@ -105,8 +77,7 @@ def page_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
         def endpoint(request: Request) -> Response:
             # Where the request is wrong, the sentence need not be written again.
             sentence = request.query_params.get("q", "")[:MAX_CHARACTERS] or None
-            context = {**constant, "index": {}, "query": PageQuery(sentence)}
-            status = 200
+            context, status = {**constant, "index": {}, "query": PageQuery(sentence)}, 200
             try:
                 for name, answer in parts(request):
                     context[name] = answer

@@ -18,7 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
-from starlette.requests import Request, cookie_parser
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,6 +44,10 @@ _HEADERS = {
 }
 # A name or an IPv6 address, and a port.
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z._-]+))(?::\d*)?")
+_REQUIRED = (
+    "this server requires its token: open the address that it printed, or send"
+    " 'Authorization: Bearer TOKEN'"
+)
 Host = str | ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -64,11 +68,7 @@ def _is_loopback(host: Host) -> bool:
 
 
 def parse_hosts(text: str) -> list[str]:
-    """Reads names that are separated by commas.
-
-    Raises:
-      UserError: one is not the name or the address of a host.
-    """
+    """Reads names that are separated by commas; a UserError if one is not that of a host."""
     hosts = [part.strip() for part in text.split(",") if part.strip()]
     for host in hosts:
         if not _host(host):
@@ -83,7 +83,7 @@ def parse_hosts(text: str) -> list[str]:
 class Access:
     """Which requests a server accepts: to these hosts or loopback, with the token if there is one.
 
-    `name` is that of the server, for a browser.
+    Browsers find it by its name.
     """
 
     name: str = "localhost"
@@ -156,17 +156,11 @@ class CheckAccess:
             answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
             answer.set_cookie(cookie, access.token, httponly=True, samesite="lax")
             return answer
-        headers = Headers(scope=scope)
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer":
-            given = cookie_parser(headers.get("cookie", "")).get(cookie, "")
-        if access.knows(given):
+        request = Request(scope)
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if access.knows(given if kind.lower() == "bearer" else request.cookies.get(cookie, "")):
             return None
-        line = (
-            "this server requires its token: open the address that it printed, or send"
-            " 'Authorization: Bearer TOKEN'"
-        )
-        return _line(scope, 401, line, {"WWW-Authenticate": "Bearer"})
+        return _line(scope, 401, _REQUIRED, {"WWW-Authenticate": "Bearer"})
 
 
 def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None = None) -> Response:
