@@ -15,7 +15,6 @@ from drl_jax.search.segments import SearchIndexError
 MAX_HITS, MAX_MOMENTS = 50, 30
 # Maximum length of a parameter; a sentence has fewer tokens than this anyway.
 MAX_CHARACTERS = 1000
-_NO_FILTERS = Filters()
 
 
 class BadRequest(UserError):
@@ -52,7 +51,7 @@ class PageQuery:
     like: str | None = None
     top: int | None = None
     offset: int = 0
-    filters: Filters = _NO_FILTERS
+    filters: Filters = dataclasses.field(default=Filters())
     video: str | None = None
     time: float | None = None
     moments: int | None = None

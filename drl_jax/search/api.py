@@ -26,10 +26,7 @@ _FOLDERS = 200
 class SearchAPI:
     """Answers requests as values of JSON, or raises UserError; safe to use from several threads.
 
-    Attributes:
-      index: open.
-      top: number of hits, unless the request has another.
-      media: files that were sent as queries, and parts of the videos.
+    There are `top` hits, unless the request has another number.
     """
 
     def __init__(self, index: Index, top: int):
@@ -61,7 +58,8 @@ class SearchAPI:
             raise BadRequest(f"offset must be below the number of videos, {total}")
         end = min(query.offset + top, total)
         if not query.asks or not total:
-            hits = [_listed(state, video) for video in videos[query.offset : end]]
+            listed = videos[query.offset : end]
+            hits = [Hit(0, state.folder / video.path, video) for video in listed]
         else:
             asked, among = self._asked(state, query), videos if filters else None
             hits = self.index.answer(state, asked, end, among, offset=query.offset)
@@ -81,7 +79,7 @@ class SearchAPI:
         if time is not None and time > video.duration + 0.001:
             raise outside(time, video)
         most, more = query.moments or MOMENTS, None
-        hit = _listed(state, video)
+        hit = Hit(0, state.folder / video.path, video)
         if query.asks:
             hit = self.index.in_video(state, self._asked(state, query), video, most)
             if most < MAX_MOMENTS and len(find_spans(hit.windows, hit.scores, most + 1)) > most:
@@ -168,11 +166,6 @@ def state_of(state: OpenIndex, video: IndexedVideo) -> str:
     if state.is_unchanged(video):
         return "ok"
     return "changed" if (state.folder / video.path).exists() else "missing"
-
-
-def _listed(state: OpenIndex, video: IndexedVideo) -> Hit:
-    """A video that was not searched for; it has no moments."""
-    return Hit(0, state.folder / video.path, video)
 
 
 def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Pictures and clips of video files, for the page.
 
 A clip is an mp4 file of H.264 and AAC or MP3, which browsers play. Where a file has these in
-another container, they are copied; else it is encoded.
-
-Worker processes import this module, so it does not import jax. FFmpeg may crash or hang on a
-damaged file: the server calls these functions in a process with a time limit.
+another container, they are copied; else it is encoded. FFmpeg may crash or hang on a damaged file:
+the server calls these functions in processes, for which this module does not import jax.
 """
 
 import contextlib

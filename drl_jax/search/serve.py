@@ -48,10 +48,10 @@ _REQUIRED = (
     "this server requires its token: open the address that it printed, or send"
     " 'Authorization: Bearer TOKEN'"
 )
-Host = str | ipaddress.IPv4Address | ipaddress.IPv6Address
+_Host = str | ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def _host(text: str) -> Host:
+def _parse_host(text: str) -> _Host:
     """A name or an address, with or without a port, in its one form; "" if it is neither."""
     match = _HOST.fullmatch(text)
     name = (match[1] or match[2]).rstrip(".").lower() if match else text
@@ -62,7 +62,7 @@ def _host(text: str) -> Host:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _is_loopback(host: Host) -> bool:
+def _is_loopback(host: _Host) -> bool:
     """Whether only this machine reaches an address; a name is none, but for localhost."""
     return host == "localhost" or getattr(host, "is_loopback", False)
 
@@ -71,7 +71,7 @@ def parse_hosts(text: str) -> list[str]:
     """Reads names that are separated by commas; a UserError if one is not that of a host."""
     hosts = [part.strip() for part in text.split(",") if part.strip()]
     for host in hosts:
-        if not _host(host):
+        if not _parse_host(host):
             raise UserError(
                 f"--allowed_hosts={text}: {host!r} is not the name of a host; write e.g."
                 " videos.example.org, without http:// and path"
@@ -87,7 +87,7 @@ class Access:
     """
 
     name: str = "localhost"
-    hosts: frozenset[Host] = frozenset()
+    hosts: frozenset[_Host] = frozenset()
     token: str = ""
 
     @classmethod
@@ -96,11 +96,11 @@ class Access:
 
         `host` is what the user wrote for it, and `allowed` are other names that lead to it.
         """
-        found = _host(address)
+        found = _parse_host(address)
         # No machine has the address that stands for all.
         name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
         is_public = needs_token and not _is_loopback(found)
-        hosts = frozenset(map(_host, (host, name, address, *allowed)))
+        hosts = frozenset(map(_parse_host, (host, name, address, *allowed)))
         return cls(name, hosts, secrets.token_urlsafe() if is_public else "")
 
     def url(self, port: int) -> str:
@@ -135,8 +135,8 @@ class CheckAccess:
     def _refusal(self, scope: Scope) -> Response | None:
         text = Headers(scope=scope).get("host", "")
         # The address of the connection: no name that leads to it is an address.
-        own = _host((scope.get("server") or ("",))[0] or "")
-        host = _host(text)
+        own = _parse_host((scope.get("server") or ("",))[0] or "")
+        host = _parse_host(text)
         if host and (_is_loopback(host) or host == own or host in self._access.hosts):
             return None
         return _line(scope, 400, f"this server is not {text[:100]!r}; --allowed_hosts adds names")
