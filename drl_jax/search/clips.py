@@ -118,10 +118,8 @@ def _seek(container: _Container, video: av.VideoStream, time: float) -> bool:
         where = round((time - lead) / video.time_base)
         with contextlib.suppress(av.error.FFmpegError):
             container.seek(where, stream=video)
-            times = (p.pts for p in container.demux(video) if p.is_keyframe)
-            if (key := next(times, None)) is None:
-                continue
-            if 0 <= time - key * video.time_base <= _MAX_LEAD:
+            key = next((p.pts for p in container.demux(video) if p.is_keyframe), None)
+            if key is not None and 0 <= time - key * video.time_base <= _MAX_LEAD:
                 container.seek(where, stream=video)
                 return True
     return False
