@@ -140,7 +140,6 @@ def test_a_file_that_was_replaced_or_is_missing_says_so(served):
 
 def test_other_sites_learn_nothing(served):
     assert served.get("/", Host="evil.example")[0] == 400
-    assert served.get("/", Host=f"localhost:{served.port}")[0] == 200
     # A browser keeps these answers from a page of another site, whether the file exists or not.
     for path, status in (
         *(("/", 200), ("/?top=0", 400), (f"/videos/{LONG}", 200), ("/videos/none", 404)),
@@ -198,7 +197,7 @@ def test_bad_requests_are_one_line(served):
 def test_the_api_is_as_described(served):
     description = served.json("/api/openapi.json")
     schemas = description["components"]["schemas"]
-    answers = types.SimpleNamespace(search=None, video=None, sent=None)
+    answers = types.SimpleNamespace(search=None, video=None, media=None)
     routes = {route.path for route in api_routes(answers, max_video=0)}
     assert routes == {path for path in description["paths"] if path.startswith("/api/")}
     for address in (
@@ -317,30 +316,24 @@ def test_a_video_that_is_sent_is_a_query(served):
 
 
 def test_a_video_that_is_too_large_is_refused_before_it_is_sent(served):
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
-    connection.putrequest("POST", "/api/videos")
-    connection.putheader("Content-Type", "application/octet-stream")
-    connection.putheader("Content-Length", str(10**12))
-    connection.endheaders()
-    response = connection.getresponse()
+    kind = "application/octet-stream"
+    headers = {"Content_Type": kind, "Content_Length": str(10**12)}
+    response = served.start("POST", "/api/videos", **headers).getresponse()
     assert response.status == 413
     assert json.loads(response.read()) == {"error": "a video has at most 2 MB"}
     # Without a length, it is refused when it is too long.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
-        headers = {"Content-Type": "application/octet-stream"}
         parts = (bytes(100_000) for _ in range(30))
+        headers = {"Content-Type": kind}
         connection.request("POST", "/api/videos", parts, headers, encode_chunked=True)
         assert connection.getresponse().status == 413
     assert sent_files(served) == []
 
 
 def test_a_video_that_ends_in_the_middle_leaves_nothing(served):
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
-    connection.putrequest("POST", "/api/videos")
-    connection.putheader("Content-Type", "application/octet-stream")
-    connection.putheader("Content-Length", "1000000")
-    connection.endheaders()
+    headers = {"Content_Type": "application/octet-stream", "Content_Length": "1000000"}
+    connection = served.start("POST", "/api/videos", **headers)
     connection.send(bytes(500_000))
     while not sent_files(served):
         time.sleep(0.01)
@@ -384,10 +377,7 @@ def test_files_that_cannot_be_searched_are_listed(served):
     assert file["path"] == "no video.mp4"
     assert file["reason"].startswith("is not a video: its content is text")
     assert b'<a href="/unsearchable">1 file cannot be searched</a>' in served.get("/")[2]
-    status, _, body = served.get("/unsearchable")
-    assert status == 200
-    assert b"no video.mp4" in body
-    assert b"is not a video: its content is text" in body
+    assert b"is not a video: its content is text" in served.get("/unsearchable")[2]
 
 
 def test_the_progress_of_indexing_is_shown(served, monkeypatch):
@@ -461,16 +451,13 @@ def test_an_updated_index_is_searched(served, search_model):
     assert served.json("/api/index")["videos"] == 6
 
 
-def test_too_many_videos_per_page_is_one_line(served, capsys):
-    flags = (f"--index={served.index}", "--top=51")
-    error = error_of("drl_jax.search", "serve", *flags, capsys=capsys)
-    assert "must be a number from 1 to 50, not '51'" in error
-
-
-def test_a_port_in_use_is_one_line(served, capsys):
-    flags = (f"--index={served.index}", f"--port={served.port}")
-    error = error_of("drl_jax.search", "serve", *flags, capsys=capsys)
-    assert "Address already in use); --port=0 chooses a free one" in error
+def test_a_server_that_cannot_start_says_why(served, capsys):
+    for flags, message in (
+        (("--top=51", "--port=0"), "must be a number from 1 to 50, not '51'"),
+        ((f"--port={served.port}",), "Address already in use); --port=0 chooses a free one"),
+    ):
+        flags = (f"--index={served.index}", *flags)
+        assert message in error_of("drl_jax.search", "serve", *flags, capsys=capsys)
 
 
 def test_the_server_listens_on_this_machine_only(served):
@@ -826,9 +813,6 @@ def test_an_error_is_announced(page: Page, served):
     expect(page.get_by_role("alert")).to_have_text(
         "the query is blank: give a sentence, a picture or a video"
     )
-    page.fill("#q", SENTENCE)
-    page.keyboard.press("Enter")
-    expect(page.locator(".tile")).to_have_count(4)
     page.goto(f"{served.url}{ASKED}&min_length=long")
     expect(page.get_by_role("alert")).to_contain_text("min_length takes seconds")
     expect(page.locator("#q")).to_have_value(SENTENCE)

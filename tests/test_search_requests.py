@@ -17,11 +17,11 @@ from starlette.responses import PlainTextResponse
 
 from drl_jax.models.interactions import Attribution
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.addresses import PageQuery, format_clock
+from drl_jax.search.addresses import BadRequest, PageQuery, format_clock
 from drl_jax.search.filters import Filters, Listing, passing
 from drl_jax.search.hits import Explanation, word_rows
 from drl_jax.search.media import upload_routes
-from drl_jax.search.routes import duration, extent, marks_note, span, timeline_curve
+from drl_jax.search.routes import TEMPLATES
 from drl_jax.search.serve import Access, CheckAccess, parse_hosts
 
 # ---------------------------------------------------------------------- access
@@ -86,12 +86,12 @@ def test_only_requests_for_known_hosts_are_answered(hosts, status):
 def test_an_address_that_other_machines_reach_has_a_token(host, address, url, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "the-machine")
     access = Access.to(host, address, (), needs_token=True)
-    assert access.url(host, address, 8000) == url + access.token
+    assert access.url(8000) == url + access.token
     assert (len(access.token) > 30) == url.endswith("=")
     name = url.removeprefix("http://").partition("/")[0]
     assert answer_of(access, host=name)[0] == (401 if access.token else 200)
     without = Access.to(host, address, (), needs_token=False)
-    assert without.url(host, address, 8000) == url.removesuffix("?token=")
+    assert without.url(8000) == url.removesuffix("?token=")
 
 
 def test_the_token_of_an_address_becomes_a_cookie():
@@ -186,26 +186,24 @@ def test_addresses_survive_a_round_trip():
 
 
 def test_a_full_disk_while_a_video_is_sent_is_one_line():
-    def add_video(path: Path) -> str:
+    def add(what: str, path: Path) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     async def receive() -> dict:
         return {"type": "http.request", "body": b"a video", "more_body": False}
 
-    route = upload_routes(types.SimpleNamespace(add_video=add_video, add_picture=None), 100)[1]
+    route = upload_routes(types.SimpleNamespace(add=add), 100)[1]
     headers = [(b"content-type", b"application/octet-stream")]
     scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
-    answer = asyncio.run(route.endpoint(Request(scope, receive)))
-    assert answer.status_code == 507
-    assert json.loads(answer.body) == {
-        "error": "the server cannot keep the file (No space left on device)"
-    }
+    with pytest.raises(BadRequest, match=r"cannot keep the file \(No space") as raised:
+        asyncio.run(route.endpoint(Request(scope, receive)))
+    assert raised.value.http_status == 507
 
 
 def test_files_that_are_sent_are_read_one_by_one():
     running, most = [], []
 
-    def add_picture(path: Path) -> str:
+    def add(what: str, path: Path) -> str:
         running.append(path.read_bytes())
         most.append(len(running))
         time.sleep(0.02)
@@ -215,7 +213,7 @@ def test_files_that_are_sent_are_read_one_by_one():
         return {"type": "http.request", "body": b"name", "more_body": False}
 
     async def send_five() -> list:
-        route = upload_routes(types.SimpleNamespace(add_picture=add_picture), 100)[0]
+        route = upload_routes(types.SimpleNamespace(add=add), 100)[0]
         headers = [(b"content-type", b"application/octet-stream")]
         scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
         requests = (route.endpoint(Request(scope, receive)) for _ in range(5))
@@ -224,6 +222,11 @@ def test_files_that_are_sent_are_read_one_by_one():
     answers = asyncio.run(send_five())
     assert [json.loads(answer.body) for answer in answers] == 5 * [{"picture": "name"}]
     assert most == [1, 1, 1, 1, 1]
+
+
+def words_of_page() -> types.ModuleType:
+    """The macros of the page that write times and moments."""
+    return TEMPLATES.env.get_template("words.html").module
 
 
 def test_tokens_are_joined_to_words():
@@ -237,21 +240,25 @@ def test_tokens_are_joined_to_words():
     # The mean of the rows with weights; so weights times similarities add up as before.
     np.testing.assert_allclose(rows[1].similarity, [5, 6])
     assert marks == pytest.approx(0.5)
-    assert marks_note(marks).startswith("50% of the score rests on the marks")
-    assert marks_note(0.1) == ""
+    note = words_of_page().marks_note
+    assert note(marks).startswith("50% of the score rests on the marks")
+    assert note(0.1) == ""
 
 
 def test_times_and_the_timeline_are_written_as_people_read_them():
+    words = words_of_page()
+    span, length, extent = words.span, words.length, words.extent
     moment = {"start": 12.2, "end": 18.4}
     assert span(moment) == "0:12 to 0:18"
     assert span({"start": 0.0, "end": 0.3}) == "0:00.0 to 0:00.3"
-    assert [duration(seconds) for seconds in (0.3, 6.2, 59.6, 3723)] == [
+    assert [length(seconds) for seconds in (0.3, 6.2, 59.6, 3723)] == [
         *("0.3 s", "6 s", "1:00", "1:02:03")
     ]
     assert extent({"moments": [moment], "duration": 328.0}) == "6 s of 5:28"
     assert extent({"moments": [moment], "duration": 6.3}) == "the whole video, 6 s"
+    names = {"a/b c.mp4@62.4": "b c.mp4 at 1:02", "a@nan": "a@nan", "a@inf": "a@inf", "x": "x"}
+    assert [words.moment_name(like) for like in names] == [*names.values()]
     heat = [{"start": 0, "end": 5, "score": -1.0}, {"start": 5, "end": 10, "score": 2.0}]
-    heights = [int(point.split()[1]) for point in timeline_curve(heat, 10.0).split("L")[1:-1]]
     # Low in the first half, up to the top in the second.
-    assert heights == [88] * 240 + [0] * 240
-    assert timeline_curve([], 10.0) == ""
+    assert words.curve(heat, 10.0) == "M0 100 V88 H120 V100 ZM120 100 V0 H240 V100 Z"
+    assert words.curve([], 10.0) == ""

@@ -1,7 +1,7 @@
 """Addresses of the page and of its API: what a request asks for, and links to it."""
 
 import dataclasses
-import datetime
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,10 +15,6 @@ from drl_jax.search.segments import SearchIndexError
 MAX_HITS, MAX_MOMENTS = 50, 30
 # Maximum length of a parameter; a sentence has fewer tokens than this anyway.
 MAX_CHARACTERS = 1000
-_FILTERS = ("folder", "name", "min_length", "max_length", "since", "until")
-_NO_FILTERS = Filters()
-_QUERY = ("q", "without", "picture", "by_video", "like")
-_PARAMETERS = (*_QUERY, "top", "offset", *_FILTERS, "only", "video", "t", "moments")
 
 
 class BadRequest(UserError):
@@ -29,22 +25,22 @@ class BadRequest(UserError):
         self.http_status = http_status
 
 
+def status_of(error: UserError) -> int:
+    """The status of the answer to a request that is wrong: 4xx; 503 if the index cannot be read."""
+    return getattr(error, "http_status", 503 if isinstance(error, SearchIndexError) else 400)
+
+
 @dataclasses.dataclass(frozen=True)
 class PageQuery:
-    """What a request asks for.
+    """What a request asks for; without any of the first five fields, videos by their paths.
 
     Attributes:
-      sentence: what is seen.
-      without: what is not seen.
-      picture: name of a picture that was sent to the server.
-      by_video: name of a video that was sent to the server.
-      like: PATH@SECONDS of a moment of an indexed video. Without any of these, the answer is all
-        videos in the order of their paths.
-      top: number of hits; None: the server's default.
-      offset: hits before the first one.
+      sentence, without: what is seen, and what is not.
+      picture, by_video: names of a picture and a video that were sent to the server.
+      like: PATH@SECONDS of a moment of an indexed video.
+      top, offset: number of hits, and of those before the first one.
       filters: which videos are searched.
-      video: path of the video that is open, relative to the folder of the index.
-      time: where it is open, seconds.
+      video, time: the video that is open, its path and where it is, seconds.
       moments: number of its moments, at most; None: as many as a hit has.
     """
 
@@ -55,7 +51,7 @@ class PageQuery:
     like: str | None = None
     top: int | None = None
     offset: int = 0
-    filters: Filters = _NO_FILTERS
+    filters: Filters = dataclasses.field(default=Filters())
     video: str | None = None
     time: float | None = None
     moments: int | None = None
@@ -70,86 +66,43 @@ class PageQuery:
         """Reads the names and values of an address; empty ones are not given.
 
         `only` may be there several times; of another parameter, the last one counts.
-
-        Raises:
-          BadRequest: a parameter is unknown or has a value that it cannot have.
+        A UserError says which parameter is unknown or has a value that it cannot have.
         """
-        parameters = list(parameters)
+        parameters, values = list(parameters), {}
         for name, text in parameters:
-            if name not in _PARAMETERS:
-                known = ", ".join(_PARAMETERS)
+            if name not in _FIELDS:
+                known = ", ".join(_FIELDS)
                 raise BadRequest(f"there is no parameter {name[:100]!r}; there are {known}")
             if len(text) > MAX_CHARACTERS:
-                raise BadRequest(
-                    f"{name} has {len(text):,} characters; give at most {MAX_CHARACTERS:,}"
-                )
-        given = {name: text for name, text in parameters if text}
-        only = dict.fromkeys(text for name, text in parameters if name == "only" and text)
-        lengths = {name: parse_time(name, given[name]) for name in _FILTERS[2:4] if name in given}
-        days = {name: parse_day(name, given[name]) for name in _FILTERS[4:] if name in given}
-        filters = Filters(
-            folder=given.get("folder", ""),
-            name=given.get("name", ""),
-            only=tuple(only),
-            **lengths,
-            **days,
-        )
+                line = f"{name} has {len(text):,} characters; give at most {MAX_CHARACTERS:,}"
+                raise BadRequest(line)
+            if text:
+                values[_FIELDS[name]] = _READERS[name](name, text) if name in _READERS else text
+        values["only"] = tuple(dict.fromkeys(t for n, t in parameters if n == "only" and t))
+        filters = Filters(**{name: values.pop(name) for name in _FILTERS if name in values})
         if filters.min_length > filters.max_length:
             raise BadRequest("min_length is larger than max_length; no video can have both")
-        return cls(
-            sentence=given.get("q"),
-            without=given.get("without"),
-            picture=given.get("picture"),
-            by_video=given.get("by_video"),
-            like=given.get("like"),
-            top=_count("top", given["top"], 1, MAX_HITS) if "top" in given else None,
-            offset=_count("offset", given.get("offset", "0"), 0, 10**9),
-            filters=filters,
-            video=given.get("video"),
-            time=parse_time("t", given["t"]) if "t" in given else None,
-            moments=(
-                _count("moments", given["moments"], 1, MAX_MOMENTS) if "moments" in given else None
-            ),
-        )
+        return cls(filters=filters, **values)
 
-    def address(self, page: str = "/", **changes: Any) -> str:
-        """The address of a page with these parameters, after `changes` of attributes."""
-        query = dataclasses.replace(self, **changes)
-        filters = query.filters
-        parameters = {
-            "q": query.sentence,
-            "without": query.without,
-            "picture": query.picture,
-            "by_video": query.by_video,
-            "like": query.like,
-            "top": query.top,
-            "offset": query.offset,
-            "folder": filters.folder,
-            "name": filters.name,
-            "min_length": seconds_text(filters.min_length),
-            "max_length": seconds_text(filters.max_length),
-            "since": day_text(filters.since),
-            "until": day_text(filters.until),
-            "only": list(filters.only),
-            "video": query.video,
-            "t": None if query.time is None else f"{query.time:.3f}".rstrip("0").rstrip("."),
-            "moments": query.moments,
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Names and values of an address that asks for the same."""
+        values, defaults = ({**vars(of), **vars(of.filters)} for of in (self, PageQuery()))
+        return {
+            name: f"{round(value, 3):.9g}" if isinstance(value, float) else value
+            for name, field in _FIELDS.items()
+            if (value := values[field]) != defaults[field]
         }
-        given = {name: value for name, value in parameters.items() if value}
+
+    def address(self, **changes: Any) -> str:
+        """The address of the page with these parameters, after `changes` of attributes."""
+        given = dataclasses.replace(self, **changes).parameters
         text = urlencode(given, doseq=True, quote_via=quote, safe="/", errors="surrogateescape")
-        return f"{page}?{text}" if text else page
+        return f"/?{text}" if text else "/"
 
     def closed(self, **changes: Any) -> "PageQuery":
         """The first hits and no open video, after `changes` of attributes."""
-        no_video = {"offset": 0, "video": None, "time": None, "moments": None}
-        return dataclasses.replace(self, **no_video, **changes)
-
-
-def status_of(error: UserError) -> int:
-    """The status of the answer to a request that is wrong: 4xx; 503 if the index cannot be read."""
-    if isinstance(error, BadRequest):
-        return error.http_status
-    return 503 if isinstance(error, SearchIndexError) else 400
+        return dataclasses.replace(self, offset=0, video=None, time=None, moments=None, **changes)
 
 
 def file_address(kind: str, path: str, **parameters: Any) -> str:
@@ -159,11 +112,7 @@ def file_address(kind: str, path: str, **parameters: Any) -> str:
 
 
 def parse_time(name: str, text: str) -> float:
-    """Reads seconds, `minutes:seconds` or `hours:minutes:seconds`.
-
-    Raises:
-      BadRequest: it is none of these; `name` is in the message.
-    """
+    """Reads seconds, minutes:seconds or hours:minutes:seconds; a BadRequest if it is neither."""
     try:
         parts = [float(part) for part in text.split(":")]
         if len(parts) > 3 or not all(0 <= part < math.inf for part in parts):
@@ -173,14 +122,11 @@ def parse_time(name: str, text: str) -> float:
     return sum(part * 60**power for power, part in enumerate(reversed(parts)))
 
 
-def seconds_text(seconds: float) -> str:
-    """Seconds as an address has them; empty for 0 and infinity, the values of no filter."""
-    return f"{seconds:g}" if 0 < seconds < math.inf else ""
-
-
-def day_text(day: datetime.date) -> str:
-    """A day as an address has it; empty for the values of no filter."""
-    return "" if day in (datetime.date.min, datetime.date.max) else day.isoformat()
+def parse_number(name: str, text: str, least: int, most: int) -> int:
+    """Reads a whole number; a BadRequest if it is none or not from `least` to `most`."""
+    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+        raise BadRequest(f"{name} must be a number from {least} to {most}, not {text[:100]!r}")
+    return int(text)
 
 
 def format_clock(seconds: float) -> str:
@@ -190,7 +136,17 @@ def format_clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _count(name: str, text: str, least: int, most: int) -> int:
-    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
-        raise BadRequest(f"{name} must be a number from {least} to {most}, not {text[:100]!r}")
-    return int(text)
+_FILTERS = [field.name for field in dataclasses.fields(Filters)]
+# The field of each parameter, in the order of addresses.
+_FIELDS = {
+    {"sentence": "q", "time": "t"}.get(name, name): name
+    for field in dataclasses.fields(PageQuery)
+    for name in (_FILTERS if field.name == "filters" else [field.name])
+}
+_READERS = {
+    "top": functools.partial(parse_number, least=1, most=MAX_HITS),
+    "offset": functools.partial(parse_number, least=0, most=10**9),
+    "moments": functools.partial(parse_number, least=1, most=MAX_MOMENTS),
+    **dict.fromkeys(("min_length", "max_length", "t"), parse_time),
+    **dict.fromkeys(("since", "until"), parse_day),
+}

@@ -1,15 +1,13 @@
 """Pictures and clips of video files, for the page.
 
 A clip is an mp4 file of H.264 and AAC or MP3, which browsers play. Where a file has these in
-another container, they are copied; else it is encoded.
-
-Worker processes import this module, so it does not import jax. FFmpeg may crash or hang on a
-damaged file: the server calls these functions in a process with a time limit.
+another container, they are copied; else it is encoded. FFmpeg may crash or hang on a damaged file:
+the server calls these functions in processes, for which this module does not import jax.
 """
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,7 +22,7 @@ MAX_CLIP = 60.0
 # Largest picture and clip, pixels.
 _PICTURE_SIDE, _CLIP_SIDE = 640, 1280
 _TIME_BASE = Fraction(1, 90_000)
-_Opened = tuple[av.container.InputContainer, av.VideoStream, float]
+_Container, _Stream = av.container.InputContainer, av.stream.Stream
 # The header comes first, so that a browser plays while it loads.
 _MP4_OPTIONS = {"movflags": "faststart"}
 # What browsers play in mp4. H.264 with other pixels, e.g. of 10 bits, is played by few.
@@ -37,21 +35,15 @@ _LEADS = (0.0, 5.0, _MAX_LEAD)
 
 
 def read_picture(path: Path, time: float) -> bytes:
-    """A JPEG file with the frame of a video at a time.
+    """A JPEG file with the frame of a video at a time, or the last one if the time is later.
 
-    Args:
-      path: any file that FFmpeg reads.
-      time: seconds from the first frame; the last frame if it is later.
-
-    Raises:
-      VideoError: no frame can be decoded.
-      Unavailable: the file cannot be read.
+    Raises VideoError if no frame can be decoded, and Unavailable if the file cannot be read.
     """
     frame = None
     with ffmpeg_errors(path):
-        with _decoding(path, time) as (container, stream, first):
-            aspect = float(stream.sample_aspect_ratio or 1)
-            for frame in (f for packet in container.demux(stream) for f in _frames(packet)):
+        with _decoding(path, time) as (container, (video, *_), first):
+            aspect = float(video.sample_aspect_ratio or 1)
+            for frame in _frames(container.demux(video)):
                 if frame.time is None or frame.time - first >= time - 1e-3:
                     break
         if frame is None:
@@ -66,38 +58,25 @@ def read_picture(path: Path, time: float) -> bytes:
 
 
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
-    """Writes a part of a video as an mp4 file that browsers play.
+    """Writes a part of a video, seconds from its first frame, as an mp4 file that browsers play.
 
-    A copy begins with the key frame before `start`, and players show it from `start` on.
-
-    Args:
-      path: any file that FFmpeg reads.
-      start: seconds from the first frame.
-      end: seconds; at most MAX_CLIP after the start.
-      out: the file.
-
-    Raises:
-      VideoError: it cannot be decoded, or has no frame there.
-      Unavailable: it cannot be read.
+    A copy begins with the key frame before `start`, and players show it from `start` on. Raises
+    VideoError if there is no frame that can be decoded, and Unavailable if it cannot be read.
     """
     with ffmpeg_errors(path):
         with contextlib.suppress(av.error.FFmpegError, ValueError):
             if _copy(path, start, end, out) and _can_start(out, 0.0):
                 return
         with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
-            if not _encode(path, start, end, clip):
-                raise VideoError("has no frame in this part")
+            _encode(path, start, end, clip)
 
 
 def _copy(path: Path, start: float, end: float, out: Path) -> bool:
     """Copies packets if browsers play them; False if they cannot be copied."""
-    with _opened(path, 0.0) as (container, video, first):
-        sound = container.streams.best("audio")
-        inputs = [video] if sound is None else [video, sound]
-        is_playable = _is_playable(container.format.name.split(","), video, sound)
-        if not is_playable or not any(
-            _seek(container, video, first + start, lead) for lead in _LEADS
-        ):
+    with _opened(path, 0.0) as (container, inputs, first):
+        video, start, end = inputs[0], first + start, first + end
+        is_playable = _is_playable(container.format.name.split(","), *inputs)
+        if not is_playable or not _seek(container, video, start):
             return False
         done: set[int] = set()
         with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
@@ -105,46 +84,44 @@ def _copy(path: Path, start: float, end: float, out: Path) -> bool:
             for packet in _with_times(container.demux(inputs), video):
                 if packet.pts is None or packet.dts is None:
                     return False
+                index, is_sound = packet.stream.index, packet.stream is not video
                 pts, dts = (float(stamp * packet.time_base) for stamp in (packet.pts, packet.dts))
                 # A frame that is shown later may be needed for one that is shown before the end.
-                if (dts if packet.stream is video else pts) >= first + end:
-                    done.add(packet.stream.index)
+                if (pts if is_sound else dts) >= end:
+                    done.add(index)
                 if len(done) == len(inputs):
                     break
-                is_early = packet.stream is not video and pts < first + start
-                if packet.stream.index in done or is_early:
-                    continue
-                shift = round((first + start) / packet.time_base)
-                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                packet.stream = outputs[packet.stream.index]
-                clip.mux(packet)
+                if index not in done and not (is_sound and pts < start):
+                    shift = round(start / packet.time_base)
+                    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                    packet.stream = outputs[index]
+                    clip.mux(packet)
     return True
 
 
-def _is_playable(formats: list[str], *streams: av.stream.Stream | None) -> bool:
+def _is_playable(formats: list[str], *streams: _Stream) -> bool:
     """Whether only the container of a video keeps browsers from playing it."""
-    video, sound = (stream and stream.codec_context for stream in streams)
+    video, *sounds = (stream.codec_context for stream in streams)
     return (
         "mp4" not in formats
         and video.codec.canonical_name == "h264"
         and video.pix_fmt in _PIXELS
         # AVI has no times of presentation; they follow those of decoding only without B-frames.
         and not ("avi" in formats and video.has_b_frames)
-        and (streams[1] is None or (sound and sound.codec.canonical_name in _SOUND))
+        and all(sound and sound.codec.canonical_name in _SOUND for sound in sounds)
     )
 
 
-def _seek(
-    container: av.container.InputContainer, video: av.VideoStream, time: float, lead: float
-) -> bool:
-    """Seeks to `lead` seconds before a time stamp; False if no key frame is between them."""
-    where = round((time - lead) / video.time_base)
-    with contextlib.suppress(av.error.FFmpegError):
-        container.seek(where, stream=video)
-        packet = next((packet for packet in container.demux(video) if packet.is_keyframe), None)
-        if packet is not None and packet.pts is not None:
+def _seek(container: _Container, video: av.VideoStream, time: float) -> bool:
+    """Seeks to a key frame at most _MAX_LEAD before a time stamp; False if none is found."""
+    for lead in _LEADS:
+        where = round((time - lead) / video.time_base)
+        with contextlib.suppress(av.error.FFmpegError):
             container.seek(where, stream=video)
-            return time - _MAX_LEAD <= packet.pts * packet.time_base <= time
+            key = next((p.pts for p in container.demux(video) if p.is_keyframe), None)
+            if key is not None and 0 <= time - key * video.time_base <= _MAX_LEAD:
+                container.seek(where, stream=video)
+                return True
     return False
 
 
@@ -156,9 +133,7 @@ def _with_times(packets: Iterator[av.Packet], video: av.VideoStream) -> Iterator
     """
     waiting: list[av.Packet] = []
     knows_order = False
-    for packet in packets:
-        if not packet.size:
-            continue
+    for packet in (packet for packet in packets if packet.size):
         if packet.stream is not video or knows_order:
             yield packet
         elif waiting or packet.is_keyframe:
@@ -171,44 +146,40 @@ def _with_times(packets: Iterator[av.Packet], video: av.VideoStream) -> Iterator
     yield from waiting
 
 
-def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> int:
-    """Encodes the pictures and the sound between two times; returns the number of pictures."""
-    count, last = 0, -1
-    with _decoding(path, start) as (container, stream, first):
-        sound = container.streams.best("audio")
-        inputs = [stream] if sound is None else [stream, sound]
-        video = audio = None
-        packets: list[av.Packet] = []
-        done: set[int] = set()
-        read = (packet for packet in container.demux(inputs) if packet.stream.index not in done)
-        for index, frame in ((p.stream.index, frame) for p in read for frame in _frames(p)):
+def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> None:
+    """Encodes the pictures and the sound between two times."""
+    outputs: dict[str, _Stream] = {}
+    packets: list[av.Packet] = []
+    last, done = -1, set()
+    with _decoding(path, start) as (container, inputs, first):
+        for frame in _frames(p for p in container.demux(inputs) if p.stream.type not in done):
+            kind = "audio" if isinstance(frame, av.AudioFrame) else "video"
             time = -1.0 if frame.time is None else frame.time - first
             if time >= end:
-                done.add(index)
+                done.add(kind)
             if len(done) == len(inputs):
                 break
             if not start <= time < end:
                 continue
-            if isinstance(frame, av.AudioFrame):
-                if audio is None:
-                    audio = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
+            if kind == "audio":
+                if kind not in outputs:
+                    outputs[kind] = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
                 # The ticks of AVI are longer than a packet of AAC.
                 frame.time_base = Fraction(1, frame.sample_rate)
                 frame.pts = round((time - start) / frame.time_base)
-                packets += audio.encode(frame)
-                continue
-            picture = _even(frame)
-            if video is None:
-                video = _video_stream(clip, picture, stream)
-            # The times of an AVI file with B-frames go back and forth; an encoder fails then.
-            last = max(last + 1, round((time - start) / _TIME_BASE))
-            picture.pts, picture.time_base = last, _TIME_BASE
-            packets += video.encode(picture)
-            count += 1
-        packets += [p for output in (video, audio) if output for p in output.encode()]
-        # A clip has its streams before the first packet; sound may start after many pictures.
-        clip.mux(packets)
-    return count
+            else:
+                frame = _even(frame)
+                if kind not in outputs:
+                    outputs[kind] = _video_stream(clip, frame, inputs[0])
+                # The times of an AVI file with B-frames go back and forth; an encoder fails then.
+                last = max(last + 1, round((time - start) / _TIME_BASE))
+                frame.pts, frame.time_base = last, _TIME_BASE
+            packets += outputs[kind].encode(frame)
+    packets += [packet for output in outputs.values() for packet in output.encode()]
+    if "video" not in outputs:
+        raise VideoError("has no frame in this part")
+    # A clip has its streams before the first packet; sound may start after many pictures.
+    clip.mux(packets)
 
 
 def _video_stream(
@@ -236,30 +207,28 @@ def _even(frame: av.VideoFrame) -> av.VideoFrame:
     return picture
 
 
-def _frames(packet: av.Packet) -> list[av.VideoFrame | av.AudioFrame]:
-    """The frames of a packet; none if it is damaged."""
-    try:
-        return packet.decode()
-    except av.error.InvalidDataError:
-        return []
+def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame | av.AudioFrame]:
+    """The frames of packets, without those of damaged ones."""
+    for packet in packets:
+        with contextlib.suppress(av.error.InvalidDataError):
+            yield from packet.decode()
 
 
-def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager[_Opened]:
+def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager:
     """Opens a video before a time, from where it can be decoded."""
     return _opened(path, time if time > 0 and _can_start(path, time) else 0.0)
 
 
 def _can_start(path: Path, time: float) -> bool:
     """Whether decoding can start before a time: some files name key frames that are none."""
-    with _opened(path, time) as (container, stream, _):
-        found = (frame for packet in container.demux(stream) for frame in _frames(packet))
-        frame = next(found, None)
+    with _opened(path, time) as (container, (video, *_), _):
+        frame = next(_frames(container.demux(video)), None)
         return frame is not None and not frame.is_corrupt
 
 
 @contextlib.contextmanager
-def _opened(path: Path, time: float) -> Iterator[_Opened]:
-    """Opens a video before a time; yields container, stream and the time stamp of its start."""
+def _opened(path: Path, time: float) -> Iterator[tuple[_Container, list[_Stream], float]]:
+    """Opens a video before a time; yields its container, streams and first time stamp."""
     with open_container(path) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
@@ -269,4 +238,5 @@ def _opened(path: Path, time: float) -> Iterator[_Opened]:
             # Without an index of the file, it is decoded from its start.
             with contextlib.suppress(av.error.FFmpegError):
                 container.seek(int((first + time) / stream.time_base), stream=stream)
-        yield container, stream, first
+        sound = container.streams.best("audio")
+        yield container, [stream] if sound is None else [stream, sound], first

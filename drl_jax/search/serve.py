@@ -12,60 +12,66 @@ import ipaddress
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
-from starlette.requests import Request, cookie_parser
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.addresses import MAX_HITS, PageQuery
+from drl_jax.search.addresses import MAX_HITS, PageQuery, status_of
 from drl_jax.search.api import SearchAPI
-from drl_jax.search.media import Media
 from drl_jax.search.routes import api_routes, file_routes, page_routes
 from drl_jax.search.session import Index
 
+# Bytes of a request without its body.
+_MAX_REQUEST = 1 << 20
+_HEADERS = {
+    # Loads nothing from other hosts, and cannot be embedded in another page.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self';"
+        " media-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none';"
+        " frame-ancestors 'none'"
+    ),
+    # A page elsewhere cannot find out by <img> or <script> which addresses exist.
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 # A name or an IPv6 address, and a port.
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z._-]+))(?::\d*)?")
 _REQUIRED = (
     "this server requires its token: open the address that it printed, or send"
     " 'Authorization: Bearer TOKEN'"
 )
+_Host = str | ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def host_name(text: str) -> str:
-    """A name or an address, with or without a port, in its one spelling; empty if it is neither."""
+def _parse_host(text: str) -> _Host:
+    """A name or an address, with or without a port, in its one form; "" if it is neither."""
     match = _HOST.fullmatch(text)
     name = (match[1] or match[2]).rstrip(".").lower() if match else text
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
         return name if match else ""
-    return str(getattr(address, "ipv4_mapped", None) or address)
+    return getattr(address, "ipv4_mapped", None) or address
 
 
-def is_loopback(address: str) -> bool:
+def _is_loopback(host: _Host) -> bool:
     """Whether only this machine reaches an address; a name is none, but for localhost."""
-    name = host_name(address)
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
+    return host == "localhost" or getattr(host, "is_loopback", False)
 
 
 def parse_hosts(text: str) -> list[str]:
-    """Reads names that are separated by commas.
-
-    Raises:
-      UserError: one is not the name or the address of a host.
-    """
+    """Reads names that are separated by commas; a UserError if one is not that of a host."""
     hosts = [part.strip() for part in text.split(",") if part.strip()]
     for host in hosts:
-        if not host_name(host):
+        if not _parse_host(host):
             raise UserError(
                 f"--allowed_hosts={text}: {host!r} is not the name of a host; write e.g."
                 " videos.example.org, without http:// and path"
@@ -75,96 +81,86 @@ def parse_hosts(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Which requests a server accepts, besides those to loopback names.
+    """Which requests a server accepts: to these hosts or loopback, with the token if there is one.
 
-    Attributes:
-      names: other hosts that requests may name, as `host_name` writes them.
-      token: what requests have to know; empty: nothing.
+    Browsers find it by its name.
     """
 
-    names: frozenset[str] = frozenset()
+    name: str = "localhost"
+    hosts: frozenset[_Host] = frozenset()
     token: str = ""
 
     @classmethod
     def to(cls, host: str, address: str, allowed: Iterable[str], *, needs_token: bool) -> "Access":
-        """The access to an address; a token is made if other machines reach it.
+        """The access to an address; if other machines reach it, a token is made.
 
-        Args:
-          host: name or address to listen on, as the user wrote it.
-          address: that of the socket.
-          allowed: other names that lead to the server.
-          needs_token: whether other machines need a token.
+        `host` is what the user wrote for it, and `allowed` are other names that lead to it.
         """
-        names = frozenset(map(host_name, (host, _public_name(host, address), address, *allowed)))
-        is_public = needs_token and not is_loopback(address)
-        return cls(names, secrets.token_urlsafe() if is_public else "")
+        found = _parse_host(address)
+        # No machine has the address that stands for all.
+        name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
+        is_public = needs_token and not _is_loopback(found)
+        hosts = frozenset(map(_parse_host, (host, name, address, *allowed)))
+        return cls(name, hosts, secrets.token_urlsafe() if is_public else "")
 
-    def url(self, host: str, address: str, port: int) -> str:
-        """The address of the page, for a browser; see `to`."""
-        name = _public_name(host, address)
-        name = f"[{name}]" if ":" in name else name
+    def url(self, port: int) -> str:
+        """The address of the page."""
+        name = f"[{self.name}]" if ":" in self.name else self.name
         return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
 
-
-def _public_name(host: str, address: str) -> str:
-    """A name that leads to the server: no machine has the address that stands for all."""
-    is_any = host_name(address) in ("0.0.0.0", "::")
-    return socket.gethostname() if is_any else host
+    def knows(self, token: str) -> bool:
+        """Whether a token is the right one, in constant time."""
+        return hmac.compare_digest(token.encode(), self.token.encode())
 
 
 class CheckAccess:
-    """ASGI middleware: answers requests that are not accepted in one line."""
+    """ASGI middleware: refuses requests in one line, and adds _HEADERS to all answers."""
 
     def __init__(self, app: ASGIApp, access: Access):
-        """Wraps an application.
-
-        Args:
-          app: answers the others.
-          access: which are accepted.
-        """
         self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
         answer = self._app
         if scope["type"] == "http":
             answer = self._refusal(scope) or self._sign_in(scope) or self._app
-        await answer(scope, receive, send)
+        await answer(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> Response | None:
-        host = Headers(scope=scope).get("host", "")
+        text = Headers(scope=scope).get("host", "")
         # The address of the connection: no name that leads to it is an address.
-        own = host_name((scope.get("server") or ("",))[0] or "")
-        name = host_name(host)
-        if not name or not (is_loopback(name) or name == own or name in self._access.names):
-            line = f"this server is not {host[:100]!r}; --allowed_hosts adds names"
-            return _line(scope, 400, line)
-        return None
+        own = _parse_host((scope.get("server") or ("",))[0] or "")
+        host = _parse_host(text)
+        if host and (_is_loopback(host) or host == own or host in self._access.hosts):
+            return None
+        return _line(scope, 400, f"this server is not {text[:100]!r}; --allowed_hosts adds names")
 
     def _sign_in(self, scope: Scope) -> Response | None:
         """Asks for the token, or exchanges that of an address for a cookie."""
-        if not self._access.token:
+        access = self._access
+        if not access.token:
             return None
         # Cookies do not distinguish the ports of a host.
         cookie = f"drl_jax_token_{(scope.get('server') or ('', 0))[1]}"
         parameters = scope["query_string"].decode("latin-1").split("&")
         tokens = [text for text in parameters if text.startswith("token=")]
-        if scope["method"] == "GET" and any(self._is_token(text[6:]) for text in tokens):
+        if scope["method"] == "GET" and any(access.knows(text[6:]) for text in tokens):
             rest = "&".join(text for text in parameters if text not in tokens)
             path = "/" + scope["raw_path"].decode("latin-1").lstrip("/")
             answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
-            answer.set_cookie(cookie, self._access.token, httponly=True, samesite="lax")
+            answer.set_cookie(cookie, access.token, httponly=True, samesite="lax")
             return answer
-        headers = Headers(scope=scope)
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer":
-            given = cookie_parser(headers.get("cookie", "")).get(cookie, "")
-        if self._is_token(given):
+        request = Request(scope)
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if access.knows(given if kind.lower() == "bearer" else request.cookies.get(cookie, "")):
             return None
         return _line(scope, 401, _REQUIRED, {"WWW-Authenticate": "Bearer"})
-
-    def _is_token(self, text: str) -> bool:
-        return hmac.compare_digest(text.encode(), self._access.token.encode())
 
 
 def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None = None) -> Response:
@@ -172,38 +168,6 @@ def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None =
     if scope["path"].startswith("/api/"):
         return JSONResponse({"error": line}, status, headers)
     return PlainTextResponse(line, status, headers)
-
-
-_ONLY_HERE = Access()
-# Bytes of a request without its body.
-_MAX_REQUEST = 1 << 20
-_HEADERS = {
-    # Loads nothing from other hosts, and cannot be embedded in another page.
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"
-        " img-src 'self'; media-src 'self'; connect-src 'self'; form-action 'self';"
-        " base-uri 'none'; frame-ancestors 'none'"
-    ),
-    # A page elsewhere cannot find out by <img> or <script> which addresses exist.
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
-
-class _AddHeaders:
-    """Adds _HEADERS to every response."""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
 
 
 def serve(
@@ -218,48 +182,38 @@ def serve(
 ) -> None:
     """Serves the page of an index until it is interrupted.
 
-    Args:
-      index: open.
-      host: name or address to listen on.
-      port: 0 chooses a free one.
-      top: number of hits, unless the request has another.
-      max_upload: MB of a video that is sent as a query, at most.
-      allowed_hosts: names that lead to the server, besides `host`; separated by commas.
-      needs_token: whether requests need a token if other machines can send them.
+    Port 0 is a free one. A request gets `top` hits unless it has another number, and may send a
+    video of `max_upload` MB. `allowed_hosts` are other names that lead to the server, separated by
+    commas. A token is needed if `needs_token`, and if other machines reach the address.
 
     Raises:
       UserError: the address is not available, or `top` is too large.
     """
-    hosts = parse_hosts(allowed_hosts)
-    with _listening_errors(host, port):
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    access = Access.to(host, address[0], hosts, needs_token=needs_token)
-    app = make_app(index, top=top, max_upload=max_upload, access=access)
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        with _listening_errors(host, port):
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()
-        url = access.url(host, *listener.getsockname()[:2])
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            timeout_graceful_shutdown=1,
-            # So that a long query gets an answer that says what is wrong.
-            http="h11",
-            h11_max_incomplete_event_size=_MAX_REQUEST,
-        )
+    allowed = parse_hosts(allowed_hosts)
+    with _listener(host, port) as listener:
+        address, port = listener.getsockname()[:2]
+        access = Access.to(host, address, allowed, needs_token=needs_token)
+        app = make_app(index, top=top, max_upload=max_upload, access=access)
+        # With h11, a long query gets an answer that says what is wrong.
+        options = {"http": "h11", "h11_max_incomplete_event_size": _MAX_REQUEST}
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **options)
         try:
-            print(f"{len(index.videos)} videos on {url}  (Ctrl-C stops)", flush=True)
+            print(f"{len(index.videos)} videos on {access.url(port)}  (Ctrl-C stops)", flush=True)
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             print()
 
 
-@contextlib.contextmanager
-def _listening_errors(host: str, port: int) -> Iterator[None]:
+def _listener(host: str, port: int) -> socket.socket:
     try:
-        yield
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with contextlib.ExitStack() as on_error:
+            listener = on_error.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+            on_error.pop_all()
+        return listener
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -267,34 +221,27 @@ def _listening_errors(host: str, port: int) -> Iterator[None]:
         ) from error
 
 
-def make_app(index: Index, *, top: int, max_upload: int, access: Access = _ONLY_HERE) -> Starlette:
+def make_app(index: Index, *, top: int, max_upload: int, access: Access | None = None) -> Starlette:
     """Creates the ASGI application; answers one query, so that the first is fast; see `serve`."""
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
-    media, api, max_video = Media(), SearchAPI(index, top), 1_000_000 * max_upload
+    api, max_video = SearchAPI(index, top), 1_000_000 * max_upload
+    api.search(PageQuery("warm-up"))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        media.close()
-        api.sent.close()
+        api.media.close()
 
-    app = Starlette(
-        routes=[
-            *page_routes(api, max_video),
-            *api_routes(api, max_video),
-            *file_routes(index, media),
-        ],
-        middleware=[
-            Middleware(_AddHeaders),
-            Middleware(CheckAccess, access=access),
-        ],
-        exception_handlers={Exception: _internal_error},
+    return Starlette(
+        routes=[*page_routes(api, max_video), *api_routes(api, max_video), *file_routes(api)],
+        middleware=[Middleware(CheckAccess, access=access or Access())],
+        exception_handlers=dict.fromkeys((UserError, Exception), _error),
         lifespan=lifespan,
     )
-    api.search(PageQuery("warm-up"))
-    return app
 
 
-def _internal_error(request: Request, error: Exception) -> Response:
+def _error(request: Request, error: Exception) -> Response:
+    if isinstance(error, UserError):
+        return _line(request.scope, status_of(error), str(error))
     return PlainTextResponse("internal error; the server's log has it", 500, _HEADERS)

@@ -33,14 +33,18 @@ class Served:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/"
 
-    def respond(self, path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
-        """The response and its body; the path is sent unchanged."""
+    def start(self, method: str, path: str, **headers: str) -> http.client.HTTPConnection:
+        """A connection on which the headers of a request were sent; the path is sent unchanged."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.putrequest("GET", path, skip_host="Host" in headers)
+        connection.putrequest(method, path, skip_host="Host" in headers)
         for name, value in headers.items():
-            connection.putheader(name, value)
+            connection.putheader(name.replace("_", "-"), value)
         connection.endheaders()
-        response = connection.getresponse()
+        return connection
+
+    def respond(self, path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
+        """The response and its body."""
+        response = self.start("GET", path, **headers).getresponse()
         return response, response.read()
 
     def get(self, path: str, **headers: str) -> tuple[int, str, bytes]:
