@@ -400,12 +400,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _recall(options: argparse.Namespace) -> None:
-    from drl_jax.search.session import measure_recall
-
-    counts, index = options.candidates, _open(options)
-    rows = measure_recall(
-        index, read_lines(options.queries), counts, options.top, index.ranker.ask_engine
-    )
+    index = _open(options)
+    rows = index.measure_recall(read_lines(options.queries), options.candidates, options.top)
     if options.json:
         print(json.dumps([row._asdict() for row in rows]))
         return

@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,10 +95,12 @@ class Qdrant:
             if not self._client.collection_exists(name):
                 width = index.model.config.model.backbone.embed_dim
                 self._create(name, width + (biases is not None))
-            for ids in self._stored(name):
-                slots = self._slots(index, ids)
+            offset = uuid.UUID(int=0).hex
+            while offset is not None:
+                points, offset = self._client.scroll(name, limit=_READ, offset=offset)
+                ids, slots = self._slots(index, points)
                 is_missing[slots[slots >= 0]] = False
-                if gone := [point for point, slot in zip(ids, slots, strict=True) if slot < 0]:
+                if gone := ids[slots < 0].tolist():
                     self._client.delete(name, gone)
                     deleted += len(gone)
             self._send(index, name, is_missing, biases)
@@ -110,21 +112,10 @@ class Qdrant:
         # of CLIP are much larger than the others.
         models = self._models
         copies = models.ScalarQuantizationConfig(type="int8", quantile=1.0, always_ram=True)
-        vectors = models.VectorParams(
-            size=width,
-            distance="Dot",
-            datatype="float16",
-            on_disk=True,
-            quantization_config=models.ScalarQuantization(scalar=copies),
-        )
+        copies = models.ScalarQuantization(scalar=copies)
+        how = {"datatype": "float16", "on_disk": True, "quantization_config": copies}
+        vectors = models.VectorParams(size=width, distance="Dot", **how)
         self._client.create_collection(name, vectors_config=vectors)
-
-    def _stored(self, name: str) -> Iterator[list[str]]:
-        """The ids of all points, in parts; those of a part may be deleted."""
-        offset = uuid.UUID(int=0).hex
-        while offset is not None:
-            points, offset = self._client.scroll(name, limit=_READ, offset=offset)
-            yield [str(point.id) for point in points]
 
     def _send(
         self, index: OpenIndex, name: str, is_missing: np.ndarray, biases: np.ndarray | None
@@ -165,10 +156,10 @@ class Qdrant:
         Args:
           index: state of the index.
           vectors: float32 [Q, D] (`Interaction.query_vectors`).
-          count: number of windows per query.
+          count: number of windows per query, at most.
 
         Returns:
-          int64 [k] for each query, their slots; k is at most `count`.
+          int64 [k] for each query, their slots.
 
         Raises:
           UserError: the server fails, or finds no window of the index.
@@ -184,7 +175,7 @@ class Qdrant:
         ]
         with self._errors():
             answers = self._client.query_batch_points(name, requests)
-        found = [self._slots(index, [str(p.id) for p in answer.points]) for answer in answers]
+        found = [self._slots(index, answer.points)[1] for answer in answers]
         if any((slots < 0).any() for slots in found):
             self._warn(index, "has windows that the index does not have")
         if any((slots < 0).all() for slots in found):
@@ -202,18 +193,19 @@ class Qdrant:
         command = f"python -m drl_jax.search export --index={index.directory} --url={self._url}"
         return f"make or update it with: {command}"
 
-    def _slots(self, index: OpenIndex, ids: Sequence[str]) -> np.ndarray:
-        """int64 [N], the slots of points; -1 for those that a state does not have."""
+    def _slots(self, index: OpenIndex, points: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of points, str [N], and their slots, int64; -1 for those that a state lacks."""
+        ids = [str(point.id) for point in points]
         known, slots = self._known(index)
         keys = _keys(ids)
         where = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-        return np.where(known[where] == keys, slots[where], -1)
+        return np.array(ids, object), np.where(known[where] == keys, slots[where], -1)
 
     def _read_known(self, index: OpenIndex) -> tuple[np.ndarray, np.ndarray]:
         """The keys of the points that a state has, ascending, and their slots."""
         before, self._keys = self._keys, {}
-        for segment, _, prefix, *_ in index.segments:
-            name = (segment.directory, prefix)
+        for segment, _, prefix, _ in index.segments:
+            name = segment.directory, prefix
             if (keys := before.get(name)) is None:
                 rows = np.arange(segment.firsts["window"][-1])
                 keys = _keys(_points(segment, prefix, rows))

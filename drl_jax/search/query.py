@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Query:
     Attributes:
       sentence: what is seen.
       without: what is not seen.
-      picture: a frame in the form of the model, as `pictures.open_picture` decodes it.
+      picture: a frame in the form of the model, as `open_picture` decodes it.
       video: a video file, or one that was encoded before.
       like: a video of an open index and a time in it, seconds.
     """
@@ -42,15 +43,8 @@ class Query:
     like: tuple[IndexedVideo, float] | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EncodedQuery:
-    """A query as the engine takes it.
-
-    Attributes:
-      parts: of the query; see `Part`.
-      words: names of the tokens of the first part; of several texts, of the longest.
-      is_sentence: whether the query is one sentence.
-    """
+class EncodedQuery(NamedTuple):
+    """A query as the engine takes it; `words` are the tokens of the (longest) first text."""
 
     parts: tuple[Part, ...]
     words: list[str]
@@ -59,11 +53,9 @@ class EncodedQuery:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedVideo:
-    """A video file as a query.
+    """A video file as a query: alone, one that finds what is like one of its windows.
 
-    Attributes:
-      windows: as the only part of a query: what is found is like one of its windows.
-      whole: beside other parts: arrays of frames that are evenly spaced over it, [1, ...] each.
+    Beside other parts, it is frames that are evenly spaced over the `whole`: arrays, [1, ...] each.
     """
 
     windows: EncodedQuery
@@ -76,12 +68,10 @@ def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[En
     Raises:
       UserError: a sentence is blank or too long.
     """
-    for sentence in sentences:
-        if len(sentence) > _MAX_CHARACTERS:
-            raise UserError(
-                f"the sentence has {len(sentence):,} characters; at most {_MAX_CHARACTERS:,} are"
-                " read"
-            )
+    if (longest := max(map(len, sentences), default=0)) > _MAX_CHARACTERS:
+        raise UserError(
+            f"the sentence has {longest:,} characters; at most {_MAX_CHARACTERS:,} are read"
+        )
     text = model.encode_text(sentences)
     return [
         EncodedQuery((Part({name: a[[row]] for name, a in text.items()}),), words, True)
@@ -100,39 +90,37 @@ def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
         video = encode_video_file(model, video)
     if video is not None and query == Query(video=query.video):
         return video.windows
-    parts: list[Part] = []
-    words: list[list[str]] = []
-
-    def add_sentence(sentence: str, weight: float) -> None:
-        (encoded,) = encode_sentences(model, [sentence])
-        parts.append(encoded.parts[0]._replace(weight=weight))
-        words.append(encoded.words)
-
-    def add_frames(video: Features, name: str) -> None:
-        text = model.interaction.video_as_text(video)
-        parts.append(Part(text))
-        words.append([name] * int(text["text_mask"].sum()))
-
+    encoded: list[EncodedQuery] = []
     if query.sentence.strip():
-        add_sentence(query.sentence, 1.0)
+        encoded += encode_sentences(model, [query.sentence])
     if query.picture:
         # A shot in which nothing moves. One frame alone is unlike the windows that a model is
         # trained with, and most like other windows of one frame, whatever they show.
         frame = np.frombuffer(query.picture, np.uint8).reshape(1, *model.frame_form.shape)
         still = np.repeat(frame, model.config.data.max_frames, axis=0)
-        add_frames(model.encode_videos([still]), "[picture]")
+        encoded.append(_frames_query(model, model.encode_videos([still]), "[picture]"))
     if video is not None:
-        add_frames(video.whole, "[video]")
+        encoded.append(_frames_query(model, video.whole, "[video]"))
     if query.like is not None:
         liked, time = query.like
-        window = window_at(liked.windows, time)
-        add_frames({n: a[[window]] for n, a in stored_windows(liked).items()}, "[moment]")
-    if not parts:
+        window = [window_at(liked.windows, time)]
+        arrays = {name: array[window] for name, array in stored_windows(liked).items()}
+        encoded.append(_frames_query(model, arrays, "[moment]"))
+    if not encoded:
         raise UserError("the query is blank: give a sentence, a picture or a video")
-    is_sentence = len(parts) == 1 and bool(query.sentence.strip()) and not query.without.strip()
+    parts = [part for one in encoded for part in one.parts]
     if query.without.strip():
-        add_sentence(query.without, _WITHOUT)
-    return EncodedQuery(tuple(parts), words[0], is_sentence)
+        (without,) = encode_sentences(model, [query.without])
+        parts.append(without.parts[0]._replace(weight=_WITHOUT))
+    return encoded[0]._replace(
+        parts=tuple(parts), is_sentence=encoded[0].is_sentence and len(parts) == 1
+    )
+
+
+def _frames_query(model: RetrievalModel, windows: Features, name: str) -> EncodedQuery:
+    """A query that finds what is like one of some windows."""
+    text = model.interaction.video_as_text(windows)
+    return EncodedQuery((Part(text),), [name] * int(text["text_mask"].sum(axis=1).max()))
 
 
 def sampling_of(model: RetrievalModel) -> FrameSampling:
@@ -152,15 +140,10 @@ def encode_video_file(model: RetrievalModel, path: Path) -> EncodedVideo:
 
 
 def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVideo:
-    """Encodes a video file that was read, as a query.
-
-    Args:
-      model: of the index.
-      name: of the file, for the message of an error.
-      read: its frames; nothing is deleted.
+    """Encodes a video file that was read, as a query; its frames are not deleted.
 
     Raises:
-      UserError: it has no frames.
+      UserError: it has no frames; the message has `name`.
     """
     if reason := read.error or read.failure:
         raise UserError(f"{name} {reason}")
@@ -173,7 +156,6 @@ def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVid
     # Only these frames go through the image tower.
     used = np.unique(np.concatenate(windows))
     encoded = model.encode_windows(frames[used], [np.searchsorted(used, w) for w in windows])
+    single = {name: array[:count] for name, array in encoded.items()}
     whole = {name: array[-1:] for name, array in encoded.items()}
-    text = model.interaction.video_as_text({n: array[:count] for n, array in encoded.items()})
-    words = ["[video]"] * int(text["text_mask"].sum(axis=1).max())
-    return EncodedVideo(EncodedQuery((Part(text),), words), whole)
+    return EncodedVideo(_frames_query(model, single, "[video]"), whole)
