@@ -34,10 +34,9 @@ _COMPARED = 128
 
 
 class Part(NamedTuple):
-    """A part of a query: arrays of texts, or of videos in their place (`video_as_text`).
+    """A part of a query: arrays of texts, of which the most similar counts, and its weight.
 
-    The most similar of its texts counts, and the score is the weighted sum of all parts. These keep
-    their own lengths: padding takes part in the similarity.
+    A score is the weighted sum of all parts, which keep their lengths: padding is compared too.
     """
 
     text: Features
@@ -55,19 +54,15 @@ class Gallery:
     """Stored arrays of windows. A slot is the number of a window among those of all parts.
 
     Attributes:
-      layout: mesh and shardings.
       valid: bool [all slots], windows that count.
       biases: float32 [all slots], what is subtracted from similarities; or None.
     """
 
     def __init__(self, parts: Sequence[Features], layout: Layout, order: np.ndarray | None = None):
-        """Copies small parts together; others are read at each query.
+        """Copies small parts together; others, which may be memory maps, are read at each query.
 
-        Args:
-          parts: stored arrays (`quantize`), [W, ...] each; may be memory maps.
-          layout: mesh and shardings.
-          order: int64 [N], a permutation of the slots of the windows of all small parts, in which
-            the first of equal scores counts.
+        `order`: int64 [N], the slots of the windows of small parts, of which the first of equal
+        scores counts.
         """
         counts = np.array([len(next(iter(part.values()), ())) for part in parts], int)
         self.layout, self._parts = layout, parts
@@ -102,18 +97,16 @@ class Gallery:
         taken: Features = {}
         for part in np.unique(parts).tolist():
             places = np.flatnonzero(parts == part)
-            rows = slots[places] - self._firsts[part]
             for name, array in self._parts[part].items():
                 if name not in taken:
                     taken[name] = np.empty((len(slots), *array.shape[1:]), array.dtype)
-                taken[name][places] = array[rows]
+                taken[name][places] = array[slots[places] - self._firsts[part]]
         return taken
 
     def blocks(self, *, vectors: bool = False) -> Iterator[tuple[np.ndarray, Features]]:
-        """Yields the slots of each block and its arrays, [block, ...], with `valid` and `bias`.
+        """Yields the slots of each block and its arrays, or VECTORS, with `valid` and `bias`.
 
-        `vectors`: the arrays VECTORS instead of the others. On a CPU nothing is copied: a block is
-        the memory map itself. So that this is also true of the last block of a run, it begins
+        On a CPU a block is the memory map itself, not a copy; so the last block of a run begins
         before the end of the one before.
         """
         for stored, all_slots in self._runs:
@@ -192,13 +185,14 @@ class SearchEngine:
 
             def similarities(block, _):
                 videos = dequantize(block)
-                return jnp.concatenate([interaction.similarity(t, videos) for t in texts])
+                of_parts = [interaction.similarity(text, videos) for text in texts]
+                if not is_one:
+                    return of_parts[0]
+                return sum(w * part.max(axis=0) for w, part in zip(weights, of_parts, strict=True))[
+                    None
+                ]
 
             sim = similarity_in_blocks(similarities, arrays, None, _COMPARED)
-            if is_one:
-                ends = np.cumsum([len(jax.tree.leaves(text)[0]) for text in texts])
-                of_parts = [part.max(axis=0) for part in jnp.split(sim, ends[:-1])]
-                sim = sum(w * part for w, part in zip(weights, of_parts, strict=True))[None]
             if bias is not None:
                 sim = sim - bias
             sim = jnp.where(valid, sim, -jnp.inf)
@@ -216,10 +210,7 @@ class SearchEngine:
         return jax.jit(layout.on_mesh(compare_shards, self._config.dtype))
 
     def scan(self, vectors: np.ndarray, gallery: Gallery, count: int) -> list[np.ndarray]:
-        """Windows whose stored vectors have the largest dot products with those of queries.
-
-        float32 [Q, D] (`Interaction.query_vectors`) -> slots, int64 [at most `count`], ascending.
-        """
+        """The slots of the largest dot products with vectors, float32 [Q, D], ascending."""
 
         def compare(block: tuple[np.ndarray, Features]) -> tuple[np.ndarray, np.ndarray]:
             slots, arrays = block
@@ -249,15 +240,12 @@ def _dot(rows: jax.Array, scale: jax.Array, vectors: jax.Array) -> jax.Array:
 
 
 def _padded(text: Features) -> Features:
-    """Rounds texts up to a power of two, and tokens to the longest text and a multiple of eight.
-
-    One padded token is kept where there is one: its similarity, 0, takes part in the maxima of
-    token-wise interactions (see `weighted_token_wise`).
-    """
+    """Rounds texts up to a power of two, and tokens to the longest text and a multiple of eight."""
     mask = text["text_mask"]
     rows = np.minimum(np.arange(1 << (len(mask) - 1).bit_length()), len(mask) - 1)
-    longest = int(mask.sum(axis=1).max())
-    length = min(-(-(longest + 1) // 8) * 8, mask.shape[1])
+    # One padded token is kept where there is one: its similarity, 0, takes part in the maxima of
+    # token-wise interactions (see `weighted_token_wise`).
+    length = min(-(-(int(mask.sum(axis=1).max()) + 1) // 8) * 8, mask.shape[1])
     # Arrays of tokens, [Q, L, ...], are named `text_*`; those of whole sentences are not.
     return {
         name: (array[:, :length] if name.startswith("text_") else array)[rows]

@@ -21,8 +21,7 @@ class Explanation:
     """How the tokens of a query and the frames of a window match.
 
     Attributes:
-      words: L tokens, with those of start and end: they are compared too, and a model may give them
-        most of the weight.
+      words: L tokens, also those of start and end, to which a model may give most of the weight.
       times: float [F], of the frames, seconds.
       attribution: how tokens and frames contribute to the score.
     """
@@ -44,28 +43,19 @@ class Explanation:
 
 
 def explain(
-    interaction: type[Interaction],
-    part: Part,
-    video: Features,
-    words: list[str],
-    times: Sequence[float],
+    interaction: type[Interaction], part: Part, video: Features, words: list[str], times: Sequence
 ) -> Explanation:
-    """Explains the similarity of a part of a query and a window by the most similar of its texts.
+    """Explains the similarity of a window and the most similar text of a part of a query.
 
-    Args:
-      interaction: of the model.
-      part: of the query.
-      video: arrays of the window, without the axis of items, float32.
-      words: tokens of the longest text, with start and end.
-      times: of the frames of the window, seconds.
+    `video` is arrays of the window without the axis of items, float32; `words` are the tokens of
+    the longest text, and `times` those of the frames, seconds.
     """
-    best = max(
-        (
-            interaction.attribution({name: array[n] for name, array in part.text.items()}, video)
-            for n in range(len(part.text["text_mask"]))
-        ),
-        key=lambda attribution: attribution.frame_contribution.sum(),
+    texts = (
+        {name: array[number] for name, array in part.text.items()}
+        for number in range(len(part.text["text_mask"]))
     )
+    found = (interaction.attribution(text, video) for text in texts)
+    best = max(found, key=lambda attribution: attribution.frame_contribution.sum())
     frames, tokens = len(best.frame_contribution), len(best.token_weight)
     return Explanation(words[:tokens], np.asarray(times[:frames]), best)
 
@@ -76,7 +66,6 @@ class Moment:
 
     Attributes:
       score: similarity of its window, as evaluation computes it.
-      window: the window that has this score.
       number: of the coarse window that it was found by.
       unusual: by how many standard deviations the score is above those of captions of other
         videos; for a picture or a video as the query, above those of other windows.
@@ -98,10 +87,9 @@ class Moment:
     @property
     def peak(self) -> float:
         """Time of the frame of the moment that contributes most to the score, seconds."""
-        times = self.explanation.times
+        times, of_frames = (why := self.explanation).times, why.attribution.frame_contribution
         # A moment can be a part of its window.
         inside = (self.start <= times) & (times <= self.end)
-        of_frames = self.explanation.attribution.frame_contribution
         return float(times[np.where(inside, of_frames, -np.inf).argmax()])
 
     def to_json(self) -> dict[str, Any]:
@@ -120,12 +108,9 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A video that a query found.
+    """A video that a query found; the first rank is 1.
 
     Attributes:
-      rank: from 1.
-      path: of the file.
-      video: the file in the index.
       moments: its best parts, the best first; none if it was not searched for.
       windows: W windows: the coarse ones, refined where they were candidates.
       scores: float [W].
@@ -165,7 +150,7 @@ class Hit:
 
 
 class WordRow(NamedTuple):
-    """A word as people write it; its share of the score, and its cosine with each frame [F]."""
+    """A word, its share of the score, and its cosine with each frame, float [F]."""
 
     word: str
     weight: float
@@ -173,10 +158,7 @@ class WordRow(NamedTuple):
 
 
 def word_rows(explanation: Explanation) -> tuple[list[WordRow], float]:
-    """Joins tokens to words: their weights are added, and their similarities weighted by them.
-
-    Returns the words, and the share of the score of the marks of start and end, 0 to 1.
-    """
+    """Joins tokens to words. Also returns the share of the score of the marks of start and end."""
     weights = np.asarray(explanation.attribution.token_weight, np.float64)
     words: list[tuple[str, list[int]]] = []
     marks, continues = 0.0, False

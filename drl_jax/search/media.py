@@ -21,7 +21,7 @@ from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search.addresses import BadRequest, format_clock, status_of
 from drl_jax.search.clips import MAX_CLIP, read_picture, write_clip
 from drl_jax.search.open_index import IndexedVideo
-from drl_jax.search.query import EncodedVideo, encode_read, sampling_of
+from drl_jax.search.query import EncodedQuery, encode_read, sampling_of
 from drl_jax.search.reading import allowed_seconds, open_picture, read_sent_video
 
 # Seconds that one picture or clip may take.
@@ -69,7 +69,7 @@ class SentQueries:
           model: encodes the videos.
         """
         self._model = model
-        self._pictures, self._videos = _Kept[bytes]("picture"), _Kept[EncodedVideo]("video")
+        self._pictures, self._videos = _Kept[bytes]("picture"), _Kept[EncodedQuery]("video")
         # A damaged file may crash or hang its decoder. Pictures do not wait for videos.
         self._picture_reader, self._video_reader = CallPool(1), CallPool(1)
         self._encoding = threading.Lock()  # It uses all cores.
@@ -116,7 +116,7 @@ class SentQueries:
         """
         return self._pictures.get(name)
 
-    def video(self, name: str) -> EncodedVideo:
+    def video(self, name: str) -> EncodedQuery:
         """A video.
 
         Raises:

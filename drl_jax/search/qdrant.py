@@ -43,17 +43,10 @@ class ExportReport(NamedTuple):
 
 
 class Qdrant:
-    """The collections of a server, one for each model, folder of videos and correction.
-
-    An instance is a `ranking.FindCandidates`.
-    """
+    """The collections of a server, one for each model, folder of videos and correction."""
 
     def __init__(self, url: str, correction: Correction | None = None, client: Any = None):
-        """Connects to a server, with its key in QDRANT_API_KEY, or takes a `QdrantClient`.
-
-        Raises:
-          UserError: qdrant_client is not installed, or the URL is none.
-        """
+        """Connects to a server, with its key in QDRANT_API_KEY, or takes a `QdrantClient`."""
         try:
             from qdrant_client import QdrantClient, models
         except ImportError as error:
@@ -67,7 +60,7 @@ class Qdrant:
                 url=url, api_key=key, timeout=60, check_compatibility=False
             )
         self._known = functools.lru_cache(maxsize=1)(self._read_known)
-        # By directory and prefix of the segments of the last state.
+        # Of the last state, by directory and prefix of the segments.
         self._keys: dict[tuple[Path, str], np.ndarray] = {}
         self._warned: dict | None = None
 
@@ -79,9 +72,7 @@ class Qdrant:
         return f"drl_jax_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def export(self, index: OpenIndex) -> ExportReport:
-        """Updates the collection of an index, which is made if there is none.
-
-        After an interruption the same call continues. Queries are answered meanwhile.
+        """Makes or updates the collection of an index; after an interruption, the call continues.
 
         Raises:
           UserError: the server fails, or the index has no vectors.
@@ -120,7 +111,6 @@ class Qdrant:
     def _send(
         self, index: OpenIndex, name: str, is_missing: np.ndarray, biases: np.ndarray | None
     ) -> None:
-        """Sends the windows in some slots, bool [S]."""
         with tqdm(total=int(is_missing.sum()), desc="exporting", unit="window") as progress:
             for segment, _, prefix, first in index.segments:
                 last = first + int(segment.firsts["window"][-1])
@@ -136,11 +126,7 @@ class Qdrant:
                     progress.update(len(rows))
 
     def check(self, index: OpenIndex) -> None:
-        """Warns on stderr if the collection of an index does not have as many windows.
-
-        Raises:
-          UserError: the server fails, or there is no collection.
-        """
+        """Warns on stderr if the collection of an index, which has to exist, has fewer or more."""
         name, windows = self.collection(index), int(index.valid.sum())
         with self._errors():
             is_there = self._client.collection_exists(name)
@@ -151,15 +137,9 @@ class Qdrant:
             self._warn(index, f"has {count} windows, and the index {windows}")
 
     def __call__(self, index: OpenIndex, vectors: np.ndarray, count: int) -> list[np.ndarray]:
-        """Finds windows; those that the index does not have are left out, with a line on stderr.
+        """Finds the slots of at most `count` windows, int64, for each query; see `FindCandidates`.
 
-        Args:
-          index: state of the index.
-          vectors: float32 [Q, D] (`Interaction.query_vectors`).
-          count: number of windows per query, at most.
-
-        Returns:
-          int64 [k] for each query, their slots.
+        Those that the index does not have are left out, with a line on stderr.
 
         Raises:
           UserError: the server fails, or finds no window of the index.
@@ -169,10 +149,8 @@ class Qdrant:
             vectors = np.column_stack([vectors, np.ones(len(vectors), np.float32)])
         quantization = models.QuantizationSearchParams(rescore=False)  # Compared exactly anyway.
         params = models.SearchParams(hnsw_ef=_BREADTH * count, quantization=quantization)
-        requests = [
-            models.QueryRequest(query=vector, limit=count, params=params)
-            for vector in vectors.tolist()
-        ]
+        request = functools.partial(models.QueryRequest, limit=count, params=params)
+        requests = [request(query=vector) for vector in vectors.tolist()]
         with self._errors():
             answers = self._client.query_batch_points(name, requests)
         found = [self._slots(index, answer.points)[1] for answer in answers]
@@ -183,11 +161,12 @@ class Qdrant:
         return [slots[slots >= 0] for slots in found]
 
     def _warn(self, index: OpenIndex, what: str) -> None:
-        """Prints a line, once for each state."""
-        if self._warned != index.version:
+        if self._warned != index.version:  # Once for each state.
             self._warned = index.version
-            line = f"the collection {self.collection(index)} {what}; {self._how(index)}"
-            print(line, file=sys.stderr)
+            print(
+                f"the collection {self.collection(index)} {what}; {self._how(index)}",
+                file=sys.stderr,
+            )
 
     def _how(self, index: OpenIndex) -> str:
         command = f"python -m drl_jax.search export --index={index.directory} --url={self._url}"
@@ -205,11 +184,10 @@ class Qdrant:
         """The keys of the points that a state has, ascending, and their slots."""
         before, self._keys = self._keys, {}
         for segment, _, prefix, _ in index.segments:
-            name = segment.directory, prefix
-            if (keys := before.get(name)) is None:
-                rows = np.arange(segment.firsts["window"][-1])
-                keys = _keys(_points(segment, prefix, rows))
-            self._keys[name] = keys
+            keys, rows = before.get((segment.directory, prefix)), segment.firsts["window"][-1]
+            if keys is None:
+                keys = _keys(_points(segment, prefix, np.arange(rows)))
+            self._keys[segment.directory, prefix] = keys
         slots = np.flatnonzero(index.valid)
         keys = np.concatenate(list(self._keys.values()))[slots]
         order = np.argsort(keys)
@@ -217,7 +195,6 @@ class Qdrant:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Reports errors of the client in one line."""
         from qdrant_client.http.exceptions import ApiException
 
         try:

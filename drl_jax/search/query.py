@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +28,7 @@ class Query:
     """What to look for; at least one of sentence, picture, video and like.
 
     Attributes:
-      sentence: what is seen.
-      without: what is not seen.
+      without: a sentence of what is not seen.
       picture: a frame in the form of the model, as `open_picture` decodes it.
       video: a video file, or one that was encoded before.
       like: a video of an open index and a time in it, seconds.
@@ -39,35 +37,28 @@ class Query:
     sentence: str = ""
     without: str = ""
     picture: bytes = b""
-    video: "Path | EncodedVideo | None" = None
+    video: "Path | EncodedQuery | None" = None
     like: tuple[IndexedVideo, float] | None = None
 
 
-class EncodedQuery(NamedTuple):
-    """A query as the engine takes it; `words` are the tokens of the (longest) first text."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedQuery:
+    """A query as the engine takes it.
+
+    Attributes:
+      words: tokens of the first part; of several texts, of the longest.
+      is_sentence: whether it is one sentence and nothing else.
+      whole: what a video is beside other parts: arrays of frames spread over it, [1, ...] each.
+    """
 
     parts: tuple[Part, ...]
     words: list[str]
     is_sentence: bool = False
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class EncodedVideo:
-    """A video file as a query: alone, one that finds what is like one of its windows.
-
-    Beside other parts, it is frames that are evenly spaced over the `whole`: arrays, [1, ...] each.
-    """
-
-    windows: EncodedQuery
-    whole: Features
+    whole: Features | None = None
 
 
 def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[EncodedQuery]:
-    """Encodes queries of one sentence each.
-
-    Raises:
-      UserError: a sentence is blank or too long.
-    """
+    """Encodes queries of one sentence each; raises UserError if one is blank or too long."""
     if (longest := max(map(len, sentences), default=0)) > _MAX_CHARACTERS:
         raise UserError(
             f"the sentence has {longest:,} characters; at most {_MAX_CHARACTERS:,} are read"
@@ -80,16 +71,10 @@ def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[En
 
 
 def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
-    """Encodes a query of any kind.
-
-    Raises:
-      UserError: the query is empty, or a part of it cannot be read.
-    """
+    """Encodes a query of any kind, of which a video is encoded; raises UserError if it is empty."""
     video = query.video
-    if isinstance(video, Path):
-        video = encode_video_file(model, video)
-    if video is not None and query == Query(video=query.video):
-        return video.windows
+    if video is not None and query == Query(video=video):
+        return video
     encoded: list[EncodedQuery] = []
     if query.sentence.strip():
         encoded += encode_sentences(model, [query.sentence])
@@ -98,29 +83,31 @@ def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
         # trained with, and most like other windows of one frame, whatever they show.
         frame = np.frombuffer(query.picture, np.uint8).reshape(1, *model.frame_form.shape)
         still = np.repeat(frame, model.config.data.max_frames, axis=0)
-        encoded.append(_frames_query(model, model.encode_videos([still]), "[picture]"))
+        encoded.append(_of_frames(model, model.encode_videos([still]), "[picture]"))
     if video is not None:
-        encoded.append(_frames_query(model, video.whole, "[video]"))
+        encoded.append(_of_frames(model, video.whole, "[video]"))
     if query.like is not None:
         liked, time = query.like
         window = [window_at(liked.windows, time)]
         arrays = {name: array[window] for name, array in stored_windows(liked).items()}
-        encoded.append(_frames_query(model, arrays, "[moment]"))
+        encoded.append(_of_frames(model, arrays, "[moment]"))
     if not encoded:
         raise UserError("the query is blank: give a sentence, a picture or a video")
     parts = [part for one in encoded for part in one.parts]
     if query.without.strip():
         (without,) = encode_sentences(model, [query.without])
         parts.append(without.parts[0]._replace(weight=_WITHOUT))
-    return encoded[0]._replace(
-        parts=tuple(parts), is_sentence=encoded[0].is_sentence and len(parts) == 1
-    )
+    is_sentence = encoded[0].is_sentence and len(parts) == 1
+    return EncodedQuery(tuple(parts), encoded[0].words, is_sentence)
 
 
-def _frames_query(model: RetrievalModel, windows: Features, name: str) -> EncodedQuery:
+def _of_frames(
+    model: RetrievalModel, windows: Features, name: str, whole: Features | None = None
+) -> EncodedQuery:
     """A query that finds what is like one of some windows."""
     text = model.interaction.video_as_text(windows)
-    return EncodedQuery((Part(text),), [name] * int(text["text_mask"].sum(axis=1).max()))
+    words = [name] * int(text["text_mask"].sum(axis=1).max())
+    return EncodedQuery((Part(text),), words, whole=whole)
 
 
 def sampling_of(model: RetrievalModel) -> FrameSampling:
@@ -128,23 +115,15 @@ def sampling_of(model: RetrievalModel) -> FrameSampling:
     return FrameSampling(model.frame_form, model.config.data.max_frames, 1.0)
 
 
-def encode_video_file(model: RetrievalModel, path: Path) -> EncodedVideo:
-    """Reads and encodes a video file, as a query.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+def encode_video_file(model: RetrievalModel, path: Path) -> EncodedQuery:
+    """Reads and encodes a video file, as a query; raises UserError if it cannot be read."""
     with temporary_directory() as folder:
         read = read_video(path, (), sampling_of(model), folder / "frames")
         return encode_read(model, str(path), read)
 
 
-def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVideo:
-    """Encodes a video file that was read, as a query; its frames are not deleted.
-
-    Raises:
-      UserError: it has no frames; the message has `name`.
-    """
+def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedQuery:
+    """Encodes a video file that was read, as a query; raises UserError if it has no frames."""
     if reason := read.error or read.failure:
         raise UserError(f"{name} {reason}")
     frames, windows = frames_of(read, model.frame_form), read.windows
@@ -158,4 +137,4 @@ def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVid
     encoded = model.encode_windows(frames[used], [np.searchsorted(used, w) for w in windows])
     single = {name: array[:count] for name, array in encoded.items()}
     whole = {name: array[-1:] for name, array in encoded.items()}
-    return EncodedVideo(_frames_query(model, single, "[video]"), whole)
+    return _of_frames(model, single, "[video]", whole)

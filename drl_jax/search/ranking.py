@@ -48,16 +48,14 @@ class SearchOptions:
 
 
 class Ranker:
-    """Ranks encoded queries. Not safe to use from several threads at once."""
+    """Ranks encoded queries. Not safe to use from several threads at once.
+
+    `ask_engine` finds the candidates of sentences among all videos; None: no engine does.
+    """
 
     def __init__(
         self, model: RetrievalModel, options: SearchOptions, ask_engine: FindCandidates | None
     ):
-        """`ask_engine` finds the candidates of sentences among all videos; None: no engine does.
-
-        Raises:
-          UserError: the interaction has no vectors to scan.
-        """
         self.model, self.options, self.ask_engine = model, options, ask_engine
         if options.engine in ("scan", "qdrant") and not model.interaction.HAS_VECTORS:
             raise UserError(
@@ -77,13 +75,9 @@ class Ranker:
         return self.model.interaction.HAS_VECTORS and len(index.gallery) > SCAN_FROM
 
     def rank(
-        self,
-        index: OpenIndex,
-        queries: Sequence[EncodedQuery],
-        top: int,
-        among: Videos | None = None,
+        self, index: OpenIndex, queries: Sequence[EncodedQuery], top: int, among: Videos | None
     ) -> list["Answer"]:
-        """Ranks one query, or several sentences, until `top` videos are found if there are so many.
+        """Ranks one query, or several sentences, until `top` videos are found or there are no more.
 
         `among`: the videos that are searched; None: all.
         """
@@ -92,11 +86,8 @@ class Ranker:
         gallery = self.gallery(index, queries[0], among)
         count = max(wanted, self.options.refine)
         while True:
-            rankings = self._coarse(index, gallery, queries, count, is_all=among is None)
-            answers = [
-                self._refined(index, gallery, query, ranking)
-                for query, ranking in zip(queries, rankings, strict=True)
-            ]
+            pairs = zip(queries, self._coarse(index, gallery, queries, count), strict=True)
+            answers = [Answer(self, index, *pair, gallery) for pair in pairs]
             if count >= len(gallery) or all(len(one.places()) >= wanted for one in answers):
                 return answers
             count = min(4 * count, len(gallery))  # A long video has many of the best windows.
@@ -110,76 +101,41 @@ class Ranker:
         return index.gallery.only(valid, self._biases(index) if is_corrected else None)
 
     def candidates(
-        self, index: OpenIndex, gallery: Gallery, query: EncodedQuery, count: int, asks: bool
+        self, index: OpenIndex, gallery: Gallery, query: EncodedQuery, count: int
     ) -> np.ndarray:
-        """Slots of the `count` windows, int64, that the engine finds if it is asked; else a scan.
-
-        A query of several texts has so many for each.
-        """
+        """Slots of the windows that the engine or a scan finds, `count` for each text, int64."""
         query_vectors = self.model.interaction.query_vectors
         # Only a query of one part has several texts, of which the best counts.
         vectors = sum(part.weight * query_vectors(part.text) for part in query.parts)
         vectors = np.asarray(vectors, np.float32)
-        if asks:
+        if self._asks(index, gallery, query):
             found = self.ask_engine(index, vectors, count)
         else:
             found = self.engine.scan(vectors, gallery, count)
         return np.unique(np.concatenate(found))
 
+    def _asks(self, index: OpenIndex, gallery: Gallery, query: EncodedQuery) -> bool:
+        is_all = gallery.valid is index.valid
+        return self.ask_engine is not None and query.is_sentence and is_all
+
     def _coarse(
-        self,
-        index: OpenIndex,
-        gallery: Gallery,
-        queries: Sequence[EncodedQuery],
-        count: int,
-        is_all: bool,
+        self, index: OpenIndex, gallery: Gallery, queries: Sequence[EncodedQuery], count: int
     ) -> list[Ranking]:
         """The best coarse windows of queries that are compared together."""
-        asks = self.ask_engine is not None and queries[0].is_sentence and is_all
-        if asks or self.scans(index):
+        if self._asks(index, gallery, queries[0]) or self.scans(index):
             most = max(count, self.options.candidates)
-            rankings = []
-            for query in queries:
-                slots = self.candidates(index, gallery, query, most, asks)
-                rankings += self.engine.search(query.parts, gallery.copied(slots), count)
-        elif len(queries) == 1:
-            rankings = self.engine.search(queries[0].parts, gallery, count)
-        else:
-            texts = [query.parts[0].text for query in queries]
-            together = {name: np.concatenate([text[name] for text in texts]) for name in texts[0]}
-            rankings = self.engine.search([Part(together)], gallery, count, is_one=False)
-        return [_in_order(index, ranking, count) for ranking in rankings]
-
-    def _refined(
-        self, index: OpenIndex, gallery: Gallery, query: EncodedQuery, ranking: Ranking
-    ) -> "Answer":
-        """Refines the best windows, and ranks again."""
-        films: dict[tuple[int, int], Film] = {}
-        candidates, rows = [], []
-        for row, slot in enumerate(ranking.slots[: self.options.refine].tolist()):
-            place = number, video = index.place(slot)
-            segment, *_, first_slot = index.segments[number]
-            if segment.firsts["feature"][video] == segment.firsts["feature"][video + 1]:
-                continue  # A file of one window.
-            if place not in films:
-                films[place] = film_of(index.video(*place))
-            window = slot - first_slot - int(segment.firsts["window"][video])
-            bias = 0.0 if gallery.biases is None else float(gallery.biases[slot])
-            candidates.append(Candidate(films[place], window, float(ranking.scores[row]), bias))
-            rows.append(row)
-        if not candidates:
-            return Answer(self, index, query, *ranking)
-        found = refine(self.model, query.parts, candidates, self.options.refine)
-        scores, refined = np.array(ranking.scores, np.float64), {}
-        for row, candidate, (window, score) in zip(rows, candidates, found, strict=True):
-            scores[row] = score
-            # What is shown is the similarity.
-            refined[int(ranking.slots[row])] = window, score + candidate.bias
-        ranking = _in_order(index, Ranking(scores, ranking.slots), len(scores))
-        return Answer(self, index, query, *ranking, refined)
+            found = [self.candidates(index, gallery, query, most) for query in queries]
+            return [
+                self.engine.search(query.parts, gallery.copied(slots), count)[0]
+                for query, slots in zip(queries, found, strict=True)
+            ]
+        if len(queries) == 1:
+            return self.engine.search(queries[0].parts, gallery, count)
+        texts = [query.parts[0].text for query in queries]
+        together = {name: np.concatenate([text[name] for text in texts]) for name in texts[0]}
+        return self.engine.search([Part(together)], gallery, count, is_one=False)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
     """The best windows of a query in a state of an index.
 
@@ -189,20 +145,63 @@ class Answer:
       refined: by slot, the windows that were made of candidates, and their similarities.
     """
 
-    ranker: Ranker
-    index: OpenIndex
-    query: EncodedQuery
-    scores: np.ndarray
-    slots: np.ndarray
-    refined: dict[int, tuple[Window, float]] = dataclasses.field(default_factory=dict)
+    def __init__(
+        self,
+        ranker: Ranker,
+        index: OpenIndex,
+        query: EncodedQuery,
+        ranking: Ranking,
+        gallery: Gallery,
+    ):
+        """Sorts the windows that were found, refines the best of them, and sorts again."""
+        self._ranker, self._index, self._query = ranker, index, query
+        self.scores, self.slots = ranking
+        self.refined: dict[int, tuple[Window, float]] = {}
+        self._sort()
+        if self._refine(gallery.biases):
+            self._sort()
+
+    def _sort(self) -> None:
+        """By score; equal scores by path and window."""
+        order = np.argsort(-self.scores, kind="stable")
+        scores, slots = self.scores[order], self.slots[order]
+        if (scores[1:] == scores[:-1]).any():
+            paths = [self._index.path_of(self._index.place(slot)) for slot in slots.tolist()]
+            order = sorted(range(len(slots)), key=lambda n: (-scores[n], paths[n], slots[n]))
+            scores, slots = scores[order], slots[order]
+        self.scores, self.slots = scores, slots
+
+    def _refine(self, biases: np.ndarray | None) -> bool:
+        """Replaces the scores of the best windows; returns whether there are windows to refine."""
+        index, most = self._index, self._ranker.options.refine
+        films: dict[tuple[int, int], Film] = {}
+        candidates, rows = [], []
+        for row, slot in enumerate(self.slots[:most].tolist()):
+            place = number, video = index.place(slot)
+            segment, *_, first_slot = index.segments[number]
+            if segment.firsts["feature"][video] == segment.firsts["feature"][video + 1]:
+                continue  # A file of one window.
+            if place not in films:
+                films[place] = _film_of(index.video(*place))
+            window = slot - first_slot - int(segment.firsts["window"][video])
+            bias = 0.0 if biases is None else float(biases[slot])
+            candidates.append(Candidate(films[place], window, float(self.scores[row]), bias))
+            rows.append(row)
+        self.scores = np.array(self.scores, np.float64)
+        found = refine(self._ranker.model, self._query.parts, candidates, most)
+        for row, candidate, (window, score) in zip(rows, candidates, found, strict=True):
+            self.scores[row] = score
+            # What is shown is the similarity.
+            self.refined[int(self.slots[row])] = window, score + candidate.bias
+        return bool(candidates)
 
     def places(self) -> list[tuple[int, int]]:
         """Segment and row of the videos of these windows, each once."""
-        return list(dict.fromkeys(map(self.index.place, self.slots.tolist())))
+        return list(dict.fromkeys(map(self._index.place, self.slots.tolist())))
 
     def videos(self, top: int) -> list[IndexedVideo]:
         """The best videos."""
-        return [self.index.video(*place) for place in self.places()[:top]]
+        return [self._index.video(*place) for place in self.places()[:top]]
 
     def hits(self, videos: Sequence[IndexedVideo], most: int = MOMENTS) -> list[Hit]:
         """Hits in some videos, in their order, with `most` moments at most."""
@@ -215,8 +214,8 @@ class Answer:
 
     def _similarities(self, slots: np.ndarray) -> np.ndarray:
         """Similarities of windows, float32 [N], without the correction for hubs."""
-        gallery = self.index.gallery.copied(slots)
-        (ranking,) = self.ranker.engine.search(self.query.parts, gallery, len(slots))
+        gallery = self._index.gallery.copied(slots)
+        (ranking,) = self._ranker.engine.search(self._query.parts, gallery, len(slots))
         scores = np.empty(len(slots), np.float32)
         scores[np.argsort(slots)] = ranking.scores[np.argsort(ranking.slots)]
         return scores
@@ -224,57 +223,43 @@ class Answer:
     @functools.cached_property
     def _scale(self) -> np.ndarray | None:
         """What similarities to a picture or a video mean: those of windows of the whole index."""
-        return gallery_scale(self._similarities(self.index.spread))
+        return gallery_scale(self._similarities(self._index.spread))
 
     def _hit(self, rank: int, video: IndexedVideo, scores: np.ndarray, most: int) -> Hit:
         windows, scores = list(video.windows), np.array(scores, np.float64)
         for number, slot in enumerate(video.slots.tolist()):
             if slot in self.refined:
                 windows[number], scores[number] = self.refined[slot]
-        bank = video.record.arrays[f"window.{BANK_ARRAY}"]
-        is_sentence = self.query.is_sentence
-        deviation = float(bank[:, 1].mean()) if is_sentence else 0.0
+        scales = video.record.arrays[f"window.{BANK_ARRAY}"]
+        is_sentence = self._query.is_sentence
+        deviation = float(scales[:, 1].mean()) if is_sentence else 0.0
         moments = []
         for start, end, score, number in find_spans(windows, scores, most, deviation):
             window = windows[number]
             if is_sentence and not moments and len(windows) > 1 and (start, end) == window[:2]:
                 # Of the best moment alone: it takes as much as refining a candidate.
-                start, end = self._tightened(video, window)
-            unit = bank[number] if is_sentence else self._scale
-            how_unusual = None if unit is None else unusual(score, unit)
+                bank = self._ranker.bank(tuple(self._index.header["bank"]))
+                start, end, _ = tighten(
+                    self._ranker.model, self._query.parts, bank, _film_of(video), window
+                )
+            scale = scales[number] if is_sentence else self._scale
+            how_unusual = None if scale is None else unusual(score, scale)
             explained = functools.partial(self._explained, video, window, number)
             moments.append(Moment(start, end, score, window, number, how_unusual, explained))
-        path = self.index.folder / video.path
-        return Hit(rank, path, video, tuple(moments), tuple(windows), scores)
-
-    def _tightened(self, video: IndexedVideo, window: Window) -> tuple[float, float]:
-        """Start and end of a moment that is one window."""
-        bank = self.ranker.bank(tuple(self.index.header["bank"]))
-        return tighten(self.ranker.model, self.query.parts, bank, film_of(video), window)[:2]
+        path, moments = self._index.folder / video.path, tuple(moments)
+        return Hit(rank, path, video, moments, tuple(windows), scores)
 
     def _explained(self, video: IndexedVideo, window: Window, number: int) -> Explanation:
-        model = self.ranker.model
+        model = self._ranker.model
         if window.frames == video.windows[number].frames:
             arrays = {name: array[number] for name, array in stored_windows(video).items()}
         else:
-            encoded = encode(model, [(film_of(video), window)])
+            encoded = encode(model, [(_film_of(video), window)])
             arrays = {name: array[0] for name, array in encoded.items()}
         times = tuple(video.times[frame] for frame in window.frames)
-        return explain(model.interaction, self.query.parts[0], arrays, self.query.words, times)
+        return explain(model.interaction, self._query.parts[0], arrays, self._query.words, times)
 
 
-def film_of(video: IndexedVideo) -> Film:
-    """What an index stores of a file of several windows, for `refine`."""
+def _film_of(video: IndexedVideo) -> Film:
     arrays = video.record.arrays
     return Film(arrays["frame.time"], video.windows, arrays["feature.image_feat"])
-
-
-def _in_order(index: OpenIndex, ranking: Ranking, count: int) -> Ranking:
-    """Orders equal scores by path and window."""
-    order = np.argsort(-ranking.scores, kind="stable")
-    scores, slots = ranking.scores[order], ranking.slots[order]
-    if (scores[1:] == scores[:-1]).any():
-        paths = [index.path_of(index.place(slot)) for slot in slots.tolist()]
-        order = sorted(range(len(slots)), key=lambda n: (-scores[n], paths[n], slots[n]))
-        scores, slots = scores[order], slots[order]
-    return Ranking(scores[:count], slots[:count])

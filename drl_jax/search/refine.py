@@ -28,13 +28,10 @@ _CLEARLY = 0.25
 
 
 class Film(NamedTuple):
-    """What an index stores of a file of several windows.
+    """What an index stores of a file of several windows, by their start, and F sampled frames.
 
-    Attributes:
-      times: float64 [F], of the sampled frames, seconds.
-      windows: those that are stored, by their start.
-      image_feat: [F, D], features of the frames before the temporal head: float32, or the bits of
-        bfloat16 as uint16; may be a memory map.
+    `times` are float64 [F], seconds; `image_feat`, [F, D], are features before the temporal head:
+    float32, or the bits of bfloat16 as uint16.
     """
 
     times: np.ndarray

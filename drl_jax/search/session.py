@@ -43,13 +43,9 @@ _KEPT = 64
 
 
 class Recall(NamedTuple):
-    """What some number of candidates finds.
+    """The share of the exact best windows that are among some number of candidates, 0 to 1.
 
-    Attributes:
-      candidates: number of candidates per query.
-      recall: share of the exact best windows that are among the candidates, 0 to 1.
-      scan_seconds, compare_seconds, exact_seconds: median times in which candidates are found,
-        these are compared exactly, and all windows are compared exactly.
+    And median seconds of a query, in which these are found, compared exactly, and all are compared.
     """
 
     candidates: int
@@ -74,13 +70,7 @@ class Index:
         options: SearchOptions = SearchOptions(),  # noqa: B008
         ask_engine: FindCandidates | None = None,
     ):
-        """Opens an index.
-
-        Args:
-          directory: of the index.
-          model: the model it was made with; None: loaded from where the index says it is.
-          options: how queries are answered.
-          ask_engine: see `Ranker`.
+        """Opens an index; without the model it was made with, from where the index says it is.
 
         Raises:
           UserError: there is no index, no video to search, the model is another one, or the index
@@ -114,11 +104,7 @@ class Index:
         return cls(directory, options=SearchOptions(**options))
 
     def add(self, videos: Sequence[str | os.PathLike]) -> "IndexReport":
-        """Adds, updates or removes videos of the folder of the index: paths below it.
-
-        Raises:
-          UserError: see `update_index`.
-        """
+        """Adds, updates or removes videos of the folder of the index: paths below it."""
         from drl_jax.search.update import update_index
 
         state, paths = self.state(), [os.fspath(path) for path in videos]
@@ -126,11 +112,7 @@ class Index:
         return update_index(self.model, state.folder, self.directory, only=paths, **how)
 
     def state(self) -> OpenIndex:
-        """A state of the index to answer from; see the class.
-
-        Raises:
-          UserError: see `__init__`.
-        """
+        """A state of the index to answer from; raises as `__init__` does."""
         with self._refreshing:
             version = index_version(self.directory)
             if version == self._state.version and all(version.values()):
@@ -169,13 +151,7 @@ class Index:
         filters: Filters | None = None,
         moments: int = MOMENTS,
     ) -> list[Hit] | list[list[Hit]]:
-        """Finds the best videos for a query of any kind, or for each of several sentences.
-
-        Args:
-          query: a sentence, several, or a `Query`.
-          top: number of hits.
-          filters: which videos are searched; None: all.
-          moments: of a hit, at most.
+        """The `top` best videos for a query, or for each of several sentences.
 
         Raises:
           UserError: the query is empty, a part of it cannot be read, or no video passes the
@@ -259,20 +235,11 @@ class Index:
     def measure_recall(
         self, sentences: Sequence[str], counts: Sequence[int], top: int
     ) -> list[Recall]:
-        """Compares candidates of the engine, or of a scan, with exact search, for each number.
-
-        Args:
-          sentences: queries.
-          counts: numbers of candidates.
-          top: how many best windows to look for.
-
-        Raises:
-          UserError: a sentence is blank, or the engine fails.
-        """
+        """Looks for the `top` best windows among numbers of candidates, of the engine or a scan."""
         state, ranker = self.state(), self.ranker
         queries = encode_sentences(self.model, sentences)
         queries = [queries[0], *queries]  # The first one compiles, and is not counted.
-        gallery, asks = ranker.gallery(state, queries[0]), ranker.ask_engine is not None
+        gallery = ranker.gallery(state, queries[0])
         exact, report = [], []
         for query in queries:
             start = time.perf_counter()
@@ -283,7 +250,7 @@ class Index:
             asked = tqdm(zip(queries, exact, strict=True), f"{count} candidates", len(queries))
             for query, (best, seconds) in asked:
                 start = time.perf_counter()
-                slots = ranker.candidates(state, gallery, query, count, asks)
+                slots = ranker.candidates(state, gallery, query, count)
                 middle = time.perf_counter()
                 ranker.engine.search(query.parts, gallery.copied(slots), top)
                 times.append((middle - start, time.perf_counter() - middle, seconds))

@@ -45,9 +45,8 @@ class Span(NamedTuple):
 
 
 def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
-    """Splits a video into windows, of the frames that are sampled once a second.
+    """Splits a video into windows of at most `max_frames` frames, one a second as in training.
 
-    A window has as many seconds as the model has frames, `max_frames`, one a second as in training.
     A shot that is not longer is one window; a longer one has windows that are each half over the
     next. Very short shots are joined with their neighbours.
     """
@@ -68,16 +67,8 @@ def windows_around(
     """Windows of `max_frames` frames a second apart, one for each sampled frame near a window.
 
     They start nearer to it than to its neighbours, and stay inside it and the windows that overlap
-    it: around all windows of a shot, there is one for each frame at which one may start.
-
-    Args:
-      times: float64 [F], of the sampled frames.
-      windows: of the video (`windows_of`), by their start.
-      number: index of the window.
-      max_frames: frames of each, exactly.
-
-    Returns:
-      By their start. None if the window is a whole shot: there is no other one.
+    it: around all windows of a shot, there is one for each frame at which one may start, and none
+    around a whole shot. `times` are those of the sampled frames, float64 [F].
     """
     start, end = windows[number].start, windows[number].end
     if end - start < max_frames - _SAME:
@@ -99,10 +90,7 @@ def windows_around(
 
 
 def inner_windows(times: np.ndarray, window: Window, max_frames: int) -> list[Window]:
-    """Shorter windows inside one: evenly spaced frames of a half or a quarter of it.
-
-    `times` are those of the sampled frames of the video, float64 [F].
-    """
+    """Shorter windows inside one: evenly spaced frames of a half or a quarter of it."""
     inside = np.arange(window.frames[0], window.frames[-1] + 1)
     inner = []
     for share in (2, 4):
@@ -174,7 +162,7 @@ def _pieces(start: float, end: float, seconds: float) -> list[tuple[float, float
 def find_spans(
     windows: Sequence[Window], scores: np.ndarray, most: int, deviation: float = 0.0
 ) -> list[Span]:
-    """Finds the best moments of a video.
+    """Finds the best moments of a video, at most `most`, the best first.
 
     The best window, joined with its neighbours that overlap one another and score alike, is a
     moment; then the best of the windows that do not overlap it by more than half, and so on. Alike
@@ -183,13 +171,9 @@ def find_spans(
     the window is the moment.
 
     Args:
-      windows: of the video, by their start; refined ones in the place of those that they refine.
+      windows: by their start; refined ones in the place of those that they refine.
       scores: float [W].
-      most: number of moments at most.
       deviation: of similarities that mean nothing; 0 if it is not known.
-
-    Returns:
-      The moments, the best first.
     """
     found: list[Span] = []
     scores = np.array(scores, np.float64)  # Of windows that are in no moment yet; else -inf.
