@@ -61,8 +61,7 @@ class Gallery:
     def __init__(self, parts: Sequence[Features], layout: Layout, order: np.ndarray | None = None):
         """Copies small parts together; others, which may be memory maps, are read at each query.
 
-        `order`: int64 [N], the slots of the windows of small parts, of which the first of equal
-        scores counts.
+        `order`: slots of the windows of small parts, of which the first of equal scores counts.
         """
         counts = np.array([len(next(iter(part.values()), ())) for part in parts], int)
         self.layout, self._parts = layout, parts
@@ -147,7 +146,7 @@ class SearchEngine:
     def search(
         self, parts: Sequence[Part], gallery: Gallery, top: int, *, is_one: bool = True
     ) -> list[Ranking]:
-        """Finds the `top` best windows of each query, and all with the score of the last of them.
+        """The `top` best windows of each query, and all with the score of the last of them.
 
         The parts are one query; or, unless `is_one`, one part whose Q texts are queries each.
         """

@@ -18,13 +18,7 @@ from drl_jax.search.windows import Window
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """How the tokens of a query and the frames of a window match.
-
-    Attributes:
-      words: L tokens, also those of start and end, to which a model may give most of the weight.
-      times: float [F], of the frames, seconds.
-      attribution: how tokens and frames contribute to the score.
-    """
+    """How L tokens of a query, also start and end, and F frames at some seconds make the score."""
 
     words: list[str]
     times: np.ndarray
@@ -62,7 +56,7 @@ def explain(
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """A part of a video that answers a query; start and end in seconds.
+    """A part of a video, in seconds, that answers a query.
 
     Attributes:
       score: similarity of its window, as evaluation computes it.
@@ -87,7 +81,8 @@ class Moment:
     @property
     def peak(self) -> float:
         """Time of the frame of the moment that contributes most to the score, seconds."""
-        times, of_frames = (why := self.explanation).times, why.attribution.frame_contribution
+        times = self.explanation.times
+        of_frames = self.explanation.attribution.frame_contribution
         # A moment can be a part of its window.
         inside = (self.start <= times) & (times <= self.end)
         return float(times[np.where(inside, of_frames, -np.inf).argmax()])
@@ -111,9 +106,8 @@ class Hit:
     """A video that a query found; the first rank is 1.
 
     Attributes:
-      moments: its best parts, the best first; none if it was not searched for.
-      windows: W windows: the coarse ones, refined where they were candidates.
-      scores: float [W].
+      moments: the best first; none if it was not searched for.
+      windows, scores: of the coarse windows, refined where they were candidates: float [W].
       is_same: whether the picture that was asked is a frame of it.
     """
 

@@ -54,11 +54,9 @@ class Qdrant:
         if not (url or client):
             raise UserError("Qdrant needs the URL of a server: --url=http://HOST:6333")
         self._url, self._correction, self._models = url, correction, models
-        key = os.environ.get("QDRANT_API_KEY") or None
+        options = {"api_key": os.environ.get("QDRANT_API_KEY") or None, "timeout": 60}
         with self._errors():
-            self._client = client or QdrantClient(
-                url=url, api_key=key, timeout=60, check_compatibility=False
-            )
+            self._client = client or QdrantClient(url=url, check_compatibility=False, **options)
         self._known = functools.lru_cache(maxsize=1)(self._read_known)
         # Of the last state, by directory and prefix of the segments.
         self._keys: dict[tuple[Path, str], np.ndarray] = {}
@@ -72,11 +70,7 @@ class Qdrant:
         return f"drl_jax_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def export(self, index: OpenIndex) -> ExportReport:
-        """Makes or updates the collection of an index; after an interruption, the call continues.
-
-        Raises:
-          UserError: the server fails, or the index has no vectors.
-        """
+        """Makes or updates the collection of an index; can be interrupted and repeated."""
         if not index.model.interaction.HAS_VECTORS:
             interaction = index.model.config.model.interaction
             raise UserError(f"the interaction {interaction} has no vectors that Qdrant can compare")
@@ -84,8 +78,7 @@ class Qdrant:
         biases = None if self._correction is None else index.biases(self._correction)
         with self._errors():
             if not self._client.collection_exists(name):
-                width = index.model.config.model.backbone.embed_dim
-                self._create(name, width + (biases is not None))
+                self._create(index, name)
             offset = uuid.UUID(int=0).hex
             while offset is not None:
                 points, offset = self._client.scroll(name, limit=_READ, offset=offset)
@@ -98,14 +91,15 @@ class Qdrant:
         sent = int(is_missing.sum())
         return ExportReport(sent, deleted, int(index.valid.sum()) - sent)
 
-    def _create(self, name: str, width: int) -> None:
+    def _create(self, index: OpenIndex, name: str) -> None:
         # The graph is searched with 8-bit copies in memory. No values are cut off: a few channels
         # of CLIP are much larger than the others.
-        models = self._models
+        models, width = self._models, index.model.config.model.backbone.embed_dim
         copies = models.ScalarQuantizationConfig(type="int8", quantile=1.0, always_ram=True)
         copies = models.ScalarQuantization(scalar=copies)
         how = {"datatype": "float16", "on_disk": True, "quantization_config": copies}
-        vectors = models.VectorParams(size=width, distance="Dot", **how)
+        size = width + (self._correction is not None)
+        vectors = models.VectorParams(size=size, distance="Dot", **how)
         self._client.create_collection(name, vectors_config=vectors)
 
     def _send(
@@ -129,20 +123,16 @@ class Qdrant:
         """Warns on stderr if the collection of an index, which has to exist, has fewer or more."""
         name, windows = self.collection(index), int(index.valid.sum())
         with self._errors():
-            is_there = self._client.collection_exists(name)
-            count = self._client.count(name).count if is_there else 0
-        if not is_there:
-            raise UserError(f"there is no collection {name} at {self._url}; {self._how(index)}")
+            if not self._client.collection_exists(name):
+                raise UserError(f"there is no collection {name} at {self._url}; {self._how(index)}")
+            count = self._client.count(name).count
         if count != windows:
             self._warn(index, f"has {count} windows, and the index {windows}")
 
     def __call__(self, index: OpenIndex, vectors: np.ndarray, count: int) -> list[np.ndarray]:
-        """Finds the slots of at most `count` windows, int64, for each query; see `FindCandidates`.
+        """Finds at most `count` windows for each query; see `FindCandidates`.
 
         Those that the index does not have are left out, with a line on stderr.
-
-        Raises:
-          UserError: the server fails, or finds no window of the index.
         """
         models, name = self._models, self.collection(index)
         if self._correction is not None:
@@ -163,10 +153,8 @@ class Qdrant:
     def _warn(self, index: OpenIndex, what: str) -> None:
         if self._warned != index.version:  # Once for each state.
             self._warned = index.version
-            print(
-                f"the collection {self.collection(index)} {what}; {self._how(index)}",
-                file=sys.stderr,
-            )
+            line = f"the collection {self.collection(index)} {what}; {self._how(index)}"
+            print(line, file=sys.stderr)
 
     def _how(self, index: OpenIndex) -> str:
         command = f"python -m drl_jax.search export --index={index.directory} --url={self._url}"

@@ -28,9 +28,8 @@ class Query:
     """What to look for; at least one of sentence, picture, video and like.
 
     Attributes:
-      without: a sentence of what is not seen.
       picture: a frame in the form of the model, as `open_picture` decodes it.
-      video: a video file, or one that was encoded before.
+      video: a file, or one that was encoded before.
       like: a video of an open index and a time in it, seconds.
     """
 
@@ -47,7 +46,6 @@ class EncodedQuery:
 
     Attributes:
       words: tokens of the first part; of several texts, of the longest.
-      is_sentence: whether it is one sentence and nothing else.
       whole: what a video is beside other parts: arrays of frames spread over it, [1, ...] each.
     """
 

@@ -51,11 +51,9 @@ class Candidate(NamedTuple):
 def score_windows(
     model: RetrievalModel, parts: Sequence[Part], windows: Features, pad: int = 1
 ) -> np.ndarray:
-    """Compares a query with W windows (`encode`): float32 [W].
+    """Compares a query with W windows (`encode`), filled up to a multiple of `pad`: float32 [W].
 
-    The parts of a query are compared one by one, each with its own length: a padded token takes
-    part in the maxima of token-wise interactions. The number of windows is rounded up to a multiple
-    of `pad`, to compile few shapes.
+    Each part is compared with its own length: a padded token takes part in the maxima.
     """
     count = len(next(iter(windows.values())))
     rows = np.minimum(np.arange(-(-count // pad) * pad), count - 1)
@@ -119,7 +117,7 @@ def tighten(
 
 
 def encode(model: RetrievalModel, windows: Sequence[tuple[Film, Window]]) -> Features:
-    """Encodes windows of any films from the features of their frames; arrays of W windows."""
+    """Arrays of W windows of any films, from the features of their frames."""
     rows = [float32_of(film.image_feat[list(window.frames)]) for film, window in windows]
     ends = np.cumsum([len(part) for part in rows])
     frames = [range(end - len(part), end) for part, end in zip(rows, ends, strict=True)]

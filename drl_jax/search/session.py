@@ -43,7 +43,7 @@ _KEPT = 64
 
 
 class Recall(NamedTuple):
-    """The share of the exact best windows that are among some number of candidates, 0 to 1.
+    """The share of the exact best windows among some number of candidates, 0 to 1.
 
     And median seconds of a query, in which these are found, compared exactly, and all are compared.
     """
@@ -53,6 +53,23 @@ class Recall(NamedTuple):
     scan_seconds: float
     compare_seconds: float
     exact_seconds: float
+
+
+@dataclasses.dataclass(eq=False)
+class _Request:
+    """A query that waits for its answer."""
+
+    state: OpenIndex
+    query: EncodedQuery
+    top: int
+    among: Videos | None
+    answer: Answer | None = None
+
+    def joins(self, other: "_Request") -> bool:
+        """Whether both are sentences that can be compared together."""
+        is_plain = self.among is other.among is None
+        are_sentences = self.query.is_sentence and other.query.is_sentence
+        return is_plain and are_sentences and self.state is other.state
 
 
 class Index:
@@ -80,21 +97,17 @@ class Index:
         if model is None:
             model = load_source(read_header(part_directories(self.directory)[0])["source"])
         self.model, self.ranker = model, Ranker(model, options, ask_engine)
-        self._refreshing, self._searching = threading.Lock(), threading.Lock()
-        self._encoding = threading.Lock()
+        self._refreshing, self._encoding, self._searching = (threading.Lock() for _ in range(3))
         self._waiting: list[_Request] = []
         self._failure: Exception | None = None
-        self._opening: threading.Thread | None = None
-        self._ready_by = 0.0
+        self._opening, self._ready_by = threading.Thread(), 0.0
         self._state = OpenIndex(self.directory, model)
         if options.correction is not None:
             self._state.biases(options.correction)
         if options.engine == "auto" and self.ranker.scans(self._state):
-            text = (
-                f"{len(self._state.gallery):,} windows are scanned, and the best"
-                f" {options.candidates:,} are compared exactly; engine=exact compares all"
-            )
-            warnings.warn(text, Notice, stacklevel=2)
+            windows, count = len(self._state.gallery), options.candidates
+            text = f"{windows:,} windows are scanned, and the best {count:,} are compared exactly"
+            warnings.warn(f"{text}; engine=exact compares all", Notice, stacklevel=2)
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._encode)
         self._found = functools.lru_cache(maxsize=_KEPT)(self._find)
 
@@ -104,7 +117,7 @@ class Index:
         return cls(directory, options=SearchOptions(**options))
 
     def add(self, videos: Sequence[str | os.PathLike]) -> "IndexReport":
-        """Adds, updates or removes videos of the folder of the index: paths below it."""
+        """Adds, updates or removes videos of the folder of the index, by paths below it."""
         from drl_jax.search.update import update_index
 
         state, paths = self.state(), [os.fspath(path) for path in videos]
@@ -118,7 +131,7 @@ class Index:
             if version == self._state.version and all(version.values()):
                 self._failure = None
                 return self._state
-            if self._opening is None or not self._opening.is_alive():
+            if not self._opening.is_alive():
                 self._ready_by = time.monotonic() + _PATIENCE
                 self._opening = threading.Thread(target=self._reopen, daemon=True)
                 self._opening.start()
@@ -191,10 +204,8 @@ class Index:
             same = self._same(state, query, among)
             videos = list(dict.fromkeys([*same, *request.answer.videos(top)]))[offset:top]
             hits = request.answer.hits(videos, moments)
-        return [
-            dataclasses.replace(hit, rank=hit.rank + offset, is_same=hit.video in same)
-            for hit in hits
-        ]
+        ranked = enumerate(hits, start=offset + 1)
+        return [dataclasses.replace(h, rank=rank, is_same=h.video in same) for rank, h in ranked]
 
     def _encode(self, query: Query) -> EncodedQuery:
         with self._encoding:
@@ -202,10 +213,8 @@ class Index:
 
     def _rank(self, request: "_Request") -> None:
         """Ranks a query; sentences that wait at the same time share one product."""
-        batch = [request]
-        if request.is_plain:
-            others = (one for one in self._waiting if one is not request and one.is_plain)
-            batch += [one for one in others if one.state is request.state][: _TOGETHER - 1]
+        others = [one for one in self._waiting if one is not request and one.joins(request)]
+        batch = [request, *others[: _TOGETHER - 1]]
         self._waiting = [one for one in self._waiting if one not in batch]
         top, queries = max(one.top for one in batch), [one.query for one in batch]
         answers = self.ranker.rank(request.state, queries, top, request.among)
@@ -260,29 +269,10 @@ class Index:
         return report
 
 
-@dataclasses.dataclass(eq=False)
-class _Request:
-    """A query that waits for its answer."""
-
-    state: OpenIndex
-    query: EncodedQuery
-    top: int
-    among: Videos | None
-    answer: Answer | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        return self.among is None and self.query.is_sentence
-
-
 def rank_sentences(
     model: RetrievalModel, path: Path, sentences: Sequence[str]
 ) -> list[tuple[float, str]]:
-    """Ranks sentences by their similarity to a video file: pairs of both, the best first.
-
-    Raises:
-      UserError: the file cannot be read, or a sentence is blank.
-    """
+    """Ranks sentences by their similarity to a video file: pairs of both, the best first."""
     scores = model.similarity(model.encode_text(sentences), model.encode_videos([path]))[:, 0]
     order = np.argsort(-scores, kind="stable")
     return [(float(scores[row]), sentences[row]) for row in order]
