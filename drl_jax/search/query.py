@@ -69,9 +69,11 @@ def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[En
 
 
 def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
-    """Encodes a query of any kind, of which a video is encoded; raises UserError if it is empty."""
+    """Encodes a query of any kind; raises UserError if it is empty, or its file cannot be read."""
     video = query.video
-    if video is not None and query == Query(video=video):
+    if isinstance(video, Path):
+        video = encode_video_file(model, video)
+    if video is not None and query == Query(video=query.video):
         return video
     encoded: list[EncodedQuery] = []
     if query.sentence.strip():

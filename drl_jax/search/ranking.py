@@ -63,10 +63,8 @@ class Ranker:
                 f" --engine={options.engine} can compare; use --engine=exact"
             )
         self.engine = SearchEngine(model.config.model, model.params)
-        self.bank = functools.lru_cache(maxsize=1)(model.encode_text)
-        self._biases = functools.lru_cache(maxsize=1)(
-            lambda index: index.biases(options.correction)
-        )
+        self.bank = functools.lru_cache(1)(model.encode_text)
+        self._biases = functools.lru_cache(1)(lambda index: index.biases(options.correction))
 
     def scans(self, index: OpenIndex) -> bool:
         """Whether candidates are found by a scan."""
