@@ -76,7 +76,7 @@ def test_parts_blocks_and_devices_change_nothing(
         check(engine.search([Part(text)], gallery, top, is_one=False), similarity, top)
     rng = np.random.default_rng(1)
     biases = rng.normal(size=50).astype(np.float32)
-    corrected = engine.search([Part(text)], gallery.with_biases(biases), 10, is_one=False)
+    corrected = engine.search([Part(text)], gallery.only(gallery.valid, biases), 10, is_one=False)
     check(corrected, similarity - biases, 10)
     valid = rng.random(50) < 0.5
     some = gallery.only(valid)

@@ -21,7 +21,7 @@ from drl_jax.search.open_index import stored_windows
 from drl_jax.search.qdrant import Qdrant
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
-from drl_jax.search.session import Index, measure_recall
+from drl_jax.search.session import Index
 from drl_jax.search.update import update_index
 
 pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact")
@@ -228,8 +228,8 @@ def test_joined_indexes(exact, search_model, shared_videos, tmp_path):
 @pytest.mark.parametrize("engine", ["scan", "server"])
 def test_recall_by_the_number_of_candidates(exact, server, engine):
     windows = int(exact.state().valid.sum())
-    ask = server if engine == "server" else None
-    few, all_ = measure_recall(exact, QUERIES, [4, windows], 4, ask)
+    index = asking(exact, server, 4) if engine == "server" else exact
+    few, all_ = index.measure_recall(QUERIES, [4, windows], 4)
     assert (few.candidates, all_.candidates) == (4, windows)
     text = exact.model.encode_text(QUERIES)
     products = exact.model.interaction.query_vectors(text) @ vectors_of(exact).T

@@ -108,6 +108,8 @@ def test_a_hit_is_a_file_with_the_score_of_its_best_window(session, search_model
     assert film.score == pytest.approx(film.scores.max(), abs=1e-6)
     for moment in film.moments:
         assert moment.explanation.times.min() >= moment.start
+        of_frames = moment.explanation.attribution.frame_contribution
+        assert of_frames.sum() == pytest.approx(moment.score, abs=1e-4)
     # Windows that were encoded once each, from frames that were encoded once.
     frames = []
     sample_video(film.path, search_model.frame_form, frames.append)

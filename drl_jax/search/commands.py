@@ -24,7 +24,7 @@ from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import frames_of, open_picture, read_video
-from drl_jax.search.session import Index, measure_recall, rank_sentences
+from drl_jax.search.session import Index, rank_sentences
 from drl_jax.search.update import IndexReport, Shard, update_index
 
 if TYPE_CHECKING:
@@ -258,9 +258,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _recall(options: argparse.Namespace) -> None:
-    counts, index = options.candidates, _open(options)
-    sentences, ask_engine = read_lines(options.queries), index.ranker.ask_engine
-    rows = measure_recall(index, sentences, counts, options.top, ask_engine)
+    index = _open(options)
+    rows = index.measure_recall(read_lines(options.queries), options.candidates, options.top)
     if options.json:
         print(json.dumps([row._asdict() for row in rows]))
         return

@@ -26,13 +26,7 @@ _NEIGHBOURS, _ROTATION = 16, 8
 
 
 class Duplicate(NamedTuple):
-    """Two videos that show the same.
-
-    Attributes:
-      first, second: their paths.
-      share: of the sampled frames of the shorter one, those that are in the other.
-      is_mirrored: whether one is mirrored.
-    """
+    """Paths of two videos, and the share of the shorter one's sampled frames in the other."""
 
     first: str
     second: str
@@ -45,9 +39,6 @@ def find_duplicates(index: OpenIndex) -> list[Duplicate]:
 
     Plain frames, e.g. black ones, are not compared. The time is proportional to the number of
     frames: of many copies of a video not all pairs are found, but each copy is in one.
-
-    Raises:
-      SearchIndexError: a video is damaged.
     """
     hashes, firsts, places = _sampled_frames(index)
     counts, found = np.diff(firsts), {}
@@ -79,14 +70,9 @@ def find_duplicates(index: OpenIndex) -> list[Duplicate]:
 
 
 def same_picture(index: OpenIndex, picture: np.ndarray) -> list[IndexedVideo]:
-    """Finds the videos of which a picture is a sampled frame, the most alike first.
+    """Finds the videos of which a picture in the form of the model, uint8 [S, S, 3], is a frame.
 
-    Args:
-      index: state of the index.
-      picture: uint8 [S, S, 3], in the form of the model (`to_form`).
-
-    Raises:
-      SearchIndexError: a video is damaged.
+    By sampled frames, the most alike first.
     """
     found: dict[tuple[int, int], tuple[int, int]] = {}  # The best frame of each video.
     wanted, shown = picture_hash(picture), Image.fromarray(picture)

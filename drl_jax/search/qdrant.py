@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,17 +43,10 @@ class ExportReport(NamedTuple):
 
 
 class Qdrant:
-    """The collections of a server, one for each model, folder of videos and correction.
-
-    An instance is a `ranking.FindCandidates`.
-    """
+    """The collections of a server, one for each model, folder of videos and correction."""
 
     def __init__(self, url: str, correction: Correction | None = None, client: Any = None):
-        """Connects to a server, with its key in QDRANT_API_KEY, or takes a `QdrantClient`.
-
-        Raises:
-          UserError: qdrant_client is not installed, or the URL is none.
-        """
+        """Connects to a server, with its key in QDRANT_API_KEY, or takes a `QdrantClient`."""
         try:
             from qdrant_client import QdrantClient, models
         except ImportError as error:
@@ -61,13 +54,11 @@ class Qdrant:
         if not (url or client):
             raise UserError("Qdrant needs the URL of a server: --url=http://HOST:6333")
         self._url, self._correction, self._models = url, correction, models
-        key = os.environ.get("QDRANT_API_KEY") or None
+        options = {"api_key": os.environ.get("QDRANT_API_KEY") or None, "timeout": 60}
         with self._errors():
-            self._client = client or QdrantClient(
-                url=url, api_key=key, timeout=60, check_compatibility=False
-            )
+            self._client = client or QdrantClient(url=url, check_compatibility=False, **options)
         self._known = functools.lru_cache(maxsize=1)(self._read_known)
-        # By directory and prefix of the segments of the last state.
+        # Of the last state, by directory and prefix of the segments.
         self._keys: dict[tuple[Path, str], np.ndarray] = {}
         self._warned: dict | None = None
 
@@ -79,13 +70,7 @@ class Qdrant:
         return f"drl_jax_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def export(self, index: OpenIndex) -> ExportReport:
-        """Updates the collection of an index, which is made if there is none.
-
-        After an interruption the same call continues. Queries are answered meanwhile.
-
-        Raises:
-          UserError: the server fails, or the index has no vectors.
-        """
+        """Makes or updates the collection of an index; can be interrupted and repeated."""
         if not index.model.interaction.HAS_VECTORS:
             interaction = index.model.config.model.interaction
             raise UserError(f"the interaction {interaction} has no vectors that Qdrant can compare")
@@ -93,43 +78,33 @@ class Qdrant:
         biases = None if self._correction is None else index.biases(self._correction)
         with self._errors():
             if not self._client.collection_exists(name):
-                width = index.model.config.model.backbone.embed_dim
-                self._create(name, width + (biases is not None))
-            for ids in self._stored(name):
-                slots = self._slots(index, ids)
+                self._create(index, name)
+            offset = uuid.UUID(int=0).hex
+            while offset is not None:
+                points, offset = self._client.scroll(name, limit=_READ, offset=offset)
+                ids, slots = self._slots(index, points)
                 is_missing[slots[slots >= 0]] = False
-                if gone := [point for point, slot in zip(ids, slots, strict=True) if slot < 0]:
+                if gone := ids[slots < 0].tolist():
                     self._client.delete(name, gone)
                     deleted += len(gone)
             self._send(index, name, is_missing, biases)
         sent = int(is_missing.sum())
         return ExportReport(sent, deleted, int(index.valid.sum()) - sent)
 
-    def _create(self, name: str, width: int) -> None:
+    def _create(self, index: OpenIndex, name: str) -> None:
         # The graph is searched with 8-bit copies in memory. No values are cut off: a few channels
         # of CLIP are much larger than the others.
-        models = self._models
+        models, width = self._models, index.model.config.model.backbone.embed_dim
         copies = models.ScalarQuantizationConfig(type="int8", quantile=1.0, always_ram=True)
-        vectors = models.VectorParams(
-            size=width,
-            distance="Dot",
-            datatype="float16",
-            on_disk=True,
-            quantization_config=models.ScalarQuantization(scalar=copies),
-        )
+        copies = models.ScalarQuantization(scalar=copies)
+        how = {"datatype": "float16", "on_disk": True, "quantization_config": copies}
+        size = width + (self._correction is not None)
+        vectors = models.VectorParams(size=size, distance="Dot", **how)
         self._client.create_collection(name, vectors_config=vectors)
-
-    def _stored(self, name: str) -> Iterator[list[str]]:
-        """The ids of all points, in parts; those of a part may be deleted."""
-        offset = uuid.UUID(int=0).hex
-        while offset is not None:
-            points, offset = self._client.scroll(name, limit=_READ, offset=offset)
-            yield [str(point.id) for point in points]
 
     def _send(
         self, index: OpenIndex, name: str, is_missing: np.ndarray, biases: np.ndarray | None
     ) -> None:
-        """Sends the windows in some slots, bool [S]."""
         with tqdm(total=int(is_missing.sum()), desc="exporting", unit="window") as progress:
             for segment, _, prefix, first in index.segments:
                 last = first + int(segment.firsts["window"][-1])
@@ -145,46 +120,30 @@ class Qdrant:
                     progress.update(len(rows))
 
     def check(self, index: OpenIndex) -> None:
-        """Warns on stderr if the collection of an index does not have as many windows.
-
-        Raises:
-          UserError: the server fails, or there is no collection.
-        """
+        """Warns on stderr if the collection of an index, which has to exist, has fewer or more."""
         name, windows = self.collection(index), int(index.valid.sum())
         with self._errors():
-            is_there = self._client.collection_exists(name)
-            count = self._client.count(name).count if is_there else 0
-        if not is_there:
-            raise UserError(f"there is no collection {name} at {self._url}; {self._how(index)}")
+            if not self._client.collection_exists(name):
+                raise UserError(f"there is no collection {name} at {self._url}; {self._how(index)}")
+            count = self._client.count(name).count
         if count != windows:
             self._warn(index, f"has {count} windows, and the index {windows}")
 
     def __call__(self, index: OpenIndex, vectors: np.ndarray, count: int) -> list[np.ndarray]:
-        """Finds windows; those that the index does not have are left out, with a line on stderr.
+        """Finds at most `count` windows for each query; see `FindCandidates`.
 
-        Args:
-          index: state of the index.
-          vectors: float32 [Q, D] (`Interaction.query_vectors`).
-          count: number of windows per query.
-
-        Returns:
-          int64 [k] for each query, their slots; k is at most `count`.
-
-        Raises:
-          UserError: the server fails, or finds no window of the index.
+        Those that the index does not have are left out, with a line on stderr.
         """
         models, name = self._models, self.collection(index)
         if self._correction is not None:
             vectors = np.column_stack([vectors, np.ones(len(vectors), np.float32)])
         quantization = models.QuantizationSearchParams(rescore=False)  # Compared exactly anyway.
         params = models.SearchParams(hnsw_ef=_BREADTH * count, quantization=quantization)
-        requests = [
-            models.QueryRequest(query=vector, limit=count, params=params)
-            for vector in vectors.tolist()
-        ]
+        request = functools.partial(models.QueryRequest, limit=count, params=params)
+        requests = [request(query=vector) for vector in vectors.tolist()]
         with self._errors():
             answers = self._client.query_batch_points(name, requests)
-        found = [self._slots(index, [str(p.id) for p in answer.points]) for answer in answers]
+        found = [self._slots(index, answer.points)[1] for answer in answers]
         if any((slots < 0).any() for slots in found):
             self._warn(index, "has windows that the index does not have")
         if any((slots < 0).all() for slots in found):
@@ -192,8 +151,7 @@ class Qdrant:
         return [slots[slots >= 0] for slots in found]
 
     def _warn(self, index: OpenIndex, what: str) -> None:
-        """Prints a line, once for each state."""
-        if self._warned != index.version:
+        if self._warned != index.version:  # Once for each state.
             self._warned = index.version
             line = f"the collection {self.collection(index)} {what}; {self._how(index)}"
             print(line, file=sys.stderr)
@@ -202,22 +160,22 @@ class Qdrant:
         command = f"python -m drl_jax.search export --index={index.directory} --url={self._url}"
         return f"make or update it with: {command}"
 
-    def _slots(self, index: OpenIndex, ids: Sequence[str]) -> np.ndarray:
-        """int64 [N], the slots of points; -1 for those that a state does not have."""
+    def _slots(self, index: OpenIndex, points: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of points, str [N], and their slots, int64; -1 for those that a state lacks."""
+        ids = [str(point.id) for point in points]
         known, slots = self._known(index)
         keys = _keys(ids)
         where = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-        return np.where(known[where] == keys, slots[where], -1)
+        return np.array(ids, object), np.where(known[where] == keys, slots[where], -1)
 
     def _read_known(self, index: OpenIndex) -> tuple[np.ndarray, np.ndarray]:
         """The keys of the points that a state has, ascending, and their slots."""
         before, self._keys = self._keys, {}
-        for segment, _, prefix, *_ in index.segments:
-            name = (segment.directory, prefix)
-            if (keys := before.get(name)) is None:
-                rows = np.arange(segment.firsts["window"][-1])
-                keys = _keys(_points(segment, prefix, rows))
-            self._keys[name] = keys
+        for segment, _, prefix, _ in index.segments:
+            keys, rows = before.get((segment.directory, prefix)), segment.firsts["window"][-1]
+            if keys is None:
+                keys = _keys(_points(segment, prefix, np.arange(rows)))
+            self._keys[segment.directory, prefix] = keys
         slots = np.flatnonzero(index.valid)
         keys = np.concatenate(list(self._keys.values()))[slots]
         order = np.argsort(keys)
@@ -225,7 +183,6 @@ class Qdrant:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Reports errors of the client in one line."""
         from qdrant_client.http.exceptions import ApiException
 
         try:

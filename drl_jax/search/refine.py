@@ -15,25 +15,23 @@ import numpy as np
 from drl_jax.models.interactions import Features, Interaction
 from drl_jax.models.interactions.base import unit_features
 from drl_jax.pretrained import RetrievalModel
+from drl_jax.search import REFINE
 from drl_jax.search.encoding import bank_similarity, float32_of
 from drl_jax.search.engine import Part
 from drl_jax.search.windows import Window, inner_windows, windows_around
 
-# Windows that a query encodes, and those of one candidate, at most. More candidates find more than
-# more windows of each do.
-REFINE, _PER_CANDIDATE = 128, 4
+# Windows of one candidate that a query encodes, at most. More candidates find more than more
+# windows of each do.
+_PER_CANDIDATE = 4
 # By how many deviations of the bank a shorter window has to be more unusual than the winner.
 _CLEARLY = 0.25
 
 
 class Film(NamedTuple):
-    """What an index stores of a file of more than one window.
+    """What an index stores of a file of several windows, by their start, and F sampled frames.
 
-    Attributes:
-      times: float64 [F], of the sampled frames, seconds.
-      windows: those that are stored, by their start.
-      image_feat: [F, D], features of the frames before the temporal head: float32, or the bits of
-        bfloat16 as uint16; may be a memory map.
+    `times` are float64 [F], seconds; `image_feat`, [F, D], are features before the temporal head:
+    float32, or the bits of bfloat16 as uint16.
     """
 
     times: np.ndarray
@@ -42,49 +40,20 @@ class Film(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A stored window that scores well.
+    """A stored window that scores well: its index, and its score after a bias was subtracted."""
 
-    Attributes:
-      film: the file that it is of; None: it has one window, which is not refined.
-      window: index of the window among the film's.
-      score: of the query, without the bias.
-      bias: what was subtracted from the score: a correction for hubs.
-    """
-
-    film: Film | None
+    film: Film
     window: int
     score: float
     bias: float = 0.0
 
 
-class Refined(NamedTuple):
-    """The best window at a candidate.
-
-    Attributes:
-      window: the window; None for a file of one window.
-      score: of the query, without the bias of the candidate.
-    """
-
-    window: Window | None
-    score: float
-
-
 def score_windows(
     model: RetrievalModel, parts: Sequence[Part], windows: Features, pad: int = 1
 ) -> np.ndarray:
-    """Compares a query with windows.
+    """Compares a query with W windows (`encode`), filled up to a multiple of `pad`: float32 [W].
 
-    The parts of a query are compared one by one, each with its own length: a padded token takes
-    part in the maxima of token-wise interactions.
-
-    Args:
-      model: encoded both.
-      parts: of the query.
-      windows: arrays of W windows (`encode_frame_windows`).
-      pad: the number of windows is rounded up to a multiple of it, to compile few shapes.
-
-    Returns:
-      float32 [W].
+    Each part is compared with its own length: a padded token takes part in the maxima.
     """
     count = len(next(iter(windows.values())))
     rows = np.minimum(np.arange(-(-count // pad) * pad), count - 1)
@@ -101,31 +70,20 @@ def refine(
     parts: Sequence[Part],
     candidates: Sequence[Candidate],
     most: int = REFINE,
-) -> list[Refined]:
-    """Finds the best window at each of the candidates of a query.
+) -> list[tuple[Window, float]]:
+    """Finds the best window at each candidate of a query, and its score, less the bias.
 
-    What a candidate becomes depends on its film alone. The windows are spent from the first
+    What a candidate becomes depends on its film alone. `most` windows are encoded, from the first
     candidate on; those for which none is left keep their window and score. No score gets lower.
-
-    Args:
-      model: of the index.
-      parts: of the query.
-      candidates: the best first; an order that does not depend on how videos are stored.
-      most: number of windows that are encoded, at most.
-
-    Returns:
-      One for each candidate.
     """
-    refined = [Refined(c.film and c.film.windows[c.window], c.score) for c in candidates]
+    refined = [(film.windows[window], score) for film, window, score, _ in candidates]
     proposed: list[tuple[int, Window]] = []
     for number, (film, window, score, _) in enumerate(candidates):
-        if film is None:
-            continue
         around = windows_around(film.times, film.windows, window, model.config.data.max_frames)
         stored = [new for new in around if new.frames == film.windows[window].frames]
         if stored:  # With the span of a refined window, and its score is known.
             around.remove(stored[0])
-            refined[number] = Refined(stored[0], score)
+            refined[number] = stored[0], score
         around = _promising(model.interaction, parts, film, around)
         if len(proposed) + len(around) > most:
             break
@@ -133,31 +91,20 @@ def refine(
     if not proposed:
         return refined
     features = encode(model, [(candidates[number].film, window) for number, window in proposed])
-    scores = score_windows(model, parts, features, most)
+    scores = score_windows(model, parts, features, most).tolist()
     for (number, window), score in zip(proposed, scores, strict=True):
-        score = float(score) - candidates[number].bias
-        if score > refined[number].score:
-            refined[number] = Refined(window, score)
+        new = window, score - candidates[number].bias
+        refined[number] = max(refined[number], new, key=lambda found: found[1])
     return refined
 
 
 def tighten(
     model: RetrievalModel, parts: Sequence[Part], bank: Features, film: Film, window: Window
 ) -> Window:
-    """Moves the start and the end of a moment inside it.
+    """Moves the start and the end of the best window of a sentence inside it.
 
     Windows of other lengths are compared by how unusual the score is among those of the same window
-    with the captions of the bank. A window that is a whole shot stays as it is.
-
-    Args:
-      model: of the index.
-      parts: of the query, a sentence.
-      bank: arrays of the captions (`encode_text`).
-      film: that the window is of.
-      window: the best one at a candidate.
-
-    Returns:
-      The most unusual part of the window, or the window.
+    with the captions of the bank (`encode_text`). A window that is a whole shot stays as it is.
     """
     windows = [window, *inner_windows(film.times, window, model.config.data.max_frames)]
     if len(windows) == 1 or window in film.windows:
@@ -170,7 +117,7 @@ def tighten(
 
 
 def encode(model: RetrievalModel, windows: Sequence[tuple[Film, Window]]) -> Features:
-    """Encodes windows of any films from the features of their frames; arrays of W windows."""
+    """Arrays of W windows of any films, from the features of their frames."""
     rows = [float32_of(film.image_feat[list(window.frames)]) for film, window in windows]
     ends = np.cumsum([len(part) for part in rows])
     frames = [range(end - len(part), end) for part, end in zip(rows, ends, strict=True)]
@@ -183,15 +130,16 @@ def _promising(
     """The windows to encode: the most similar by single frames, or evenly spread ones."""
     if len(windows) <= _PER_CANDIDATE:
         return windows
-    if not interaction.HAS_VECTORS:
+    if interaction.HAS_VECTORS:
+        rows = np.array([window.frames for window in windows])  # [W, F]
+        feat = float32_of(film.image_feat[rows.min() : rows.max() + 1])
+        unit = unit_features({"frame_feat": feat}, "frame")
+        of_frames = sum(
+            part.weight * (interaction.query_vectors(part.text) @ unit.T).max(axis=0)
+            for part in parts
+        )
+        promise = of_frames[rows - rows.min()].mean(axis=1)
+        chosen = np.sort(np.argsort(-promise, kind="stable")[:_PER_CANDIDATE])
+    else:
         chosen = np.linspace(0, len(windows) - 1, _PER_CANDIDATE, dtype=int)
-        return [windows[number] for number in chosen]
-    rows = np.array([window.frames for window in windows])  # [W, F]
-    feat = float32_of(film.image_feat[rows.min() : rows.max() + 1])
-    unit = unit_features({"frame_feat": feat}, "frame")
-    of_frames = sum(
-        part.weight * (interaction.query_vectors(part.text) @ unit.T).max(axis=0) for part in parts
-    )
-    promise = of_frames[rows - rows.min()].mean(axis=1)
-    chosen = np.sort(np.argsort(-promise, kind="stable")[:_PER_CANDIDATE])
     return [windows[number] for number in chosen]

@@ -17,7 +17,6 @@ from drl_jax.pretrained import RetrievalModel, load_source
 from drl_jax.runtime.errors import Notice, UserError
 from drl_jax.search import MOMENTS
 from drl_jax.search.duplicates import same_picture
-from drl_jax.search.engine import SearchEngine
 from drl_jax.search.filters import Filters
 from drl_jax.search.hits import Hit
 from drl_jax.search.index_file import index_version, part_directories, read_header
@@ -29,7 +28,7 @@ from drl_jax.search.query import (
     encode_sentences,
     encode_video_file,
 )
-from drl_jax.search.ranking import FindCandidates, Found, Ranker, SearchOptions
+from drl_jax.search.ranking import Answer, FindCandidates, Ranker, SearchOptions
 
 if TYPE_CHECKING:
     from drl_jax.search.update import IndexReport
@@ -43,17 +42,42 @@ _TOGETHER = 32
 _KEPT = 64
 
 
+class Recall(NamedTuple):
+    """The share of the exact best windows among some number of candidates, 0 to 1.
+
+    And median seconds of a query, in which these are found, compared exactly, and all are compared.
+    """
+
+    candidates: int
+    recall: float
+    scan_seconds: float
+    compare_seconds: float
+    exact_seconds: float
+
+
+@dataclasses.dataclass(eq=False)
+class _Request:
+    """A query that waits for its answer."""
+
+    state: OpenIndex
+    query: EncodedQuery
+    top: int
+    among: Videos | None
+    answer: Answer | None = None
+
+    def joins(self, other: "_Request") -> bool:
+        """Whether both are sentences that can be compared together."""
+        is_plain = self.among is other.among is None
+        are_sentences = self.query.is_sentence and other.query.is_sentence
+        return is_plain and are_sentences and self.state is other.state
+
+
 class Index:
     """An open index and its model. Safe to use from several threads.
 
     Every query is answered from the current state of the index, also while another process updates
     it. A state that takes long to open is opened in the background, and queries are answered from
     the one before until then.
-
-    Attributes:
-      directory: of the index.
-      model: the model that the index was made with.
-      ranker: answers.
     """
 
     def __init__(
@@ -63,13 +87,7 @@ class Index:
         options: SearchOptions = SearchOptions(),  # noqa: B008
         ask_engine: FindCandidates | None = None,
     ):
-        """Opens an index.
-
-        Args:
-          directory: of the index.
-          model: the model it was made with; None: loaded from where the index says it is.
-          options: how queries are answered.
-          ask_engine: see `Ranker`.
+        """Opens an index; without the model it was made with, from where the index says it is.
 
         Raises:
           UserError: there is no index, no video to search, the model is another one, or the index
@@ -79,20 +97,17 @@ class Index:
         if model is None:
             model = load_source(read_header(part_directories(self.directory)[0])["source"])
         self.model, self.ranker = model, Ranker(model, options, ask_engine)
-        self._refreshing, self._searching = threading.Lock(), threading.Lock()
+        self._refreshing, self._encoding, self._searching = (threading.Lock() for _ in range(3))
         self._waiting: list[_Request] = []
         self._failure: Exception | None = None
-        self._opening: threading.Thread | None = None
-        self._ready_by = 0.0
+        self._opening, self._ready_by = threading.Thread(), 0.0
         self._state = OpenIndex(self.directory, model)
         if options.correction is not None:
             self._state.biases(options.correction)
         if options.engine == "auto" and self.ranker.scans(self._state):
-            text = (
-                f"{len(self._state.gallery):,} windows are scanned, and the best"
-                f" {options.candidates:,} are compared exactly; engine=exact compares all"
-            )
-            warnings.warn(text, Notice, stacklevel=2)
+            windows, count = len(self._state.gallery), options.candidates
+            text = f"{windows:,} windows are scanned, and the best {count:,} are compared exactly"
+            warnings.warn(f"{text}; engine=exact compares all", Notice, stacklevel=2)
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._encode)
         self._found = functools.lru_cache(maxsize=_KEPT)(self._find)
 
@@ -102,37 +117,21 @@ class Index:
         return cls(directory, options=SearchOptions(**options))
 
     def add(self, videos: Sequence[str | os.PathLike]) -> "IndexReport":
-        """Adds, updates or removes videos of the folder of the index: paths below it.
-
-        Raises:
-          UserError: see `update_index`.
-        """
+        """Adds, updates or removes videos of the folder of the index, by paths below it."""
         from drl_jax.search.update import update_index
 
-        state = self.state()
-        return update_index(
-            self.model,
-            state.folder,
-            self.directory,
-            storage=state.header["storage"],
-            fps=state.header["fps"],
-            only=[os.fspath(path) for path in videos],
-        )
-
-    # ------------------------------------------------------------------ the state
+        state, paths = self.state(), [os.fspath(path) for path in videos]
+        how = {name: state.header[name] for name in ("storage", "fps")}
+        return update_index(self.model, state.folder, self.directory, only=paths, **how)
 
     def state(self) -> OpenIndex:
-        """A state of the index to answer from; see the class.
-
-        Raises:
-          UserError: see `__init__`.
-        """
+        """A state of the index to answer from; raises as `__init__` does."""
         with self._refreshing:
             version = index_version(self.directory)
             if version == self._state.version and all(version.values()):
                 self._failure = None
                 return self._state
-            if self._opening is None or not self._opening.is_alive():
+            if not self._opening.is_alive():
                 self._ready_by = time.monotonic() + _PATIENCE
                 self._opening = threading.Thread(target=self._reopen, daemon=True)
                 self._opening.start()
@@ -157,8 +156,6 @@ class Index:
         """The videos that can be found."""
         return self.state().videos
 
-    # ------------------------------------------------------------------ queries
-
     def search(
         self,
         query: str | Query | Sequence[str],
@@ -167,13 +164,7 @@ class Index:
         filters: Filters | None = None,
         moments: int = MOMENTS,
     ) -> list[Hit] | list[list[Hit]]:
-        """Finds the best videos for a query of any kind, or for each of several sentences.
-
-        Args:
-          query: a sentence, several, or a `Query`.
-          top: number of hits.
-          filters: which videos are searched; None: all.
-          moments: of a hit, at most.
+        """The `top` best videos for a query, or for each of several sentences.
 
         Raises:
           UserError: the query is empty, a part of it cannot be read, or no video passes the
@@ -189,7 +180,8 @@ class Index:
             return self.answer(state, query, top, among, moments=moments)
         encoded = encode_sentences(self.model, query)
         with self._searching:
-            return self.ranker.find(state, encoded, top, among, moments)
+            answers = self.ranker.rank(state, encoded, top, among)
+            return [answer.hits(answer.videos(top), moments) for answer in answers]
 
     def answer(
         self,
@@ -204,19 +196,30 @@ class Index:
         """The hits of one query in one state of the index, those before `offset` left out."""
         if isinstance(query.video, Path):  # What is kept of a query has no file that can change.
             query = dataclasses.replace(query, video=encode_video_file(self.model, query.video))
-        request = _Request(state, query, top, among)
+        request = _Request(state, self._encoded(query), top, among)
         self._waiting.append(request)
         with self._searching:
-            if request.found is None:
+            if request.answer is None:
                 self._rank(request)
-            videos = self.ranker.videos(state, request.found, top)
             same = self._same(state, query, among)
-            videos = list(dict.fromkeys([*same, *videos]))[offset:top]
-            hits = self.ranker.hits(state, request.encoded, request.found, videos, moments)
-        return [
-            dataclasses.replace(hit, rank=hit.rank + offset, is_same=hit.video in same)
-            for hit in hits
-        ]
+            videos = list(dict.fromkeys([*same, *request.answer.videos(top)]))[offset:top]
+            hits = request.answer.hits(videos, moments)
+        ranked = enumerate(hits, start=offset + 1)
+        return [dataclasses.replace(h, rank=rank, is_same=h.video in same) for rank, h in ranked]
+
+    def _encode(self, query: Query) -> EncodedQuery:
+        with self._encoding:
+            return encode_query(self.model, query)
+
+    def _rank(self, request: "_Request") -> None:
+        """Ranks a query; sentences that wait at the same time share one product."""
+        others = [one for one in self._waiting if one is not request and one.joins(request)]
+        batch = [request, *others[: _TOGETHER - 1]]
+        self._waiting = [one for one in self._waiting if one not in batch]
+        top, queries = max(one.top for one in batch), [one.query for one in batch]
+        answers = self.ranker.rank(request.state, queries, top, request.among)
+        for one, answer in zip(batch, answers, strict=True):
+            one.answer = answer
 
     def _same(self, state: OpenIndex, query: Query, among: Videos | None) -> Sequence[IndexedVideo]:
         """The videos of which the picture of a query is a frame; they are first."""
@@ -226,130 +229,50 @@ class Index:
         found = same_picture(state, frame)
         return found if among is None else [v for v in found if among.valid[v.slot]]
 
-    def _rank(self, request: "_Request") -> None:
-        """Ranks a query; sentences that wait at the same time share one product."""
-        batch = [request]
-        if request.is_plain:
-            others = (one for one in self._waiting if one is not request and one.is_plain)
-            batch += [one for one in others if one.state is request.state][: _TOGETHER - 1]
-        self._waiting = [one for one in self._waiting if one not in batch]
-        try:
-            encoded = [self._encoded(one.query) for one in batch]
-            top = max(one.top for one in batch)
-            results = self.ranker.rank(request.state, encoded, top, request.among)
-        except UserError:
-            if len(batch) == 1:
-                raise
-            self._waiting += batch[1:]  # One of them may be wrong; each is answered alone.
-            batch, encoded = [request], [self._encoded(request.query)]
-            results = self.ranker.rank(request.state, encoded, request.top, request.among)
-        for one, query, found in zip(batch, encoded, results, strict=True):
-            one.encoded, one.found = query, found
-
-    def _encode(self, query: Query) -> EncodedQuery:
-        return encode_query(self.model, query)
-
     def in_video(self, state: OpenIndex, query: Query, video: IndexedVideo, most: int) -> Hit:
         """The hit of a query in one video, as a search that finds it has it."""
         with self._searching:
-            encoded, found = self._encoded(query), self._found(state, query, None)
-            if not any(slot in found.refined for slot in video.slots.tolist()):
-                found = self._found(state, query, video.path)
-            return self.ranker.hits(state, encoded, found, [video], most)[0]
+            answer = self._found(state, query, None)
+            if answer.refined.keys().isdisjoint(video.slots.tolist()):
+                answer = self._found(state, query, video.path)
+            return answer.hits([video], most)[0]
 
-    def _find(self, state: OpenIndex, query: Query, path: str | None) -> Found:
+    def _find(self, state: OpenIndex, query: Query, path: str | None) -> Answer:
         among = None if path is None else state.filtered(Filters(only=(path,)))
         return self.ranker.rank(state, [self._encoded(query)], 1, among)[0]
 
-
-@dataclasses.dataclass(eq=False)
-class _Request:
-    """A query that waits for its ranking."""
-
-    state: OpenIndex
-    query: Query
-    top: int
-    among: Videos | None
-    encoded: EncodedQuery | None = None
-    found: Found | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        return self.among is None and self.query == Query(sentence=self.query.sentence)
+    def measure_recall(
+        self, sentences: Sequence[str], counts: Sequence[int], top: int
+    ) -> list[Recall]:
+        """Looks for the `top` best windows among numbers of candidates, of the engine or a scan."""
+        state, ranker = self.state(), self.ranker
+        queries = encode_sentences(self.model, sentences)
+        queries = [queries[0], *queries]  # The first one compiles, and is not counted.
+        gallery = ranker.gallery(state, queries[0])
+        exact, report = [], []
+        for query in queries:
+            start = time.perf_counter()
+            (best,) = ranker.engine.search(query.parts, gallery, top)
+            exact.append((best.slots[:top], time.perf_counter() - start))
+        for count in counts:
+            times, shares = [], []
+            asked = tqdm(zip(queries, exact, strict=True), f"{count} candidates", len(queries))
+            for query, (best, seconds) in asked:
+                start = time.perf_counter()
+                slots = ranker.candidates(state, gallery, query, count)
+                middle = time.perf_counter()
+                ranker.engine.search(query.parts, gallery.copied(slots), top)
+                times.append((middle - start, time.perf_counter() - middle, seconds))
+                shares.append(np.isin(best, slots))
+            recall = float(np.concatenate(shares[1:]).mean())
+            report.append(Recall(count, recall, *np.median(times[1:], axis=0).tolist()))
+        return report
 
 
 def rank_sentences(
     model: RetrievalModel, path: Path, sentences: Sequence[str]
 ) -> list[tuple[float, str]]:
-    """Ranks sentences by their similarity to a video file.
-
-    Returns:
-      Pairs of similarity and sentence, the best first.
-
-    Raises:
-      UserError: the file cannot be read, or a sentence is blank.
-    """
+    """Ranks sentences by their similarity to a video file: pairs of both, the best first."""
     scores = model.similarity(model.encode_text(sentences), model.encode_videos([path]))[:, 0]
     order = np.argsort(-scores, kind="stable")
     return [(float(scores[row]), sentences[row]) for row in order]
-
-
-class Recall(NamedTuple):
-    """What some number of candidates finds.
-
-    Attributes:
-      candidates: number of candidates per query.
-      recall: share of the exact best windows that are among the candidates, 0 to 1.
-      scan_seconds, compare_seconds, exact_seconds: median times in which candidates are found,
-        these are compared exactly, and all windows are compared exactly.
-    """
-
-    candidates: int
-    recall: float
-    scan_seconds: float
-    compare_seconds: float
-    exact_seconds: float
-
-
-def measure_recall(
-    index: Index,
-    sentences: Sequence[str],
-    counts: Sequence[int],
-    top: int,
-    ask_engine: FindCandidates | None = None,
-) -> list[Recall]:
-    """Compares candidates with exact search, for each number of them.
-
-    Args:
-      index: whose interaction has vectors, and whose correction is used.
-      sentences, counts, top: queries, numbers of candidates, and how many best windows to look for.
-      ask_engine: finds the candidates; None: a scan.
-
-    Raises:
-      UserError: a sentence is blank, or the engine fails.
-    """
-    state, engine = index.state(), SearchEngine(index.model.config.model, index.model.params)
-    gallery, correction = state.gallery, index.ranker.options.correction
-    if correction is not None:
-        gallery = gallery.with_biases(state.biases(correction))
-    queries = encode_sentences(index.model, sentences)
-    queries = [queries[0], *queries]  # The first one compiles, and is not counted.
-    exact, report = [], []
-    for query in queries:
-        start = time.perf_counter()
-        (best,) = engine.search(query.parts, gallery, top)
-        exact.append((best.slots[:top], time.perf_counter() - start))
-    for count in counts:
-        times, found = [], 0
-        for query, (best, seconds) in zip(tqdm(queries, f"{count} candidates"), exact, strict=True):
-            start = time.perf_counter()
-            vectors = index.model.interaction.query_vectors(query.parts[0].text)
-            asked = ask_engine(state, vectors, count) if ask_engine else None
-            (slots,) = asked or engine.scan(vectors, gallery, count)
-            middle = time.perf_counter()
-            engine.search(query.parts, gallery.copied(slots), top)
-            found += len(np.intersect1d(slots, best)) if times else 0
-            times.append((middle - start, time.perf_counter() - middle, seconds))
-        medians = np.median(times[1:], axis=0).tolist()
-        report.append(Recall(count, found / sum(len(best) for best, _ in exact[1:]), *medians))
-    return report

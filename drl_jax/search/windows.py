@@ -1,4 +1,4 @@
-"""Windows of a video: the parts of which an index stores features.
+"""Windows of a video, of which an index stores features, and the moments that they make.
 
 Worker processes import this module, so it does not import jax.
 """
@@ -20,43 +20,44 @@ _ACROSS_CUT = 0.5
 _LAST_FRAME = 0.25
 # Times that differ by less are the same, seconds.
 _SAME = 1e-6
+# Neighbouring windows are one moment if they are this much of the way from the film's median score
+# to the best one's, or within this many deviations of it: all of a short film may be the moment.
+_ALIKE, _WITHIN = 0.9, 0.1
+# A window that shares more of its time with a better moment than this is no moment of its own.
+_MAX_OVERLAP = 0.5
 
 
 class Window(NamedTuple):
-    """A part of a video.
-
-    Attributes:
-      start: seconds.
-      end: seconds.
-      frames: int [F], its frames among the sampled ones of the video.
-    """
+    """A part of a video: start and end in seconds, and its frames among the sampled ones."""
 
     start: float
     end: float
     frames: tuple[int, ...]
 
 
+class Span(NamedTuple):
+    """A moment: start and end in seconds, and score and index of its best window."""
+
+    start: float
+    end: float
+    score: float
+    window: int
+
+
 def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
-    """Splits a video into windows, of the frames that are sampled once a second.
+    """Splits a video into windows of at most `max_frames` frames, one a second as in training.
 
-    A window has as many seconds as the model has frames, one a second as in training. A shot that
-    is not longer is one window; a longer one has windows that are each half over the next. Very
-    short shots are joined with their neighbours.
-
-    Args:
-      video: what was sampled of it.
-      max_frames: frames of a window at most, and its seconds.
+    A shot that is not longer is one window; a longer one has windows that are each half over the
+    next. Very short shots are joined with their neighbours.
     """
     windows = []
     coarse = np.flatnonzero(video.coarse)
     times = video.times[coarse]
-    for start, end in _spans(video):
+    for start, end in _shots(video):
         for first, last in _pieces(start, end, float(max_frames)):
             inside = coarse[slice(*np.searchsorted(times, (first - _SAME, last - _SAME)))]
-            if len(inside) > max_frames:
-                inside = inside[np.linspace(0, len(inside) - 1, num=max_frames, dtype=int)]
             if len(inside):
-                windows.append(Window(first, last, tuple(map(int, inside))))
+                windows.append(Window(first, last, _spread(inside, max_frames)))
     return windows
 
 
@@ -66,16 +67,8 @@ def windows_around(
     """Windows of `max_frames` frames a second apart, one for each sampled frame near a window.
 
     They start nearer to it than to its neighbours, and stay inside it and the windows that overlap
-    it: around all windows of a shot, there is one for each frame at which one may start.
-
-    Args:
-      times: float64 [F], of the sampled frames.
-      windows: of the video (`windows_of`), by their start.
-      number: index of the window.
-      max_frames: frames of each, exactly.
-
-    Returns:
-      By their start. None if the window is a whole shot: there is no other one.
+    it: around all windows of a shot, there is one for each frame at which one may start, and none
+    around a whole shot. `times` are those of the sampled frames, float64 [F].
     """
     start, end = windows[number].start, windows[number].end
     if end - start < max_frames - _SAME:
@@ -97,13 +90,7 @@ def windows_around(
 
 
 def inner_windows(times: np.ndarray, window: Window, max_frames: int) -> list[Window]:
-    """Shorter windows inside one: `max_frames` evenly spaced frames of a half or a quarter of it.
-
-    Args:
-      times: float64 [F], of the sampled frames of the video.
-      window: at the pace of training.
-      max_frames: frames of each, at most.
-    """
+    """Shorter windows inside one: evenly spaced frames of a half or a quarter of it."""
     inside = np.arange(window.frames[0], window.frames[-1] + 1)
     inner = []
     for share in (2, 4):
@@ -111,21 +98,26 @@ def inner_windows(times: np.ndarray, window: Window, max_frames: int) -> list[Wi
         if length < 2 or length == len(inside):
             continue
         for first in range(0, len(inside) - length + 1, max(1, length // 4)):
-            part = inside[first : first + length]
-            if len(part) > max_frames:
-                part = part[np.linspace(0, len(part) - 1, num=max_frames, dtype=int)]
-            inner.append(_spanning(times, part, window.end))
+            frames = _spread(inside[first : first + length], max_frames)
+            inner.append(_spanning(times, frames, window.end))
     return inner
 
 
 def window_at(windows: Sequence[Window], time: float) -> int:
     """Index of the window that has a time, seconds; of several or none, the one nearest to it."""
 
-    def distance(window: Window) -> tuple[bool, float]:
-        is_outside = not window.start <= time < window.end
-        return is_outside, abs((window.start + window.end) / 2 - time)
+    def distance(number: int) -> tuple[bool, float]:
+        start, end, _ = windows[number]
+        return not start <= time < end, abs((start + end) / 2 - time)
 
-    return min(range(len(windows)), key=lambda number: distance(windows[number]))
+    return min(range(len(windows)), key=distance)
+
+
+def _spread(frames: np.ndarray, most: int) -> tuple[int, ...]:
+    """Frames, or as many evenly spaced ones of them as a window has at most."""
+    if len(frames) > most:
+        frames = frames[np.linspace(0, len(frames) - 1, num=most, dtype=int)]
+    return tuple(frames.tolist())
 
 
 def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -134,30 +126,28 @@ def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return after - (wanted - times[after - 1] <= times[after] - wanted)
 
 
-def _spanning(times: np.ndarray, frames: np.ndarray, limit: float) -> Window:
+def _spanning(times: np.ndarray, frames: Sequence[int] | np.ndarray, limit: float) -> Window:
     """The window of frames, from the first to a little after the last."""
     end = min(float(times[frames[-1]]) + _LAST_FRAME, limit)
     return Window(float(times[frames[0]]), end, tuple(map(int, frames)))
 
 
-def _spans(video: SampledVideo) -> list[tuple[float, float]]:
+def _shots(video: SampledVideo) -> list[tuple[float, float]]:
     """Shots, with short ones joined as far as `_ACROSS_CUT` allows."""
-    edges = [*map(float, video.shot_starts), video.duration]
-    spans: list[list[float]] = []  # Start, cuts inside, end.
-    for start, end in itertools.pairwise(edges):
-        joined = [*spans[-1], end] if spans else []
-        if joined and _may_join(joined, end - start, spans[-1][-1] - spans[-1][0]):
-            spans[-1] = joined
+    shots: list[list[float]] = []  # Start, cuts inside, end.
+    for start, end in itertools.pairwise([*map(float, video.shot_starts), video.duration]):
+        if shots and _may_join(*shots[-1], end):
+            shots[-1].append(end)
         else:
-            spans.append([start, end])
-    return [(span[0], span[-1]) for span in spans]
+            shots.append([start, end])
+    return [(shot[0], shot[-1]) for shot in shots]
 
 
-def _may_join(edges: Sequence[float], *lengths: float) -> bool:
-    """Whether the parts are worth joining, and every cut is near an end."""
-    first, *cuts, last = edges
+def _may_join(first: float, *cuts_and_last: float) -> bool:
+    """Whether a part of a shot is so short, and every cut is so near to an end."""
+    *cuts, last = cuts_and_last
     near = all(min(cut - first, last - cut) <= _ACROSS_CUT for cut in cuts)
-    return near and min(lengths) < _ACROSS_CUT
+    return near and min(cuts[-1] - first, last - cuts[-1]) < _ACROSS_CUT
 
 
 def _pieces(start: float, end: float, seconds: float) -> list[tuple[float, float]]:
@@ -165,39 +155,14 @@ def _pieces(start: float, end: float, seconds: float) -> list[tuple[float, float
     if end - start <= seconds:
         return [(start, end)]
     step = seconds / 2
-    count = int(np.ceil((end - start - seconds) / step))
-    firsts = [start + step * number for number in range(count)]
-    pieces = [(first, first + seconds) for first in firsts]
-    return [*pieces, (end - seconds, end)]
-
-
-# Neighbouring windows are one moment if they are this much of the way from the film's median score
-# to the best one's, or within this many deviations of it: all of a short film may be the moment.
-_ALIKE, _WITHIN = 0.9, 0.1
-# A window that shares more of its time with a better moment than this is no moment of its own.
-_MAX_OVERLAP = 0.5
-
-
-class Span(NamedTuple):
-    """A moment, without what explains it.
-
-    Attributes:
-      start: seconds.
-      end: seconds.
-      score: of its best window.
-      window: index of its best window.
-    """
-
-    start: float
-    end: float
-    score: float
-    window: int
+    firsts = [start + step * n for n in range(int(np.ceil((end - start - seconds) / step)))]
+    return [*((first, first + seconds) for first in firsts), (end - seconds, end)]
 
 
 def find_spans(
     windows: Sequence[Window], scores: np.ndarray, most: int, deviation: float = 0.0
 ) -> list[Span]:
-    """Finds the best moments of a video.
+    """Finds the best moments of a video, at most `most`, the best first.
 
     The best window, joined with its neighbours that overlap one another and score alike, is a
     moment; then the best of the windows that do not overlap it by more than half, and so on. Alike
@@ -206,52 +171,44 @@ def find_spans(
     the window is the moment.
 
     Args:
-      windows: of the video, by their start; refined ones in the place of those that they refine.
+      windows: by their start; refined ones in the place of those that they refine.
       scores: float [W].
-      most: number of moments at most.
-      deviation: of similarities that mean nothing (`calibration`); 0 if it is not known.
-
-    Returns:
-      The moments, the best first.
+      deviation: of similarities that mean nothing; 0 if it is not known.
     """
     found: list[Span] = []
     scores = np.array(scores, np.float64)  # Of windows that are in no moment yet; else -inf.
     median = np.median(scores)
-    for best in np.argsort(-scores, kind="stable"):
+
+    for best in np.argsort(-scores, kind="stable").tolist():
         window = windows[best]
         is_taken = scores[best] == -np.inf
         if is_taken or any(_overlap(window, span) > _MAX_OVERLAP for span in found):
             continue
-        first = last = int(best)
-        above = scores[best] - median
-        least = scores[best] - max((1 - _ALIKE) * above, _WITHIN * deviation)
-        while first > 0 and _joins(windows, scores, first - 1, first, least):
+        first = best
+        above = max((1 - _ALIKE) * (scores[best] - median), _WITHIN * deviation)
+        is_alike = scores >= scores[best] - above
+        # Windows that only touch are of two shots.
+        while first and is_alike[first - 1] and windows[first - 1].end > windows[first].start:
             first -= 1
-        while last + 1 < len(windows) and _joins(windows, scores, last + 1, last, least):
-            last += 1
-        joined = windows[first : last + 1]
+        after = best + 1
+        while (
+            after < len(windows)
+            and is_alike[after]
+            and windows[after - 1].end > windows[after].start
+        ):
+            after += 1
+        joined = windows[first:after]
         if all(_overlap(window, other) > 0 for other in joined):
             joined = [window]
         start, end = min(w.start for w in joined), max(w.end for w in joined)
-        found.append(Span(start, end, float(scores[best]), int(best)))
-        scores[first : last + 1] = -np.inf
+        found.append(Span(start, end, float(scores[best]), best))
+        scores[first:after] = -np.inf
         if len(found) == most:
             break
     return found
 
 
-def _joins(
-    windows: Sequence[Window], scores: np.ndarray, new: int, neighbour: int, least: float
-) -> bool:
-    """Whether a window overlaps its neighbour and scores at least so much.
-
-    Windows that only touch are of two shots.
-    """
-    earlier, later = sorted((new, neighbour))
-    return bool(windows[earlier].end > windows[later].start and scores[new] >= least)
-
-
-def _overlap(window: Window, span: Span) -> float:
-    """Share of a window's time that a moment covers."""
-    shared = min(window.end, span.end) - max(window.start, span.start)
+def _overlap(window: Window, other: Window | Span) -> float:
+    """Share of a window's time that another one, or a moment, covers."""
+    shared = min(window.end, other.end) - max(window.start, other.start)
     return max(0.0, shared) / max(window.end - window.start, 1e-9)
