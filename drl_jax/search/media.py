@@ -72,7 +72,7 @@ class Media:
         return name[:16]
 
     def sent(self, what: str, name: str) -> Any:
-        """A "picture", as `open_picture` decodes it, or a "video", an EncodedVideo."""
+        """A "picture", as `open_picture` decodes it, or a "video", an EncodedQuery."""
         if (value := self._sent[what].get(name)) is None:
             raise BadRequest(f"the {what} is not known any more; send it again", 404)
         return value
