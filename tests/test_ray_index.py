@@ -71,7 +71,7 @@ def local(search_model, videos, tmp_path_factory) -> Path:
 def content(directory: Path) -> list[tuple]:
     """Fields, arrays and thumbnails of each video of an index, in the order of its segments."""
     part = open_part(directory)
-    assert not any(gone.any() for gone in part.gone)
+    assert not any(one.gone.any() for one in part.listed)
     records = [segment.read(row) for segment in part.segments for row in range(len(segment))]
     return [
         (

@@ -70,13 +70,13 @@ class SearchAPI:
             paths = tuple(video_of(state, path).path for path in filters.only)
             filters = dataclasses.replace(filters, only=paths)
         among = state.filtered(filters) if filters else None
-        videos = state.videos if among is None else among
-        total = len(videos)
+        total = state.count if among is None else len(among)
         if query.offset and query.offset >= total:
             raise BadRequest(f"offset must be below the number of videos, {total}")
         end = min(query.offset + top, total)
         hits: list[Hit] = []
         if not query.asks:
+            videos = state.videos if among is None else among
             hits = [_listed(state, video) for video in videos[query.offset : end]]
         elif total:
             asked = self._asked(state, query)
@@ -155,13 +155,13 @@ class SearchAPI:
 
 
 def _facts_of(state: OpenIndex) -> dict[str, Any]:
-    listing = state.listing
-    folders = {path.rpartition("/")[0] for path in listing.paths} - {""}
+    listing = state.videos.listing
+    folders = {path.rpartition("/")[0] for path in listing["path"].to_pylist()} - {""}
     return {
         "folder": str(state.folder),
         "videos": state.count,
         "windows": len(state.gallery),
-        "hours": round(float(listing.lengths.sum()) / 3600, 3),
+        "hours": round(float(listing["duration"].to_numpy().sum()) / 3600, 3),
         "folders": sorted(folders)[:_FOLDERS],
         "unsearchable": state.unsearchable_count,
     }

@@ -19,7 +19,7 @@ from drl_jax.runtime.worker_pool import CallPool
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit, explain, format_timestamp
-from drl_jax.search.index_file import join
+from drl_jax.search.index_file import Part, join
 from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
@@ -174,12 +174,7 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
 
 def _join(options: argparse.Namespace) -> None:
     parts = join(options.index, options.shards)
-    videos = sum(int((~gone).sum()) for part in parts for gone in part.gone)
-    windows = sum(
-        int(segment.column("windows")[~gone].sum())
-        for part in parts
-        for segment, gone in zip(part.segments, part.gone, strict=True)
-    )
+    videos, windows = (sum(map(count, parts)) for count in (Part.videos, Part.windows))
     print(
         f"{options.index}: {len(parts)} shards with {videos} files and {windows} windows open as"
         " one"

@@ -131,7 +131,8 @@ class Qdrant:
     ) -> None:
         """Sends the windows in some slots, bool [S]."""
         with tqdm(total=int(is_missing.sum()), desc="exporting", unit="window") as progress:
-            for segment, _, prefix, first in index.segments:
+            for one in index.segments:
+                segment, prefix, first = one.segment, one.prefix, one.first_slot
                 last = first + int(segment.firsts["window"][-1])
                 missing = np.flatnonzero(is_missing[first:last])
                 for start in range(0, len(missing), _WRITTEN):
@@ -212,7 +213,8 @@ class Qdrant:
     def _read_known(self, index: OpenIndex) -> tuple[np.ndarray, np.ndarray]:
         """The keys of the points that a state has, ascending, and their slots."""
         before, self._keys = self._keys, {}
-        for segment, _, prefix, *_ in index.segments:
+        for one in index.segments:
+            segment, prefix = one.segment, one.prefix
             name = (segment.directory, prefix)
             if (keys := before.get(name)) is None:
                 rows = np.arange(segment.firsts["window"][-1])

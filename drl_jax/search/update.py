@@ -226,7 +226,7 @@ def _check_made_with(
     """Writes what a new index is made with, or checks that it is the same."""
     folder, header = str(videos.resolve()), writer.header
     if not header:
-        writer.create(
+        writer.update_header(
             source=model.source,
             fingerprint=model.fingerprint,
             videos=folder,
@@ -294,7 +294,7 @@ class _Changes:
             self.pending.append(found)
             return
         self.total += 1
-        is_damaged = writer.is_damaged(file)
+        is_damaged = file.is_damaged()
         if is_damaged:
             self.damaged.add(file.path)
         if found is None:
@@ -497,7 +497,7 @@ class _Update:
 
     def _keep(self, known: KnownFile, file: FoundFile) -> None:
         """Stores what is known of a content with the path and the times of a file."""
-        record = self._writer.record(known)
+        record = known.segment.read(known.row)
         self._kept.append(record._replace(path=file.path, mtime_ns=file.mtime_ns))
 
     # ------------------------------------------------------------------ batches
