@@ -6,7 +6,6 @@ is killed leaves segments that nothing lists, and the next one deletes them. A j
 other indexes instead, its parts, which are updated on their own.
 """
 
-import collections
 import contextlib
 import itertools
 import json
@@ -71,16 +70,15 @@ def read_header(directory: Path) -> dict[str, Any]:
             )
         return header
     except (FileNotFoundError, NotADirectoryError) as error:
+        what, target = f"there is no index in {directory}; make it", str(directory)
         if any((directory / name).exists() for name in _EARLIER):
-            raise SearchIndexError(
+            what = (
                 f"the index {directory} was made by an earlier version, which this one does not"
-                " read; make it anew in another directory with: python -m drl_jax.search index"
-                " --workdir=RUN --videos=DIR --index=DIR"
-            ) from error
-        raise SearchIndexError(
-            f"there is no index in {directory}; make it with: python -m drl_jax.search index"
-            f" --workdir=RUN --videos=DIR --index={directory}"
-        ) from error
+                " read; make it anew in another directory"
+            )
+            target = "DIR"
+        command = f"python -m drl_jax.search index --workdir=RUN --videos=DIR --index={target}"
+        raise SearchIndexError(f"{what} with: {command}") from error
     except OSError as error:
         raise Unavailable(directory / _INDEX, error) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -91,11 +89,7 @@ def read_header(directory: Path) -> dict[str, Any]:
 
 
 def part_directories(directory: Path) -> list[Path]:
-    """The directories of the parts of an index: its own, or those that it joins.
-
-    Raises:
-      SearchIndexError, Unavailable: see `read_header`.
-    """
+    """The directories of the parts of an index, its own or those that it joins."""
     parts = read_header(directory).get("parts")
     if parts is None:
         return [directory]
@@ -105,27 +99,18 @@ def part_directories(directory: Path) -> list[Path]:
 def index_version(directory: Path) -> dict[Path, tuple[int, ...]]:
     """For each part of an index, what differs after every commit of it; empty if it is not there.
 
-    Raises:
-      SearchIndexError, Unavailable: see `read_header`.
+    Raises as `read_header`.
     """
-    found: dict[Path, tuple[int, ...]] = {}
-    for part in part_directories(directory):
-        try:
+    found: dict[Path, tuple[int, ...]] = dict.fromkeys(part_directories(directory), ())
+    for part in found:
+        with contextlib.suppress(OSError):
             status = (part / _INDEX).stat()
             found[part] = (status.st_ino, status.st_mtime_ns, status.st_size)
-        except OSError:
-            found[part] = ()
     return found
 
 
 class Part:
-    """A state of an index that is not joined.
-
-    Attributes:
-      directory: of the index.
-      header: what it was made with.
-      listed: its segments, in the order of the header.
-    """
+    """A state of an index that is not joined: what it was made with, and its segments."""
 
     def __init__(self, directory: Path, header: dict[str, Any], listed: list[Listed]):
         self.directory, self.header, self.listed = directory, header, listed
@@ -145,7 +130,7 @@ class Part:
 
 
 def open_part(directory: Path, known: Sequence[Segment] = ()) -> Part:
-    """Opens one state of an index that is not joined; uses segments that are open already.
+    """Opens a state of an index that is not joined; `known` are segments that are open already.
 
     Raises:
       SearchIndexError, Unavailable: see `read_header`; or a segment is damaged.
@@ -166,8 +151,8 @@ def _open_segments(
     opened = {segment.directory: segment for segment in known}
     listed, damaged = [], []
     for entry in header["segments"]:
+        path = directory / _SEGMENTS / entry["name"]
         try:
-            path = directory / _SEGMENTS / entry["name"]
             segment = opened.get(path) or Segment(path.parent, entry)
             segment.check_files()
         except (OSError, ValueError) as error:
@@ -218,19 +203,20 @@ def _known_files(segment: Segment, rows: np.ndarray) -> Iterator[KnownFile]:
 
 
 class IndexWriter(Part):
-    """An index that this process alone writes; a context manager. Its header is empty at first."""
+    """An index that this process alone writes; a context manager. A new one has no header."""
 
     def __init__(self, directory: Path):
-        """Locks an index and opens it; a new one is empty.
+        """Locks an index and opens it.
 
-        Segments that are damaged are moved to `damaged_segments`, with a line on stdout: their
-        videos are decoded again.
+        Damaged segments are moved to `damaged_segments`, with a line on stdout: their videos are
+        decoded again.
 
         Raises:
           LockError: another process writes to it.
           SearchIndexError, Unavailable: see `read_header`.
         """
         super().__init__(directory, {}, [])
+        self._next_progress = 0.0
         with contextlib.ExitStack() as stack, self._writing():
             stack.enter_context(locked(directory / LOCK, f"the index {directory}"))
             if any((directory / name).exists() for name in (_INDEX, *_EARLIER)):
@@ -248,6 +234,8 @@ class IndexWriter(Part):
 
     def __exit__(self, *exception: object) -> None:
         shutil.rmtree(self.directory / _SPOOL, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.directory / _PROGRESS).unlink(missing_ok=True)
         self._stack.close()
 
     def _open(self) -> None:
@@ -285,6 +273,13 @@ class IndexWriter(Part):
             (self.directory / _SPOOL).mkdir(exist_ok=True)
         return self.directory / _SPOOL / str(number)
 
+    def show_progress(self, done: int, total: int) -> None:
+        """Tells processes that search how many files are read, once a second, until the end."""
+        if time.monotonic() >= self._next_progress:
+            self._next_progress = time.monotonic() + _INTERVAL
+            with contextlib.suppress(OSError):  # The update itself reports a full disk.
+                write_json(self.directory / _PROGRESS, {"done": done, "total": total})
+
     # ------------------------------------------------------------------ reading
 
     def files(self) -> Iterator[KnownFile]:
@@ -308,7 +303,8 @@ class IndexWriter(Part):
 
     def nbytes(self) -> int:
         """Bytes of all segments."""
-        return sum(segment.nbytes for segment in self.segments)
+        files = (self.directory / _SEGMENTS).glob("*/*")
+        return sum(path.stat().st_size for path in files)
 
     # ------------------------------------------------------------------ writing
 
@@ -316,7 +312,7 @@ class IndexWriter(Part):
         """Adds or replaces videos, and removes those with the paths `gone`, in one commit.
 
         Raises:
-          SearchIndexError: the disk is full or cannot be written; the index is as it was.
+          Unavailable: the disk is full or cannot be written; the index is as it was.
         """
         paths = {video.path for video in videos} | set(gone)
         if not paths:
@@ -331,15 +327,12 @@ class IndexWriter(Part):
     def merge(self, *, light: bool = False) -> None:
         """Writes segments of like sizes as one, and those anew of which much is gone.
 
-        Args:
-          light: only small ones: the time does not depend on the size of the index.
+        A `light` one takes only small segments: its time does not depend on the size of the index.
         """
         while chosen := self._mergeable(light):
             try:
                 records = [
-                    one.segment.read(row)
-                    for one in chosen
-                    for row in np.flatnonzero(~one.gone).tolist()
+                    one.segment.read(row) for one in chosen for row in np.flatnonzero(~one.gone)
                 ]
             except ValueError:
                 return  # The next update that looks at all files decodes what is damaged.
@@ -349,17 +342,14 @@ class IndexWriter(Part):
                     shutil.rmtree(one.segment.directory)
 
     def _mergeable(self, light: bool) -> list[Listed]:
-        chosen: list[Listed] = []
-        tiers: dict[int, list[Listed]] = collections.defaultdict(list)
-        for one in self.listed:
-            size = len(one.segment) + int(one.segment.firsts["window"][-1])
-            if light and size > _LIGHT:
-                continue
-            tiers[max(0, int(math.log(size / _SMALLEST, _MERGED)))].append(one)
-            if one.gone.mean() > _MOST_GONE:
-                chosen.append(one)
-        full = [same for same in tiers.values() if len(same) >= _MERGED]
-        return list(dict.fromkeys([*chosen, *itertools.chain(*full)]))
+        sizes = {one: len(one.gone) + int(one.segment.firsts["window"][-1]) for one in self.listed}
+        allowed = [one for one in self.listed if not light or sizes[one] <= _LIGHT]
+        tiers = [max(0, int(math.log(sizes[one] / _SMALLEST, _MERGED))) for one in allowed]
+        return [
+            one
+            for one, tier in zip(allowed, tiers, strict=True)
+            if tiers.count(tier) >= _MERGED or one.gone.mean() > _MOST_GONE
+        ]
 
     def _commit(self, listed: list[Listed], videos: Sequence[VideoRecord] = ()) -> None:
         """Writes a segment of new videos, if there are any, and the list of all segments."""
@@ -457,39 +447,11 @@ def check_distinct(parts: Sequence[Part]) -> None:
                     )
 
 
-# ---------------------------------------------------------------------- progress
-
-
 class Progress(NamedTuple):
     """How many of the new and changed files an update has read, and how many there are."""
 
     done: int
     total: int
-
-
-class ProgressFile:
-    """Writes the progress of an update; a context manager that deletes the file at its end.
-
-    A file that cannot be written is left out: the update itself reports a full disk.
-    """
-
-    def __init__(self, directory: Path, total: int):
-        self._path, self._total, self._next_write = directory / _PROGRESS, total, 0.0
-
-    def __enter__(self) -> "ProgressFile":
-        self.update(0)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
-
-    def update(self, done: int) -> None:
-        """Writes the number of files that were read, at most once a second."""
-        if self._total and time.monotonic() >= self._next_write:
-            self._next_write = time.monotonic() + _INTERVAL
-            with contextlib.suppress(OSError):
-                write_json(self._path, Progress(done, self._total)._asdict())
 
 
 def read_progress(*directories: Path) -> Progress | None:

@@ -44,14 +44,11 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclasses.dataclass(frozen=True)
 class IndexedVideo:
-    """A video file of an open index.
+    """A video file of an open index; segment and row identify it, whatever replaces it later.
 
     Attributes:
       path: relative to the folder of the index.
-      slot: the number of its first window among all windows of the index; -1 with an error.
-      segment: that has it. Segment and row are what identifies it, whatever replaces it later.
-      row: in the segment.
-      record: what is stored.
+      slot: the number of its first window among all windows of the index.
     """
 
     path: str
@@ -86,11 +83,7 @@ class IndexedVideo:
 
 
 class Videos(Sequence[IndexedVideo]):
-    """Videos of an index in the order of their paths; each is read when it is accessed.
-
-    Attributes:
-      listing: see `list_videos`.
-    """
+    """Videos of an index in the order of their paths; each is read when it is accessed."""
 
     def __init__(self, index: "OpenIndex", listing: Listing):
         self._index, self.listing = index, listing
@@ -118,25 +111,19 @@ class OpenIndex:
     """One state of an index. Safe to use from several threads.
 
     Attributes:
-      directory: of the index.
-      model: the model of the index.
       version: `index_version` before it was opened.
       header: what the index was made with; of a joined index, that of its first part.
       folder: folder of the videos; of a joined index, the one that has those of all parts.
       segments: of all parts, which all have slots in this order.
       valid: bool [S], slots of windows of videos that can be searched.
-      count: number of these videos.
-      unsearchable_count: number of the other files.
-      gallery: their windows.
+      count, unsearchable_count: numbers of these videos and of the other files.
+      gallery: the windows of these videos.
     """
 
     def __init__(self, directory: Path, model: RetrievalModel, previous: "OpenIndex | None" = None):
         """Maps the files, and checks the features of a small index; those of others in a thread.
 
-        Args:
-          directory: of the index.
-          model: the model that it was made with.
-          previous: an earlier state, whose open segments are used.
+        Open segments of a previous state are used.
 
         Raises:
           SearchIndexError: there is no index, no video to search, it is damaged, or the model is
@@ -230,7 +217,7 @@ class OpenIndex:
             self._damage = error
 
     def check(self) -> None:
-        """Checks that no file was cut, and the features of new files and of those written to.
+        """Checks the files, and features that are new or were written to.
 
         Raises:
           SearchIndexError: the index is damaged.
@@ -262,16 +249,12 @@ class OpenIndex:
         return Videos(self, list_videos(self.segments, rows))
 
     def video(self, segment: int, row: int) -> IndexedVideo:
-        """The video in a row of a segment.
-
-        Raises:
-          SearchIndexError: its features are damaged.
-        """
+        """The video in a row of a segment; raises a SearchIndexError if it is damaged."""
         one = self.segments[segment]
         with _reported(one.segment):
             one.segment.check_files()
             record = one.segment.read(row)
-        slot = one.first_slot + int(one.segment.firsts["window"][row]) if record.arrays else -1
+        slot = one.first_slot + int(one.segment.firsts["window"][row])
         return IndexedVideo(one.prefix + record.path, slot, one.segment, row, record)
 
     def place(self, slot: int) -> tuple[int, int]:
@@ -304,11 +287,7 @@ class OpenIndex:
         return sorted(itertools.chain(*(one.errors() for one in self.segments)))
 
     def filtered(self, filters: Filters) -> Videos:
-        """The videos that pass filters.
-
-        Raises:
-          UserError: no video has one of the paths of `only`.
-        """
+        """The videos that pass filters; raises a UserError if one of `only` is not there."""
         if not filters.only:
             return Videos(self, passing(self.videos.listing, filters))
         rows: list[list[int]] = [[] for _ in self.segments]
@@ -321,18 +300,14 @@ class OpenIndex:
 
     @functools.cached_property
     def spread(self) -> np.ndarray:
-        """Slots of SCALE_WINDOWS windows, or all, that depend on no more than the videos' contents.
-
-        So a joined index has the same windows as one of all files.
-        """
+        """Slots of SCALE_WINDOWS windows, or all; the same in a joined index as in one of all."""
         keys = [np.zeros(0, np.uint64)]
         for one in self.segments:
             digests, firsts = one.segment.table.column("sha256"), one.segment.firsts["window"]
-            seeds = [int(digest[:15] or "0", 16) for digest in digests.to_pylist()]
+            seeds = np.array([int(d[:15] or "0", 16) for d in digests.to_pylist()], np.uint64)
             windows = np.arange(firsts[-1])
             owners = one.segment.row_of_window(windows)
-            numbers = (windows - firsts[owners]).astype(np.uint64)
-            keys.append((np.array(seeds, np.uint64)[owners] + numbers) * _GOLDEN)
+            keys.append((seeds[owners] + (windows - firsts[owners]).astype(np.uint64)) * _GOLDEN)
         slots = np.flatnonzero(self.valid)
         order = np.argsort(np.concatenate(keys)[slots], kind="stable")
         return slots[order[:SCALE_WINDOWS]]
@@ -350,8 +325,7 @@ class OpenIndex:
     def biases(self, correction: Correction) -> np.ndarray:
         """What a correction for hubs subtracts from the similarities of windows: float32 [S].
 
-        Raises:
-          UserError: the index does not store it.
+        Raises a SearchIndexError if the index does not store it.
         """
         if "hubness" not in self.header:
             raise SearchIndexError(
@@ -370,8 +344,7 @@ class OpenIndex:
     def frames_of(self, video: IndexedVideo, frames: Sequence[int]) -> bytes:
         """A JPEG file with thumbnails of some frames of a video side by side.
 
-        Raises:
-          SearchIndexError: they are damaged.
+        Raises a SearchIndexError if they are damaged.
         """
         with _reported(video.segment):
             numbers = {frame // STRIP_FRAMES for frame in frames}

@@ -20,7 +20,7 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.encoding import WindowEncoder, bank_of, check_bank, write_bank
-from drl_jax.search.index_file import IndexWriter, KnownFile, ProgressFile
+from drl_jax.search.index_file import IndexWriter, KnownFile
 from drl_jax.search.reading import (
     FoundFile,
     FrameSampling,
@@ -425,12 +425,12 @@ class _Update:
             unit="video",
             disable=not pending,
         )
-        with ProgressFile(self._writer.directory, len(pending)) as progress:
-            for number, (file, read) in enumerate(shown, start=1):
-                self._take(file, _checked(read))
-                progress.update(number)
-            self._encode()
-            self._store(0)
+        for number, (file, read) in enumerate(shown):
+            self._writer.show_progress(number, len(pending))
+            self._take(file, _checked(read))
+            self._writer.show_progress(number + 1, len(pending))
+        self._encode()
+        self._store(0)
         self._writer.put(self._kept, [*self._left, *self._changes.missing])
         self._report.removed = len(self._changes.missing)
         self._writer.merge(light=self._changes.paths is not None)
