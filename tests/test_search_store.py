@@ -78,7 +78,7 @@ def test_records_are_read_as_they_were_written(index):
     assert_equal(found["a/é.mp4"], record("a/é.mp4", 2, windows=3))
     assert_equal(found["d.mp4"], record("d.mp4", 4))
     assert found["bad.mp4"] == ("bad.mp4", 5, 6, "", "is no video", 300.0, 0.0, {}, [], [])
-    first = open_part(index).segments[0]
+    first = open_part(index).listed[0].segment
     assert [first.path(row) for row in range(3)] == ["a/é.mp4", "b.mp4", "c.mp4"]
     assert [first.find(path) for path in ("b.mp4", "c.mp4", "d.mp4", "")] == [1, 2, None, None]
     assert first.row_of_window(np.arange(5)).tolist() == [0, 0, 0, 1, 2]
@@ -87,7 +87,8 @@ def test_records_are_read_as_they_were_written(index):
 
 def test_records_are_replaced_removed_and_merged_under_open_readers(index):
     part = open_part(index)
-    before = {s.directory: [s.read(row) for row in range(len(s))] for s in part.segments}
+    segments = [one.segment for one in part.listed]
+    before = {s.directory: [s.read(row) for row in range(len(s))] for s in segments}
     with IndexWriter(index) as writer:
         writer.put([record("b.mp4", 9)], gone=["c.mp4"])
         assert writer.file_at("b.mp4").sha256 == "sha9"
@@ -96,8 +97,8 @@ def test_records_are_replaced_removed_and_merged_under_open_readers(index):
     assert contents(index).keys() == {"a/é.mp4", "b.mp4", "bad.mp4", "d.mp4"}
     assert_equal(contents(index)["b.mp4"], record("b.mp4", 9))
     assert_equal(contents(index)["a/é.mp4"], record("a/é.mp4", 2, windows=3))
-    assert not part.segments[0].directory.exists()
-    for segment in part.segments:  # What a reader has mapped stays.
+    assert not segments[0].directory.exists()
+    for segment in segments:  # What a reader has mapped stays.
         segment.check_files()
         for row, expected in enumerate(before[segment.directory]):
             assert_equal(
@@ -107,7 +108,7 @@ def test_records_are_replaced_removed_and_merged_under_open_readers(index):
 
 def test_a_merge_does_not_make_damaged_thumbnails_healthy(index):
     """They are stored with the checksums that they had."""
-    segment = open_part(index).segments[0]
+    segment = open_part(index).listed[0].segment
     row = segment.find("b.mp4")
     strips = segment.directory / "strips.bin"
     damaged = strips.read_bytes().replace(segment.strip(row, 0), b"jpegX")
@@ -115,7 +116,8 @@ def test_a_merge_does_not_make_damaged_thumbnails_healthy(index):
     with IndexWriter(index) as writer:
         writer.put([], gone=["c.mp4"])
         writer.merge()
-    (merged,) = (s for s in open_part(index).segments if s.find("b.mp4") is not None)
+    segments = [one.segment for one in open_part(index).listed]
+    (merged,) = (s for s in segments if s.find("b.mp4") is not None)
     assert merged.directory != segment.directory
     with pytest.raises(ValueError, match=r"thumbnails of 'b\.mp4'"):
         merged.strip(merged.find("b.mp4"), 0)
@@ -127,7 +129,7 @@ def test_segments_of_one_size_are_merged(tmp_path):
         for number in range(40):
             writer.put([record(f"{number}.mp4", number)])
             writer.merge(light=True)
-            assert len(writer.segments) <= 16
+            assert len(writer.listed) <= 16
     assert contents(tmp_path).keys() == {f"{number}.mp4" for number in range(40)}
     assert len(list((tmp_path / "segments").iterdir())) == len(read_header(tmp_path)["segments"])
 
@@ -156,7 +158,7 @@ def test_each_flipped_bit_is_noticed(tmp_path):
 
 
 def test_files_that_change_under_a_reader_are_noticed(index):
-    segment = open_part(index).segments[0]
+    segment = open_part(index).listed[0].segment
     segment.read(0)
     path = segment.directory / "window.frame_unit.bin"
     with path.open("r+b") as file:  # In place, as a failing disk or another program would.
@@ -170,7 +172,7 @@ def test_files_that_change_under_a_reader_are_noticed(index):
 
 
 def test_damage_of_the_list_and_of_a_segment(index, capsys):
-    first = open_part(index).segments[0].directory
+    first = open_part(index).listed[0].segment.directory
     (first / "videos.arrow").write_bytes(b"x" * 100)
     with pytest.raises(SearchIndexError, match=r"is damaged .* only the damaged ones are decoded"):
         open_part(index)
@@ -316,6 +318,7 @@ def test_a_merge_does_not_hold_all_thumbnails_in_memory(tmp_path):
         writer.merge()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        (segment,) = writer.segments
+        segment = writer.listed[0].segment
+        assert len(writer.listed) == 1
         assert peak < count * size / 4
         assert bytes(segment.read(segment.find("3.mp4")).strips[0]) == bytes([3]) * size

@@ -33,16 +33,14 @@ def list_videos(segments: Sequence[Listed], rows: Sequence[np.ndarray]) -> Listi
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """Which videos are searched.
+    """Which videos are searched. Paths are relative to the folder of the index.
 
     Attributes:
-      folder: below this folder, relative to that of the index; empty: all.
+      folder: below this folder.
       name: the file name contains it, or matches it if it has `*` or `?`; case is ignored.
-      min_length: seconds at least.
-      max_length: seconds at most.
-      since: changed on this day or later.
-      until: changed on this day or earlier.
-      only: paths relative to the folder of the index, the only ones; empty: all.
+      min_length, max_length: seconds.
+      since, until: days, both included, on which the file was changed last.
+      only: the paths of all videos that are searched; empty: no restriction.
     """
 
     folder: str = ""
@@ -100,11 +98,7 @@ def _midnight_ns(day: datetime.date) -> float:
 
 
 def parse_day(name: str, text: str) -> datetime.date:
-    """Reads a day.
-
-    Raises:
-      UserError: it is none; `name` is in the message.
-    """
+    """Reads a day; raises a UserError that has `name` if it is none."""
     try:
         return datetime.date.fromisoformat(text)
     except ValueError:

@@ -19,16 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drl_jax.runtime.errors import Unavailable, one_line, refusal
+from drl_jax.runtime.errors import Unavailable, one_line, raise_if_refused, refusal
 from drl_jax.runtime.files import seal, unseal, write_json
 from drl_jax.runtime.lock import is_locked, locked
-from drl_jax.search.segments import (
-    Listed,
-    SearchIndexError,
-    Segment,
-    VideoRecord,
-    write_segment,
-)
+from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord, write_segment
 
 FORMAT = 7
 LOCK = "lock"
@@ -115,11 +109,6 @@ class Part:
     def __init__(self, directory: Path, header: dict[str, Any], listed: list[Listed]):
         self.directory, self.header, self.listed = directory, header, listed
 
-    @property
-    def segments(self) -> list[Segment]:
-        """Its open segments."""
-        return [one.segment for one in self.listed]
-
     def videos(self) -> int:
         """Number of all files."""
         return sum(len(one.gone) - int(one.gone.sum()) for one in self.listed)
@@ -156,6 +145,7 @@ def _open_segments(
             segment = opened.get(path) or Segment(path.parent, entry)
             segment.check_files()
         except (OSError, ValueError) as error:
+            raise_if_refused(directory, error)
             damaged.append((entry, error))
             continue
         listed.append(Listed(segment, np.zeros(len(segment), bool)))
@@ -174,10 +164,7 @@ def failure(directory: Path, error: Exception) -> SearchIndexError | Unavailable
 
 
 class KnownFile(NamedTuple):
-    """What an update compares a file with: fields of its record, and where this is.
-
-    A merge may have replaced the segment since.
-    """
+    """What an update compares a file with; a merge may have replaced its segment since."""
 
     segment: Segment
     row: int
@@ -202,7 +189,7 @@ def _known_files(segment: Segment, rows: np.ndarray) -> Iterator[KnownFile]:
         yield KnownFile(segment, row, **values)
 
 
-class IndexWriter(Part):
+class IndexWriter(Part, contextlib.AbstractContextManager):
     """An index that this process alone writes; a context manager. A new one has no header."""
 
     def __init__(self, directory: Path):
@@ -217,7 +204,7 @@ class IndexWriter(Part):
         """
         super().__init__(directory, {}, [])
         self._next_progress = 0.0
-        with contextlib.ExitStack() as stack, self._writing():
+        with contextlib.ExitStack() as stack, _writing(directory):
             stack.enter_context(locked(directory / LOCK, f"the index {directory}"))
             if any((directory / name).exists() for name in (_INDEX, *_EARLIER)):
                 self.header = read_header(directory)
@@ -228,9 +215,6 @@ class IndexWriter(Part):
             (directory / _SEGMENTS).mkdir(exist_ok=True)
             self._open()
             self._stack = stack.pop_all()
-
-    def __enter__(self) -> "IndexWriter":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         shutil.rmtree(self.directory / _SPOOL, ignore_errors=True)
@@ -247,9 +231,6 @@ class IndexWriter(Part):
                 shutil.rmtree(path)
         shutil.rmtree(self.directory / _SPOOL, ignore_errors=True)
         self.listed, damaged = _open_segments(self.directory, header)
-        for _, error in damaged:
-            if refusal(error) is not None:
-                raise failure(self.directory, error) from error
         if damaged:
             self._commit(self.listed)
         for entry, error in damaged:
@@ -269,7 +250,7 @@ class IndexWriter(Part):
 
     def spool_file(self, number: int) -> Path:
         """A file that is deleted at the end."""
-        with self._writing():
+        with _writing(self.directory):
             (self.directory / _SPOOL).mkdir(exist_ok=True)
         return self.directory / _SPOOL / str(number)
 
@@ -279,8 +260,6 @@ class IndexWriter(Part):
             self._next_progress = time.monotonic() + _INTERVAL
             with contextlib.suppress(OSError):  # The update itself reports a full disk.
                 write_json(self.directory / _PROGRESS, {"done": done, "total": total})
-
-    # ------------------------------------------------------------------ reading
 
     def files(self) -> Iterator[KnownFile]:
         """What is known of all files."""
@@ -303,16 +282,12 @@ class IndexWriter(Part):
 
     def nbytes(self) -> int:
         """Bytes of all segments."""
-        files = (self.directory / _SEGMENTS).glob("*/*")
-        return sum(path.stat().st_size for path in files)
-
-    # ------------------------------------------------------------------ writing
+        return sum(path.stat().st_size for path in (self.directory / _SEGMENTS).glob("*/*"))
 
     def put(self, videos: Sequence[VideoRecord], gone: Sequence[str] = ()) -> None:
         """Adds or replaces videos, and removes those with the paths `gone`, in one commit.
 
-        Raises:
-          Unavailable: the disk is full or cannot be written; the index is as it was.
+        Raises Unavailable if the disk is full or cannot be written; the index is as it was.
         """
         paths = {video.path for video in videos} | set(gone)
         if not paths:
@@ -337,7 +312,7 @@ class IndexWriter(Part):
             except ValueError:
                 return  # The next update that looks at all files decodes what is damaged.
             self._commit([one for one in self.listed if one not in chosen], records)
-            with self._writing():
+            with _writing(self.directory):
                 for one in chosen:
                     shutil.rmtree(one.segment.directory)
 
@@ -354,7 +329,7 @@ class IndexWriter(Part):
     def _commit(self, listed: list[Listed], videos: Sequence[VideoRecord] = ()) -> None:
         """Writes a segment of new videos, if there are any, and the list of all segments."""
         directory = self.directory / _SEGMENTS
-        with self._writing():
+        with _writing(self.directory):
             if videos:
                 segment = Segment(directory, write_segment(directory, videos))
                 segment.verified[:] = True
@@ -366,21 +341,21 @@ class IndexWriter(Part):
             write_json(self.directory / _INDEX, seal({"format": FORMAT, **header}), durable=True)
         self.header, self.listed = header, listed
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Reports a full or failing disk in one line; what was committed is unchanged."""
-        try:
-            yield
-        except OSError as error:
-            raise Unavailable(self.directory, error, "written") from error
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Reports a full or failing disk in one line; what was committed is unchanged."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(directory, error, "written") from error
 
 
 def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
     """Writes an index that opens several others as one; an existing list is replaced.
 
     Raises:
-      SearchIndexError: a shard is no index, or twice there, they are not alike, a video is in two
-        of them, or the directory is an index of its own.
+      SearchIndexError: a shard is no index, or they cannot be opened as one.
       Unavailable: a file cannot be read or written.
     """
     if (directory / _INDEX).exists() and "parts" not in read_header(directory):
@@ -400,20 +375,14 @@ def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
         os.path.relpath(shard, here) if shard.is_relative_to(here.parent) else str(shard)
         for shard in resolved
     ]
-    try:
+    with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / _INDEX, seal({"format": FORMAT, "parts": listed}), durable=True)
-    except OSError as error:
-        raise Unavailable(directory, error, "written") from error
     return parts
 
 
 def check_alike(parts: Sequence[Part]) -> None:
-    """Checks that indexes can be searched as one.
-
-    Raises:
-      SearchIndexError: they differ in what their features depend on.
-    """
+    """Raises a SearchIndexError if indexes differ in what their features depend on."""
     for (name, what), part in itertools.product(_SHARED.items(), parts):
         if part.header.get(name) != parts[0].header.get(name):
             raise SearchIndexError(
@@ -423,11 +392,7 @@ def check_alike(parts: Sequence[Part]) -> None:
 
 
 def check_distinct(parts: Sequence[Part]) -> None:
-    """Checks that no file is in two indexes.
-
-    Raises:
-      SearchIndexError: one is.
-    """
+    """Raises a SearchIndexError if a file is in two indexes."""
     folders = [part.header["videos"] for part in parts]
     shards = [part.header.get("shard", "").partition("/") for part in parts]
     of_one_folder = {(folder, shard[2]) for folder, shard in zip(folders, shards, strict=True)}

@@ -121,9 +121,7 @@ class OpenIndex:
     """
 
     def __init__(self, directory: Path, model: RetrievalModel, previous: "OpenIndex | None" = None):
-        """Maps the files, and checks the features of a small index; those of others in a thread.
-
-        Open segments of a previous state are used.
+        """Opens the segments that a previous state has not, and checks them (see `check`).
 
         Raises:
           SearchIndexError: there is no index, no video to search, it is damaged, or the model is
@@ -156,7 +154,7 @@ class OpenIndex:
         self.count = sum(int(one.live.sum()) for one in self.segments)
         self.unsearchable_count = sum(part.videos() for part in self._parts) - self.count
         if not self.count:
-            raise SearchIndexError(self._why_empty())
+            raise SearchIndexError(f"the index {directory} {self._why_empty()}")
         # In the order of all segments, so that slots are those of the gallery.
         parts = [_windows(one.segment.arrays) for one in self.segments]
         self.gallery = Gallery(parts, model.layout, self._small_order()).only(self.valid)
@@ -174,15 +172,12 @@ class OpenIndex:
                 first += int(one.segment.firsts["window"][-1])
 
     def _why_empty(self) -> str:
-        if (progress := self.progress()) is None:
+        if (progress := self.progress()) is not None:
             return (
-                f"the index {self.directory} has no video that can be searched"
-                f" ({self.unsearchable_count} cannot)"
+                f"is being made ({progress.done} of {progress.total} files are read), and no video"
+                " is stored yet; try again in a few seconds"
             )
-        return (
-            f"the index {self.directory} is being made ({progress.done} of {progress.total} files"
-            " are read), and no video is stored yet; try again in a few seconds"
-        )
+        return f"has no video that can be searched ({self.unsearchable_count} cannot)"
 
     def _small_order(self) -> np.ndarray:
         """Slots of the windows of small segments by path; equal scores are in this order."""
@@ -200,8 +195,6 @@ class OpenIndex:
         counts = [np.diff(one.segment.firsts["window"]) for one in self.segments]
         return np.concatenate([np.zeros(0, bool), *map(np.repeat, videos, counts)])
 
-    # ------------------------------------------------------------------ checks
-
     def _verify(self) -> None:
         try:
             for one in self.segments:
@@ -217,7 +210,7 @@ class OpenIndex:
             self._damage = error
 
     def check(self) -> None:
-        """Checks the files, and features that are new or were written to.
+        """Checks the files, and features that are new or were written to; many in a thread.
 
         Raises:
           SearchIndexError: the index is damaged.
@@ -239,8 +232,6 @@ class OpenIndex:
     def close(self) -> None:
         """Ends the check: a later state has replaced this one."""
         self._closed = True
-
-    # ------------------------------------------------------------------ videos
 
     @functools.cached_property
     def videos(self) -> Videos:
@@ -314,13 +305,10 @@ class OpenIndex:
 
     def is_unchanged(self, video: IndexedVideo) -> bool:
         """Whether a file is the one that was indexed, by its size and modification time."""
-        try:
+        with contextlib.suppress(OSError):
             status = (self.folder / video.path).stat()
-        except OSError:
-            return False
-        return (status.st_size, status.st_mtime_ns) == (video.record.size, video.record.mtime_ns)
-
-    # ------------------------------------------------------------------ what is stored
+            return (status.st_size, status.st_mtime_ns) == video.record[1:3]
+        return False
 
     def biases(self, correction: Correction) -> np.ndarray:
         """What a correction for hubs subtracts from the similarities of windows: float32 [S].
