@@ -91,10 +91,7 @@ def part_directories(directory: Path) -> list[Path]:
 
 
 def index_version(directory: Path) -> dict[Path, tuple[int, ...]]:
-    """For each part of an index, what differs after every commit of it; empty if it is not there.
-
-    Raises as `read_header`.
-    """
+    """By part of an index, what differs after every commit of it; empty if it is not there."""
     found: dict[Path, tuple[int, ...]] = dict.fromkeys(part_directories(directory), ())
     for part in found:
         with contextlib.suppress(OSError):
@@ -121,8 +118,7 @@ class Part:
 def open_part(directory: Path, known: Sequence[Segment] = ()) -> Part:
     """Opens a state of an index that is not joined; `known` are segments that are open already.
 
-    Raises:
-      SearchIndexError, Unavailable: see `read_header`; or a segment is damaged.
+    Raises as `read_header`, also if a segment is damaged.
     """
     for _ in range(_ATTEMPTS):
         header = read_header(directory)
@@ -193,10 +189,7 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
     """An index that this process alone writes; a context manager. A new one has no header."""
 
     def __init__(self, directory: Path):
-        """Locks an index and opens it.
-
-        Damaged segments are moved to `damaged_segments`, with a line on stdout: their videos are
-        decoded again.
+        """Locks an index and opens it, without damaged segments: their videos are decoded again.
 
         Raises:
           LockError: another process writes to it.
@@ -302,7 +295,7 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
     def merge(self, *, light: bool = False) -> None:
         """Writes segments of like sizes as one, and those anew of which much is gone.
 
-        A `light` one takes only small segments: its time does not depend on the size of the index.
+        The time of a light merge, of small segments, does not depend on the size of the index.
         """
         while chosen := self._mergeable(light):
             try:

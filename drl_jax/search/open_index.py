@@ -92,9 +92,9 @@ class Videos(Sequence[IndexedVideo]):
     def valid(self) -> np.ndarray:
         """bool [all slots], the windows of these videos."""
         segments, rows = (self.listing[name].to_numpy() for name in ("segment", "row"))
-        chosen = [np.zeros(len(one.segment), bool) for one in self._index.segments]
-        for number, mask in enumerate(chosen):
-            mask[rows[segments == number]] = True
+        chosen = [np.zeros(len(one.gone), bool) for one in self._index.segments]
+        for number, videos in enumerate(chosen):
+            videos[rows[segments == number]] = True
         return self._index.windows_of(chosen)
 
     def __len__(self) -> int:
@@ -134,9 +134,8 @@ class OpenIndex:
             if not version:
                 raise SearchIndexError(
                     f"the index {directory} joins the shard {part}, which is not there: it was"
-                    " moved or deleted, or its disk is not mounted; bring it back, or join the"
-                    " shards again with: python -m drl_jax.search join"
-                    f" --index={directory} SHARD SHARD ..."
+                    " moved or deleted, or is not mounted; bring it back, or join the shards again"
+                    f" with: python -m drl_jax.search join --index={directory} SHARD SHARD ..."
                 )
         known = [] if previous is None else [one.segment for one in previous.segments]
         self._parts = [open_part(part, known) for part in self.version]
@@ -145,8 +144,7 @@ class OpenIndex:
         if self.header["fingerprint"] != model.fingerprint:
             raise SearchIndexError(
                 f"the index {directory} was made with another model than"
-                f" {' '.join(model.source.values())}; give the model of the index, or make a new"
-                " index"
+                f" {' '.join(model.source.values())}; give that model, or make a new index"
             )
         self.folder = Path(os.path.commonpath([part.header["videos"] for part in self._parts]))
         self.segments = list(self._listed())
@@ -154,12 +152,15 @@ class OpenIndex:
         self.count = sum(int(one.live.sum()) for one in self.segments)
         self.unsearchable_count = sum(part.videos() for part in self._parts) - self.count
         if not self.count:
-            raise SearchIndexError(f"the index {directory} {self._why_empty()}")
-        # In the order of all segments, so that slots are those of the gallery.
+            why = f"has no video that can be searched ({self.unsearchable_count} cannot)"
+            if (progress := self.progress()) is not None:
+                read = f"{progress.done} of {progress.total} files are read"
+                why = f"is being made ({read}), and no video is stored yet; try again in a minute"
+            raise SearchIndexError(f"the index {directory} {why}")
         parts = [_windows(one.segment.arrays) for one in self.segments]
         self.gallery = Gallery(parts, model.layout, self._small_order()).only(self.valid)
         self._damage: UserError | None = None
-        self._checking: threading.Thread | None = None
+        self._checking = threading.Thread()
         self._closed, self._is_distinct = False, previous is not None
         self.check()
 
@@ -170,14 +171,6 @@ class OpenIndex:
             for one in part.listed:
                 yield dataclasses.replace(one, prefix=prefix, first_slot=first)
                 first += int(one.segment.firsts["window"][-1])
-
-    def _why_empty(self) -> str:
-        if (progress := self.progress()) is not None:
-            return (
-                f"is being made ({progress.done} of {progress.total} files are read), and no video"
-                " is stored yet; try again in a few seconds"
-            )
-        return f"has no video that can be searched ({self.unsearchable_count} cannot)"
 
     def _small_order(self) -> np.ndarray:
         """Slots of the windows of small segments by path; equal scores are in this order."""
@@ -219,8 +212,7 @@ class OpenIndex:
             with _reported(one.segment):
                 one.segment.check_files()
         new = [one.live & ~one.segment.verified for one in self.segments]
-        is_checking = self._checking is not None and self._checking.is_alive()
-        if not is_checking and any(videos.any() for videos in new):
+        if any(videos.any() for videos in new) and not self._checking.is_alive():
             if self.windows_of(new).sum() <= _AT_ONCE:
                 self._verify()
             else:  # In a daemon: a command that has its answer ends.
@@ -311,29 +303,22 @@ class OpenIndex:
         return False
 
     def biases(self, correction: Correction) -> np.ndarray:
-        """What a correction for hubs subtracts from the similarities of windows: float32 [S].
-
-        Raises a SearchIndexError if the index does not store it.
-        """
+        """What a correction for hubs, if it is stored, subtracts from similarities: float32 [S]."""
         if "hubness" not in self.header:
             raise SearchIndexError(
                 f"the index {self.directory} has no bank of captions, which --hubness needs; make"
                 " a new one with: python -m drl_jax.search index --bank=train|FILE"
             )
-        arrays = (one.segment.arrays for one in self.segments)
         name = f"window.{HUBNESS_ARRAY}"  # Segments of files that cannot be searched lack it.
-        stored = np.concatenate([of[name] for of in arrays if name in of])
-        return correction.biases(self.directory, self.header, stored)
+        stored = [one.segment.arrays[name] for one in self.segments if name in one.segment.arrays]
+        return correction.biases(self.directory, self.header, np.concatenate(stored))
 
     def progress(self) -> Progress | None:
         """How far the processes are that update the index; None if there are none."""
         return read_progress(*self.version)
 
     def frames_of(self, video: IndexedVideo, frames: Sequence[int]) -> bytes:
-        """A JPEG file with thumbnails of some frames of a video side by side.
-
-        Raises a SearchIndexError if they are damaged.
-        """
+        """A JPEG file with thumbnails of some frames of a video side by side."""
         with _reported(video.segment):
             numbers = {frame // STRIP_FRAMES for frame in frames}
             strips = {number: video.segment.strip(video.row, number) for number in numbers}

@@ -254,7 +254,7 @@ def write_segment(parent: Path, videos: Sequence[VideoRecord]) -> dict[str, Any]
 
 def _count(arrays: Mapping[str, np.ndarray], axis: str) -> int:
     """Rows of a video in the arrays of an axis."""
-    return len(next((rows for name, rows in arrays.items() if name.startswith(axis)), ()))
+    return len(next((rows for name, rows in arrays.items() if name.startswith(f"{axis}.")), ()))
 
 
 def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
