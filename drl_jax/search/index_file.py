@@ -180,9 +180,8 @@ class KnownFile(NamedTuple):
 
 
 def _known_files(segment: Segment, rows: np.ndarray) -> Iterator[KnownFile]:
-    table = segment.table.select(KnownFile._fields[2:]).take(rows)
-    for row, values in zip(rows.tolist(), table.to_pylist(), strict=True):
-        yield KnownFile(segment, row, **values)
+    columns = [segment.table.column(name).take(rows).to_pylist() for name in KnownFile._fields[2:]]
+    return (KnownFile(segment, *values) for values in zip(rows.tolist(), *columns, strict=True))
 
 
 class IndexWriter(Part, contextlib.AbstractContextManager):
