@@ -76,7 +76,7 @@ def make_index(encoder: RetrievalModel, videos: int, root: Path) -> float:
     gallery = make_gallery(root / "gallery", videos)
     start = time.perf_counter()
     with IndexWriter(root / "index") as writer:
-        writer.create(
+        writer.update_header(
             source=encoder.source,
             fingerprint=encoder.fingerprint,
             videos=str((root / "videos").resolve()),
@@ -159,7 +159,7 @@ def opened(index: Path) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
         state.close()
     start = time.perf_counter()
-    state.listing  # noqa: B018 - The first filter reads it.
+    state.videos  # noqa: B018 - The first filter reads it.
     return {"first": seconds[0], "again": seconds[1], "list": time.perf_counter() - start}
 
 
@@ -171,7 +171,8 @@ def added(encoder: RetrievalModel, root: Path) -> float:
         write_film(path, Film(rng.integers(0, 256, (8, 64, 64, 3), np.uint8), 4, []))
         update_index(encoder, root / "videos", root / "index", only=[path.name])
         with IndexWriter(root / "index") as writer:
-            record = writer.record(writer.file_at(path.name))
+            file = writer.file_at(path.name)
+            record = file.segment.read(file.row)
         start = time.perf_counter()
         with IndexWriter(root / "index") as writer:
             writer.put([record])

@@ -176,7 +176,9 @@ def measure_put(reads: Sequence[VideoRead], directory: Path, width: int) -> dict
     rng, count, seconds = np.random.default_rng(0), _STORED * _COMMITS, 0.0
     reads = [read for read in reads if read.strips]
     with IndexWriter(directory) as writer:
-        writer.create(source={}, fingerprint="", videos="", storage="bfloat16", fps=1.0, bank=[])
+        writer.update_header(
+            source={}, fingerprint="", videos="", storage="bfloat16", fps=1.0, bank=[]
+        )
         for batch in range(_COMMITS):
             units = rng.normal(size=(_STORED, 1, FRAMES, width)).astype(np.float32)
             windows = quantize({"frame_unit": units}, "bfloat16")

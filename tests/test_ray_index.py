@@ -71,8 +71,8 @@ def local(search_model, videos, tmp_path_factory) -> Path:
 def content(directory: Path) -> list[tuple]:
     """Fields, arrays and thumbnails of each video of an index, in the order of its segments."""
     part = open_part(directory)
-    assert not any(gone.any() for gone in part.gone)
-    records = [segment.read(row) for segment in part.segments for row in range(len(segment))]
+    assert not any(one.gone.any() for one in part.listed)
+    records = [one.segment.read(row) for one in part.listed for row in range(len(one.gone))]
     return [
         (
             record[: VideoRecord._fields.index("arrays")],
@@ -85,7 +85,7 @@ def content(directory: Path) -> list[tuple]:
 
 def stored(directory: Path) -> int:
     try:
-        return sum(map(len, open_part(directory).segments))
+        return open_part(directory).videos()
     except SearchIndexError:  # Not created yet.
         return 0
 

@@ -107,9 +107,9 @@ def stored_features(directory):
     """Path -> features of an index."""
     part = open_part(directory)
     return {
-        (record := segment.read(row)).path: record.arrays["window.frame_unit"].tobytes()
-        for segment, gone in zip(part.segments, part.gone, strict=True)
-        for row in np.flatnonzero(~gone & (segment.column("windows") > 0))
+        (record := one.segment.read(row)).path: record.arrays["window.frame_unit"].tobytes()
+        for one in part.listed
+        for row in np.flatnonzero(one.live)
     }
 
 
@@ -380,7 +380,7 @@ def test_an_open_index_checks_only_new_features(model, videos, index, monkeypatc
     update_index(model, videos, index)
     checked.clear()
     assert len(scores(session)) == 7
-    assert {segment.paths()[0] for segment in checked} == {"new.mp4"}
+    assert {segment.path(0) for segment in checked} == {"new.mp4"}
 
 
 # ---------------------------------------------------------------------- explanations

@@ -27,7 +27,7 @@ from support.commands import error_of, start_interruptible
 from support.served import Served, check_schema, join_clips, port_of, serving
 
 from drl_jax.search import index_file
-from drl_jax.search.index_file import IndexWriter, ProgressFile
+from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.routes import api_routes
 from drl_jax.search.update import update_index
 
@@ -383,8 +383,8 @@ def test_files_that_cannot_be_searched_are_listed(served):
 def test_the_progress_of_indexing_is_shown(served, monkeypatch):
     monkeypatch.setattr(index_file, "_INTERVAL", 0.0)
     assert served.json("/api/index")["indexing"] is None
-    with IndexWriter(served.index), ProgressFile(served.index, 340) as progress:
-        progress.update(120)
+    with IndexWriter(served.index) as writer:
+        writer.show_progress(120, 340)
         assert served.json("/api/index")["indexing"] == {"done": 120, "total": 340}
         assert b"Indexing: 120 of 340 files" in served.get("/")[2]
         assert served.get(f"/api/search{ASKED}")[0] == 200

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -18,7 +19,7 @@ from starlette.responses import PlainTextResponse
 from drl_jax.models.interactions import Attribution
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import BadRequest, PageQuery, format_clock
-from drl_jax.search.filters import Filters, Listing, passing
+from drl_jax.search.filters import Filters, passing
 from drl_jax.search.hits import Explanation, word_rows
 from drl_jax.search.media import upload_routes
 from drl_jax.search.routes import TEMPLATES
@@ -138,7 +139,8 @@ def test_names_of_hosts_that_are_none_are_one_line():
 
 def test_filters():
     paths, lengths = ["a.mp4", "films/B[1].MKV", "films2/b.mp4"], np.array([5.0, 60.0, 600.0])
-    listing = Listing(np.zeros(3), np.arange(3), paths, np.zeros(3), lengths)
+    zeros = np.zeros(3, np.int64)
+    columns = {"path": paths, "mtime_ns": zeros, "duration": lengths, "row": np.arange(3)}
     for filters, expected in (
         (Filters(), [0, 1, 2]),
         (Filters(folder="films"), [1]),
@@ -151,7 +153,7 @@ def test_filters():
         (Filters(min_length=60), [1, 2]),
         (Filters(min_length=6, max_length=60), [1]),
     ):
-        assert np.flatnonzero(passing(listing, filters)).tolist() == expected, filters
+        assert passing(pa.table(columns), filters)["row"].to_pylist() == expected, filters
         assert bool(filters) == (len(expected) < 3)
     assert not Filters(only=("a.mp4",)).of_properties
 

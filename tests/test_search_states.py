@@ -105,7 +105,7 @@ def index(search_model, tmp_path):
 def change(index, row, value=0):
     """Writes over the features of a video in place, as a failing disk or another program would."""
     with IndexWriter(index) as writer:
-        segment = writer.segments[row // 20]
+        segment = writer.listed[row // 20].segment
     array = segment.arrays["window.frame_unit"]
     with (segment.directory / "window.frame_unit.bin").open("r+b") as file:
         file.seek(row % 20 * array[0].nbytes)
@@ -206,7 +206,7 @@ def test_queries_do_not_wait_for_a_new_state(search_model, index, monkeypatch):
     # What cannot be opened is reported, also if that takes long.
     waits.clear()
     with IndexWriter(index) as writer:
-        (writer.segments[1].directory / "videos.arrow").write_bytes(b"")
+        (writer.listed[1].segment.directory / "videos.arrow").write_bytes(b"")
         writer.update_header(fps=2.0)
     assert opened.state().count == 39
     waits.set()

@@ -57,9 +57,9 @@ def contents(directory):
     """Path -> record of an index, without those that are gone."""
     part = open_part(directory)
     return {
-        (found := segment.read(row)).path: found
-        for segment, gone in zip(part.segments, part.gone, strict=True)
-        for row in np.flatnonzero(~gone)
+        (found := one.segment.read(row)).path: found
+        for one in part.listed
+        for row in np.flatnonzero(~one.gone)
     }
 
 
@@ -67,7 +67,7 @@ def contents(directory):
 def index(tmp_path):
     directory = tmp_path / "index"
     with IndexWriter(directory) as writer:
-        writer.create(**ABOUT)
+        writer.update_header(**ABOUT)
         writer.put([record("b.mp4", 1), record("a/é.mp4", 2, windows=3), record("c.mp4", 3)])
         writer.put([VideoRecord("bad.mp4", 5, 6, "", "is no video", 300.0), record("d.mp4", 4)])
     return directory
@@ -78,8 +78,8 @@ def test_records_are_read_as_they_were_written(index):
     assert_equal(found["a/é.mp4"], record("a/é.mp4", 2, windows=3))
     assert_equal(found["d.mp4"], record("d.mp4", 4))
     assert found["bad.mp4"] == ("bad.mp4", 5, 6, "", "is no video", 300.0, 0.0, {}, [], [])
-    first = open_part(index).segments[0]
-    assert first.paths() == ["a/é.mp4", "b.mp4", "c.mp4"]
+    first = open_part(index).listed[0].segment
+    assert [first.path(row) for row in range(3)] == ["a/é.mp4", "b.mp4", "c.mp4"]
     assert [first.find(path) for path in ("b.mp4", "c.mp4", "d.mp4", "")] == [1, 2, None, None]
     assert first.row_of_window(np.arange(5)).tolist() == [0, 0, 0, 1, 2]
     assert first.strip(0, 0) == b"jpeg2"
@@ -87,7 +87,8 @@ def test_records_are_read_as_they_were_written(index):
 
 def test_records_are_replaced_removed_and_merged_under_open_readers(index):
     part = open_part(index)
-    before = {s.directory: [s.read(row) for row in range(len(s))] for s in part.segments}
+    segments = [one.segment for one in part.listed]
+    before = {s.directory: [s.read(row) for row in range(len(s))] for s in segments}
     with IndexWriter(index) as writer:
         writer.put([record("b.mp4", 9)], gone=["c.mp4"])
         assert writer.file_at("b.mp4").sha256 == "sha9"
@@ -96,8 +97,8 @@ def test_records_are_replaced_removed_and_merged_under_open_readers(index):
     assert contents(index).keys() == {"a/é.mp4", "b.mp4", "bad.mp4", "d.mp4"}
     assert_equal(contents(index)["b.mp4"], record("b.mp4", 9))
     assert_equal(contents(index)["a/é.mp4"], record("a/é.mp4", 2, windows=3))
-    assert not part.segments[0].directory.exists()
-    for segment in part.segments:  # What a reader has mapped stays.
+    assert not segments[0].directory.exists()
+    for segment in segments:  # What a reader has mapped stays.
         segment.check_files()
         for row, expected in enumerate(before[segment.directory]):
             assert_equal(
@@ -107,7 +108,7 @@ def test_records_are_replaced_removed_and_merged_under_open_readers(index):
 
 def test_a_merge_does_not_make_damaged_thumbnails_healthy(index):
     """They are stored with the checksums that they had."""
-    segment = open_part(index).segments[0]
+    segment = open_part(index).listed[0].segment
     row = segment.find("b.mp4")
     strips = segment.directory / "strips.bin"
     damaged = strips.read_bytes().replace(segment.strip(row, 0), b"jpegX")
@@ -115,7 +116,8 @@ def test_a_merge_does_not_make_damaged_thumbnails_healthy(index):
     with IndexWriter(index) as writer:
         writer.put([], gone=["c.mp4"])
         writer.merge()
-    (merged,) = (s for s in open_part(index).segments if s.find("b.mp4") is not None)
+    segments = [one.segment for one in open_part(index).listed]
+    (merged,) = (s for s in segments if s.find("b.mp4") is not None)
     assert merged.directory != segment.directory
     with pytest.raises(ValueError, match=r"thumbnails of 'b\.mp4'"):
         merged.strip(merged.find("b.mp4"), 0)
@@ -123,11 +125,11 @@ def test_a_merge_does_not_make_damaged_thumbnails_healthy(index):
 
 def test_segments_of_one_size_are_merged(tmp_path):
     with IndexWriter(tmp_path) as writer:
-        writer.create(**ABOUT)
+        writer.update_header(**ABOUT)
         for number in range(40):
             writer.put([record(f"{number}.mp4", number)])
             writer.merge(light=True)
-            assert len(writer.segments) <= 16
+            assert len(writer.listed) <= 16
     assert contents(tmp_path).keys() == {f"{number}.mp4" for number in range(40)}
     assert len(list((tmp_path / "segments").iterdir())) == len(read_header(tmp_path)["segments"])
 
@@ -156,7 +158,7 @@ def test_each_flipped_bit_is_noticed(tmp_path):
 
 
 def test_files_that_change_under_a_reader_are_noticed(index):
-    segment = open_part(index).segments[0]
+    segment = open_part(index).listed[0].segment
     segment.read(0)
     path = segment.directory / "window.frame_unit.bin"
     with path.open("r+b") as file:  # In place, as a failing disk or another program would.
@@ -170,7 +172,7 @@ def test_files_that_change_under_a_reader_are_noticed(index):
 
 
 def test_damage_of_the_list_and_of_a_segment(index, capsys):
-    first = open_part(index).segments[0].directory
+    first = open_part(index).listed[0].segment.directory
     (first / "videos.arrow").write_bytes(b"x" * 100)
     with pytest.raises(SearchIndexError, match=r"is damaged .* only the damaged ones are decoded"):
         open_part(index)
@@ -232,7 +234,7 @@ def test_a_killed_writer_loses_nothing(tmp_path):
 
         with IndexWriter(Path(sys.argv[1])) as writer:
             if not writer.header:
-                writer.create(**ABOUT)
+                writer.update_header(**ABOUT)
             first = len(list(writer.files()))
             for number in range(first, 100_000):
                 writer.put([record(f"{number:06}.mp4", number)])
@@ -293,14 +295,14 @@ def test_biases_of_hubs_are_read_beside_files_that_cannot_be_searched(tmp_path):
     numbers = {"window.hubness": np.array([[3.0, 4.0], [5.0, 6.0]], np.float32)}
     good = record("good.mp4", windows=2)
     with IndexWriter(tmp_path / "index") as writer:
-        writer.create(**ABOUT, hubness={"is": [2], "nnn": [16]})
+        writer.update_header(**ABOUT, hubness={"is": [2], "nnn": [16]})
         writer.put([VideoRecord("bad.mp4", 1, 1, error="is not a video")])
         writer.put([good._replace(arrays={**good.arrays, **numbers})])
     index = OpenIndex(tmp_path / "index", model)
     assert index.biases(Correction("is", 2)).tolist() == [3, 5]
     assert index.biases(Correction("nnn", 16, 0.5)).tolist() == [2, 3]
     with IndexWriter(tmp_path / "plain") as writer:
-        writer.create(**ABOUT)
+        writer.update_header(**ABOUT)
         writer.put([good])
     with pytest.raises(SearchIndexError, match="has no bank of captions, which --hubness needs"):
         OpenIndex(tmp_path / "plain", model).biases(Correction("is", 2))
@@ -309,13 +311,14 @@ def test_biases_of_hubs_are_read_beside_files_that_cannot_be_searched(tmp_path):
 def test_a_merge_does_not_hold_all_thumbnails_in_memory(tmp_path):
     size, count = 2**20, 16
     with IndexWriter(tmp_path / "index") as writer:
-        writer.create(**ABOUT)
+        writer.update_header(**ABOUT)
         for number in range(count):
             writer.put([record(f"{number}.mp4")._replace(strips=[bytes([number]) * size])])
         tracemalloc.start()
         writer.merge()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert len(writer.segments) == 1
+        segment = writer.listed[0].segment
+        assert len(writer.listed) == 1
         assert peak < count * size / 4
-        assert bytes(writer.record(writer.file_at("3.mp4")).strips[0]) == bytes([3]) * size
+        assert bytes(segment.read(segment.find("3.mp4")).strips[0]) == bytes([3]) * size

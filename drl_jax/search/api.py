@@ -52,16 +52,16 @@ class SearchAPI:
         if filters.only:
             paths = tuple(video_of(state, path).path for path in filters.only)
             filters = dataclasses.replace(filters, only=paths)
-        videos = state.filtered(filters) if filters else state.videos
-        total = len(videos)
+        among = state.filtered(filters) if filters else None
+        total = state.count if among is None else len(among)
         if query.offset and query.offset >= total:
             raise BadRequest(f"offset must be below the number of videos, {total}")
         end = min(query.offset + top, total)
         if not query.asks or not total:
-            listed = videos[query.offset : end]
+            listed = (state.videos if among is None else among)[query.offset : end]
             hits = [Hit(0, state.folder / video.path, video) for video in listed]
         else:
-            asked, among = self._asked(state, query), videos if filters else None
+            asked = self._asked(state, query)
             hits = self.index.answer(state, asked, end, among, offset=query.offset)
         return {
             "query": query.sentence,
@@ -134,12 +134,13 @@ class SearchAPI:
 
 @functools.lru_cache(maxsize=1)  # Every page shows them.
 def _facts_of(state: OpenIndex) -> dict[str, Any]:
-    folders = {path.rpartition("/")[0] for path in state.listing.paths} - {""}
+    listing = state.videos.listing
+    folders = {path.rpartition("/")[0] for path in listing["path"].to_pylist()} - {""}
     return {
         "folder": str(state.folder),
         "videos": state.count,
         "windows": len(state.gallery),
-        "hours": round(float(state.listing.lengths.sum()) / 3600, 3),
+        "hours": round(float(listing["duration"].to_numpy().sum()) / 3600, 3),
         "folders": sorted(folders)[:_FOLDERS],
         "unsearchable": state.unsearchable_count,
     }

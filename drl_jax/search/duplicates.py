@@ -76,7 +76,8 @@ def same_picture(index: OpenIndex, picture: np.ndarray) -> list[IndexedVideo]:
     """
     found: dict[tuple[int, int], tuple[int, int]] = {}  # The best frame of each video.
     wanted, shown = picture_hash(picture), Image.fromarray(picture)
-    for number, (segment, live, *_) in enumerate(index.segments):
+    for number, one in enumerate(index.segments):
+        segment, live = one.segment, one.live
         if not (live.any() and wanted):  # A plain picture is in no video.
             continue
         firsts, hashes = segment.firsts["frame"], segment.arrays["frame.hash"]
@@ -104,7 +105,8 @@ def _is_like(thumbnail: Image.Image, picture: Image.Image) -> bool:
 def _sampled_frames(index: OpenIndex) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
     """Hashes uint64 [N] of all videos, the first of each [V + 1], and the videos' places."""
     hashes, counts, places = [], [np.zeros(1, int)], []
-    for number, (segment, live, *_) in enumerate(index.segments):
+    for number, one in enumerate(index.segments):
+        segment, live = one.segment, one.live
         if live.any():
             frames = np.diff(segment.firsts["frame"])
             hashes.append(segment.arrays["frame.hash"][np.repeat(live, frames)])

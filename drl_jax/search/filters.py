@@ -5,74 +5,42 @@ import datetime
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.segments import Segment
+from drl_jax.search.segments import Listed
+
+# Videos, ordered by path; each has its number of the segment, and its row there.
+Listing = pa.Table
+_COLUMNS = ["path", "mtime_ns", "duration", "segment", "row"]
 
 
-class Listing(NamedTuple):
-    """What filters need of V videos, ordered by path: 0.2 GB for a million.
-
-    Attributes:
-      segments: int [V], number of the segment of each.
-      rows: int [V], its row there.
-      paths: V paths relative to the folder of the index.
-      mtimes: int64 [V], modification times, nanoseconds.
-      lengths: float64 [V], seconds.
-    """
-
-    segments: np.ndarray
-    rows: np.ndarray
-    paths: list[str]
-    mtimes: np.ndarray
-    lengths: np.ndarray
-
-    @classmethod
-    def of_segments(cls, listed: Sequence[tuple[Segment, np.ndarray, str]]) -> "Listing":
-        """The videos of segments.
-
-        Args:
-          listed: of each segment, itself, bool [V]: which of its videos, and the prefix of paths.
-        """
-        rows = [np.flatnonzero(live) for _, live, _ in listed]
-        segments = np.repeat(np.arange(len(listed)), [len(row) for row in rows])
-        paths = [
-            prefix + path
-            for (segment, _, prefix), row in zip(listed, rows, strict=True)
-            for path in segment.table.column("path").take(pa.array(row)).to_pylist()
-        ]
-        columns = [
-            np.concatenate([s.column(name)[r] for (s, _, _), r in zip(listed, rows, strict=True)])
-            for name in ("mtime_ns", "duration")
-        ]
-        order = np.array(sorted(range(len(paths)), key=paths.__getitem__), np.int64)
-        taken = [array[order] for array in (segments, np.concatenate(rows), *columns)]
-        return cls(*taken[:2], [paths[n] for n in order.tolist()], *taken[2:])
-
-    def chosen(self, which: np.ndarray) -> "Listing":
-        """Some of the videos, bool [V]."""
-        paths = [self.paths[number] for number in np.flatnonzero(which)]
-        segments, rows, _, mtimes, lengths = self
-        return Listing(segments[which], rows[which], paths, mtimes[which], lengths[which])
+def list_videos(segments: Sequence[Listed], rows: Sequence[np.ndarray]) -> Listing:
+    """The videos in some rows of each segment, with what filters need of them."""
+    tables = []
+    for number, (one, chosen) in enumerate(zip(segments, rows, strict=True)):
+        path, *others = one.segment.table.select(["path", "mtime_ns", "duration"]).take(chosen)
+        prefix, end = (pa.scalar(text, pa.large_string()) for text in (one.prefix, ""))
+        path = pc.binary_join_element_wise(prefix, path, end)
+        of_segment = pa.array(np.full(len(chosen), number))
+        tables.append(pa.table([path, *others, of_segment, pa.array(chosen)], _COLUMNS))
+    return pa.concat_tables(tables).sort_by("path").combine_chunks()
 
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """Which videos are searched.
+    """Which videos are searched. Paths are relative to the folder of the index.
 
     Attributes:
-      folder: below this folder, relative to that of the index; empty: all.
+      folder: below this folder.
       name: the file name contains it, or matches it if it has `*` or `?`; case is ignored.
-      min_length: seconds at least.
-      max_length: seconds at most.
-      since: changed on this day or later.
-      until: changed on this day or earlier.
-      only: paths relative to the folder of the index, the only ones; empty: all.
+      min_length, max_length: seconds.
+      since, until: days, both included, on which the file was changed last.
+      only: the paths of all videos that are searched; empty: no restriction.
     """
 
     folder: str = ""
@@ -98,34 +66,26 @@ class Filters:
         return dataclasses.replace(self, only=rest)
 
 
-def passing(listing: Listing, filters: Filters) -> np.ndarray:
-    """Which videos pass the filters but `only`: bool [V]."""
-    found = (filters.min_length <= listing.lengths) & (listing.lengths <= filters.max_length)
+def passing(listing: Listing, filters: Filters) -> Listing:
+    """The videos of a list that pass the filters but `only`."""
+    lengths, times = (listing[name].to_numpy() for name in ("duration", "mtime_ns"))
+    found = (filters.min_length <= lengths) & (lengths <= filters.max_length)
     # Days of the local time of this machine.
     if filters.since > datetime.date.min:
-        found &= listing.mtimes >= _midnight_ns(filters.since)
+        found &= times >= _midnight_ns(filters.since)
     if filters.until < datetime.date.max:
-        found &= listing.mtimes < _midnight_ns(filters.until + datetime.timedelta(days=1))
-    folder = filters.folder.strip("/")
-    if folder:
-        _restrict(found, listing.paths, lambda path: path.startswith(f"{folder}/"))
-    pattern = filters.name.casefold()
-    if set("*?") & set(pattern):
+        found &= times < _midnight_ns(filters.until + datetime.timedelta(days=1))
+    listing = listing.filter(pa.array(found))
+    if folder := filters.folder.strip("/"):
+        listing = listing.filter(pc.starts_with(listing["path"], f"{folder}/"))
+    if name := filters.name.casefold():
         # "[" is a part of many names, and no class of characters.
-        matches = re.compile(fnmatch.translate(pattern.replace("[", "[[]"))).match
-        _restrict(found, listing.paths, lambda path: bool(matches(_name_of(path))))
-    elif pattern:
-        _restrict(found, listing.paths, lambda path: pattern in _name_of(path))
-    return found
-
-
-def _restrict(found: np.ndarray, paths: list[str], passes: Callable[[str], bool]) -> None:
-    """Leaves out those of the videos found whose paths do not pass."""
-    found[found] = [passes(paths[number]) for number in np.flatnonzero(found).tolist()]
-
-
-def _name_of(path: str) -> str:
-    return path.rpartition("/")[2].casefold()
+        matches = re.compile(fnmatch.translate(name.replace("[", "[[]"))).match
+        is_pattern = bool(set("*?") & set(name))
+        names = (path.rpartition("/")[2].casefold() for path in listing["path"].to_pylist())
+        chosen = [bool(matches(one)) if is_pattern else name in one for one in names]
+        listing = listing.filter(pa.array(chosen, pa.bool_()))
+    return listing
 
 
 def _midnight_ns(day: datetime.date) -> float:
@@ -138,11 +98,7 @@ def _midnight_ns(day: datetime.date) -> float:
 
 
 def parse_day(name: str, text: str) -> datetime.date:
-    """Reads a day.
-
-    Raises:
-      UserError: it is none; `name` is in the message.
-    """
+    """Reads a day; raises a UserError that has `name` if it is none."""
     try:
         return datetime.date.fromisoformat(text)
     except ValueError:

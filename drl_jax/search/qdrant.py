@@ -106,7 +106,8 @@ class Qdrant:
         self, index: OpenIndex, name: str, is_missing: np.ndarray, biases: np.ndarray | None
     ) -> None:
         with tqdm(total=int(is_missing.sum()), desc="exporting", unit="window") as progress:
-            for segment, _, prefix, first in index.segments:
+            for one in index.segments:
+                segment, prefix, first = one.segment, one.prefix, one.first_slot
                 last = first + int(segment.firsts["window"][-1])
                 missing = np.flatnonzero(is_missing[first:last])
                 for start in range(0, len(missing), _WRITTEN):
@@ -171,11 +172,12 @@ class Qdrant:
     def _read_known(self, index: OpenIndex) -> tuple[np.ndarray, np.ndarray]:
         """The keys of the points that a state has, ascending, and their slots."""
         before, self._keys = self._keys, {}
-        for segment, _, prefix, _ in index.segments:
-            keys, rows = before.get((segment.directory, prefix)), segment.firsts["window"][-1]
+        for one in index.segments:
+            name, rows = (one.segment.directory, one.prefix), one.segment.firsts["window"][-1]
+            keys = before.get(name)
             if keys is None:
-                keys = _keys(_points(segment, prefix, np.arange(rows)))
-            self._keys[segment.directory, prefix] = keys
+                keys = _keys(_points(one.segment, one.prefix, np.arange(rows)))
+            self._keys[name] = keys
         slots = np.flatnonzero(index.valid)
         keys = np.concatenate(list(self._keys.values()))[slots]
         order = np.argsort(keys)

@@ -20,7 +20,7 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.encoding import WindowEncoder, bank_of, check_bank, write_bank
-from drl_jax.search.index_file import IndexWriter, KnownFile, ProgressFile
+from drl_jax.search.index_file import IndexWriter, KnownFile
 from drl_jax.search.reading import (
     FoundFile,
     FrameSampling,
@@ -226,7 +226,7 @@ def _check_made_with(
     """Writes what a new index is made with, or checks that it is the same."""
     folder, header = str(videos.resolve()), writer.header
     if not header:
-        writer.create(
+        writer.update_header(
             source=model.source,
             fingerprint=model.fingerprint,
             videos=folder,
@@ -294,7 +294,7 @@ class _Changes:
             self.pending.append(found)
             return
         self.total += 1
-        is_damaged = writer.is_damaged(file)
+        is_damaged = file.is_damaged()
         if is_damaged:
             self.damaged.add(file.path)
         if found is None:
@@ -425,12 +425,12 @@ class _Update:
             unit="video",
             disable=not pending,
         )
-        with ProgressFile(self._writer.directory, len(pending)) as progress:
-            for number, (file, read) in enumerate(shown, start=1):
-                self._take(file, _checked(read))
-                progress.update(number)
-            self._encode()
-            self._store(0)
+        for number, (file, read) in enumerate(shown):
+            self._writer.show_progress(number, len(pending))
+            self._take(file, _checked(read))
+            self._writer.show_progress(number + 1, len(pending))
+        self._encode()
+        self._store(0)
         self._writer.put(self._kept, [*self._left, *self._changes.missing])
         self._report.removed = len(self._changes.missing)
         self._writer.merge(light=self._changes.paths is not None)
@@ -497,7 +497,7 @@ class _Update:
 
     def _keep(self, known: KnownFile, file: FoundFile) -> None:
         """Stores what is known of a content with the path and the times of a file."""
-        record = self._writer.record(known)
+        record = known.segment.read(known.row)
         self._kept.append(record._replace(path=file.path, mtime_ns=file.mtime_ns))
 
     # ------------------------------------------------------------------ batches

@@ -86,7 +86,7 @@ def write_index(
         **{"storage": "float32", "fps": 1.0, "bank": ["a"]},
     }
     with IndexWriter(directory) as writer:
-        writer.create(**{**given, **about})
+        writer.update_header(**{**given, **about})
         for videos in segments:
             writer.put(videos)
     return directory
