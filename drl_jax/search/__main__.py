@@ -112,7 +112,7 @@ def _parser() -> Parser:
         "shards", type=Path, nargs="+", metavar="SHARD", help="directory of an index to join"
     )
 
-    add_ray_flag(index, "decode and encode on")
+    add_ray_flag(index, "decode on")
 
     text = "answer queries, or prompt for them"
     query = commands.add_parser("query", parents=[common, answering], help=text, description=text)

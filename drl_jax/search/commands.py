@@ -25,7 +25,7 @@ from drl_jax.search.query import Query, encode_sentences, encode_video_file, sam
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import frames_of, open_picture, read_video
 from drl_jax.search.session import Index, rank_sentences
-from drl_jax.search.update import IndexReport, Shard, update_index
+from drl_jax.search.update import IndexReport, update_index
 
 
 class ExplainedFile(NamedTuple):
@@ -61,7 +61,7 @@ def explain_file(model: RetrievalModel, path: Path, sentence: str, out: Path) ->
     part = query.parts[0]
     with temporary_directory() as folder:
         read = read_video(path, (), sampling_of(model), folder / "frames")
-        if reason := read.error or read.failure:
+        if reason := read.error:
             raise UserError(f"{path} {reason}")
         frames = frames_of(read, model.frame_form)
         videos = model.encode_windows(frames, read.windows)
@@ -97,7 +97,6 @@ _HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, 
 
 
 def _index(options: argparse.Namespace) -> None:
-    shard = None if options.shard is None else Shard.parse(options.shard)
     with _cluster(options.ray) as cluster:
         model = required_model(options)
         report = update_index(
@@ -110,7 +109,7 @@ def _index(options: argparse.Namespace) -> None:
             prune=options.prune,
             bank=_bank_captions(options.bank, model) if options.bank else (),
             only=options.only,
-            shard=shard,
+            shard=options.shard,
             cluster=cluster,
         )
     print(_format_report(report, options.index, options.storage))
@@ -125,12 +124,8 @@ def _cluster(address: str | None) -> "contextlib.AbstractContextManager[RayClust
     """The cluster that `--ray` names, if any."""
     if not address:
         return contextlib.nullcontext()
-    import jax
-
     from drl_jax.runtime.cluster import connect
 
-    # The GPUs are for the processes that encode: this one only compares models.
-    jax.config.update("jax_platforms", "cpu")
     return connect(address)
 
 
@@ -166,9 +161,6 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
         if names:
             lines.append(f"{len(names)} {title}:")
             lines += [f"  {printable(path)}: {reason}" for path, reason in names.items()]
-    if report.skipped:
-        lines.append(f"{len(report.skipped)} names are not files (dangling links, pipes):")
-        lines += [f"  {printable(path)}" for path in report.skipped]
     return "\n".join(lines)
 
 
@@ -184,9 +176,10 @@ def _join(options: argparse.Namespace) -> None:
         f"{options.index}: {len(parts)} shards with {videos} files and {windows} windows open as"
         " one"
     )
-    given = {Shard.parse(shard) for part in parts if (shard := part.header.get("shard"))}
-    wanted = {Shard(number, shard.count) for shard in given for number in range(shard.count)}
-    if missing := [str(shard) for shard in sorted(wanted - given)]:
+    given = {shard for part in parts if (shard := part.header.get("shard"))}
+    counts = sorted({int(shard.partition("/")[2]) for shard in given})
+    wanted = [f"{number}/{count}" for count in counts for number in range(count)]
+    if missing := [shard for shard in wanted if shard not in given]:
         rest = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         print(f"shards that were not given: {' '.join(missing[:_SHOWN])}{rest}")
 

@@ -30,7 +30,7 @@ class Query:
     Attributes:
       sentence: what is seen.
       without: what is not seen.
-      picture: a frame in the form of the model, as `pictures.open_picture` decodes it.
+      picture: a frame in the form of the model, as `reading.open_picture` decodes it.
       video: a video file, or one that was encoded before.
       like: a video of an open index and a time in it, seconds.
     """
@@ -162,7 +162,7 @@ def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedVid
     Raises:
       UserError: it has no frames.
     """
-    if reason := read.error or read.failure:
+    if reason := read.error:
         raise UserError(f"{name} {reason}")
     frames, windows = frames_of(read, model.frame_form), read.windows
     count = min(len(windows), _MAX_WINDOWS)
