@@ -145,6 +145,8 @@ def test_a_node_that_cannot_do_the_work_is_one_line(nodes, cluster, search_model
     init.write_text(init.read_text().replace(drl_jax.__version__, "0.0.7"))
     bad = nodes.add(PYTHONPATH=f"{tmp_path / 'other'}:{ROOT / 'tests'}:{ROOT}")
     try:
+        while bad.id not in cluster.nodes():
+            time.sleep(0.1)
         line = rf"^node \S+ \(.*, {bad.id[:8]}\) has drl_jax 0.0.7, not {drl_jax.__version__};"
         with pytest.raises(ClusterError, match=line):
             update_index(search_model, videos, tmp_path / "index", cluster=cluster)

@@ -25,7 +25,7 @@ from drl_jax.search.query import Query, encode_sentences, encode_video_file, sam
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import frames_of, open_picture, read_video
 from drl_jax.search.session import Index, rank_sentences
-from drl_jax.search.update import IndexReport, update_index
+from drl_jax.search.update import IndexReport, parse_shard, update_index
 
 
 class ExplainedFile(NamedTuple):
@@ -97,6 +97,8 @@ _HELP = "t SENTENCE: search, i NUMBER: search with a caption of the test split, 
 
 
 def _index(options: argparse.Namespace) -> None:
+    if options.shard is not None:
+        parse_shard(options.shard)
     with _cluster(options.ray) as cluster:
         model = required_model(options)
         report = update_index(

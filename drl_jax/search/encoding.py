@@ -29,8 +29,7 @@ _FEATURE_SUFFIXES = ("_unit", "_feat")
 # the header, float32 [2]; and float32 [P], by inverse temperatures of inverted softmax, then by
 # numbers of largest similarities of NNN.
 BANK_ARRAY, HUBNESS_ARRAY = "bank_similarity", "hubness"
-# Captions of the header.
-_BANK_SIZE = 64
+_BANK_SIZE = 64  # Captions of the header.
 # Windows that a query which is no sentence is compared with (`OpenIndex.spread`), and the fewest
 # that make a scale.
 SCALE_WINDOWS, _FEW = 64, 8
@@ -277,13 +276,14 @@ class WindowEncoder:
         if not windows:
             return [{} for _ in reads]
         ends = np.cumsum([len(read.windows) for read in reads])
-        parts = {n: np.split(a, ends[:-1]) for n, a in self._stored(windows).items()}
-        found = []
-        for number, read in enumerate(reads):
-            feat = quantize({"image_feat": features[number]}, "bfloat16")["image_feat"]
-            arrays = {f"window.{name}": part[number] for name, part in parts.items()}
-            found.append({**arrays, "feature.image_feat": feat} if read.arrays else {})
-        return found
+        parts = {f"window.{n}": np.split(a, ends[:-1]) for n, a in self._stored(windows).items()}
+        parts["feature.image_feat"] = [
+            quantize({"image_feat": feat}, "bfloat16")["image_feat"] for feat in features
+        ]
+        return [
+            {name: part[number] for name, part in parts.items()} if read.arrays else {}
+            for number, read in enumerate(reads)
+        ]
 
     def _stored(self, windows: Features) -> Features:
         model, header = self._model, self._header

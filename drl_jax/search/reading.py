@@ -32,6 +32,7 @@ from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
+NOT_UTF8 = "its name is not UTF-8; rename it"
 # Side of the thumbnails, pixels.
 _THUMBNAIL = 112
 # What `picture_hash` looks at: cosines of the 8 lowest frequencies on a grid of so many places.
@@ -62,10 +63,20 @@ class FoundFile(NamedTuple):
     allowed: float
 
 
-def find_videos(folder: Path, timeout: float) -> Iterator[FoundFile]:
-    """Yields the video files below a folder; see `allowed_seconds`."""
+def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Iterator[FoundFile]:
+    """Yields the video files below a folder; see `allowed_seconds`.
+
+    Adds to `unusable` why other names of videos are none, e.g. of links to nothing, and of pipes.
+    """
+    for parent, _, names in os.walk(folder):
+        paths = [Path(parent, name) for name in names if is_video(name)]
+        others = [str(path.relative_to(folder)) for path in paths if not path.is_file()]
+        unusable |= dict.fromkeys(others, "it is no file, e.g. a link to nothing")
     for name in filter(is_video, names_below(folder)):
-        yield found_file(folder, name, timeout)
+        if is_text(name):
+            yield found_file(folder, name, timeout)
+        else:
+            unusable[ascii(name)[1:-1]] = NOT_UTF8
 
 
 def found_file(folder: Path, path: str, timeout: float) -> FoundFile:
@@ -89,15 +100,6 @@ def is_video(path: str) -> bool:
 def is_text(path: str) -> bool:
     """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in path)
-
-
-def names_of_no_files(folder: Path) -> list[str]:
-    """Names of videos below a folder that are not files: links to nothing, pipes, devices."""
-    found = []
-    for parent, _, names in os.walk(folder):
-        below = [Path(parent, name) for name in names if is_video(name)]
-        found += [str(path.relative_to(folder)) for path in below if not path.is_file()]
-    return sorted(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,18 +20,8 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.encoding import WindowEncoder, bank_of, describe_bank, write_bank
 from drl_jax.search.index_file import IndexWriter, KnownFile, ProgressFile
-from drl_jax.search.reading import (
-    FoundFile,
-    FrameSampling,
-    VideoRead,
-    find_videos,
-    found_file,
-    is_text,
-    is_video,
-    names_of_no_files,
-    read_video,
-    read_video_on_node,
-)
+from drl_jax.search.reading import NOT_UTF8, FoundFile, FrameSampling, VideoRead, find_videos
+from drl_jax.search.reading import found_file, is_text, is_video, read_video, read_video_on_node
 from drl_jax.search.segments import SearchIndexError, VideoRecord
 
 if TYPE_CHECKING:
@@ -54,7 +44,6 @@ _MADE_WITH = {
     "shard": "--shard, {}",
     "hubness": "--bank",
 }
-_NOT_UTF8 = "its name is not UTF-8; rename it"
 
 
 def parse_shard(text: str) -> str:
@@ -118,22 +107,20 @@ def update_index(
 
     What is encoded is committed every few seconds: after an interruption, the same call continues.
     A file with the content of one that is gone takes over its features. A video whose features are
-    damaged is decoded again.
+    damaged is decoded again. This process encodes; worker processes or a cluster decode.
 
     Args:
       model: encodes the videos.
       videos: their folder, searched recursively. That of an existing index may have been moved.
-      directory: of the index; created if it does not exist.
-      storage: how features are stored, one of `drl_jax.search.STORAGES`.
+      directory: of the index.
+      storage: of features, one of `drl_jax.search.STORAGES`.
       fps: frames a second that are stored of files of several windows, 1 to 4.
       timeout: see `allowed_seconds`. A video that took longer is tried again when this is larger.
       prune: remove files that are gone also if they are most of the index.
-      bank: captions of other videos, to rank without hubs; those of an existing index need not be
-        given again.
-      only: adds, updates or removes only these files, paths relative to the folder; empty: all. The
-        time does not depend on the sizes of the folder and of the index.
-      shard: of a new index: only the files of this shard, NUMBER/COUNT. An index remembers it.
-      cluster: decodes; None: worker processes do. This process encodes.
+      bank: of a new index: captions of other videos, to rank without hubs.
+      only: paths in the folder; empty: all. The time for a few does not depend on its size.
+      shard: of a new index: only the files of this shard, NUMBER/COUNT.
+      cluster: decodes.
 
     Raises:
       UserError: the folder does not exist, there is no video, most of the files are gone, the
@@ -218,14 +205,8 @@ class _Update:
     def compare_folder(self) -> None:
         """Compares the index with all files of the folder, and checks its features."""
         known = {file.path: file for file in self._writer.files()}
-        bad = dict.fromkeys(
-            names_of_no_files(self._folder), "it is no file, e.g. a link to nothing"
-        )
         has_names = bool(known)
-        for found in find_videos(self._folder, self._timeout):
-            if not is_text(found.path):
-                bad[ascii(found.path)[1:-1]] = _NOT_UTF8
-                continue
+        for found in find_videos(self._folder, self._timeout, self._report.bad):
             has_names = True
             if self._shard is None or is_in_shard(found.path, self._shard):
                 self._compare(known.pop(found.path, None), found)
@@ -233,7 +214,6 @@ class _Update:
             raise UserError(f"no video in {self._folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
         for path in sorted(known):
             self._compare(known[path], None)
-        self._report.bad = bad
 
     def compare_files(self, paths: Sequence[str]) -> None:
         """Compares the index with some files of the folder; reads nothing of the others."""
@@ -290,14 +270,9 @@ class _Update:
             example = self._folder / pending[0].path
             cluster.check({"--index": writer.directory}, example, _PACKAGES, ["drl_jax"])
             self._map = functools.partial(cluster.map, read_video_on_node)
-        shown = tqdm(
-            zip(pending, self._read(pending), strict=True),
-            desc="indexing",
-            total=len(pending),
-            unit="video",
-            disable=not pending,
-        )
-        with ProgressFile(writer.directory, len(pending)) as progress:
+        total, reads = len(pending), zip(pending, self._read(pending), strict=True)
+        shown = tqdm(reads, desc="indexing", total=total, unit="video", disable=not total)
+        with ProgressFile(writer.directory, total) as progress:
             for number, (file, read) in enumerate(shown, start=1):
                 self._take(file, read)
                 progress.update(number)
@@ -310,14 +285,10 @@ class _Update:
         return report
 
     def _read(self, files: Sequence[FoundFile]) -> Iterator[VideoRead | WorkerFailure]:
+        folder = self._folder.absolute()  # The nodes of a cluster have other working directories.
+        spools = (self._writer.spool_file(number).absolute() for number in self._numbers)
         calls = [
-            (
-                # Absolute: the nodes of a cluster have other working directories.
-                (self._folder / file.path).absolute(),
-                self._known_contents(file),
-                self._sampling,
-                self._writer.spool_file(next(self._numbers)).absolute(),
-            )
+            (folder / file.path, self._known_contents(file), self._sampling, next(spools))
             for file in files
         ]
         return self._map(calls, timeout=[file.allowed for file in files], ahead=_AHEAD)
@@ -331,15 +302,14 @@ class _Update:
 
     def _take(self, file: FoundFile, read: VideoRead | WorkerFailure) -> None:
         """Adds a file that was read to the next batch."""
-        known = self._known.get(file.path)
+        known, allowed = self._known.get(file.path), 0.0
         if isinstance(read, WorkerFailure):
-            if read.is_passing and not read.timed_out:
+            if read.timed_out:  # Stored with the time that it had.
+                allowed = file.allowed
+            elif read.is_passing:
                 self._report.unavailable[file.path] = read.reason
                 return
-            # A video that took too long is stored with the time that it had.
-            allowed, read = file.allowed if read.timed_out else 0.0, VideoRead("", read.reason)
-        else:
-            allowed = 0.0
+            read = VideoRead("", read.reason)
         if not read.is_known:
             self._report.added += known is None
             self._report.changed += known is not None
@@ -366,8 +336,8 @@ class _Update:
 
     def _keep(self, known: KnownFile, file: FoundFile) -> None:
         """Stores what is known of a content with the path and the times of a file."""
-        record = self._writer.record(known)
-        self._add(record._replace(path=file.path, mtime_ns=file.mtime_ns), VideoRead(""))
+        about = {"path": file.path, "mtime_ns": file.mtime_ns}
+        self._add(self._writer.record(known)._replace(**about), VideoRead(""))
 
     def _add(self, record: VideoRecord, read: VideoRead) -> None:
         """Adds a video to the next batch, whose windows are still to be encoded."""
@@ -400,7 +370,7 @@ def _check_named(folder: Path, path: str) -> None:
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         raise UserError(f"--only takes paths below {folder}, not {path}")
     if not is_text(path):
-        raise UserError(f"--only={ascii(path)[1:-1]}: {_NOT_UTF8}")
+        raise UserError(f"--only={ascii(path)[1:-1]}: {NOT_UTF8}")
     # A folder is listed by its own path only.
     root, parent = folder.resolve(), (folder / path).parent.resolve()
     if parent.is_relative_to(root) and parent.relative_to(root) != PurePath(path).parent:
