@@ -123,7 +123,7 @@ def test_files_that_can_not_be_named(search_model, copy, search_run, capsys):
     for path, message in (
         ("none.mp4", r"--only=none.mp4: neither .* nor the index has such a video"),
         ("text.txt", r"neither .* nor the index has such a video"),
-        ("c", r"neither .* nor the index has such a video file"),
+        ("c", r"neither .* nor the index has such a video"),
         ("../copy/videos/a.mp4", r"--only takes paths below .*videos, not \.\./copy"),
         (str(copy / "a.mp4"), r"--only takes paths below"),
         ("link/d.mp4", r"leads through a link: name c/d.mp4"),

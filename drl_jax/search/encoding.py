@@ -92,9 +92,6 @@ def dequantize(arrays: dict[str, Any]) -> Arrays:
     return features
 
 
-# ---------------------------------------------------------------------- weak matches
-
-
 def bank_of(config: Config) -> list[str]:
     """Captions of the training split of a model's dataset, or plain ones if it is not here."""
     # The libraries of datasets take half a second to import, and a query needs none.
@@ -136,9 +133,6 @@ def unusual(score: float, scale: np.ndarray) -> float:
     """
     mean, deviation = map(float, scale)
     return (score - mean) / max(deviation, 1e-6)
-
-
-# ---------------------------------------------------------------------- hubs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +227,6 @@ def _hubness_of(
         ]
         found.append(np.stack(columns, axis=1).astype(np.float32))
     return np.concatenate(found)
-
-
-# ---------------------------------------------------------------------- windows
 
 
 def encode_reads(

@@ -9,7 +9,7 @@ import os
 import socket
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
-NOT_UTF8 = "its name is not UTF-8; rename it"
+_NOT_UTF8 = "its name is not UTF-8; rename it"
 # Side of the thumbnails, pixels.
 _THUMBNAIL = 112
 # What `picture_hash` looks at: cosines of the 8 lowest frequencies on a grid of so many places.
@@ -74,13 +74,30 @@ def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Itera
         unusable |= dict.fromkeys(others, "it is no file, e.g. a link to nothing")
     for name in filter(is_video, names_below(folder)):
         if is_text(name):
-            yield found_file(folder, name, timeout)
+            yield _found_file(folder, name, timeout)
         else:
-            unusable[ascii(name)[1:-1]] = NOT_UTF8
+            unusable[ascii(name)[1:-1]] = _NOT_UTF8
 
 
-def found_file(folder: Path, path: str, timeout: float) -> FoundFile:
-    """The file with a path below a folder."""
+def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
+    """The video file with the path `--only` below a folder; None: there is none.
+
+    Raises:
+      UserError: it is no path that `find_videos` could yield.
+    """
+    if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
+        raise UserError(f"--only takes paths below {folder}, not {path}")
+    if not is_text(path):
+        raise UserError(f"--only={ascii(path)[1:-1]}: {_NOT_UTF8}")
+    # A folder is listed by its own path only.
+    file, root = folder / path, folder.resolve()
+    parent = file.parent.resolve()
+    if parent.is_relative_to(root) and parent.relative_to(root) != PurePath(path).parent:
+        raise UserError(f"{file} leads through a link: name {parent.relative_to(root) / file.name}")
+    return _found_file(folder, path, timeout) if is_video(path) and file.is_file() else None
+
+
+def _found_file(folder: Path, path: str, timeout: float) -> FoundFile:
     status = (folder / path).stat()
     allowed = allowed_seconds(timeout, status.st_size)
     return FoundFile(path, status.st_size, status.st_mtime_ns, allowed)

@@ -18,10 +18,10 @@ from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
+from drl_jax.search import reading
 from drl_jax.search.encoding import WindowEncoder, bank_of, describe_bank, write_bank
 from drl_jax.search.index_file import IndexWriter, KnownFile, ProgressFile
-from drl_jax.search.reading import NOT_UTF8, FoundFile, FrameSampling, VideoRead, find_videos
-from drl_jax.search.reading import found_file, is_text, is_video, read_video, read_video_on_node
+from drl_jax.search.reading import FoundFile, FrameSampling, VideoRead
 from drl_jax.search.segments import SearchIndexError, VideoRecord
 
 if TYPE_CHECKING:
@@ -148,13 +148,8 @@ def update_index(
             update.compare_files(only)
         else:
             update.compare_folder()
-        lost, total = update.lost(), update.total()
-        is_mounted = any(videos.iterdir()) if only else lost <= total / 2
-        if lost and not (is_mounted or prune):
-            raise UserError(
-                f"{lost} of the {total} videos of the index {directory} are not in {videos}: is it"
-                " the right folder, and mounted? --prune removes them from the index"
-            )
+        if not prune:
+            update.check_mounted()
         return update.run(cluster)
 
 
@@ -179,12 +174,8 @@ class _Update:
     """One update of an index: files are compared, then read, and encoded in batches."""
 
     def __init__(self, writer: IndexWriter, model: RetrievalModel, folder: Path, timeout: float):
-        self._writer, self._folder, self._timeout = writer, folder, timeout
-        self._shard = writer.header.get("shard")
+        self._writer, self._model, self._folder, self._timeout = writer, model, folder, timeout
         self._encoder = WindowEncoder(model, writer.directory, writer.header)
-        data, fps = model.config.data, writer.header["fps"]
-        self._sampling = FrameSampling(model.frame_form, data.max_frames, fps)
-        self._batch_size = model.config.eval.batch_size
         self._report = IndexReport()
         # The files of `--only`; None: all.
         self._paths: list[str] | None = None
@@ -197,18 +188,16 @@ class _Update:
         self._batch: list[tuple[VideoRecord, VideoRead]] = []
         self._waiting_windows, self._since = 0, time.monotonic()
         self._left: list[str] = []
-        self._map: Callable[..., Iterator] = functools.partial(map_in_processes, read_video)
+        self._map: Callable[..., Iterator] = functools.partial(map_in_processes, reading.read_video)
         self._numbers = itertools.count()  # Of the files of long videos.
-
-    # ------------------------------------------------------------------ what has changed
 
     def compare_folder(self) -> None:
         """Compares the index with all files of the folder, and checks its features."""
         known = {file.path: file for file in self._writer.files()}
         has_names = bool(known)
-        for found in find_videos(self._folder, self._timeout, self._report.bad):
+        for found in reading.find_videos(self._folder, self._timeout, self._report.bad):
             has_names = True
-            if self._shard is None or is_in_shard(found.path, self._shard):
+            if self._is_ours(found.path):
                 self._compare(known.pop(found.path, None), found)
         if not has_names:
             raise UserError(f"no video in {self._folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
@@ -222,17 +211,19 @@ class _Update:
         names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in below]
         self._paths = list(dict.fromkeys(names))
         for path in self._paths:
-            _check_named(folder, path)
-            is_there = is_video(path) and (folder / path).is_file()
-            found = found_file(folder, path, self._timeout) if is_there else None
-            file = self._writer.file_at(path)
+            found, file = (
+                reading.find_named(folder, path, self._timeout),
+                self._writer.file_at(path),
+            )
             if found is None and file is None:
-                raise UserError(
-                    f"--only={path}: neither {folder} nor the index has such a video file"
-                )
-            if self._shard is not None and not is_in_shard(path, self._shard):
-                raise UserError(f"--only={path}: it is not in shard {self._shard} of {folder}")
+                raise UserError(f"--only={path}: neither {folder} nor the index has such a video")
+            if not self._is_ours(path):
+                raise UserError(f"--only={path}: it is not in the shard of the index")
             self._compare(file, found)
+
+    def _is_ours(self, path: str) -> bool:
+        shard = self._writer.header.get("shard")
+        return shard is None or is_in_shard(path, shard)
 
     def _compare(self, file: KnownFile | None, found: FoundFile | None) -> None:
         """Compares what the index has of a file with the file; None: it is not there."""
@@ -251,17 +242,18 @@ class _Update:
         else:
             self._report.unchanged += 1
 
-    def lost(self) -> int:
-        """Number of missing files of whose size there is no new one."""
+    def check_mounted(self) -> None:
+        """Refuses to remove most of an index; a file whose size a new one has may have moved."""
         new = collections.Counter(f.size for f in self._pending if f.path not in self._known)
-        return sum(max(0, len(files) - new[size]) for size, files in self._missing.items())
-
-    def total(self) -> int:
-        """Number of files of the index that were compared."""
-        missing = sum(map(len, self._missing.values()))
-        return self._report.unchanged + len(self._known) + missing
-
-    # ------------------------------------------------------------------ the update
+        lost = sum(max(0, len(files) - new[size]) for size, files in self._missing.items())
+        total = self._report.unchanged + len(self._known) + sum(map(len, self._missing.values()))
+        is_mounted = lost <= total / 2 if self._paths is None else any(self._folder.iterdir())
+        if lost and not is_mounted:
+            raise UserError(
+                f"{lost} of the {total} videos of the index {self._writer.directory} are not in"
+                f" {self._folder}: is it the right folder, and mounted? --prune removes them from"
+                " the index"
+            )
 
     def run(self, cluster: "RayCluster | None") -> IndexReport:
         """Reads, encodes and stores what has changed."""
@@ -269,7 +261,7 @@ class _Update:
         if cluster is not None and pending:
             example = self._folder / pending[0].path
             cluster.check({"--index": writer.directory}, example, _PACKAGES, ["drl_jax"])
-            self._map = functools.partial(cluster.map, read_video_on_node)
+            self._map = functools.partial(cluster.map, reading.read_video_on_node)
         total, reads = len(pending), zip(pending, self._read(pending), strict=True)
         shown = tqdm(reads, desc="indexing", total=total, unit="video", disable=not total)
         with ProgressFile(writer.directory, total) as progress:
@@ -285,24 +277,25 @@ class _Update:
         return report
 
     def _read(self, files: Sequence[FoundFile]) -> Iterator[VideoRead | WorkerFailure]:
+        max_frames, fps = self._model.config.data.max_frames, self._writer.header["fps"]
+        sampling = FrameSampling(self._model.frame_form, max_frames, fps)
         folder = self._folder.absolute()  # The nodes of a cluster have other working directories.
-        spools = (self._writer.spool_file(number).absolute() for number in self._numbers)
-        calls = [
-            (folder / file.path, self._known_contents(file), self._sampling, next(spools))
-            for file in files
-        ]
+        calls = []
+        for file in files:
+            # A video that took too long, or has damaged features, has no hash: it is decoded again.
+            contents = frozenset(known.sha256 for known in self._like(file)) - {""}
+            spool = self._writer.spool_file(next(self._numbers)).absolute()
+            calls.append((folder / file.path, contents, sampling, spool))
         return self._map(calls, timeout=[file.allowed for file in files], ahead=_AHEAD)
 
-    def _known_contents(self, file: FoundFile) -> frozenset[str]:
-        """Hashes of contents for which a file need not be decoded."""
+    def _like(self, file: FoundFile) -> list[KnownFile]:
+        """What the index has of a file, and of those of its size that are gone."""
         known = self._known.get(file.path)
-        files = [*self._missing.get(file.size, ()), *([known] if known else [])]
-        # A video that took too long, or has damaged features, has no hash and is decoded again.
-        return frozenset(file.sha256 for file in files if file.sha256)
+        return [*([known] if known else []), *self._missing.get(file.size, ())]
 
     def _take(self, file: FoundFile, read: VideoRead | WorkerFailure) -> None:
         """Adds a file that was read to the next batch."""
-        known, allowed = self._known.get(file.path), 0.0
+        allowed = 0.0
         if isinstance(read, WorkerFailure):
             if read.timed_out:  # Stored with the time that it had.
                 allowed = file.allowed
@@ -310,34 +303,30 @@ class _Update:
                 self._report.unavailable[file.path] = read.reason
                 return
             read = VideoRead("", read.reason)
-        if not read.is_known:
-            self._report.added += known is None
-            self._report.changed += known is not None
-            fields = (read.sha256, read.error, allowed, read.duration, read.arrays, read.strips)
-            self._add(VideoRecord(file.path, file.size, file.mtime_ns, *fields), read)
-        elif known is not None and known.sha256 == read.sha256:  # Only its times have changed.
-            self._report.unchanged += 1
-            self._keep(known, file)
-        else:
-            self._move(file, read)
+        if read.is_known:
+            self._take_known(file, read)
+            return
+        is_new = file.path not in self._known
+        self._report.added += is_new
+        self._report.changed += not is_new
+        fields = (read.sha256, read.error, allowed, read.duration, read.arrays, read.strips)
+        self._add(VideoRecord(file.path, file.size, file.mtime_ns, *fields), read)
 
-    def _move(self, file: FoundFile, read: VideoRead) -> None:
-        """Stores the features of a file that is gone with the path of one of its content."""
-        missing = self._missing[file.size]
-        gone = next((gone for gone in missing if gone.sha256 == read.sha256), None)
-        if gone is None:  # Another new file has taken them over.
+    def _take_known(self, file: FoundFile, read: VideoRead) -> None:
+        """Adds what the index has of the content of a file."""
+        known = next((known for known in self._like(file) if known.sha256 == read.sha256), None)
+        if known is None:  # Another new file has taken it over.
             (again,) = self._read([file])
             self._take(file, again)
             return
-        missing.remove(gone)
-        self._left.append(gone.path)
-        self._report.moved += 1
-        self._keep(gone, file)
-
-    def _keep(self, known: KnownFile, file: FoundFile) -> None:
-        """Stores what is known of a content with the path and the times of a file."""
-        about = {"path": file.path, "mtime_ns": file.mtime_ns}
-        self._add(self._writer.record(known)._replace(**about), VideoRead(""))
+        if known.path == file.path:  # Only its times have changed.
+            self._report.unchanged += 1
+        else:
+            self._report.moved += 1
+            self._missing[file.size].remove(known)
+            self._left.append(known.path)
+        record = self._writer.record(known)
+        self._add(record._replace(path=file.path, mtime_ns=file.mtime_ns), VideoRead(""))
 
     def _add(self, record: VideoRecord, read: VideoRead) -> None:
         """Adds a video to the next batch, whose windows are still to be encoded."""
@@ -345,8 +334,8 @@ class _Update:
             self._since = time.monotonic()
         self._batch.append((record, read))
         self._waiting_windows += len(read.windows)
-        is_late = time.monotonic() - self._since > _STORED_EVERY
-        if is_late or self._waiting_windows >= self._batch_size:
+        is_full = self._waiting_windows >= self._model.config.eval.batch_size
+        if is_full or time.monotonic() - self._since > _STORED_EVERY:
             self._store()
 
     def _store(self) -> None:
@@ -363,16 +352,3 @@ class _Update:
                 with contextlib.suppress(OSError):
                     read.spooled.unlink(missing_ok=True)
         self._batch, self._left, self._waiting_windows = [], [], 0
-
-
-def _check_named(folder: Path, path: str) -> None:
-    """Checks that a path is one that a folder is listed with."""
-    if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
-        raise UserError(f"--only takes paths below {folder}, not {path}")
-    if not is_text(path):
-        raise UserError(f"--only={ascii(path)[1:-1]}: {NOT_UTF8}")
-    # A folder is listed by its own path only.
-    root, parent = folder.resolve(), (folder / path).parent.resolve()
-    if parent.is_relative_to(root) and parent.relative_to(root) != PurePath(path).parent:
-        name = parent.relative_to(root) / PurePath(path).name
-        raise UserError(f"{folder / path} leads through a link: name {name}")
