@@ -44,7 +44,9 @@ def nodes():
 
 
 @pytest.fixture
-def cluster(nodes):
+def cluster(nodes, tmp_path, monkeypatch):
+    # Ray adds this process's working directory to the path of the workers.
+    monkeypatch.chdir(tmp_path)
     with connect(nodes.address) as cluster:
         yield cluster
 

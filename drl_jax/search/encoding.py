@@ -114,10 +114,9 @@ def bank_similarity(model: RetrievalModel, bank: Features, windows: Features) ->
 
 
 def gallery_scale(scores: np.ndarray) -> np.ndarray | None:
-    """The scale of a query that is no sentence: float32 [2], in the place of a row of BANK_ARRAY.
+    """The scale of a query that is no sentence, float32 [2], of its scores; None for too few.
 
-    Its `scores` are with SCALE_WINDOWS windows, or all of a smaller index; None if there are too
-    few. The windows that it looks for may be among them: they move neither median nor deviation.
+    The windows that it looks for may be among them: they move neither median nor deviation.
     """
     if len(scores) < _FEW:
         return None
@@ -127,23 +126,17 @@ def gallery_scale(scores: np.ndarray) -> np.ndarray | None:
 
 
 def unusual(score: float, scale: np.ndarray) -> float:
-    """By how many standard deviations a similarity is above the mean.
-
-    The scale is the row of BANK_ARRAY of the window for a sentence, `gallery_scale` for others.
-    """
+    """By how many deviations a similarity is above the mean of a row of BANK_ARRAY or a scale."""
     mean, deviation = map(float, scale)
     return (score - mean) / max(deviation, 1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """A method that ranks without hubs, and its parameters.
+    """A method that ranks without hubs: "is" with an inverse temperature, or "nnn".
 
-    Attributes:
-      method: "is" or "nnn".
-      parameter: the inverse temperature of "is", or how many of the largest similarities "nnn"
-        takes the mean of.
-      factor: what the stored number is multiplied by: the weight of "nnn", 1 for "is".
+    The parameter of "nnn" is the number of largest similarities that it takes the mean of; `factor`
+    multiplies what is stored, and is 1 for "is".
     """
 
     method: str
@@ -152,11 +145,7 @@ class Correction:
 
     @classmethod
     def parse(cls, text: str) -> "Correction":
-        """Reads is, is:BETA, nnn, nnn:K or nnn:K:W; the default is 20, and 128 and 0.75.
-
-        Raises:
-          UserError: it is none of these.
-        """
+        """Reads is, is:BETA, nnn, nnn:K or nnn:K:W; raises UserError if it is none of these."""
         if found := re.fullmatch(r"is(?::(\d+))?", text):
             return cls("is", int(found[1] or 20))
         if found := re.fullmatch(r"nnn(?::(\d+)(?::(\d*\.?\d+))?)?", text):
@@ -168,9 +157,7 @@ class Correction:
         return f"{self.method}:{self.parameter}{weight}"
 
     def biases(self, directory: Path, header: Mapping[str, Any], stored: np.ndarray) -> np.ndarray:
-        """What is subtracted from the similarities of the windows of an index: float32 [S].
-
-        `stored` is their HUBNESS_ARRAY, float32 [S, P].
+        """What is subtracted from similarities: float32 [S], of HUBNESS_ARRAY of S windows.
 
         Raises:
           UserError: the index does not store this parameter.
@@ -187,8 +174,7 @@ class Correction:
 
 def describe_bank(captions: Sequence[str]) -> dict[str, Any]:
     """What the header of an index says of the captions for hubs, and of what is stored of them."""
-    digest = json_sha256(list(captions))
-    about = {"captions": len(captions), "sha256": digest}
+    about = {"captions": len(captions), "sha256": json_sha256(list(captions))}
     return {**about, "is": list(BETAS), "nnn": list(LARGEST)}
 
 
@@ -281,15 +267,12 @@ class WindowEncoder:
         stored = quantize(windows, header["storage"])
         if model.interaction.HAS_VECTORS:
             stored |= quantize({"pooled_unit": model.interaction.video_vectors(windows)}, "int8")
-        stored[BANK_ARRAY] = bank_similarity(model, self._bank, windows)
+        stored[BANK_ARRAY] = bank_similarity(model, self._banks[0], windows)
         if "hubness" in header:
-            stored[HUBNESS_ARRAY] = _hubness_of(model, header, self._hubness_bank, windows)
+            stored[HUBNESS_ARRAY] = _hubness_of(model, header, self._banks[1], windows)
         return stored
 
     @functools.cached_property
-    def _bank(self) -> Features:
-        return self._model.encode_text(self._header["bank"])
-
-    @functools.cached_property
-    def _hubness_bank(self) -> Features:
-        return self._model.encode_text(_read_bank(self._directory, self._header))
+    def _banks(self) -> list[Features]:
+        hubness = [_read_bank(self._directory, self._header)] if "hubness" in self._header else []
+        return [self._model.encode_text(bank) for bank in (self._header["bank"], *hubness)]

@@ -64,10 +64,7 @@ class FoundFile(NamedTuple):
 
 
 def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Iterator[FoundFile]:
-    """Yields the video files below a folder; see `allowed_seconds`.
-
-    Adds to `unusable` why other names of videos are none, e.g. of links to nothing, and of pipes.
-    """
+    """Yields the video files below a folder; adds to `unusable` why other names are none."""
     for parent, _, names in os.walk(folder):
         paths = [Path(parent, name) for name in names if is_video(name)]
         others = [str(path.relative_to(folder)) for path in paths if not path.is_file()]
@@ -151,7 +148,7 @@ class VideoRead:
 
 
 class FrameSampling(NamedTuple):
-    """What is sampled: `max_frames` of a window, `fps` of a file of several windows."""
+    """What is sampled: `max_frames` of a window, `fps` a second of a file of several windows."""
 
     form: FrameForm
     max_frames: int
@@ -203,11 +200,9 @@ def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
       Unavailable: the file cannot be read.
     """
     try:
-        frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
+        return _read_short(path, "", sampling, 0.0, is_seen=False)
     except VideoError as error:
         return VideoRead("", str(error))
-    window = Window(0.0, float(times[-1]), tuple(range(len(frames))))
-    return _made("", sampling, [window], times, _Seen(), duration=window.end, frames=frames)
 
 
 def frames_of(read: VideoRead, form: FrameForm) -> np.ndarray:
@@ -256,13 +251,19 @@ class _Seen:
         return self._strips
 
 
-def _read_short(path: Path, digest: str, sampling: FrameSampling, length: float) -> VideoRead:
+def _read_short(
+    path: Path, digest: str, sampling: FrameSampling, length: float, *, is_seen: bool = True
+) -> VideoRead:
+    """Reads one window; with `is_seen`, also what a page shows and compares."""
     frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
     seen = _Seen()
-    for frame in frames:
+    for frame in frames if is_seen else ():
         seen.add(frame)
     window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
-    return _made(digest, sampling, [window], times, seen, duration=window.end, frames=frames)
+    arrays = _arrays([window], times, seen.hashes, sampling)
+    return VideoRead(
+        digest, duration=window.end, arrays=arrays, strips=seen.finish(), frames=frames
+    )
 
 
 def _read_long(path: Path, digest: str, sampling: FrameSampling, spool: Path) -> VideoRead:
@@ -280,36 +281,30 @@ def _read_long(path: Path, digest: str, sampling: FrameSampling, spool: Path) ->
             video = sample_video(path, sampling.form, emit, sampling.fps)
     except OSError as error:
         raise Unavailable(spool, error, "written") from error
-    windows, times = windows_of(video, sampling.max_frames), video.times
-    about = {"duration": video.duration, "spooled": spool}
-    return _made(digest, sampling, windows, times, seen, **about)
+    arrays = _arrays(windows_of(video, sampling.max_frames), video.times, seen.hashes, sampling)
+    about = {"duration": video.duration, "strips": seen.finish(), "spooled": spool}
+    return VideoRead(digest, arrays=arrays, **about)
 
 
-def _made(
-    digest: str,
-    sampling: FrameSampling,
-    windows: Sequence[Window],
-    times: np.ndarray,
-    seen: _Seen,
-    **about: Any,
-) -> VideoRead:
+def _arrays(
+    windows: Sequence[Window], times: np.ndarray, hashes: list[np.uint64], sampling: FrameSampling
+) -> dict[str, np.ndarray]:
     numbers = np.full((len(windows), sampling.max_frames), -1, np.int32)
     for row, window in zip(numbers, windows, strict=True):
         row[: len(window.frames)] = window.frames
-    arrays = {
+    return {
         "window.span": np.array([window[:2] for window in windows], np.float64),
         "window.frames": numbers,
         "frame.time": np.asarray(times, np.float64),
-        "frame.hash": np.array(seen.hashes, np.uint64),
+        "frame.hash": np.array(hashes, np.uint64),
     }
-    return VideoRead(digest, arrays=arrays, strips=seen.finish(), **about)
 
 
 def open_picture(pool: CallPool, path: Path, form: FrameForm, name: str = "") -> bytes:
     """Decodes an image file in a process of a pool: the bytes of uint8 [S, S, 3].
 
-    The frame is upright, on white where it is transparent, and the first picture of several. An
-    error has `name` in the place of the path.
+    It is upright, on white where it is transparent, and the first picture of several. Errors have
+    `name` in the place of the path.
 
     Raises:
       UserError: it cannot be read, has none of _FORMATS, or exceeds a limit.
@@ -329,18 +324,16 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
     warnings.simplefilter("ignore")
     Image.init()
     known = [name for name in _FORMATS if name.upper() in Image.OPEN]
-    pixels = 0
     try:
         with memory_limit(_MEMORY), Image.open(path, formats=known) as image:
             width, height = image.size
-            pixels = width * height
-            if pixels > _MAX_PIXELS:
-                factor = next((n for n in (2, 4) if pixels <= n * n * _MAX_PIXELS), 8)
+            if width * height > _MAX_PIXELS:
+                factor = next((n for n in (2, 4) if width * height <= n * n * _MAX_PIXELS), 8)
                 image.draft(None, (max(1, width // factor), max(1, height // factor)))
             if image.width * image.height > _MAX_PIXELS:
                 return f"has {width} x {height} pixels; at most {_MAX_PIXELS:,} are decoded"
             image.load()
-            return to_form(np.asarray(_opaque(_upright(image))), form).tobytes()
+            return to_form(np.asarray(_rgb(image)), form).tobytes()
     except UnidentifiedImageError:
         return f"is not a {', '.join(known[:-1])} or {known[-1]} file; convert it to one"
     except MemoryError:
@@ -351,25 +344,17 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             return f"cannot be read: {error.strerror}"
-        # Decoders do not say whether memory was missing.
-        return "is damaged" if 0 < pixels <= _MAX_PIXELS else "is damaged, or too large"
+        return "is damaged, or too large"  # Decoders do not say whether memory was missing.
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turns a picture as its camera was held."""
+def _rgb(image: Image.Image) -> Image.Image:
+    """Turns a picture as its camera was held, and converts it to RGB, on white."""
     try:
-        return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    # The metadata are damaged.
-    except Exception:
-        return image
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Converts a picture to RGB, on white where it is transparent."""
-    if image.mode.startswith("I"):
-        # 16 bits, which Pillow cuts at 255.
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # The metadata are damaged.
+        if isinstance(error, MemoryError):
+            raise
+    if image.mode.startswith("I"):  # 16 bits, which Pillow cuts at 255.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 _AHEAD = 2
 # Videos wait at most so long for their batch to be full, seconds: a kill loses no more work.
 _STORED_EVERY = 15.0
-# Shards of a folder, at most.
 _MAX_SHARDS = 100_000
-# Packages on whose versions frames depend.
+# On their versions frames depend.
 _PACKAGES = ("av", "numpy", "pillow")
 # What an index is made with, and in messages.
 _MADE_WITH = {
@@ -67,15 +66,12 @@ def is_in_shard(path: str, shard: str) -> bool:
 
 @dataclasses.dataclass
 class IndexReport:
-    """Result of an update.
+    """Numbers of files, and of windows and bytes of the whole index.
 
     Attributes:
-      added, changed, moved, removed, unchanged: numbers of files. Changed ones have other content,
-        or their features were damaged.
+      changed: files with other content, or damaged features.
       bad: why files cannot be searched, by path; of all files that were compared.
-      unavailable: why files were not read, which is no property of them: the next update tries them
-        again.
-      windows, nbytes: windows and bytes of the whole index.
+      unavailable: why files were not read this time, by path; the next update tries them again.
     """
 
     added: int = 0
@@ -110,9 +106,7 @@ def update_index(
     damaged is decoded again. This process encodes; worker processes or a cluster decode.
 
     Args:
-      model: encodes the videos.
       videos: their folder, searched recursively. That of an existing index may have been moved.
-      directory: of the index.
       storage: of features, one of `drl_jax.search.STORAGES`.
       fps: frames a second that are stored of files of several windows, 1 to 4.
       timeout: see `allowed_seconds`. A video that took longer is tried again when this is larger.
@@ -120,7 +114,6 @@ def update_index(
       bank: of a new index: captions of other videos, to rank without hubs.
       only: paths in the folder; empty: all. The time for a few does not depend on its size.
       shard: of a new index: only the files of this shard, NUMBER/COUNT.
-      cluster: decodes.
 
     Raises:
       UserError: the folder does not exist, there is no video, most of the files are gone, the
