@@ -23,8 +23,7 @@ MODULES = {
 
 # They import Ray, and no other module imports them before it needs a cluster.
 RAY_MODULES = {
-    *("drl_jax.runtime.ray_connection", "drl_jax.runtime.ray_cluster"),
-    *("drl_jax.runtime.ray_map", "drl_jax.search.ray_update"),
+    *("drl_jax.runtime.ray_connection", "drl_jax.runtime.ray_cluster", "drl_jax.runtime.ray_map"),
 }
 
 

@@ -16,7 +16,6 @@ from drl_jax.embeddings.output import Output
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.encoding import encode_reads
@@ -147,8 +146,6 @@ class _VideoShard:
         """Takes a video that was read."""
         if isinstance(read, WorkerFailure):
             (self.unavailable if read.is_passing else self.unreadable)[path] = read.reason
-        elif read.failure:
-            raise UserError(f"cannot write the frames of {path} beside --out ({read.failure})")
         elif read.error:
             self.unreadable[path] = read.error
         else:

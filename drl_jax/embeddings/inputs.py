@@ -10,7 +10,7 @@ from pathlib import Path
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import parse_json
-from drl_jax.search.reading import FoundFile, find_videos, is_text, names_of_no_files
+from drl_jax.search.reading import FoundFile, find_videos
 
 # Name of the column of a table, and of the field of an object.
 _FIELD = "caption"
@@ -43,14 +43,10 @@ def find_folder(folder: Path, timeout: float) -> VideoFolder:
     """
     if not folder.is_dir():
         raise UserError(f"no directory {folder}; --videos names the folder of the videos")
-    videos = list(find_videos(folder, timeout))
-    found = [video for video in videos if is_text(video.path)]
+    unusable: dict[str, str] = {}
+    found = list(find_videos(folder, timeout, unusable))
     if not found:
         raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
-    unusable = dict.fromkeys(names_of_no_files(folder), "it is no file, e.g. a link to nothing")
-    for video in videos:
-        if not is_text(video.path):
-            unusable[ascii(video.path)[1:-1]] = "its name is not UTF-8; rename it"
     return VideoFolder(folder, found, unusable)
 
 

@@ -64,8 +64,7 @@ class RayCluster:
         # Whether it was printed that there is no processor.
         self._is_waiting = False
         nodes = self.nodes()
-        gpus = f", {self.gpus():g} GPUs" if self.gpus() else ""
-        print(f"Ray cluster: {len(nodes)} nodes, {self.cpus():g} CPUs{gpus}", flush=True)
+        print(f"Ray cluster: {len(nodes)} nodes, {self.cpus():g} CPUs", flush=True)
 
     def __enter__(self) -> "RayCluster":
         return self
@@ -88,7 +87,7 @@ class RayCluster:
             return self._nodes
         self._nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         self._refreshed_at = time.monotonic()
-        names = {key: name_of(node) for key, node in self._nodes.items()}
+        names = {key: _name_of(node) for key, node in self._nodes.items()}
         if self._known:
             for key in self._known.keys() - names.keys():
                 tqdm.write(f"{self._known[key]} has left the cluster")
@@ -100,10 +99,6 @@ class RayCluster:
     def cpus(self) -> float:
         """Processors of all nodes."""
         return sum(node["Resources"].get("CPU", 0) for node in self.nodes().values())
-
-    def gpus(self) -> float:
-        """GPUs of all nodes."""
-        return sum(node["Resources"].get("GPU", 0) for node in self.nodes().values())
 
     def check(
         self,
@@ -152,7 +147,6 @@ class RayCluster:
         *,
         timeout: float | Sequence[float] | None = None,
         ahead: int = 8,
-        keep: str = "",
     ) -> Iterator[T | WorkerFailure]:
         """Computes `function(*a)` for each `a` of `arguments`, in order, on the cluster.
 
@@ -164,8 +158,6 @@ class RayCluster:
           arguments: one tuple for each call.
           timeout: seconds per call, or of each call.
           ahead: finished or running calls per processor of the cluster that are held at a time.
-          keep: attribute of the results, which are dataclasses, that stays in Ray's object store: a
-            reference takes its place, unless it is None.
 
         Yields:
           The results in order; a call that fails gives a WorkerFailure, and the others continue.
@@ -174,7 +166,7 @@ class RayCluster:
           ClusterError: a node that has joined cannot do the work, or Ray failed.
         """
         timeouts = timeout if isinstance(timeout, Sequence) else [timeout] * len(arguments)
-        calls = OrderedCalls(function, self._needs, keep)
+        calls = OrderedCalls(function, self._needs)
         try:
             for call, seconds in zip(arguments, timeouts, strict=True):
                 calls.submit(call, seconds)
@@ -185,10 +177,6 @@ class RayCluster:
                 yield from self._reported(calls.next_results)
         finally:
             calls.cancel()
-
-    def needs(self) -> "ray.ObjectRef":
-        """What `check` has checked, for workers of nodes that join later."""
-        return self._needs
 
     def _processors(self) -> int:
         """At least 1; prints it once if there is none, and the calls wait for a node that joins."""
@@ -204,7 +192,7 @@ class RayCluster:
         try:
             return work()
         except ray.exceptions.RayTaskError as error:
-            raise ClusterError(problem_of_task(error)) from error
+            raise ClusterError(_problem_of_task(error)) from error
         except ray.exceptions.RayError as error:
             raise ClusterError(f"Ray failed ({one_line(error)}); rerun the command") from error
 
@@ -246,15 +234,15 @@ class RayCluster:
         return problems
 
 
-def name_of(node: Mapping[str, Any]) -> str:
+def _name_of(node: Mapping[str, Any]) -> str:
     """The name of a node in messages, from a row of `ray.nodes()`."""
     return (
         f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
     )
 
 
-def problem_of_task(error: ray.exceptions.RayTaskError) -> str:
-    """One line for an exception of a task or an actor, which names the node."""
+def _problem_of_task(error: ray.exceptions.RayTaskError) -> str:
+    """One line for an exception of a task, which names the node."""
     if isinstance(error.cause, BadNodeError):
         return str(error.cause)
     # Its attribute `ip` is hidden by the class of the cause.

@@ -22,12 +22,12 @@ from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 # Results that are looked at together, and seconds to wait for them.
 _AT_ONCE, _WAIT = 64, 0.05
 # What the death of a node may do to a call or its result.
-NODE_LOST = (
+_NODE_LOST = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
     ray.exceptions.LocalRayletDiedError,
 )
-WORKER_LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+_WORKER_LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
 
 class BadNodeError(Exception):
@@ -46,20 +46,17 @@ class _Call:
 class OrderedCalls:
     """Calls of one function that run, or whose results wait for their turn."""
 
-    def __init__(self, function: Callable, needs: ray.ObjectRef, keep: str):
+    def __init__(self, function: Callable, needs: ray.ObjectRef):
         """Starts nothing.
 
         Args:
           function: defined at the top level of a module.
           needs: what workers check before their first call.
-          keep: see `RayCluster.map`.
         """
-        self._function, self._needs, self._keep = function, needs, keep
-        self._remote = ray.remote(_run).options(
-            num_cpus=1, max_retries=0, num_returns=2 if keep else 1
-        )
+        self._function, self._needs = function, needs
+        self._remote = ray.remote(_run).options(num_cpus=1, max_retries=0)
         self._waiting: collections.deque[_Call] = collections.deque()
-        self._running: dict[ray.ObjectRef, tuple[_Call, ray.ObjectRef | None]] = {}
+        self._running: dict[ray.ObjectRef, _Call] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -93,38 +90,26 @@ class OrderedCalls:
         self._waiting.clear()
 
     def _start(self, call: _Call) -> None:
-        refs = self._remote.remote(
-            self._function, call.arguments, call.timeout, self._needs, self._keep
-        )
-        first, kept = refs if self._keep else (refs, None)
-        self._running[first] = (call, kept)
+        ref = self._remote.remote(self._function, call.arguments, call.timeout, self._needs)
+        self._running[ref] = call
 
     def _collect(self) -> None:
         refs = list(self._running)
         ready, _ = ray.wait(refs, num_returns=min(len(refs), _AT_ONCE), timeout=_WAIT)
         for ref in ready:
-            call, kept = self._running.pop(ref)
+            call = self._running.pop(ref)
             try:
                 result = ray.get(ref)
-            except NODE_LOST:
+            except _NODE_LOST:
                 self._start(call)
                 continue
-            except WORKER_LOST:
+            except _WORKER_LOST:
                 result = WorkerFailure("the Ray worker that worked on it died", is_passing=True)
             if isinstance(result, WorkerFailure) and result.is_passing and not call.is_repeated:
                 call.is_repeated = True
                 self._start(call)
                 continue
-            if isinstance(result, _Kept):
-                result = dataclasses.replace(result.rest, **{self._keep: kept})
             call.result, call.is_done = result, True
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """A result whose attribute `keep` is in the object store."""
-
-    rest: Any
 
 
 # ------------------------------------------------------------------------------ in a Ray worker
@@ -133,38 +118,23 @@ class _Kept:
 _pool: CallPool | None = None
 
 
-def check_worker(needs: Needs) -> None:
-    """Checks the node of this worker: it may have joined after the others were checked.
-
-    Raises:
-      BadNodeError: it cannot do the work.
-    """
-    if problem := problem_of_node(needs):
-        raise BadNodeError(f"{node_name()} {problem}")
-
-
-def node_name() -> str:
-    """The name of this worker's node in messages, as `ray_cluster.name_of`."""
+def _node_name() -> str:
+    """The name of this worker's node in messages, as in `ray_cluster`."""
     node = ray.get_runtime_context().get_node_id()
     return f"node {socket.gethostname()} ({ray.util.get_node_ip_address()}, {node[:8]})"
 
 
-def _run(
-    function: Callable, arguments: tuple, timeout: float | None, needs: Needs, keep: str
-) -> Any:
+def _run(function: Callable, arguments: tuple, timeout: float | None, needs: Needs) -> Any:
     """One call."""
     global _pool
     if _pool is None:
-        check_worker(needs)
+        # The node may have joined after the others were checked.
+        if problem := problem_of_node(needs):
+            raise BadNodeError(f"{_node_name()} {problem}")
         # A spawned process imports the main module of its parent, and that of a worker all of Ray.
         vars(sys.modules["__main__"]).pop("__file__", None)
         _pool = CallPool(1)
     result = _pool.call(function, *arguments, timeout=timeout)
     if isinstance(result, OSError):
-        result = OSError(result.errno, f"{result.strerror} on {node_name()}", result.filename)
-    if not keep:
-        return result
-    kept = getattr(result, keep, None)
-    if kept is None:
-        return result, None
-    return _Kept(dataclasses.replace(result, **{keep: None})), kept
+        result = OSError(result.errno, f"{result.strerror} on {_node_name()}", result.filename)
+    return result

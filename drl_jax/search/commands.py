@@ -25,7 +25,7 @@ from drl_jax.search.query import Query, encode_sentences, encode_video_file, sam
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import frames_of, open_picture, read_video
 from drl_jax.search.session import Index, rank_sentences
-from drl_jax.search.update import IndexReport, Shard, update_index
+from drl_jax.search.update import IndexReport, parse_shard, update_index
 
 if TYPE_CHECKING:
     from drl_jax.runtime.ray_cluster import RayCluster
@@ -38,7 +38,8 @@ _SHOWN = 20
 
 
 def _index(options: argparse.Namespace) -> None:
-    shard = None if options.shard is None else Shard.parse(options.shard)
+    if options.shard is not None:
+        parse_shard(options.shard)
     with _cluster(options.ray) as cluster:
         model = required_model(options)
         report = update_index(
@@ -51,7 +52,7 @@ def _index(options: argparse.Namespace) -> None:
             prune=options.prune,
             bank=_bank_captions(options.bank, model) if options.bank else (),
             only=options.only,
-            shard=shard,
+            shard=options.shard,
             cluster=cluster,
         )
     print(_format_report(report, options.index, options.storage))
@@ -96,7 +97,6 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
     for reasons, title in (
         (report.bad, "files cannot be searched"),
         (report.unavailable, "files could not be read this time"),
-        (dict.fromkeys(report.skipped, "a dangling link, pipe or device"), "names are not files"),
     ):
         if reasons:
             lines.append(f"{len(reasons)} {title}:")
@@ -108,9 +108,10 @@ def _join(options: argparse.Namespace) -> None:
     parts = join(options.index, options.shards)
     files, windows = (sum(map(count, parts)) for count in (Part.videos, Part.windows))
     print(f"{options.index}: {len(parts)} shards, {files} files and {windows} windows, open as one")
-    given = {Shard.parse(shard) for part in parts if (shard := part.header.get("shard"))}
-    wanted = {Shard(number, shard.count) for shard in given for number in range(shard.count)}
-    if missing := [str(shard) for shard in sorted(wanted - given)]:
+    given = {shard for part in parts if (shard := part.header.get("shard"))}
+    counts = sorted({int(shard.partition("/")[2]) for shard in given})
+    wanted = [f"{number}/{count}" for count in counts for number in range(count)]
+    if missing := [shard for shard in wanted if shard not in given]:
         rest = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         print(f"shards that were not given: {' '.join(missing[:_SHOWN])}{rest}")
 
@@ -313,7 +314,7 @@ def draw_pair(model: RetrievalModel, path: Path, sentence: str, out: Path) -> st
     (query,) = encode_sentences(model, [sentence])
     with temporary_directory() as folder:
         read = read_video(path, (), sampling_of(model), folder / "frames")
-        if reason := read.error or read.failure:
+        if reason := read.error:
             raise UserError(f"{path} {reason}")
         frames = frames_of(read, model.frame_form)
         windows = model.encode_windows(frames, read.windows)

@@ -1,8 +1,9 @@
-"""Encodes the windows of videos that were read, as an index stores them."""
+"""What an index stores of windows: features, and their similarities to banks of captions."""
 
 import dataclasses
+import functools
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,42 @@ from drl_jax.evaluation.hubness import inverted_softmax_bias, mean_of_largest
 from drl_jax.evaluation.post_processing import BETAS, LARGEST
 from drl_jax.models.interactions import Arrays, Features
 from drl_jax.pretrained import RetrievalModel
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.files import json_sha256, write_json
 from drl_jax.search.reading import VideoRead, frames_of
 from drl_jax.search.segments import SearchIndexError
 
+# Names of features end in one of these.
 _FEATURE_SUFFIXES = ("_unit", "_feat")
+# Arrays of an index: mean and standard deviation of the similarities of a window to the captions of
+# the header, float32 [2]; and float32 [P], by inverse temperatures of inverted softmax, then by
+# numbers of largest similarities of NNN.
+BANK_ARRAY, HUBNESS_ARRAY = "bank_similarity", "hubness"
+_BANK_SIZE = 64  # Captions of the header.
+# Windows that a query which is no sentence is compared with (`OpenIndex.spread`), and the fewest
+# that make a scale.
+SCALE_WINDOWS, _FEW = 64, 8
+# Standard deviation of normal values whose median distance to their median is 1.
+_DEVIATION = 1.4826
+# A best moment that is less unusual than this many standard deviations is a weak match. Of the 200
+# first captions of `shapes` (val), 99 % have more with their own clip.
+WEAK = 2.5
+# For models whose training captions are not at hand.
+_SUBJECTS = ("a man", "a woman", "two children", "a dog", "a car", "a crowd", "a bird", "someone")
+_ACTIONS = (
+    *("is talking to the camera", "is cooking food in a kitchen", "runs across a field"),
+    *("is shown in a cartoon", "plays a musical instrument on a stage"),
+    *("moves along a street at night", "is swimming in the sea", "sits at a table indoors"),
+)
+# The captions for hubs, and windows that are compared with them at a time.
+_FILE, _COMPARED = "hubness_bank.json", 1024
 
 
 def quantize(features: Features, storage: str) -> Features:
-    """Converts features to the form in which an index stores them.
+    """Converts features to the form in which an index stores them; other arrays do not change.
 
-    int8 stores a scale for each vector (the last axis): `NAME * NAME.scale[..., None]` differs from
-    the vector by at most 1/254 of its largest channel.
-
-    Args:
-      features: arrays of videos; names of features end in `_unit` or `_feat`.
-      storage: one of `drl_jax.search.STORAGES`.
-
-    Returns:
-      bfloat16: the bits of features as uint16. int8: features as int8, and float32 `NAME.scale`.
-      Other arrays, such as masks and weights, are not changed.
+    bfloat16 stores the bits as uint16. int8 has a float32 scale of each vector (the last axis):
+    `NAME * NAME.scale[..., None]` differs from it by at most 1/254 of its largest channel.
     """
     stored: Features = {}
     for name, array in features.items():
@@ -55,9 +71,8 @@ def quantize(features: Features, storage: str) -> Features:
 
 def float32_of(stored: np.ndarray) -> np.ndarray:
     """Features stored as bfloat16 or float32, as float32; nothing is compiled for their shape."""
-    return (
-        stored.view(ml_dtypes.bfloat16).astype(np.float32) if stored.dtype == np.uint16 else stored
-    )
+    is_bfloat16 = stored.dtype == np.uint16
+    return stored.view(ml_dtypes.bfloat16).astype(np.float32) if is_bfloat16 else stored
 
 
 def dequantize(arrays: dict[str, Any]) -> Arrays:
@@ -77,32 +92,6 @@ def dequantize(arrays: dict[str, Any]) -> Arrays:
     return features
 
 
-# Name of the array of an index: mean and standard deviation, float32 [2] for each window.
-BANK_ARRAY = "bank_similarity"
-# Captions of a bank.
-_BANK_SIZE = 64
-# Windows that a query which is no sentence is compared with (`OpenIndex.spread`), and the fewest
-# that make a scale.
-SCALE_WINDOWS, _FEW = 64, 8
-# Standard deviation of normal values whose median distance to their median is 1.
-_DEVIATION = 1.4826
-# A best moment that is less unusual than this many standard deviations is a weak match. Of the 200
-# first captions of `shapes` (val), 99 % have more with their own clip.
-WEAK = 2.5
-# For models whose training captions are not at hand.
-_SUBJECTS = ("a man", "a woman", "two children", "a dog", "a car", "a crowd", "a bird", "someone")
-_ACTIONS = (
-    "is talking to the camera",
-    "is cooking food in a kitchen",
-    "runs across a field",
-    "is shown in a cartoon",
-    "plays a musical instrument on a stage",
-    "moves along a street at night",
-    "is swimming in the sea",
-    "sits at a table indoors",
-)
-
-
 def bank_of(config: Config) -> list[str]:
     """Captions of the training split of a model's dataset, or plain ones if it is not here."""
     # The libraries of datasets take half a second to import, and a query needs none.
@@ -119,29 +108,15 @@ def bank_of(config: Config) -> list[str]:
 
 
 def bank_similarity(model: RetrievalModel, bank: Features, windows: Features) -> np.ndarray:
-    """Mean and standard deviation of the similarities of each window to a bank.
-
-    Args:
-      model: of the index.
-      bank: arrays of the captions (`encode_text`).
-      windows: arrays of W windows (`encode_videos`).
-
-    Returns:
-      float32 [W, 2].
-    """
+    """Mean and deviation of the similarities of W windows to encoded captions: float32 [W, 2]."""
     similarity = model.similarity(bank, windows)
     return np.stack([similarity.mean(axis=0), similarity.std(axis=0)], axis=1)
 
 
 def gallery_scale(scores: np.ndarray) -> np.ndarray | None:
-    """The scale of a query that is no sentence, in the place of a row of BANK_ARRAY.
+    """The scale of a query that is no sentence, float32 [2], of its scores; None for too few.
 
-    Args:
-      scores: of the query, with SCALE_WINDOWS windows or all of a smaller index. The windows that
-        it looks for may be among them: they move neither the median nor the deviation.
-
-    Returns:
-      float32 [2], as `unusual` takes it; None if there are too few.
+    The windows that it looks for may be among them: they move neither median nor deviation.
     """
     if len(scores) < _FEW:
         return None
@@ -151,34 +126,17 @@ def gallery_scale(scores: np.ndarray) -> np.ndarray | None:
 
 
 def unusual(score: float, scale: np.ndarray) -> float:
-    """By how many standard deviations a similarity is above the mean.
-
-    Args:
-      score: of a query and a window.
-      scale: float32 [2], mean and deviation: the row of BANK_ARRAY of the window for a sentence,
-        `gallery_scale` for other queries.
-    """
+    """By how many deviations a similarity is above the mean of a row of BANK_ARRAY or a scale."""
     mean, deviation = map(float, scale)
     return (score - mean) / max(deviation, 1e-6)
 
 
-# Name of the array of an index: float32 [P] for each window, by inverse temperatures of inverted
-# softmax, then by numbers of largest similarities of NNN.
-HUBNESS_ARRAY = "hubness"
-_FILE = "hubness_bank.json"
-# Windows that are compared with a bank at a time.
-_COMPARED = 1024
-
-
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """A method that ranks without hubs, and its parameters.
+    """A method that ranks without hubs: "is" with an inverse temperature, or "nnn".
 
-    Attributes:
-      method: "is" or "nnn".
-      parameter: the inverse temperature of "is", or how many of the largest similarities "nnn"
-        takes the mean of.
-      factor: what the stored number is multiplied by: the weight of "nnn", 1 for "is".
+    The parameter of "nnn" is the number of largest similarities that it takes the mean of; `factor`
+    multiplies what is stored, and is 1 for "is".
     """
 
     method: str
@@ -187,21 +145,11 @@ class Correction:
 
     @classmethod
     def parse(cls, text: str) -> "Correction":
-        """Reads is, is:BETA, nnn, nnn:K or nnn:K:W; the default is 20, and 128 and 0.75.
-
-        Raises:
-          UserError: it is none of these.
-        """
-        method, *values = text.split(":")
-        try:
-            if method == "is" and len(values) <= 1:
-                return cls("is", *map(int, values or ["20"]))
-            if method == "nnn" and len(values) <= 2:
-                largest, weight = [*values, *["128", "0.75"][len(values) :]]
-                if 0 <= float(weight) < math.inf:
-                    return cls("nnn", int(largest), float(weight))
-        except ValueError:
-            pass
+        """Reads is, is:BETA, nnn, nnn:K or nnn:K:W; raises UserError if it is none of these."""
+        if found := re.fullmatch(r"is(?::(\d+))?", text):
+            return cls("is", int(found[1] or 20))
+        if found := re.fullmatch(r"nnn(?::(\d+)(?::(\d*\.?\d+))?)?", text):
+            return cls("nnn", int(found[1] or 128), float(found[2] or 0.75))
         raise UserError(f"--hubness={text}: write is, is:BETA, nnn, nnn:K or nnn:K:W")
 
     def __str__(self) -> str:
@@ -209,83 +157,48 @@ class Correction:
         return f"{self.method}:{self.parameter}{weight}"
 
     def biases(self, directory: Path, header: Mapping[str, Any], stored: np.ndarray) -> np.ndarray:
-        """What is subtracted from the similarities of each window: float32 [S].
-
-        Args:
-          directory: of the index.
-          header: of the index.
-          stored: HUBNESS_ARRAY of the index, float32 [S, P].
+        """What is subtracted from similarities: float32 [S], of HUBNESS_ARRAY of S windows.
 
         Raises:
           UserError: the index does not store this parameter.
         """
-        bank = header["hubness"]
-        if self.parameter not in bank[self.method]:
-            known = ", ".join(map(str, sorted(bank[self.method])))
+        known = header["hubness"][self.method]
+        if self.parameter not in known:
             raise UserError(
-                f"--hubness={self}: the index {directory} has {self.method} for {known} only"
+                f"--hubness={self}: the index {directory} has {self.method} for"
+                f" {', '.join(map(str, sorted(known)))} only"
             )
-        column = bank[self.method].index(self.parameter)
-        column += len(bank["is"]) if self.method == "nnn" else 0
-        return np.float32(self.factor) * np.asarray(stored[:, column])
+        first = len(header["hubness"]["is"]) if self.method == "nnn" else 0
+        return np.float32(self.factor) * np.asarray(stored[:, first + known.index(self.parameter)])
 
 
-def write_bank(directory: Path, captions: Sequence[str]) -> dict[str, Any]:
-    """Stores the captions of a bank in an index; returns what its header says of them."""
+def describe_bank(captions: Sequence[str]) -> dict[str, Any]:
+    """What the header of an index says of the captions for hubs, and of what is stored of them."""
+    about = {"captions": len(captions), "sha256": json_sha256(list(captions))}
+    return {**about, "is": list(BETAS), "nnn": list(LARGEST)}
+
+
+def write_bank(directory: Path, captions: Sequence[str]) -> None:
+    """Stores the captions for hubs in an index."""
     write_json(directory / _FILE, list(captions))
-    return {
-        "captions": len(captions),
-        "sha256": json_sha256(list(captions)),
-        "is": list(BETAS),
-        "nnn": list(LARGEST),
-    }
 
 
-def read_bank(directory: Path, header: Mapping[str, Any]) -> list[str]:
-    """Reads the captions of the bank that the header of an index describes.
-
-    Raises:
-      SearchIndexError: they are missing, or have changed.
-    """
+def _read_bank(directory: Path, header: Mapping[str, Any]) -> list[str]:
+    path = directory / _FILE
     try:
-        captions = json.loads((directory / _FILE).read_text(encoding="utf-8"))
+        captions = json.loads(path.read_text(encoding="utf-8"))
         if json_sha256(captions) == header["hubness"]["sha256"]:
             return captions
         reason = "has changed"
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-    except ValueError:
-        reason = "is damaged"
-    raise SearchIndexError(
-        f"{directory / _FILE} {reason}; give the captions of the index again with --bank"
-    )
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read ({one_line(error)})"
+    raise SearchIndexError(f"{path} {reason}; give the captions of the index again with --bank")
 
 
-def check_bank(directory: Path, header: Mapping[str, Any], captions: Sequence[str]) -> None:
-    """Checks that captions are those of the bank of an index, and stores them again.
-
-    Raises:
-      SearchIndexError: the index has another bank, or none.
-    """
-    if header.get("hubness", {}).get("sha256") != json_sha256(list(captions)):
-        what = "another --bank" if "hubness" in header else "no --bank"
-        raise SearchIndexError(
-            f"the index {directory} was made with {what}; give another --index, or delete it"
-        )
-    write_json(directory / _FILE, list(captions))
-
-
-def hubness_of(
+def _hubness_of(
     model: RetrievalModel, header: Mapping[str, Any], bank: Features, windows: Features
 ) -> np.ndarray:
-    """The numbers of W windows, HUBNESS_ARRAY: float32 [W, P].
-
-    Args:
-      model: of the index.
-      header: of the index.
-      bank: arrays of the captions (`encode_text`).
-      windows: arrays of the windows (`encode_video`).
-    """
+    """HUBNESS_ARRAY of W windows and encoded captions: float32 [W, P]."""
     count, parameters = len(next(iter(windows.values()))), header["hubness"]
     found = []
     for start in range(0, count, _COMPARED):
@@ -296,7 +209,7 @@ def hubness_of(
         similarity = model.similarity(bank, part)[:, :size]
         columns = [
             *(inverted_softmax_bias(similarity, beta) for beta in parameters["is"]),
-            *(mean_of_largest(similarity, count) for count in parameters["nnn"]),
+            *(mean_of_largest(similarity, largest) for largest in parameters["nnn"]),
         ]
         found.append(np.stack(columns, axis=1).astype(np.float32))
     return np.concatenate(found)
@@ -333,7 +246,6 @@ class WindowEncoder:
 
     def __init__(self, model: RetrievalModel, directory: Path, header: Mapping[str, Any]):
         self._model, self._directory, self._header = model, directory, header
-        self._banks: tuple[Features, Features | None] | None = None
 
     def encode(self, reads: Sequence[VideoRead]) -> list[dict[str, np.ndarray]]:
         """The arrays of each video that need the model (`VideoRecord.arrays`); errors have none."""
@@ -341,32 +253,26 @@ class WindowEncoder:
         if not windows:
             return [{} for _ in reads]
         ends = np.cumsum([len(read.windows) for read in reads])
-        parts = {n: np.split(a, ends[:-1]) for n, a in self._stored(windows).items()}
-        found = []
-        for number, read in enumerate(reads):
-            feat = quantize({"image_feat": features[number]}, "bfloat16")["image_feat"]
-            arrays = {f"window.{name}": part[number] for name, part in parts.items()}
-            found.append({**arrays, "feature.image_feat": feat} if read.arrays else {})
-        return found
+        parts = {f"window.{n}": np.split(a, ends[:-1]) for n, a in self._stored(windows).items()}
+        parts["feature.image_feat"] = [
+            quantize({"image_feat": feat}, "bfloat16")["image_feat"] for feat in features
+        ]
+        return [
+            {name: part[number] for name, part in parts.items()} if read.arrays else {}
+            for number, read in enumerate(reads)
+        ]
 
     def _stored(self, windows: Features) -> Features:
-        """What is stored of windows."""
-        stored = quantize(windows, self._header["storage"])
-        if self._model.interaction.HAS_VECTORS:
-            vectors = self._model.interaction.video_vectors(windows)
-            stored |= quantize({"pooled_unit": vectors}, "int8")
-        return stored | self._of_banks(windows)
-
-    def _of_banks(self, windows: Features) -> Features:
         model, header = self._model, self._header
-        if self._banks is None:
-            hubness = read_bank(self._directory, header) if "hubness" in header else []
-            self._banks = (
-                model.encode_text(header["bank"]),
-                model.encode_text(hubness) if hubness else None,
-            )
-        bank, hubness_bank = self._banks
-        arrays = {BANK_ARRAY: bank_similarity(model, bank, windows)}
-        if hubness_bank is not None:
-            arrays[HUBNESS_ARRAY] = hubness_of(model, header, hubness_bank, windows)
-        return arrays
+        stored = quantize(windows, header["storage"])
+        if model.interaction.HAS_VECTORS:
+            stored |= quantize({"pooled_unit": model.interaction.video_vectors(windows)}, "int8")
+        stored[BANK_ARRAY] = bank_similarity(model, self._banks[0], windows)
+        if "hubness" in header:
+            stored[HUBNESS_ARRAY] = _hubness_of(model, header, self._banks[1], windows)
+        return stored
+
+    @functools.cached_property
+    def _banks(self) -> list[Features]:
+        hubness = [_read_bank(self._directory, self._header)] if "hubness" in self._header else []
+        return [self._model.encode_text(bank) for bank in (self._header["bank"], *hubness)]

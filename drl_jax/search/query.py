@@ -124,7 +124,7 @@ def encode_video_file(model: RetrievalModel, path: Path) -> EncodedQuery:
 
 def encode_read(model: RetrievalModel, name: str, read: VideoRead) -> EncodedQuery:
     """Encodes a video file that was read, as a query; raises UserError if it has no frames."""
-    if reason := read.error or read.failure:
+    if reason := read.error:
         raise UserError(f"{name} {reason}")
     frames, windows = frames_of(read, model.frame_form), read.windows
     count = min(len(windows), _MAX_WINDOWS)

@@ -3,14 +3,13 @@
 Worker processes import this module, so it does not import jax.
 """
 
-import contextlib
 import dataclasses
-import errno
 import io
 import os
+import socket
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +25,14 @@ from drl_jax.data.video import (
     to_form,
     video_length,
 )
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import names_below, sha256
 from drl_jax.runtime.resources import memory_limit
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
+_NOT_UTF8 = "its name is not UTF-8; rename it"
 # Side of the thumbnails, pixels.
 _THUMBNAIL = 112
 # What `picture_hash` looks at: cosines of the 8 lowest frequencies on a grid of so many places.
@@ -45,6 +45,13 @@ MIRRORED = np.uint64(0x5555_5555_5555_5555)
 _PLAIN, _NOISE = 4.0, 32.0
 # Bytes that decoding a file from elsewhere may take.
 _SENT_MEMORY = 2 * 2**30
+# What cameras, screenshots and web pages are. Pillow has decoders of many more formats, of which
+# few people look at the faults, and one starts another program.
+_FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "AVIF")
+# Largest picture that is decoded, pixels; JPEG is scaled while it is decoded.
+_MAX_PIXELS = 50_000_000
+# Bytes and seconds that decoding a picture may take.
+_MEMORY, _SECONDS = 2**30, 10.0
 
 
 class FoundFile(NamedTuple):
@@ -56,14 +63,38 @@ class FoundFile(NamedTuple):
     allowed: float
 
 
-def find_videos(folder: Path, timeout: float) -> Iterator[FoundFile]:
-    """Yields the video files below a folder; see `allowed_seconds`."""
+def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Iterator[FoundFile]:
+    """Yields the video files below a folder; adds to `unusable` why other names are none."""
+    for parent, _, names in os.walk(folder):
+        paths = [Path(parent, name) for name in names if is_video(name)]
+        others = [str(path.relative_to(folder)) for path in paths if not path.is_file()]
+        unusable |= dict.fromkeys(others, "it is no file, e.g. a link to nothing")
     for name in filter(is_video, names_below(folder)):
-        yield found_file(folder, name, timeout)
+        if is_text(name):
+            yield _found_file(folder, name, timeout)
+        else:
+            unusable[ascii(name)[1:-1]] = _NOT_UTF8
 
 
-def found_file(folder: Path, path: str, timeout: float) -> FoundFile:
-    """The file with a path below a folder."""
+def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
+    """The video file with the path `--only` below a folder; None: there is none.
+
+    Raises:
+      UserError: it is no path that `find_videos` could yield.
+    """
+    if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
+        raise UserError(f"--only takes paths below {folder}, not {path}")
+    if not is_text(path):
+        raise UserError(f"--only={ascii(path)[1:-1]}: {_NOT_UTF8}")
+    # A folder is listed by its own path only.
+    file, root = folder / path, folder.resolve()
+    parent = file.parent.resolve()
+    if parent.is_relative_to(root) and parent.relative_to(root) != PurePath(path).parent:
+        raise UserError(f"{file} leads through a link: name {parent.relative_to(root) / file.name}")
+    return _found_file(folder, path, timeout) if is_video(path) and file.is_file() else None
+
+
+def _found_file(folder: Path, path: str, timeout: float) -> FoundFile:
     status = (folder / path).stat()
     allowed = allowed_seconds(timeout, status.st_size)
     return FoundFile(path, status.st_size, status.st_mtime_ns, allowed)
@@ -85,15 +116,6 @@ def is_text(path: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
-def names_of_no_files(folder: Path) -> list[str]:
-    """Names of videos below a folder that are not files: links to nothing, pipes, devices."""
-    found = []
-    for parent, _, names in os.walk(folder):
-        below = [Path(parent, name) for name in names if is_video(name)]
-        found += [str(path.relative_to(folder)) for path in below if not path.is_file()]
-    return sorted(found)
-
-
 @dataclasses.dataclass(frozen=True)
 class VideoRead:
     """A file that was read.
@@ -101,8 +123,6 @@ class VideoRead:
     Attributes:
       sha256: of its content; empty if it was not computed.
       error: why it has no frames; empty if it has.
-      failure: why it was not read, which is no property of the video; empty if it was.
-      timed_out: whether `error` is that decoding took too long.
       is_known: whether the content was known; nothing was decoded then.
       duration: seconds.
       arrays: as `VideoRecord.arrays`, those that need no model.
@@ -113,12 +133,10 @@ class VideoRead:
 
     sha256: str
     error: str = ""
-    failure: str = ""
-    timed_out: bool = False
     is_known: bool = False
     duration: float = 0.0
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    strips: tuple[bytes, ...] = ()
+    strips: Sequence[bytes] = ()
     frames: np.ndarray | None = None
     spooled: Path | None = None
 
@@ -130,13 +148,7 @@ class VideoRead:
 
 
 class FrameSampling(NamedTuple):
-    """What is sampled of a video.
-
-    Attributes:
-      form: form of the frames.
-      max_frames: frames of a window.
-      fps: frames a second of a file of several windows.
-    """
+    """What is sampled: `max_frames` of a window, `fps` a second of a file of several windows."""
 
     form: FrameForm
     max_frames: int
@@ -149,15 +161,10 @@ def read_video(
     """Reads a file, and decodes it unless its content is known.
 
     A video of at most `SHORT_VIDEO_SECONDS` is one window, with the frames of a training example.
-
-    Args:
-      path: of the file.
-      known_sha256s: of contents that need not be decoded.
-      sampling: what is sampled.
-      spool: file to write the frames of a long video to: memory does not depend on its length.
+    The frames of a longer one are written to `spool`: memory does not depend on its length.
 
     Raises:
-      Unavailable: the file cannot be read.
+      Unavailable: the file cannot be read, or `spool` cannot be written.
     """
     with ffmpeg_errors(path):
         digest = sha256(path)
@@ -170,14 +177,20 @@ def read_video(
     except VideoError as error:
         spool.unlink(missing_ok=True)
         return VideoRead(digest, str(error))
-    except SpoolError as error:
-        return VideoRead(digest, failure=str(error))
 
 
 def read_sent_video(*arguments: Any) -> VideoRead:
     """`read_video` of a file from elsewhere, of which a small one can have the largest pictures."""
     with memory_limit(_SENT_MEMORY):
         return read_video(*arguments)
+
+
+def read_video_on_node(*arguments: Any) -> VideoRead | WorkerFailure:
+    """`read_video` on a cluster: what the operating system refuses names the node."""
+    try:
+        return read_video(*arguments)
+    except Unavailable as error:
+        return WorkerFailure(f"{error} (on node {socket.gethostname()})", is_passing=True)
 
 
 def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
@@ -187,18 +200,9 @@ def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
       Unavailable: the file cannot be read.
     """
     try:
-        frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
+        return _read_short(path, "", sampling, 0.0, is_seen=False)
     except VideoError as error:
         return VideoRead("", str(error))
-    window = Window(0.0, float(times[-1]), tuple(range(len(frames))))
-    arrays = _arrays([window], times, [], sampling.max_frames)
-    return VideoRead("", duration=window.end, arrays=arrays, frames=frames)
-
-
-def read_video_on_node(*arguments: Any) -> VideoRead | OSError:
-    """`read_video` on a cluster, which adds the node to an OSError."""
-    read = read_video(*arguments)
-    return OSError(errno.EIO, read.failure) if read.failure else read
 
 
 def frames_of(read: VideoRead, form: FrameForm) -> np.ndarray:
@@ -210,12 +214,9 @@ def frames_of(read: VideoRead, form: FrameForm) -> np.ndarray:
 
 
 def picture_hash(frame: np.ndarray) -> np.uint64:
-    """A hash of what a picture shows: the signs of its 8 x 8 lowest frequencies; 0 if it is plain.
+    """A hash of what uint8 [S, S, 3] shows: the signs of its 8 x 8 lowest frequencies.
 
-    Pictures that are scaled or compressed have hashes of which few bits differ.
-
-    Args:
-      frame: uint8 [S, S, 3].
+    Pictures that are scaled or compressed have hashes of which few bits differ; 0 is a plain one.
     """
     grey = Image.fromarray(frame).convert("L").resize((_PLACES, _PLACES), Image.Resampling.BOX)
     levels = np.asarray(grey, np.float32)
@@ -225,17 +226,41 @@ def picture_hash(frame: np.ndarray) -> np.uint64:
     return np.packbits(bits).view(">u8")[0].astype(np.uint64)
 
 
-class SpoolError(Exception):
-    """The frames of a long video cannot be written, e.g. because the disk is full."""
+class _Seen:
+    """Hashes of frames, and strips of their thumbnails."""
+
+    def __init__(self) -> None:
+        self.hashes: list[np.uint64] = []
+        self._strips: list[bytes] = []
+        self._thumbnails: list[np.ndarray] = []
+
+    def add(self, frame: np.ndarray) -> None:
+        self.hashes.append(picture_hash(frame))
+        side = min(_THUMBNAIL, len(frame))
+        self._thumbnails.append(np.asarray(Image.fromarray(frame).resize((side, side))))
+        if len(self._thumbnails) == STRIP_FRAMES:
+            self.finish()
+
+    def finish(self) -> list[bytes]:
+        """The strips, of which the last one is of the thumbnails that are left."""
+        if self._thumbnails:
+            file, strip = io.BytesIO(), np.concatenate(self._thumbnails, axis=1)
+            Image.fromarray(strip).save(file, "JPEG", quality=85)
+            self._strips.append(file.getvalue())
+            self._thumbnails = []
+        return self._strips
 
 
-def _read_short(path: Path, digest: str, sampling: FrameSampling, length: float) -> VideoRead:
+def _read_short(
+    path: Path, digest: str, sampling: FrameSampling, length: float, *, is_seen: bool = True
+) -> VideoRead:
+    """Reads one window; with `is_seen`, also what a page shows and compares."""
     frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
     seen = _Seen()
-    for frame in frames:
+    for frame in frames if is_seen else ():
         seen.add(frame)
     window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
-    arrays = _arrays([window], times, seen.hashes, sampling.max_frames)
+    arrays = _arrays([window], times, seen.hashes, sampling)
     return VideoRead(
         digest, duration=window.end, arrays=arrays, strips=seen.finish(), frames=frames
     )
@@ -243,27 +268,28 @@ def _read_short(path: Path, digest: str, sampling: FrameSampling, length: float)
 
 def _read_long(path: Path, digest: str, sampling: FrameSampling, spool: Path) -> VideoRead:
     seen = _Seen()
-    with _spooling(spool) as write:
 
-        def emit(frame: np.ndarray) -> None:
-            write(frame.tobytes())
-            seen.add(frame)
+    def emit(frame: np.ndarray) -> None:
+        seen.add(frame)
+        try:
+            file.write(frame.tobytes())
+        except OSError as error:  # Otherwise it would be taken for one of the video.
+            raise Unavailable(spool, error, "written") from error
 
-        video = sample_video(path, sampling.form, emit, sampling.fps)
-    windows = windows_of(video, sampling.max_frames)
-    arrays = _arrays(windows, video.times, seen.hashes, sampling.max_frames)
-    return VideoRead(
-        digest, duration=video.duration, arrays=arrays, strips=seen.finish(), spooled=spool
-    )
+    try:
+        with spool.open("wb") as file:
+            video = sample_video(path, sampling.form, emit, sampling.fps)
+    except OSError as error:
+        raise Unavailable(spool, error, "written") from error
+    arrays = _arrays(windows_of(video, sampling.max_frames), video.times, seen.hashes, sampling)
+    about = {"duration": video.duration, "strips": seen.finish(), "spooled": spool}
+    return VideoRead(digest, arrays=arrays, **about)
 
 
 def _arrays(
-    windows: Sequence[Window],
-    times: np.ndarray,
-    hashes: list[np.uint64],
-    max_frames: int,
+    windows: Sequence[Window], times: np.ndarray, hashes: list[np.uint64], sampling: FrameSampling
 ) -> dict[str, np.ndarray]:
-    numbers = np.full((len(windows), max_frames), -1, np.int32)
+    numbers = np.full((len(windows), sampling.max_frames), -1, np.int32)
     for row, window in zip(numbers, windows, strict=True):
         row[: len(window.frames)] = window.frames
     return {
@@ -274,78 +300,14 @@ def _arrays(
     }
 
 
-@contextlib.contextmanager
-def _spooling(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """Opens a file for writing; raises SpoolError if it cannot be written."""
-
-    def write(content: bytes) -> None:
-        try:
-            file.write(content)
-        except OSError as error:
-            raise SpoolError(error.strerror) from error
-
-    try:
-        file = path.open("wb")
-    except OSError as error:
-        raise SpoolError(error.strerror) from error
-    try:
-        yield write
-    finally:
-        try:
-            file.close()
-        except OSError as error:
-            raise SpoolError(error.strerror) from error
-
-
-class _Seen:
-    """Hashes and thumbnails of frames."""
-
-    def __init__(self) -> None:
-        self.hashes: list[np.uint64] = []
-        self._pending: list[np.ndarray] = []
-        self._strips: list[bytes] = []
-
-    def add(self, frame: np.ndarray) -> None:
-        self.hashes.append(picture_hash(frame))
-        side = min(_THUMBNAIL, len(frame))
-        self._pending.append(np.asarray(Image.fromarray(frame).resize((side, side))))
-        if len(self._pending) == STRIP_FRAMES:
-            self._flush()
-
-    def finish(self) -> tuple[bytes, ...]:
-        if self._pending:
-            self._flush()
-        return tuple(self._strips)
-
-    def _flush(self) -> None:
-        file = io.BytesIO()
-        Image.fromarray(np.concatenate(self._pending, axis=1)).save(file, "JPEG", quality=85)
-        self._strips.append(file.getvalue())
-        self._pending = []
-
-
-# What cameras, screenshots and web pages are. Pillow has decoders of many more formats, of which
-# few people look at the faults, and one starts another program.
-FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "AVIF")
-# Largest picture that is decoded, pixels; JPEG is scaled while it is decoded.
-MAX_PIXELS = 50_000_000
-# Bytes and seconds that decoding a picture may take.
-_MEMORY, _SECONDS = 2**30, 10.0
-
-
 def open_picture(pool: CallPool, path: Path, form: FrameForm, name: str = "") -> bytes:
-    """Decodes an image file as a frame: the bytes of uint8 [S, S, 3].
+    """Decodes an image file in a process of a pool: the bytes of uint8 [S, S, 3].
 
-    It is upright, on white where it is transparent, and the first picture of several.
-
-    Args:
-      pool: its processes decode the file, as many at once as it has.
-      path: of the file.
-      form: form of the frame.
-      name: of the file, for the message of an error; empty: its path.
+    It is upright, on white where it is transparent, and the first picture of several. Errors have
+    `name` in the place of the path.
 
     Raises:
-      UserError: it cannot be read, has none of FORMATS, or exceeds a limit.
+      UserError: it cannot be read, has none of _FORMATS, or exceeds a limit.
     """
     decoded = pool.call(_decode, path, form, timeout=_SECONDS)
     if isinstance(decoded, WorkerFailure):
@@ -361,19 +323,17 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
     Image.MAX_IMAGE_PIXELS = None
     warnings.simplefilter("ignore")
     Image.init()
-    known = [name for name in FORMATS if name.upper() in Image.OPEN]
-    pixels = 0
+    known = [name for name in _FORMATS if name.upper() in Image.OPEN]
     try:
         with memory_limit(_MEMORY), Image.open(path, formats=known) as image:
             width, height = image.size
-            pixels = width * height
-            if pixels > MAX_PIXELS:
-                factor = next((n for n in (2, 4) if pixels <= n * n * MAX_PIXELS), 8)
+            if width * height > _MAX_PIXELS:
+                factor = next((n for n in (2, 4) if width * height <= n * n * _MAX_PIXELS), 8)
                 image.draft(None, (max(1, width // factor), max(1, height // factor)))
-            if image.width * image.height > MAX_PIXELS:
-                return f"has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded"
+            if image.width * image.height > _MAX_PIXELS:
+                return f"has {width} x {height} pixels; at most {_MAX_PIXELS:,} are decoded"
             image.load()
-            return to_form(np.asarray(_opaque(_upright(image))), form).tobytes()
+            return to_form(np.asarray(_rgb(image)), form).tobytes()
     except UnidentifiedImageError:
         return f"is not a {', '.join(known[:-1])} or {known[-1]} file; convert it to one"
     except MemoryError:
@@ -384,25 +344,17 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             return f"cannot be read: {error.strerror}"
-        # Decoders do not say whether memory was missing.
-        return "is damaged" if 0 < pixels <= MAX_PIXELS else "is damaged, or too large"
+        return "is damaged, or too large"  # Decoders do not say whether memory was missing.
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turns a picture as its camera was held."""
+def _rgb(image: Image.Image) -> Image.Image:
+    """Turns a picture as its camera was held, and converts it to RGB, on white."""
     try:
-        return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    # The metadata are damaged.
-    except Exception:
-        return image
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Converts a picture to RGB, on white where it is transparent."""
-    if image.mode.startswith("I"):
-        # 16 bits, which Pillow cuts at 255.
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # The metadata are damaged.
+        if isinstance(error, MemoryError):
+            raise
+    if image.mode.startswith("I"):  # 16 bits, which Pillow cuts at 255.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
