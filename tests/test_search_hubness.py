@@ -186,7 +186,7 @@ def test_training_captions_that_are_not_here(search_model, tmp_path, videos):
     data = dataclasses.replace(search_model.config.data, data_dir=str(tmp_path))
     config = dataclasses.replace(search_model.config, data=data)
     model = dataclasses.replace(search_model, config=config)
-    with pytest.raises(UserError, match=r"--bank=train: .*; or give --bank=FILE"):
+    with pytest.raises(UserError, match=r"--bank=train: .*; --bank=FILE reads one"):
         _bank_captions("train", model)
 
 

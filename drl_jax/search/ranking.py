@@ -176,7 +176,8 @@ class Answer:
         candidates, rows = [], []
         for row, slot in enumerate(self.slots[:most].tolist()):
             place = number, video = index.place(slot)
-            segment, *_, first_slot = index.segments[number]
+            one = index.segments[number]
+            segment, first_slot = one.segment, one.first_slot
             if segment.firsts["feature"][video] == segment.firsts["feature"][video + 1]:
                 continue  # A file of one window.
             if place not in films:
