@@ -36,6 +36,7 @@ import drl_jax
 from drl_jax.config import BackboneConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from drl_jax.models.drl import init_params
 from drl_jax.runtime.compilation_cache import cache_compilations
+from drl_jax.search import session
 from drl_jax.weights.weights_file import save_weights
 
 cache_compilations()
@@ -54,6 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
 
     items.sort(key=rank)
+
+
+@pytest.fixture(autouse=True)
+def patient_queries(monkeypatch):
+    """An open index shows an update to the next query, also on a busy machine."""
+    monkeypatch.setattr(session, "_PATIENCE", 60)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ import datetime
 import io
 import os
 import shutil
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -18,11 +16,10 @@ import drl_jax
 from drl_jax.data.long_video import sample_video
 from drl_jax.data.video import read_frames
 from drl_jax.runtime.errors import UserError
-from drl_jax.search import session as session_module
 from drl_jax.search.encoding import dequantize, unusual
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.index_file import IndexWriter
-from drl_jax.search.open_index import OpenIndex, stored_windows
+from drl_jax.search.open_index import stored_windows
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.segments import SearchIndexError
@@ -276,24 +273,6 @@ def test_names_that_are_no_files_are_reported(search_model, videos, index):
     (videos / "link.mp4").symlink_to("nowhere.mp4")
     report = update(search_model, videos, index)
     assert (report.unchanged, sorted(report.bad)) == (3, ["link.mp4", "pipe.mp4"])
-
-
-def test_a_state_that_takes_long_to_open_stalls_no_query(search_model, videos, index, monkeypatch):
-    session, may_open = Index(index, search_model), threading.Event()
-
-    def slow(*arguments):
-        assert may_open.wait(60)
-        return OpenIndex(*arguments)
-
-    write_video(videos / "new.mp4", shot(8, 4), fps=FPS)
-    update(search_model, videos, index)
-    monkeypatch.setattr(session_module, "OpenIndex", slow)
-    assert len(session.search(["a"], top=9)[0]) == len(session.videos) == 3
-    may_open.set()
-    deadline = time.monotonic() + 60
-    while len(session.videos) == 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(session.search(["a"], top=9)[0]) == 4
 
 
 def test_an_index_opens_from_another_directory(search_run, videos, tmp_path, monkeypatch):

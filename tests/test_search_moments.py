@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from support.films import shot
+from support.search import random_model
 
 from drl_jax.data.long_video import SampledVideo
 from drl_jax.search import refine as refine_module
@@ -96,9 +97,13 @@ def test_no_window_around_a_stored_one_crosses_a_cut():
 
 @pytest.fixture(scope="module")
 def features(search_model):
+    return film_of(search_model)
+
+
+def film_of(model) -> Film:
     """A film of 40 s without cuts, two frames a second, as an index stores it."""
     frames = np.stack([shot(n // 10, 1)[n % 5] for n in range(80)])
-    feat = quantize({"image_feat": search_model.encode_frames(frames)}, "bfloat16")["image_feat"]
+    feat = quantize({"image_feat": model.encode_frames(frames)}, "bfloat16")["image_feat"]
     video = sampled([0], 40, fps=2)
     return Film(video.times, windows_of(video, 4), feat)
 
@@ -114,17 +119,19 @@ def candidates_of(model, parts, film: Film) -> list[Candidate]:
     return [Candidate(film, int(number), float(scores[number])) for number in order]
 
 
-def test_a_refined_window_has_the_score_of_its_frames(search_model, features):
-    parts = parts_of(search_model, "a red circle moves")
-    candidates = candidates_of(search_model, parts, features)
-    found = refine(search_model, parts, candidates)
-    stored = np.asarray(dequantize({"image_feat": features.image_feat})["image_feat"])
+@pytest.mark.parametrize("interaction", ["wti", "dp", "xti"])
+def test_a_refined_window_has_the_score_of_its_frames(shapes_config, interaction):
+    model = random_model(shapes_config, interaction)
+    film, parts = film_of(model), parts_of(model, "a red circle moves")
+    candidates = candidates_of(model, parts, film)
+    found = refine(model, parts, candidates)
+    stored = np.asarray(dequantize({"image_feat": film.image_feat})["image_feat"])
     for candidate, (window, score) in zip(candidates, found, strict=True):
-        near = windows_around(features.times, features.windows, candidate.window, 4)
-        alone = search_model.encode_frame_windows(stored, [near.frames for near in near])
-        similarity = search_model.similarity(parts[0].text, alone)[0]
+        near = windows_around(film.times, film.windows, candidate.window, 4)
+        alone = model.encode_frame_windows(stored, [near.frames for near in near])
+        similarity = model.similarity(parts[0].text, alone)[0]
         assert score == pytest.approx(similarity.max(), abs=1e-6)
-        assert window == near[similarity.argmax()]
+        assert score == pytest.approx(similarity[near.index(window)], abs=1e-6)
     assert any(new[1] > old.score for new, old in zip(found, candidates, strict=True))
 
 
