@@ -238,8 +238,8 @@ def costs(one: PerClip, options: argparse.Namespace) -> list[dict]:
         total = clips * seconds / 3600
         return row(stage, f"{seconds:.4f} core-s", "core-hours", total, total / cores)
 
-    def in_one_process(stage: str, seconds: float) -> dict:
-        total = clips * seconds / 3600
+    def in_one_process(stage: str, seconds: float, shards: int = 1) -> dict:
+        total = clips * seconds / shards / 3600
         return row(stage, f"{seconds * 1e3:.2f} ms", "hours", total, total)
 
     def on_gpus(stage: str, flops: float) -> dict:
@@ -258,8 +258,8 @@ def costs(one: PerClip, options: argparse.Namespace) -> list[dict]:
         on_gpus("train: steps, an epoch", one.step_flops),
         on_cores("index: read videos", one.index_read),
         on_gpus("index: encode", encode),
-        in_one_process("index: the driver of a cluster, calls and rows", one.call + one.index_put),
-        in_one_process("index: merges", _MERGES * one.index_merge),
+        in_one_process("index: rows, of one of the shards", one.index_put, gpus),
+        in_one_process("index: merges, of one of them", _MERGES * one.index_merge, gpus),
         stored("index: features", one.array_bytes),
         stored("index: rows and thumbnails", one.row_bytes),
     ]
