@@ -72,7 +72,7 @@ def local(search_model, videos, tmp_path_factory) -> Path:
 
 
 def content(directory: Path) -> list[tuple]:
-    """Fields, arrays and thumbnails of each video of an index, in the order of its segments."""
+    """Fields and arrays of each video of an index, in the order of its segments."""
     part = open_part(directory)
     assert not any(one.gone.any() for one in part.listed)
     records = [one.segment.read(row) for one in part.listed for row in range(len(one.gone))]
@@ -80,7 +80,6 @@ def content(directory: Path) -> list[tuple]:
         (
             record[: VideoRecord._fields.index("arrays")],
             {name: array.tobytes() for name, array in record.arrays.items()},
-            [bytes(strip) for strip in record.strips],
         )
         for record in records
     ]

@@ -357,7 +357,7 @@ def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, index):
         Index(index, other)
     with pytest.raises(SearchIndexError, match="another folder"):
         update_index(model, videos / "sub", index)
-    with pytest.raises(SearchIndexError, match="another storage, bfloat16"):
+    with pytest.raises(SearchIndexError, match="another --storage, bfloat16"):
         update_index(model, videos, index, storage="int8")
 
 

@@ -103,7 +103,7 @@ def test_candidates_have_the_largest_products(exact, server):
 
 def test_the_correction_is_a_channel(exact):
     """It changes which windows are found, and has a collection of its own."""
-    correction, state = Correction("is", 20), exact.state()
+    correction, state = Correction("is:20"), exact.state()
     engine = memory(correction)
     engine.export(state)
     assert engine.collection(state) != memory().collection(state)

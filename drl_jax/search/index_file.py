@@ -24,19 +24,20 @@ from drl_jax.runtime.files import seal, unseal, write_json
 from drl_jax.runtime.lock import is_locked, locked
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord, write_segment
 
-FORMAT = 7
+FORMAT = 8
 LOCK = "lock"
 _INDEX, _SEGMENTS, _DAMAGED, _SPOOL = "index.json", "segments", "damaged_segments", "spool"
-# What earlier versions wrote.
-_EARLIER = ("index.sqlite", "shards.json")
-# Fields of the header in which parts must agree, and their names in messages.
-_SHARED = {
+# Fields of the header in which updates, and those in which parts must agree; names in messages.
+MADE_WITH = {
     "fingerprint": "model",
+    "videos": "folder",
     "storage": "--storage",
     "fps": "--fps",
+    "shard": "--shard",
     "bank": "captions of weak matches (the dataset of the model is at hand for one of them only)",
     "hubness": "--bank",
 }
+_SHARED = ("fingerprint", "storage", "fps", "bank", "hubness")
 # As many segments of one size are merged; sizes grow by this factor.
 _MERGED, _SMALLEST = 16, 64
 # An update of single files merges no more windows and videos than this.
@@ -46,6 +47,7 @@ _MOST_GONE = 0.25
 _ATTEMPTS = 3
 # How far an update is, for the processes that search; no part of the index. Seconds between writes.
 _PROGRESS, _INTERVAL = "indexing.json", 1.0
+_MAKE = "python -m drl_jax.search index --workdir=RUN --videos=DIR"
 
 
 def read_header(directory: Path) -> dict[str, Any]:
@@ -55,31 +57,27 @@ def read_header(directory: Path) -> dict[str, Any]:
       SearchIndexError: there is no index, it is damaged, or another version made it.
       Unavailable: it cannot be read.
     """
+    path = directory / _INDEX
     try:
-        header = unseal((directory / _INDEX).read_text(encoding="utf-8"))
-        if header["format"] > FORMAT:
-            raise SearchIndexError(
-                f"the index {directory} has format {header['format']}, and this version reads"
-                f" {FORMAT}; use the version that made it, or index the videos into another --index"
-            )
-        return header
+        header = unseal(path.read_text(encoding="utf-8"))
+        version = header["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
-        what, target = f"there is no index in {directory}; make it", str(directory)
-        if any((directory / name).exists() for name in _EARLIER):
-            what = (
-                f"the index {directory} was made by an earlier version, which this one does not"
-                " read; make it anew in another directory"
-            )
-            target = "DIR"
-        command = f"python -m drl_jax.search index --workdir=RUN --videos=DIR --index={target}"
-        raise SearchIndexError(f"{what} with: {command}") from error
-    except OSError as error:
-        raise Unavailable(directory / _INDEX, error) from error
-    except (ValueError, KeyError, TypeError) as error:
         raise SearchIndexError(
-            f"{directory / _INDEX} is damaged ({one_line(error)}); index the videos into another"
-            " --index, or restore this file"
+            f"there is no index in {directory}; make it with: {_MAKE} --index={directory}"
         ) from error
+    except OSError as error:
+        raise Unavailable(path, error) from error
+    except (ValueError, KeyError) as error:
+        raise SearchIndexError(
+            f"{path} is damaged ({one_line(error)}); index the videos into another --index, or"
+            " restore this file"
+        ) from error
+    if version != FORMAT:
+        raise SearchIndexError(
+            f"the index {directory} has format {version}, and this version reads {FORMAT}; use the"
+            f" version that made it, or make it anew with: {_MAKE} --index=NEW"
+        )
+    return header
 
 
 def part_directories(directory: Path) -> list[Path]:
@@ -92,12 +90,12 @@ def part_directories(directory: Path) -> list[Path]:
 
 def index_version(directory: Path) -> dict[Path, tuple[int, ...]]:
     """By part of an index, what differs after every commit of it; empty if it is not there."""
-    found: dict[Path, tuple[int, ...]] = dict.fromkeys(part_directories(directory), ())
-    for part in found:
+    versions: dict[Path, tuple[int, ...]] = dict.fromkeys(part_directories(directory), ())
+    for part in versions:
         with contextlib.suppress(OSError):
             status = (part / _INDEX).stat()
-            found[part] = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return found
+            versions[part] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return versions
 
 
 class Part:
@@ -108,7 +106,13 @@ class Part:
 
     def videos(self) -> int:
         """Number of all files."""
-        return sum(len(one.gone) - int(one.gone.sum()) for one in self.listed)
+        return sum(int(np.count_nonzero(~one.gone)) for one in self.listed)
+
+    def paths(self) -> Iterator[str]:
+        """The absolute paths of all files."""
+        for one in self.listed:
+            paths = one.segment.table.column("path").take(np.flatnonzero(~one.gone)).to_pylist()
+            yield from (f"{self.header['videos']}/{path}" for path in paths)
 
     def windows(self) -> int:
         """Number of windows of all videos."""
@@ -144,8 +148,9 @@ def _open_segments(
             raise_if_refused(directory, error)
             damaged.append((entry, error))
             continue
-        listed.append(Listed(segment, np.zeros(len(segment), bool)))
-        listed[-1].gone[entry["gone"]] = True
+        gone = np.zeros(len(segment), bool)
+        gone[entry["gone"]] = True
+        listed.append(Listed(segment, gone))
     return listed, damaged
 
 
@@ -198,7 +203,7 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
         self._next_progress = 0.0
         with contextlib.ExitStack() as stack, _writing(directory):
             stack.enter_context(locked(directory / LOCK, f"the index {directory}"))
-            if any((directory / name).exists() for name in (_INDEX, *_EARLIER)):
+            if (directory / _INDEX).exists():
                 self.header = read_header(directory)
             if "parts" in self.header:
                 raise SearchIndexError(
@@ -251,7 +256,7 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
         if time.monotonic() >= self._next_progress:
             self._next_progress = time.monotonic() + _INTERVAL
             with contextlib.suppress(OSError):  # The update itself reports a full disk.
-                write_json(self.directory / _PROGRESS, {"done": done, "total": total})
+                write_json(self.directory / _PROGRESS, [done, total])
 
     def files(self) -> Iterator[KnownFile]:
         """What is known of all files."""
@@ -268,9 +273,9 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
 
     def errors(self, paths: Sequence[str] | None) -> dict[str, str]:
         """Why files cannot be searched, by path; of all files, or of some."""
-        found = dict(sorted(itertools.chain(*(one.errors() for one in self.listed))))
-        chosen = found if paths is None else sorted(paths)
-        return {path: found[path] for path in chosen if path in found}
+        reasons = dict(itertools.chain(*(one.errors() for one in self.listed)))
+        chosen = reasons if paths is None else reasons.keys() & paths
+        return {path: reasons[path] for path in sorted(chosen)}
 
     def nbytes(self) -> int:
         """Bytes of all segments."""
@@ -309,7 +314,7 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
                     shutil.rmtree(one.segment.directory)
 
     def _mergeable(self, light: bool) -> list[Listed]:
-        sizes = {one: len(one.gone) + int(one.segment.firsts["window"][-1]) for one in self.listed}
+        sizes = {one: len(one.gone) + one.segment.window_count for one in self.listed}
         allowed = [one for one in self.listed if not light or sizes[one] <= _LIGHT]
         tiers = [max(0, int(math.log(sizes[one] / _SMALLEST, _MERGED))) for one in allowed]
         return [
@@ -329,8 +334,8 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
             entries = [
                 {**one.segment.entry, "gone": np.flatnonzero(one.gone).tolist()} for one in listed
             ]
-            header = {**self.header, "segments": entries}
-            write_json(self.directory / _INDEX, seal({"format": FORMAT, **header}), durable=True)
+            header = {**self.header, "format": FORMAT, "segments": entries}
+            write_json(self.directory / _INDEX, seal(header), durable=True)
         self.header, self.listed = header, listed
 
 
@@ -346,26 +351,20 @@ def _writing(directory: Path) -> Iterator[None]:
 def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
     """Writes an index that opens several others as one; an existing list is replaced.
 
-    Raises:
-      SearchIndexError: a shard is no index, or they cannot be opened as one.
-      Unavailable: a file cannot be read or written.
+    Raises a SearchIndexError if they cannot be opened as one, and Unavailable if a file cannot be
+    read or written.
     """
     if (directory / _INDEX).exists() and "parts" not in read_header(directory):
         raise SearchIndexError(f"{directory} is an index with videos; give another --index")
-    resolved = [shard.resolve() for shard in shards]
-    for shard in shards:
-        if "parts" in read_header(shard):
-            raise SearchIndexError(f"{shard} is a joined index; name its shards instead")
-        if resolved.count(shard.resolve()) > 1:
-            raise SearchIndexError(f"{shard} is named twice; name each shard once")
-    parts = [open_part(shard) for shard in shards]
+    here = directory.resolve()
+    found = (part.resolve() for shard in shards for part in part_directories(shard))
+    parts = [open_part(part) for part in dict.fromkeys(found)]
     check_alike(parts)
     check_distinct(parts)
     # Relative if they lie beside the list, so that both can be moved.
-    here = directory.resolve()
     listed = [
-        os.path.relpath(shard, here) if shard.is_relative_to(here.parent) else str(shard)
-        for shard in resolved
+        os.path.relpath(path, here) if path.is_relative_to(here.parent) else str(path)
+        for path in (part.directory for part in parts)
     ]
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -375,33 +374,28 @@ def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
 
 def check_alike(parts: Sequence[Part]) -> None:
     """Raises a SearchIndexError if indexes differ in what their features depend on."""
-    for (name, what), part in itertools.product(_SHARED.items(), parts):
+    for name, part in itertools.product(_SHARED, parts):
         if part.header.get(name) != parts[0].header.get(name):
             raise SearchIndexError(
                 f"the indexes {parts[0].directory} and {part.directory} cannot be joined: they"
-                f" differ in their {what}; index one of them again"
+                f" differ in their {MADE_WITH[name]}; index one of them again"
             )
 
 
 def check_distinct(parts: Sequence[Part]) -> None:
     """Raises a SearchIndexError if a file is in two indexes."""
-    folders = [part.header["videos"] for part in parts]
-    shards = [part.header.get("shard", "").partition("/") for part in parts]
-    of_one_folder = {(folder, shard[2]) for folder, shard in zip(folders, shards, strict=True)}
-    if len(of_one_folder) == 1 and len(set(shards)) == len(parts):
+    shards = {(part.header["videos"], part.header.get("shard")) for part in parts}
+    counts = {(folder, shard and shard.partition("/")[2]) for folder, shard in shards}
+    if len(counts) == 1 and len(shards) == len(parts):
         return  # Different shards of one folder have no file in common.
-    seen: dict[str, Path] = {}
+    owners: dict[str, Part] = {}
     for part in parts:
-        for one in part.listed:
-            paths = one.segment.table.column("path").take(np.flatnonzero(~one.gone))
-            for path in paths.to_pylist():
-                path = f"{part.header['videos']}/{path}"
-                other = seen.setdefault(path, part.directory)
-                if other != part.directory:
-                    raise SearchIndexError(
-                        f"the video {path} is in two shards, {other} and {part.directory}; index"
-                        " one of them again without it, or join the others without that shard"
-                    )
+        for path in part.paths():
+            if (other := owners.setdefault(path, part)) is not part:
+                raise SearchIndexError(
+                    f"the video {path} is in two shards, {other.directory} and {part.directory};"
+                    " index one of them again without it, or join the others without that shard"
+                )
 
 
 class Progress(NamedTuple):
@@ -416,10 +410,10 @@ def read_progress(*directories: Path) -> Progress | None:
 
     The file of a process that was killed is no progress: the lock of its index is free.
     """
-    found = []
+    running = []
     for directory in directories:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            values = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError):
+            progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
             if is_locked(directory / LOCK):
-                found.append((int(values["done"]), int(values["total"])))
-    return Progress(*map(sum, zip(*found, strict=True))) if found else None
+                running.append(progress)
+    return Progress(*map(sum, zip(*running, strict=True))) if running else None

@@ -137,7 +137,7 @@ class OpenIndex:
                     " moved or deleted, or is not mounted; bring it back, or join the shards again"
                     f" with: python -m drl_jax.search join --index={directory} SHARD SHARD ..."
                 )
-        known = [] if previous is None else [one.segment for one in previous.segments]
+        known = [one.segment for one in previous.segments] if previous else []
         self._parts = [open_part(part, known) for part in self.version]
         check_alike(self._parts)
         self.header = self._parts[0].header
@@ -170,15 +170,14 @@ class OpenIndex:
             prefix = f"{Path(part.header['videos']).relative_to(self.folder)}/".removeprefix("./")
             for one in part.listed:
                 yield dataclasses.replace(one, prefix=prefix, first_slot=first)
-                first += int(one.segment.firsts["window"][-1])
+                first += one.segment.window_count
 
     def _small_order(self) -> np.ndarray:
         """Slots of the windows of small segments by path; equal scores are in this order."""
         paths, slots = [], [np.zeros(0, np.int64)]
         for one in self.segments:
-            count = int(one.segment.firsts["window"][-1])
-            if count < BLOCKS[-1]:
-                slots.append(np.arange(count) + one.first_slot)
+            if (count := one.segment.window_count) < BLOCKS[-1]:
+                slots.append(np.arange(one.first_slot, one.first_slot + count))
                 owners = one.segment.row_of_window(np.arange(count)).tolist()
                 paths += [one.prefix + one.segment.path(row) for row in owners]
         return np.concatenate(slots)[sorted(range(len(paths)), key=paths.__getitem__)]
@@ -205,8 +204,7 @@ class OpenIndex:
     def check(self) -> None:
         """Checks the files, and features that are new or were written to; many in a thread.
 
-        Raises:
-          SearchIndexError: the index is damaged.
+        Raises a SearchIndexError if the index is damaged.
         """
         for one in self.segments:
             with _reported(one.segment):
@@ -303,15 +301,23 @@ class OpenIndex:
         return False
 
     def biases(self, correction: Correction) -> np.ndarray:
-        """What a correction for hubs, if it is stored, subtracts from similarities: float32 [S]."""
+        """What a correction for hubs subtracts from similarities: float32 [S].
+
+        Raises a UserError if it is not stored.
+        """
         if "hubness" not in self.header:
             raise SearchIndexError(
                 f"the index {self.directory} has no bank of captions, which --hubness needs; make"
                 " a new one with: python -m drl_jax.search index --bank=train|FILE"
             )
-        name = f"window.{HUBNESS_ARRAY}"  # Segments of files that cannot be searched lack it.
-        stored = [one.segment.arrays[name] for one in self.segments if name in one.segment.arrays]
-        return correction.biases(self.directory, self.header, np.concatenate(stored))
+        columns = self.header["hubness"]["columns"]
+        if correction.column not in columns:
+            stored = f"the index {self.directory} has {', '.join(columns)} only"
+            raise UserError(f"--hubness={correction}: {stored}")
+        column, name = columns.index(correction.column), f"window.{HUBNESS_ARRAY}"
+        # Segments of files that cannot be searched lack it.
+        arrays = [one.segment.arrays[name] for one in self.segments if name in one.segment.arrays]
+        return np.float32(correction.factor) * np.concatenate([part[:, column] for part in arrays])
 
     def progress(self) -> Progress | None:
         """How far the processes are that update the index; None if there are none."""
@@ -320,8 +326,7 @@ class OpenIndex:
     def frames_of(self, video: IndexedVideo, frames: Sequence[int]) -> bytes:
         """A JPEG file with thumbnails of some frames of a video side by side."""
         with _reported(video.segment):
-            numbers = {frame // STRIP_FRAMES for frame in frames}
-            strips = {number: video.segment.strip(video.row, number) for number in numbers}
+            strips = {n: video.record.strip(n) for n in {f // STRIP_FRAMES for f in frames}}
         if list(frames) == list(range(len(video.times))) and len(strips) == 1:
             return strips[0]
         pictures = []
