@@ -90,8 +90,8 @@ def test_records_are_replaced_removed_and_merged_under_open_readers(index):
     before = {s.directory: [s.read(row) for row in range(len(s))] for s in segments}
     with IndexWriter(index) as writer:
         writer.put([record("b.mp4", 9)], gone=["c.mp4"])
-        assert writer.file_at("b.mp4").sha256 == "sha9"
-        assert writer.file_at("c.mp4") is None
+        (known,) = writer.files(["b.mp4", "c.mp4"])
+        assert known.sha256 == "sha9"
         writer.merge()  # A third of the first segment, and half of it, are gone.
     assert contents(index).keys() == {"a/é.mp4", "b.mp4", "bad.mp4", "d.mp4"}
     assert_equal(contents(index)["b.mp4"], record("b.mp4", 9))
@@ -173,7 +173,7 @@ def test_damage_of_the_list_and_of_a_segment(index, capsys):
     with pytest.raises(SearchIndexError, match=r"is damaged .* only the damaged ones are decoded"):
         open_part(index)
     with IndexWriter(index) as writer:  # Its videos are unknown now, and are indexed again.
-        assert {file.path for file in writer.files()} == {"bad.mp4", "d.mp4"}
+        assert {file.path for file in writer.files(None)} == {"bad.mp4", "d.mp4"}
     assert "3 videos are indexed again: a segment is damaged" in capsys.readouterr().out
     assert (index / "damaged_segments" / first.name / "videos.arrow").exists()
     text = (index / "index.json").read_text()
@@ -230,7 +230,7 @@ def test_a_killed_writer_loses_nothing(tmp_path):
         with IndexWriter(Path(sys.argv[1])) as writer:
             if not writer.header:
                 writer.update_header(**ABOUT)
-            first = len(list(writer.files()))
+            first = len(list(writer.files(None)))
             for number in range(first, 100_000):
                 writer.put([record(f"{number:06}.mp4", number)])
                 writer.merge()

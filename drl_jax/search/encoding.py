@@ -18,7 +18,7 @@ from drl_jax.evaluation.post_processing import BETAS, LARGEST
 from drl_jax.models.interactions import Arrays, Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError, one_line
-from drl_jax.runtime.files import json_sha256, write_json
+from drl_jax.runtime.files import json_sha256
 from drl_jax.search.reading import VideoRead, frames_of
 from drl_jax.search.segments import SearchIndexError
 
@@ -43,8 +43,10 @@ _ACTIONS = (
     *("is shown in a cartoon", "plays a musical instrument on a stage"),
     *("moves along a street at night", "is swimming in the sea", "sits at a table indoors"),
 )
-# The captions for hubs, and windows that are compared with them at a time.
-_FILE, _COMPARED = "hubness_bank.json", 1024
+# File of an index that has the captions for hubs.
+BANK_FILE = "hubness_bank.json"
+# Windows that are compared with them at a time.
+_COMPARED = 1024
 # What an index stores for methods that rank without hubs, of similarities and a parameter.
 _METHODS = {"is": inverted_softmax_bias, "nnn": mean_of_largest}
 
@@ -160,11 +162,6 @@ def describe_bank(captions: Sequence[str]) -> dict[str, Any]:
     return {"captions": len(captions), "sha256": json_sha256(list(captions)), "columns": columns}
 
 
-def write_bank(directory: Path, captions: Sequence[str]) -> None:
-    """Stores the captions for hubs in an index."""
-    write_json(directory / _FILE, list(captions))
-
-
 def encode_banks(
     model: RetrievalModel, directory: Path, header: Mapping[str, Any]
 ) -> list[Features]:
@@ -175,7 +172,7 @@ def encode_banks(
     bank = model.encode_text(header["bank"])
     if "hubness" not in header:
         return [bank]
-    path = directory / _FILE
+    path = directory / BANK_FILE
     try:
         captions = json.loads(path.read_text(encoding="utf-8"))
         if json_sha256(captions) == header["hubness"]["sha256"]:

@@ -19,15 +19,16 @@ Listing = pa.Table
 _COLUMNS = ["path", "mtime_ns", "duration", "segment", "row"]
 
 
-def list_videos(segments: Sequence[Listed], rows: Sequence[np.ndarray]) -> Listing:
+def list_videos(segments: Sequence[Listed], rows: Sequence[Sequence[int]]) -> Listing:
     """The videos in some rows of each segment, with what filters need of them."""
     tables = []
     for number, (one, chosen) in enumerate(zip(segments, rows, strict=True)):
+        chosen = pa.array(chosen, pa.int64())
         path, *others = one.segment.table.select(["path", "mtime_ns", "duration"]).take(chosen)
         prefix, end = (pa.scalar(text, pa.large_string()) for text in (one.prefix, ""))
         path = pc.binary_join_element_wise(prefix, path, end)
-        of_segment = pa.array(np.full(len(chosen), number))
-        tables.append(pa.table([path, *others, of_segment, pa.array(chosen)], _COLUMNS))
+        of_segment = np.full(len(chosen), number)
+        tables.append(pa.table([path, *others, of_segment, chosen], _COLUMNS))
     return pa.concat_tables(tables).sort_by("path").combine_chunks()
 
 

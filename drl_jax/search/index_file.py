@@ -38,12 +38,9 @@ MADE_WITH = {
     "hubness": "--bank",
 }
 _SHARED = ("fingerprint", "storage", "fps", "bank", "hubness")
-# As many segments of one size are merged; sizes grow by this factor.
-_MERGED, _SMALLEST = 16, 64
-# An update of single files merges no more windows and videos than this.
-_LIGHT = 16 * _SMALLEST * _MERGED
-# A segment is written again when more of its videos than this share are gone.
-_MOST_GONE = 0.25
+# As many segments of one size are merged; sizes grow by this factor. An update of single files
+# merges at most _LIGHT windows and videos. Segments of which a larger share is gone are rewritten.
+_MERGED, _SMALLEST, _LIGHT, _MOST_GONE = 16, 64, 16_384, 0.25
 _ATTEMPTS = 3
 # How far an update is, for the processes that search; no part of the index. Seconds between writes.
 _PROGRESS, _INTERVAL = "indexing.json", 1.0
@@ -53,9 +50,8 @@ _MAKE = "python -m drl_jax.search index --workdir=RUN --videos=DIR"
 def read_header(directory: Path) -> dict[str, Any]:
     """What `index.json` holds.
 
-    Raises:
-      SearchIndexError: there is no index, it is damaged, or another version made it.
-      Unavailable: it cannot be read.
+    Raises a SearchIndexError if there is no index, it is damaged, or another version made it;
+    Unavailable if it cannot be read.
     """
     path = directory / _INDEX
     try:
@@ -106,7 +102,7 @@ class Part:
 
     def videos(self) -> int:
         """Number of all files."""
-        return sum(int(np.count_nonzero(~one.gone)) for one in self.listed)
+        return sum(np.count_nonzero(~one.gone) for one in self.listed)
 
     def paths(self) -> Iterator[str]:
         """The absolute paths of all files."""
@@ -116,7 +112,8 @@ class Part:
 
     def windows(self) -> int:
         """Number of windows of all videos."""
-        return sum(one.windows() for one in self.listed)
+        counts = ((one.segment.column("windows"), one.live) for one in self.listed)
+        return sum(int(windows[live].sum()) for windows, live in counts)
 
 
 def open_part(directory: Path, known: Sequence[Segment] = ()) -> Part:
@@ -184,20 +181,13 @@ class KnownFile(NamedTuple):
         return False
 
 
-def _known_files(segment: Segment, rows: np.ndarray) -> Iterator[KnownFile]:
-    columns = [segment.table.column(name).take(rows).to_pylist() for name in KnownFile._fields[2:]]
-    return (KnownFile(segment, *values) for values in zip(rows.tolist(), *columns, strict=True))
-
-
 class IndexWriter(Part, contextlib.AbstractContextManager):
     """An index that this process alone writes; a context manager. A new one has no header."""
 
     def __init__(self, directory: Path):
         """Locks an index and opens it, without damaged segments: their videos are decoded again.
 
-        Raises:
-          LockError: another process writes to it.
-          SearchIndexError, Unavailable: see `read_header`.
+        Raises a LockError if another process writes to it, or as `read_header`.
         """
         super().__init__(directory, {}, [])
         self._next_progress = 0.0
@@ -206,9 +196,8 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
             if (directory / _INDEX).exists():
                 self.header = read_header(directory)
             if "parts" in self.header:
-                raise SearchIndexError(
-                    f"{directory} joins other indexes; index their videos, each on its own"
-                )
+                what = "joins other indexes; index their videos, each on its own"
+                raise SearchIndexError(f"{directory} {what}")
             (directory / _SEGMENTS).mkdir(exist_ok=True)
             self._open()
             self._stack = stack.pop_all()
@@ -252,24 +241,24 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
         return self.directory / _SPOOL / str(number)
 
     def show_progress(self, done: int, total: int) -> None:
-        """Tells processes that search how many files are read, once a second, until the end."""
+        """Tells processes that search how many files are read, once a second."""
         if time.monotonic() >= self._next_progress:
             self._next_progress = time.monotonic() + _INTERVAL
             with contextlib.suppress(OSError):  # The update itself reports a full disk.
                 write_json(self.directory / _PROGRESS, [done, total])
 
-    def files(self) -> Iterator[KnownFile]:
-        """What is known of all files."""
+    def files(self, paths: Sequence[str] | None) -> Iterator[KnownFile]:
+        """What is known of all files, or of some; the time for these does not depend on others."""
         for one in self.listed:
-            yield from _known_files(one.segment, np.flatnonzero(~one.gone))
-
-    def file_at(self, path: str) -> KnownFile | None:
-        """What is known of one file; its time does not depend on the number of files."""
-        for one in self.listed:
-            row = one.segment.find(path)
-            if row is not None and not one.gone[row]:
-                return next(_known_files(one.segment, np.array([row])))
-        return None
+            if paths is None:
+                rows = np.flatnonzero(~one.gone)
+            else:
+                found = [row for path in paths if (row := one.segment.find(path)) is not None]
+                rows = np.array([row for row in found if not one.gone[row]], np.int64)
+            table = one.segment.table.select(KnownFile._fields[2:]).take(rows)
+            columns = (column.to_pylist() for column in table.columns)
+            for values in zip(rows.tolist(), *columns, strict=True):
+                yield KnownFile(one.segment, *values)
 
     def errors(self, paths: Sequence[str] | None) -> dict[str, str]:
         """Why files cannot be searched, by path; of all files, or of some."""
@@ -284,7 +273,7 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
     def put(self, videos: Sequence[VideoRecord], gone: Sequence[str] = ()) -> None:
         """Adds or replaces videos, and removes those with the paths `gone`, in one commit.
 
-        Raises Unavailable if the disk is full or cannot be written; the index is as it was.
+        Raises Unavailable if it cannot be written; the index is as it was.
         """
         paths = {video.path for video in videos} | set(gone)
         if not paths:

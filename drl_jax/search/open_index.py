@@ -46,9 +46,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 class IndexedVideo:
     """A video file of an open index; segment and row identify it, whatever replaces it later.
 
-    Attributes:
-      path: relative to the folder of the index.
-      slot: the number of its first window among all windows of the index.
+    `path` is relative to the folder of the index, and `slot` is that of its first window.
     """
 
     path: str
@@ -123,10 +121,8 @@ class OpenIndex:
     def __init__(self, directory: Path, model: RetrievalModel, previous: "OpenIndex | None" = None):
         """Opens the segments that a previous state has not, and checks them (see `check`).
 
-        Raises:
-          SearchIndexError: there is no index, no video to search, it is damaged, or the model is
-            another one.
-          Unavailable: a file cannot be read.
+        Raises a SearchIndexError if there is no index or no video to search, it is damaged, or the
+        model is another one; Unavailable if a file cannot be read.
         """
         self.directory, self.model = directory, model
         self.version = index_version(directory)
@@ -202,7 +198,7 @@ class OpenIndex:
             self._damage = error
 
     def check(self) -> None:
-        """Checks the files, and features that are new or were written to; many in a thread.
+        """Checks files, and features that are new or were written to, many of them in a thread.
 
         Raises a SearchIndexError if the index is damaged.
         """
@@ -276,8 +272,7 @@ class OpenIndex:
             if (place := self._find(path)) is None:
                 raise UserError(f"no video of the index has the path {path[:200]!r}")
             rows[place[0]].append(place[1])
-        listing = list_videos(self.segments, [np.array(chosen, np.int64) for chosen in rows])
-        return Videos(self, passing(listing, filters))
+        return Videos(self, passing(list_videos(self.segments, rows), filters))
 
     @functools.cached_property
     def spread(self) -> np.ndarray:
@@ -301,10 +296,7 @@ class OpenIndex:
         return False
 
     def biases(self, correction: Correction) -> np.ndarray:
-        """What a correction for hubs subtracts from similarities: float32 [S].
-
-        Raises a UserError if it is not stored.
-        """
+        """What a correction for hubs subtracts: float32 [S]; a UserError if it is not stored."""
         if "hubness" not in self.header:
             raise SearchIndexError(
                 f"the index {self.directory} has no bank of captions, which --hubness needs; make"

@@ -72,7 +72,6 @@ class Qdrant:
             interaction = index.model.config.model.interaction
             raise UserError(f"the interaction {interaction} has no vectors that Qdrant can compare")
         name, is_missing, deleted = self.collection(index), index.valid.copy(), 0
-        biases = None if self._correction is None else index.biases(self._correction)
         with self._errors():
             if not self._client.collection_exists(name):
                 self._create(index, name)
@@ -84,7 +83,7 @@ class Qdrant:
                 if gone := [points[row].id for row in np.flatnonzero(slots < 0)]:
                     self._client.delete(name, gone)
                     deleted += len(gone)
-            self._send(index, name, is_missing, biases)
+            self._send(index, name, is_missing)
         sent = int(is_missing.sum())
         return ExportReport(sent, deleted, int(index.valid.sum()) - sent)
 
@@ -99,9 +98,8 @@ class Qdrant:
         vectors = models.VectorParams(size=size, distance="Dot", **how)
         self._client.create_collection(name, vectors_config=vectors)
 
-    def _send(
-        self, index: OpenIndex, name: str, is_missing: np.ndarray, biases: np.ndarray | None
-    ) -> None:
+    def _send(self, index: OpenIndex, name: str, is_missing: np.ndarray) -> None:
+        biases = None if self._correction is None else index.biases(self._correction)
         with tqdm(total=int(is_missing.sum()), desc="exporting", unit="window") as progress:
             for one in index.segments:
                 segment, first = one.segment, one.first_slot

@@ -45,8 +45,8 @@ MIRRORED = np.uint64(0x5555_5555_5555_5555)
 # Standard deviation of grey below which a picture is plain, levels; and what a frequency has at
 # least, 1/8 of a level: a symmetrical picture has no odd ones, and their signs would be chance.
 _PLAIN, _NOISE = 4.0, 32.0
-# What cameras, screenshots and web pages are. Pillow has decoders of many more formats, of which
-# few people look at the faults, and one starts another program.
+# Of cameras, screenshots and web pages. Pillow's other decoders get little scrutiny, and one starts
+# another program.
 _FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "AVIF")
 # Largest picture that is decoded, pixels; JPEG is scaled while it is decoded.
 _MAX_PIXELS = 50_000_000
@@ -79,8 +79,7 @@ def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Itera
 def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
     """The video file with the path `--only` below a folder; None: there is none.
 
-    Raises:
-      UserError: it is no path that `find_videos` could yield.
+    Raises a UserError if it is no path that `find_videos` could yield.
     """
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         raise UserError(f"--only takes paths below {folder}, not {path}")
@@ -96,8 +95,8 @@ def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
 
 def _found_file(folder: Path, path: str, timeout: float) -> FoundFile:
     status = (folder / path).stat()
-    allowed = allowed_seconds(timeout, status.st_size)
-    return FoundFile(path, status.st_size, status.st_mtime_ns, allowed)
+    size = status.st_size
+    return FoundFile(path, size, status.st_mtime_ns, allowed_seconds(timeout, size))
 
 
 def allowed_seconds(timeout: float, size: int) -> float:
@@ -118,14 +117,10 @@ def _is_text(path: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class VideoRead:
-    """A file that was read.
+    """A file that was read: fields of its `VideoRecord`, with the arrays that need no model.
 
     Attributes:
-      sha256: of its content; empty if it was not computed.
-      error: why it has no frames; empty if it has.
       is_known: whether the content was known; nothing was decoded then.
-      duration: seconds.
-      arrays: as `VideoRecord.arrays`, those that need no model.
       frames: uint8 [F, S, S, 3] of a short video; None if they are in `spooled`.
       spooled: file with the bytes of the frames, which the caller deletes.
     """
@@ -159,10 +154,8 @@ def read_video(
     """Reads a file, and decodes it unless its content is known.
 
     A video of at most `SHORT_VIDEO_SECONDS` is one window, with the frames of a training example.
-    The frames of a longer one are written to `spool`: memory does not depend on its length.
-
-    Raises:
-      Unavailable: the file cannot be read, or `spool` cannot be written.
+    The frames of a longer one are written to `spool`: memory does not depend on its length. Raises
+    Unavailable if the file cannot be read, or `spool` cannot be written.
     """
     with ffmpeg_errors(path):
         digest = sha256(path)
@@ -195,10 +188,7 @@ def read_video_on_node(*arguments: Any) -> VideoRead | WorkerFailure:
 
 
 def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
-    """Reads a file of any length as one window, with the frames that evaluation uses.
-
-    Raises Unavailable if the file cannot be read.
-    """
+    """Reads a file as one window, with the frames of evaluation; Unavailable if it cannot."""
     try:
         return _read_short(path, sampling, 0.0)
     except VideoError as error:
@@ -288,11 +278,8 @@ def _arrays(windows: Sequence[Window], times: np.ndarray, max_frames: int) -> di
 def open_picture(pool: CallPool, path: Path, form: FrameForm, name: str = "") -> bytes:
     """Decodes an image file in a process of a pool: the bytes of uint8 [S, S, 3].
 
-    It is upright, on white where it is transparent, and the first picture of several. Errors have
-    `name` in the place of the path.
-
-    Raises:
-      UserError: it cannot be read, has none of _FORMATS, or exceeds a limit.
+    It is upright, on white where it is transparent, and the first picture of several. Raises a
+    UserError that begins with `name`, or the path, if it cannot be decoded.
     """
     decoded = pool.call(_decode, path, form, timeout=_SECONDS)
     if isinstance(decoded, WorkerFailure):

@@ -6,8 +6,8 @@
 
 A segment is published whole and never changed: readers map its files and take no lock, and what
 they have mapped stays when the files are deleted. Arrow trusts the offsets in a mapped file, so the
-hash of `videos.arrow` is checked when it is opened. It has a checksum of the array rows of each
-video, which are checked when they are used. Each strip has its own.
+hash of `videos.arrow` is checked on opening. It has a checksum of the array rows of each video,
+which is checked on use; each strip has its own.
 """
 
 import bisect
@@ -85,7 +85,6 @@ class Segment:
     """An open segment of V videos, with the `entry` that `write_segment` returned.
 
     Attributes:
-      table: a row for each video.
       arrays: by `AXIS.NAME`, memory-mapped.
       firsts: by axis, the first row of each video and the number of all rows, int64 [V + 1].
       verified: bool [V], videos whose rows are checked.
@@ -161,8 +160,8 @@ class Segment:
         """
         try:
             states = {path: _state_of(path) for path in self._states}
-            for path, (size, _) in self._states.items():
-                if states[path][0] < size:
+            for path, (size, _) in states.items():
+                if size < self._states[path][0]:
                     raise ValueError(f"{path} was cut")
             if states != self._states:
                 self._check_table()
@@ -182,10 +181,8 @@ class Segment:
 class Listed:
     """A segment in one state of an index.
 
-    Attributes:
-      gone: bool [V], videos that were removed or replaced.
-      prefix: what paths of a joined index have before those of the segment.
-      first_slot: the number of its first window among all windows of the index.
+    `gone`, bool [V], are videos that were removed or replaced. In a joined index, `prefix` comes
+    before its paths. `first_slot` is the number of its first window among all of the index.
     """
 
     segment: Segment
@@ -197,10 +194,6 @@ class Listed:
     def live(self) -> np.ndarray:
         """bool [V], videos that can be searched."""
         return ~self.gone & (self.segment.column("windows") > 0)
-
-    def windows(self) -> int:
-        """Number of windows of these videos."""
-        return int(self.segment.column("windows")[self.live].sum())
 
     def errors(self) -> list[tuple[str, str]]:
         """Path of each file that cannot be searched, and why."""

@@ -17,15 +17,9 @@ from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
-from drl_jax.search import reading
-from drl_jax.search.encoding import (
-    bank_of,
-    describe_bank,
-    encode_banks,
-    encode_for_index,
-    write_bank,
-)
+from drl_jax.search import encoding, reading
 from drl_jax.search.index_file import MADE_WITH, IndexWriter, KnownFile
 from drl_jax.search.reading import FoundFile, FrameSampling, VideoRead
 from drl_jax.search.segments import SearchIndexError, VideoRecord
@@ -43,10 +37,7 @@ _PACKAGES = ("av", "numpy", "pillow")
 
 
 def parse_shard(text: str) -> str:
-    """Checks NUMBER/COUNT, e.g. 3/16, which counts from 0; returns it without leading zeros.
-
-    Raises a UserError if it is something else.
-    """
+    """NUMBER/COUNT, e.g. 3/16, without leading zeros; raises a UserError if it is no shard."""
     number, _, count = text.partition("/")
     if number.isdecimal() and count.isdecimal() and int(number) < int(count) <= _MAX_SHARDS:
         return f"{int(number)}/{int(count)}"
@@ -64,10 +55,8 @@ def is_in_shard(path: str, shard: str) -> bool:
 class IndexReport:
     """Numbers of files, and of windows and bytes of the whole index.
 
-    Attributes:
-      changed: files with other content, or damaged features.
-      bad: why files cannot be searched, by path; of all files that were compared.
-      unavailable: why files were not read this time, by path; the next update tries them again.
+    `changed` files have other content, or had damaged features. By path, `bad` says why files that
+    were compared cannot be searched, and `unavailable` why the next update has to read them.
     """
 
     added: int = 0
@@ -117,26 +106,20 @@ def update_index(
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
-    made_with = {
-        "source": model.source,
-        "fingerprint": model.fingerprint,
-        "videos": str(videos.resolve()),
-        "storage": storage,
-        "fps": fps,
-        **({"hubness": describe_bank(bank)} if bank else {}),
-        **({} if shard is None else {"shard": parse_shard(shard)}),
-    }
+    made_with = {"source": model.source, "fingerprint": model.fingerprint}
+    made_with |= {"videos": str(videos.resolve()), "storage": storage, "fps": fps}
+    if bank:
+        made_with["hubness"] = encoding.describe_bank(bank)
+    if shard is not None:
+        made_with["shard"] = parse_shard(shard)
     with IndexWriter(directory) as writer:
         if not writer.header:
-            writer.update_header(**made_with, bank=bank_of(model.config))
+            writer.update_header(**made_with, bank=encoding.bank_of(model.config))
         _check_made_with(writer, made_with)
         if bank:
-            write_bank(directory, bank)
+            write_json(directory / encoding.BANK_FILE, list(bank))
         update = _Update(writer, model, videos, timeout)
-        if only:
-            update.compare_files(only)
-        else:
-            update.compare_folder()
+        update.compare(only)
         if not prune:
             update.check_mounted()
         return update.run(cluster)
@@ -166,45 +149,42 @@ class _Update:
     def __init__(self, writer: IndexWriter, model: RetrievalModel, folder: Path, timeout: float):
         self._writer, self._model, self._folder, self._timeout = writer, model, folder, timeout
         self._report = IndexReport()
-        # The files of `--only`; None: all.
-        self._paths: list[str] | None = None
+        self._paths: list[str] | None = None  # The files of `--only`; None: all.
         # New and changed files, and those with damaged features; what the index has of them.
         self._pending: list[FoundFile] = []
         self._known: dict[str, KnownFile] = {}
         # Files of the index that are gone, by size; paths of those that were moved.
         self._missing: dict[int, list[KnownFile]] = collections.defaultdict(list)
         self._moved: set[str] = set()
-        # What waits for the next commit: videos, and paths that they leave.
+        # The next commit: videos, paths that they leave, and since when they wait.
         self._batch: list[tuple[VideoRecord, VideoRead]] = []
         self._left: list[str] = []
         self._since = 0.0
 
-    def compare_folder(self) -> None:
-        """Compares the index with all files of the folder, and checks its features."""
-        known = {file.path: file for file in self._writer.files()}
-        files = list(reading.find_videos(self._folder, self._timeout, self._report.bad))
-        if not (known or files):
-            raise UserError(f"no video in {self._folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
+    def compare(self, only: Sequence[str]) -> None:
+        """Compares the index with the files of the folder, or only some; checks their features."""
+        writer, folder, root = self._writer, self._folder, self._folder.absolute()
+        if only:
+            given = [PurePath(path) for path in only]
+            names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in given]
+            self._paths = list(dict.fromkeys(names))
+            named = [reading.find_named(folder, path, self._timeout) for path in self._paths]
+            files = [file for file in named if file is not None]
+        else:
+            files = list(reading.find_videos(folder, self._timeout, self._report.bad))
+        known = {file.path: file for file in writer.files(self._paths)}
+        if not (only or known or files):
+            raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
+        for path in self._paths or ():
+            if path not in known and path not in {file.path for file in files}:
+                raise UserError(f"--only={path}: neither {folder} nor the index has such a video")
+            if not self._is_ours(path):
+                raise UserError(f"--only={path}: it is not in the shard of the index")
         for file in files:
             if self._is_ours(file.path):
                 self._compare(known.pop(file.path, None), file)
         for path in sorted(known):
             self._compare(known[path], None)
-
-    def compare_files(self, paths: Sequence[str]) -> None:
-        """Compares the index with some files of the folder; reads nothing of the others."""
-        folder, root = self._folder, self._folder.absolute()
-        below = [PurePath(path) for path in paths]
-        names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in below]
-        self._paths = list(dict.fromkeys(names))
-        for path in self._paths:
-            file = reading.find_named(folder, path, self._timeout)
-            known = self._writer.file_at(path)
-            if file is None and known is None:
-                raise UserError(f"--only={path}: neither {folder} nor the index has such a video")
-            if not self._is_ours(path):
-                raise UserError(f"--only={path}: it is not in the shard of the index")
-            self._compare(known, file)
 
     def _is_ours(self, path: str) -> bool:
         shard = self._writer.header.get("shard")
@@ -284,21 +264,22 @@ class _Update:
         """Adds a file that was read to the next batch, and stores the batch if it is full."""
         allowed = 0.0
         if isinstance(read, WorkerFailure):
-            if read.is_passing and not read.timed_out:
+            if read.timed_out:  # Stored with the time that it had.
+                allowed = file.allowed
+            elif read.is_passing:
                 self._report.unavailable[file.path] = read.reason
                 return
-            # A video that took too long is stored with the time that it had.
-            allowed = file.allowed if read.timed_out else 0.0
             read = VideoRead(error=read.reason)
         if read.is_known:
             record = self._known_content(file, read.sha256)
         else:
-            is_new = file.path not in self._known
-            self._report.added += is_new
-            self._report.changed += not is_new
+            is_changed = file.path in self._known
+            self._report.changed += is_changed
+            self._report.added += not is_changed
             fields = (read.sha256, read.error, allowed, read.duration, read.arrays)
-            record = VideoRecord(file.path, file.size, file.mtime_ns, *fields)
-        self._since = self._since if self._batch else time.monotonic()
+            record = VideoRecord(*file[:3], *fields)
+        if not self._batch:
+            self._since = time.monotonic()
         self._batch.append((record, read))
         is_full = sum(len(r.windows) for _, r in self._batch) >= self._model.config.eval.batch_size
         if is_full or time.monotonic() - self._since > _STORED_EVERY:
@@ -319,13 +300,13 @@ class _Update:
 
     @functools.cached_property
     def _banks(self) -> list[Features]:
-        return encode_banks(self._model, self._writer.directory, self._writer.header)
+        return encoding.encode_banks(self._model, self._writer.directory, self._writer.header)
 
     def _store(self) -> None:
         """Encodes and commits the next batch."""
         reads = [read for _, read in self._batch]
         banks = self._banks if any(read.windows for read in reads) else []
-        encoded = encode_for_index(self._model, self._writer.header, banks, reads)
+        encoded = encoding.encode_for_index(self._model, self._writer.header, banks, reads)
         records = [
             record._replace(arrays={**record.arrays, **arrays})
             for (record, _), arrays in zip(self._batch, encoded, strict=True)
