@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.interactions import INTERACTIONS
-from drl_jax.runtime.errors import Unavailable, UserError
+from drl_jax.runtime.errors import UserError
 from drl_jax.search import index_file
 from drl_jax.search.__main__ import main
 from drl_jax.search.commands import draw_pair, format_hits
@@ -301,21 +300,6 @@ def count_stored(directory):
         return len(stored_features(directory))
     except SearchIndexError:  # Not created yet.
         return 0
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, index, monkeypatch):
-    before = stored_features(index)
-    write_other_video(videos / "0.mp4")
-
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(index_file, "write_segment", full)
-        with pytest.raises(Unavailable, match=r"No space left on device"):
-            update_index(model, videos, index)
-    assert stored_features(index) == before
-    assert update_index(model, videos, index).changed == 1
 
 
 def test_other_processes_see_the_progress(model, videos, tmp_path, monkeypatch):

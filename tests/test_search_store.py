@@ -293,11 +293,6 @@ def test_biases_of_hubs_are_read_beside_files_that_cannot_be_searched(tmp_path):
     index = OpenIndex(tmp_path / "index", model)
     assert index.biases(Correction("is:2")).tolist() == [3, 5]
     assert index.biases(Correction("nnn:16", 0.5)).tolist() == [2, 3]
-    with IndexWriter(tmp_path / "plain") as writer:
-        writer.update_header(**ABOUT)
-        writer.put([good])
-    with pytest.raises(SearchIndexError, match="has no bank of captions, which --hubness needs"):
-        OpenIndex(tmp_path / "plain", model).biases(Correction("is:2"))
 
 
 def test_a_merge_does_not_hold_all_thumbnails_in_memory(tmp_path):

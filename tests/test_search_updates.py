@@ -372,12 +372,10 @@ def test_folders_on_several_disks_are_searched_below_the_one_of_all(search_model
 
 def test_indexes_are_joined_by_a_command(copy, capsys):
     flags = ("join", f"--index={copy / 'new'}")
-    for shards, message in (
-        (("shard0", "videos"), "no index in"),
-        (("all", "shard1"), "is in two shards"),
-    ):
-        shards = [str(copy / shard) for shard in shards]
-        assert message in error_of("drl_jax.search", *flags, *shards, capsys=capsys)
+    line = error_of(
+        "drl_jax.search", *flags, str(copy / "all"), str(copy / "shard1"), capsys=capsys
+    )
+    assert "is in two shards" in line
     for changes, what in (
         ({"storage": "int8"}, "--storage"),
         ({"fingerprint": "other"}, "model"),

@@ -1,6 +1,5 @@
 """What an index stores of windows: features, and their similarities to banks of captions."""
 
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -54,8 +53,8 @@ _METHODS = {"is": inverted_softmax_bias, "nnn": mean_of_largest}
 def quantize(features: Features, storage: str) -> Features:
     """Converts features to the form in which an index stores them; other arrays do not change.
 
-    bfloat16 stores the bits as uint16. int8 has a float32 scale of each vector (the last axis):
-    `NAME * NAME.scale[..., None]` differs from it by at most 1/254 of its largest channel.
+    bfloat16: the bits as uint16. int8: with a float32 scale of each vector (the last axis),
+    `NAME * NAME.scale[..., None]` differs by at most 1/254 of its largest channel.
     """
     stored: Features = {}
     for name, array in features.items():
@@ -211,15 +210,14 @@ def encode_reads(
       The arrays of all windows, in order, as of `RetrievalModel.encode_videos`; none without a
       window. And for each video the features of its frames, float32 [N, D]; of one window [0, D].
     """
-    short = [read.frames for read in reads if read.frames is not None]
-    together, taken = model.encode_videos(short) if short else {}, itertools.count()
+    short = [number for number, read in enumerate(reads) if read.frames is not None]
+    together = model.encode_videos([reads[number].frames for number in short]) if short else {}
     rows: list[Features] = []
     nothing = np.zeros((0, model.config.model.backbone.embed_dim), np.float32)
     features = [nothing] * len(reads)
     for number, read in enumerate(reads):
         if read.frames is not None:
-            row = next(taken)
-            rows.append({name: array[[row]] for name, array in together.items()})
+            rows.append({name: array[[short.index(number)]] for name, array in together.items()})
         elif read.spooled is not None:
             image_feat = model.encode_frames(frames_of(read, model.frame_form))
             rows.append(model.encode_frame_windows(image_feat, read.windows))

@@ -112,12 +112,11 @@ class Part:
 
     def windows(self) -> int:
         """Number of windows of all videos."""
-        counts = ((one.segment.column("windows"), one.live) for one in self.listed)
-        return sum(int(windows[live].sum()) for windows, live in counts)
+        return sum(int(one.segment.column("windows")[one.live].sum()) for one in self.listed)
 
 
 def open_part(directory: Path, known: Sequence[Segment] = ()) -> Part:
-    """Opens a state of an index that is not joined; `known` are segments that are open already.
+    """Opens an index that is not joined; `known` are segments that are open already.
 
     Raises as `read_header`, also if a segment is damaged.
     """
@@ -172,14 +171,6 @@ class KnownFile(NamedTuple):
     sha256: str
     allowed: float
 
-    def is_damaged(self) -> bool:
-        """Whether its features differ from their checksum."""
-        try:
-            self.segment.verify(self.row)
-        except ValueError:
-            return True
-        return False
-
 
 class IndexWriter(Part, contextlib.AbstractContextManager):
     """An index that this process alone writes; a context manager. A new one has no header."""
@@ -219,11 +210,11 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
         self.listed, damaged = _open_segments(self.directory, header)
         if damaged:
             self._commit(self.listed)
+        aside = self.directory / _DAMAGED
         for entry, error in damaged:
-            source, aside = self.directory / _SEGMENTS / entry["name"], self.directory / _DAMAGED
-            if source.exists():
-                aside.mkdir(exist_ok=True)
-                source.rename(aside / entry["name"])
+            aside.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (self.directory / _SEGMENTS / entry["name"]).rename(aside / entry["name"])
             print(
                 f"{entry['videos']} videos are indexed again: a segment is damaged"
                 f" ({one_line(error)}); what is left of it is in {aside}"
@@ -340,8 +331,7 @@ def _writing(directory: Path) -> Iterator[None]:
 def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
     """Writes an index that opens several others as one; an existing list is replaced.
 
-    Raises a SearchIndexError if they cannot be opened as one, and Unavailable if a file cannot be
-    read or written.
+    Raises a SearchIndexError if they cannot be opened as one, or Unavailable.
     """
     if (directory / _INDEX).exists() and "parts" not in read_header(directory):
         raise SearchIndexError(f"{directory} is an index with videos; give another --index")

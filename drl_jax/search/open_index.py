@@ -111,7 +111,7 @@ class OpenIndex:
     Attributes:
       version: `index_version` before it was opened.
       header: what the index was made with; of a joined index, that of its first part.
-      folder: folder of the videos; of a joined index, the one that has those of all parts.
+      folder: of the videos; of a joined index, the one that has those of all parts.
       segments: of all parts, which all have slots in this order.
       valid: bool [S], slots of windows of videos that can be searched.
       count, unsearchable_count: numbers of these videos and of the other files.

@@ -35,8 +35,7 @@ from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 _NOT_UTF8 = "its name is not UTF-8; rename it"
-# Side of the thumbnails, pixels.
-_THUMBNAIL = 112
+_THUMBNAIL = 112  # Side, pixels.
 # What `picture_hash` looks at: cosines of the 8 lowest frequencies on a grid of so many places.
 _PLACES = 32
 _COSINES = np.cos(np.pi / _PLACES * np.outer(np.arange(8), np.arange(_PLACES) + 0.5))

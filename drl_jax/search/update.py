@@ -88,7 +88,7 @@ def update_index(
 
     What is encoded is committed every few seconds: after an interruption, the same call continues.
     A file with the content of one that is gone takes over its features. A video whose features are
-    damaged is decoded again. This process encodes; worker processes or a cluster decode.
+    damaged is decoded again. Worker processes or a cluster decode.
 
     Args:
       videos: their folder, searched recursively. That of an existing index may have been moved.
@@ -195,8 +195,11 @@ class _Update:
         if known is None:
             self._pending.append(file)
             return
-        if is_damaged := known.is_damaged():
-            known = known._replace(sha256="")  # No file takes over its features.
+        try:
+            known.segment.verify(known.row)
+            is_damaged = False
+        except ValueError:
+            is_damaged, known = True, known._replace(sha256="")  # No file takes over its features.
         if file is None:
             self._missing[known.size].append(known)
             return

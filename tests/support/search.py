@@ -62,7 +62,7 @@ def made_up_videos(
     }
     return [
         VideoRecord(
-            *(path, 9, 9, f"{number:064x}"),
+            *(path, 9, 9, f"{number:015x}{0:049x}"),
             duration=2.0,
             arrays={**{f"window.{name}": rows[name][[number]] for name in rows}, **of_file},
         )
