@@ -220,7 +220,7 @@ def test_joined_indexes(exact, search_model, shared_videos, tmp_path):
     join(tmp_path / "joined", parts)
     engine = memory()
     index = Index(tmp_path / "joined", search_model, SearchOptions("qdrant", 100, 1), engine)
-    assert engine.export(index.state()).sent == int(exact.state().valid.sum())
+    assert engine.export(index.state())[0] == int(exact.state().valid.sum())
     expected = Index(tmp_path / "joined", search_model, SearchOptions("exact", refine=1))
     check_same(index.search(QUERIES, 12), expected.search(QUERIES, 12))
 

@@ -372,10 +372,8 @@ def test_folders_on_several_disks_are_searched_below_the_one_of_all(search_model
 
 def test_indexes_are_joined_by_a_command(copy, capsys):
     flags = ("join", f"--index={copy / 'new'}")
-    line = error_of(
-        "drl_jax.search", *flags, str(copy / "all"), str(copy / "shard1"), capsys=capsys
-    )
-    assert "is in two shards" in line
+    shards = [str(copy / name) for name in ("all", "shard1")]
+    assert "is in two shards" in error_of("drl_jax.search", *flags, *shards, capsys=capsys)
     for changes, what in (
         ({"storage": "int8"}, "--storage"),
         ({"fingerprint": "other"}, "model"),

@@ -252,8 +252,9 @@ def _export(options: argparse.Namespace) -> None:
 
     search_options = _search_options(options)
     index = Index(options.index, model_of_flags(options), search_options)
-    report = Qdrant(options.url, search_options.correction).export(index.state())
-    print(f"{report.sent} windows sent, {report.deleted} deleted, {report.unchanged} unchanged")
+    engine = Qdrant(options.url, search_options.correction)
+    sent, deleted, unchanged = engine.export(index.state())
+    print(f"{sent} windows sent, {deleted} deleted, {unchanged} unchanged")
 
 
 def _recall(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -29,14 +29,6 @@ _WRITTEN, _READ = 512, 10_000
 # apart from the videos that the graph links: in a million, 500 candidates have 97 % of the exact
 # best ten with 10, and 99 % with 40.
 _BREADTH = 40
-
-
-class ExportReport(NamedTuple):
-    """Windows that an export sent, deleted (a changed one is both), and found up to date."""
-
-    sent: int
-    deleted: int
-    unchanged: int
 
 
 class Qdrant:
@@ -66,8 +58,11 @@ class Qdrant:
             key += f" {self._correction} {index.header['hubness']['sha256']}"
         return f"drl_jax_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-    def export(self, index: OpenIndex) -> ExportReport:
-        """Makes or updates the collection of an index; can be interrupted and repeated."""
+    def export(self, index: OpenIndex) -> tuple[int, int, int]:
+        """Makes or updates the collection of an index; can be interrupted and repeated.
+
+        Returns numbers of windows: sent, deleted (a changed one is both), and found up to date.
+        """
         if not index.model.interaction.HAS_VECTORS:
             interaction = index.model.config.model.interaction
             raise UserError(f"the interaction {interaction} has no vectors that Qdrant can compare")
@@ -85,7 +80,7 @@ class Qdrant:
                     deleted += len(gone)
             self._send(index, name, is_missing)
         sent = int(is_missing.sum())
-        return ExportReport(sent, deleted, int(index.valid.sum()) - sent)
+        return sent, deleted, int(index.valid.sum()) - sent
 
     def _create(self, index: OpenIndex, name: str) -> None:
         # The graph is searched with 8-bit copies in memory. No values are cut off: a few channels

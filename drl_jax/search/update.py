@@ -101,8 +101,8 @@ def update_index(
       shard: of a new index: only the files of this shard, NUMBER/COUNT.
 
     Raises:
-      UserError: the folder does not exist, there is no video, most of the files are gone, the
-        index is of another model, folder, storage or bank, or a node of the cluster cannot work.
+      UserError: there is no video, most of the files are gone, the index is of another model,
+        folder, storage or bank, or a node of the cluster cannot work.
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
@@ -219,8 +219,7 @@ class _Update:
         if lost and not is_mounted:
             raise UserError(
                 f"{lost} of the {total} videos of the index {self._writer.directory} are not in"
-                f" {self._folder}: is it the right folder, and mounted? --prune removes them from"
-                " the index"
+                f" {self._folder}: is it the right folder, and mounted? --prune removes them"
             )
 
     def run(self, cluster: "RayCluster | None") -> IndexReport:
