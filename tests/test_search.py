@@ -37,7 +37,7 @@ from drl_jax.search.__main__ import main
 from drl_jax.search.commands import draw_pair, format_hits
 from drl_jax.search.engine import Part
 from drl_jax.search.hits import explain, format_timestamp
-from drl_jax.search.index_file import IndexWriter, open_part, read_progress
+from drl_jax.search.index_file import IndexPart, IndexWriter, read_progress
 from drl_jax.search.query import Query
 from drl_jax.search.segments import SearchIndexError, Segment
 from drl_jax.search.session import Index, rank_sentences
@@ -104,7 +104,7 @@ def scores(searcher, top=20):
 
 def stored_features(directory):
     """Path -> features of an index."""
-    part = open_part(directory)
+    part = IndexPart(directory)
     return {
         (record := one.segment.read(row)).path: record.arrays["window.frame_unit"].tobytes()
         for one in part.listed

@@ -21,7 +21,7 @@ from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.lock import LockError
 from drl_jax.search import index_file
 from drl_jax.search.encoding import Correction
-from drl_jax.search.index_file import IndexWriter, check_distinct, join, open_part, read_header
+from drl_jax.search.index_file import IndexPart, IndexWriter, check_distinct, join, read_header
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.reading import strip_arrays
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord, write_segment
@@ -54,7 +54,7 @@ def assert_equal(found, expected):
 
 def contents(directory):
     """Path -> record of an index, without those that are gone."""
-    part = open_part(directory)
+    part = IndexPart(directory)
     return {
         (found := one.segment.read(row)).path: found
         for one in part.listed
@@ -77,7 +77,7 @@ def test_records_are_read_as_they_were_written(index):
     assert_equal(found["a/é.mp4"], record("a/é.mp4", 2, windows=3))
     assert_equal(found["d.mp4"], record("d.mp4", 4))
     assert found["bad.mp4"] == ("bad.mp4", 5, 6, "", "is no video", 300.0, 0.0, {})
-    first = open_part(index).listed[0].segment
+    first = IndexPart(index).listed[0].segment
     assert [first.path(row) for row in range(3)] == ["a/é.mp4", "b.mp4", "c.mp4"]
     assert [first.find(path) for path in ("b.mp4", "c.mp4", "d.mp4", "")] == [1, 2, None, None]
     assert first.row_of_window(np.arange(5)).tolist() == [0, 0, 0, 1, 2]
@@ -85,7 +85,7 @@ def test_records_are_read_as_they_were_written(index):
 
 
 def test_records_are_replaced_removed_and_merged_under_open_readers(index):
-    part = open_part(index)
+    part = IndexPart(index)
     segments = [one.segment for one in part.listed]
     before = {s.directory: [s.read(row) for row in range(len(s))] for s in segments}
     with IndexWriter(index) as writer:
@@ -105,7 +105,7 @@ def test_records_are_replaced_removed_and_merged_under_open_readers(index):
 
 def test_a_merge_does_not_make_damaged_thumbnails_healthy(index):
     """They are stored with the checksums that they had."""
-    segment = open_part(index).listed[0].segment
+    segment = IndexPart(index).listed[0].segment
     row = segment.find("b.mp4")
     strips = segment.directory / "byte.strip.bin"
     damaged = strips.read_bytes().replace(segment.read(row).strip(0), b"jpegX")
@@ -113,7 +113,7 @@ def test_a_merge_does_not_make_damaged_thumbnails_healthy(index):
     with IndexWriter(index) as writer:
         writer.put([], gone=["c.mp4"])
         writer.merge()
-    segments = [one.segment for one in open_part(index).listed]
+    segments = [one.segment for one in IndexPart(index).listed]
     (merged,) = (s for s in segments if s.find("b.mp4") is not None)
     assert merged.directory != segment.directory
     with pytest.raises(ValueError, match=r"thumbnails of 'b\.mp4'"):
@@ -154,7 +154,7 @@ def test_each_flipped_bit_is_noticed(tmp_path):
 
 
 def test_files_that_change_under_a_reader_are_noticed(index):
-    segment = open_part(index).listed[0].segment
+    segment = IndexPart(index).listed[0].segment
     segment.read(0)
     path = segment.directory / "window.frame_unit.bin"
     with path.open("r+b") as file:  # In place, as a failing disk or another program would.
@@ -168,10 +168,10 @@ def test_files_that_change_under_a_reader_are_noticed(index):
 
 
 def test_damage_of_the_list_and_of_a_segment(index, capsys):
-    first = open_part(index).listed[0].segment.directory
+    first = IndexPart(index).listed[0].segment.directory
     (first / "videos.arrow").write_bytes(b"x" * 100)
     with pytest.raises(SearchIndexError, match=r"is damaged .* only the damaged ones are decoded"):
-        open_part(index)
+        IndexPart(index)
     with IndexWriter(index) as writer:  # Its videos are unknown now, and are indexed again.
         assert {file.path for file in writer.files(None)} == {"bad.mp4", "d.mp4"}
     assert "3 videos are indexed again: a segment is damaged" in capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_indexes_that_cannot_be_joined(index, tmp_path):
     assert len(join(tmp_path / "joined", [index, other])) == 2
     # Each once, also if a shard is named twice, or joins others.
     assert len(join(tmp_path / "again", [index, index, tmp_path / "joined"])) == 2
-    check_distinct([open_part(index), open_part(other)])
+    check_distinct([IndexPart(index), IndexPart(other)])
     with IndexWriter(other) as writer:
         writer.update_header(fps=2.0)
     with pytest.raises(SearchIndexError, match=r"they differ in their --fps"):

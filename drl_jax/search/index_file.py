@@ -94,11 +94,22 @@ def index_version(directory: Path) -> dict[Path, tuple[int, ...]]:
     return versions
 
 
-class Part:
+class IndexPart:
     """A state of an index that is not joined: what it was made with, and its segments."""
 
-    def __init__(self, directory: Path, header: dict[str, Any], listed: list[Listed]):
-        self.directory, self.header, self.listed = directory, header, listed
+    def __init__(self, directory: Path, known: Sequence[Segment] = ()):
+        """Opens it; `known` are segments that are open already.
+
+        Raises as `read_header`, also if a segment is damaged.
+        """
+        self.directory = directory
+        for _ in range(_ATTEMPTS):
+            self.header = read_header(directory)
+            self.listed, damaged = _open_segments(directory, self.header, known)
+            if not damaged:
+                return
+            # A merge may have deleted segments since the header was read.
+        raise failure(directory, damaged[0][1]) from damaged[0][1]
 
     def videos(self) -> int:
         """Number of all files."""
@@ -113,20 +124,6 @@ class Part:
     def windows(self) -> int:
         """Number of windows of all videos."""
         return sum(int(one.segment.column("windows")[one.live].sum()) for one in self.listed)
-
-
-def open_part(directory: Path, known: Sequence[Segment] = ()) -> Part:
-    """Opens an index that is not joined; `known` are segments that are open already.
-
-    Raises as `read_header`, also if a segment is damaged.
-    """
-    for _ in range(_ATTEMPTS):
-        header = read_header(directory)
-        listed, damaged = _open_segments(directory, header, known)
-        if not damaged:
-            return Part(directory, header, listed)
-        # A merge may have deleted segments since the header was read.
-    raise failure(directory, damaged[0][1]) from damaged[0][1]
 
 
 def _open_segments(
@@ -172,7 +169,7 @@ class KnownFile(NamedTuple):
     allowed: float
 
 
-class IndexWriter(Part, contextlib.AbstractContextManager):
+class IndexWriter(IndexPart, contextlib.AbstractContextManager):
     """An index that this process alone writes; a context manager. A new one has no header."""
 
     def __init__(self, directory: Path):
@@ -180,8 +177,7 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
 
         Raises a LockError if another process writes to it, or as `read_header`.
         """
-        super().__init__(directory, {}, [])
-        self._next_progress = 0.0
+        self.directory, self.header, self._next_progress = directory, {}, 0.0
         with contextlib.ExitStack() as stack, _writing(directory):
             stack.enter_context(locked(directory / LOCK, f"the index {directory}"))
             if (directory / _INDEX).exists():
@@ -328,7 +324,7 @@ def _writing(directory: Path) -> Iterator[None]:
         raise Unavailable(directory, error, "written") from error
 
 
-def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
+def join(directory: Path, shards: Sequence[Path]) -> list[IndexPart]:
     """Writes an index that opens several others as one; an existing list is replaced.
 
     Raises a SearchIndexError if they cannot be opened as one, or Unavailable.
@@ -337,7 +333,7 @@ def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
         raise SearchIndexError(f"{directory} is an index with videos; give another --index")
     here = directory.resolve()
     found = (part.resolve() for shard in shards for part in part_directories(shard))
-    parts = [open_part(part) for part in dict.fromkeys(found)]
+    parts = [IndexPart(part) for part in dict.fromkeys(found)]
     check_alike(parts)
     check_distinct(parts)
     # Relative if they lie beside the list, so that both can be moved.
@@ -351,7 +347,7 @@ def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
     return parts
 
 
-def check_alike(parts: Sequence[Part]) -> None:
+def check_alike(parts: Sequence[IndexPart]) -> None:
     """Raises a SearchIndexError if indexes differ in what their features depend on."""
     for name, part in itertools.product(_SHARED, parts):
         if part.header.get(name) != parts[0].header.get(name):
@@ -361,13 +357,13 @@ def check_alike(parts: Sequence[Part]) -> None:
             )
 
 
-def check_distinct(parts: Sequence[Part]) -> None:
+def check_distinct(parts: Sequence[IndexPart]) -> None:
     """Raises a SearchIndexError if a file is in two indexes."""
     shards = {(part.header["videos"], part.header.get("shard")) for part in parts}
     counts = {(folder, shard and shard.partition("/")[2]) for folder, shard in shards}
     if len(counts) == 1 and len(shards) == len(parts):
         return  # Different shards of one folder have no file in common.
-    owners: dict[str, Part] = {}
+    owners: dict[str, IndexPart] = {}
     for part in parts:
         for path in part.paths():
             if (other := owners.setdefault(path, part)) is not part:

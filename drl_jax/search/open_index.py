@@ -18,19 +18,10 @@ from PIL import Image
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.search import STRIP_FRAMES
+from drl_jax.search import STRIP_FRAMES, index_file
 from drl_jax.search.encoding import HUBNESS_ARRAY, SCALE_WINDOWS, Correction, dequantize
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
 from drl_jax.search.filters import Filters, Listing, list_videos, passing
-from drl_jax.search.index_file import (
-    Progress,
-    check_alike,
-    check_distinct,
-    failure,
-    index_version,
-    open_part,
-    read_progress,
-)
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord
 from drl_jax.search.windows import Window
 
@@ -125,7 +116,7 @@ class OpenIndex:
         model is another one; Unavailable if a file cannot be read.
         """
         self.directory, self.model = directory, model
-        self.version = index_version(directory)
+        self.version = index_file.index_version(directory)
         for part, version in self.version.items():
             if not version:
                 raise SearchIndexError(
@@ -134,8 +125,8 @@ class OpenIndex:
                     f" with: python -m drl_jax.search join --index={directory} SHARD SHARD ..."
                 )
         known = [one.segment for one in previous.segments] if previous else []
-        self._parts = [open_part(part, known) for part in self.version]
-        check_alike(self._parts)
+        self._parts = [index_file.IndexPart(part, known) for part in self.version]
+        index_file.check_alike(self._parts)
         self.header = self._parts[0].header
         if self.header["fingerprint"] != model.fingerprint:
             raise SearchIndexError(
@@ -192,7 +183,7 @@ class OpenIndex:
                             return
                         one.segment.verify(row)
             if not self._is_distinct:
-                check_distinct(self._parts)
+                index_file.check_distinct(self._parts)
                 self._is_distinct = True
         except UserError as error:
             self._damage = error
@@ -311,9 +302,9 @@ class OpenIndex:
         arrays = [one.segment.arrays[name] for one in self.segments if name in one.segment.arrays]
         return np.float32(correction.factor) * np.concatenate([part[:, column] for part in arrays])
 
-    def progress(self) -> Progress | None:
+    def progress(self) -> index_file.Progress | None:
         """How far the processes are that update the index; None if there are none."""
-        return read_progress(*self.version)
+        return index_file.read_progress(*self.version)
 
     def frames_of(self, video: IndexedVideo, frames: Sequence[int]) -> bytes:
         """A JPEG file with thumbnails of some frames of a video side by side."""
@@ -337,7 +328,7 @@ def _reported(segment: Segment) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise failure(segment.directory.parents[1], error) from error
+        raise index_file.failure(segment.directory.parents[1], error) from error
 
 
 def stored_windows(video: IndexedVideo) -> Features:
