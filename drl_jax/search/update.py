@@ -129,9 +129,8 @@ def _check_made_with(writer: IndexWriter, given: Mapping[str, Any]) -> None:
     """Checks that an index was made with what is given now; its folder may have been moved."""
     header = writer.header
     for name, what in MADE_WITH.items():
-        if name not in given or header.get(name) == given[name]:
-            continue
-        if name == "videos" and not Path(header[name]).is_dir():
+        is_moved = name == "videos" and not Path(header[name]).is_dir()
+        if name not in given or header.get(name) == given[name] or is_moved:
             continue
         other = f"another {what}" if name in header else f"no {what}"
         if isinstance(header.get(name), str | float) and name != "fingerprint":
@@ -168,15 +167,15 @@ class _Update:
             given = [PurePath(path) for path in only]
             names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in given]
             self._paths = list(dict.fromkeys(names))
-            named = [reading.find_named(folder, path, self._timeout) for path in self._paths]
-            files = [file for file in named if file is not None]
+            named = {path: reading.find_named(folder, path, self._timeout) for path in self._paths}
+            files = [file for file in named.values() if file is not None]
         else:
             files = list(reading.find_videos(folder, self._timeout, self._report.bad))
         known = {file.path: file for file in writer.files(self._paths)}
         if not (only or known or files):
             raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
         for path in self._paths or ():
-            if path not in known and path not in {file.path for file in files}:
+            if path not in known and named[path] is None:
                 raise UserError(f"--only={path}: neither {folder} nor the index has such a video")
             if not self._is_ours(path):
                 raise UserError(f"--only={path}: it is not in the shard of the index")
