@@ -317,7 +317,7 @@ def test_other_processes_see_the_progress(model, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(IndexWriter, "put", watched)
     monkeypatch.setattr(index_file, "_INTERVAL", 0.0)
     update_index(model, videos, directory)
-    assert seen == [(6, 6)]
+    assert seen == [{"done": 6, "total": 6}]
     assert read_progress(directory) is None
     # Nothing is to be done.
     update_index(model, videos, directory)

@@ -232,7 +232,7 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         if time.monotonic() >= self._next_progress:
             self._next_progress = time.monotonic() + _INTERVAL
             with contextlib.suppress(OSError):  # The update itself reports a full disk.
-                write_json(self.directory / _PROGRESS, [done, total])
+                write_json(self.directory / _PROGRESS, {"done": done, "total": total})
 
     def files(self, paths: Sequence[str] | None) -> Iterator[KnownFile]:
         """What is known of all files, or of some; the time for these does not depend on others."""
@@ -373,15 +373,8 @@ def check_distinct(parts: Sequence[IndexPart]) -> None:
                 )
 
 
-class Progress(NamedTuple):
-    """How many of the new and changed files an update has read, and how many there are."""
-
-    done: int
-    total: int
-
-
-def read_progress(*directories: Path) -> Progress | None:
-    """The progress of the processes that update some indexes; None if there are none.
+def read_progress(*directories: Path) -> dict[str, int] | None:
+    """Sums of `show_progress` of the processes that update indexes; None if there are none.
 
     The file of a process that was killed is no progress: the lock of its index is free.
     """
@@ -391,4 +384,4 @@ def read_progress(*directories: Path) -> Progress | None:
             progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
             if is_locked(directory / LOCK):
                 running.append(progress)
-    return Progress(*map(sum, zip(*running, strict=True))) if running else None
+    return {name: sum(one[name] for one in running) for name in running[0]} if running else None

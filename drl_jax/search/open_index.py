@@ -141,7 +141,7 @@ class OpenIndex:
         if not self.count:
             why = f"has no video that can be searched ({self.unsearchable_count} cannot)"
             if (progress := self.progress()) is not None:
-                read = f"{progress.done} of {progress.total} files are read"
+                read = f"{progress['done']} of {progress['total']} files are read"
                 why = f"is being made ({read}), and no video is stored yet; try again in a minute"
             raise SearchIndexError(f"the index {directory} {why}")
         parts = [_windows(one.segment.arrays) for one in self.segments]
@@ -302,8 +302,8 @@ class OpenIndex:
         arrays = [one.segment.arrays[name] for one in self.segments if name in one.segment.arrays]
         return np.float32(correction.factor) * np.concatenate([part[:, column] for part in arrays])
 
-    def progress(self) -> index_file.Progress | None:
-        """How far the processes are that update the index; None if there are none."""
+    def progress(self) -> dict[str, int] | None:
+        """How many files, `done` of `total`, updates of the index have read; None without one."""
         return index_file.read_progress(*self.version)
 
     def frames_of(self, video: IndexedVideo, frames: Sequence[int]) -> bytes:

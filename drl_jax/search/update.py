@@ -271,33 +271,30 @@ class _Update:
                 self._report.unavailable[file.path] = read.reason
                 return
             read = VideoRead(error=read.reason)
+        known = None
         if read.is_known:
-            record = self._known_content(file, read.sha256)
-        else:
+            known = next(known for known in self._like(file) if known.sha256 == read.sha256)
+        if known is None or known.path in self._moved:  # There, by a file with the same content.
             is_changed = file.path in self._known
             self._report.changed += is_changed
             self._report.added += not is_changed
+        elif known.path == file.path:  # Only its times have changed.
+            self._report.unchanged += 1
+        else:
+            self._moved.add(known.path)
+            self._left.append(known.path)
+        if known is None:
             fields = (read.sha256, read.error, allowed, read.duration, read.arrays)
             record = VideoRecord(*file[:3], *fields)
+        else:
+            stored = known.segment.read(known.row)
+            record = stored._replace(path=file.path, mtime_ns=file.mtime_ns)
         if not self._batch:
             self._since = time.monotonic()
         self._batch.append((record, read))
         is_full = sum(len(r.windows) for _, r in self._batch) >= self._model.config.eval.batch_size
         if is_full or time.monotonic() - self._since > _STORED_EVERY:
             self._store()
-
-    def _known_content(self, file: FoundFile, sha256: str) -> VideoRecord:
-        """What the index has of the content of a file."""
-        known = next(known for known in self._like(file) if known.sha256 == sha256)
-        if known.path == file.path:  # Only its times have changed.
-            self._report.unchanged += 1
-        elif known.path in self._moved:  # Another file has the same content.
-            self._report.added += 1
-        else:
-            self._moved.add(known.path)
-            self._left.append(known.path)
-        record = known.segment.read(known.row)
-        return record._replace(path=file.path, mtime_ns=file.mtime_ns)
 
     @functools.cached_property
     def _banks(self) -> list[Features]:
