@@ -112,7 +112,7 @@ def _sampled_frames(index: OpenIndex) -> tuple[np.ndarray, np.ndarray, list[tupl
 
 
 def _candidates(hashes: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int]]:
-    """Pairs of videos with a like frame, and whether it is mirrored; most of those there are.
+    """Most pairs of videos with a like frame, and whether it is mirrored.
 
     Like hashes begin with the same bits in most rotations, and are neighbours in their order.
     """

@@ -164,10 +164,7 @@ def describe_bank(captions: Sequence[str]) -> dict[str, Any]:
 def encode_banks(
     model: RetrievalModel, directory: Path, header: Mapping[str, Any]
 ) -> list[Features]:
-    """The captions of weak matches, and those for hubs if an index has any.
-
-    Raises a SearchIndexError if those for hubs cannot be read, or have changed.
-    """
+    """The captions of weak matches, and those for hubs; a SearchIndexError if these changed."""
     bank = model.encode_text(header["bank"])
     if "hubness" not in header:
         return [bank]

@@ -98,10 +98,7 @@ class IndexPart:
     """A state of an index that is not joined: what it was made with, and its segments."""
 
     def __init__(self, directory: Path, known: Sequence[Segment] = ()):
-        """Opens it; `known` are segments that are open already.
-
-        Raises as `read_header`, also if a segment is damaged.
-        """
+        """Opens it, but for `known` segments; raises as `read_header`, and for damaged segments."""
         self.directory = directory
         for _ in range(_ATTEMPTS):
             self.header = read_header(directory)
@@ -258,10 +255,7 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         return sum(path.stat().st_size for path in (self.directory / _SEGMENTS).glob("*/*"))
 
     def put(self, videos: Sequence[VideoRecord], gone: Sequence[str] = ()) -> None:
-        """Adds or replaces videos, and removes those with the paths `gone`, in one commit.
-
-        Raises Unavailable if it cannot be written; the index is as it was.
-        """
+        """Adds or replaces videos, and removes the paths `gone`, in one commit; or Unavailable."""
         paths = {video.path for video in videos} | set(gone)
         if not paths:
             return

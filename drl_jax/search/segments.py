@@ -57,9 +57,8 @@ class VideoRecord(NamedTuple):
       arrays: by `AXIS.NAME`; none with an error. W windows: `window.span` float64 [W, 2], seconds,
         `window.frames` int32 [W, F], numbers of sampled frames or -1, and what the interaction
         compares. N sampled frames: `frame.time` float64 [N], seconds, and `frame.hash` uint64 [N].
-        Of a file of several windows: `feature.image_feat` [N, D], as stored; of others [0, D]. S
-        strips of STRIP_FRAMES thumbnails: their JPEG files one after the other, `byte.strip`
-        uint8, with `strip.end` int64 [S] and `strip.crc32` uint32 [S].
+        `feature.image_feat` as stored, [N, D]; [0, D] of one window. S strips of STRIP_FRAMES
+        thumbnails: JPEG files in `byte.strip` uint8, `strip.end` int64, `strip.crc32` uint32 [S].
     """
 
     path: str
@@ -155,8 +154,8 @@ class Segment:
     def check_files(self) -> None:
         """Raises a ValueError if a file was cut, or the table has changed.
 
-        Reading behind the end of a mapped file would end the process. Videos of files that were
-        written to are verified again when they are used.
+        To read behind the end of a mapped file would end the process. Videos of a file that was
+        written to are verified again on use.
         """
         try:
             states = {path: _state_of(path) for path in self._states}
@@ -203,9 +202,9 @@ class Listed:
 
 
 def write_segment(parent: Path, videos: Sequence[VideoRecord]) -> dict[str, Any]:
-    """Writes and publishes a segment, and returns what `Segment` opens it by, as JSON values.
+    """Publishes a segment of videos whose arrays have the same names, dtypes and row shapes.
 
-    Of one or more videos, whose arrays have the same names, dtypes and row shapes.
+    Returns what `Segment` opens it by, as JSON values.
     """
     name, videos = secrets.token_hex(6), sorted(videos, key=lambda video: video.path)
     searchable = [video.arrays for video in videos if video.arrays]
