@@ -174,7 +174,7 @@ def measure_put(reads: Sequence[VideoRead], directory: Path, width: int) -> dict
       Fields of `PerClip`.
     """
     rng, count, seconds = np.random.default_rng(0), _STORED * _COMMITS, 0.0
-    reads = [read for read in reads if read.strips]
+    reads = [read for read in reads if read.arrays]
     with IndexWriter(directory) as writer:
         writer.update_header(
             source={}, fingerprint="", videos="", storage="bfloat16", fps=1.0, bank=[]
@@ -191,16 +191,11 @@ def measure_put(reads: Sequence[VideoRead], directory: Path, width: int) -> dict
                 read, path = reads[number % len(reads)], f"videos/{batch:05}/{number:05}.mp4"
                 arrays = {f"window.{name}": array[number] for name, array in windows.items()}
                 arrays["feature.image_feat"] = np.zeros((0, width), np.uint16)
+                sizes = {"window": 1, "frame": FRAMES}
                 for name, array in read.arrays.items():
-                    arrays[name] = array[: 1 if name.startswith("window.") else FRAMES]
-                records.append(
-                    VideoRecord(
-                        *(path, 10**6, 10**18, read.sha256),
-                        duration=read.duration,
-                        arrays=arrays,
-                        strips=read.strips,
-                    )
-                )
+                    arrays[name] = array[: sizes.get(name.partition(".")[0], len(array))]
+                about = (path, 10**6, 10**18, read.sha256, "", 0.0, read.duration)
+                records.append(VideoRecord(*about, arrays))
             start = time.perf_counter()
             writer.put(records)
             seconds += time.perf_counter() - start

@@ -223,8 +223,10 @@ INDEX = {
     "features of other videos": in_segment(
         "window.frame_unit.bin", lambda d: d[-len(d) // 2 :] + d[: -len(d) // 2], "features of"
     ),
-    "a bit of a thumbnail": in_segment("strips.bin", flipped(70), "thumbnails of"),
-    "where a thumbnail ends": in_segment("strip.end.bin", lambda d: b"\xff" * len(d), "bytes, not"),
+    "a bit of a thumbnail": in_segment("byte.strip.bin", flipped(70), "thumbnails of"),
+    "where a thumbnail ends": in_segment(
+        "strip.end.bin", lambda d: b"\xff" * len(d), "features of"
+    ),
     "a path": in_segment("videos.arrow", lambda d: d.replace(b"3.mp4", b"4.mp4"), "from its hash"),
     "an offset of a table": in_segment("videos.arrow", flipped(-900), "from its hash"),
     "the folder in the list": in_list(lambda v: v.update(videos="/elsewhere")),

@@ -19,7 +19,7 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.runtime.cluster import ClusterError, connect
 from drl_jax.runtime.worker_pool import WorkerFailure
 from drl_jax.search import update
-from drl_jax.search.index_file import open_part
+from drl_jax.search.index_file import IndexPart
 from drl_jax.search.reading import FrameSampling, read_video_on_node
 from drl_jax.search.segments import SearchIndexError, VideoRecord
 from drl_jax.search.update import update_index
@@ -72,15 +72,14 @@ def local(search_model, videos, tmp_path_factory) -> Path:
 
 
 def content(directory: Path) -> list[tuple]:
-    """Fields, arrays and thumbnails of each video of an index, in the order of its segments."""
-    part = open_part(directory)
+    """Fields and arrays of each video of an index, in the order of its segments."""
+    part = IndexPart(directory)
     assert not any(one.gone.any() for one in part.listed)
     records = [one.segment.read(row) for one in part.listed for row in range(len(one.gone))]
     return [
         (
             record[: VideoRecord._fields.index("arrays")],
             {name: array.tobytes() for name, array in record.arrays.items()},
-            [bytes(strip) for strip in record.strips],
         )
         for record in records
     ]
@@ -88,7 +87,7 @@ def content(directory: Path) -> list[tuple]:
 
 def stored(directory: Path) -> int:
     try:
-        return open_part(directory).videos()
+        return IndexPart(directory).videos()
     except SearchIndexError:  # Not created yet.
         return 0
 

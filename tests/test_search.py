@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -32,13 +31,13 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import retrieval_metrics
 from drl_jax.models.interactions import INTERACTIONS
-from drl_jax.runtime.errors import Unavailable, UserError
+from drl_jax.runtime.errors import UserError
 from drl_jax.search import index_file
 from drl_jax.search.__main__ import main
 from drl_jax.search.commands import draw_pair, format_hits
 from drl_jax.search.engine import Part
 from drl_jax.search.hits import explain, format_timestamp
-from drl_jax.search.index_file import IndexWriter, open_part, read_progress
+from drl_jax.search.index_file import IndexPart, IndexWriter, read_progress
 from drl_jax.search.query import Query
 from drl_jax.search.segments import SearchIndexError, Segment
 from drl_jax.search.session import Index, rank_sentences
@@ -105,7 +104,7 @@ def scores(searcher, top=20):
 
 def stored_features(directory):
     """Path -> features of an index."""
-    part = open_part(directory)
+    part = IndexPart(directory)
     return {
         (record := one.segment.read(row)).path: record.arrays["window.frame_unit"].tobytes()
         for one in part.listed
@@ -303,21 +302,6 @@ def count_stored(directory):
         return 0
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(model, videos, index, monkeypatch):
-    before = stored_features(index)
-    write_other_video(videos / "0.mp4")
-
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(index_file, "write_segment", full)
-        with pytest.raises(Unavailable, match=r"No space left on device"):
-            update_index(model, videos, index)
-    assert stored_features(index) == before
-    assert update_index(model, videos, index).changed == 1
-
-
 def test_other_processes_see_the_progress(model, videos, tmp_path, monkeypatch):
     directory, seen = tmp_path / "index", []
     put = IndexWriter.put
@@ -333,7 +317,7 @@ def test_other_processes_see_the_progress(model, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(IndexWriter, "put", watched)
     monkeypatch.setattr(index_file, "_INTERVAL", 0.0)
     update_index(model, videos, directory)
-    assert seen == [(6, 6)]
+    assert seen == [{"done": 6, "total": 6}]
     assert read_progress(directory) is None
     # Nothing is to be done.
     update_index(model, videos, directory)
@@ -357,7 +341,7 @@ def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, index):
         Index(index, other)
     with pytest.raises(SearchIndexError, match="another folder"):
         update_index(model, videos / "sub", index)
-    with pytest.raises(SearchIndexError, match="another storage, bfloat16"):
+    with pytest.raises(SearchIndexError, match="another --storage, bfloat16"):
         update_index(model, videos, index, storage="int8")
 
 

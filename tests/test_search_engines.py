@@ -103,7 +103,7 @@ def test_candidates_have_the_largest_products(exact, server):
 
 def test_the_correction_is_a_channel(exact):
     """It changes which windows are found, and has a collection of its own."""
-    correction, state = Correction("is", 20), exact.state()
+    correction, state = Correction("is:20"), exact.state()
     engine = memory(correction)
     engine.export(state)
     assert engine.collection(state) != memory().collection(state)
@@ -220,7 +220,7 @@ def test_joined_indexes(exact, search_model, shared_videos, tmp_path):
     join(tmp_path / "joined", parts)
     engine = memory()
     index = Index(tmp_path / "joined", search_model, SearchOptions("qdrant", 100, 1), engine)
-    assert engine.export(index.state()).sent == int(exact.state().valid.sum())
+    assert engine.export(index.state())[0] == int(exact.state().valid.sum())
     expected = Index(tmp_path / "joined", search_model, SearchOptions("exact", refine=1))
     check_same(index.search(QUERIES, 12), expected.search(QUERIES, 12))
 

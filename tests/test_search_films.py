@@ -330,16 +330,6 @@ def test_damaged_features_are_refused_and_made_again(search_model, videos, index
     assert scores(index, search_model) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_file_that_is_cut_while_a_session_is_open_is_one_line(search_model, index):
-    session = Index(index, search_model)
-    session.search(["a"], top=1)
-    (path,) = index.glob("segments/*/window.frame_unit.bin")
-    with path.open("r+b") as file:
-        file.truncate(100)
-    with pytest.raises(SearchIndexError, match="is damaged"):
-        session.search(["a"], top=1)
-
-
 def test_a_full_disk_while_a_film_is_decoded_is_no_property_of_the_film(
     search_model, videos, index, tmp_path, monkeypatch
 ):

@@ -22,7 +22,7 @@ from drl_jax.search.addresses import PageQuery
 from drl_jax.search.api import SearchAPI
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters
-from drl_jax.search.index_file import IndexWriter, join, open_part, read_header
+from drl_jax.search.index_file import IndexPart, IndexWriter, join, read_header
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.segments import SearchIndexError
@@ -80,7 +80,7 @@ def copy(shared, tmp_path):
 
 def damage(index: Path, *paths: str) -> None:
     """Changes the features of videos."""
-    for segment in (one.segment for one in open_part(index).listed):
+    for segment in (one.segment for one in IndexPart(index).listed):
         rows = [row for path in paths if (row := segment.find(path)) is not None]
         for row in rows:
             array = segment.arrays["window.frame_unit"]
@@ -204,7 +204,7 @@ def test_a_file_moves_while_segments_are_merged(search_model, test_videos, tmp_p
     shutil.copy(next(test_videos.iterdir()), tmp_path / "videos" / "a_new.mp4")
     report = update(search_model, tmp_path, "index")
     assert (report.added, report.moved, report.unchanged) == (1, 1, 14)
-    assert len(open_part(tmp_path / "index").listed) < 16
+    assert len(IndexPart(tmp_path / "index").listed) < 16
     moved = contents(tmp_path / "index")["moved.mp4"].arrays["window.frame_unit"]
     np.testing.assert_array_equal(moved, videos[3].arrays["window.frame_unit"])
 
@@ -372,12 +372,8 @@ def test_folders_on_several_disks_are_searched_below_the_one_of_all(search_model
 
 def test_indexes_are_joined_by_a_command(copy, capsys):
     flags = ("join", f"--index={copy / 'new'}")
-    for shards, message in (
-        (("shard0", "videos"), "no index in"),
-        (("all", "shard1"), "is in two shards"),
-    ):
-        shards = [str(copy / shard) for shard in shards]
-        assert message in error_of("drl_jax.search", *flags, *shards, capsys=capsys)
+    shards = [str(copy / name) for name in ("all", "shard1")]
+    assert "is in two shards" in error_of("drl_jax.search", *flags, *shards, capsys=capsys)
     for changes, what in (
         ({"storage": "int8"}, "--storage"),
         ({"fingerprint": "other"}, "model"),

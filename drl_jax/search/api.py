@@ -35,8 +35,7 @@ class SearchAPI:
     def facts(self) -> dict[str, Any]:
         """Facts of the index, and the progress of the process that updates it."""
         state = self.index.state()
-        progress = state.progress()
-        return {**_facts_of(state), "indexing": progress and progress._asdict()}
+        return {**_facts_of(state), "indexing": state.progress()}
 
     def unsearchable(self) -> dict[str, Any]:
         """The files of the folder that cannot be searched, and why."""

@@ -19,7 +19,7 @@ from drl_jax.runtime.worker_pool import CallPool
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit, explain, format_timestamp
-from drl_jax.search.index_file import Part, join
+from drl_jax.search.index_file import IndexPart, join
 from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
@@ -106,7 +106,7 @@ def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
 
 def _join(options: argparse.Namespace) -> None:
     parts = join(options.index, options.shards)
-    files, windows = (sum(map(count, parts)) for count in (Part.videos, Part.windows))
+    files, windows = (sum(map(count, parts)) for count in (IndexPart.videos, IndexPart.windows))
     print(f"{options.index}: {len(parts)} shards, {files} files and {windows} windows, open as one")
     given = {shard for part in parts if (shard := part.header.get("shard"))}
     counts = sorted({int(shard.partition("/")[2]) for shard in given})
@@ -252,8 +252,9 @@ def _export(options: argparse.Namespace) -> None:
 
     search_options = _search_options(options)
     index = Index(options.index, model_of_flags(options), search_options)
-    report = Qdrant(options.url, search_options.correction).export(index.state())
-    print(f"{report.sent} windows sent, {report.deleted} deleted, {report.unchanged} unchanged")
+    engine = Qdrant(options.url, search_options.correction)
+    sent, deleted, unchanged = engine.export(index.state())
+    print(f"{sent} windows sent, {deleted} deleted, {unchanged} unchanged")
 
 
 def _recall(options: argparse.Namespace) -> None:

@@ -37,8 +37,8 @@ class Duplicate(NamedTuple):
 def find_duplicates(index: OpenIndex) -> list[Duplicate]:
     """Finds pairs of videos of which one shows what the other does, or a part of it, by path.
 
-    Plain frames, e.g. black ones, are not compared. The time is proportional to the number of
-    frames: of many copies of a video not all pairs are found, but each copy is in one.
+    Plain frames, e.g. black ones, are not compared. In a time proportional to the number of frames:
+    of many copies of a video not all pairs are found, but each copy is in one.
     """
     hashes, firsts, places = _sampled_frames(index)
     counts, found = np.diff(firsts), {}
@@ -70,24 +70,21 @@ def find_duplicates(index: OpenIndex) -> list[Duplicate]:
 
 
 def same_picture(index: OpenIndex, picture: np.ndarray) -> list[IndexedVideo]:
-    """Finds the videos of which a picture in the form of the model, uint8 [S, S, 3], is a frame.
-
-    By sampled frames, the most alike first.
-    """
+    """The videos of which a picture, uint8 [S, S, 3], is a sampled frame, the most alike first."""
     found: dict[tuple[int, int], tuple[int, int]] = {}  # The best frame of each video.
     wanted, shown = picture_hash(picture), Image.fromarray(picture)
     for number, one in enumerate(index.segments):
-        segment, live = one.segment, one.live
-        if not (live.any() and wanted):  # A plain picture is in no video.
+        if not (one.live.any() and wanted):  # A plain picture is in no video.
             continue
-        firsts, hashes = segment.firsts["frame"], segment.arrays["frame.hash"]
+        firsts, hashes = one.segment.firsts["frame"], one.segment.arrays["frame.hash"]
         bits = np.bitwise_count(hashes ^ wanted)
         near = np.flatnonzero(bits <= _BITS)
         rows = np.searchsorted(firsts, near, side="right") - 1
-        for row, frame in zip(rows[live[rows]].tolist(), near[live[rows]].tolist(), strict=True):
+        is_live = one.live[rows]
+        for row, frame in zip(rows[is_live].tolist(), near[is_live].tolist(), strict=True):
             better = int(bits[frame]), frame - int(firsts[row])
             found[number, row] = min(better, found.get((number, row), better))
-    best = sorted(found, key=lambda place: found[place])[:_VIDEOS]
+    best = sorted(found, key=found.__getitem__)[:_VIDEOS]
     same = [p for p in best if _is_like(_thumbnail(index, p, found[p][1]), shown)]
     return [index.video(*place) for place in same]
 
@@ -106,17 +103,16 @@ def _sampled_frames(index: OpenIndex) -> tuple[np.ndarray, np.ndarray, list[tupl
     """Hashes uint64 [N] of all videos, the first of each [V + 1], and the videos' places."""
     hashes, counts, places = [], [np.zeros(1, int)], []
     for number, one in enumerate(index.segments):
-        segment, live = one.segment, one.live
-        if live.any():
-            frames = np.diff(segment.firsts["frame"])
-            hashes.append(segment.arrays["frame.hash"][np.repeat(live, frames)])
-            counts.append(frames[live])
-            places += [(number, row) for row in np.flatnonzero(live).tolist()]
+        if one.live.any():
+            frames = np.diff(one.segment.firsts["frame"])
+            hashes.append(one.segment.arrays["frame.hash"][np.repeat(one.live, frames)])
+            counts.append(frames[one.live])
+            places += [(number, row) for row in np.flatnonzero(one.live).tolist()]
     return np.concatenate(hashes), np.cumsum(np.concatenate(counts)), places
 
 
 def _candidates(hashes: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int]]:
-    """Pairs of videos with a like frame, and whether it is mirrored; most of those there are.
+    """Most pairs of videos with a like frame, and whether it is mirrored.
 
     Like hashes begin with the same bits in most rotations, and are neighbours in their order.
     """

@@ -1,12 +1,10 @@
 """What an index stores of windows: features, and their similarities to banks of captions."""
 
-import dataclasses
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +17,14 @@ from drl_jax.evaluation.post_processing import BETAS, LARGEST
 from drl_jax.models.interactions import Arrays, Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError, one_line
-from drl_jax.runtime.files import json_sha256, write_json
+from drl_jax.runtime.files import json_sha256
 from drl_jax.search.reading import VideoRead, frames_of
 from drl_jax.search.segments import SearchIndexError
 
 # Names of features end in one of these.
 _FEATURE_SUFFIXES = ("_unit", "_feat")
 # Arrays of an index: mean and standard deviation of the similarities of a window to the captions of
-# the header, float32 [2]; and float32 [P], by inverse temperatures of inverted softmax, then by
-# numbers of largest similarities of NNN.
+# the header, float32 [2]; and what corrections for hubs subtract, by `describe_bank`, float32 [P].
 BANK_ARRAY, HUBNESS_ARRAY = "bank_similarity", "hubness"
 _BANK_SIZE = 64  # Captions of the header.
 # Windows that a query which is no sentence is compared with (`OpenIndex.spread`), and the fewest
@@ -45,15 +42,19 @@ _ACTIONS = (
     *("is shown in a cartoon", "plays a musical instrument on a stage"),
     *("moves along a street at night", "is swimming in the sea", "sits at a table indoors"),
 )
-# The captions for hubs, and windows that are compared with them at a time.
-_FILE, _COMPARED = "hubness_bank.json", 1024
+# File of an index that has the captions for hubs.
+BANK_FILE = "hubness_bank.json"
+# Windows that are compared with them at a time.
+_COMPARED = 1024
+# What an index stores for methods that rank without hubs, of similarities and a parameter.
+_METHODS = {"is": inverted_softmax_bias, "nnn": mean_of_largest}
 
 
 def quantize(features: Features, storage: str) -> Features:
     """Converts features to the form in which an index stores them; other arrays do not change.
 
-    bfloat16 stores the bits as uint16. int8 has a float32 scale of each vector (the last axis):
-    `NAME * NAME.scale[..., None]` differs from it by at most 1/254 of its largest channel.
+    bfloat16: the bits as uint16. int8: with a float32 scale of each vector (the last axis),
+    `NAME * NAME.scale[..., None]` differs by at most 1/254 of its largest channel.
     """
     stored: Features = {}
     for name, array in features.items():
@@ -131,64 +132,47 @@ def unusual(score: float, scale: np.ndarray) -> float:
     return (score - mean) / max(deviation, 1e-6)
 
 
-@dataclasses.dataclass(frozen=True)
-class Correction:
-    """A method that ranks without hubs: "is" with an inverse temperature, or "nnn".
+class Correction(NamedTuple):
+    """A method that ranks without hubs.
 
-    The parameter of "nnn" is the number of largest similarities that it takes the mean of; `factor`
-    multiplies what is stored, and is 1 for "is".
+    What it subtracts is `factor` times a column of HUBNESS_ARRAY: "is:BETA", with an inverse
+    temperature, or "nnn:K", the mean of the K largest similarities.
     """
 
-    method: str
-    parameter: int
+    column: str
     factor: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> "Correction":
         """Reads is, is:BETA, nnn, nnn:K or nnn:K:W; raises UserError if it is none of these."""
-        if found := re.fullmatch(r"is(?::(\d+))?", text):
-            return cls("is", int(found[1] or 20))
-        if found := re.fullmatch(r"nnn(?::(\d+)(?::(\d*\.?\d+))?)?", text):
-            return cls("nnn", int(found[1] or 128), float(found[2] or 0.75))
+        if match := re.fullmatch(r"is(?::(\d+))?", text):
+            return cls(f"is:{int(match[1] or 20)}")
+        if match := re.fullmatch(r"nnn(?::(\d+)(?::(\d*\.?\d+))?)?", text):
+            return cls(f"nnn:{int(match[1] or 128)}", float(match[2] or 0.75))
         raise UserError(f"--hubness={text}: write is, is:BETA, nnn, nnn:K or nnn:K:W")
 
     def __str__(self) -> str:
-        weight = f":{self.factor:g}" if self.method == "nnn" else ""
-        return f"{self.method}:{self.parameter}{weight}"
-
-    def biases(self, directory: Path, header: Mapping[str, Any], stored: np.ndarray) -> np.ndarray:
-        """What is subtracted from similarities: float32 [S], of HUBNESS_ARRAY of S windows.
-
-        Raises:
-          UserError: the index does not store this parameter.
-        """
-        known = header["hubness"][self.method]
-        if self.parameter not in known:
-            raise UserError(
-                f"--hubness={self}: the index {directory} has {self.method} for"
-                f" {', '.join(map(str, sorted(known)))} only"
-            )
-        first = len(header["hubness"]["is"]) if self.method == "nnn" else 0
-        return np.float32(self.factor) * np.asarray(stored[:, first + known.index(self.parameter)])
+        return f"{self.column}:{self.factor:g}" if self.column.startswith("nnn") else self.column
 
 
 def describe_bank(captions: Sequence[str]) -> dict[str, Any]:
     """What the header of an index says of the captions for hubs, and of what is stored of them."""
-    about = {"captions": len(captions), "sha256": json_sha256(list(captions))}
-    return {**about, "is": list(BETAS), "nnn": list(LARGEST)}
+    columns = [*(f"is:{beta}" for beta in BETAS), *(f"nnn:{count}" for count in LARGEST)]
+    return {"captions": len(captions), "sha256": json_sha256(list(captions)), "columns": columns}
 
 
-def write_bank(directory: Path, captions: Sequence[str]) -> None:
-    """Stores the captions for hubs in an index."""
-    write_json(directory / _FILE, list(captions))
-
-
-def _read_bank(directory: Path, header: Mapping[str, Any]) -> list[str]:
-    path = directory / _FILE
+def encode_banks(
+    model: RetrievalModel, directory: Path, header: Mapping[str, Any]
+) -> list[Features]:
+    """The captions of weak matches, and those for hubs; a SearchIndexError if these changed."""
+    bank = model.encode_text(header["bank"])
+    if "hubness" not in header:
+        return [bank]
+    path = directory / BANK_FILE
     try:
         captions = json.loads(path.read_text(encoding="utf-8"))
         if json_sha256(captions) == header["hubness"]["sha256"]:
-            return captions
+            return [bank, model.encode_text(captions)]
         reason = "has changed"
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({one_line(error)})"
@@ -196,23 +180,22 @@ def _read_bank(directory: Path, header: Mapping[str, Any]) -> list[str]:
 
 
 def _hubness_of(
-    model: RetrievalModel, header: Mapping[str, Any], bank: Features, windows: Features
+    model: RetrievalModel, columns: Sequence[str], bank: Features, windows: Features
 ) -> np.ndarray:
     """HUBNESS_ARRAY of W windows and encoded captions: float32 [W, P]."""
-    count, parameters = len(next(iter(windows.values()))), header["hubness"]
-    found = []
+    count, parts = len(next(iter(windows.values()))), []
     for start in range(0, count, _COMPARED):
         size = min(_COMPARED, count - start)
         # Few shapes: the number of windows is rounded up to a power of two.
         rows = start + np.minimum(np.arange(1 << (size - 1).bit_length()), size - 1)
         part = {name: array[rows] for name, array in windows.items()}
         similarity = model.similarity(bank, part)[:, :size]
-        columns = [
-            *(inverted_softmax_bias(similarity, beta) for beta in parameters["is"]),
-            *(mean_of_largest(similarity, largest) for largest in parameters["nnn"]),
+        of_columns = [
+            _METHODS[method](similarity, int(value))
+            for method, _, value in (column.partition(":") for column in columns)
         ]
-        found.append(np.stack(columns, axis=1).astype(np.float32))
-    return np.concatenate(found)
+        parts.append(np.stack(of_columns, axis=1).astype(np.float32))
+    return np.concatenate(parts)
 
 
 def encode_reads(
@@ -224,55 +207,46 @@ def encode_reads(
       The arrays of all windows, in order, as of `RetrievalModel.encode_videos`; none without a
       window. And for each video the features of its frames, float32 [N, D]; of one window [0, D].
     """
-    short = [read.frames for read in reads if read.frames is not None]
-    together = model.encode_videos(short) if short else {}
+    short = [number for number, read in enumerate(reads) if read.frames is not None]
+    together = model.encode_videos([reads[number].frames for number in short]) if short else {}
     rows: list[Features] = []
     nothing = np.zeros((0, model.config.model.backbone.embed_dim), np.float32)
-    features, taken = [nothing] * len(reads), 0
+    features = [nothing] * len(reads)
     for number, read in enumerate(reads):
         if read.frames is not None:
-            rows.append({name: array[[taken]] for name, array in together.items()})
-            taken += 1
+            rows.append({name: array[[short.index(number)]] for name, array in together.items()})
         elif read.spooled is not None:
             image_feat = model.encode_frames(frames_of(read, model.frame_form))
             rows.append(model.encode_frame_windows(image_feat, read.windows))
-            features[number] = image_feat if len(read.windows) > 1 else nothing
+            if len(read.windows) > 1:
+                features[number] = image_feat
     names = rows[0] if rows else ()
     return {name: np.concatenate([row[name] for row in rows]) for name in names}, features
 
 
-class WindowEncoder:
-    """Encodes videos for an index, with what it stores of its banks of captions."""
-
-    def __init__(self, model: RetrievalModel, directory: Path, header: Mapping[str, Any]):
-        self._model, self._directory, self._header = model, directory, header
-
-    def encode(self, reads: Sequence[VideoRead]) -> list[dict[str, np.ndarray]]:
-        """The arrays of each video that need the model (`VideoRecord.arrays`); errors have none."""
-        windows, features = encode_reads(self._model, reads)
-        if not windows:
-            return [{} for _ in reads]
-        ends = np.cumsum([len(read.windows) for read in reads])
-        parts = {f"window.{n}": np.split(a, ends[:-1]) for n, a in self._stored(windows).items()}
-        parts["feature.image_feat"] = [
-            quantize({"image_feat": feat}, "bfloat16")["image_feat"] for feat in features
-        ]
-        return [
-            {name: part[number] for name, part in parts.items()} if read.arrays else {}
-            for number, read in enumerate(reads)
-        ]
-
-    def _stored(self, windows: Features) -> Features:
-        model, header = self._model, self._header
-        stored = quantize(windows, header["storage"])
-        if model.interaction.HAS_VECTORS:
-            stored |= quantize({"pooled_unit": model.interaction.video_vectors(windows)}, "int8")
-        stored[BANK_ARRAY] = bank_similarity(model, self._banks[0], windows)
-        if "hubness" in header:
-            stored[HUBNESS_ARRAY] = _hubness_of(model, header, self._banks[1], windows)
-        return stored
-
-    @functools.cached_property
-    def _banks(self) -> list[Features]:
-        hubness = [_read_bank(self._directory, self._header)] if "hubness" in self._header else []
-        return [self._model.encode_text(bank) for bank in (self._header["bank"], *hubness)]
+def encode_for_index(
+    model: RetrievalModel,
+    header: Mapping[str, Any],
+    banks: Sequence[Features],
+    reads: Sequence[VideoRead],
+) -> list[dict[str, np.ndarray]]:
+    """The arrays of each video that need the model (`VideoRecord.arrays`); errors have none."""
+    windows, features = encode_reads(model, reads)
+    if not windows:
+        return [{} for _ in reads]
+    stored = quantize(windows, header["storage"])
+    if model.interaction.HAS_VECTORS:
+        stored |= quantize({"pooled_unit": model.interaction.video_vectors(windows)}, "int8")
+    stored[BANK_ARRAY] = bank_similarity(model, banks[0], windows)
+    if "hubness" in header:
+        columns = header["hubness"]["columns"]
+        stored[HUBNESS_ARRAY] = _hubness_of(model, columns, banks[1], windows)
+    ends = np.cumsum([len(read.windows) for read in reads])
+    parts = {f"window.{name}": np.split(array, ends[:-1]) for name, array in stored.items()}
+    parts["feature.image_feat"] = [
+        quantize({"image_feat": feat}, "bfloat16")["image_feat"] for feat in features
+    ]
+    return [
+        {name: part[number] for name, part in parts.items()} if read.arrays else {}
+        for number, read in enumerate(reads)
+    ]

@@ -1,5 +1,6 @@
 """Filters of a search: only some videos, those in a folder, with a name, or of some length."""
 
+import contextlib
 import dataclasses
 import datetime
 import fnmatch
@@ -19,15 +20,16 @@ Listing = pa.Table
 _COLUMNS = ["path", "mtime_ns", "duration", "segment", "row"]
 
 
-def list_videos(segments: Sequence[Listed], rows: Sequence[np.ndarray]) -> Listing:
+def list_videos(segments: Sequence[Listed], rows: Sequence[Sequence[int]]) -> Listing:
     """The videos in some rows of each segment, with what filters need of them."""
     tables = []
     for number, (one, chosen) in enumerate(zip(segments, rows, strict=True)):
+        chosen = pa.array(chosen, pa.int64())
         path, *others = one.segment.table.select(["path", "mtime_ns", "duration"]).take(chosen)
         prefix, end = (pa.scalar(text, pa.large_string()) for text in (one.prefix, ""))
         path = pc.binary_join_element_wise(prefix, path, end)
-        of_segment = pa.array(np.full(len(chosen), number))
-        tables.append(pa.table([path, *others, of_segment, pa.array(chosen)], _COLUMNS))
+        of_segment = np.full(len(chosen), number)
+        tables.append(pa.table([path, *others, of_segment, chosen], _COLUMNS))
     return pa.concat_tables(tables).sort_by("path").combine_chunks()
 
 
@@ -90,16 +92,13 @@ def passing(listing: Listing, filters: Filters) -> Listing:
 
 def _midnight_ns(day: datetime.date) -> float:
     """When a day begins in the local time of this machine, nanoseconds."""
-    try:
-        return datetime.datetime.combine(day, datetime.time.min).timestamp() * 1e9
-    # Times of day are not defined so early or late.
-    except (OSError, OverflowError, ValueError):
-        return math.inf if day.year > 5000 else -math.inf
+    return datetime.datetime.combine(day, datetime.time.min).timestamp() * 1e9
 
 
 def parse_day(name: str, text: str) -> datetime.date:
     """Reads a day; raises a UserError that has `name` if it is none."""
-    try:
-        return datetime.date.fromisoformat(text)
-    except ValueError:
-        raise UserError(f"{name} takes a day as 2026-01-31, not {text[:100]!r}") from None
+    with contextlib.suppress(ValueError):
+        day = datetime.date.fromisoformat(text)
+        if 1 < day.year < 9999:  # Of others, there is no time of day.
+            return day
+    raise UserError(f"{name} takes a day as 2026-01-31, not {text[:100]!r}")

@@ -24,62 +24,56 @@ from drl_jax.runtime.files import seal, unseal, write_json
 from drl_jax.runtime.lock import is_locked, locked
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord, write_segment
 
-FORMAT = 7
+FORMAT = 8
 LOCK = "lock"
 _INDEX, _SEGMENTS, _DAMAGED, _SPOOL = "index.json", "segments", "damaged_segments", "spool"
-# What earlier versions wrote.
-_EARLIER = ("index.sqlite", "shards.json")
-# Fields of the header in which parts must agree, and their names in messages.
-_SHARED = {
+# Fields of the header in which updates, and those in which parts must agree; names in messages.
+MADE_WITH = {
     "fingerprint": "model",
+    "videos": "folder",
     "storage": "--storage",
     "fps": "--fps",
+    "shard": "--shard",
     "bank": "captions of weak matches (the dataset of the model is at hand for one of them only)",
     "hubness": "--bank",
 }
-# As many segments of one size are merged; sizes grow by this factor.
-_MERGED, _SMALLEST = 16, 64
-# An update of single files merges no more windows and videos than this.
-_LIGHT = 16 * _SMALLEST * _MERGED
-# A segment is written again when more of its videos than this share are gone.
-_MOST_GONE = 0.25
+_SHARED = ("fingerprint", "storage", "fps", "bank", "hubness")
+# As many segments of one size are merged; sizes grow by this factor. An update of single files
+# merges at most _LIGHT windows and videos. Segments of which a larger share is gone are rewritten.
+_MERGED, _SMALLEST, _LIGHT, _MOST_GONE = 16, 64, 16_384, 0.25
 _ATTEMPTS = 3
 # How far an update is, for the processes that search; no part of the index. Seconds between writes.
 _PROGRESS, _INTERVAL = "indexing.json", 1.0
+_MAKE = "python -m drl_jax.search index --workdir=RUN --videos=DIR"
 
 
 def read_header(directory: Path) -> dict[str, Any]:
     """What `index.json` holds.
 
-    Raises:
-      SearchIndexError: there is no index, it is damaged, or another version made it.
-      Unavailable: it cannot be read.
+    Raises a SearchIndexError if there is no index, it is damaged, or another version made it;
+    Unavailable if it cannot be read.
     """
+    path = directory / _INDEX
     try:
-        header = unseal((directory / _INDEX).read_text(encoding="utf-8"))
-        if header["format"] > FORMAT:
-            raise SearchIndexError(
-                f"the index {directory} has format {header['format']}, and this version reads"
-                f" {FORMAT}; use the version that made it, or index the videos into another --index"
-            )
-        return header
+        header = unseal(path.read_text(encoding="utf-8"))
+        version = header["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
-        what, target = f"there is no index in {directory}; make it", str(directory)
-        if any((directory / name).exists() for name in _EARLIER):
-            what = (
-                f"the index {directory} was made by an earlier version, which this one does not"
-                " read; make it anew in another directory"
-            )
-            target = "DIR"
-        command = f"python -m drl_jax.search index --workdir=RUN --videos=DIR --index={target}"
-        raise SearchIndexError(f"{what} with: {command}") from error
-    except OSError as error:
-        raise Unavailable(directory / _INDEX, error) from error
-    except (ValueError, KeyError, TypeError) as error:
         raise SearchIndexError(
-            f"{directory / _INDEX} is damaged ({one_line(error)}); index the videos into another"
-            " --index, or restore this file"
+            f"there is no index in {directory}; make it with: {_MAKE} --index={directory}"
         ) from error
+    except OSError as error:
+        raise Unavailable(path, error) from error
+    except (ValueError, KeyError) as error:
+        raise SearchIndexError(
+            f"{path} is damaged ({one_line(error)}); index the videos into another --index, or"
+            " restore this file"
+        ) from error
+    if version != FORMAT:
+        raise SearchIndexError(
+            f"the index {directory} has format {version}, and this version reads {FORMAT}; use the"
+            f" version that made it, or make it anew with: {_MAKE} --index=NEW"
+        )
+    return header
 
 
 def part_directories(directory: Path) -> list[Path]:
@@ -92,41 +86,41 @@ def part_directories(directory: Path) -> list[Path]:
 
 def index_version(directory: Path) -> dict[Path, tuple[int, ...]]:
     """By part of an index, what differs after every commit of it; empty if it is not there."""
-    found: dict[Path, tuple[int, ...]] = dict.fromkeys(part_directories(directory), ())
-    for part in found:
+    versions: dict[Path, tuple[int, ...]] = dict.fromkeys(part_directories(directory), ())
+    for part in versions:
         with contextlib.suppress(OSError):
             status = (part / _INDEX).stat()
-            found[part] = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return found
+            versions[part] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return versions
 
 
-class Part:
+class IndexPart:
     """A state of an index that is not joined: what it was made with, and its segments."""
 
-    def __init__(self, directory: Path, header: dict[str, Any], listed: list[Listed]):
-        self.directory, self.header, self.listed = directory, header, listed
+    def __init__(self, directory: Path, known: Sequence[Segment] = ()):
+        """Opens it, but for `known` segments; raises as `read_header`, and for damaged segments."""
+        self.directory = directory
+        for _ in range(_ATTEMPTS):
+            self.header = read_header(directory)
+            self.listed, damaged = _open_segments(directory, self.header, known)
+            if not damaged:
+                return
+            # A merge may have deleted segments since the header was read.
+        raise failure(directory, damaged[0][1]) from damaged[0][1]
 
     def videos(self) -> int:
         """Number of all files."""
-        return sum(len(one.gone) - int(one.gone.sum()) for one in self.listed)
+        return sum(np.count_nonzero(~one.gone) for one in self.listed)
+
+    def paths(self) -> Iterator[str]:
+        """The absolute paths of all files."""
+        for one in self.listed:
+            paths = one.segment.table.column("path").take(np.flatnonzero(~one.gone)).to_pylist()
+            yield from (f"{self.header['videos']}/{path}" for path in paths)
 
     def windows(self) -> int:
         """Number of windows of all videos."""
-        return sum(one.windows() for one in self.listed)
-
-
-def open_part(directory: Path, known: Sequence[Segment] = ()) -> Part:
-    """Opens a state of an index that is not joined; `known` are segments that are open already.
-
-    Raises as `read_header`, also if a segment is damaged.
-    """
-    for _ in range(_ATTEMPTS):
-        header = read_header(directory)
-        listed, damaged = _open_segments(directory, header, known)
-        if not damaged:
-            return Part(directory, header, listed)
-        # A merge may have deleted segments since the header was read.
-    raise failure(directory, damaged[0][1]) from damaged[0][1]
+        return sum(int(one.segment.column("windows")[one.live].sum()) for one in self.listed)
 
 
 def _open_segments(
@@ -144,8 +138,9 @@ def _open_segments(
             raise_if_refused(directory, error)
             damaged.append((entry, error))
             continue
-        listed.append(Listed(segment, np.zeros(len(segment), bool)))
-        listed[-1].gone[entry["gone"]] = True
+        gone = np.zeros(len(segment), bool)
+        gone[entry["gone"]] = True
+        listed.append(Listed(segment, gone))
     return listed, damaged
 
 
@@ -170,40 +165,23 @@ class KnownFile(NamedTuple):
     sha256: str
     allowed: float
 
-    def is_damaged(self) -> bool:
-        """Whether its features differ from their checksum."""
-        try:
-            self.segment.verify(self.row)
-        except ValueError:
-            return True
-        return False
 
-
-def _known_files(segment: Segment, rows: np.ndarray) -> Iterator[KnownFile]:
-    columns = [segment.table.column(name).take(rows).to_pylist() for name in KnownFile._fields[2:]]
-    return (KnownFile(segment, *values) for values in zip(rows.tolist(), *columns, strict=True))
-
-
-class IndexWriter(Part, contextlib.AbstractContextManager):
+class IndexWriter(IndexPart, contextlib.AbstractContextManager):
     """An index that this process alone writes; a context manager. A new one has no header."""
 
     def __init__(self, directory: Path):
         """Locks an index and opens it, without damaged segments: their videos are decoded again.
 
-        Raises:
-          LockError: another process writes to it.
-          SearchIndexError, Unavailable: see `read_header`.
+        Raises a LockError if another process writes to it, or as `read_header`.
         """
-        super().__init__(directory, {}, [])
-        self._next_progress = 0.0
+        self.directory, self.header, self._next_progress = directory, {}, 0.0
         with contextlib.ExitStack() as stack, _writing(directory):
             stack.enter_context(locked(directory / LOCK, f"the index {directory}"))
-            if any((directory / name).exists() for name in (_INDEX, *_EARLIER)):
+            if (directory / _INDEX).exists():
                 self.header = read_header(directory)
             if "parts" in self.header:
-                raise SearchIndexError(
-                    f"{directory} joins other indexes; index their videos, each on its own"
-                )
+                what = "joins other indexes; index their videos, each on its own"
+                raise SearchIndexError(f"{directory} {what}")
             (directory / _SEGMENTS).mkdir(exist_ok=True)
             self._open()
             self._stack = stack.pop_all()
@@ -225,11 +203,11 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
         self.listed, damaged = _open_segments(self.directory, header)
         if damaged:
             self._commit(self.listed)
+        aside = self.directory / _DAMAGED
         for entry, error in damaged:
-            source, aside = self.directory / _SEGMENTS / entry["name"], self.directory / _DAMAGED
-            if source.exists():
-                aside.mkdir(exist_ok=True)
-                source.rename(aside / entry["name"])
+            aside.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (self.directory / _SEGMENTS / entry["name"]).rename(aside / entry["name"])
             print(
                 f"{entry['videos']} videos are indexed again: a segment is damaged"
                 f" ({one_line(error)}); what is left of it is in {aside}"
@@ -247,40 +225,37 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
         return self.directory / _SPOOL / str(number)
 
     def show_progress(self, done: int, total: int) -> None:
-        """Tells processes that search how many files are read, once a second, until the end."""
+        """Tells processes that search how many files are read, once a second."""
         if time.monotonic() >= self._next_progress:
             self._next_progress = time.monotonic() + _INTERVAL
             with contextlib.suppress(OSError):  # The update itself reports a full disk.
                 write_json(self.directory / _PROGRESS, {"done": done, "total": total})
 
-    def files(self) -> Iterator[KnownFile]:
-        """What is known of all files."""
+    def files(self, paths: Sequence[str] | None) -> Iterator[KnownFile]:
+        """What is known of all files, or of some; the time for these does not depend on others."""
         for one in self.listed:
-            yield from _known_files(one.segment, np.flatnonzero(~one.gone))
-
-    def file_at(self, path: str) -> KnownFile | None:
-        """What is known of one file; its time does not depend on the number of files."""
-        for one in self.listed:
-            row = one.segment.find(path)
-            if row is not None and not one.gone[row]:
-                return next(_known_files(one.segment, np.array([row])))
-        return None
+            if paths is None:
+                rows = np.flatnonzero(~one.gone)
+            else:
+                found = [row for path in paths if (row := one.segment.find(path)) is not None]
+                rows = np.array([row for row in found if not one.gone[row]], np.int64)
+            table = one.segment.table.select(KnownFile._fields[2:]).take(rows)
+            columns = (column.to_pylist() for column in table.columns)
+            for values in zip(rows.tolist(), *columns, strict=True):
+                yield KnownFile(one.segment, *values)
 
     def errors(self, paths: Sequence[str] | None) -> dict[str, str]:
         """Why files cannot be searched, by path; of all files, or of some."""
-        found = dict(sorted(itertools.chain(*(one.errors() for one in self.listed))))
-        chosen = found if paths is None else sorted(paths)
-        return {path: found[path] for path in chosen if path in found}
+        reasons = dict(itertools.chain(*(one.errors() for one in self.listed)))
+        chosen = reasons if paths is None else reasons.keys() & paths
+        return {path: reasons[path] for path in sorted(chosen)}
 
     def nbytes(self) -> int:
         """Bytes of all segments."""
         return sum(path.stat().st_size for path in (self.directory / _SEGMENTS).glob("*/*"))
 
     def put(self, videos: Sequence[VideoRecord], gone: Sequence[str] = ()) -> None:
-        """Adds or replaces videos, and removes those with the paths `gone`, in one commit.
-
-        Raises Unavailable if the disk is full or cannot be written; the index is as it was.
-        """
+        """Adds or replaces videos, and removes the paths `gone`, in one commit; or Unavailable."""
         paths = {video.path for video in videos} | set(gone)
         if not paths:
             return
@@ -309,7 +284,7 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
                     shutil.rmtree(one.segment.directory)
 
     def _mergeable(self, light: bool) -> list[Listed]:
-        sizes = {one: len(one.gone) + int(one.segment.firsts["window"][-1]) for one in self.listed}
+        sizes = {one: len(one.gone) + one.segment.window_count for one in self.listed}
         allowed = [one for one in self.listed if not light or sizes[one] <= _LIGHT]
         tiers = [max(0, int(math.log(sizes[one] / _SMALLEST, _MERGED))) for one in allowed]
         return [
@@ -329,8 +304,8 @@ class IndexWriter(Part, contextlib.AbstractContextManager):
             entries = [
                 {**one.segment.entry, "gone": np.flatnonzero(one.gone).tolist()} for one in listed
             ]
-            header = {**self.header, "segments": entries}
-            write_json(self.directory / _INDEX, seal({"format": FORMAT, **header}), durable=True)
+            header = {**self.header, "format": FORMAT, "segments": entries}
+            write_json(self.directory / _INDEX, seal(header), durable=True)
         self.header, self.listed = header, listed
 
 
@@ -343,29 +318,22 @@ def _writing(directory: Path) -> Iterator[None]:
         raise Unavailable(directory, error, "written") from error
 
 
-def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
+def join(directory: Path, shards: Sequence[Path]) -> list[IndexPart]:
     """Writes an index that opens several others as one; an existing list is replaced.
 
-    Raises:
-      SearchIndexError: a shard is no index, or they cannot be opened as one.
-      Unavailable: a file cannot be read or written.
+    Raises a SearchIndexError if they cannot be opened as one, or Unavailable.
     """
     if (directory / _INDEX).exists() and "parts" not in read_header(directory):
         raise SearchIndexError(f"{directory} is an index with videos; give another --index")
-    resolved = [shard.resolve() for shard in shards]
-    for shard in shards:
-        if "parts" in read_header(shard):
-            raise SearchIndexError(f"{shard} is a joined index; name its shards instead")
-        if resolved.count(shard.resolve()) > 1:
-            raise SearchIndexError(f"{shard} is named twice; name each shard once")
-    parts = [open_part(shard) for shard in shards]
+    here = directory.resolve()
+    found = (part.resolve() for shard in shards for part in part_directories(shard))
+    parts = [IndexPart(part) for part in dict.fromkeys(found)]
     check_alike(parts)
     check_distinct(parts)
     # Relative if they lie beside the list, so that both can be moved.
-    here = directory.resolve()
     listed = [
-        os.path.relpath(shard, here) if shard.is_relative_to(here.parent) else str(shard)
-        for shard in resolved
+        os.path.relpath(path, here) if path.is_relative_to(here.parent) else str(path)
+        for path in (part.directory for part in parts)
     ]
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -373,53 +341,41 @@ def join(directory: Path, shards: Sequence[Path]) -> list[Part]:
     return parts
 
 
-def check_alike(parts: Sequence[Part]) -> None:
+def check_alike(parts: Sequence[IndexPart]) -> None:
     """Raises a SearchIndexError if indexes differ in what their features depend on."""
-    for (name, what), part in itertools.product(_SHARED.items(), parts):
+    for name, part in itertools.product(_SHARED, parts):
         if part.header.get(name) != parts[0].header.get(name):
             raise SearchIndexError(
                 f"the indexes {parts[0].directory} and {part.directory} cannot be joined: they"
-                f" differ in their {what}; index one of them again"
+                f" differ in their {MADE_WITH[name]}; index one of them again"
             )
 
 
-def check_distinct(parts: Sequence[Part]) -> None:
+def check_distinct(parts: Sequence[IndexPart]) -> None:
     """Raises a SearchIndexError if a file is in two indexes."""
-    folders = [part.header["videos"] for part in parts]
-    shards = [part.header.get("shard", "").partition("/") for part in parts]
-    of_one_folder = {(folder, shard[2]) for folder, shard in zip(folders, shards, strict=True)}
-    if len(of_one_folder) == 1 and len(set(shards)) == len(parts):
+    shards = {(part.header["videos"], part.header.get("shard")) for part in parts}
+    counts = {(folder, shard and shard.partition("/")[2]) for folder, shard in shards}
+    if len(counts) == 1 and len(shards) == len(parts):
         return  # Different shards of one folder have no file in common.
-    seen: dict[str, Path] = {}
+    owners: dict[str, IndexPart] = {}
     for part in parts:
-        for one in part.listed:
-            paths = one.segment.table.column("path").take(np.flatnonzero(~one.gone))
-            for path in paths.to_pylist():
-                path = f"{part.header['videos']}/{path}"
-                other = seen.setdefault(path, part.directory)
-                if other != part.directory:
-                    raise SearchIndexError(
-                        f"the video {path} is in two shards, {other} and {part.directory}; index"
-                        " one of them again without it, or join the others without that shard"
-                    )
+        for path in part.paths():
+            if (other := owners.setdefault(path, part)) is not part:
+                raise SearchIndexError(
+                    f"the video {path} is in two shards, {other.directory} and {part.directory};"
+                    " index one of them again without it, or join the others without that shard"
+                )
 
 
-class Progress(NamedTuple):
-    """How many of the new and changed files an update has read, and how many there are."""
-
-    done: int
-    total: int
-
-
-def read_progress(*directories: Path) -> Progress | None:
-    """The progress of the processes that update some indexes; None if there are none.
+def read_progress(*directories: Path) -> dict[str, int] | None:
+    """Sums of `show_progress` of the processes that update indexes; None if there are none.
 
     The file of a process that was killed is no progress: the lock of its index is free.
     """
-    found = []
+    running = []
     for directory in directories:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            values = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError):
+            progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
             if is_locked(directory / LOCK):
-                found.append((int(values["done"]), int(values["total"])))
-    return Progress(*map(sum, zip(*found, strict=True))) if found else None
+                running.append(progress)
+    return {name: sum(one[name] for one in running) for name in running[0]} if running else None

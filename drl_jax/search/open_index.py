@@ -18,19 +18,10 @@ from PIL import Image
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.search import STRIP_FRAMES
+from drl_jax.search import STRIP_FRAMES, index_file
 from drl_jax.search.encoding import HUBNESS_ARRAY, SCALE_WINDOWS, Correction, dequantize
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
 from drl_jax.search.filters import Filters, Listing, list_videos, passing
-from drl_jax.search.index_file import (
-    Progress,
-    check_alike,
-    check_distinct,
-    failure,
-    index_version,
-    open_part,
-    read_progress,
-)
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord
 from drl_jax.search.windows import Window
 
@@ -46,9 +37,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 class IndexedVideo:
     """A video file of an open index; segment and row identify it, whatever replaces it later.
 
-    Attributes:
-      path: relative to the folder of the index.
-      slot: the number of its first window among all windows of the index.
+    `path` is relative to the folder of the index, and `slot` is that of its first window.
     """
 
     path: str
@@ -113,7 +102,7 @@ class OpenIndex:
     Attributes:
       version: `index_version` before it was opened.
       header: what the index was made with; of a joined index, that of its first part.
-      folder: folder of the videos; of a joined index, the one that has those of all parts.
+      folder: of the videos; of a joined index, the one that has those of all parts.
       segments: of all parts, which all have slots in this order.
       valid: bool [S], slots of windows of videos that can be searched.
       count, unsearchable_count: numbers of these videos and of the other files.
@@ -123,13 +112,11 @@ class OpenIndex:
     def __init__(self, directory: Path, model: RetrievalModel, previous: "OpenIndex | None" = None):
         """Opens the segments that a previous state has not, and checks them (see `check`).
 
-        Raises:
-          SearchIndexError: there is no index, no video to search, it is damaged, or the model is
-            another one.
-          Unavailable: a file cannot be read.
+        Raises a SearchIndexError if there is no index or no video to search, it is damaged, or the
+        model is another one; Unavailable if a file cannot be read.
         """
         self.directory, self.model = directory, model
-        self.version = index_version(directory)
+        self.version = index_file.index_version(directory)
         for part, version in self.version.items():
             if not version:
                 raise SearchIndexError(
@@ -137,9 +124,9 @@ class OpenIndex:
                     " moved or deleted, or is not mounted; bring it back, or join the shards again"
                     f" with: python -m drl_jax.search join --index={directory} SHARD SHARD ..."
                 )
-        known = [] if previous is None else [one.segment for one in previous.segments]
-        self._parts = [open_part(part, known) for part in self.version]
-        check_alike(self._parts)
+        known = [one.segment for one in previous.segments] if previous else []
+        self._parts = [index_file.IndexPart(part, known) for part in self.version]
+        index_file.check_alike(self._parts)
         self.header = self._parts[0].header
         if self.header["fingerprint"] != model.fingerprint:
             raise SearchIndexError(
@@ -154,7 +141,7 @@ class OpenIndex:
         if not self.count:
             why = f"has no video that can be searched ({self.unsearchable_count} cannot)"
             if (progress := self.progress()) is not None:
-                read = f"{progress.done} of {progress.total} files are read"
+                read = f"{progress['done']} of {progress['total']} files are read"
                 why = f"is being made ({read}), and no video is stored yet; try again in a minute"
             raise SearchIndexError(f"the index {directory} {why}")
         parts = [_windows(one.segment.arrays) for one in self.segments]
@@ -170,15 +157,14 @@ class OpenIndex:
             prefix = f"{Path(part.header['videos']).relative_to(self.folder)}/".removeprefix("./")
             for one in part.listed:
                 yield dataclasses.replace(one, prefix=prefix, first_slot=first)
-                first += int(one.segment.firsts["window"][-1])
+                first += one.segment.window_count
 
     def _small_order(self) -> np.ndarray:
         """Slots of the windows of small segments by path; equal scores are in this order."""
         paths, slots = [], [np.zeros(0, np.int64)]
         for one in self.segments:
-            count = int(one.segment.firsts["window"][-1])
-            if count < BLOCKS[-1]:
-                slots.append(np.arange(count) + one.first_slot)
+            if (count := one.segment.window_count) < BLOCKS[-1]:
+                slots.append(np.arange(one.first_slot, one.first_slot + count))
                 owners = one.segment.row_of_window(np.arange(count)).tolist()
                 paths += [one.prefix + one.segment.path(row) for row in owners]
         return np.concatenate(slots)[sorted(range(len(paths)), key=paths.__getitem__)]
@@ -197,16 +183,15 @@ class OpenIndex:
                             return
                         one.segment.verify(row)
             if not self._is_distinct:
-                check_distinct(self._parts)
+                index_file.check_distinct(self._parts)
                 self._is_distinct = True
         except UserError as error:
             self._damage = error
 
     def check(self) -> None:
-        """Checks the files, and features that are new or were written to; many in a thread.
+        """Checks files, and features that are new or were written to, many of them in a thread.
 
-        Raises:
-          SearchIndexError: the index is damaged.
+        Raises a SearchIndexError if the index is damaged.
         """
         for one in self.segments:
             with _reported(one.segment):
@@ -278,8 +263,7 @@ class OpenIndex:
             if (place := self._find(path)) is None:
                 raise UserError(f"no video of the index has the path {path[:200]!r}")
             rows[place[0]].append(place[1])
-        listing = list_videos(self.segments, [np.array(chosen, np.int64) for chosen in rows])
-        return Videos(self, passing(listing, filters))
+        return Videos(self, passing(list_videos(self.segments, rows), filters))
 
     @functools.cached_property
     def spread(self) -> np.ndarray:
@@ -303,25 +287,29 @@ class OpenIndex:
         return False
 
     def biases(self, correction: Correction) -> np.ndarray:
-        """What a correction for hubs, if it is stored, subtracts from similarities: float32 [S]."""
+        """What a correction for hubs subtracts: float32 [S]; a UserError if it is not stored."""
         if "hubness" not in self.header:
             raise SearchIndexError(
                 f"the index {self.directory} has no bank of captions, which --hubness needs; make"
                 " a new one with: python -m drl_jax.search index --bank=train|FILE"
             )
-        name = f"window.{HUBNESS_ARRAY}"  # Segments of files that cannot be searched lack it.
-        stored = [one.segment.arrays[name] for one in self.segments if name in one.segment.arrays]
-        return correction.biases(self.directory, self.header, np.concatenate(stored))
+        columns = self.header["hubness"]["columns"]
+        if correction.column not in columns:
+            stored = f"the index {self.directory} has {', '.join(columns)} only"
+            raise UserError(f"--hubness={correction}: {stored}")
+        column, name = columns.index(correction.column), f"window.{HUBNESS_ARRAY}"
+        # Segments of files that cannot be searched lack it.
+        arrays = [one.segment.arrays[name] for one in self.segments if name in one.segment.arrays]
+        return np.float32(correction.factor) * np.concatenate([part[:, column] for part in arrays])
 
-    def progress(self) -> Progress | None:
-        """How far the processes are that update the index; None if there are none."""
-        return read_progress(*self.version)
+    def progress(self) -> dict[str, int] | None:
+        """How many files, `done` of `total`, updates of the index have read; None without one."""
+        return index_file.read_progress(*self.version)
 
     def frames_of(self, video: IndexedVideo, frames: Sequence[int]) -> bytes:
         """A JPEG file with thumbnails of some frames of a video side by side."""
         with _reported(video.segment):
-            numbers = {frame // STRIP_FRAMES for frame in frames}
-            strips = {number: video.segment.strip(video.row, number) for number in numbers}
+            strips = {n: video.record.strip(n) for n in {f // STRIP_FRAMES for f in frames}}
         if list(frames) == list(range(len(video.times))) and len(strips) == 1:
             return strips[0]
         pictures = []
@@ -340,7 +328,7 @@ def _reported(segment: Segment) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise failure(segment.directory.parents[1], error) from error
+        raise index_file.failure(segment.directory.parents[1], error) from error
 
 
 def stored_windows(video: IndexedVideo) -> Features:

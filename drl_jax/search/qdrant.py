@@ -1,9 +1,9 @@
 """Candidates from a Qdrant server, for galleries beyond one machine.
 
 A collection has a point for each window of an index: the vector that a scan compares, and with a
-correction for hubs one more channel, -bias, which the 1 of a query reads. The id of a point is
-derived from the path and the hash of its video and from its window. So a state of an index knows
-its points, and an export sends and deletes only what differs.
+correction for hubs one more channel, -bias, which the 1 of a query reads. The id of a point is a
+hash of the path and the hash of its video and of its window. So a state of an index knows its
+points, and an export sends and deletes only what differs.
 """
 
 import contextlib
@@ -11,10 +11,8 @@ import functools
 import hashlib
 import os
 import sys
-import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -25,21 +23,12 @@ from drl_jax.search.engine import VECTORS
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.segments import Segment
 
-_NAMESPACE = uuid.UUID("6d1f0a64-5f0e-4c4e-9b56-4f3a3c6cf1d8")
 # Points of a request that writes, and ids of one that reads.
 _WRITTEN, _READ = 512, 10_000
 # Points that a search of the graph keeps, for each candidate that it is asked for. Sentences lie
 # apart from the videos that the graph links: in a million, 500 candidates have 97 % of the exact
 # best ten with 10, and 99 % with 40.
 _BREADTH = 40
-
-
-class ExportReport(NamedTuple):
-    """Windows that an export sent, deleted (a changed one is both), and found up to date."""
-
-    sent: int
-    deleted: int
-    unchanged: int
 
 
 class Qdrant:
@@ -58,38 +47,40 @@ class Qdrant:
         with self._errors():
             self._client = client or QdrantClient(url=url, check_compatibility=False, **options)
         self._known = functools.lru_cache(maxsize=1)(self._read_known)
-        # Of the last state, by directory and prefix of the segments.
-        self._keys: dict[tuple[Path, str], np.ndarray] = {}
+        # Of the last state, by segment and what its paths begin with.
+        self._ids: dict[tuple[Segment, str], np.ndarray] = {}
         self._warned: dict | None = None
 
     def collection(self, index: OpenIndex) -> str:
         """Name of the collection of an index."""
-        key = f"{index.header['fingerprint']} {index.folder} int8"
+        key = f"{index.header['fingerprint']} {index.folder} int8, whole ids"
         if self._correction is not None:
             key += f" {self._correction} {index.header['hubness']['sha256']}"
         return f"drl_jax_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-    def export(self, index: OpenIndex) -> ExportReport:
-        """Makes or updates the collection of an index; can be interrupted and repeated."""
+    def export(self, index: OpenIndex) -> tuple[int, int, int]:
+        """Makes or updates the collection of an index; can be interrupted and repeated.
+
+        Returns numbers of windows: sent, deleted (a changed one is both), and found up to date.
+        """
         if not index.model.interaction.HAS_VECTORS:
             interaction = index.model.config.model.interaction
             raise UserError(f"the interaction {interaction} has no vectors that Qdrant can compare")
         name, is_missing, deleted = self.collection(index), index.valid.copy(), 0
-        biases = None if self._correction is None else index.biases(self._correction)
         with self._errors():
             if not self._client.collection_exists(name):
                 self._create(index, name)
-            offset = uuid.UUID(int=0).hex
+            offset = 0
             while offset is not None:
                 points, offset = self._client.scroll(name, limit=_READ, offset=offset)
-                ids, slots = self._slots(index, points)
+                slots = self._slots(index, points)
                 is_missing[slots[slots >= 0]] = False
-                if gone := ids[slots < 0].tolist():
+                if gone := [points[row].id for row in np.flatnonzero(slots < 0)]:
                     self._client.delete(name, gone)
                     deleted += len(gone)
-            self._send(index, name, is_missing, biases)
+            self._send(index, name, is_missing)
         sent = int(is_missing.sum())
-        return ExportReport(sent, deleted, int(index.valid.sum()) - sent)
+        return sent, deleted, int(index.valid.sum()) - sent
 
     def _create(self, index: OpenIndex, name: str) -> None:
         # The graph is searched with 8-bit copies in memory. No values are cut off: a few channels
@@ -102,21 +93,19 @@ class Qdrant:
         vectors = models.VectorParams(size=size, distance="Dot", **how)
         self._client.create_collection(name, vectors_config=vectors)
 
-    def _send(
-        self, index: OpenIndex, name: str, is_missing: np.ndarray, biases: np.ndarray | None
-    ) -> None:
+    def _send(self, index: OpenIndex, name: str, is_missing: np.ndarray) -> None:
+        biases = None if self._correction is None else index.biases(self._correction)
         with tqdm(total=int(is_missing.sum()), desc="exporting", unit="window") as progress:
             for one in index.segments:
-                segment, prefix, first = one.segment, one.prefix, one.first_slot
-                last = first + int(segment.firsts["window"][-1])
-                missing = np.flatnonzero(is_missing[first:last])
+                segment, first = one.segment, one.first_slot
+                missing = np.flatnonzero(is_missing[first : first + segment.window_count])
                 for start in range(0, len(missing), _WRITTEN):
                     rows = missing[start : start + _WRITTEN]
                     units, scales = (segment.arrays[f"window.{n}"][rows] for n in VECTORS)
                     vectors = units * scales[:, None]
                     if biases is not None:
                         vectors = np.column_stack([vectors, -biases[first + rows]])
-                    ids = [*_points(segment, prefix, rows)]
+                    ids = self._ids[segment, one.prefix][rows].tolist()
                     self._client.upsert(name, self._models.Batch(ids=ids, vectors=vectors.tolist()))
                     progress.update(len(rows))
 
@@ -141,10 +130,10 @@ class Qdrant:
         quantization = models.QuantizationSearchParams(rescore=False)  # Compared exactly anyway.
         params = models.SearchParams(hnsw_ef=_BREADTH * count, quantization=quantization)
         request = functools.partial(models.QueryRequest, limit=count, params=params)
-        requests = [request(query=vector) for vector in vectors.tolist()]
         with self._errors():
+            requests = [request(query=vector) for vector in vectors.tolist()]
             answers = self._client.query_batch_points(name, requests)
-        found = [self._slots(index, answer.points)[1] for answer in answers]
+        found = [self._slots(index, answer.points) for answer in answers]
         if any((slots < 0).any() for slots in found):
             self._warn(index, "has windows that the index does not have")
         if any((slots < 0).all() for slots in found):
@@ -161,27 +150,21 @@ class Qdrant:
         command = f"python -m drl_jax.search export --index={index.directory} --url={self._url}"
         return f"make or update it with: {command}"
 
-    def _slots(self, index: OpenIndex, points: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of points, str [N], and their slots, int64; -1 for those that a state lacks."""
-        ids = [str(point.id) for point in points]
+    def _slots(self, index: OpenIndex, points: Iterable[Any]) -> np.ndarray:
+        """The slots of points, int64 [N]; -1 for those that a state lacks."""
         known, slots = self._known(index)
-        keys = _keys(ids)
-        where = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-        return np.array(ids, object), np.where(known[where] == keys, slots[where], -1)
+        ids = np.array([point.id for point in points], np.uint64)
+        rows = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        return np.where(known[rows] == ids, slots[rows], -1)
 
     def _read_known(self, index: OpenIndex) -> tuple[np.ndarray, np.ndarray]:
-        """The keys of the points that a state has, ascending, and their slots."""
-        before, self._keys = self._keys, {}
-        for one in index.segments:
-            name, rows = (one.segment.directory, one.prefix), one.segment.firsts["window"][-1]
-            keys = before.get(name)
-            if keys is None:
-                keys = _keys(_points(one.segment, one.prefix, np.arange(rows)))
-            self._keys[name] = keys
+        """The ids of the points that a state has, ascending, and their slots."""
+        keys = [(one.segment, one.prefix) for one in index.segments]
+        self._ids = {k: self._ids[k] if k in self._ids else _point_ids(*k) for k in keys}
         slots = np.flatnonzero(index.valid)
-        keys = np.concatenate(list(self._keys.values()))[slots]
-        order = np.argsort(keys)
-        return keys[order], slots[order]
+        ids = np.concatenate(list(self._ids.values()))[slots]
+        order = np.argsort(ids)
+        return ids[order], slots[order]
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -193,15 +176,11 @@ class Qdrant:
             raise UserError(f"Qdrant at {self._url}: {one_line(error)}") from error
 
 
-def _points(segment: Segment, prefix: str, rows: np.ndarray) -> Iterator[str]:
-    """The ids of the points of some windows of a segment."""
-    owners = segment.row_of_window(rows)
-    numbers = (rows - segment.firsts["window"][owners]).tolist()
-    columns = (segment.table.column(name).take(owners).to_pylist() for name in ("path", "sha256"))
-    for path, digest, number in zip(*columns, numbers, strict=True):
-        yield str(uuid.uuid5(_NAMESPACE, f"{prefix}{path}\0{digest}\0{number}"))
-
-
-def _keys(ids: Iterable[str]) -> np.ndarray:
-    """uint64 [N], the first halves of ids."""
-    return np.array([int(point.replace("-", "")[:16], 16) for point in ids], np.uint64)
+def _point_ids(segment: Segment, prefix: str) -> np.ndarray:
+    """The ids of the points of all windows of a segment, uint64."""
+    ids, table = [], segment.table.select(["path", "sha256", "windows"]).to_pydict()
+    for path, digest, count in zip(*table.values(), strict=True):
+        for number in range(count):
+            text = f"{prefix}{path}\0{digest}\0{number}"
+            ids.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]))
+    return np.array(ids, np.uint64)

@@ -3,11 +3,13 @@
 Worker processes import this module, so it does not import jax.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
 import socket
 import warnings
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -33,8 +35,7 @@ from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
 _NOT_UTF8 = "its name is not UTF-8; rename it"
-# Side of the thumbnails, pixels.
-_THUMBNAIL = 112
+_THUMBNAIL = 112  # Side, pixels.
 # What `picture_hash` looks at: cosines of the 8 lowest frequencies on a grid of so many places.
 _PLACES = 32
 _COSINES = np.cos(np.pi / _PLACES * np.outer(np.arange(8), np.arange(_PLACES) + 0.5))
@@ -43,15 +44,13 @@ MIRRORED = np.uint64(0x5555_5555_5555_5555)
 # Standard deviation of grey below which a picture is plain, levels; and what a frequency has at
 # least, 1/8 of a level: a symmetrical picture has no odd ones, and their signs would be chance.
 _PLAIN, _NOISE = 4.0, 32.0
-# Bytes that decoding a file from elsewhere may take.
-_SENT_MEMORY = 2 * 2**30
-# What cameras, screenshots and web pages are. Pillow has decoders of many more formats, of which
-# few people look at the faults, and one starts another program.
+# Of cameras, screenshots and web pages. Pillow's other decoders get little scrutiny, and one starts
+# another program.
 _FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "AVIF")
 # Largest picture that is decoded, pixels; JPEG is scaled while it is decoded.
 _MAX_PIXELS = 50_000_000
-# Bytes and seconds that decoding a picture may take.
-_MEMORY, _SECONDS = 2**30, 10.0
+# Bytes that decoding a picture, and a video from elsewhere, may take; seconds of a picture.
+_MEMORY, _SENT_MEMORY, _SECONDS = 2**30, 2 * 2**30, 10.0
 
 
 class FoundFile(NamedTuple):
@@ -66,11 +65,11 @@ class FoundFile(NamedTuple):
 def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Iterator[FoundFile]:
     """Yields the video files below a folder; adds to `unusable` why other names are none."""
     for parent, _, names in os.walk(folder):
-        paths = [Path(parent, name) for name in names if is_video(name)]
+        paths = [Path(parent, name) for name in names if _is_video(name)]
         others = [str(path.relative_to(folder)) for path in paths if not path.is_file()]
         unusable |= dict.fromkeys(others, "it is no file, e.g. a link to nothing")
-    for name in filter(is_video, names_below(folder)):
-        if is_text(name):
+    for name in filter(_is_video, names_below(folder)):
+        if _is_text(name):
             yield _found_file(folder, name, timeout)
         else:
             unusable[ascii(name)[1:-1]] = _NOT_UTF8
@@ -79,25 +78,24 @@ def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Itera
 def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
     """The video file with the path `--only` below a folder; None: there is none.
 
-    Raises:
-      UserError: it is no path that `find_videos` could yield.
+    Raises a UserError if it is no path that `find_videos` could yield.
     """
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         raise UserError(f"--only takes paths below {folder}, not {path}")
-    if not is_text(path):
+    if not _is_text(path):
         raise UserError(f"--only={ascii(path)[1:-1]}: {_NOT_UTF8}")
     # A folder is listed by its own path only.
     file, root = folder / path, folder.resolve()
     parent = file.parent.resolve()
     if parent.is_relative_to(root) and parent.relative_to(root) != PurePath(path).parent:
         raise UserError(f"{file} leads through a link: name {parent.relative_to(root) / file.name}")
-    return _found_file(folder, path, timeout) if is_video(path) and file.is_file() else None
+    return _found_file(folder, path, timeout) if _is_video(path) and file.is_file() else None
 
 
 def _found_file(folder: Path, path: str, timeout: float) -> FoundFile:
     status = (folder / path).stat()
-    allowed = allowed_seconds(timeout, status.st_size)
-    return FoundFile(path, status.st_size, status.st_mtime_ns, allowed)
+    size = status.st_size
+    return FoundFile(path, size, status.st_mtime_ns, allowed_seconds(timeout, size))
 
 
 def allowed_seconds(timeout: float, size: int) -> float:
@@ -105,38 +103,32 @@ def allowed_seconds(timeout: float, size: int) -> float:
     return timeout + size / 1e6
 
 
-def is_video(path: str) -> bool:
-    """Whether a path has the suffix of a video."""
+def _is_video(path: str) -> bool:
+    """Whether a path has the suffix of a video, after a name."""
     stem, _, suffix = path.rpartition("/")[2].rpartition(".")
     return bool(stem) and f".{suffix.lower()}" in VIDEO_SUFFIXES
 
 
-def is_text(path: str) -> bool:
+def _is_text(path: str) -> bool:
     """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoRead:
-    """A file that was read.
+    """A file that was read: fields of its `VideoRecord`, with the arrays that need no model.
 
     Attributes:
-      sha256: of its content; empty if it was not computed.
-      error: why it has no frames; empty if it has.
       is_known: whether the content was known; nothing was decoded then.
-      duration: seconds.
-      arrays: as `VideoRecord.arrays`, those that need no model.
-      strips: JPEG files of thumbnails, STRIP_FRAMES side by side.
       frames: uint8 [F, S, S, 3] of a short video; None if they are in `spooled`.
       spooled: file with the bytes of the frames, which the caller deletes.
     """
 
-    sha256: str
+    sha256: str = ""
     error: str = ""
     is_known: bool = False
     duration: float = 0.0
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    strips: Sequence[bytes] = ()
     frames: np.ndarray | None = None
     spooled: Path | None = None
 
@@ -161,10 +153,8 @@ def read_video(
     """Reads a file, and decodes it unless its content is known.
 
     A video of at most `SHORT_VIDEO_SECONDS` is one window, with the frames of a training example.
-    The frames of a longer one are written to `spool`: memory does not depend on its length.
-
-    Raises:
-      Unavailable: the file cannot be read, or `spool` cannot be written.
+    The frames of a longer one are written to `spool`: memory does not depend on its length. Raises
+    Unavailable if the file cannot be read, or `spool` cannot be written.
     """
     with ffmpeg_errors(path):
         digest = sha256(path)
@@ -172,11 +162,14 @@ def read_video(
         return VideoRead(digest, is_known=True)
     try:
         if (length := video_length(path)) <= SHORT_VIDEO_SECONDS:
-            return _read_short(path, digest, sampling, length)
-        return _read_long(path, digest, sampling, spool)
+            read = _read_short(path, sampling, length)
+        else:
+            read = _read_long(path, sampling, spool)
     except VideoError as error:
         spool.unlink(missing_ok=True)
         return VideoRead(digest, str(error))
+    arrays = {**read.arrays, **_picture_arrays(frames_of(read, sampling.form))}
+    return dataclasses.replace(read, sha256=digest, arrays=arrays)
 
 
 def read_sent_video(*arguments: Any) -> VideoRead:
@@ -194,15 +187,11 @@ def read_video_on_node(*arguments: Any) -> VideoRead | WorkerFailure:
 
 
 def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
-    """Reads a file of any length as one window, with the frames that evaluation uses.
-
-    Raises:
-      Unavailable: the file cannot be read.
-    """
+    """Reads a file as one window, with the frames of evaluation; Unavailable if it cannot."""
     try:
-        return _read_short(path, "", sampling, 0.0, is_seen=False)
+        return _read_short(path, sampling, 0.0)
     except VideoError as error:
-        return VideoRead("", str(error))
+        return VideoRead(error=str(error))
 
 
 def frames_of(read: VideoRead, form: FrameForm) -> np.ndarray:
@@ -226,51 +215,39 @@ def picture_hash(frame: np.ndarray) -> np.uint64:
     return np.packbits(bits).view(">u8")[0].astype(np.uint64)
 
 
-class _Seen:
-    """Hashes of frames, and strips of their thumbnails."""
-
-    def __init__(self) -> None:
-        self.hashes: list[np.uint64] = []
-        self._strips: list[bytes] = []
-        self._thumbnails: list[np.ndarray] = []
-
-    def add(self, frame: np.ndarray) -> None:
-        self.hashes.append(picture_hash(frame))
-        side = min(_THUMBNAIL, len(frame))
-        self._thumbnails.append(np.asarray(Image.fromarray(frame).resize((side, side))))
-        if len(self._thumbnails) == STRIP_FRAMES:
-            self.finish()
-
-    def finish(self) -> list[bytes]:
-        """The strips, of which the last one is of the thumbnails that are left."""
-        if self._thumbnails:
-            file, strip = io.BytesIO(), np.concatenate(self._thumbnails, axis=1)
-            Image.fromarray(strip).save(file, "JPEG", quality=85)
-            self._strips.append(file.getvalue())
-            self._thumbnails = []
-        return self._strips
+def _picture_arrays(frames: np.ndarray) -> dict[str, np.ndarray]:
+    """Hashes of frames, uint8 [F, S, S, 3], and strips of their thumbnails."""
+    side = min(_THUMBNAIL, frames.shape[1])
+    hashes, strips = [], []
+    for first in range(0, len(frames), STRIP_FRAMES):
+        batch = frames[first : first + STRIP_FRAMES]
+        hashes += map(picture_hash, batch)
+        thumbnails = [Image.fromarray(frame).resize((side, side)) for frame in batch]
+        file = io.BytesIO()
+        Image.fromarray(np.concatenate(thumbnails, axis=1)).save(file, "JPEG", quality=85)
+        strips.append(file.getvalue())
+    return {"frame.hash": np.array(hashes, np.uint64), **strip_arrays(strips)}
 
 
-def _read_short(
-    path: Path, digest: str, sampling: FrameSampling, length: float, *, is_seen: bool = True
-) -> VideoRead:
-    """Reads one window; with `is_seen`, also what a page shows and compares."""
+def strip_arrays(strips: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """What an index stores of strips of thumbnails, JPEG files (`VideoRecord.strip`)."""
+    return {
+        "strip.end": np.cumsum([len(strip) for strip in strips], dtype=np.int64),
+        "strip.crc32": np.fromiter(map(zlib.crc32, strips), np.uint32),
+        "byte.strip": np.frombuffer(b"".join(strips), np.uint8),
+    }
+
+
+def _read_short(path: Path, sampling: FrameSampling, length: float) -> VideoRead:
+    """Reads one window, of a video of some length or else to its last frame."""
     frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
-    seen = _Seen()
-    for frame in frames if is_seen else ():
-        seen.add(frame)
     window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
-    arrays = _arrays([window], times, seen.hashes, sampling)
-    return VideoRead(
-        digest, duration=window.end, arrays=arrays, strips=seen.finish(), frames=frames
-    )
+    arrays = _arrays([window], times, sampling.max_frames)
+    return VideoRead(duration=window.end, arrays=arrays, frames=frames)
 
 
-def _read_long(path: Path, digest: str, sampling: FrameSampling, spool: Path) -> VideoRead:
-    seen = _Seen()
-
+def _read_long(path: Path, sampling: FrameSampling, spool: Path) -> VideoRead:
     def emit(frame: np.ndarray) -> None:
-        seen.add(frame)
         try:
             file.write(frame.tobytes())
         except OSError as error:  # Otherwise it would be taken for one of the video.
@@ -281,33 +258,27 @@ def _read_long(path: Path, digest: str, sampling: FrameSampling, spool: Path) ->
             video = sample_video(path, sampling.form, emit, sampling.fps)
     except OSError as error:
         raise Unavailable(spool, error, "written") from error
-    arrays = _arrays(windows_of(video, sampling.max_frames), video.times, seen.hashes, sampling)
-    about = {"duration": video.duration, "strips": seen.finish(), "spooled": spool}
-    return VideoRead(digest, arrays=arrays, **about)
+    windows = windows_of(video, sampling.max_frames)
+    arrays = _arrays(windows, video.times, sampling.max_frames)
+    return VideoRead(duration=video.duration, arrays=arrays, spooled=spool)
 
 
-def _arrays(
-    windows: Sequence[Window], times: np.ndarray, hashes: list[np.uint64], sampling: FrameSampling
-) -> dict[str, np.ndarray]:
-    numbers = np.full((len(windows), sampling.max_frames), -1, np.int32)
+def _arrays(windows: Sequence[Window], times: np.ndarray, max_frames: int) -> dict[str, np.ndarray]:
+    numbers = np.full((len(windows), max_frames), -1, np.int32)
     for row, window in zip(numbers, windows, strict=True):
         row[: len(window.frames)] = window.frames
     return {
         "window.span": np.array([window[:2] for window in windows], np.float64),
         "window.frames": numbers,
         "frame.time": np.asarray(times, np.float64),
-        "frame.hash": np.array(hashes, np.uint64),
     }
 
 
 def open_picture(pool: CallPool, path: Path, form: FrameForm, name: str = "") -> bytes:
     """Decodes an image file in a process of a pool: the bytes of uint8 [S, S, 3].
 
-    It is upright, on white where it is transparent, and the first picture of several. Errors have
-    `name` in the place of the path.
-
-    Raises:
-      UserError: it cannot be read, has none of _FORMATS, or exceeds a limit.
+    It is upright, on white where it is transparent, and the first picture of several. Raises a
+    UserError that begins with `name`, or the path, if it cannot be decoded.
     """
     decoded = pool.call(_decode, path, form, timeout=_SECONDS)
     if isinstance(decoded, WorkerFailure):
@@ -322,10 +293,8 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
     # Pillow's own limit refuses pictures that are scaled here, and it warns of damaged metadata.
     Image.MAX_IMAGE_PIXELS = None
     warnings.simplefilter("ignore")
-    Image.init()
-    known = [name for name in _FORMATS if name.upper() in Image.OPEN]
     try:
-        with memory_limit(_MEMORY), Image.open(path, formats=known) as image:
+        with memory_limit(_MEMORY), Image.open(path, formats=_FORMATS) as image:
             width, height = image.size
             if width * height > _MAX_PIXELS:
                 factor = next((n for n in (2, 4) if width * height <= n * n * _MAX_PIXELS), 8)
@@ -335,9 +304,7 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
             image.load()
             return to_form(np.asarray(_rgb(image)), form).tobytes()
     except UnidentifiedImageError:
-        return f"is not a {', '.join(known[:-1])} or {known[-1]} file; convert it to one"
-    except MemoryError:
-        return f"needs more than {_MEMORY >> 20:,} MB to be decoded"
+        return f"is not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file; convert it to one"
     except VideoError as error:
         return f"cannot be used: {error}"
     # Pillow raises many types of errors for damaged files; those of the system have a number.
@@ -349,11 +316,8 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Turns a picture as its camera was held, and converts it to RGB, on white."""
-    try:
+    with contextlib.suppress(Exception):  # The metadata are damaged.
         image = ImageOps.exif_transpose(image)
-    except Exception as error:  # The metadata are damaged.
-        if isinstance(error, MemoryError):
-            raise
     if image.mode.startswith("I"):  # 16 bits, which Pillow cuts at 255.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:

@@ -1,19 +1,19 @@
 """Segments: the immutable parts of an index.
 
     videos.arrow     a row for each video, ordered by path
-    AXIS.NAME.bin    an array: a row for each window, sampled frame, frame feature, or strip
-    strips.bin       thumbnails: JPEG files, one after the other
+    AXIS.NAME.bin    an array: a row for each window, sampled frame, frame feature, strip of
+                     thumbnails, or byte of these
 
 A segment is published whole and never changed: readers map its files and take no lock, and what
 they have mapped stays when the files are deleted. Arrow trusts the offsets in a mapped file, so the
-hash of `videos.arrow` is checked when it is opened. It has a checksum of the array rows of each
-video, which are checked when they are used.
+hash of `videos.arrow` is checked on opening. It has a checksum of the array rows of each video,
+which is checked on use; each strip has its own.
 """
 
 import bisect
 import dataclasses
 import functools
-import itertools
+import math
 import secrets
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,15 +27,15 @@ from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import publishing, sha256
 
-_AXES = ("window", "frame", "feature")
-_TABLE, _STRIPS = "videos.arrow", "strips.bin"
+_AXES = ("window", "frame", "feature", "strip", "byte")
+_TABLE = "videos.arrow"
 # Fields of a record, in their order; rows of a video in the arrays; the checksum of these.
 _SCHEMA = pa.schema(
     [
         *(("path", pa.large_string()), ("size", pa.int64()), ("mtime_ns", pa.int64())),
         *(("sha256", pa.string()), ("error", pa.string())),
         *(("allowed", pa.float64()), ("duration", pa.float64())),
-        *((f"{axis}s", pa.int32()) for axis in (*_AXES, "strip")),
+        *((f"{axis}s", pa.int32()) for axis in _AXES),
         ("crc32", pa.uint32()),
     ]
 )
@@ -57,9 +57,8 @@ class VideoRecord(NamedTuple):
       arrays: by `AXIS.NAME`; none with an error. W windows: `window.span` float64 [W, 2], seconds,
         `window.frames` int32 [W, F], numbers of sampled frames or -1, and what the interaction
         compares. N sampled frames: `frame.time` float64 [N], seconds, and `frame.hash` uint64 [N].
-        Of a file of several windows: `feature.image_feat` [N, D], as stored; of others [0, D].
-      strips: JPEG files of STRIP_FRAMES thumbnails side by side.
-      strip_crc32: their checksums as they were stored.
+        `feature.image_feat` as stored, [N, D]; [0, D] of one window. S strips of STRIP_FRAMES
+        thumbnails: JPEG files in `byte.strip` uint8, `strip.end` int64, `strip.crc32` uint32 [S].
     """
 
     path: str
@@ -70,15 +69,21 @@ class VideoRecord(NamedTuple):
     allowed: float = 0.0
     duration: float = 0.0
     arrays: Mapping[str, np.ndarray] = {}
-    strips: Sequence[bytes | np.ndarray] = ()
-    strip_crc32: Sequence[int] = ()
+
+    def strip(self, number: int) -> bytes:
+        """A JPEG file of thumbnails; raises a ValueError if it is damaged."""
+        ends = self.arrays["strip.end"]
+        start = ends[number - 1] if number else 0
+        jpeg = self.arrays["byte.strip"][start : ends[number]].tobytes()
+        if zlib.crc32(jpeg) != self.arrays["strip.crc32"][number]:
+            raise ValueError(f"the thumbnails of {self.path!r} differ from their checksum")
+        return jpeg
 
 
 class Segment:
     """An open segment of V videos, with the `entry` that `write_segment` returned.
 
     Attributes:
-      table: a row for each video.
       arrays: by `AXIS.NAME`, memory-mapped.
       firsts: by axis, the first row of each video and the number of all rows, int64 [V + 1].
       verified: bool [V], videos whose rows are checked.
@@ -88,31 +93,26 @@ class Segment:
         """Maps the files; raises an OSError or a ValueError if one is missing or damaged."""
         self.directory, self.entry = parent / entry["name"], entry
         path = self.directory / _TABLE
-        self._files = {path: _state_of(path)}
+        self._states = {path: _state_of(path)}
         self._check_table()
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if reader.schema != _SCHEMA:
-            raise ValueError(f"{path} has other columns")
-        self.table = reader.get_batch(0)
+        self.table = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         self.firsts = {
             axis: np.concatenate([[0], np.cumsum(self.column(f"{axis}s"), dtype=np.int64)])
-            for axis in (*_AXES, "strip")
+            for axis in _AXES
         }
         self.arrays: Features = {}
-        for name, (dtype, *shape) in entry["arrays"].items():
-            rows = int(self.firsts[name.partition(".")[0]][-1])
-            self.arrays[name] = self._map(f"{name}.bin", dtype, (rows, *shape))
-        self._strip_edges = np.concatenate([[0], self.arrays["strip.end"]])
-        self._strips = self._map(_STRIPS, "uint8", (int(self._strip_edges[-1]),))
+        for name, (dtype, *row_shape) in entry["arrays"].items():
+            shape = (int(self.firsts[_axis_of(name)][-1]), *row_shape)
+            self.arrays[name] = self._map(f"{name}.bin", dtype, shape)
+        self.window_count = int(self.firsts["window"][-1])
         self.verified = np.zeros(len(self.table), bool)
 
     def _map(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        path, count = self.directory / name, int(np.prod(shape))
-        self._files[path] = _state_of(path)
-        found, expected = self._files[path][0], count * np.dtype(dtype).itemsize
-        if found != expected:
-            raise ValueError(f"{path} has {found} bytes, not {expected}")
-        return np.memmap(path, dtype, "r", shape=shape) if count else np.zeros(shape, dtype)
+        path, expected = self.directory / name, math.prod(shape) * np.dtype(dtype).itemsize
+        self._states[path] = size, _ = _state_of(path)
+        if size != expected:
+            raise ValueError(f"{path} has {size} bytes, not {expected}")
+        return np.memmap(path, dtype, "r", shape=shape) if size else np.zeros(shape, dtype)
 
     def _check_table(self) -> None:
         if sha256(self.directory / _TABLE) != self.entry["sha256"]:
@@ -140,14 +140,10 @@ class Segment:
         return np.searchsorted(self.firsts["window"], window, side="right") - 1
 
     def read(self, row: int) -> VideoRecord:
-        """A verified video; its arrays and strips are views of the files."""
+        """A verified video; its arrays are views of the files."""
         self.verify(row)
         (values,) = self.table.select(_FIELDS).slice(row, 1).to_pylist()
-        first, last = self.firsts["strip"][row : row + 2]
-        edges = itertools.pairwise(self._strip_edges[first : last + 1])
-        strips = [self._strips[start:end] for start, end in edges]
-        checksums = self.arrays["strip.crc32"][first:last].tolist()
-        return VideoRecord(**values, arrays=self._rows(row), strips=strips, strip_crc32=checksums)
+        return VideoRecord(**values, arrays=self._rows(row))
 
     def verify(self, row: int) -> None:
         """Checks the array rows of a video, once; raises a ValueError if they are damaged."""
@@ -158,45 +154,34 @@ class Segment:
     def check_files(self) -> None:
         """Raises a ValueError if a file was cut, or the table has changed.
 
-        Reading behind the end of a mapped file would end the process. Videos of files that were
-        written to are verified again when they are used.
+        To read behind the end of a mapped file would end the process. Videos of a file that was
+        written to are verified again on use.
         """
         try:
-            found = {path: _state_of(path) for path in self._files}
-            for path, (size, _) in self._files.items():
-                if found[path][0] < size:
+            states = {path: _state_of(path) for path in self._states}
+            for path, (size, _) in states.items():
+                if size < self._states[path][0]:
                     raise ValueError(f"{path} was cut")
-            if found != self._files:
+            if states != self._states:
                 self._check_table()
-                self._files, self.verified[:] = found, False
+                self._states, self.verified[:] = states, False
         except FileNotFoundError:
             return  # A merge has deleted the segment, which stays mapped.
 
     def _rows(self, row: int) -> Features:
         """The array rows of a video; with an error, it has none."""
-        rows = {axis: slice(*self.firsts[axis][row : row + 2]) for axis in _AXES}
+        rows = {axis: slice(*firsts[row : row + 2]) for axis, firsts in self.firsts.items()}
         if rows["frame"].start == rows["frame"].stop:
             return {}
-        axes = ((name, name.partition(".")[0]) for name in self.arrays)
-        return {name: self.arrays[name][rows[axis]] for name, axis in axes if axis in rows}
-
-    def strip(self, row: int, number: int) -> bytes:
-        """A JPEG file of thumbnails; raises a ValueError if it is damaged."""
-        strip = self.firsts["strip"][row] + number
-        jpeg = bytes(self._strips[slice(*self._strip_edges[strip : strip + 2])])
-        if zlib.crc32(jpeg) != self.arrays["strip.crc32"][strip]:
-            raise ValueError(f"the thumbnails of {self.path(row)!r} differ from their checksum")
-        return jpeg
+        return {name: array[rows[_axis_of(name)]] for name, array in self.arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Listed:
     """A segment in one state of an index.
 
-    Attributes:
-      gone: bool [V], videos that were removed or replaced.
-      prefix: what paths of a joined index have before those of the segment.
-      first_slot: the number of its first window among all windows of the index.
+    `gone`, bool [V], are videos that were removed or replaced. In a joined index, `prefix` comes
+    before its paths. `first_slot` is the number of its first window among all of the index.
     """
 
     segment: Segment
@@ -209,10 +194,6 @@ class Listed:
         """bool [V], videos that can be searched."""
         return ~self.gone & (self.segment.column("windows") > 0)
 
-    def windows(self) -> int:
-        """Number of windows of these videos."""
-        return int(self.segment.column("windows")[self.live].sum())
-
     def errors(self) -> list[tuple[str, str]]:
         """Path of each file that cannot be searched, and why."""
         table = self.segment.table.select(["path", "error"])
@@ -221,46 +202,43 @@ class Listed:
 
 
 def write_segment(parent: Path, videos: Sequence[VideoRecord]) -> dict[str, Any]:
-    """Writes and publishes a segment, and returns what `Segment` opens it by, as JSON values.
+    """Publishes a segment of videos whose arrays have the same names, dtypes and row shapes.
 
-    Of one or more videos, whose arrays have the same names, dtypes and row shapes.
+    Returns what `Segment` opens it by, as JSON values.
     """
-    name = secrets.token_hex(6)
-    videos = sorted(videos, key=lambda video: video.path)
+    name, videos = secrets.token_hex(6), sorted(videos, key=lambda video: video.path)
     searchable = [video.arrays for video in videos if video.arrays]
-    strips = [np.frombuffer(strip, np.uint8) for video in videos for strip in video.strips]
-    checksums = [video.strip_crc32 or map(zlib.crc32, video.strips) for video in videos]
-    arrays = {
-        **{array: [of[array] for of in searchable] for array in (searchable or [{}])[0]},
-        "strip.end": [np.cumsum([len(strip) for strip in strips], dtype=np.int64)],
-        "strip.crc32": [np.fromiter(itertools.chain(*checksums), np.uint32)],
-    }
-    layout = {array: [rows[0].dtype.name, *rows[0].shape[1:]] for array, rows in arrays.items()}
-    files = {_STRIPS: strips, **{f"{array}.bin": rows for array, rows in arrays.items()}}
+    arrays = {array: [rows[array] for rows in searchable] for array in (searchable or [{}])[0]}
     columns = {field: [getattr(video, field) for video in videos] for field in _FIELDS}
     columns |= {f"{axis}s": [_count(video.arrays, axis) for video in videos] for axis in _AXES}
-    columns["strips"] = [len(video.strips) for video in videos]
     columns["crc32"] = [_crc32(video.arrays) for video in videos]
     with publishing(parent / name) as directory:
-        for path, parts in files.items():
-            with (directory / path).open("wb") as file:
+        for array, parts in arrays.items():
+            with (directory / f"{array}.bin").open("wb") as file:
                 for part in parts:
                     file.write(np.ascontiguousarray(part).data)
         with pa.ipc.new_file(str(directory / _TABLE), _SCHEMA) as table:
             table.write(pa.RecordBatch.from_pydict(columns, _SCHEMA))
         digest = sha256(directory / _TABLE)
+    layout = {array: [rows[0].dtype.name, *rows[0].shape[1:]] for array, rows in arrays.items()}
     return {"name": name, "sha256": digest, "videos": len(videos), "arrays": layout, "gone": []}
+
+
+def _axis_of(array: str) -> str:
+    return array.partition(".")[0]
 
 
 def _count(arrays: Mapping[str, np.ndarray], axis: str) -> int:
     """Rows of a video in the arrays of an axis."""
-    return len(next((rows for name, rows in arrays.items() if name.startswith(f"{axis}.")), ()))
+    return next((len(rows) for name, rows in arrays.items() if _axis_of(name) == axis), 0)
 
 
 def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
+    """Of all arrays but the bytes of thumbnails: most are never shown."""
     checksum = 0
     for name in sorted(arrays):
-        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).data, checksum)
+        if _axis_of(name) != "byte":
+            checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).data, checksum)
     return checksum
 
 

@@ -5,22 +5,22 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from drl_jax.data.video import VIDEO_SUFFIXES
+from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
-from drl_jax.search import reading
-from drl_jax.search.encoding import WindowEncoder, bank_of, describe_bank, write_bank
-from drl_jax.search.index_file import IndexWriter, KnownFile
+from drl_jax.search import encoding, reading
+from drl_jax.search.index_file import MADE_WITH, IndexWriter, KnownFile
 from drl_jax.search.reading import FoundFile, FrameSampling, VideoRead
 from drl_jax.search.segments import SearchIndexError, VideoRecord
 
@@ -34,23 +34,10 @@ _STORED_EVERY = 15.0
 _MAX_SHARDS = 100_000
 # On their versions frames depend.
 _PACKAGES = ("av", "numpy", "pillow")
-# What an index is made with, and in messages.
-_MADE_WITH = {
-    "fingerprint": "model",
-    "videos": "folder, {}",
-    "storage": "storage, {}",
-    "fps": "--fps, {:g}",
-    "shard": "--shard, {}",
-    "hubness": "--bank",
-}
 
 
 def parse_shard(text: str) -> str:
-    """Checks NUMBER/COUNT, e.g. 3/16, which counts from 0; returns it without leading zeros.
-
-    Raises:
-      UserError: it is something else.
-    """
+    """NUMBER/COUNT, e.g. 3/16, without leading zeros; raises a UserError if it is no shard."""
     number, _, count = text.partition("/")
     if number.isdecimal() and count.isdecimal() and int(number) < int(count) <= _MAX_SHARDS:
         return f"{int(number)}/{int(count)}"
@@ -68,10 +55,8 @@ def is_in_shard(path: str, shard: str) -> bool:
 class IndexReport:
     """Numbers of files, and of windows and bytes of the whole index.
 
-    Attributes:
-      changed: files with other content, or damaged features.
-      bad: why files cannot be searched, by path; of all files that were compared.
-      unavailable: why files were not read this time, by path; the next update tries them again.
+    `changed` files have other content, or had damaged features. By path, `bad` says why files that
+    were compared cannot be searched, and `unavailable` why the next update has to read them.
     """
 
     added: int = 0
@@ -103,7 +88,7 @@ def update_index(
 
     What is encoded is committed every few seconds: after an interruption, the same call continues.
     A file with the content of one that is gone takes over its features. A video whose features are
-    damaged is decoded again. This process encodes; worker processes or a cluster decode.
+    damaged is decoded again. Worker processes or a cluster decode.
 
     Args:
       videos: their folder, searched recursively. That of an existing index may have been moved.
@@ -116,31 +101,25 @@ def update_index(
       shard: of a new index: only the files of this shard, NUMBER/COUNT.
 
     Raises:
-      UserError: the folder does not exist, there is no video, most of the files are gone, the
-        index is of another model, folder, storage or bank, or a node of the cluster cannot work.
+      UserError: there is no video, most of the files are gone, the index is of another model,
+        folder, storage or bank, or a node of the cluster cannot work.
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
-    made_with = {
-        "source": model.source,
-        "fingerprint": model.fingerprint,
-        "videos": str(videos.resolve()),
-        "storage": storage,
-        "fps": fps,
-        **({"hubness": describe_bank(bank)} if bank else {}),
-        **({} if shard is None else {"shard": parse_shard(shard)}),
-    }
+    made_with = {"source": model.source, "fingerprint": model.fingerprint}
+    made_with |= {"videos": str(videos.resolve()), "storage": storage, "fps": fps}
+    if bank:
+        made_with["hubness"] = encoding.describe_bank(bank)
+    if shard is not None:
+        made_with["shard"] = parse_shard(shard)
     with IndexWriter(directory) as writer:
         if not writer.header:
-            writer.update_header(**made_with, bank=bank_of(model.config))
+            writer.update_header(**made_with, bank=encoding.bank_of(model.config))
         _check_made_with(writer, made_with)
         if bank:
-            write_bank(directory, bank)
+            write_json(directory / encoding.BANK_FILE, list(bank))
         update = _Update(writer, model, videos, timeout)
-        if only:
-            update.compare_files(only)
-        else:
-            update.compare_folder()
+        update.compare(only)
         if not prune:
             update.check_mounted()
         return update.run(cluster)
@@ -149,15 +128,15 @@ def update_index(
 def _check_made_with(writer: IndexWriter, given: Mapping[str, Any]) -> None:
     """Checks that an index was made with what is given now; its folder may have been moved."""
     header = writer.header
-    for name, what in _MADE_WITH.items():
-        if name not in given or header.get(name) == given[name]:
+    for name, what in MADE_WITH.items():
+        is_moved = name == "videos" and not Path(header[name]).is_dir()
+        if name not in given or header.get(name) == given[name] or is_moved:
             continue
-        if name == "videos" and not Path(header[name]).is_dir():
-            continue
-        other = what.format(header[name]) if name in header else what.partition(",")[0]
+        other = f"another {what}" if name in header else f"no {what}"
+        if isinstance(header.get(name), str | float) and name != "fingerprint":
+            other += f", {header[name]}"
         raise SearchIndexError(
-            f"the index {writer.directory} was made with {'another' if name in header else 'no'}"
-            f" {other}; give another --index"
+            f"the index {writer.directory} was made with {other}; give another --index"
         )
     if header["videos"] != given["videos"]:
         writer.update_header(videos=given["videos"])
@@ -168,70 +147,65 @@ class _Update:
 
     def __init__(self, writer: IndexWriter, model: RetrievalModel, folder: Path, timeout: float):
         self._writer, self._model, self._folder, self._timeout = writer, model, folder, timeout
-        self._encoder = WindowEncoder(model, writer.directory, writer.header)
         self._report = IndexReport()
-        # The files of `--only`; None: all.
-        self._paths: list[str] | None = None
+        self._paths: list[str] | None = None  # The files of `--only`; None: all.
         # New and changed files, and those with damaged features; what the index has of them.
         self._pending: list[FoundFile] = []
         self._known: dict[str, KnownFile] = {}
-        # Files of the index that are gone, by size.
+        # Files of the index that are gone, by size; paths of those that were moved.
         self._missing: dict[int, list[KnownFile]] = collections.defaultdict(list)
-        # What waits for the next commit: videos, and paths that are left.
+        self._moved: set[str] = set()
+        # The next commit: videos, paths that they leave, and since when they wait.
         self._batch: list[tuple[VideoRecord, VideoRead]] = []
-        self._waiting_windows, self._since = 0, time.monotonic()
         self._left: list[str] = []
-        self._map: Callable[..., Iterator] = functools.partial(map_in_processes, reading.read_video)
-        self._numbers = itertools.count()  # Of the files of long videos.
+        self._since = 0.0
 
-    def compare_folder(self) -> None:
-        """Compares the index with all files of the folder, and checks its features."""
-        known = {file.path: file for file in self._writer.files()}
-        has_names = bool(known)
-        for found in reading.find_videos(self._folder, self._timeout, self._report.bad):
-            has_names = True
-            if self._is_ours(found.path):
-                self._compare(known.pop(found.path, None), found)
-        if not has_names:
-            raise UserError(f"no video in {self._folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
-        for path in sorted(known):
-            self._compare(known[path], None)
-
-    def compare_files(self, paths: Sequence[str]) -> None:
-        """Compares the index with some files of the folder; reads nothing of the others."""
-        folder, root = self._folder, self._folder.absolute()
-        below = [PurePath(path) for path in paths]
-        names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in below]
-        self._paths = list(dict.fromkeys(names))
-        for path in self._paths:
-            found, file = (
-                reading.find_named(folder, path, self._timeout),
-                self._writer.file_at(path),
-            )
-            if found is None and file is None:
+    def compare(self, only: Sequence[str]) -> None:
+        """Compares the index with the files of the folder, or only some; checks their features."""
+        writer, folder, root = self._writer, self._folder, self._folder.absolute()
+        if only:
+            given = [PurePath(path) for path in only]
+            names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in given]
+            self._paths = list(dict.fromkeys(names))
+            named = {path: reading.find_named(folder, path, self._timeout) for path in self._paths}
+            files = [file for file in named.values() if file is not None]
+        else:
+            files = list(reading.find_videos(folder, self._timeout, self._report.bad))
+        known = {file.path: file for file in writer.files(self._paths)}
+        if not (only or known or files):
+            raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
+        for path in self._paths or ():
+            if path not in known and named[path] is None:
                 raise UserError(f"--only={path}: neither {folder} nor the index has such a video")
             if not self._is_ours(path):
                 raise UserError(f"--only={path}: it is not in the shard of the index")
-            self._compare(file, found)
+        for file in files:
+            if self._is_ours(file.path):
+                self._compare(known.pop(file.path, None), file)
+        for path in sorted(known):
+            self._compare(known[path], None)
 
     def _is_ours(self, path: str) -> bool:
         shard = self._writer.header.get("shard")
         return shard is None or is_in_shard(path, shard)
 
-    def _compare(self, file: KnownFile | None, found: FoundFile | None) -> None:
+    def _compare(self, known: KnownFile | None, file: FoundFile | None) -> None:
         """Compares what the index has of a file with the file; None: it is not there."""
+        if known is None:
+            self._pending.append(file)
+            return
+        try:
+            known.segment.verify(known.row)
+            is_damaged = False
+        except ValueError:
+            is_damaged, known = True, known._replace(sha256="")  # No file takes over its features.
         if file is None:
-            self._pending.append(found)
+            self._missing[known.size].append(known)
             return
-        if is_damaged := file.is_damaged():
-            file = file._replace(sha256="")  # No file takes over its features.
-        if found is None:
-            self._missing[file.size].append(file)
-            return
-        is_changed = (file.size, file.mtime_ns) != (found.size, found.mtime_ns)
-        if is_damaged or is_changed or 0 < file.allowed < found.allowed:
-            self._known[file.path] = file
-            self._pending.append(found)
+        is_changed = (known.size, known.mtime_ns) != (file.size, file.mtime_ns)
+        if is_damaged or is_changed or 0 < known.allowed < file.allowed:
+            self._known[known.path] = known
+            self._pending.append(file)
         else:
             self._report.unchanged += 1
 
@@ -244,42 +218,43 @@ class _Update:
         if lost and not is_mounted:
             raise UserError(
                 f"{lost} of the {total} videos of the index {self._writer.directory} are not in"
-                f" {self._folder}: is it the right folder, and mounted? --prune removes them from"
-                " the index"
+                f" {self._folder}: is it the right folder, and mounted? --prune removes them"
             )
 
     def run(self, cluster: "RayCluster | None") -> IndexReport:
         """Reads, encodes and stores what has changed."""
-        writer, report, pending = self._writer, self._report, self._pending
-        if cluster is not None and pending:
-            example = self._folder / pending[0].path
-            cluster.check({"--index": writer.directory}, example, _PACKAGES, ["drl_jax"])
-            self._map = functools.partial(cluster.map, reading.read_video_on_node)
-        total, reads = len(pending), zip(pending, self._read(pending), strict=True)
+        writer, report, total = self._writer, self._report, len(self._pending)
+        reads = zip(self._pending, self._read(cluster), strict=True)
         shown = tqdm(reads, desc="indexing", total=total, unit="video", disable=not total)
-        for number, (file, read) in enumerate(shown):
+        for number, (file, read) in enumerate(shown, start=1):
             writer.show_progress(number, total)
             self._take(file, read)
-            writer.show_progress(number + 1, total)
         self._store()
-        gone = [file.path for files in self._missing.values() for file in files]
-        writer.put([], gone)
+        missing = [file.path for files in self._missing.values() for file in files]
+        writer.put([], [path for path in missing if path not in self._moved])
         writer.merge(light=self._paths is not None)
-        report.removed, report.bad = len(gone), writer.errors(self._paths) | report.bad
+        report.moved, report.removed = len(self._moved), len(missing) - len(self._moved)
+        report.bad = writer.errors(self._paths) | report.bad
         report.windows, report.nbytes = writer.windows(), writer.nbytes()
         return report
 
-    def _read(self, files: Sequence[FoundFile]) -> Iterator[VideoRead | WorkerFailure]:
+    def _read(self, cluster: "RayCluster | None") -> Iterator[VideoRead | WorkerFailure]:
+        """Reads the pending files, in their order."""
+        read = functools.partial(map_in_processes, reading.read_video)
+        if cluster is not None and self._pending:
+            example = self._folder / self._pending[0].path
+            cluster.check({"--index": self._writer.directory}, example, _PACKAGES, ["drl_jax"])
+            read = functools.partial(cluster.map, reading.read_video_on_node)
         max_frames, fps = self._model.config.data.max_frames, self._writer.header["fps"]
         sampling = FrameSampling(self._model.frame_form, max_frames, fps)
         folder = self._folder.absolute()  # The nodes of a cluster have other working directories.
         calls = []
-        for file in files:
+        for number, file in enumerate(self._pending):
             # A video that took too long, or has damaged features, has no hash: it is decoded again.
             contents = frozenset(known.sha256 for known in self._like(file)) - {""}
-            spool = self._writer.spool_file(next(self._numbers)).absolute()
+            spool = self._writer.spool_file(number).absolute()
             calls.append((folder / file.path, contents, sampling, spool))
-        return self._map(calls, timeout=[file.allowed for file in files], ahead=_AHEAD)
+        return read(calls, timeout=[file.allowed for file in self._pending], ahead=_AHEAD)
 
     def _like(self, file: FoundFile) -> list[KnownFile]:
         """What the index has of a file, and of those of its size that are gone."""
@@ -287,7 +262,7 @@ class _Update:
         return [*([known] if known else []), *self._missing.get(file.size, ())]
 
     def _take(self, file: FoundFile, read: VideoRead | WorkerFailure) -> None:
-        """Adds a file that was read to the next batch."""
+        """Adds a file that was read to the next batch, and stores the batch if it is full."""
         allowed = 0.0
         if isinstance(read, WorkerFailure):
             if read.timed_out:  # Stored with the time that it had.
@@ -295,53 +270,49 @@ class _Update:
             elif read.is_passing:
                 self._report.unavailable[file.path] = read.reason
                 return
-            read = VideoRead("", read.reason)
+            read = VideoRead(error=read.reason)
+        known = None
         if read.is_known:
-            self._take_known(file, read)
-            return
-        is_new = file.path not in self._known
-        self._report.added += is_new
-        self._report.changed += not is_new
-        fields = (read.sha256, read.error, allowed, read.duration, read.arrays, read.strips)
-        self._add(VideoRecord(file.path, file.size, file.mtime_ns, *fields), read)
-
-    def _take_known(self, file: FoundFile, read: VideoRead) -> None:
-        """Adds what the index has of the content of a file."""
-        known = next((known for known in self._like(file) if known.sha256 == read.sha256), None)
-        if known is None:  # Another new file has taken it over.
-            (again,) = self._read([file])
-            self._take(file, again)
-            return
-        if known.path == file.path:  # Only its times have changed.
+            known = next(known for known in self._like(file) if known.sha256 == read.sha256)
+        if known is None or known.path in self._moved:  # There, by a file with the same content.
+            is_changed = file.path in self._known
+            self._report.changed += is_changed
+            self._report.added += not is_changed
+        elif known.path == file.path:  # Only its times have changed.
             self._report.unchanged += 1
         else:
-            self._report.moved += 1
-            self._missing[file.size].remove(known)
+            self._moved.add(known.path)
             self._left.append(known.path)
-        record = known.segment.read(known.row)
-        self._add(record._replace(path=file.path, mtime_ns=file.mtime_ns), VideoRead(""))
-
-    def _add(self, record: VideoRecord, read: VideoRead) -> None:
-        """Adds a video to the next batch, whose windows are still to be encoded."""
+        if known is None:
+            fields = (read.sha256, read.error, allowed, read.duration, read.arrays)
+            record = VideoRecord(*file[:3], *fields)
+        else:
+            stored = known.segment.read(known.row)
+            record = stored._replace(path=file.path, mtime_ns=file.mtime_ns)
         if not self._batch:
             self._since = time.monotonic()
         self._batch.append((record, read))
-        self._waiting_windows += len(read.windows)
-        is_full = self._waiting_windows >= self._model.config.eval.batch_size
+        is_full = sum(len(r.windows) for _, r in self._batch) >= self._model.config.eval.batch_size
         if is_full or time.monotonic() - self._since > _STORED_EVERY:
             self._store()
 
+    @functools.cached_property
+    def _banks(self) -> list[Features]:
+        return encoding.encode_banks(self._model, self._writer.directory, self._writer.header)
+
     def _store(self) -> None:
         """Encodes and commits the next batch."""
-        encoded = self._encoder.encode([read for _, read in self._batch])
+        reads = [read for _, read in self._batch]
+        banks = self._banks if any(read.windows for read in reads) else []
+        encoded = encoding.encode_for_index(self._model, self._writer.header, banks, reads)
         records = [
             record._replace(arrays={**record.arrays, **arrays})
             for (record, _), arrays in zip(self._batch, encoded, strict=True)
         ]
         self._writer.put(records, self._left)
         self._writer.merge(light=True)
-        for _, read in self._batch:
+        for read in reads:
             if read.spooled is not None:
                 with contextlib.suppress(OSError):
                     read.spooled.unlink(missing_ok=True)
-        self._batch, self._left, self._waiting_windows = [], [], 0
+        self._batch, self._left = [], []

@@ -14,6 +14,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.search.encoding import BANK_ARRAY, quantize
 from drl_jax.search.index_file import IndexWriter
+from drl_jax.search.reading import strip_arrays
 from drl_jax.search.segments import VideoRecord
 from drl_jax.sharding import make_layout
 from support.params import random_params
@@ -57,13 +58,13 @@ def made_up_videos(
         "frame.time": np.linspace(0, 2, windows["frame_mask"].shape[1]),
         "frame.hash": np.zeros(windows["frame_mask"].shape[1], np.uint64),
         "feature.image_feat": np.zeros((0, windows["frame_unit"].shape[2]), np.uint16),
+        **strip_arrays([b"jpeg"]),
     }
     return [
         VideoRecord(
-            *(path, 9, 9, f"{number:064x}"),
+            *(path, 9, 9, f"{number:015x}{0:049x}"),
             duration=2.0,
             arrays={**{f"window.{name}": rows[name][[number]] for name in rows}, **of_file},
-            strips=[b"jpeg"],
         )
         for number, path in enumerate(paths)
     ]
