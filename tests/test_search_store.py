@@ -188,6 +188,10 @@ def test_damage_of_the_list_and_of_a_segment(index, capsys):
 def test_indexes_of_other_versions_are_one_line(tmp_path):
     with pytest.raises(SearchIndexError, match=r"no index in .* make it with: python -m drl_jax"):
         read_header(tmp_path)
+    for opens in (read_header, IndexWriter):
+        (tmp_path / "index.sqlite").write_bytes(b"SQLite format 3\0")
+        with pytest.raises(SearchIndexError, match=r"made by an earlier version; make it anew"):
+            opens(tmp_path)
     for version in (7, 9):
         files.write_json(tmp_path / "index.json", files.seal({"format": version, "other": 1}))
         for opens in (read_header, IndexWriter):

@@ -44,6 +44,8 @@ _MERGED, _SMALLEST, _LIGHT, _MOST_GONE = 16, 64, 16_384, 0.25
 _ATTEMPTS = 3
 # How far an update is, for the processes that search; no part of the index. Seconds between writes.
 _PROGRESS, _INTERVAL = "indexing.json", 1.0
+# What versions 2 to 6 wrote.
+_EARLIER = ("index.sqlite", "shards.json")
 _MAKE = "python -m drl_jax.search index --workdir=RUN --videos=DIR"
 
 
@@ -58,9 +60,11 @@ def read_header(directory: Path) -> dict[str, Any]:
         header = unseal(path.read_text(encoding="utf-8"))
         version = header["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SearchIndexError(
-            f"there is no index in {directory}; make it with: {_MAKE} --index={directory}"
-        ) from error
+        line = f"there is no index in {directory}; make it with: {_MAKE} --index={directory}"
+        if _is_earlier(directory):
+            line = f"the index {directory} was made by an earlier version"
+            line += f"; make it anew with: {_MAKE} --index=NEW"
+        raise SearchIndexError(line) from error
     except OSError as error:
         raise Unavailable(path, error) from error
     except (ValueError, KeyError) as error:
@@ -74,6 +78,10 @@ def read_header(directory: Path) -> dict[str, Any]:
             f" version that made it, or make it anew with: {_MAKE} --index=NEW"
         )
     return header
+
+
+def _is_earlier(directory: Path) -> bool:
+    return any((directory / name).exists() for name in _EARLIER)
 
 
 def part_directories(directory: Path) -> list[Path]:
@@ -177,7 +185,7 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         self.directory, self.header, self._next_progress = directory, {}, 0.0
         with contextlib.ExitStack() as stack, _writing(directory):
             stack.enter_context(locked(directory / LOCK, f"the index {directory}"))
-            if (directory / _INDEX).exists():
+            if (directory / _INDEX).exists() or _is_earlier(directory):
                 self.header = read_header(directory)
             if "parts" in self.header:
                 what = "joins other indexes; index their videos, each on its own"
