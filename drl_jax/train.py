@@ -94,10 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.models.drl import config_from_dict
         from drl_jax.runs.train_run import train
         from drl_jax.runs.train_seeds import train_seeds
-        from drl_jax.runtime.allocator import keep_freed_memory
-        from drl_jax.runtime.compilation_cache import cache_compilations
         from drl_jax.runtime.distributed import end_together, initialize
         from drl_jax.runtime.errors import Interrupted
+        from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
         keep_freed_memory()
         cache_compilations()

@@ -1,7 +1,6 @@
 """Builds on a real Ray cluster of two raylets; nodes, workers and drivers are killed."""
 
 import contextlib
-import dataclasses
 import os
 import re
 import shutil
@@ -233,7 +232,7 @@ def test_without_ray_the_line_says_how_to_install_it(sources, tmp_path):
     ],
 )
 def test_other_versions_on_a_node(changed, problem):
-    needs = dataclasses.replace(needs_of_driver(["numpy"], ["drl_jax"]), **changed)
+    needs = needs_of_driver(["numpy"], ["drl_jax"])._replace(**changed)
     problem = problem.format(numpy=np.__version__, drl_jax=drl_jax.__version__)
     problem = problem.replace("Python 3.11", f"Python {sys.version_info[0]}.{sys.version_info[1]}")
     assert problem_of_node(needs) == problem

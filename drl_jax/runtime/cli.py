@@ -32,18 +32,21 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser, also of subcommands, that prints an error in one line.
+    """The parser of a command, e.g. `python -m drl_jax.train`, or of a subcommand.
 
-    Flags cannot be abbreviated: an abbreviation would change its meaning when a flag is added.
+    An error is one line. Flags cannot be abbreviated: an abbreviation would change its meaning when
+    a flag is added.
     """
 
     def __init__(self, prog: str, **options: Any):
-        """Creates the parser of a command, e.g. `python -m drl_jax.train`."""
         super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Prints the error in one line and exits with status 2."""
         self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}\n")
+
+
+# ---------------------------------------------------------------- types of arguments
 
 
 def positive_int(text: str) -> int:
@@ -74,29 +77,26 @@ def step_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-def ray_address(text: str) -> str:
-    """Argument type: the address of a Ray cluster, which is looked at when it is used."""
-    if not text.strip():  # E.g. of a variable that is not set; not the same as no flag.
-        raise argparse.ArgumentTypeError(
-            "write local, auto, or HOST:PORT of the head of a Ray cluster"
-        )
-    return text
-
-
 def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds `--ray`.
+    """Adds `--ray`; `what` the command does there, e.g. "decode on", is for the help."""
 
-    Args:
-      parser: of the command.
-      what: what the command does there, for the help, e.g. "decode on".
-    """
+    def address(text: str) -> str:
+        if not text.strip():  # E.g. of a variable that is not set; not the same as no flag.
+            raise argparse.ArgumentTypeError(
+                "write local, auto, or HOST:PORT of the head of a Ray cluster"
+            )
+        return text
+
     parser.add_argument(
         "--ray",
-        type=ray_address,
+        type=address,
         metavar="local|auto|HOST:PORT",
         help=f"{what} a Ray cluster (drl_jax[ray]): one on this machine alone, the one that this"
         " machine is a node of, or by the address of its head",
     )
+
+
+# ---------------------------------------------------------------- errors and exit status
 
 
 def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
@@ -124,11 +124,8 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
             warnings.showwarning = functools.partial(_show_warning, command, warnings.showwarning)
             std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
             return _status_of(command, work)
-    except KeyboardInterrupt as interrupt:
-        print(
-            f"{command}: interrupted; {interrupt}" if str(interrupt) else interrupted,
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as error:
+        print(f"{command}: interrupted; {error}" if str(error) else interrupted, file=sys.stderr)
     except Exception:
         # Libraries turn an interruption into errors of their own.
         if not interruption.came:
@@ -172,19 +169,16 @@ def _show_warning(
 
 
 def _report_unraisable(interruption: Interruption, unraisable: Any) -> None:
-    """Prints an exception that cannot be raised, but for those of abandoned asyncio tasks.
+    """Prints an exception that cannot be raised; an interruption is raised again elsewhere.
 
-    An interruption in such a place is raised again in another.
-
-    When Orbax cannot read or write an array, it leaves the tasks of the other arrays behind, and
-    each of them would print pages.
+    When Orbax cannot read or write an array, it leaves the asyncio tasks of the other arrays
+    behind, and each of them would print pages.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         interruption.raise_again()
         return
     is_task = isinstance(unraisable.object, types.CoroutineType)
-    abandoned = is_task or "Event loop is closed" in str(unraisable.exc_value)
-    if not abandoned:
+    if not is_task and "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
 
@@ -215,27 +209,39 @@ def add_config_flag(parser: Parser, *, reproduce: bool = False) -> None:
         )
 
 
+def default_workdir(options: argparse.Namespace) -> Path:
+    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`.
+
+    `runs/NAME_VARIANT_seeds` with `--seeds`, and `runs/reproduced_NAME` for
+    `--reproduce=DIR/NAME/manifest.json`.
+    """
+    if options.reproduce:
+        return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
+    path, _, variant = options.config.partition(":")
+    suffix = "seeds" if options.seeds else ""
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, variant, suffix)))
+
+
 def parse_with_config(
     parser: Parser, arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, "ConfigDict"]:
-    """Parses arguments and loads the configuration with typed overrides.
+    """Parses arguments, by default those of the process, and loads the configuration.
 
-    Args:
-      parser: has the flags of `add_config_flag`.
-      arguments: the arguments; None: those of the process.
-
-    Returns:
-      The options, and the configuration as a ConfigDict. A wrong file, field, type or argument ends
-      the process with one line and status 2.
+    The parser has the flags of `add_config_flag`; overrides of fields are typed. A wrong file,
+    field, type or argument ends the process with one line and status 2.
     """
     options, overrides = parser.parse_known_args(arguments)
-    manifest = getattr(options, "reproduce", None)
-    if manifest is not None:
-        source = _config_of_manifest(parser, manifest)
+    if getattr(options, "reproduce", None) is not None:
+        source = _config_of_manifest(parser, options.reproduce)
     else:
-        source = _find_config(options.config)
-        if not Path(source.partition(":")[0]).is_file():
-            parser.error(f"no configuration file {source}")
+        path, colon, variant = options.config.partition(":")
+        # That of the package if there is none below the working directory.
+        installed = Path(__file__).parents[1] / path
+        if Path(path).parts[:1] == ("configs",) and not Path(path).exists() and installed.exists():
+            path = str(installed)
+        if not Path(path).is_file():
+            parser.error(f"no configuration file {options.config}")
+        source = f"{path}{colon}{variant}"
     # A configuration file is code and may raise anything.
     try:
         config, unparsed = _load_config(source, overrides)
@@ -254,42 +260,17 @@ def _load_config(
     from ml_collections import config_flags
 
     values = flags.FlagValues()
+    arguments = ["", *overrides]
+    options = {"flag_values": values, "lock_config": True, "sys_argv": arguments}
     if isinstance(source, str):
-        arguments = ["", f"--config={source}", *overrides]
-        config_flags.DEFINE_config_file(
-            "config", flag_values=values, lock_config=True, sys_argv=arguments
-        )
+        arguments.insert(1, f"--config={source}")
+        config_flags.DEFINE_config_file("config", **options)
     else:
-        arguments = ["", *overrides]
-        config_flags.DEFINE_config_dict(
-            "config", source, flag_values=values, lock_config=True, sys_argv=arguments
-        )
+        config_flags.DEFINE_config_dict("config", source, **options)
     unparsed = values(arguments)[1:]
     # Without overrides, errors of the file are raised only here.
     values.config.to_dict()
     return values.config, unparsed
-
-
-def _find_config(config: str) -> str:
-    """`configs/NAME.py` is that of the package if there is none below the working directory."""
-    path, colon, variant = config.partition(":")
-    installed = Path(__file__).parents[1] / path
-    if Path(path).parts[:1] != ("configs",) or Path(path).exists() or not installed.exists():
-        return config
-    return f"{installed}{colon}{variant}"
-
-
-def default_workdir(options: argparse.Namespace) -> Path:
-    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`.
-
-    `runs/NAME_VARIANT_seeds` with `--seeds`, and `runs/reproduced_NAME` for
-    `--reproduce=DIR/NAME/manifest.json`.
-    """
-    if options.reproduce:
-        return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
-    path, _, variant = options.config.partition(":")
-    suffix = "seeds" if options.seeds else ""
-    return Path("runs") / "_".join(filter(None, (Path(path).stem, variant, suffix)))
 
 
 def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":

@@ -4,64 +4,46 @@ The functions also run on nodes that lack this package: they are sent as code (c
 value), so the module imports the standard library only.
 """
 
-import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import NamedTuple
+
+_MOUNT = "mount the same file system there, at the same path"
 
 
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """A file that the driver has written, which every node has to see.
-
-    Attributes:
-      flag: the flag that names its directory, e.g. "--data_dir".
-      path: of the file, absolute.
-      content: of the file.
-    """
-
-    flag: str
-    path: str
-    content: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """What a node must have.
 
     Attributes:
       python: version, MAJOR.MINOR.
       packages: versions by name of the distribution.
       modules: for each package of this project its version and the hash of its sources, by name.
-      tokens: files in the directories that nodes read and write.
+      tokens: files in the directories that nodes read and write, absolute, each after the flag that
+        names its directory.
       example: a file that nodes read and its size; None if there is none.
     """
 
     python: str
     packages: dict[str, str]
     modules: dict[str, tuple[str, str]]
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[tuple[str, str], ...] = ()
     example: tuple[str, int] | None = None
 
 
 def needs_of_driver(packages: list[str], modules: list[str]) -> Needs:
     """The versions of this process, without files."""
-    return Needs(
-        _python(),
-        {name: importlib.metadata.version(name) for name in packages},
-        {name: _identity(name) for name in modules},
-    )
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return Needs(_python(), versions, {name: _identity(name) for name in modules})
 
 
 def problem_of_node(needs: Needs, mark: str = "") -> str:
     """What this node lacks, and what to do; empty if it lacks nothing.
 
-    Args:
-      needs: of the driver.
-      mark: suffix of a file to write beside each token, which the driver looks for; empty: none is
-        written.
+    Writes a file beside each token with the suffix `mark`, for which the driver looks; none if it
+    is empty.
     """
     return _other_versions(needs) or _unseen_files(needs, mark)
 
@@ -89,31 +71,25 @@ def _other_versions(needs: Needs) -> str:
 
 
 def _unseen_files(needs: Needs, mark: str) -> str:
-    for token in needs.tokens:
-        path = Path(token.path)
-        where = f"{token.flag}, {path.parent}"
+    for flag, token in needs.tokens:
+        where = f"{flag}, {Path(token).parent}"
         try:
-            seen = path.read_text() == token.content
+            Path(token).stat()
         except OSError as error:
-            return (
-                f"does not see {where} ({error.strerror}); mount the same file system there, at the"
-                " same path"
-            )
-        if not seen:
-            return f"sees another {where}; mount the same file system there, at the same path"
+            return f"does not see {where} ({error.strerror}); {_MOUNT}"
         try:
             if mark:
-                path.with_name(path.name + mark).write_text(token.content)
+                Path(token + mark).write_text(mark)
         except OSError as error:
             return f"cannot write to {where} ({error.strerror}); free space or allow it there"
     if needs.example is not None:
-        path, size = Path(needs.example[0]), needs.example[1]
+        path, size = needs.example
         try:
-            found = path.stat().st_size
+            found = Path(path).stat().st_size
         except OSError as error:
-            return f"does not see {path} ({error.strerror}); mount --videos there, at the same path"
+            return f"does not see {path} ({error.strerror}); {_MOUNT}"
         if found != size:
-            return f"sees another {path}; mount the same --videos there, at the same path"
+            return f"sees another {path}; {_MOUNT}"
     return ""
 
 
@@ -122,11 +98,7 @@ def _python() -> str:
 
 
 def _identity(name: str) -> tuple[str, str]:
-    """Version and hash of the sources of a package of this project.
-
-    Raises:
-      ImportError: it is not installed.
-    """
+    """Version and hash of the sources of a package of this project; ImportError: it is absent."""
     module = importlib.import_module(name)
     root = Path(module.__file__).parent
     digest = hashlib.sha256()
