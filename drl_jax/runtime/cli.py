@@ -67,16 +67,6 @@ def positive_seconds(text: str) -> float:
     return seconds
 
 
-def step_range(text: str) -> range:
-    """Argument type: FIRST:LAST, two steps from 1, both included."""
-    first, colon, last = text.partition(":")
-    if not colon or not (first.isdecimal() and last.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be FIRST:LAST, e.g. 100:105, not {text!r}")
-    if not 1 <= int(first) <= int(last):
-        raise argparse.ArgumentTypeError(f"steps count from 1, and FIRST <= LAST, not {text!r}")
-    return range(int(first), int(last) + 1)
-
-
 def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds `--ray`; `what` the command does there, e.g. "decode on", is for the help."""
 
@@ -100,16 +90,11 @@ def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
-    """Runs the work of a command and reports what a user can fix, and notices, as lines on stderr.
+    """Runs the work of a command and returns its exit status.
 
-    Args:
-      command: name of the command, e.g. `drl_jax.train`.
-      work: does the work; may return an exit status.
-      on_interrupt: what an interruption with Ctrl-C leaves behind, for the message; that of the
-        KeyboardInterrupt stands instead, if it has one.
-
-    Returns:
-      The exit status.
+    What a user can fix, and notices, become lines on stderr that start with `command`, e.g.
+    `drl_jax.train`. `on_interrupt` says what Ctrl-C leaves behind; the message of a
+    KeyboardInterrupt stands instead, if it has one.
     """
     interrupted = "; ".join(filter(None, (f"{command}: interrupted", on_interrupt)))
     interruption = Interruption(interrupted)
@@ -120,9 +105,13 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
 
             # Orbax and TFDS log every file they touch, and tracebacks of errors they raise, too.
             logging.set_verbosity(logging.FATAL)
+            # Tasks that Orbax leaves behind, and that fail by themselves.
+            abandoned = "Task exception was never retrieved"
+            std_logging.getLogger("asyncio").addFilter(
+                lambda record: not record.getMessage().startswith(abandoned)
+            )
             warnings.simplefilter("always", Notice)
             warnings.showwarning = functools.partial(_show_warning, command, warnings.showwarning)
-            std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
             return _status_of(command, work)
     except KeyboardInterrupt as error:
         print(f"{command}: interrupted; {error}" if str(error) else interrupted, file=sys.stderr)
@@ -182,11 +171,6 @@ def _report_unraisable(interruption: Interruption, unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _is_of_no_abandoned_task(record: std_logging.LogRecord) -> bool:
-    """Whether a record of asyncio is not one of these tasks, of those that failed by themselves."""
-    return not record.getMessage().startswith("Task exception was never retrieved")
-
-
 # ---------------------------------------------------------------- configuration files
 
 
@@ -207,19 +191,6 @@ def add_config_flag(parser: Parser, *, reproduce: bool = False) -> None:
             help="start the run of this manifest again; --config.data.data_dir=DIR if its dataset"
             " is elsewhere",
         )
-
-
-def default_workdir(options: argparse.Namespace) -> Path:
-    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`.
-
-    `runs/NAME_VARIANT_seeds` with `--seeds`, and `runs/reproduced_NAME` for
-    `--reproduce=DIR/NAME/manifest.json`.
-    """
-    if options.reproduce:
-        return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
-    path, _, variant = options.config.partition(":")
-    suffix = "seeds" if options.seeds else ""
-    return Path("runs") / "_".join(filter(None, (Path(path).stem, variant, suffix)))
 
 
 def parse_with_config(

@@ -44,8 +44,8 @@ def initialize(
       mode: "none" (this process alone), "auto" (a cluster that JAX detects: SLURM, Open MPI,
         Kubernetes) or "manual" (the next three arguments).
       coordinator: HOST:PORT of process 0.
-      num_processes: number of processes.
-      process_id: index of this process.
+      num_processes: of the run.
+      process_id: of this process, from 0.
       local_device_ids: devices of this process, separated by commas; None: all of the host.
       timeout: seconds to wait for the other processes; then one line is printed and the process
         exits.
@@ -53,11 +53,7 @@ def initialize(
     Raises:
       DistributedError: arguments that do not fit together, or no cluster.
     """
-    manual = {
-        "coordinator": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
+    manual = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if mode != "manual":
         if unused := [name for name, value in manual.items() if value is not None]:
             raise DistributedError(f"--{unused[0]} goes with --distributed=manual")
@@ -213,8 +209,9 @@ def failing_together(kind: type[UserError]) -> Iterator[None]:
         failure = error
     if jax.process_count() > 1:
         own = (str(failure) if failure else "").encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
-        for process, row in enumerate(multihost_utils.process_allgather(np.array(list(own)))):
-            message = bytes(row.tolist()).decode(errors="replace").rstrip()
+        rows = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+        for process, row in enumerate(rows):
+            message = row.tobytes().decode(errors="replace").rstrip()
             failure = failure or (kind(f"{message} (process {process})") if message else None)
     if failure is not None:
         raise failure

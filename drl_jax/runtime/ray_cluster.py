@@ -7,6 +7,7 @@ for ever.
 """
 
 import contextlib
+import importlib.metadata
 import logging
 import math
 import os
@@ -28,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from drl_jax.runtime import node_check
 from drl_jax.runtime.errors import ClusterError, one_line
-from drl_jax.runtime.node_check import Needs, needs_of_driver, problem_of_node
+from drl_jax.runtime.node_check import Needs, problem_of_node
 from drl_jax.runtime.resources import available_cpus
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure, limits_of
 
@@ -98,7 +99,7 @@ class RayCluster:
         written: Mapping[str, Path],
         example: Path,
         packages: Sequence[str],
-        modules: list[str],
+        modules: Sequence[str],
     ) -> None:
         """Checks that every node has the versions and sees the files of this process.
 
@@ -118,8 +119,11 @@ class RayCluster:
         seen = None
         if example.exists():
             seen = (os.path.abspath(example), example.stat().st_size)  # noqa: PTH100 links stay
-        needs = needs_of_driver(list(packages), modules)._replace(
-            tokens=tuple(tokens), example=seen
+        needs = Needs(
+            packages={name: importlib.metadata.version(name) for name in packages},
+            modules={name: node_check.identity(name) for name in modules},
+            tokens=tokens,
+            example=seen,
         )
         nodes = self.nodes()
         for key, problem in _ask(needs, nodes).items():

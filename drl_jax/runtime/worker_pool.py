@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import os
 import pickle
 import queue
@@ -74,14 +75,18 @@ def map_in_processes(
       ahead: finished or running calls per worker that are held at a time.
     """
     workers = max(1, min(available_cpus(), len(arguments)))
-    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    calls = list(zip(arguments, limits_of(timeout, arguments), strict=True))
+    unsent, waiting = iter(calls), collections.deque()
     with contextlib.closing(CallPool(workers)) as pool:
-        for call, seconds in zip(arguments, limits_of(timeout, arguments), strict=True):
-            waiting.append(pool.submit(function, call, seconds, repeats=True))
-            if len(waiting) > ahead * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for call, seconds in calls:
+            for next_call in itertools.islice(unsent, ahead * workers + 1 - len(waiting)):
+                waiting.append(pool.submit(function, *next_call))
+            result = waiting.popleft().result()
+            if isinstance(result, WorkerFailure) and result.is_passing:
+                concurrent.futures.wait(waiting)
+                # Another process may have what this one lacked, e.g. open files.
+                result = pool.submit(function, call, seconds, is_fresh=True).result()
+            yield result
 
 
 def limits_of(
@@ -99,10 +104,7 @@ class CallPool:
 
     def __init__(self, workers: int):
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        self._is_closed = threading.Event()
-        # How many calls run, and how many run or want to run alone.
-        self._running = self._alone = 0
-        self._turn_ends = threading.Condition()
+        self._is_closed, self._lock = threading.Event(), threading.Lock()
         self._workers = [_Worker(self._is_closed) for _ in range(workers)]
         self._threads = [
             threading.Thread(target=self._serve, args=(worker,), daemon=True)
@@ -125,23 +127,27 @@ class CallPool:
         return self.submit(function, arguments, timeout).result()
 
     def submit(
-        self, function: Callable, arguments: tuple, timeout: float | None, *, repeats: bool = False
+        self,
+        function: Callable,
+        arguments: tuple,
+        timeout: float | None,
+        *,
+        is_fresh: bool = False,
     ) -> "concurrent.futures.Future[Any]":
-        """Like `call`, without waiting; `repeats` as `map_in_processes` does."""
+        """Like `call`, without waiting; a fresh call has a new process."""
         future: concurrent.futures.Future = concurrent.futures.Future()
-        with self._turn_ends:
+        with self._lock:
             if self._is_closed.is_set():
                 future.set_result(_ENDED)
             else:
-                self._calls.put((future, (function, arguments, timeout), repeats))
+                self._calls.put((future, is_fresh, (function, arguments, timeout)))
         return future
 
     def close(self) -> None:
         """Ends the processes and their calls, which fail."""
         atexit.unregister(self.close)
-        with self._turn_ends:
+        with self._lock:
             self._is_closed.set()
-            self._turn_ends.notify_all()
         for worker in self._workers:
             worker.kill()
             self._calls.put(None)
@@ -152,32 +158,11 @@ class CallPool:
     def _serve(self, worker: "_Worker") -> None:
         """Runs calls until there are no more."""
         while (item := self._calls.get()) is not None:
-            future, call, repeats = item
-            with self._turn(alone=False):
-                result = _guarded(worker.call, *call)
-            if repeats and isinstance(result, WorkerFailure) and result.is_passing:
-                with self._turn(alone=True):
-                    worker.end()  # Another process may have what this one lacked, e.g. open files.
-                    result = _guarded(worker.call, *call)
-            future.set_result(result)
+            future, is_fresh, call = item
+            if is_fresh:
+                worker.end()
+            future.set_result(_guarded(worker.call, *call))
         worker.end()
-
-    @contextlib.contextmanager
-    def _turn(self, *, alone: bool) -> Iterator[None]:
-        """Waits until a call may run: not while one runs alone, and alone not while others run."""
-        with self._turn_ends:
-            self._alone += alone
-            self._turn_ends.wait_for(
-                lambda: self._is_closed.is_set() or not (self._running if alone else self._alone)
-            )
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._turn_ends:
-                self._running -= 1
-                self._alone -= alone
-                self._turn_ends.notify_all()
 
 
 class _Worker:
