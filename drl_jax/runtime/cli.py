@@ -16,6 +16,7 @@ import json
 import logging as std_logging
 import math
 import os
+import runpy
 import signal
 import sys
 import types
@@ -203,45 +204,41 @@ def parse_with_config(
     """
     options, overrides = parser.parse_known_args(arguments)
     if getattr(options, "reproduce", None) is not None:
-        source = _config_of_manifest(parser, options.reproduce)
+        config = _config_of_manifest(parser, options.reproduce)
     else:
-        path, colon, variant = options.config.partition(":")
-        # That of the package if there is none below the working directory.
-        installed = Path(__file__).parents[1] / path
-        if Path(path).parts[:1] == ("configs",) and not Path(path).exists() and installed.exists():
-            path = str(installed)
-        if not Path(path).is_file():
-            parser.error(f"no configuration file {options.config}")
-        source = f"{path}{colon}{variant}"
-    # A configuration file is code and may raise anything.
-    try:
-        config, unparsed = _load_config(source, overrides)
-    except Exception as error:
-        parser.error(_unknown_field(source, overrides) or _one_line(error))
-    if unparsed:
-        parser.error(f"unexpected argument {unparsed[0]!r}; flags look like --name=value")
-    return options, config
-
-
-def _load_config(
-    source: "str | ConfigDict", overrides: Sequence[str]
-) -> tuple["ConfigDict", list[str]]:
-    """Loads a configuration file or copies a ConfigDict; returns it and unknown arguments."""
+        config = _config_of_file(parser, options.config)
     from absl import flags
     from ml_collections import config_flags
 
-    values = flags.FlagValues()
-    arguments = ["", *overrides]
-    options = {"flag_values": values, "lock_config": True, "sys_argv": arguments}
-    if isinstance(source, str):
-        arguments.insert(1, f"--config={source}")
-        config_flags.DEFINE_config_file("config", **options)
-    else:
-        config_flags.DEFINE_config_dict("config", source, **options)
-    unparsed = values(arguments)[1:]
-    # Without overrides, errors of the file are raised only here.
-    values.config.to_dict()
-    return values.config, unparsed
+    values, words = flags.FlagValues(), ["", *overrides]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, lock_config=True, sys_argv=words
+        )
+        unparsed = values(words)[1:]
+    except Exception as error:
+        parser.error(_unknown_field(config.to_dict(), overrides) or " ".join(str(error).split()))
+    if unparsed:
+        parser.error(f"unexpected argument {unparsed[0]!r}; flags look like --name=value")
+    return options, values.config
+
+
+def _config_of_file(parser: Parser, name: str) -> "ConfigDict":
+    """The configuration of FILE:VARIANT; a file of the package if the working one is absent."""
+    path, _, variant = name.partition(":")
+    installed = Path(__file__).parents[1] / path
+    if Path(path).parts[:1] == ("configs",) and not Path(path).exists() and installed.exists():
+        path = str(installed)
+    if not Path(path).is_file():
+        parser.error(f"no configuration file {name}")
+    # It is code and may raise anything.
+    try:
+        config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
+        config.to_dict()
+        return config
+    except Exception as error:
+        message = " ".join(str(error).split())
+        parser.error(f"--config={name}: {type(error).__name__}: {message}")
 
 
 def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":
@@ -256,12 +253,8 @@ def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":
         parser.error(f"{path} is not the manifest of a run ({type(error).__name__}: {error})")
 
 
-def _unknown_field(source: "str | ConfigDict", overrides: Sequence[str]) -> str:
+def _unknown_field(config: dict[str, Any], overrides: Sequence[str]) -> str:
     """The message for the first override of a field that does not exist; empty if all exist."""
-    try:
-        config = _load_config(source, [])[0].to_dict()
-    except Exception:
-        return ""  # The file itself is wrong.
     for override in overrides:
         name = override.lstrip("-").partition("=")[0]
         group, where = config, "config"
@@ -274,10 +267,3 @@ def _unknown_field(source: "str | ConfigDict", overrides: Sequence[str]) -> str:
                 return f"{where} has no field {part!r}{likely}; it has {', '.join(group)}"
             group, where = group[part], f"{where}.{part}"
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error, without the traceback that ml_collections puts into it."""
-    start, traceback, rest = str(error).partition("Traceback")
-    message = start + rest.strip().splitlines()[-1] if traceback else start
-    return " ".join(message.split())

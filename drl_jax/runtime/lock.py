@@ -104,23 +104,19 @@ def temporary_directory() -> Iterator[Path]:
             descriptor = _hold(left, fcntl.LOCK_EX)
             shutil.rmtree(left, ignore_errors=True)
             os.close(descriptor)
-    descriptor = None
-    while descriptor is None:
-        directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
-        try:
-            descriptor = _hold(directory, fcntl.LOCK_SH)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # Another process came first, and deletes it.
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
+    with contextlib.ExitStack() as at_end:
+        while True:
+            directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+            try:
+                at_end.callback(os.close, _hold(directory, fcntl.LOCK_SH))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # Another process came first, and deletes it.
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
             break
-    try:
+        at_end.callback(shutil.rmtree, directory, ignore_errors=True)
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _hold(directory: Path, kind: int) -> int:

@@ -63,9 +63,8 @@ class RayCluster:
     def __init__(self, address: str):
         """Connects, and prints the size of the cluster.
 
-        Args:
-          address: "local" starts Ray on this machine; "auto" is the cluster that this machine is a
-            node of; otherwise HOST:PORT of the head of this cluster.
+        The address "local" starts Ray on this machine, "auto" is the cluster that this machine is a
+        node of, and HOST:PORT names its head.
 
         Raises:
           ClusterError: no cluster is there, or it has another version of Ray or Python.
@@ -115,10 +114,17 @@ class RayCluster:
           ClusterError: a node cannot do the work; the line names it and says what to do.
           OSError: a directory cannot be written from here.
         """
-        tokens = [(flag, str(self._write_token(path))) for flag, path in written.items()]
+        tokens = []
+        for flag, path in written.items():
+            directory = Path(os.path.abspath(path))  # noqa: PTH100 resolve() would follow links
+            directory.mkdir(parents=True, exist_ok=True)
+            _delete(directory, f"{_TOKEN}*")  # Of a command that was killed.
+            self._tokens.append(directory / f"{_TOKEN}{uuid.uuid4().hex}")
+            self._tokens[-1].touch()
+            tokens.append((flag, str(self._tokens[-1])))
         seen = None
         if example.exists():
-            seen = (os.path.abspath(example), example.stat().st_size)  # noqa: PTH100 links stay
+            seen = (os.path.abspath(example), example.stat().st_size)  # noqa: PTH100
         needs = Needs(
             packages={name: importlib.metadata.version(name) for name in packages},
             modules={name: node_check.identity(name) for name in modules},
@@ -130,7 +136,7 @@ class RayCluster:
             if problem:
                 raise ClusterError(f"{_name_of(nodes[key])} {problem}")
             for flag, token in tokens:
-                mark = Path(token + _mark(key))
+                mark = Path(f"{token}.{key[:8]}")
                 if not mark.exists():
                     raise ClusterError(
                         f"{_name_of(nodes[key])} writes to another {flag}, {mark.parent}; mount the"
@@ -138,14 +144,6 @@ class RayCluster:
                     )
                 mark.unlink()
         self._needs = ray.put(needs)
-
-    def _write_token(self, directory: Path) -> Path:
-        directory = Path(os.path.abspath(directory))  # noqa: PTH100 resolve() would follow links
-        directory.mkdir(parents=True, exist_ok=True)
-        _delete(directory, f"{_TOKEN}*")  # Of a command that was killed.
-        self._tokens.append(directory / f"{_TOKEN}{uuid.uuid4().hex}")
-        self._tokens[-1].touch()
-        return self._tokens[-1]
 
     def map(
         self,
@@ -205,8 +203,7 @@ class RayCluster:
                         collect()
                 yield results.pop(turn)
         finally:
-            # A generator that is left unfinished may end after the connection; Ray would start
-            # again.
+            # A generator may end after the connection; Ray would start again.
             for ref in running if ray.is_initialized() else ():
                 ray.cancel(ref, force=True)
 
@@ -219,10 +216,9 @@ def _ask(needs: Needs, nodes: Mapping[str, Any]) -> dict[str, str]:
         asked = {}
         for key in nodes:
             at_node = NodeAffinitySchedulingStrategy(key, soft=False)
-            remote = ray.remote(problem_of_node).options(
-                num_cpus=0, max_retries=0, scheduling_strategy=at_node
-            )
-            asked[key] = remote.remote(needs, _mark(key))
+            options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": at_node}
+            remote = ray.remote(problem_of_node).options(**options)
+            asked[key] = remote.remote(needs, f".{key[:8]}")
     finally:
         ray.cloudpickle.unregister_pickle_by_value(node_check)
     end, problems = time.monotonic() + _CHECK_TIMEOUT, {}
@@ -244,14 +240,9 @@ def _alive() -> dict[str, dict[str, Any]]:
 
 
 def _name_of(node: Mapping[str, Any]) -> str:
-    """The name of a node in messages, from a row of `ray.nodes()`."""
+    """The name in messages of a node, a row of `ray.nodes()`."""
     address, key = node["NodeManagerAddress"], node["NodeID"]
     return f"node {node['NodeManagerHostname']} ({address}, {key[:8]})"
-
-
-def _mark(node: str) -> str:
-    """Suffix of the file that a node writes beside a token."""
-    return f".{node[:8]}"
 
 
 def _delete(directory: Path, pattern: str) -> None:

@@ -27,13 +27,10 @@ class Interruption:
 
     def __init__(self, line: str):
         self._line = line
-        self._since: float | None = None
+        self._since = 0.0
+        # Whether there was a SIGINT.
+        self.came = False
         self._is_inside = self._is_raised = self._is_end = False
-
-    @property
-    def came(self) -> bool:
-        """Whether there was a SIGINT."""
-        return self._since is not None
 
     def __enter__(self) -> "Interruption":
         is_main = threading.current_thread() is threading.main_thread()
@@ -70,7 +67,8 @@ class Interruption:
         self._retry()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._since = self._since or time.monotonic()
+        if not self.came:
+            self.came, self._since = True, time.monotonic()
         is_late = time.monotonic() - self._since > _PATIENCE
         if self._is_inside and not self._is_raised:
             if not _is_importing(frame):
