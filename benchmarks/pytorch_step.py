@@ -20,7 +20,7 @@ from benchmarks.measure import (
 )
 from benchmarks.train_step import step_flags
 from drl_jax.config import LossConfig, ModelConfig
-from drl_jax.runtime.allocator import keep_freed_memory
+from drl_jax.runtime.resources import keep_freed_memory
 from drl_jax.training.flops import train_step_flops
 
 try:

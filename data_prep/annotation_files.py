@@ -9,8 +9,7 @@ from typing import Any
 from data_prep.annotations import AnnotationError
 from data_prep.left_out import RowError, check_lost, parse_all
 from drl_jax.data.video import Span
-from drl_jax.runtime.files import parse_json
-from drl_jax.runtime.pickles import check_memo
+from drl_jax.runtime.files import check_memo, parse_json
 
 
 def read_text(path: Path, errors: str = "strict") -> str:

@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from drl_jax.runs.compare_run import compare
-        from drl_jax.runtime.allocator import keep_freed_memory
-        from drl_jax.runtime.compilation_cache import cache_compilations
+        from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
         keep_freed_memory()
         cache_compilations()

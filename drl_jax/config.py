@@ -1,21 +1,20 @@
-"""The configuration as frozen dataclasses. Defaults are the reference's.
+"""The configuration as frozen dataclasses, its checks, and how it is built from nested dicts.
 
-`ml_collections` is used at the entry points only: a file under `configs/` returns
-`ConfigDict(asdict(Config(...)))`, and `models.drl.config_from_dict` builds a checked Config from
-it (`config_fields.py`).
+Defaults are the reference's. `ml_collections` is used at the entry points only: a file under
+`configs/` returns `ConfigDict(asdict(Config(...)))`, and `models.drl.config_from_dict` builds a
+checked Config from its values.
 """
 
 import dataclasses
+import math
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from drl_jax.runtime.errors import UserError
 
 # Encodings of stored frames: JPEG (quality 95, 4:4:4) or exact pixels.
 STORAGE_ENCODINGS = ("jpeg", "raw")
-# Caches of frames: `DataConfig.cache`.
-CACHES = ("auto", "none", "memory", "device")
-# Precisions of matrix products: `ModelConfig.dtype`.
-DTYPES = ("float32", "tf32", "bfloat16")
 # What is kept of a transformer layer for the backward pass: `ModelConfig.remat`.
 REMAT = ("none", "dots", "full")
 # What computes attention: `ModelConfig.attention`.
@@ -27,8 +26,6 @@ RESIZES = ("crop", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 # How a caption is cleaned before it is tokenised.
 TEXT_CLEANINGS = ("clip", "none", "lower", "canonicalize")
-# Contrastive losses.
-CONTRASTIVE = ("softmax", "sigmoid")
 
 
 class ConfigError(UserError):
@@ -65,8 +62,8 @@ class BackboneConfig:
     # Whether there is a learned bias of the logits beside their scale (`LossConfig.contrastive`).
     logit_bias: bool = False
     # Mean and standard deviation of pixels, RGB in [0, 1].
-    pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     # crop: the short side becomes image_resolution, and the centre is cut out. squash: both sides
     # become image_resolution.
     resize: str = "crop"
@@ -87,35 +84,6 @@ class BackboneConfig:
     def text_hidden_width(self) -> int:
         """Hidden width of the text tower's MLPs."""
         return self.text_mlp_width or 4 * self.text_width
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that features depend on, by name.
-
-        Fields that version 0.2 did not have are left out where they have the default, so that
-        indexes of version 0.1 keep their fingerprint.
-        """
-        default = BackboneConfig()
-        return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in ADDED_BACKBONE_FIELDS or value != getattr(default, name)
-        }
-
-
-# Fields of BackboneConfig that version 0.2 did not have.
-ADDED_BACKBONE_FIELDS = (
-    "vision_mlp_width",
-    "text_mlp_width",
-    "activation",
-    "layer_norm_eps",
-    "logit_bias",
-    "pixel_mean",
-    "pixel_std",
-    "resize",
-    "interpolation",
-    "text_cleaning",
-    "pad_id",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +115,10 @@ class ModelConfig:
     # width**-0.5 and frames copy the text tower's, as in the reference. Small models learn
     # places and the order of frames faster with larger values (docs/benchmarks.md).
     position_std: float = 0.0
-    # Matrix products of the transformers, one of DTYPES. Parameters, norms, softmax, features,
-    # similarities and losses are float32 in all cases. tf32 is float32 but for all products, which
-    # round their inputs to 11 significant bits on GPUs that can (TF32), and are then faster.
+    # Matrix products of the transformers: float32, tf32 or bfloat16. Parameters, norms, softmax,
+    # features, similarities and losses are float32 in all cases. tf32 is float32 but for all
+    # products, which round their inputs to 11 significant bits on GPUs that can (TF32), and are
+    # then faster.
     dtype: str = "float32"
     # What the backward pass computes again, one of REMAT: none keeps everything, dots keeps the
     # matrix products and computes norms, activations and attention weights again, full keeps the
@@ -276,3 +245,177 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     sharding: ShardingConfig = ShardingConfig()
+
+
+# ---------------------------------------------------------------- construction and checks
+
+# Values of fields that are one of a few names; those of model families are handed in.
+_CHOICES: dict[str, typing.Collection[str]] = {
+    "activation": ACTIVATIONS,
+    "resize": RESIZES,
+    "interpolation": INTERPOLATIONS,
+    "text_cleaning": TEXT_CLEANINGS,
+    "dtype": ("float32", "tf32", "bfloat16"),
+    "remat": REMAT,
+    "attention": ATTENTION,
+    "contrastive": ("softmax", "sigmoid"),
+    "storage": STORAGE_ENCODINGS,
+    "cache": ("auto", "none", "memory", "device"),
+}
+# Numbers that may be 0, that are in [0, 1), and that have other bounds; all others are positive.
+_ZERO_IS_VALID = (
+    *("vision_mlp_width", "text_mlp_width", "pad_id", "similarity_block", "position_std"),
+    *("holdout", "num_threads", "microbatch", "epochs", "checkpoint_every", "skip_nonfinite"),
+)
+_BELOW_ONE = ("cross_dropout", "b1", "b2", "warmup_proportion")
+_OTHERWISE_BOUNDED = (
+    *("seed", "weight_decay", "cdcr", "cdcr_alpha1", "cdcr_alpha2", "cdcr_lambda"),
+)
+# With BertAdam, a learning rate of 1 moves every weight by up to 1 a step.
+_MAX_LR = 1.0
+
+
+def checked_config(
+    values: Mapping[str, Any],
+    backbones: Mapping[str, Any],
+    interactions: Mapping[str, Any],
+    temporal_heads: Mapping[str, Any],
+) -> Config:
+    """Builds a Config and checks that its model can be built.
+
+    Args:
+      values: nested dict, as `dataclasses.asdict(Config(...))` returns it; a field that is missing
+        has its default.
+      backbones: classes by `backbone.family`.
+      interactions: classes by `model.interaction`.
+      temporal_heads: classes by `model.agg_module`; None: no head.
+
+    Raises:
+      ConfigError: names the field that is unknown, of a wrong type or cannot work.
+    """
+    config = _from_dict(Config, values, "config")
+    families = {"family": backbones, "interaction": interactions, "agg_module": temporal_heads}
+    for where, name, value in _leaves(config, "config"):
+        _check_value(where, name, value, {**_CHOICES, **families})
+    backbone, interaction = config.model.backbone, interactions[config.model.interaction]
+    if error := backbones[backbone.family].config_error(backbone):
+        raise ConfigError(f"config.model.backbone.{error}")
+    if error := interaction.config_error(config.model):
+        raise ConfigError(f"config.{error}")
+    heads = (temporal_heads[config.model.agg_module], interaction)
+    has_positions = any(head and head.COPIED_POSITIONS for head in heads)
+    for holds, message in _conditions(config, interaction.CDCR_VARIANTS, has_positions):
+        if not holds:
+            raise ConfigError(f"config.{message}")
+    return config
+
+
+def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a group of fields, not {values!r}")
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(f"{where} has no field {unknown[0]!r}; it has {', '.join(fields)}")
+    return cls(**{name: _typed(fields[name], values[name], f"{where}.{name}") for name in values})
+
+
+def _typed(expected: type, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(expected):
+        return _from_dict(expected, value, where)
+    if items := typing.get_args(expected):
+        if not isinstance(value, list | tuple) or len(value) != len(items):
+            raise ConfigError(f"{where} must be a tuple of {len(items)} numbers, not {value!r}")
+        return tuple(_typed(item, part, where) for item, part in zip(items, value, strict=True))
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise ConfigError(f"{where} must be {expected.__name__}, not {value!r}")
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number, not {value}")
+    return value
+
+
+def _leaves(group: Any, where: str) -> Iterator[tuple[str, str, Any]]:
+    """Dotted name, name and value of each field that is no group."""
+    for field in dataclasses.fields(group):
+        value, path = getattr(group, field.name), f"{where}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, path)
+        else:
+            yield path, field.name, value
+
+
+def _check_value(
+    where: str, name: str, value: Any, choices: Mapping[str, typing.Collection[str]]
+) -> None:
+    if name in choices and value not in choices[name]:
+        names = " or ".join(", ".join(choices[name]).rsplit(", ", 1))
+        raise ConfigError(f"{where} is {names}, not {value!r}")
+    if type(value) not in (int, float) or name in _OTHERWISE_BOUNDED:
+        return
+    if name in _BELOW_ONE:
+        holds, bound = 0 <= value < 1, "in [0, 1)"
+    elif name in _ZERO_IS_VALID:
+        holds, bound = value >= 0, "0 or positive"
+    else:
+        holds, bound = value > 0, "positive"
+    if not holds:
+        raise ConfigError(f"{where} must be {bound}, not {value:g}")
+
+
+def _conditions(
+    config: Config, cdcr_variants: tuple[int, ...], has_positions: bool
+) -> Iterator[tuple[bool, str]]:
+    """Yields what has to hold between fields, and the message if it does not."""
+    model, data, loss = config.model, config.data, config.loss
+    train, optim, length = config.train, config.optim, config.model.backbone.context_length
+    yield min(model.backbone.pixel_std) > 0, "model.backbone.pixel_std must be positive"
+    yield (
+        bool(model.init) or not model.release,
+        f"model.release={model.release} describes model.init, which is empty",
+    )
+    yield (
+        not train.microbatch or train.batch_size % train.microbatch == 0,
+        f"train.microbatch={train.microbatch} must divide train.batch_size={train.batch_size} (or"
+        " be 0)",
+    )
+    yield (
+        train.batch_size > 1 or loss.contrastive != "softmax",
+        "train.batch_size=1 leaves the softmax loss no other pair to compare with: choose at least"
+        " 2, or --config.loss.contrastive=sigmoid",
+    )
+    yield (
+        bool(data.val_split) != bool(data.holdout),
+        "set one of data.val_split (a stored split) and data.holdout (a number of training videos):"
+        " training evaluates on it after each epoch",
+    )
+    yield optim.lr <= _MAX_LR, f"optim.lr={optim.lr:g} is above {_MAX_LR:g}"
+    yield (
+        optim.lr * optim.coef_lr <= _MAX_LR,
+        f"optim.coef_lr={optim.coef_lr:g} gives the backbone a learning rate above {_MAX_LR:g}",
+    )
+    yield (
+        optim.weight_decay >= 0 and optim.lr * optim.weight_decay < 1,
+        f"optim.weight_decay={optim.weight_decay:g} must be 0 or positive, and below 1 / lr",
+    )
+    # Seeds of NumPy and Grain have 32 bits.
+    yield 0 <= config.seed < 2**32, f"seed must be in [0, 2^32), not {config.seed}"
+    yield (
+        loss.cdcr in cdcr_variants,
+        f"loss.cdcr={loss.cdcr} does not go with model.interaction={model.interaction}; it takes"
+        f" {', '.join(map(str, cdcr_variants))}",
+    )
+    # With initial weights, the backbone gets one (`weights.load.with_backbone_of`).
+    yield (
+        loss.contrastive != "sigmoid" or model.backbone.logit_bias or bool(model.init),
+        "loss.contrastive=sigmoid needs a bias of the logits; set"
+        " --config.model.backbone.logit_bias=True",
+    )
+    yield (
+        3 <= data.max_words <= length,
+        f"data.max_words must be 3 to model.backbone.context_length ({length})",
+    )
+    yield (
+        not has_positions or data.max_frames < length,
+        f"data.max_frames must be below model.backbone.context_length ({length})",
+    )

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from drl_jax.runs.convert_run import export_weights, import_weights
-        from drl_jax.runtime.compilation_cache import cache_compilations
+        from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()
         if is_hub_name(source) or not Path(source).is_dir():

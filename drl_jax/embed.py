@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.embeddings.inputs import find_folder, read_captions
         from drl_jax.embeddings.output import check_out
         from drl_jax.model_flags import required_model
-        from drl_jax.runtime.compilation_cache import cache_compilations
+        from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()
         check_out(options.out)

@@ -75,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.report.write import prepare_directory, write_report
         from drl_jax.runs.evaluate_run import evaluate
         from drl_jax.runs.workdir import load_config, with_data_dir
-        from drl_jax.runtime.allocator import keep_freed_memory
-        from drl_jax.runtime.compilation_cache import cache_compilations
+        from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
         config = with_data_dir(load_config(options.workdir), options.data_dir)
         if options.report is not None:

@@ -258,7 +258,7 @@ class RetrievalModel:
         """
         model = self.config.model
         identity = {
-            "backbone": model.backbone.identity(),
+            "backbone": dataclasses.asdict(model.backbone),
             "interaction": model.interaction,
             "agg_module": model.agg_module,
             "dtype": model.dtype,

@@ -29,11 +29,9 @@ _MIN_SPLIT_ELEMENTS = 2**12
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The shardings of a program on a mesh.
+    """The shardings of a program on a mesh of all devices on the axis `data`.
 
-    Attributes:
-      mesh: all devices on the axis `data`.
-      fsdp: whether parameters are split over the devices.
+    With `fsdp`, parameters are split over the devices.
     """
 
     mesh: Mesh
@@ -80,20 +78,15 @@ class Layout:
 
         Every program of a model needs it. `attend` takes the kind of the devices from the mesh, and
         `split_rows` and `replicate` do nothing without it. Products of float32 arrays are float32
-        on every platform; JAX's default is less on GPUs (TF32) and TPUs (bfloat16).
-
-        Args:
-          function: of positional arguments.
-          dtype: `ModelConfig.dtype`. For "tf32", products of float32 arrays may be TF32.
+        on every platform; JAX's default is less on GPUs (TF32) and TPUs (bfloat16). With the dtype
+        "tf32" of `ModelConfig`, they may be TF32. The function takes positional arguments.
         """
         precision = "tensorfloat32" if dtype == "tf32" else "highest"
 
         @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
-            with (
-                use_abstract_mesh(self.mesh.abstract_mesh),
-                jax.default_matmul_precision(precision),
-            ):
+            mesh = self.mesh.abstract_mesh
+            with use_abstract_mesh(mesh), jax.default_matmul_precision(precision):
                 return function(*arguments)
 
         # The name of the program in profiles; a functools.partial has none.
@@ -149,12 +142,9 @@ def map_batch_chunks(
 
     Args:
       function: maps arrays with C rows to arrays with C rows; each row depends on that row alone.
-      arrays: tree of [B, ...] arrays, batch-sharded.
+      arrays: tree of [B, ...] arrays, batch-sharded, as the result.
       chunk: C, over all devices; a multiple of the device count and a divisor of B.
       layout: of the rows.
-
-    Returns:
-      The result of `function` for all B rows, batch-sharded.
     """
     devices = layout.device_count
     chunks = NamedSharding(layout.mesh, PartitionSpec(None, AXIS))

@@ -13,11 +13,9 @@ from pathlib import Path
 from drl_jax.runtime.cli import (
     Parser,
     add_config_flag,
-    default_workdir,
     parse_with_config,
     positive_int,
     run_command,
-    step_range,
 )
 
 
@@ -39,7 +37,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--profile_steps",
-        type=step_range,
+        type=_step_range,
         default=range(0),
         metavar="FIRST:LAST",
         help="trace these steps, e.g. 100:105, into plugins/profile of the run",
@@ -79,6 +77,29 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _step_range(text: str) -> range:
+    """Argument type: FIRST:LAST, two steps from 1, both included."""
+    first, colon, last = text.partition(":")
+    if not colon or not (first.isdecimal() and last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be FIRST:LAST, e.g. 100:105, not {text!r}")
+    if not 1 <= int(first) <= int(last):
+        raise argparse.ArgumentTypeError(f"steps count from 1, and FIRST <= LAST, not {text!r}")
+    return range(int(first), int(last) + 1)
+
+
+def _default_workdir(options: argparse.Namespace) -> Path:
+    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`.
+
+    `runs/NAME_VARIANT_seeds` with `--seeds`, and `runs/reproduced_NAME` for
+    `--reproduce=DIR/NAME/manifest.json`.
+    """
+    if options.reproduce:
+        return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
+    path, _, variant = options.config.partition(":")
+    suffix = "seeds" if options.seeds else ""
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, variant, suffix)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
 
@@ -94,10 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.models.drl import config_from_dict
         from drl_jax.runs.train_run import train
         from drl_jax.runs.train_seeds import train_seeds
-        from drl_jax.runtime.allocator import keep_freed_memory
-        from drl_jax.runtime.compilation_cache import cache_compilations
         from drl_jax.runtime.distributed import end_together, initialize
         from drl_jax.runtime.errors import Interrupted
+        from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
         keep_freed_memory()
         cache_compilations()
@@ -109,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             local_device_ids=options.local_device_ids,
             timeout=options.init_timeout,
         )
-        workdir = options.workdir or default_workdir(options)
+        workdir = options.workdir or _default_workdir(options)
         try:
             checked = config_from_dict(config.to_dict())
             if options.seeds:

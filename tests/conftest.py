@@ -35,7 +35,7 @@ from support.runs import make_run, tiny_shapes_config
 import drl_jax
 from drl_jax.config import BackboneConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from drl_jax.models.drl import init_params
-from drl_jax.runtime.compilation_cache import cache_compilations
+from drl_jax.runtime.resources import cache_compilations
 from drl_jax.search import session
 from drl_jax.weights.weights_file import save_weights
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A package or module of drl_jax imports only itself and what stands before it here.
 ORDER = (
-    *("runtime", "config", "config_fields", "sharding"),
+    *("runtime", "config", "sharding"),
     *("models", "data", "weights"),
     *("training", "evaluation", "runs"),
     *("pretrained", "model_flags", "report", "search", "embeddings"),
@@ -21,10 +21,8 @@ MODULES = {
     if path != ROOT / "drl_jax" / "__init__.py"
 }
 
-# They import Ray, and no other module imports them before it needs a cluster.
-RAY_MODULES = {
-    *("drl_jax.runtime.ray_connection", "drl_jax.runtime.ray_cluster", "drl_jax.runtime.ray_map"),
-}
+# It imports Ray, and no other module imports it before it needs a cluster.
+RAY = "drl_jax.runtime.ray_cluster"
 
 
 def imports(path: Path) -> set[str]:
@@ -86,7 +84,7 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
             *("drl_jax.data.description_files", "drl_jax.embeddings.formats"),
             *("drl_jax.search.filters", "drl_jax.search.segments"),
         },
-        "ray": {"drl_jax.runtime.cluster", *RAY_MODULES},
+        "ray": {RAY},
         "tokenizers": {"drl_jax.models.tokenizers.files"},
         "sentencepiece": {"drl_jax.models.tokenizers.files"},
     }
@@ -96,5 +94,4 @@ def test_ray_is_imported_on_demand():
     files = {**MODULES, **{str(path): path for path in (ROOT / "data_prep").rglob("*.py")}}
     for module, path in files.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ImportFrom) and module not in RAY_MODULES:
-                assert node.module not in RAY_MODULES, module
+            assert not (isinstance(node, ast.ImportFrom) and node.module == RAY), module

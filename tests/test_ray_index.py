@@ -16,7 +16,8 @@ from support.videos import numbered_frames, write_video
 
 import drl_jax
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.runtime.cluster import ClusterError, connect
+from drl_jax.runtime.cluster import connect
+from drl_jax.runtime.errors import ClusterError
 from drl_jax.runtime.worker_pool import WorkerFailure
 from drl_jax.search import update
 from drl_jax.search.index_file import IndexPart

@@ -185,7 +185,7 @@ def test_compiled_programs_are_cached_for_later_processes(tmp_path):
     """In the user's cache directory; an empty JAX_COMPILATION_CACHE_DIR turns the cache off."""
     code = (
         "import jax\n"
-        "from drl_jax.runtime.compilation_cache import cache_compilations\n"
+        "from drl_jax.runtime.resources import cache_compilations\n"
         "cache_compilations()\n"
         "print(jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((3, 3)))[0, 0])\n"
     )

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from drl_jax.config import Config, ConfigError, ModelConfig
-from drl_jax.config_fields import config_from_fields
+from drl_jax.config import Config, ModelConfig, checked_config
 from drl_jax.models.backbone import Backbone
 from drl_jax.models.clip import CLIP
 from drl_jax.models.interactions import INTERACTIONS, Arrays
@@ -67,53 +66,12 @@ class DRL(nnx.Module):
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds a Config and checks that its model can be built.
-
-    Args:
-      values: nested dict, as `dataclasses.asdict(Config(...))` returns it.
+    """Builds a Config of nested fields and checks that its model can be built.
 
     Raises:
-      ConfigError: names the field that is unknown, missing, of a wrong type or cannot work.
+      ConfigError: see `checked_config`.
     """
-    config = config_from_fields(values)
-    model, data = config.model, config.data
-    for field, value, registry in (
-        ("backbone.family", model.backbone.family, BACKBONES),
-        ("interaction", model.interaction, INTERACTIONS),
-        ("agg_module", model.agg_module, TEMPORAL_HEADS),
-    ):
-        if value not in registry:
-            names = " or ".join((", ".join(registry)).rsplit(", ", 1))
-            raise ConfigError(f"config.model.{field} is {names}, not {value!r}")
-    if error := BACKBONES[model.backbone.family].config_error(model.backbone):
-        raise ConfigError(f"config.model.backbone.{error}")
-    if error := INTERACTIONS[model.interaction].config_error(model):
-        raise ConfigError(f"config.{error}")
-    variants = INTERACTIONS[model.interaction].CDCR_VARIANTS
-    if config.loss.cdcr not in variants:
-        raise ConfigError(
-            f"config.loss.cdcr={config.loss.cdcr} does not go with model.interaction="
-            f"{model.interaction}; it takes {', '.join(map(str, variants))}"
-        )
-    # With initial weights, the backbone gets one (`weights.load.with_backbone_of`).
-    has_bias = model.backbone.logit_bias or model.init
-    if config.loss.contrastive == "sigmoid" and not has_bias:
-        raise ConfigError(
-            "config.loss.contrastive=sigmoid needs a bias of the logits; set"
-            " --config.model.backbone.logit_bias=True"
-        )
-    length = model.backbone.context_length
-    if not 3 <= data.max_words <= length:
-        raise ConfigError(
-            f"config.data.max_words must be 3 to model.backbone.context_length ({length})"
-        )
-    heads = (TEMPORAL_HEADS[model.agg_module], INTERACTIONS[model.interaction])
-    has_positions = any(head and head.COPIED_POSITIONS for head in heads)
-    if has_positions and data.max_frames >= length:
-        raise ConfigError(
-            f"config.data.max_frames must be below model.backbone.context_length ({length})"
-        )
-    return config
+    return checked_config(values, BACKBONES, INTERACTIONS, TEMPORAL_HEADS)
 
 
 @functools.cache

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 
 from drl_jax.config import Config
-from drl_jax.config_fields import config_from_fields
 from drl_jax.data.records import VideoDataset
+from drl_jax.models.drl import config_from_dict
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.identity import Identity
 from drl_jax.runs.wall_time import WallTime
@@ -194,7 +194,7 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
     Raises:
       WorkdirError: this would be another run: other fields, weights, tokenizer or dataset.
     """
-    there, here = flatten(config_from_fields(manifest["config"])), flatten(config)
+    there, here = flatten(config_from_dict(manifest["config"])), flatten(config)
     changed = [name for name in here if here[name] != there[name]]
     if other := [name for name in changed if name not in (*RESUMABLE_FIELDS, "model.init")]:
         name = other[0]

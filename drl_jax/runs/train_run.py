@@ -27,11 +27,11 @@ from drl_jax.runs.protocol_card import ProtocolCard, protocol_card
 from drl_jax.runs.rank_files import evaluation_path, write_ranks
 from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.workdir import exclusive, read_manifest
-from drl_jax.runtime.child_process import run_module
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
 from drl_jax.runtime.errors import Interrupted, UserError, one_line
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.signals import StopRequest
+from drl_jax.runtime.worker_pool import run_module
 from drl_jax.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.state import TrainState, abstract_state, create_state, state_from_params

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from drl_jax.config import Config, ConfigError
-from drl_jax.config_fields import config_from_fields
 from drl_jax.models.drl import config_from_dict
 from drl_jax.models.tokenizers import stored_name, with_tokenizer
 from drl_jax.runtime.distributed import failing_together, is_main
@@ -147,7 +146,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         values = unseal(path.read_text(encoding="utf-8"))
         if not values["starts"]:
             raise ValueError("it has no starts")
-        config_from_fields(values["config"])
+        config_from_dict(values["config"])
         return values
     except FileNotFoundError:
         raise

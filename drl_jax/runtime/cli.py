@@ -16,6 +16,7 @@ import json
 import logging as std_logging
 import math
 import os
+import runpy
 import signal
 import sys
 import types
@@ -32,18 +33,21 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser, also of subcommands, that prints an error in one line.
+    """The parser of a command, e.g. `python -m drl_jax.train`, or of a subcommand.
 
-    Flags cannot be abbreviated: an abbreviation would change its meaning when a flag is added.
+    An error is one line. Flags cannot be abbreviated: an abbreviation would change its meaning when
+    a flag is added.
     """
 
     def __init__(self, prog: str, **options: Any):
-        """Creates the parser of a command, e.g. `python -m drl_jax.train`."""
         super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Prints the error in one line and exits with status 2."""
         self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}\n")
+
+
+# ---------------------------------------------------------------- types of arguments
 
 
 def positive_int(text: str) -> int:
@@ -64,52 +68,34 @@ def positive_seconds(text: str) -> float:
     return seconds
 
 
-def step_range(text: str) -> range:
-    """Argument type: FIRST:LAST, two steps from 1, both included."""
-    first, colon, last = text.partition(":")
-    if not colon or not (first.isdecimal() and last.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be FIRST:LAST, e.g. 100:105, not {text!r}")
-    if not 1 <= int(first) <= int(last):
-        raise argparse.ArgumentTypeError(f"steps count from 1, and FIRST <= LAST, not {text!r}")
-    return range(int(first), int(last) + 1)
-
-
-def ray_address(text: str) -> str:
-    """Argument type: the address of a Ray cluster, which is looked at when it is used."""
-    if not text.strip():  # E.g. of a variable that is not set; not the same as no flag.
-        raise argparse.ArgumentTypeError(
-            "write local, auto, or HOST:PORT of the head of a Ray cluster"
-        )
-    return text
-
-
 def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds `--ray`.
+    """Adds `--ray`; `what` the command does there, e.g. "decode on", is for the help."""
 
-    Args:
-      parser: of the command.
-      what: what the command does there, for the help, e.g. "decode on".
-    """
+    def address(text: str) -> str:
+        if not text.strip():  # E.g. of a variable that is not set; not the same as no flag.
+            raise argparse.ArgumentTypeError(
+                "write local, auto, or HOST:PORT of the head of a Ray cluster"
+            )
+        return text
+
     parser.add_argument(
         "--ray",
-        type=ray_address,
+        type=address,
         metavar="local|auto|HOST:PORT",
         help=f"{what} a Ray cluster (drl_jax[ray]): one on this machine alone, the one that this"
         " machine is a node of, or by the address of its head",
     )
 
 
+# ---------------------------------------------------------------- errors and exit status
+
+
 def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: str = "") -> int:
-    """Runs the work of a command and reports what a user can fix, and notices, as lines on stderr.
+    """Runs the work of a command and returns its exit status.
 
-    Args:
-      command: name of the command, e.g. `drl_jax.train`.
-      work: does the work; may return an exit status.
-      on_interrupt: what an interruption with Ctrl-C leaves behind, for the message; that of the
-        KeyboardInterrupt stands instead, if it has one.
-
-    Returns:
-      The exit status.
+    What a user can fix, and notices, become lines on stderr that start with `command`, e.g.
+    `drl_jax.train`. `on_interrupt` says what Ctrl-C leaves behind; the message of a
+    KeyboardInterrupt stands instead, if it has one.
     """
     interrupted = "; ".join(filter(None, (f"{command}: interrupted", on_interrupt)))
     interruption = Interruption(interrupted)
@@ -120,15 +106,16 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
 
             # Orbax and TFDS log every file they touch, and tracebacks of errors they raise, too.
             logging.set_verbosity(logging.FATAL)
+            # Tasks that Orbax leaves behind, and that fail by themselves.
+            abandoned = "Task exception was never retrieved"
+            std_logging.getLogger("asyncio").addFilter(
+                lambda record: not record.getMessage().startswith(abandoned)
+            )
             warnings.simplefilter("always", Notice)
             warnings.showwarning = functools.partial(_show_warning, command, warnings.showwarning)
-            std_logging.getLogger("asyncio").addFilter(_is_of_no_abandoned_task)
             return _status_of(command, work)
-    except KeyboardInterrupt as interrupt:
-        print(
-            f"{command}: interrupted; {interrupt}" if str(interrupt) else interrupted,
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as error:
+        print(f"{command}: interrupted; {error}" if str(error) else interrupted, file=sys.stderr)
     except Exception:
         # Libraries turn an interruption into errors of their own.
         if not interruption.came:
@@ -172,25 +159,17 @@ def _show_warning(
 
 
 def _report_unraisable(interruption: Interruption, unraisable: Any) -> None:
-    """Prints an exception that cannot be raised, but for those of abandoned asyncio tasks.
+    """Prints an exception that cannot be raised; an interruption is raised again elsewhere.
 
-    An interruption in such a place is raised again in another.
-
-    When Orbax cannot read or write an array, it leaves the tasks of the other arrays behind, and
-    each of them would print pages.
+    When Orbax cannot read or write an array, it leaves the asyncio tasks of the other arrays
+    behind, and each of them would print pages.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         interruption.raise_again()
         return
     is_task = isinstance(unraisable.object, types.CoroutineType)
-    abandoned = is_task or "Event loop is closed" in str(unraisable.exc_value)
-    if not abandoned:
+    if not is_task and "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
-
-
-def _is_of_no_abandoned_task(record: std_logging.LogRecord) -> bool:
-    """Whether a record of asyncio is not one of these tasks, of those that failed by themselves."""
-    return not record.getMessage().startswith("Task exception was never retrieved")
 
 
 # ---------------------------------------------------------------- configuration files
@@ -218,78 +197,48 @@ def add_config_flag(parser: Parser, *, reproduce: bool = False) -> None:
 def parse_with_config(
     parser: Parser, arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, "ConfigDict"]:
-    """Parses arguments and loads the configuration with typed overrides.
+    """Parses arguments, by default those of the process, and loads the configuration.
 
-    Args:
-      parser: has the flags of `add_config_flag`.
-      arguments: the arguments; None: those of the process.
-
-    Returns:
-      The options, and the configuration as a ConfigDict. A wrong file, field, type or argument ends
-      the process with one line and status 2.
+    The parser has the flags of `add_config_flag`; overrides of fields are typed. A wrong file,
+    field, type or argument ends the process with one line and status 2.
     """
     options, overrides = parser.parse_known_args(arguments)
-    manifest = getattr(options, "reproduce", None)
-    if manifest is not None:
-        source = _config_of_manifest(parser, manifest)
+    if getattr(options, "reproduce", None) is not None:
+        config = _config_of_manifest(parser, options.reproduce)
     else:
-        source = _find_config(options.config)
-        if not Path(source.partition(":")[0]).is_file():
-            parser.error(f"no configuration file {source}")
-    # A configuration file is code and may raise anything.
-    try:
-        config, unparsed = _load_config(source, overrides)
-    except Exception as error:
-        parser.error(_unknown_field(source, overrides) or _one_line(error))
-    if unparsed:
-        parser.error(f"unexpected argument {unparsed[0]!r}; flags look like --name=value")
-    return options, config
-
-
-def _load_config(
-    source: "str | ConfigDict", overrides: Sequence[str]
-) -> tuple["ConfigDict", list[str]]:
-    """Loads a configuration file or copies a ConfigDict; returns it and unknown arguments."""
+        config = _config_of_file(parser, options.config)
     from absl import flags
     from ml_collections import config_flags
 
-    values = flags.FlagValues()
-    if isinstance(source, str):
-        arguments = ["", f"--config={source}", *overrides]
-        config_flags.DEFINE_config_file(
-            "config", flag_values=values, lock_config=True, sys_argv=arguments
-        )
-    else:
-        arguments = ["", *overrides]
+    values, words = flags.FlagValues(), ["", *overrides]
+    try:
         config_flags.DEFINE_config_dict(
-            "config", source, flag_values=values, lock_config=True, sys_argv=arguments
+            "config", config, flag_values=values, lock_config=True, sys_argv=words
         )
-    unparsed = values(arguments)[1:]
-    # Without overrides, errors of the file are raised only here.
-    values.config.to_dict()
-    return values.config, unparsed
+        unparsed = values(words)[1:]
+    except Exception as error:
+        parser.error(_unknown_field(config.to_dict(), overrides) or " ".join(str(error).split()))
+    if unparsed:
+        parser.error(f"unexpected argument {unparsed[0]!r}; flags look like --name=value")
+    return options, values.config
 
 
-def _find_config(config: str) -> str:
-    """`configs/NAME.py` is that of the package if there is none below the working directory."""
-    path, colon, variant = config.partition(":")
+def _config_of_file(parser: Parser, name: str) -> "ConfigDict":
+    """The configuration of FILE:VARIANT; a file of the package if the working one is absent."""
+    path, _, variant = name.partition(":")
     installed = Path(__file__).parents[1] / path
-    if Path(path).parts[:1] != ("configs",) or Path(path).exists() or not installed.exists():
+    if Path(path).parts[:1] == ("configs",) and not Path(path).exists() and installed.exists():
+        path = str(installed)
+    if not Path(path).is_file():
+        parser.error(f"no configuration file {name}")
+    # It is code and may raise anything.
+    try:
+        config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
+        config.to_dict()
         return config
-    return f"{installed}{colon}{variant}"
-
-
-def default_workdir(options: argparse.Namespace) -> Path:
-    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`.
-
-    `runs/NAME_VARIANT_seeds` with `--seeds`, and `runs/reproduced_NAME` for
-    `--reproduce=DIR/NAME/manifest.json`.
-    """
-    if options.reproduce:
-        return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
-    path, _, variant = options.config.partition(":")
-    suffix = "seeds" if options.seeds else ""
-    return Path("runs") / "_".join(filter(None, (Path(path).stem, variant, suffix)))
+    except Exception as error:
+        message = " ".join(str(error).split())
+        parser.error(f"--config={name}: {type(error).__name__}: {message}")
 
 
 def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":
@@ -304,12 +253,8 @@ def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":
         parser.error(f"{path} is not the manifest of a run ({type(error).__name__}: {error})")
 
 
-def _unknown_field(source: "str | ConfigDict", overrides: Sequence[str]) -> str:
+def _unknown_field(config: dict[str, Any], overrides: Sequence[str]) -> str:
     """The message for the first override of a field that does not exist; empty if all exist."""
-    try:
-        config = _load_config(source, [])[0].to_dict()
-    except Exception:
-        return ""  # The file itself is wrong.
     for override in overrides:
         name = override.lstrip("-").partition("=")[0]
         group, where = config, "config"
@@ -322,10 +267,3 @@ def _unknown_field(source: "str | ConfigDict", overrides: Sequence[str]) -> str:
                 return f"{where} has no field {part!r}{likely}; it has {', '.join(group)}"
             group, where = group[part], f"{where}.{part}"
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error, without the traceback that ml_collections puts into it."""
-    start, traceback, rest = str(error).partition("Traceback")
-    message = start + rest.strip().splitlines()[-1] if traceback else start
-    return " ".join(message.split())

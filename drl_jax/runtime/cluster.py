@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.runtime.errors import ClusterError, one_line
 
 if TYPE_CHECKING:
     from drl_jax.runtime.ray_cluster import RayCluster
@@ -19,15 +19,8 @@ _ENVIRONMENT = {
 }
 
 
-class ClusterError(UserError):
-    """The cluster cannot be reached, or a node of it cannot do the work."""
-
-
 def connect(address: str) -> "RayCluster":
-    """Connects to a Ray cluster.
-
-    Args:
-      address: see `RayCluster`.
+    """Connects to the Ray cluster of an address (see `RayCluster`).
 
     Raises:
       ClusterError: Ray is not installed, or no cluster is there.
@@ -35,11 +28,9 @@ def connect(address: str) -> "RayCluster":
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        import ray  # noqa: F401
+        from drl_jax.runtime.ray_cluster import RayCluster
     except ImportError as error:
         raise ClusterError(
             f"--ray needs Ray ({one_line(error)}): pip install 'drl_jax[ray]', on every node"
         ) from error
-    from drl_jax.runtime.ray_cluster import RayCluster
-
     return RayCluster(address)

@@ -44,45 +44,65 @@ def initialize(
       mode: "none" (this process alone), "auto" (a cluster that JAX detects: SLURM, Open MPI,
         Kubernetes) or "manual" (the next three arguments).
       coordinator: HOST:PORT of process 0.
-      num_processes: number of processes.
-      process_id: index of this process.
+      num_processes: of the run.
+      process_id: of this process, from 0.
       local_device_ids: devices of this process, separated by commas; None: all of the host.
-      timeout: seconds to wait for the other processes.
+      timeout: seconds to wait for the other processes; then one line is printed and the process
+        exits.
 
     Raises:
       DistributedError: arguments that do not fit together, or no cluster.
     """
-    manual = {
-        "coordinator": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
+    manual = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if mode != "manual":
         if unused := [name for name, value in manual.items() if value is not None]:
             raise DistributedError(f"--{unused[0]} goes with --distributed=manual")
     elif missing := [name for name, value in manual.items() if value is None]:
         raise DistributedError(f"--distributed=manual needs --{missing[0]} too")
-    if mode == "none":
-        if local_device_ids is not None:
+    devices = None
+    if local_device_ids is not None:
+        if mode == "none":
             raise DistributedError("--local_device_ids goes with --distributed=auto or manual")
+        devices = local_device_ids.split(",")
+        if not all(device.isdecimal() for device in devices):
+            raise DistributedError(
+                f"--local_device_ids is a list such as 0,1, not {local_device_ids!r}"
+            )
+        devices = [int(device) for device in devices]
+    if mode == "none":
         return
     if mode == "manual":
         _check_manual(coordinator, num_processes, process_id)
-    _initialize(
-        timeout,
-        coordinator_address=coordinator,
-        num_processes=num_processes,
-        process_id=process_id,
-        local_device_ids=_device_ids(local_device_ids),
-    )
+
+    def give_up() -> None:
+        reason = _diagnosis(timeout, coordinator, num_processes, process_id)
+        print(f"{_program()}: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # The main thread is inside C++ and cannot be interrupted.
+
+    watchdog = threading.Timer(timeout, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        # JAX's own time limit aborts the process with a C++ stack trace, so it is later.
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids=devices,
+            initialization_timeout=timeout + 60,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DistributedError(f"the processes of the run cannot be joined: {reason}") from error
+    finally:
+        watchdog.cancel()
+    threading.Thread(target=_end_with_others, daemon=True).start()
 
 
 def _check_manual(coordinator: str, num_processes: int, process_id: int) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise DistributedError(f"--coordinator is HOST:PORT, not {coordinator!r}")
-    if num_processes < 1:
-        raise DistributedError(f"--num_processes must be positive, not {num_processes}")
     if not 0 <= process_id < num_processes:
         raise DistributedError(
             f"--process_id={process_id} is not one of 0 to {num_processes - 1}"
@@ -104,53 +124,22 @@ def _check_manual(coordinator: str, num_processes: int, process_id: int) -> None
                 ) from error
 
 
-def _device_ids(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    values = text.split(",")
-    if not all(value.isdecimal() for value in values):
-        raise DistributedError(f"--local_device_ids is a list such as 0,1, not {text!r}")
-    return [int(value) for value in values]
-
-
-def _initialize(timeout: int, **arguments: object) -> None:
-    """Calls `jax.distributed.initialize`; prints one line and exits after `timeout` seconds.
-
-    JAX's own time limit aborts the process with a C++ stack trace, so it is set to a later time.
-    """
-
-    def give_up() -> None:
-        print(f"{_program()}: {_diagnosis(timeout, arguments)}", file=sys.stderr, flush=True)
-        os._exit(1)  # The main thread is inside C++ and cannot be interrupted.
-
-    watchdog = threading.Timer(timeout, give_up)
-    watchdog.daemon = True
-    watchdog.start()
-    try:
-        jax.distributed.initialize(initialization_timeout=timeout + 60, **arguments)
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DistributedError(f"the processes of the run cannot be joined: {reason}") from error
-    finally:
-        watchdog.cancel()
-    threading.Thread(target=_end_with_others, daemon=True).start()
-
-
-def _diagnosis(timeout: int, arguments: dict) -> str:
-    address, own = arguments["coordinator_address"], arguments["process_id"]
-    if address is None:
+def _diagnosis(
+    timeout: int, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> str:
+    """Why the processes have not found each other."""
+    if coordinator is None:
         return f"the processes of the cluster did not find each other within {timeout} s"
-    others = (
-        f"not all {arguments['num_processes']} processes connected to {address} within {timeout} s;"
-        " each needs its own --process_id and the same --coordinator and --num_processes"
-    )
-    host, _, port = address.rpartition(":")
+    host, _, port = coordinator.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        if own != 0:
-            return f"process 0 does not answer on --coordinator={address}: {error}"
-    return others
+        if process_id != 0:
+            return f"process 0 does not answer on --coordinator={coordinator}: {error}"
+    return (
+        f"not all {num_processes} processes connected to {coordinator} within {timeout} s; each"
+        " needs its own --process_id and the same --coordinator and --num_processes"
+    )
 
 
 def _program() -> str:
@@ -184,7 +173,6 @@ def end_together(error: Exception) -> None:
     if jax.process_count() == 1:
         return
     _ending.set()
-    status = getattr(error, "status", 1)
     # The first error of a run stays; without a service, JAX ends the other processes.
     with contextlib.suppress(Exception):
         message = f"{error} (process {jax.process_index()})"
@@ -192,7 +180,7 @@ def end_together(error: Exception) -> None:
     print(f"\n{_program()}: {error}", file=sys.stderr, flush=True)
     if is_main():
         time.sleep(2 * _FAILURE_POLL)  # It serves the message to the others.
-    os._exit(status)  # Threads of a save may wait for the others.
+    os._exit(getattr(error, "status", 1))  # Threads of a save may wait for the others.
 
 
 def _end_with_others() -> None:
@@ -219,41 +207,25 @@ def failing_together(kind: type[UserError]) -> Iterator[None]:
         yield
     except kind as error:
         failure = error
-    message = _first_message(str(failure) if failure else "")
+    if jax.process_count() > 1:
+        own = (str(failure) if failure else "").encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
+        rows = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+        for process, row in enumerate(rows):
+            message = row.tobytes().decode(errors="replace").rstrip()
+            failure = failure or (kind(f"{message} (process {process})") if message else None)
     if failure is not None:
         raise failure
-    if message:
-        raise kind(message)
-
-
-def _first_message(own: str) -> str:
-    """The message of the first process that has one, with its index; empty if none has."""
-    if jax.process_count() == 1:
-        return own
-    buffer = np.zeros(_MESSAGE_BYTES, np.uint8)
-    encoded = own.encode()[:_MESSAGE_BYTES]
-    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    for process, row in enumerate(multihost_utils.process_allgather(buffer)):
-        if row.any():
-            text = row.tobytes().rstrip(b"\0").decode(errors="replace")
-            return f"{text} (process {process})"
-    return ""
 
 
 class StopPoll:
     """Agrees across processes on the step after which to stop.
 
-    Each poll synchronises all processes, so it runs about every `seconds`. The interval in steps
-    is estimated from the slowest process and is the same in all of them.
+    Each poll synchronises all processes, so it runs about every `seconds`, which is also the delay
+    of a stop. The interval in steps is estimated from the slowest process and is the same in all of
+    them. `pending` says whether a stop is pending in this process.
     """
 
     def __init__(self, pending: Callable[[], bool], *, seconds: float = 5.0):
-        """Creates the poll.
-
-        Args:
-          pending: whether a stop is pending in this process.
-          seconds: approximate time between polls, which is also the delay of a stop.
-        """
         self._pending, self._seconds = pending, seconds
         self._last_step: int | None = None
         self._last_time = time.monotonic()
@@ -277,11 +249,6 @@ class StopPoll:
         pending, step_seconds = multihost_utils.process_allgather(own).T
         self._last_step, self._last_time = step, now
         # At most doubled: steps may become slower than the past ones.
-        interval = poll_interval(self._seconds, float(step_seconds.max()))
-        self._next_step = step + min(interval, 2 * steps)
+        interval = int(self._seconds / max(float(step_seconds.max()), 1e-3))
+        self._next_step = step + min(max(1, interval), 2 * steps)
         return bool(pending.any())
-
-
-def poll_interval(seconds: float, step_seconds: float) -> int:
-    """Steps between two polls; at least 1."""
-    return max(1, int(seconds / max(step_seconds, 1e-3)))

@@ -27,8 +27,6 @@ _REPORTED = {
         *(errno.ESTALE, errno.ETIMEDOUT),
     )
 }
-# Maximum length of a line, and of the message of another error in it.
-_MAX_LINE, _MAX_MESSAGE = 800, 200
 
 
 class UserError(Exception):
@@ -42,31 +40,30 @@ class UserError(Exception):
     status = 1
 
     def __init__(self, message: str):
-        super().__init__(_shortened(printable(message), _MAX_LINE))
+        super().__init__(_shortened(printable(message), 800))
+
+
+class ClusterError(UserError):
+    """A cluster cannot be reached, or a node of it cannot do the work."""
+
+
+class Interrupted(UserError):
+    """A run that was stopped after a checkpoint."""
+
+    status = 75  # EX_TEMPFAIL: the same command resumes the run.
 
 
 class Notice(UserWarning):
     """Something that a user should know, in one line; commands print it as they print an error."""
 
 
-class Interrupted(UserError):
-    """A run that was stopped after a checkpoint."""
-
-    # EX_TEMPFAIL: the same command resumes the run.
-    status = 75
-
-
 class Unavailable(UserError):
-    """The operating system refused to read or write something, which may be intact."""
+    """The operating system refused to read or write something, which may be intact.
+
+    The message names the path in `error`, or else `what`, and the refused `action`.
+    """
 
     def __init__(self, what: str | Path, error: OSError, action: str = "read"):
-        """Names the error.
-
-        Args:
-          what: path or description of what was accessed, if the error has no path itself.
-          error: see `refusal`.
-          action: what was refused.
-        """
         name = errno.errorcode.get(error.errno, str(error.errno))
         message = f"{error.filename or what} cannot be {action}: {error.strerror} ({name})"
         if error.errno not in _OF_CONTENTS:
@@ -109,17 +106,14 @@ def refusal(error: BaseException) -> OSError | None:
 
 
 def raise_if_refused(what: str | Path, error: BaseException, action: str = "read") -> None:
-    """Raises Unavailable if `error` reports a refusal; call it before it is taken for damage.
-
-    Arguments as of `Unavailable`.
-    """
+    """Raises Unavailable if `error` reports a refusal; call it before it is taken for damage."""
     if (refused := refusal(error)) is not None:
         raise Unavailable(what, refused, action) from error
 
 
 def one_line(error: BaseException) -> str:
     """Type and message of an exception, shortened, for a line that says what it means."""
-    message = _shortened(printable(" ".join(str(error).split())), _MAX_MESSAGE)
+    message = _shortened(printable(" ".join(str(error).split())), 200)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

@@ -1,16 +1,20 @@
-"""Files: atomic writes, hashes, and the video files below a folder."""
+"""Files: atomic writes, sealed JSON objects, hashes, checks before parsing, and files of a folder.
+
+Functions raise OSError, with the path, for what the operating system refuses.
+"""
 
 import contextlib
 import errno
 import hashlib
 import json
 import os
+import pickletools
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Key of the hash of an object that `seal` made.
 _SEAL = "sha256"
@@ -33,19 +37,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+# ---------------------------------------------------------------- atomic writes
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path` that replaces it when the block ends without an error.
 
-    Readers see the old file or the whole new one. The directory must exist: to create it here
-    would bring back that of a run or a checkpoint that was moved away meanwhile.
-
-    Args:
-      path: of the file.
-      durable: whether the new file is on disk when the block ends, also after a power failure.
-
-    Raises:
-      OSError: the file cannot be written, with its path; `path` is as it was.
+    Readers see the old file or the whole new one; if `durable`, the new file is on disk when the
+    block ends, also after a power failure. The directory must exist: to create it here would bring
+    back that of a run or a checkpoint that was moved away meanwhile.
     """
     # Keeps two writers of one file apart; process ids are not unique across containers.
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
@@ -53,22 +54,22 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         with naming(path):
             yield unfinished
             if durable:
-                sync(unfinished)
+                _sync(unfinished)
             unfinished.replace(path)
             if durable:
-                sync(path.parent)
+                _sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Writes a text file atomically, in UTF-8."""
+    """Writes a text file in UTF-8 as `replacing` does."""
     with replacing(path, durable=durable) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Writes a JSON file atomically."""
+    """Writes a JSON file as `replacing` does."""
     write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 
@@ -77,25 +78,23 @@ def publishing(target: Path) -> Iterator[Path]:
     """Yields a new private directory that becomes `target` when the block ends without an error.
 
     All its files are on disk before it gets its name: after a power failure `target` is complete,
-    or absent. A killed process leaves a directory whose name ends in `.part`.
-
-    Raises:
-      OSError: a file cannot be written, or `target` exists; nothing is left behind.
+    or absent. A killed process leaves a directory whose name ends in `.part`; an error, also that
+    `target` exists, leaves nothing.
     """
     unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     unfinished.mkdir()
     try:
         yield unfinished
         for path in (*unfinished.rglob("*"), unfinished):
-            sync(path)
+            _sync(path)
         unfinished.rename(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    sync(target.parent)
+    _sync(target.parent)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Writes a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -109,7 +108,6 @@ def copy_once(source: Path, target: Path) -> None:
 
     Raises:
       FileExistsError: the target has other content.
-      OSError: a file cannot be read or written.
     """
     if target.exists():
         if sha256(source) != sha256(target):
@@ -117,6 +115,9 @@ def copy_once(source: Path, target: Path) -> None:
         return
     with replacing(target) as unfinished:
         shutil.copyfile(source, unfinished)
+
+
+# ---------------------------------------------------------------- JSON and pickles
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:
@@ -140,11 +141,17 @@ def unseal(text: str) -> dict[str, Any]:
     return values
 
 
+def json_sha256(value: Any) -> str:
+    """Hexadecimal SHA-256 of a JSON value; the order of an object's keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def parse_json(text: str) -> Any:
-    """Parses JSON that people wrote: a key that an object has twice is an error.
+    """Parses JSON that people wrote.
 
     Raises:
-      json.JSONDecodeError: it is not JSON, or a key is repeated; `json.loads` keeps the last value.
+      json.JSONDecodeError: it is not JSON, or an object has a key twice, of which `json.loads`
+        would keep the last value.
       RecursionError: it is nested too deeply.
     """
 
@@ -167,27 +174,34 @@ def _repeated_key(text: str) -> json.JSONDecodeError:
         elif token[2]:
             key = json.loads(token[1])
             if (first := objects[-1].setdefault(key, token.start())) != token.start():
-                line = text.count("\n", 0, first) + 1
-                column = first - text.rfind("\n", 0, first)
-                return json.JSONDecodeError(
-                    f"an object has the key {key!r} at line {line} column {column} and again",
-                    text,
-                    token.start(),
-                )
+                where = json.JSONDecodeError("", text, first)
+                message = f"the key {key!r} at line {where.lineno} column {where.colno} and again"
+                return json.JSONDecodeError(f"an object has {message}", text, token.start())
     raise AssertionError("no key is repeated")
 
 
-def json_sha256(value: Any) -> str:
-    """Hexadecimal SHA-256 of a JSON value; the order of an object's keys does not count."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def check_memo(file: BinaryIO) -> None:
+    """Checks the memo indices of the next pickle of a file, and goes back to its start.
+
+    The standard unpickler allocates as many entries as an index in the file says; a few damaged
+    bytes make that gigabytes.
+
+    Raises:
+      ValueError: an index is larger than the number of objects before it, or the file is not a
+        pickle.
+    """
+    start = file.tell()
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name.endswith("PUT") and argument > number:
+            raise ValueError(f"object {argument} of a pickle with {number} so far")
+    file.seek(start)
+
+
+# ---------------------------------------------------------------- reading
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content; `path` needs a method `open` only.
-
-    Raises:
-      OSError: the file cannot be read.
-    """
+    """Hexadecimal SHA-256 of a file's content; `path` needs a method `open` only."""
     with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -195,10 +209,7 @@ def sha256(path: Path) -> str:
 def read_all(path: Path) -> None:
     """Reads a file, or all files below a directory, and forgets them.
 
-    Libraries take a file that they may not look at for one that is absent.
-
-    Raises:
-      OSError: one cannot be read.
+    Libraries take a file that they may not look at for one that is absent; this raises OSError.
     """
     if path.is_dir():
         for entry in path.iterdir():
@@ -212,10 +223,8 @@ def files_below(directory: Path) -> list[Path]:
 
     Links to folders are followed. A folder that several paths lead to is listed once: by its own
     path if that is below the directory, or else by the first link. `lost+found`, which a file
-    system has for itself, is left out if this process may not read it.
-
-    Raises:
-      OSError: a folder cannot be read. Its files are not absent.
+    system has for itself, is left out if this process may not read it. Any other folder that cannot
+    be read is an OSError: its files are not absent.
     """
     return [directory / name for name in names_below(directory)]
 

@@ -18,7 +18,7 @@ from drl_jax.runtime.files import naming
 LOCK_FILE = ".lock"
 # Start of the names of temporary directories.
 _TEMPORARY = "drl_jax_temporary_"
-# A file system that has no locks.
+# Errors of a file system without locks.
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -28,7 +28,7 @@ class LockError(UserError):
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Holds an exclusive lock while the block runs.
+    """Holds an exclusive lock on `path`, which names its holder, while the block runs.
 
     The kernel releases the lock when the process ends, also when it is killed. The file stays: if
     it were deleted, one process could lock the deleted file and another one a new file.
@@ -36,13 +36,9 @@ def locked(path: Path, what: str) -> Iterator[None]:
     On NFS the lock holds between hosts (Linux 2.6.12 or later, with locking on the server). On a
     file system without locks, a warning on stderr says so, and the block runs unprotected.
 
-    Args:
-      path: the lock file, which names its holder; created with its parents if it does not exist.
-      what: what the lock protects, for the message, e.g. "the dataset in data/msvd".
-
     Raises:
-      LockError: another process holds it.
-      OSError: the file cannot be created.
+      LockError: another process uses `what`, e.g. "the dataset in data/msvd".
+      OSError: the file, or a parent of it, cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not truncated, so that a process that does not get the lock can read who has it. Not
@@ -56,83 +52,16 @@ def locked(path: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_locked(path: Path) -> bool:
-    """Whether another process holds a lock; False where that cannot be known.
-
-    A process that asks for the lock at the same moment may not get it: ask only with a reason to
-    believe that it is held.
-
-    Args:
-      path: the lock file.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in _UNSUPPORTED
-    finally:
-        os.close(descriptor)
-    return False
-
-
-@contextlib.contextmanager
-def temporary_directory() -> Iterator[Path]:
-    """A directory for temporary files, which is deleted when the block ends.
-
-    Those that processes left behind when they were killed are deleted first: the kernel has
-    released their locks. On a file system without locks, they stay.
-
-    Raises:
-      OSError: it cannot be created.
-    """
-    for left in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            descriptor = _hold(left, fcntl.LOCK_EX)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)
-    descriptor = None
-    while descriptor is None:
-        directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
-        try:
-            descriptor = _hold(directory, fcntl.LOCK_SH)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # Another process came first, and deletes it.
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            break
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _hold(directory: Path, kind: int) -> int:
-    """Locks a directory itself, and returns the descriptor that holds the lock."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(directory, flags)
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        directory.stat()  # It may have been deleted before it was locked.
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _acquire(descriptor: int, path: Path, what: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     # Over NFS the lock is one of fcntl, for which a held lock can be EACCES.
     except (BlockingIOError, PermissionError) as error:
-        raise LockError(
-            f"{what} is in use by {_holder(descriptor)}; wait for it to end, or stop it"
-        ) from error
+        # The file is empty for a moment after it was locked.
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+        host, _, process = holder.strip().rpartition(" ")
+        who = f"process {process} on host {host}" if host else "another process"
+        raise LockError(f"{what} is in use by {who}; wait for it to end, or stop it") from error
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
@@ -146,8 +75,57 @@ def _acquire(descriptor: int, path: Path, what: str) -> None:
     os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
 
 
-def _holder(descriptor: int) -> str:
-    """Whom the lock file names; it is empty for a moment after it was locked."""
-    holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
-    host, _, process = holder.strip().rpartition(" ")
-    return f"process {process} on host {host}" if host else "another process"
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file; False where that cannot be known.
+
+    A process that asks for the lock at the same moment may not get it: ask only with a reason to
+    believe that it is held.
+    """
+    try:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return error.errno not in _UNSUPPORTED
+    except OSError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """A directory for temporary files, which is deleted when the block ends.
+
+    Those that processes left behind when they were killed are deleted first: the kernel has
+    released their locks. On a file system without locks, they stay.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            descriptor = _hold(left, fcntl.LOCK_EX)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+    with contextlib.ExitStack() as at_end:
+        while True:
+            directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+            try:
+                at_end.callback(os.close, _hold(directory, fcntl.LOCK_SH))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # Another process came first, and deletes it.
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            break
+        at_end.callback(shutil.rmtree, directory, ignore_errors=True)
+        yield directory
+
+
+def _hold(directory: Path, kind: int) -> int:
+    """Locks a directory itself, and returns the descriptor that holds the lock."""
+    descriptor = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        directory.stat()  # It may have been deleted before it was locked.
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,77 +1,43 @@
 """Whether a node of a cluster can do the work of this process.
 
 The functions also run on nodes that lack this package: they are sent as code (cloudpickle, by
-value), so the module imports the standard library only.
+value), so the module imports the standard library only. Ray itself refuses nodes with another
+version of Ray or Python.
 """
 
-import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
-import platform
 from pathlib import Path
+from typing import NamedTuple
+
+_MOUNT = "mount the same file system there, at the same path"
 
 
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """A file that the driver has written, which every node has to see.
-
-    Attributes:
-      flag: the flag that names its directory, e.g. "--data_dir".
-      path: of the file, absolute.
-      content: of the file.
-    """
-
-    flag: str
-    path: str
-    content: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """What a node must have.
 
     Attributes:
-      python: version, MAJOR.MINOR.
       packages: versions by name of the distribution.
       modules: for each package of this project its version and the hash of its sources, by name.
-      tokens: files in the directories that nodes read and write.
+      tokens: flags, and a file in the directory that each names, which nodes read and write.
       example: a file that nodes read and its size; None if there is none.
     """
 
-    python: str
     packages: dict[str, str]
     modules: dict[str, tuple[str, str]]
-    tokens: tuple[Token, ...] = ()
-    example: tuple[str, int] | None = None
-
-
-def needs_of_driver(packages: list[str], modules: list[str]) -> Needs:
-    """The versions of this process, without files."""
-    return Needs(
-        _python(),
-        {name: importlib.metadata.version(name) for name in packages},
-        {name: _identity(name) for name in modules},
-    )
+    tokens: list[tuple[str, str]]
+    example: tuple[str, int] | None
 
 
 def problem_of_node(needs: Needs, mark: str = "") -> str:
     """What this node lacks, and what to do; empty if it lacks nothing.
 
-    Args:
-      needs: of the driver.
-      mark: suffix of a file to write beside each token, which the driver looks for; empty: none is
-        written.
+    With `mark`, writes a file beside each token, with this suffix, for which the driver looks.
     """
-    return _other_versions(needs) or _unseen_files(needs, mark)
-
-
-def _other_versions(needs: Needs) -> str:
-    if _python() != needs.python:
-        return f"has Python {_python()}, not {needs.python}; install {needs.python} there"
     for name, (version, source) in needs.modules.items():
         try:
-            found, found_source = _identity(name)
+            found, found_source = identity(name)
         except ImportError as error:
             return f"cannot import {name} ({error}); install version {version} there"
         if found != version:
@@ -85,48 +51,30 @@ def _other_versions(needs: Needs) -> str:
             return f"has no {name}; install {name}=={version} there"
         if found != version:
             return f"has {name} {found}, not {version}; install {name}=={version} there"
-    return ""
-
-
-def _unseen_files(needs: Needs, mark: str) -> str:
-    for token in needs.tokens:
-        path = Path(token.path)
-        where = f"{token.flag}, {path.parent}"
+    for flag, token in needs.tokens:
+        where = f"{flag}, {Path(token).parent}"
         try:
-            seen = path.read_text() == token.content
+            Path(token).stat()
         except OSError as error:
-            return (
-                f"does not see {where} ({error.strerror}); mount the same file system there, at the"
-                " same path"
-            )
-        if not seen:
-            return f"sees another {where}; mount the same file system there, at the same path"
+            return f"does not see {where} ({error.strerror}); {_MOUNT}"
         try:
             if mark:
-                path.with_name(path.name + mark).write_text(token.content)
+                Path(token + mark).write_text(mark)
         except OSError as error:
             return f"cannot write to {where} ({error.strerror}); free space or allow it there"
     if needs.example is not None:
-        path, size = Path(needs.example[0]), needs.example[1]
+        path, size = needs.example
         try:
-            found = path.stat().st_size
+            is_same = Path(path).stat().st_size == size
         except OSError as error:
-            return f"does not see {path} ({error.strerror}); mount --videos there, at the same path"
-        if found != size:
-            return f"sees another {path}; mount the same --videos there, at the same path"
+            return f"does not see {path} ({error.strerror}); {_MOUNT}"
+        if not is_same:
+            return f"sees another {path}; {_MOUNT}"
     return ""
 
 
-def _python() -> str:
-    return ".".join(platform.python_version_tuple()[:2])
-
-
-def _identity(name: str) -> tuple[str, str]:
-    """Version and hash of the sources of a package of this project.
-
-    Raises:
-      ImportError: it is not installed.
-    """
+def identity(name: str) -> tuple[str, str]:
+    """Version and hash of the sources of a package of this project; ImportError: it is absent."""
     module = importlib.import_module(name)
     root = Path(module.__file__).parent
     digest = hashlib.sha256()

@@ -9,37 +9,28 @@ import threading
 import time
 from types import FrameType
 
-# SIGHUP comes when a terminal or an SSH connection is closed.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Seconds after an interruption in which further ones are the same impatience.
 _PATIENCE = 1.0
 # Exit status of a command that was interrupted.
-INTERRUPTED = 128 + signal.SIGINT
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 class Interruption:
     """Context manager: SIGINT interrupts the block once, and never the cleaning up after it.
 
     The first SIGINT raises KeyboardInterrupt, after the import that is running: extension modules
-    print or drop what is raised in one. Those of the next second do nothing; a later one ends the
-    process with one line and status INTERRUPTED. This holds until the process ends. In a thread
-    other than the main one, and where SIGINT is ignored or handled already, nothing changes.
+    print or drop what is raised in one. Those of the next second do nothing; a later one prints
+    `line` and ends the process with status 130, also if not everything is cleaned up. This holds
+    until the process ends. In a thread other than the main one, and where SIGINT is ignored or
+    handled already, nothing changes.
     """
 
     def __init__(self, line: str):
-        """Changes nothing.
-
-        Args:
-          line: what a process prints that does not wait until everything is cleaned up.
-        """
         self._line = line
-        self._since: float | None = None
+        self._since = 0.0
+        # Whether there was a SIGINT.
+        self.came = False
         self._is_inside = self._is_raised = self._is_end = False
-
-    @property
-    def came(self) -> bool:
-        """Whether there was a SIGINT."""
-        return self._since is not None
 
     def __enter__(self) -> "Interruption":
         is_main = threading.current_thread() is threading.main_thread()
@@ -57,9 +48,9 @@ class Interruption:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def end(self) -> int:
-        """The exit status, INTERRUPTED, which stands whatever happens at the end of the process."""
+        """The exit status, which stands whatever happens at the end of the process."""
         self._is_end = self.came
-        return INTERRUPTED
+        return _INTERRUPTED
 
     def _at_exit(self) -> None:
         # Python's last steps reset handlers, and a SIGINT would then change the exit status.
@@ -68,7 +59,7 @@ class Interruption:
             # XLA may crash there with what the interruption left unfinished.
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
-            os._exit(INTERRUPTED)
+            os._exit(_INTERRUPTED)
 
     def raise_again(self) -> None:
         """Raises KeyboardInterrupt once more: Python dropped one that came in a callback."""
@@ -76,8 +67,8 @@ class Interruption:
         self._retry()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del number
-        self._since = self._since or time.monotonic()
+        if not self.came:
+            self.came, self._since = True, time.monotonic()
         is_late = time.monotonic() - self._since > _PATIENCE
         if self._is_inside and not self._is_raised:
             if not _is_importing(frame):
@@ -87,7 +78,7 @@ class Interruption:
                 self._retry()
         if is_late:
             _write("" if self._is_end else f"{self._line}\n")
-            os._exit(INTERRUPTED)
+            os._exit(_INTERRUPTED)
 
     def _retry(self) -> None:
         """Sends the signal again, soon, so that it also ends a system call."""
@@ -99,18 +90,17 @@ class Interruption:
 class StopRequest:
     """Context manager: the first SIGINT, SIGTERM or SIGHUP sets `pending`.
 
-    A second SIGINT interrupts. A signal that the process was started to ignore, as `nohup` does
-    with SIGHUP, stays ignored.
+    SIGHUP comes when a terminal or an SSH connection is closed. A second SIGINT interrupts. A
+    signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
     """
 
     def __init__(self) -> None:
         self.pending = False
         self._previous: dict[int, object] = {}
-        self._terminals: list[int] = []
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def __enter__(self) -> "StopRequest":
-        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-        for number in _SIGNALS:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -126,18 +116,15 @@ class StopRequest:
             return
         self.pending = True
         if number == signal.SIGHUP:
-            self._leave_terminal()
+            # Printing to a terminal that was closed is an error, which would end the job.
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self._terminals:
+                os.dup2(nothing, descriptor)
+            os.close(nothing)
         _write(
             f"\n{signal.Signals(number).name}: stopping after the next checkpoint or test"
             " (Ctrl-C again stops at once)\n"
         )
-
-    def _leave_terminal(self) -> None:
-        """Printing to a terminal that was closed is an error, which would end the job."""
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in self._terminals:
-            os.dup2(nothing, descriptor)
-        os.close(nothing)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

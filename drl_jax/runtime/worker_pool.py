@@ -1,6 +1,7 @@
-"""Ordered map over a pool of processes, with bounded memory and per-call failures.
+"""Calls in processes of this machine: an ordered map with bounded memory, and failures per call.
 
-Python's own pools have no time limit per call, and break when a process dies.
+Python's own pools have no time limit per call, and break when a process dies. As a command, runs a
+module that ends with its parent: python -m drl_jax.runtime.worker_pool PARENT MODULE [ARGUMENT ...]
 """
 
 import atexit
@@ -8,18 +9,21 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import os
 import pickle
 import queue
+import runpy
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from drl_jax.runtime.child_process import exit_with_parent
 from drl_jax.runtime.errors import Unavailable, UserError, one_line, refusal
 from drl_jax.runtime.resources import available_cpus
 
@@ -27,17 +31,17 @@ T = TypeVar("T")
 
 # Seconds for a process to start and to import what a call needs, and for it to end when killed.
 _START_SECONDS, _END_SECONDS = 300.0, 10.0
+# Seconds that a selector can wait.
+_LONGEST = 2e6
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerFailure:
     """Result of a call that raised an exception, timed out, or whose process died.
 
-    Attributes:
-      reason: one line.
-      is_passing: whether it is no property of what the call worked on, and must not be stored as
-        one: the process died or took too long, or the operating system refused something.
-      timed_out: whether it took longer than it was allowed to.
+    `reason` is one line. A passing failure is no property of what the call worked on, and must not
+    be stored as one: the process died or took too long (`timed_out`), or the operating system
+    refused something.
     """
 
     reason: str
@@ -47,19 +51,8 @@ class WorkerFailure:
 
 _ENDED = WorkerFailure("its processes were ended", is_passing=True)
 
-
-class OrderedMap(Protocol):
-    """What `map_in_processes` does, on whatever runs the calls."""
-
-    def __call__(
-        self,
-        function: Callable[..., T],
-        arguments: Sequence[tuple],
-        *,
-        timeout: float | Sequence[float] | None = None,
-        ahead: int = 8,
-    ) -> Iterator[T | WorkerFailure]:
-        """See `map_in_processes`."""
+# `map_in_processes`, or the map of a cluster.
+OrderedMap = Callable[..., Iterator[Any]]
 
 
 def map_in_processes(
@@ -69,46 +62,49 @@ def map_in_processes(
     timeout: float | Sequence[float] | None = None,
     ahead: int = 8,
 ) -> Iterator[T | WorkerFailure]:
-    """Computes `function(*a)` for each `a` of `arguments`, in order, on all available processors.
+    """Yields `function(*a)` for each `a` of `arguments`, in order, from all available processors.
 
-    A call whose failure is passing is repeated once, while no other call runs: together they may
-    need more memory than there is.
+    A call that fails gives a WorkerFailure, and the others continue. A call whose failure is
+    passing is repeated once, while no other call runs: together they may need more memory than
+    there is.
 
     Args:
       function: defined at the top level of a module.
       arguments: one tuple for each call.
       timeout: seconds per call, or of each call; the process of a call that takes longer is killed.
       ahead: finished or running calls per worker that are held at a time.
-
-    Yields:
-      The results in order; a call that fails gives a WorkerFailure, and the others continue.
     """
     workers = max(1, min(available_cpus(), len(arguments)))
-    timeouts = timeout if isinstance(timeout, Sequence) else [timeout] * len(arguments)
-    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    calls = list(zip(arguments, limits_of(timeout, arguments), strict=True))
+    unsent, waiting = iter(calls), collections.deque()
     with contextlib.closing(CallPool(workers)) as pool:
-        for call, seconds in zip(arguments, timeouts, strict=True):
-            waiting.append(pool.submit(function, call, seconds, repeats=True))
-            if len(waiting) > ahead * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for call, seconds in calls:
+            for next_call in itertools.islice(unsent, ahead * workers + 1 - len(waiting)):
+                waiting.append(pool.submit(function, *next_call))
+            result = waiting.popleft().result()
+            if isinstance(result, WorkerFailure) and result.is_passing:
+                concurrent.futures.wait(waiting)
+                # Another process may have what this one lacked, e.g. open files.
+                result = pool.submit(function, call, seconds, is_fresh=True).result()
+            yield result
+
+
+def limits_of(
+    timeout: float | Sequence[float] | None, arguments: Sequence[tuple]
+) -> Sequence[float | None]:
+    """The time limit of each call of a map."""
+    return timeout if isinstance(timeout, Sequence) else [timeout] * len(arguments)
 
 
 class CallPool:
-    """Processes that wait for calls, which come one by one from any thread."""
+    """Processes that wait for calls, which come one by one from any thread.
+
+    A process starts with its first call.
+    """
 
     def __init__(self, workers: int):
-        """Starts no process before the first call.
-
-        Args:
-          workers: number of processes.
-        """
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        self._is_closed = threading.Event()
-        # How many calls run, and how many run or want to run alone.
-        self._running = self._alone = 0
-        self._turn_ends = threading.Condition()
+        self._is_closed, self._lock = threading.Event(), threading.Lock()
         self._workers = [_Worker(self._is_closed) for _ in range(workers)]
         self._threads = [
             threading.Thread(target=self._serve, args=(worker,), daemon=True)
@@ -125,36 +121,33 @@ class CallPool:
     ) -> T | WorkerFailure:
         """Computes `function(*arguments)`; a call that fails gives a WorkerFailure.
 
-        Args:
-          function: defined at the top level of a module.
-          arguments: of the function.
-          timeout: seconds from the start of the call; then its process is killed. None: no limit.
+        The function is defined at the top level of a module. Its process is killed `timeout`
+        seconds after the start of the call; None: no limit.
         """
         return self.submit(function, arguments, timeout).result()
 
     def submit(
         self,
-        function: Callable[..., T],
+        function: Callable,
         arguments: tuple,
         timeout: float | None,
         *,
-        repeats: bool = False,
-    ) -> "concurrent.futures.Future[T | WorkerFailure]":
-        """Like `call`, without waiting; `repeats` as `map_in_processes` does."""
+        is_fresh: bool = False,
+    ) -> "concurrent.futures.Future[Any]":
+        """Like `call`, without waiting; a fresh call has a new process."""
         future: concurrent.futures.Future = concurrent.futures.Future()
-        with self._turn_ends:
+        with self._lock:
             if self._is_closed.is_set():
                 future.set_result(_ENDED)
             else:
-                self._calls.put((future, (function, arguments, timeout), repeats))
+                self._calls.put((future, is_fresh, (function, arguments, timeout)))
         return future
 
     def close(self) -> None:
         """Ends the processes and their calls, which fail."""
         atexit.unregister(self.close)
-        with self._turn_ends:
+        with self._lock:
             self._is_closed.set()
-            self._turn_ends.notify_all()
         for worker in self._workers:
             worker.kill()
             self._calls.put(None)
@@ -165,39 +158,18 @@ class CallPool:
     def _serve(self, worker: "_Worker") -> None:
         """Runs calls until there are no more."""
         while (item := self._calls.get()) is not None:
-            future, call, repeats = item
-            with self._turn(alone=False):
-                result = _guarded(worker.call, *call)
-            if repeats and isinstance(result, WorkerFailure) and result.is_passing:
-                with self._turn(alone=True):
-                    worker.end()  # Another process may have what this one lacked, e.g. open files.
-                    result = _guarded(worker.call, *call)
-            future.set_result(result)
+            future, is_fresh, call = item
+            if is_fresh:
+                worker.end()
+            future.set_result(_guarded(worker.call, *call))
         worker.end()
-
-    @contextlib.contextmanager
-    def _turn(self, *, alone: bool) -> Iterator[None]:
-        """Waits until a call may run: not while one runs alone, and alone not while others run."""
-        with self._turn_ends:
-            self._alone += alone
-            self._turn_ends.wait_for(
-                lambda: self._is_closed.is_set() or not (self._running if alone else self._alone)
-            )
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._turn_ends:
-                self._running -= 1
-                self._alone -= alone
-                self._turn_ends.notify_all()
 
 
 class _Worker:
     """A process that runs the calls of one thread, and another one when it is lost."""
 
     def __init__(self, is_closed: threading.Event):
-        self._is_closed, self._is_late = is_closed, False
+        self._is_closed = is_closed
         self._process: Any = None
         self._connection: Connection | None = None
 
@@ -210,25 +182,26 @@ class _Worker:
             self._start()
         has_started = False
         try:
-            with self._killing_after(_START_SECONDS):
-                self._connection.send_bytes(call)
-                content = self._connection.recv_bytes()
+            self._connection.send_bytes(call)
+            content = self._receive(_START_SECONDS)
             if has_started := not content:
-                with self._killing_after(timeout):
-                    content = self._connection.recv_bytes()
-        # RuntimeError: there can be no more threads.
-        except (EOFError, OSError, RuntimeError):
-            code = self.end(patience=1.0)
+                content = self._receive(timeout)
+        except (EOFError, OSError) as error:
+            is_late = isinstance(error, TimeoutError)
+            code = self.end(patience=0.0 if is_late else 1.0)
             if self._is_closed.is_set():
                 return _ENDED
-            if self._is_late and has_started:
+            if is_late and has_started:
                 reason = f"took longer than {timeout:g} s"
                 return WorkerFailure(reason, is_passing=True, timed_out=True)
             reason = f"the process that worked on it died (exit code {code})"
             return WorkerFailure(reason, is_passing=True)
-        if self._is_late:
-            self.end()
         return pickle.loads(content)
+
+    def _receive(self, seconds: float | None) -> bytes:
+        if not self._connection.poll(None if seconds is None else min(seconds, _LONGEST)):
+            raise TimeoutError
+        return self._connection.recv_bytes()
 
     def kill(self) -> None:
         """Kills the process; from any thread."""
@@ -264,28 +237,10 @@ class _Worker:
         if self._is_closed.is_set():  # `close` may not have seen the process.
             self.kill()
 
-    @contextlib.contextmanager
-    def _killing_after(self, seconds: float | None) -> Iterator[None]:
-        """Kills the process if the block takes longer."""
-
-        def kill() -> None:
-            self._is_late = True
-            self.kill()
-
-        self._is_late = False
-        timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            timer.join()
-
 
 def _serve_calls(connection: Connection, parent: int) -> None:
     """Runs calls in a worker process."""
-    exit_with_parent(parent)
+    _exit_with_parent(parent)
     with contextlib.suppress(EOFError, OSError):  # The parent has ended.
         while True:
             result = _guarded(_run, connection, connection.recv_bytes())
@@ -308,3 +263,32 @@ def _guarded(function: Callable[..., T], *arguments: Any) -> T | WorkerFailure:
         reason = str(error) if isinstance(error, UserError) else one_line(error)
         is_passing = isinstance(error, Unavailable) or refusal(error) is not None
         return WorkerFailure(reason, is_passing=is_passing)
+
+
+# ---------------------------------------------------------------- a child that runs a module
+
+
+def run_module(module: str, *arguments: str) -> int:
+    """Runs `python -m MODULE ARGUMENT ...` in a process, and returns its exit status.
+
+    The process ends with this one, also if this one is killed.
+    """
+    child = [sys.executable, "-m", __name__, str(os.getpid()), module, *arguments]
+    return subprocess.run(child).returncode
+
+
+def _exit_with_parent(parent: int) -> None:
+    """Ends this process when its parent has ended: a process that is killed cannot end others."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _exit_with_parent(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

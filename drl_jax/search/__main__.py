@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def work() -> None:
-        from drl_jax.runtime.compilation_cache import cache_compilations
+        from drl_jax.runtime.resources import cache_compilations
         from drl_jax.search.commands import COMMANDS
 
         cache_compilations()

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.pickles import check_memo
+from drl_jax.runtime.files import check_memo
 
 _DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
