@@ -2,15 +2,13 @@
 
 import contextlib
 import shutil
-from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from data_prep import estimate
 from data_prep.datasets import builder_class
-from data_prep.manifest import describe_split
-from data_prep.overlap import warnings
 from data_prep.quarantine import quarantine_file
 from data_prep.retrieval_builder import StorageConfig
+from data_prep.sizes import describe_split, format_bytes, free_bytes, stored_bytes
+from data_prep.splits import Protocols, warnings
 from data_prep.video_folder import Plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
 from drl_jax.data.storage import StorageSpec
@@ -73,15 +71,16 @@ def build_dataset(
     """
     cls = builder_class(dataset)
     target = built_dir(data_dir, dataset, storage)
-    _remove_leftovers(target)
     # Moved to `target` when it is complete, so that a failure leaves the existing dataset in place.
     unfinished = target.parent / "unfinished"
+    restore_previous(target)
+    for leftover in (_previous(target), unfinished):  # Of a build that was killed.
+        _remove(leftover)
     cache = cache_dir(data_dir, dataset)
     config = StorageConfig.of(storage)
     builder = cls(data_dir=unfinished, config=config, file_format="array_record")
     try:
-        unavailable = builder.store(plan, cache, timeout, map_calls)
-        if unavailable:
+        if unavailable := builder.store(plan, cache, timeout, map_calls):
             for video, reason in unavailable.items():
                 print(f"{video}: {reason}")
             raise UserError(
@@ -90,7 +89,10 @@ def build_dataset(
                 " these again (with a larger --timeout if they take too long), or leave them out"
                 f" with a line for each id in {quarantine_file(data_dir, dataset)}"
             )
-        _replace(target, Path(builder.data_dir))
+        if target.exists():
+            target.rename(_previous(target))
+        Path(builder.data_dir).rename(target)
+        _remove(_previous(target))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if not (cls.KEEPS_CACHE if keep_cache is None else keep_cache):
@@ -110,20 +112,6 @@ def _previous(target: Path) -> Path:
     return target.with_name(f"previous.{target.name}")
 
 
-def _replace(target: Path, new: Path) -> None:
-    if target.exists():
-        target.rename(_previous(target))
-    new.rename(target)
-    _remove(_previous(target))
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes the files of a build that was killed."""
-    restore_previous(target)
-    for leftover in (_previous(target), target.parent / "unfinished"):
-        _remove(leftover)
-
-
 def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():  # Not from a build, but it would block the next one.
         path.unlink()
@@ -131,21 +119,14 @@ def _remove(path: Path) -> None:
 
 
 def print_plan(
-    dataset: str,
-    plan: Plan,
-    data_dir: Path,
-    storage: StorageSpec,
-    *,
-    protocols: Sequence[Collection[str]] = (),
+    dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec, *, protocols: Protocols = ()
 ) -> None:
     """Prints the number of videos and the disk space of a build before it starts, and warnings."""
-    frames = len(plan.clips) * storage.max_frames
-    stored = estimate.format_bytes(estimate.stored_bytes(frames, storage))
-    free = estimate.format_bytes(estimate.free_bytes(data_dir))
+    stored = format_bytes(stored_bytes(len(plan.clips) * storage.max_frames, storage))
     print(
         f"{dataset}: found {len(plan.clips):,} of {len(plan.annotations.video_ids()):,} annotated"
         f" videos; {storage.name} takes up to {stored}, and the cache of decoded frames the same"
-        f" again; {data_dir} has {free} free",
+        f" again; {data_dir} has {format_bytes(free_bytes(data_dir))} free",
         flush=True,
     )
     if plan.annotations.contained is not None and plan.unannotated:

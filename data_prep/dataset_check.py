@@ -4,18 +4,23 @@ import collections
 import dataclasses
 import json
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_prep import estimate
 from data_prep.annotations import Annotations
 from data_prep.locations import Clip, Location
-from data_prep.manifest import PublishedSizes, count_splits, describe_split
-from data_prep.overlap import repeated_captions, shared_captions, shared_videos, warnings
 from data_prep.quarantine import read_quarantine, write_quarantine
+from data_prep.sizes import PublishedSizes, count_splits, describe_split, format_bytes, stored_bytes
+from data_prep.splits import (
+    Protocols,
+    repeated_captions,
+    shared_captions,
+    shared_videos,
+    warnings,
+)
 from data_prep.video_folder import Plan
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import (
@@ -30,9 +35,8 @@ from drl_jax.runtime.resources import available_cpus
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 # A file is suspicious if its number of frames differs from what its duration implies by more than
-# this fraction and by more than this number.
+# this fraction and by more than this number, or if it is shorter than these seconds.
 _FRAMES_TOLERANCE = (0.05, 2)
-# A file shorter than this is suspicious, seconds.
 _TOO_SHORT = 1.0
 # Maximum number of problems of a kind that are printed; the report has all of them.
 _MAX_PRINTED = 10
@@ -63,16 +67,11 @@ def check_dataset(
     storage: StorageSpec,
     timeout: float,
     *,
-    protocols: Sequence[Collection[str]] = (),
+    protocols: Protocols = (),
 ) -> dict[str, Any]:
-    """Decodes all videos of a plan and reports what is wrong.
+    """Decodes all videos of a plan, also those in quarantine, and reports what is wrong.
 
-    Args:
-      plan: the dataset's videos, including those in quarantine.
-      published: see `PublishedSizes`.
-      storage: storage variant for the estimates.
-      timeout: maximum seconds per file.
-      protocols: groups of splits that are used together; empty: all are.
+    `storage` is the variant of the estimates, and `timeout` is in seconds per file.
 
     Returns:
       The report: "left_out" (reasons by row), "missing", "unusable", "unavailable" (which could not
@@ -95,7 +94,7 @@ def check_dataset(
             continue
         facts = finding.facts
         frames += len(sample_positions(facts.frames, facts.fps, storage.max_frames, clip.span))
-        if reasons := suspicions(facts):
+        if reasons := _suspicions(facts):
             suspicious[clip.video_id] = "; ".join(reasons)
     usable = {clip.video_id for clip in plan.clips} - unusable.keys() - unavailable.keys()
     seconds = sum(finding.seconds for finding in findings.values())
@@ -117,7 +116,7 @@ def check_dataset(
             "videos": len(usable),
             "frames": frames,
             "storage": storage.name,
-            "bytes": estimate.stored_bytes(frames, storage),
+            "bytes": stored_bytes(frames, storage),
             "minutes": round(seconds / available_cpus() / 60, 1),
         },
         "unannotated_files": plan.unannotated,
@@ -161,7 +160,7 @@ def _span_error(clip: Clip, facts: VideoFacts) -> str:
     return f"its span {clip.span[0]:g}-{clip.span[1]:g} s is outside the file ({length:.1f} s)"
 
 
-def suspicions(facts: VideoFacts) -> list[str]:
+def _suspicions(facts: VideoFacts) -> list[str]:
     """Reasons to look at a file that can be decoded."""
     found = []
     if facts.damaged_packets:
@@ -182,20 +181,14 @@ def suspicions(facts: VideoFacts) -> list[str]:
     return found
 
 
-def _splits_by_video(annotations: Annotations) -> dict[str, list[str]]:
-    splits: dict[str, list[str]] = {}
-    for name, captioned in annotations.splits.items():
-        for entry in captioned:
-            splits.setdefault(entry.video_id, []).append(name)
-    return splits
-
-
 def _duplicate_videos(
     clips: Iterable[Clip], findings: Mapping[Location, Finding], annotations: Annotations
 ) -> list[dict[str, list[str]]]:
     """Groups of videos with the same content under different ids, with their splits."""
-    splits = _splits_by_video(annotations)
-    groups = collections.defaultdict(list)
+    splits, groups = collections.defaultdict(list), collections.defaultdict(list)
+    for name, captioned in annotations.splits.items():
+        for entry in captioned:
+            splits[entry.video_id].append(name)
     for clip in clips:
         if digest := findings[clip.location].digest:
             groups[digest, clip.span].append(clip.video_id)
@@ -218,13 +211,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         ("suspicious", "videos can be used but are suspicious"),
     ):
         _print_some(title, [f"{video}: {why}" for video, why in report[kind].items()])
-    _print_some(
-        "groups of videos have the same content",
-        [
-            f"{', '.join(group['videos'])} (in {', '.join(group['splits'])})"
-            for group in report["duplicate_videos"]
-        ],
-    )
+    groups = [
+        f"{', '.join(group['videos'])} (in {', '.join(group['splits'])})"
+        for group in report["duplicate_videos"]
+    ]
+    _print_some("groups of videos have the same content", groups)
     for line in report["warnings"]:
         print(line)
     for splits, count in report["captions_in_several_splits"].items():
@@ -236,7 +227,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     build = report["build"]
     print(
         f"a build of {build['storage']} stores {build['videos']:,} videos, {build['frames']:,}"
-        f" frames, {estimate.format_bytes(build['bytes'])}, and takes about {build['minutes']}"
+        f" frames, {format_bytes(build['bytes'])}, and takes about {build['minutes']}"
         " minutes on this machine"
     )
 
@@ -264,20 +255,12 @@ def write_report(report: Mapping[str, Any], quarantine: Path) -> None:
     Raises:
       OSError: a file cannot be written.
     """
-    previous = _previously_unusable(report_file(quarantine))
-    added_by_hand = {
-        video: reason
-        for video, reason in read_quarantine(quarantine).items()
-        if video not in previous
-    }
+    try:
+        previous = json.loads(report_file(quarantine).read_text(encoding="utf-8"))["unusable"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # Missing or damaged.
+        previous = {}
+    listed = read_quarantine(quarantine)
+    added_by_hand = {video: why for video, why in listed.items() if video not in previous}
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     write_quarantine(quarantine, {**added_by_hand, **report["unusable"]})
     write_json(report_file(quarantine), report)
-
-
-def _previously_unusable(path: Path) -> dict[str, str]:
-    """The unusable videos of the previous report; none if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["unusable"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return {}

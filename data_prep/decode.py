@@ -1,23 +1,100 @@
-"""Decodes videos in parallel. Worker processes import this module, so its imports are light."""
+"""Decodes videos in parallel into a cache of frames, so that no video is decoded twice.
+
+The cache has one file per video. Its key is the source file (path, size, modification time) and the
+place in it, the span, the storage variant and the versions of the decoding packages. It does not
+depend on annotations. Worker processes import this module, so its imports are light.
+"""
 
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import importlib.metadata
 import io
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
-from data_prep.locations import Clip, Location, absolute
+from data_prep.locations import Clip, Location, absolute, file_of
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import Span, VideoError, read_frames
-from drl_jax.runtime.errors import one_line
+from drl_jax.runtime.errors import one_line, refusal
+from drl_jax.runtime.files import replacing
 from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_processes
 
 _JPEG_QUALITY = 95
+# Encoded frames of a video: uint8 [F, S, S, 3] for `raw`, F JPEG files for `jpeg`.
+Frames = np.ndarray | list[bytes]
+
+
+def decoder_versions() -> dict[str, str]:
+    """Versions of the packages that stored frames depend on."""
+    return {package: importlib.metadata.version(package) for package in ("av", "pillow")}
+
+
+class FrameCache:
+    """Cache entries of one storage variant.
+
+    Attributes:
+      directory: directory of the entries; it may not exist yet.
+      storage: the storage variant.
+    """
+
+    def __init__(self, directory: Path, storage: StorageSpec):
+        """Chooses the variant's directory below `directory`; creates nothing."""
+        versions = "_".join(f"{name}{version}" for name, version in decoder_versions().items())
+        self.directory = directory / f"{storage.name}_{versions}"
+        self.storage = storage
+        # The last source file: many clips may come from one.
+        self._file: tuple[Path | None, tuple[str, int, int]] = (None, ("", 0, 0))
+
+    def entry(self, clip: Clip) -> Path:
+        """Path of a clip's entry, which may not exist.
+
+        Raises:
+          OSError: the source file cannot be accessed.
+        """
+        place = () if isinstance(clip.location, Path) else clip.location.place
+        identity = (*self._identity(file_of(clip.location)), *place, clip.span)
+        key = hashlib.sha256(repr(identity).encode()).hexdigest()
+        return self.directory / key[:2] / f"{key[2:34]}.npz"
+
+    def _identity(self, path: Path) -> tuple[str, int, int]:
+        if path != self._file[0]:
+            status = path.stat()
+            self._file = path, (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        return self._file[1]
+
+
+def _write_entry(path: Path, frames: Frames) -> None:
+    arrays = [frames]
+    if isinstance(frames, list):
+        arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Through a file object: numpy appends .npz to a path.
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, *arrays)
+
+
+def _read_entry(path: Path) -> Frames | None:
+    """The frames of an entry; None if it does not exist or is damaged.
+
+    Raises OSError if it cannot be read.
+    """
+    try:
+        # The file is a zip: every array has a checksum.
+        with np.load(path, allow_pickle=False) as file:
+            arrays = [file[f"arr_{number}"] for number in range(len(file.files))]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if (refused := refusal(error)) is not None:
+            raise refused from error
+        return None
+    if not arrays:
+        return None
+    return arrays[0] if arrays[0].ndim == 4 else [array.tobytes() for array in arrays]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +102,7 @@ class Decoded:
     """Encoded frames of a video, or the reason why it could not be decoded.
 
     Attributes:
-      frames: uint8 [F, S, S, 3] for `raw`, a list of F JPEG files for `jpeg`; None on failure.
+      frames: None on failure.
       error: the reason; empty on success.
       is_passing: whether the error is no property of the video: another try may succeed.
     """
@@ -83,7 +160,7 @@ def decode_clips(
             elif error:
                 yield Decoded(None, error)
             else:
-                frames = read_entry(entry)
+                frames = _read_entry(entry)
                 if frames is None:
                     raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
                 yield Decoded(frames)
@@ -94,47 +171,25 @@ def _ensure_entry(
 ) -> str | OSError:
     """Decodes a video into the cache unless it is there.
 
-    Returns:
-      "" on success, what is wrong with the file, or why the cache cannot be read or written.
+    Returns "" on success, what is wrong with the video, or why the cache cannot be read or written:
+    an exception would be taken for one of the video.
     """
     try:
-        if read_entry(entry) is not None:
+        if _read_entry(entry) is not None:
             return ""
     except OSError as error:
         return error
-    frames = read_frames_or_error(location, storage, span)
-    if isinstance(frames, str):
-        return frames
+    try:
+        frames = read_frames(location, storage.max_frames, storage.form, span)
+    except VideoError as error:
+        return str(error)
     if storage.encoding == "jpeg":
         frames = [encode_jpeg(frame) for frame in frames]
     try:
-        write_entry(entry, frames)
+        _write_entry(entry, frames)
     except OSError as error:
-        # Returned: an exception would be taken for one of this file.
         return error
     return ""
-
-
-def read_frames_or_error(
-    location: Location, storage: StorageSpec, span: Span | None
-) -> np.ndarray | str:
-    """Decodes a video's sampled frames.
-
-    Args:
-      location: of the video.
-      storage: form and maximum number of the frames.
-      span: start and end in seconds; None: the whole file.
-
-    Returns:
-      uint8 [F, S, S, 3], or the reason why the file cannot be decoded.
-
-    Raises:
-      Unavailable: the file cannot be read.
-    """
-    try:
-        return read_frames(location, storage.max_frames, storage.form, span)
-    except VideoError as error:
-        return str(error)
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:

@@ -1,7 +1,8 @@
-"""Manifest of a built dataset: what it was built from, in `manifest.json` beside the records.
+"""Files beside the records of a dataset: its description, and what it was built from.
 
-It contains nothing that differs between two builds of the same files (no dates, no paths), so two
-builds can be compared: equal `content` means equal frames, equal `annotations` equal captions.
+`manifest.json` contains nothing that differs between two builds of the same files (no dates, no
+paths), so two builds can be compared: equal `content` means equal frames, equal `annotations` equal
+captions.
 """
 
 import hashlib
@@ -14,12 +15,42 @@ from typing import Any
 from av import ffmpeg_version_info
 
 from data_prep.annotations import Annotations
-from data_prep.frame_cache import Frames, decoder_versions
+from data_prep.decode import Frames, decoder_versions
+from data_prep.locations import name_below
+from data_prep.sizes import PublishedSizes, count_splits
+from data_prep.video_folder import Plan
+from drl_jax.data.description import LAYOUT, write_captions, write_videos
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.files import sha256
 
-# For each split, the minimum and maximum "videos" and "captions" that publications report.
-PublishedSizes = Mapping[str, Mapping[str, tuple[int, int]]]
+
+def write_description(directory: Path, plan: Plan, records: Mapping[str, int]) -> dict[str, Any]:
+    """Writes the files of ids, sources and captions, and returns the content of `metadata.json`.
+
+    `records` has the index of the record of each stored video, by id, ascending.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    # Source of each record: name below the videos' folder, and start and end in seconds if cut.
+    sources = (
+        [name_below(clip.location, plan.folder), *(clip.span or ())]
+        for clip in plan.clips
+        if clip.video_id in records
+    )
+    write_videos(directory, records, sources)
+    splits = {}
+    for name, captioned in plan.annotations.splits.items():
+        usable = [entry for entry in captioned if entry.video_id in records]
+        if not usable:
+            continue
+        videos = [records[entry.video_id] for entry in usable]
+        write_captions(directory, name, videos, [entry.captions for entry in usable])
+        pairs = plan.annotations.reversed_pairs.get(name, [])
+        row = {entry.video_id: number for number, entry in enumerate(usable)} if pairs else {}
+        pairs = [[row[one], row[other]] for one, other in pairs if one in row and other in row]
+        splits[name] = {"reversed_pairs": pairs}
+    return {"layout": LAYOUT, "splits": splits}
 
 
 class ContentHash:
@@ -66,6 +97,7 @@ def make_manifest(
     splits = count_splits(annotations, stored, published)
     for name in splits.keys() & protocols.keys():
         splits[name]["protocol"] = protocols[name]
+    packages = ("numpy", "pyarrow", "tensorflow-datasets", "drl_jax")
     return {
         "dataset": dataset,
         "settings": {
@@ -85,10 +117,7 @@ def make_manifest(
             "python": platform.python_version(),
             "ffmpeg": ffmpeg_version_info,
             **decoder_versions(),
-            **{
-                package: importlib.metadata.version(package)
-                for package in ("numpy", "pyarrow", "tensorflow-datasets", "drl_jax")
-            },
+            **{package: importlib.metadata.version(package) for package in packages},
         },
     }
 
@@ -108,7 +137,7 @@ def annotation_changes(
     """Compares a dataset's annotation files with those of a new build.
 
     Args:
-      manifest: of the dataset; empty if it has none.
+      manifest: of the dataset.
       annotations: what the new build reads.
       named_by_user: whether the names of the files say nothing about their content, so that a file
         with another name is the same. (A list of videos for training is none for testing.)
@@ -116,9 +145,7 @@ def annotation_changes(
     Returns:
       For each file that differs, its name and how: "has changed", "is new" or "is missing".
     """
-    if not manifest:
-        return []
-    before, now = manifest.get("annotations", {}), annotation_hashes(annotations)
+    before, now = manifest["annotations"], annotation_hashes(annotations)
     if named_by_user and sorted(before.values()) == sorted(now.values()):
         return []
     return [
@@ -126,32 +153,3 @@ def annotation_changes(
         *(f"{name} is new" for name in now if name not in before),
         *(f"{name} is missing" for name in before if name not in now),
     ]
-
-
-def count_splits(
-    annotations: Annotations, usable: Collection[str], published: PublishedSizes
-) -> dict[str, dict[str, Any]]:
-    """Sizes of the splits: annotated, usable, and published where publications agree."""
-    splits = {}
-    for name, captioned in annotations.splits.items():
-        kept = [entry for entry in captioned if entry.video_id in usable]
-        splits[name] = {
-            "annotated_videos": len(captioned),
-            "videos": len(kept),
-            "captions": sum(len(entry.captions) for entry in kept),
-            "published": {unit: list(sizes) for unit, sizes in published.get(name, {}).items()},
-        }
-    return splits
-
-
-def describe_split(name: str, split: Mapping[str, Any]) -> str:
-    """One line for a report: sizes of a split that were found and that were expected."""
-    of_annotated = ""
-    if split["videos"] != split["annotated_videos"]:
-        of_annotated = f"of {split['annotated_videos']:,} annotated "
-    line = f"{name}: {split['videos']:,} {of_annotated}videos, {split['captions']:,} captions"
-    for unit, (low, high) in split["published"].items():
-        expected = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        agrees = low <= split[unit] <= high
-        line += f"; {unit} as published" if agrees else f"; published {unit}: {expected}"
-    return line

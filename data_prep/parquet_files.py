@@ -126,19 +126,16 @@ class ParquetTable:
           ParquetError: the file is no Parquet file, or damaged, or has two columns of one name.
           OSError: it cannot be read.
         """
+        import pyarrow.parquet
+
         self.path = path
-        self._file = self._guarded(self._open)
+        self._file = self._guarded(lambda: pyarrow.parquet.ParquetFile(path, pre_buffer=False))
         self._schema = self._guarded(lambda: self._file.schema_arrow)
         self.rows = self._file.metadata.num_rows
         names = [name.strip().lower() for name in self._schema.names]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ParquetError(f"{path} has two columns {doubled[0]!r}")
         self.columns = dict(zip(names, self._schema.names, strict=True))
-
-    def _open(self) -> Any:
-        import pyarrow.parquet
-
-        return pyarrow.parquet.ParquetFile(self.path, pre_buffer=False)
 
     def type(self, column: str) -> "pyarrow.DataType":
         """Type of a column of `columns`; that of the values if it has a dictionary."""
@@ -195,10 +192,7 @@ class ParquetTable:
         return [(group.num_rows, group.total_byte_size) for group in groups]
 
     def read(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Yields rows in order, as Python values by column.
-
-        Args:
-          columns: keys of `columns`.
+        """Yields rows in order, as Python values by column, which is a key of `columns`.
 
         Raises:
           ParquetError: the file is damaged.

@@ -18,15 +18,14 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations
-from data_prep.decode import Decoded, decode_clips
-from data_prep.descriptions import write_description
-from data_prep.frame_cache import FrameCache
-from data_prep.left_out import check_lost
+from data_prep.annotations import AnnotationError, Annotations, check_lost
+from data_prep.decode import Decoded, FrameCache, decode_clips
 from data_prep.locations import Clip
-from data_prep.manifest import ContentHash, PublishedSizes, make_manifest
+from data_prep.manifest import ContentHash, make_manifest, write_description
+from data_prep.sizes import PublishedSizes
 from data_prep.video_folder import Plan
-from drl_jax.data.description import Description
+from drl_jax.data.content import content_sha256
+from drl_jax.data.description import read_split
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT
 from drl_jax.data.storage import StorageSpec
@@ -70,33 +69,25 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        """Reads the annotation files.
-
-        Args:
-          path: their directory (for `custom`, the file or files).
+        """Reads the annotation files below a directory (for `custom`, the file or files).
 
         Raises:
           AnnotationError: they cannot be used.
         """
 
     def _info(self) -> tfds.core.DatasetInfo:
-        storage = self.builder_config.spec
-        shape = storage.form.shape
-        if storage.encoding == "raw":
+        features = tfds.features
+        shape = self.builder_config.spec.form.shape
+        if self.builder_config.spec.encoding == "raw":
             # The default encoding of a Tensor stores bytes as varints: larger, and 15 times slower.
-            frames = tfds.features.Tensor(
-                shape=(None, *shape), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-            )
+            encoding = features.Encoding.BYTES
+            frames = features.Tensor(shape=(None, *shape), dtype=np.uint8, encoding=encoding)
         else:
-            frames = tfds.features.Sequence(
-                tfds.features.Image(shape=shape, encoding_format="jpeg")
-            )
+            frames = features.Sequence(features.Image(shape=shape, encoding_format="jpeg"))
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict(
-                {"video_id": tfds.features.Text(), "frames": frames}
-            ),
+            features=features.FeaturesDict({"video_id": features.Text(), "frames": frames}),
             metadata=tfds.core.MetadataDict(),
             # The metadata refers to records by index.
             disable_shuffling=True,
@@ -109,22 +100,12 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         )
 
     def store(
-        self,
-        plan: Plan,
-        cache_dir: Path,
-        timeout: float,
-        map_calls: OrderedMap = map_in_processes,
+        self, plan: Plan, cache_dir: Path, timeout: float, map_calls: OrderedMap = map_in_processes
     ) -> dict[str, str]:
-        """Decodes the videos and writes the dataset into `data_dir`.
+        """Decodes the videos and writes the dataset into `data_dir`; arguments as `decode_clips`.
 
         Records are written sequentially. (`download_and_prepare` collects all records first and,
         even without shuffling, sorts what exceeds 1 GB in memory.)
-
-        Args:
-          plan: the videos and captions to store.
-          cache_dir: directory of the cache of decoded frames.
-          timeout: maximum seconds to decode one video.
-          map_calls: runs the decoders, see `decode_clips`.
 
         Returns:
           By id, why videos could not be decoded that may be sound. The dataset is complete only if
@@ -136,7 +117,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)
-        storage, annotations = self.builder_config.spec, plan.annotations
+        storage = self.builder_config.spec
         unusable, unavailable = dict(plan.unusable), {}
         writer = _StableWriter(
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
@@ -161,7 +142,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         manifest = make_manifest(
             self.name,
             storage,
-            annotations,
+            plan.annotations,
             records,
             unusable,
             self.PUBLISHED,
@@ -169,13 +150,15 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             directory,
             protocols=self.PROTOCOL_NAMES,
         )
-        description = Description(directory, metadata, manifest["files"])
-        manifest["content_with_captions"] = description.content(manifest["content"])
-        for name in description.split_names:
-            captions = description.split(name).captions
-            cut = store_tokens(captions, CLIPTokenizer(), self.MAX_WORDS)
+        splits = {
+            name: read_split(directory, name, split["reversed_pairs"], manifest["files"])
+            for name, split in metadata["splits"].items()
+        }
+        manifest["content_with_captions"] = content_sha256(content.hexdigest(), records, splits)
+        for name, split in splits.items():
+            cut = store_tokens(split.captions, CLIPTokenizer(), self.MAX_WORDS)
             where = f"split {name}, with CLIP's tokenizer"
-            warn_of_cut(cut, len(captions.texts), self.MAX_WORDS, where)
+            warn_of_cut(cut, len(split.captions.texts), self.MAX_WORDS, where)
         write_json(directory / MANIFEST, manifest)
         return {}
 

@@ -5,24 +5,23 @@ import dataclasses
 import os
 import posixpath
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 
-from data_prep.annotations import AnnotationError, Annotations, without_video_suffix
-from data_prep.file_splits import draw_again, merge_names, refuse_shared_files, same_files
-from data_prep.left_out import leave_out_texts
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    leave_out_texts,
+    without_video_suffix,
+)
 from data_prep.locations import Clip, FoundVideos
+from data_prep.splits import Protocols, draw_again, merge_names, refuse_shared_files, same_files
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.files import files_below
 
 
 class VideoFolder:
-    """The video files below a directory.
-
-    Attributes:
-      directory: the directory.
-      files: paths of the files with a video suffix, sorted.
-    """
+    """The video files below a directory: `files` are those with a video suffix, sorted."""
 
     def __init__(self, directory: Path):
         """Lists the files below the directory.
@@ -178,17 +177,13 @@ def make_plan(
     videos: Path | None,
     quarantine: Mapping[str, str],
     *,
-    protocols: Sequence[Collection[str]] = (),
+    protocols: Protocols = (),
 ) -> Plan:
     """Finds the annotated videos, and leaves out those in quarantine.
 
-    A file with several names is one video. Splits that were drawn are drawn by the files.
-
-    Args:
-      annotations: the dataset's annotations.
-      videos: folder of the video files; not used if the annotation files contain the videos.
-      quarantine: reasons by id of the videos to leave out.
-      protocols: groups of splits that are used together; empty: all are.
+    A file with several names is one video. Splits that were drawn are drawn by the files. `videos`
+    is the folder of the video files, which the annotation files may contain instead; `quarantine`
+    has reasons by id.
 
     Raises:
       AnnotationError: the folder is None or contains no video, a file is in two splits under two

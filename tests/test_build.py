@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import ROOT, error_line, error_of, run_module
-from support.old_datasets import rewrite_as_layout_1
 from support.videos import SHARED, numbered_frames, write_video
 
 from data_prep.build import main
@@ -272,11 +271,6 @@ def test_the_content_hash_is_that_of_frames_and_captions(built):
     write_video(built / "videos" / "TrainValVideo" / "video0.mp4", numbered_frames(40), fps=10)
     build(built, "--storage=raw", "--overwrite")
     assert opened(built).content != first
-    # A dataset of a version without manifest.
-    directory = built / "data" / "msrvtt" / RAW / "1.0.0"
-    rewrite_as_layout_1(directory)
-    (directory / "manifest.json").unlink()
-    assert opened(built).content == ""
 
 
 def test_a_build_killed_while_replacing_restores_the_old_dataset(built, capsys):
@@ -352,7 +346,7 @@ def test_a_wrong_argument_is_one_line(arguments, message, capsys):
     assert message in line
 
 
-@pytest.mark.parametrize("command", ["build", "check", "compare"])
+@pytest.mark.parametrize("command", ["build", "check"])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import runpy, sys\n"

@@ -370,7 +370,7 @@ MISTAKES = [
         "activitynet",
         "train.json",
         '{"v_a": {}}',
-        r'train.json, v_a: is not {"sentences": \["..", ..\]',
+        r'train.json, video v_a: is not {"sentences": \["..", ..\]',
     ),
     ("activitynet", "train_ids.json", "{}", "must contain a list, but contains dict"),
     ("didemo", "train_data.json", '[{"video": "a"}]', 'entry 1: is not {"video": "..", "descr'),

@@ -11,8 +11,7 @@ from support.commands import ROOT
 from support.processes import children_of, is_running, wait_until
 from support.videos import numbered_frames, write_video
 
-from data_prep.decode import Decoded, decode_clips
-from data_prep.frame_cache import FrameCache
+from data_prep.decode import Decoded, FrameCache, decode_clips
 from data_prep.locations import Clip
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec

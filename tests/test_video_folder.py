@@ -187,7 +187,9 @@ def test_the_pickle_of_msvd_can_have_sentences(protocol, tmp_path):
 def test_a_pickle_of_msvd_with_another_structure(content, tmp_path):
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(content))
     (tmp_path / "test_list.txt").write_text("v\n")
-    with pytest.raises(AnnotationError, match=r"raw-captions.pkl(, v: expected a list of|.*must)"):
+    with pytest.raises(
+        AnnotationError, match=r"raw-captions.pkl(, video v: expected a list of|.*must)"
+    ):
         builder_class("msvd").read_annotations(tmp_path)
 
 

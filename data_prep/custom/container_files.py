@@ -8,11 +8,10 @@ from pathlib import Path, PurePath
 
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations, Captioned
-from data_prep.custom.rows import SplitRows, split_of_file
-from data_prep.file_splits import draw_splits
-from data_prep.left_out import check_lost
+from data_prep.annotations import AnnotationError, Annotations, Captioned, check_lost
+from data_prep.custom.rows import add_row, check_splits, split_of_file
 from data_prep.locations import Clip, FoundVideos, Location, name_below
+from data_prep.splits import draw_splits
 from drl_jax.data.video import Span
 from drl_jax.runtime.errors import printable
 from drl_jax.runtime.files import files_below
@@ -55,12 +54,9 @@ class ContainerFiles:
 def find_containers(named: Path) -> ContainerFiles | None:
     """Finds the tar files or the Parquet files that `--annotations` names.
 
-    Args:
-      named: a file, a folder, or a pattern such as `shards/*.tar`.
-
-    Returns:
-      The files; None if it is another file. Of a folder with both kinds, the tar files:
-      video2dataset writes its logs beside them, as Parquet files.
+    That is a file, a folder, or a pattern such as `shards/*.tar`. Of a folder with both kinds, they
+    are the tar files: video2dataset writes its logs beside them, as Parquet files. None if it is
+    another file.
 
     Raises:
       AnnotationError: there is no such file, tar files are compressed, or two files differ in the
@@ -109,7 +105,7 @@ class ContainedVideos:
 
     def __init__(self, files: ContainerFiles):
         self._files = files
-        self._rows: SplitRows[str] = SplitRows(files.named)
+        self._splits: dict[str, dict[str, list[str]]] = {}
         self._found = FoundVideos(files.folder)
         self._hashes: dict[str, str] = {}
         self._left_out: dict[str, str] = {}
@@ -125,22 +121,15 @@ class ContainedVideos:
         *,
         missing: str = "",
     ) -> None:
-        """Adds a video with a new id.
+        """Adds a video with a new id; without a location, `missing` says why it has none.
 
-        Args:
-          video_id: its id.
-          captions: its captions.
-          split: its split, or "".
-          location: its place; None if there are captions only.
-          span: start and end in seconds; None: the whole video.
-          missing: why it has no place.
+        The split may be "".
         """
         # The bytes of a video are not part of it: they may be terabytes.
         size = getattr(location, "size", None)
-        self._digest.update(
-            repr((video_id, captions, split, span, size)).encode("utf-8", "replace")
-        )
-        self._rows.add(video_id, captions, split)
+        content = repr((video_id, captions, split, span, size))
+        self._digest.update(content.encode("utf-8", "replace"))
+        add_row(self._splits, video_id, captions, split)
         if location is None:
             self._found.missing[video_id] = missing
         else:
@@ -166,14 +155,14 @@ class ContainedVideos:
           AnnotationError: some videos have a split and others have none, or too much is left out.
         """
         check_lost(self._left_out, len(self._found.clips), f"videos of {self._files.named}")
-        splits = self._rows.splits()
+        check_splits(self._files.named, self._splits)
         captioned = {
             name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
-            for name, videos in splits.items()
+            for name, videos in self._splits.items()
         }
         annotations = Annotations(
             captioned, hashes=self._hashes, contained=self._found, left_out=self._left_out
         )
-        if "" in splits:
+        if "" in self._splits:
             draw_splits(annotations)
         return annotations

@@ -6,20 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.annotation_files import numbered_lines
-from data_prep.annotations import AnnotationError, Annotations, Captioned, Source
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    Captioned,
+    RowError,
+    Source,
+    check_lost,
+)
 from data_prep.csv_files import read_csv_rows
 from data_prep.custom.rows import (
     FIELDS,
-    SplitRows,
+    add_row,
     captions_of,
+    check_splits,
     missing_fields,
     read_object,
     span_of,
     split_of,
     video_of,
 )
-from data_prep.file_splits import draw_splits
-from data_prep.left_out import RowError, check_lost
+from data_prep.splits import draw_splits
 from drl_jax.runtime.files import parse_json
 
 # Where a row is, and its fields, or why it has none.
@@ -44,27 +51,23 @@ def read_listing(path: Path) -> Annotations:
 
 
 def annotations_of_files(where: Path, rows: Callable[[], Iterable[PlacedRow]]) -> Annotations:
-    """Annotations from rows that name video files.
+    """Annotations from the rows of `where`, which name video files.
 
     Rows with the same video and span are one video with several captions. A row that is wrong is
-    left out.
-
-    Args:
-      where: what has the rows, for error messages.
-      rows: reads the rows. They are read again to name two of them: to keep the place of each would
-        take a fifth of the memory.
+    left out. The rows are read again to name two of them: to keep the place of each would take a
+    fifth of the memory.
 
     Raises:
       AnnotationError: there is no row, most rows are wrong, or one has a word that is no split.
     """
-    collected: SplitRows[Source] = SplitRows(where)
+    splits: dict[str, dict[Source, list[str]]] = {}
     left_out: dict[str, str] = {}
     kept = 0
     for _, source, captions, split in _parsed(rows(), left_out):
-        collected.add(source, captions, split)
+        add_row(splits, source, captions, split)
         kept += 1
     check_lost(left_out, kept, f"rows of {where}")
-    splits = collected.splits()
+    check_splits(where, splits)
     if not splits:
         raise AnnotationError(f"{where} has no rows")
     ids = _video_ids(dict.fromkeys(source for videos in splits.values() for source in videos))
@@ -73,7 +76,7 @@ def annotations_of_files(where: Path, rows: Callable[[], Iterable[PlacedRow]]) -
         return next(
             place
             for place, source, _, stated in _parsed(rows(), {})
-            if video_id in (_short_id(source), _exact_id(source)) and stated == split
+            if video_id in (_video_id(source), _video_id(source, exact=True)) and stated == split
         )
 
     annotations = Annotations(
@@ -127,14 +130,13 @@ def _read_csv(path: Path) -> Iterator[PlacedRow]:
 
 def _read_jsonl(path: Path) -> Iterator[PlacedRow]:
     for number, line in numbered_lines(path, errors="surrogateescape"):
-        place = f"{path.name}, line {number}"
         try:
             row: dict[str, Any] | RowError = read_object(line)
             if problem := missing_fields(list(row)):
                 row = RowError(problem)
         except RowError as error:
             row = error
-        yield place, row
+        yield f"{path.name}, line {number}", row
 
 
 def _video_ids(sources: Iterable[Source]) -> dict[Source, str]:
@@ -142,21 +144,16 @@ def _video_ids(sources: Iterable[Source]) -> dict[Source, str]:
 
     Seconds have six digits, and all digits where six are the same for two spans.
     """
-    short = {source: _short_id(source) for source in sources}
+    short = {source: _video_id(source) for source in sources}
     counts = collections.Counter(short.values())
     return {
-        source: video_id if counts[video_id] == 1 else _exact_id(source)
+        source: video_id if counts[video_id] == 1 else _video_id(source, exact=True)
         for source, video_id in short.items()
     }
 
 
-def _short_id(source: Source) -> str:
+def _video_id(source: Source, *, exact: bool = False) -> str:
     if source.span is None:
         return source.file
-    return f"{source.file}@{source.span[0]:g}-{source.span[1]:g}"
-
-
-def _exact_id(source: Source) -> str:
-    if source.span is None:
-        return source.file
-    return f"{source.file}@{source.span[0]!r}-{source.span[1]!r}"
+    start, end = (repr(time) if exact else f"{time:g}" for time in source.span)
+    return f"{source.file}@{start}-{end}"

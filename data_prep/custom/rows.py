@@ -1,16 +1,14 @@
 """Rows of your own dataset: their fields, in whatever file they are, and the splits they make."""
 
-import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from pathlib import PurePath
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from data_prep.annotation_files import parse_span
-from data_prep.annotations import AnnotationError
-from data_prep.left_out import RowError, name_problem, text_problem
+from data_prep.annotations import AnnotationError, RowError, name_problem, text_problem
 from data_prep.parquet_files import is_url
 from drl_jax.data.video import Span
 from drl_jax.runtime.files import parse_json
@@ -26,12 +24,7 @@ Video = TypeVar("Video", bound=Hashable)
 
 
 def missing_fields(present: Sequence[str], *, needed: str = "video") -> str:
-    """Says which fields of a row, or columns of a file, are missing; empty if none is.
-
-    Args:
-      present: names of the fields.
-      needed: a field beside `caption` or `captions`, or "".
-    """
+    """Says which of the fields are missing: `caption` or `captions`, and `needed` unless empty."""
     missing = [] if not needed or needed in present else [needed]
     if not {"caption", "captions"} & set(present):
         missing.append("caption")
@@ -144,34 +137,24 @@ def captions_of(row: dict[str, Any]) -> list[str]:
     return captions[:]  # A copy has no room for more, a fifth of the memory of a short caption.
 
 
-@dataclasses.dataclass
-class SplitRows(Generic[Video]):
-    """Collects the captions of videos by split.
+def add_row(
+    splits: dict[str, dict[Video, list[str]]], video: Video, captions: list[str], split: str
+) -> None:
+    """Adds captions of a video, which may have others in this split; "" is no split."""
+    videos = splits.setdefault(split, {})
+    if video in videos:
+        videos[video].extend(captions)
+    else:
+        videos[video] = captions
 
-    Attributes:
-      where: the files, for error messages.
+
+def check_splits(where: object, splits: Collection[str]) -> None:
+    """Checks that all rows of a file have a split, or none.
+
+    Raises:
+      AnnotationError: some have one, and others have none.
     """
-
-    where: object
-    _splits: dict[str, dict[Video, list[str]]] = dataclasses.field(default_factory=dict)
-
-    def add(self, video: Video, captions: list[str], split: str) -> None:
-        """Adds captions of a video, which may have others in this split; "" is no split."""
-        videos = self._splits.setdefault(split, {})
-        if video in videos:
-            videos[video].extend(captions)
-        else:
-            videos[video] = captions
-
-    def splits(self) -> dict[str, dict[Video, list[str]]]:
-        """The captions of each video of each split; "" has all videos if no row has a split.
-
-        Raises:
-          AnnotationError: some rows have a split, and others have none.
-        """
-        if "" in self._splits and len(self._splits) > 1:
-            raise AnnotationError(
-                f"{self.where}: some rows have a split and others have none; set it in all rows or"
-                " none"
-            )
-        return self._splits
+    if "" in splits and len(splits) > 1:
+        raise AnnotationError(
+            f"{where}: some rows have a split and others have none; set it in all rows or none"
+        )

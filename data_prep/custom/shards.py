@@ -10,10 +10,9 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.annotations import AnnotationError, Annotations
+from data_prep.annotations import AnnotationError, Annotations, RowError, name_problem
 from data_prep.custom.container_files import ContainedVideos, ContainerFiles
 from data_prep.custom.rows import FIELDS, captions_of, read_object, span_of, split_of
-from data_prep.left_out import RowError, name_problem
 from data_prep.tar_files import MAX_CONTENT, TarMember, read_content, read_members
 from drl_jax.data.video import VIDEO_SUFFIXES
 

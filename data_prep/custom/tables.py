@@ -5,17 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.annotations import AnnotationError, Annotations
+from data_prep.annotations import AnnotationError, Annotations, RowError, name_problem
 from data_prep.custom.container_files import ContainedVideos, ContainerFiles
 from data_prep.custom.listings import PlacedRow, annotations_of_files
-from data_prep.custom.rows import (
-    FIELDS,
-    captions_of,
-    missing_fields,
-    span_of,
-    split_of,
-)
-from data_prep.left_out import RowError, name_problem
+from data_prep.custom.rows import FIELDS, captions_of, missing_fields, span_of, split_of
 from data_prep.parquet_files import ParquetTable
 from drl_jax.runtime.files import sha256
 

@@ -17,13 +17,7 @@ _PIECE = 10_000
 
 
 def content_sha256(frames: str, video_ids: Sequence[str], splits: Mapping[str, Split]) -> str:
-    """Hexadecimal SHA-256 of all stored frames, ids and captions.
-
-    Args:
-      frames: hash of the frames.
-      video_ids: of the records.
-      splits: the splits by name.
-    """
+    """Hexadecimal SHA-256 of all ids and captions, and of the hash of all frames."""
     return _sha256(_content(frames, video_ids, splits))
 
 
@@ -54,7 +48,6 @@ def _sha256(pieces: Iterable[str]) -> str:
 
 
 def _array(values: Iterable[Any]) -> Iterator[str]:
-    """The pieces of a JSON array."""
     values, separator = iter(values), "["
     while piece := list(itertools.islice(values, _PIECE)):
         yield separator + _json(piece)[1:-1]
