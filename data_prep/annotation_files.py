@@ -42,11 +42,7 @@ def numbered_lines(path: Path, errors: str = "strict") -> list[tuple[int, str]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The distinct lines of a list file, stripped of surrounding white space.
-
-    Raises:
-      AnnotationError: the file is not text in UTF-8, or is empty.
-    """
+    """The distinct lines, stripped, of a list file that is not empty; raises as `read_text`."""
     lines = list(dict.fromkeys(line.strip() for _, line in numbered_lines(path)))
     if not lines:
         raise AnnotationError(f"{path} is empty; expected one video per line")
@@ -57,8 +53,7 @@ def read_json(path: Path, kind: type) -> Any:
     """Reads a JSON file that contains a dict or a list.
 
     Raises:
-      AnnotationError: the file is not JSON, an object in it has a key twice, or its value has
-        another type.
+      AnnotationError: it contains something else, or an object with a key twice.
     """
     try:
         value = parse_json(read_text(path))
@@ -92,10 +87,10 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """Reads a pickle file of plain data (dicts, lists, strings, numbers) without running its code.
+    """Reads a pickle file of dicts, lists, strings and numbers, without running its code.
 
     Raises:
-      AnnotationError: the file is damaged, or refers to anything but plain data.
+      AnnotationError: the file is damaged, or refers to anything else.
     """
     try:
         with path.open("rb") as file:

@@ -36,11 +36,9 @@ class Captioned:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """File, or part of a file, that an annotated video is read from.
+    """File, or a span of it in seconds, that an annotated video is read from.
 
-    Attributes:
-      file: path below the videos' folder, or file name, with or without suffix.
-      span: start and end in seconds; None: the whole file.
+    The file is a path below the videos' folder, or a name, with or without suffix.
     """
 
     file: str
@@ -62,8 +60,6 @@ class Annotations:
       contained: the videos, if they are inside these files.
       left_out: reasons, by place in the files, for rows and members that cannot be used.
       drawn: whether the splits were drawn by `draw_splits`; otherwise the files state them.
-      place_of: the row that names a video of a split first, from its id and the split; None: a
-        place that an id and a split do not tell.
     """
 
     splits: dict[str, list[Captioned]]
@@ -75,7 +71,6 @@ class Annotations:
     contained: FoundVideos | None = None
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     drawn: bool = False
-    place_of: Callable[[str, str], str] | None = None
 
     def video_ids(self) -> list[str]:
         """Ids of all videos, without duplicates, in split order."""
@@ -94,9 +89,8 @@ def find_files(
 ) -> tuple[Annotations, dict[str, tuple[Path, ...]]]:
     """Looks for the files, by name, that each split is read from.
 
-    Returns:
-      Annotations without splits, with `files` and `missing_files`; and the paths of the files of
-      each split that has all of them.
+    Returns annotations without splits, with `files` and `missing_files`; and the paths of the files
+    of each split that has all of them.
 
     Raises:
       AnnotationError: the directory does not exist.
@@ -109,11 +103,8 @@ def find_files(
     for split, names in files.items():
         for name in names:
             needed.setdefault(name, []).append(split)
-    missing = {
-        name: f"the split{'s' if splits[1:] else ''} {', '.join(splits)}"
-        for name, splits in needed.items()
-        if not (directory / name).is_file()
-    }
+    purposes = {name: f"the split {', '.join(splits)}" for name, splits in needed.items()}
+    missing = {n: why for n, why in purposes.items() if not (directory / n).is_file()}
     present = [directory / name for name in needed if name not in missing]
     found = {
         split: tuple(directory / name for name in names)
@@ -156,20 +147,15 @@ def with_all_captions(
     """
     video_ids = list(dict.fromkeys(video_ids))
     if without := [video for video in video_ids if not captions.get(video)]:
-        bare = {without_video_suffix(name): name for name, found in captions.items() if found}
-        similar = [bare.get(without_video_suffix(video)) for video in without]
-        hints = [
-            f", which names it {name!r}, with another suffix" if name else "" for name in similar
-        ]
         if len(without) > MAX_LOST * len(video_ids):
             raise AnnotationError(
                 f"{len(without)} of the {len(video_ids)} videos of {list_path} have no caption in"
-                f" {captions_path} (the first: {without[0]!r}{hints[0]}); check that the two files"
+                f" {captions_path} (the first: {without[0]!r}); check that the two files"
                 " belong together"
             )
-        for video, hint in zip(without, hints, strict=True):
+        for video in without:
             place = f"{list_path.name}, {printable(video)}"
-            left_out[place] = f"no caption in {captions_path.name}{hint}"
+            left_out[place] = f"no caption in {captions_path.name}"
     return [Captioned(video, captions[video]) for video in video_ids if captions.get(video)]
 
 
@@ -226,7 +212,7 @@ def parse_rows(
       rows: number or name, and value, of each row.
       parse: raises RowError, AttributeError, KeyError or TypeError for a value of another form.
       left_out: receives the reasons by place.
-      form: the form, for the reasons.
+      form: of a row, for the reasons.
 
     Raises:
       AnnotationError: see `check_lost`.

@@ -20,6 +20,12 @@ from drl_jax.runtime.errors import UserError
 _NAME = "data_prep.check"
 
 
+class _CheckError(UserError):
+    """The dataset cannot be checked."""
+
+    status = 2
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = Parser(f"python -m {_NAME}", description=__doc__.splitlines()[0])
@@ -43,7 +49,7 @@ def _check(options: argparse.Namespace) -> int:
             folder = videos_folder(options, annotations)
             plan = make_plan(annotations, folder, {}, protocols=builder.PROTOCOLS)
     except UserError as error:
-        return _fail(str(error))
+        raise _CheckError(str(error)) from error
     storage = requested_storage(options)
     report = dataset_check.check_dataset(
         plan, builder.PUBLISHED, storage, options.timeout, protocols=builder.PROTOCOLS
@@ -52,15 +58,10 @@ def _check(options: argparse.Namespace) -> int:
     try:
         dataset_check.write_report(report, quarantine)
     except OSError as error:
-        return _fail(f"cannot write to {quarantine.parent} ({error.strerror})")
+        raise _CheckError(f"cannot write to {quarantine.parent} ({error.strerror})") from error
     print(f"wrote {dataset_check.report_file(quarantine)} and {quarantine}")
     kinds = ("left_out", "missing", "unusable", "unavailable")
     return int(any(report[kind] for kind in kinds))
-
-
-def _fail(message: str) -> int:
-    print(f"{_NAME}: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

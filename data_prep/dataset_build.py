@@ -50,19 +50,8 @@ def build_dataset(
     """Decodes and stores a dataset, and replaces an existing one with the same storage.
 
     Frames decoded by an earlier build, even one that was killed, are reused. The caller holds
-    `build_lock`.
-
-    Args:
-      dataset: one of `dataset_names()`.
-      plan: the videos and captions to store.
-      data_dir: directory of built datasets.
-      storage: the storage variant.
-      timeout: maximum seconds to decode one video.
-      keep_cache: whether decoded frames stay cached; None: the dataset's default.
-      map_calls: runs the decoders, see `decode_clips`.
-
-    Returns:
-      The dataset's directory.
+    `build_lock`. `timeout` and `map_calls` are as in `decode_clips`; without `keep_cache`, the
+    dataset says whether decoded frames stay cached. Returns the directory.
 
     Raises:
       UserError: nothing can be built, or a video could not be decoded for a reason that may pass.
@@ -77,7 +66,7 @@ def build_dataset(
     for leftover in (_previous(target), unfinished):  # Of a build that was killed.
         _remove(leftover)
     cache = cache_dir(data_dir, dataset)
-    config = StorageConfig.of(storage)
+    config = StorageConfig(name=storage.name, spec=storage)
     builder = cls(data_dir=unfinished, config=config, file_format="array_record")
     try:
         if unavailable := builder.store(plan, cache, timeout, map_calls):

@@ -6,7 +6,6 @@ depend on annotations. Worker processes import this module, so its imports are l
 """
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import importlib.metadata
@@ -36,12 +35,7 @@ def decoder_versions() -> dict[str, str]:
 
 
 class FrameCache:
-    """Cache entries of one storage variant.
-
-    Attributes:
-      directory: directory of the entries; it may not exist yet.
-      storage: the storage variant.
-    """
+    """Cache entries of one storage variant, in `directory`, which may not exist yet."""
 
     def __init__(self, directory: Path, storage: StorageSpec):
         """Chooses the variant's directory below `directory`; creates nothing."""
@@ -97,39 +91,18 @@ def _read_entry(path: Path) -> Frames | None:
     return arrays[0] if arrays[0].ndim == 4 else [array.tobytes() for array in arrays]
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-    """Encoded frames of a video, or the reason why it could not be decoded.
-
-    Attributes:
-      frames: None on failure.
-      error: the reason; empty on success.
-      is_passing: whether the error is no property of the video: another try may succeed.
-    """
-
-    frames: Frames | None
-    error: str = ""
-    is_passing: bool = False
-
-
 def decode_clips(
     clips: Sequence[Clip],
     *,
     cache: FrameCache,
     timeout: float,
     map_calls: OrderedMap = map_in_processes,
-) -> Iterator[Decoded]:
-    """Decodes videos, except those that the cache has.
+) -> Iterator[Frames | WorkerFailure]:
+    """Decodes videos, except those that the cache has, whose storage variant it has.
 
-    Args:
-      clips: the videos.
-      cache: cache of decoded frames; it sets the storage variant.
-      timeout: maximum seconds per video.
-      map_calls: runs the decoders: on this machine, or on a cluster that shares the cache.
-
-    Yields:
-      One Decoded for each clip, in order. A file that cannot be read gives a Decoded with an error,
-      not an exception.
+    Yields for each clip, in order, its frames or why it could not be decoded. `timeout` is in
+    seconds per video; `map_calls` runs the decoders: on this machine, or on a cluster that shares
+    the cache.
 
     Raises:
       OSError: the cache cannot be written, e.g. because the disk is full, or an entry that was
@@ -150,46 +123,43 @@ def decode_clips(
     with contextlib.closing(map_calls(_ensure_entry, calls, timeout=timeout)) as errors:
         for entry in entries:
             if isinstance(entry, OSError):
-                yield Decoded(None, one_line(entry), is_passing=True)
+                yield WorkerFailure(one_line(entry), is_passing=True)
                 continue
             error = next(errors)
-            if isinstance(error, WorkerFailure):
-                yield Decoded(None, error.reason, is_passing=error.is_passing)
-            elif isinstance(error, OSError):
+            if isinstance(error, OSError):
                 raise error
-            elif error:
-                yield Decoded(None, error)
-            else:
-                frames = _read_entry(entry)
-                if frames is None:
-                    raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
-                yield Decoded(frames)
+            if error is not None:
+                yield error
+                continue
+            if (frames := _read_entry(entry)) is None:
+                raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
+            yield frames
 
 
 def _ensure_entry(
     location: Location, span: Span | None, entry: Path, storage: StorageSpec
-) -> str | OSError:
+) -> WorkerFailure | OSError | None:
     """Decodes a video into the cache unless it is there.
 
-    Returns "" on success, what is wrong with the video, or why the cache cannot be read or written:
-    an exception would be taken for one of the video.
+    Returns what is wrong with the video, or why the cache cannot be read or written: an exception
+    would be taken for one of the video.
     """
     try:
         if _read_entry(entry) is not None:
-            return ""
+            return None
     except OSError as error:
         return error
     try:
         frames = read_frames(location, storage.max_frames, storage.form, span)
     except VideoError as error:
-        return str(error)
+        return WorkerFailure(str(error))
     if storage.encoding == "jpeg":
         frames = [encode_jpeg(frame) for frame in frames]
     try:
         _write_entry(entry, frames)
     except OSError as error:
         return error
-    return ""
+    return None
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:

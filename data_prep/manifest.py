@@ -5,22 +5,19 @@ paths), so two builds can be compared: equal `content` means equal frames, equal
 captions.
 """
 
-import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from av import ffmpeg_version_info
 
 from data_prep.annotations import Annotations
-from data_prep.decode import Frames, decoder_versions
+from data_prep.decode import decoder_versions
 from data_prep.locations import name_below
-from data_prep.sizes import PublishedSizes, count_splits
 from data_prep.video_folder import Plan
 from drl_jax.data.description import LAYOUT, write_captions, write_videos
-from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.files import sha256
 
 
@@ -53,82 +50,25 @@ def write_description(directory: Path, plan: Plan, records: Mapping[str, int]) -
     return {"layout": LAYOUT, "splits": splits}
 
 
-class ContentHash:
-    """Running hash of the stored videos: ids and frames, in order."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def update(self, video_id: str, frames: Frames) -> None:
-        """Adds a video."""
-        self._hash.update(video_id.encode() + b"\0")
-        for frame in frames:
-            self._hash.update(frame)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-
-def make_manifest(
-    dataset: str,
-    storage: StorageSpec,
-    annotations: Annotations,
-    stored: Collection[str],
-    unusable: Mapping[str, str],
-    published: PublishedSizes,
-    content: ContentHash,
-    directory: Path,
-    *,
-    protocols: Mapping[str, str],
-) -> dict[str, Any]:
-    """Makes the manifest of a dataset.
-
-    Args:
-      dataset: its name.
-      storage: its storage variant.
-      annotations: its annotations.
-      stored: ids of the stored videos.
-      unusable: reasons why the other videos are left out, by id.
-      published: see `PublishedSizes`.
-      content: hash of the stored videos.
-      directory: of the dataset, complete but for the manifest.
-      protocols: what publications call the protocol of a split, by its name.
-    """
-    splits = count_splits(annotations, stored, published)
-    for name in splits.keys() & protocols.keys():
-        splits[name]["protocol"] = protocols[name]
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that a build uses."""
     packages = ("numpy", "pyarrow", "tensorflow-datasets", "drl_jax")
     return {
-        "dataset": dataset,
-        "settings": {
-            "image_size": storage.form.size,
-            "max_frames": storage.max_frames,
-            "storage": storage.encoding,
-            **storage.form.changed_fields(),
-        },
-        "annotations": annotation_hashes(annotations),
-        "missing_files": annotations.missing_files,
-        "content": content.hexdigest(),
-        "files": _hashes([*directory.glob("*.json"), *directory.glob("*.arrow")]),
-        "videos": len(stored),
-        "left_out": dict(unusable),
-        "splits": splits,
-        "versions": {
-            "python": platform.python_version(),
-            "ffmpeg": ffmpeg_version_info,
-            **decoder_versions(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
+        "python": platform.python_version(),
+        "ffmpeg": ffmpeg_version_info,
+        **decoder_versions(),
+        **{package: importlib.metadata.version(package) for package in packages},
     }
 
 
-def _hashes(files: Iterable[Path]) -> dict[str, str]:
+def file_hashes(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by its name."""
     return {path.name: sha256(path) for path in sorted(files)}
 
 
 def annotation_hashes(annotations: Annotations) -> dict[str, str]:
     """Hashes of the annotation files, by name."""
-    return _hashes(annotations.files) | annotations.hashes
+    return file_hashes(annotations.files) | annotations.hashes
 
 
 def annotation_changes(

@@ -28,12 +28,8 @@ class ParquetError(UserError):
 class ParquetCell:
     """The content of a video in a cell of a Parquet file.
 
-    Attributes:
-      path: the Parquet file.
-      column: path of the column, e.g. "bytes" or "video.bytes".
-      row: number of the row in the file, from 0.
-      row_group: number of its row group.
-      index: number of the row in its row group.
+    `column` is a path, e.g. "bytes" or "video.bytes"; `row` is the number in the file, from 0, and
+    `index` that in the row group.
     """
 
     path: Path
@@ -52,7 +48,7 @@ class ParquetCell:
         return self.column, self.row
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Opens it like a file of its own.
+        """Opens it for reading, like a file of its own.
 
         Parquet cannot read a cell alone: this reads the column of its row group, which the process
         keeps until it opens a cell of another one.
@@ -61,8 +57,6 @@ class ParquetCell:
           OSError: the file cannot be read.
           VideoError: it is damaged, or the cell is empty or has a URL.
         """
-        if mode != "rb":
-            raise ValueError(f"a cell can only be read, not opened as {mode!r}")
         status = self.path.stat()
         version = (status.st_size, status.st_mtime_ns)
         column, *fields = self.column.split(".")
@@ -113,10 +107,7 @@ def _errors() -> tuple[type[Exception], ...]:
 class ParquetTable:
     """A Parquet file that is read row by row.
 
-    Attributes:
-      path: the file.
-      columns: paths of its columns, by their names in lower case without blanks around them.
-      rows: number of its rows.
+    `columns` has the paths of its columns, by their names in lower case without blanks around them.
     """
 
     def __init__(self, path: Path):
@@ -170,7 +161,12 @@ class ParquetTable:
           ParquetError: a row group is too large to be read at a time, or the file is damaged.
         """
         column, row = self.video_column, 0
-        groups = self._guarded(self._row_groups)
+        metadata = self._file.metadata
+        count = metadata.num_row_groups
+        groups = self._guarded(lambda: [metadata.row_group(number) for number in range(count)])
+        # Without compression. The sizes of single columns end the process if the file is damaged
+        # (pyarrow 26).
+        groups = [(group.num_rows, group.total_byte_size) for group in groups]
         if (count := sum(rows for rows, _ in groups)) != self.rows:
             raise self._damaged(f"{count} rows in its row groups instead of {self.rows}")
         for number, (rows, size) in enumerate(groups):
@@ -183,13 +179,6 @@ class ParquetTable:
             for index in range(rows):
                 yield ParquetCell(self.path, column, row, number, index)
                 row += 1
-
-    def _row_groups(self) -> list[tuple[int, int]]:
-        """Number of rows of each row group, and its size without compression, bytes."""
-        metadata = self._file.metadata
-        groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-        # The sizes of single columns end the process if the file is damaged (pyarrow 26).
-        return [(group.num_rows, group.total_byte_size) for group in groups]
 
     def read(self, columns: list[str]) -> Iterator[dict[str, Any]]:
         """Yields rows in order, as Python values by column, which is a key of `columns`.

@@ -7,8 +7,9 @@ and stores the videos.
 import abc
 import contextlib
 import dataclasses
+import hashlib
 import io
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,10 +20,9 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
 from data_prep.annotations import AnnotationError, Annotations, check_lost
-from data_prep.decode import Decoded, FrameCache, decode_clips
-from data_prep.locations import Clip
-from data_prep.manifest import ContentHash, make_manifest, write_description
-from data_prep.sizes import PublishedSizes
+from data_prep.decode import FrameCache, decode_clips
+from data_prep.manifest import annotation_hashes, file_hashes, versions, write_description
+from data_prep.sizes import PublishedSizes, count_splits
 from data_prep.video_folder import Plan
 from drl_jax.data.content import content_sha256
 from drl_jax.data.description import read_split
@@ -33,7 +33,7 @@ from drl_jax.data.tokens import store_tokens
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.models.tokenizers.base import warn_of_cut
 from drl_jax.runtime.files import write_json
-from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
+from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_processes
 
 _VIDEOS_PER_SHARD = 1000
 _REMEDY = "copy them again, or let data_prep.check list them, and the build then leaves them out"
@@ -44,10 +44,6 @@ class StorageConfig(tfds.core.BuilderConfig):
     """TFDS configuration of a storage variant, named after it."""
 
     spec: StorageSpec = dataclasses.field(kw_only=True)
-
-    @classmethod
-    def of(cls, spec: StorageSpec) -> "StorageConfig":
-        return cls(name=spec.name, spec=spec)
 
 
 class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
@@ -118,18 +114,29 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)
         storage = self.builder_config.spec
+        records: dict[str, int] = {}
         unusable, unavailable = dict(plan.unusable), {}
+        content = hashlib.sha256()
         writer = _StableWriter(
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
         )
         writer.initialize_splits([VIDEOS_SPLIT])
-        records: dict[str, int] = {}
-        content = ContentHash()
         cache = FrameCache(cache_dir, storage)
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
+        clips = tqdm(plan.clips, "decoding", unit="video")
         with contextlib.closing(decoded):
-            examples = self._examples(plan.clips, decoded, records, unusable, unavailable, content)
-            for example in examples:
+            for clip, frames in zip(clips, decoded, strict=True):
+                if isinstance(frames, WorkerFailure):
+                    failed = unavailable if frames.is_passing else unusable
+                    failed[clip.video_id] = frames.reason
+                    continue
+                records[clip.video_id] = len(records)
+                content.update(clip.video_id.encode() + b"\0")
+                for frame in frames:
+                    content.update(frame)
+                if storage.encoding == "jpeg":
+                    frames = [io.BytesIO(jpeg) for jpeg in frames]
+                example = {"video_id": clip.video_id, "frames": frames}
                 writer.add_examples({VIDEOS_SPLIT: [example]})
         if unavailable:
             return unavailable
@@ -139,50 +146,50 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         metadata = write_description(directory, plan, records)
         self.info.metadata.update(metadata)
         writer.close_all()
-        manifest = make_manifest(
-            self.name,
-            storage,
-            plan.annotations,
-            records,
-            unusable,
-            self.PUBLISHED,
-            content,
-            directory,
-            protocols=self.PROTOCOL_NAMES,
-        )
+        self._write_manifest(plan, metadata, records, unusable, content.hexdigest())
+        return {}
+
+    def _write_manifest(
+        self,
+        plan: Plan,
+        metadata: Mapping[str, Any],
+        records: Mapping[str, int],
+        unusable: Mapping[str, str],
+        content: str,
+    ) -> None:
+        """Completes a dataset that has its records and descriptions; stores its tokens, too."""
+        directory, storage = Path(self.data_dir), self.builder_config.spec
+        counts = count_splits(plan.annotations, records, self.PUBLISHED)
+        for name in counts.keys() & self.PROTOCOL_NAMES.keys():
+            counts[name]["protocol"] = self.PROTOCOL_NAMES[name]
+        files = file_hashes([*directory.glob("*.json"), *directory.glob("*.arrow")])
         splits = {
-            name: read_split(directory, name, split["reversed_pairs"], manifest["files"])
+            name: read_split(directory, name, split["reversed_pairs"], files)
             for name, split in metadata["splits"].items()
         }
-        manifest["content_with_captions"] = content_sha256(content.hexdigest(), records, splits)
         for name, split in splits.items():
             cut = store_tokens(split.captions, CLIPTokenizer(), self.MAX_WORDS)
             where = f"split {name}, with CLIP's tokenizer"
             warn_of_cut(cut, len(split.captions.texts), self.MAX_WORDS, where)
+        manifest = {
+            "dataset": self.name,
+            "settings": {
+                "image_size": storage.form.size,
+                "max_frames": storage.max_frames,
+                "storage": storage.encoding,
+                **storage.form.changed_fields(),
+            },
+            "annotations": annotation_hashes(plan.annotations),
+            "missing_files": plan.annotations.missing_files,
+            "content": content,
+            "files": files,
+            "videos": len(records),
+            "left_out": dict(unusable),
+            "splits": counts,
+            "versions": versions(),
+            "content_with_captions": content_sha256(content, records, splits),
+        }
         write_json(directory / MANIFEST, manifest)
-        return {}
-
-    def _examples(
-        self,
-        clips: list[Clip],
-        decoded: Iterator[Decoded],
-        records: dict[str, int],
-        unusable: dict[str, str],
-        unavailable: dict[str, str],
-        content: ContentHash,
-    ) -> Iterator[dict[str, Any]]:
-        """Yields a record for each decoded clip; updates the other arguments."""
-        progress = tqdm(zip(clips, decoded, strict=True), "decoding", len(clips), unit="video")
-        for clip, result in progress:
-            frames = result.frames
-            if frames is None:
-                (unavailable if result.is_passing else unusable)[clip.video_id] = result.error
-                continue
-            records[clip.video_id] = len(records)
-            content.update(clip.video_id, frames)
-            if self.builder_config.spec.encoding == "jpeg":
-                frames = [io.BytesIO(jpeg) for jpeg in frames]
-            yield {"video_id": clip.video_id, "frames": frames}
 
 
 class _StableWriter(tfds.core.SequentialWriter):

@@ -35,15 +35,15 @@ def draw_splits(annotations: Annotations, names: Mapping[str, str] | None = None
     entries = list(itertools.chain.from_iterable(annotations.splits.values()))
     files = {name(entry) for entry in entries}
     held_out = math.ceil(len(files) * _HELD_OUT) if len(files) >= 3 else 0
-    first = heapq.nsmallest(
-        2 * held_out,
-        files,
-        key=lambda file: hashlib.sha256(file.encode(errors="surrogatepass")).digest(),
-    )
+    first = heapq.nsmallest(2 * held_out, files, key=_digest)
     held = {file: "val" if rank < held_out else "test" for rank, file in enumerate(first)}
     annotations.splits, annotations.drawn = {}, True
     for entry in entries:
         annotations.splits.setdefault(held.get(name(entry), "train"), []).append(entry)
+
+
+def _digest(file: str) -> bytes:
+    return hashlib.sha256(file.encode(errors="surrogatepass")).digest()
 
 
 # ---------------------------------------------------------------- one file, several names
@@ -109,14 +109,10 @@ def refuse_shared_files(
             shared.append((one, other, apart[0]))
     if shared:
         one, other, pair = shared[0]
-        rows = [
-            f"{clip.video_id!r} of {split}"
-            + (f" ({annotations.place_of(clip.video_id, split)})" if annotations.place_of else "")
-            for clip, split in zip((one, other), pair, strict=True)
-        ]
+        names = [f"{c.video_id!r} of {split}" for c, split in zip((one, other), pair, strict=True)]
         spans = " with spans that overlap" if one.span and other.span else ""
         raise AnnotationError(
-            f"{' and '.join(rows)} are the same file, {file_of(one.location)},{spans} in different"
+            f"{' and '.join(names)} are the same file, {file_of(one.location)},{spans} in different"
             f" splits (pairs of such names: {len(shared)}): give all rows of a file one split, or"
             " spans that do not overlap"
         )
@@ -170,11 +166,8 @@ def _used_together(annotations: Annotations, protocols: Protocols) -> list[tuple
 
 
 def shared_videos(annotations: Annotations, protocols: Protocols) -> dict[str, dict[str, Any]]:
-    """Videos that two splits have.
-
-    Returns:
-      For each pair of splits ("train and test") with common videos, their ids ("videos") and the
-      number of captions that they have in both splits ("captions").
+    """For each pair of splits ("train and test") with common videos, their ids ("videos") and the
+    number of captions that they have in both splits ("captions").
     """
     shared = {}
     for one, other in _used_together(annotations, protocols):
@@ -200,16 +193,6 @@ def shared_captions(annotations: Annotations, protocols: Protocols) -> dict[str,
         for one, other in _used_together(annotations, protocols)
     }
     return {splits: count for splits, count in counts.items() if count}
-
-
-def repeated_captions(annotations: Annotations) -> dict[str, int]:
-    """Number of captions of each split that several of its videos have (ambiguous queries)."""
-    repeated = {}
-    for name, captioned in annotations.splits.items():
-        video_counts = collections.Counter(text for entry in captioned for text in _texts(entry))
-        if count := sum(1 for videos in video_counts.values() if videos > 1):
-            repeated[name] = count
-    return repeated
 
 
 def warnings(

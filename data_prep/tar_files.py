@@ -31,14 +31,7 @@ class TarError(UserError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TarMember:
-    """A regular file inside an uncompressed tar file.
-
-    Attributes:
-      path: the tar file.
-      name: of the member.
-      offset: position of its first byte in the tar file.
-      size: in bytes.
-    """
+    """A regular file inside an uncompressed tar file; `offset` is that of its first byte."""
 
     path: Path
     name: str
@@ -51,7 +44,7 @@ class TarMember:
         return self.name, self.offset, self.size
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Opens it like a file of its own.
+        """Opens it for reading, like a file of its own.
 
         Raises:
           VideoError: it is empty.
@@ -59,8 +52,6 @@ class TarMember:
         """
         if not self.size:  # FFmpeg would say "Invalid argument".
             raise VideoError(f"has no bytes in {self.path.name}")
-        if mode != "rb":
-            raise ValueError(f"a member of a tar file can only be read, not opened as {mode!r}")
         return io.BufferedReader(_Window(self))
 
 

@@ -56,11 +56,7 @@ class VideoFolder:
             )
 
     def locate(self, annotations: Annotations) -> tuple[list[Clip], dict[str, str]]:
-        """Finds the files of the annotated videos.
-
-        Returns:
-          The clips that were found, and for each other video the reason, by id.
-        """
+        """Finds the annotated videos: clips, and for each other video the reason, by id."""
         clips, not_found = [], {}
         sources_of = {video: annotations.sources_of(video) for video in annotations.video_ids()}
         # Files that an annotation has the full name of; no other one may take them.
@@ -84,8 +80,7 @@ class VideoFolder:
         return clips, not_found
 
     def _find(self, name: str, named: Set[Path]) -> list[Path]:
-        """The file with exactly this path, or else all files with the most similar name."""
-        found = (self._find_spelling(name, named) for name in self._spellings(name))
+        found = (self._find_spelling(spelling, named) for spelling in self._spellings(name))
         return next(filter(None, found), [])
 
     def _spellings(self, name: str) -> list[str]:
@@ -153,14 +148,10 @@ def _normalised(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Videos of a dataset that can be decoded.
+    """Videos of a dataset that can be decoded; see `FoundVideos`.
 
     Attributes:
-      annotations: the dataset's annotations.
-      folder: folder of the video files, or of the files that contain the videos.
-      clips: annotated videos that were found.
       unusable: reasons why the other videos are left out, by id; and those of rows, by place.
-      unannotated: names, below the folder, of videos without annotation.
       merged: for each id of a file with several names that is not kept, the one that is.
     """
 
@@ -179,11 +170,9 @@ def make_plan(
     *,
     protocols: Protocols = (),
 ) -> Plan:
-    """Finds the annotated videos, and leaves out those in quarantine.
+    """Finds the annotated videos, and leaves out those of which the quarantine has a reason.
 
-    A file with several names is one video. Splits that were drawn are drawn by the files. `videos`
-    is the folder of the video files, which the annotation files may contain instead; `quarantine`
-    has reasons by id.
+    A file with several names is one video. Splits that were drawn are drawn by the files.
 
     Raises:
       AnnotationError: the folder is None or contains no video, a file is in two splits under two

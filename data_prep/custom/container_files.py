@@ -1,18 +1,26 @@
-"""Which files of your own dataset `--annotations` names, and what is common to all containers."""
+"""Your own dataset in tar files or Parquet files: which files, and what both kinds share."""
 
 import dataclasses
 import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations, Captioned, check_lost
-from data_prep.custom.rows import add_row, check_splits, split_of_file
+from data_prep.annotations import AnnotationError, Annotations, Captioned, RowError, check_lost
+from data_prep.custom.rows import (
+    add_row,
+    captions_of,
+    check_splits,
+    has_caption,
+    span_of,
+    split_of,
+    split_of_file,
+)
 from data_prep.locations import Clip, FoundVideos, Location, name_below
 from data_prep.splits import draw_splits
-from drl_jax.data.video import Span
 from drl_jax.runtime.errors import printable
 from drl_jax.runtime.files import files_below
 
@@ -22,13 +30,7 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 @dataclasses.dataclass(frozen=True)
 class ContainerFiles:
-    """Files of one kind that have captions, and may have the videos.
-
-    Attributes:
-      named: what `--annotations` is.
-      folder: folder above all of them.
-      paths: the files, sorted.
-    """
+    """Files of one kind, sorted, that `--annotations` names, and the folder above all of them."""
 
     named: Path
     folder: Path
@@ -100,69 +102,72 @@ def _with_suffix(paths: list[Path], *suffixes: str) -> list[Path]:
     return [path for path in paths if path.name.lower().endswith(suffixes)]
 
 
-class ContainedVideos:
-    """Collects the videos inside container files, and their captions."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """A video inside a file.
 
-    def __init__(self, files: ContainerFiles):
-        self._files = files
-        self._splits: dict[str, dict[str, list[str]]] = {}
-        self._found = FoundVideos(files.folder)
-        self._hashes: dict[str, str] = {}
-        self._left_out: dict[str, str] = {}
-        self._digest = hashlib.sha256()
+    Attributes:
+      video_id: its id, which no other one has.
+      where: its place, for error messages.
+      name: its name in the list of what is left out.
+      row: its fields (`rows.FIELDS`), or why it cannot be used.
+      location: the place of its bytes, or why there are captions only.
+    """
 
-    def add(
-        self,
-        video_id: str,
-        captions: list[str],
-        split: str,
-        location: Location | None,
-        span: Span | None,
-        *,
-        missing: str = "",
-    ) -> None:
-        """Adds a video with a new id; without a location, `missing` says why it has none.
+    video_id: str
+    where: str
+    name: str
+    row: dict[str, Any] | RowError
+    location: Location | str
 
-        The split may be "".
-        """
-        # The bytes of a video are not part of it: they may be terabytes.
-        size = getattr(location, "size", None)
-        content = repr((video_id, captions, split, span, size))
-        self._digest.update(content.encode("utf-8", "replace"))
-        add_row(self._splits, video_id, captions, split)
-        if location is None:
-            self._found.missing[video_id] = missing
-        else:
-            self._found.clips.append(Clip(video_id, location, span))
 
-    def leave_out(self, name: str, reason: str) -> None:
-        """Adds a sample or a row that cannot be used."""
-        self._left_out[printable(name)] = printable(reason)
+def contained_annotations(
+    files: ContainerFiles, read: Callable[[Path, str], Iterable[Sample]], hint: str = ""
+) -> Annotations:
+    """Annotations from the samples that `read` yields for each file and its name below the folder.
 
-    def add_unannotated(self, location: Location) -> None:
-        """Adds a video without captions."""
-        self._found.unannotated.append(name_below(location, self._files.folder))
+    A video without a caption is not annotated; a sample that cannot be used is left out.
 
-    def end_file(self, name: str) -> None:
-        """Ends what is added from a file; `name` is that below the folder."""
-        self._hashes[name] = self._digest.hexdigest()
-        self._digest = hashlib.sha256()
-
-    def annotations(self) -> Annotations:
-        """The annotations.
-
-        Raises:
-          AnnotationError: some videos have a split and others have none, or too much is left out.
-        """
-        check_lost(self._left_out, len(self._found.clips), f"videos of {self._files.named}")
-        check_splits(self._files.named, self._splits)
-        captioned = {
-            name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
-            for name, videos in self._splits.items()
-        }
-        annotations = Annotations(
-            captioned, hashes=self._hashes, contained=self._found, left_out=self._left_out
-        )
-        if "" in self._splits:
-            draw_splits(annotations)
-        return annotations
+    Raises:
+      AnnotationError: some videos have a split and others have none, a word is no split, too much
+        is left out, or there is no video with a caption (`hint` is added).
+    """
+    found, hashes, left_out = FoundVideos(files.folder), {}, {}
+    splits: dict[str, dict[str, list[str]]] = {}
+    for path, name, split_of_path in files.each():
+        digest = hashlib.sha256()
+        for sample in read(path, name):
+            row, location = sample.row, sample.location
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                if not has_caption(row):
+                    if not isinstance(location, str):
+                        found.unannotated.append(name_below(location, files.folder))
+                    continue
+                captions, span = captions_of(row), span_of(row)
+            except RowError as error:
+                left_out[printable(sample.name)] = printable(str(error))
+                continue
+            split = split_of(row, sample.where) or split_of_path
+            # The bytes of a video are not part of the hash: they may be terabytes.
+            content = (sample.video_id, captions, split, span, getattr(location, "size", None))
+            digest.update(repr(content).encode("utf-8", "replace"))
+            add_row(splits, sample.video_id, captions, split)
+            if isinstance(location, str):
+                found.missing[sample.video_id] = location
+            else:
+                found.clips.append(Clip(sample.video_id, location, span))
+        hashes[name] = digest.hexdigest()
+    if not found.clips and not left_out:
+        raise AnnotationError(f"{files.named} has no video with a caption{hint}")
+    check_lost(left_out, len(found.clips), f"videos of {files.named}")
+    check_splits(files.named, splits)
+    captioned = {
+        name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
+        for name, videos in splits.items()
+    }
+    annotations = Annotations(captioned, hashes=hashes, contained=found, left_out=left_out)
+    if "" in splits:
+        draw_splits(annotations)
+    return annotations

@@ -1,7 +1,7 @@
 """Lists of video files with captions: csv and jsonl."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,16 @@ def read_listing(path: Path) -> Annotations:
             " per line)"
         )
     read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
-    annotations = annotations_of_files(path, lambda: read(path))
+    annotations = annotations_of_files(path, read(path))
     annotations.files = [path]
     return annotations
 
 
-def annotations_of_files(where: Path, rows: Callable[[], Iterable[PlacedRow]]) -> Annotations:
+def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
     """Annotations from the rows of `where`, which name video files.
 
     Rows with the same video and span are one video with several captions. A row that is wrong is
-    left out. The rows are read again to name two of them: to keep the place of each would take a
-    fifth of the memory.
+    left out.
 
     Raises:
       AnnotationError: there is no row, most rows are wrong, or one has a word that is no split.
@@ -63,21 +62,21 @@ def annotations_of_files(where: Path, rows: Callable[[], Iterable[PlacedRow]]) -
     splits: dict[str, dict[Source, list[str]]] = {}
     left_out: dict[str, str] = {}
     kept = 0
-    for _, source, captions, split in _parsed(rows(), left_out):
-        add_row(splits, source, captions, split)
-        kept += 1
+    for place, row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            source, captions = Source(video_of(row), span_of(row)), captions_of(row)
+        except RowError as error:
+            left_out[place] = str(error)
+        else:
+            add_row(splits, source, captions, split_of(row, place))
+            kept += 1
     check_lost(left_out, kept, f"rows of {where}")
     check_splits(where, splits)
     if not splits:
         raise AnnotationError(f"{where} has no rows")
     ids = _video_ids(dict.fromkeys(source for videos in splits.values() for source in videos))
-
-    def place_of(video_id: str, split: str) -> str:
-        return next(
-            place
-            for place, source, _, stated in _parsed(rows(), {})
-            if video_id in (_video_id(source), _video_id(source, exact=True)) and stated == split
-        )
 
     annotations = Annotations(
         {
@@ -87,26 +86,10 @@ def annotations_of_files(where: Path, rows: Callable[[], Iterable[PlacedRow]]) -
         # A whole file with its name as id needs no source.
         sources={video: (source,) for source, video in ids.items() if source.span is not None},
         left_out=left_out,
-        place_of=place_of,
     )
     if "" in splits:
         draw_splits(annotations)
     return annotations
-
-
-def _parsed(
-    rows: Iterable[PlacedRow], left_out: dict[str, str]
-) -> Iterator[tuple[str, Source, list[str], str]]:
-    """Place, source, captions and split of each row; `left_out` receives the reasons for others."""
-    for place, row in rows:
-        try:
-            if isinstance(row, RowError):
-                raise row
-            source, captions = Source(video_of(row), span_of(row)), captions_of(row)
-        except RowError as error:
-            left_out[place] = str(error)
-        else:
-            yield place, source, captions, split_of(row, place)
 
 
 def _read_csv(path: Path) -> Iterator[PlacedRow]:

@@ -34,11 +34,7 @@ def missing_fields(present: Sequence[str], *, needed: str = "video") -> str:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """A JSON object; the names of its fields in lower case without blanks around them.
-
-    Raises:
-      RowError: it is something else, or has a field twice.
-    """
+    """A JSON object, its names in lower case without blanks; RowError for anything else."""
     try:
         value = parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -54,11 +50,7 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def video_of(row: dict[str, Any]) -> str:
-    """The field `video`, without blanks around it.
-
-    Raises:
-      RowError: it is empty, no text, a URL, or cannot be a name.
-    """
+    """The field `video`; RowError if it is empty, no text, a URL, or cannot be a name."""
     video = row.get("video")
     if video is not None and not isinstance(video, str):
         raise RowError(f"video must be a text, not {video!r}")
@@ -74,11 +66,7 @@ def video_of(row: dict[str, Any]) -> str:
 
 
 def span_of(row: dict[str, Any]) -> Span | None:
-    """The fields `start` and `end`, seconds.
-
-    Raises:
-      RowError: they are no span.
-    """
+    """The fields `start` and `end`, seconds; RowError if they are no span."""
     start, end = row.get("start"), row.get("end")
     if _is_empty(end):
         if _is_empty(start):
@@ -108,21 +96,21 @@ def split_of(row: dict[str, Any], where: str) -> str:
 
 
 def split_of_file(path: PurePath) -> str:
-    """The split in the name of a file, e.g. "train-00000-of-00016", or of a folder above it.
-
-    Empty if there is none.
-    """
+    """The split that begins the name of a file, or names a folder above it; empty if none does."""
     names = [re.split(r"[-_.\d]", path.name, maxsplit=1)[0], *(p.name for p in path.parents)]
     found = (_SYNONYMS.get(name.lower(), name.lower()) for name in names)
     return next((name for name in found if name in _SPLITS), "")
 
 
-def captions_of(row: dict[str, Any]) -> list[str]:
-    """The fields `caption` and `captions`, without blanks around the texts.
+def has_caption(row: dict[str, Any]) -> bool:
+    """Whether the fields `caption` or `captions` have anything, of whatever type."""
+    caption = row.get("caption")
+    is_blank = isinstance(caption, str) and not caption.strip()
+    return bool((caption and not is_blank) or row.get("captions"))
 
-    Raises:
-      RowError: a caption is empty or no text, or there is none.
-    """
+
+def captions_of(row: dict[str, Any]) -> list[str]:
+    """The fields `caption` and `captions`; RowError if one is empty or no text, or none is."""
     captions = row.get("captions") or []
     if isinstance(captions, str) or not isinstance(captions, list):
         raise RowError("captions must be a list")
@@ -133,8 +121,8 @@ def captions_of(row: dict[str, Any]) -> list[str]:
         raise RowError("caption is empty")
     if problem := next(filter(None, map(text_problem, captions)), ""):
         raise RowError(f"caption {problem}")
-    captions = [caption.strip() for caption in captions]
-    return captions[:]  # A copy has no room for more, a fifth of the memory of a short caption.
+    # A copy has no room for more, a fifth of the memory of a short caption.
+    return [caption.strip() for caption in captions][:]
 
 
 def add_row(

@@ -1,28 +1,25 @@
-"""Draws the files of a synthetic dataset: videos, and annotations in the formats of MSR-VTT."""
+"""Draws the files of a synthetic dataset: videos, and their captions in `annotations.json`."""
 
-import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.annotation_files import read_sentences
-from data_prep.annotations import Annotations, group_captions, with_all_captions
-from data_prep.csv_files import read_csv_columns
+from data_prep.annotation_files import read_json
+from data_prep.annotations import Annotations, Captioned
 from data_prep.shapes import draw as draw_module
 from data_prep.shapes.draw import draw_file
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import replacing, write_text
+from drl_jax.runtime.files import write_text
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
-_SENTENCES = "SHAPES_data.json"
-_TRAIN, _VAL, _TEST = "SHAPES_train.csv", "SHAPES_val.csv", "SHAPES_test.csv"
-_PAIRS = {"val": "SHAPES_val_pairs.csv", "test": "SHAPES_test_pairs.csv"}
+# Captions by video of each split, and pairs of a clip and its time reversal.
+_ANNOTATIONS = "annotations.json"
 # Hash of the scenes and of the module that draws them.
 _DIGEST = "drawing.sha256"
 
@@ -35,7 +32,7 @@ def draw_files(
     caption: Callable[[Any], list[str]],
     pairs: Mapping[str, Sequence[tuple[int, int]]] = {},
 ) -> None:
-    """Draws videos into `directory/videos/SPLIT/*.mp4`, and writes annotations to `directory`.
+    """Draws videos into `directory/videos/SPLIT/*.mp4`, and writes their captions to `directory`.
 
     Existing videos of the same drawing are kept, so an interrupted call can continue. Those of
     another version of this program are drawn again. Two calls must not draw into one directory at
@@ -43,30 +40,29 @@ def draw_files(
 
     Args:
       directory: created if it does not exist.
-      splits: what to draw for train, val and test.
+      splits: what to draw for each split.
       draw: returns the frames of an item, given a seed. Worker processes import it.
-      caption: returns the captions of an item; called once for each, in order.
+      caption: returns the captions of an item; called once for each, in order. Videos of `val` and
+        `test` have the first one only.
       pairs: for some splits, indices of items and their time reversals, which get the same seed.
 
     Raises:
       UserError: videos of another version cannot be removed, or one cannot be written.
     """
     items = [(split, item) for split, members in splits.items() for item in members]
-    names = [f"video{number}" for number in range(len(items))]
-    numbered_pairs, seeds = {}, list(range(len(items)))
+    seeds = list(range(len(items)))
+    names: dict[str, list[str]] = {}
     first = 0
     for split, members in splits.items():
-        numbered_pairs[split] = [
-            (first + one, first + other) for one, other in pairs.get(split, ())
-        ]
+        names[split] = [f"video{number}" for number in range(first, first + len(members))]
+        for one, other in pairs.get(split, ()):
+            seeds[first + other] = seeds[first + one]
         first += len(members)
-        for one, other in numbered_pairs[split]:
-            seeds[other] = seeds[one]
     _remove_other_drawing(directory, f"{items} {seeds}")
     drawings = [
         # Absolute: FFmpeg takes a colon in the first part of a path for the end of a protocol.
-        (directory.absolute() / "videos" / split / f"{name}.mp4", draw, item, seed)
-        for (split, item), name, seed in zip(items, names, seeds, strict=True)
+        (directory.absolute() / "videos" / split / f"video{number}.mp4", draw, item, seed)
+        for number, ((split, item), seed) in enumerate(zip(items, seeds, strict=True))
     ]
     absent = [drawing for drawing in drawings if not drawing[0].exists()]
     drawn = map_in_processes(draw_file, absent)
@@ -75,7 +71,16 @@ def draw_files(
     ):
         if isinstance(result, WorkerFailure):
             raise UserError(f"cannot draw {path}: {result.reason}")
-    _write_annotations(directory, items, names, numbered_pairs, caption)
+    captions: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
+    for number, (split, item) in enumerate(items):
+        texts = caption(item)
+        captions[split][f"video{number}"] = texts if split == "train" else texts[:1]
+    reversals = {
+        split: [(names[split][one], names[split][other]) for one, other in members]
+        for split, members in pairs.items()
+    }
+    content = {"splits": captions, "pairs": reversals}
+    write_text(directory / _ANNOTATIONS, json.dumps(content))
 
 
 def _remove_other_drawing(directory: Path, content: str) -> None:
@@ -98,78 +103,16 @@ def _remove_other_drawing(directory: Path, content: str) -> None:
     write_text(marker, digest)
 
 
-def _write_annotations(
-    directory: Path,
-    items: list[tuple[str, Any]],
-    names: list[str],
-    pairs: dict[str, list[tuple[int, int]]],
-    caption: Callable[[Any], list[str]],
-) -> None:
-    sentences = [caption(item) for _, item in items]
-    by_split: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for number, (split, _) in enumerate(items):
-        by_split[split].append(number)
-    numbered = [
-        (name, sentence) for name, group in zip(names, sentences, strict=True) for sentence in group
-    ]
-    document = {
-        "videos": [
-            {"video_id": name, "split": split}
-            for name, (split, _) in zip(names, items, strict=True)
-        ],
-        "sentences": [
-            {"video_id": name, "caption": sentence, "sen_id": number}
-            for number, (name, sentence) in enumerate(numbered)
-        ],
-    }
-    write_text(directory / _SENTENCES, json.dumps(document))
-    _write_csv(directory / _TRAIN, ("video_id",), ((names[n],) for n in by_split["train"]))
-    for file, split in ((_VAL, "val"), (_TEST, "test")):
-        _write_csv(
-            directory / file,
-            ("key", "vid_key", "video_id", "sentence"),
-            (
-                (f"ret{row}", f"shape{n}", names[n], sentences[n][0])
-                for row, n in enumerate(by_split[split])
-            ),
-        )
-    for split, file in _PAIRS.items():
-        _write_csv(
-            directory / file,
-            ("video_id", "reversed_id"),
-            ((names[one], names[other]) for one, other in pairs[split]),
-        )
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    with (
-        replacing(path) as unfinished,
-        unfinished.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
 def read_files(directory: Path) -> Annotations:
     """Reads the annotations that `draw_files` wrote.
 
     Raises:
-      AnnotationError: a file is missing or damaged.
+      AnnotationError: the file is damaged.
     """
-    left_out: dict[str, str] = {}
-
-    def columns(file: str, *names: str) -> list[tuple[str, ...]]:
-        return read_csv_columns(directory / file, names, left_out)
-
-    sentences = directory / _SENTENCES
-    captions_of = read_sentences(sentences, left_out)
-    train = [video for (video,) in columns(_TRAIN, "video_id")]
+    file = directory / _ANNOTATIONS
+    content = read_json(file, dict)
     splits = {
-        "train": with_all_captions(train, captions_of, directory / _TRAIN, sentences, left_out)
+        split: [Captioned(video, captions) for video, captions in videos.items()]
+        for split, videos in content["splits"].items()
     }
-    for split, file in (("val", _VAL), ("test", _TEST)):
-        splits[split] = group_captions(columns(file, "video_id", "sentence"))
-    pairs = {split: columns(file, "video_id", "reversed_id") for split, file in _PAIRS.items()}
-    files = [directory / name for name in (_SENTENCES, _TRAIN, _VAL, _TEST, *_PAIRS.values())]
-    return Annotations(splits, files=files, reversed_pairs=pairs, left_out=left_out)
+    return Annotations(splits, files=[file], reversed_pairs=content["pairs"])

@@ -10,7 +10,7 @@ from data_prep.shapes.dataset_files import read_files
 
 
 class DrawnBuilder(RetrievalBuilder, skip_registration=True):
-    """Stores videos that `draw` makes, with annotations in the file formats of MSR-VTT."""
+    """Stores videos that `draw` makes, and their captions."""
 
     MAX_WORDS: ClassVar[int] = 24
     # The videos stay in the data directory, and decoding them again is cheap.
@@ -23,9 +23,4 @@ class DrawnBuilder(RetrievalBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def draw(cls, directory: Path, size: str) -> None:
-        """Draws videos and annotations (`draw_files`), which depend only on the size.
-
-        Args:
-          directory: of the files.
-          size: a key of the dataset's sizes (`data_prep.datasets.DRAWN`).
-        """
+        """Draws the files (`draw_files`) of a size, a key of the sizes in `datasets.DRAWN`."""

@@ -7,24 +7,22 @@ scene and its time reversal occur in only one of train, val and test.
 import dataclasses
 import itertools
 import random
-
-from data_prep.shapes.captions import SHAPE_WORDS, distinct
+from collections.abc import Callable, Sequence
 
 # Number of clips of train, val and test.
 SIZES = {"full": (4000, 256, 512), "smoke": (192, 32, 32)}
 
 # Shapes that a small image tower distinguishes. (It confuses a circle and a square.)
 SHAPES = ("circle", "cross", "triangle")
+SHAPE_WORDS = {
+    "circle": ("circle", "disc", "ball"),
+    "cross": ("cross", "plus"),
+    "triangle": ("triangle",),
+}
 COLOURS = ("red", "green", "blue")
 # Motions with a direction, each with its time reversal.
-REVERSED = {
-    "right": "left",
-    "left": "right",
-    "up": "down",
-    "down": "up",
-    "grow": "shrink",
-    "shrink": "grow",
-}
+_OPPOSITES = (("right", "left"), ("up", "down"), ("grow", "shrink"))
+REVERSED = {a: b for one, other in _OPPOSITES for a, b in ((one, other), (other, one))}
 # Motions that are symmetric in time.
 SYMMETRIC = ("still", "swing")
 
@@ -60,12 +58,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class SceneSplits:
-    """Scenes of each split.
-
-    Attributes:
-      scenes: the scenes of train, val and test.
-      pairs: for val and test, indices of a scene and its reverse in that split.
-    """
+    """Scenes of each split, and for val and test indices of a scene and its reverse in it."""
 
     scenes: dict[str, list[Scene]]
     pairs: dict[str, list[tuple[int, int]]]
@@ -85,11 +78,7 @@ def all_scenes() -> list[Scene]:
 def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
     """Assigns scenes to splits; half of val and of test are pairs of a scene and its reverse.
 
-    Args:
-      train: number of training scenes, drawn with replacement.
-      val: number of validation scenes, a multiple of 4.
-      test: number of test scenes, a multiple of 4.
-      seed: random seed.
+    Training scenes are drawn with replacement; the numbers of the others are multiples of 4.
 
     Raises:
       ValueError: there are too few scenes for `val` and `test`.
@@ -111,6 +100,14 @@ def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
             raise ValueError(f"too few scenes for {val} in val and {test} in test")
     scenes["train"] = rng.choices([*itertools.chain(*groups)], k=train)
     return SceneSplits(scenes, pairs)
+
+
+def distinct(draw: Callable[[], str], count: int, first: Sequence[str] = ()) -> list[str]:
+    """Calls `draw` until there are `count` different captions with those of `first`."""
+    found = dict.fromkeys(first)
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
 
 
 _MOTION_WORDS = {

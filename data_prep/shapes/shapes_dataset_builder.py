@@ -1,4 +1,4 @@
-"""Default dataset: synthetic clips, annotated in the file formats of MSR-VTT."""
+"""Default dataset: synthetic clips."""
 
 import functools
 import random

@@ -8,8 +8,7 @@ import itertools
 import random
 
 from data_prep.shapes import scenes
-from data_prep.shapes.captions import SHAPE_WORDS, distinct
-from data_prep.shapes.scenes import SHAPES
+from data_prep.shapes.scenes import SHAPE_WORDS, SHAPES, distinct
 
 # Number of stills of train, val and test.
 SIZES = {"full": (20_000, 256, 512), "smoke": (96, 32, 32)}
