@@ -17,9 +17,6 @@ def read_text(path: Path, errors: str = "strict") -> str:
     """Reads a text file in UTF-8, with or without a byte order mark, with its line ends.
 
     `errors` is "strict", or "surrogateescape" for `text_problem`.
-
-    Raises:
-      AnnotationError: the file is not text in UTF-8.
     """
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:1000]:
@@ -50,11 +47,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """Reads a JSON file that contains a dict or a list.
-
-    Raises:
-      AnnotationError: it contains something else, or an object with a key twice.
-    """
+    """Reads a JSON file that contains a dict or a list."""
     try:
         value = parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -87,11 +80,7 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """Reads a pickle file of dicts, lists, strings and numbers, without running its code.
-
-    Raises:
-      AnnotationError: the file is damaged, or refers to anything else.
-    """
+    """Reads a pickle file of dicts, lists, strings and numbers, without running its code."""
     try:
         with path.open("rb") as file:
             check_memo(file)
@@ -106,12 +95,7 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 def checked_captions(path: Path, captions: Any, left_out: dict[str, str]) -> dict[str, list[str]]:
-    """Validates `{video: [caption, ...]}` read from a file, and drops blank captions.
-
-    Raises:
-      AnnotationError: the value, or most of it (`parse_rows`), has another structure; or two keys
-        are one id, e.g. 7 and "7".
-    """
+    """Validates `{video: [caption, ...]}` read from a file, and drops blank captions."""
     if not isinstance(captions, dict):
         raise AnnotationError(f"{path} must contain {{video: [caption, ..]}}")
     for video in captions:
@@ -137,9 +121,6 @@ def read_sentences(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]
     """Reads captions by video from MSR-VTT's JSON, `{"videos": [...], "sentences": [...]}`.
 
     Blank captions are left out, and sentences of another form with a reason.
-
-    Raises:
-      AnnotationError: the file is not JSON, or has another structure.
     """
     sentences = read_json(path, dict).get("sentences")
     form = '{"video_id": "..", "caption": ".."}'
@@ -165,11 +146,7 @@ def _sentence(entry: Any) -> tuple[str, str]:
 
 
 def parse_span(start: Any, end: Any) -> Span:
-    """Parses a span of two times: seconds as number or text, or a text such as "1:02:03.5".
-
-    Raises:
-      RowError: the values are not times, or end is not after start.
-    """
+    """A span of two times: seconds, or texts such as "1:02:03.5"; RowError for others."""
     try:
         span = (_seconds(start), _seconds(end))
     # OverflowError: JSON can have whole numbers of any size.

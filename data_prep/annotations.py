@@ -1,4 +1,8 @@
-"""Annotations of a dataset: captioned videos by split, their files and spans, what is left out."""
+"""Annotations of a dataset: captioned videos by split, their files and spans, what is left out.
+
+All functions that read annotations raise AnnotationError, with the place and what to do, for files
+that cannot be used.
+"""
 
 import dataclasses
 import itertools
@@ -91,9 +95,6 @@ def find_files(
 
     Returns annotations without splits, with `files` and `missing_files`; and the paths of the files
     of each split that has all of them.
-
-    Raises:
-      AnnotationError: the directory does not exist.
     """
     if not directory.is_dir():
         raise AnnotationError(
@@ -115,11 +116,7 @@ def find_files(
 
 
 def require_splits(annotations: Annotations, directory: Path) -> Annotations:
-    """Returns the annotations if they have at least one split, and videos in every split.
-
-    Raises:
-      AnnotationError: they have no split, or a split has no videos.
-    """
+    """Returns the annotations if they have at least one split, and videos in every split."""
     if not annotations.splits:
         missing = (f"{name} ({purpose})" for name, purpose in annotations.missing_files.items())
         raise AnnotationError(
@@ -140,10 +137,7 @@ def with_all_captions(
 ) -> list[Captioned]:
     """Combines a list of videos with the captions from another file.
 
-    A repeated id counts once. `left_out` receives the reason for each video without a caption.
-
-    Raises:
-      AnnotationError: more than `MAX_LOST` of the videos have no caption.
+    A repeated id counts once. Videos without a caption are left out, at most `MAX_LOST` of them.
     """
     video_ids = list(dict.fromkeys(video_ids))
     if without := [video for video in video_ids if not captions.get(video)]:
@@ -179,11 +173,7 @@ def without_video_suffix(name: str) -> str:
 def check_lost(
     lost: Mapping[str, str], kept: int, what: str, remedy: str = "correct or remove them"
 ) -> None:
-    """Checks that enough of `what`, e.g. "rows of mine.csv", can be used; `lost` has the reasons.
-
-    Raises:
-      AnnotationError: some is lost, and nothing is left or more than `MAX_LOST` is lost.
-    """
+    """Refuses `what`, e.g. "rows of mine.csv", if none is kept or more than `MAX_LOST` is lost."""
     total = len(lost) + kept
     if not lost or (kept and len(lost) <= MAX_LOST * total):
         return
@@ -213,9 +203,6 @@ def parse_rows(
       parse: raises RowError, AttributeError, KeyError or TypeError for a value of another form.
       left_out: receives the reasons by place.
       form: of a row, for the reasons.
-
-    Raises:
-      AnnotationError: see `check_lost`.
     """
     parsed, lost = [], {}
     for name, row in rows:
@@ -253,11 +240,7 @@ def name_problem(name: str) -> str:
 
 
 def leave_out_texts(annotations: Annotations) -> set[str]:
-    """Leaves out the videos whose ids or captions cannot be stored, and returns their ids.
-
-    Raises:
-      AnnotationError: see `check_lost`, for each split.
-    """
+    """Leaves out the videos whose ids or captions cannot be stored, and returns their ids."""
     left_out: set[str] = set()
     for split, captioned in annotations.splits.items():
         lost = {}

@@ -64,6 +64,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _build(options: argparse.Namespace) -> None:
     from data_prep import dataset_build
+    from drl_jax.runtime.lock import LOCK_FILE, locked
 
     dataset, data_dir = options.dataset, options.data_dir
     target = dataset_build.built_dir(data_dir, dataset, requested_storage(options))
@@ -71,7 +72,9 @@ def _build(options: argparse.Namespace) -> None:
         # Without the lock: the answer needs no access for writing.
         if _is_built(target, options):
             return
-        with dataset_build.build_lock(data_dir, dataset):
+        # Storage variants of a dataset share a cache, so builds of them exclude each other.
+        directory = data_dir / dataset
+        with locked(directory / LOCK_FILE, f"the dataset in {directory}"):
             dataset_build.restore_previous(target)
             if not _is_built(target, options):
                 _build_locked(options)

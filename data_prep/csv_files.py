@@ -21,11 +21,7 @@ Row = tuple[int, dict[str, str]]
 def read_csv_columns(
     path: Path, columns: tuple[str, ...], left_out: dict[str, str]
 ) -> list[tuple[str, ...]]:
-    """Reads the named columns of a CSV file, row by row; leaves out rows with an empty value.
-
-    Raises:
-      AnnotationError: as `read_csv_rows`; a column is missing, or most rows have an empty value.
-    """
+    """Reads the named columns of a CSV file, row by row; leaves out rows with an empty value."""
     present, rows = read_csv_rows(path)
     for column in columns:
         if column not in present:
@@ -47,10 +43,6 @@ def read_csv_rows(path: Path, errors: str = "strict") -> tuple[list[str], list[R
     Columns are separated by commas, semicolons or tabs, or as `sep=` says. Names are in
     lower case, and names and values without surrounding blanks. Empty rows are left out. `errors`
     as in `read_text`.
-
-    Raises:
-      AnnotationError: the file is not text in UTF-8, a quotation mark is not closed, a row has
-        another number of fields than the header, or two columns have the same name.
     """
     # With newline="", the reader sees the line ends inside quotation marks.
     lines = list(io.StringIO(read_text(path, errors), newline=""))

@@ -4,16 +4,16 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import tensorflow_datasets as tfds
+
 from data_prep.datasets import builder_class
 from data_prep.quarantine import quarantine_file
-from data_prep.retrieval_builder import StorageConfig
 from data_prep.sizes import describe_split, format_bytes, free_bytes, stored_bytes
 from data_prep.splits import Protocols, warnings
 from data_prep.video_folder import Plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.lock import LOCK_FILE, locked
 from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
 
@@ -25,16 +25,6 @@ def built_dir(data_dir: Path, dataset: str, storage: StorageSpec) -> Path:
 def cache_dir(data_dir: Path, dataset: str) -> Path:
     """Directory of the cache of decoded frames; it may not exist yet."""
     return data_dir / "cache" / dataset
-
-
-def build_lock(data_dir: Path, dataset: str) -> contextlib.AbstractContextManager[None]:
-    """Keeps other builds of the dataset away; its storage variants share a cache, so also those.
-
-    Raises:
-      LockError: another process builds the dataset.
-    """
-    directory = data_dir / dataset
-    return locked(directory / LOCK_FILE, f"the dataset in {directory}")
 
 
 def build_dataset(
@@ -49,9 +39,9 @@ def build_dataset(
 ) -> Path:
     """Decodes and stores a dataset, and replaces an existing one with the same storage.
 
-    Frames decoded by an earlier build, even one that was killed, are reused. The caller holds
-    `build_lock`. `timeout` and `map_calls` are as in `decode_clips`; without `keep_cache`, the
-    dataset says whether decoded frames stay cached. Returns the directory.
+    Frames decoded by an earlier build, even one that was killed, are reused. The caller holds the
+    lock of the dataset. `timeout` and `map_calls` are as in `decode_clips`; without `keep_cache`,
+    the dataset says whether decoded frames stay cached. Returns the directory.
 
     Raises:
       UserError: nothing can be built, or a video could not be decoded for a reason that may pass.
@@ -66,7 +56,7 @@ def build_dataset(
     for leftover in (_previous(target), unfinished):  # Of a build that was killed.
         _remove(leftover)
     cache = cache_dir(data_dir, dataset)
-    config = StorageConfig(name=storage.name, spec=storage)
+    config = tfds.core.BuilderConfig(name=storage.name)
     builder = cls(data_dir=unfinished, config=config, file_format="array_record")
     try:
         if unavailable := builder.store(plan, cache, timeout, map_calls):

@@ -38,13 +38,8 @@ _MAX_PRINTED = 10
 
 @dataclasses.dataclass(frozen=True)
 class _Finding:
-    """Result of the inspection of one file.
-
-    Attributes:
-      facts: None if the file cannot be decoded.
-      failure: why the file should be left out, or could not be read; None if it can be used.
-      digest: SHA-256 of the file; empty if it could not be read.
-      seconds: duration of the inspection.
+    """Result of the inspection of one file: why it cannot be used, if it cannot; its SHA-256, if it
+    could be read; and the seconds that it took.
     """
 
     facts: VideoFacts | None

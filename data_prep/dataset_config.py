@@ -36,14 +36,9 @@ def finetuning_config(
 ) -> ConfigDict:
     """Makes the configuration that fine-tunes CLIP on a dataset with the reference's recipe.
 
-    Form, number and encoding of the frames and words are those of the dataset's builder, so that
-    training opens the dataset that `python -m data_prep.build` writes by default. All other fields
-    have the defaults of `drl_jax/config.py`.
-
-    Args:
-      dataset: one of `dataset_names()`.
-      batch_size: pairs per global batch.
-      **splits: the field `val_split` or `holdout` of DataConfig.
+    Frames and words are those of the dataset's builder, so that training opens what
+    `python -m data_prep.build` writes by default. `splits` is `val_split` or `holdout`.
+    All other fields have the defaults of `drl_jax/config.py`.
     """
     form = builder_class(dataset).DEFAULT_STORAGE.form
     backbone = BackboneConfig(

@@ -22,13 +22,9 @@ class Clip:
 
 @dataclasses.dataclass
 class FoundVideos:
-    """What was found of the videos of a dataset.
+    """What was found of the videos of a dataset, below the folder of their files.
 
-    Attributes:
-      folder: folder of the video files, or of the files that contain the videos.
-      clips: the annotated videos that were found.
-      missing: reasons for the other annotated videos, by id.
-      unannotated: names, below the folder, of videos without annotation.
+    `missing` has reasons by id; `unannotated` has names below the folder.
     """
 
     folder: Path

@@ -74,16 +74,10 @@ def annotation_hashes(annotations: Annotations) -> dict[str, str]:
 def annotation_changes(
     manifest: Mapping[str, Any], annotations: Annotations, *, named_by_user: bool
 ) -> list[str]:
-    """Compares a dataset's annotation files with those of a new build.
+    """For each annotation file of a new build that differs from the dataset: its name and how.
 
-    Args:
-      manifest: of the dataset.
-      annotations: what the new build reads.
-      named_by_user: whether the names of the files say nothing about their content, so that a file
-        with another name is the same. (A list of videos for training is none for testing.)
-
-    Returns:
-      For each file that differs, its name and how: "has changed", "is new" or "is missing".
+    With `named_by_user`, the names of the files say nothing about their content: a file with
+    another name is the same. (A list of videos for training is none for testing.)
     """
     before, now = manifest["annotations"], annotation_hashes(annotations)
     if named_by_user and sorted(before.values()) == sorted(now.values()):

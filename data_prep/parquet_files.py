@@ -1,9 +1,10 @@
 """Parquet files of captions, and of videos whose bytes are cells. Workers import this module."""
 
+import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -60,14 +61,12 @@ class ParquetCell:
         status = self.path.stat()
         version = (status.st_size, status.st_mtime_ns)
         column, *fields = self.column.split(".")
-        try:
+        with _damage_as(
+            lambda why: VideoError(f"its row cannot be read from {self.path.name} ({why})")
+        ):
             cell = _row_group(self.path, version, self.column, self.row_group)[column][self.index]
             for field in fields:
                 cell = cell[field] if cell.is_valid else cell
-        except _errors() as error:
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                raise
-            raise VideoError(f"its row cannot be read from {self.path.name} ({error})") from error
         content = cell.as_buffer() if cell.is_valid else None
         if not content:
             raise VideoError(f"has no bytes in {self.path.name}, row {self.row} (from 0)")
@@ -96,12 +95,19 @@ def _row_group(
         return file.read_row_group(row_group, columns=[column], use_threads=False)
 
 
-@functools.cache
-def _errors() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for a damaged file, besides errors of the disk."""
+@contextlib.contextmanager
+def _damage_as(error_of: Callable[[str], Exception]) -> Iterator[None]:
+    """Converts what pyarrow raises for a damaged file, but not errors of the disk."""
     import pyarrow
 
-    return (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError)
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise error_of(one_line(error)) from error
 
 
 class ParquetTable:
@@ -120,8 +126,9 @@ class ParquetTable:
         import pyarrow.parquet
 
         self.path = path
-        self._file = self._guarded(lambda: pyarrow.parquet.ParquetFile(path, pre_buffer=False))
-        self._schema = self._guarded(lambda: self._file.schema_arrow)
+        with _damage_as(self._damaged):
+            self._file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+            self._schema = self._file.schema_arrow
         self.rows = self._file.metadata.num_rows
         names = [name.strip().lower() for name in self._schema.names]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
@@ -162,11 +169,10 @@ class ParquetTable:
         """
         column, row = self.video_column, 0
         metadata = self._file.metadata
-        count = metadata.num_row_groups
-        groups = self._guarded(lambda: [metadata.row_group(number) for number in range(count)])
-        # Without compression. The sizes of single columns end the process if the file is damaged
-        # (pyarrow 26).
-        groups = [(group.num_rows, group.total_byte_size) for group in groups]
+        with _damage_as(self._damaged):
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            # The sizes of single columns end the process if the file is damaged (pyarrow 26).
+            groups = [(group.num_rows, group.total_byte_size) for group in groups]
         if (count := sum(rows for rows, _ in groups)) != self.rows:
             raise self._damaged(f"{count} rows in its row groups instead of {self.rows}")
         for number, (rows, size) in enumerate(groups):
@@ -189,19 +195,16 @@ class ParquetTable:
         names = [self.columns[column] for column in columns]
         batches = self._file.iter_batches(batch_size=_BATCH, columns=names, use_threads=False)
         count = 0
-        while (rows := self._guarded(lambda: _next_rows(batches, names))) is not None:
-            count += len(rows)
-            yield from (dict(zip(columns, row, strict=True)) for row in rows)
+        while True:
+            with _damage_as(self._damaged):
+                if (batch := next(batches, None)) is None:
+                    break
+                cells = [_values(batch.column(name)) for name in names]
+            for row in zip(*cells, strict=True):
+                yield dict(zip(columns, row, strict=True))
+                count += 1
         if count != self.rows:
             raise self._damaged(f"{count} rows instead of {self.rows}")
-
-    def _guarded(self, read: Any) -> Any:
-        try:
-            return read()
-        except _errors() as error:
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                raise
-            raise self._damaged(one_line(error)) from error
 
     def _damaged(self, reason: str) -> ParquetError:
         return ParquetError(
@@ -211,15 +214,6 @@ class ParquetTable:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _next_rows(
-    batches: Iterator["pyarrow.RecordBatch"], columns: list[str]
-) -> list[tuple[Any, ...]] | None:
-    """The rows of the next batch as Python values; None after the last one."""
-    if (batch := next(batches, None)) is None:
-        return None
-    return list(zip(*(_values(batch.column(column)) for column in columns), strict=True))
 
 
 def _values(column: "pyarrow.Array") -> list[Any]:

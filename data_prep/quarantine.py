@@ -20,11 +20,7 @@ def quarantine_file(data_dir: Path, dataset: str) -> Path:
 
 
 def read_quarantine(path: Path) -> dict[str, str]:
-    """The reasons by video id; empty if the file does not exist.
-
-    Raises:
-      AnnotationError: it is no file, or not text in UTF-8.
-    """
+    """The reasons by video id; empty if the file does not exist."""
     if not path.exists():
         return {}
     if not path.is_file():

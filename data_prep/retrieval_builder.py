@@ -6,7 +6,6 @@ and stores the videos.
 
 import abc
 import contextlib
-import dataclasses
 import hashlib
 import io
 from collections.abc import Collection, Mapping, Sequence
@@ -39,15 +38,11 @@ _VIDEOS_PER_SHARD = 1000
 _REMEDY = "copy them again, or let data_prep.check list them, and the build then leaves them out"
 
 
-@dataclasses.dataclass(eq=False)
-class StorageConfig(tfds.core.BuilderConfig):
-    """TFDS configuration of a storage variant, named after it."""
-
-    spec: StorageSpec = dataclasses.field(kw_only=True)
-
-
 class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
-    """Stores every video of a dataset once, and its splits as metadata."""
+    """Stores every video of a dataset once, and its splits as metadata.
+
+    Its TFDS configuration has the name of a storage variant.
+    """
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
     # Storage variant of a build without flags, and of the dataset's training configuration.
@@ -71,10 +66,13 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
           AnnotationError: they cannot be used.
         """
 
+    @property
+    def _storage(self) -> StorageSpec:
+        return StorageSpec.from_name(self.builder_config.name)
+
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features
-        shape = self.builder_config.spec.form.shape
-        if self.builder_config.spec.encoding == "raw":
+        features, shape = tfds.features, self._storage.form.shape
+        if self._storage.encoding == "raw":
             # The default encoding of a Tensor stores bytes as varints: larger, and 15 times slower.
             encoding = features.Encoding.BYTES
             frames = features.Tensor(shape=(None, *shape), dtype=np.uint8, encoding=encoding)
@@ -113,7 +111,6 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)
-        storage = self.builder_config.spec
         records: dict[str, int] = {}
         unusable, unavailable = dict(plan.unusable), {}
         content = hashlib.sha256()
@@ -121,7 +118,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
         )
         writer.initialize_splits([VIDEOS_SPLIT])
-        cache = FrameCache(cache_dir, storage)
+        cache = FrameCache(cache_dir, self._storage)
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
         clips = tqdm(plan.clips, "decoding", unit="video")
         with contextlib.closing(decoded):
@@ -134,7 +131,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
                 content.update(clip.video_id.encode() + b"\0")
                 for frame in frames:
                     content.update(frame)
-                if storage.encoding == "jpeg":
+                if self._storage.encoding == "jpeg":
                     frames = [io.BytesIO(jpeg) for jpeg in frames]
                 example = {"video_id": clip.video_id, "frames": frames}
                 writer.add_examples({VIDEOS_SPLIT: [example]})
@@ -158,7 +155,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         content: str,
     ) -> None:
         """Completes a dataset that has its records and descriptions; stores its tokens, too."""
-        directory, storage = Path(self.data_dir), self.builder_config.spec
+        directory, storage = Path(self.data_dir), self._storage
         counts = count_splits(plan.annotations, records, self.PUBLISHED)
         for name in counts.keys() & self.PROTOCOL_NAMES.keys():
             counts[name]["protocol"] = self.PROTOCOL_NAMES[name]

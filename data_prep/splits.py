@@ -91,9 +91,6 @@ def refuse_shared_files(
     """Checks that no file is in two splits that are used together under two ids.
 
     Spans of it that do not overlap may be.
-
-    Raises:
-      AnnotationError: a file of `groups` (`same_files`) is.
     """
     ids = {clip.video_id for group in groups for clip in group}
     splits = collections.defaultdict(list)

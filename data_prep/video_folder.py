@@ -24,11 +24,7 @@ class VideoFolder:
     """The video files below a directory: `files` are those with a video suffix, sorted."""
 
     def __init__(self, directory: Path):
-        """Lists the files below the directory.
-
-        Raises:
-          AnnotationError: the directory does not exist or contains no video.
-        """
+        """Lists the files below the directory."""
         if not directory.is_dir():
             raise AnnotationError(
                 f"no directory {directory}; --videos must be the folder of the video files"
@@ -173,16 +169,17 @@ def make_plan(
     """Finds the annotated videos, and leaves out those of which the quarantine has a reason.
 
     A file with several names is one video. Splits that were drawn are drawn by the files.
-
-    Raises:
-      AnnotationError: the folder is None or contains no video, a file is in two splits under two
-        names, or most texts of a split cannot be stored.
     """
     annotations = dataclasses.replace(
         annotations, splits=dict(annotations.splits), left_out=dict(annotations.left_out)
     )
     gone = leave_out_texts(annotations)
-    found = annotations.contained or _find_files(annotations, videos)
+    if (found := annotations.contained) is None:
+        folder = VideoFolder(videos)
+        located, missing = folder.locate(annotations)
+        rest = sorted(set(folder.files) - {clip.location for clip in located})
+        names = [str(path.relative_to(videos)) for path in rest]
+        found = FoundVideos(videos, located, missing, names)
     clips = [clip for clip in found.clips if clip.video_id not in gone]
     groups = same_files(clips)
     if annotations.drawn:
@@ -204,13 +201,3 @@ def make_plan(
         if clip.video_id not in unusable and clip.video_id not in merged
     ]
     return Plan(annotations, found.folder, usable, unusable, found.unannotated, merged)
-
-
-def _find_files(annotations: Annotations, videos: Path | None) -> FoundVideos:
-    if videos is None:
-        raise AnnotationError("the annotations name video files: --videos must be their folder")
-    folder = VideoFolder(videos)
-    clips, missing = folder.locate(annotations)
-    unannotated = sorted(set(folder.files) - {clip.location for clip in clips})
-    names = [str(path.relative_to(videos)) for path in unannotated]
-    return FoundVideos(videos, clips, missing, names)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from support.commands import ROOT
 
 from data_prep import retrieval_builder
@@ -57,7 +58,7 @@ def build(data_dir):
         [],
     )
     spec = StorageSpec(FrameForm(2), 1, "raw")
-    config = retrieval_builder.StorageConfig(name=spec.name, spec=spec)
+    config = tfds.core.BuilderConfig(name=spec.name)
     builder = Builder(data_dir=data_dir, config=config, file_format="array_record")
     builder.store(plan, data_dir / "cache", timeout=1)
     return Path(builder.data_dir)

@@ -9,23 +9,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations, Captioned, RowError, check_lost
+from data_prep.annotations import AnnotationError, Annotations, RowError, check_lost
 from data_prep.custom.rows import (
-    add_row,
+    annotations_of,
     captions_of,
-    check_splits,
     has_caption,
     span_of,
     split_of,
     split_of_file,
 )
 from data_prep.locations import Clip, FoundVideos, Location, name_below
-from data_prep.splits import draw_splits
 from drl_jax.runtime.errors import printable
 from drl_jax.runtime.files import files_below
 
-TAR, PARQUET = ".tar", ".parquet"
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+PARQUET = ".parquet"
+# `read_members` refuses those that are compressed.
+_TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +36,9 @@ class ContainerFiles:
     paths: list[Path]
 
     @property
-    def kind(self) -> str:
-        """TAR or PARQUET."""
-        return self.paths[0].suffix.lower()
+    def are_tables(self) -> bool:
+        """Whether they are Parquet files; otherwise tar files."""
+        return self.paths[0].suffix.lower() == PARQUET
 
     def each(self) -> Iterator[tuple[Path, str, str]]:
         """Yields each file, its name below the folder, and the split that its path names, or "".
@@ -59,26 +58,17 @@ def find_containers(named: Path) -> ContainerFiles | None:
     That is a file, a folder, or a pattern such as `shards/*.tar`. Of a folder with both kinds, they
     are the tar files: video2dataset writes its logs beside them, as Parquet files. None if it is
     another file.
-
-    Raises:
-      AnnotationError: there is no such file, tar files are compressed, or two files differ in the
-        case of their suffix alone.
     """
     if named.is_dir():
         folder, found = named, files_below(named)
     elif named.is_file():
         folder, found = named.parent, [named]
-        if not _with_suffix(found, TAR, PARQUET, *_COMPRESSED):
+        if not _with_suffix(found, *_TAR, PARQUET):
             return None
     else:
         folder = next(p for p in named.parents if glob.escape(str(p)) == str(p))
         found = sorted(p for p in folder.glob(str(named.relative_to(folder))) if p.is_file())
-    if packed := _with_suffix(found, *_COMPRESSED):
-        raise AnnotationError(
-            f"{packed[0]} is a compressed tar file, whose members cannot be read in place; unpack"
-            " each to a plain .tar file, e.g. with gunzip (videos are compressed already)"
-        )
-    paths = _with_suffix(found, TAR) or _with_suffix(found, PARQUET)
+    paths = _with_suffix(found, *_TAR) or _with_suffix(found, PARQUET)
     stems: dict[Path, Path] = {}
     for path in paths:
         if (other := stems.setdefault(path.with_suffix(""), path)) != path:
@@ -104,14 +94,9 @@ def _with_suffix(paths: list[Path], *suffixes: str) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """A video inside a file.
+    """A video inside a file: its fields and the place of its bytes, or why there are none.
 
-    Attributes:
-      video_id: its id, which no other one has.
-      where: its place, for error messages.
-      name: its name in the list of what is left out.
-      row: its fields (`rows.FIELDS`), or why it cannot be used.
-      location: the place of its bytes, or why there are captions only.
+    `where` is its place for error messages, and `name` that in the list of what is left out.
     """
 
     video_id: str
@@ -127,10 +112,6 @@ def contained_annotations(
     """Annotations from the samples that `read` yields for each file and its name below the folder.
 
     A video without a caption is not annotated; a sample that cannot be used is left out.
-
-    Raises:
-      AnnotationError: some videos have a split and others have none, a word is no split, too much
-        is left out, or there is no video with a caption (`hint` is added).
     """
     found, hashes, left_out = FoundVideos(files.folder), {}, {}
     splits: dict[str, dict[str, list[str]]] = {}
@@ -153,7 +134,7 @@ def contained_annotations(
             # The bytes of a video are not part of the hash: they may be terabytes.
             content = (sample.video_id, captions, split, span, getattr(location, "size", None))
             digest.update(repr(content).encode("utf-8", "replace"))
-            add_row(splits, sample.video_id, captions, split)
+            splits.setdefault(split, {})[sample.video_id] = captions
             if isinstance(location, str):
                 found.missing[sample.video_id] = location
             else:
@@ -162,12 +143,4 @@ def contained_annotations(
     if not found.clips and not left_out:
         raise AnnotationError(f"{files.named} has no video with a caption{hint}")
     check_lost(left_out, len(found.clips), f"videos of {files.named}")
-    check_splits(files.named, splits)
-    captioned = {
-        name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
-        for name, videos in splits.items()
-    }
-    annotations = Annotations(captioned, hashes=hashes, contained=found, left_out=left_out)
-    if "" in splits:
-        draw_splits(annotations)
-    return annotations
+    return annotations_of(files.named, splits, hashes=hashes, contained=found, left_out=left_out)

@@ -6,27 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.annotation_files import numbered_lines
-from data_prep.annotations import (
-    AnnotationError,
-    Annotations,
-    Captioned,
-    RowError,
-    Source,
-    check_lost,
-)
+from data_prep.annotations import AnnotationError, Annotations, RowError, Source, check_lost
 from data_prep.csv_files import read_csv_rows
 from data_prep.custom.rows import (
     FIELDS,
-    add_row,
+    annotations_of,
     captions_of,
-    check_splits,
     missing_fields,
     read_object,
     span_of,
     split_of,
     video_of,
 )
-from data_prep.splits import draw_splits
 from drl_jax.runtime.files import parse_json
 
 # Where a row is, and its fields, or why it has none.
@@ -34,11 +25,7 @@ PlacedRow = tuple[str, dict[str, Any] | RowError]
 
 
 def read_listing(path: Path) -> Annotations:
-    """Reads a csv file or a jsonl file.
-
-    Raises:
-      AnnotationError: it is neither, or most of its rows are wrong.
-    """
+    """Reads a csv file or a jsonl file."""
     if path.suffix.lower() == ".json":
         raise AnnotationError(
             f"{path} cannot be read: --annotations must be a .csv or .jsonl file (one JSON object"
@@ -55,9 +42,6 @@ def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
 
     Rows with the same video and span are one video with several captions. A row that is wrong is
     left out.
-
-    Raises:
-      AnnotationError: there is no row, most rows are wrong, or one has a word that is no split.
     """
     splits: dict[str, dict[Source, list[str]]] = {}
     left_out: dict[str, str] = {}
@@ -70,26 +54,23 @@ def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
         except RowError as error:
             left_out[place] = str(error)
         else:
-            add_row(splits, source, captions, split_of(row, place))
+            videos = splits.setdefault(split_of(row, place), {})
+            if source in videos:
+                videos[source] += captions
+            else:
+                videos[source] = captions
             kept += 1
     check_lost(left_out, kept, f"rows of {where}")
-    check_splits(where, splits)
     if not splits:
         raise AnnotationError(f"{where} has no rows")
     ids = _video_ids(dict.fromkeys(source for videos in splits.values() for source in videos))
-
-    annotations = Annotations(
-        {
-            name: [Captioned(ids[source], captions) for source, captions in videos.items()]
-            for name, videos in splits.items()
-        },
-        # A whole file with its name as id needs no source.
-        sources={video: (source,) for source, video in ids.items() if source.span is not None},
-        left_out=left_out,
-    )
-    if "" in splits:
-        draw_splits(annotations)
-    return annotations
+    named = {
+        name: {ids[source]: captions for source, captions in videos.items()}
+        for name, videos in splits.items()
+    }
+    # A whole file with its name as id needs no source.
+    sources = {video: (source,) for source, video in ids.items() if source.span is not None}
+    return annotations_of(where, named, sources=sources, left_out=left_out)
 
 
 def _read_csv(path: Path) -> Iterator[PlacedRow]:

@@ -3,13 +3,21 @@
 import difflib
 import math
 import re
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 from data_prep.annotation_files import parse_span
-from data_prep.annotations import AnnotationError, RowError, name_problem, text_problem
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    Captioned,
+    RowError,
+    name_problem,
+    text_problem,
+)
 from data_prep.parquet_files import is_url
+from data_prep.splits import draw_splits
 from drl_jax.data.video import Span
 from drl_jax.runtime.files import parse_json
 
@@ -20,7 +28,6 @@ _SYNONYMS = {
     **{"training": "train", "testing": "test", "evaluation": "test"},
     **{"validation": "val", "validate": "val", "valid": "val", "dev": "val"},
 }
-Video = TypeVar("Video", bound=Hashable)
 
 
 def missing_fields(present: Sequence[str], *, needed: str = "video") -> str:
@@ -83,8 +90,7 @@ def _is_empty(value: Any) -> bool:
 def split_of(row: dict[str, Any], where: str) -> str:
     """The field `split`; empty if the row has none.
 
-    Raises:
-      AnnotationError: it is another word. Such a row is not left out: its whole split has the word.
+    A row with another word is refused, not left out: its whole split has the word.
     """
     split = str(row.get("split") or "").strip()
     if not split or split in _SPLITS:
@@ -125,24 +131,19 @@ def captions_of(row: dict[str, Any]) -> list[str]:
     return [caption.strip() for caption in captions][:]
 
 
-def add_row(
-    splits: dict[str, dict[Video, list[str]]], video: Video, captions: list[str], split: str
-) -> None:
-    """Adds captions of a video, which may have others in this split; "" is no split."""
-    videos = splits.setdefault(split, {})
-    if video in videos:
-        videos[video].extend(captions)
-    else:
-        videos[video] = captions
-
-
-def check_splits(where: object, splits: Collection[str]) -> None:
-    """Checks that all rows of a file have a split, or none.
-
-    Raises:
-      AnnotationError: some have one, and others have none.
-    """
+def annotations_of(
+    where: object, splits: Mapping[str, Mapping[str, list[str]]], **fields: Any
+) -> Annotations:
+    """Annotations from the captions of each video of each split; "" has all videos, to be drawn."""
     if "" in splits and len(splits) > 1:
         raise AnnotationError(
             f"{where}: some rows have a split and others have none; set it in all rows or none"
         )
+    captioned = {
+        name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
+        for name, videos in splits.items()
+    }
+    annotations = Annotations(captioned, **fields)
+    if "" in splits:
+        draw_splits(annotations)
+    return annotations

@@ -23,14 +23,8 @@ _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 
 @dataclasses.dataclass(slots=True)
 class _Members:
-    """Members of a key.
-
-    Attributes:
-      places: name and position of its video (".") and of its members with captions, by extension:
-        "txt" or "json".
-      video: its video.
-      texts: contents of its members with captions, by extension.
-      problem: why one of its members cannot be used.
+    """Members of a key: its video, contents of those with captions by extension ("txt" or "json"),
+    name and position of each ("." is the video), and why one of them cannot be used.
     """
 
     places: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -43,12 +37,6 @@ def read_shards(files: ContainerFiles) -> Annotations:
     """Reads the headers of WebDataset shards, and their members .txt and .json.
 
     The id of a video is the name of its shard without suffix, a slash, and its key.
-
-    Raises:
-      AnnotationError: two members are the video of a key, or its captions; or as
-        `contained_annotations`.
-      TarError: a tar file is damaged, truncated or compressed.
-      OSError: it cannot be read.
     """
     hint = ": each needs members of one name, e.g. 0001.mp4 with 0001.txt or 0001.json"
     return contained_annotations(files, _read_shard, hint)

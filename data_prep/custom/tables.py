@@ -21,12 +21,6 @@ def read_tables(files: ContainerFiles) -> Annotations:
     A column with the contents of videos is as `ParquetTable.video_column` says; without one, the
     column `video` names files. The id of a video inside is that in the column `id` or `key`, or the
     name of its file without suffix, a slash, and the number of the row.
-
-    Raises:
-      AnnotationError: a column is missing or of another type, two rows have one id, or as
-        `contained_annotations`.
-      ParquetError: a file is damaged, or has row groups that are too large.
-      OSError: it cannot be read.
     """
     with contextlib.closing(ParquetTable(files.paths[0])) as table:
         contained = bool(table.video_column)

@@ -86,10 +86,6 @@ def _full_names(
 
     Returns:
       For each listed video, by its full name, its name in the descriptions; its own if it has none.
-
-    Raises:
-      AnnotationError: a video has the descriptions of several videos, or two videos have the same
-        descriptions.
     """
     described = set(described)
     by_stem: dict[str, list[str]] = {}

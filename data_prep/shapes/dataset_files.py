@@ -38,16 +38,9 @@ def draw_files(
     another version of this program are drawn again. Two calls must not draw into one directory at
     once (the build has a lock).
 
-    Args:
-      directory: created if it does not exist.
-      splits: what to draw for each split.
-      draw: returns the frames of an item, given a seed. Worker processes import it.
-      caption: returns the captions of an item; called once for each, in order. Videos of `val` and
-        `test` have the first one only.
-      pairs: for some splits, indices of items and their time reversals, which get the same seed.
-
-    Raises:
-      UserError: videos of another version cannot be removed, or one cannot be written.
+    `draw` returns the frames of an item, given a seed; worker processes import it. `caption` is
+    called once for each item, in order; videos of `val` and `test` have its first caption only.
+    `pairs` are indices of items and their time reversals, which get the same seed.
     """
     items = [(split, item) for split, members in splits.items() for item in members]
     seeds = list(range(len(items)))
@@ -104,11 +97,7 @@ def _remove_other_drawing(directory: Path, content: str) -> None:
 
 
 def read_files(directory: Path) -> Annotations:
-    """Reads the annotations that `draw_files` wrote.
-
-    Raises:
-      AnnotationError: the file is damaged.
-    """
+    """Reads the annotations that `draw_files` wrote."""
     file = directory / _ANNOTATIONS
     content = read_json(file, dict)
     splits = {

@@ -1,8 +1,4 @@
-"""Hashes of a dataset's ids and captions, which runs and evaluations record.
-
-Each is the hash of a JSON text, which is made in pieces, since that of a large dataset does not fit
-in memory.
-"""
+"""Hashes of a dataset's ids and captions as JSON, made in pieces: a whole text may not fit in memory."""
 
 import hashlib
 import itertools

@@ -21,11 +21,7 @@ class RecordFiles(Sequence[bytes]):
     """
 
     def __init__(self, files: Sequence[Path], lengths: Sequence[int]):
-        """Opens no file; `lengths` are the numbers of records.
-
-        Raises:
-          OSError: a file is missing, or cannot be accessed.
-        """
+        """Opens no file; `lengths` are the numbers of records. OSError if a file is missing."""
         for file in files:
             file.stat()
         self._files = files

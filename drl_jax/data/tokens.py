@@ -48,13 +48,11 @@ class Tokens:
 def caption_tokens(
     captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
 ) -> Tokens:
-    """The tokens of `captions.texts`: stored ones if there are any, or else computed.
+    """The tokens of `captions.texts`: stored ones, or else computed and stored where possible.
 
-    Unless it is `quiet`, says how many captions are cut (`warn_of_cut`).
-
-    Computed tokens are stored beside the captions where that directory can be written, and
-    otherwise kept in memory. Stored ones that are damaged, or of other captions, are computed
-    again; those that cannot be read stay as they are. Processes may do so at the same time.
+    Stored ones that are damaged, or of other captions, are computed again; those that cannot be
+    read stay as they are. Processes may do so at the same time. Unless it is `quiet`, says how many
+    captions are cut (`warn_of_cut`).
     """
     texts, origin = captions.texts, captions.origin
     found = None
@@ -80,9 +78,7 @@ def caption_tokens(
 def store_tokens(
     captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
 ) -> int:
-    """Computes and stores the tokens of `captions.texts`, which have an origin.
-
-    Returns how many captions are cut.
+    """Computes and stores the tokens of captions with an origin; returns how many are cut.
 
     Raises:
       OSError: they cannot be written.
