@@ -81,11 +81,7 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _is_built(target: Path, options: argparse.Namespace) -> bool:
-    """Whether there is nothing to do.
-
-    Raises:
-      UserError: the dataset exists, but was built from other annotation files, or is damaged.
-    """
+    """Whether there is nothing to do; UserError if a dataset is damaged or of other annotations."""
     from data_prep.manifest import annotation_changes
     from drl_jax.data.records import DESCRIPTIONS, VideoDataset
 

@@ -2,9 +2,7 @@
 
     python -m data_prep.check msrvtt --videos=DIR --annotations=DIR [--data_dir=data]
 
-Decodes every annotated video completely. Writes the report to `DATA_DIR/DATASET/check.json`, and
-the videos that cannot be used to `DATA_DIR/DATASET/quarantine.txt`, which builds leave out. Exit
-status: 0 if all annotated videos can be used, 1 if some cannot or could not be read, 2 if the
+Exit status: 0 if all annotated videos can be used, 1 if some cannot or could not be read, 2 if the
 dataset cannot be checked.
 """
 

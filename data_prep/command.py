@@ -45,11 +45,7 @@ def disk_errors(data_dir: Path) -> Iterator[None]:
 
 
 def videos_folder(options: argparse.Namespace, annotations: "Annotations") -> Path | None:
-    """Folder of the video files; None if the annotation files contain the videos.
-
-    Raises:
-      UserError: the flag `--videos` is missing.
-    """
+    """Folder of the video files, which is required; None if annotation files contain the videos."""
     if annotations.contained is None:
         if options.videos is None:
             raise UserError(

@@ -14,9 +14,6 @@ _DELIMITERS = ",;\t"
 # A line before the header that tells Excel the separator.
 _SEPARATOR_LINE = re.compile(r"sep=([^\w\s\"'=]|\t)\s*", re.IGNORECASE)
 
-# A row: the number of its first line in the file, and its values by column.
-Row = tuple[int, dict[str, str]]
-
 
 def read_csv_columns(
     path: Path, columns: tuple[str, ...], left_out: dict[str, str]
@@ -37,8 +34,12 @@ def read_csv_columns(
     return parse_rows(path, "row", rows, values, left_out)
 
 
-def read_csv_rows(path: Path, errors: str = "strict") -> tuple[list[str], list[Row]]:
+def read_csv_rows(
+    path: Path, errors: str = "strict"
+) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Reads a CSV file whose first line, or the one after Excel's `sep=;`, names its columns.
+
+    Returns the names, and for each row the number of its first line and the values by column.
 
     Columns are separated by commas, semicolons or tabs, or as `sep=` says. Names are in
     lower case, and names and values without surrounding blanks. Empty rows are left out. `errors`

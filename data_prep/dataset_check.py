@@ -38,9 +38,7 @@ _MAX_PRINTED = 10
 
 @dataclasses.dataclass(frozen=True)
 class _Finding:
-    """Result of the inspection of one file: why it cannot be used, if it cannot; its SHA-256, if it
-    could be read; and the seconds that it took.
-    """
+    """Result of the inspection of one file, which took some seconds; `digest` is its SHA-256."""
 
     facts: VideoFacts | None
     failure: WorkerFailure | None
@@ -221,9 +219,6 @@ def write_report(report: Mapping[str, Any], quarantine: Path) -> None:
     """Writes the report, and adds the unusable videos to the quarantine list.
 
     Lines of the list that were added by hand are kept; those of the previous check are replaced.
-
-    Raises:
-      OSError: a file cannot be written.
     """
     try:
         previous = json.loads(report_file(quarantine).read_text(encoding="utf-8"))["unusable"]

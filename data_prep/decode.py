@@ -46,11 +46,7 @@ class FrameCache:
         self._file: tuple[Path | None, tuple[str, int, int]] = (None, ("", 0, 0))
 
     def entry(self, clip: Clip) -> Path:
-        """Path of a clip's entry, which may not exist.
-
-        Raises:
-          OSError: the source file cannot be accessed.
-        """
+        """Path of a clip's entry, which may not exist; OSError if the source file does not."""
         place = () if isinstance(clip.location, Path) else clip.location.place
         identity = (*self._identity(file_of(clip.location)), *place, clip.span)
         key = hashlib.sha256(repr(identity).encode()).hexdigest()

@@ -22,10 +22,7 @@ class Clip:
 
 @dataclasses.dataclass
 class FoundVideos:
-    """What was found of the videos of a dataset, below the folder of their files.
-
-    `missing` has reasons by id; `unannotated` has names below the folder.
-    """
+    """What was found: `missing` has reasons by id, and `unannotated` names below the folder."""
 
     folder: Path
     clips: list[Clip] = dataclasses.field(default_factory=list)

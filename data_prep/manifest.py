@@ -25,9 +25,6 @@ def write_description(directory: Path, plan: Plan, records: Mapping[str, int]) -
     """Writes the files of ids, sources and captions, and returns the content of `metadata.json`.
 
     `records` has the index of the record of each stored video, by id, ascending.
-
-    Raises:
-      OSError: the disk is full.
     """
     # Source of each record: name below the videos' folder, and start and end in seconds if cut.
     sources = (

@@ -22,7 +22,7 @@ MAX_ROW_GROUP = 10**9
 
 
 class ParquetError(UserError):
-    """A Parquet file that cannot be used."""
+    """A Parquet file that is damaged, or has another form than is needed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,14 +49,10 @@ class ParquetCell:
         return self.column, self.row
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Opens it for reading, like a file of its own.
+        """Opens it for reading, like a file of its own; VideoError if the cell is no video.
 
         Parquet cannot read a cell alone: this reads the column of its row group, which the process
         keeps until it opens a cell of another one.
-
-        Raises:
-          OSError: the file cannot be read.
-          VideoError: it is damaged, or the cell is empty or has a URL.
         """
         status = self.path.stat()
         version = (status.st_size, status.st_mtime_ns)
@@ -111,18 +107,13 @@ def _damage_as(error_of: Callable[[str], Exception]) -> Iterator[None]:
 
 
 class ParquetTable:
-    """A Parquet file that is read row by row.
+    """A Parquet file that is read row by row; ParquetError if it is damaged.
 
     `columns` has the paths of its columns, by their names in lower case without blanks around them.
     """
 
     def __init__(self, path: Path):
-        """Reads the description of the file.
-
-        Raises:
-          ParquetError: the file is no Parquet file, or damaged, or has two columns of one name.
-          OSError: it cannot be read.
-        """
+        """Reads the description of the file."""
         import pyarrow.parquet
 
         self.path = path
@@ -162,11 +153,7 @@ class ParquetTable:
         return ""
 
     def cells(self) -> Iterator[ParquetCell]:
-        """The cells of the column with the contents of videos, in the order of the rows.
-
-        Raises:
-          ParquetError: a row group is too large to be read at a time, or the file is damaged.
-        """
+        """The cells of the column with the contents of videos, in the order of the rows."""
         column, row = self.video_column, 0
         metadata = self._file.metadata
         with _damage_as(self._damaged):
@@ -187,11 +174,7 @@ class ParquetTable:
                 row += 1
 
     def read(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Yields rows in order, as Python values by column, which is a key of `columns`.
-
-        Raises:
-          ParquetError: the file is damaged.
-        """
+        """Yields rows in order, as Python values by column, which is a key of `columns`."""
         names = [self.columns[column] for column in columns]
         batches = self._file.iter_batches(batch_size=_BATCH, columns=names, use_threads=False)
         count = 0

@@ -60,11 +60,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        """Reads the annotation files below a directory (for `custom`, the file or files).
-
-        Raises:
-          AnnotationError: they cannot be used.
-        """
+        """Reads the annotation files below a directory (for `custom`, the file or files)."""
 
     @property
     def _storage(self) -> StorageSpec:

@@ -52,9 +52,8 @@ def stored_bytes(frames: int, storage: StorageSpec) -> int:
 def free_bytes(directory: Path) -> int:
     """Free bytes on the disk of a directory, which may not exist yet."""
     directory = directory.absolute()
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def format_bytes(count: int) -> str:

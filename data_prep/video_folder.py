@@ -146,9 +146,8 @@ def _normalised(name: str) -> str:
 class Plan:
     """Videos of a dataset that can be decoded; see `FoundVideos`.
 
-    Attributes:
-      unusable: reasons why the other videos are left out, by id; and those of rows, by place.
-      merged: for each id of a file with several names that is not kept, the one that is.
+    `unusable` has reasons why others are left out, by id, and those of rows, by place; `merged` the
+    id that is kept for each other id of a file with several names.
     """
 
     annotations: Annotations

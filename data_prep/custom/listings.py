@@ -104,10 +104,7 @@ def _read_jsonl(path: Path) -> Iterator[PlacedRow]:
 
 
 def _video_ids(sources: Iterable[Source]) -> dict[Source, str]:
-    """A distinct id of each source: its file, followed by the span if it has one.
-
-    Seconds have six digits, and all digits where six are the same for two spans.
-    """
+    """A distinct id of each source: seconds have six digits, or all where two spans share these."""
     short = {source: _video_id(source) for source in sources}
     counts = collections.Counter(short.values())
     return {

@@ -56,14 +56,6 @@ class Scene:
         return (self.first.motion in REVERSED) != (self.second.motion in REVERSED)
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneSplits:
-    """Scenes of each split, and for val and test indices of a scene and its reverse in it."""
-
-    scenes: dict[str, list[Scene]]
-    pairs: dict[str, list[tuple[int, int]]]
-
-
 def all_scenes() -> list[Scene]:
     """All scenes: two shapes that differ in colour or shape, which captions can distinguish."""
     looks = list(itertools.product(COLOURS, SHAPES))
@@ -75,13 +67,13 @@ def all_scenes() -> list[Scene]:
     ]
 
 
-def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
+def split_scenes(
+    train: int, val: int, test: int, seed: int
+) -> tuple[dict[str, list[Scene]], dict[str, list[tuple[int, int]]]]:
     """Assigns scenes to splits; half of val and of test are pairs of a scene and its reverse.
 
-    Training scenes are drawn with replacement; the numbers of the others are multiples of 4.
-
-    Raises:
-      ValueError: there are too few scenes for `val` and `test`.
+    Training scenes are drawn with replacement; the numbers of the others are multiples of 4. Also
+    returns, for val and test, indices of a scene and its reverse in that split.
     """
     rng = random.Random(seed)
     # A scene and its reverse form a group, which is assigned as a whole.
@@ -96,10 +88,8 @@ def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
         single, groups = rest[: count // 2], rest[count // 2 :]
         scenes[split] = [*itertools.chain(*paired), *(rng.choice(group) for group in single)]
         pairs[split] = [(2 * number, 2 * number + 1) for number in range(len(paired))]
-        if len(scenes[split]) < count or not groups:
-            raise ValueError(f"too few scenes for {val} in val and {test} in test")
     scenes["train"] = rng.choices([*itertools.chain(*groups)], k=train)
-    return SceneSplits(scenes, pairs)
+    return scenes, pairs
 
 
 def distinct(draw: Callable[[], str], count: int, first: Sequence[str] = ()) -> list[str]:

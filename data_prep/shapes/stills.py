@@ -72,11 +72,7 @@ def all_stills() -> list[Still]:
 
 
 def split_stills(train: int, val: int, test: int, seed: int) -> dict[str, list[Still]]:
-    """Draws the stills of each split; none occurs twice.
-
-    Raises:
-      ValueError: there are fewer stills.
-    """
+    """Draws the stills of each split; none occurs twice."""
     chosen = random.Random(seed).sample(all_stills(), train + val + test)
     return {
         "train": chosen[:train],

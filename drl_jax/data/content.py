@@ -1,4 +1,4 @@
-"""Hashes of a dataset's ids and captions as JSON, made in pieces: a whole text may not fit in memory."""
+"""Hashes of ids and captions as JSON, which is made in pieces: it may not fit in memory."""
 
 import hashlib
 import itertools

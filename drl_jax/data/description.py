@@ -58,10 +58,7 @@ class Strings(Sequence[str]):
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step == 1:
-                return self._column[start:stop].to_pylist()
-            return [self[row] for row in range(start, stop, step)]
+            return self._column[index].to_pylist()
         return self._column[int(index)].as_py()
 
 

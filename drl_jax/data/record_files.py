@@ -38,16 +38,10 @@ class RecordFiles(Sequence[bytes]):
         self._max_open = max(1, allowed)
 
     def __len__(self) -> int:
-        """Number of records."""
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, record: int) -> bytes:
-        """Reads a record.
-
-        Raises:
-          IndexError: there is no such record.
-          OSError, RuntimeError, ValueError: the file is damaged or cannot be read (`refusal`).
-        """
+        """Reads a record; OSError, RuntimeError or ValueError if it cannot (`refusal`)."""
         if not 0 <= record < len(self):
             raise IndexError(f"there is no record {record}")
         number = self._number(record)

@@ -111,7 +111,6 @@ class VideoDataset:
             raise _damaged(directory, directory, error) from error
 
     def __len__(self) -> int:
-        """Number of stored videos."""
         return len(self._records)
 
     def split(self, name: str) -> Split:
@@ -157,7 +156,11 @@ class VideoDataset:
             stored_id, frames = record["video_id"], np.asarray(record["frames"])
             if stored_id not in (video_id, video_id.encode()):
                 raise ValueError(f"it holds the video {stored_id!r}")
-            _check_frames(frames, self.storage)
+            shape = self.storage.form.shape
+            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != shape:
+                raise ValueError(f"it has frames {frames.dtype} {list(frames.shape)}")
+            if not 1 <= len(frames) <= self.storage.max_frames:
+                raise ValueError(f"it has {len(frames)} frames")
         # array_record raises RuntimeError for a wrong checksum, and other errors at other places.
         except Exception as error:
             what = f"{self._records.file(video)}, record {video} (video {video_id})"
@@ -192,14 +195,6 @@ def _check_form(settings: dict[str, Any], form: FrameForm) -> None:
     stored = {name: settings[name] for name in ("resize", "interpolation") if name in settings}
     if (found := FrameForm(form.size, **stored)) != form:
         raise ValueError(f"{MANIFEST} says {found.resize}, {found.interpolation}")
-
-
-def _check_frames(frames: np.ndarray, storage: StorageSpec) -> None:
-    shape = storage.form.shape
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != shape:
-        raise ValueError(f"it has frames {frames.dtype} {list(frames.shape)}")
-    if not 1 <= len(frames) <= storage.max_frames:
-        raise ValueError(f"it has {len(frames)} frames")
 
 
 def _damaged(directory: Path, what: str | Path, error: Exception) -> DatasetError:

@@ -42,11 +42,9 @@ class Captions(Sequence[list[str]]):
         return cls(list(itertools.chain.from_iterable(captions)), offsets[:-1], offsets)
 
     def __len__(self) -> int:
-        """Number of videos."""
         return len(self.starts)
 
     def __getitem__(self, index: int | slice) -> list[str] | list[list[str]]:
-        """The captions of a video, or of each of several videos."""
         if isinstance(index, slice):
             return [self[row] for row in range(len(self))[index]]
         row = range(len(self))[index]
