@@ -346,23 +346,6 @@ def test_a_wrong_argument_is_one_line(arguments, message, capsys):
     assert message in line
 
 
-@pytest.mark.parametrize("command", ["build", "check"])
-def test_help_imports_nothing_heavy(command):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['{command}', '--help']\n"
-        "try:\n"
-        f"    runpy.run_module('data_prep.{command}', run_name='__main__')\n"
-        "finally:\n"
-        "    print({'jax', 'numpy', 'av', 'tensorflow_datasets'} & sys.modules.keys())\n"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert finished.stdout.startswith(f"usage: python -m data_prep.{command} ")
-    assert finished.stdout.endswith("set()\n")
-
-
 @pytest.mark.skipif(not (SHARED / "msrvtt").is_dir(), reason="no MSR-VTT files beside the project")
 def test_the_original_csv_files_have_their_published_sizes(tmp_path):
     from data_prep.msrvtt.msrvtt_dataset_builder import Builder

@@ -248,16 +248,6 @@ def test_a_file_a_folder_and_a_pattern(tmp_path):
     assert splits(tmp_path / "tables" / "*.parquet") == expected
 
 
-def test_without_splits_a_tenth_of_the_videos_is_held_out(tmp_path):
-    captions = [f"caption {number}" for number in range(30)]
-    table = write_parquet(tmp_path / "mine.parquet", {"bytes": [b"0"] * 30, "caption": captions})
-    first = read(table)
-    assert {name: len(split) for name, split in first.splits.items()} == {
-        "train": 24, "val": 3, "test": 3
-    }  # fmt: skip
-    assert captions_of(read(table)) == captions_of(first)
-
-
 def test_columns_of_parquet_files(tmp_path, videos):
     """The same rows in the types that pandas, polars and Hugging Face's datasets write."""
     nan = float("nan")
