@@ -36,7 +36,7 @@ def test_no_scene_or_its_reverse_is_in_two_splits(splits):
     def with_reverses(scenes):
         return {s for scene in scenes for s in (scene, scene.reversed())}
 
-    train, val, test = (with_reverses(splits.scenes[name]) for name in ("train", "val", "test"))
+    train, val, test = (with_reverses(splits[0][name]) for name in ("train", "val", "test"))
     assert not train & val
     assert not train & test
     assert not val & test
