@@ -4,7 +4,7 @@ Shots follow each other in six ways; see `KINDS`.
 """
 
 import contextlib
-import csv
+import json
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from drl_jax.data.video import VideoError, decode, ffmpeg_errors
+from drl_jax.data.video import decode, ffmpeg_errors
 from drl_jax.runtime.errors import UserError
 
 # Frames a second of the clips, and of films of short events.
@@ -51,19 +51,19 @@ def read_clips(videos: Path, most: int) -> list[Clip]:
     """Reads clips of a split of a drawn dataset, in a random order.
 
     Args:
-      videos: `.../videos/SPLIT`, beside `SHAPES_SPLIT.csv`.
+      videos: `.../videos/SPLIT`, beside `annotations.json`.
       most: number of clips at most.
 
     Raises:
       UserError: there is no such folder, file or clip.
     """
-    captions = videos.parent.parent / f"SHAPES_{videos.name}.csv"
+    captions = videos.parent.parent / "annotations.json"
     try:
-        with captions.open(encoding="utf-8", newline="") as file:
-            rows = [(row["video_id"], row["sentence"]) for row in csv.DictReader(file)]
+        splits = json.loads(captions.read_text(encoding="utf-8"))["splits"]
+        rows = [(video, texts[0]) for video, texts in splits[videos.name].items()]
         order = np.random.default_rng(0).permutation(len(rows))[:most]
         return [Clip(rows[n][1], read_all(videos / f"{rows[n][0]}.mp4")) for n in order]
-    except (OSError, VideoError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise UserError(
             f"no clips in {videos} with captions in {captions} ({error}); README's first command"
             " draws them, --videos names their folder"

@@ -1,29 +1,21 @@
-"""Readers for annotation file syntaxes: text, JSON, lists, pickles. Errors name the file."""
+"""Readers of the syntaxes of annotation files: text, JSON, lists, pickles. Errors name the file."""
 
 import codecs
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep.annotations import AnnotationError
-from data_prep.left_out import RowError, check_lost, parse_all
+from data_prep.annotations import AnnotationError, Parsed, RowError, parse_rows
 from drl_jax.data.video import Span
 from drl_jax.runtime.files import check_memo, parse_json
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """Reads a text file in UTF-8, with or without a byte order mark.
+    """Reads a text file in UTF-8, with or without a byte order mark, with its line ends.
 
-    Args:
-      path: the file.
-      errors: what to do with other bytes: "strict" or "surrogateescape", for `text_problem`.
-
-    Returns:
-      Its text, with the line ends of the file.
-
-    Raises:
-      AnnotationError: the file is not text in UTF-8.
+    `errors` is "strict", or "surrogateescape" for `text_problem`.
     """
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:1000]:
@@ -39,26 +31,14 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def numbered_lines(path: Path, errors: str = "strict") -> list[tuple[int, str]]:
-    """Reads the non-blank lines of a text file, with their line numbers (from 1).
-
-    Args:
-      path: the file.
-      errors: see `read_text`.
-
-    Raises:
-      AnnotationError: the file is not text in UTF-8.
-    """
+    """The non-blank lines of a text file, with their numbers (from 1); as `read_text`."""
     # str.splitlines would also split at characters that JSON allows in a text, such as U+2028.
     lines = read_text(path, errors).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def read_lines(path: Path) -> list[str]:
-    """Reads the distinct lines of a list file, stripped of surrounding white space.
-
-    Raises:
-      AnnotationError: the file is not text in UTF-8, or is empty.
-    """
+    """The distinct lines, stripped, of a list file that is not empty; raises as `read_text`."""
     lines = list(dict.fromkeys(line.strip() for _, line in numbered_lines(path)))
     if not lines:
         raise AnnotationError(f"{path} is empty; expected one video per line")
@@ -66,16 +46,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """Reads a JSON file.
-
-    Args:
-      path: the file.
-      kind: required type of the value, dict or list.
-
-    Raises:
-      AnnotationError: the file is not JSON, an object in it has a key twice, or its value has
-        another type.
-    """
+    """Reads a JSON file that contains a dict or a list."""
     try:
         value = parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -89,6 +60,14 @@ def read_json(path: Path, kind: type) -> Any:
     return value
 
 
+def read_entries(
+    path: Path, parse: Callable[[Any], Parsed], left_out: dict[str, str], form: str
+) -> list[Parsed]:
+    """Parses the entries of a JSON list; see `parse_rows`."""
+    entries = enumerate(read_json(path, list), start=1)
+    return parse_rows(path, "entry", entries, parse, left_out, form)
+
+
 class _DataUnpickler(pickle.Unpickler):
     """Unpickles dicts, lists, strings and numbers only; a pickle can call any other code."""
 
@@ -100,11 +79,7 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """Reads a pickle file of plain data (dicts, lists, strings, numbers) without running its code.
-
-    Raises:
-      AnnotationError: the file is damaged, or refers to anything but plain data.
-    """
+    """Reads a pickle file of dicts, lists, strings and numbers, without running its code."""
     try:
         with path.open("rb") as file:
             check_memo(file)
@@ -119,31 +94,21 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 def checked_captions(path: Path, captions: Any, left_out: dict[str, str]) -> dict[str, list[str]]:
-    """Validates `{video: [caption, ...]}` read from a file, and drops blank captions.
-
-    Args:
-      path: the file.
-      captions: its content.
-      left_out: receives the reason for each video with anything but a list of captions.
-
-    Raises:
-      AnnotationError: the value has another structure, or most of it (`check_lost`); or two keys
-        are one id, e.g. 7 and "7".
-    """
+    """Validates `{video: [caption, ...]}` read from a file, and drops blank captions."""
     if not isinstance(captions, dict):
         raise AnnotationError(f"{path} must contain {{video: [caption, ..]}}")
-    checked, lost = {}, {}
-    for video, sentences in captions.items():
+    for video in captions:
         if not isinstance(video, str) and str(video) in captions:
             raise AnnotationError(f"{path} has the key {video!r} and the key {str(video)!r}")
-        if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
-            place = f"{path.name}, {video}"
-            lost[place] = f"expected a list of captions, found {_shortened(sentences)}"
-        else:
-            checked[str(video)] = [sentence.strip() for sentence in sentences if sentence.strip()]
-    check_lost(lost, len(checked), f"videos of {path}")
-    left_out |= lost
-    return checked
+
+    def parse(item: tuple[Any, Any]) -> tuple[str, list[str]]:
+        video, texts = item
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise RowError(f"expected a list of captions, found {_shortened(texts)}")
+        return str(video), [text.strip() for text in texts if text.strip()]
+
+    rows = ((video, (video, texts)) for video, texts in captions.items())
+    return dict(parse_rows(path, "video", rows, parse, left_out))
 
 
 def _shortened(value: Any) -> str:
@@ -154,14 +119,7 @@ def _shortened(value: Any) -> str:
 def read_sentences(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
     """Reads captions by video from MSR-VTT's JSON, `{"videos": [...], "sentences": [...]}`.
 
-    Blank captions are left out.
-
-    Args:
-      path: the file.
-      left_out: receives the reason for each sentence that is something else.
-
-    Raises:
-      AnnotationError: the file is not JSON, or has another structure.
+    Blank captions are left out, and sentences of another form with a reason.
     """
     sentences = read_json(path, dict).get("sentences")
     form = '{"video_id": "..", "caption": ".."}'
@@ -169,9 +127,9 @@ def read_sentences(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]
         raise AnnotationError(
             f'{path} does not have MSR-VTT\'s structure, {{"sentences": [{form}]}}'
         )
-    placed = ((f"{path.name}, sentence {n}", entry) for n, entry in enumerate(sentences, start=1))
+    rows = enumerate(sentences, start=1)
     captions: dict[str, list[str]] = {}
-    for video, caption in parse_all(placed, _sentence, left_out, f"sentences of {path}", form):
+    for video, caption in parse_rows(path, "sentence", rows, _sentence, left_out, form):
         if caption.strip():
             captions.setdefault(video, []).append(caption)
     return captions
@@ -187,15 +145,7 @@ def _sentence(entry: Any) -> tuple[str, str]:
 
 
 def parse_span(start: Any, end: Any) -> Span:
-    """Parses a time span.
-
-    Args:
-      start: seconds as a number or text, or a text such as "1:02:03.5" or "0:05".
-      end: the same.
-
-    Raises:
-      RowError: the values are not times, or end is not after start.
-    """
+    """A span of two times: seconds, or texts such as "1:02:03.5"; RowError for others."""
     try:
         span = (_seconds(start), _seconds(end))
     # OverflowError: JSON can have whole numbers of any size.
@@ -210,11 +160,7 @@ def parse_span(start: Any, end: Any) -> Span:
 
 
 def _seconds(time: Any) -> float:
-    """Seconds of a number, or of a text with seconds, minutes:seconds or hours:minutes:seconds.
-
-    Raises:
-      TypeError, ValueError, OverflowError: it is none of these.
-    """
+    """Seconds of a number, or of a text with seconds, minutes:seconds or hours:minutes:seconds."""
     if not isinstance(time, str):
         if isinstance(time, bool):
             raise TypeError("not a number")

@@ -1,24 +1,33 @@
-"""Annotations of a dataset: captioned videos by split, and the files and spans they come from."""
+"""Annotations of a dataset: captioned videos by split, their files and spans, what is left out.
+
+All functions that read annotations raise AnnotationError, with the place and what to do, for files
+that cannot be used.
+"""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
+from data_prep.locations import FoundVideos
 from drl_jax.data.video import VIDEO_SUFFIXES, Span
 from drl_jax.runtime.errors import UserError, printable
-
-if TYPE_CHECKING:
-    from data_prep.locations import FoundVideos
-
 
 # A row, a member of a tar file or a video that cannot be used is left out and listed. A build ends
 # if that is more than this share of a file's rows, or of the videos.
 MAX_LOST = 0.5
 
+Item = TypeVar("Item")
+Parsed = TypeVar("Parsed")
+
 
 class AnnotationError(UserError):
     """Annotation files or source videos that cannot be used."""
+
+
+class RowError(AnnotationError):
+    """A row, or a member of a tar file, that is left out. The message does not name it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,11 +40,9 @@ class Captioned:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """File, or part of a file, that an annotated video is read from.
+    """File, or a span of it in seconds, that an annotated video is read from.
 
-    Attributes:
-      file: path below the videos' folder, or file name, with or without suffix.
-      span: start and end in seconds; None: the whole file.
+    The file is a path below the videos' folder, or a name, with or without suffix.
     """
 
     file: str
@@ -57,8 +64,6 @@ class Annotations:
       contained: the videos, if they are inside these files.
       left_out: reasons, by place in the files, for rows and members that cannot be used.
       drawn: whether the splits were drawn by `draw_splits`; otherwise the files state them.
-      place_of: the row that names a video of a split first, from its id and the split; None: a
-        place that an id and a split do not tell.
     """
 
     splits: dict[str, list[Captioned]]
@@ -67,10 +72,9 @@ class Annotations:
     reversed_pairs: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
     missing_files: dict[str, str] = dataclasses.field(default_factory=dict)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
-    contained: "FoundVideos | None" = None
+    contained: FoundVideos | None = None
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     drawn: bool = False
-    place_of: Callable[[str, str], str] | None = None
 
     def video_ids(self) -> list[str]:
         """Ids of all videos, without duplicates, in split order."""
@@ -81,58 +85,38 @@ class Annotations:
         return self.sources.get(video_id, (Source(video_id),))
 
 
-def find_annotation_files(directory: Path, files: Mapping[str, str]) -> Annotations:
-    """Looks for a dataset's annotation files.
+# ---------------------------------------------------------------- published annotation files
 
-    Args:
-      directory: directory of the files.
-      files: purpose of each file, by file name.
 
-    Returns:
-      Annotations without splits, with `files` and `missing_files` filled in.
+def find_files(
+    directory: Path, files: Mapping[str, tuple[str, ...]]
+) -> tuple[Annotations, dict[str, tuple[Path, ...]]]:
+    """Looks for the files, by name, that each split is read from.
 
-    Raises:
-      AnnotationError: the directory does not exist.
+    Returns annotations without splits, with `files` and `missing_files`; and the paths of the files
+    of each split that has all of them.
     """
     if not directory.is_dir():
         raise AnnotationError(
             f"no directory {directory}; --annotations must be the folder of the annotation files"
         )
-    missing = {name: purpose for name, purpose in files.items() if not (directory / name).is_file()}
-    present = [directory / name for name in files if name not in missing]
-    return Annotations({}, files=present, missing_files=missing)
-
-
-def find_annotation_pairs(
-    directory: Path, files: Mapping[str, tuple[str, str]]
-) -> tuple[Annotations, dict[str, tuple[Path, Path]]]:
-    """Like `find_annotation_files`, for splits that have one file of ids and one of captions.
-
-    Args:
-      directory: directory of the files.
-      files: names of the two files of each split.
-
-    Returns:
-      Annotations without splits, and the two paths of each split that has both files.
-
-    Raises:
-      AnnotationError: the directory does not exist.
-    """
-    purposes = {name: f"the split {split}" for split, pair in files.items() for name in pair}
-    annotations = find_annotation_files(directory, purposes)
-    return annotations, {
-        split: (directory / ids, directory / captions)
-        for split, (ids, captions) in files.items()
-        if not annotations.missing_files.keys() & {ids, captions}
+    needed: dict[str, list[str]] = {}
+    for split, names in files.items():
+        for name in names:
+            needed.setdefault(name, []).append(split)
+    purposes = {name: f"the split {', '.join(splits)}" for name, splits in needed.items()}
+    missing = {n: why for n, why in purposes.items() if not (directory / n).is_file()}
+    present = [directory / name for name in needed if name not in missing]
+    found = {
+        split: tuple(directory / name for name in names)
+        for split, names in files.items()
+        if not missing.keys() & set(names)
     }
+    return Annotations({}, files=present, missing_files=missing), found
 
 
 def require_splits(annotations: Annotations, directory: Path) -> Annotations:
-    """Returns the annotations if they have at least one split, and videos in every split.
-
-    Raises:
-      AnnotationError: they have no split, or a split has no videos.
-    """
+    """Returns the annotations if they have at least one split, and videos in every split."""
     if not annotations.splits:
         missing = (f"{name} ({purpose})" for name, purpose in annotations.missing_files.items())
         raise AnnotationError(
@@ -153,32 +137,19 @@ def with_all_captions(
 ) -> list[Captioned]:
     """Combines a list of videos with the captions from another file.
 
-    Args:
-      video_ids: the list; a repeated id counts once.
-      captions: of the other file.
-      list_path: where the list is.
-      captions_path: where the captions are.
-      left_out: receives the reason for each video without a caption.
-
-    Raises:
-      AnnotationError: more than `MAX_LOST` of the videos have no caption.
+    A repeated id counts once. Videos without a caption are left out, at most `MAX_LOST` of them.
     """
     video_ids = list(dict.fromkeys(video_ids))
     if without := [video for video in video_ids if not captions.get(video)]:
-        bare = {without_video_suffix(name): name for name, found in captions.items() if found}
-        similar = [bare.get(without_video_suffix(video)) for video in without]
-        hints = [
-            f", which names it {name!r}, with another suffix" if name else "" for name in similar
-        ]
         if len(without) > MAX_LOST * len(video_ids):
             raise AnnotationError(
                 f"{len(without)} of the {len(video_ids)} videos of {list_path} have no caption in"
-                f" {captions_path} (the first: {without[0]!r}{hints[0]}); check that the two files"
+                f" {captions_path} (the first: {without[0]!r}); check that the two files"
                 " belong together"
             )
-        for video, hint in zip(without, hints, strict=True):
+        for video in without:
             place = f"{list_path.name}, {printable(video)}"
-            left_out[place] = f"no caption in {captions_path.name}{hint}"
+            left_out[place] = f"no caption in {captions_path.name}"
     return [Captioned(video, captions[video]) for video in video_ids if captions.get(video)]
 
 
@@ -194,3 +165,94 @@ def without_video_suffix(name: str) -> str:
     """Removes a video suffix, or a dot at the end, from a file name; other dots are kept."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and (not suffix or f".{suffix.lower()}" in VIDEO_SUFFIXES) else name
+
+
+# ---------------------------------------------------------------- what is left out
+
+
+def check_lost(
+    lost: Mapping[str, str], kept: int, what: str, remedy: str = "correct or remove them"
+) -> None:
+    """Refuses `what`, e.g. "rows of mine.csv", if none is kept or more than `MAX_LOST` is lost."""
+    total = len(lost) + kept
+    if not lost or (kept and len(lost) <= MAX_LOST * total):
+        return
+    first = "; ".join(f"{name}: {reason}" for name, reason in itertools.islice(lost.items(), 3))
+    if not kept:
+        raise AnnotationError(f"none of the {total} {what} can be used; the first: {first}")
+    raise AnnotationError(
+        f"{len(lost)} of the {total} {what} cannot be used, and a build may lose at most"
+        f" {MAX_LOST:.0%}: {remedy}; the first: {first}"
+    )
+
+
+def parse_rows(
+    path: Path,
+    kind: str,
+    rows: Iterable[tuple[object, Item]],
+    parse: Callable[[Item], Parsed],
+    left_out: dict[str, str],
+    form: str = "",
+) -> list[Parsed]:
+    """Parses the rows of a file, and leaves out those that cannot be used.
+
+    Args:
+      path: the file.
+      kind: what a row is called, e.g. "row".
+      rows: number or name, and value, of each row.
+      parse: raises RowError, AttributeError, KeyError or TypeError for a value of another form.
+      left_out: receives the reasons by place.
+      form: of a row, for the reasons.
+    """
+    parsed, lost = [], {}
+    for name, row in rows:
+        place = f"{path.name}, {kind} {name}"
+        try:
+            parsed.append(parse(row))
+        except RowError as error:
+            lost[place] = str(error)
+        except (AttributeError, KeyError, TypeError):
+            lost[place] = f"is not {form}"
+    plural = "entries" if kind == "entry" else f"{kind}s"
+    check_lost(lost, len(parsed), f"{plural} of {path}")
+    left_out |= lost
+    return parsed
+
+
+def text_problem(text: str) -> str:
+    """Why a text cannot be stored and printed; empty if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        if 0xDC80 <= half <= 0xDCFF:  # How Python reads a byte that is no text (PEP 383).
+            return f"is not text in UTF-8 (byte 0x{half - 0xDC00:02x}); save the file as UTF-8"
+        # JSON can contain it: "\\ud83d".
+        return f"has half of a character in {text!a}"
+    return ""
+
+
+def name_problem(name: str) -> str:
+    """Why a text cannot be the name of a video; empty if it can."""
+    if any(character in name for character in "\n\r\t"):
+        return "has a line end or a tab in its name"
+    return text_problem(name)
+
+
+def leave_out_texts(annotations: Annotations) -> set[str]:
+    """Leaves out the videos whose ids or captions cannot be stored, and returns their ids."""
+    left_out: set[str] = set()
+    for split, captioned in annotations.splits.items():
+        lost = {}
+        for entry in captioned:
+            problems = (name_problem(entry.video_id), *map(text_problem, entry.captions))
+            if problem := next(filter(None, problems), ""):
+                lost[entry.video_id] = problem
+        if lost:
+            named = {printable(video): reason for video, reason in lost.items()}
+            check_lost(named, len(captioned) - len(lost), f"videos of {split}")
+            annotations.left_out |= named
+            kept = [entry for entry in captioned if entry.video_id not in lost]
+            annotations.splits[split] = kept
+            left_out |= lost.keys()
+    return left_out

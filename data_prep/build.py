@@ -37,9 +37,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("python -m data_prep.build", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=dataset_names())
     add_source_flags(parser, required=False)
-    parser.add_argument(
-        "--size", choices=sorted(DRAWN["shapes"]), help="shapes and shapes_stills: number of videos"
-    )
+    number = "shapes and shapes_stills: number of videos"
+    parser.add_argument("--size", choices=sorted(DRAWN["shapes"]), help=number)
     parser.add_argument("--overwrite", action="store_true", help="rebuild an existing dataset")
     parser.add_argument(
         "--discard_cache",
@@ -65,6 +64,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _build(options: argparse.Namespace) -> None:
     from data_prep import dataset_build
+    from drl_jax.runtime.lock import LOCK_FILE, locked
 
     dataset, data_dir = options.dataset, options.data_dir
     target = dataset_build.built_dir(data_dir, dataset, requested_storage(options))
@@ -72,18 +72,16 @@ def _build(options: argparse.Namespace) -> None:
         # Without the lock: the answer needs no access for writing.
         if _is_built(target, options):
             return
-        with dataset_build.build_lock(data_dir, dataset):
+        # Storage variants of a dataset share a cache, so builds of them exclude each other.
+        directory = data_dir / dataset
+        with locked(directory / LOCK_FILE, f"the dataset in {directory}"):
             dataset_build.restore_previous(target)
             if not _is_built(target, options):
                 _build_locked(options)
 
 
 def _is_built(target: Path, options: argparse.Namespace) -> bool:
-    """Whether there is nothing to do.
-
-    Raises:
-      UserError: the dataset exists, but was built from other annotation files, or is damaged.
-    """
+    """Whether there is nothing to do; UserError if a dataset is damaged or of other annotations."""
     from data_prep.manifest import annotation_changes
     from drl_jax.data.records import DESCRIPTIONS, VideoDataset
 
@@ -94,11 +92,11 @@ def _is_built(target: Path, options: argparse.Namespace) -> bool:
     built = VideoDataset(target)
     for name in built.split_names:
         built.split(name)  # Checks its captions.
-    manifest = built.manifest
     if options.dataset not in DRAWN:
         annotations = builder_class(options.dataset).read_annotations(options.annotations)
         named_by_user = options.dataset == "custom"
-        if changes := annotation_changes(manifest, annotations, named_by_user=named_by_user):
+        changes = annotation_changes(built.manifest, annotations, named_by_user=named_by_user)
+        if changes:
             raise UserError(
                 f"{target} was built from other annotation files ({', '.join(changes)});"
                 " --overwrite rebuilds it"
@@ -121,13 +119,11 @@ def _build_locked(options: argparse.Namespace) -> None:
     if dataset in DRAWN:
         builder.draw(options.annotations, options.size)
     quarantine = quarantine_file(data_dir, dataset)
-    reasons = read_quarantine(quarantine)
-    if reasons:
+    if reasons := read_quarantine(quarantine):
         print(f"leaving out {len(reasons)} videos listed in {quarantine}")
     annotations = builder.read_annotations(options.annotations)
-    plan = make_plan(
-        annotations, videos_folder(options, annotations), reasons, protocols=builder.PROTOCOLS
-    )
+    folder = videos_folder(options, annotations)
+    plan = make_plan(annotations, folder, reasons, protocols=builder.PROTOCOLS)
     dataset_build.print_plan(dataset, plan, data_dir, storage, protocols=builder.PROTOCOLS)
     with _engine(options, plan) as map_calls:
         built = dataset_build.build_dataset(
@@ -149,7 +145,7 @@ def _engine(options: argparse.Namespace, plan: "Plan") -> Iterator[OrderedMap]:
         yield map_in_processes
         return
     from data_prep.dataset_build import cache_dir
-    from data_prep.frame_cache import decoder_versions
+    from data_prep.decode import decoder_versions
     from data_prep.locations import file_of
     from drl_jax.runtime.cluster import connect
 

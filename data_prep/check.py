@@ -2,9 +2,7 @@
 
     python -m data_prep.check msrvtt --videos=DIR --annotations=DIR [--data_dir=data]
 
-Decodes every annotated video completely. Writes the report to `DATA_DIR/DATASET/check.json`, and
-the videos that cannot be used to `DATA_DIR/DATASET/quarantine.txt`, which builds leave out. Exit
-status: 0 if all annotated videos can be used, 1 if some cannot or could not be read, 2 if the
+Exit status: 0 if all annotated videos can be used, 1 if some cannot or could not be read, 2 if the
 dataset cannot be checked.
 """
 
@@ -18,6 +16,12 @@ from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
 
 _NAME = "data_prep.check"
+
+
+class _CheckError(UserError):
+    """The dataset cannot be checked."""
+
+    status = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +47,7 @@ def _check(options: argparse.Namespace) -> int:
             folder = videos_folder(options, annotations)
             plan = make_plan(annotations, folder, {}, protocols=builder.PROTOCOLS)
     except UserError as error:
-        return _fail(str(error))
+        raise _CheckError(str(error)) from error
     storage = requested_storage(options)
     report = dataset_check.check_dataset(
         plan, builder.PUBLISHED, storage, options.timeout, protocols=builder.PROTOCOLS
@@ -52,15 +56,10 @@ def _check(options: argparse.Namespace) -> int:
     try:
         dataset_check.write_report(report, quarantine)
     except OSError as error:
-        return _fail(f"cannot write to {quarantine.parent} ({error.strerror})")
+        raise _CheckError(f"cannot write to {quarantine.parent} ({error.strerror})") from error
     print(f"wrote {dataset_check.report_file(quarantine)} and {quarantine}")
     kinds = ("left_out", "missing", "unusable", "unavailable")
     return int(any(report[kind] for kind in kinds))
-
-
-def _fail(message: str) -> int:
-    print(f"{_NAME}: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

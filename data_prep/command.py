@@ -1,4 +1,4 @@
-"""Flags and error messages that the commands on datasets share."""
+"""Flags and error messages that `build` and `check` share."""
 
 import argparse
 import contextlib
@@ -20,16 +20,11 @@ if TYPE_CHECKING:
 
 # Maximum time to decode one video, seconds.
 DECODE_TIMEOUT = 300
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
 def disk_errors(data_dir: Path) -> Iterator[None]:
-    """Converts errors of reading and writing files to a UserError.
-
-    Args:
-      data_dir: directory of built datasets, to which the block writes.
-    """
+    """Converts errors of files in the block, which writes to `data_dir`, to a UserError."""
     try:
         yield
     # array_record raises RuntimeError.
@@ -39,7 +34,7 @@ def disk_errors(data_dir: Path) -> Iterator[None]:
             raise
         if found is None:
             raise UserError(f"{data_dir} cannot be read or written ({one_line(error)})") from error
-        if found.errno not in _FULL:
+        if found.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable(data_dir, found, "read or written") from error
         # "" or " on node NAME": the engine of a cluster adds it.
         node = found.strerror.removeprefix(os.strerror(found.errno))
@@ -49,28 +44,8 @@ def disk_errors(data_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def add_data_dir_flag(parser: Parser) -> None:
-    parser.add_argument(
-        "--data_dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="directory of built datasets (%(default)s)",
-    )
-
-
-def add_videos_flag(parser: Parser, *, required: bool) -> None:
-    parser.add_argument(
-        "--videos", type=Path, required=required, metavar="DIR", help="folder of the video files"
-    )
-
-
 def videos_folder(options: argparse.Namespace, annotations: "Annotations") -> Path | None:
-    """Folder of the video files; None if the annotation files contain the videos.
-
-    Raises:
-      UserError: the flag `--videos` is missing.
-    """
+    """Folder of the video files, which is required; None if annotation files contain the videos."""
     if annotations.contained is None:
         if options.videos is None:
             raise UserError(
@@ -84,8 +59,8 @@ def videos_folder(options: argparse.Namespace, annotations: "Annotations") -> Pa
 
 def add_source_flags(parser: Parser, *, required: bool) -> None:
     """Adds the flags of the source files and of the storage variant."""
-    # Annotations may contain the videos.
-    add_videos_flag(parser, required=False)
+    # Not required: annotation files may contain the videos.
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="folder of the video files")
     parser.add_argument(
         "--annotations",
         type=Path,
@@ -96,10 +71,15 @@ def add_source_flags(parser: Parser, *, required: bool) -> None:
         " cannot be used are left out and listed; the command ends if they are more than 50 %% of a"
         " file's rows or of the videos",
     )
-    add_data_dir_flag(parser)
     parser.add_argument(
-        "--image_size", type=positive_int, metavar="N", help="side of the stored frames, pixels"
+        "--data_dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="directory of built datasets (%(default)s)",
     )
+    size = "side of the stored frames, pixels"
+    parser.add_argument("--image_size", type=positive_int, metavar="N", help=size)
     parser.add_argument(
         "--resize",
         choices=RESIZES,
@@ -107,9 +87,8 @@ def add_source_flags(parser: Parser, *, required: bool) -> None:
         " become N",
     )
     parser.add_argument("--interpolation", choices=INTERPOLATIONS, help="filter of the resize")
-    parser.add_argument(
-        "--max_frames", type=positive_int, metavar="N", help="maximum frames per video"
-    )
+    number = "maximum frames per video"
+    parser.add_argument("--max_frames", type=positive_int, metavar="N", help=number)
     parser.add_argument("--storage", choices=STORAGE_ENCODINGS, help="jpeg: small; raw: exact")
     parser.add_argument(
         "--timeout",
@@ -128,8 +107,5 @@ def requested_storage(options: argparse.Namespace) -> StorageSpec:
         options.resize or default.form.resize,
         options.interpolation or default.form.interpolation,
     )
-    return StorageSpec(
-        form,
-        options.max_frames or default.max_frames,
-        options.storage or default.encoding,
-    )
+    max_frames = options.max_frames or default.max_frames
+    return StorageSpec(form, max_frames, options.storage or default.encoding)

@@ -7,31 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.annotation_files import read_text
-from data_prep.annotations import AnnotationError
-from data_prep.left_out import RowError, parse_all
+from data_prep.annotations import AnnotationError, RowError, parse_rows
 
 # Spreadsheets of many countries separate by semicolons.
 _DELIMITERS = ",;\t"
 # A line before the header that tells Excel the separator.
 _SEPARATOR_LINE = re.compile(r"sep=([^\w\s\"'=]|\t)\s*", re.IGNORECASE)
 
-# A row: the number of its first line in the file, and its values by column.
-Row = tuple[int, dict[str, str]]
-
 
 def read_csv_columns(
     path: Path, columns: tuple[str, ...], left_out: dict[str, str]
 ) -> list[tuple[str, ...]]:
-    """Reads the named columns of a CSV file, row by row.
-
-    Args:
-      path: the file.
-      columns: their names.
-      left_out: receives the reason for each row with an empty value.
-
-    Raises:
-      AnnotationError: as `read_csv_rows`; a column is missing, or most rows have an empty value.
-    """
+    """Reads the named columns of a CSV file, row by row; leaves out rows with an empty value."""
     present, rows = read_csv_rows(path)
     for column in columns:
         if column not in present:
@@ -44,27 +31,27 @@ def read_csv_columns(
             raise RowError(f"{' and '.join(empty)} is empty")
         return tuple(row[column] for column in columns)
 
-    placed = ((f"{path.name}, row {number}", row) for number, row in rows)
-    return parse_all(placed, values, left_out, f"rows of {path}")
+    return parse_rows(path, "row", rows, values, left_out)
 
 
-def read_csv_rows(path: Path, errors: str = "strict") -> tuple[list[str], list[Row]]:
+def read_csv_rows(
+    path: Path, errors: str = "strict"
+) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Reads a CSV file whose first line, or the one after Excel's `sep=;`, names its columns.
 
+    Returns the names, and for each row the number of its first line and the values by column.
+
     Columns are separated by commas, semicolons or tabs, or as `sep=` says. Names are in
-    lower case, and names and values without surrounding blanks. Empty rows are left out.
-
-    Args:
-      path: the file.
-      errors: see `read_text`.
-
-    Raises:
-      AnnotationError: the file is not text in UTF-8, a quotation mark is not closed, a row has
-        another number of fields than the header, or two columns have the same name.
+    lower case, and names and values without surrounding blanks. Empty rows are left out. `errors`
+    as in `read_text`.
     """
     # With newline="", the reader sees the line ends inside quotation marks.
     lines = list(io.StringIO(read_text(path, errors), newline=""))
-    header, delimiter = _header(lines)
+    header, delimiter = 0, ","
+    if lines and (found := _SEPARATOR_LINE.fullmatch(lines[0])):
+        header, delimiter = 1, found[1]
+    elif lines:
+        delimiter = max(_DELIMITERS, key=lines[0].count)
     records = _records(path, lines, header, delimiter)
     names = [name.strip().lower() for name in next(records, (1, []))[1]]
     if doubled := sorted({name for name in names if name and names.count(name) > 1}):
@@ -84,15 +71,6 @@ def read_csv_rows(path: Path, errors: str = "strict") -> tuple[list[str], list[R
     return names, rows
 
 
-def _header(lines: list[str]) -> tuple[int, str]:
-    """Index of the line that names the columns, and the separator."""
-    if not lines:
-        return 0, ","
-    if found := _SEPARATOR_LINE.fullmatch(lines[0]):
-        return 1, found[1]
-    return 0, max(_DELIMITERS, key=lines[0].count)
-
-
 def _records(
     path: Path, lines: list[str], header: int, delimiter: str
 ) -> Iterator[tuple[int, list[str]]]:
@@ -108,14 +86,12 @@ def _records(
             raise AnnotationError(_quoting_message(path, first, last, error)) from error
         if fields is None:
             return
-        last = header + reader.line_num
         columns = columns or len(fields)
-        separators = columns - 1
-        if any(_looks_like_rows(fields[n], delimiter, n, separators) for n in range(len(fields))):
+        if any(_looks_like_rows(fields[n], delimiter, n, columns - 1) for n in range(len(fields))):
             raise AnnotationError(
                 f"{path}, row {first}: a quotation mark that opens in this row closes only in line"
-                f" {last}, after text that looks like other rows; close it, or remove the line ends"
-                " from the text"
+                f" {header + reader.line_num}, after text that looks like other rows; close it, or"
+                " remove the line ends from the text"
             )
         yield first, fields
 
@@ -123,13 +99,8 @@ def _records(
 def _looks_like_rows(field: str, delimiter: str, before: int, separators: int) -> bool:
     """Whether a field with several lines looks like rows whose quotation mark was forgotten.
 
-    That is: one of its lines in the file has as many separators as a row.
-
-    Args:
-      field: the text.
-      delimiter: the separator.
-      before: number of separators before the field in its row.
-      separators: number of separators of a row.
+    That is: one of its lines in the file has as many separators as a row. `before` of them are
+    before the field.
     """
     counts = [line.count(delimiter) for line in re.split("\r\n|\r|\n", field)]
     if len(counts) == 1:

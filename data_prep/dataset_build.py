@@ -2,20 +2,18 @@
 
 import contextlib
 import shutil
-from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from data_prep import estimate
+import tensorflow_datasets as tfds
+
 from data_prep.datasets import builder_class
-from data_prep.manifest import describe_split
-from data_prep.overlap import warnings
 from data_prep.quarantine import quarantine_file
-from data_prep.retrieval_builder import StorageConfig
+from data_prep.sizes import describe_split, format_bytes, free_bytes, stored_bytes
+from data_prep.splits import Protocols, warnings
 from data_prep.video_folder import Plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.lock import LOCK_FILE, locked
 from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
 
 
@@ -27,16 +25,6 @@ def built_dir(data_dir: Path, dataset: str, storage: StorageSpec) -> Path:
 def cache_dir(data_dir: Path, dataset: str) -> Path:
     """Directory of the cache of decoded frames; it may not exist yet."""
     return data_dir / "cache" / dataset
-
-
-def build_lock(data_dir: Path, dataset: str) -> contextlib.AbstractContextManager[None]:
-    """Keeps other builds of the dataset away; its storage variants share a cache, so also those.
-
-    Raises:
-      LockError: another process builds the dataset.
-    """
-    directory = data_dir / dataset
-    return locked(directory / LOCK_FILE, f"the dataset in {directory}")
 
 
 def build_dataset(
@@ -51,20 +39,9 @@ def build_dataset(
 ) -> Path:
     """Decodes and stores a dataset, and replaces an existing one with the same storage.
 
-    Frames decoded by an earlier build, even one that was killed, are reused. The caller holds
-    `build_lock`.
-
-    Args:
-      dataset: one of `dataset_names()`.
-      plan: the videos and captions to store.
-      data_dir: directory of built datasets.
-      storage: the storage variant.
-      timeout: maximum seconds to decode one video.
-      keep_cache: whether decoded frames stay cached; None: the dataset's default.
-      map_calls: runs the decoders, see `decode_clips`.
-
-    Returns:
-      The dataset's directory.
+    Frames decoded by an earlier build, even one that was killed, are reused. The caller holds the
+    lock of the dataset. `timeout` and `map_calls` are as in `decode_clips`; without `keep_cache`,
+    the dataset says whether decoded frames stay cached. Returns the directory.
 
     Raises:
       UserError: nothing can be built, or a video could not be decoded for a reason that may pass.
@@ -73,15 +50,16 @@ def build_dataset(
     """
     cls = builder_class(dataset)
     target = built_dir(data_dir, dataset, storage)
-    _remove_leftovers(target)
     # Moved to `target` when it is complete, so that a failure leaves the existing dataset in place.
     unfinished = target.parent / "unfinished"
+    restore_previous(target)
+    for leftover in (_previous(target), unfinished):  # Of a build that was killed.
+        _remove(leftover)
     cache = cache_dir(data_dir, dataset)
-    config = StorageConfig.of(storage)
+    config = tfds.core.BuilderConfig(name=storage.name)
     builder = cls(data_dir=unfinished, config=config, file_format="array_record")
     try:
-        unavailable = builder.store(plan, cache, timeout, map_calls)
-        if unavailable:
+        if unavailable := builder.store(plan, cache, timeout, map_calls):
             for video, reason in unavailable.items():
                 print(f"{video}: {reason}")
             raise UserError(
@@ -90,7 +68,10 @@ def build_dataset(
                 " these again (with a larger --timeout if they take too long), or leave them out"
                 f" with a line for each id in {quarantine_file(data_dir, dataset)}"
             )
-        _replace(target, Path(builder.data_dir))
+        if target.exists():
+            target.rename(_previous(target))
+        Path(builder.data_dir).rename(target)
+        _remove(_previous(target))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if not (cls.KEEPS_CACHE if keep_cache is None else keep_cache):
@@ -110,20 +91,6 @@ def _previous(target: Path) -> Path:
     return target.with_name(f"previous.{target.name}")
 
 
-def _replace(target: Path, new: Path) -> None:
-    if target.exists():
-        target.rename(_previous(target))
-    new.rename(target)
-    _remove(_previous(target))
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes the files of a build that was killed."""
-    restore_previous(target)
-    for leftover in (_previous(target), target.parent / "unfinished"):
-        _remove(leftover)
-
-
 def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():  # Not from a build, but it would block the next one.
         path.unlink()
@@ -131,21 +98,14 @@ def _remove(path: Path) -> None:
 
 
 def print_plan(
-    dataset: str,
-    plan: Plan,
-    data_dir: Path,
-    storage: StorageSpec,
-    *,
-    protocols: Sequence[Collection[str]] = (),
+    dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec, *, protocols: Protocols = ()
 ) -> None:
     """Prints the number of videos and the disk space of a build before it starts, and warnings."""
-    frames = len(plan.clips) * storage.max_frames
-    stored = estimate.format_bytes(estimate.stored_bytes(frames, storage))
-    free = estimate.format_bytes(estimate.free_bytes(data_dir))
+    stored = format_bytes(stored_bytes(len(plan.clips) * storage.max_frames, storage))
     print(
         f"{dataset}: found {len(plan.clips):,} of {len(plan.annotations.video_ids()):,} annotated"
         f" videos; {storage.name} takes up to {stored}, and the cache of decoded frames the same"
-        f" again; {data_dir} has {free} free",
+        f" again; {data_dir} has {format_bytes(free_bytes(data_dir))} free",
         flush=True,
     )
     if plan.annotations.contained is not None and plan.unannotated:

@@ -4,18 +4,17 @@ import collections
 import dataclasses
 import json
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_prep import estimate
 from data_prep.annotations import Annotations
 from data_prep.locations import Clip, Location
-from data_prep.manifest import PublishedSizes, count_splits, describe_split
-from data_prep.overlap import repeated_captions, shared_captions, shared_videos, warnings
 from data_prep.quarantine import read_quarantine, write_quarantine
+from data_prep.sizes import PublishedSizes, count_splits, describe_split, format_bytes, stored_bytes
+from data_prep.splits import Protocols, shared_captions, shared_videos, warnings
 from data_prep.video_folder import Plan
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import (
@@ -30,31 +29,21 @@ from drl_jax.runtime.resources import available_cpus
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 # A file is suspicious if its number of frames differs from what its duration implies by more than
-# this fraction and by more than this number.
+# this fraction and by more than this number, or if it is shorter than these seconds.
 _FRAMES_TOLERANCE = (0.05, 2)
-# A file shorter than this is suspicious, seconds.
 _TOO_SHORT = 1.0
 # Maximum number of problems of a kind that are printed; the report has all of them.
 _MAX_PRINTED = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """Result of the inspection of one file.
-
-    Attributes:
-      facts: None if the file cannot be decoded.
-      error: reason why the file should be left out; empty if it can be used.
-      digest: SHA-256 of the file; empty if it could not be read.
-      seconds: duration of the inspection.
-      is_passing: whether the error is no property of the file: another try may succeed.
-    """
+class _Finding:
+    """Result of the inspection of one file, which took some seconds; `digest` is its SHA-256."""
 
     facts: VideoFacts | None
-    error: str
+    failure: WorkerFailure | None
     digest: str
     seconds: float
-    is_passing: bool = False
 
 
 def check_dataset(
@@ -63,39 +52,32 @@ def check_dataset(
     storage: StorageSpec,
     timeout: float,
     *,
-    protocols: Sequence[Collection[str]] = (),
+    protocols: Protocols = (),
 ) -> dict[str, Any]:
-    """Decodes all videos of a plan and reports what is wrong.
+    """Decodes all videos of a plan, also those in quarantine, and reports what is wrong.
 
-    Args:
-      plan: the dataset's videos, including those in quarantine.
-      published: see `PublishedSizes`.
-      storage: storage variant for the estimates.
-      timeout: maximum seconds per file.
-      protocols: groups of splits that are used together; empty: all are.
+    `storage` is the variant of the estimates, and `timeout` is in seconds per file.
 
     Returns:
-      The report: "left_out" (reasons by row), "missing", "unusable", "unavailable" (which could not
-      be read, for a reason that may pass) and "suspicious" (reasons by video), "duplicate_videos"
-      (groups of ids with the same file content), "same_files" (ids by other names of their files),
-      "videos_in_several_splits" and "captions_in_several_splits" (for pairs of splits that are used
-      together), "repeated_captions", "warnings" (lines), "splits", "build" (estimates),
-      "unannotated_files".
+      The content of `check.json`. "unavailable" are the videos that could not be read, for a reason
+      that may pass; "duplicate_videos" groups of ids with the same file content.
     """
     findings = _inspect_files([clip.location for clip in plan.clips], storage, timeout)
     unusable, unavailable, suspicious, frames = {}, {}, {}, 0
     for clip in plan.clips:
         finding = findings[clip.location]
-        if finding.is_passing:
-            unavailable[clip.video_id] = finding.error
-            continue
-        error = finding.error or _span_error(clip, finding.facts)
-        if error:
-            unusable[clip.video_id] = error
+        if failure := finding.failure:
+            (unavailable if failure.is_passing else unusable)[clip.video_id] = failure.reason
             continue
         facts = finding.facts
-        frames += len(sample_positions(facts.frames, facts.fps, storage.max_frames, clip.span))
-        if reasons := suspicions(facts):
+        positions = sample_positions(facts.frames, facts.fps, storage.max_frames, clip.span)
+        if not positions:
+            span, length = clip.span, facts.frames / facts.fps
+            reason = f"its span {span[0]:g}-{span[1]:g} s is outside the file ({length:.1f} s)"
+            unusable[clip.video_id] = reason
+            continue
+        frames += len(positions)
+        if reasons := _suspicions(facts):
             suspicious[clip.video_id] = "; ".join(reasons)
     usable = {clip.video_id for clip in plan.clips} - unusable.keys() - unavailable.keys()
     seconds = sum(finding.seconds for finding in findings.values())
@@ -107,17 +89,15 @@ def check_dataset(
         "unavailable": unavailable,
         "suspicious": suspicious,
         "duplicate_videos": _duplicate_videos(plan.clips, findings, plan.annotations),
-        "same_files": plan.merged,
         "videos_in_several_splits": shared_videos(plan.annotations, protocols),
         "captions_in_several_splits": shared_captions(plan.annotations, protocols),
-        "repeated_captions": repeated_captions(plan.annotations),
         "warnings": warnings(plan.annotations, plan.merged, protocols),
         "splits": count_splits(plan.annotations, usable, published),
         "build": {
             "videos": len(usable),
             "frames": frames,
             "storage": storage.name,
-            "bytes": estimate.stored_bytes(frames, storage),
+            "bytes": stored_bytes(frames, storage),
             "minutes": round(seconds / available_cpus() / 60, 1),
         },
         "unannotated_files": plan.unannotated,
@@ -126,42 +106,34 @@ def check_dataset(
 
 def _inspect_files(
     locations: Iterable[Location], storage: StorageSpec, timeout: float
-) -> dict[Location, Finding]:
+) -> dict[Location, _Finding]:
     """Inspects each distinct file once, in parallel."""
     files = list(dict.fromkeys(locations))
     results = map_in_processes(_inspect, [(file, storage) for file in files], timeout=timeout)
     findings = {}
-    progress = tqdm(zip(files, results, strict=True), "checking", len(files), unit="video")
-    for file, finding in progress:
+    for file, finding in zip(tqdm(files, "checking", unit="video"), results, strict=True):
         if isinstance(finding, WorkerFailure):
-            finding = Finding(None, finding.reason, "", timeout, finding.is_passing)
+            finding = _Finding(None, finding, "", timeout)
         findings[file] = finding
     return findings
 
 
-def _inspect(location: Location, storage: StorageSpec) -> Finding:
+def _inspect(location: Location, storage: StorageSpec) -> _Finding:
     start = time.monotonic()
-    digest = ""
+    digest, facts, failure = "", None, None
     try:
         with ffmpeg_errors(location):
             digest = sha256(location)
-        facts, error = inspect_video(location, storage.max_frames, storage.form), ""
+        facts = inspect_video(location, storage.max_frames, storage.form)
         if facts.black:
             # A build would store it, but no caption can match it.
-            error = "all its sampled frames are black"
+            failure = WorkerFailure("all its sampled frames are black")
     except VideoError as problem:
-        facts, error = None, str(problem)
-    return Finding(facts, error, digest, time.monotonic() - start)
+        failure = WorkerFailure(str(problem))
+    return _Finding(facts, failure, digest, time.monotonic() - start)
 
 
-def _span_error(clip: Clip, facts: VideoFacts) -> str:
-    if clip.span is None or sample_positions(facts.frames, facts.fps, 1, clip.span):
-        return ""
-    length = facts.frames / facts.fps
-    return f"its span {clip.span[0]:g}-{clip.span[1]:g} s is outside the file ({length:.1f} s)"
-
-
-def suspicions(facts: VideoFacts) -> list[str]:
+def _suspicions(facts: VideoFacts) -> list[str]:
     """Reasons to look at a file that can be decoded."""
     found = []
     if facts.damaged_packets:
@@ -182,20 +154,14 @@ def suspicions(facts: VideoFacts) -> list[str]:
     return found
 
 
-def _splits_by_video(annotations: Annotations) -> dict[str, list[str]]:
-    splits: dict[str, list[str]] = {}
-    for name, captioned in annotations.splits.items():
-        for entry in captioned:
-            splits.setdefault(entry.video_id, []).append(name)
-    return splits
-
-
 def _duplicate_videos(
-    clips: Iterable[Clip], findings: Mapping[Location, Finding], annotations: Annotations
+    clips: Iterable[Clip], findings: Mapping[Location, _Finding], annotations: Annotations
 ) -> list[dict[str, list[str]]]:
     """Groups of videos with the same content under different ids, with their splits."""
-    splits = _splits_by_video(annotations)
-    groups = collections.defaultdict(list)
+    splits, groups = collections.defaultdict(list), collections.defaultdict(list)
+    for name, captioned in annotations.splits.items():
+        for entry in captioned:
+            splits[entry.video_id].append(name)
     for clip in clips:
         if digest := findings[clip.location].digest:
             groups[digest, clip.span].append(clip.video_id)
@@ -218,37 +184,30 @@ def print_report(report: Mapping[str, Any]) -> None:
         ("suspicious", "videos can be used but are suspicious"),
     ):
         _print_some(title, [f"{video}: {why}" for video, why in report[kind].items()])
-    _print_some(
-        "groups of videos have the same content",
-        [
-            f"{', '.join(group['videos'])} (in {', '.join(group['splits'])})"
-            for group in report["duplicate_videos"]
-        ],
-    )
+    groups = [(group["videos"], group["splits"]) for group in report["duplicate_videos"]]
+    groups = [f"{', '.join(videos)} (in {', '.join(splits)})" for videos, splits in groups]
+    _print_some("groups of videos have the same content", groups)
     for line in report["warnings"]:
         print(line)
     for splits, count in report["captions_in_several_splits"].items():
         print(f"{count} captions are in both {splits}")
-    for split, count in report["repeated_captions"].items():
-        print(f"{count} captions of {split} belong to several videos")
     if count := len(report["unannotated_files"]):
         print(f"{count} video files have no annotation")
     build = report["build"]
     print(
         f"a build of {build['storage']} stores {build['videos']:,} videos, {build['frames']:,}"
-        f" frames, {estimate.format_bytes(build['bytes'])}, and takes about {build['minutes']}"
+        f" frames, {format_bytes(build['bytes'])}, and takes about {build['minutes']}"
         " minutes on this machine"
     )
 
 
 def _print_some(title: str, lines: Sequence[str]) -> None:
-    if not lines:
-        return
-    print(f"{len(lines)} {title}:")
-    for line in lines[:_MAX_PRINTED]:
-        print(f"  {line}")
-    if len(lines) > _MAX_PRINTED:
-        print(f"  and {len(lines) - _MAX_PRINTED} more")
+    if lines:
+        print(f"{len(lines)} {title}:")
+        for line in lines[:_MAX_PRINTED]:
+            print(f"  {line}")
+        if len(lines) > _MAX_PRINTED:
+            print(f"  and {len(lines) - _MAX_PRINTED} more")
 
 
 def report_file(quarantine: Path) -> Path:
@@ -260,24 +219,13 @@ def write_report(report: Mapping[str, Any], quarantine: Path) -> None:
     """Writes the report, and adds the unusable videos to the quarantine list.
 
     Lines of the list that were added by hand are kept; those of the previous check are replaced.
-
-    Raises:
-      OSError: a file cannot be written.
     """
-    previous = _previously_unusable(report_file(quarantine))
-    added_by_hand = {
-        video: reason
-        for video, reason in read_quarantine(quarantine).items()
-        if video not in previous
-    }
+    try:
+        previous = json.loads(report_file(quarantine).read_text(encoding="utf-8"))["unusable"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # Missing or damaged.
+        previous = {}
+    listed = read_quarantine(quarantine)
+    added_by_hand = {video: why for video, why in listed.items() if video not in previous}
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     write_quarantine(quarantine, {**added_by_hand, **report["unusable"]})
     write_json(report_file(quarantine), report)
-
-
-def _previously_unusable(path: Path) -> dict[str, str]:
-    """The unusable videos of the previous report; none if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["unusable"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return {}

@@ -32,36 +32,20 @@ SHAPES_BACKBONE = BackboneConfig(
 
 
 def finetuning_config(
-    dataset: str,
-    *,
-    train_split: str = "train",
-    val_split: str = "",
-    holdout: int = 0,
-    batch_size: int = TrainConfig.batch_size,
+    dataset: str, *, batch_size: int = TrainConfig.batch_size, **splits: Any
 ) -> ConfigDict:
     """Makes the configuration that fine-tunes CLIP on a dataset with the reference's recipe.
 
-    Form, number and encoding of the frames and words are those of the dataset's builder, so that
-    training opens the dataset that `python -m data_prep.build` writes by default. All other fields
-    have the defaults of `drl_jax/config.py`.
-
-    Args:
-      dataset: one of `dataset_names()`.
-      train_split: split to train on.
-      val_split: split for the evaluation after each epoch; empty if `holdout` is set.
-      holdout: number of training videos held out for that evaluation; 0 if `val_split` is set.
-      batch_size: pairs per global batch.
-
-    Returns:
-      The configuration as a ConfigDict, for `--config` and its overrides.
+    Frames and words are those of the dataset's builder, so that training opens what
+    `python -m data_prep.build` writes by default. `splits` is `val_split` or `holdout`.
+    All other fields have the defaults of `drl_jax/config.py`.
     """
-    data = data_config(dataset, train_split=train_split, val_split=val_split, holdout=holdout)
     form = builder_class(dataset).DEFAULT_STORAGE.form
     backbone = BackboneConfig(
         image_resolution=form.size, resize=form.resize, interpolation=form.interpolation
     )
     config = Config(
-        data=data,
+        data=data_config(dataset, train_split="train", **splits),
         model=ModelConfig(backbone=backbone),
         train=TrainConfig(batch_size=batch_size),
     )
@@ -79,16 +63,7 @@ def drawn_dataset_config(
 ) -> ConfigDict:
     """Makes the configuration of a dataset that the build draws, in sizes for a small model.
 
-    Args:
-      dataset: a key of `DRAWN`.
-      model: the model.
-      loss: the loss.
-      optim: the optimiser.
-      train: batch size and epochs.
-      smoke: run the same steps on a few videos in seconds; the results mean nothing.
-
-    Returns:
-      The configuration as a ConfigDict, for `--config` and its overrides.
+    With `smoke`, it runs the same steps on a few videos in seconds; the results mean nothing.
     """
     data = data_config(
         dataset,
@@ -111,12 +86,7 @@ def drawn_dataset_config(
 
 
 def data_config(dataset: str, **fields: Any) -> DataConfig:
-    """The DataConfig of a dataset with the frames, words and storage of its builder.
-
-    Args:
-      dataset: one of `dataset_names()`.
-      **fields: other fields.
-    """
+    """The DataConfig of a dataset with frames, words and storage of its builder."""
     builder = builder_class(dataset)
     return DataConfig(
         dataset=dataset,

@@ -1,38 +1,90 @@
-"""Decodes videos in parallel. Worker processes import this module, so its imports are light."""
+"""Decodes videos in parallel into a cache of frames, so that no video is decoded twice.
+
+The cache has one file per video. Its key is the source file (path, size, modification time) and the
+place in it, the span, the storage variant and the versions of the decoding packages. It does not
+depend on annotations. Worker processes import this module, so its imports are light.
+"""
 
 import contextlib
-import dataclasses
 import errno
+import hashlib
+import importlib.metadata
 import io
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data_prep.frame_cache import FrameCache, Frames, read_entry, write_entry
-from data_prep.locations import Clip, Location, absolute
+from data_prep.locations import Clip, Location, absolute, file_of
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import Span, VideoError, read_frames
-from drl_jax.runtime.errors import one_line
+from drl_jax.runtime.errors import one_line, refusal
+from drl_jax.runtime.files import replacing
 from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_processes
 
 _JPEG_QUALITY = 95
+# Encoded frames of a video: uint8 [F, S, S, 3] for `raw`, F JPEG files for `jpeg`.
+Frames = np.ndarray | list[bytes]
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-    """Encoded frames of a video, or the reason why it could not be decoded.
+def decoder_versions() -> dict[str, str]:
+    """Versions of the packages that stored frames depend on."""
+    return {package: importlib.metadata.version(package) for package in ("av", "pillow")}
 
-    Attributes:
-      frames: uint8 [F, S, S, 3] for `raw`, a list of F JPEG files for `jpeg`; None on failure.
-      error: the reason; empty on success.
-      is_passing: whether the error is no property of the video: another try may succeed.
+
+class FrameCache:
+    """Cache entries of one storage variant, in `directory`, which may not exist yet."""
+
+    def __init__(self, directory: Path, storage: StorageSpec):
+        """Chooses the variant's directory below `directory`; creates nothing."""
+        versions = "_".join(f"{name}{version}" for name, version in decoder_versions().items())
+        self.directory = directory / f"{storage.name}_{versions}"
+        self.storage = storage
+        # The last source file: many clips may come from one.
+        self._file: tuple[Path | None, tuple[str, int, int]] = (None, ("", 0, 0))
+
+    def entry(self, clip: Clip) -> Path:
+        """Path of a clip's entry, which may not exist; OSError if the source file does not."""
+        place = () if isinstance(clip.location, Path) else clip.location.place
+        identity = (*self._identity(file_of(clip.location)), *place, clip.span)
+        key = hashlib.sha256(repr(identity).encode()).hexdigest()
+        return self.directory / key[:2] / f"{key[2:34]}.npz"
+
+    def _identity(self, path: Path) -> tuple[str, int, int]:
+        if path != self._file[0]:
+            status = path.stat()
+            self._file = path, (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        return self._file[1]
+
+
+def _write_entry(path: Path, frames: Frames) -> None:
+    arrays = [frames]
+    if isinstance(frames, list):
+        arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Through a file object: numpy appends .npz to a path.
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, *arrays)
+
+
+def _read_entry(path: Path) -> Frames | None:
+    """The frames of an entry; None if it does not exist or is damaged.
+
+    Raises OSError if it cannot be read.
     """
-
-    frames: Frames | None
-    error: str = ""
-    is_passing: bool = False
+    try:
+        # The file is a zip: every array has a checksum.
+        with np.load(path, allow_pickle=False) as file:
+            arrays = [file[f"arr_{number}"] for number in range(len(file.files))]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if (refused := refusal(error)) is not None:
+            raise refused from error
+        return None
+    if not arrays:
+        return None
+    return arrays[0] if arrays[0].ndim == 4 else [array.tobytes() for array in arrays]
 
 
 def decode_clips(
@@ -41,18 +93,12 @@ def decode_clips(
     cache: FrameCache,
     timeout: float,
     map_calls: OrderedMap = map_in_processes,
-) -> Iterator[Decoded]:
-    """Decodes videos, except those that the cache has.
+) -> Iterator[Frames | WorkerFailure]:
+    """Decodes videos, except those that the cache has, whose storage variant it has.
 
-    Args:
-      clips: the videos.
-      cache: cache of decoded frames; it sets the storage variant.
-      timeout: maximum seconds per video.
-      map_calls: runs the decoders: on this machine, or on a cluster that shares the cache.
-
-    Yields:
-      One Decoded for each clip, in order. A file that cannot be read gives a Decoded with an error,
-      not an exception.
+    Yields for each clip, in order, its frames or why it could not be decoded. `timeout` is in
+    seconds per video; `map_calls` runs the decoders: on this machine, or on a cluster that shares
+    the cache.
 
     Raises:
       OSError: the cache cannot be written, e.g. because the disk is full, or an entry that was
@@ -73,68 +119,43 @@ def decode_clips(
     with contextlib.closing(map_calls(_ensure_entry, calls, timeout=timeout)) as errors:
         for entry in entries:
             if isinstance(entry, OSError):
-                yield Decoded(None, one_line(entry), is_passing=True)
+                yield WorkerFailure(one_line(entry), is_passing=True)
                 continue
             error = next(errors)
-            if isinstance(error, WorkerFailure):
-                yield Decoded(None, error.reason, is_passing=error.is_passing)
-            elif isinstance(error, OSError):
+            if isinstance(error, OSError):
                 raise error
-            elif error:
-                yield Decoded(None, error)
-            else:
-                frames = read_entry(entry)
-                if frames is None:
-                    raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
-                yield Decoded(frames)
+            if error is not None:
+                yield error
+                continue
+            if (frames := _read_entry(entry)) is None:
+                raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
+            yield frames
 
 
 def _ensure_entry(
     location: Location, span: Span | None, entry: Path, storage: StorageSpec
-) -> str | OSError:
+) -> WorkerFailure | OSError | None:
     """Decodes a video into the cache unless it is there.
 
-    Returns:
-      "" on success, what is wrong with the file, or why the cache cannot be read or written.
+    Returns what is wrong with the video, or why the cache cannot be read or written: an exception
+    would be taken for one of the video.
     """
     try:
-        if read_entry(entry) is not None:
-            return ""
+        if _read_entry(entry) is not None:
+            return None
     except OSError as error:
         return error
-    frames = read_frames_or_error(location, storage, span)
-    if isinstance(frames, str):
-        return frames
+    try:
+        frames = read_frames(location, storage.max_frames, storage.form, span)
+    except VideoError as error:
+        return WorkerFailure(str(error))
     if storage.encoding == "jpeg":
         frames = [encode_jpeg(frame) for frame in frames]
     try:
-        write_entry(entry, frames)
+        _write_entry(entry, frames)
     except OSError as error:
-        # Returned: an exception would be taken for one of this file.
         return error
-    return ""
-
-
-def read_frames_or_error(
-    location: Location, storage: StorageSpec, span: Span | None
-) -> np.ndarray | str:
-    """Decodes a video's sampled frames.
-
-    Args:
-      location: of the video.
-      storage: form and maximum number of the frames.
-      span: start and end in seconds; None: the whole file.
-
-    Returns:
-      uint8 [F, S, S, 3], or the reason why the file cannot be decoded.
-
-    Raises:
-      Unavailable: the file cannot be read.
-    """
-    try:
-        return read_frames(location, storage.max_frames, storage.form, span)
-    except VideoError as error:
-        return str(error)
+    return None
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:

@@ -1,9 +1,10 @@
 """Parquet files of captions, and of videos whose bytes are cells. Workers import this module."""
 
+import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -21,19 +22,15 @@ MAX_ROW_GROUP = 10**9
 
 
 class ParquetError(UserError):
-    """A Parquet file that cannot be used."""
+    """A Parquet file that is damaged, or has another form than is needed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ParquetCell:
     """The content of a video in a cell of a Parquet file.
 
-    Attributes:
-      path: the Parquet file.
-      column: path of the column, e.g. "bytes" or "video.bytes".
-      row: number of the row in the file, from 0.
-      row_group: number of its row group.
-      index: number of the row in its row group.
+    `column` is a path, e.g. "bytes" or "video.bytes"; `row` is the number in the file, from 0, and
+    `index` that in the row group.
     """
 
     path: Path
@@ -52,28 +49,20 @@ class ParquetCell:
         return self.column, self.row
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Opens it like a file of its own.
+        """Opens it for reading, like a file of its own; VideoError if the cell is no video.
 
         Parquet cannot read a cell alone: this reads the column of its row group, which the process
         keeps until it opens a cell of another one.
-
-        Raises:
-          OSError: the file cannot be read.
-          VideoError: it is damaged, or the cell is empty or has a URL.
         """
-        if mode != "rb":
-            raise ValueError(f"a cell can only be read, not opened as {mode!r}")
         status = self.path.stat()
         version = (status.st_size, status.st_mtime_ns)
         column, *fields = self.column.split(".")
-        try:
+        with _damage_as(
+            lambda why: VideoError(f"its row cannot be read from {self.path.name} ({why})")
+        ):
             cell = _row_group(self.path, version, self.column, self.row_group)[column][self.index]
             for field in fields:
                 cell = cell[field] if cell.is_valid else cell
-        except _errors() as error:
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                raise
-            raise VideoError(f"its row cannot be read from {self.path.name} ({error})") from error
         content = cell.as_buffer() if cell.is_valid else None
         if not content:
             raise VideoError(f"has no bytes in {self.path.name}, row {self.row} (from 0)")
@@ -102,43 +91,40 @@ def _row_group(
         return file.read_row_group(row_group, columns=[column], use_threads=False)
 
 
-@functools.cache
-def _errors() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for a damaged file, besides errors of the disk."""
+@contextlib.contextmanager
+def _damage_as(error_of: Callable[[str], Exception]) -> Iterator[None]:
+    """Converts what pyarrow raises for a damaged file, but not errors of the disk."""
     import pyarrow
 
-    return (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError)
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise error_of(one_line(error)) from error
 
 
 class ParquetTable:
-    """A Parquet file that is read row by row.
+    """A Parquet file that is read row by row; ParquetError if it is damaged.
 
-    Attributes:
-      path: the file.
-      columns: paths of its columns, by their names in lower case without blanks around them.
-      rows: number of its rows.
+    `columns` has the paths of its columns, by their names in lower case without blanks around them.
     """
 
     def __init__(self, path: Path):
-        """Reads the description of the file.
+        """Reads the description of the file."""
+        import pyarrow.parquet
 
-        Raises:
-          ParquetError: the file is no Parquet file, or damaged, or has two columns of one name.
-          OSError: it cannot be read.
-        """
         self.path = path
-        self._file = self._guarded(self._open)
-        self._schema = self._guarded(lambda: self._file.schema_arrow)
+        with _damage_as(self._damaged):
+            self._file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+            self._schema = self._file.schema_arrow
         self.rows = self._file.metadata.num_rows
         names = [name.strip().lower() for name in self._schema.names]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ParquetError(f"{path} has two columns {doubled[0]!r}")
         self.columns = dict(zip(names, self._schema.names, strict=True))
-
-    def _open(self) -> Any:
-        import pyarrow.parquet
-
-        return pyarrow.parquet.ParquetFile(self.path, pre_buffer=False)
 
     def type(self, column: str) -> "pyarrow.DataType":
         """Type of a column of `columns`; that of the values if it has a dictionary."""
@@ -167,13 +153,13 @@ class ParquetTable:
         return ""
 
     def cells(self) -> Iterator[ParquetCell]:
-        """The cells of the column with the contents of videos, in the order of the rows.
-
-        Raises:
-          ParquetError: a row group is too large to be read at a time, or the file is damaged.
-        """
+        """The cells of the column with the contents of videos, in the order of the rows."""
         column, row = self.video_column, 0
-        groups = self._guarded(self._row_groups)
+        metadata = self._file.metadata
+        with _damage_as(self._damaged):
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            # The sizes of single columns end the process if the file is damaged (pyarrow 26).
+            groups = [(group.num_rows, group.total_byte_size) for group in groups]
         if (count := sum(rows for rows, _ in groups)) != self.rows:
             raise self._damaged(f"{count} rows in its row groups instead of {self.rows}")
         for number, (rows, size) in enumerate(groups):
@@ -187,38 +173,21 @@ class ParquetTable:
                 yield ParquetCell(self.path, column, row, number, index)
                 row += 1
 
-    def _row_groups(self) -> list[tuple[int, int]]:
-        """Number of rows of each row group, and its size without compression, bytes."""
-        metadata = self._file.metadata
-        groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-        # The sizes of single columns end the process if the file is damaged (pyarrow 26).
-        return [(group.num_rows, group.total_byte_size) for group in groups]
-
     def read(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Yields rows in order, as Python values by column.
-
-        Args:
-          columns: keys of `columns`.
-
-        Raises:
-          ParquetError: the file is damaged.
-        """
+        """Yields rows in order, as Python values by column, which is a key of `columns`."""
         names = [self.columns[column] for column in columns]
         batches = self._file.iter_batches(batch_size=_BATCH, columns=names, use_threads=False)
         count = 0
-        while (rows := self._guarded(lambda: _next_rows(batches, names))) is not None:
-            count += len(rows)
-            yield from (dict(zip(columns, row, strict=True)) for row in rows)
+        while True:
+            with _damage_as(self._damaged):
+                if (batch := next(batches, None)) is None:
+                    break
+                cells = [_values(batch.column(name)) for name in names]
+            for row in zip(*cells, strict=True):
+                yield dict(zip(columns, row, strict=True))
+                count += 1
         if count != self.rows:
             raise self._damaged(f"{count} rows instead of {self.rows}")
-
-    def _guarded(self, read: Any) -> Any:
-        try:
-            return read()
-        except _errors() as error:
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                raise
-            raise self._damaged(one_line(error)) from error
 
     def _damaged(self, reason: str) -> ParquetError:
         return ParquetError(
@@ -228,15 +197,6 @@ class ParquetTable:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _next_rows(
-    batches: Iterator["pyarrow.RecordBatch"], columns: list[str]
-) -> list[tuple[Any, ...]] | None:
-    """The rows of the next batch as Python values; None after the last one."""
-    if (batch := next(batches, None)) is None:
-        return None
-    return list(zip(*(_values(batch.column(column)) for column in columns), strict=True))
 
 
 def _values(column: "pyarrow.Array") -> list[Any]:

@@ -20,11 +20,7 @@ def quarantine_file(data_dir: Path, dataset: str) -> Path:
 
 
 def read_quarantine(path: Path) -> dict[str, str]:
-    """Reads the reasons by video id; empty if the file does not exist.
-
-    Raises:
-      AnnotationError: it is no file, or not text in UTF-8.
-    """
+    """The reasons by video id; empty if the file does not exist."""
     if not path.exists():
         return {}
     if not path.is_file():
@@ -34,28 +30,21 @@ def read_quarantine(path: Path) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise AnnotationError(f"{path} is not text in UTF-8; save it as UTF-8") from error
-    entries = (line.partition("\t") for line in lines if line.strip("\t ") and line[0] != "#")
-    return {
-        _unescaped(video.strip()): reason.strip() or "no reason given"
-        for video, _, reason in entries
-    }
+    reasons = {}
+    for line in lines:
+        if line.strip("\t ") and line[0] != "#":
+            video, _, reason = line.partition("\t")
+            video = video.strip()
+            if video.startswith("\\") and video.lstrip("\\").startswith("#"):
+                video = video[1:]
+            reasons[video] = reason.strip() or "no reason given"
+    return reasons
 
 
 def write_quarantine(path: Path, reasons: Mapping[str, str]) -> None:
-    """Writes the list atomically.
-
-    Args:
-      path: the file.
-      reasons: reason for each video, by video id.
-    """
-    lines = (f"{_escaped(video)}\t{reason}\n" for video, reason in sorted(reasons.items()))
+    """Writes the list of reasons by video id atomically."""
+    lines = []
+    for video, reason in sorted(reasons.items()):
+        escape = "\\" if video.lstrip("\\").startswith("#") else ""
+        lines.append(f"{escape}{video}\t{reason}\n")
     write_text(path, _HEADER + "".join(lines))
-
-
-def _escaped(video_id: str) -> str:
-    """An id that starts with # would be a comment: a backslash stands before it."""
-    return f"\\{video_id}" if video_id.lstrip("\\").startswith("#") else video_id
-
-
-def _unescaped(text: str) -> str:
-    return text[1:] if text.startswith("\\") and text.lstrip("\\").startswith("#") else text

@@ -6,9 +6,9 @@ and stores the videos.
 
 import abc
 import contextlib
-import dataclasses
+import hashlib
 import io
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,15 +18,13 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations
-from data_prep.decode import Decoded, decode_clips
-from data_prep.descriptions import write_description
-from data_prep.frame_cache import FrameCache
-from data_prep.left_out import check_lost
-from data_prep.locations import Clip
-from data_prep.manifest import ContentHash, PublishedSizes, make_manifest
+from data_prep.annotations import AnnotationError, Annotations, check_lost
+from data_prep.decode import FrameCache, decode_clips
+from data_prep.manifest import annotation_hashes, file_hashes, versions, write_description
+from data_prep.sizes import PublishedSizes, count_splits
 from data_prep.video_folder import Plan
-from drl_jax.data.description import Description
+from drl_jax.data.content import content_sha256
+from drl_jax.data.description import read_split
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, VIDEOS_SPLIT
 from drl_jax.data.storage import StorageSpec
@@ -34,25 +32,17 @@ from drl_jax.data.tokens import store_tokens
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.models.tokenizers.base import warn_of_cut
 from drl_jax.runtime.files import write_json
-from drl_jax.runtime.worker_pool import OrderedMap, map_in_processes
+from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_processes
 
 _VIDEOS_PER_SHARD = 1000
 _REMEDY = "copy them again, or let data_prep.check list them, and the build then leaves them out"
 
 
-@dataclasses.dataclass(eq=False)
-class StorageConfig(tfds.core.BuilderConfig):
-    """TFDS configuration of a storage variant, named after it."""
-
-    spec: StorageSpec = dataclasses.field(kw_only=True)
-
-    @classmethod
-    def of(cls, spec: StorageSpec) -> "StorageConfig":
-        return cls(name=spec.name, spec=spec)
-
-
 class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
-    """Stores every video of a dataset once, and its splits as metadata."""
+    """Stores every video of a dataset once, and its splits as metadata.
+
+    Its TFDS configuration has the name of a storage variant.
+    """
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
     # Storage variant of a build without flags, and of the dataset's training configuration.
@@ -70,33 +60,24 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        """Reads the annotation files.
+        """Reads the annotation files below a directory (for `custom`, the file or files)."""
 
-        Args:
-          path: their directory (for `custom`, the file or files).
-
-        Raises:
-          AnnotationError: they cannot be used.
-        """
+    @property
+    def _storage(self) -> StorageSpec:
+        return StorageSpec.from_name(self.builder_config.name)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        storage = self.builder_config.spec
-        shape = storage.form.shape
-        if storage.encoding == "raw":
+        features, shape = tfds.features, self._storage.form.shape
+        if self._storage.encoding == "raw":
             # The default encoding of a Tensor stores bytes as varints: larger, and 15 times slower.
-            frames = tfds.features.Tensor(
-                shape=(None, *shape), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-            )
+            encoding = features.Encoding.BYTES
+            frames = features.Tensor(shape=(None, *shape), dtype=np.uint8, encoding=encoding)
         else:
-            frames = tfds.features.Sequence(
-                tfds.features.Image(shape=shape, encoding_format="jpeg")
-            )
+            frames = features.Sequence(features.Image(shape=shape, encoding_format="jpeg"))
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict(
-                {"video_id": tfds.features.Text(), "frames": frames}
-            ),
+            features=features.FeaturesDict({"video_id": features.Text(), "frames": frames}),
             metadata=tfds.core.MetadataDict(),
             # The metadata refers to records by index.
             disable_shuffling=True,
@@ -109,22 +90,12 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         )
 
     def store(
-        self,
-        plan: Plan,
-        cache_dir: Path,
-        timeout: float,
-        map_calls: OrderedMap = map_in_processes,
+        self, plan: Plan, cache_dir: Path, timeout: float, map_calls: OrderedMap = map_in_processes
     ) -> dict[str, str]:
-        """Decodes the videos and writes the dataset into `data_dir`.
+        """Decodes the videos and writes the dataset into `data_dir`; arguments as `decode_clips`.
 
         Records are written sequentially. (`download_and_prepare` collects all records first and,
         even without shuffling, sorts what exceeds 1 GB in memory.)
-
-        Args:
-          plan: the videos and captions to store.
-          cache_dir: directory of the cache of decoded frames.
-          timeout: maximum seconds to decode one video.
-          map_calls: runs the decoders, see `decode_clips`.
 
         Returns:
           By id, why videos could not be decoded that may be sound. The dataset is complete only if
@@ -136,19 +107,29 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """
         directory = Path(self.data_dir)
         directory.mkdir(parents=True)
-        storage, annotations = self.builder_config.spec, plan.annotations
+        records: dict[str, int] = {}
         unusable, unavailable = dict(plan.unusable), {}
+        content = hashlib.sha256()
         writer = _StableWriter(
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
         )
         writer.initialize_splits([VIDEOS_SPLIT])
-        records: dict[str, int] = {}
-        content = ContentHash()
-        cache = FrameCache(cache_dir, storage)
+        cache = FrameCache(cache_dir, self._storage)
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
+        clips = tqdm(plan.clips, "decoding", unit="video")
         with contextlib.closing(decoded):
-            examples = self._examples(plan.clips, decoded, records, unusable, unavailable, content)
-            for example in examples:
+            for clip, frames in zip(clips, decoded, strict=True):
+                if isinstance(frames, WorkerFailure):
+                    failed = unavailable if frames.is_passing else unusable
+                    failed[clip.video_id] = frames.reason
+                    continue
+                records[clip.video_id] = len(records)
+                content.update(clip.video_id.encode() + b"\0")
+                for frame in frames:
+                    content.update(frame)
+                if self._storage.encoding == "jpeg":
+                    frames = [io.BytesIO(jpeg) for jpeg in frames]
+                example = {"video_id": clip.video_id, "frames": frames}
                 writer.add_examples({VIDEOS_SPLIT: [example]})
         if unavailable:
             return unavailable
@@ -158,48 +139,50 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         metadata = write_description(directory, plan, records)
         self.info.metadata.update(metadata)
         writer.close_all()
-        manifest = make_manifest(
-            self.name,
-            storage,
-            annotations,
-            records,
-            unusable,
-            self.PUBLISHED,
-            content,
-            directory,
-            protocols=self.PROTOCOL_NAMES,
-        )
-        description = Description(directory, metadata, manifest["files"])
-        manifest["content_with_captions"] = description.content(manifest["content"])
-        for name in description.split_names:
-            captions = description.split(name).captions
-            cut = store_tokens(captions, CLIPTokenizer(), self.MAX_WORDS)
-            where = f"split {name}, with CLIP's tokenizer"
-            warn_of_cut(cut, len(captions.texts), self.MAX_WORDS, where)
-        write_json(directory / MANIFEST, manifest)
+        self._write_manifest(plan, metadata, records, unusable, content.hexdigest())
         return {}
 
-    def _examples(
+    def _write_manifest(
         self,
-        clips: list[Clip],
-        decoded: Iterator[Decoded],
-        records: dict[str, int],
-        unusable: dict[str, str],
-        unavailable: dict[str, str],
-        content: ContentHash,
-    ) -> Iterator[dict[str, Any]]:
-        """Yields a record for each decoded clip; updates the other arguments."""
-        progress = tqdm(zip(clips, decoded, strict=True), "decoding", len(clips), unit="video")
-        for clip, result in progress:
-            frames = result.frames
-            if frames is None:
-                (unavailable if result.is_passing else unusable)[clip.video_id] = result.error
-                continue
-            records[clip.video_id] = len(records)
-            content.update(clip.video_id, frames)
-            if self.builder_config.spec.encoding == "jpeg":
-                frames = [io.BytesIO(jpeg) for jpeg in frames]
-            yield {"video_id": clip.video_id, "frames": frames}
+        plan: Plan,
+        metadata: Mapping[str, Any],
+        records: Mapping[str, int],
+        unusable: Mapping[str, str],
+        content: str,
+    ) -> None:
+        """Completes a dataset that has its records and descriptions; stores its tokens, too."""
+        directory, storage = Path(self.data_dir), self._storage
+        counts = count_splits(plan.annotations, records, self.PUBLISHED)
+        for name in counts.keys() & self.PROTOCOL_NAMES.keys():
+            counts[name]["protocol"] = self.PROTOCOL_NAMES[name]
+        files = file_hashes([*directory.glob("*.json"), *directory.glob("*.arrow")])
+        splits = {
+            name: read_split(directory, name, split["reversed_pairs"], files)
+            for name, split in metadata["splits"].items()
+        }
+        for name, split in splits.items():
+            cut = store_tokens(split.captions, CLIPTokenizer(), self.MAX_WORDS)
+            where = f"split {name}, with CLIP's tokenizer"
+            warn_of_cut(cut, len(split.captions.texts), self.MAX_WORDS, where)
+        manifest = {
+            "dataset": self.name,
+            "settings": {
+                "image_size": storage.form.size,
+                "max_frames": storage.max_frames,
+                "storage": storage.encoding,
+                **storage.form.changed_fields(),
+            },
+            "annotations": annotation_hashes(plan.annotations),
+            "missing_files": plan.annotations.missing_files,
+            "content": content,
+            "files": files,
+            "videos": len(records),
+            "left_out": dict(unusable),
+            "splits": counts,
+            "versions": versions(),
+            "content_with_captions": content_sha256(content, records, splits),
+        }
+        write_json(directory / MANIFEST, manifest)
 
 
 class _StableWriter(tfds.core.SequentialWriter):

@@ -31,14 +31,7 @@ class TarError(UserError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TarMember:
-    """A regular file inside an uncompressed tar file.
-
-    Attributes:
-      path: the tar file.
-      name: of the member.
-      offset: position of its first byte in the tar file.
-      size: in bytes.
-    """
+    """A regular file inside an uncompressed tar file; `offset` is that of its first byte."""
 
     path: Path
     name: str
@@ -51,16 +44,9 @@ class TarMember:
         return self.name, self.offset, self.size
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Opens it like a file of its own.
-
-        Raises:
-          VideoError: it is empty.
-          OSError: the tar file cannot be opened.
-        """
+        """Opens it for reading, like a file of its own; VideoError if it is empty."""
         if not self.size:  # FFmpeg would say "Invalid argument".
             raise VideoError(f"has no bytes in {self.path.name}")
-        if mode != "rb":
-            raise ValueError(f"a member of a tar file can only be read, not opened as {mode!r}")
         return io.BufferedReader(_Window(self))
 
 
@@ -77,9 +63,6 @@ class _Window(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
@@ -125,11 +108,7 @@ def read_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]
 
 
 def read_content(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Content of a member of at most `MAX_CONTENT` bytes, from the file of `read_members`.
-
-    Raises:
-      TarError: the tar file ends inside it.
-    """
+    """Content of a member of at most `MAX_CONTENT` bytes, from the file of `read_members`."""
     tar.fileobj.seek(member.offset_data)
     content = tar.fileobj.read(member.size)
     if len(content) < member.size:

@@ -5,31 +5,26 @@ import dataclasses
 import os
 import posixpath
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 
-from data_prep.annotations import AnnotationError, Annotations, without_video_suffix
-from data_prep.file_splits import draw_again, merge_names, refuse_shared_files, same_files
-from data_prep.left_out import leave_out_texts
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    leave_out_texts,
+    without_video_suffix,
+)
 from data_prep.locations import Clip, FoundVideos
+from data_prep.splits import Protocols, draw_again, merge_names, refuse_shared_files, same_files
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.runtime.files import files_below
 
 
 class VideoFolder:
-    """The video files below a directory.
-
-    Attributes:
-      directory: the directory.
-      files: paths of the files with a video suffix, sorted.
-    """
+    """The video files below a directory: `files` are those with a video suffix, sorted."""
 
     def __init__(self, directory: Path):
-        """Lists the files below the directory.
-
-        Raises:
-          AnnotationError: the directory does not exist or contains no video.
-        """
+        """Lists the files below the directory."""
         if not directory.is_dir():
             raise AnnotationError(
                 f"no directory {directory}; --videos must be the folder of the video files"
@@ -57,11 +52,7 @@ class VideoFolder:
             )
 
     def locate(self, annotations: Annotations) -> tuple[list[Clip], dict[str, str]]:
-        """Finds the files of the annotated videos.
-
-        Returns:
-          The clips that were found, and for each other video the reason, by id.
-        """
+        """Finds the annotated videos: clips, and for each other video the reason, by id."""
         clips, not_found = [], {}
         sources_of = {video: annotations.sources_of(video) for video in annotations.video_ids()}
         # Files that an annotation has the full name of; no other one may take them.
@@ -85,8 +76,7 @@ class VideoFolder:
         return clips, not_found
 
     def _find(self, name: str, named: Set[Path]) -> list[Path]:
-        """The file with exactly this path, or else all files with the most similar name."""
-        found = (self._find_spelling(name, named) for name in self._spellings(name))
+        found = (self._find_spelling(spelling, named) for spelling in self._spellings(name))
         return next(filter(None, found), [])
 
     def _spellings(self, name: str) -> list[str]:
@@ -154,15 +144,10 @@ def _normalised(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Videos of a dataset that can be decoded.
+    """Videos of a dataset that can be decoded; see `FoundVideos`.
 
-    Attributes:
-      annotations: the dataset's annotations.
-      folder: folder of the video files, or of the files that contain the videos.
-      clips: annotated videos that were found.
-      unusable: reasons why the other videos are left out, by id; and those of rows, by place.
-      unannotated: names, below the folder, of videos without annotation.
-      merged: for each id of a file with several names that is not kept, the one that is.
+    `unusable` has reasons why others are left out, by id, and those of rows, by place; `merged` the
+    id that is kept for each other id of a file with several names.
     """
 
     annotations: Annotations
@@ -178,27 +163,22 @@ def make_plan(
     videos: Path | None,
     quarantine: Mapping[str, str],
     *,
-    protocols: Sequence[Collection[str]] = (),
+    protocols: Protocols = (),
 ) -> Plan:
-    """Finds the annotated videos, and leaves out those in quarantine.
+    """Finds the annotated videos, and leaves out those of which the quarantine has a reason.
 
     A file with several names is one video. Splits that were drawn are drawn by the files.
-
-    Args:
-      annotations: the dataset's annotations.
-      videos: folder of the video files; not used if the annotation files contain the videos.
-      quarantine: reasons by id of the videos to leave out.
-      protocols: groups of splits that are used together; empty: all are.
-
-    Raises:
-      AnnotationError: the folder is None or contains no video, a file is in two splits under two
-        names, or most texts of a split cannot be stored.
     """
     annotations = dataclasses.replace(
         annotations, splits=dict(annotations.splits), left_out=dict(annotations.left_out)
     )
     gone = leave_out_texts(annotations)
-    found = annotations.contained or _find_files(annotations, videos)
+    if (found := annotations.contained) is None:
+        folder = VideoFolder(videos)
+        located, missing = folder.locate(annotations)
+        rest = sorted(set(folder.files) - {clip.location for clip in located})
+        names = [str(path.relative_to(videos)) for path in rest]
+        found = FoundVideos(videos, located, missing, names)
     clips = [clip for clip in found.clips if clip.video_id not in gone]
     groups = same_files(clips)
     if annotations.drawn:
@@ -220,13 +200,3 @@ def make_plan(
         if clip.video_id not in unusable and clip.video_id not in merged
     ]
     return Plan(annotations, found.folder, usable, unusable, found.unannotated, merged)
-
-
-def _find_files(annotations: Annotations, videos: Path | None) -> FoundVideos:
-    if videos is None:
-        raise AnnotationError("the annotations name video files: --videos must be their folder")
-    folder = VideoFolder(videos)
-    clips, missing = folder.locate(annotations)
-    unannotated = sorted(set(folder.files) - {clip.location for clip in clips})
-    names = [str(path.relative_to(videos)) for path in unannotated]
-    return FoundVideos(videos, clips, missing, names)

@@ -94,19 +94,6 @@ def test_another_seed_gives_another_order(dataset, shapes_config):
     assert not np.array_equal(one["frames"], other["frames"])
 
 
-def test_holdout_removes_videos_from_training(dataset, shapes_config):
-    data = dataclasses.replace(shapes_config.data, holdout=20, val_split="")
-    train, val = (load_split(dataset, name, data) for name in ("train", "val"))
-    assert len(val.videos) == 20
-    assert {len(captions) for captions in val.captions} == {1}
-    assert len(train.videos) == 172
-    assert not set(train.videos) & set(val.videos)
-    again = load_split(dataset, "val", data)
-    np.testing.assert_array_equal(val.videos, again.videos)
-    with pytest.raises(DatasetError, match="leaves nothing"):
-        load_split(dataset, "val", dataclasses.replace(data, holdout=192))
-
-
 def test_holdout_separates_no_videos_of_one_file(tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()

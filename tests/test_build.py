@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import ROOT, error_line, error_of, run_module
-from support.old_datasets import rewrite_as_layout_1
 from support.videos import SHARED, numbered_frames, write_video
 
 from data_prep.build import main
@@ -272,11 +271,6 @@ def test_the_content_hash_is_that_of_frames_and_captions(built):
     write_video(built / "videos" / "TrainValVideo" / "video0.mp4", numbered_frames(40), fps=10)
     build(built, "--storage=raw", "--overwrite")
     assert opened(built).content != first
-    # A dataset of a version without manifest.
-    directory = built / "data" / "msrvtt" / RAW / "1.0.0"
-    rewrite_as_layout_1(directory)
-    (directory / "manifest.json").unlink()
-    assert opened(built).content == ""
 
 
 def test_a_build_killed_while_replacing_restores_the_old_dataset(built, capsys):
@@ -350,23 +344,6 @@ def test_a_wrong_argument_is_one_line(arguments, message, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("data_prep.build: ")
     assert message in line
-
-
-@pytest.mark.parametrize("command", ["build", "check", "compare"])
-def test_help_imports_nothing_heavy(command):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['{command}', '--help']\n"
-        "try:\n"
-        f"    runpy.run_module('data_prep.{command}', run_name='__main__')\n"
-        "finally:\n"
-        "    print({'jax', 'numpy', 'av', 'tensorflow_datasets'} & sys.modules.keys())\n"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert finished.stdout.startswith(f"usage: python -m data_prep.{command} ")
-    assert finished.stdout.endswith("set()\n")
 
 
 @pytest.mark.skipif(not (SHARED / "msrvtt").is_dir(), reason="no MSR-VTT files beside the project")

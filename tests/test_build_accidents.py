@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import ROOT, error_line, error_of, run_module
-from support.old_datasets import rewrite_as_layout_1
 from support.processes import killing_workers
 from support.videos import write_video
 
@@ -157,10 +156,6 @@ def test_changed_annotations_are_not_built_already(sources, tmp_path, capsys):
     shutil.copy(sources / "20.csv", tmp_path / "other.csv")
     line = error_of("data_prep.build", *arguments, capsys=capsys)
     assert "(other.csv is new, mine.csv is missing)" in line
-    # A dataset of a version without manifest.
-    rewrite_as_layout_1(tmp_path / "data" / VARIANT)
-    (tmp_path / "data" / VARIANT / "manifest.json").unlink()
-    assert build(arguments) == 0
 
 
 def test_a_renamed_list_of_another_dataset_is_a_change(tmp_path):

@@ -1,4 +1,4 @@
-"""Captions and token ids in files: what is read is what was stored, in every layout."""
+"""Captions and token ids in files: what is read is what was stored."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.files import contents, refused
-from support.old_datasets import rewrite_as_layout_1, splits_in_json
 from support.tokenizer_files import write_gemma, write_spiece
 
 from drl_jax.config import BackboneConfig, ModelConfig
@@ -22,6 +21,7 @@ from drl_jax.data.splits import Captions
 from drl_jax.data.tokens import caption_tokens
 from drl_jax.models.tokenizers import CLIPTokenizer, Tokenizer, load_tokenizer
 from drl_jax.runtime.errors import Notice
+from drl_jax.runtime.files import sha256
 
 VARIANT = Path("shapes") / "64px_4f_raw" / "1.0.0"
 WORDS = 24  # Of the tokens that the build of `shapes` stores.
@@ -62,7 +62,7 @@ def test_columns_are_sequences(dataset):
     with pytest.raises(IndexError):
         dataset.video_ids[len(ids)]
     hashes = [int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) for name in ids]
-    assert dataset.id_hashes(np.arange(len(ids))).tolist() == hashes
+    assert dataset.id_hashes.tolist() == hashes
 
 
 @pytest.mark.parametrize("first_bytes", ["stored", "all equal"])
@@ -70,7 +70,7 @@ def test_held_out_videos_are_those_with_the_smallest_hashes(
     dataset, shapes_config, monkeypatch, first_bytes
 ):
     if first_bytes == "all equal":
-        monkeypatch.setattr(dataset, "id_hashes", lambda videos: np.zeros(len(videos), np.uint64))
+        monkeypatch.setattr(dataset, "id_hashes", np.zeros(len(dataset), np.uint64))
     full = dataset.split("train")
     ids = [dataset.video_ids[video] for video in full.videos]
     by_hash = sorted(range(len(ids)), key=lambda row: hashlib.sha256(ids[row].encode()).digest())
@@ -82,55 +82,36 @@ def test_held_out_videos_are_those_with_the_smallest_hashes(
         assert list(split.captions) == captions
 
 
-def test_a_dataset_of_the_first_layout_is_the_same(dataset, copy, shapes_config):
-    rewrite_as_layout_1(copy)
-    old = VideoDataset(copy)
-    assert list(old.video_ids) == list(dataset.video_ids)
-    assert list(old.sources) == list(dataset.sources)
-    assert old.content == dataset.content
-    for name in ("train", "val", "test"):
-        one, other = old.split(name), dataset.split(name)
-        assert list(one.captions) == list(other.captions)
-        np.testing.assert_array_equal(one.videos, other.videos)
-        np.testing.assert_array_equal(one.reversed_pairs, other.reversed_pairs)
-        assert old.queries_sha256(one) == dataset.queries_sha256(other)
-    assert len(one.reversed_pairs)
-    data = shapes_config.data
-    first = [
-        next(
-            TrainBatches(
-                source, load_split(source, "train", data), data, 16, 0, CLIPTokenizer()
-            ).iterate(3, 0, 1)
-        )
-        for source in (old, dataset)
-    ]
-    for name, array in first[0].items():
-        np.testing.assert_array_equal(array, first[1][name])
-    # Its tokens are stored, too.
-    assert [path.name.split("_")[0] for path in (copy / "tokens").iterdir()] == ["train"]
-
-
-def test_a_later_layout_is_one_line(copy):
-    metadata = json.loads((copy / "metadata.json").read_text()) | {"layout": 3}
-    (copy / "metadata.json").write_text(json.dumps(metadata))
+@pytest.mark.parametrize("layout", [1, 3])
+def test_another_layout_is_refused_with_the_command_that_builds_it_anew(layout, copy):
+    (copy / "metadata.json").write_text(json.dumps({"layout": layout, "splits": {}}))
     manifest = json.loads((copy / "manifest.json").read_text())
-    del manifest["files"]["metadata.json"]
+    manifest["files"]["metadata.json"] = sha256(copy / "metadata.json")
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DatasetError, match=r"has the layout 3, of a later version"):
+    with pytest.raises(DatasetError) as error:
         VideoDataset(copy)
+    assert str(error.value) == (
+        f"{copy} has the layout {layout}, of another version, and this one reads 2; rebuild it"
+        f" with: python -m data_prep.build shapes --data_dir={copy.parents[2]} --image_size=64"
+        " --max_frames=4 --storage=raw --overwrite"
+    )
 
 
 @pytest.mark.parametrize("piece", [1, 7, 10_000])
 def test_hashes_are_those_of_json(dataset, monkeypatch, piece):
     monkeypatch.setattr(content, "_PIECE", piece)
-    described = {
-        "frames": "ab",
-        "video_ids": list(dataset.video_ids),
-        "splits": splits_in_json(dataset),
+    splits = {name: dataset.split(name) for name in dataset.split_names}
+    in_json = {
+        name: {
+            "videos": split.videos.tolist(),
+            "captions": list(split.captions),
+            "reversed_pairs": split.reversed_pairs.tolist(),
+        }
+        for name, split in splits.items()
     }
+    described = {"frames": "ab", "video_ids": list(dataset.video_ids), "splits": in_json}
     text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     expected = hashlib.sha256(text.encode()).hexdigest()
-    splits = {name: dataset.split(name) for name in dataset.split_names}
     assert content.content_sha256("ab", dataset.video_ids, splits) == expected
     text = json.dumps([["é", 'a"'], [["ü", "\n"], []]], separators=(",", ":"))
     expected = hashlib.sha256(text.encode()).hexdigest()
@@ -154,7 +135,7 @@ def test_a_damaged_file_is_one_line(name, damage, copy):
         path.write_bytes(text)
     with pytest.raises(DatasetError, match="is damaged") as error:
         VideoDataset(copy).split("train")
-    assert ("videos.arrow" if damage == "no hash" else name) in str(error.value)
+    assert ("manifest.json" if damage == "no hash" else name) in str(error.value)
     assert "--overwrite" in str(error.value)
     if name != "videos.arrow" and damage in ("flip", "truncate"):
         VideoDataset(copy).split("test")

@@ -1,4 +1,4 @@
-"""The validator, the quarantine list, and the comparison of stored frames with their files."""
+"""The validator and the quarantine list."""
 
 import json
 import shutil
@@ -18,7 +18,6 @@ from support.videos import (
 
 from data_prep.build import main as build
 from data_prep.check import main as check
-from data_prep.compare import main as compare
 from drl_jax.data.records import VideoDataset
 
 
@@ -143,7 +142,7 @@ def test_splits_of_different_protocols_share_videos_by_design(tmp_path, capsys):
     assert "full_" not in "".join(line for line in out.splitlines() if "in both" in line)
 
 
-def test_one_bad_file_does_not_end_a_command(mine, tmp_path, capsys):
+def test_one_bad_file_does_not_end_a_command(mine, tmp_path):
     videos, frames = tmp_path / "videos", numbered_frames(30)
     write_video_with_latin_title(videos / "latin.mp4", frames, fps=10)
     write_video_of_unknown_codec(videos / "unknown.mp4", frames, fps=10)
@@ -158,12 +157,6 @@ def test_one_bad_file_does_not_end_a_command(mine, tmp_path, capsys):
     assert dataset.manifest["left_out"] == expected
     assert list(dataset.video_ids) == ["latin", "good0"]
     assert len(dataset.read_frames(0)) == 3
-    # The file is damaged after the build.
-    shutil.copy(videos / "unknown.mp4", videos / "latin.mp4")
-    flags = ["custom", f"--videos={videos}", f"--data_dir={tmp_path / 'data'}"]
-    capsys.readouterr()
-    assert compare(flags) == 1
-    assert f"latin: its file {expected['unknown']}" in capsys.readouterr().out
 
 
 def test_builds_leave_out_the_quarantine_and_manual_entries_stay(mine, tmp_path, capsys):
@@ -193,28 +186,6 @@ def test_a_valid_dataset_has_status_0_and_wrong_annotations_2(mine, tmp_path, ca
     (tmp_path / "mine.csv").write_text("film,caption\ngood0,a\n")
     assert check(mine) == 2
     assert "mine.csv has no video; it has film, caption" in capsys.readouterr().err
-
-
-def test_stored_frames_are_compared_with_the_files(mine, tmp_path, capsys):
-    flags = ["custom", f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
-    assert "custom is not built in" in error_of("data_prep.compare", *flags, capsys=capsys)
-    (tmp_path / "mine.csv").write_text("video,caption\ngood0,a\ngood1,b\ngood2,c\nwhole,d\n")
-    build(mine)
-    build([*mine, "--storage=raw"])
-    printed = run_module("data_prep.compare", *flags).stdout
-    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:]}
-    assert rows["32px_12f_raw"] == ["4", "0", "0.000"]
-    assert rows["32px_12f_jpeg"][0] == "4"
-    assert 0 <= float(rows["32px_12f_jpeg"][2]) < 3
-    # Replace one file by another video of the same length, and delete one.
-    write_video(tmp_path / "videos" / "good1.mp4", numbered_frames(60)[30:], fps=10)
-    (tmp_path / "videos" / "good2.mp4").unlink()
-    capsys.readouterr()
-    assert compare(flags) == 1
-    captured = capsys.readouterr()
-    assert "32px_12f_jpeg, good1: its pixels differ by" in captured.out
-    assert "good2.mp4 cannot be read: No such file or directory (ENOENT)" in captured.out
-    assert "2 stored videos differ from their files in" in captured.err
 
 
 @pytest.mark.skipif(not (SHARED / "hard_clips").is_dir(), reason="no hard clips beside the project")

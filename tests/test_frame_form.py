@@ -14,9 +14,8 @@ from support.videos import SHARED, write_video, write_video_turned_right
 
 from data_prep.build import main as build
 from data_prep.check import main as check
-from data_prep.compare import main as compare
 from data_prep.datasets import DRAWN
-from data_prep.frame_cache import FrameCache
+from data_prep.decode import FrameCache
 from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
@@ -214,16 +213,10 @@ def test_a_dataset_under_the_name_of_another_form_is_refused(built, tmp_path):
             VideoDataset(target)
 
 
-def test_check_and_compare_take_every_form(built, capsys):
+def test_check_takes_every_form(built, capsys):
     assert check(flags(built, "--resize=squash", "--interpolation=bilinear")) == 0
     printed = capsys.readouterr().out
     assert "a build of 32px_12f_jpeg_squash_bilinear stores 3 videos, 9 frames" in printed
-    flags_of_compare = [f"--videos={built / 'videos'}", f"--data_dir={built / 'data'}"]
-    assert compare(["custom", *flags_of_compare]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
-    names = ["32px_12f_raw", "32px_12f_raw_squash", "32px_12f_raw_squash_bilinear"]
-    assert [line.split() for line in lines] == [[name, "3", "0", "0.000"] for name in names]
-    assert {len(line) for line in lines} == {len(header)}
 
 
 def test_training_builds_the_form_of_its_model(tmp_path, capsys):

@@ -11,8 +11,7 @@ from support.commands import ROOT
 from support.processes import children_of, is_running, wait_until
 from support.videos import numbered_frames, write_video
 
-from data_prep.decode import Decoded, decode_clips
-from data_prep.frame_cache import FrameCache
+from data_prep.decode import FrameCache, decode_clips
 from data_prep.locations import Clip
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
@@ -58,10 +57,10 @@ def test_a_file_that_hangs_its_reader_times_out(tmp_path):
     clips = [Clip(name, tmp_path / f"{name}.mp4", None) for name in ("hangs", "good", "absent")]
     cache = FrameCache(tmp_path / "cache", StorageSpec(FrameForm(32), 4, "raw"))
     hangs, good, absent = decode_clips(clips, cache=cache, timeout=2)
-    assert hangs == Decoded(None, "took longer than 2 s", is_passing=True)
-    assert good.frames.shape == (3, 32, 32, 3)
+    assert hangs == WorkerFailure("took longer than 2 s", is_passing=True, timed_out=True)
+    assert good.shape == (3, 32, 32, 3)
     assert absent.is_passing
-    assert "No such file or directory" in absent.error
+    assert "No such file or directory" in absent.reason
 
 
 # Leaves a generator that waits for calls that hang.

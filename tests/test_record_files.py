@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from support.commands import ROOT
 
 from data_prep import retrieval_builder
 from data_prep.annotations import Annotations, Captioned
 from data_prep.custom.custom_dataset_builder import Builder
-from data_prep.decode import Decoded
 from data_prep.video_folder import Clip, Plan
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.record_files import RecordFiles
@@ -57,7 +57,8 @@ def build(data_dir):
         {},
         [],
     )
-    config = retrieval_builder.StorageConfig.of(StorageSpec(FrameForm(2), 1, "raw"))
+    spec = StorageSpec(FrameForm(2), 1, "raw")
+    config = tfds.core.BuilderConfig(name=spec.name)
     builder = Builder(data_dir=data_dir, config=config, file_format="array_record")
     builder.store(plan, data_dir / "cache", timeout=1)
     return Path(builder.data_dir)
@@ -68,7 +69,7 @@ def built(tmp_path_factory):
     """A dataset of many files of records, written where few may be open."""
 
     def decode_clips(clips, **_):
-        return (Decoded(frames_of(number)) for number in range(len(clips)))
+        return (frames_of(number) for number in range(len(clips)))
 
     with pytest.MonkeyPatch.context() as patch, few_files_allowed(40):
         patch.setattr(retrieval_builder, "decode_clips", decode_clips)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data_prep.shapes import stills
-from data_prep.shapes.dataset_files import draw_files
 from data_prep.shapes.draw import FRAMES, SIZE, draw_clip, draw_still, write_mp4
+from data_prep.shapes.drawn_builder import draw_files
 from data_prep.shapes.scenes import (
     REVERSED,
     SIZES,
@@ -36,17 +36,17 @@ def test_no_scene_or_its_reverse_is_in_two_splits(splits):
     def with_reverses(scenes):
         return {s for scene in scenes for s in (scene, scene.reversed())}
 
-    train, val, test = (with_reverses(splits.scenes[name]) for name in ("train", "val", "test"))
+    train, val, test = (with_reverses(splits[0][name]) for name in ("train", "val", "test"))
     assert not train & val
     assert not train & test
     assert not val & test
-    test_scenes = splits.scenes["test"]
+    test_scenes = splits[0]["test"]
     assert len(set(test_scenes)) == len(test_scenes) == 512
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_half_of_the_clips_are_pairs_of_one_reversed_motion(splits, split):
-    scenes, pairs = splits.scenes[split], splits.pairs[split]
+    scenes, pairs = (part[split] for part in splits)
     assert len(pairs) == len(scenes) // 4
     for one, other in pairs:
         a, b = scenes[one], scenes[other]
@@ -64,7 +64,7 @@ def test_every_shape_colour_and_motion_occurs_in_training(splits):
         }
         seen = {
             getattr(s, attribute)
-            for scene in splits.scenes["train"]
+            for scene in splits[0]["train"]
             for s in (scene.first, scene.second)
         }
         assert seen == values

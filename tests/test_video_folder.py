@@ -187,7 +187,9 @@ def test_the_pickle_of_msvd_can_have_sentences(protocol, tmp_path):
 def test_a_pickle_of_msvd_with_another_structure(content, tmp_path):
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(content))
     (tmp_path / "test_list.txt").write_text("v\n")
-    with pytest.raises(AnnotationError, match=r"raw-captions.pkl(, v: expected a list of|.*must)"):
+    with pytest.raises(
+        AnnotationError, match=r"raw-captions.pkl(, video v: expected a list of|.*must)"
+    ):
         builder_class("msvd").read_annotations(tmp_path)
 
 
@@ -253,7 +255,7 @@ def captions(plan):
 @pytest.mark.parametrize("other", SPELLINGS[1:])
 def test_a_file_is_not_in_two_splits_under_two_names(other, videos):
     message = (
-        rf"'normal.mp4' of train \(mine.csv, row 2\) and '{other}' of test \(mine.csv, row 4\) are"
+        rf"'normal.mp4' of train and '{other}' of test are"
         r" the same file, .*normal.mp4, in different splits \(pairs of such names: 1\)"
     )
     with pytest.raises(AnnotationError, match=message):
@@ -280,7 +282,10 @@ def test_splits_are_drawn_by_files(videos):
 def test_spans_of_one_file_in_different_splits_must_not_overlap(videos):
     columns = "video,caption,start,end,split"
     rows = ["normal,a,0,5,train", "link.mp4,b,5,9,test", "normal.mp4,c,2,6,train"]
-    with pytest.raises(AnnotationError, match=r"row 4\) and .*row 3\) .* with spans that overlap"):
+    with pytest.raises(
+        AnnotationError,
+        match=r"'normal.mp4@2-6' of train and 'link.mp4@5-9' of test .* with spans that overlap",
+    ):
         planned(videos, rows, columns)
     plan = planned(videos, [*rows[:2], "hard.mp4,c,2,5,train", "normal.mp4,d,0,5.0,train"], columns)
     assert captions(plan) == {

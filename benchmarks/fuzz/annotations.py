@@ -14,9 +14,8 @@ from pyarrow import parquet
 
 from benchmarks.fuzz.damage import LEGITIMATE, Damage, damage_file, damage_text, damage_tree
 from benchmarks.fuzz.runner import InvalidResult
-from data_prep.annotations import Annotations
+from data_prep.annotations import Annotations, leave_out_texts
 from data_prep.datasets import builder_class
-from data_prep.left_out import leave_out_texts
 
 _VIDEOS = ("video0", "video1", "video2")
 _VATEX = ("Ptf_2VRj-V0_000122_000132", "bpKK_SpjHMA_000001_000003", "TkfL3wyNrhg_000018_000028")

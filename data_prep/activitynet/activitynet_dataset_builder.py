@@ -8,11 +8,11 @@ from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    find_annotation_pairs,
+    find_files,
+    parse_rows,
     require_splits,
     with_all_captions,
 )
-from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
@@ -30,21 +30,18 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations, pairs = find_annotation_pairs(path, _FILES)
-        for split, (ids, captions) in pairs.items():
-            videos = map(_without_prefix, map(str, read_json(ids, list)))
-            left_out = annotations.left_out
+        annotations, found = find_files(path, _FILES)
+        left_out = annotations.left_out
+        for split, (ids, captions) in found.items():
+            videos = [str(video).removeprefix("v_") for video in read_json(ids, list)]
+            paragraphs = _paragraphs(captions, left_out)
             annotations.splits[split] = with_all_captions(
-                videos, _paragraphs(captions, left_out), ids, captions, left_out
+                videos, paragraphs, ids, captions, left_out
             )
         annotations.sources = {
             video: (Source(video), Source(f"v_{video}")) for video in annotations.video_ids()
         }
         return require_splits(annotations, path)
-
-
-def _without_prefix(video_id: str) -> str:
-    return video_id.removeprefix("v_")
 
 
 def _paragraphs(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
@@ -54,9 +51,9 @@ def _paragraphs(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
         raise AnnotationError(
             f"{path} has the keys {doubled[0]!r} and 'v_{doubled[0]}' of one video"
         )
-    placed = ((f"{path.name}, {video}", (video, entry)) for video, entry in entries.items())
+    rows = ((video, (video, entry)) for video, entry in entries.items())
     form = '{"sentences": ["..", ..], ..}'
-    return dict(parse_all(placed, _paragraph, left_out, f"videos of {path}", form))
+    return dict(parse_rows(path, "video", rows, _paragraph, left_out, form))
 
 
 def _paragraph(item: tuple[str, dict]) -> tuple[str, list[str]]:
@@ -64,4 +61,4 @@ def _paragraph(item: tuple[str, dict]) -> tuple[str, list[str]]:
     if not isinstance(entry["sentences"], list):
         raise TypeError("not a list")
     text = " ".join(sentence.strip() for sentence in entry["sentences"]).strip()
-    return _without_prefix(video), [text] if text else []
+    return video.removeprefix("v_"), [text] if text else []

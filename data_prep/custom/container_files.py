@@ -1,44 +1,44 @@
-"""Which files of your own dataset `--annotations` names, and what is common to all containers."""
+"""Your own dataset in tar files or Parquet files: which files, and what both kinds share."""
 
 import dataclasses
 import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.annotations import AnnotationError, Annotations, Captioned
-from data_prep.custom.rows import SplitRows, split_of_file
-from data_prep.file_splits import draw_splits
-from data_prep.left_out import check_lost
+from data_prep.annotations import AnnotationError, Annotations, RowError, check_lost
+from data_prep.custom.rows import (
+    annotations_of,
+    captions_of,
+    has_caption,
+    span_of,
+    split_of,
+    split_of_file,
+)
 from data_prep.locations import Clip, FoundVideos, Location, name_below
-from drl_jax.data.video import Span
 from drl_jax.runtime.errors import printable
 from drl_jax.runtime.files import files_below
 
-TAR, PARQUET = ".tar", ".parquet"
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+PARQUET = ".parquet"
+# `read_members` refuses those that are compressed.
+_TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclasses.dataclass(frozen=True)
 class ContainerFiles:
-    """Files of one kind that have captions, and may have the videos.
-
-    Attributes:
-      named: what `--annotations` is.
-      folder: folder above all of them.
-      paths: the files, sorted.
-    """
+    """Files of one kind, sorted, that `--annotations` names, and the folder above all of them."""
 
     named: Path
     folder: Path
     paths: list[Path]
 
     @property
-    def kind(self) -> str:
-        """TAR or PARQUET."""
-        return self.paths[0].suffix.lower()
+    def are_tables(self) -> bool:
+        """Whether they are Parquet files; otherwise tar files."""
+        return self.paths[0].suffix.lower() == PARQUET
 
     def each(self) -> Iterator[tuple[Path, str, str]]:
         """Yields each file, its name below the folder, and the split that its path names, or "".
@@ -55,32 +55,20 @@ class ContainerFiles:
 def find_containers(named: Path) -> ContainerFiles | None:
     """Finds the tar files or the Parquet files that `--annotations` names.
 
-    Args:
-      named: a file, a folder, or a pattern such as `shards/*.tar`.
-
-    Returns:
-      The files; None if it is another file. Of a folder with both kinds, the tar files:
-      video2dataset writes its logs beside them, as Parquet files.
-
-    Raises:
-      AnnotationError: there is no such file, tar files are compressed, or two files differ in the
-        case of their suffix alone.
+    That is a file, a folder, or a pattern such as `shards/*.tar`. Of a folder with both kinds, they
+    are the tar files: video2dataset writes its logs beside them, as Parquet files. None if it is
+    another file.
     """
     if named.is_dir():
         folder, found = named, files_below(named)
     elif named.is_file():
         folder, found = named.parent, [named]
-        if not _with_suffix(found, TAR, PARQUET, *_COMPRESSED):
+        if not _with_suffix(found, *_TAR, PARQUET):
             return None
     else:
         folder = next(p for p in named.parents if glob.escape(str(p)) == str(p))
         found = sorted(p for p in folder.glob(str(named.relative_to(folder))) if p.is_file())
-    if packed := _with_suffix(found, *_COMPRESSED):
-        raise AnnotationError(
-            f"{packed[0]} is a compressed tar file, whose members cannot be read in place; unpack"
-            " each to a plain .tar file, e.g. with gunzip (videos are compressed already)"
-        )
-    paths = _with_suffix(found, TAR) or _with_suffix(found, PARQUET)
+    paths = _with_suffix(found, *_TAR) or _with_suffix(found, PARQUET)
     stems: dict[Path, Path] = {}
     for path in paths:
         if (other := stems.setdefault(path.with_suffix(""), path)) != path:
@@ -104,76 +92,55 @@ def _with_suffix(paths: list[Path], *suffixes: str) -> list[Path]:
     return [path for path in paths if path.name.lower().endswith(suffixes)]
 
 
-class ContainedVideos:
-    """Collects the videos inside container files, and their captions."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """A video inside a file: its fields and the place of its bytes, or why there are none.
 
-    def __init__(self, files: ContainerFiles):
-        self._files = files
-        self._rows: SplitRows[str] = SplitRows(files.named)
-        self._found = FoundVideos(files.folder)
-        self._hashes: dict[str, str] = {}
-        self._left_out: dict[str, str] = {}
-        self._digest = hashlib.sha256()
+    `where` is its place for error messages, and `name` that in the list of what is left out.
+    """
 
-    def add(
-        self,
-        video_id: str,
-        captions: list[str],
-        split: str,
-        location: Location | None,
-        span: Span | None,
-        *,
-        missing: str = "",
-    ) -> None:
-        """Adds a video with a new id.
+    video_id: str
+    where: str
+    name: str
+    row: dict[str, Any] | RowError
+    location: Location | str
 
-        Args:
-          video_id: its id.
-          captions: its captions.
-          split: its split, or "".
-          location: its place; None if there are captions only.
-          span: start and end in seconds; None: the whole video.
-          missing: why it has no place.
-        """
-        # The bytes of a video are not part of it: they may be terabytes.
-        size = getattr(location, "size", None)
-        self._digest.update(
-            repr((video_id, captions, split, span, size)).encode("utf-8", "replace")
-        )
-        self._rows.add(video_id, captions, split)
-        if location is None:
-            self._found.missing[video_id] = missing
-        else:
-            self._found.clips.append(Clip(video_id, location, span))
 
-    def leave_out(self, name: str, reason: str) -> None:
-        """Adds a sample or a row that cannot be used."""
-        self._left_out[printable(name)] = printable(reason)
+def contained_annotations(
+    files: ContainerFiles, read: Callable[[Path, str], Iterable[Sample]], hint: str = ""
+) -> Annotations:
+    """Annotations from the samples that `read` yields for each file and its name below the folder.
 
-    def add_unannotated(self, location: Location) -> None:
-        """Adds a video without captions."""
-        self._found.unannotated.append(name_below(location, self._files.folder))
-
-    def end_file(self, name: str) -> None:
-        """Ends what is added from a file; `name` is that below the folder."""
-        self._hashes[name] = self._digest.hexdigest()
-        self._digest = hashlib.sha256()
-
-    def annotations(self) -> Annotations:
-        """The annotations.
-
-        Raises:
-          AnnotationError: some videos have a split and others have none, or too much is left out.
-        """
-        check_lost(self._left_out, len(self._found.clips), f"videos of {self._files.named}")
-        splits = self._rows.splits()
-        captioned = {
-            name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
-            for name, videos in splits.items()
-        }
-        annotations = Annotations(
-            captioned, hashes=self._hashes, contained=self._found, left_out=self._left_out
-        )
-        if "" in splits:
-            draw_splits(annotations)
-        return annotations
+    A video without a caption is not annotated; a sample that cannot be used is left out.
+    """
+    found, hashes, left_out = FoundVideos(files.folder), {}, {}
+    splits: dict[str, dict[str, list[str]]] = {}
+    for path, name, split_of_path in files.each():
+        digest = hashlib.sha256()
+        for sample in read(path, name):
+            row, location = sample.row, sample.location
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                if not has_caption(row):
+                    if not isinstance(location, str):
+                        found.unannotated.append(name_below(location, files.folder))
+                    continue
+                captions, span = captions_of(row), span_of(row)
+            except RowError as error:
+                left_out[printable(sample.name)] = printable(str(error))
+                continue
+            split = split_of(row, sample.where) or split_of_path
+            # The bytes of a video are not part of the hash: they may be terabytes.
+            content = (sample.video_id, captions, split, span, getattr(location, "size", None))
+            digest.update(repr(content).encode("utf-8", "replace"))
+            splits.setdefault(split, {})[sample.video_id] = captions
+            if isinstance(location, str):
+                found.missing[sample.video_id] = location
+            else:
+                found.clips.append(Clip(sample.video_id, location, span))
+        hashes[name] = digest.hexdigest()
+    if not found.clips and not left_out:
+        raise AnnotationError(f"{files.named} has no video with a caption{hint}")
+    check_lost(left_out, len(found.clips), f"videos of {files.named}")
+    return annotations_of(files.named, splits, hashes=hashes, contained=found, left_out=left_out)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_prep.annotations import Annotations
-from data_prep.custom.container_files import TAR, find_containers
+from data_prep.custom.container_files import find_containers
 from data_prep.custom.listings import read_listing
 from data_prep.custom.shards import read_shards
 from data_prep.custom.tables import read_tables
@@ -26,4 +26,4 @@ class Builder(RetrievalBuilder):
         files = find_containers(path)
         if files is None:
             return read_listing(path)
-        return read_shards(files) if files.kind == TAR else read_tables(files)
+        return read_tables(files) if files.are_tables else read_shards(files)

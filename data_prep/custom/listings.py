@@ -1,16 +1,16 @@
 """Lists of video files with captions: csv and jsonl."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.annotation_files import numbered_lines
-from data_prep.annotations import AnnotationError, Annotations, Captioned, Source
+from data_prep.annotations import AnnotationError, Annotations, RowError, Source, check_lost
 from data_prep.csv_files import read_csv_rows
 from data_prep.custom.rows import (
     FIELDS,
-    SplitRows,
+    annotations_of,
     captions_of,
     missing_fields,
     read_object,
@@ -18,8 +18,6 @@ from data_prep.custom.rows import (
     split_of,
     video_of,
 )
-from data_prep.file_splits import draw_splits
-from data_prep.left_out import RowError, check_lost
 from drl_jax.runtime.files import parse_json
 
 # Where a row is, and its fields, or why it has none.
@@ -27,74 +25,27 @@ PlacedRow = tuple[str, dict[str, Any] | RowError]
 
 
 def read_listing(path: Path) -> Annotations:
-    """Reads a csv file or a jsonl file.
-
-    Raises:
-      AnnotationError: it is neither, or most of its rows are wrong.
-    """
+    """Reads a csv file or a jsonl file."""
     if path.suffix.lower() == ".json":
         raise AnnotationError(
             f"{path} cannot be read: --annotations must be a .csv or .jsonl file (one JSON object"
             " per line)"
         )
     read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
-    annotations = annotations_of_files(path, lambda: read(path))
+    annotations = annotations_of_files(path, read(path))
     annotations.files = [path]
     return annotations
 
 
-def annotations_of_files(where: Path, rows: Callable[[], Iterable[PlacedRow]]) -> Annotations:
-    """Annotations from rows that name video files.
+def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
+    """Annotations from the rows of `where`, which name video files.
 
     Rows with the same video and span are one video with several captions. A row that is wrong is
     left out.
-
-    Args:
-      where: what has the rows, for error messages.
-      rows: reads the rows. They are read again to name two of them: to keep the place of each would
-        take a fifth of the memory.
-
-    Raises:
-      AnnotationError: there is no row, most rows are wrong, or one has a word that is no split.
     """
-    collected: SplitRows[Source] = SplitRows(where)
+    splits: dict[str, dict[Source, list[str]]] = {}
     left_out: dict[str, str] = {}
     kept = 0
-    for _, source, captions, split in _parsed(rows(), left_out):
-        collected.add(source, captions, split)
-        kept += 1
-    check_lost(left_out, kept, f"rows of {where}")
-    splits = collected.splits()
-    if not splits:
-        raise AnnotationError(f"{where} has no rows")
-    ids = _video_ids(dict.fromkeys(source for videos in splits.values() for source in videos))
-
-    def place_of(video_id: str, split: str) -> str:
-        return next(
-            place
-            for place, source, _, stated in _parsed(rows(), {})
-            if video_id in (_short_id(source), _exact_id(source)) and stated == split
-        )
-
-    annotations = Annotations(
-        {
-            name: [Captioned(ids[source], captions) for source, captions in videos.items()]
-            for name, videos in splits.items()
-        },
-        # A whole file with its name as id needs no source.
-        sources={video: (source,) for source, video in ids.items() if source.span is not None},
-        left_out=left_out,
-        place_of=place_of,
-    )
-    if "" in splits:
-        draw_splits(annotations)
-    return annotations
-
-
-def _parsed(
-    rows: Iterable[PlacedRow], left_out: dict[str, str]
-) -> Iterator[tuple[str, Source, list[str], str]]:
-    """Place, source, captions and split of each row; `left_out` receives the reasons for others."""
     for place, row in rows:
         try:
             if isinstance(row, RowError):
@@ -103,7 +54,23 @@ def _parsed(
         except RowError as error:
             left_out[place] = str(error)
         else:
-            yield place, source, captions, split_of(row, place)
+            videos = splits.setdefault(split_of(row, place), {})
+            if source in videos:
+                videos[source] += captions
+            else:
+                videos[source] = captions
+            kept += 1
+    check_lost(left_out, kept, f"rows of {where}")
+    if not splits:
+        raise AnnotationError(f"{where} has no rows")
+    ids = _video_ids(dict.fromkeys(source for videos in splits.values() for source in videos))
+    named = {
+        name: {ids[source]: captions for source, captions in videos.items()}
+        for name, videos in splits.items()
+    }
+    # A whole file with its name as id needs no source.
+    sources = {video: (source,) for source, video in ids.items() if source.span is not None}
+    return annotations_of(where, named, sources=sources, left_out=left_out)
 
 
 def _read_csv(path: Path) -> Iterator[PlacedRow]:
@@ -127,36 +94,27 @@ def _read_csv(path: Path) -> Iterator[PlacedRow]:
 
 def _read_jsonl(path: Path) -> Iterator[PlacedRow]:
     for number, line in numbered_lines(path, errors="surrogateescape"):
-        place = f"{path.name}, line {number}"
         try:
             row: dict[str, Any] | RowError = read_object(line)
             if problem := missing_fields(list(row)):
                 row = RowError(problem)
         except RowError as error:
             row = error
-        yield place, row
+        yield f"{path.name}, line {number}", row
 
 
 def _video_ids(sources: Iterable[Source]) -> dict[Source, str]:
-    """A distinct id of each source: its file, followed by the span if it has one.
-
-    Seconds have six digits, and all digits where six are the same for two spans.
-    """
-    short = {source: _short_id(source) for source in sources}
+    """A distinct id of each source: seconds have six digits, or all where two spans share these."""
+    short = {source: _video_id(source) for source in sources}
     counts = collections.Counter(short.values())
     return {
-        source: video_id if counts[video_id] == 1 else _exact_id(source)
+        source: video_id if counts[video_id] == 1 else _video_id(source, exact=True)
         for source, video_id in short.items()
     }
 
 
-def _short_id(source: Source) -> str:
+def _video_id(source: Source, *, exact: bool = False) -> str:
     if source.span is None:
         return source.file
-    return f"{source.file}@{source.span[0]:g}-{source.span[1]:g}"
-
-
-def _exact_id(source: Source) -> str:
-    if source.span is None:
-        return source.file
-    return f"{source.file}@{source.span[0]!r}-{source.span[1]!r}"
+    start, end = (repr(time) if exact else f"{time:g}" for time in source.span)
+    return f"{source.file}@{start}-{end}"

@@ -1,17 +1,23 @@
 """Rows of your own dataset: their fields, in whatever file they are, and the splits they make."""
 
-import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from data_prep.annotation_files import parse_span
-from data_prep.annotations import AnnotationError
-from data_prep.left_out import RowError, name_problem, text_problem
+from data_prep.annotations import (
+    AnnotationError,
+    Annotations,
+    Captioned,
+    RowError,
+    name_problem,
+    text_problem,
+)
 from data_prep.parquet_files import is_url
+from data_prep.splits import draw_splits
 from drl_jax.data.video import Span
 from drl_jax.runtime.files import parse_json
 
@@ -22,16 +28,10 @@ _SYNONYMS = {
     **{"training": "train", "testing": "test", "evaluation": "test"},
     **{"validation": "val", "validate": "val", "valid": "val", "dev": "val"},
 }
-Video = TypeVar("Video", bound=Hashable)
 
 
 def missing_fields(present: Sequence[str], *, needed: str = "video") -> str:
-    """Says which fields of a row, or columns of a file, are missing; empty if none is.
-
-    Args:
-      present: names of the fields.
-      needed: a field beside `caption` or `captions`, or "".
-    """
+    """Says which of the fields are missing: `caption` or `captions`, and `needed` unless empty."""
     missing = [] if not needed or needed in present else [needed]
     if not {"caption", "captions"} & set(present):
         missing.append("caption")
@@ -41,11 +41,7 @@ def missing_fields(present: Sequence[str], *, needed: str = "video") -> str:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """A JSON object; the names of its fields in lower case without blanks around them.
-
-    Raises:
-      RowError: it is something else, or has a field twice.
-    """
+    """A JSON object, its names in lower case without blanks; RowError for anything else."""
     try:
         value = parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -61,11 +57,7 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def video_of(row: dict[str, Any]) -> str:
-    """The field `video`, without blanks around it.
-
-    Raises:
-      RowError: it is empty, no text, a URL, or cannot be a name.
-    """
+    """The field `video`; RowError if it is empty, no text, a URL, or cannot be a name."""
     video = row.get("video")
     if video is not None and not isinstance(video, str):
         raise RowError(f"video must be a text, not {video!r}")
@@ -81,11 +73,7 @@ def video_of(row: dict[str, Any]) -> str:
 
 
 def span_of(row: dict[str, Any]) -> Span | None:
-    """The fields `start` and `end`, seconds.
-
-    Raises:
-      RowError: they are no span.
-    """
+    """The fields `start` and `end`, seconds; RowError if they are no span."""
     start, end = row.get("start"), row.get("end")
     if _is_empty(end):
         if _is_empty(start):
@@ -102,8 +90,7 @@ def _is_empty(value: Any) -> bool:
 def split_of(row: dict[str, Any], where: str) -> str:
     """The field `split`; empty if the row has none.
 
-    Raises:
-      AnnotationError: it is another word. Such a row is not left out: its whole split has the word.
+    A row with another word is refused, not left out: its whole split has the word.
     """
     split = str(row.get("split") or "").strip()
     if not split or split in _SPLITS:
@@ -115,21 +102,21 @@ def split_of(row: dict[str, Any], where: str) -> str:
 
 
 def split_of_file(path: PurePath) -> str:
-    """The split in the name of a file, e.g. "train-00000-of-00016", or of a folder above it.
-
-    Empty if there is none.
-    """
+    """The split that begins the name of a file, or names a folder above it; empty if none does."""
     names = [re.split(r"[-_.\d]", path.name, maxsplit=1)[0], *(p.name for p in path.parents)]
     found = (_SYNONYMS.get(name.lower(), name.lower()) for name in names)
     return next((name for name in found if name in _SPLITS), "")
 
 
-def captions_of(row: dict[str, Any]) -> list[str]:
-    """The fields `caption` and `captions`, without blanks around the texts.
+def has_caption(row: dict[str, Any]) -> bool:
+    """Whether the fields `caption` or `captions` have anything, of whatever type."""
+    caption = row.get("caption")
+    is_blank = isinstance(caption, str) and not caption.strip()
+    return bool((caption and not is_blank) or row.get("captions"))
 
-    Raises:
-      RowError: a caption is empty or no text, or there is none.
-    """
+
+def captions_of(row: dict[str, Any]) -> list[str]:
+    """The fields `caption` and `captions`; RowError if one is empty or no text, or none is."""
     captions = row.get("captions") or []
     if isinstance(captions, str) or not isinstance(captions, list):
         raise RowError("captions must be a list")
@@ -140,38 +127,23 @@ def captions_of(row: dict[str, Any]) -> list[str]:
         raise RowError("caption is empty")
     if problem := next(filter(None, map(text_problem, captions)), ""):
         raise RowError(f"caption {problem}")
-    captions = [caption.strip() for caption in captions]
-    return captions[:]  # A copy has no room for more, a fifth of the memory of a short caption.
+    # A copy has no room for more, a fifth of the memory of a short caption.
+    return [caption.strip() for caption in captions][:]
 
 
-@dataclasses.dataclass
-class SplitRows(Generic[Video]):
-    """Collects the captions of videos by split.
-
-    Attributes:
-      where: the files, for error messages.
-    """
-
-    where: object
-    _splits: dict[str, dict[Video, list[str]]] = dataclasses.field(default_factory=dict)
-
-    def add(self, video: Video, captions: list[str], split: str) -> None:
-        """Adds captions of a video, which may have others in this split; "" is no split."""
-        videos = self._splits.setdefault(split, {})
-        if video in videos:
-            videos[video].extend(captions)
-        else:
-            videos[video] = captions
-
-    def splits(self) -> dict[str, dict[Video, list[str]]]:
-        """The captions of each video of each split; "" has all videos if no row has a split.
-
-        Raises:
-          AnnotationError: some rows have a split, and others have none.
-        """
-        if "" in self._splits and len(self._splits) > 1:
-            raise AnnotationError(
-                f"{self.where}: some rows have a split and others have none; set it in all rows or"
-                " none"
-            )
-        return self._splits
+def annotations_of(
+    where: object, splits: Mapping[str, Mapping[str, list[str]]], **fields: Any
+) -> Annotations:
+    """Annotations from the captions of each video of each split; "" has all videos, to be drawn."""
+    if "" in splits and len(splits) > 1:
+        raise AnnotationError(
+            f"{where}: some rows have a split and others have none; set it in all rows or none"
+        )
+    captioned = {
+        name: [Captioned(video_id, captions) for video_id, captions in videos.items()]
+        for name, videos in splits.items()
+    }
+    annotations = Annotations(captioned, **fields)
+    if "" in splits:
+        draw_splits(annotations)
+    return annotations

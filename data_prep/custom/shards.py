@@ -7,13 +7,13 @@ extension, as in the package `webdataset`.
 import dataclasses
 import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.annotations import AnnotationError, Annotations
-from data_prep.custom.container_files import ContainedVideos, ContainerFiles
-from data_prep.custom.rows import FIELDS, captions_of, read_object, span_of, split_of
-from data_prep.left_out import RowError, name_problem
+from data_prep.annotations import AnnotationError, Annotations, RowError, name_problem
+from data_prep.custom.container_files import ContainerFiles, Sample, contained_annotations
+from data_prep.custom.rows import FIELDS, captions_of, has_caption, read_object
 from data_prep.tar_files import MAX_CONTENT, TarMember, read_content, read_members
 from drl_jax.data.video import VIDEO_SUFFIXES
 
@@ -22,18 +22,12 @@ _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 
 
 @dataclasses.dataclass(slots=True)
-class _Sample:
-    """Members of a key.
-
-    Attributes:
-      members: name and position of its video (".") and of its members with captions, by extension:
-        "txt" or "json".
-      video: its video.
-      texts: contents of its members with captions, by extension.
-      problem: why one of its members cannot be used.
+class _Members:
+    """Members of a key: its video, contents of those with captions by extension ("txt" or "json"),
+    name and position of each ("." is the video), and why one of them cannot be used.
     """
 
-    members: dict[str, str] = dataclasses.field(default_factory=dict)
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
     video: TarMember | None = None
     texts: dict[str, bytes] = dataclasses.field(default_factory=dict)
     problem: str = ""
@@ -42,60 +36,48 @@ class _Sample:
 def read_shards(files: ContainerFiles) -> Annotations:
     """Reads the headers of WebDataset shards, and their members .txt and .json.
 
-    The id of a video is the name of its shard without suffix, a slash, and its key. A sample with a
-    video but no caption is not annotated; one with a caption but no video is missing; one with a
-    member that cannot be used is left out.
-
-    Raises:
-      AnnotationError: two members are the video of a key, or its captions; a word is no split; or
-        there is no video with a caption, or most are left out.
-      TarError: a tar file is damaged, truncated or compressed.
-      OSError: it cannot be read.
+    The id of a video is the name of its shard without suffix, a slash, and its key.
     """
-    videos, count, left_out = ContainedVideos(files), 0, 0
-    for path, name, split in files.each():
-        shard = name[: -len(path.suffix)]
-        for key, sample in _samples(path).items():
-            video_id = f"{shard}/{key}"
-            try:
-                count += _add(videos, video_id, sample, f"{path}, {key}", split)
-            except RowError as error:
-                videos.leave_out(video_id, str(error))
-                left_out += 1
-        videos.end_file(name)
-    if not count and not left_out:
-        raise AnnotationError(
-            f"{files.named} has no video with a caption: each needs members of one name, e.g."
-            " 0001.mp4 with 0001.txt or 0001.json"
-        )
-    return videos.annotations()
+    hint = ": each needs members of one name, e.g. 0001.mp4 with 0001.txt or 0001.json"
+    return contained_annotations(files, _read_shard, hint)
 
 
-def _samples(path: Path) -> dict[str, _Sample]:
-    """The samples of a shard by key, in the order of their first members."""
-    samples: dict[str, _Sample] = {}
+def _read_shard(path: Path, name: str) -> Iterator[Sample]:
+    for key, members in _members_by_key(path).items():
+        video_id = f"{name[: -len(path.suffix)]}/{key}"
+        try:
+            row: dict[str, Any] | RowError = _row(members)
+        except RowError as error:
+            row = error
+        missing = f"its shard has its {' and '.join(members.texts)}, but no video"
+        yield Sample(video_id, f"{path}, {key}", video_id, row, members.video or missing)
+
+
+def _members_by_key(path: Path) -> dict[str, _Members]:
+    """In the order of the first members of the keys."""
+    found: dict[str, _Members] = {}
     for member, tar in read_members(path):
-        if not (found := _NAME.fullmatch(member.name)) or member.isdir():
+        if not (match := _NAME.fullmatch(member.name)) or member.isdir():
             continue
-        key, extension = found[1].removeprefix("./"), found[2].lower()
+        key, extension = match[1].removeprefix("./"), match[2].lower()
         is_video = f".{extension.rpartition('.')[2]}" in VIDEO_SUFFIXES
         if not is_video and extension not in ("txt", "json"):
             continue
-        sample = samples.setdefault(key, _Sample())
-        role, name = "." if is_video else extension, f"{member.name} at byte {member.offset}"
-        if (other := sample.members.setdefault(role, name)) != name:
+        members = found.setdefault(key, _Members())
+        role, place = "." if is_video else extension, f"{member.name} at byte {member.offset}"
+        if (other := members.places.setdefault(role, place)) != place:
             kind = "videos" if is_video else f"members .{extension}"
             raise AnnotationError(
-                f"{path}: {other} and {name} have the key {key!r}, which is the name up to its"
+                f"{path}: {other} and {place} have the key {key!r}, which is the name up to its"
                 f" first dot; a key has one of the {kind}"
             )
         if problem := _problem(member):
-            sample.problem = sample.problem or f"its .{found[2]} {problem}"
+            members.problem = members.problem or f"its .{match[2]} {problem}"
         elif is_video:
-            sample.video = TarMember(path, member.name, member.offset_data, member.size)
+            members.video = TarMember(path, member.name, member.offset_data, member.size)
         else:
-            sample.texts[extension] = read_content(path, tar, member)
-    return samples
+            members.texts[extension] = read_content(path, tar, member)
+    return found
 
 
 def _problem(member: tarfile.TarInfo) -> str:
@@ -118,47 +100,28 @@ def _problem(member: tarfile.TarInfo) -> str:
     return ""
 
 
-def _add(
-    videos: ContainedVideos, video_id: str, sample: _Sample, where: str, split_of_file: str
-) -> bool:
-    """Adds a sample; returns whether it is a video with captions."""
-    if sample.problem:
-        raise RowError(sample.problem)
-    row = _row(sample)
-    if not row.get("caption") and not row.get("captions"):
-        if sample.video is not None and "txt" in sample.texts:
-            raise RowError("its .txt is empty")
-        if sample.video is not None:
-            videos.add_unannotated(sample.video)
-        return False
-    captions = list(dict.fromkeys(captions_of(row)))
-    videos.add(
-        video_id,
-        captions,
-        split_of(row, where) or split_of_file,
-        sample.video,
-        span_of(row),
-        missing=f"its shard has its {' and '.join(sample.texts)}, but no video",
-    )
-    return sample.video is not None
-
-
-def _row(sample: _Sample) -> dict[str, Any]:
-    """Fields of a sample: those of its .json, and the text of its .txt as a caption."""
+def _row(members: _Members) -> dict[str, Any]:
+    """Fields of a sample: those of its .json, and the distinct captions of it and of its .txt."""
+    if members.problem:
+        raise RowError(members.problem)
     row: dict[str, Any] = {}
-    if "json" in sample.texts:
+    if "json" in members.texts:
         try:
-            fields = read_object(_text(sample.texts["json"]))
+            fields = read_object(_text(members.texts["json"]))
         except RowError as error:
             raise RowError(f"its .json {error}") from error
         row = {name: value for name, value in fields.items() if name in FIELDS}
     if isinstance(row.get("caption"), str) and not row["caption"].strip():
         del row["caption"]
-    text = _text(sample.texts.get("txt", b"")).strip()
+    text = _text(members.texts.get("txt", b"")).strip()
     if text and row.get("caption") and isinstance(row.get("captions") or [], list):
         row["captions"] = [text, *(row.get("captions") or [])]
     elif text:
         row["caption"] = text
+    if has_caption(row):
+        return {**row, "caption": None, "captions": list(dict.fromkeys(captions_of(row)))}
+    if members.video is not None and "txt" in members.texts:
+        raise RowError("its .txt is empty")
     return row
 
 

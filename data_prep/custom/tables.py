@@ -5,17 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.annotations import AnnotationError, Annotations
-from data_prep.custom.container_files import ContainedVideos, ContainerFiles
+from data_prep.annotations import AnnotationError, Annotations, RowError, name_problem
+from data_prep.custom.container_files import ContainerFiles, Sample, contained_annotations
 from data_prep.custom.listings import PlacedRow, annotations_of_files
-from data_prep.custom.rows import (
-    FIELDS,
-    captions_of,
-    missing_fields,
-    span_of,
-    split_of,
-)
-from data_prep.left_out import RowError, name_problem
+from data_prep.custom.rows import FIELDS, missing_fields
 from data_prep.parquet_files import ParquetTable
 from drl_jax.runtime.files import sha256
 
@@ -27,59 +20,33 @@ def read_tables(files: ContainerFiles) -> Annotations:
 
     A column with the contents of videos is as `ParquetTable.video_column` says; without one, the
     column `video` names files. The id of a video inside is that in the column `id` or `key`, or the
-    name of its file without suffix, a slash, and the number of the row. A video inside without
-    a caption is not annotated. A row that is wrong is left out.
-
-    Raises:
-      AnnotationError: a column is missing or of another type, two rows have one id, a word is no
-        split, most rows are wrong, or there is no video with a caption.
-      ParquetError: a file is damaged, or has row groups that are too large.
-      OSError: it cannot be read.
+    name of its file without suffix, a slash, and the number of the row.
     """
     with contextlib.closing(ParquetTable(files.paths[0])) as table:
         contained = bool(table.video_column)
     if not contained:
-        annotations = annotations_of_files(files.named, lambda: _rows_of_files(files))
+        annotations = annotations_of_files(files.named, _rows_of_files(files))
         annotations.hashes = {name: sha256(path) for path, name, _ in files.each()}
         return annotations
-    videos, ids, count = ContainedVideos(files), set(), 0  # Of the rows that are not left out.
-    for path, name, split in files.each():
-        stem = name[: -len(path.suffix)]
+    ids: set[str] = set()  # Of the rows that are not left out.
+
+    def read(path: Path, name: str) -> Iterator[Sample]:
         with contextlib.closing(_opened(path, contained=True)) as table:
             for (where, row), cell in zip(_rows(table, name), table.cells(), strict=True):
                 try:
-                    video_id = _id(row) or f"{stem}/{cell.row}"
-                    if video_id in ids:
-                        raise _repeated_id(files, video_id, where)
-                    ids.add(video_id)
-                    if _has_no_caption(row):
-                        videos.add_unannotated(cell)
-                        continue
-                    captions, span = captions_of(row), span_of(row)
+                    video_id = _id(row) or f"{name[: -len(path.suffix)]}/{cell.row}"
                 except RowError as error:
-                    videos.leave_out(where, str(error))
+                    yield Sample("", where, where, error, cell)
                     continue
-                videos.add(video_id, captions, split_of(row, where) or split, cell, span)
-                count += 1
-        videos.end_file(name)
-    annotations = videos.annotations()
-    if not count:
-        raise AnnotationError(f"{files.named} has no {'video with a caption' if ids else 'rows'}")
-    return annotations
+                if video_id in ids:
+                    raise AnnotationError(
+                        f"{files.named}: {where} has the id {video_id!r} of an earlier row; a video"
+                        " with several captions is one row with the column captions"
+                    )
+                ids.add(video_id)
+                yield Sample(video_id, where, where, row, cell)
 
-
-def _repeated_id(files: ContainerFiles, video_id: str, where: str) -> AnnotationError:
-    """Names both rows; the first is looked for, since to keep the place of each takes memory."""
-    for path, name, _ in files.each():
-        with contextlib.closing(ParquetTable(path)) as table:
-            for number, (first, row) in enumerate(_rows(table, name)):
-                with contextlib.suppress(RowError):
-                    if (_id(row) or f"{name[: -len(path.suffix)]}/{number}") == video_id:
-                        return AnnotationError(
-                            f"{files.named}: {first} and {where} have the id {video_id!r}; a video"
-                            " with several captions is one row with the column captions"
-                        )
-    raise AssertionError("no row has the id")
+    return contained_annotations(files, read)
 
 
 def _rows_of_files(files: ContainerFiles) -> Iterator[PlacedRow]:
@@ -107,17 +74,11 @@ def _opened(path: Path, *, contained: bool) -> ParquetTable:
             f"{path} {'names files' if contained else 'contains videos'}, and other files of its"
             " folder do not; build them apart"
         )
-    texts = ["caption", "split", *([] if contained else ["video"])]
-    for name in [name for name in texts if name in columns]:
-        kind = table.type(name)
-        if not (
-            types.is_string(kind)
-            or types.is_large_string(kind)
-            or types.is_string_view(kind)
-            or types.is_null(kind)
-        ):
+    kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    for name in ["caption", "split", *([] if contained else ["video"])]:
+        if name in columns and not any(is_kind(table.type(name)) for is_kind in kinds):
             raise AnnotationError(
-                f"{path}: the column {name} has the type {kind}, but must be a string"
+                f"{path}: the column {name} has the type {table.type(name)}, but must be a string"
             )
     return table
 
@@ -129,10 +90,6 @@ def _rows(table: ParquetTable, name: str) -> Iterator[tuple[str, dict[str, Any]]
     columns = [name for name in wanted if name in table.columns]
     for number, row in enumerate(table.read(columns)):
         yield f"{name}, row {number} (from 0)", row
-
-
-def _has_no_caption(row: dict[str, Any]) -> bool:
-    return not (row.get("caption") or "").strip() and not row.get("captions")
 
 
 def _id(row: dict[str, Any]) -> str:

@@ -5,17 +5,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from data_prep.annotation_files import read_json, read_lines
+from data_prep.annotation_files import read_entries, read_lines
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    find_annotation_pairs,
+    find_files,
     require_splits,
     with_all_captions,
     without_video_suffix,
 )
-from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
@@ -39,7 +38,7 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations, pairs = find_annotation_pairs(path, _FILES)
+        annotations, pairs = find_files(path, _FILES)
         left_out = annotations.left_out
         sentences = {split: _sentences(data, left_out) for split, (_, data) in pairs.items()}
         files = {
@@ -66,11 +65,9 @@ class Builder(RetrievalBuilder):
 
 def _sentences(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
     """Descriptions by video, from `[{"video": .., "description": .., ..}]`."""
-    entries = enumerate(read_json(path, list), start=1)
-    placed = ((f"{path.name}, entry {number}", entry) for number, entry in entries)
     form = '{"video": "..", "description": "..", ..}'
     sentences: dict[str, list[str]] = {}
-    for video, text in parse_all(placed, _description, left_out, f"entries of {path}", form):
+    for video, text in read_entries(path, _description, left_out, form):
         sentences.setdefault(video, []).append(text)
     return sentences
 
@@ -89,10 +86,6 @@ def _full_names(
 
     Returns:
       For each listed video, by its full name, its name in the descriptions; its own if it has none.
-
-    Raises:
-      AnnotationError: a video has the descriptions of several videos, or two videos have the same
-        descriptions.
     """
     described = set(described)
     by_stem: dict[str, list[str]] = {}

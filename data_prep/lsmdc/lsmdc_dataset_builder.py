@@ -7,17 +7,18 @@ from data_prep.annotation_files import numbered_lines
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
-    find_annotation_files,
+    RowError,
+    find_files,
     group_captions,
+    parse_rows,
     require_splits,
 )
-from data_prep.left_out import RowError, parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 
 _FILES = {
-    "train": "LSMDC16_annos_training.csv",
-    "val": "LSMDC16_annos_val.csv",
-    "test": "LSMDC16_challenge_1000_publictect.csv",
+    "train": ("LSMDC16_annos_training.csv",),
+    "val": ("LSMDC16_annos_val.csv",),
+    "test": ("LSMDC16_challenge_1000_publictect.csv",),
 }
 _COLUMNS = "CLIP_ID, START_ALIGNED, END_ALIGNED, START_EXTRACTED, END_EXTRACTED, SENTENCE"
 
@@ -34,27 +35,19 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = find_annotation_files(
-            path, {file: f"the split {split}" for split, file in _FILES.items()}
-        )
-        for split, file in _FILES.items():
-            if file not in annotations.missing_files:
-                annotations.splits[split] = group_captions(
-                    _read_rows(path / file, annotations.left_out)
-                )
+        annotations, found = find_files(path, _FILES)
+        for split, (file,) in found.items():
+            # The `.csv` is tab-separated, without header or quoting.
+            lines = numbered_lines(file)
+            if not lines:
+                raise AnnotationError(f"{file} is empty")
+            rows = parse_rows(file, "line", lines, _row, annotations.left_out)
+            annotations.splits[split] = group_captions(rows)
         return require_splits(annotations, path)
 
 
-def _read_rows(path: Path, left_out: dict[str, str]) -> list[tuple[str, str]]:
-    """(clip, sentence) of each row; the `.csv` is tab-separated, without header or quoting."""
-    lines = numbered_lines(path)
-    if not lines:
-        raise AnnotationError(f"{path} is empty")
-    placed = ((f"{path.name}, line {number}", line) for number, line in lines)
-    return parse_all(placed, _row, left_out, f"lines of {path}")
-
-
 def _row(line: str) -> tuple[str, str]:
+    """Clip and sentence."""
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) != 6 or not fields[0] or not fields[5]:
         raise RowError(

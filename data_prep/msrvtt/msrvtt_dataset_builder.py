@@ -7,7 +7,7 @@ from data_prep.annotation_files import read_json, read_sentences
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
-    find_annotation_files,
+    find_files,
     group_captions,
     require_splits,
     with_all_captions,
@@ -15,10 +15,13 @@ from data_prep.annotations import (
 from data_prep.csv_files import read_csv_columns
 from data_prep.retrieval_builder import RetrievalBuilder
 
+# Captions of all videos, and the official splits.
 _SENTENCES = "MSRVTT_data.json"
-_TRAIN = {"train_9k": "MSRVTT_train.9k.csv", "train_7k": "MSRVTT_train.7k.csv"}
-_TEST = "MSRVTT_JSFUSION_test.csv"
-# The official splits are in the JSON file.
+_FILES = {
+    "train_9k": (_SENTENCES, "MSRVTT_train.9k.csv"),
+    "train_7k": (_SENTENCES, "MSRVTT_train.7k.csv"),
+    "test": ("MSRVTT_JSFUSION_test.csv",),
+}
 _FULL = {"train": "full_train", "validate": "full_val", "test": "full_test"}
 
 
@@ -48,34 +51,26 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = find_annotation_files(
-            path,
-            {
-                _SENTENCES: "the captions of all videos",
-                **{file: f"the split {split}" for split, file in _TRAIN.items()},
-                _TEST: "the split test (1k-A)",
-            },
-        )
-        present, left_out = {file.name for file in annotations.files}, annotations.left_out
-        if _SENTENCES in present:
-            captions = read_sentences(path / _SENTENCES, left_out)
+        annotations, found = find_files(path, _FILES)
+        left_out, splits = annotations.left_out, annotations.splits
+        test = found.pop("test", None)
+        if (sentences := path / _SENTENCES) in annotations.files:
+            captions = read_sentences(sentences, left_out)
             lists = {
-                split: [
-                    video for (video,) in read_csv_columns(path / file, ("video_id",), left_out)
-                ]
-                for split, file in _TRAIN.items()
-                if file in present
-            }
-            lists |= _official_splits(path / _SENTENCES)
-            for split, videos in lists.items():
-                source = path / _TRAIN.get(split, _SENTENCES)
-                annotations.splits[split] = with_all_captions(
-                    videos, captions, source, path / _SENTENCES, left_out
+                split: (
+                    [video for (video,) in read_csv_columns(file, ("video_id",), left_out)],
+                    file,
                 )
-        if _TEST in present:
+                for split, (_, file) in found.items()
+            }
+            official = _official_splits(sentences)
+            lists |= {split: (videos, sentences) for split, videos in official.items()}
+            for split, (videos, file) in lists.items():
+                splits[split] = with_all_captions(videos, captions, file, sentences, left_out)
+        if test:
             # 1k-A has one sentence per test video; each row is a query.
-            rows = read_csv_columns(path / _TEST, ("video_id", "sentence"), left_out)
-            annotations.splits["test"] = group_captions(rows)
+            rows = read_csv_columns(test[0], ("video_id", "sentence"), left_out)
+            splits["test"] = group_captions(rows)
         return require_splits(annotations, path)
 
 

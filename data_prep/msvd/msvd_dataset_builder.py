@@ -3,22 +3,17 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.annotation_files import (
-    checked_captions,
-    read_json,
-    read_lines,
-    read_plain_pickle,
-)
+from data_prep.annotation_files import checked_captions, read_json, read_lines, read_plain_pickle
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
-    find_annotation_files,
+    find_files,
     require_splits,
     with_all_captions,
 )
 from data_prep.retrieval_builder import RetrievalBuilder
 
-_LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
+_LISTS = {split: (f"{split}_list.txt",) for split in ("train", "val", "test")}
 # Captions are read from one of these: lists of words, or sentences.
 _PICKLE, _JSON = "raw-captions.pkl", "captions_msvd.json"
 
@@ -34,35 +29,22 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = find_annotation_files(
-            path, {file: f"the split {split}" for split, file in _LISTS.items()}
-        )
-        captions_path = next(
-            (path / name for name in (_PICKLE, _JSON) if (path / name).is_file()), None
-        )
-        if captions_path is None:
+        annotations, lists = find_files(path, _LISTS)
+        left_out = annotations.left_out
+        if (file := path / _PICKLE).is_file():
+            captions = read_plain_pickle(file)
+            if isinstance(captions, dict):
+                captions = {video: _joined(sentences) for video, sentences in captions.items()}
+        elif (file := path / _JSON).is_file():
+            captions = read_json(file, dict)
+        else:
             raise AnnotationError(f"{path} has no captions: neither {_PICKLE} nor {_JSON}")
-        annotations.files.append(captions_path)
-        captions = _read_captions(captions_path, annotations.left_out)
-        for split, file in _LISTS.items():
-            if file not in annotations.missing_files:
-                annotations.splits[split] = with_all_captions(
-                    read_lines(path / file),
-                    captions,
-                    path / file,
-                    captions_path,
-                    annotations.left_out,
-                )
+        annotations.files.append(file)
+        captions = checked_captions(file, captions, left_out)
+        for split, (names,) in lists.items():
+            videos = read_lines(names)
+            annotations.splits[split] = with_all_captions(videos, captions, names, file, left_out)
         return require_splits(annotations, path)
-
-
-def _read_captions(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
-    if path.name == _JSON:
-        return checked_captions(path, read_json(path, dict), left_out)
-    captions = read_plain_pickle(path)
-    if isinstance(captions, dict):
-        captions = {video: _joined(sentences) for video, sentences in captions.items()}
-    return checked_captions(path, captions, left_out)
 
 
 def _joined(sentences: Any) -> Any:

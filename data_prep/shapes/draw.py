@@ -32,24 +32,17 @@ _COLOURS = {
 
 # Corners of a triangle on the unit circle, the first at the top.
 _TRIANGLE = [(math.sin(2 * math.pi * k / 3), -math.cos(2 * math.pi * k / 3)) for k in range(3)]
-
 # Range of radii, pixels.
 _RADII = {"small": (5, 6.5), "medium": (8, 10), "big": (12, 14)}
-
 # (x, y, radius) at each frame, in pixels.
 Track = list[tuple[float, float, float]]
 
 
 def draw_clip(scene: Scene, seed: int) -> list[np.ndarray]:
-    """Draws the frames of a clip.
+    """Draws the frames of a clip: FRAMES arrays uint8 [SIZE, SIZE, 3].
 
-    Args:
-      scene: what to draw.
-      seed: determines positions, sizes and background. With the same seed, a scene and its reverse
-        give the same frames in opposite order.
-
-    Returns:
-      FRAMES arrays uint8 [SIZE, SIZE, 3].
+    The seed determines positions, sizes and background. With the same seed, a scene and its reverse
+    give the same frames in opposite order.
     """
     # Only the smaller of a scene and its reverse is drawn; the other is its time reversal.
     forward = min(scene, scene.reversed())
@@ -65,15 +58,7 @@ def draw_clip(scene: Scene, seed: int) -> list[np.ndarray]:
 
 
 def draw_still(still: Still, seed: int) -> list[np.ndarray]:
-    """Draws a still.
-
-    Args:
-      still: what to draw.
-      seed: determines positions, sizes and background.
-
-    Returns:
-      One array uint8 [SIZE, SIZE, 3].
-    """
+    """Draws a still: one array uint8 [SIZE, SIZE, 3]. The seed is as in `draw_clip`."""
     rng = random.Random(seed)
     background = _background(rng)
     shapes = (still.first, still.second)

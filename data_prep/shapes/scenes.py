@@ -7,24 +7,22 @@ scene and its time reversal occur in only one of train, val and test.
 import dataclasses
 import itertools
 import random
-
-from data_prep.shapes.captions import SHAPE_WORDS, distinct
+from collections.abc import Callable, Sequence
 
 # Number of clips of train, val and test.
 SIZES = {"full": (4000, 256, 512), "smoke": (192, 32, 32)}
 
 # Shapes that a small image tower distinguishes. (It confuses a circle and a square.)
 SHAPES = ("circle", "cross", "triangle")
+SHAPE_WORDS = {
+    "circle": ("circle", "disc", "ball"),
+    "cross": ("cross", "plus"),
+    "triangle": ("triangle",),
+}
 COLOURS = ("red", "green", "blue")
 # Motions with a direction, each with its time reversal.
-REVERSED = {
-    "right": "left",
-    "left": "right",
-    "up": "down",
-    "down": "up",
-    "grow": "shrink",
-    "shrink": "grow",
-}
+_OPPOSITES = (("right", "left"), ("up", "down"), ("grow", "shrink"))
+REVERSED = {a: b for one, other in _OPPOSITES for a, b in ((one, other), (other, one))}
 # Motions that are symmetric in time.
 SYMMETRIC = ("still", "swing")
 
@@ -58,19 +56,6 @@ class Scene:
         return (self.first.motion in REVERSED) != (self.second.motion in REVERSED)
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneSplits:
-    """Scenes of each split.
-
-    Attributes:
-      scenes: the scenes of train, val and test.
-      pairs: for val and test, indices of a scene and its reverse in that split.
-    """
-
-    scenes: dict[str, list[Scene]]
-    pairs: dict[str, list[tuple[int, int]]]
-
-
 def all_scenes() -> list[Scene]:
     """All scenes: two shapes that differ in colour or shape, which captions can distinguish."""
     looks = list(itertools.product(COLOURS, SHAPES))
@@ -82,17 +67,13 @@ def all_scenes() -> list[Scene]:
     ]
 
 
-def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
+def split_scenes(
+    train: int, val: int, test: int, seed: int
+) -> tuple[dict[str, list[Scene]], dict[str, list[tuple[int, int]]]]:
     """Assigns scenes to splits; half of val and of test are pairs of a scene and its reverse.
 
-    Args:
-      train: number of training scenes, drawn with replacement.
-      val: number of validation scenes, a multiple of 4.
-      test: number of test scenes, a multiple of 4.
-      seed: random seed.
-
-    Raises:
-      ValueError: there are too few scenes for `val` and `test`.
+    Training scenes are drawn with replacement; the numbers of the others are multiples of 4. Also
+    returns, for val and test, indices of a scene and its reverse in that split.
     """
     rng = random.Random(seed)
     # A scene and its reverse form a group, which is assigned as a whole.
@@ -107,10 +88,16 @@ def split_scenes(train: int, val: int, test: int, seed: int) -> SceneSplits:
         single, groups = rest[: count // 2], rest[count // 2 :]
         scenes[split] = [*itertools.chain(*paired), *(rng.choice(group) for group in single)]
         pairs[split] = [(2 * number, 2 * number + 1) for number in range(len(paired))]
-        if len(scenes[split]) < count or not groups:
-            raise ValueError(f"too few scenes for {val} in val and {test} in test")
     scenes["train"] = rng.choices([*itertools.chain(*groups)], k=train)
-    return SceneSplits(scenes, pairs)
+    return scenes, pairs
+
+
+def distinct(draw: Callable[[], str], count: int, first: Sequence[str] = ()) -> list[str]:
+    """Calls `draw` until there are `count` different captions with those of `first`."""
+    found = dict.fromkeys(first)
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
 
 
 _MOTION_WORDS = {

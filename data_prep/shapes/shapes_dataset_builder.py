@@ -1,12 +1,11 @@
-"""Default dataset: synthetic clips, annotated in the file formats of MSR-VTT."""
+"""Default dataset: synthetic clips."""
 
 import functools
 import random
 from pathlib import Path
 
-from data_prep.shapes.dataset_files import draw_files
 from data_prep.shapes.draw import draw_clip
-from data_prep.shapes.drawn_builder import DrawnBuilder
+from data_prep.shapes.drawn_builder import DrawnBuilder, draw_files
 from data_prep.shapes.scenes import SIZES, captions, split_scenes
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
@@ -23,11 +22,11 @@ class Builder(DrawnBuilder):
 
     @classmethod
     def draw(cls, directory: Path, size: str) -> None:
-        splits = split_scenes(*SIZES[size], seed=_SEED)
+        scenes, pairs = split_scenes(*SIZES[size], seed=_SEED)
         draw_files(
             directory,
-            splits.scenes,
+            scenes,
             draw=draw_clip,
             caption=functools.partial(captions, count=_CAPTIONS, rng=random.Random(_SEED)),
-            pairs=splits.pairs,
+            pairs=pairs,
         )

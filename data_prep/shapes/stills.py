@@ -8,8 +8,7 @@ import itertools
 import random
 
 from data_prep.shapes import scenes
-from data_prep.shapes.captions import SHAPE_WORDS, distinct
-from data_prep.shapes.scenes import SHAPES
+from data_prep.shapes.scenes import SHAPE_WORDS, SHAPES, distinct
 
 # Number of stills of train, val and test.
 SIZES = {"full": (20_000, 256, 512), "smoke": (96, 32, 32)}
@@ -73,11 +72,7 @@ def all_stills() -> list[Still]:
 
 
 def split_stills(train: int, val: int, test: int, seed: int) -> dict[str, list[Still]]:
-    """Draws the stills of each split; none occurs twice.
-
-    Raises:
-      ValueError: there are fewer stills.
-    """
+    """Draws the stills of each split; none occurs twice."""
     chosen = random.Random(seed).sample(all_stills(), train + val + test)
     return {
         "train": chosen[:train],

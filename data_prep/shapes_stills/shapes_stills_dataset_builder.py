@@ -4,9 +4,8 @@ import functools
 import random
 from pathlib import Path
 
-from data_prep.shapes.dataset_files import draw_files
 from data_prep.shapes.draw import draw_still
-from data_prep.shapes.drawn_builder import DrawnBuilder
+from data_prep.shapes.drawn_builder import DrawnBuilder, draw_files
 from data_prep.shapes.stills import SIZES, captions, split_stills
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec

@@ -5,23 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.annotation_files import (
-    checked_captions,
-    read_json,
-    read_lines,
-)
+from data_prep.annotation_files import checked_captions, read_entries, read_json, read_lines
 from data_prep.annotations import (
     AnnotationError,
     Annotations,
     Source,
-    find_annotation_files,
+    find_files,
     require_splits,
     with_all_captions,
 )
-from data_prep.left_out import parse_all
 from data_prep.retrieval_builder import RetrievalBuilder
 
-_LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
+_LISTS = {split: (f"{split}_list.txt",) for split in ("train", "val", "test")}
 # {id: [caption]}, or {id: {"enCap": [caption]}}.
 _CAPTIONS = ("ref_captions.json", "vatex_data.json")
 # The official files, or copies with extra fields: [{"videoID": id, "enCap": [..], ..}].
@@ -41,14 +36,9 @@ class Builder(RetrievalBuilder):
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:
-        annotations = find_annotation_files(
-            path, {file: f"the split {split}" for split, file in _LISTS.items()}
-        )
-        lists = {
-            split: read_lines(path / file)
-            for split, file in _LISTS.items()
-            if file not in annotations.missing_files
-        }
+        annotations, found = find_files(path, _LISTS)
+        left_out = annotations.left_out
+        lists = {split: read_lines(file) for split, (file,) in found.items()}
         captions: dict[str, list[str]] = {}
         official: dict[str, list[str]] = {}
         origin: dict[str, Path] = {}
@@ -57,8 +47,8 @@ class Builder(RetrievalBuilder):
             files += [(split, file) for file in sorted(path.glob(pattern))]
         for split, file in files:
             read = _official_captions if split else _captions_by_id
-            for video, found in read(file, annotations.left_out).items():
-                if captions.setdefault(video, found) != found:
+            for video, texts in read(file, left_out).items():
+                if captions.setdefault(video, texts) != texts:
                     raise AnnotationError(
                         f"{origin[video]} and {file} have different captions of {video}; keep one"
                         " of the files"
@@ -76,28 +66,25 @@ class Builder(RetrievalBuilder):
             lists, annotations.missing_files = official, {}
         for split, videos in lists.items():
             annotations.splits[split] = with_all_captions(
-                videos, captions, path / _LISTS[split], files[-1][1], annotations.left_out
+                videos, captions, path / _LISTS[split][0], files[-1][1], left_out
             )
         annotations.sources = {video: _sources(video) for video in annotations.video_ids()}
         return require_splits(annotations, path)
 
 
 def _captions_by_id(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
-    captions = read_json(path, dict)
-    unwrapped = {
+    captions = {
         video: value.get("enCap") if isinstance(value, dict) else value
-        for video, value in captions.items()
+        for video, value in read_json(path, dict).items()
     }
-    return checked_captions(path, unwrapped, left_out)
+    return checked_captions(path, captions, left_out)
 
 
 def _official_captions(path: Path, left_out: dict[str, str]) -> dict[str, list[str]]:
     """Captions by id; the entries of one id are one video with the captions of all."""
-    entries = enumerate(read_json(path, list), start=1)
-    placed = ((f"{path.name}, entry {number}", entry) for number, entry in entries)
     form = '{"videoID": "..", "enCap": ["..", ..], ..}'
     captions: dict[str, list[str]] = {}
-    for video, found in parse_all(placed, _entry, left_out, f"entries of {path}", form):
+    for video, found in read_entries(path, _entry, left_out, form):
         known = captions.setdefault(video, [])
         known += [text for text in found if text not in known] if known else found
     return checked_captions(path, captions, left_out)

@@ -12,14 +12,7 @@ import jax
 import numpy as np
 
 from drl_jax.config import DataConfig
-from drl_jax.data.frames import (
-    DeviceFrames,
-    DiskFrames,
-    MemoryFrames,
-    choose_cache,
-    reader_threads,
-    to_devices,
-)
+from drl_jax.data.frames import DeviceFrames, DiskFrames, MemoryFrames, choose_cache, reader_threads
 from drl_jax.data.records import DatasetError, VideoDataset
 from drl_jax.data.splits import Split
 from drl_jax.data.tokens import caption_tokens
@@ -58,7 +51,7 @@ def _held_out(dataset: VideoDataset, videos: np.ndarray, count: int) -> np.ndarr
 
     There are more if the last file has several videos.
     """
-    hashes = dataset.id_hashes(videos)
+    hashes = dataset.id_hashes[videos]
     # Those whose first bytes are small enough are few; the whole hashes decide between them.
     candidates = np.flatnonzero(hashes <= np.partition(hashes, count - 1)[count - 1])
 
@@ -66,7 +59,7 @@ def _held_out(dataset: VideoDataset, videos: np.ndarray, count: int) -> np.ndarr
         return hashlib.sha256(dataset.video_ids[videos[row]].encode()).digest()
 
     first = np.array(sorted(candidates, key=whole_hash)[:count])
-    rows = np.flatnonzero(np.isin(videos, dataset.of_same_files(videos[first])))
+    rows = np.flatnonzero(np.isin(videos, dataset.sources.of_same_files(videos[first])))
     if len(rows) == count:
         return rows
     by_file: dict[str, list[int]] = {}
@@ -105,22 +98,13 @@ class TrainBatches:
     ):
         """Tokenises the captions, unless their tokens are stored (`caption_tokens`).
 
-        `config.cache` selects where frames are read from.
-
-        Args:
-          dataset: the dataset.
-          split: videos and captions to train on.
-          config: frames, words and cache.
-          batch_size: pairs of the global batch.
-          seed: of the order and the drawn captions.
-          tokenizer: of the model.
+        `batch_size` is that of the global batch; `seed` determines order and drawn captions.
 
         Raises:
           DatasetError: the split has fewer examples than a batch, or does not fit in the cache.
         """
-        self._dataset, self._split, self._config, self._seed = dataset, split, config, seed
-        self._captions = split.captions
-        self._batch_size = batch_size
+        self._dataset, self._split, self._captions = dataset, split, split.captions
+        self._config, self._batch_size, self._seed = config, batch_size, seed
         self.num_examples = self._captions.pairs if config.expand_captions else len(split.videos)
         if self.num_examples < batch_size:
             raise DatasetError(
@@ -134,9 +118,8 @@ class TrainBatches:
         if self.cache == "memory":
             self._frames = MemoryFrames(dataset, np.unique(split.videos), config.max_frames)
         # Last, since it may take long.
-        self._tokens = caption_tokens(
-            self._captions, tokenizer, config.max_words, quiet=not is_main()
-        )
+        quiet = not is_main()
+        self._tokens = caption_tokens(self._captions, tokenizer, config.max_words, quiet=quiet)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -151,15 +134,14 @@ class TrainBatches:
         """
         fill = None
         if self.cache == "device":
-            fill = DeviceFrames(
-                self._dataset,
-                self._split.videos,
-                self._config.max_frames,
-                layout,
-                self._threads,
-            ).fill
+            videos, max_frames = self._split.videos, self._config.max_frames
+            fill = DeviceFrames(self._dataset, videos, max_frames, layout, self._threads).fill
         stream = self.iterate(start_step, jax.process_index(), jax.process_count())
-        yield from to_devices(stream, layout, fill)
+        # Steps are asynchronous: a batch is read and transferred while the previous step runs,
+        # unless the caller waits for that step first.
+        for rows in stream:
+            batch = layout.put_batch(rows)
+            yield fill(batch) if fill else batch
 
     def iterate(self, start_step: int, process: int, processes: int) -> Iterator[dict]:
         """Iterates over this process's part of each batch from `start_step` on, indefinitely.
@@ -174,20 +156,11 @@ class TrainBatches:
         # rounded up in floating point, for one example a batch beyond what `len` can return.
         parts = examples.batch(self._batch_size // processes, drop_remainder=True)
         own_parts = parts[start_step * processes + process :: processes]
-        options = grain.ReadOptions(
-            num_threads=self._threads, prefetch_buffer_size=PREFETCHED_BATCHES
-        )
+        options = grain.ReadOptions(self._threads, PREFETCHED_BATCHES)
         return iter(own_parts.to_iter_dataset(options))
 
     def examples(self, step: int) -> list[dict[str, str]]:
-        """Ids and captions of the global batch of a training step.
-
-        Args:
-          step: from 1.
-
-        Returns:
-          {"video_id": .., "caption": ..} for each row.
-        """
+        """`video_id` and `caption` of each row of the global batch of a training step, from 1."""
         pairs = self._in_order(self._pair)
         first = (step - 1) * self._batch_size
         found = []

@@ -1,8 +1,4 @@
-"""Hashes of a dataset's ids and captions, which runs and evaluations record.
-
-Each is the hash of a JSON text, which is made in pieces, since that of a large dataset does not fit
-in memory.
-"""
+"""Hashes of ids and captions as JSON, which is made in pieces: it may not fit in memory."""
 
 import hashlib
 import itertools
@@ -17,13 +13,7 @@ _PIECE = 10_000
 
 
 def content_sha256(frames: str, video_ids: Sequence[str], splits: Mapping[str, Split]) -> str:
-    """Hexadecimal SHA-256 of all stored frames, ids and captions.
-
-    Args:
-      frames: hash of the frames.
-      video_ids: of the records.
-      splits: the splits by name.
-    """
+    """Hexadecimal SHA-256 of all ids and captions, and of the hash of all frames."""
     return _sha256(_content(frames, video_ids, splits))
 
 
@@ -54,7 +44,6 @@ def _sha256(pieces: Iterable[str]) -> str:
 
 
 def _array(values: Iterable[Any]) -> Iterator[str]:
-    """The pieces of a JSON array."""
     values, separator = iter(values), "["
     while piece := list(itertools.islice(values, _PIECE)):
         yield separator + _json(piece)[1:-1]

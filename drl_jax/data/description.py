@@ -1,122 +1,156 @@
-"""Ids, sources and splits of a dataset, as `metadata.json` and the files beside it describe them.
+"""Ids, sources and captions of a dataset, in files that are mapped into memory.
 
-In layout 2, `metadata.json` has what is small: the names of the splits, and their pairs of clips
-that are reversed. In layout 1, of earlier versions, it has everything.
+They are Arrow IPC files with one record batch: processes of a machine share them, and opening one
+does not depend on its size.
+
+- `videos.arrow` has a row for each record: `video_id`, the first 8 bytes of its SHA-256 as a
+  number, and the source: `file`, and `start` and `end` in seconds for a part of it.
+- `captions.SPLIT.arrow` has a row for each video of a split: the index of its record (`video`), and
+  `captions`.
+
+Offsets have 64 bits, since the texts may exceed 2 GB. `metadata.json` has the rest: the layout, the
+names of the splits, and their pairs of reversed clips.
 """
 
-import functools
-from collections.abc import Mapping
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
 
-from drl_jax.data.content import content_sha256
-from drl_jax.data.description_files import (
-    VIDEOS_FILE,
-    Sources,
-    Videos,
-    captions_file,
-    id_hash,
-    read_captions,
-    read_videos,
-)
 from drl_jax.data.splits import CaptionOrigin, Captions, Split
 from drl_jax.runtime.files import sha256
 
+# Layout of these files and of `metadata.json`. A dataset with another one has to be built again.
 LAYOUT = 2
-METADATA = "metadata.json"
+METADATA, VIDEOS_FILE = "metadata.json", "videos.arrow"
+_VIDEOS_SCHEMA = pa.schema(
+    {
+        "video_id": pa.large_string(),
+        "id_hash": pa.uint64(),
+        "file": pa.large_string(),
+        "start": pa.float64(),
+        "end": pa.float64(),
+    }
+)
+_CAPTIONS_SCHEMA = pa.schema({"video": pa.int32(), "captions": pa.large_list(pa.large_string())})
+# Rows that are converted at a time.
+_ROWS = 65536
 
 
-class Description:
-    """The description of a dataset.
+def captions_file(split: str) -> str:
+    """Name of the file of a split's captions."""
+    return f"captions.{split}.arrow"
 
-    Attributes:
-      files: names of the files that belong to it beside `metadata.json`.
-      split_names: names of the splits.
-      videos: ids and sources of the records.
-    """
 
-    def __init__(self, directory: Path, metadata: Mapping[str, Any], hashes: Mapping[str, str]):
-        """Opens the description; captions are opened with their split.
+class Strings(Sequence[str]):
+    """A column of strings; one is decoded when it is accessed."""
 
-        Args:
-          directory: of the dataset.
-          metadata: content of `metadata.json`.
-          hashes: SHA-256 of each file, by name; layout 2 needs those of `files`.
+    def __init__(self, column: pa.LargeStringArray):
+        self._column = column
 
-        Raises:
-          OSError, ValueError, KeyError, TypeError: the description is incomplete, or a file is
-            missing or not the one with its hash.
-        """
-        self._directory, self._hashes = directory, dict(hashes)
-        self._checked: set[str] = set()
-        self._splits: Mapping[str, Any] = metadata["splits"]
-        self.split_names = list(self._splits)
-        layout = metadata.get("layout", 1)
-        if layout not in (1, LAYOUT):
-            raise ValueError(f"{METADATA} has the layout {layout}, of a later version")
-        self.files = []
-        if layout == 1:
-            self.videos = Videos(metadata["video_ids"], metadata.get("sources", []), None)
-            return
-        self.files = [VIDEOS_FILE, *map(captions_file, self.split_names)]
-        for name in self.files:
-            (directory / name).stat()
-            if name not in self._hashes:
-                raise ValueError(f"the hash of {name} is missing in manifest.json")
-        self._check(VIDEOS_FILE)
-        self.videos = read_videos(directory)
+    def __len__(self) -> int:
+        return len(self._column)
 
-    def split(self, name: str) -> Split:
-        """A split; the first time, its file is compared with its hash.
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return self._column[index].to_pylist()
+        return self._column[int(index)].as_py()
 
-        Raises:
-          KeyError: there is no such split.
-          OSError, ValueError: its file is missing or damaged.
-        """
-        stored = self._splits[name]
-        reversed_pairs = np.asarray(stored["reversed_pairs"], np.int32).reshape(-1, 2)
-        if not self.files:
-            origin = CaptionOrigin(self._directory, name, self._metadata_sha256)
-            videos = np.asarray(stored["videos"], np.int32)
-            return Split(videos, Captions.of(stored["captions"], origin), reversed_pairs)
-        file = captions_file(name)
-        self._check(file)
-        videos, captions = read_captions(CaptionOrigin(self._directory, name, self._hashes[file]))
-        return Split(videos, captions, reversed_pairs)
 
-    def content(self, frames: str) -> str:
-        """Hexadecimal SHA-256 of all stored frames, ids and captions.
+class Sources(Sequence[list]):
+    """Source of each record: [path below the videos' folder] or [path, start, end] in seconds."""
 
-        Args:
-          frames: hash of the frames.
+    def __init__(self, files: pa.LargeStringArray, starts: pa.DoubleArray, ends: pa.DoubleArray):
+        self._files, self._starts, self._ends = files, starts, ends
 
-        Raises:
-          OSError, ValueError: a file of captions is missing or damaged.
-        """
-        splits = {name: self.split(name) for name in self.split_names}
-        return content_sha256(frames, self.videos.ids, splits)
+    def __len__(self) -> int:
+        return len(self._files)
 
-    def id_hashes(self, records: np.ndarray) -> np.ndarray:
-        """`id_hash` of the videos with these record indices, uint64."""
-        if self.videos.id_hashes is not None:
-            return self.videos.id_hashes[records]
-        ids = self.videos.ids
-        return np.fromiter((id_hash(ids[record]) for record in records), np.uint64, len(records))
+    def __getitem__(self, index: int) -> list:
+        start = self._starts[int(index)].as_py()
+        span = [] if start is None else [start, self._ends[int(index)].as_py()]
+        return [self._files[int(index)].as_py(), *span]
 
     def of_same_files(self, records: np.ndarray) -> np.ndarray:
         """Indices of all records whose files are those of these, ascending."""
-        sources = self.videos.sources
-        return sources.of_same_files(records) if isinstance(sources, Sources) else np.sort(records)
+        found = pc.is_in(self._files, value_set=self._files.take(pa.array(records)))
+        return np.flatnonzero(found.to_numpy(zero_copy_only=False))
 
-    @functools.cached_property
-    def _metadata_sha256(self) -> str:
-        return self._hashes.get(METADATA) or sha256(self._directory / METADATA)
 
-    def _check(self, name: str) -> None:
-        if name in self._checked:
-            return
-        if sha256(self._directory / name) != self._hashes[name]:
-            raise ValueError(f"{name} is not the file that the build wrote")
-        self._checked.add(name)
+def write_videos(directory: Path, ids: Iterable[str], sources: Iterable[list]) -> None:
+    """Writes the file of the records; the sources are those of `Sources`."""
+    rows = (
+        (video_id, _id_hash(video_id), file, *(span or (None, None)))
+        for video_id, (file, *span) in zip(ids, sources, strict=True)
+    )
+    # In parts, since the rows as Python objects take ten times the memory of the columns.
+    parts = []
+    while part := list(itertools.islice(rows, _ROWS)):
+        columns = zip(zip(*part, strict=True), _VIDEOS_SCHEMA.types, strict=True)
+        parts.append([pa.array(column, kind) for column, kind in columns])
+    columns = [pa.concat_arrays(arrays) for arrays in zip(*parts, strict=True)]
+    _write(directory / VIDEOS_FILE, columns, _VIDEOS_SCHEMA)
+
+
+def _id_hash(video_id: str) -> int:
+    """As a number, whose order is that of the whole hashes."""
+    return int.from_bytes(hashlib.sha256(video_id.encode()).digest()[:8])
+
+
+def read_videos(directory: Path, hashes: Mapping[str, str]) -> tuple[Strings, Sources, np.ndarray]:
+    """Opens the file of the records: ids, sources, and the hash of each id as uint64 [V].
+
+    Raises:
+      OSError, ValueError, KeyError: it is missing, or not the one with the SHA-256 of its name.
+    """
+    batch = _read(directory, VIDEOS_FILE, _VIDEOS_SCHEMA, hashes)
+    ids, hashes, files, starts, ends = batch.columns
+    return Strings(ids), Sources(files, starts, ends), hashes.to_numpy()
+
+
+def write_captions(
+    directory: Path, split: str, videos: Sequence[int], captions: Sequence[Sequence[str]]
+) -> None:
+    """Writes the captions of a split's videos, which have these record indices."""
+    offsets = np.zeros(len(captions) + 1, np.int64)
+    np.cumsum([len(sentences) for sentences in captions], out=offsets[1:])
+    texts = (text for sentences in captions for text in sentences)
+    values = pa.array(texts, pa.large_string(), size=int(offsets[-1]))
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets), values)
+    columns = [pa.array(videos, pa.int32()), lists]
+    _write(directory / captions_file(split), columns, _CAPTIONS_SCHEMA)
+
+
+def read_split(
+    directory: Path, name: str, pairs: Sequence[Sequence[int]], hashes: Mapping[str, str]
+) -> Split:
+    """Opens the captions of a split with these pairs of reversed clips; raises as `read_videos`."""
+    file = captions_file(name)
+    batch = _read(directory, file, _CAPTIONS_SCHEMA, hashes)
+    videos, captions = batch.columns
+    offsets = captions.offsets.to_numpy()
+    origin = CaptionOrigin(directory, name, hashes[file])
+    captions = Captions(Strings(captions.values), offsets[:-1], offsets, origin)
+    return Split(videos.to_numpy(), captions, np.asarray(pairs, np.int32).reshape(-1, 2))
+
+
+def _write(path: Path, columns: Sequence[pa.Array], schema: pa.Schema) -> None:
+    batch = pa.record_batch(columns, schema=schema)
+    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(batch)
+
+
+def _read(
+    directory: Path, name: str, schema: pa.Schema, hashes: Mapping[str, str]
+) -> pa.RecordBatch:
+    if sha256(directory / name) != hashes[name]:
+        raise ValueError(f"{name} is not the file that the build wrote")
+    reader = pa.ipc.open_file(pa.memory_map(str(directory / name)))
+    if reader.schema != schema or reader.num_record_batches != 1:
+        raise ValueError(f"{name} does not have the columns {', '.join(schema.names)}")
+    return reader.get_batch(0)

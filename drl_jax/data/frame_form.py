@@ -14,8 +14,7 @@ class FrameForm:
 
     Attributes:
       size: side of the square, pixels.
-      resize: one of `config.RESIZES`. crop: the short side becomes `size`, and the centre is cut
-        out. squash: both sides become `size`.
+      resize: "crop" resizes the short side and cuts out the centre; "squash" resizes both sides.
       interpolation: one of `config.INTERPOLATIONS`.
     """
 
@@ -36,12 +35,9 @@ class FrameForm:
     def changed_fields(self) -> dict[str, str]:
         """`resize` and `interpolation`, by name, where they are not the default.
 
-        Names and descriptions of datasets have these alone, so that those of the default form are
-        the same as in versions that had no other.
+        Names and manifests of datasets have these alone.
         """
         default = FrameForm(self.size)
-        return {
-            name: getattr(self, name)
-            for name in ("resize", "interpolation")
-            if getattr(self, name) != getattr(default, name)
-        }
+        names = ("resize", "interpolation")
+        fields = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in fields.items() if value != getattr(default, name)}

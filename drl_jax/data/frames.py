@@ -3,7 +3,6 @@
 Frames of a video are uint8 [F, H, W, 3], padded with black, with a mask bool [F].
 """
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -35,12 +34,7 @@ def reader_threads(num_threads: int) -> int:
 
 
 def choose_cache(cache: str, frame_bytes: int) -> str:
-    """Resolves `data.cache`: none, memory or device.
-
-    Args:
-      cache: the configured value.
-      frame_bytes: of the decoded training split.
-    """
+    """Resolves `data.cache` for a training split of this size: none, memory or device."""
     if cache != "auto":
         return cache
     if jax.default_backend() == "cpu":
@@ -53,15 +47,7 @@ def choose_cache(cache: str, frame_bytes: int) -> str:
 
 
 def pad_frames(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads a video with black frames.
-
-    Args:
-      frames: uint8 [F, H, W, 3], F <= max_frames.
-      max_frames: number of frames after padding.
-
-    Returns:
-      uint8 [max_frames, H, W, 3] and a mask bool [max_frames].
-    """
+    """Pads a video [F, H, W, 3] with black frames to [max_frames, H, W, 3], with a mask."""
     padding = max_frames - len(frames)
     mask = np.arange(max_frames) < len(frames)
     return np.pad(frames, ((0, padding), (0, 0), (0, 0), (0, 0))), mask
@@ -82,12 +68,7 @@ class MemoryFrames:
     """Reads a video once and keeps its frames in host memory."""
 
     def __init__(self, dataset: VideoDataset, videos: np.ndarray, max_frames: int):
-        """Allocates the cache; it fills as videos are read.
-
-        Args:
-          dataset: the dataset.
-          videos: int [V], record indices of the videos to cache, ascending, without duplicates.
-          max_frames: F.
+        """Allocates the cache of `videos`, ascending record indices; it fills as they are read.
 
         Raises:
           DatasetError: the frames would not fit in memory.
@@ -124,17 +105,9 @@ class DeviceFrames:
         videos: np.ndarray,
         max_frames: int,
         layout: Layout,
-        num_threads: int,
+        threads: int,
     ):
-        """Reads all videos, with a progress bar.
-
-        Args:
-          dataset: the dataset.
-          videos: int [V], record indices of the videos; `video_index` of a batch is an index into
-            it.
-          max_frames: F.
-          layout: mesh and shardings.
-          num_threads: number of reader threads.
+        """Reads the videos with these record indices, with a progress bar.
 
         Raises:
           DatasetError: the frames would not fit on the devices.
@@ -158,15 +131,10 @@ class DeviceFrames:
         empty = jax.jit(lambda: jnp.zeros((rows, columns), jnp.uint8), out_shardings=by_pixel)
         self._frames = empty()
         masks = np.zeros((len(videos), max_frames), bool)
-        with (
-            ThreadPoolExecutor(num_threads) as pool,
-            tqdm(
-                total=len(videos),
-                desc="loading frames",
-                unit="video",
-                disable=not is_main(),
-            ) as progress,
-        ):
+        progress = tqdm(
+            total=len(videos), desc="loading frames", unit="video", disable=not is_main()
+        )
+        with ThreadPoolExecutor(threads) as pool, progress:
             for start in range(0, len(videos), _CHUNK):
                 part = videos[start : start + _CHUNK]
                 chunk = np.zeros((_CHUNK, columns), np.uint8)
@@ -192,26 +160,6 @@ class DeviceFrames:
         batch = dict(batch)
         frames, mask = self._gather(self._frames, self._masks, batch.pop("video_index"))
         return {**batch, "frames": frames, "frame_mask": mask}
-
-
-def to_devices(
-    stream: Iterator[dict[str, np.ndarray]],
-    layout: Layout,
-    fill: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None,
-) -> Iterator[dict[str, jax.Array]]:
-    """Transfers batches to the devices.
-
-    Steps are asynchronous: a batch is read and transferred while the previous step runs, unless the
-    caller waits for that step first.
-
-    Args:
-      stream: this process's rows of each batch.
-      layout: mesh and shardings.
-      fill: completes a batch on the devices (`DeviceFrames.fill`).
-    """
-    for rows in stream:
-        batch = layout.put_batch(rows)
-        yield fill(batch) if fill else batch
 
 
 def _check_fits(videos: int, shape: tuple, free: int, cache: str, owner: str) -> None:

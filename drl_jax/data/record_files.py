@@ -15,27 +15,16 @@ _MAX_OPEN, _SHARE_OF_LIMIT = 256, 0.25
 
 
 class RecordFiles(Sequence[bytes]):
-    """The records of the files, one file after the other. Threads may read at the same time.
+    """The records of files, one file after the other. Threads may read at the same time.
 
     The least recently used file is closed when another one is opened beyond the limit.
-
-    Attributes:
-      files: paths of the files.
     """
 
     def __init__(self, files: Sequence[Path], lengths: Sequence[int]):
-        """Opens no file.
-
-        Args:
-          files: paths of the files.
-          lengths: number of records in each.
-
-        Raises:
-          OSError: a file is missing, or cannot be accessed.
-        """
+        """Opens no file; `lengths` are the numbers of records. OSError if a file is missing."""
         for file in files:
             file.stat()
-        self.files = files
+        self._files = files
         # For each file, the number of records in it and in those before it.
         self._ends = list(itertools.accumulate(lengths))
         self._open: collections.OrderedDict[int, array_record_module.ArrayRecordReader] = (
@@ -49,16 +38,10 @@ class RecordFiles(Sequence[bytes]):
         self._max_open = max(1, allowed)
 
     def __len__(self) -> int:
-        """Number of records."""
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, record: int) -> bytes:
-        """Reads a record.
-
-        Raises:
-          IndexError: there is no such record.
-          OSError, RuntimeError, ValueError: the file is damaged or cannot be read (`refusal`).
-        """
+        """Reads a record; OSError, RuntimeError or ValueError if it cannot (`refusal`)."""
         if not 0 <= record < len(self):
             raise IndexError(f"there is no record {record}")
         number = self._number(record)
@@ -67,7 +50,7 @@ class RecordFiles(Sequence[bytes]):
 
     def file(self, record: int) -> Path:
         """The file of a record."""
-        return self.files[self._number(record)]
+        return self._files[self._number(record)]
 
     def _number(self, record: int) -> int:
         return bisect.bisect_right(self._ends, record)
@@ -78,10 +61,9 @@ class RecordFiles(Sequence[bytes]):
                 self._open.move_to_end(number)
                 return self._open[number]
         # Without the lock, so that other threads read meanwhile. If two threads open a file at
-        # once, the second reader is used only for its own record.
+        # once, the second reader is used only for its own record. Reading ahead would be wasted.
         reader = array_record_module.ArrayRecordReader(
-            str(self.files[number]),
-            # Reading ahead would be wasted on random access.
+            str(self._files[number]),
             options="readahead_buffer_size:0",
             file_reader_buffer_size=32768,
         )

@@ -10,19 +10,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOrigin:
-    """Where the captions of a stored split come from.
-
-    Attributes:
-      directory: of the dataset.
-      split: name of the split.
-      sha256: of the file of the captions.
-    """
+    """Where the captions of a stored split come from, and the SHA-256 of their file."""
 
     directory: Path
     split: str
     sha256: str
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Captions(Sequence[list[str]]):
     """The captions of each video of a split: a sequence of V lists of strings.
 
@@ -35,30 +30,21 @@ class Captions(Sequence[list[str]]):
       origin: where `texts` are stored; None: only in memory.
     """
 
-    def __init__(
-        self,
-        texts: Sequence[str],
-        starts: np.ndarray,
-        offsets: np.ndarray,
-        origin: CaptionOrigin | None = None,
-    ):
-        self.texts, self.starts, self.offsets, self.origin = texts, starts, offsets, origin
+    texts: Sequence[str]
+    starts: np.ndarray
+    offsets: np.ndarray
+    origin: CaptionOrigin | None = None
 
     @classmethod
-    def of(
-        cls, captions: Sequence[Sequence[str]], origin: CaptionOrigin | None = None
-    ) -> "Captions":
+    def of(cls, captions: Sequence[Sequence[str]]) -> "Captions":
         """Captions in memory, from a list for each video."""
-        counts = np.array([len(sentences) for sentences in captions], np.int64)
-        offsets = _offsets(counts)
-        return cls(list(itertools.chain.from_iterable(captions)), offsets[:-1], offsets, origin)
+        offsets = _offsets([len(sentences) for sentences in captions])
+        return cls(list(itertools.chain.from_iterable(captions)), offsets[:-1], offsets)
 
     def __len__(self) -> int:
-        """Number of videos."""
         return len(self.starts)
 
     def __getitem__(self, index: int | slice) -> list[str] | list[list[str]]:
-        """The captions of a video, or of each of several videos."""
         if isinstance(index, slice):
             return [self[row] for row in range(len(self))[index]]
         row = range(len(self))[index]
@@ -80,21 +66,16 @@ class Captions(Sequence[list[str]]):
         return self.texts[self.locate(pair)[1]]
 
     def subset(self, rows: np.ndarray, *, first_only: bool = False) -> "Captions":
-        """The captions of some videos.
-
-        Args:
-          rows: int [W], indices of the videos.
-          first_only: whether to keep only the first caption of each.
-        """
+        """The captions, or only the first one, of the videos with indices int [W]."""
         counts = np.ones(len(rows), np.int64)
         if not first_only:
             counts = self.offsets[rows + 1] - self.offsets[rows]
         return Captions(self.texts, self.starts[rows], _offsets(counts), self.origin)
 
 
-def _offsets(counts: np.ndarray) -> np.ndarray:
+def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    np.cumsum(np.asarray(counts, np.int64), out=offsets[1:])
     return offsets
 
 

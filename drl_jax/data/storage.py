@@ -1,10 +1,7 @@
-"""How the frames of a dataset are stored, and the command that stores them so."""
+"""How the frames of a dataset are stored."""
 
 import dataclasses
 import re
-import shlex
-from collections.abc import Sequence
-from pathlib import Path
 
 from drl_jax.config import INTERPOLATIONS, RESIZES, STORAGE_ENCODINGS, Config
 from drl_jax.data.frame_form import FrameForm
@@ -19,7 +16,7 @@ DRAWN_DATASETS = ("shapes", "shapes_stills")
 
 @dataclasses.dataclass(frozen=True)
 class StorageSpec:
-    """Storage variant of a dataset: one dataset can be built in several of them.
+    """Storage variant of a dataset, which can be built in several of them.
 
     Attributes:
       form: form of the frames.
@@ -70,16 +67,3 @@ class StorageSpec:
             f"--storage={self.encoding}",
             *(f"--{name}={value}" for name, value in self.form.changed_fields().items()),
         ]
-
-
-def build_command(dataset: str, data_dir: Path, flags: Sequence[str]) -> str:
-    """The command that builds a dataset, for messages.
-
-    Args:
-      dataset: its name.
-      data_dir: directory of built datasets.
-      flags: other flags, e.g. those of a storage variant.
-    """
-    source = [] if dataset in DRAWN_DATASETS else ["--videos=DIR", "--annotations=PATH"]
-    command = ["python", "-m", "data_prep.build", dataset, f"--data_dir={data_dir}"]
-    return shlex.join([*command, *source, *flags])

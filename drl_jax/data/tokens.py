@@ -8,7 +8,6 @@ its own. They follow from the captions, so they can be deleted at any time.
 import dataclasses
 import shutil
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from drl_jax.data.splits import CaptionOrigin, Captions
 from drl_jax.models.tokenizers.base import Tokenizer, warn_of_cut
 from drl_jax.runtime.errors import refusal
-from drl_jax.runtime.files import seal, sha256, unseal, write_json
+from drl_jax.runtime.files import publishing, seal, sha256, unseal, write_json
 
 TOKENS = "tokens"
 _IDS_FILE, _ABOUT_FILE = "ids.npy", "about.json"
@@ -49,19 +48,11 @@ class Tokens:
 def caption_tokens(
     captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
 ) -> Tokens:
-    """The tokens of `captions.texts`: stored ones if there are any, or else computed.
+    """The tokens of `captions.texts`: stored ones, or else computed and stored where possible.
 
-    Says how many captions are cut (`warn_of_cut`).
-
-    Computed tokens are stored beside the captions where that directory can be written, and
-    otherwise kept in memory. Stored ones that are damaged, or of other captions, are computed
-    again; those that cannot be read stay as they are. Processes may do so at the same time.
-
-    Args:
-      captions: the captions.
-      tokenizer: of the model.
-      max_words: L.
-      quiet: whether to print no progress and no warning.
+    Stored ones that are damaged, or of other captions, are computed again; those that cannot be
+    read stay as they are. Processes may do so at the same time. Unless it is `quiet`, says how many
+    captions are cut (`warn_of_cut`).
     """
     texts, origin = captions.texts, captions.origin
     found = None
@@ -87,54 +78,33 @@ def caption_tokens(
 def store_tokens(
     captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
 ) -> int:
-    """Computes and stores the tokens of `captions.texts`, which have an origin.
-
-    Returns how many captions are cut.
-
-    Args:
-      captions: the captions.
-      tokenizer: of the model.
-      max_words: L.
-      quiet: whether to print no progress.
+    """Computes and stores the tokens of captions with an origin; returns how many are cut.
 
     Raises:
       OSError: they cannot be written.
     """
     texts, origin, cut = captions.texts, captions.origin, 0
     entry = _entry(origin, tokenizer, max_words)
-    # A name of its own: processes, also of other hosts, may store the same tokens.
-    unfinished = entry.with_name(f"unfinished.{uuid.uuid4().hex}")
-    try:
-        unfinished.mkdir(parents=True)
-        with (unfinished / _IDS_FILE).open("wb") as file:
-            dtype = _row_dtype(tokenizer, max_words)
-            header = {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": (len(texts),),
-            }
-            np.lib.format.write_array_header_1_0(file, header)
-            for rows, cut_rows in _tokenized(texts, tokenizer, max_words, quiet):
-                file.write(rows.tobytes())
-                cut += cut_rows
-        about = _about(origin, len(texts), tokenizer, max_words)
-        about |= {"ids_sha256": sha256(unfinished / _IDS_FILE), "cut": cut}
-        write_json(unfinished / _ABOUT_FILE, seal(about))
-        _publish(unfinished, entry)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return cut
-
-
-def _publish(unfinished: Path, entry: Path) -> None:
+    entry.parent.mkdir(exist_ok=True)
     # An entry that is there is damaged, or another process has just stored the same tokens: both
     # may be replaced, and a process that has mapped their file keeps it.
     shutil.rmtree(entry, ignore_errors=True)
     try:
-        unfinished.rename(entry)
+        with publishing(entry) as unfinished:
+            with (unfinished / _IDS_FILE).open("wb") as file:
+                dtype = np.lib.format.dtype_to_descr(_row_dtype(tokenizer, max_words))
+                header = {"descr": dtype, "fortran_order": False, "shape": (len(texts),)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for rows, cut_rows in _tokenized(texts, tokenizer, max_words, quiet):
+                    file.write(rows.tobytes())
+                    cut += cut_rows
+            about = _about(origin, len(texts), tokenizer, max_words)
+            about |= {"ids_sha256": sha256(unfinished / _IDS_FILE), "cut": cut}
+            write_json(unfinished / _ABOUT_FILE, seal(about))
     except OSError:
-        if not (entry / _ABOUT_FILE).exists():
+        if not (entry / _ABOUT_FILE).exists():  # Stored by another process.
             raise
+    return cut
 
 
 def _entry(origin: CaptionOrigin, tokenizer: Tokenizer, max_words: int) -> Path:
@@ -187,12 +157,10 @@ def _row_dtype(tokenizer: Tokenizer, max_words: int) -> np.dtype:
 def _in_memory(
     texts: Sequence[str], tokenizer: Tokenizer, max_words: int, quiet: bool
 ) -> tuple[np.ndarray, int]:
-    rows = np.empty(len(texts), _row_dtype(tokenizer, max_words))
-    done = cut = 0
+    rows, done, cut = np.empty(len(texts), _row_dtype(tokenizer, max_words)), 0, 0
     for chunk, cut_rows in _tokenized(texts, tokenizer, max_words, quiet):
         rows[done : done + len(chunk)] = chunk
-        done += len(chunk)
-        cut += cut_rows
+        done, cut = done + len(chunk), cut + cut_rows
     return rows, cut
 
 

@@ -111,10 +111,9 @@ class PostProcessing:
             )
 
     def _videos(self, split: Split) -> set[str]:
-        """What the videos of a split are cut from, or their ids in a dataset of an old version."""
-        dataset = self._opened.dataset
-        named = dataset.sources or dataset.video_ids
-        return {str(named[video]) for video in split.videos}
+        """What the videos of a split are cut from."""
+        sources = self._opened.dataset.sources
+        return {str(sources[video]) for video in split.videos}
 
     def run(self, evaluation: Evaluation) -> dict[str, Ranked]:
         """Post-processes an evaluation, by each method."""

@@ -1,4 +1,7 @@
-"""Splits by file: what is one file is one video, and in one split, whatever its names are."""
+"""Splits: drawn by file, and what several of them have in common.
+
+What is one file is one video, and in one split, whatever its names are.
+"""
 
 import collections
 import hashlib
@@ -6,23 +9,23 @@ import heapq
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from data_prep.annotations import AnnotationError, Annotations, Captioned
 from data_prep.locations import Clip, file_of
-from data_prep.overlap import used_together
 
 # Without splits, the fraction of files that becomes val, and the fraction that becomes test.
 _HELD_OUT = 0.1
+# Groups of splits that are used together; empty: all are. Those of different ones share videos by
+# design.
+Protocols = Sequence[Collection[str]]
 
 
 def draw_splits(annotations: Annotations, names: Mapping[str, str] | None = None) -> None:
-    """Puts all videos of a file into one split, which depends on the hash of the file's name.
+    """Replaces the splits: all videos of a file are in one, which depends on the hash of its name.
 
-    A tenth of the files becomes `val` and a tenth `test`; of fewer than three, none.
-
-    Args:
-      annotations: their splits are replaced.
-      names: the name that counts, by id, for the videos of files with several names.
+    A tenth of the files becomes `val` and a tenth `test`; of fewer than three, none. `names` has
+    the name that counts, by id, for the videos of files with several names.
     """
 
     def name(entry: Captioned) -> str:
@@ -32,15 +35,18 @@ def draw_splits(annotations: Annotations, names: Mapping[str, str] | None = None
     entries = list(itertools.chain.from_iterable(annotations.splits.values()))
     files = {name(entry) for entry in entries}
     held_out = math.ceil(len(files) * _HELD_OUT) if len(files) >= 3 else 0
-    first = heapq.nsmallest(
-        2 * held_out,
-        files,
-        key=lambda file: hashlib.sha256(file.encode(errors="surrogatepass")).digest(),
-    )
+    first = heapq.nsmallest(2 * held_out, files, key=_digest)
     held = {file: "val" if rank < held_out else "test" for rank, file in enumerate(first)}
     annotations.splits, annotations.drawn = {}, True
     for entry in entries:
         annotations.splits.setdefault(held.get(name(entry), "train"), []).append(entry)
+
+
+def _digest(file: str) -> bytes:
+    return hashlib.sha256(file.encode(errors="surrogatepass")).digest()
+
+
+# ---------------------------------------------------------------- one file, several names
 
 
 def same_files(clips: Sequence[Clip]) -> list[list[Clip]]:
@@ -80,19 +86,11 @@ def draw_again(annotations: Annotations, groups: Iterable[Sequence[Clip]]) -> No
 
 
 def refuse_shared_files(
-    annotations: Annotations,
-    groups: Iterable[Sequence[Clip]],
-    protocols: Sequence[Collection[str]],
+    annotations: Annotations, groups: Iterable[Sequence[Clip]], protocols: Protocols
 ) -> None:
-    """Checks that no file is in two splits under two ids, unless the spans do not overlap.
+    """Checks that no file is in two splits that are used together under two ids.
 
-    Args:
-      annotations: with the splits.
-      groups: see `same_files`.
-      protocols: groups of splits that are used together; empty: all are.
-
-    Raises:
-      AnnotationError: a file is.
+    Spans of it that do not overlap may be.
     """
     ids = {clip.video_id for group in groups for clip in group}
     splits = collections.defaultdict(list)
@@ -100,7 +98,7 @@ def refuse_shared_files(
         for entry in captioned:
             if entry.video_id in ids:
                 splits[entry.video_id].append(name)
-    together = {frozenset(pair) for pair in used_together(annotations, protocols)}
+    together = {frozenset(pair) for pair in _used_together(annotations, protocols)}
     shared = []
     for one, other in itertools.chain.from_iterable(map(_overlapping, groups)):
         places = itertools.product(splits[one.video_id], splits[other.video_id])
@@ -108,14 +106,10 @@ def refuse_shared_files(
             shared.append((one, other, apart[0]))
     if shared:
         one, other, pair = shared[0]
-        rows = [
-            f"{clip.video_id!r} of {split}"
-            + (f" ({annotations.place_of(clip.video_id, split)})" if annotations.place_of else "")
-            for clip, split in zip((one, other), pair, strict=True)
-        ]
+        names = [f"{c.video_id!r} of {split}" for c, split in zip((one, other), pair, strict=True)]
         spans = " with spans that overlap" if one.span and other.span else ""
         raise AnnotationError(
-            f"{' and '.join(rows)} are the same file, {file_of(one.location)},{spans} in different"
+            f"{' and '.join(names)} are the same file, {file_of(one.location)},{spans} in different"
             f" splits (pairs of such names: {len(shared)}): give all rows of a file one split, or"
             " spans that do not overlap"
         )
@@ -134,8 +128,7 @@ def _overlapping(clips: Iterable[Clip]) -> Iterator[tuple[Clip, Clip]]:
 def merge_names(annotations: Annotations, groups: Iterable[Sequence[Clip]]) -> dict[str, str]:
     """Makes the ids of one file and span one video, with the captions of all.
 
-    Returns:
-      The id that stays, for each other id.
+    Returns the id that stays, for each other id.
     """
     stays = {}
     for group in groups:
@@ -156,3 +149,75 @@ def merge_names(annotations: Annotations, groups: Iterable[Sequence[Clip]]) -> d
             known += [text for text in entry.captions if text not in known]
         annotations.splits[name] = list(merged.values())
     return stays
+
+
+# ---------------------------------------------------------------- shared videos and captions
+
+
+def _used_together(annotations: Annotations, protocols: Protocols) -> list[tuple[str, str]]:
+    return [
+        pair
+        for pair in itertools.combinations(annotations.splits, 2)
+        if not protocols or any(set(pair) <= set(protocol) for protocol in protocols)
+    ]
+
+
+def shared_videos(annotations: Annotations, protocols: Protocols) -> dict[str, dict[str, Any]]:
+    """For each pair of splits ("train and test") with common videos, their ids ("videos") and the
+    number of captions that they have in both splits ("captions").
+    """
+    shared = {}
+    for one, other in _used_together(annotations, protocols):
+        ids = {entry.video_id for entry in annotations.splits[other]}
+        both = {entry.video_id: entry for entry in annotations.splits[one] if entry.video_id in ids}
+        if both:
+            same = sum(
+                len(_texts(both[entry.video_id]) & _texts(entry))
+                for entry in annotations.splits[other]
+                if entry.video_id in both
+            )
+            shared[f"{one} and {other}"] = {"videos": list(both), "captions": same}
+    return shared
+
+
+def shared_captions(annotations: Annotations, protocols: Protocols) -> dict[str, int]:
+    """Number of common captions for each pair of splits that has some; see `shared_videos`."""
+    captions = {
+        name: set().union(*map(_texts, captioned)) for name, captioned in annotations.splits.items()
+    }
+    counts = {
+        f"{one} and {other}": len(captions[one] & captions[other])
+        for one, other in _used_together(annotations, protocols)
+    }
+    return {splits: count for splits, count in counts.items() if count}
+
+
+def warnings(
+    annotations: Annotations, merged: Mapping[str, str], protocols: Protocols
+) -> list[str]:
+    """What a user should know before a build, a line for each; `merged` is of `merge_names`."""
+    lines = [
+        f"{len(found['videos'])} videos are in both {splits}, with {found['captions']} equal"
+        f" captions (the first: {found['videos'][0]}): results on one of them are too good"
+        for splits, found in shared_videos(annotations, protocols).items()
+    ]
+    if merged:
+        other, name = next(iter(merged.items()))
+        lines.append(
+            f"{len(merged)} names are other names of the same file and span, and their captions are"
+            f" those of one video (the first: {other!r} is {name!r})"
+        )
+    for split, captioned in annotations.splits.items():
+        texts = (text for entry in captioned for text in _texts(entry))
+        first = next(texts, "")
+        if len(captioned) > 1 and all(text == first for text in texts):
+            caption = captioned[0].captions[0]
+            lines.append(
+                f"all captions of {split} are equal ({caption!r}): they tell no video from another"
+            )
+    return lines
+
+
+def _texts(entry: Captioned) -> set[str]:
+    """The captions without differences of case and white space."""
+    return {" ".join(caption.lower().split()) for caption in entry.captions}
