@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.filters import Filters, parse_day
+from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.segments import SearchIndexError
 
 # Maximum hits per request, and moments of the video that is open.
@@ -129,11 +130,26 @@ def parse_number(name: str, text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def format_clock(seconds: float) -> str:
-    """Formats seconds as players do: 1:02, or 1:00:02 with hours."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def video_of(state: OpenIndex, path: str | None) -> IndexedVideo:
+    """The video of an index with a path; a BadRequest if there is none."""
+    if path is None:
+        raise BadRequest("name the video with video=PATH")
+    # Forms of browsers send a newline as CR LF.
+    video = state.video_at(path) or state.video_at(path.replace("\r\n", "\n"))
+    if video is None:
+        raise BadRequest(f"no video of the index has the path {path[:200]!r}", 404)
+    return video
+
+
+def moment_of(state: OpenIndex, text: str) -> tuple[IndexedVideo, float]:
+    """The video and the seconds of PATH@SECONDS; a BadRequest if there is no such moment."""
+    path, _, seconds = text.rpartition("@")
+    if not path:
+        raise BadRequest(f"like takes PATH@SECONDS, not {text[:100]!r}")
+    video, time = video_of(state, path), parse_time("like", seconds)
+    if time > video.duration:
+        raise BadRequest(f"like: {path} has the seconds 0 to {video.duration:.1f}")
+    return video, time
 
 
 _FILTERS = [field.name for field in dataclasses.fields(Filters)]

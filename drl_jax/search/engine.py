@@ -184,14 +184,13 @@ class SearchEngine:
 
             def similarities(block, _):
                 videos = dequantize(block)
-                of_parts = [interaction.similarity(text, videos) for text in texts]
-                if not is_one:
-                    return of_parts[0]
-                return sum(w * part.max(axis=0) for w, part in zip(weights, of_parts, strict=True))[
-                    None
-                ]
+                return jnp.concatenate([interaction.similarity(text, videos) for text in texts])
 
             sim = similarity_in_blocks(similarities, arrays, None, _COMPARED)
+            if is_one:
+                ends = np.cumsum([len(text["text_mask"]) for text in texts])
+                of_parts = [part.max(axis=0) for part in jnp.split(sim, ends[:-1])]
+                sim = sum(w * part for w, part in zip(weights, of_parts, strict=True))[None]
             if bias is not None:
                 sim = sim - bias
             sim = jnp.where(valid, sim, -jnp.inf)

@@ -17,8 +17,9 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.files import sha256
 from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
-from drl_jax.search.addresses import BadRequest, format_clock
+from drl_jax.search.addresses import BadRequest
 from drl_jax.search.clips import MAX_CLIP, read_picture, write_clip
+from drl_jax.search.hits import format_clock
 from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.query import encode_read, sampling_of
 from drl_jax.search.reading import allowed_seconds, open_picture, read_sent_video
@@ -44,15 +45,16 @@ class Media:
         self._sent = {what: OrderedDict[str, Any]() for what in ("picture", "video")}
         self._clips: OrderedDict[Path, Path] = OrderedDict()
         self._making_clip = threading.Lock()
-        # Pictures do not wait for videos, and pages not for what is sent.
-        self._pools = {what: CallPool(n) for what, n in (("picture", 1), ("video", 1), ("page", 2))}
         self._files = contextlib.ExitStack()
         self._folder = self._files.enter_context(temporary_directory())
+        # Pictures do not wait for videos, and pages not for what is sent.
+        self._pools = {
+            what: self._files.enter_context(contextlib.closing(CallPool(count)))
+            for what, count in (("picture", 1), ("video", 1), ("page", 2))
+        }
 
     def close(self) -> None:
         """Ends the processes and deletes the clips."""
-        for pool in self._pools.values():
-            pool.close()
         self._files.close()
 
     def add(self, what: str, path: Path) -> str:

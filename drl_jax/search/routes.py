@@ -20,14 +20,14 @@ from drl_jax.search.addresses import (
     MAX_CHARACTERS,
     BadRequest,
     PageQuery,
-    format_clock,
     parse_number,
     parse_time,
     status_of,
+    video_of,
 )
-from drl_jax.search.api import SearchAPI, outside, state_of, video_of
+from drl_jax.search.api import SearchAPI, outside, state_of
 from drl_jax.search.filters import Filters
-from drl_jax.search.hits import format_timestamp
+from drl_jax.search.hits import format_clock, format_timestamp
 from drl_jax.search.media import MAX_PICTURE, upload_routes
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 
@@ -102,8 +102,9 @@ def page_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
     def part(template: str, name: str, answer: Callable[[PageQuery], dict[str, Any]]) -> Callable:
         def endpoint(request: Request) -> Response:
             query = _query(request)
-            context = {"query": query, name: answer(query)}
-            return TEMPLATES.TemplateResponse(request, template, context)
+            return TEMPLATES.TemplateResponse(
+                request, template, {"query": query, name: answer(query)}
+            )
 
         return endpoint
 

@@ -5,6 +5,7 @@ from other hosts. The server serves only files of the index, and only while they
 they were indexed; pages of other sites learn nothing from it, not even which files exist.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hmac
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Iterable
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -67,15 +68,15 @@ def _is_loopback(host: _Host) -> bool:
     return host == "localhost" or getattr(host, "is_loopback", False)
 
 
-def parse_hosts(text: str) -> list[str]:
+def parse_hosts(text: str) -> list[_Host]:
     """Reads names that are separated by commas; a UserError if one is not that of a host."""
-    hosts = [part.strip() for part in text.split(",") if part.strip()]
-    for host in hosts:
-        if not _parse_host(host):
-            raise UserError(
-                f"--allowed_hosts={text}: {host!r} is not the name of a host; write e.g."
-                " videos.example.org, without http:// and path"
-            )
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    hosts = [_parse_host(name) for name in names]
+    if "" in hosts:
+        raise UserError(
+            f"--allowed_hosts={text}: {names[hosts.index('')]!r} is not the name of a host; write"
+            " e.g. videos.example.org, without http:// and path"
+        )
     return hosts
 
 
@@ -91,7 +92,9 @@ class Access:
     token: str = ""
 
     @classmethod
-    def to(cls, host: str, address: str, allowed: Iterable[str], *, needs_token: bool) -> "Access":
+    def to(
+        cls, host: str, address: str, allowed: Iterable[_Host] = (), *, needs_token: bool = True
+    ) -> "Access":
         """The access to an address; if other machines reach it, a token is made.
 
         `host` is what the user wrote for it, and `allowed` are other names that lead to it.
@@ -100,7 +103,7 @@ class Access:
         # No machine has the address that stands for all.
         name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
         is_public = needs_token and not _is_loopback(found)
-        hosts = frozenset(map(_parse_host, (host, name, address, *allowed)))
+        hosts = frozenset([*map(_parse_host, (host, name)), found, *allowed])
         return cls(name, hosts, secrets.token_urlsafe() if is_public else "")
 
     def url(self, port: int) -> str:
@@ -127,36 +130,31 @@ class CheckAccess:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        answer = self._app
-        if scope["type"] == "http":
-            answer = self._refusal(scope) or self._sign_in(scope) or self._app
-        await answer(scope, receive, send_with_headers)
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> Response | None:
-        text = Headers(scope=scope).get("host", "")
-        # The address of the connection: no name that leads to it is an address.
-        own = _parse_host((scope.get("server") or ("",))[0] or "")
+        """Refuses other hosts, asks for the token, or exchanges that of an address for a cookie."""
+        request, access = Request(scope), self._access
+        text = request.headers.get("host", "")
         host = _parse_host(text)
-        if host and (_is_loopback(host) or host == own or host in self._access.hosts):
-            return None
-        return _line(scope, 400, f"this server is not {text[:100]!r}; --allowed_hosts adds names")
-
-    def _sign_in(self, scope: Scope) -> Response | None:
-        """Asks for the token, or exchanges that of an address for a cookie."""
-        access = self._access
+        # The address of the connection: no name that leads to it is an address.
+        server, port = scope.get("server") or ("", 0)
+        if not host or not (_is_loopback(host) or host in {_parse_host(server), *access.hosts}):
+            line = f"this server is not {text[:100]!r}; --allowed_hosts adds names"
+            return _line(scope, 400, line)
         if not access.token:
             return None
         # Cookies do not distinguish the ports of a host.
-        cookie = f"drl_jax_token_{(scope.get('server') or ('', 0))[1]}"
-        parameters = scope["query_string"].decode("latin-1").split("&")
-        tokens = [text for text in parameters if text.startswith("token=")]
-        if scope["method"] == "GET" and any(access.knows(text[6:]) for text in tokens):
-            rest = "&".join(text for text in parameters if text not in tokens)
+        cookie = f"drl_jax_token_{port}"
+        if scope["method"] == "GET" and any(
+            map(access.knows, request.query_params.getlist("token"))
+        ):
+            rest = request.url.remove_query_params("token").query
             path = "/" + scope["raw_path"].decode("latin-1").lstrip("/")
             answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
             answer.set_cookie(cookie, access.token, httponly=True, samesite="lax")
             return answer
-        request = Request(scope)
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if access.knows(given if kind.lower() == "bearer" else request.cookies.get(cookie, "")):
             return None
@@ -170,33 +168,20 @@ def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None =
     return PlainTextResponse(line, status, headers)
 
 
-def serve(
-    index: Index,
-    *,
-    host: str,
-    port: int,
-    top: int,
-    max_upload: int,
-    allowed_hosts: str = "",
-    needs_token: bool = True,
-) -> None:
-    """Serves the page of an index until it is interrupted.
-
-    Port 0 is a free one. A request gets `top` hits unless it has another number, and may send a
-    video of `max_upload` MB. `allowed_hosts` are other names that lead to the server, separated by
-    commas. A token is needed if `needs_token`, and if other machines reach the address.
+def serve(index: Index, options: argparse.Namespace) -> None:
+    """Serves the page of an index, as the flags of `serve` say, until it is interrupted.
 
     Raises:
-      UserError: the address is not available, or `top` is too large.
+      UserError: the address is not available, or a flag has a value that it cannot have.
     """
-    allowed = parse_hosts(allowed_hosts)
-    with _listener(host, port) as listener:
+    allowed = parse_hosts(options.allowed_hosts)
+    with _listener(options.host, options.port) as listener:
         address, port = listener.getsockname()[:2]
-        access = Access.to(host, address, allowed, needs_token=needs_token)
-        app = make_app(index, top=top, max_upload=max_upload, access=access)
+        access = Access.to(options.host, address, allowed, needs_token=not options.no_token)
+        app = make_app(index, options.top, options.max_upload, access)
         # With h11, a long query gets an answer that says what is wrong.
-        options = {"http": "h11", "h11_max_incomplete_event_size": _MAX_REQUEST}
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **options)
+        limits = {"http": "h11", "h11_max_incomplete_event_size": _MAX_REQUEST}
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **limits)
         try:
             print(f"{len(index.videos)} videos on {access.url(port)}  (Ctrl-C stops)", flush=True)
             uvicorn.Server(config).run(sockets=[listener])
@@ -207,22 +192,20 @@ def serve(
 def _listener(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with contextlib.ExitStack() as on_error:
-            listener = on_error.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()
-            on_error.pop_all()
-        return listener
+        return socket.create_server(address, family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        # `create_server` adds the address to what the system says.
+        reason = str(getattr(error, "strerror", error)).partition(" (while")[0]
         raise UserError(
             f"cannot listen on --host={host} --port={port} ({reason}); --port=0 chooses a free one"
         ) from error
 
 
-def make_app(index: Index, *, top: int, max_upload: int, access: Access | None = None) -> Starlette:
-    """Creates the ASGI application; answers one query, so that the first is fast; see `serve`."""
+def make_app(index: Index, top: int, max_upload: int, access: Access = Access()) -> Starlette:
+    """Creates the ASGI application; answers one query, so that the first is fast.
+
+    A request gets `top` hits unless it has another number, and may send a video of `max_upload` MB.
+    """
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
     api, max_video = SearchAPI(index, top), 1_000_000 * max_upload
@@ -235,7 +218,7 @@ def make_app(index: Index, *, top: int, max_upload: int, access: Access | None =
 
     return Starlette(
         routes=[*page_routes(api, max_video), *api_routes(api, max_video), *file_routes(api)],
-        middleware=[Middleware(CheckAccess, access=access or Access())],
+        middleware=[Middleware(CheckAccess, access=access)],
         exception_handlers=dict.fromkeys((UserError, Exception), _error),
         lifespan=lifespan,
     )

@@ -136,18 +136,17 @@ def _shots(video: SampledVideo) -> list[tuple[float, float]]:
     """Shots, with short ones joined as far as `_ACROSS_CUT` allows."""
     shots: list[list[float]] = []  # Start, cuts inside, end.
     for start, end in itertools.pairwise([*map(float, video.shot_starts), video.duration]):
-        if shots and _may_join(*shots[-1], end):
+        if shots and _may_join([*shots[-1], end]):
             shots[-1].append(end)
         else:
             shots.append([start, end])
     return [(shot[0], shot[-1]) for shot in shots]
 
 
-def _may_join(first: float, *cuts_and_last: float) -> bool:
-    """Whether a part of a shot is so short, and every cut is so near to an end."""
-    *cuts, last = cuts_and_last
-    near = all(min(cut - first, last - cut) <= _ACROSS_CUT for cut in cuts)
-    return near and min(cuts[-1] - first, last - cuts[-1]) < _ACROSS_CUT
+def _may_join(times: list[float]) -> bool:
+    """Whether a part of a shot (start, cuts inside, end) is so short, and all cuts near an end."""
+    distances = [min(cut - times[0], times[-1] - cut) for cut in times[1:-1]]
+    return max(distances) <= _ACROSS_CUT and distances[-1] < _ACROSS_CUT
 
 
 def _pieces(start: float, end: float, seconds: float) -> list[tuple[float, float]]:
@@ -170,39 +169,32 @@ def find_spans(
     all that is joined overlaps the best window, it may be alike because of what they share, and
     the window is the moment.
 
-    Args:
-      windows: by their start; refined ones in the place of those that they refine.
-      scores: float [W].
-      deviation: of similarities that mean nothing; 0 if it is not known.
+    `windows` are by their start, refined ones in the place of those that they refine; `scores` are
+    float [W], and `deviation` is that of similarities that mean nothing, 0 if it is not known.
     """
     found: list[Span] = []
     scores = np.array(scores, np.float64)  # Of windows that are in no moment yet; else -inf.
     median = np.median(scores)
-
+    # Neighbours that only touch are of two shots.
+    overlaps = [before.end > after.start for before, after in itertools.pairwise(windows)]
     for best in np.argsort(-scores, kind="stable").tolist():
         window = windows[best]
         is_taken = scores[best] == -np.inf
         if is_taken or any(_overlap(window, span) > _MAX_OVERLAP for span in found):
             continue
-        first = best
         above = max((1 - _ALIKE) * (scores[best] - median), _WITHIN * deviation)
         is_alike = scores >= scores[best] - above
-        # Windows that only touch are of two shots.
-        while first and is_alike[first - 1] and windows[first - 1].end > windows[first].start:
+        first = last = best
+        while first and is_alike[first - 1] and overlaps[first - 1]:
             first -= 1
-        after = best + 1
-        while (
-            after < len(windows)
-            and is_alike[after]
-            and windows[after - 1].end > windows[after].start
-        ):
-            after += 1
-        joined = windows[first:after]
+        while last + 1 < len(windows) and is_alike[last + 1] and overlaps[last]:
+            last += 1
+        joined = windows[first : last + 1]
         if all(_overlap(window, other) > 0 for other in joined):
             joined = [window]
         start, end = min(w.start for w in joined), max(w.end for w in joined)
         found.append(Span(start, end, float(scores[best]), best))
-        scores[first:after] = -np.inf
+        scores[first : last + 1] = -np.inf
         if len(found) == most:
             break
     return found
