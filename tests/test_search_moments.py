@@ -161,11 +161,6 @@ def test_a_fixed_number_of_windows_is_refined(search_model, features, monkeypatc
         (features.windows[candidate.window], candidate.score) for candidate in candidates[10:]
     ]
     assert found[10:] == unchanged
-    # A correction for hubs is that of the stored window.
-    biased = [candidate._replace(score=candidate.score - 0.5, bias=0.5) for candidate in candidates]
-    plain = refine(search_model, parts, candidates, 10)
-    for one, other in zip(refine(search_model, parts, biased, 10), plain, strict=True):
-        assert one[1] == pytest.approx(other[1] - 0.5, abs=1e-6)
 
 
 def test_scores_of_parts_are_sums(search_model, features):

@@ -197,8 +197,9 @@ def test_bad_requests_are_one_line(served):
 def test_the_api_is_as_described(served):
     description = served.json("/api/openapi.json")
     schemas = description["components"]["schemas"]
-    answers = types.SimpleNamespace(search=None, video=None, media=None)
-    routes = {route.path for route in api_routes(answers, max_video=0)}
+    media = types.SimpleNamespace(max_video=0)
+    answers = types.SimpleNamespace(search=None, video=None, media=media)
+    routes = {route.path for route in api_routes(answers)}
     assert routes == {path for path in description["paths"] if path.startswith("/api/")}
     for address in (
         *(f"/api/search{ASKED}", "/api/search?folder=sub%20folder", f"/api/search{ASKED}&name=zz"),

@@ -26,7 +26,7 @@ from drl_jax.search.index_file import IndexWriter, join, open_part, read_header
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.segments import SearchIndexError
-from drl_jax.search.serve import make_app
+from drl_jax.search.serve import Access, make_app
 from drl_jax.search.session import Index
 from drl_jax.search.update import is_in_shard, parse_shard, update_index
 
@@ -258,7 +258,8 @@ def test_a_joined_index_has_the_videos_of_its_shards(search_model, shared):
 
 
 def test_the_page_of_a_joined_index(search_model, shared):
-    app = make_app(Index(shared / "joined", search_model), top=9, max_upload=1)
+    access = Access("localhost", "127.0.0.1")
+    app = make_app(Index(shared / "joined", search_model), 9, 1, access)
 
     def get(path: str, query: str = "") -> tuple[int, bytes]:
         """Status and body of an answer."""

@@ -33,29 +33,19 @@ def status_of(error: UserError) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PageQuery:
-    """What a request asks for; without any of the first five fields, videos by their paths.
-
-    Attributes:
-      sentence, without: what is seen, and what is not.
-      picture, by_video: names of a picture and a video that were sent to the server.
-      like: PATH@SECONDS of a moment of an indexed video.
-      top, offset: number of hits, and of those before the first one.
-      filters: which videos are searched.
-      video, time: the video that is open, its path and where it is, seconds.
-      moments: number of its moments, at most; None: as many as a hit has.
-    """
+    """What a request asks for; without any of the first five fields, videos by their paths."""
 
     sentence: str | None = None
     without: str | None = None
-    picture: str | None = None
+    picture: str | None = None  # Names of what was sent to the server.
     by_video: str | None = None
-    like: str | None = None
-    top: int | None = None
+    like: str | None = None  # PATH@SECONDS of an indexed video.
+    top: int | None = None  # Number of hits, and of those before the first one.
     offset: int = 0
     filters: Filters = dataclasses.field(default=Filters())
-    video: str | None = None
+    video: str | None = None  # The video that is open, and where it is, seconds.
     time: float | None = None
-    moments: int | None = None
+    moments: int | None = None  # Of this video, at most; None: as many as a hit has.
 
     @property
     def asks(self) -> bool:
@@ -64,10 +54,9 @@ class PageQuery:
 
     @classmethod
     def of(cls, parameters: Iterable[tuple[str, str]]) -> "PageQuery":
-        """Reads the names and values of an address; empty ones are not given.
+        """Reads the names and values of an address, a BadRequest if one is wrong; skips empty ones.
 
         `only` may be there several times; of another parameter, the last one counts.
-        A UserError says which parameter is unknown or has a value that it cannot have.
         """
         parameters, values = list(parameters), {}
         for name, text in parameters:

@@ -32,11 +32,12 @@ _FOLDERS = 200
 class SearchAPI:
     """Answers requests as values of JSON, or raises UserError; safe to use from several threads.
 
-    There are `top` hits, unless the request has another number.
+    There are `top` hits, unless the request has another number; a video that is sent as a query
+    has at most `max_video` bytes.
     """
 
-    def __init__(self, index: Index, top: int):
-        self.index, self.top, self.media = index, top, Media(index.model)
+    def __init__(self, index: Index, top: int, max_video: int):
+        self.index, self.top, self.media = index, top, Media(index.model, max_video)
 
     def facts(self) -> dict[str, Any]:
         """Facts of the index, and the progress of the process that updates it."""

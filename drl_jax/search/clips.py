@@ -21,6 +21,9 @@ MAX_CLIP = 60.0
 # Largest picture and clip, pixels.
 _PICTURE_SIDE, _CLIP_SIDE = 640, 1280
 _TIME_BASE = Fraction(1, 90_000)
+# Seconds before a time from which a frame is looked for. Containers with an index seek to the key
+# frame before a time, others anywhere.
+_LEADS = (0.0, 5.0, 20.0)
 _Container, _Stream = av.container.InputContainer, av.stream.Stream
 
 
@@ -127,15 +130,16 @@ def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame | av.AudioFr
 
 
 def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager:
-    """Opens a video before a time, from where it can be decoded."""
-    return _opened(path, time if time > 0 and _can_start(path, time) else 0.0)
+    """Opens a video at a frame before a time, from which it can be decoded."""
+    earlier = (time - lead for lead in _LEADS if time > lead)
+    return _opened(path, next((start for start in earlier if _can_start(path, start, time)), 0.0))
 
 
-def _can_start(path: Path, time: float) -> bool:
-    """Whether decoding can start before a time: some files name key frames that are none."""
-    with _opened(path, time) as (container, (video, *_), _):
+def _can_start(path: Path, start: float, time: float) -> bool:
+    """Whether decoding can start there: some files name key frames that are none."""
+    with _opened(path, start) as (container, (video, *_), first):
         frame = next(_frames(container.demux(video)), None)
-        return frame is not None and not frame.is_corrupt
+        return frame is not None and not frame.is_corrupt and (frame.time or 0.0) - first <= time
 
 
 @contextlib.contextmanager

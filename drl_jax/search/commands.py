@@ -255,7 +255,7 @@ def measure_recall(
     state, ranker = index.state(), index.ranker
     queries = encode_sentences(index.model, sentences)
     queries = [queries[0], *queries]  # The first one compiles, and is not counted.
-    gallery = ranker.gallery(state, queries[0])
+    gallery = ranker.gallery(state, queries[0], None)
     exact, rows = [], []
     for query in queries:
         start = time.perf_counter()

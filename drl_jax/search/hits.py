@@ -49,12 +49,12 @@ class Explanation:
             # A trailing "-" says that the word continues; the token of a hyphen alone is "-".
             continues = len(token) > 1 and token.endswith("-")
             joined.append((word + (token[:-1] if continues else token), [*rows, row]))
-        found = []
+        weight, found = np.float64(self.attribution.token_weight), []
         for word, rows in joined:
-            weights = np.float64(self.attribution.token_weight[rows])
             # Tokens of a word without any weight count equally.
-            cosines = np.average(self.attribution.similarity[rows], axis=0, weights=weights + 1e-12)
-            found.append(Word(word, float(weights.sum()), cosines))
+            shares = weight[rows] + 1e-12
+            cosines = np.average(self.attribution.similarity[rows], axis=0, weights=shares)
+            found.append(Word(word, float(weight[rows].sum()), cosines))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -79,24 +79,21 @@ def explain(
     `video` is arrays of the window without the axis of items, float32; `tokens` are those of the
     longest text, and `times` those of the frames, seconds.
     """
-    found = []
-    for number in range(len(part.text["text_mask"])):
-        text = {name: array[number] for name, array in part.text.items()}
-        found.append(interaction.attribution(text, video))
+    count = len(part.text["text_mask"])
+    texts = [{name: array[row] for name, array in part.text.items()} for row in range(count)]
+    found = [interaction.attribution(text, video) for text in texts]
     best = max(found, key=lambda attribution: attribution.frame_contribution.sum())
-    frames, count = len(best.frame_contribution), len(best.token_weight)
-    return Explanation(tokens[:count], np.asarray(times[:frames]), best)
+    length, frames = best.similarity.shape
+    return Explanation(tokens[:length], np.asarray(times[:frames]), best)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
     """A part of a video, in seconds, that answers a query.
 
-    Attributes:
-      score: similarity of its window, as evaluation computes it.
-      number: of the coarse window that it was found by.
-      unusual: by how many standard deviations the score is above those of captions of other
-        videos; for a picture or a video as the query, above those of other windows.
+    `score` is the similarity of its window, and `number` that of the coarse window that it was
+    found by. `unusual` is by how many standard deviations the score is above those of captions of
+    other videos; for a picture or a video as the query, above those of other windows.
     """
 
     start: float
@@ -128,12 +125,10 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A video that a query found; the first rank is 1, and 0 one that was not searched for.
+    """A video that a query found; the first rank is 1. One that is only listed has none, 0.
 
-    Attributes:
-      moments: the best first; none if it was not searched for.
-      windows, scores: of the coarse windows, refined where they were candidates: float [W].
-      is_same: whether the picture that was asked is a frame of it.
+    The best of its moments is the first. Windows and scores, float [W], are of the coarse windows,
+    refined where they were candidates; `is_same` is whether the picture that was asked is in it.
     """
 
     rank: int
@@ -157,13 +152,9 @@ class Hit:
 
     def facts(self) -> dict[str, Any]:
         """The hit as JSON, without its path and moments."""
-        return {
-            "rank": self.rank or None,
-            "score": None if self.score is None else round(self.score, 6),
-            "weak": self.is_weak,
-            "same_picture": self.is_same,
-            "duration": round(self.video.duration, 3),
-        }
+        score = None if self.score is None else round(self.score, 6)
+        facts = {"rank": self.rank or None, "score": score, "weak": self.is_weak}
+        return facts | {"same_picture": self.is_same, "duration": round(self.video.duration, 3)}
 
     def to_json(self) -> dict[str, Any]:
         """The hit as `--json` prints it."""

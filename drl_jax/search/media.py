@@ -35,13 +35,13 @@ MAX_PICTURE = 20_000_000
 class Media:
     """Reads files in processes with time limits: a damaged one may crash or hang its decoder.
 
-    Pictures and videos that are queries are kept in memory, clips in a temporary directory, until
-    newer ones replace them. Safe to use from several threads. Methods raise UserError where a file
-    cannot be read, or not in time, or is not kept any more.
+    Queries are kept in memory, clips in a temporary directory, until newer ones replace them. Safe
+    to use from several threads. Methods raise UserError where a file cannot be read, or not in
+    time, or is not kept any more.
     """
 
-    def __init__(self, model: RetrievalModel):
-        self._model = model
+    def __init__(self, model: RetrievalModel, max_video: int):
+        self._model, self.max_video = model, max_video
         self._sent = {what: OrderedDict[str, Any]() for what in ("picture", "video")}
         self._clips: OrderedDict[Path, Path] = OrderedDict()
         self._making_clip = threading.Lock()
@@ -119,9 +119,9 @@ def _keep(values: OrderedDict, name: Any, value: Any, most: int) -> list[Any]:
     return [values.popitem(last=False)[1] for _ in range(len(values) - most)]
 
 
-def upload_routes(media: Media, max_video: int) -> list[Route]:
-    """The addresses to which pictures and videos, of at most `max_video` bytes, are sent."""
-    kinds = (("picture", MAX_PICTURE, "picture"), ("video", max_video, "by_video"))
+def upload_routes(media: Media) -> list[Route]:
+    """The addresses to which pictures and videos are sent."""
+    kinds = (("picture", MAX_PICTURE, "picture"), ("video", media.max_video, "by_video"))
     return [Route(f"/api/{k[0]}s", _receiving(media, *k), methods=["POST"]) for k in kinds]
 
 

@@ -33,12 +33,10 @@ FindCandidates = Callable[[OpenIndex, np.ndarray, int], list[np.ndarray]]
 class SearchOptions:
     """How queries are answered.
 
-    Attributes:
-      engine: "exact" compares all windows; "scan" first compares one vector of each, and "auto"
-        does where there are more than SCAN_FROM; "qdrant" asks Qdrant for candidates.
-      candidates: windows that a scan or an engine finds.
-      refine: windows at training pace that a query makes.
-      correction: for hubs, of queries of one sentence; None: they are ranked by similarity.
+    The engine "exact" compares all windows; "scan" first compares one vector of each, and "auto"
+    does where there are more than SCAN_FROM; "qdrant" asks Qdrant for candidates. `candidates` are
+    windows that a scan or an engine finds, `refine` those at training pace that a query makes. The
+    correction for hubs is of queries of one sentence.
     """
 
     engine: str = "auto"
@@ -90,9 +88,7 @@ class Ranker:
                 return answers
             count = min(4 * count, len(gallery))  # A long video has many of the best windows.
 
-    def gallery(
-        self, index: OpenIndex, query: EncodedQuery, among: Videos | None = None
-    ) -> Gallery:
+    def gallery(self, index: OpenIndex, query: EncodedQuery, among: Videos | None) -> Gallery:
         """The windows that a query is compared with."""
         is_corrected = self.options.correction is not None and query.is_sentence
         valid = index.valid if among is None else among.valid
@@ -123,10 +119,8 @@ class Ranker:
         if self._asks(index, gallery, queries[0]) or self.scans(index):
             most = max(count, self.options.candidates)
             found = [self.candidates(index, gallery, query, most) for query in queries]
-            return [
-                self.engine.search(query.parts, gallery.copied(slots), count)[0]
-                for query, slots in zip(queries, found, strict=True)
-            ]
+            pairs = zip(queries, map(gallery.copied, found), strict=True)
+            return [self.engine.search(query.parts, some, count)[0] for query, some in pairs]
         if len(queries) == 1:
             return self.engine.search(queries[0].parts, gallery, count)
         texts = [query.parts[0].text for query in queries]
@@ -135,10 +129,9 @@ class Ranker:
 
 
 class Answer:
-    """The best windows of a query in a state of an index, in the order of their videos.
+    """The best windows of a query in a state of an index.
 
-    Attributes:
-      refined: by slot, the windows that were made of candidates, and their similarities.
+    `refined` are, by slot, the windows that were made of candidates, and their similarities.
     """
 
     def __init__(
@@ -151,16 +144,19 @@ class Answer:
     ):
         """Sorts the windows that were found, refines the best of them, and sorts again."""
         self._ranker, self._index, self._query = ranker, index, query
-        self.refined: dict[int, tuple[Window, float]] = {}
+        self._biases, self.refined = biases, dict[int, tuple[Window, float]]()
         self._sort(*ranking)
-        if candidates := self._candidates(biases):
-            most, scores = ranker.options.refine, np.array(self._scores, np.float64)
+        if candidates := self._candidates():
+            most, scores = ranker.options.refine, self._scores.astype(np.float64)
             found = refine(ranker.model, query.parts, [*candidates.values()], most)
             for row, (window, score) in zip(candidates, found, strict=True):
                 slot = int(self._slots[row])
                 self.refined[slot] = window, score
-                scores[row] = score - _bias(biases, slot)
+                scores[row] = score - self._bias(slot)
             self._sort(scores, self._slots)
+
+    def _bias(self, slot: int) -> float:
+        return 0.0 if self._biases is None else float(self._biases[slot])
 
     def _sort(self, scores: np.ndarray, slots: np.ndarray) -> None:
         """By score; equal scores by path and window."""
@@ -172,8 +168,8 @@ class Answer:
             scores, slots = scores[order], slots[order]
         self._scores, self._slots = scores, slots
 
-    def _candidates(self, biases: np.ndarray | None) -> dict[int, Candidate]:
-        """The best windows, without those of files of one window, with their similarities."""
+    def _candidates(self) -> dict[int, Candidate]:
+        """The best windows by row, without those of files of one window."""
         index, found = self._index, {}
         film_of = functools.cache(lambda *place: _film_of(index.video(*place)))
         for row, slot in enumerate(self._slots[: self._ranker.options.refine].tolist()):
@@ -182,7 +178,7 @@ class Answer:
             windows, features = (one.segment.firsts[name] for name in ("window", "feature"))
             if features[video] < features[video + 1]:
                 window = slot - one.first_slot - int(windows[video])
-                score = float(self._scores[row]) + _bias(biases, slot)
+                score = float(self._scores[row]) + self._bias(slot)
                 found[row] = Candidate(film_of(number, video), window, score)
         return found
 
@@ -253,7 +249,3 @@ class Answer:
 def _film_of(video: IndexedVideo) -> Film:
     arrays = video.record.arrays
     return Film(arrays["frame.time"], video.windows, arrays["feature.image_feat"])
-
-
-def _bias(biases: np.ndarray | None, slot: int) -> float:
-    return 0.0 if biases is None else float(biases[slot])

@@ -64,12 +64,10 @@ def _query(request: Request) -> PageQuery:
     return PageQuery.of(request.query_params.multi_items())
 
 
-def page_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
-    """The pages, and the parts of the first that its script loads.
-
-    A video that is sent as a query has at most `max_video` bytes.
-    """
-    constant = {"dataset": api.index.model.config.data.dataset, "max_video": max_video}
+def page_routes(api: SearchAPI) -> list[BaseRoute]:
+    """The pages, and the parts of the first that its script loads."""
+    dataset, max_video = api.index.model.config.data.dataset, api.media.max_video
+    constant = {"dataset": dataset, "max_video": max_video, "index": {}}
 
     def page(template: str, parts: Callable[[Request], Iterable[tuple[str, Any]]]) -> Callable:
         """A page that shows its parts up to the first one that is wrong, and why it is."""
@@ -77,7 +75,7 @@ def page_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
         def endpoint(request: Request) -> Response:
             # Where the request is wrong, the sentence need not be written again.
             sentence = request.query_params.get("q", "")[:MAX_CHARACTERS] or None
-            context, status = {**constant, "index": {}, "query": PageQuery(sentence)}, 200
+            context, status = {**constant, "query": PageQuery(sentence)}, 200
             try:
                 for name, answer in parts(request):
                     context[name] = answer
@@ -116,8 +114,8 @@ def page_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
     ]
 
 
-def api_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
-    """The JSON API; see `page_routes`."""
+def api_routes(api: SearchAPI) -> list[BaseRoute]:
+    """The JSON API."""
 
     def of(answer: Callable[[PageQuery], dict[str, Any]]) -> Callable:
         return lambda request: JSONResponse(answer(_query(request)))
@@ -128,7 +126,7 @@ def api_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
         Route("/api/index", of(lambda query: api.facts())),
         Route("/api/unsearchable", of(lambda query: api.unsearchable())),
         Route("/api/openapi.json", lambda request: FileResponse(_PAGE / "openapi.json")),
-        *upload_routes(api.media, max_video),
+        *upload_routes(api.media),
     ]
 
 

@@ -7,7 +7,6 @@ they were indexed; pages of other sites learn nothing from it, not even which fi
 
 import argparse
 import contextlib
-import dataclasses
 import hmac
 import ipaddress
 import re
@@ -80,85 +79,72 @@ def parse_hosts(text: str) -> list[_Host]:
     return hosts
 
 
-@dataclasses.dataclass(frozen=True)
 class Access:
-    """Which requests a server accepts: to these hosts or loopback, with the token if there is one.
+    """Which requests a server accepts: to its hosts or loopback, with the token if there is one."""
 
-    Browsers find it by its name.
-    """
-
-    name: str = "localhost"
-    hosts: frozenset[_Host] = frozenset()
-    token: str = ""
-
-    @classmethod
-    def to(
-        cls, host: str, address: str, allowed: Iterable[_Host] = (), *, needs_token: bool = True
-    ) -> "Access":
+    def __init__(
+        self, host: str, address: str, allowed: Iterable[_Host] = (), *, needs_token: bool = True
+    ):
         """The access to an address; if other machines reach it, a token is made.
 
         `host` is what the user wrote for it, and `allowed` are other names that lead to it.
         """
         found = _parse_host(address)
         # No machine has the address that stands for all.
-        name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
-        is_public = needs_token and not _is_loopback(found)
-        hosts = frozenset([*map(_parse_host, (host, name)), found, *allowed])
-        return cls(name, hosts, secrets.token_urlsafe() if is_public else "")
+        self._name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
+        self._hosts = {_parse_host(host), _parse_host(self._name), found, *allowed}
+        self.token = secrets.token_urlsafe() if needs_token and not _is_loopback(found) else ""
 
     def url(self, port: int) -> str:
         """The address of the page."""
-        name = f"[{self.name}]" if ":" in self.name else self.name
+        name = f"[{self._name}]" if ":" in self._name else self._name
         return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
 
-    def knows(self, token: str) -> bool:
+    def refusal(self, scope: Scope) -> Response | None:
+        """Refuses other hosts, asks for the token, or exchanges that of an address for a cookie."""
+        request = Request(scope)
+        host = _parse_host(text := request.headers.get("host", ""))
+        # The address of the connection: no name that leads to it is an address.
+        server, port = scope.get("server") or ("", 0)
+        if not host or not (_is_loopback(host) or host in {_parse_host(server), *self._hosts}):
+            return _line(
+                scope, 400, f"this server is not {text[:100]!r}; --allowed_hosts adds names"
+            )
+        if not self.token:
+            return None
+        # Cookies do not distinguish the ports of a host.
+        cookie = f"drl_jax_token_{port}"
+        if scope["method"] == "GET" and any(
+            map(self._knows, request.query_params.getlist("token"))
+        ):
+            rest = request.url.remove_query_params("token").query
+            path = "/" + scope["raw_path"].decode("latin-1").lstrip("/")
+            answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
+            answer.set_cookie(cookie, self.token, httponly=True, samesite="lax")
+            return answer
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if self._knows(given if kind.lower() == "bearer" else request.cookies.get(cookie, "")):
+            return None
+        return _line(scope, 401, _REQUIRED, {"WWW-Authenticate": "Bearer"})
+
+    def _knows(self, token: str) -> bool:
         """Whether a token is the right one, in constant time."""
         return hmac.compare_digest(token.encode(), self.token.encode())
 
 
-class CheckAccess:
+def checked(app: ASGIApp, access: Access) -> ASGIApp:
     """ASGI middleware: refuses requests in one line, and adds _HEADERS to all answers."""
 
-    def __init__(self, app: ASGIApp, access: Access):
-        self._app, self._access = app, access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request."""
-
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (refusal or self._app)(scope, receive, send_with_headers)
+        refusal = access.refusal(scope) if scope["type"] == "http" else None
+        await (refusal or app)(scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Scope) -> Response | None:
-        """Refuses other hosts, asks for the token, or exchanges that of an address for a cookie."""
-        request, access = Request(scope), self._access
-        text = request.headers.get("host", "")
-        host = _parse_host(text)
-        # The address of the connection: no name that leads to it is an address.
-        server, port = scope.get("server") or ("", 0)
-        if not host or not (_is_loopback(host) or host in {_parse_host(server), *access.hosts}):
-            line = f"this server is not {text[:100]!r}; --allowed_hosts adds names"
-            return _line(scope, 400, line)
-        if not access.token:
-            return None
-        # Cookies do not distinguish the ports of a host.
-        cookie = f"drl_jax_token_{port}"
-        if scope["method"] == "GET" and any(
-            map(access.knows, request.query_params.getlist("token"))
-        ):
-            rest = request.url.remove_query_params("token").query
-            path = "/" + scope["raw_path"].decode("latin-1").lstrip("/")
-            answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
-            answer.set_cookie(cookie, access.token, httponly=True, samesite="lax")
-            return answer
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if access.knows(given if kind.lower() == "bearer" else request.cookies.get(cookie, "")):
-            return None
-        return _line(scope, 401, _REQUIRED, {"WWW-Authenticate": "Bearer"})
+    return answer
 
 
 def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None = None) -> Response:
@@ -169,15 +155,11 @@ def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None =
 
 
 def serve(index: Index, options: argparse.Namespace) -> None:
-    """Serves the page of an index, as the flags of `serve` say, until it is interrupted.
-
-    Raises:
-      UserError: the address is not available, or a flag has a value that it cannot have.
-    """
+    """Serves the page of an index until it is interrupted; a UserError if the flags are wrong."""
     allowed = parse_hosts(options.allowed_hosts)
     with _listener(options.host, options.port) as listener:
         address, port = listener.getsockname()[:2]
-        access = Access.to(options.host, address, allowed, needs_token=not options.no_token)
+        access = Access(options.host, address, allowed, needs_token=not options.no_token)
         app = make_app(index, options.top, options.max_upload, access)
         # With h11, a long query gets an answer that says what is wrong.
         limits = {"http": "h11", "h11_max_incomplete_event_size": _MAX_REQUEST}
@@ -201,14 +183,14 @@ def _listener(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def make_app(index: Index, top: int, max_upload: int, access: Access = Access()) -> Starlette:
+def make_app(index: Index, top: int, max_upload: int, access: Access) -> Starlette:
     """Creates the ASGI application; answers one query, so that the first is fast.
 
     A request gets `top` hits unless it has another number, and may send a video of `max_upload` MB.
     """
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
-    api, max_video = SearchAPI(index, top), 1_000_000 * max_upload
+    api = SearchAPI(index, top, 1_000_000 * max_upload)
     api.search(PageQuery("warm-up"))
 
     @contextlib.asynccontextmanager
@@ -217,8 +199,8 @@ def make_app(index: Index, top: int, max_upload: int, access: Access = Access())
         api.media.close()
 
     return Starlette(
-        routes=[*page_routes(api, max_video), *api_routes(api, max_video), *file_routes(api)],
-        middleware=[Middleware(CheckAccess, access=access)],
+        routes=[*page_routes(api), *api_routes(api), *file_routes(api)],
+        middleware=[Middleware(checked, access=access)],
         exception_handlers=dict.fromkeys((UserError, Exception), _error),
         lifespan=lifespan,
     )

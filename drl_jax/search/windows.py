@@ -50,8 +50,7 @@ def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
     A shot that is not longer is one window; a longer one has windows that are each half over the
     next. Very short shots are joined with their neighbours.
     """
-    windows = []
-    coarse = np.flatnonzero(video.coarse)
+    windows, coarse = [], np.flatnonzero(video.coarse)
     times = video.times[coarse]
     for start, end in _shots(video):
         for first, last in _pieces(start, end, float(max_frames)):
@@ -81,9 +80,11 @@ def windows_around(
     first, last = np.searchsorted(times, (low - _SAME, high - _SAME))
     around = []
     for time in times[first:last]:
-        if time + max_frames - 1 > limit - _SAME:
+        wanted = time + np.arange(max_frames)
+        if wanted[-1] > limit - _SAME:
             break
-        frames = _nearest(times, time + np.arange(max_frames))
+        after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
+        frames = after - (wanted - times[after - 1] <= times[after] - wanted)  # The nearest.
         if (np.diff(frames) > 0).all() and times[frames[-1]] < limit:
             around.append(_spanning(times, frames, limit))
     return around
@@ -93,9 +94,8 @@ def inner_windows(times: np.ndarray, window: Window, max_frames: int) -> list[Wi
     """Shorter windows inside one: evenly spaced frames of a half or a quarter of it."""
     inside = np.arange(window.frames[0], window.frames[-1] + 1)
     inner = []
-    for share in (2, 4):
-        length = len(inside) // share + 1
-        if length < 2 or length == len(inside):
+    for length in (len(inside) // share + 1 for share in (2, 4)):
+        if length == 1 or length == len(inside):
             continue
         for first in range(0, len(inside) - length + 1, max(1, length // 4)):
             frames = _spread(inside[first : first + length], max_frames)
@@ -120,16 +120,10 @@ def _spread(frames: np.ndarray, most: int) -> tuple[int, ...]:
     return tuple(frames.tolist())
 
 
-def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Indices of the times that are nearest to others."""
-    after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
-    return after - (wanted - times[after - 1] <= times[after] - wanted)
-
-
 def _spanning(times: np.ndarray, frames: Sequence[int] | np.ndarray, limit: float) -> Window:
     """The window of frames, from the first to a little after the last."""
-    end = min(float(times[frames[-1]]) + _LAST_FRAME, limit)
-    return Window(float(times[frames[0]]), end, tuple(map(int, frames)))
+    start, last = times[[frames[0], frames[-1]]].tolist()
+    return Window(start, min(last + _LAST_FRAME, limit), tuple(map(int, frames)))
 
 
 def _shots(video: SampledVideo) -> list[tuple[float, float]]:
