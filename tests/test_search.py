@@ -411,7 +411,7 @@ def test_a_score_is_the_sum_of_its_frame_contributions(shared_search):
         attribution = explanation.attribution
         assert attribution.frame_contribution.sum() == pytest.approx(hit.score, abs=1e-4)
         assert explanation.tokens == ["[start]", "a", "red", "circle", "[end]"]
-        assert [word.word for word in explanation.words()] == ["a", "red", "circle"]
+        assert [word for word, *_ in explanation.words()] == ["a", "red", "circle"]
         assert attribution.token_weight.sum() == pytest.approx(1, abs=1e-5)
         best = attribution.frame_contribution.argmax()
         assert explanation.peak() == explanation.times[best]
@@ -437,7 +437,7 @@ def test_an_explanation_by_hand():
     contributions = [(0.6 + 0.7) / 2, (0.4 + 0.3) / 2]
     np.testing.assert_allclose(attribution.frame_contribution, contributions)
     assert (explanation.peak(), explanation.peak(1.0, 2.0)) == (0.0, 1.5)
-    assert [word.similarity.tolist() for word in explanation.words()] == [[0, 1], [1, 0]]
+    assert [found.tolist() for *_, found in explanation.words()] == [[0, 1], [1, 0]]
 
 
 def test_timestamps_are_formatted():

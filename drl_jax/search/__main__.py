@@ -65,15 +65,14 @@ def _add_engine_flags(parser: Parser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="auto", help=text)
     text = "windows that a scan or qdrant finds, to be compared exactly (%(default)s)"
     parser.add_argument("--candidates", type=positive_int, default=CANDIDATES, help=text)
-    text = "windows of long files that a query makes, to find where moments start (%(default)s)"
+    text = "windows that a query makes to find where moments start; 0: none (%(default)s)"
     parser.add_argument("--refine", type=_count, default=REFINE, metavar="N", help=text)
 
 
 def _add_index_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--videos", type=Path, required=True, help="folder of the videos, searched recursively")
-    text = "how features are stored (%(default)s)"
-    add("--storage", choices=STORAGES, default=STORAGES[0], help=text)
+    add("--storage", choices=STORAGES, default=STORAGES[0], help="of features (%(default)s)")
     text = "frames a second that are stored of files of several windows, 1 to 4 (%(default)g)"
     add("--fps", type=_frame_rate, default=1.0, help=text)
     text = "seconds for decoding a video, and one more for each MB (%(default)s)"
@@ -111,10 +110,8 @@ def _add_query_flags(parser: Parser) -> None:
 def _add_serve_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    text = "names that lead to this server, besides that of --host"
-    add("--allowed_hosts", default="", metavar="NAME,...", help=text)
-    text = "answer whoever reaches a --host that other machines can reach"
-    add("--no_token", action="store_true", help=text)
+    add("--allowed_hosts", default="", metavar="NAME,...", help="other names of this server")
+    add("--no_token", action="store_true", help="answer also other machines that send no token")
     add("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
     add("--top", type=positive_int, default=12, help="hits per query (%(default)s)")
     text = "of a video that is sent as a query, at most (%(default)s)"
@@ -124,10 +121,9 @@ def _add_serve_flags(parser: Parser) -> None:
 def _add_recall_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--queries", type=Path, required=True, help="file with one sentence per line")
-    text = "of the candidates (%(default)s)"
-    add("--engine", choices=("scan", "qdrant"), default="scan", help=text)
-    counts, text = [20, 50, 100, 200, 500, 1000], "numbers of candidates"
-    add("--candidates", type=_positive_ints, default=counts, metavar="20,50,...", help=text)
+    add("--engine", choices=("scan", "qdrant"), default="scan", help="(%(default)s)")
+    counts = [20, 50, 100, 200, 500, 1000]
+    add("--candidates", type=_positive_ints, default=counts, metavar="20,50,...", help="to compare")
     add("--top", type=positive_int, default=10, help="exact hits to look for (%(default)s)")
 
 

@@ -8,13 +8,14 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from drl_jax.model_flags import model_of_flags, required_model
 from drl_jax.pretrained import RetrievalModel
+from drl_jax.runtime.cluster import connect
 from drl_jax.runtime.errors import UserError, printable
 from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool
@@ -27,10 +28,7 @@ from drl_jax.search.query import Query, encode_sentences, encode_video_file, sam
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import frames_of, open_picture, read_video
 from drl_jax.search.session import Index
-from drl_jax.search.update import IndexReport, parse_shard, update_index
-
-if TYPE_CHECKING:
-    from drl_jax.runtime.ray_cluster import RayCluster
+from drl_jax.search.update import parse_shard, update_index
 
 # Missing shards that are named.
 _SHOWN = 20
@@ -41,33 +39,32 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
-# ---------------------------------------------------------------------- indexing
-
-
 def _index(options: argparse.Namespace) -> None:
     if options.shard is not None:
         parse_shard(options.shard)
     given = _given(options, "storage", "fps", "timeout", "prune", "only", "shard")
-    with _cluster(options.ray) as cluster:
+    with connect(options.ray) if options.ray else contextlib.nullcontext() as cluster:
         model = required_model(options)
-        bank = _bank_captions(options.bank, model) if options.bank else ()
-        folders = options.videos, options.index
-        report = update_index(model, *folders, bank=bank, cluster=cluster, **given)
-    print(_format_report(report, options.index, options.storage))
+        given["bank"] = _bank_captions(options.bank, model) if options.bank else ()
+        report = update_index(model, options.videos, options.index, cluster=cluster, **given)
+    print(
+        f"{options.index}: {report.added} added, {report.changed} changed, {report.moved} moved,"
+        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
+        f" {report.nbytes / 1e6:.1f} MB ({options.storage})"
+    )
+    for reasons, title in (
+        (report.bad, "files cannot be searched"),
+        (report.unavailable, "files could not be read this time"),
+    ):
+        if reasons:
+            print(f"{len(reasons)} {title}:")
+        for path, reason in reasons.items():
+            print(f"  {printable(path)}: {reason}")
     if report.unavailable:
         raise UserError(
             f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
             " to try them again"
         )
-
-
-def _cluster(address: str | None) -> "contextlib.AbstractContextManager[RayCluster | None]":
-    """The cluster that `--ray` names, if any."""
-    if not address:
-        return contextlib.nullcontext()
-    from drl_jax.runtime.cluster import connect  # Ray is optional.
-
-    return connect(address)
 
 
 def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
@@ -86,22 +83,6 @@ def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
     return [caption for caption in draw_bank(train, None).captions if caption.strip()]
 
 
-def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
-    lines = [
-        f"{directory}: {report.added} added, {report.changed} changed, {report.moved} moved,"
-        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
-        f" {report.nbytes / 1e6:.1f} MB ({storage})"
-    ]
-    for reasons, title in (
-        (report.bad, "files cannot be searched"),
-        (report.unavailable, "files could not be read this time"),
-    ):
-        if reasons:
-            lines.append(f"{len(reasons)} {title}:")
-            lines += [f"  {printable(path)}: {reason}" for path, reason in reasons.items()]
-    return "\n".join(lines)
-
-
 def _join(options: argparse.Namespace) -> None:
     parts = join(options.index, options.shards)
     files, windows = (sum(map(count, parts)) for count in (Part.videos, Part.windows))
@@ -112,9 +93,6 @@ def _join(options: argparse.Namespace) -> None:
     if missing := [shard for shard in wanted if shard not in given]:
         rest = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         print(f"shards that were not given: {' '.join(missing[:_SHOWN])}{rest}")
-
-
-# ---------------------------------------------------------------------- queries
 
 
 def _query(options: argparse.Namespace) -> None:
@@ -134,9 +112,12 @@ def _query(options: argparse.Namespace) -> None:
     if options.sentences:
         _rank_sentences(options, index.model)
         return
+    with contextlib.closing(CallPool(1)) as pool:
+        form = index.model.frame_form
+        picture = open_picture(pool, options.picture, form) if options.picture else b""
     query = Query(
         without=options.without,
-        picture=_picture(options.picture, index.model) if options.picture else b"",
+        picture=picture,
         # Decoded once for all sentences.
         video=encode_video_file(index.model, options.video) if options.video else None,
         like=moment_of(index.state(), options.like) if options.like else None,
@@ -160,11 +141,6 @@ def _filters(options: argparse.Namespace) -> Filters:
         if text:
             given[name] = parse_day(f"--{name}", text)
     return Filters(only=tuple(options.only), **given)
-
-
-def _picture(path: Path, model: RetrievalModel) -> bytes:
-    with contextlib.closing(CallPool(1)) as pool:
-        return open_picture(pool, path, model.frame_form)
 
 
 def _print(options: argparse.Namespace, names: Sequence[str], found: Iterable[list[Hit]]) -> None:
@@ -218,9 +194,6 @@ def format_hits(hits: Sequence[Hit]) -> str:
             )
         lines.append(f"{'':14}{'  '.join(words)}")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------- other commands
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +14,6 @@ from drl_jax.search.encoding import WEAK
 from drl_jax.search.engine import Part
 from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.windows import Window
-
-
-class Word(NamedTuple):
-    """A word, its share of the score, and its cosine with each frame, float [F]."""
-
-    word: str
-    weight: float
-    similarity: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +30,11 @@ class Explanation:
         of_frames = np.where(inside, self.attribution.frame_contribution, -np.inf)
         return float(self.times[of_frames.argmax()])
 
-    def words(self) -> list[Word]:
-        """The tokens, joined to words, without the marks of start and end."""
+    def words(self) -> list[tuple[str, float, np.ndarray]]:
+        """The words, without the marks of start and end.
+
+        For each: the word, its share of the score, and its cosine with each frame, float [F].
+        """
         joined: list[tuple[str, list[int]]] = []
         continues = False
         for row, token in enumerate(self.tokens):
@@ -54,14 +49,14 @@ class Explanation:
             # Tokens of a word without any weight count equally.
             shares = weight[rows] + 1e-12
             cosines = np.average(self.attribution.similarity[rows], axis=0, weights=shares)
-            found.append(Word(word, float(weight[rows].sum()), cosines))
+            found.append((word, float(weight[rows].sum()), cosines))
         return found
 
     def to_json(self) -> dict[str, Any]:
         """The words and frames; `marks_share` is that of the marks of start and end."""
         words = self.words()
         return {
-            "marks_share": round(max(0.0, 1 - sum(word.weight for word in words)), 4),
+            "marks_share": round(max(0.0, 1 - sum(weight for _, weight, _ in words)), 4),
             "times": rounded(self.times, 3),
             "frame_weights": rounded(self.attribution.frame_weight),
             "words": [

@@ -1,11 +1,8 @@
 """Ranks queries in one state of an index, and makes hits of what they find.
 
-1. All coarse windows are compared with the query, exactly; or one vector of each is scanned, or an
-   engine is asked, and the best are compared exactly.
-2. The best of files of several windows are refined: windows that start at every frame decide the
-   rank (`refine.py`).
-3. The moments of the videos that are shown are found; their explanations are made when they are
-   shown.
+1. All coarse windows are compared exactly; or only those that a scan or an engine finds.
+2. The best of files of several windows are refined (`refine.py`), which decides the rank.
+3. The moments of the videos that are shown are found, and explained when they are shown.
 """
 
 import dataclasses

@@ -28,15 +28,11 @@ _CLEARLY = 0.25
 
 
 class Film(NamedTuple):
-    """What an index stores of a file of several windows, by their start, and F sampled frames.
+    """What an index stores of a file of several windows, by their start, and F sampled frames."""
 
-    `times` are float64 [F], seconds; `image_feat`, [F, D], are features before the temporal head:
-    float32, or the bits of bfloat16 as uint16.
-    """
-
-    times: np.ndarray
+    times: np.ndarray  # float64 [F], seconds.
     windows: Sequence[Window]
-    image_feat: np.ndarray
+    image_feat: np.ndarray  # [F, D] before the temporal head: float32, or bits of bfloat16.
 
 
 class Candidate(NamedTuple):

@@ -12,7 +12,7 @@ import ipaddress
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
 import uvicorn
 from starlette.applications import Starlette
@@ -67,8 +67,7 @@ def _is_loopback(host: _Host) -> bool:
     return host == "localhost" or getattr(host, "is_loopback", False)
 
 
-def parse_hosts(text: str) -> list[_Host]:
-    """Reads names that are separated by commas; a UserError if one is not that of a host."""
+def _parse_hosts(text: str) -> list[_Host]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     hosts = [_parse_host(name) for name in names]
     if "" in hosts:
@@ -82,17 +81,16 @@ def parse_hosts(text: str) -> list[_Host]:
 class Access:
     """Which requests a server accepts: to its hosts or loopback, with the token if there is one."""
 
-    def __init__(
-        self, host: str, address: str, allowed: Iterable[_Host] = (), *, needs_token: bool = True
-    ):
+    def __init__(self, host: str, address: str, allowed: str = "", *, needs_token: bool = True):
         """The access to an address; if other machines reach it, a token is made.
 
-        `host` is what the user wrote for it, and `allowed` are other names that lead to it.
+        `host` is what the user wrote for it; `allowed` are other names that lead to it, separated
+        by commas, and a UserError says if one is not that of a host.
         """
         found = _parse_host(address)
         # No machine has the address that stands for all.
         self._name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
-        self._hosts = {_parse_host(host), _parse_host(self._name), found, *allowed}
+        self._hosts = {_parse_host(host), _parse_host(self._name), found, *_parse_hosts(allowed)}
         self.token = secrets.token_urlsafe() if needs_token and not _is_loopback(found) else ""
 
     def url(self, port: int) -> str:
@@ -156,10 +154,10 @@ def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None =
 
 def serve(index: Index, options: argparse.Namespace) -> None:
     """Serves the page of an index until it is interrupted; a UserError if the flags are wrong."""
-    allowed = parse_hosts(options.allowed_hosts)
     with _listener(options.host, options.port) as listener:
         address, port = listener.getsockname()[:2]
-        access = Access(options.host, address, allowed, needs_token=not options.no_token)
+        needs_token = not options.no_token
+        access = Access(options.host, address, options.allowed_hosts, needs_token=needs_token)
         app = make_app(index, options.top, options.max_upload, access)
         # With h11, a long query gets an answer that says what is wrong.
         limits = {"http": "h11", "h11_max_incomplete_event_size": _MAX_REQUEST}

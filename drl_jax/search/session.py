@@ -74,9 +74,7 @@ class Index:
     ):
         """Opens an index; without the model it was made with, from where the index says it is.
 
-        Raises:
-          UserError: there is no index, no video to search, the model is another one, or the index
-            does not store what the options need.
+        A UserError says why it cannot be opened, or that it does not store what the options need.
         """
         self.directory = Path(directory)
         if model is None:
@@ -151,9 +149,7 @@ class Index:
     ) -> list[Hit] | list[list[Hit]]:
         """The `top` best videos for a query, or for each of several sentences.
 
-        Raises:
-          UserError: the query is empty, a part of it cannot be read, or no video passes the
-            filters.
+        Raises UserError if a query is empty or cannot be read, or no video passes the filters.
         """
         state = self.state()
         among = state.filtered(filters) if filters else None

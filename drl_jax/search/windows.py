@@ -66,8 +66,7 @@ def windows_around(
     """Windows of `max_frames` frames a second apart, one for each sampled frame near a window.
 
     They start nearer to it than to its neighbours, and stay inside it and the windows that overlap
-    it: around all windows of a shot, there is one for each frame at which one may start, and none
-    around a whole shot. `times` are those of the sampled frames, float64 [F].
+    it; there is none around a whole shot. `times` are those of the sampled frames, float64 [F].
     """
     start, end = windows[number].start, windows[number].end
     if end - start < max_frames - _SAME:
@@ -157,14 +156,13 @@ def find_spans(
 ) -> list[Span]:
     """Finds the best moments of a video, at most `most`, the best first.
 
-    The best window, joined with its neighbours that overlap one another and score alike, is a
-    moment; then the best of the windows that do not overlap it by more than half, and so on. Alike
-    is what stands out of the film as much: it is the same for sentences, pictures and videos. If
-    all that is joined overlaps the best window, it may be alike because of what they share, and
-    the window is the moment.
+    The best window, joined with its neighbours that overlap one another and stand out of the film
+    as much, is a moment; then the best of the windows that do not overlap it by more than half, and
+    so on. If all that is joined overlaps the best window, it may be alike because of what they
+    share, and the window is the moment.
 
-    `windows` are by their start, refined ones in the place of those that they refine; `scores` are
-    float [W], and `deviation` is that of similarities that mean nothing, 0 if it is not known.
+    `windows` are by their start; `scores` are float [W], and `deviation` is that of similarities
+    that mean nothing, 0 if it is not known.
     """
     found: list[Span] = []
     scores = np.array(scores, np.float64)  # Of windows that are in no moment yet; else -inf.
