@@ -130,7 +130,7 @@ def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame | av.AudioFr
 
 
 def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager:
-    """Opens a video at a frame before a time, from which it can be decoded."""
+    """Opens a video before a time, at a frame from which it can be decoded."""
     earlier = (time - lead for lead in _LEADS if time > lead)
     return _opened(path, next((start for start in earlier if _can_start(path, start, time)), 0.0))
 
@@ -139,7 +139,9 @@ def _can_start(path: Path, start: float, time: float) -> bool:
     """Whether decoding can start there: some files name key frames that are none."""
     with _opened(path, start) as (container, (video, *_), first):
         frame = next(_frames(container.demux(video)), None)
-        return frame is not None and not frame.is_corrupt and (frame.time or 0.0) - first <= time
+        if frame is None or frame.is_corrupt or frame.time is None:
+            return False
+        return frame.time - first <= time + 1e-3
 
 
 @contextlib.contextmanager

@@ -112,9 +112,10 @@ def _query(options: argparse.Namespace) -> None:
     if options.sentences:
         _rank_sentences(options, index.model)
         return
-    with contextlib.closing(CallPool(1)) as pool:
-        form = index.model.frame_form
-        picture = open_picture(pool, options.picture, form) if options.picture else b""
+    picture = b""
+    if options.picture:
+        with contextlib.closing(CallPool(1)) as pool:
+            picture = open_picture(pool, options.picture, index.model.frame_form)
     query = Query(
         without=options.without,
         picture=picture,

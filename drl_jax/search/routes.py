@@ -66,8 +66,7 @@ def _query(request: Request) -> PageQuery:
 
 def page_routes(api: SearchAPI) -> list[BaseRoute]:
     """The pages, and the parts of the first that its script loads."""
-    dataset, max_video = api.index.model.config.data.dataset, api.media.max_video
-    constant = {"dataset": dataset, "max_video": max_video, "index": {}}
+    constant = {"dataset": api.index.model.config.data.dataset, "max_video": api.media.max_video}
 
     def page(template: str, parts: Callable[[Request], Iterable[tuple[str, Any]]]) -> Callable:
         """A page that shows its parts up to the first one that is wrong, and why it is."""
@@ -75,7 +74,7 @@ def page_routes(api: SearchAPI) -> list[BaseRoute]:
         def endpoint(request: Request) -> Response:
             # Where the request is wrong, the sentence need not be written again.
             sentence = request.query_params.get("q", "")[:MAX_CHARACTERS] or None
-            context, status = {**constant, "query": PageQuery(sentence)}, 200
+            context, status = {**constant, "index": {}, "query": PageQuery(sentence)}, 200
             try:
                 for name, answer in parts(request):
                     context[name] = answer
@@ -100,9 +99,8 @@ def page_routes(api: SearchAPI) -> list[BaseRoute]:
     def part(template: str, name: str, answer: Callable[[PageQuery], dict[str, Any]]) -> Callable:
         def endpoint(request: Request) -> Response:
             query = _query(request)
-            return TEMPLATES.TemplateResponse(
-                request, template, {"query": query, name: answer(query)}
-            )
+            context = {"query": query, name: answer(query)}
+            return TEMPLATES.TemplateResponse(request, template, context)
 
         return endpoint
 
