@@ -128,7 +128,8 @@ class Ranker:
 class Answer:
     """The best windows of a query in a state of an index.
 
-    `refined` are, by slot, the windows that were made of candidates, and their similarities.
+    They are ranked by `scores`, float [N], and have `slots`, int64 [N]. `refined` are, by slot, the
+    windows that were made of candidates, and their similarities.
     """
 
     def __init__(
@@ -144,13 +145,13 @@ class Answer:
         self._biases, self.refined = biases, dict[int, tuple[Window, float]]()
         self._sort(*ranking)
         if candidates := self._candidates():
-            most, scores = ranker.options.refine, self._scores.astype(np.float64)
+            most, scores = ranker.options.refine, self.scores.astype(np.float64)
             found = refine(ranker.model, query.parts, [*candidates.values()], most)
             for row, (window, score) in zip(candidates, found, strict=True):
-                slot = int(self._slots[row])
+                slot = int(self.slots[row])
                 self.refined[slot] = window, score
                 scores[row] = score - self._bias(slot)
-            self._sort(scores, self._slots)
+            self._sort(scores, self.slots)
 
     def _bias(self, slot: int) -> float:
         return 0.0 if self._biases is None else float(self._biases[slot])
@@ -163,25 +164,25 @@ class Answer:
             paths = [self._index.path_of(self._index.place(slot)) for slot in slots.tolist()]
             order = sorted(range(len(slots)), key=lambda n: (-scores[n], paths[n], slots[n]))
             scores, slots = scores[order], slots[order]
-        self._scores, self._slots = scores, slots
+        self.scores, self.slots = scores, slots
 
     def _candidates(self) -> dict[int, Candidate]:
         """The best windows by row, without those of files of one window."""
         index, found = self._index, {}
         film_of = functools.cache(lambda *place: _film_of(index.video(*place)))
-        for row, slot in enumerate(self._slots[: self._ranker.options.refine].tolist()):
+        for row, slot in enumerate(self.slots[: self._ranker.options.refine].tolist()):
             number, video = index.place(slot)
             one = index.segments[number]
             windows, features = (one.segment.firsts[name] for name in ("window", "feature"))
             if features[video] < features[video + 1]:
                 window = slot - one.first_slot - int(windows[video])
-                score = float(self._scores[row]) + self._bias(slot)
+                score = float(self.scores[row]) + self._bias(slot)
                 found[row] = Candidate(film_of(number, video), window, score)
         return found
 
     def places(self) -> list[tuple[int, int]]:
         """Segment and row of the videos of these windows, each once."""
-        return list(dict.fromkeys(map(self._index.place, self._slots.tolist())))
+        return list(dict.fromkeys(map(self._index.place, self.slots.tolist())))
 
     def videos(self, top: int) -> list[IndexedVideo]:
         """The best videos."""
