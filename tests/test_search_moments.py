@@ -211,9 +211,7 @@ def test_windows_that_touch_and_score_alike_are_one_moment():
     found = find_spans(WINDOWS, np.array([0.1, 0.99, 0.98, 1.0, 0.2, 0.1]), most=2)
     assert found[0] == (6.0, 30.0, 1.0, 3)
     assert [span.window for span in found] == [3, 4]
-
-
-def test_neighbours_that_share_the_best_part_do_not_make_a_moment_longer():
+    # Neighbours that share the best part do not make a moment longer.
     found = find_spans(WINDOWS, np.array([0.1, 0.99, 1.0, 0.98, 0.2, 0.1]), most=2)
     assert found[0] == (12.0, 24.0, 1.0, 2)
     assert [span.window for span in found] == [2, 4]
