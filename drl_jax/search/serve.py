@@ -112,10 +112,10 @@ class Access:
             return None
         # Cookies do not distinguish the ports of a host.
         cookie = f"drl_jax_token_{port}"
-        if scope["method"] == "GET" and any(
-            map(self._knows, request.query_params.getlist("token"))
-        ):
-            rest = request.url.remove_query_params("token").query
+        parameters = scope["query_string"].decode("latin-1").split("&")
+        tokens = [text for text in parameters if text.startswith("token=")]
+        if scope["method"] == "GET" and any(self._knows(text[6:]) for text in tokens):
+            rest = "&".join(text for text in parameters if text not in tokens)
             path = "/" + scope["raw_path"].decode("latin-1").lstrip("/")
             answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
             answer.set_cookie(cookie, self.token, httponly=True, samesite="lax")
