@@ -185,12 +185,12 @@ def served(root: Path) -> dict:
     """Seconds for 32 sentences over HTTP, one after the other and at once."""
     import uvicorn
 
-    from drl_jax.search.serve import make_app
+    from drl_jax.search.serve import Access, make_app
     from drl_jax.search.session import Index
 
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    app = make_app(Index(root / "index", model()), top=12, max_upload=10)
+    app = make_app(Index(root / "index", model()), 12, 10, Access("localhost", "127.0.0.1"))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

@@ -89,10 +89,8 @@ def test_parts_blocks_and_devices_change_nothing(
 
 def test_a_score_is_the_sum_of_its_parts(search_model, text, video, similarity):
     """Parts of 24 and 4 tokens are compared as each is alone: padding takes part in maxima."""
-    gallery, engine = (
-        Gallery([video], search_model.layout),
-        engine_of(search_model, search_model.layout),
-    )
+    layout = search_model.layout
+    gallery, engine = Gallery([video], layout), engine_of(search_model, layout)
     frames = TokenWise.video_as_text({name: array[:1] for name, array in video.items()})
     of_frames = search_model.similarity(frames, video)[0]
     sentence = {name: array[:1] for name, array in text.items()}
@@ -107,10 +105,8 @@ def test_a_score_is_the_sum_of_its_parts(search_model, text, video, similarity):
 
 def test_a_score_does_not_depend_on_other_queries(search_model, video):
     sentences = ["one", "a much longer sentence with many more words than the other one has"]
-    gallery, engine = (
-        Gallery([video], search_model.layout),
-        engine_of(search_model, search_model.layout),
-    )
+    layout = search_model.layout
+    gallery, engine = Gallery([video], layout), engine_of(search_model, layout)
     together = search_model.encode_text(sentences)
     both = engine.search([Part(together)], gallery, 50, is_one=False)
     for row, found in enumerate(both):
@@ -128,10 +124,8 @@ def test_a_scan_finds_the_largest_dot_products(small_blocks, search_model, text,
         {name: array[start:end] for name, array in stored.items()}
         for start, end in zip([0, *ends], ends, strict=False)
     ]
-    gallery, engine = (
-        Gallery(parts, search_model.layout),
-        engine_of(search_model, search_model.layout),
-    )
+    layout = search_model.layout
+    gallery, engine = Gallery(parts, layout), engine_of(search_model, layout)
     queries = TokenWise.query_vectors(text)
     rounded = stored["pooled_unit"].astype(np.float32) * stored["pooled_unit.scale"][:, None]
     products = queries @ rounded.T

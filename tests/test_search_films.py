@@ -148,7 +148,7 @@ def test_a_picture_finds_its_shot(session):
     hits = session.search(Query(picture=picture_of(session, 0)), top=3)
     assert {hits[0].path.name, hits[1].path.name} == {"shot0.mp4", "film.mp4"}
     moment = next(hit for hit in hits if hit.path.name == "film.mp4").moments[0]
-    assert set(moment.explanation.words) == {"[picture]"}
+    assert set(moment.explanation.tokens) == {"[picture]"}
 
 
 def test_a_picture_is_compared_as_a_shot_in_which_nothing_moves(search_model, tmp_path):
@@ -191,7 +191,7 @@ def test_scores_of_combined_queries_are_sums(session, film):
         np.testing.assert_allclose(both[name], one[name] + other[name], atol=1e-5)
     # Of a long one, frames that are spread over it count.
     (hit,) = session.search(Query(sentence=sentence, video=film / "film.mp4"), top=1)
-    assert hit.moments[0].explanation.words[1:-1] == sentence.split()
+    assert hit.moments[0].explanation.tokens[1:-1] == sentence.split()
 
 
 def test_queries_that_ask_for_nothing_or_too_much_are_one_line(session):

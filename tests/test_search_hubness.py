@@ -113,7 +113,7 @@ def test_hits_show_similarities(search_model, shared_index):
     assert [hit.path for hit in index.search(QUERIES[0], 10)] == [hit.path for hit in found[0]]
     assert [h.path for hits in raw for h in hits] != [h.path for hits in found for h in hits]
     # The page asks the same session, and queries of other kinds are ranked by similarity.
-    page = SearchAPI(index, 10).search(PageQuery(QUERIES[0]))
+    page = SearchAPI(index, 10, 0).search(PageQuery(QUERIES[0]))
     assert [hit["path"] for hit in page["hits"]] == [hit.video.path for hit in found[0]]
     by_video = [one.search(Query(video=raw[0][0].path), 10) for one in (index, plain)]
     assert [hit.path for hit in by_video[0]] == [hit.path for hit in by_video[1]]

@@ -161,11 +161,6 @@ def test_a_fixed_number_of_windows_is_refined(search_model, features, monkeypatc
         (features.windows[candidate.window], candidate.score) for candidate in candidates[10:]
     ]
     assert found[10:] == unchanged
-    # A correction for hubs is that of the stored window.
-    biased = [candidate._replace(score=candidate.score - 0.5, bias=0.5) for candidate in candidates]
-    plain = refine(search_model, parts, candidates, 10)
-    for one, other in zip(refine(search_model, parts, biased, 10), plain, strict=True):
-        assert one[1] == pytest.approx(other[1] - 0.5, abs=1e-6)
 
 
 def test_scores_of_parts_are_sums(search_model, features):
@@ -216,9 +211,7 @@ def test_windows_that_touch_and_score_alike_are_one_moment():
     found = find_spans(WINDOWS, np.array([0.1, 0.99, 0.98, 1.0, 0.2, 0.1]), most=2)
     assert found[0] == (6.0, 30.0, 1.0, 3)
     assert [span.window for span in found] == [3, 4]
-
-
-def test_neighbours_that_share_the_best_part_do_not_make_a_moment_longer():
+    # Neighbours that share the best part do not make a moment longer.
     found = find_spans(WINDOWS, np.array([0.1, 0.99, 1.0, 0.98, 0.2, 0.1]), most=2)
     assert found[0] == (12.0, 24.0, 1.0, 2)
     assert [span.window for span in found] == [2, 4]

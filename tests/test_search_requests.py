@@ -18,12 +18,12 @@ from starlette.responses import PlainTextResponse
 
 from drl_jax.models.interactions import Attribution
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.addresses import BadRequest, PageQuery, format_clock
+from drl_jax.search.addresses import BadRequest, PageQuery
 from drl_jax.search.filters import Filters, passing
-from drl_jax.search.hits import Explanation, word_rows
+from drl_jax.search.hits import Explanation
 from drl_jax.search.media import upload_routes
 from drl_jax.search.routes import TEMPLATES
-from drl_jax.search.serve import Access, CheckAccess, parse_hosts
+from drl_jax.search.serve import Access, checked
 
 # ---------------------------------------------------------------------- access
 
@@ -43,7 +43,7 @@ def answer_of(
         **{"query_string": query.encode(), "server": ("192.0.2.7", 8000)},
         "headers": [(name.encode(), text.encode("latin-1")) for name, text in given.items()],
     }
-    app = CheckAccess(PlainTextResponse("inside"), access)
+    app = checked(PlainTextResponse("inside"), access)
     asyncio.run(app(scope, None, send))
     names = {name.decode(): text.decode() for name, text in sent[0]["headers"]}
     return sent[0]["status"], names, sent[1]["body"].decode()
@@ -61,8 +61,7 @@ def answer_of(
     ],
 )
 def test_only_requests_for_known_hosts_are_answered(hosts, status):
-    allowed = parse_hosts("Videos.example.org:1, 2001:db8::5")
-    access = Access.to("server", "127.0.0.1", allowed, needs_token=True)
+    access = Access("server", "127.0.0.1", "Videos.example.org:1, 2001:db8::5, ,")
     for host in hosts:
         found, _, body = answer_of(access, host=host)
         assert (found, body.count("\n")) == (status, 0), host
@@ -86,18 +85,18 @@ def test_only_requests_for_known_hosts_are_answered(hosts, status):
 )
 def test_an_address_that_other_machines_reach_has_a_token(host, address, url, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "the-machine")
-    access = Access.to(host, address, (), needs_token=True)
+    access = Access(host, address)
     assert access.url(8000) == url + access.token
     assert (len(access.token) > 30) == url.endswith("=")
     name = url.removeprefix("http://").partition("/")[0]
     assert answer_of(access, host=name)[0] == (401 if access.token else 200)
-    without = Access.to(host, address, (), needs_token=False)
+    without = Access(host, address, needs_token=False)
     assert without.url(8000) == url.removesuffix("?token=")
 
 
 def test_the_token_of_an_address_becomes_a_cookie():
-    access = Access.to("server", "192.0.2.7", (), needs_token=True)
-    other = Access.to("server", "192.0.2.7", (), needs_token=True)
+    access = Access("server", "192.0.2.7")
+    other = Access("server", "192.0.2.7")
     assert access.token != other.token
     query = f"q=a+%26&token={access.token}&t=1"
     status, headers, body = answer_of(access, "//sub%20folder/", query)
@@ -128,10 +127,9 @@ def test_the_token_of_an_address_becomes_a_cookie():
 
 
 def test_names_of_hosts_that_are_none_are_one_line():
-    assert parse_hosts("") == parse_hosts(" ,") == []
     for text in ("http://videos.example.org/", "*", "a b", "videos.example.org/path", "\xe4.org"):
         with pytest.raises(UserError, match="is not the name of a host; write"):
-            parse_hosts(text)
+            Access("localhost", "127.0.0.1", text)
 
 
 # ---------------------------------------------------------------------- requests
@@ -184,7 +182,6 @@ def test_addresses_survive_a_round_trip():
     assert closed.filters == Filters(
         folder="a & b", name='"%#', min_length=62.5, only=("b & c.mp4",)
     )
-    assert [format_clock(seconds) for seconds in (0, 62.4, 3600)] == ["0:00", "1:02", "1:00:00"]
 
 
 def test_a_full_disk_while_a_video_is_sent_is_one_line():
@@ -194,7 +191,7 @@ def test_a_full_disk_while_a_video_is_sent_is_one_line():
     async def receive() -> dict:
         return {"type": "http.request", "body": b"a video", "more_body": False}
 
-    route = upload_routes(types.SimpleNamespace(add=add), 100)[1]
+    route = upload_routes(types.SimpleNamespace(add=add, max_video=100))[1]
     headers = [(b"content-type", b"application/octet-stream")]
     scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
     with pytest.raises(BadRequest, match=r"cannot keep the file \(No space") as raised:
@@ -215,7 +212,7 @@ def test_files_that_are_sent_are_read_one_by_one():
         return {"type": "http.request", "body": b"name", "more_body": False}
 
     async def send_five() -> list:
-        route = upload_routes(types.SimpleNamespace(add=add), 100)[0]
+        route = upload_routes(types.SimpleNamespace(add=add, max_video=100))[0]
         headers = [(b"content-type", b"application/octet-stream")]
         scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
         requests = (route.endpoint(Request(scope, receive)) for _ in range(5))
@@ -236,14 +233,15 @@ def test_tokens_are_joined_to_words():
     weight = np.array([0.1, 0.2, 0.1, 0.1, 0.0, 0.1, 0.4])
     similarity = np.arange(14.0).reshape(7, 2)
     attribution = Attribution(similarity, weight, np.ones(2) / 2, np.ones(2))
-    rows, marks = word_rows(Explanation(words, np.arange(2.0), attribution))
-    assert [row.word for row in rows] == ["a", "skateboarder", "-"]
-    assert [row.weight for row in rows] == pytest.approx([0.2, 0.2, 0.1])
+    explained = Explanation(words, np.arange(2.0), attribution).to_json()
+    assert [(row["word"], row["weight"]) for row in explained["words"]] == [
+        *(("a", 0.2), ("skateboarder", 0.2), ("-", 0.1))
+    ]
     # The mean of the rows with weights; so weights times similarities add up as before.
-    np.testing.assert_allclose(rows[1].similarity, [5, 6])
-    assert marks == pytest.approx(0.5)
+    assert explained["words"][1]["similarity"] == [5, 6]
+    assert explained["marks_share"] == 0.5
     note = words_of_page().marks_note
-    assert note(marks).startswith("50% of the score rests on the marks")
+    assert note(0.5).startswith("50% of the score rests on the marks")
     assert note(0.1) == ""
 
 

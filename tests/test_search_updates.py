@@ -26,7 +26,7 @@ from drl_jax.search.index_file import IndexPart, IndexWriter, join, read_header
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.segments import SearchIndexError
-from drl_jax.search.serve import make_app
+from drl_jax.search.serve import Access, make_app
 from drl_jax.search.session import Index
 from drl_jax.search.update import is_in_shard, parse_shard, update_index
 
@@ -247,7 +247,7 @@ def test_a_joined_index_has_the_videos_of_its_shards(search_model, shared):
         assert joined.frames_of(video, (0, 1)) == one.frames_of(other, (0, 1))
         assert joined.is_unchanged(video)
     assert joined.video_at("no.mp4") is None
-    pages = [SearchAPI(index, 10) for index in indexes]
+    pages = [SearchAPI(index, 10, 0) for index in indexes]
     for answer in (
         lambda page: page.facts(),
         lambda page: page.unsearchable(),
@@ -258,7 +258,8 @@ def test_a_joined_index_has_the_videos_of_its_shards(search_model, shared):
 
 
 def test_the_page_of_a_joined_index(search_model, shared):
-    app = make_app(Index(shared / "joined", search_model), top=9, max_upload=1)
+    access = Access("localhost", "127.0.0.1")
+    app = make_app(Index(shared / "joined", search_model), 9, 1, access)
 
     def get(path: str, query: str = "") -> tuple[int, bytes]:
         """Status and body of an answer."""
@@ -366,7 +367,7 @@ def test_folders_on_several_disks_are_searched_below_the_one_of_all(search_model
     assert [hit.video.path[:5] for hit in hits] == len(names) * ["disk1", "disk2"]
     assert all(state.is_unchanged(state.video_at(path)) for path in paths)
     assert len(state.filtered(Filters(folder="disk2"))) == len(names)
-    folders = SearchAPI(opened, 5).facts()["folders"]
+    folders = SearchAPI(opened, 5, 0).facts()["folders"]
     assert folders == ["disk1", "disk1/c", "disk2/films", "disk2/films/c"]
 
 

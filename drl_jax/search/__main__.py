@@ -29,15 +29,14 @@ def _parser() -> Parser:
     output.add_argument("--json", action="store_true", help="print JSON, one value per line")
     _add_hubness_flags(hubness)
     _add_engine_flags(engine)
+    answering = (model, index, hubness, engine)
 
-    _add_index_flags(
-        add_command("index", "create or update the index of a folder of videos", model, index)
-    )
+    text = "create or update the index of a folder of videos"
+    _add_index_flags(add_command("index", text, model, index))
     join = add_command("join", "write an index that opens several others as one", index)
     join.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="an index to join")
-    parents = (model, index, hubness, engine)
-    _add_query_flags(add_command("query", "answer queries, or ask for them", *parents, output))
-    _add_serve_flags(add_command("serve", "serve the search page", *parents))
+    _add_query_flags(add_command("query", "answer queries, or ask for them", *answering, output))
+    _add_serve_flags(add_command("serve", "serve the search page", *answering))
     text = "write the vectors of an index to Qdrant, or update them"
     add_command("export", text, model, index, hubness)
     text = "measure how much of the exact answer the candidates contain, and the times"
@@ -45,12 +44,7 @@ def _parser() -> Parser:
     text = "list videos that show the same, also scaled, compressed or mirrored"
     add_command("duplicates", text, index, output)
     text = "draw how the words and frames of one pair contribute to its score"
-    explain = add_command("explain", text, model)
-    explain.add_argument("--index", type=Path, help="directory of an index, for its model")
-    explain.add_argument("--query", required=True, help="a sentence")
-    text = "a video file, or its path in the index"
-    explain.add_argument("--video", type=Path, required=True, help=text)
-    explain.add_argument("--out", type=Path, required=True, help="figure: .png, .svg or .pdf")
+    _add_explain_flags(add_command("explain", text, model))
     return parser
 
 
@@ -71,35 +65,22 @@ def _add_engine_flags(parser: Parser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="auto", help=text)
     text = "windows that a scan or qdrant finds, to be compared exactly (%(default)s)"
     parser.add_argument("--candidates", type=positive_int, default=CANDIDATES, help=text)
-    text = (
-        "windows of long files that a query makes, to find where its moments start; 0: none"
-        " (%(default)s)"
-    )
+    text = "windows that a query makes to find where moments start; 0: none (%(default)s)"
     parser.add_argument("--refine", type=_count, default=REFINE, metavar="N", help=text)
 
 
 def _add_index_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--videos", type=Path, required=True, help="folder of the videos, searched recursively")
-    text = "how features are stored (%(default)s)"
-    add("--storage", choices=STORAGES, default=STORAGES[0], help=text)
-    text = (
-        "frames a second that are stored of files of several windows, 1 to 4: more find where"
-        " moments start more exactly (%(default)g)"
-    )
+    add("--storage", choices=STORAGES, default=STORAGES[0], help="of features (%(default)s)")
+    text = "frames a second that are stored of files of several windows, 1 to 4 (%(default)g)"
     add("--fps", type=_frame_rate, default=1.0, help=text)
     text = "seconds for decoding a video, and one more for each MB (%(default)s)"
     add("--timeout", type=positive_seconds, default=300.0, help=text)
     add("--prune", action="store_true", help="remove files that are gone also if most of them are")
-    text = (
-        "of a new index: captions of other videos, for --hubness: the training captions of the"
-        " run, or a file with one per line"
-    )
+    text = "of a new index: captions for --hubness, of the run's training data or one per line"
     add("--bank", default="", metavar="train|FILE", help=text)
-    text = (
-        "only this file of the folder, in a time that does not depend on the size of the index;"
-        " repeatable"
-    )
+    text = "only this file of the folder, however large the index is; repeatable"
     add("--only", action="append", default=[], metavar="PATH", help=text)
     text = "of a new index: only a part of the files, chosen by their paths, from 0/16 to 15/16"
     add("--shard", metavar="NUMBER/COUNT", help=text)
@@ -113,16 +94,14 @@ def _add_query_flags(parser: Parser) -> None:
     add("--video", type=Path, help="a video file as the query, or a part of it")
     add("--picture", type=Path, help="an image file as the query, or a part of it")
     add("--like", metavar="PATH@SECONDS", help="a moment of an indexed video as the query")
-    text = "what is not seen, beside another query"
-    add("--without", default="", metavar="SENTENCE", help=text)
+    add("--without", default="", metavar="SENTENCE", help="what is not seen, beside another query")
     add("--folder", default="", help="only videos below this folder of the index")
     add("--name", default="", help="only videos whose name has this, or matches *")
     add("--min_length", type=float, default=0.0, help="seconds at least")
     add("--max_length", type=float, default=math.inf, help="seconds at most")
     add("--since", default="", metavar="YYYY-MM-DD", help="changed then or later")
     add("--until", default="", metavar="YYYY-MM-DD", help="changed then or earlier")
-    text = "only this video; repeatable"
-    add("--only", action="append", default=[], metavar="PATH", help=text)
+    add("--only", action="append", default=[], metavar="PATH", help="only this video; repeatable")
     add("--sentences", type=Path, help="file of sentences to rank for --video")
     add("--top", type=positive_int, default=5, help="hits per query (%(default)s)")
     add("--moments", type=positive_int, default=MOMENTS, help="moments per hit (%(default)s)")
@@ -131,10 +110,8 @@ def _add_query_flags(parser: Parser) -> None:
 def _add_serve_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    text = "names that lead to this server, besides that of --host"
-    add("--allowed_hosts", default="", metavar="NAME,...", help=text)
-    text = "answer whoever reaches a --host that other machines can reach"
-    add("--no_token", action="store_true", help=text)
+    add("--allowed_hosts", default="", metavar="NAME,...", help="other names of this server")
+    add("--no_token", action="store_true", help="answer also other machines that send no token")
     add("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
     add("--top", type=positive_int, default=12, help="hits per query (%(default)s)")
     text = "of a video that is sent as a query, at most (%(default)s)"
@@ -144,11 +121,18 @@ def _add_serve_flags(parser: Parser) -> None:
 def _add_recall_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--queries", type=Path, required=True, help="file with one sentence per line")
-    text = "of the candidates (%(default)s)"
-    add("--engine", choices=("scan", "qdrant"), default="scan", help=text)
-    counts, text = [20, 50, 100, 200, 500, 1000], "numbers of candidates"
-    add("--candidates", type=_positive_ints, default=counts, metavar="20,50,...", help=text)
+    add("--engine", choices=("scan", "qdrant"), default="scan", help="(%(default)s)")
+    counts = [20, 50, 100, 200, 500, 1000]
+    add("--candidates", type=_positive_ints, default=counts, metavar="20,50,...", help="to compare")
     add("--top", type=positive_int, default=10, help="exact hits to look for (%(default)s)")
+
+
+def _add_explain_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--index", type=Path, help="directory of an index, for its model")
+    add("--query", required=True, help="a sentence")
+    add("--video", type=Path, required=True, help="a video file, or its path in the index")
+    add("--out", type=Path, required=True, help="figure: .png, .svg or .pdf")
 
 
 def _positive_ints(text: str) -> list[int]:
@@ -160,10 +144,7 @@ def _count(text: str) -> int:
 
 
 def _frame_rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
+    rate = positive_seconds(text)
     if not 1 <= rate <= 4:
         raise argparse.ArgumentTypeError(f"must be a number from 1 to 4, not {text!r}")
     return rate

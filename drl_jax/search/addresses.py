@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.filters import Filters, parse_day
+from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.segments import SearchIndexError
 
 # Maximum hits per request, and moments of the video that is open.
@@ -32,29 +33,19 @@ def status_of(error: UserError) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PageQuery:
-    """What a request asks for; without any of the first five fields, videos by their paths.
-
-    Attributes:
-      sentence, without: what is seen, and what is not.
-      picture, by_video: names of a picture and a video that were sent to the server.
-      like: PATH@SECONDS of a moment of an indexed video.
-      top, offset: number of hits, and of those before the first one.
-      filters: which videos are searched.
-      video, time: the video that is open, its path and where it is, seconds.
-      moments: number of its moments, at most; None: as many as a hit has.
-    """
+    """What a request asks for; without any of the first five fields, videos by their paths."""
 
     sentence: str | None = None
     without: str | None = None
-    picture: str | None = None
+    picture: str | None = None  # Names of what was sent to the server.
     by_video: str | None = None
-    like: str | None = None
-    top: int | None = None
+    like: str | None = None  # PATH@SECONDS of an indexed video.
+    top: int | None = None  # Number of hits, and of those before the first one.
     offset: int = 0
     filters: Filters = dataclasses.field(default=Filters())
-    video: str | None = None
+    video: str | None = None  # The video that is open, and where it is, seconds.
     time: float | None = None
-    moments: int | None = None
+    moments: int | None = None  # Of this video, at most; None: as many as a hit has.
 
     @property
     def asks(self) -> bool:
@@ -63,10 +54,9 @@ class PageQuery:
 
     @classmethod
     def of(cls, parameters: Iterable[tuple[str, str]]) -> "PageQuery":
-        """Reads the names and values of an address; empty ones are not given.
+        """Reads the names and values of an address, a BadRequest if one is wrong; skips empty ones.
 
         `only` may be there several times; of another parameter, the last one counts.
-        A UserError says which parameter is unknown or has a value that it cannot have.
         """
         parameters, values = list(parameters), {}
         for name, text in parameters:
@@ -129,11 +119,26 @@ def parse_number(name: str, text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def format_clock(seconds: float) -> str:
-    """Formats seconds as players do: 1:02, or 1:00:02 with hours."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def video_of(state: OpenIndex, path: str | None) -> IndexedVideo:
+    """The video of an index with a path; a BadRequest if there is none."""
+    if path is None:
+        raise BadRequest("name the video with video=PATH")
+    # Forms of browsers send a newline as CR LF.
+    video = state.video_at(path) or state.video_at(path.replace("\r\n", "\n"))
+    if video is None:
+        raise BadRequest(f"no video of the index has the path {path[:200]!r}", 404)
+    return video
+
+
+def moment_of(state: OpenIndex, text: str) -> tuple[IndexedVideo, float]:
+    """The video and the seconds of PATH@SECONDS; a BadRequest if there is no such moment."""
+    path, _, seconds = text.rpartition("@")
+    if not path:
+        raise BadRequest(f"like takes PATH@SECONDS, not {text[:100]!r}")
+    video, time = video_of(state, path), parse_time("like", seconds)
+    if time > video.duration:
+        raise BadRequest(f"like: {path} has the seconds 0 to {video.duration:.1f}")
+    return video, time
 
 
 _FILTERS = [field.name for field in dataclasses.fields(Filters)]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -10,9 +9,16 @@ import numpy as np
 
 from drl_jax.models.tokenizers.base import END, START
 from drl_jax.search import MOMENTS
-from drl_jax.search.addresses import MAX_MOMENTS, BadRequest, PageQuery, file_address, parse_time
+from drl_jax.search.addresses import (
+    MAX_MOMENTS,
+    BadRequest,
+    PageQuery,
+    file_address,
+    moment_of,
+    video_of,
+)
 from drl_jax.search.clips import MAX_CLIP
-from drl_jax.search.hits import Hit, Moment, word_rows
+from drl_jax.search.hits import Hit, Moment, rounded
 from drl_jax.search.media import Media
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.query import Query
@@ -26,11 +32,12 @@ _FOLDERS = 200
 class SearchAPI:
     """Answers requests as values of JSON, or raises UserError; safe to use from several threads.
 
-    There are `top` hits, unless the request has another number.
+    There are `top` hits, unless the request has another number; a video that is sent as a query
+    has at most `max_video` bytes.
     """
 
-    def __init__(self, index: Index, top: int):
-        self.index, self.top, self.media = index, top, Media(index.model)
+    def __init__(self, index: Index, top: int, max_video: int):
+        self.index, self.top, self.media = index, top, Media(index.model, max_video)
 
     def facts(self) -> dict[str, Any]:
         """Facts of the index, and the progress of the process that updates it."""
@@ -85,15 +92,17 @@ class SearchAPI:
                 more = query.address(offset=0, moments=MAX_MOMENTS)
         # The moment with the time, or the nearest one; the best without a time.
         away = [0 if time is None else max(m.start - time, time - m.end, 0) for m in hit.moments]
-        number = away.index(min(away)) if away else None
-        moment = hit.moments[number] if away else None
-        if time is None:
-            time = moment.start if moment else 0.0
+        number, explanation = away.index(min(away)) if away else None, None
+        if number is not None:
+            moment = hit.moments[number]
+            time = moment.start if time is None else time
+            thumbnails = [_frames(video, frame=frame) for frame in moment.window.frames]
+            explanation = {**moment.explanation.to_json(), "thumbnails": thumbnails}
         return {
             **_hit_json(state, query, hit),
-            "time": time,
+            "time": time or 0.0,
             "windows": len(video.windows),
-            "frames": _rounded(video.times, 3),
+            "frames": rounded(video.times, 3),
             "frame_prefix": _frames(video) + "&frame=",
             "heat": [
                 {"start": window.start, "end": window.end, "score": round(float(score), 6)}
@@ -101,25 +110,17 @@ class SearchAPI:
             ],
             "moment": number,
             "more": more,
-            "explanation": moment and _explanation_json(video, moment),
+            "explanation": explanation,
         }
 
     def _asked(self, state: OpenIndex, query: PageQuery) -> Query:
         """What a request looks for."""
-        like = None
-        if query.like is not None:
-            path, _, seconds = query.like.rpartition("@")
-            if not path:
-                raise BadRequest(f"like takes PATH@SECONDS, not {query.like[:100]!r}")
-            like = video_of(state, path), parse_time("like", seconds)
-            if like[1] > like[0].duration:
-                raise BadRequest(f"like: {path} has the seconds 0 to {like[0].duration:.1f}")
         return Query(
             query.sentence or "",
             query.without or "",
             self.media.sent("picture", query.picture) if query.picture else b"",
             self.media.sent("video", query.by_video) if query.by_video else None,
-            like,
+            moment_of(state, query.like) if query.like else None,
         )
 
     def _tokens_used(self, sentence: str) -> int | None:
@@ -145,17 +146,6 @@ def _facts_of(state: OpenIndex) -> dict[str, Any]:
     }
 
 
-def video_of(state: OpenIndex, path: str | None) -> IndexedVideo:
-    """The video of an index with a path; a BadRequest if there is none."""
-    if path is None:
-        raise BadRequest("name the video with video=PATH")
-    # Forms of browsers send a newline as CR LF.
-    video = state.video_at(path) or state.video_at(path.replace("\r\n", "\n"))
-    if video is None:
-        raise BadRequest(f"no video of the index has the path {path[:200]!r}", 404)
-    return video
-
-
 def outside(time: float, video: IndexedVideo) -> BadRequest:
     """The error of a time that a video does not have."""
     return BadRequest(f"t={time:g} is outside the video, which has {video.duration:.1f} s")
@@ -172,13 +162,9 @@ def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
     video = hit.video
     best = hit.moments[0] if hit.moments else None
     return {
-        "rank": hit.rank or None,
-        "score": round(hit.score, 6) if best else None,
-        "weak": hit.is_weak,
-        "same_picture": hit.is_same,
+        **hit.facts(),
         "path": video.path,
         "name": PurePosixPath(video.path).name,
-        "duration": round(video.duration, 3),
         "state": state_of(state, video),
         "page": query.address(video=video.path, time=best and best.start, offset=0),
         "media": file_address("videos", video.path),
@@ -188,12 +174,10 @@ def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
 
 
 def _moment_json(query: PageQuery, video: IndexedVideo, moment: Moment) -> dict[str, Any]:
-    found = moment.to_json()
-    del found["words"]  # They are explained for one moment only, and joined.
+    found, frames = moment.to_json(), moment.window.frames
     # Of a long moment, the part around its peak.
     first = max(found["start"], min(moment.peak - MAX_CLIP / 2, found["end"] - MAX_CLIP))
     clip = {"start": f"{first:.3f}", "end": f"{min(first + MAX_CLIP, found['end']):.3f}"}
-    frames = moment.window.frames
     alone = query.closed(sentence=None, without=None, picture=None, by_video=None)
     return {
         **found,
@@ -219,23 +203,3 @@ def _pictures(video: IndexedVideo, time: float) -> dict[str, str]:
 
 def _frames(video: IndexedVideo, **which: int | str) -> str:
     return file_address("frames", video.path, **which, v=video.record.sha256[:8])
-
-
-def _explanation_json(video: IndexedVideo, moment: Moment) -> dict[str, Any]:
-    """Why a moment was found."""
-    explanation = moment.explanation
-    words, marks = word_rows(explanation)
-    return {
-        "marks_share": round(marks, 4),
-        "times": _rounded(explanation.times, 3),
-        "thumbnails": [_frames(video, frame=frame) for frame in moment.window.frames],
-        "frame_weights": _rounded(explanation.attribution.frame_weight),
-        "words": [
-            {"word": w.word, "weight": round(w.weight, 4), "similarity": _rounded(w.similarity)}
-            for w in words
-        ],
-    }
-
-
-def _rounded(values: Iterable[float], digits: int = 4) -> list[float]:
-    return [round(float(value), digits) for value in values]

@@ -1,8 +1,7 @@
 """Pictures and clips of video files, for the page.
 
-A clip is an mp4 file of H.264 and AAC or MP3, which browsers play. Where a file has these in
-another container, they are copied; else it is encoded. FFmpeg may crash or hang on a damaged file:
-the server calls these functions in processes, for which this module does not import jax.
+A clip is an mp4 file of H.264 and AAC, which browsers play. FFmpeg may crash or hang on a damaged
+file: the server calls these functions in processes, for which this module does not import jax.
 """
 
 import contextlib
@@ -22,16 +21,10 @@ MAX_CLIP = 60.0
 # Largest picture and clip, pixels.
 _PICTURE_SIDE, _CLIP_SIDE = 640, 1280
 _TIME_BASE = Fraction(1, 90_000)
+# Seconds before a time from which a frame is looked for. Containers with an index seek to the key
+# frame before a time, others anywhere.
+_LEADS = (0.0, 5.0, 20.0)
 _Container, _Stream = av.container.InputContainer, av.stream.Stream
-# The header comes first, so that a browser plays while it loads.
-_MP4_OPTIONS = {"movflags": "faststart"}
-# What browsers play in mp4. H.264 with other pixels, e.g. of 10 bits, is played by few.
-_PIXELS, _SOUND = {"yuv420p", "yuvj420p"}, {"aac", "mp3"}
-# A copy starts at a key frame, at most so many seconds before the clip: players decode these, too.
-_MAX_LEAD = 20.0
-# Seconds before the clip from which a key frame is looked for. Containers with an index seek to the
-# one before a time, others anywhere.
-_LEADS = (0.0, 5.0, _MAX_LEAD)
 
 
 def read_picture(path: Path, time: float) -> bytes:
@@ -58,92 +51,14 @@ def read_picture(path: Path, time: float) -> bytes:
 
 
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
-    """Writes a part of a video, seconds from its first frame, as an mp4 file that browsers play.
+    """Encodes a part of a video, seconds from its first frame, as an mp4 file that browsers play.
 
-    A copy begins with the key frame before `start`, and players show it from `start` on. Raises
-    VideoError if there is no frame that can be decoded, and Unavailable if it cannot be read.
+    Raises VideoError if no frame can be decoded, and Unavailable if the file cannot be read.
     """
-    with ffmpeg_errors(path):
-        with contextlib.suppress(av.error.FFmpegError, ValueError):
-            if _copy(path, start, end, out) and _can_start(out, 0.0):
-                return
-        with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
-            _encode(path, start, end, clip)
-
-
-def _copy(path: Path, start: float, end: float, out: Path) -> bool:
-    """Copies packets if browsers play them; False if they cannot be copied."""
-    with _opened(path, 0.0) as (container, inputs, first):
-        video, start, end = inputs[0], first + start, first + end
-        is_playable = _is_playable(container.format.name.split(","), *inputs)
-        if not is_playable or not _seek(container, video, start):
-            return False
-        done: set[int] = set()
-        with av.open(str(out), "w", format="mp4", options=_MP4_OPTIONS) as clip:
-            outputs = {stream.index: clip.add_stream_from_template(stream) for stream in inputs}
-            for packet in _with_times(container.demux(inputs), video):
-                if packet.pts is None or packet.dts is None:
-                    return False
-                index, is_sound = packet.stream.index, packet.stream is not video
-                pts, dts = (float(stamp * packet.time_base) for stamp in (packet.pts, packet.dts))
-                # A frame that is shown later may be needed for one that is shown before the end.
-                if (pts if is_sound else dts) >= end:
-                    done.add(index)
-                if len(done) == len(inputs):
-                    break
-                if index not in done and not (is_sound and pts < start):
-                    shift = round(start / packet.time_base)
-                    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                    packet.stream = outputs[index]
-                    clip.mux(packet)
-    return True
-
-
-def _is_playable(formats: list[str], *streams: _Stream) -> bool:
-    """Whether only the container of a video keeps browsers from playing it."""
-    video, *sounds = (stream.codec_context for stream in streams)
-    return (
-        "mp4" not in formats
-        and video.codec.canonical_name == "h264"
-        and video.pix_fmt in _PIXELS
-        # AVI has no times of presentation; they follow those of decoding only without B-frames.
-        and not ("avi" in formats and video.has_b_frames)
-        and all(sound and sound.codec.canonical_name in _SOUND for sound in sounds)
-    )
-
-
-def _seek(container: _Container, video: av.VideoStream, time: float) -> bool:
-    """Seeks to a key frame at most _MAX_LEAD before a time stamp; False if none is found."""
-    for lead in _LEADS:
-        where = round((time - lead) / video.time_base)
-        with contextlib.suppress(av.error.FFmpegError):
-            container.seek(where, stream=video)
-            key = next((p.pts for p in container.demux(video) if p.is_keyframe), None)
-            if key is not None and 0 <= time - key * video.time_base <= _MAX_LEAD:
-                container.seek(where, stream=video)
-                return True
-    return False
-
-
-def _with_times(packets: Iterator[av.Packet], video: av.VideoStream) -> Iterator[av.Packet]:
-    """Packets from the first key frame on, the first ones with times of decoding.
-
-    Matroska has no times of decoding; FFmpeg finds them but for the frames before it knows their
-    order. These get times that decrease by the length of a frame.
-    """
-    waiting: list[av.Packet] = []
-    knows_order = False
-    for packet in (packet for packet in packets if packet.size):
-        if packet.stream is not video or knows_order:
-            yield packet
-        elif waiting or packet.is_keyframe:
-            waiting.append(packet)
-            if packet.dts is not None:
-                for earlier, later in zip(waiting[-2::-1], waiting[:0:-1], strict=True):
-                    earlier.dts = later.dts - max(1, earlier.duration or 0)
-                yield from waiting
-                waiting, knows_order = [], True
-    yield from waiting
+    # The header comes first, so that a browser plays while it loads.
+    options = {"movflags": "faststart"}
+    with ffmpeg_errors(path), av.open(str(out), "w", format="mp4", options=options) as clip:
+        _encode(path, start, end, clip)
 
 
 def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> None:
@@ -215,15 +130,18 @@ def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame | av.AudioFr
 
 
 def _decoding(path: Path, time: float) -> contextlib.AbstractContextManager:
-    """Opens a video before a time, from where it can be decoded."""
-    return _opened(path, time if time > 0 and _can_start(path, time) else 0.0)
+    """Opens a video before a time, at a frame from which it can be decoded."""
+    earlier = (time - lead for lead in _LEADS if time > lead)
+    return _opened(path, next((start for start in earlier if _can_start(path, start, time)), 0.0))
 
 
-def _can_start(path: Path, time: float) -> bool:
-    """Whether decoding can start before a time: some files name key frames that are none."""
-    with _opened(path, time) as (container, (video, *_), _):
+def _can_start(path: Path, start: float, time: float) -> bool:
+    """Whether decoding can start there: some files name key frames that are none."""
+    with _opened(path, start) as (container, (video, *_), first):
         frame = next(_frames(container.demux(video)), None)
-        return frame is not None and not frame.is_corrupt
+        if frame is None or frame.is_corrupt or frame.time is None:
+            return False
+        return frame.time - first <= time + 1e-3
 
 
 @contextlib.contextmanager

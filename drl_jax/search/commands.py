@@ -5,57 +5,61 @@ import contextlib
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from drl_jax.model_flags import model_of_flags, required_model
 from drl_jax.pretrained import RetrievalModel
+from drl_jax.runtime.cluster import connect
 from drl_jax.runtime.errors import UserError, printable
 from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool
+from drl_jax.search.addresses import moment_of
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit, explain, format_timestamp
 from drl_jax.search.index_file import IndexPart, join
-from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import frames_of, open_picture, read_video
-from drl_jax.search.session import Index, rank_sentences
-from drl_jax.search.update import IndexReport, parse_shard, update_index
-
-if TYPE_CHECKING:
-    from drl_jax.runtime.ray_cluster import RayCluster
+from drl_jax.search.session import Index
+from drl_jax.search.update import parse_shard, update_index
 
 # Missing shards that are named.
 _SHOWN = 20
 
 
-# ---------------------------------------------------------------------- indexing
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The values of some flags, of those that the command has."""
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def _index(options: argparse.Namespace) -> None:
     if options.shard is not None:
         parse_shard(options.shard)
-    with _cluster(options.ray) as cluster:
+    given = _given(options, "storage", "fps", "timeout", "prune", "only", "shard")
+    with connect(options.ray) if options.ray else contextlib.nullcontext() as cluster:
         model = required_model(options)
-        report = update_index(
-            model,
-            options.videos,
-            options.index,
-            storage=options.storage,
-            fps=options.fps,
-            timeout=options.timeout,
-            prune=options.prune,
-            bank=_bank_captions(options.bank, model) if options.bank else (),
-            only=options.only,
-            shard=options.shard,
-            cluster=cluster,
-        )
-    print(_format_report(report, options.index, options.storage))
+        given["bank"] = _bank_captions(options.bank, model) if options.bank else ()
+        report = update_index(model, options.videos, options.index, cluster=cluster, **given)
+    print(
+        f"{options.index}: {report.added} added, {report.changed} changed, {report.moved} moved,"
+        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
+        f" {report.nbytes / 1e6:.1f} MB ({options.storage})"
+    )
+    for reasons, title in (
+        (report.bad, "files cannot be searched"),
+        (report.unavailable, "files could not be read this time"),
+    ):
+        if reasons:
+            print(f"{len(reasons)} {title}:")
+        for path, reason in reasons.items():
+            print(f"  {printable(path)}: {reason}")
     if report.unavailable:
         raise UserError(
             f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
@@ -63,19 +67,10 @@ def _index(options: argparse.Namespace) -> None:
         )
 
 
-def _cluster(address: str | None) -> "contextlib.AbstractContextManager[RayCluster | None]":
-    """The cluster that `--ray` names, if any."""
-    if not address:
-        return contextlib.nullcontext()
-    from drl_jax.runtime.cluster import connect  # Ray is optional.
-
-    return connect(address)
-
-
 def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
     """Captions of the training split of a model's dataset, or of a file."""
     if bank != "train":
-        return read_lines(Path(bank))
+        return _read_lines(Path(bank))
     # The libraries of datasets take half a second to import, and a query needs none.
     from drl_jax.data.batches import load_split
     from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
@@ -86,22 +81,6 @@ def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
     except DatasetError as error:
         raise UserError(f"--bank=train: {error}; --bank=FILE reads one caption per line") from error
     return [caption for caption in draw_bank(train, None).captions if caption.strip()]
-
-
-def _format_report(report: IndexReport, directory: Path, storage: str) -> str:
-    lines = [
-        f"{directory}: {report.added} added, {report.changed} changed, {report.moved} moved,"
-        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
-        f" {report.nbytes / 1e6:.1f} MB ({storage})"
-    ]
-    for reasons, title in (
-        (report.bad, "files cannot be searched"),
-        (report.unavailable, "files could not be read this time"),
-    ):
-        if reasons:
-            lines.append(f"{len(reasons)} {title}:")
-            lines += [f"  {printable(path)}: {reason}" for path, reason in reasons.items()]
-    return "\n".join(lines)
 
 
 def _join(options: argparse.Namespace) -> None:
@@ -116,83 +95,53 @@ def _join(options: argparse.Namespace) -> None:
         print(f"shards that were not given: {' '.join(missing[:_SHOWN])}{rest}")
 
 
-# ---------------------------------------------------------------------- queries
-
-
 def _query(options: argparse.Namespace) -> None:
-    _check_query(options)
-    sentences = options.query + (read_lines(options.queries) if options.queries else [])
+    if options.sentences and not options.video:
+        raise UserError("--sentences needs --video: it ranks sentences for a video")
+    if options.sentences and (options.query or options.queries):
+        raise UserError("--sentences ranks the sentences of its file; give no other ones")
+    others = options.video or options.picture or options.like
+    if options.hubness and (others or options.without):
+        raise UserError(
+            "--hubness ranks sentences; omit it with --video, --picture, --like or --without"
+        )
+    sentences = options.query + (_read_lines(options.queries) if options.queries else [])
     index = _open(options)
     if options.hubness and not options.json:
         print(f"ranked with --hubness={options.hubness}; the scores are those without it")
     if options.sentences:
         _rank_sentences(options, index.model)
         return
+    picture = b""
+    if options.picture:
+        with contextlib.closing(CallPool(1)) as pool:
+            picture = open_picture(pool, options.picture, index.model.frame_form)
     query = Query(
         without=options.without,
-        picture=_picture(options.picture, index.model) if options.picture else b"",
+        picture=picture,
         # Decoded once for all sentences.
         video=encode_video_file(index.model, options.video) if options.video else None,
-        like=_moment(index, options.like) if options.like else None,
+        like=moment_of(index.state(), options.like) if options.like else None,
     )
-    has_sentences_only = query == Query()
-    names = sentences or [str(options.video or options.picture or options.like)]
     search = functools.partial(
         index.search, top=options.top, filters=_filters(options), moments=options.moments
     )
-    if has_sentences_only and not sentences:
-        _ask(search)
-    elif has_sentences_only:
-        _print(options, names, search(sentences))
-    else:
+    if query != Query():
         queries = [dataclasses.replace(query, sentence=text) for text in sentences or [""]]
-        _print(options, names, map(search, queries))
-
-
-def _check_query(options: argparse.Namespace) -> None:
-    """Checks which flags go together."""
-    sentences, others = options.query or options.queries, (options.picture, options.like)
-    if options.sentences and not options.video:
-        raise UserError("--sentences needs --video: it ranks sentences for a video")
-    if options.sentences and sentences:
-        raise UserError("--sentences ranks the sentences of its file; give no other ones")
-    if options.hubness and (options.video or any(others) or options.without):
-        raise UserError(
-            "--hubness ranks sentences; omit it with --video, --picture, --like or --without"
-        )
-    if options.without and not (sentences or options.video or any(others)):
-        raise UserError("--without needs something to look for, e.g. a sentence")
+        _print(options, sentences or [str(others)], map(search, queries))
+    elif sentences:
+        _print(options, sentences, search(sentences))
+    else:
+        _ask(search)
 
 
 def _filters(options: argparse.Namespace) -> Filters:
-    names = ("folder", "name", "min_length", "max_length")
-    days = {
-        name: parse_day(f"--{name}", text)
-        for name in ("since", "until")
-        if (text := getattr(options, name))
-    }
-    given = {name: getattr(options, name) for name in names}
-    return Filters(only=tuple(options.only), **given, **days)
-
-
-def _moment(index: Index, text: str) -> tuple[IndexedVideo, float]:
-    """Reads PATH@SECONDS."""
-    path, _, seconds = text.rpartition("@")
-    video = index.state().video_at(path)
-    if video is None:
-        raise UserError(f"--like={text}: the index has no video {path!r}; write PATH@SECONDS")
-    try:
-        time = float(seconds)
-    except ValueError:
-        time = -1.0
-    if not 0 <= time <= video.duration:
-        raise UserError(f"--like={text}: {path} has the seconds 0 to {video.duration:.1f}")
-    return video, time
-
-
-def _picture(path: Path, model: RetrievalModel) -> bytes:
-    with contextlib.closing(CallPool(1)) as pool:
-        return open_picture(pool, path, model.frame_form)
+    given = _given(options, "folder", "name", "min_length", "max_length", "since", "until")
+    for name in ("since", "until"):
+        text = given.pop(name)
+        if text:
+            given[name] = parse_day(f"--{name}", text)
+    return Filters(only=tuple(options.only), **given)
 
 
 def _print(options: argparse.Namespace, names: Sequence[str], found: Iterable[list[Hit]]) -> None:
@@ -214,7 +163,11 @@ def _ask(search: Callable[[str], list[Hit]]) -> None:
 
 
 def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
-    ranked = rank_sentences(model, options.video, read_lines(options.sentences))[: options.top]
+    sentences = _read_lines(options.sentences)
+    video = model.encode_videos([options.video])
+    scores = model.similarity(model.encode_text(sentences), video)[:, 0]
+    best = np.argsort(-scores, kind="stable")[: options.top]
+    ranked = [(float(scores[row]), sentences[row]) for row in best]
     if options.json:
         found = [{"score": round(score, 6), "sentence": text} for score, text in ranked]
         print(json.dumps({"video": str(options.video), "sentences": found}))
@@ -234,17 +187,14 @@ def format_hits(hits: Sequence[Hit]) -> str:
         for moment in hit.moments:
             start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
             lines.append(f"{'':14}{start} to {end}, best at {peak} ({moment.score:.4f})")
-            if moment is hit.moments[0]:
-                words = (
-                    f"{word} {format_timestamp(time)}"
-                    + (f" ({weight:.0%})" if weight >= 0.005 else "")
-                    for word, time, _, weight in moment.explanation.matches()
-                )
-                lines.append(f"{'':14}{'  '.join(words)}")
+        explanation, words = hit.moments[0].explanation, []
+        for word, weight, similarity in explanation.words():
+            share = f" ({weight:.0%})" if weight >= 0.005 else ""
+            words.append(
+                f"{word} {format_timestamp(explanation.times[similarity.argmax()])}{share}"
+            )
+        lines.append(f"{'':14}{'  '.join(words)}")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------- other commands
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -259,15 +209,48 @@ def _export(options: argparse.Namespace) -> None:
 
 def _recall(options: argparse.Namespace) -> None:
     index = _open(options)
-    rows = index.measure_recall(read_lines(options.queries), options.candidates, options.top)
+    rows = measure_recall(index, _read_lines(options.queries), options.candidates, options.top)
     if options.json:
-        print(json.dumps([row._asdict() for row in rows]))
+        print(json.dumps(rows))
         return
     print(f"{len(index.state().gallery)} windows, milliseconds per query")
     print(f"candidates  recall@{options.top:<3}   find  compare   exact")
-    for row in rows:
-        times = "  ".join(f"{1e3 * seconds:6.1f}" for seconds in row[2:])
-        print(f"{row.candidates:10}  {100 * row.recall:9.1f}  {times}")
+    for count, recall, *seconds in map(dict.values, rows):
+        print(f"{count:10}  {100 * recall:9.1f}  {'  '.join(f'{1e3 * s:6.1f}' for s in seconds)}")
+
+
+def measure_recall(
+    index: Index, sentences: Sequence[str], counts: Sequence[int], top: int
+) -> list[dict[str, float]]:
+    """Looks for the `top` best windows among numbers of candidates, of the engine or a scan.
+
+    `recall` is the share that is found, 0 to 1. The seconds are the medians of finding the
+    candidates of a query, of comparing them exactly, and of comparing all windows.
+    """
+    state, ranker = index.state(), index.ranker
+    queries = encode_sentences(index.model, sentences)
+    queries = [queries[0], *queries]  # The first one compiles, and is not counted.
+    gallery = ranker.gallery(state, queries[0], None)
+    exact, rows = [], []
+    for query in queries:
+        start = time.perf_counter()
+        (best,) = ranker.engine.search(query.parts, gallery, top)
+        exact.append((best.slots[:top], time.perf_counter() - start))
+    for count in counts:
+        times, shares = [], []
+        asked = tqdm(zip(queries, exact, strict=True), f"{count} candidates", len(queries))
+        for query, (best, seconds) in asked:
+            start = time.perf_counter()
+            slots = ranker.candidates(state, gallery, query, count)
+            middle = time.perf_counter()
+            ranker.engine.search(query.parts, gallery.copied(slots), top)
+            times.append((middle - start, time.perf_counter() - middle, seconds))
+            shares.append(np.isin(best, slots))
+        names = ("scan_seconds", "compare_seconds", "exact_seconds")
+        medians = zip(names, np.median(times[1:], axis=0).tolist(), strict=True)
+        recall = float(np.concatenate(shares[1:]).mean())
+        rows.append({"candidates": count, "recall": recall, **dict(medians)})
+    return rows
 
 
 def _duplicates(options: argparse.Namespace) -> None:
@@ -286,33 +269,20 @@ def _duplicates(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     from drl_jax.search.serve import serve  # The other commands need no server.
 
-    names = ("host", "port", "top", "max_upload", "allowed_hosts")
-    given = {name: getattr(options, name) for name in names}
-    serve(_open(options), needs_token=not options.no_token, **given)
+    serve(_open(options), options)
 
 
 def _explain(options: argparse.Namespace) -> None:
+    """Draws how the words of a sentence and the frames of the best window of a file match."""
+    from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
+
     model, path = model_of_flags(options), options.video
     if options.index is not None:
         index = Index(options.index, model)
         model, path = index.model, path if path.exists() else index.state().folder / path
     if model is None:
         raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
-    print(f"{draw_pair(model, path, options.query, options.out)}: {options.out}")
-
-
-def draw_pair(model: RetrievalModel, path: Path, sentence: str, out: Path) -> str:
-    """Draws how the words of a sentence and the frames of the best window of a file match.
-
-    Returns:
-      The score and the best moment, as text.
-
-    Raises:
-      UserError: the file cannot be read, the sentence is blank, or `out` cannot be written.
-    """
-    from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
-
-    (query,) = encode_sentences(model, [sentence])
+    (query,) = encode_sentences(model, [options.query])
     with temporary_directory() as folder:
         read = read_video(path, (), sampling_of(model), folder / "frames")
         if reason := read.error:
@@ -325,17 +295,18 @@ def draw_pair(model: RetrievalModel, path: Path, sentence: str, out: Path) -> st
         times, pictures = read.arrays["frame.time"][chosen], np.array(frames[chosen])
     arrays = {name: array[best] for name, array in windows.items()}
     explanation = explain(model.interaction, query.parts[0], arrays, query.words, times)
-    title = f"“{sentence}”  {scores[best]:.4f}\n{path.name}"
-    clocks = [format_timestamp(time) for time in times]
-    figure = interaction_figure(explanation.attribution, explanation.words, clocks, pictures, title)
+    title = f"“{options.query}”  {scores[best]:.4f}\n{path.name}"
+    clocks = list(map(format_timestamp, times))
+    words = explanation.tokens
+    figure = interaction_figure(explanation.attribution, words, clocks, pictures, title)
     try:
-        figure.savefig(out, dpi=150)
+        figure.savefig(options.out, dpi=150)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot write --out={out} ({reason})") from error
-    span = (*read.arrays["window.span"][best], explanation.peak)
+        raise UserError(f"cannot write --out={options.out} ({reason})") from error
+    span = (*read.arrays["window.span"][best], explanation.peak())
     start, end, peak = map(format_timestamp, span)
-    return f"{scores[best]:.4f}, best moment {peak} (of {start} to {end})"
+    print(f"{scores[best]:.4f}, best moment {peak} (of {start} to {end}): {options.out}")
 
 
 def _open(options: argparse.Namespace) -> Index:
@@ -354,37 +325,23 @@ def _open(options: argparse.Namespace) -> Index:
 
 
 def _search_options(options: argparse.Namespace) -> SearchOptions:
-    names = ("engine", "candidates", "refine")
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    given = _given(options, "engine", "candidates", "refine")
     if options.command == "recall":
         given["candidates"] = max(options.candidates)
     correction = Correction.parse(options.hubness) if options.hubness else None
     return SearchOptions(**given, correction=correction)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    Raises:
-      UserError: it cannot be read, or has none.
-    """
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank; a UserError if there are none."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as lines of text ({error})") from error
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
+    if not (found := [line.strip() for line in lines if line.strip()]):
         raise UserError(f"{path} has no lines")
-    return lines
+    return found
 
 
-COMMANDS = {
-    "index": _index,
-    "join": _join,
-    "query": _query,
-    "export": _export,
-    "recall": _recall,
-    "duplicates": _duplicates,
-    "serve": _serve,
-    "explain": _explain,
-}
+_ALL = (_index, _join, _query, _export, _recall, _duplicates, _serve, _explain)
+COMMANDS = {command.__name__.removeprefix("_"): command for command in _ALL}

@@ -33,11 +33,9 @@ VECTORS = ("pooled_unit", "pooled_unit.scale")
 _COMPARED = 128
 
 
+# A score is the weighted sum of all parts, which keep their lengths: padding is compared too.
 class Part(NamedTuple):
-    """A part of a query: arrays of texts, of which the most similar counts, and its weight.
-
-    A score is the weighted sum of all parts, which keep their lengths: padding is compared too.
-    """
+    """A part of a query: arrays of texts, of which the most similar counts, and its weight."""
 
     text: Features
     weight: float = 1.0
@@ -53,9 +51,8 @@ class Ranking(NamedTuple):
 class Gallery:
     """Stored arrays of windows. A slot is the number of a window among those of all parts.
 
-    Attributes:
-      valid: bool [all slots], windows that count.
-      biases: float32 [all slots], what is subtracted from similarities; or None.
+    `valid`, bool [all slots], are the windows that count; `biases`, float32 [all slots] or None,
+    are subtracted from similarities.
     """
 
     def __init__(self, parts: Sequence[Features], layout: Layout, order: np.ndarray | None = None):
@@ -131,9 +128,7 @@ def _block_size(count: int, devices: int) -> int:
     """Windows of a run that are compared by one call; few shapes, so that few are compiled."""
     size = next((size for size in BLOCKS if count >= size), 1 << (count - 1).bit_length())
     share = -(-size // devices)
-    if share > _COMPARED:
-        share = -(-share // _COMPARED) * _COMPARED
-    return share * devices
+    return devices * (share if share <= _COMPARED else -(-share // _COMPARED) * _COMPARED)
 
 
 class SearchEngine:
@@ -150,7 +145,7 @@ class SearchEngine:
 
         The parts are one query; or, unless `is_one`, one part whose Q texts are queries each.
         """
-        count = 1 if is_one else len(next(iter(parts[0].text.values())))
+        count = 1 if is_one else len(parts[0].text["text_mask"])
         top = min(top, len(gallery))
         if not top:
             return [Ranking(np.zeros(0, np.float32), np.zeros(0, np.int64))] * count
@@ -161,16 +156,13 @@ class SearchEngine:
             # Few shapes: the number of hits is rounded up to a power of two.
             most = min(1 << (top - 1).bit_length(), len(arrays["valid"]))
             step = self._step(gallery.layout, len(arrays["valid"]), most, is_one)
-            found.append(
-                (slots, *step(self._params, texts, weights, gallery.layout.put_batch(arrays)))
-            )
+            best = step(self._params, texts, weights, gallery.layout.put_batch(arrays))
+            found.append((slots, *best))
             if len(found) > 1:  # The next block is read while this one is compared.
                 jax.block_until_ready(found[-2])
         scores = np.concatenate([np.asarray(scores) for _, scores, _ in found], axis=1)
-        slots = np.concatenate(
-            [slots[np.minimum(np.asarray(rows), len(slots) - 1)] for slots, _, rows in found],
-            axis=1,
-        )
+        places = [slots[np.minimum(np.asarray(rows), len(slots) - 1)] for slots, _, rows in found]
+        slots = np.concatenate(places, axis=1)
         return [_best(*query, top) for query in zip(scores[:count], slots[:count], strict=True)]
 
     def _compiled(self, layout: Layout, block: int, top: int, is_one: bool) -> Callable:
@@ -184,14 +176,13 @@ class SearchEngine:
 
             def similarities(block, _):
                 videos = dequantize(block)
-                of_parts = [interaction.similarity(text, videos) for text in texts]
-                if not is_one:
-                    return of_parts[0]
-                return sum(w * part.max(axis=0) for w, part in zip(weights, of_parts, strict=True))[
-                    None
-                ]
+                return jnp.concatenate([interaction.similarity(text, videos) for text in texts])
 
             sim = similarity_in_blocks(similarities, arrays, None, _COMPARED)
+            if is_one:
+                ends = np.cumsum([len(text["text_mask"]) for text in texts])
+                of_parts = [part.max(axis=0) for part in jnp.split(sim, ends[:-1])]
+                sim = sum(w * part for w, part in zip(weights, of_parts, strict=True))[None]
             if bias is not None:
                 sim = sim - bias
             sim = jnp.where(valid, sim, -jnp.inf)
@@ -199,14 +190,12 @@ class SearchEngine:
             return scores, rows + share * jax.lax.axis_index(AXIS)
 
         replicated, columns = PartitionSpec(), PartitionSpec(None, AXIS)
-        compare_shards = jax.shard_map(
-            compare,
-            mesh=layout.mesh,
-            in_specs=(replicated, replicated, replicated, PartitionSpec(AXIS)),
-            out_specs=(columns, columns),
-            check_vma=False,
-        )
-        return jax.jit(layout.on_mesh(compare_shards, self._config.dtype))
+        specs = {
+            "in_specs": (replicated, replicated, replicated, PartitionSpec(AXIS)),
+            "out_specs": (columns, columns),
+        }
+        of_shards = jax.shard_map(compare, mesh=layout.mesh, check_vma=False, **specs)
+        return jax.jit(layout.on_mesh(of_shards, self._config.dtype))
 
     def scan(self, vectors: np.ndarray, gallery: Gallery, count: int) -> list[np.ndarray]:
         """The slots of the largest dot products with vectors, float32 [Q, D], ascending."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,49 +20,75 @@ from drl_jax.search.windows import Window
 class Explanation:
     """How L tokens of a query, also start and end, and F frames at some seconds make the score."""
 
-    words: list[str]
+    tokens: list[str]
     times: np.ndarray
     attribution: Attribution
 
-    @property
-    def peak(self) -> float:
-        """Time of the frame that contributes most, seconds."""
-        return float(self.times[np.argmax(self.attribution.frame_contribution)])
+    def peak(self, start: float = -np.inf, end: float = np.inf) -> float:
+        """Time of the frame from `start` to `end` that contributes most, seconds."""
+        inside = (start <= self.times) & (self.times <= end)
+        of_frames = np.where(inside, self.attribution.frame_contribution, -np.inf)
+        return float(self.times[of_frames.argmax()])
 
-    def matches(self) -> list[tuple[str, float, float, float]]:
-        """For each token: the token, the time of its best frame, their cosine, its weight."""
-        similarity, weight = self.attribution.similarity, self.attribution.token_weight
-        best = self.times[similarity.argmax(axis=1)], similarity.max(axis=1), weight
-        return list(zip(self.words, *(column.tolist() for column in best), strict=True))
+    def words(self) -> list[tuple[str, float, np.ndarray]]:
+        """The words, without the marks of start and end.
+
+        For each: the word, its share of the score, and its cosine with each frame, float [F].
+        """
+        joined: list[tuple[str, list[int]]] = []
+        continues = False
+        for row, token in enumerate(self.tokens):
+            if token in (START, END):
+                continue
+            word, rows = joined.pop() if continues else ("", [])
+            # A trailing "-" says that the word continues; the token of a hyphen alone is "-".
+            continues = len(token) > 1 and token.endswith("-")
+            joined.append((word + (token[:-1] if continues else token), [*rows, row]))
+        weight, found = np.float64(self.attribution.token_weight), []
+        for word, rows in joined:
+            # Tokens of a word without any weight count equally.
+            shares = weight[rows] + 1e-12
+            cosines = np.average(self.attribution.similarity[rows], axis=0, weights=shares)
+            found.append((word, float(weight[rows].sum()), cosines))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The words and frames; `marks_share` is that of the marks of start and end."""
+        words = self.words()
+        return {
+            "marks_share": round(max(0.0, 1 - sum(weight for _, weight, _ in words)), 4),
+            "times": rounded(self.times, 3),
+            "frame_weights": rounded(self.attribution.frame_weight),
+            "words": [
+                {"word": word, "weight": round(weight, 4), "similarity": rounded(similarity)}
+                for word, weight, similarity in words
+            ],
+        }
 
 
 def explain(
-    interaction: type[Interaction], part: Part, video: Features, words: list[str], times: Sequence
+    interaction: type[Interaction], part: Part, video: Features, tokens: list[str], times: Sequence
 ) -> Explanation:
     """Explains the similarity of a window and the most similar text of a part of a query.
 
-    `video` is arrays of the window without the axis of items, float32; `words` are the tokens of
-    the longest text, and `times` those of the frames, seconds.
+    `video` is arrays of the window without the axis of items, float32; `tokens` are those of the
+    longest text, and `times` those of the frames, seconds.
     """
-    texts = (
-        {name: array[number] for name, array in part.text.items()}
-        for number in range(len(part.text["text_mask"]))
-    )
-    found = (interaction.attribution(text, video) for text in texts)
+    count = len(part.text["text_mask"])
+    texts = [{name: array[row] for name, array in part.text.items()} for row in range(count)]
+    found = [interaction.attribution(text, video) for text in texts]
     best = max(found, key=lambda attribution: attribution.frame_contribution.sum())
-    frames, tokens = len(best.frame_contribution), len(best.token_weight)
-    return Explanation(words[:tokens], np.asarray(times[:frames]), best)
+    length, frames = best.similarity.shape
+    return Explanation(tokens[:length], np.asarray(times[:frames]), best)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
     """A part of a video, in seconds, that answers a query.
 
-    Attributes:
-      score: similarity of its window, as evaluation computes it.
-      number: of the coarse window that it was found by.
-      unusual: by how many standard deviations the score is above those of captions of other
-        videos; for a picture or a video as the query, above those of other windows.
+    `score` is the similarity of its window, and `number` that of the coarse window that it was
+    found by. `unusual` is by how many standard deviations the score is above those of captions of
+    other videos; for a picture or a video as the query, above those of other windows.
     """
 
     start: float
@@ -80,35 +106,24 @@ class Moment:
 
     @property
     def peak(self) -> float:
-        """Time of the frame of the moment that contributes most to the score, seconds."""
-        times = self.explanation.times
-        of_frames = self.explanation.attribution.frame_contribution
-        # A moment can be a part of its window.
-        inside = (self.start <= times) & (times <= self.end)
-        return float(times[np.where(inside, of_frames, -np.inf).argmax()])
+        """Time of the frame that contributes most; a moment can be a part of its window."""
+        return self.explanation.peak(self.start, self.end)
 
     def to_json(self) -> dict[str, Any]:
-        """The moment as `--json` prints it; times in seconds."""
+        """The moment without its explanation; times in seconds."""
         return {
             **{name: round(getattr(self, name), 3) for name in ("start", "end", "peak")},
             "score": round(self.score, 6),
             "unusual": None if self.unusual is None else round(self.unusual, 2),
-            "words": [
-                {"word": word, "time": round(time, 3)}
-                | {"similarity": round(similarity, 4), "weight": round(weight, 4)}
-                for word, time, similarity, weight in self.explanation.matches()
-            ],
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A video that a query found; the first rank is 1.
+    """A video that a query found; the first rank is 1. One that is only listed has none, 0.
 
-    Attributes:
-      moments: the best first; none if it was not searched for.
-      windows, scores: of the coarse windows, refined where they were candidates: float [W].
-      is_same: whether the picture that was asked is a frame of it.
+    The best of its moments is the first. Windows and scores, float [W], are of the coarse windows,
+    refined where they were candidates; `is_same` is whether the picture that was asked is in it.
     """
 
     rank: int
@@ -120,9 +135,9 @@ class Hit:
     is_same: bool = False
 
     @property
-    def score(self) -> float:
-        """Similarity of its best window."""
-        return self.moments[0].score
+    def score(self) -> float | None:
+        """Similarity of its best window; None without moments."""
+        return self.moments[0].score if self.moments else None
 
     @property
     def is_weak(self) -> bool:
@@ -130,53 +145,31 @@ class Hit:
         unusual = self.moments[0].unusual if self.moments else None
         return unusual is not None and unusual < WEAK and not self.is_same
 
+    def facts(self) -> dict[str, Any]:
+        """The hit as JSON, without its path and moments."""
+        score = None if self.score is None else round(self.score, 6)
+        facts = {"rank": self.rank or None, "score": score, "weak": self.is_weak}
+        return facts | {"same_picture": self.is_same, "duration": round(self.video.duration, 3)}
+
     def to_json(self) -> dict[str, Any]:
         """The hit as `--json` prints it."""
-        return {
-            "rank": self.rank,
-            "score": round(self.score, 6),
-            "weak": self.is_weak,
-            "same_picture": self.is_same,
-            "path": str(self.path),
-            "duration": round(self.video.duration, 3),
-            "moments": [moment.to_json() for moment in self.moments],
-        }
+        moments = [{**m.to_json(), "explanation": m.explanation.to_json()} for m in self.moments]
+        return {**self.facts(), "path": str(self.path), "moments": moments}
 
 
-class WordRow(NamedTuple):
-    """A word, its share of the score, and its cosine with each frame, float [F]."""
-
-    word: str
-    weight: float
-    similarity: np.ndarray
+def rounded(values: np.ndarray, digits: int = 4) -> list[float]:
+    """Values as JSON has them."""
+    return [round(value, digits) for value in np.asarray(values, np.float64).tolist()]
 
 
-def word_rows(explanation: Explanation) -> tuple[list[WordRow], float]:
-    """Joins tokens to words. Also returns the share of the score of the marks of start and end."""
-    weights = np.asarray(explanation.attribution.token_weight, np.float64)
-    words: list[tuple[str, list[int]]] = []
-    marks, continues = 0.0, False
-    for row, token in enumerate(explanation.words):
-        if token in (START, END):
-            marks += float(weights[row])
-            continues = False
-            continue
-        if not continues:
-            words.append(("", []))
-        # A trailing "-" says that the word continues; the token of a hyphen alone is "-".
-        continues = len(token) > 1 and token.endswith("-")
-        word, rows = words[-1]
-        words[-1] = (word + (token[:-1] if continues else token), [*rows, row])
-    found = []
-    for word, rows in words:
-        total = float(weights[rows].sum())
-        shares = weights[rows] / total if total > 0 else np.full(len(rows), 1 / len(rows))
-        found.append(WordRow(word, total, shares @ explanation.attribution.similarity[rows]))
-    return found, marks
+def format_clock(seconds: float) -> str:
+    """Formats seconds as players do: 1:02, or 1:00:02 with hours."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def format_timestamp(seconds: float) -> str:
     """Formats seconds as 1:02.5, or 1:00:02.5 with hours."""
-    minutes, rest = divmod(round(seconds, 1), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
+    tenths = round(10 * seconds)
+    return f"{format_clock(tenths // 10)}.{tenths % 10}"

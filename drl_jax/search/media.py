@@ -17,8 +17,9 @@ from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.files import sha256
 from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
-from drl_jax.search.addresses import BadRequest, format_clock
+from drl_jax.search.addresses import BadRequest
 from drl_jax.search.clips import MAX_CLIP, read_picture, write_clip
+from drl_jax.search.hits import format_clock
 from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.query import encode_read, sampling_of
 from drl_jax.search.reading import allowed_seconds, open_picture, read_sent_video
@@ -34,25 +35,26 @@ MAX_PICTURE = 20_000_000
 class Media:
     """Reads files in processes with time limits: a damaged one may crash or hang its decoder.
 
-    Pictures and videos that are queries are kept in memory, clips in a temporary directory, until
-    newer ones replace them. Safe to use from several threads. Methods raise UserError where a file
-    cannot be read, or not in time, or is not kept any more.
+    Queries are kept in memory, clips in a temporary directory, until newer ones replace them. Safe
+    to use from several threads. Methods raise UserError where a file cannot be read, or not in
+    time, or is not kept any more.
     """
 
-    def __init__(self, model: RetrievalModel):
-        self._model = model
+    def __init__(self, model: RetrievalModel, max_video: int):
+        self._model, self.max_video = model, max_video
         self._sent = {what: OrderedDict[str, Any]() for what in ("picture", "video")}
         self._clips: OrderedDict[Path, Path] = OrderedDict()
         self._making_clip = threading.Lock()
-        # Pictures do not wait for videos, and pages not for what is sent.
-        self._pools = {what: CallPool(n) for what, n in (("picture", 1), ("video", 1), ("page", 2))}
         self._files = contextlib.ExitStack()
         self._folder = self._files.enter_context(temporary_directory())
+        # Pictures do not wait for videos, and pages not for what is sent.
+        self._pools = {
+            what: self._files.enter_context(contextlib.closing(CallPool(count)))
+            for what, count in (("picture", 1), ("video", 1), ("page", 2))
+        }
 
     def close(self) -> None:
         """Ends the processes and deletes the clips."""
-        for pool in self._pools.values():
-            pool.close()
         self._files.close()
 
     def add(self, what: str, path: Path) -> str:
@@ -117,9 +119,9 @@ def _keep(values: OrderedDict, name: Any, value: Any, most: int) -> list[Any]:
     return [values.popitem(last=False)[1] for _ in range(len(values) - most)]
 
 
-def upload_routes(media: Media, max_video: int) -> list[Route]:
-    """The addresses to which pictures and videos, of at most `max_video` bytes, are sent."""
-    kinds = (("picture", MAX_PICTURE, "picture"), ("video", max_video, "by_video"))
+def upload_routes(media: Media) -> list[Route]:
+    """The addresses to which pictures and videos are sent."""
+    kinds = (("picture", MAX_PICTURE, "picture"), ("video", media.max_video, "by_video"))
     return [Route(f"/api/{k[0]}s", _receiving(media, *k), methods=["POST"]) for k in kinds]
 
 

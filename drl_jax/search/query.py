@@ -27,10 +27,8 @@ _MAX_CHARACTERS = 10_000
 class Query:
     """What to look for; at least one of sentence, picture, video and like.
 
-    Attributes:
-      picture: a frame in the form of the model, as `open_picture` decodes it.
-      video: a file, or one that was encoded before.
-      like: a video of an open index and a time in it, seconds.
+    `picture` is a frame in the form of the model, as `open_picture` decodes it; `video` a file, or
+    one that was encoded before; `like` a video of an open index and a time in it, seconds.
     """
 
     sentence: str = ""
@@ -44,9 +42,8 @@ class Query:
 class EncodedQuery:
     """A query as the engine takes it.
 
-    Attributes:
-      words: tokens of the first part; of several texts, of the longest.
-      whole: what a video is beside other parts: arrays of frames spread over it, [1, ...] each.
+    `words` are tokens of the first part, of several texts those of the longest; `whole` is what a
+    video is beside other parts: arrays of frames that are spread over it, [1, ...] each.
     """
 
     parts: tuple[Part, ...]
@@ -58,9 +55,8 @@ class EncodedQuery:
 def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[EncodedQuery]:
     """Encodes queries of one sentence each; raises UserError if one is blank or too long."""
     if (longest := max(map(len, sentences), default=0)) > _MAX_CHARACTERS:
-        raise UserError(
-            f"the sentence has {longest:,} characters; at most {_MAX_CHARACTERS:,} are read"
-        )
+        line = f"the sentence has {longest:,} characters; at most {_MAX_CHARACTERS:,} are read"
+        raise UserError(line)
     text = model.encode_text(sentences)
     return [
         EncodedQuery((Part({name: a[[row]] for name, a in text.items()}),), words, True)
@@ -69,12 +65,9 @@ def encode_sentences(model: RetrievalModel, sentences: Sequence[str]) -> list[En
 
 
 def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
-    """Encodes a query of any kind; raises UserError if it is empty, or its file cannot be read."""
-    video = query.video
-    if isinstance(video, Path):
-        video = encode_video_file(model, video)
-    if video is not None and query == Query(video=query.video):
-        return video
+    """Encodes a query, whose video is encoded already; raises UserError if it is empty."""
+    if query.video is not None and query == Query(video=query.video):
+        return query.video
     encoded: list[EncodedQuery] = []
     if query.sentence.strip():
         encoded += encode_sentences(model, [query.sentence])
@@ -84,8 +77,8 @@ def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
         frame = np.frombuffer(query.picture, np.uint8).reshape(1, *model.frame_form.shape)
         still = np.repeat(frame, model.config.data.max_frames, axis=0)
         encoded.append(_of_frames(model, model.encode_videos([still]), "[picture]"))
-    if video is not None:
-        encoded.append(_of_frames(model, video.whole, "[video]"))
+    if query.video is not None:
+        encoded.append(_of_frames(model, query.video.whole, "[video]"))
     if query.like is not None:
         liked, time = query.like
         window = [window_at(liked.windows, time)]

@@ -1,11 +1,8 @@
 """Ranks queries in one state of an index, and makes hits of what they find.
 
-1. All coarse windows are compared with the query, exactly; or one vector of each is scanned, or an
-   engine is asked, and the best are compared exactly.
-2. The best of files of several windows are refined: windows that start at every frame decide the
-   rank (`refine.py`).
-3. The moments of the videos that are shown are found; their explanations are made when they are
-   shown.
+1. All coarse windows are compared exactly; or only those that a scan or an engine finds.
+2. The best of files of several windows are refined (`refine.py`), which decides the rank.
+3. The moments of the videos that are shown are found, and explained when they are shown.
 """
 
 import dataclasses
@@ -33,12 +30,10 @@ FindCandidates = Callable[[OpenIndex, np.ndarray, int], list[np.ndarray]]
 class SearchOptions:
     """How queries are answered.
 
-    Attributes:
-      engine: "exact" compares all windows; "scan" first compares one vector of each, and "auto"
-        does where there are more than SCAN_FROM; "qdrant" asks Qdrant for candidates.
-      candidates: windows that a scan or an engine finds.
-      refine: windows at training pace that a query makes.
-      correction: for hubs, of queries of one sentence; None: they are ranked by similarity.
+    The engine "exact" compares all windows; "scan" first compares one vector of each, and "auto"
+    does where there are more than SCAN_FROM; "qdrant" asks Qdrant for candidates. `candidates` are
+    windows that a scan or an engine finds, `refine` those at training pace that a query makes. The
+    correction for hubs is of queries of one sentence.
     """
 
     engine: str = "auto"
@@ -56,7 +51,7 @@ class Ranker:
     def __init__(
         self, model: RetrievalModel, options: SearchOptions, ask_engine: FindCandidates | None
     ):
-        self.model, self.options, self.ask_engine = model, options, ask_engine
+        self.model, self.options, self._ask_engine = model, options, ask_engine
         if options.engine in ("scan", "qdrant") and not model.interaction.HAS_VECTORS:
             raise UserError(
                 f"the interaction {model.config.model.interaction} has no vectors that"
@@ -85,14 +80,12 @@ class Ranker:
         count = max(wanted, self.options.refine)
         while True:
             pairs = zip(queries, self._coarse(index, gallery, queries, count), strict=True)
-            answers = [Answer(self, index, *pair, gallery) for pair in pairs]
+            answers = [Answer(self, index, *pair, gallery.biases) for pair in pairs]
             if count >= len(gallery) or all(len(one.places()) >= wanted for one in answers):
                 return answers
             count = min(4 * count, len(gallery))  # A long video has many of the best windows.
 
-    def gallery(
-        self, index: OpenIndex, query: EncodedQuery, among: Videos | None = None
-    ) -> Gallery:
+    def gallery(self, index: OpenIndex, query: EncodedQuery, among: Videos | None) -> Gallery:
         """The windows that a query is compared with."""
         is_corrected = self.options.correction is not None and query.is_sentence
         valid = index.valid if among is None else among.valid
@@ -107,14 +100,14 @@ class Ranker:
         vectors = sum(part.weight * query_vectors(part.text) for part in query.parts)
         vectors = np.asarray(vectors, np.float32)
         if self._asks(index, gallery, query):
-            found = self.ask_engine(index, vectors, count)
+            found = self._ask_engine(index, vectors, count)
         else:
             found = self.engine.scan(vectors, gallery, count)
         return np.unique(np.concatenate(found))
 
     def _asks(self, index: OpenIndex, gallery: Gallery, query: EncodedQuery) -> bool:
         is_all = gallery.valid is index.valid
-        return self.ask_engine is not None and query.is_sentence and is_all
+        return self._ask_engine is not None and query.is_sentence and is_all
 
     def _coarse(
         self, index: OpenIndex, gallery: Gallery, queries: Sequence[EncodedQuery], count: int
@@ -123,10 +116,8 @@ class Ranker:
         if self._asks(index, gallery, queries[0]) or self.scans(index):
             most = max(count, self.options.candidates)
             found = [self.candidates(index, gallery, query, most) for query in queries]
-            return [
-                self.engine.search(query.parts, gallery.copied(slots), count)[0]
-                for query, slots in zip(queries, found, strict=True)
-            ]
+            pairs = zip(queries, map(gallery.copied, found), strict=True)
+            return [self.engine.search(query.parts, some, count)[0] for query, some in pairs]
         if len(queries) == 1:
             return self.engine.search(queries[0].parts, gallery, count)
         texts = [query.parts[0].text for query in queries]
@@ -137,10 +128,8 @@ class Ranker:
 class Answer:
     """The best windows of a query in a state of an index.
 
-    Attributes:
-      scores: float [N], by which videos are ranked, descending.
-      slots: int64 [N], of coarse windows.
-      refined: by slot, the windows that were made of candidates, and their similarities.
+    They are ranked by `scores`, float [N], and have `slots`, int64 [N]. `refined` are, by slot, the
+    windows that were made of candidates, and their similarities.
     """
 
     def __init__(
@@ -149,50 +138,47 @@ class Answer:
         index: OpenIndex,
         query: EncodedQuery,
         ranking: Ranking,
-        gallery: Gallery,
+        biases: np.ndarray | None,
     ):
         """Sorts the windows that were found, refines the best of them, and sorts again."""
         self._ranker, self._index, self._query = ranker, index, query
-        self.scores, self.slots = ranking
-        self.refined: dict[int, tuple[Window, float]] = {}
-        self._sort()
-        if self._refine(gallery.biases):
-            self._sort()
+        self._biases, self.refined = biases, dict[int, tuple[Window, float]]()
+        self._sort(*ranking)
+        if candidates := self._candidates():
+            most, scores = ranker.options.refine, self.scores.astype(np.float64)
+            found = refine(ranker.model, query.parts, [*candidates.values()], most)
+            for row, (window, score) in zip(candidates, found, strict=True):
+                slot = int(self.slots[row])
+                self.refined[slot] = window, score
+                scores[row] = score - self._bias(slot)
+            self._sort(scores, self.slots)
 
-    def _sort(self) -> None:
+    def _bias(self, slot: int) -> float:
+        return 0.0 if self._biases is None else float(self._biases[slot])
+
+    def _sort(self, scores: np.ndarray, slots: np.ndarray) -> None:
         """By score; equal scores by path and window."""
-        order = np.argsort(-self.scores, kind="stable")
-        scores, slots = self.scores[order], self.slots[order]
+        order = np.argsort(-scores, kind="stable")
+        scores, slots = scores[order], slots[order]
         if (scores[1:] == scores[:-1]).any():
             paths = [self._index.path_of(self._index.place(slot)) for slot in slots.tolist()]
             order = sorted(range(len(slots)), key=lambda n: (-scores[n], paths[n], slots[n]))
             scores, slots = scores[order], slots[order]
         self.scores, self.slots = scores, slots
 
-    def _refine(self, biases: np.ndarray | None) -> bool:
-        """Replaces the scores of the best windows; returns whether there are windows to refine."""
-        index, most = self._index, self._ranker.options.refine
-        films: dict[tuple[int, int], Film] = {}
-        candidates, rows = [], []
-        for row, slot in enumerate(self.slots[:most].tolist()):
-            place = number, video = index.place(slot)
+    def _candidates(self) -> dict[int, Candidate]:
+        """The best windows by row, without those of files of one window."""
+        index, found = self._index, {}
+        film_of = functools.cache(lambda *place: _film_of(index.video(*place)))
+        for row, slot in enumerate(self.slots[: self._ranker.options.refine].tolist()):
+            number, video = index.place(slot)
             one = index.segments[number]
-            segment, first_slot = one.segment, one.first_slot
-            if segment.firsts["feature"][video] == segment.firsts["feature"][video + 1]:
-                continue  # A file of one window.
-            if place not in films:
-                films[place] = _film_of(index.video(*place))
-            window = slot - first_slot - int(segment.firsts["window"][video])
-            bias = 0.0 if biases is None else float(biases[slot])
-            candidates.append(Candidate(films[place], window, float(self.scores[row]), bias))
-            rows.append(row)
-        self.scores = np.array(self.scores, np.float64)
-        found = refine(self._ranker.model, self._query.parts, candidates, most)
-        for row, candidate, (window, score) in zip(rows, candidates, found, strict=True):
-            self.scores[row] = score
-            # What is shown is the similarity.
-            self.refined[int(self.slots[row])] = window, score + candidate.bias
-        return bool(candidates)
+            windows, features = (one.segment.firsts[name] for name in ("window", "feature"))
+            if features[video] < features[video + 1]:
+                window = slot - one.first_slot - int(windows[video])
+                score = float(self.scores[row]) + self._bias(slot)
+                found[row] = Candidate(film_of(number, video), window, score)
+        return found
 
     def places(self) -> list[tuple[int, int]]:
         """Segment and row of the videos of these windows, each once."""
@@ -225,7 +211,8 @@ class Answer:
         return gallery_scale(self._similarities(self._index.spread))
 
     def _hit(self, rank: int, video: IndexedVideo, scores: np.ndarray, most: int) -> Hit:
-        windows, scores = list(video.windows), np.array(scores, np.float64)
+        model, windows = self._ranker.model, list(video.windows)
+        scores = scores.astype(np.float64)
         for number, slot in enumerate(video.slots.tolist()):
             if slot in self.refined:
                 windows[number], scores[number] = self.refined[slot]
@@ -238,15 +225,13 @@ class Answer:
             if is_sentence and not moments and len(windows) > 1 and (start, end) == window[:2]:
                 # Of the best moment alone: it takes as much as refining a candidate.
                 bank = self._ranker.bank(tuple(self._index.header["bank"]))
-                start, end, _ = tighten(
-                    self._ranker.model, self._query.parts, bank, _film_of(video), window
-                )
+                start, end, _ = tighten(model, self._query.parts, bank, _film_of(video), window)
             scale = scales[number] if is_sentence else self._scale
             how_unusual = None if scale is None else unusual(score, scale)
             explained = functools.partial(self._explained, video, window, number)
             moments.append(Moment(start, end, score, window, number, how_unusual, explained))
-        path, moments = self._index.folder / video.path, tuple(moments)
-        return Hit(rank, path, video, moments, tuple(windows), scores)
+        path = self._index.folder / video.path
+        return Hit(rank, path, video, tuple(moments), tuple(windows), scores)
 
     def _explained(self, video: IndexedVideo, window: Window, number: int) -> Explanation:
         model = self._ranker.model
@@ -255,7 +240,7 @@ class Answer:
         else:
             encoded = encode(model, [(_film_of(video), window)])
             arrays = {name: array[0] for name, array in encoded.items()}
-        times = tuple(video.times[frame] for frame in window.frames)
+        times = [video.times[frame] for frame in window.frames]
         return explain(model.interaction, self._query.parts[0], arrays, self._query.words, times)
 
 

@@ -28,24 +28,19 @@ _CLEARLY = 0.25
 
 
 class Film(NamedTuple):
-    """What an index stores of a file of several windows, by their start, and F sampled frames.
+    """What an index stores of a file of several windows, by their start, and F sampled frames."""
 
-    `times` are float64 [F], seconds; `image_feat`, [F, D], are features before the temporal head:
-    float32, or the bits of bfloat16 as uint16.
-    """
-
-    times: np.ndarray
+    times: np.ndarray  # float64 [F], seconds.
     windows: Sequence[Window]
-    image_feat: np.ndarray
+    image_feat: np.ndarray  # [F, D] before the temporal head: float32, or bits of bfloat16.
 
 
 class Candidate(NamedTuple):
-    """A stored window that scores well: its index, and its score after a bias was subtracted."""
+    """A stored window that scores well: its index, and its similarity."""
 
     film: Film
     window: int
     score: float
-    bias: float = 0.0
 
 
 def score_windows(
@@ -71,14 +66,14 @@ def refine(
     candidates: Sequence[Candidate],
     most: int = REFINE,
 ) -> list[tuple[Window, float]]:
-    """Finds the best window at each candidate of a query, and its score, less the bias.
+    """Finds the best window at each candidate of a query, and its similarity.
 
     What a candidate becomes depends on its film alone. `most` windows are encoded, from the first
     candidate on; those for which none is left keep their window and score. No score gets lower.
     """
-    refined = [(film.windows[window], score) for film, window, score, _ in candidates]
+    refined = [(film.windows[window], score) for film, window, score in candidates]
     proposed: list[tuple[int, Window]] = []
-    for number, (film, window, score, _) in enumerate(candidates):
+    for number, (film, window, score) in enumerate(candidates):
         around = windows_around(film.times, film.windows, window, model.config.data.max_frames)
         stored = [new for new in around if new.frames == film.windows[window].frames]
         if stored:  # With the span of a refined window, and its score is known.
@@ -88,13 +83,11 @@ def refine(
         if len(proposed) + len(around) > most:
             break
         proposed += [(number, new) for new in around]
-    if not proposed:
-        return refined
-    features = encode(model, [(candidates[number].film, window) for number, window in proposed])
-    scores = score_windows(model, parts, features, most).tolist()
-    for (number, window), score in zip(proposed, scores, strict=True):
-        new = window, score - candidates[number].bias
-        refined[number] = max(refined[number], new, key=lambda found: found[1])
+    if proposed:
+        features = encode(model, [(candidates[number].film, window) for number, window in proposed])
+        scores = score_windows(model, parts, features, most).tolist()
+        for (number, window), score in zip(proposed, scores, strict=True):
+            refined[number] = max(refined[number], (window, score), key=lambda found: found[1])
     return refined
 
 
@@ -119,8 +112,7 @@ def tighten(
 def encode(model: RetrievalModel, windows: Sequence[tuple[Film, Window]]) -> Features:
     """Arrays of W windows of any films, from the features of their frames."""
     rows = [float32_of(film.image_feat[list(window.frames)]) for film, window in windows]
-    ends = np.cumsum([len(part) for part in rows])
-    frames = [range(end - len(part), end) for part, end in zip(rows, ends, strict=True)]
+    frames = np.split(np.arange(sum(map(len, rows))), np.cumsum([len(part) for part in rows])[:-1])
     return model.encode_frame_windows(np.concatenate(rows), frames)
 
 
@@ -130,16 +122,15 @@ def _promising(
     """The windows to encode: the most similar by single frames, or evenly spread ones."""
     if len(windows) <= _PER_CANDIDATE:
         return windows
-    if interaction.HAS_VECTORS:
-        rows = np.array([window.frames for window in windows])  # [W, F]
-        feat = float32_of(film.image_feat[rows.min() : rows.max() + 1])
-        unit = unit_features({"frame_feat": feat}, "frame")
-        of_frames = sum(
-            part.weight * (interaction.query_vectors(part.text) @ unit.T).max(axis=0)
-            for part in parts
-        )
-        promise = of_frames[rows - rows.min()].mean(axis=1)
-        chosen = np.sort(np.argsort(-promise, kind="stable")[:_PER_CANDIDATE])
-    else:
+    if not interaction.HAS_VECTORS:
         chosen = np.linspace(0, len(windows) - 1, _PER_CANDIDATE, dtype=int)
-    return [windows[number] for number in chosen]
+        return [windows[number] for number in chosen]
+    rows = np.array([window.frames for window in windows])  # [W, F]
+    feat = float32_of(film.image_feat[rows.min() : rows.max() + 1])
+    unit = unit_features({"frame_feat": feat}, "frame")
+    of_frames = sum(
+        part.weight * (interaction.query_vectors(part.text) @ unit.T).max(axis=0) for part in parts
+    )
+    promise = of_frames[rows - rows.min()].mean(axis=1)
+    best = np.argsort(-promise, kind="stable")[:_PER_CANDIDATE]
+    return [windows[number] for number in np.sort(best)]

@@ -20,14 +20,14 @@ from drl_jax.search.addresses import (
     MAX_CHARACTERS,
     BadRequest,
     PageQuery,
-    format_clock,
     parse_number,
     parse_time,
     status_of,
+    video_of,
 )
-from drl_jax.search.api import SearchAPI, outside, state_of, video_of
+from drl_jax.search.api import SearchAPI, outside, state_of
 from drl_jax.search.filters import Filters
-from drl_jax.search.hits import format_timestamp
+from drl_jax.search.hits import format_clock, format_timestamp
 from drl_jax.search.media import MAX_PICTURE, upload_routes
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 
@@ -64,12 +64,9 @@ def _query(request: Request) -> PageQuery:
     return PageQuery.of(request.query_params.multi_items())
 
 
-def page_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
-    """The pages, and the parts of the first that its script loads.
-
-    A video that is sent as a query has at most `max_video` bytes.
-    """
-    constant = {"dataset": api.index.model.config.data.dataset, "max_video": max_video}
+def page_routes(api: SearchAPI) -> list[BaseRoute]:
+    """The pages, and the parts of the first that its script loads."""
+    constant = {"dataset": api.index.model.config.data.dataset, "max_video": api.media.max_video}
 
     def page(template: str, parts: Callable[[Request], Iterable[tuple[str, Any]]]) -> Callable:
         """A page that shows its parts up to the first one that is wrong, and why it is."""
@@ -115,8 +112,8 @@ def page_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
     ]
 
 
-def api_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
-    """The JSON API; see `page_routes`."""
+def api_routes(api: SearchAPI) -> list[BaseRoute]:
+    """The JSON API."""
 
     def of(answer: Callable[[PageQuery], dict[str, Any]]) -> Callable:
         return lambda request: JSONResponse(answer(_query(request)))
@@ -127,7 +124,7 @@ def api_routes(api: SearchAPI, max_video: int) -> list[BaseRoute]:
         Route("/api/index", of(lambda query: api.facts())),
         Route("/api/unsearchable", of(lambda query: api.unsearchable())),
         Route("/api/openapi.json", lambda request: FileResponse(_PAGE / "openapi.json")),
-        *upload_routes(api.media, max_video),
+        *upload_routes(api.media),
     ]
 
 

@@ -5,18 +5,18 @@ from other hosts. The server serves only files of the index, and only while they
 they were indexed; pages of other sites learn nothing from it, not even which files exist.
 """
 
+import argparse
 import contextlib
-import dataclasses
 import hmac
 import ipaddress
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -67,100 +67,82 @@ def _is_loopback(host: _Host) -> bool:
     return host == "localhost" or getattr(host, "is_loopback", False)
 
 
-def parse_hosts(text: str) -> list[str]:
-    """Reads names that are separated by commas; a UserError if one is not that of a host."""
-    hosts = [part.strip() for part in text.split(",") if part.strip()]
-    for host in hosts:
-        if not _parse_host(host):
-            raise UserError(
-                f"--allowed_hosts={text}: {host!r} is not the name of a host; write e.g."
-                " videos.example.org, without http:// and path"
-            )
+def _parse_hosts(text: str) -> list[_Host]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    hosts = [_parse_host(name) for name in names]
+    if "" in hosts:
+        raise UserError(
+            f"--allowed_hosts={text}: {names[hosts.index('')]!r} is not the name of a host; write"
+            " e.g. videos.example.org, without http:// and path"
+        )
     return hosts
 
 
-@dataclasses.dataclass(frozen=True)
 class Access:
-    """Which requests a server accepts: to these hosts or loopback, with the token if there is one.
+    """Which requests a server accepts: to its hosts or loopback, with the token if there is one."""
 
-    Browsers find it by its name.
-    """
-
-    name: str = "localhost"
-    hosts: frozenset[_Host] = frozenset()
-    token: str = ""
-
-    @classmethod
-    def to(cls, host: str, address: str, allowed: Iterable[str], *, needs_token: bool) -> "Access":
+    def __init__(self, host: str, address: str, allowed: str = "", *, needs_token: bool = True):
         """The access to an address; if other machines reach it, a token is made.
 
-        `host` is what the user wrote for it, and `allowed` are other names that lead to it.
+        `host` is what the user wrote for it; `allowed` are other names that lead to it, separated
+        by commas, and a UserError says if one is not that of a host.
         """
         found = _parse_host(address)
         # No machine has the address that stands for all.
-        name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
-        is_public = needs_token and not _is_loopback(found)
-        hosts = frozenset(map(_parse_host, (host, name, address, *allowed)))
-        return cls(name, hosts, secrets.token_urlsafe() if is_public else "")
+        self._name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
+        self._hosts = {_parse_host(host), _parse_host(self._name), found, *_parse_hosts(allowed)}
+        self.token = secrets.token_urlsafe() if needs_token and not _is_loopback(found) else ""
 
     def url(self, port: int) -> str:
         """The address of the page."""
-        name = f"[{self.name}]" if ":" in self.name else self.name
+        name = f"[{self._name}]" if ":" in self._name else self._name
         return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
 
-    def knows(self, token: str) -> bool:
+    def refusal(self, scope: Scope) -> Response | None:
+        """Refuses other hosts, asks for the token, or exchanges that of an address for a cookie."""
+        request = Request(scope)
+        host = _parse_host(text := request.headers.get("host", ""))
+        # The address of the connection: no name that leads to it is an address.
+        server, port = scope.get("server") or ("", 0)
+        if not host or not (_is_loopback(host) or host in {_parse_host(server), *self._hosts}):
+            return _line(
+                scope, 400, f"this server is not {text[:100]!r}; --allowed_hosts adds names"
+            )
+        if not self.token:
+            return None
+        # Cookies do not distinguish the ports of a host.
+        cookie = f"drl_jax_token_{port}"
+        parameters = scope["query_string"].decode("latin-1").split("&")
+        tokens = [text for text in parameters if text.startswith("token=")]
+        if scope["method"] == "GET" and any(self._knows(text[6:]) for text in tokens):
+            rest = "&".join(text for text in parameters if text not in tokens)
+            path = "/" + scope["raw_path"].decode("latin-1").lstrip("/")
+            answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
+            answer.set_cookie(cookie, self.token, httponly=True, samesite="lax")
+            return answer
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if self._knows(given if kind.lower() == "bearer" else request.cookies.get(cookie, "")):
+            return None
+        return _line(scope, 401, _REQUIRED, {"WWW-Authenticate": "Bearer"})
+
+    def _knows(self, token: str) -> bool:
         """Whether a token is the right one, in constant time."""
         return hmac.compare_digest(token.encode(), self.token.encode())
 
 
-class CheckAccess:
+def checked(app: ASGIApp, access: Access) -> ASGIApp:
     """ASGI middleware: refuses requests in one line, and adds _HEADERS to all answers."""
 
-    def __init__(self, app: ASGIApp, access: Access):
-        self._app, self._access = app, access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request."""
-
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        answer = self._app
-        if scope["type"] == "http":
-            answer = self._refusal(scope) or self._sign_in(scope) or self._app
-        await answer(scope, receive, send_with_headers)
+        refusal = access.refusal(scope) if scope["type"] == "http" else None
+        await (refusal or app)(scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Scope) -> Response | None:
-        text = Headers(scope=scope).get("host", "")
-        # The address of the connection: no name that leads to it is an address.
-        own = _parse_host((scope.get("server") or ("",))[0] or "")
-        host = _parse_host(text)
-        if host and (_is_loopback(host) or host == own or host in self._access.hosts):
-            return None
-        return _line(scope, 400, f"this server is not {text[:100]!r}; --allowed_hosts adds names")
-
-    def _sign_in(self, scope: Scope) -> Response | None:
-        """Asks for the token, or exchanges that of an address for a cookie."""
-        access = self._access
-        if not access.token:
-            return None
-        # Cookies do not distinguish the ports of a host.
-        cookie = f"drl_jax_token_{(scope.get('server') or ('', 0))[1]}"
-        parameters = scope["query_string"].decode("latin-1").split("&")
-        tokens = [text for text in parameters if text.startswith("token=")]
-        if scope["method"] == "GET" and any(access.knows(text[6:]) for text in tokens):
-            rest = "&".join(text for text in parameters if text not in tokens)
-            path = "/" + scope["raw_path"].decode("latin-1").lstrip("/")
-            answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
-            answer.set_cookie(cookie, access.token, httponly=True, samesite="lax")
-            return answer
-        request = Request(scope)
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if access.knows(given if kind.lower() == "bearer" else request.cookies.get(cookie, "")):
-            return None
-        return _line(scope, 401, _REQUIRED, {"WWW-Authenticate": "Bearer"})
+    return answer
 
 
 def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None = None) -> Response:
@@ -170,33 +152,16 @@ def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None =
     return PlainTextResponse(line, status, headers)
 
 
-def serve(
-    index: Index,
-    *,
-    host: str,
-    port: int,
-    top: int,
-    max_upload: int,
-    allowed_hosts: str = "",
-    needs_token: bool = True,
-) -> None:
-    """Serves the page of an index until it is interrupted.
-
-    Port 0 is a free one. A request gets `top` hits unless it has another number, and may send a
-    video of `max_upload` MB. `allowed_hosts` are other names that lead to the server, separated by
-    commas. A token is needed if `needs_token`, and if other machines reach the address.
-
-    Raises:
-      UserError: the address is not available, or `top` is too large.
-    """
-    allowed = parse_hosts(allowed_hosts)
-    with _listener(host, port) as listener:
+def serve(index: Index, options: argparse.Namespace) -> None:
+    """Serves the page of an index until it is interrupted; a UserError if the flags are wrong."""
+    with _listener(options.host, options.port) as listener:
         address, port = listener.getsockname()[:2]
-        access = Access.to(host, address, allowed, needs_token=needs_token)
-        app = make_app(index, top=top, max_upload=max_upload, access=access)
+        needs_token = not options.no_token
+        access = Access(options.host, address, options.allowed_hosts, needs_token=needs_token)
+        app = make_app(index, options.top, options.max_upload, access)
         # With h11, a long query gets an answer that says what is wrong.
-        options = {"http": "h11", "h11_max_incomplete_event_size": _MAX_REQUEST}
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **options)
+        limits = {"http": "h11", "h11_max_incomplete_event_size": _MAX_REQUEST}
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **limits)
         try:
             print(f"{len(index.videos)} videos on {access.url(port)}  (Ctrl-C stops)", flush=True)
             uvicorn.Server(config).run(sockets=[listener])
@@ -207,25 +172,23 @@ def serve(
 def _listener(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with contextlib.ExitStack() as on_error:
-            listener = on_error.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()
-            on_error.pop_all()
-        return listener
+        return socket.create_server(address, family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        # `create_server` adds the address to what the system says.
+        reason = str(getattr(error, "strerror", error)).partition(" (while")[0]
         raise UserError(
             f"cannot listen on --host={host} --port={port} ({reason}); --port=0 chooses a free one"
         ) from error
 
 
-def make_app(index: Index, *, top: int, max_upload: int, access: Access | None = None) -> Starlette:
-    """Creates the ASGI application; answers one query, so that the first is fast; see `serve`."""
+def make_app(index: Index, top: int, max_upload: int, access: Access) -> Starlette:
+    """Creates the ASGI application; answers one query, so that the first is fast.
+
+    A request gets `top` hits unless it has another number, and may send a video of `max_upload` MB.
+    """
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
-    api, max_video = SearchAPI(index, top), 1_000_000 * max_upload
+    api = SearchAPI(index, top, 1_000_000 * max_upload)
     api.search(PageQuery("warm-up"))
 
     @contextlib.asynccontextmanager
@@ -234,8 +197,8 @@ def make_app(index: Index, *, top: int, max_upload: int, access: Access | None =
         api.media.close()
 
     return Starlette(
-        routes=[*page_routes(api, max_video), *api_routes(api, max_video), *file_routes(api)],
-        middleware=[Middleware(CheckAccess, access=access or Access())],
+        routes=[*page_routes(api), *api_routes(api), *file_routes(api)],
+        middleware=[Middleware(checked, access=access)],
         exception_handlers=dict.fromkeys((UserError, Exception), _error),
         lifespan=lifespan,
     )

@@ -8,10 +8,9 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from drl_jax.pretrained import RetrievalModel, load_source
 from drl_jax.runtime.errors import Notice, UserError
@@ -42,19 +41,6 @@ _TOGETHER = 32
 _KEPT = 64
 
 
-class Recall(NamedTuple):
-    """The share of the exact best windows among some number of candidates, 0 to 1.
-
-    And median seconds of a query, in which these are found, compared exactly, and all are compared.
-    """
-
-    candidates: int
-    recall: float
-    scan_seconds: float
-    compare_seconds: float
-    exact_seconds: float
-
-
 @dataclasses.dataclass(eq=False)
 class _Request:
     """A query that waits for its answer."""
@@ -67,9 +53,8 @@ class _Request:
 
     def joins(self, other: "_Request") -> bool:
         """Whether both are sentences that can be compared together."""
-        is_plain = self.among is other.among is None
         are_sentences = self.query.is_sentence and other.query.is_sentence
-        return is_plain and are_sentences and self.state is other.state
+        return are_sentences and self.state is other.state and self.among is other.among is None
 
 
 class Index:
@@ -89,9 +74,7 @@ class Index:
     ):
         """Opens an index; without the model it was made with, from where the index says it is.
 
-        Raises:
-          UserError: there is no index, no video to search, the model is another one, or the index
-            does not store what the options need.
+        A UserError says why it cannot be opened, or that it does not store what the options need.
         """
         self.directory = Path(directory)
         if model is None:
@@ -166,16 +149,14 @@ class Index:
     ) -> list[Hit] | list[list[Hit]]:
         """The `top` best videos for a query, or for each of several sentences.
 
-        Raises:
-          UserError: the query is empty, a part of it cannot be read, or no video passes the
-            filters.
+        Raises UserError if a query is empty or cannot be read, or no video passes the filters.
         """
         state = self.state()
         among = state.filtered(filters) if filters else None
         if among is not None and not len(among):
             raise UserError(f"none of the {state.count} videos passes the filters")
         if isinstance(query, str):
-            query = Query(sentence=query)
+            query = Query(query)
         if isinstance(query, Query):
             return self.answer(state, query, top, among, moments=moments)
         encoded = encode_sentences(self.model, query)
@@ -211,7 +192,7 @@ class Index:
         with self._encoding:
             return encode_query(self.model, query)
 
-    def _rank(self, request: "_Request") -> None:
+    def _rank(self, request: _Request) -> None:
         """Ranks a query; sentences that wait at the same time share one product."""
         others = [one for one in self._waiting if one is not request and one.joins(request)]
         batch = [request, *others[: _TOGETHER - 1]]
@@ -240,39 +221,3 @@ class Index:
     def _find(self, state: OpenIndex, query: Query, path: str | None) -> Answer:
         among = None if path is None else state.filtered(Filters(only=(path,)))
         return self.ranker.rank(state, [self._encoded(query)], 1, among)[0]
-
-    def measure_recall(
-        self, sentences: Sequence[str], counts: Sequence[int], top: int
-    ) -> list[Recall]:
-        """Looks for the `top` best windows among numbers of candidates, of the engine or a scan."""
-        state, ranker = self.state(), self.ranker
-        queries = encode_sentences(self.model, sentences)
-        queries = [queries[0], *queries]  # The first one compiles, and is not counted.
-        gallery = ranker.gallery(state, queries[0])
-        exact, report = [], []
-        for query in queries:
-            start = time.perf_counter()
-            (best,) = ranker.engine.search(query.parts, gallery, top)
-            exact.append((best.slots[:top], time.perf_counter() - start))
-        for count in counts:
-            times, shares = [], []
-            asked = tqdm(zip(queries, exact, strict=True), f"{count} candidates", len(queries))
-            for query, (best, seconds) in asked:
-                start = time.perf_counter()
-                slots = ranker.candidates(state, gallery, query, count)
-                middle = time.perf_counter()
-                ranker.engine.search(query.parts, gallery.copied(slots), top)
-                times.append((middle - start, time.perf_counter() - middle, seconds))
-                shares.append(np.isin(best, slots))
-            recall = float(np.concatenate(shares[1:]).mean())
-            report.append(Recall(count, recall, *np.median(times[1:], axis=0).tolist()))
-        return report
-
-
-def rank_sentences(
-    model: RetrievalModel, path: Path, sentences: Sequence[str]
-) -> list[tuple[float, str]]:
-    """Ranks sentences by their similarity to a video file: pairs of both, the best first."""
-    scores = model.similarity(model.encode_text(sentences), model.encode_videos([path]))[:, 0]
-    order = np.argsort(-scores, kind="stable")
-    return [(float(scores[row]), sentences[row]) for row in order]

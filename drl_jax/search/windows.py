@@ -50,8 +50,7 @@ def windows_of(video: SampledVideo, max_frames: int) -> list[Window]:
     A shot that is not longer is one window; a longer one has windows that are each half over the
     next. Very short shots are joined with their neighbours.
     """
-    windows = []
-    coarse = np.flatnonzero(video.coarse)
+    windows, coarse = [], np.flatnonzero(video.coarse)
     times = video.times[coarse]
     for start, end in _shots(video):
         for first, last in _pieces(start, end, float(max_frames)):
@@ -67,8 +66,7 @@ def windows_around(
     """Windows of `max_frames` frames a second apart, one for each sampled frame near a window.
 
     They start nearer to it than to its neighbours, and stay inside it and the windows that overlap
-    it: around all windows of a shot, there is one for each frame at which one may start, and none
-    around a whole shot. `times` are those of the sampled frames, float64 [F].
+    it; there is none around a whole shot. `times` are those of the sampled frames, float64 [F].
     """
     start, end = windows[number].start, windows[number].end
     if end - start < max_frames - _SAME:
@@ -81,9 +79,11 @@ def windows_around(
     first, last = np.searchsorted(times, (low - _SAME, high - _SAME))
     around = []
     for time in times[first:last]:
-        if time + max_frames - 1 > limit - _SAME:
+        wanted = time + np.arange(max_frames)
+        if wanted[-1] > limit - _SAME:
             break
-        frames = _nearest(times, time + np.arange(max_frames))
+        after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
+        frames = after - (wanted - times[after - 1] <= times[after] - wanted)  # The nearest.
         if (np.diff(frames) > 0).all() and times[frames[-1]] < limit:
             around.append(_spanning(times, frames, limit))
     return around
@@ -93,9 +93,8 @@ def inner_windows(times: np.ndarray, window: Window, max_frames: int) -> list[Wi
     """Shorter windows inside one: evenly spaced frames of a half or a quarter of it."""
     inside = np.arange(window.frames[0], window.frames[-1] + 1)
     inner = []
-    for share in (2, 4):
-        length = len(inside) // share + 1
-        if length < 2 or length == len(inside):
+    for length in (len(inside) // share + 1 for share in (2, 4)):
+        if length == 1 or length == len(inside):
             continue
         for first in range(0, len(inside) - length + 1, max(1, length // 4)):
             frames = _spread(inside[first : first + length], max_frames)
@@ -120,34 +119,27 @@ def _spread(frames: np.ndarray, most: int) -> tuple[int, ...]:
     return tuple(frames.tolist())
 
 
-def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Indices of the times that are nearest to others."""
-    after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
-    return after - (wanted - times[after - 1] <= times[after] - wanted)
-
-
 def _spanning(times: np.ndarray, frames: Sequence[int] | np.ndarray, limit: float) -> Window:
     """The window of frames, from the first to a little after the last."""
-    end = min(float(times[frames[-1]]) + _LAST_FRAME, limit)
-    return Window(float(times[frames[0]]), end, tuple(map(int, frames)))
+    start, last = times[[frames[0], frames[-1]]].tolist()
+    return Window(start, min(last + _LAST_FRAME, limit), tuple(map(int, frames)))
 
 
 def _shots(video: SampledVideo) -> list[tuple[float, float]]:
     """Shots, with short ones joined as far as `_ACROSS_CUT` allows."""
     shots: list[list[float]] = []  # Start, cuts inside, end.
     for start, end in itertools.pairwise([*map(float, video.shot_starts), video.duration]):
-        if shots and _may_join(*shots[-1], end):
+        if shots and _may_join([*shots[-1], end]):
             shots[-1].append(end)
         else:
             shots.append([start, end])
     return [(shot[0], shot[-1]) for shot in shots]
 
 
-def _may_join(first: float, *cuts_and_last: float) -> bool:
-    """Whether a part of a shot is so short, and every cut is so near to an end."""
-    *cuts, last = cuts_and_last
-    near = all(min(cut - first, last - cut) <= _ACROSS_CUT for cut in cuts)
-    return near and min(cuts[-1] - first, last - cuts[-1]) < _ACROSS_CUT
+def _may_join(times: list[float]) -> bool:
+    """Whether a part of a shot (start, cuts inside, end) is so short, and all cuts near an end."""
+    distances = [min(cut - times[0], times[-1] - cut) for cut in times[1:-1]]
+    return max(distances) <= _ACROSS_CUT and distances[-1] < _ACROSS_CUT
 
 
 def _pieces(start: float, end: float, seconds: float) -> list[tuple[float, float]]:
@@ -164,45 +156,37 @@ def find_spans(
 ) -> list[Span]:
     """Finds the best moments of a video, at most `most`, the best first.
 
-    The best window, joined with its neighbours that overlap one another and score alike, is a
-    moment; then the best of the windows that do not overlap it by more than half, and so on. Alike
-    is what stands out of the film as much: it is the same for sentences, pictures and videos. If
-    all that is joined overlaps the best window, it may be alike because of what they share, and
-    the window is the moment.
+    The best window, joined with its neighbours that overlap one another and stand out of the film
+    as much, is a moment; then the best of the windows that do not overlap it by more than half, and
+    so on. If all that is joined overlaps the best window, it may be alike because of what they
+    share, and the window is the moment.
 
-    Args:
-      windows: by their start; refined ones in the place of those that they refine.
-      scores: float [W].
-      deviation: of similarities that mean nothing; 0 if it is not known.
+    `windows` are by their start; `scores` are float [W], and `deviation` is that of similarities
+    that mean nothing, 0 if it is not known.
     """
     found: list[Span] = []
     scores = np.array(scores, np.float64)  # Of windows that are in no moment yet; else -inf.
     median = np.median(scores)
-
+    # Neighbours that only touch are of two shots.
+    overlaps = [before.end > after.start for before, after in itertools.pairwise(windows)]
     for best in np.argsort(-scores, kind="stable").tolist():
         window = windows[best]
         is_taken = scores[best] == -np.inf
         if is_taken or any(_overlap(window, span) > _MAX_OVERLAP for span in found):
             continue
-        first = best
         above = max((1 - _ALIKE) * (scores[best] - median), _WITHIN * deviation)
         is_alike = scores >= scores[best] - above
-        # Windows that only touch are of two shots.
-        while first and is_alike[first - 1] and windows[first - 1].end > windows[first].start:
+        first = last = best
+        while first and is_alike[first - 1] and overlaps[first - 1]:
             first -= 1
-        after = best + 1
-        while (
-            after < len(windows)
-            and is_alike[after]
-            and windows[after - 1].end > windows[after].start
-        ):
-            after += 1
-        joined = windows[first:after]
+        while last + 1 < len(windows) and is_alike[last + 1] and overlaps[last]:
+            last += 1
+        joined = windows[first : last + 1]
         if all(_overlap(window, other) > 0 for other in joined):
             joined = [window]
         start, end = min(w.start for w in joined), max(w.end for w in joined)
         found.append(Span(start, end, float(scores[best]), best))
-        scores[first:after] = -np.inf
+        scores[first : last + 1] = -np.inf
         if len(found) == most:
             break
     return found
