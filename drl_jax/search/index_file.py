@@ -118,7 +118,7 @@ class IndexPart:
 
     def videos(self) -> int:
         """Number of all files."""
-        return sum(np.count_nonzero(~one.gone) for one in self.listed)
+        return sum(int((~one.gone).sum()) for one in self.listed)
 
     def paths(self) -> Iterator[str]:
         """The absolute paths of all files."""
