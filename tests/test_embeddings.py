@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+from drl_jax.embeddings.inputs import find_folder, read_captions
 from safetensors import safe_open
 from support.commands import ROOT, error_of
 from support.files import refused
@@ -24,7 +25,6 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.embed import main
 from drl_jax.embeddings.embed import embed_captions, embed_videos
-from drl_jax.embeddings.inputs import find_folder, read_captions
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.lock import locked

@@ -83,7 +83,7 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         "tensorflow": set(),
         "torch": set(),
         "pyarrow": {
-            *("drl_jax.data.description_files", "drl_jax.embeddings.formats"),
+            *("drl_jax.data.description_files", "drl_jax.embeddings.files"),
             *("drl_jax.search.filters", "drl_jax.search.segments"),
         },
         "ray": {"drl_jax.runtime.cluster", *RAY_MODULES},

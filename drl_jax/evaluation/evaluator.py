@@ -33,8 +33,7 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-      metrics: {"t2v": .., "v2t": ..} of `metrics.metrics_of`, and "pair_accuracy" where the split
-        has pairs of a clip and its reverse.
+      metrics: of `metrics.metrics_of`.
       sim_matrix: float32 [A, B], captions by videos, in the order of `Split.caption_pairs`.
       ranks: the rank of every query, and the video of each caption.
       text: the interaction's arrays of the captions.
@@ -66,15 +65,9 @@ class Evaluator:
     def run(
         self, params: Params, split: Split, *, frame_order: FrameOrder | None = None
     ) -> Evaluation:
-        """Computes the metrics of a split.
+        """Encodes and ranks a split.
 
-        Args:
-          params: the model's parameters.
-          split: captions and their videos.
-          frame_order: applied to the frames of each video before they are encoded.
-
-        Returns:
-          The metrics, and what they were computed from.
+        `frame_order` is applied to the frames of each video before they are encoded.
         """
         text = self.encode_captions(params, split.caption_pairs()[1])
         video = self.encode_videos(params, split.videos, frame_order=frame_order)

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from drl_jax.evaluation.figures import interaction_figure, similarity_figure
-from drl_jax.evaluation.metrics import DIRECTIONS, NAMES
+from drl_jax.evaluation.metrics import DIRECTIONS, METRICS
 from drl_jax.report import channels
 from drl_jax.report.charts import (
     DIRECTION_NAMES,
@@ -56,7 +56,7 @@ def render(data: ReportData) -> str:
             data=data,
             css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
             directions={name: DIRECTION_NAMES[name] for name in DIRECTIONS},
-            names=NAMES,
+            names=list(METRICS),
             charts=_charts(data),
             curves=_curves(data),
             queries=queries,
