@@ -104,26 +104,17 @@ def _checked(value: Any, where: str) -> str:
 
 @dataclasses.dataclass
 class Output:
-    """The files of an output, which this process alone writes (`open_output`).
+    """The files of an output, which this process alone writes (`open_output`)."""
 
-    Attributes:
-      files: all files, in the order of the inputs.
-      made_with: all that their content depends on, JSON values by names for messages.
-      spool: directory for temporary files.
-      finished: files that are complete.
-      rows: number of their rows.
-      unreadable: why inputs could not be read, by name.
-    """
-
-    files: dict[Path, range]
-    made_with: dict[str, Any]
-    spool: Path
+    files: dict[Path, range]  # with the numbers of their inputs
+    made_with: dict[str, Any]  # all that they depend on, JSON values by names for messages
+    spool: Path  # directory for temporary files
     finished: set[Path] = dataclasses.field(default_factory=set)
-    rows: int = 0
-    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
+    rows: int = 0  # of the finished files
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)  # why, by name
 
     def pending(self) -> dict[Path, range]:
-        """The files that are not finished, each with the numbers of its inputs."""
+        """Those of `files` that are not finished."""
         return {file: part for file, part in self.files.items() if file not in self.finished}
 
     def write(
@@ -176,12 +167,10 @@ def open_output(
       UserError: another process writes it, or there are files of another origin.
     """
     starts = range(0, inputs, shard_size)
-    files = {
-        out.with_name(f"{out.stem}-{number:05d}-of-{len(starts):05d}{out.suffix}")
-        if len(starts) > 1
-        else out: range(start, min(start + shard_size, inputs))
-        for number, start in enumerate(starts)
-    }
+    numbers = [range(start, min(start + shard_size, inputs)) for start in starts]
+    names = [f"{out.stem}-{n:05d}-of-{len(starts):05d}{out.suffix}" for n in range(len(starts))]
+    paths = [out.with_name(name) for name in names] if len(starts) > 1 else [out]
+    files = dict(zip(paths, numbers, strict=True))
     spool = out.with_name(f"{out.name}.unfinished")
     output = Output(files, {**made_with, "--shard_size": shard_size}, spool)
     name = re.compile(re.escape(out.stem) + r"(-\d{5,}-of-\d{5,})?" + re.escape(out.suffix))

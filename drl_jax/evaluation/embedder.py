@@ -147,7 +147,10 @@ class Embedder:
         rounded = 1 << (count - 1).bit_length()
         parts, size = [], self._batch_rows(self._config.eval.batch_size, rounded)
         own = self._layout.local_rows(size)
-        with _progress(count, unit) as progress:
+        hidden = True if not is_main() else None  # None: shown on a terminal only.
+        with tqdm(
+            total=count, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden
+        ) as progress:
             for start in range(0, count, size):
                 # The last batch repeats the last row: one shape, one compilation.
                 rows = np.minimum(np.arange(start, start + size), count - 1)
@@ -168,11 +171,6 @@ def pad_tokens(text: Features, length: int) -> Features:
     return {name: padded(a) if name.startswith("text_") else a for name, a in text.items()}
 
 
-def _progress(count: int, unit: str) -> tqdm:
-    hidden = True if not is_main() else None  # None: shown on a terminal only.
-    return tqdm(total=count, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden)
-
-
 class EmbedSteps(NamedTuple):
     """Compiled functions of parameters and arrays; the encoders return arrays by name."""
 
@@ -189,13 +187,8 @@ def make_embed_steps(
     """Compiles the functions of evaluation and search.
 
     Inputs are batch-sharded, except the videos of `similarity`, which are replicated. Results are
-    replicated.
-
-    Args:
-      model: the model.
-      layout: shardings of inputs and parameters.
-      keep_tokens: whether the encoders also return the features and masks of tokens and frames for
-        an interaction that does not need them (`text_feat`, `frame_feat`), for search.
+    replicated. With `keep_tokens`, for search, the encoders also return the features and masks of
+    tokens and frames for an interaction that does not need them (`text_feat`, `frame_feat`).
     """
     definition = model_definition(model)
     replicated, sharded = layout.replicated, layout.batch_sharded

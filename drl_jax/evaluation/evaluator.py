@@ -46,14 +46,6 @@ class Evaluation:
     text: Features
     video: Features
 
-    @classmethod
-    def of(
-        cls, sim_matrix: np.ndarray, split: Split, text: Features, video: Features
-    ) -> "Evaluation":
-        """Ranks the captions and videos of a split by their similarities [A, B]."""
-        ranks = query_ranks(sim_matrix, split.caption_pairs()[0], split.reversed_pairs)
-        return cls(metrics_of(ranks), sim_matrix, ranks, text, video)
-
 
 class Evaluator:
     """Evaluates parameters on splits of a dataset; compiled once."""
@@ -71,7 +63,9 @@ class Evaluator:
         """
         text = self.encode_captions(params, split.caption_pairs()[1])
         video = self.encode_videos(params, split.videos, frame_order=frame_order)
-        return Evaluation.of(self.similarity(params, text, video), split, text, video)
+        sim_matrix = self.similarity(params, text, video)
+        ranks = query_ranks(sim_matrix, split.caption_pairs()[0], split.reversed_pairs)
+        return Evaluation(metrics_of(ranks), sim_matrix, ranks, text, video)
 
     def encode_captions(self, params: Params, captions: list[str]) -> Features:
         """N captions -> the interaction's arrays, [N, ...] each."""

@@ -50,6 +50,7 @@ def render(data: ReportData) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": "{:.1f}".format, "rank": _rank, "bounds": _bounds}
+    steps = int(max((values["step"] for values in data.history), default=0))
     with page_style():
         queries, left_out = _mapped_queries(data.maps)
         return environment.get_template("report.html").render(
@@ -58,7 +59,10 @@ def render(data: ReportData) -> str:
             directions={name: DIRECTION_NAMES[name] for name in DIRECTIONS},
             names=list(METRICS),
             charts=_charts(data),
-            curves=_curves(data),
+            curves={
+                title: inline(figure, f"curve {title}", f"{title} over {steps} steps.")
+                for title, figure in curve_figures(data.history).items()
+            },
             queries=queries,
             left_out=left_out,
             channel_charts=_channel_charts(data.channels),
@@ -88,14 +92,6 @@ def _charts(data: ReportData) -> dict[str, Markup]:
         "similarity": similarity_figure(data.sim_matrix),
     }
     return {name: inline(figure, name, labels[name]) for name, figure in figures.items()}
-
-
-def _curves(data: ReportData) -> dict[str, Markup]:
-    steps = int(max((values["step"] for values in data.history), default=0))
-    return {
-        title: inline(figure, f"curve {title}", f"{title} over {steps} steps.")
-        for title, figure in curve_figures(data.history).items()
-    }
 
 
 def _mapped_queries(maps: list[WordFrameMap]) -> tuple[list[MappedQuery], int]:
