@@ -1,7 +1,7 @@
 """Writes the embeddings of captions and of videos to files."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from drl_jax.models.tokenizers.base import warn_of_cut
 from drl_jax.pretrained import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256
+from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.encoding import encode_reads
 from drl_jax.search.query import sampling_of
@@ -59,7 +60,8 @@ def embed_captions(
             for row, strings in enumerate(words):
                 token[row, text["text_mask"][row]] = strings
             features = _stored({"pooled": model.pool_text(text), **text}, dtype)
-            output.write(file, {"caption": np.array(part), **features, "token": token}, {})
+            arrays = {"caption": np.array(part), **features, "token": token}
+            output.write(file, arrays, {}, is_finished=True)
             encoded, cut = encoded + len(part), cut + int(tokens.is_cut.sum())
             progress.update(len(part))
     warn_of_cut(cut, encoded, max_words)
@@ -76,16 +78,10 @@ def embed_videos(
     dtype: str = "float32",
     shard_size: int = SHARD_SIZE,
 ) -> Output:
-    """Writes the features of the videos below a folder; the same call continues.
+    """As `embed_captions`, of the videos below a folder.
 
-    Args:
-      model: encodes them.
-      folder: searched recursively.
-      out: see `files.open_output`.
-      windows: a row for each window of a video, as in a search index, not for each video.
-      timeout: seconds for decoding one video, and one more for each MB of its file.
-      dtype: of the features.
-      shard_size: videos per file.
+    Decoding a video may take `timeout` seconds, and one more for each MB of its file. With
+    `windows`, a row is a window of a video, as in a search index.
 
     Raises:
       UserError: there is no video; or a file cannot be written, or exists and is of another origin.
@@ -102,48 +98,62 @@ def embed_videos(
         "--windows": windows,
     }
     sampling = sampling_of(model)
-    with open_output(out, made_with, len(found), shard_size) as output:
+    with (
+        open_output(out, made_with, len(found), shard_size) as output,
+        temporary_directory() as spool,
+    ):
         output.unreadable |= unusable
         pending = output.pending()
         videos = [found[number] for numbers in pending.values() for number in numbers]
-        calls: list[tuple[Any, ...]] = [(folder / video.path, sampling) for video in videos]
+        paths = [folder / video.path for video in videos]
         if windows:
             calls = [
-                (path, frozenset(), sampling, output.spool / f"{number}.frames")
-                for number, (path, _) in enumerate(calls)
+                (path, frozenset(), sampling, spool / f"{number}.frames")
+                for number, path in enumerate(paths)
             ]
-        reads = map_in_processes(
-            read_video if windows else read_whole_video,
-            calls,
-            timeout=[video.allowed for video in videos],
-            ahead=_AHEAD,
-        )
+        else:
+            calls = [(path, sampling) for path in paths]
+        timeouts = [video.allowed for video in videos]
+        read = read_video if windows else read_whole_video
+        reads = map_in_processes(read, calls, timeout=timeouts, ahead=_AHEAD)
         with contextlib.closing(reads), _progress(output, len(found), "video") as progress:
             for file, numbers in pending.items():
-                failures: dict[str, WorkerFailure] = {}
-                unreadable: dict[str, str] = {}
-                waiting: list[tuple[str, VideoRead]] = []
-                parts: list[Features] = []
-                for number, read in zip(numbers, islice(reads, len(numbers)), strict=True):
-                    path = found[number].path
-                    if isinstance(read, WorkerFailure):
-                        failures[path] = read
-                    elif read.error:
-                        unreadable[path] = read.error
-                    else:
-                        waiting.append((path, read))
-                    rows = sum(len(read.windows) for _, read in waiting)
-                    if rows >= model.config.eval.batch_size or (waiting and number == numbers[-1]):
-                        parts.append(_of_videos(model, waiting, dtype, windows))
-                        waiting = []
-                    progress.update()
-                parts = parts or [_no_videos(model, dtype, windows)]
-                arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-                unreadable |= {path: failure.reason for path, failure in failures.items()}
-                # The next run tries again what failed for a reason that may pass.
-                is_finished = not any(failure.is_passing for failure in failures.values())
-                output.write(file, arrays, unreadable, is_finished=is_finished)
+                paths = [found[number].path for number in numbers]
+                results = zip(paths, islice(reads, len(paths)), strict=True)
+                output.write(file, *_of_file(model, results, dtype, windows, progress))
     return output
+
+
+def _of_file(
+    model: RetrievalModel,
+    results: Iterable[tuple[str, VideoRead | WorkerFailure]],
+    dtype: str,
+    windows: bool,
+    progress: tqdm,
+) -> tuple[Features, dict[str, str], bool]:
+    """The arguments of `Output.write`, of the paths of videos and what was read of them."""
+    unreadable: dict[str, str] = {}
+    waiting: list[tuple[str, VideoRead]] = []
+    parts: list[Features] = []
+    is_finished = True
+    for path, read in results:
+        if isinstance(read, WorkerFailure):
+            unreadable[path] = read.reason
+            # The next run tries again what failed for a reason that may pass.
+            is_finished &= not read.is_passing
+        elif read.error:
+            unreadable[path] = read.error
+        else:
+            waiting.append((path, read))
+        if sum(len(read.windows) for _, read in waiting) >= model.config.eval.batch_size:
+            parts.append(_of_videos(model, waiting, dtype, windows))
+            waiting = []
+        progress.update()
+    if waiting:
+        parts.append(_of_videos(model, waiting, dtype, windows))
+    parts = parts or [_no_videos(model, dtype, windows)]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return arrays, unreadable, is_finished
 
 
 def _of_videos(

@@ -15,7 +15,6 @@ import dataclasses
 import io
 import json
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,7 +107,6 @@ class Output:
 
     files: dict[Path, range]  # with the numbers of their inputs
     made_with: dict[str, Any]  # all that they depend on, JSON values by names for messages
-    spool: Path  # directory for temporary files
     finished: set[Path] = dataclasses.field(default_factory=set)
     rows: int = 0  # of the finished files
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)  # why, by name
@@ -122,8 +120,7 @@ class Output:
         file: Path,
         arrays: dict[str, np.ndarray],
         unreadable: Mapping[str, str],
-        *,
-        is_finished: bool = True,
+        is_finished: bool,
     ) -> None:
         """Writes a file atomically: arrays of bool, numbers or strings with the same first axis.
 
@@ -171,8 +168,7 @@ def open_output(
     names = [f"{out.stem}-{n:05d}-of-{len(starts):05d}{out.suffix}" for n in range(len(starts))]
     paths = [out.with_name(name) for name in names] if len(starts) > 1 else [out]
     files = dict(zip(paths, numbers, strict=True))
-    spool = out.with_name(f"{out.name}.unfinished")
-    output = Output(files, {**made_with, "--shard_size": shard_size}, spool)
+    output = Output(files, {**made_with, "--shard_size": shard_size})
     name = re.compile(re.escape(out.stem) + r"(-\d{5,}-of-\d{5,})?" + re.escape(out.suffix))
     with locked(out.with_name(f"{out.name}.lock"), f"the output {out}"):
         for path in sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name)):
@@ -189,12 +185,7 @@ def open_output(
         for part in out.parent.glob("*.part"):
             if part.with_name(part.name.rsplit(".", 2)[0]) in files:
                 part.unlink(missing_ok=True)
-        shutil.rmtree(spool, ignore_errors=True)
-        spool.mkdir()
-        try:
-            yield output
-        finally:
-            shutil.rmtree(spool, ignore_errors=True)
+        yield output
 
 
 def _read_about(path: Path) -> dict[str, Any]:

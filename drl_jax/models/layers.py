@@ -129,7 +129,7 @@ class SelfAttention(nnx.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         attended = attend(q[:, :queries], k, v, mask, self.implementation)
-        return self.out_proj(attended.reshape(rows, queries, width))
+        return self.out_proj(attended.reshape(rows, queries, width))  # [B, Q, K, D/K] -> [B, Q, D]
 
     def pool(self, x: jax.Array, probe: jax.Array) -> jax.Array:
         """Attends to all positions with one query: [B, T, D], [1, 1, D] -> [B, 1, D]."""
@@ -138,6 +138,7 @@ class SelfAttention(nnx.Module):
         q = project(probe, kernel[:, :width], bias[:width], dtype)
         kv = project(x, kernel[:, width:], bias[width:], dtype)  # [B, T, 2D]
         q = jnp.broadcast_to(q, (rows, 1, width))
+        # [B, 1 or T, D] -> [B, 1 or T, K, D/K]
         q, k, v = (
             part.reshape(rows, -1, self.heads, width // self.heads)
             for part in (q, *jnp.split(kv, 2, axis=-1))

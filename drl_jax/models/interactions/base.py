@@ -251,6 +251,7 @@ def map_video_blocks(
     size = -(-videos // blocks)  # Blocks of equal size need the least padding.
 
     def split(x: jax.Array) -> jax.Array:
+        # [B, ...] -> [blocks, size, ...]
         padding = ((0, blocks * size - videos), *[(0, 0)] * (x.ndim - 1))
         return jnp.pad(x, padding).reshape(blocks, size, *x.shape[1:])
 
