@@ -36,7 +36,7 @@ def plain(text: Arrays, video: Arrays) -> jax.Array:
 def blocks(text: Arrays, video: Arrays) -> jax.Array:
     """Similarity [A, B], computed in blocks of videos as in the evaluation."""
     block = ModelConfig.similarity_block
-    return similarity_in_blocks(lambda v, _: weighted_token_wise(**text, **v), video, None, block)
+    return similarity_in_blocks(lambda v, _: weighted_token_wise(text, v), video, None, block)
 
 
 def random_arrays(name: str, count: int, length: int, seed: int) -> Arrays:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.embeddings import DTYPES, SHARD_SIZE, SUFFIXES
-from drl_jax.model_flags import add_model_flags
+from drl_jax.embeddings.files import DTYPES, SHARD_SIZE, SUFFIXES, read_captions
+from drl_jax.model_flags import add_model_flags, required_model
 from drl_jax.runtime.cli import Parser, positive_int, positive_seconds, run_command
 from drl_jax.runtime.errors import UserError
 
@@ -21,33 +21,21 @@ def _parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add = parser.add_argument
     add_model_flags(parser)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--videos", type=Path, help="folder of videos, searched recursively")
     inputs.add_argument(
         "--captions", type=Path, help="file of captions: .txt, .csv, .json or .jsonl"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help=f"the file to write: {', '.join(SUFFIXES)}"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default=DTYPES[0], help="of the features (%(default)s)"
-    )
-    parser.add_argument(
-        "--shard_size",
-        type=positive_int,
-        default=SHARD_SIZE,
-        help="videos or captions per file; more inputs make several files (%(default)s)",
-    )
-    parser.add_argument(
-        "--windows", action="store_true", help="a row per window of a video, not per video"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=positive_seconds,
-        default=300.0,
-        help="seconds for decoding a video, and one more for each MB (%(default)s)",
-    )
+    add("--out", type=Path, required=True, help=f"the file to write: {', '.join(SUFFIXES)}")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the features (%(default)s)")
+    files = "videos or captions per file; more inputs make several files (%(default)s)"
+    add("--shard_size", type=positive_int, default=SHARD_SIZE, help=files)
+    rows = "a row per window of a video, not per video"
+    add("--windows", action="store_true", help=rows)
+    seconds = "seconds for decoding a video, and one more for each MB (%(default)s)"
+    add("--timeout", type=positive_seconds, default=300.0, help=seconds)
     return parser
 
 
@@ -57,36 +45,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         from drl_jax.embeddings.embed import embed_captions, embed_videos
-        from drl_jax.embeddings.inputs import find_folder, read_captions
-        from drl_jax.embeddings.output import check_out
-        from drl_jax.model_flags import required_model
         from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()
-        check_out(options.out)
+        out = options.out
+        if out.suffix not in SUFFIXES:
+            raise UserError(f"--out={out}: the formats are {', '.join(SUFFIXES)}")
+        if not out.parent.is_dir():
+            raise UserError(f"--out={out}: there is no directory {out.parent}")
         stored = {"dtype": options.dtype, "shard_size": options.shard_size}
         if options.captions:
             if options.windows:
                 raise UserError("--windows is of videos; omit it")
             captions = read_captions(options.captions)
-            output = embed_captions(required_model(options), captions, options.out, **stored)
-            unreadable, unit = {}, "captions"
+            output = embed_captions(required_model(options), captions, out, **stored)
+            unit = "captions"
         else:
-            videos = find_folder(options.videos, options.timeout)
+            videos = {"windows": options.windows, "timeout": options.timeout}
             model = required_model(options)
-            output = embed_videos(model, videos, options.out, windows=options.windows, **stored)
-            unreadable = output.unreadable
+            output = embed_videos(model, options.videos, out, **videos, **stored)
             unit = "windows" if options.windows else "videos"
-        where = options.out if len(output.files) == 1 else f"{output.files[0]} and others"
+        where = out if len(output.files) == 1 else f"{next(iter(output.files))} and others"
         files = "1 file" if len(output.files) == 1 else f"{len(output.files)} files"
-        print(
-            f"{where}: {output.rows} {unit}, {options.dtype}, {files}, {output.nbytes / 1e6:.1f} MB"
-        )
-        if unreadable:
-            print(f"drl_jax.embed: {len(unreadable)} videos could not be read:", file=sys.stderr)
-            for path, reason in sorted(unreadable.items()):
+        nbytes = sum(file.stat().st_size for file in output.finished)
+        print(f"{where}: {output.rows} {unit}, {options.dtype}, {files}, {nbytes / 1e6:.1f} MB")
+        if output.unreadable:
+            count = len(output.unreadable)
+            print(f"drl_jax.embed: {count} videos could not be read:", file=sys.stderr)
+            for path, reason in sorted(output.unreadable.items()):
                 print(f"  {path}: {reason}", file=sys.stderr)
-        return 1 if unreadable else 0
+        return 1 if output.unreadable else 0
 
     kept = "finished files are kept; rerun the command to continue"
     return run_command("drl_jax.embed", work, on_interrupt=kept)

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def work() -> None:
-        from drl_jax.report.write import prepare_directory, write_report
+        from drl_jax.report import prepare_directory, write_report
         from drl_jax.runs.evaluate_run import evaluate
         from drl_jax.runs.workdir import load_config, with_data_dir
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory

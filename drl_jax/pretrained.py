@@ -36,34 +36,22 @@ from drl_jax.weights.weights_file import read_weights
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Decoded frames of a video.
+    """Decoded frames of a video."""
 
-    Attributes:
-      frames: uint8 [F, S, S, 3], F at most the model's `data.max_frames`.
-      times: F seconds from the start of the video.
-    """
-
-    frames: np.ndarray
-    times: tuple[float, ...]
+    frames: np.ndarray  # uint8 [F, S, S, 3], F at most the model's `data.max_frames`
+    times: tuple[float, ...]  # F seconds from the start of the video
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalModel:
-    """A model with parameters, ready to encode.
-
-    Attributes:
-      config: its configuration.
-      params: its parameters.
-      layout: mesh and shardings.
-      source: where it was loaded from: "workdir" and "checkpoint", or "weights" with
-        "release" and "tokenizer" if they were given; and "max_words" if it was.
-      towers: what a file of weights says about its towers; empty for a run.
-    """
+    """A model with parameters, ready to encode."""
 
     config: Config
     params: Params
     layout: Layout
+    # "workdir" and "checkpoint", or "weights"; and "release", "tokenizer" and "max_words" if given.
     source: dict[str, str]
+    # What a file of weights says about its towers; empty for a run.
     towers: str
     _embedder: Embedder = dataclasses.field(repr=False)
 
@@ -78,17 +66,14 @@ class RetrievalModel:
         return FrameForm.of(self.config.model.backbone)
 
     def encode_text(self, captions: Sequence[str]) -> Features:
-        """Encodes captions.
+        """Encodes N captions.
 
-        Args:
-          captions: N strings.
+        A caption of more than `data.max_words` tokens loses its last words; one `UserWarning` says
+        how many do.
 
         Returns:
           NumPy arrays by name, first axis N: what the interaction compares (for wti `text_unit`
           [N, L, D], `text_mask` [N, L], `text_weight` [N, L]), and features of all tokens.
-
-        A caption of more than `data.max_words` tokens loses its last words; one `UserWarning` says
-        how many do.
 
         Raises:
           UserError: there is no caption, or one is blank or no string.
@@ -114,11 +99,7 @@ class RetrievalModel:
         return self._embedder.encode_text(self.params, tokens)
 
     def encode_videos(self, videos: Sequence[str | os.PathLike | np.ndarray]) -> Features:
-        """Encodes videos.
-
-        Args:
-          videos: N paths of video files, or arrays of frames, uint8 [F, S, S, 3], as `read_video`
-            returns them.
+        """Encodes N videos: paths of files, or frames uint8 [F, S, S, 3] as of `read_video`.
 
         Returns:
           NumPy arrays by name, first axis N: what the interaction compares (for wti `frame_unit`
@@ -139,45 +120,30 @@ class RetrievalModel:
 
         return self._embedder.encode_video(self.params, read, len(videos))
 
-    # Its name in version 0.2.
-    encode_video = encode_videos
-
-    def encode_windows(self, frames: np.ndarray, windows: Sequence[Sequence[int]]) -> Features:
-        """Encodes parts of one long video; every frame is encoded once.
-
-        Args:
-          frames: uint8 [F, S, S, 3] of the whole video; may be a memory map.
-          windows: indices of the frames of each of N parts, at most `data.max_frames` each.
-
-        Returns:
-          NumPy arrays as of `encode_videos`, first axis N.
-        """
-        return self.encode_frame_windows(self.encode_frames(frames), windows)
-
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
-        """Encodes single frames with the image tower alone, before the temporal head.
+        """Frames uint8 [F, S, S, 3] -> features before the temporal head, float32 [F, D].
 
-        Args:
-          frames: uint8 [F, S, S, 3]; may be a memory map.
-
-        Returns:
-          float32 [F, D], which `encode_frame_windows` takes.
+        The frames may be a memory map.
         """
         return self._embedder.encode_frames(self.params, frames)
 
     def encode_frame_windows(
         self, image_feat: np.ndarray, windows: Sequence[Sequence[int]]
     ) -> Features:
-        """Encodes parts of a video from the features of its frames.
+        """Encodes N parts of a video from the features of its frames (`encode_frames`).
 
         Args:
-          image_feat: float32 [F, D] (`encode_frames`).
-          windows: as in `encode_windows`.
+          image_feat: float32 [F, D].
+          windows: indices of the frames of each part, at most `data.max_frames`.
 
         Returns:
           NumPy arrays as of `encode_videos`, first axis N.
         """
         return self._embedder.encode_windows(self.params, image_feat, windows)
+
+    def encode_windows(self, frames: np.ndarray, windows: Sequence[Sequence[int]]) -> Features:
+        """As `encode_frame_windows`, of the frames of a video; every frame is encoded once."""
+        return self.encode_frame_windows(self.encode_frames(frames), windows)
 
     def read_video(self, path: str | os.PathLike) -> Video:
         """Decodes the frames of a video file that the model encodes.
@@ -194,40 +160,25 @@ class RetrievalModel:
         return Video(frames, tuple(map(float, times)))
 
     def pool_text(self, text: Features) -> np.ndarray:
-        """One vector for each text, e.g. for a nearest-neighbour index or a clustering.
+        """One unit vector for each of A texts, e.g. for a clustering: float32 [A, D].
 
         dp and xti: the sentence feature. ti and wti: the mean of the tokens by their weights.
-
-        Args:
-          text: arrays of A texts (`encode_text`).
-
-        Returns:
-          float32 [A, D], of length 1.
         """
         return self.interaction.pool_text(text)
 
     def pool_videos(self, videos: Features) -> np.ndarray:
-        """One vector for each video, to be compared with those of texts and of other videos.
+        """One unit vector for each of B videos, to be compared with those of texts and videos.
 
         dp and xti: the mean of the unit frames. ti and wti: their mean by their weights. For dp,
         the dot products with vectors of texts are the similarities; for the others, they
         approximate them.
-
-        Args:
-          videos: arrays of B videos (`encode_videos`).
-
-        Returns:
-          float32 [B, D], of length 1.
         """
         return self.interaction.pool_video(videos)
 
     def similarity(self, text: Features, video: Features) -> np.ndarray:
-        """Compares all texts with all videos.
+        """Compares A texts (`encode_text`) with B videos (`encode_videos`).
 
-        Args:
-          text: arrays of A texts (`encode_text`); others, as a file of embeddings has them beside
-            these, are ignored. float16 is accepted.
-          video: arrays of B videos (`encode_videos`), likewise.
+        Arrays may be float16; others, as a file of embeddings has them beside these, are ignored.
 
         Returns:
           float32 [A, B], without the temperature, as evaluation ranks them.
@@ -358,11 +309,7 @@ def load(
 
 
 def load_source(source: dict[str, str]) -> RetrievalModel:
-    """Loads the model that `RetrievalModel.source` describes.
-
-    Raises:
-      UserError: see `load`.
-    """
+    """Loads the model that `RetrievalModel.source` describes; raises the errors of `load`."""
     given = {name: source[name] for name in ("release", "tokenizer") if name in source}
     if "max_words" in source:
         given["max_words"] = int(source["max_words"])

@@ -52,10 +52,6 @@ def test_the_documented_lines_run_in_a_process_of_their_own(search_run, test_vid
     assert finished.stdout.split("\n") == ["(1, 1)", "(1, 1)", ""]
 
 
-def test_the_name_of_version_0_2_encodes_videos(search_model):
-    assert type(search_model).encode_video is type(search_model).encode_videos
-
-
 @pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
 def test_similarities_are_those_of_evaluation(interaction, shapes_config, test_videos, tmp_path):
     config = make_run(tmp_path / "run", shapes_config, interaction)

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
 from drl_jax.models import attention
-from drl_jax.models.attention import AttentionMask, attend, lengths_of
+from drl_jax.models.attention import AttentionMask, attend
+from drl_jax.models.ops import lengths_of
 from drl_jax.sharding import make_layout
 
 B, T, K, D = 3, 12, 2, 16

@@ -98,7 +98,7 @@ def test_weighted_token_wise_loops_over_pairs(features):
             t2v = (sim.max(1) * f["text_weight"][a]).sum()
             v2t = (sim.max(0) * f["frame_weight"][b]).sum()
             expected[a, b] = (t2v + v2t) / 2
-    np.testing.assert_allclose(weighted_token_wise(**f), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(weighted_token_wise(f, f), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cdcr", [2, 3])

@@ -81,7 +81,7 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         "tensorflow": set(),
         "torch": set(),
         "pyarrow": {
-            *("drl_jax.data.description", "drl_jax.embeddings.formats"),
+            *("drl_jax.data.description", "drl_jax.embeddings.files"),
             *("drl_jax.search.filters", "drl_jax.search.segments"),
         },
         "ray": {RAY},

@@ -16,7 +16,7 @@ from support.params import random_params
 
 from drl_jax.config import BackboneConfig, LossConfig, ModelConfig, OptimConfig
 from drl_jax.evaluation.legacy import legacy_metrics
-from drl_jax.evaluation.metrics import retrieval_metrics
+from drl_jax.evaluation.metrics import metrics_of, query_ranks
 from drl_jax.models.drl import copy_text_tower, model_definition, param_shapes
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.sharding import make_layout
@@ -315,7 +315,7 @@ def test_metrics(name):
     counts = golden["captions_per_video"] or [1] * sim_matrix.shape[1]
     text_to_video = np.repeat(np.arange(len(counts)), counts)
     legacy = legacy_metrics(sim_matrix, text_to_video)
-    found = retrieval_metrics(sim_matrix, text_to_video)
+    found = metrics_of(query_ranks(sim_matrix, text_to_video))
     for direction in ("t2v", "v2t"):
         expected = golden[direction]
         for ours, theirs in (("R@1", "R1"), ("R@5", "R5"), ("R@10", "R10"), ("MnR", "MeanR")):

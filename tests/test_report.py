@@ -21,13 +21,15 @@ from drl_jax.evaluate import main as evaluate
 from drl_jax.evaluation.bootstrap import intervals
 from drl_jax.evaluation.metrics import metrics_of, query_ranks
 from drl_jax.models.interactions import Attribution
+from drl_jax.report import PAGE, write_report
 from drl_jax.report import page as report_page
-from drl_jax.report.channels import Channels, summary
 from drl_jax.report.collect import (
     VIDEOS_OF_DUPLICATE,
+    Channels,
     ReportData,
     WordFrameMap,
     mapped_pairs,
+    summary,
 )
 from drl_jax.report.findings import (
     confused_pairs,
@@ -37,7 +39,6 @@ from drl_jax.report.findings import (
     worst_queries,
 )
 from drl_jax.report.page import render
-from drl_jax.report.write import PAGE, write_report
 from drl_jax.runs.protocol_card import ProtocolCard
 from drl_jax.runs.run_params import remake_initial_params
 from drl_jax.runs.workdir import MANIFEST_FILE, WorkdirError, load_config

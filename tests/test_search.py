@@ -29,7 +29,7 @@ from support.videos import (
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
-from drl_jax.evaluation.metrics import retrieval_metrics
+from drl_jax.evaluation.metrics import metrics_of, query_ranks
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.search import index_file
 from drl_jax.search.__main__ import main
@@ -134,7 +134,7 @@ def test_search_matches_evaluation(interaction, model, shapes_config, test_video
         for hit in found:
             found_scores[row, column[hit.path.stem]] = hit.score
     np.testing.assert_allclose(found_scores, evaluation.sim_matrix, atol=2e-5)
-    by_search = retrieval_metrics(found_scores, np.arange(32))
+    by_search = metrics_of(query_ranks(found_scores, np.arange(32)))
     assert by_search["t2v"]["MnR"] == pytest.approx(evaluation.metrics["t2v"]["MnR"], abs=0.2)
 
     (similar,) = session.search(Query(video=hits[0][0].path), top=1)

@@ -11,8 +11,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from drl_jax.config import ACTIVATIONS, ModelConfig
-from drl_jax.models.backbone import TextFeatures
 from drl_jax.models.drl import BACKBONES, model_definition, param_shapes
+from drl_jax.models.towers import TextFeatures
 from drl_jax.weights.load import config_of_weights, params_from_state
 from drl_jax.weights.weights_file import Weights, read_weights, save_weights
 

@@ -9,12 +9,11 @@ A draw is a count for each video, and every metric is a function of how often ea
 the metrics of all draws come from one matrix product: counts [R, V] by ranks of a video [V, U].
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from drl_jax.evaluation.metrics import DIRECTIONS, NAMES, RECALLS, Ranks, flatten, metrics_of
+from drl_jax.evaluation.metrics import METRICS, Ranks, flatten, metrics_of
 
 RESAMPLES = 2000
 _PERCENTILES = (2.5, 97.5)
@@ -44,33 +43,25 @@ class Difference(NamedTuple):
 
 
 def intervals(ranks: Ranks, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
-    """95 % intervals of the metrics.
+    """95 % intervals of the metrics: as `metrics.metrics_of`, with [lower, upper] for each value.
 
-    Args:
-      ranks: of a split.
-      resamples: number of draws, R.
-      seed: of the draws.
-
-    Returns:
-      As `metrics.metrics_of`, with [lower, upper] in place of each value.
+    `resamples` is the number of draws, R.
     """
 
-    def bounds(draws: np.ndarray) -> list[float]:
-        return np.percentile(draws, _PERCENTILES).tolist()
+    def bounds(drawn: Any) -> Any:
+        if isinstance(drawn, dict):
+            return {name: bounds(values) for name, values in drawn.items()}
+        return np.percentile(drawn, _PERCENTILES).tolist()
 
-    return _map_metrics(bounds, _drawn_metrics(ranks, resamples, seed))
+    return bounds(_drawn_metrics(ranks, resamples, seed))
 
 
 def differences(
     one: Ranks, other: Ranks, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Difference]:
-    """Compares two models on the same queries; each draw has the same videos for both.
+    """Compares two models on the same queries, in the same order.
 
-    Args:
-      one: ranks of the first model.
-      other: ranks of the second model, for the same queries in the same order.
-      resamples: number of draws, R.
-      seed: of the draws.
+    Each draw has the same videos for both.
 
     Returns:
       The differences by the names of `metrics.flatten`.
@@ -97,10 +88,10 @@ def _drawn_metrics(ranks: Ranks, resamples: int, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     videos = len(ranks.v2t)
     draws = _draw(rng, videos, resamples)
-    drawn: dict[str, Any] = {
-        "t2v": _metrics_of_draws(draws, ranks.t2v, ranks.text_to_video),
-        "v2t": _metrics_of_draws(draws, ranks.v2t, np.arange(videos)),
-    }
+    drawn: dict[str, Any] = {}
+    for direction, cluster in (("t2v", ranks.text_to_video), ("v2t", np.arange(videos))):
+        distinct, counts = _counts_of_draws(draws, getattr(ranks, direction), cluster)
+        drawn[direction] = {name: metric.of(distinct, counts) for name, metric in METRICS.items()}
     if len(ranks.pair):
         pairs = _draw(rng, int(ranks.pair.max()) + 1, resamples)
         values, counts = _counts_of_draws(pairs, ranks.pair_scores, ranks.pair)
@@ -122,12 +113,7 @@ def _draw(rng: np.random.Generator, size: int, resamples: int) -> np.ndarray:
 def _counts_of_draws(
     draws: np.ndarray, values: np.ndarray, cluster: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts the values of each draw.
-
-    Args:
-      draws: float32 [R, V], how often each of V clusters is in each draw.
-      values: float [N].
-      cluster: int [N], the cluster of each value.
+    """Draws of V clusters [R, V], values [N] and their clusters -> how often each value is drawn.
 
     Returns:
       The distinct values, ascending, [U], and how often each is in each draw, float64 [R, U].
@@ -136,30 +122,3 @@ def _counts_of_draws(
     members = np.zeros((draws.shape[1], len(distinct)), np.float32)
     np.add.at(members, (cluster, index), 1)
     return distinct, (draws @ members).astype(np.float64)
-
-
-def _metrics_of_draws(
-    draws: np.ndarray, ranks: np.ndarray, cluster: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The metrics of one direction, float64 [R] each."""
-    values, counts = _counts_of_draws(draws, ranks, cluster)
-    up_to = counts.cumsum(axis=1)
-    total = up_to[:, -1]
-    recalls = {f"R@{k}": 100 * counts[:, values <= k].sum(axis=1) / total for k in RECALLS}
-    # The median is the mean of the elements at the positions ceil(n / 2) and floor(n / 2) + 1.
-    middle = [
-        values[(up_to < position[:, None]).sum(axis=1)]
-        for position in (np.ceil(total / 2), np.floor(total / 2) + 1)
-    ]
-    return {**recalls, "MdR": (middle[0] + middle[1]) / 2, "MnR": counts @ values / total}
-
-
-def _map_metrics(function: Callable[[np.ndarray], Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Applies a function to each value of `_drawn_metrics`."""
-    mapped: dict[str, Any] = {
-        direction: {name: function(metrics[direction][name]) for name in NAMES}
-        for direction in DIRECTIONS
-    }
-    if "pair_accuracy" in metrics:
-        mapped["pair_accuracy"] = function(metrics["pair_accuracy"])
-    return mapped

@@ -28,18 +28,10 @@ class Embedder:
     """The encoders and the similarity of a model, compiled once.
 
     Parameters are passed to each call, so that training can evaluate its current ones.
-
-    Attributes:
-      tokenizer: of the captions.
     """
 
     def __init__(self, config: Config, layout: Layout, *, keep_tokens: bool = False):
-        """Creates the functions; they are compiled at their first call.
-
-        Args:
-          config: the configuration.
-          layout: shardings of parameters and batches.
-          keep_tokens: see `make_embed_steps`.
+        """Creates the functions (`make_embed_steps`); they are compiled at their first call.
 
         Raises:
           UserError: the model has no tokenizer that can be used, see `load_tokenizer`.
@@ -64,10 +56,8 @@ class Embedder:
         positions = max(_LEAST_POSITIONS, 1 << (longest - 1).bit_length())
 
         def read(rows: np.ndarray) -> Features:
-            return {
-                "text_ids": text_ids[rows, :positions],
-                "text_mask": text_mask[rows, :positions],
-            }
+            arrays = {"text_ids": text_ids, "text_mask": text_mask}
+            return {name: array[rows, :positions] for name, array in arrays.items()}
 
         text = self._encode(params, self._steps.encode_text, read, len(text_ids), "caption")
         return pad_tokens(text, text_ids.shape[1])
@@ -75,12 +65,9 @@ class Embedder:
     def encode_video(
         self, params: Params, read: Callable[[np.ndarray], list[np.ndarray]], count: int
     ) -> Features:
-        """N videos -> the arrays of `DRL.encode_video`.
+        """N = `count` videos -> the arrays of `DRL.encode_video`.
 
-        Args:
-          params: the model's parameters.
-          read: maps indices of videos, int [B], to the frames of each, uint8 [F, H, W, 3].
-          count: N.
+        `read` maps indices of videos, int [B], to the frames of each, uint8 [F, H, W, 3].
         """
 
         def read_padded(rows: np.ndarray) -> Features:
@@ -91,11 +78,9 @@ class Embedder:
         return self._encode(params, self._steps.encode_video, read_padded, count, "video")
 
     def encode_frames(self, params: Params, frames: np.ndarray) -> np.ndarray:
-        """Frames -> features of the image tower, before the temporal head: float32 [F, D].
+        """Frames uint8 [F, H, W, 3] -> features of the image tower, float32 [F, D].
 
-        Args:
-          params: the model's parameters.
-          frames: uint8 [F, H, W, 3]; may be a memory map.
+        The features are those before the temporal head; the frames may be a memory map.
         """
 
         def read(rows: np.ndarray) -> Features:
@@ -110,7 +95,7 @@ class Embedder:
         """Windows of frames -> the arrays of `DRL.encode_video`.
 
         Args:
-          params: the model's parameters.
+          params: the parameters.
           image_feat: float32 [F, D], features of frames (`encode_frames`).
           windows: the frames of each of N windows, at most `data.max_frames`.
         """
@@ -162,7 +147,10 @@ class Embedder:
         rounded = 1 << (count - 1).bit_length()
         parts, size = [], self._batch_rows(self._config.eval.batch_size, rounded)
         own = self._layout.local_rows(size)
-        with _progress(count, unit) as progress:
+        hidden = True if not is_main() else None  # None: shown on a terminal only.
+        with tqdm(
+            total=count, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden
+        ) as progress:
             for start in range(0, count, size):
                 # The last batch repeats the last row: one shape, one compilation.
                 rows = np.minimum(np.arange(start, start + size), count - 1)
@@ -183,27 +171,14 @@ def pad_tokens(text: Features, length: int) -> Features:
     return {name: padded(a) if name.startswith("text_") else a for name, a in text.items()}
 
 
-def _progress(count: int, unit: str) -> tqdm:
-    hidden = True if not is_main() else None  # None: shown on a terminal only.
-    return tqdm(total=count, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden)
-
-
 class EmbedSteps(NamedTuple):
-    """Compiled functions.
+    """Compiled functions of parameters and arrays; the encoders return arrays by name."""
 
-    Attributes:
-      encode_text: params, text_ids, text_mask -> the arrays of `DRL.encode_text`.
-      encode_video: params, frames, frame_mask -> the arrays of `DRL.encode_video`.
-      encode_image: params, images uint8 [B, H, W, 3], mask bool [B] -> `image_feat` [B, D].
-      encode_window: params, image_feat [B, F, D], mask bool [B, F] -> as `encode_video`.
-      similarity: params, text, video -> [A, B].
-    """
-
-    encode_text: Callable
-    encode_video: Callable
-    encode_image: Callable
-    encode_window: Callable
-    similarity: Callable
+    encode_text: Callable  # text_ids, text_mask -> as `DRL.encode_text`
+    encode_video: Callable  # frames, frame_mask -> as `DRL.encode_video`
+    encode_image: Callable  # images uint8 [B, H, W, 3], mask bool [B] -> `image_feat` [B, D]
+    encode_window: Callable  # image_feat [B, F, D], mask bool [B, F] -> as `encode_video`
+    similarity: Callable  # arrays of texts and of videos -> [A, B]
 
 
 def make_embed_steps(
@@ -212,13 +187,8 @@ def make_embed_steps(
     """Compiles the functions of evaluation and search.
 
     Inputs are batch-sharded, except the videos of `similarity`, which are replicated. Results are
-    replicated.
-
-    Args:
-      model: the model.
-      layout: shardings of inputs and parameters.
-      keep_tokens: whether the encoders also return the features and masks of tokens and frames for
-        an interaction that does not need them (`text_feat`, `frame_feat`), for search.
+    replicated. With `keep_tokens`, for search, the encoders also return the features and masks of
+    tokens and frames for an interaction that does not need them (`text_feat`, `frame_feat`).
     """
     definition = model_definition(model)
     replicated, sharded = layout.replicated, layout.batch_sharded
@@ -262,10 +232,7 @@ def make_embed_steps(
             out_shardings=replicated,
         )
 
-    return EmbedSteps(
-        compiled(encode_text, sharded, sharded),
-        compiled(encode_video, sharded, sharded),
-        compiled(encode_image, sharded, sharded),
-        compiled(encode_window, sharded, sharded),
-        compiled(similarity, sharded, replicated),
-    )
+    pair = (sharded, sharded)
+    encoders = (encode_text, encode_video, encode_image, encode_window)
+    steps = [compiled(function, *pair) for function in encoders]
+    return EmbedSteps(*steps, compiled(similarity, sharded, replicated))

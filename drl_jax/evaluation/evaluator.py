@@ -33,8 +33,7 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-      metrics: {"t2v": .., "v2t": ..} of `metrics.metrics_of`, and "pair_accuracy" where the split
-        has pairs of a clip and its reverse.
+      metrics: of `metrics.metrics_of`.
       sim_matrix: float32 [A, B], captions by videos, in the order of `Split.caption_pairs`.
       ranks: the rank of every query, and the video of each caption.
       text: the interaction's arrays of the captions.
@@ -47,14 +46,6 @@ class Evaluation:
     text: Features
     video: Features
 
-    @classmethod
-    def of(
-        cls, sim_matrix: np.ndarray, split: Split, text: Features, video: Features
-    ) -> "Evaluation":
-        """Ranks the captions and videos of a split by their similarities [A, B]."""
-        ranks = query_ranks(sim_matrix, split.caption_pairs()[0], split.reversed_pairs)
-        return cls(metrics_of(ranks), sim_matrix, ranks, text, video)
-
 
 class Evaluator:
     """Evaluates parameters on splits of a dataset; compiled once."""
@@ -66,19 +57,15 @@ class Evaluator:
     def run(
         self, params: Params, split: Split, *, frame_order: FrameOrder | None = None
     ) -> Evaluation:
-        """Computes the metrics of a split.
+        """Encodes and ranks a split.
 
-        Args:
-          params: the model's parameters.
-          split: captions and their videos.
-          frame_order: applied to the frames of each video before they are encoded.
-
-        Returns:
-          The metrics, and what they were computed from.
+        `frame_order` is applied to the frames of each video before they are encoded.
         """
         text = self.encode_captions(params, split.caption_pairs()[1])
         video = self.encode_videos(params, split.videos, frame_order=frame_order)
-        return Evaluation.of(self.similarity(params, text, video), split, text, video)
+        sim_matrix = self.similarity(params, text, video)
+        ranks = query_ranks(sim_matrix, split.caption_pairs()[0], split.reversed_pairs)
+        return Evaluation(metrics_of(ranks), sim_matrix, ranks, text, video)
 
     def encode_captions(self, params: Params, captions: list[str]) -> Features:
         """N captions -> the interaction's arrays, [N, ...] each."""

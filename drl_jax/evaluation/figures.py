@@ -33,11 +33,11 @@ def interaction_figure(
     token is outlined, and so is the frame that contributes most to the score.
 
     Args:
-      attribution: of the pair, L tokens and F frames.
+      attribution: of L tokens and F frames.
       words: L tokens.
       moments: F names of the frames, e.g. their times.
       frames: uint8 [F, S, S, 3].
-      title: title of the figure.
+      title: of the figure.
     """
     count = len(moments)
     height, width = _ROW * len(words), _COLUMN * count
@@ -68,16 +68,9 @@ def interaction_figure(
     low, high = image.get_clim()
     for row, values in enumerate(attribution.similarity):
         for column, value in enumerate(values):
-            dark = value < (low + high) / 2
-            number = heat.text(
-                column,
-                row,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if dark else "black",
-            )
+            color = "white" if value < (low + high) / 2 else "black"
+            place = {"ha": "center", "va": "center", "fontsize": 8}
+            number = heat.text(column, row, f"{value:.2f}", color=color, **place)
             # It lies within its cell; to measure it takes most of the time of the layout.
             number.set_in_layout(False)
         found = int(np.argmax(values))
@@ -89,8 +82,6 @@ def interaction_figure(
     right.set_yticks([])
     right.set_xlim(0, 1)
     right.set_title("word weight", fontsize=9)
-    right.tick_params(labelsize=8)
-    right.spines[["top", "right"]].set_visible(False)
 
     below = figure.add_subplot(grid[2, 0])
     colors = [_MOMENT if column == best else _BLUE for column in columns]
@@ -99,23 +90,18 @@ def interaction_figure(
     below.set_ylim(0, 1)
     below.set_xticks([])
     below.set_ylabel("frame weight", fontsize=9)
-    below.tick_params(labelsize=8)
-    below.spines[["top", "right"]].set_visible(False)
-    below.set_xlabel(
-        f"cosine of words and frames; best moment {moments[best]}",
-        fontsize=9,
-    )
+    for bars in (right, below):
+        bars.tick_params(labelsize=8)
+        bars.spines[["top", "right"]].set_visible(False)
+    below.set_xlabel(f"cosine of words and frames; best moment {moments[best]}", fontsize=9)
     return figure
 
 
 def similarity_figure(sim_matrix: np.ndarray) -> Figure:
-    """Draws a similarity matrix, captions (rows) by videos (columns).
+    """Draws a similarity matrix float32 [A, B], captions (rows) by videos (columns).
 
     Of a large matrix, each cell shows the largest similarity of a block of captions and videos: a
     diagonal of single pairs stays visible, and so does a video that is similar to all captions.
-
-    Args:
-      sim_matrix: float32 [A, B].
     """
     captions, videos = sim_matrix.shape
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
@@ -133,11 +119,7 @@ def similarity_figure(sim_matrix: np.ndarray) -> Figure:
 
 
 def block_maxima(matrix: np.ndarray, most: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The largest value of each block of a matrix.
-
-    Args:
-      matrix: float [A, B].
-      most: largest number of rows and of columns of the result.
+    """The largest value of each block of a matrix [A, B], with at most `most` rows and columns.
 
     Returns:
       float [ceil(A / a), ceil(B / b)], and (a, b), the rows and columns of a block.

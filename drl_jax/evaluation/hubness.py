@@ -8,7 +8,7 @@ and NNN subtract one number of each candidate, its bias, from its similarities:
     NNN                b_c = w * mean of the k largest bank[:, c]
 
 so a query is corrected without knowing any other. Without a bank there is no bias, and scores stay
-as they are. Arguments are never changed.
+as they are. `beta` is an inverse temperature. Arguments are never changed.
 """
 
 import numpy as np
@@ -21,10 +21,6 @@ def inverted_softmax_bias(bank: np.ndarray, beta: float) -> np.ndarray:
     query in the same way: it is N^-1 exp(beta * (scores - bias)). With the mean instead of the sum,
     the bias is on the scale of similarities and does not grow with the bank.
 
-    Args:
-      bank: float [N, C].
-      beta: inverse temperature.
-
     Returns:
       float64 [C]; 0 without a bank.
     """
@@ -36,13 +32,9 @@ def inverted_softmax_bias(bank: np.ndarray, beta: float) -> np.ndarray:
 
 
 def mean_of_largest(bank: np.ndarray, k: int) -> np.ndarray:
-    """Mean of the k largest similarities of each candidate, which NNN subtracts w times.
+    """Mean of the k largest similarities of each candidate, or of all in a smaller bank.
 
-    Nearest Neighbor Normalization (Chowdhury et al., arXiv 2410.24114, section 3).
-
-    Args:
-      bank: float [N, C].
-      k: number of similarities; all of a smaller bank count.
+    NNN subtracts it w times (Chowdhury et al., arXiv 2410.24114, section 3).
 
     Returns:
       float64 [C]; 0 without a bank.
@@ -74,19 +66,10 @@ def dynamic_inverted_softmax(
 ) -> np.ndarray:
     """QB-Norm (Bogolin et al., arXiv 2112.12777, section 3.3): corrects queries that find a hub.
 
-    A candidate is active if it is among the k best of a query of the bank. Queries whose best
-    candidate is active get inverted softmax, the others keep their scores. Rows with and without
-    the correction have different scales, so the result ranks the candidates of a query and nothing
-    else: it is no score to show, nor to compare between queries.
-
-    Args:
-      scores: float [Q, C].
-      bank: float [N, C].
-      beta: inverse temperature.
-      k: number of candidates of a query of the bank that are active; equal ones all are.
-
-    Returns:
-      [Q, C].
+    A candidate is active if it is among the k best of a query of the bank, or equal to one of them.
+    Queries whose best candidate is active get inverted softmax, the others keep their scores. Rows
+    with and without the correction have different scales, so the result ranks the candidates of a
+    query and nothing else: it is no score to show, nor to compare between queries.
     """
     count = min(k, bank.shape[1])
     lowest = np.partition(bank, bank.shape[1] - count, axis=1)[:, -count]
@@ -101,10 +84,6 @@ def dual_softmax(scores: np.ndarray, beta: float) -> np.ndarray:
 
     Each score is multiplied by the share of its query in the candidate's softmax over all queries.
     A query that is asked alone keeps the ranks of its scores.
-
-    Args:
-      scores: float [Q, C].
-      beta: inverse temperature of the softmax.
 
     Returns:
       float64 [Q, C].

@@ -13,44 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from drl_jax.evaluation.metrics import RECALLS, caption_sets, checked, higher_and_equal
+from drl_jax.evaluation.metrics import caption_sets, checked, higher_and_equal, summary
 
 
 def legacy_metrics(sim_matrix: np.ndarray, text_to_video: np.ndarray) -> dict[str, Any]:
-    """Computes the metrics of both directions.
-
-    Args:
-      sim_matrix: float [A, B], texts by videos.
-      text_to_video: int [A], the column of each text's video; every video has at least one text.
+    """Computes the metrics of both directions; arguments and errors as of `metrics.query_ranks`.
 
     Returns:
-      {"t2v": .., "v2t": ..}, each with the metrics of `metrics.metrics_of` and `queries` and
-      `ranks`, the numbers of queries and of ranks that were averaged.
-
-    Raises:
-      ValueError: as `metrics.query_ranks`.
+      {"t2v": .., "v2t": ..}, each with METRICS and `queries` and `ranks`, the numbers of queries
+      and of ranks that were averaged.
     """
     sim_matrix, text_to_video = checked(sim_matrix, text_to_video)
     texts, videos = sim_matrix.shape
     v2t = all_ranks(caption_sets(sim_matrix, text_to_video).T, np.arange(videos))
-    if texts == videos:
-        t2v = all_ranks(sim_matrix, text_to_video)
-        t2v_median = float(np.median(t2v))
-    else:
-        t2v = first_ranks(sim_matrix, text_to_video)
-        t2v_median = float(np.sort(t2v)[(len(t2v) - 1) // 2])
-    return {
-        "t2v": _summary(t2v, t2v_median, texts),
-        "v2t": _summary(v2t, float(np.median(v2t)), videos),
+    is_square = texts == videos
+    t2v = (all_ranks if is_square else first_ranks)(sim_matrix, text_to_video)
+    metrics = {
+        "t2v": {**summary(t2v), "queries": texts, "ranks": len(t2v)},
+        "v2t": {**summary(v2t), "queries": videos, "ranks": len(v2t)},
     }
+    if not is_square:
+        metrics["t2v"]["MdR"] = float(np.sort(t2v)[(len(t2v) - 1) // 2])
+    return metrics
 
 
 def all_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """Every rank that the correct candidate of a row could take among its equals.
 
-    Args:
-      scores: float [N, C], queries by candidates.
-      correct: int [N], the column of each query's correct candidate.
+    Arguments as of `higher_and_equal`.
 
     Returns:
       int [M], M >= N, the ranks of all queries in their order, counted from 1.
@@ -71,9 +61,3 @@ def first_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
     score = np.take_along_axis(scores, correct[:, None], axis=1)
     before = np.arange(scores.shape[1]) < correct[:, None]
     return 1 + higher + ((scores == score) & before).sum(axis=1)
-
-
-def _summary(ranks: np.ndarray, median: float, queries: int) -> dict[str, float]:
-    recalls = {f"R@{k}": float((ranks <= k).mean() * 100) for k in RECALLS}
-    counts = {"queries": queries, "ranks": len(ranks)}
-    return {**recalls, "MdR": median, "MnR": float(ranks.mean()), **counts}

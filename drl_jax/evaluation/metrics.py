@@ -3,24 +3,63 @@
 Tie rule: candidates with the same similarity share the mean of their ranks, so the rank of the
 correct one is 1 + the number of higher similarities + half the number of equal ones. A model that
 gives every pair the same similarity gets chance, not R@1 = 100.
+
+A new metric is a function and a row of METRICS.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 RECALLS = (1, 5, 10)
-NAMES = (*(f"R@{k}" for k in RECALLS), "MdR", "MnR")
 DIRECTIONS = ("t2v", "v2t")
-# Metrics of which a smaller value is better.
-RANK_METRICS = ("MdR", "MnR")
 TIE_RULE = "expected rank"
 
 # Similarities of two clips with the same frames differ by less than this, from the order of float32
 # sums.
 _SAME_SIMILARITY = 1e-5
+
+
+class Metric(NamedTuple):
+    """A metric of one direction, for R sets of queries at once.
+
+    Attributes:
+      of: maps the distinct ranks, ascending [U], and how often each occurs in each set [R, U], to
+        the values, float64 [R].
+      is_rank: a smaller value is better; otherwise it is a percentage, and a larger one is better.
+    """
+
+    of: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    is_rank: bool = False
+
+
+def _recall(k: int, ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return counts[:, ranks <= k].sum(axis=1) / counts.sum(axis=1) * 100
+
+
+def _median(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The mean of the ranks at the positions ceil(n / 2) and floor(n / 2) + 1."""
+    up_to = counts.cumsum(axis=1)
+    total = up_to[:, -1]
+    positions = np.ceil(total / 2), np.floor(total / 2) + 1
+    lower, upper = (ranks[(up_to < position[:, None]).sum(axis=1)] for position in positions)
+    return (lower + upper) / 2
+
+
+def _mean(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return counts @ ranks / counts.sum(axis=1)
+
+
+METRICS = {
+    **{f"R@{k}": Metric(functools.partial(_recall, k)) for k in RECALLS},
+    "MdR": Metric(_median, is_rank=True),
+    "MnR": Metric(_mean, is_rank=True),
+}
+# Metrics of which a smaller value is better.
+RANK_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +133,7 @@ def caption_sets(sim_matrix: np.ndarray, text_to_video: np.ndarray) -> np.ndarra
 def higher_and_equal(scores: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Counts the candidates that score higher than the correct one, and the other equal ones.
 
-    Args:
-      scores: float [N, C], queries by candidates.
-      correct: int [N], the column of each query's correct candidate.
-
-    Returns:
-      Two arrays int [N].
+    `scores` is [N, C], queries by candidates; `correct` int [N] has the columns. Two of int [N].
     """
     score = np.take_along_axis(scores, correct[:, None], axis=1)
     return (scores > score).sum(axis=1), (scores == score).sum(axis=1) - 1
@@ -130,7 +164,7 @@ def metrics_of(ranks: Ranks) -> dict[str, Any]:
     """Computes the metrics of a split.
 
     Returns:
-      {"t2v": .., "v2t": ..}, each with R@1, R@5, R@10 in percent and the median and mean rank,
+      {"t2v": .., "v2t": ..}, each with METRICS: recalls in percent, and the median and mean rank,
       counted from 1. t2v ranks the videos for each text. v2t ranks, for each video, the sets of
       texts of all videos by their most similar text (the multi-caption protocol of the field).
       With pairs of a clip and its reverse also "pair_accuracy", the percentage of texts that are
@@ -139,45 +173,29 @@ def metrics_of(ranks: Ranks) -> dict[str, Any]:
       which count half.
     """
     metrics: dict[str, Any] = {
-        direction: _summary(getattr(ranks, direction)) for direction in DIRECTIONS
+        direction: summary(getattr(ranks, direction)) for direction in DIRECTIONS
     }
     if len(ranks.pair_scores):
         metrics["pair_accuracy"] = float(ranks.pair_scores.mean() * 100)
     return metrics
 
 
-def _summary(ranks: np.ndarray) -> dict[str, float]:
-    recalls = {f"R@{k}": float((ranks <= k).mean() * 100) for k in RECALLS}
-    return {**recalls, "MdR": float(np.median(ranks)), "MnR": float(ranks.mean())}
-
-
-def retrieval_metrics(
-    sim_matrix: np.ndarray, text_to_video: np.ndarray
-) -> dict[str, dict[str, float]]:
-    """The metrics (`metrics_of`) of a similarity matrix; arguments as of `query_ranks`."""
-    return metrics_of(query_ranks(sim_matrix, text_to_video))
+def summary(ranks: np.ndarray) -> dict[str, float]:
+    """METRICS of the ranks of one direction, [N]."""
+    distinct, counts = np.unique(ranks, return_counts=True)
+    return {name: float(metric.of(distinct, counts[None])[0]) for name, metric in METRICS.items()}
 
 
 def flatten(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `metrics_of`, or of its intervals, by name: "t2v R@1", .., "pair accuracy"."""
-    values = {
-        f"{direction} {name}": metrics[direction][name]
-        for direction in DIRECTIONS
-        for name in NAMES
-    }
+    values = {f"{way} {name}": metrics[way][name] for way in DIRECTIONS for name in METRICS}
     if "pair_accuracy" in metrics:
         values["pair accuracy"] = metrics["pair_accuracy"]
     return values
 
 
 def format_table(metrics: Mapping[str, Any], intervals: Mapping[str, Any] | None = None) -> str:
-    """Formats both directions as a table.
-
-    Args:
-      metrics: of `metrics_of`.
-      intervals: a lower and an upper bound of each metric (`bootstrap.intervals`), printed beside
-        it.
-    """
+    """Formats both directions as a table, with the `bootstrap.intervals` beside the values."""
 
     def cell(value: float, bounds: tuple[float, float] | None) -> str:
         return f"{value:.1f}" + ("" if bounds is None else f" [{bounds[0]:.1f}, {bounds[1]:.1f}]")
@@ -185,8 +203,8 @@ def format_table(metrics: Mapping[str, Any], intervals: Mapping[str, Any] | None
     rows = []
     for direction in DIRECTIONS:
         values, bounds = metrics[direction], (intervals or {}).get(direction, {})
-        rows.append([cell(values[name], bounds.get(name)) for name in NAMES])
-    columns = list(zip(NAMES, *rows, strict=True))
+        rows.append([cell(values[name], bounds.get(name)) for name in METRICS])
+    columns = list(zip(METRICS, *rows, strict=True))
     widths = [max(8, 3 + max(map(len, column))) for column in columns]
     lines = [
         f"{label:<6}" + "".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))

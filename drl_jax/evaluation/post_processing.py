@@ -5,6 +5,7 @@ videos; the two directions have parameters of their own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ class Similarities(NamedTuple):
       bank_captions: float32 [N, B], captions of the bank by videos.
       bank_videos: float32 [A, M], captions by videos of the bank.
       text_to_video: int [A], the video of each caption.
-      reversed_pairs: int [P, 2], see `metrics.query_ranks`.
+      reversed_pairs: as of `metrics.query_ranks`.
     """
 
     sim_matrix: np.ndarray
@@ -93,34 +94,20 @@ def direction_ranks(scores: np.ndarray, similarities: Similarities) -> Ranks:
 
 
 def fit(method: Method, similarities: Similarities) -> dict[str, Parameters]:
-    """The parameters of each direction with the best R@1, of equal ones with the best mean rank.
-
-    Args:
-      method: with the grid.
-      similarities: of the split to fit on.
-
-    Returns:
-      The parameters by direction.
-    """
+    """The parameters of each direction with the best R@1, of equal ones with the best mean rank."""
 
     def quality(direction: str, parameters: Parameters) -> tuple[float, float]:
         scores = post_processed(method, similarities, direction, parameters)
         metrics: dict[str, Any] = metrics_of(direction_ranks(scores, similarities))[direction]
         return metrics["R@1"], -metrics["MnR"]
 
-    return {
-        direction: max(method.grid, key=lambda parameters: quality(direction, parameters))
-        for direction in DIRECTIONS
-    }
+    return {way: max(method.grid, key=functools.partial(quality, way)) for way in DIRECTIONS}
 
 
 def describe(method: Method, fitted: Mapping[str, Parameters], bank: str) -> str:
     """The protocol of a method in words, e.g. "NNN t2v k=128 w=0.75, v2t ..; bank of ..".
 
-    Args:
-      method: the method.
-      fitted: parameters by direction.
-      bank: what its bank is.
+    `fitted` has the parameters by direction; `bank` says what its bank is.
     """
     values = ", ".join(
         " ".join([direction, *(f"{name}={value:g}" for name, value in fitted[direction].items())])

@@ -1,9 +1,13 @@
-"""Multi-head attention, computed by XLA or by cuDNN."""
+"""Multi-head attention, computed by XLA or by cuDNN, and rotary position embedding.
+
+Shapes: B rows, Q queries, T positions, K heads, H channels of a head.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, get_abstract_mesh
 
 from drl_jax.sharding import split_rows
@@ -12,6 +16,8 @@ from drl_jax.sharding import split_rows
 _CUDNN_MULTIPLE, _CUDNN_MAX = 8, 128
 # NVIDIA's Ampere and later have it.
 _CUDNN_COMPUTE_CAPABILITY = (8, 0)
+# Base of the wavelengths of a rotary embedding.
+_THETA = 10_000.0
 
 
 class AttentionMask(NamedTuple):
@@ -36,64 +42,49 @@ def attend(
     mask: AttentionMask = NO_MASK,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Multi-head attention, softmax(q k^T / sqrt(D)) v for each head.
+    """Multi-head attention, softmax(q k^T / sqrt(H)) v for each head.
 
     The softmax is float32 for every dtype of the inputs. cuDNN computes it on the devices of the
     current mesh (`Layout.on_mesh`); without one, XLA does.
 
     Args:
-      q: [B, Q, K, D].
-      k: [B, T, K, D].
-      v: [B, T, K, D].
+      q: [B, Q, K, H].
+      k: [B, T, K, H].
+      v: [B, T, K, H].
       mask: the keys that a query attends to.
       implementation: one of ATTENTION in `config.py`.
 
     Returns:
-      [B, Q, K, D] in the dtype of `q`.
+      [B, Q, K, H] in the dtype of `q`.
     """
     if implementation == "auto" and _fits_cudnn(q, k) and _has_cudnn(get_abstract_mesh()):
         return _attend_with_cudnn(q, k, v, mask)
+    causal, lengths = mask
     return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        is_causal=mask.causal,
-        key_value_seq_lengths=mask.lengths,
-        implementation="xla",
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla"
     )
 
 
 def _attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
     rows, positions, _, _ = q.shape
-    lengths = mask.lengths
+    causal, lengths = mask
     if odd := positions % 2:
         # JAX refuses the gradient for an odd number of positions. No query looks at the new one.
         q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
-        if lengths is None and not mask.causal:
+        if lengths is None and not causal:
             lengths = jnp.full((rows,), positions, jnp.int32)
     # The kernel cannot be split in any other way; with fsdp, XLA otherwise tries to.
+    q, k, v = map(split_rows, (q, k, v))
     attended = jax.nn.dot_product_attention(
-        *map(split_rows, (q, k, v)),
-        is_causal=mask.causal,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn",
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
     )
     return attended[:, :positions]
 
 
-def lengths_of(mask: jax.Array) -> jax.Array:
-    """Lengths of rows whose valid positions come first: bool [B, T] -> int32 [B], at least 1."""
-    return jnp.maximum(mask.sum(1, dtype=jnp.int32), 1)
-
-
 def _fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
     width = q.shape[-1]
-    return (
-        q.dtype == jnp.bfloat16
-        and q.shape[1] == k.shape[1]
-        and width % _CUDNN_MULTIPLE == 0
-        and width <= _CUDNN_MAX
-    )
+    fits = width % _CUDNN_MULTIPLE == 0 and width <= _CUDNN_MAX
+    return fits and q.dtype == jnp.bfloat16 and q.shape[1] == k.shape[1]
 
 
 def _has_cudnn(mesh: AbstractMesh) -> bool:
@@ -105,3 +96,42 @@ def _has_cudnn(mesh: AbstractMesh) -> bool:
         return True  # The program is compiled for a GPU that this machine does not have.
     capability = jax.devices()[0].compute_capability.split(".")
     return tuple(map(int, capability)) >= _CUDNN_COMPUTE_CAPABILITY
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles of each position, float32 [T, H] each."""
+
+    cos: np.ndarray
+    sin: np.ndarray
+
+
+def grid_rotation(grid: int, head_width: int) -> Rotation:
+    """The rotation of a class token and the patches of a square grid, as in Perception Encoder.
+
+    The first half of a head's channels turns with the column of a patch, the second half with its
+    row. Rows and columns count from 1; the angle of the class token is 0.
+
+    Args:
+      grid: patches along one side.
+      head_width: H, a multiple of 4.
+    """
+    half = head_width // 2
+    frequencies = _THETA ** (-np.arange(0, half, 2) / half)  # [H/4]
+    # A frequency turns a pair of neighbouring channels.
+    angles = np.repeat(np.arange(1, grid + 1)[:, None] * frequencies, 2, axis=1)  # [grid, H/2]
+    columns = np.broadcast_to(angles[None, :], (grid, grid, half))
+    rows = np.broadcast_to(angles[:, None], (grid, grid, half))
+    patches = np.concatenate([columns, rows], axis=2).reshape(-1, head_width)  # [grid*grid, H]
+    angles = np.concatenate([np.zeros((1, head_width)), patches])
+    return Rotation(np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turns each pair of neighbouring channels (x0, x1) by the angle of its position.
+
+    Queries or keys, [B, T, K, H] -> the same in their dtype; computed in float32.
+    """
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)  # [B, T, K, H/2, 2]
+    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    cos, sin = rotation.cos[:, None], rotation.sin[:, None]
+    return (x * cos + turned * sin).astype(x.dtype)

@@ -12,8 +12,8 @@ from flax import nnx
 
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.attention import AttentionMask
-from drl_jax.models.backbone import TextFeatures, at_last_token
-from drl_jax.models.towers import ImageTower, TransformerBackbone
+from drl_jax.models.ops import at_last_token
+from drl_jax.models.towers import Backbone, ImageTower, TextFeatures
 
 
 class CLIPImageTower(ImageTower):
@@ -29,7 +29,7 @@ class CLIPImageTower(ImageTower):
         return self.ln_post(x[:, 0]) @ self.proj[...]
 
 
-class CLIP(TransformerBackbone):
+class CLIP(Backbone):
     """CLIP with a vision transformer."""
 
     IMAGE_TOWER: ClassVar = CLIPImageTower

@@ -8,22 +8,18 @@ import jax
 from flax import nnx
 
 from drl_jax.config import Config, ModelConfig, checked_config
-from drl_jax.models.backbone import Backbone
 from drl_jax.models.clip import CLIP
 from drl_jax.models.interactions import INTERACTIONS, Arrays
 from drl_jax.models.interactions.base import similarity_in_blocks
 from drl_jax.models.pe import PerceptionEncoder
 from drl_jax.models.siglip import SigLIP
 from drl_jax.models.temporal import TEMPORAL_HEADS
+from drl_jax.models.towers import Backbone
 from drl_jax.sharding import Layout
 
 Params = dict[str, Any]
 
-BACKBONES: dict[str, type[Backbone]] = {
-    "clip": CLIP,
-    "siglip": SigLIP,
-    "pe": PerceptionEncoder,
-}
+BACKBONES: dict[str, type[Backbone]] = {"clip": CLIP, "siglip": SigLIP, "pe": PerceptionEncoder}
 
 
 class DRL(nnx.Module):
@@ -52,7 +48,7 @@ class DRL(nnx.Module):
     def frame_features(self, frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
         """uint8 [B, F, H, W, 3], bool [B, F] -> frame_feat [B, F, D], after the temporal head."""
         images = frames.reshape(-1, *frames.shape[2:])  # [B*F, H, W, 3]
-        frame_feat = self.backbone.encode_image(images, frame_mask.reshape(-1))
+        frame_feat = self.backbone.encode_image(images, frame_mask.reshape(-1))  # [B*F, D]
         return self.aggregate(frame_feat.reshape(*frame_mask.shape, -1), frame_mask)
 
     def aggregate(self, image_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
@@ -66,7 +62,9 @@ class DRL(nnx.Module):
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds a Config of nested fields and checks that its model can be built.
+    """Builds a Config and checks that its model can be built.
+
+    `values` is a nested dict, as `dataclasses.asdict(Config(...))` returns it.
 
     Raises:
       ConfigError: see `checked_config`.
@@ -100,13 +98,8 @@ def abstract_params(config: ModelConfig, layout: Layout) -> Params:
 def init_params(config: ModelConfig, key: jax.Array, backbone: Params | None = None) -> Params:
     """New parameters as a nested dict; heads start as copies of the text tower (`copy_text_tower`).
 
-    With `position_std`, frame positions are drawn instead of copied.
-
-    Args:
-      config: the model.
-      key: of the random numbers.
-      backbone: parameters of a pretrained backbone, used instead of new ones. Under `jax.jit`, no
-        random numbers are drawn for it then.
+    With `position_std`, frame positions are drawn instead of copied. `backbone` has the parameters
+    of a pretrained one; under `jax.jit`, no random numbers are drawn for it then.
     """
     params = nnx.to_pure_dict(nnx.split(DRL(config, rngs=nnx.Rngs(key)))[1])
     if backbone is not None:
@@ -124,18 +117,11 @@ def copy_text_tower(config: ModelConfig, params: Params) -> Params:
 
     Copies as many blocks as both have ("Initialization trick" of the reference). Where the text
     tower has another width than the features, the heads stay as they are (`copies_text_tower`).
-
-    Args:
-      config: the model.
-      params: its parameters, with final values of the backbone; not changed.
-
-    Returns:
-      The parameters with initialised heads.
+    `params` have the final values of the backbone, and are not changed.
     """
     if not copies_text_tower(config):
         return params
-    source = BACKBONES[config.backbone.family].temporal_init(params["backbone"])
-    params = dict(params)
+    backbone, params = params["backbone"], dict(params)
     for name, head in (
         ("temporal", TEMPORAL_HEADS[config.agg_module]),
         ("interaction", INTERACTIONS[config.interaction]),
@@ -144,9 +130,10 @@ def copy_text_tower(config: ModelConfig, params: Params) -> Params:
             continue
         new = params[name] = dict(params[name])
         if name != "temporal" or not config.position_std:
-            new[head.COPIED_POSITIONS] = {"embedding": source.positions}
-        blocks = jax.tree.map(_copy_first_blocks, new["transformer"]["resblocks"], source.blocks)
-        new["transformer"] = {"resblocks": blocks}
+            new[head.COPIED_POSITIONS] = {"embedding": backbone["positional_embedding"]}
+        new["transformer"] = jax.tree.map(
+            _copy_first_blocks, new["transformer"], backbone["transformer"]
+        )
     return params
 
 

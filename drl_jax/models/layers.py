@@ -13,9 +13,8 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal, xavier_uniform
 
 from drl_jax.config import BackboneConfig, ModelConfig
-from drl_jax.models.attention import NO_MASK, AttentionMask, attend
+from drl_jax.models.attention import NO_MASK, AttentionMask, Rotation, attend, rotate
 from drl_jax.models.linear import Linear, project
-from drl_jax.models.rotary import Rotation, rotate
 from drl_jax.sharding import split_rows
 
 # LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
@@ -24,63 +23,33 @@ BERT_LN_EPS = 1e-12
 
 
 class BlockRunConfig(NamedTuple):
-    """How blocks run; changes no parameter.
+    """How blocks run; changes no parameter."""
 
-    Attributes:
-      dtype: of the matrix products and of the residual stream.
-      remat: what the backward pass computes again (`ModelConfig.remat`).
-      attention: what computes attention (`ModelConfig.attention`).
-      unroll: blocks per iteration of the scan.
-    """
-
-    dtype: jnp.dtype
-    remat: str
-    attention: str
-    unroll: int
+    dtype: jnp.dtype  # of the matrix products and of the residual stream
+    remat: str  # what the backward pass computes again (`ModelConfig.remat`)
+    attention: str  # what computes attention (`ModelConfig.attention`)
+    unroll: int  # blocks per iteration of the scan
 
     @classmethod
     def of(cls, config: ModelConfig) -> "BlockRunConfig":
-        return cls(
-            jnp.dtype(config.array_dtype), config.remat, config.attention, config.scan_unroll
-        )
+        dtype = jnp.dtype(config.array_dtype)
+        return cls(dtype, config.remat, config.attention, config.scan_unroll)
 
 
 class BlockConfig(NamedTuple):
-    """What a residual attention block computes.
+    """What a residual attention block computes."""
 
-    Attributes:
-      width: D.
-      heads: K.
-      hidden_width: of the MLP.
-      activation: of the MLP, one of `config.ACTIVATIONS`.
-      eps: of the LayerNorms.
-    """
-
-    width: int
-    heads: int
-    hidden_width: int
-    activation: str
-    eps: float
+    width: int  # D
+    heads: int  # K
+    hidden_width: int  # of the MLP
+    activation: str  # of the MLP, one of `config.ACTIVATIONS`
+    eps: float  # of the LayerNorms
 
     @classmethod
-    def of_image_tower(cls, config: BackboneConfig) -> "BlockConfig":
-        return cls(
-            config.vision_width,
-            config.vision_heads,
-            config.vision_hidden_width,
-            config.activation,
-            config.layer_norm_eps,
-        )
-
-    @classmethod
-    def of_text_tower(cls, config: BackboneConfig) -> "BlockConfig":
-        return cls(
-            config.text_width,
-            config.text_heads,
-            config.text_hidden_width,
-            config.activation,
-            config.layer_norm_eps,
-        )
+    def of_tower(cls, config: BackboneConfig, tower: str) -> "BlockConfig":
+        """The blocks of a tower, "vision" or "text"."""
+        sizes = (getattr(config, f"{tower}_{name}") for name in ("width", "heads", "hidden_width"))
+        return cls(*sizes, config.activation, config.layer_norm_eps)
 
 
 class BlockInit(NamedTuple):
@@ -104,7 +73,7 @@ def new_block_config(config: BackboneConfig) -> BlockConfig:
     If the text tower has another width than the features, as many heads as leave each at least as
     many channels as the text tower's have.
     """
-    text, width = BlockConfig.of_text_tower(config), config.embed_dim
+    text, width = BlockConfig.of_tower(config, "text"), config.embed_dim
     if width != text.width:
         most = max(1, width // (text.width // text.heads))
         heads = max(heads for heads in range(1, most + 1) if width % heads == 0)
@@ -148,11 +117,7 @@ class SelfAttention(nnx.Module):
         self.out_proj = linear(width, width, kernel_init=init.out_proj)
 
     def __call__(
-        self,
-        x: jax.Array,
-        mask: AttentionMask,
-        queries: int,
-        rotation: Rotation | None = None,
+        self, x: jax.Array, mask: AttentionMask, queries: int, rotation: Rotation | None = None
     ) -> jax.Array:
         rows, positions, width = x.shape
         # [B, T, 3D] -> three of [B, T, K, D/K]. The gradient of a split is a concatenation, that of
@@ -164,16 +129,16 @@ class SelfAttention(nnx.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         attended = attend(q[:, :queries], k, v, mask, self.implementation)
-        return self.out_proj(attended.reshape(rows, queries, width))
+        return self.out_proj(attended.reshape(rows, queries, width))  # [B, Q, K, D/K] -> [B, Q, D]
 
     def pool(self, x: jax.Array, probe: jax.Array) -> jax.Array:
         """Attends to all positions with one query: [B, T, D], [1, 1, D] -> [B, 1, D]."""
         rows, _, width = x.shape
-        kernel, bias = self.in_proj.kernel[...], self.in_proj.bias[...]
-        query_part, keys_and_values = slice(0, width), slice(width, None)
-        q = project(probe, kernel[:, query_part], bias[query_part], self.in_proj.dtype)
-        kv = project(x, kernel[:, keys_and_values], bias[keys_and_values], self.in_proj.dtype)
+        kernel, bias, dtype = self.in_proj.kernel[...], self.in_proj.bias[...], self.in_proj.dtype
+        q = project(probe, kernel[:, :width], bias[:width], dtype)
+        kv = project(x, kernel[:, width:], bias[width:], dtype)  # [B, T, 2D]
         q = jnp.broadcast_to(q, (rows, 1, width))
+        # [B, 1 or T, D] -> [B, 1 or T, K, D/K]
         q, k, v = (
             part.reshape(rows, -1, self.heads, width // self.heads)
             for part in (q, *jnp.split(kv, 2, axis=-1))
@@ -210,11 +175,7 @@ class ResidualAttentionBlock(nnx.Module):
         self.mlp = MLP(config, init, run.dtype, rngs=rngs)
 
     def __call__(
-        self,
-        x: jax.Array,
-        mask: AttentionMask,
-        queries: int,
-        rotation: Rotation | None = None,
+        self, x: jax.Array, mask: AttentionMask, queries: int, rotation: Rotation | None = None
     ) -> jax.Array:
         x = x[:, :queries] + self.attn(self.ln_1(x), mask, queries, rotation)
         return x + self.mlp(self.ln_2(x))
@@ -236,15 +197,6 @@ class Transformer(nnx.Module):
         run: BlockRunConfig,
         rngs: nnx.Rngs,
     ):
-        """Stacks `layers` blocks.
-
-        Args:
-          config: what each block computes.
-          layers: number of blocks.
-          init: initialisers of each block's kernels.
-          run: how the blocks run.
-          rngs: random keys of new parameters.
-        """
         self.run = run._replace(unroll=min(run.unroll, layers))
 
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -260,17 +212,14 @@ class Transformer(nnx.Module):
         queries: int | None = None,
         rotation: Rotation | None = None,
     ) -> jax.Array:
-        """Runs the blocks.
+        """[B, T, D] -> [B, Q, D] in the dtype of `run`.
 
         Args:
-          x: [B, T, D].
+          x: the input.
           mask: the positions that each position attends to.
           queries: number Q of leading positions whose output is needed. The last block computes
             nothing for the others. None: all.
           rotation: rotary position embedding of the T positions.
-
-        Returns:
-          [B, Q, D] in the dtype of `run`.
         """
         block, stacked = nnx.split(self.resblocks)
 
@@ -319,8 +268,7 @@ def rematerialized(function: Callable, remat: str) -> Callable:
     """Chooses what the backward pass of a function computes again (`ModelConfig.remat`)."""
     if remat == "none":
         return function
-    policy = None
-    if remat == "dots":
-        # Products of activations with parameters; those of attention have batch axes.
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # "dots" keeps products of activations with parameters; those of attention have batch axes.
+    keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = keep_dots if remat == "dots" else None
     return jax.checkpoint(function, policy=policy)

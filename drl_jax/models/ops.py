@@ -1,4 +1,4 @@
-"""Masked reductions, normalisation and correlation.
+"""Masked selections and reductions, normalisation and correlation.
 
 Masks are bool, True = valid. All functions compute in float32.
 """
@@ -18,15 +18,32 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
+def lengths_of(mask: jax.Array) -> jax.Array:
+    """Lengths of rows whose valid positions come first: bool [B, T] -> int32 [B], at least 1."""
+    return jnp.maximum(mask.sum(1, dtype=jnp.int32), 1)
+
+
+def at_last_token(tokens: jax.Array, text_mask: jax.Array) -> jax.Array:
+    """The feature of the last valid token (EOS): [B, L, D], bool [B, L] -> [B, D]."""
+    last = jnp.sum(text_mask, axis=1) - 1
+    return jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]
+
+
+def random_valid(x: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
+    """A valid position of each row, drawn uniformly: [B, L, D], bool [B, L] -> [B, D]."""
+    position = jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf), axis=1)
+    return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
+
+
+def equal_weights(mask: jax.Array) -> jax.Array:
+    """Equal weights of the valid positions of each row, which sum to 1: bool [B, L] -> [B, L]."""
+    return mask / jnp.sum(mask, axis=1, keepdims=True)
+
+
 def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the valid positions of the last axis.
+    """Softmax over the valid positions of the last axis, at least one: [..., L] -> [..., L].
 
-    Args:
-      logits: [..., L].
-      mask: bool [..., L]; at least one position of each row is valid.
-
-    Returns:
-      float32 [..., L]; exactly 0 at masked positions, and the sum is 1.
+    The result is float32, exactly 0 at masked positions, and sums to 1.
     """
     return jax.nn.softmax(jnp.where(mask, logits.astype(jnp.float32), -jnp.inf), axis=-1)
 
@@ -49,14 +66,7 @@ def masked_standardize(rows: jax.Array, mask: jax.Array) -> jax.Array:
     """(x - mean) / std of each channel over the valid rows, with the unbiased std.
 
     A channel that is constant over the valid rows becomes 0, and so does its gradient (the
-    reference divides by zero and turns NaN).
-
-    Args:
-      rows: [N, D].
-      mask: bool [N].
-
-    Returns:
-      float32 [N, D]; masked rows are 0.
+    reference divides by zero and turns NaN): [N, D], bool [N] -> float32 [N, D], masked rows are 0.
     """
     rows = rows.astype(jnp.float32)
     valid = mask.astype(jnp.float32)[:, None]
@@ -80,19 +90,11 @@ def weighted_outer_product(
 ) -> jax.Array:
     """Weighted sum over valid rows of the outer product of standardised rows.
 
-    The reference sums an [N, D, D] tensor; a matrix product gives the same sum.
-
-    Args:
-      left: [..., D].
-      right: [..., D], of the same shape.
-      mask: bool [...].
-      weight: [...], used where the mask holds.
-
-    Returns:
-      float32 [D, D].
+    The reference sums an [N, D, D] tensor; a matrix product gives the same sum. `left` and `right`
+    are [..., D], `mask` and `weight` [...]; the result is float32 [D, D].
     """
     channels = left.shape[-1]
-    mask, weight = mask.reshape(-1), weight.reshape(-1)
+    mask, weight = mask.reshape(-1), weight.reshape(-1)  # [N]
     left = masked_standardize(left.reshape(-1, channels), mask)
     right = masked_standardize(right.reshape(-1, channels), mask)
     return jnp.einsum("nc,nd->cd", left * weight[:, None], right)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.models.attention import grid_rotation
 from drl_jax.models.clip import CLIP
 from drl_jax.models.layers import AttentionPool, BlockConfig, BlockRunConfig, clip_block_init
-from drl_jax.models.rotary import grid_rotation
 from drl_jax.models.towers import ImageTower
 
 # Of the pooling, in every size.
@@ -30,7 +30,7 @@ class PEImageTower(ImageTower):
         self.grid = config.image_resolution // config.vision_patch_size
         self.head_width = width // config.vision_heads
         self.attn_pool = AttentionPool(
-            BlockConfig.of_image_tower(config)._replace(heads=_POOL_HEADS),
+            BlockConfig.of_tower(config, "vision")._replace(heads=_POOL_HEADS),
             clip_block_init(width, config.vision_layers),
             BlockRunConfig.of(model),
             rngs=rngs,

@@ -13,9 +13,8 @@ from flax import nnx
 
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.attention import NO_MASK
-from drl_jax.models.backbone import TextFeatures
 from drl_jax.models.layers import AttentionPool, BlockConfig, BlockRunConfig, clip_block_init
-from drl_jax.models.towers import ImageTower, TransformerBackbone
+from drl_jax.models.towers import Backbone, ImageTower, TextFeatures
 
 
 class SigLIPImageTower(ImageTower):
@@ -25,7 +24,7 @@ class SigLIPImageTower(ImageTower):
         super().__init__(model, class_token=False, rngs=rngs)
         config = model.backbone
         self.attn_pool = AttentionPool(
-            BlockConfig.of_image_tower(config),
+            BlockConfig.of_tower(config, "vision"),
             clip_block_init(config.vision_width, config.vision_layers),
             BlockRunConfig.of(model),
             rngs=rngs,
@@ -35,7 +34,7 @@ class SigLIPImageTower(ImageTower):
         return self.attn_pool(self.ln_post(self.transformer(x))).astype(jnp.float32)
 
 
-class SigLIP(TransformerBackbone):
+class SigLIP(Backbone):
     """SigLIP; the text tower attends in both directions."""
 
     IMAGE_TOWER: ClassVar = SigLIPImageTower

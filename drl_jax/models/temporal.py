@@ -10,13 +10,9 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.attention import AttentionMask, lengths_of
-from drl_jax.models.layers import (
-    BlockRunConfig,
-    Transformer,
-    new_block_config,
-    new_block_init,
-)
+from drl_jax.models.attention import AttentionMask
+from drl_jax.models.layers import BlockRunConfig, Transformer, new_block_config, new_block_init
+from drl_jax.models.ops import lengths_of
 
 
 class TemporalHead(nnx.Module):
@@ -51,13 +47,9 @@ class SequenceTransformer(TemporalHead):
     COPIED_POSITIONS: ClassVar = "frame_position_embeddings"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width = config.backbone.embed_dim
-        self.frame_position_embeddings = nnx.Embed(
-            config.backbone.context_length,
-            width,
-            embedding_init=normal(config.position_std or 0.02),
-            rngs=rngs,
-        )
+        positions, width = config.backbone.context_length, config.backbone.embed_dim
+        init = normal(config.position_std or 0.02)
+        self.frame_position_embeddings = nnx.Embed(positions, width, embedding_init=init, rngs=rngs)
         self.transformer = Transformer(
             new_block_config(config.backbone),
             config.temporal_layers,
@@ -67,8 +59,7 @@ class SequenceTransformer(TemporalHead):
         )
 
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
-        positions = jnp.arange(frame_feat.shape[1])
-        x = frame_feat + self.frame_position_embeddings(positions)
+        x = frame_feat + self.frame_position_embeddings(jnp.arange(frame_feat.shape[1]))
         # Masks keys only: padded frames have an output, which interactions mask.
         return frame_feat + self.transformer(x, AttentionMask(lengths=lengths_of(frame_mask)))
 
@@ -97,13 +88,11 @@ class SequenceLSTM(TemporalHead):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width = config.backbone.embed_dim
-        bound = width**-0.5
-
-        def linear() -> nnx.Linear:
-            init = _symmetric_uniform(bound)
-            return nnx.Linear(width, 4 * width, kernel_init=init, bias_init=init, rngs=rngs)
-
-        self.ih, self.hh = linear(), linear()
+        init = _symmetric_uniform(width**-0.5)
+        self.ih, self.hh = (
+            nnx.Linear(width, 4 * width, kernel_init=init, bias_init=init, rngs=rngs)
+            for _ in range(2)
+        )
 
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
         gates_of_input = jnp.moveaxis(self.ih(frame_feat), 1, 0)  # [F, B, 4D]
@@ -118,6 +107,7 @@ class SequenceLSTM(TemporalHead):
 
         zeros = jnp.zeros_like(frame_feat[:, 0])
         _, outputs = jax.lax.scan(run_frame, (zeros, zeros), gates_of_input)
+        # [F, B, D] -> [B, F, D]
         return frame_feat + jnp.moveaxis(outputs, 0, 1) * frame_mask[:, :, None]
 
     @classmethod

@@ -1,7 +1,10 @@
-"""The parts that the towers of all families share."""
+"""What the backbones of all families share: an image tower beside a text transformer.
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+A new family is a subclass of `Backbone` in a module of its own and an entry of `drl.BACKBONES`.
+Shapes: B rows, N patches, L tokens, W channels of a tower, D channels of the features.
+"""
+
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,6 @@ from jax.nn.initializers import normal, variance_scaling
 
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.attention import AttentionMask
-from drl_jax.models.backbone import Backbone, TemporalInit
 from drl_jax.models.layers import (
     BlockConfig,
     BlockRunConfig,
@@ -26,6 +28,18 @@ from drl_jax.models.linear import Linear
 INITIAL_LOGIT_BIAS = -10.0
 
 
+class TextFeatures(NamedTuple):
+    """What a text tower makes of captions.
+
+    Attributes:
+      tokens: float32 [B, L, D], of every position; those of padding mean nothing.
+      sentence: float32 [B, D], of the whole caption.
+    """
+
+    tokens: jax.Array
+    sentence: jax.Array
+
+
 class ImageTower(nnx.Module):
     """Normalisation of pixels, patch embedding, positions and transformer; subclasses pool.
 
@@ -35,7 +49,7 @@ class ImageTower(nnx.Module):
 
     def __init__(self, model: ModelConfig, *, class_token: bool, rngs: nnx.Rngs):
         config = model.backbone
-        width, patch = config.vision_width, config.vision_patch_size
+        width, patch, eps = config.vision_width, config.vision_patch_size, config.layer_norm_eps
         self.patch_size, self.remat = patch, model.remat
         self.pixel_mean, self.pixel_std = config.pixel_mean, config.pixel_std
         positions = (config.image_resolution // patch) ** 2 + class_token
@@ -53,38 +67,38 @@ class ImageTower(nnx.Module):
         self.class_embedding = (
             nnx.Param(scale * rngs.params.normal((width,))) if class_token else None
         )
-        self.positional_embedding = nnx.Param(
-            (model.position_std or scale) * rngs.params.normal((positions, width))
-        )
-        self.ln_pre = layer_norm(width, config.layer_norm_eps, rngs=rngs) if class_token else None
+        deviation = model.position_std or scale
+        self.positional_embedding = nnx.Param(deviation * rngs.params.normal((positions, width)))
+        self.ln_pre = layer_norm(width, eps, rngs=rngs) if class_token else None
+        layers = config.vision_layers
         self.transformer = Transformer(
-            BlockConfig.of_image_tower(config),
-            config.vision_layers,
-            init=clip_block_init(width, config.vision_layers),
+            BlockConfig.of_tower(config, "vision"),
+            layers,
+            init=clip_block_init(width, layers),
             run=BlockRunConfig.of(model),
             rngs=rngs,
         )
-        self.ln_post = layer_norm(width, config.layer_norm_eps, rngs=rngs)
+        self.ln_post = layer_norm(width, eps, rngs=rngs)
 
     def __call__(self, images: jax.Array, mask: jax.Array) -> jax.Array:
         """uint8 [B, H, W, 3], bool [B] -> features float32 [B, D]."""
         rows, height, width, _ = images.shape
         patch = self.patch_size
-        # Transposes bytes, a fourth of the size of normalised pixels.
+        # [B, H, W, 3] -> [B, N, p*p, 3]. Transposes bytes, a fourth of the size of floats.
         x = images.reshape(rows, height // patch, patch, width // patch, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(rows, -1, patch * patch, 3)
         # The backward pass normalises again: it keeps the bytes.
         return self.pool(rematerialized(self.embed_patches, self.remat)(x, mask))
 
     def embed_patches(self, patches: jax.Array, mask: jax.Array) -> jax.Array:
-        """uint8 [B, N, p*p, 3], bool [B] -> input of the transformer, float32 [B, N (+1), D]."""
+        """uint8 [B, N, p*p, 3], bool [B] -> input of the transformer, float32 [B, N (+1), W]."""
         mean, std = np.asarray(self.pixel_mean, np.float32), np.asarray(self.pixel_std, np.float32)
         pixels = (patches.astype(jnp.float32) / 255.0 - mean) / std
         return self.embed_pixels(pixels * mask[:, None, None, None])
 
     def embed_pixels(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels of patches, float32 [B, N, p*p, 3] -> float32 [B, N (+1), D]."""
-        x = self.conv1(pixels.reshape(*pixels.shape[:2], -1))
+        """Normalised pixels of patches, float32 [B, N, p*p, 3] -> float32 [B, N (+1), W]."""
+        x = self.conv1(pixels.reshape(*pixels.shape[:2], -1))  # [B, N, p*p*3] -> [B, N, W]
         if self.class_embedding is None:
             return x + self.positional_embedding[...]
         cls = jnp.broadcast_to(self.class_embedding[...], (len(x), 1, x.shape[-1]))
@@ -92,14 +106,16 @@ class ImageTower(nnx.Module):
         return self.ln_pre(x)
 
     def pool(self, x: jax.Array) -> jax.Array:
-        """Runs the transformer and pools: float32 [B, T, W] -> features float32 [B, D]."""
+        """Runs the transformer and pools: float32 [B, N (+1), W] -> features float32 [B, D]."""
         raise NotImplementedError
 
 
-class TransformerBackbone(Backbone):
+class Backbone(nnx.Module):
     """An image tower beside a text transformer, whose parameters are at the top, as OpenAI's are.
 
-    A family sets the class attributes and defines `encode_text`.
+    A family sets the class attributes and defines the methods without a body. `logit_scale` is the
+    logarithm of the temperature's inverse; `logit_bias`, which exists if the configuration says so,
+    is added to the logits of the sigmoid loss. Both are float32 scalars.
     """
 
     IMAGE_TOWER: ClassVar[type[ImageTower]]
@@ -107,18 +123,17 @@ class TransformerBackbone(Backbone):
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
         config = model.backbone
-        width = config.text_width
+        width, layers = config.text_width, config.text_layers
         self.visual = self.IMAGE_TOWER(model, rngs=rngs)
         self.token_embedding = nnx.Embed(
             config.vocab_size, width, embedding_init=normal(0.02), rngs=rngs
         )
-        self.positional_embedding = nnx.Param(
-            0.01 * rngs.params.normal((config.context_length, width))
-        )
+        positions = 0.01 * rngs.params.normal((config.context_length, width))
+        self.positional_embedding = nnx.Param(positions)
         self.transformer = Transformer(
-            BlockConfig.of_text_tower(config),
-            config.text_layers,
-            init=clip_block_init(width, config.text_layers),
+            BlockConfig.of_tower(config, "text"),
+            layers,
+            init=clip_block_init(width, layers),
             run=BlockRunConfig.of(model),
             rngs=rngs,
         )
@@ -135,6 +150,7 @@ class TransformerBackbone(Backbone):
 
     @classmethod
     def config_error(cls, config: BackboneConfig) -> str:
+        """Why the towers cannot be built from a configuration; empty if they can."""
         if config.image_resolution % config.vision_patch_size:
             return "image_resolution must be a multiple of model.backbone.vision_patch_size"
         for tower in ("vision", "text"):
@@ -143,13 +159,18 @@ class TransformerBackbone(Backbone):
         return ""
 
     def encode_image(self, images: jax.Array, mask: jax.Array) -> jax.Array:
+        """RGB images, uint8 [B, H, W, 3], bool [B] -> features float32 [B, D].
+
+        Where the mask is False, all pixels are 0 *after* normalisation, as those of the reference's
+        padded frames.
+        """
         return self.visual(images, mask)
 
+    def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> TextFeatures:
+        """int32 [B, L], bool [B, L] -> features of every position and of the caption."""
+        raise NotImplementedError
+
     def run_text(self, text_ids: jax.Array, mask: AttentionMask) -> jax.Array:
-        """int32 [B, T] -> normalised output of the text transformer, float32 [B, T, W]."""
+        """int32 [B, L] -> normalised output of the text transformer, float32 [B, L, W]."""
         x = self.token_embedding(text_ids) + self.positional_embedding[: text_ids.shape[1]]
         return self.ln_final(self.transformer(x, mask))
-
-    @staticmethod
-    def temporal_init(params: Mapping[str, Any]) -> TemporalInit:
-        return TemporalInit(params["positional_embedding"], params["transformer"]["resblocks"])

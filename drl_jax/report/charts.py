@@ -1,21 +1,63 @@
-"""The charts of a report, as figures of matplotlib in the style of `svg.page_style`."""
+"""The charts of a report: figures of matplotlib as SVG elements in the page's colors.
 
-from collections.abc import Mapping, Sequence
+A figure is drawn with colors that stand for CSS variables; `inline` replaces them. So one picture
+is readable in a light and a dark page, and its text is text.
+"""
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from drl_jax.evaluation.metrics import DIRECTIONS, RECALLS, Ranks
+from drl_jax.evaluation.metrics import DIRECTIONS, METRICS, Ranks
 from drl_jax.report.findings import Hubness, rank_shares
-from drl_jax.report.svg import LINE, SERIES
 
+# Colors that stand for those of the page: of text, of lines between things, and of data.
+INK, LINE, SERIES = "#fe0001", "#fe0002", ("#fe0003", "#fe0004", "#fe0005")
+_CSS = {
+    INK: "currentColor",
+    LINE: "var(--line)",
+    **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)},
+}
+_STYLE = {
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.prop_cycle": mpl.cycler(color=SERIES),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "xtick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.color": LINE,
+    "ytick.labelcolor": INK,
+}
+# Pixels per inch of pictures within a figure.
+_DPI = 96
 # Inches. A phone shows a chart at about this width, so its letters have their size.
 _WIDTH, _HEIGHT = 4.6, 2.7
 # Most bars of a histogram.
 _BINS = 40
 DIRECTION_NAMES = {"t2v": "text to video", "v2t": "video to text"}
+_ENTROPIES = {"train/word_entropy": "words", "train/frame_entropy": "frames"}
 # Groups of scalars of the training that are drawn: title, unit, tags and their names.
 _CURVES = (
     ("Recall on val", "%", {"eval/t2v_R1": "t2v R@1", "eval/v2t_R1": "v2t R@1"}),
@@ -23,18 +65,48 @@ _CURVES = (
     ("CDCR loss", "", {"train/cdcr_loss": "loss"}),
     ("Gradient norm", "", {"train/grad_norm": "norm"}),
     ("Scale of the logits", "", {"train/logit_scale": "scale"}),
-    (
-        "Learning rates",
-        "",
-        {"train/lr": "heads", "train/lr_clip": "backbone"},
-    ),
-    (
-        "Entropy of the weights",
-        "nats",
-        {"train/word_entropy": "words", "train/frame_entropy": "frames"},
-    ),
+    ("Learning rates", "", {"train/lr": "heads", "train/lr_clip": "backbone"}),
+    ("Entropy of the weights", "nats", _ENTROPIES),
     ("Examples a second", "", {"train/examples_per_second": "rate"}),
 )
+
+
+@contextlib.contextmanager
+def page_style() -> Iterator[None]:
+    """Figures that are created in the block have the colors of the page."""
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def inline(figure: Figure, name: str, label: str) -> Markup:
+    """An SVG element of a figure of `page_style`.
+
+    Its CSS variable `--width` is the width at which its letters have the size of the figure's. Ids
+    within the element depend on `name`, which is unique in the page. `label` says what the picture
+    shows, for those who do not see it.
+    """
+    file = io.StringIO()
+    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # The browser has fonts for them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, format="svg", dpi=_DPI, metadata=empty)
+    text = file.getvalue()
+    # Without the XML declaration, and the style that would apply to the whole page.
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    # Names of groups, which are the same in all figures.
+    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
+    for color, variable in _CSS.items():
+        text = text.replace(color, variable)
+    start, rest = text.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', start)[0]
+    width = f"{72 * figure.get_figwidth():.0f}px"
+    return Markup(
+        f'<svg class="chart" role="img" aria-label="{escape(label)}" style="--width: {width}" {box}'
+        f' xmlns:xlink="http://www.w3.org/1999/xlink">{rest}'
+    )
 
 
 def _axes(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Any]:
@@ -47,7 +119,7 @@ def _axes(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Any]:
 def metrics_figure(metrics: Mapping[str, Any], intervals: Mapping[str, Any]) -> Figure:
     """Recall at 1, 5 and 10 in both directions, and pair accuracy, with their intervals."""
     figure, axes = _axes()
-    names = [f"R@{k}" for k in RECALLS]
+    names = [name for name, metric in METRICS.items() if not metric.is_rank]
     for number, direction in enumerate(DIRECTIONS):
         rows = np.arange(len(names)) + 0.24 * number - 0.12
         values = [metrics[direction][name] for name in names]
@@ -98,9 +170,7 @@ def curve_figures(history: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     """Scalars of the training by step, by title; groups without values are left out."""
     figures = {}
     for title, unit, tags in _CURVES:
-        present = {
-            tag: name for tag, name in tags.items() if any(tag in values for values in history)
-        }
+        present = {tag: name for tag, name in tags.items() if any(tag in v for v in history)}
         if not present:
             continue
         figure, axes = _axes(height=2.2)

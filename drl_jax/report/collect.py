@@ -5,14 +5,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
+from PIL import Image
 from tqdm import tqdm
 
+from drl_jax.config import Config
+from drl_jax.data.splits import Split
 from drl_jax.evaluation.bootstrap import intervals
 from drl_jax.evaluation.metrics import Ranks
-from drl_jax.models.interactions import INTERACTIONS, Attribution
+from drl_jax.models.drl import Params, model_definition
+from drl_jax.models.interactions import INTERACTIONS, Attribution, Features
 from drl_jax.models.tokenizers import load_tokenizer
-from drl_jax.report.channels import Channels, correlate
 from drl_jax.report.findings import (
     ConfusedPair,
     Duplicate,
@@ -23,78 +28,79 @@ from drl_jax.report.findings import (
     hubness,
     worst_queries,
 )
-from drl_jax.report.pictures import shrink
 from drl_jax.runs.evaluate_run import Evaluated
 from drl_jax.runs.metrics_file import read_scalars
 from drl_jax.runs.open_evaluation import OpenEvaluation
 from drl_jax.runs.protocol_card import ProtocolCard
+from drl_jax.runs.run_params import remake_initial_params
+from drl_jax.runtime.errors import UserError
+from drl_jax.sharding import make_layout
 
 # Entries of each list of the page.
 _WORST, _CONFUSED, _HUBS, _DUPLICATES = 12, 8, 8, 8
 # Videos of a duplicate caption that are shown.
 VIDEOS_OF_DUPLICATE = 3
+# Side of a frame that is shown, pixels.
+_SIDE = 96
+# Most pairs of a caption and its video that a correlation is computed from.
+_PAIRS = 512
 # Captions whose words and frames are drawn: some that are evenly spaced, and the worst.
 _SPACED_QUERIES, _WORST_QUERIES = 8, 4
 
 
-class WordFrameMap(NamedTuple):
-    """The interaction of the words of a caption with the frames of a video.
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Correlation of the channels of texts and videos, before and after a training.
+
+    It is what the channel decorrelation loss works on (CDCR, section 3.3 of the paper): the
+    diagonal should be 1, all else 0. Variant 3 standardises the channels without the weights that
+    it takes the mean with, as the loss does, so a value can be above 1.
 
     Attributes:
-      caption: row of the caption.
-      video: column of the video.
-      words: L tokens.
-      attribution: of the L tokens and F frames.
-      frames: uint8 [F, S, S, 3], small.
+      pairs: number of pairs of a caption and its video.
+      variant: of CDCR, which says what the correlated rows are (`config.loss.cdcr`).
+      after: float32 [D, D], of the checkpoint; rows are channels of texts.
+      before: the same of the parameters that the run started from; None if they are not there.
+      missing: why they are not.
     """
 
-    caption: int
-    video: int
+    pairs: int
+    variant: int
+    after: np.ndarray
+    before: np.ndarray | None
+    missing: str = ""
+
+
+class WordFrameMap(NamedTuple):
+    """The interaction of the L words of a caption with the F frames of a video."""
+
+    caption: int  # row of the caption
+    video: int  # column of the video
     words: list[str]
     attribution: Attribution
-    frames: np.ndarray
+    frames: np.ndarray  # uint8 [F, S, S, 3], small
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-    """What a report shows. Shapes: A captions, B videos.
+    """What a report shows. Shapes: A captions, B videos."""
 
-    Attributes:
-      run: name of the run.
-      card: protocol of the evaluation.
-      metrics: of `metrics.metrics_of`.
-      intervals: their 95 % intervals.
-      ranks: of all queries.
-      sim_matrix: float32 [A, B].
-      captions: A captions.
-      videos: B ids.
-      history: the scalars of the training by step (`metrics_file.read_scalars`); may be empty.
-      worst: the captions with the largest ranks.
-      confused: pairs of videos that are taken for each other.
-      hubness: how often each video is returned.
-      duplicates: captions of several videos.
-      frames: small frames of the videos that are shown, uint8 [F, S, S, 3], by column.
-      maps: words and frames of the chosen captions with their own video and, where another one is
-        first, with that; empty for interactions that do not compare words with frames.
-      channels: correlation of channels; None for interactions without it.
-    """
-
-    run: str
+    run: str  # its name
     card: ProtocolCard
-    metrics: dict[str, Any]
-    intervals: dict[str, Any]
+    metrics: dict[str, Any]  # of `metrics.metrics_of`
+    intervals: dict[str, Any]  # their 95 % intervals
     ranks: Ranks
-    sim_matrix: np.ndarray
+    sim_matrix: np.ndarray  # float32 [A, B]
     captions: list[str]
-    videos: list[str]
-    history: list[dict[str, float]]
+    videos: list[str]  # B ids
+    history: list[dict[str, float]]  # scalars of the training by step (`read_scalars`)
     worst: list[WrongQuery]
     confused: list[ConfusedPair]
     hubness: Hubness
     duplicates: list[Duplicate]
-    frames: dict[int, np.ndarray]
-    maps: list[WordFrameMap]
-    channels: Channels | None
+    frames: dict[int, np.ndarray]  # of the videos that are shown, uint8 [F, S, S, 3], by column
+    maps: list[WordFrameMap]  # of the `mapped_pairs`, if the interaction compares words with frames
+    channels: Channels | None  # None for interactions without a correlation
 
 
 def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
@@ -139,23 +145,17 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
         duplicates=duplicates[:_DUPLICATES],
         frames=frames,
         maps=_maps(evaluated, captions, pairs, frames),
-        channels=correlate(workdir, evaluated),
+        channels=_correlate(workdir, evaluated),
     )
 
 
 def mapped_pairs(
     sim_matrix: np.ndarray, ranks: Ranks, worst: Iterable[int]
 ) -> list[tuple[int, int]]:
-    """Chooses captions, and the videos that their words are compared with.
+    """Chooses (caption, video) pairs whose words and frames are compared.
 
-    Args:
-      sim_matrix: float [A, B].
-      ranks: of all queries.
-      worst: captions with the largest ranks.
-
-    Returns:
-      (caption, video) pairs: captions that are evenly spaced in the split, then the worst; each
-      with its own video and, where another one is first, with that.
+    Captions are evenly spaced in the split, then the `worst`; each has its own video and, where
+    another one is first, that.
     """
     count = min(_SPACED_QUERIES, len(ranks.t2v))
     spaced = [number * len(ranks.t2v) // count for number in range(count)]
@@ -174,8 +174,16 @@ def _read_frames(opened: OpenEvaluation, columns: Iterable[int]) -> dict[int, np
     columns = list(dict.fromkeys(columns))
     for column in tqdm(columns, "reading frames", unit="video", leave=False, disable=None):
         frames = opened.dataset.read_frames(opened.split.videos[column])
-        found[column] = shrink(frames if order is None else order(frames))
+        found[column] = _shrink(frames if order is None else order(frames))
     return found
+
+
+def _shrink(frames: np.ndarray) -> np.ndarray:
+    """uint8 [F, S, S, 3] -> the same with a side of at most 96 pixels."""
+    side = min(_SIDE, frames.shape[1])
+    size = (side, side)
+    resized = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames]
+    return np.stack(resized)
 
 
 def _maps(
@@ -197,3 +205,42 @@ def _maps(
         words = tokenizer.token_strings(tokens.text_ids[0][tokens.text_mask[0]])
         maps.append(WordFrameMap(caption, video, words, attribution, frames[video]))
     return maps
+
+
+def _correlate(workdir: Path, evaluated: Evaluated) -> Channels | None:
+    """Correlates the channels of videos and their first captions; None for xti, which has none."""
+    opened, evaluation = evaluated
+    config, split = opened.config, opened.split
+    variant = config.loss.cdcr or INTERACTIONS[config.model.interaction].CDCR_VARIANTS[-1]
+    if not variant:
+        return None
+    count = min(_PAIRS, len(split.videos))
+    videos = np.arange(count) * len(split.videos) // count
+    first_captions = np.searchsorted(evaluation.ranks.text_to_video, videos)
+    text = {name: array[first_captions] for name, array in evaluation.text.items()}
+    video = {name: array[videos] for name, array in evaluation.video.items()}
+    after = _correlation(config, opened.params, text, video, variant)
+    try:
+        params = remake_initial_params(workdir, config, make_layout(fsdp=config.sharding.fsdp))
+    except UserError as error:
+        return Channels(count, variant, after, None, str(error))
+    captions = split.captions.subset(videos, first_only=True)
+    part = Split(split.videos[videos], captions, np.zeros((0, 2), np.int32))
+    untrained = opened.evaluator.run(params, part, frame_order=opened.frame_order)
+    before = _correlation(config, params, untrained.text, untrained.video, variant)
+    return Channels(count, variant, after, before)
+
+
+def _correlation(
+    config: Config, params: Params, text: Features, video: Features, variant: int
+) -> np.ndarray:
+    interaction = nnx.merge(model_definition(config.model), params).interaction
+    key = jax.random.key(config.seed)
+    return np.asarray(interaction.channel_correlation(text, video, key, variant))
+
+
+def summary(correlation: np.ndarray) -> tuple[float, float]:
+    """Mean of the diagonal, and mean magnitude of all else."""
+    diagonal = np.diagonal(correlation)
+    off_diagonal = np.abs(correlation).sum() - np.abs(diagonal).sum()
+    return float(diagonal.mean()), float(off_diagonal / (correlation.size - len(diagonal)))

@@ -1,6 +1,7 @@
 """What a similarity matrix says about single captions and videos, in NumPy.
 
-Shapes: A captions, B videos. `text_to_video` is int [A], the column of each caption's video.
+Shapes: A captions, B videos. `sim_matrix` is float [A, B]; `text_to_video` is int [A], the column
+of each caption's video.
 """
 
 import dataclasses
@@ -17,56 +18,33 @@ _BLOCK = 1024
 
 
 class WrongQuery(NamedTuple):
-    """A caption that does not find its video first.
+    """A caption that does not find its video first."""
 
-    Attributes:
-      caption: its row.
-      video: the column of its video.
-      rank: of its video.
-      score: its similarity to its video.
-      returned: the column of the most similar other video.
-      returned_score: its similarity.
-    """
-
-    caption: int
-    video: int
-    rank: float
-    score: float
-    returned: int
-    returned_score: float
+    caption: int  # its row
+    video: int  # the column of its video
+    rank: float  # of its video
+    score: float  # its similarity to its video
+    returned: int  # the column of the most similar other video
+    returned_score: float  # its similarity to that
 
 
 class ConfusedPair(NamedTuple):
-    """Two videos of which captions of one prefer the other.
+    """Two videos of which captions of one prefer the other."""
 
-    Attributes:
-      videos: their columns.
-      captions: the captions, of both, that are at least as similar to the other video.
-      of: number of captions of both.
-      margin: largest amount by which such a caption prefers the other video.
-    """
-
-    videos: tuple[int, int]
-    captions: list[int]
-    of: int
-    margin: float
+    videos: tuple[int, int]  # their columns
+    captions: list[int]  # those of both that are at least as similar to the other video
+    of: int  # number of captions of both
+    margin: float  # largest amount by which such a caption prefers the other video
 
 
 @dataclasses.dataclass(frozen=True)
 class Hubness:
-    """How often each video is among the first k of a caption.
-
-    Attributes:
-      k: number of first videos that count.
-      occurrences: int [B], number of captions that have the video among their first k.
-      first: int [B], number of captions that have it first.
-      hubs: columns of the videos with the most occurrences, most first.
-    """
+    """How often each video is among the first k of a caption."""
 
     k: int
-    occurrences: np.ndarray
-    first: np.ndarray
-    hubs: list[int]
+    occurrences: np.ndarray  # int [B], number of captions that have the video among their first k
+    first: np.ndarray  # int [B], number of captions that have it first
+    hubs: list[int]  # columns of the videos with the most occurrences, most first
 
     @property
     def expected(self) -> float:
@@ -82,30 +60,17 @@ class Hubness:
 
 
 class Duplicate(NamedTuple):
-    """A caption that several videos have.
+    """A caption that several videos have."""
 
-    Attributes:
-      caption: as the first of them has it.
-      captions: rows of the caption.
-      videos: columns of the videos.
-    """
-
-    caption: str
-    captions: list[int]
-    videos: list[int]
+    caption: str  # as the first of them has it
+    captions: list[int]  # its rows
+    videos: list[int]  # their columns
 
 
 def worst_queries(
     sim_matrix: np.ndarray, text_to_video: np.ndarray, ranks: np.ndarray, count: int
 ) -> list[WrongQuery]:
-    """The captions with the largest ranks above 1, largest first.
-
-    Args:
-      sim_matrix: float [A, B].
-      text_to_video: int [A].
-      ranks: float [A], the rank of each caption's video.
-      count: most captions to return.
-    """
+    """At most `count` captions with the largest `ranks` of their videos above 1, largest first."""
     rows = np.arange(len(ranks))
     own = sim_matrix[rows, text_to_video]
     others = sim_matrix.copy()
@@ -166,10 +131,7 @@ def hubness(sim_matrix: np.ndarray, count: int) -> Hubness:
     """Counts how often each video is returned.
 
     k is 10, or a tenth of a small gallery. Among equal similarities, earlier columns are first.
-
-    Args:
-      sim_matrix: float [A, B].
-      count: number of hubs.
+    There are `count` hubs.
     """
     videos = sim_matrix.shape[1]
     k = min(_FIRST, -(-videos // 10))

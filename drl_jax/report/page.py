@@ -1,43 +1,43 @@
 """Renders a report as one HTML page that needs no other file, no script and no network."""
 
+import base64
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
+from PIL import Image
 from tqdm import tqdm
 
 from drl_jax.evaluation.figures import interaction_figure, similarity_figure
-from drl_jax.evaluation.metrics import DIRECTIONS, NAMES
-from drl_jax.report import channels
+from drl_jax.evaluation.metrics import DIRECTIONS, METRICS
 from drl_jax.report.charts import (
     DIRECTION_NAMES,
     correlation_figure,
     curve_figures,
     hub_figure,
+    inline,
     metrics_figure,
+    page_style,
     rank_figure,
 )
-from drl_jax.report.collect import VIDEOS_OF_DUPLICATE, ReportData, WordFrameMap
-from drl_jax.report.pictures import filmstrip
-from drl_jax.report.svg import inline, page_style
+from drl_jax.report.collect import VIDEOS_OF_DUPLICATE, Channels, ReportData, WordFrameMap, summary
 
 _FOLDER = Path(__file__).parent / "page"
 # Bytes of all word x frame maps. Those of long videos have up to two million each; the maps that do
 # not fit are left out, so that a page stays below 20 MB.
 _MAP_BYTES = 10_000_000
+# Most frames of a filmstrip.
+_STRIP_FRAMES = 4
 
 
 class MappedQuery(NamedTuple):
-    """A caption, and its words beside the frames of one or two videos.
+    """A caption, and its words beside the frames of one or two videos."""
 
-    Attributes:
-      caption: its row.
-      maps: (column of the video, picture) of its own video, and of the one that is first.
-    """
-
-    caption: int
-    maps: list[tuple[int, Markup]]
+    caption: int  # its row
+    maps: list[tuple[int, Markup]]  # column of the video and picture: its own, and the first one
 
 
 def render(data: ReportData) -> str:
@@ -49,20 +49,24 @@ def render(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "rank": _rank, "bounds": _bounds}
+    environment.filters |= {"number": "{:.1f}".format, "rank": _rank, "bounds": _bounds}
+    steps = int(max((values["step"] for values in data.history), default=0))
     with page_style():
         queries, left_out = _mapped_queries(data.maps)
         return environment.get_template("report.html").render(
             data=data,
             css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
             directions={name: DIRECTION_NAMES[name] for name in DIRECTIONS},
-            names=NAMES,
+            names=list(METRICS),
             charts=_charts(data),
-            curves=_curves(data),
+            curves={
+                title: inline(figure, f"curve {title}", f"{title} over {steps} steps.")
+                for title, figure in curve_figures(data.history).items()
+            },
             queries=queries,
             left_out=left_out,
             channel_charts=_channel_charts(data.channels),
-            strips={video: filmstrip(frames) for video, frames in data.frames.items()},
+            strips={video: _filmstrip(frames) for video, frames in data.frames.items()},
             caption_of=_first_captions(data),
             videos_of_duplicate=VIDEOS_OF_DUPLICATE,
         )
@@ -70,41 +74,24 @@ def render(data: ReportData) -> str:
 
 def _charts(data: ReportData) -> dict[str, Markup]:
     """The charts of the whole evaluation, by name."""
-    metrics = data.metrics
-    recalls = ", ".join(f"{name} R@1 {metrics[name]['R@1']:.1f} %" for name in DIRECTIONS)
-    return {
-        "metrics": inline(
-            metrics_figure(metrics, data.intervals),
-            "metrics",
-            f"Recall at 1, 5 and 10 with 95 % intervals: {recalls}.",
-        ),
-        "ranks": inline(
-            rank_figure(data.ranks),
-            "ranks",
-            f"Histogram of ranks. {metrics['t2v']['R@1']:.0f} % of the captions and"
-            f" {metrics['v2t']['R@1']:.0f} % of the videos have rank 1.",
-        ),
-        "hubs": inline(
-            hub_figure(data.hubness),
-            "hubs",
-            f"Histogram of how often a video is among the first {data.hubness.k}; the mean is"
-            f" {data.hubness.expected:.1f}, the largest number"
-            f" {data.hubness.occurrences.max()}.",
-        ),
-        "similarity": inline(
-            similarity_figure(data.sim_matrix),
-            "similarity",
-            "Similarity of all captions, rows, and all videos, columns.",
-        ),
+    metrics, hubs = data.metrics, data.hubness
+    first = {name: metrics[name]["R@1"] for name in DIRECTIONS}
+    recalls = ", ".join(f"{name} R@1 {value:.1f} %" for name, value in first.items())
+    labels = {
+        "metrics": f"Recall at 1, 5 and 10 with 95 % intervals: {recalls}.",
+        "ranks": f"Histogram of ranks. {first['t2v']:.0f} % of the captions and"
+        f" {first['v2t']:.0f} % of the videos have rank 1.",
+        "hubs": f"Histogram of how often a video is among the first {hubs.k}; the mean is"
+        f" {hubs.expected:.1f}, the largest number {hubs.occurrences.max()}.",
+        "similarity": "Similarity of all captions, rows, and all videos, columns.",
     }
-
-
-def _curves(data: ReportData) -> dict[str, Markup]:
-    steps = int(max((values["step"] for values in data.history), default=0))
-    return {
-        title: inline(figure, f"curve {title}", f"{title} over {steps} steps.")
-        for title, figure in curve_figures(data.history).items()
+    figures = {
+        "metrics": metrics_figure(metrics, data.intervals),
+        "ranks": rank_figure(data.ranks),
+        "hubs": hub_figure(hubs),
+        "similarity": similarity_figure(data.sim_matrix),
     }
+    return {name: inline(figure, name, labels[name]) for name, figure in figures.items()}
 
 
 def _mapped_queries(maps: list[WordFrameMap]) -> tuple[list[MappedQuery], int]:
@@ -135,14 +122,14 @@ def _map_picture(number: int, shown: WordFrameMap) -> Markup:
     return inline(figure, f"map {number}", label)
 
 
-def _channel_charts(found: channels.Channels | None) -> list[dict[str, Any]]:
+def _channel_charts(found: Channels | None) -> list[dict[str, Any]]:
     """Picture, diagonal and rest of each correlation, in the order of time."""
     charts = []
     for name in ("before", "after"):
         correlation = found and getattr(found, name)
         if correlation is None:
             continue
-        diagonal, rest = channels.summary(correlation)
+        diagonal, rest = summary(correlation)
         label = (
             f"Correlation of text and video channels {name} training: mean of the diagonal"
             f" {diagonal:.2f}, mean magnitude of all else {rest:.2f}."
@@ -160,8 +147,13 @@ def _first_captions(data: ReportData) -> dict[int, str]:
     return {video: data.captions[rows[video]] for video in data.frames}
 
 
-def _number(value: float) -> str:
-    return f"{value:.1f}"
+def _filmstrip(frames: np.ndarray) -> str:
+    """Up to four evenly spaced frames [F, S, S, 3] side by side, a JPEG file as a data URI."""
+    count = min(_STRIP_FRAMES, len(frames))
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate(frames[chosen], axis=1)).save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _rank(value: float) -> str:

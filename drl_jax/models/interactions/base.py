@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.backbone import TextFeatures
+from drl_jax.models.towers import TextFeatures
 
 # Named arrays of texts or of videos; the first axis is the item.
 Arrays = dict[str, jax.Array]
@@ -83,11 +83,11 @@ class Interaction(nnx.Module):
     def channel_correlation(
         self, text: Arrays, video: Arrays, key: jax.Array, cdcr: int
     ) -> jax.Array:
-        """Cross-correlation of the channels of matched texts and videos (CDCR, section 3.3).
+        """Cross-correlation of the channels of B texts and their videos (CDCR, section 3.3).
 
         Args:
-          text: arrays of B texts.
-          video: arrays of the B videos that belong to them.
+          text: arrays of the texts.
+          video: arrays of the videos that belong to them.
           key: for variants that draw rows at random.
           cdcr: one of CDCR_VARIANTS, not 0.
 
@@ -97,12 +97,7 @@ class Interaction(nnx.Module):
         raise NotImplementedError
 
     def statistics(self, text: Arrays, video: Arrays) -> Arrays:
-        """Scalars of a batch that are logged beside the losses, by name, without a gradient.
-
-        Args:
-          text: arrays of B texts.
-          video: arrays of the B videos that belong to them.
-        """
+        """Scalars of B texts and their videos that are logged, by name, without a gradient."""
         del text, video
         return {}
 
@@ -118,31 +113,26 @@ class Interaction(nnx.Module):
     def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
         """The reference's name of a parameter, before common suffixes are translated.
 
-        Args:
-          path: path of the parameter below `interaction/`, separated by "/".
-          paths: the paths of all parameters below `interaction/`.
+        Both are separated by "/"; None if the interaction has no such parameter.
 
-        Returns:
-          The name, separated by "/"; None if the interaction has no such parameter.
+        Args:
+          path: path of the parameter below `interaction/`.
+          paths: the paths of all parameters below `interaction/`.
         """
         del path, paths
         return None
 
     @classmethod
     def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
-        """Fields of ModelConfig that a checkpoint of the reference implies.
+        """Fields of ModelConfig that the names of the tensors of a reference's checkpoint imply.
 
-        Args:
-          names: names of its tensors.
-
-        Returns:
-          The fields, or None if the checkpoint is not of this interaction (or it has no parameters
-          to tell it by).
+        None if the checkpoint is not of this interaction, or the interaction has no parameters to
+        tell it by.
         """
         del names
         return None
 
-    # ---------------------------------------------------------------- one vector, on the host
+    # ---------------------------------------------------------------- vectors, on the host
 
     @classmethod
     def pool_text(cls, text: Features) -> np.ndarray:
@@ -156,25 +146,6 @@ class Interaction(nnx.Module):
         weight = mask / np.maximum(mask.sum(axis=1, keepdims=True), 1)
         return unit_sum(unit_features(video, "frame"), weight)
 
-    # ---------------------------------------------------------------- search, on the host
-
-    @classmethod
-    def attribution(cls, text: Features, video: Features) -> Attribution:
-        """Explains one pair.
-
-        Args:
-          text: arrays of one text, with features of its tokens, without the axis of items.
-          video: arrays of one video, with features of its frames, float32.
-        """
-        tokens = unit_features(text, "text")[text["text_mask"]]
-        frames = unit_features(video, "frame")[video["frame_mask"]]
-        return Attribution(
-            similarity=tokens @ frames.T,
-            token_weight=np.full(len(tokens), 1 / len(tokens)),
-            frame_weight=np.full(len(frames), 1 / len(frames)),
-            frame_contribution=frames @ unit_features(text, "sentence"),
-        )
-
     @classmethod
     def query_vectors(cls, text: Features) -> np.ndarray:
         """One vector of each text for an engine that ranks by dot product: float32 [A, D]."""
@@ -185,13 +156,25 @@ class Interaction(nnx.Module):
         """One vector of each video for such an engine: float32 [B, D]."""
         raise NotImplementedError
 
+    # ---------------------------------------------------------------- search, on the host
+
+    @classmethod
+    def attribution(cls, text: Features, video: Features) -> Attribution:
+        """Explains one pair, whose arrays have no axis of items.
+
+        They have features of all tokens and, in float32, of all frames.
+        """
+        tokens, frames = valid_units(text, video)
+        return Attribution(
+            similarity=tokens @ frames.T,
+            token_weight=np.full(len(tokens), 1 / len(tokens)),
+            frame_weight=np.full(len(frames), 1 / len(frames)),
+            frame_contribution=frames @ unit_features(text, "sentence"),
+        )
+
     @classmethod
     def video_as_text(cls, video: Features) -> Features:
-        """Arrays of videos in the place of texts, for queries by video: frames stand for tokens.
-
-        Args:
-          video: arrays of videos, with features of their frames.
-        """
+        """Arrays of videos in the place of texts, for queries by video: frames stand for tokens."""
         raise NotImplementedError
 
 
@@ -201,6 +184,12 @@ def unit_features(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
         return arrays[f"{name}_unit"]
     feat = np.asarray(arrays[f"{name}_feat"], np.float32)
     return feat / np.maximum(np.linalg.norm(feat, axis=-1, keepdims=True), 1e-12)
+
+
+def valid_units(text: Features, video: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Unit features of the valid tokens and frames of one pair: [L, D], [F, D]."""
+    tokens = unit_features(text, "text")[text["text_mask"]]
+    return tokens, unit_features(video, "frame")[video["frame_mask"]]
 
 
 def unit_sum(unit: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -219,35 +208,19 @@ def frames_as_tokens(video: Features) -> Features:
     return {f"text_{kind}": video[f"frame_{kind}"], "text_mask": video["frame_mask"]}
 
 
-def linear_without_bias_gradient(layer: nnx.Linear, x: jax.Array) -> jax.Array:
-    """A linear layer whose bias shifts all values that a softmax then compares.
-
-    The loss does not depend on that bias. Its gradient would be rounding error, which Adam
-    amplifies and which differs between device counts; so it gets none. Under the sigmoid loss,
-    xti's would do what `logit_bias` does, which is learned instead.
-    """
-    return x @ layer.kernel[...] + jax.lax.stop_gradient(layer.bias[...])
-
-
 def similarity_in_blocks(
     similarity: Callable[[Arrays, jax.Array | None], jax.Array],
     video: Arrays,
     key: jax.Array | None,
     block: int,
 ) -> jax.Array:
-    """`similarity(video, key)`, computed by `map_video_blocks`.
+    """`similarity(video, key)`, computed by `map_video_blocks`: [A, B].
 
-    Args:
-      similarity: maps the arrays of N videos to [A, N]; each column depends on its video alone.
-      video: the interaction's arrays of B videos.
-      key: for dropout (each block folds in its index), or None.
-      block: videos per block; 0: all.
-
-    Returns:
-      [A, B].
+    `similarity` maps the arrays of N videos to [A, N]; each column depends on its video alone.
     """
     videos = len(jax.tree.leaves(video)[0])
     columns = map_video_blocks(lambda part, _, key: similarity(part, key), video, key, block)
+    # [blocks, A, N] -> [A, blocks, N] -> [A, B]
     return jnp.moveaxis(columns, 0, 1).reshape(columns.shape[1], -1)[:, :videos]
 
 
@@ -278,6 +251,7 @@ def map_video_blocks(
     size = -(-videos // blocks)  # Blocks of equal size need the least padding.
 
     def split(x: jax.Array) -> jax.Array:
+        # [B, ...] -> [blocks, size, ...]
         padding = ((0, blocks * size - videos), *[(0, 0)] * (x.ndim - 1))
         return jnp.pad(x, padding).reshape(blocks, size, *x.shape[1:])
 

@@ -11,24 +11,26 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.attention import AttentionMask, lengths_of
-from drl_jax.models.backbone import TextFeatures
+from drl_jax.models.attention import AttentionMask
 from drl_jax.models.interactions.base import (
     Arrays,
     Features,
     Interaction,
     frames_as_tokens,
-    linear_without_bias_gradient,
     unit_features,
 )
 from drl_jax.models.layers import (
     BERT_LN_EPS,
     BlockRunConfig,
     Transformer,
+    layer_norm,
     new_block_config,
     new_block_init,
     quick_gelu,
 )
+from drl_jax.models.linear import linear_without_bias_gradient
+from drl_jax.models.ops import lengths_of
+from drl_jax.models.towers import TextFeatures
 
 _HEADS = 8
 _REFERENCE_NAMES = (
@@ -60,7 +62,7 @@ class CrossTransformer(Interaction):
             run=BlockRunConfig.of(config)._replace(remat="full"),
             rngs=rngs,
         )
-        self.ln_pool = nnx.LayerNorm(width, epsilon=BERT_LN_EPS, dtype=jnp.float32, rngs=rngs)
+        self.ln_pool = layer_norm(width, BERT_LN_EPS, rngs=rngs)
         self.dense = nnx.Linear(width, width, kernel_init=normal(0.02), rngs=rngs)
         self.similarity_dense = nnx.Linear(width, 1, kernel_init=normal(0.02), rngs=rngs)
 

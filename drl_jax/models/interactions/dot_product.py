@@ -5,7 +5,6 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from drl_jax.models.backbone import TextFeatures
 from drl_jax.models.interactions.base import (
     Arrays,
     Features,
@@ -14,6 +13,7 @@ from drl_jax.models.interactions.base import (
     unit_features,
 )
 from drl_jax.models.ops import l2_normalize, masked_mean, mean_outer_product
+from drl_jax.models.towers import TextFeatures
 
 
 class DotProduct(Interaction):

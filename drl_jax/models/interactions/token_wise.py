@@ -1,4 +1,7 @@
-"""ti and wti: every token is matched with its best frame, every frame with its best token."""
+"""ti and wti: every token is matched with its best frame, every frame with its best token.
+
+Shapes: A texts of L tokens, B videos of F frames, D channels.
+"""
 
 import itertools
 import re
@@ -12,25 +15,27 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
-from drl_jax.models.backbone import TextFeatures
 from drl_jax.models.interactions.base import (
     Arrays,
     Attribution,
     Features,
     Interaction,
     frames_as_tokens,
-    linear_without_bias_gradient,
-    unit_features,
     unit_sum,
+    valid_units,
     weighted_sum,
 )
+from drl_jax.models.linear import linear_without_bias_gradient
 from drl_jax.models.ops import (
+    equal_weights,
     l2_normalize,
     masked_softmax,
     mean_entropy,
     mean_outer_product,
+    random_valid,
     weighted_outer_product,
 )
+from drl_jax.models.towers import TextFeatures
 
 
 class TokenWise(Interaction):
@@ -58,15 +63,15 @@ class TokenWise(Interaction):
 
     def text_weights(self, text_feat: jax.Array, text_mask: jax.Array) -> jax.Array:
         """Weight of each token in its sentence, [A, L], from features before normalisation."""
-        return text_mask / jnp.sum(text_mask, axis=1, keepdims=True)
+        return equal_weights(text_mask)
 
     def frame_weights(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
         """Weight of each frame in its video, [B, F], from features before normalisation."""
-        return frame_mask / jnp.sum(frame_mask, axis=1, keepdims=True)
+        return equal_weights(frame_mask)
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
         del key
-        return weighted_token_wise(**text, **video)
+        return weighted_token_wise(text, video)
 
     def channel_correlation(
         self, text: Arrays, video: Arrays, key: jax.Array, cdcr: int
@@ -78,13 +83,16 @@ class TokenWise(Interaction):
         as 2, weighted by the interaction's weights.
         """
         if cdcr == 1:
-            return mean_outer_product(*_random_positions(text, video, key))
-        return matched_correlation(**text, **video, weighted=cdcr == 3)
+            text_key, video_key = jax.random.split(key)
+            return mean_outer_product(
+                random_valid(text["text_unit"], text["text_mask"], text_key),
+                random_valid(video["frame_unit"], video["frame_mask"], video_key),
+            )
+        return matched_correlation(text, video, weighted=cdcr == 3)
 
     @classmethod
     def attribution(cls, text: Features, video: Features) -> Attribution:
-        tokens = unit_features(text, "text")[text["text_mask"]]
-        frames = unit_features(video, "frame")[video["frame_mask"]]
+        tokens, frames = valid_units(text, video)
         similarity = tokens @ frames.T
         token_weight = text["text_weight"][text["text_mask"]]
         frame_weight = video["frame_weight"][video["frame_mask"]]
@@ -98,22 +106,21 @@ class TokenWise(Interaction):
 
     @classmethod
     def pool_text(cls, text: Features) -> np.ndarray:
-        """The weighted sum of the unit tokens, normalised.
-
-        Before normalisation, the dot product of two such sums is the mean of the similarities of
-        all pairs of tokens and frames by their weights; `similarity` takes maxima instead, and is
-        at least as large.
-        """
+        """The sum of the unit tokens by their weights (`query_vectors`), normalised."""
         return unit_sum(text["text_unit"], text["text_weight"])
 
     @classmethod
     def pool_video(cls, video: Features) -> np.ndarray:
-        """The weighted sum of the unit frames, normalised, as for a text."""
         return unit_sum(video["frame_unit"], video["frame_weight"])
 
     @classmethod
     def query_vectors(cls, text: Features) -> np.ndarray:
-        """The weighted sum of the unit tokens; see `pool_text`."""
+        """The sum of the unit tokens by their weights.
+
+        Its dot product with that of a video's frames is the mean of the similarities of all pairs
+        of tokens and frames by their weights. `similarity` takes maxima instead, and is at least as
+        large.
+        """
         return weighted_sum(text["text_unit"], text["text_weight"])
 
     @classmethod
@@ -189,69 +196,30 @@ class TokenWeight(nnx.Module):
         return masked_softmax(linear_without_bias_gradient(self.fc[-1], feat)[..., 0], mask)
 
 
-def weighted_token_wise(
-    text_unit: jax.Array,
-    frame_unit: jax.Array,
-    text_mask: jax.Array,
-    frame_mask: jax.Array,
-    text_weight: jax.Array,
-    frame_weight: jax.Array,
-) -> jax.Array:
-    """Token-wise similarity of every text with every video.
+def weighted_token_wise(text: Arrays, video: Arrays) -> jax.Array:
+    """Token-wise similarity of every text with every video: float32 [A, B] in [-1, 1].
 
     The mean of two weighted sums: over tokens, of the similarity with their best frame, and over
-    frames, of the similarity with their best token.
-
-    Args:
-      text_unit: [A, L, D], unit vectors.
-      frame_unit: [B, F, D], unit vectors.
-      text_mask: bool [A, L].
-      frame_mask: bool [B, F].
-      text_weight: [A, L], sums to 1 over valid tokens.
-      frame_weight: [B, F], sums to 1 over valid frames.
-
-    Returns:
-      sim_matrix float32 [A, B], in [-1, 1], without the temperature.
+    frames, of the similarity with their best token. The arrays are those of `TokenWise.encode_text`
+    [A, L, ...] and `encode_video` [B, F, ...]; weights sum to 1 over valid positions.
     """
     # Masked by multiplication, as in the reference: a padded position has similarity 0, not -inf.
     # Where all valid similarities are negative, the maximum is the 0 of the padding. Trained
     # checkpoints depend on it.
-    text_unit = text_unit * text_mask[:, :, None]
-    frame_unit = frame_unit * frame_mask[:, :, None]
+    text_unit = text["text_unit"] * text["text_mask"][:, :, None]
+    frame_unit = video["frame_unit"] * video["frame_mask"][:, :, None]
     # The product is [B, F, A, L] without a transposition.
     token_sim = jnp.einsum("bfd,ald->bfal", frame_unit, text_unit)
-    t2v = jnp.einsum("bal,al->ab", token_sim.max(axis=1), text_weight)
-    v2t = jnp.einsum("bfa,bf->ab", token_sim.max(axis=3), frame_weight)
+    t2v = jnp.einsum("bal,al->ab", token_sim.max(axis=1), text["text_weight"])
+    v2t = jnp.einsum("bfa,bf->ab", token_sim.max(axis=3), video["frame_weight"])
     return (t2v + v2t) / 2
 
 
-def _random_positions(text: Arrays, video: Arrays, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A valid token and a valid frame of each pair, drawn uniformly: two of [B, D], unit rows."""
-
-    def draw(feat, mask, key):
-        logits = jnp.where(mask, 0.0, -jnp.inf)
-        position = jax.random.categorical(key, logits, axis=1)
-        return jnp.take_along_axis(feat, position[:, None, None], axis=1)[:, 0]
-
-    text_key, video_key = jax.random.split(key)
-    return (
-        draw(text["text_unit"], text["text_mask"], text_key),
-        draw(video["frame_unit"], video["frame_mask"], video_key),
-    )
-
-
-def matched_correlation(
-    text_unit: jax.Array,
-    frame_unit: jax.Array,
-    text_mask: jax.Array,
-    frame_mask: jax.Array,
-    text_weight: jax.Array,
-    frame_weight: jax.Array,
-    *,
-    weighted: bool,
-) -> jax.Array:
+def matched_correlation(text: Arrays, video: Arrays, *, weighted: bool) -> jax.Array:
     """Correlation over tokens with their best frames and frames with their best tokens: [D, D]."""
-    pairs = text_unit.shape[0]
+    text_unit, text_mask, text_weight = (text[name] for name in TokenWise.TEXT_ARRAYS)
+    frame_unit, frame_mask, frame_weight = (video[name] for name in TokenWise.VIDEO_ARRAYS)
+    pairs = len(text_unit)
     # Partners come from the matched pair alone: [B, L, F], masked as in `weighted_token_wise` (a
     # padded position has similarity 0 and may be chosen over negative ones).
     token_sim = jnp.einsum("bld,bfd->blf", text_unit, frame_unit)

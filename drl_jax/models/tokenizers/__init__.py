@@ -114,14 +114,9 @@ def stored_name(tokenizer: str | Path) -> str:
 
 
 def tokenizer_beside(weights_path: Path) -> str:
-    """The path of the tokenizer in the folder of a file of weights, or "".
-
-    A `tokenizer.json` is preferred to a `spiece.model`.
-    """
-    for name in _KINDS:
-        if (path := Path(weights_path).with_name(name)).is_file():
-            return str(path)
-    return ""
+    """The path of the tokenizer in the folder of a file of weights, or ""."""
+    paths = (weights_path.with_name(name) for name in _KINDS)
+    return next((str(path) for path in paths if path.is_file()), "")
 
 
 def tokenizer_of_weights(weights_path: Path, backbone: BackboneConfig, stored: str = "") -> str:

@@ -34,11 +34,7 @@ class Tokenized(NamedTuple):
 def warn_of_cut(cut: int, captions: int, max_words: int, where: str = "") -> None:
     """Issues one `Notice`, if captions were cut, for the caller of the calling function.
 
-    Args:
-      cut: how many were.
-      captions: how many there are.
-      max_words: L of `Tokenizer.tokenize`.
-      where: what they are the captions of.
+    `where` says what they are the captions of.
     """
     if cut:
         text = (
@@ -99,13 +95,8 @@ class Tokenizer:
     def token_strings(self, text_ids: np.ndarray) -> list[str]:
         """The text of each token.
 
-        A word may have several tokens: a trailing "-" means that the word continues.
-
-        Args:
-          text_ids: ids of one caption without its padding, int [L].
-
-        Returns:
-          L strings; start and end are START and END.
+        A word may have several tokens: a trailing "-" means that the word continues. `text_ids` is
+        int [L], one caption without its padding; start and end are START and END.
         """
         raise NotImplementedError
 

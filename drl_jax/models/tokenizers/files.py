@@ -41,10 +41,7 @@ class FileTokenizer(Tokenizer):
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
         """Keeps the settings; a subclass parses the content.
 
-        Args:
-          content: of the file.
-          cleaning: of captions, a key of CLEANINGS.
-          pad_id: id after the last token.
+        `cleaning` of captions is a key of CLEANINGS; `pad_id` is the id after the last token.
         """
         super().__init__(pad_id)
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -91,11 +88,6 @@ class JSONTokenizer(FileTokenizer):
 
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
         """Parses the file.
-
-        Args:
-          content: of the file.
-          cleaning: see `FileTokenizer`.
-          pad_id: see `FileTokenizer`.
 
         Raises:
           ImportError: the package `tokenizers` is not installed.
@@ -150,11 +142,6 @@ class SentencePieceTokenizer(FileTokenizer):
 
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
         """Parses the file.
-
-        Args:
-          content: of the file.
-          cleaning: see `FileTokenizer`.
-          pad_id: see `FileTokenizer`.
 
         Raises:
           ImportError: the package `sentencepiece` is not installed.
