@@ -1,6 +1,9 @@
 """The Python API as a user calls it."""
 
 import dataclasses
+import inspect
+import pkgutil
+import re
 import subprocess
 import sys
 
@@ -50,6 +53,28 @@ def test_the_documented_lines_run_in_a_process_of_their_own(search_run, test_vid
         cwd=ROOT,
     )
     assert finished.stdout.split("\n") == ["(1, 1)", "(1, 1)", ""]
+
+
+def test_the_documented_api_is_the_public_one():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    modules = {module.name for module in pkgutil.iter_modules(drl_jax.__path__)}
+    names = set(re.findall(r"\bdrl_jax\.(\w+)", page)) - modules
+    assert names == set(drl_jax.__all__) == set(dir(drl_jax)) - {"__version__"}
+    owners = {"drl_jax": drl_jax, "model": drl_jax.RetrievalModel}
+    calls = re.findall(r"`(drl_jax|model)\.(\w+)\((.*?)\)`", page)
+    assert len(calls) == 7
+    for owner, name, arguments in calls:
+        assert arguments == arguments_of(getattr(owners[owner], name)), name
+
+
+def arguments_of(function) -> str:
+    """The parameters of a function and their defaults, as the documentation writes them."""
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}".replace("'", '"')
+        for p in parameters
+        if p.name != "self"
+    )
 
 
 def test_the_name_of_version_0_2_encodes_videos(search_model):
