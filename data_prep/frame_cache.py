@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import zipfile
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from drl_jax.runtime.errors import refusal
 from drl_jax.runtime.files import replacing
 
 # Encoded frames of a video: uint8 [F, S, S, 3] for `raw`, F JPEG files for `jpeg`.
-Frames = np.ndarray | list[bytes]
+Frames: TypeAlias = np.ndarray | list[bytes]
 
 
 def decoder_versions() -> dict[str, str]:

@@ -51,7 +51,7 @@ class StorageConfig(tfds.core.BuilderConfig):
         return cls(name=spec.name, spec=spec)
 
 
-class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
+class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # type: ignore[call-arg]
     """Stores every video of a dataset once, and its splits as metadata."""
 
     VERSION = tfds.core.Version(FORMAT_VERSION)

@@ -9,7 +9,7 @@ from data_prep.retrieval_builder import RetrievalBuilder
 from data_prep.shapes.dataset_files import read_files
 
 
-class DrawnBuilder(RetrievalBuilder, skip_registration=True):
+class DrawnBuilder(RetrievalBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Stores videos that `draw` makes, with annotations in the file formats of MSR-VTT."""
 
     MAX_WORDS: ClassVar[int] = 24

@@ -1,6 +1,6 @@
 """The parts that the towers of all families share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -102,7 +102,7 @@ class TransformerBackbone(Backbone):
     A family sets the class attributes and defines `encode_text`.
     """
 
-    IMAGE_TOWER: ClassVar[type[ImageTower]]
+    IMAGE_TOWER: ClassVar[Callable[..., ImageTower]]
     INITIAL_LOGIT_SCALE: ClassVar[float]
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):

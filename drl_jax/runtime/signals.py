@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 # SIGHUP comes when a terminal or an SSH connection is closed.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -105,7 +106,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.pending = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._terminals: list[int] = []
 
     def __enter__(self) -> "StopRequest":

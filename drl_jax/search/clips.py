@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeAlias
 
 import av
 from av.video.frame import PictureType
@@ -22,7 +23,8 @@ MAX_CLIP = 60.0
 # Largest picture and clip, pixels.
 _PICTURE_SIDE, _CLIP_SIDE = 640, 1280
 _TIME_BASE = Fraction(1, 90_000)
-_Container, _Stream = av.container.InputContainer, av.stream.Stream
+_Container: TypeAlias = av.container.InputContainer
+_Stream: TypeAlias = av.stream.Stream
 # The header comes first, so that a browser plays while it loads.
 _MP4_OPTIONS = {"movflags": "faststart"}
 # What browsers play in mp4. H.264 with other pixels, e.g. of 10 bits, is played by few.
