@@ -45,6 +45,35 @@ def test_packages_import_only_lower_ones(package):
             assert used <= allowed, f"{module} imports {used - allowed}"
 
 
+def test_few_packages_with_few_arrows():
+    parts = part_graph(module_graph("drl_jax"))
+    assert len(parts) <= MOST_PARTS
+    assert sum(map(len, parts.values())) <= MOST_ARROWS
+
+
+@pytest.mark.parametrize("package", ["drl_jax", "data_prep"])
+def test_modules_do_not_import_in_circles(package):
+    modules = module_graph(package)
+    # Where it is needed, and not before.
+    modules.get("drl_jax.runtime.cluster", set()).discard("drl_jax.runtime.ray_cluster")
+    assert not circle(modules)
+    assert not circle(part_graph(modules))
+
+
+def test_the_tour_names_files_that_exist():
+    for page in ("docs/tour.md", "CONTRIBUTING.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        paths = re.findall(r"`((?:drl_jax|data_prep|configs|docs|tests)/[a-z0-9_/.]*)`", text)
+        assert paths
+        assert not [path for path in paths if not (ROOT / path).exists()], page
+
+
+def test_ruff_has_one_version():
+    wanted = re.search(r"ruff==(\S+)", (ROOT / "setup.cfg").read_text(encoding="utf-8"))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert f"rev: v{wanted[1]}\n" in hooks
+
+
 def test_the_package_needs_nothing_built_on_it():
     for module, path in MODULES.items():
         roots = {name.split(".")[0] for name in imported_names(path)}
@@ -87,32 +116,3 @@ def test_ray_is_imported_on_demand():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom) and module not in RAY_MODULES:
                 assert node.module not in RAY_MODULES, module
-
-
-def test_few_packages_with_few_arrows():
-    parts = part_graph(module_graph("drl_jax"))
-    assert len(parts) <= MOST_PARTS
-    assert sum(map(len, parts.values())) <= MOST_ARROWS
-
-
-@pytest.mark.parametrize("package", ["drl_jax", "data_prep"])
-def test_modules_do_not_import_in_circles(package):
-    modules = module_graph(package)
-    # Where it is needed, and not before.
-    modules.get("drl_jax.runtime.cluster", set()).discard("drl_jax.runtime.ray_cluster")
-    assert not circle(modules)
-    assert not circle(part_graph(modules))
-
-
-def test_the_tour_names_files_that_exist():
-    for page in ("docs/tour.md", "CONTRIBUTING.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        paths = re.findall(r"`((?:drl_jax|data_prep|configs|docs|tests)/[a-z0-9_/.]*)`", text)
-        assert paths
-        assert not [path for path in paths if not (ROOT / path).exists()], page
-
-
-def test_ruff_has_one_version():
-    wanted = re.search(r"ruff==(\S+)", (ROOT / "setup.cfg").read_text(encoding="utf-8"))
-    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
-    assert f"rev: v{wanted[1]}\n" in hooks

@@ -1,6 +1,6 @@
 """The parts that the towers of all families share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -102,13 +102,13 @@ class TransformerBackbone(Backbone):
     A family sets the class attributes and defines `encode_text`.
     """
 
-    IMAGE_TOWER: ClassVar[Callable[..., ImageTower]]
+    IMAGE_TOWER: ClassVar[type[ImageTower]]
     INITIAL_LOGIT_SCALE: ClassVar[float]
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
         config = model.backbone
         width = config.text_width
-        self.visual = self.IMAGE_TOWER(model, rngs=rngs)
+        self.visual = self.IMAGE_TOWER(model, rngs=rngs)  # type: ignore[call-arg]
         self.token_embedding = nnx.Embed(
             config.vocab_size, width, embedding_init=normal(0.02), rngs=rngs
         )
