@@ -102,13 +102,14 @@ class TransformerBackbone(Backbone):
     A family sets the class attributes and defines `encode_text`.
     """
 
-    IMAGE_TOWER: ClassVar[type[ImageTower]]
+    # An ImageTower that takes a model and `rngs`.
+    IMAGE_TOWER: ClassVar[type[nnx.Module]]
     INITIAL_LOGIT_SCALE: ClassVar[float]
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
         config = model.backbone
         width = config.text_width
-        self.visual = self.IMAGE_TOWER(model, rngs=rngs)  # type: ignore[call-arg]
+        self.visual = self.IMAGE_TOWER(model, rngs=rngs)
         self.token_embedding = nnx.Embed(
             config.vocab_size, width, embedding_init=normal(0.02), rngs=rngs
         )
