@@ -13,6 +13,7 @@ import io
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -26,7 +27,7 @@ from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_proces
 
 _JPEG_QUALITY = 95
 # Encoded frames of a video: uint8 [F, S, S, 3] for `raw`, F JPEG files for `jpeg`.
-Frames = np.ndarray | list[bytes]
+Frames: TypeAlias = np.ndarray | list[bytes]
 
 
 def decoder_versions() -> dict[str, str]:

@@ -38,7 +38,7 @@ _VIDEOS_PER_SHARD = 1000
 _REMEDY = "copy them again, or let data_prep.check list them, and the build then leaves them out"
 
 
-class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
+class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # type: ignore[call-arg]
     """Stores every video of a dataset once, and its splits as metadata.
 
     Its TFDS configuration has the name of a storage variant.

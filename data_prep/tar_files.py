@@ -100,7 +100,8 @@ def read_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     yield member, tar
-                    tar.members.clear()  # It would hold the headers of all members.
+                    # It would hold the headers of all members.
+                    tar.members.clear()  # type: ignore[attr-defined]
                 end = tar.offset
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             raise _damaged(path, one_line(error)) from error

@@ -25,3 +25,8 @@ def __getattr__(name: str) -> Any:
 
     module = "drl_jax.runtime.errors" if name == "UserError" else "drl_jax.pretrained"
     return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    """The public API: docs/api.md describes these names."""
+    return ["__version__", *__all__]

@@ -1,6 +1,9 @@
 """The Python API as a user calls it."""
 
 import dataclasses
+import inspect
+import pkgutil
+import re
 import subprocess
 import sys
 
@@ -212,3 +215,25 @@ def test_fingerprints_do_not_change():
     params = {"a": np.arange(5, dtype=np.float32)}
     model = drl_jax.RetrievalModel(config, params, None, {}, "", None)
     assert model.fingerprint == "c8c14c23cde565081f9cbffaa09ba443e4fb4a2bb04015c0a9083bb379d2b55b"
+
+
+def test_the_documented_api_is_the_public_one():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    modules = {module.name for module in pkgutil.iter_modules(drl_jax.__path__)}
+    names = set(re.findall(r"\bdrl_jax\.(\w+)", page)) - modules
+    assert names == set(drl_jax.__all__) == set(dir(drl_jax)) - {"__version__"}
+    owners = {"drl_jax": drl_jax, "model": drl_jax.RetrievalModel}
+    calls = re.findall(r"`(drl_jax|model)\.(\w+)\((.*?)\)`", page)
+    assert len(calls) == 7
+    for owner, name, arguments in calls:
+        assert arguments == arguments_of(getattr(owners[owner], name)), name
+
+
+def arguments_of(function) -> str:
+    """The parameters of a function and their defaults, as the documentation writes them."""
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}".replace("'", '"')
+        for p in parameters
+        if p.name != "self"
+    )

@@ -1,11 +1,18 @@
 """Package rules: which package may import which."""
 
 import ast
-from pathlib import Path
+import re
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.import_graph import (
+    ROOT,
+    circle,
+    imported_names,
+    module_graph,
+    modules_of,
+    part_graph,
+    part_of,
+)
 
 # A package or module of drl_jax imports only itself and what stands before it here.
 ORDER = (
@@ -15,48 +22,59 @@ ORDER = (
     *("pretrained", "model_flags", "report", "search", "embeddings"),
     *("train", "evaluate", "compare", "convert", "embed"),
 )
-MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in sorted((ROOT / "drl_jax").rglob("*.py"))
-    if path != ROOT / "drl_jax" / "__init__.py"
-}
+MODULES = modules_of("drl_jax")
+# Today's numbers: fewer are better.
+MOST_PARTS, MOST_ARROWS = 20, 75
 
 # It imports Ray, and no other module imports it before it needs a cluster.
 RAY = "drl_jax.runtime.ray_cluster"
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of everything a file imports, also inside functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
-
-
-def package_of(module: str) -> str:
-    return module.split(".")[1]
-
-
 def test_every_package_has_a_place():
-    assert {package_of(module) for module in MODULES} == set(ORDER)
+    assert {part_of(module) for module in MODULES} == set(ORDER)
 
 
 @pytest.mark.parametrize("package", ORDER)
 def test_packages_import_only_lower_ones(package):
     allowed = set(ORDER[: ORDER.index(package) + 1])
     for module, path in MODULES.items():
-        if package_of(module) == package:
-            used = {package_of(name) for name in imports(path) if name.startswith("drl_jax.")}
+        if part_of(module) == package:
+            used = {part_of(name) for name in imported_names(path) if name.startswith("drl_jax.")}
             assert used <= allowed, f"{module} imports {used - allowed}"
+
+
+def test_few_packages_with_few_arrows():
+    parts = part_graph(module_graph("drl_jax"))
+    assert len(parts) <= MOST_PARTS
+    assert sum(map(len, parts.values())) <= MOST_ARROWS
+
+
+@pytest.mark.parametrize("package", ["drl_jax", "data_prep"])
+def test_modules_do_not_import_in_circles(package):
+    modules = module_graph(package)
+    # Where it is needed, and not before.
+    modules.get("drl_jax.runtime.cluster", set()).discard("drl_jax.runtime.ray_cluster")
+    assert not circle(modules)
+    assert not circle(part_graph(modules))
+
+
+def test_the_tour_names_files_that_exist():
+    for page in ("docs/tour.md", "CONTRIBUTING.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        paths = re.findall(r"`((?:drl_jax|data_prep|configs|docs|tests)/[a-z0-9_/.]*)`", text)
+        assert paths
+        assert not [path for path in paths if not (ROOT / path).exists()], page
+
+
+def test_ruff_has_one_version():
+    wanted = re.search(r"ruff==(\S+)", (ROOT / "setup.cfg").read_text(encoding="utf-8"))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert f"rev: v{wanted[1]}\n" in hooks
 
 
 def test_the_package_needs_nothing_built_on_it():
     for module, path in MODULES.items():
-        roots = {name.split(".")[0] for name in imports(path)}
+        roots = {name.split(".")[0] for name in imported_names(path)}
         assert not roots & {"data_prep", "configs", "tests", "benchmarks"}, module
 
 
@@ -65,7 +83,7 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         library: {
             module
             for module, path in MODULES.items()
-            if library in {name.split(".")[0] for name in imports(path)}
+            if library in {name.split(".")[0] for name in imported_names(path)}
         }
         for library in (
             *("orbax", "clu", "huggingface_hub", "tensorflow", "torch"),

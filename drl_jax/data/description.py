@@ -109,8 +109,8 @@ def read_videos(directory: Path, hashes: Mapping[str, str]) -> tuple[Strings, So
       OSError, ValueError, KeyError: it is missing, or not the one with the SHA-256 of its name.
     """
     batch = _read(directory, VIDEOS_FILE, _VIDEOS_SCHEMA, hashes)
-    ids, hashes, files, starts, ends = batch.columns
-    return Strings(ids), Sources(files, starts, ends), hashes.to_numpy()
+    ids, id_hashes, files, starts, ends = batch.columns
+    return Strings(ids), Sources(files, starts, ends), id_hashes.to_numpy()
 
 
 def write_captions(

@@ -160,7 +160,7 @@ class _Sampler:
     def close(self, duration: float) -> SampledVideo:
         self._finish(duration)
         arrays = (self._times, self._coarse, self._shots, self.starts)
-        return SampledVideo(*map(np.array, arrays), duration)
+        return SampledVideo(*map(np.array, arrays), duration=duration)
 
     def _begin(self, time: float) -> None:
         self.starts.append(time)

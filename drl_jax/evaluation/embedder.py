@@ -235,4 +235,4 @@ def make_embed_steps(
     pair = (sharded, sharded)
     encoders = (encode_text, encode_video, encode_image, encode_window)
     steps = [compiled(function, *pair) for function in encoders]
-    return EmbedSteps(*steps, compiled(similarity, sharded, replicated))
+    return EmbedSteps(*steps, similarity=compiled(similarity, sharded, replicated))

@@ -49,7 +49,7 @@ class BlockConfig(NamedTuple):
     def of_tower(cls, config: BackboneConfig, tower: str) -> "BlockConfig":
         """The blocks of a tower, "vision" or "text"."""
         sizes = (getattr(config, f"{tower}_{name}") for name in ("width", "heads", "hidden_width"))
-        return cls(*sizes, config.activation, config.layer_norm_eps)
+        return cls(*sizes, activation=config.activation, eps=config.layer_norm_eps)
 
 
 class BlockInit(NamedTuple):

@@ -118,7 +118,8 @@ class Backbone(nnx.Module):
     is added to the logits of the sigmoid loss. Both are float32 scalars.
     """
 
-    IMAGE_TOWER: ClassVar[type[ImageTower]]
+    # An ImageTower that takes a model and `rngs`.
+    IMAGE_TOWER: ClassVar[type[nnx.Module]]
     INITIAL_LOGIT_SCALE: ClassVar[float]
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):

@@ -58,7 +58,7 @@ def compare(
     runs = [_ranked(workdir, checkpoint, split_name, data_dir) for workdir in (one, other)]
     check_same_queries(*runs)
     found = differences(runs[0].ranks, runs[1].ranks)
-    print(_report(*runs, found))
+    print(_report(*runs, found=found))
     return found
 
 

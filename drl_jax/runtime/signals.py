@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 # Seconds after an interruption in which further ones are the same impatience.
 _PATIENCE = 1.0
@@ -96,7 +97,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.pending = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def __enter__(self) -> "StopRequest":

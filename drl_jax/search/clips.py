@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeAlias
 
 import av
 from av.video.frame import PictureType
@@ -24,7 +25,8 @@ _TIME_BASE = Fraction(1, 90_000)
 # Seconds before a time from which a frame is looked for. Containers with an index seek to the key
 # frame before a time, others anywhere.
 _LEADS = (0.0, 5.0, 20.0)
-_Container, _Stream = av.container.InputContainer, av.stream.Stream
+_Container: TypeAlias = av.container.InputContainer
+_Stream: TypeAlias = av.stream.Stream
 
 
 def read_picture(path: Path, time: float) -> bytes:

@@ -64,7 +64,7 @@ def find_duplicates(index: OpenIndex) -> list[Duplicate]:
         found[one, other] = max(how, found.get((one, other), how))
     paths = {n: index.path_of(places[n]) for pair in found for n in pair}
     return sorted(
-        Duplicate(*sorted((paths[a], paths[b])), share, not is_direct)
+        Duplicate(*sorted((paths[a], paths[b])), share=share, is_mirrored=not is_direct)
         for (a, b), (share, is_direct) in found.items()
     )
 

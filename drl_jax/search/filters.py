@@ -7,6 +7,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.search.segments import Listed
 
 # Videos, ordered by path; each has its number of the segment, and its row there.
-Listing = pa.Table
+Listing: TypeAlias = pa.Table
 _COLUMNS = ["path", "mtime_ns", "duration", "segment", "row"]
 
 
