@@ -234,5 +234,5 @@ def make_embed_steps(
 
     pair = (sharded, sharded)
     encoders = (encode_text, encode_video, encode_image, encode_window)
-    steps = [compiled(function, *pair) for function in encoders]
-    return EmbedSteps(*steps, similarity=compiled(similarity, sharded, replicated))
+    steps = {function.__name__: compiled(function, *pair) for function in encoders}
+    return EmbedSteps(**steps, similarity=compiled(similarity, sharded, replicated))
