@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source, target = options.source, options.target
 
     def work() -> None:
-        from drl_jax.runs.convert_run import export_weights, import_weights
+        from drl_jax.runs.run_params import export_weights, import_weights
         from drl_jax.runtime.compilation_cache import cache_compilations
 
         cache_compilations()

@@ -13,7 +13,7 @@ from drl_jax.compare import main as compare
 from drl_jax.evaluate import main as evaluate
 from drl_jax.evaluation.bootstrap import Difference
 from drl_jax.runs.compare_run import RankedRun, check_same_queries, verdict
-from drl_jax.runs.rank_files import read_ranks
+from drl_jax.runs.protocol_card import read_ranks
 from drl_jax.runtime.errors import UserError
 
 

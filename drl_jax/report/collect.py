@@ -24,9 +24,8 @@ from drl_jax.report.findings import (
     worst_queries,
 )
 from drl_jax.report.pictures import shrink
-from drl_jax.runs.evaluate_run import Evaluated
-from drl_jax.runs.metrics_file import read_scalars
-from drl_jax.runs.open_evaluation import OpenEvaluation
+from drl_jax.runs.evaluate_run import Evaluated, OpenEvaluation
+from drl_jax.runs.log_files import read_scalars
 from drl_jax.runs.protocol_card import ProtocolCard
 
 # Entries of each list of the page.

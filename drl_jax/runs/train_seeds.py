@@ -27,11 +27,6 @@ def train_seeds(config: Config, workdir: Path, seeds: Sequence[int]) -> None:
     is {"runs": [{"seed": .., "workdir": .., "best_step": .., "test": .., "card": ..}, ..],
     "summary": {"mean": .., "std": .., "worst": ..}, "card": ..}.
 
-    Args:
-      config: the configuration; its seed is replaced.
-      workdir: parent directory of the runs.
-      seeds: distinct seeds.
-
     Raises:
       UserError: as `train`; or `workdir` is itself a run, or cannot be written.
     """
@@ -64,7 +59,6 @@ def _finished_result(workdir: Path, config: Config) -> dict[str, Any] | None:
     """
     try:
         result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
-        # Those of earlier versions have no card.
         flatten(result["test"]), ProtocolCard.from_dict(result["card"]), result["best_step"]
         stored = load_config(workdir)
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
