@@ -60,6 +60,7 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
             assert checkpoints.metric(step) is None
             checkpoints.attach_metric(step, value)
         checkpoints.save(at_step(6))
+        checkpoints.wait()
         assert checkpoints.find_step("best") == 2
         assert checkpoints.find_step("latest") == 6
     with Checkpoints(tmp_path, read_only=True) as checkpoints:

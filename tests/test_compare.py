@@ -93,7 +93,6 @@ def test_frames_may_differ_only_where_models_need_other_ones(runs):
 
     check(seeds=(1,))
     check(frames="224px", content="d")
-    check(content="")  # Of an early version.
     with pytest.raises(UserError, match="different frames"):
         check(content="d")
     with pytest.raises(UserError, match="different captions"):

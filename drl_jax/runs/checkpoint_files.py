@@ -55,16 +55,12 @@ class ArraySummary(NamedTuple):
 def summarise(tree: Any) -> tuple[dict[str, ArraySummary], list[str]]:
     """Computes checksums on the devices, and looks for values that are not finite.
 
-    A change of one element always changes the checksum of its array; any other change leaves it
-    the same with a probability of 2^-32. It does not depend on shardings. With arrays that are
-    split over several processes, all of them call this.
-
-    Args:
-      tree: arrays of 8, 16 or 32 bits an element.
+    A change of one element always changes the checksum of its array (of 8, 16 or 32 bits an
+    element); any other change leaves it the same with a probability of 2^-32. It does not depend on
+    shardings. With arrays that are split over several processes, all of them call this.
 
     Returns:
-      The summary of each array by its path in the tree, and the paths of the arrays that hold a
-      NaN or an infinity.
+      The summary of each array by its path, and the paths of those with a NaN or an infinity.
     """
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     # All are started before the first one is waited for.
@@ -122,8 +118,7 @@ def _summary(array: jax.Array) -> jax.Array:
 def _reduce_rows(mixed: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Adds up groups of at most 32 rows, elementwise.
 
-    XLA's CPU backend vectorises this and splits it over threads, but not the reduction of a whole
-    array: it is several times as fast.
+    XLA's CPU backend vectorises and parallelises this, but not the reduction of a whole array.
     """
     rows = mixed.shape[0]
     group = max(size for size in range(1, 33) if rows % size == 0)
@@ -252,9 +247,6 @@ def read_metric(directory: Path, identity: Identity = UNKNOWN) -> float | None:
 
 def read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Reads items of a checkpoint in this process, without waiting for others.
-
-    Args:
-      abstract: shapes, dtypes and shardings of the arrays, by item.
 
     Raises:
       DamagedCheckpoint: they cannot be read.

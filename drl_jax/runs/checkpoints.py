@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from drl_jax.models.drl import Params
@@ -38,8 +37,6 @@ from drl_jax.training.train_step import TrainState
 
 # Where damaged checkpoints are moved to.
 DAMAGED_DIRECTORY = "damaged_checkpoints"
-# How often a directory that changes is opened.
-_OPENINGS = 30
 # The devices that hold copies of an array each save a slice of it, if slices have this many bytes.
 # By default Orbax slices every array, and saves a small model on 8 devices a third as fast.
 _MIN_SLICE_BYTES = 2**20
@@ -80,53 +77,32 @@ class Checkpoints:
         self._failures: list[BaseException] = []
         if self._directory.exists() and not self._directory.is_dir():
             raise CheckpointError(f"{self._directory} is not a directory; move it away")
-        # Orbax warns of every option that a read-only manager ignores.
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)
-        try:
-            with self._saving("opened"):
-                self._check_listed()
-                self._manager = self._open(keep_latest, read_only)
-        finally:
-            logging.set_verbosity(verbosity)
+        # A reader needs no manager; Orbax gives a directory its name when it is complete.
+        self._manager = None if read_only else self._open(keep_latest)
         self.identity = identity_of(workdir) if identity is None else identity
         run = self.identity.run or self._run_of_checkpoints()
         self.identity = self.identity._replace(run=run if read_only else shared_run_id(run))
 
-    def _open(self, keep_latest: int, read_only: bool) -> ocp.CheckpointManager:
+    def _open(self, keep_latest: int) -> ocp.CheckpointManager:
         whole = ocp.type_handlers.ArrayHandler(
             min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES
         )
         ocp.type_handlers.register_type_handler(jax.Array, whole, override=True)
+        handlers = {name: _watched_handler(self._failures) for name in ITEMS}
+        handlers["step"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(self.best_step, keep_latest),
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            cleanup_tmp_directories=True,
             # If a thread of its own cannot create one, others wait five minutes for it.
             async_options=ocp.AsyncOptions(
                 create_directories_asynchronously=jax.process_count() > 1
             ),
         )
-        handlers = {name: _watched_handler(self._failures) for name in ITEMS}
-        handlers["step"] = ocp.JsonCheckpointHandler()
-        for attempt in range(_OPENINGS):
-            # A training, another process, may delete a checkpoint while Orbax lists them.
-            last = not read_only or attempt == _OPENINGS - 1
-            gone = () if last else (FileNotFoundError, NotADirectoryError)
-            with contextlib.suppress(*gone):
-                return ocp.CheckpointManager(
-                    self._directory,
-                    item_names=tuple(handlers),
-                    item_handlers=handlers,
-                    options=options,
-                )
-        raise AssertionError("the last attempt returns or raises")
-
-    def _check_listed(self) -> None:
-        """Orbax would leave out a checkpoint whose directory is refused, and an older be latest."""
-        for path in self._directory.iterdir() if self._directory.exists() else ():
-            with contextlib.suppress(FileNotFoundError):  # Deleted by a training meanwhile.
-                path.stat()
+        self.steps()  # Orbax would take a directory that may not be looked at for absent.
+        with self._saving("opened"):
+            return ocp.CheckpointManager(
+                self._directory, item_names=tuple(handlers), item_handlers=handlers, options=options
+            )
 
     def _run_of_checkpoints(self) -> str:
         """The id in the checkpoints; empty if there are none."""
@@ -147,7 +123,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         # With several processes, closing waits for the others, which may not have failed.
-        if kind and jax.process_count() > 1:
+        if self._manager is None or (kind and jax.process_count() > 1):
             return
         # An error of the last save must not hide the one that ended the block.
         with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
@@ -158,10 +134,22 @@ class Checkpoints:
     # ------------------------------------------------------------ which there are
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """Steps of the complete checkpoints.
+
+        Raises:
+          Unavailable: the directory, or that of a checkpoint, cannot be read.
+        """
+        found = []
+        with self._saving("opened"):
+            for path in self._directory.iterdir() if self._directory.exists() else ():
+                # Another process, a training, may delete it meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    path.stat()
+                    found += [int(path.name)] if path.name.isdecimal() else []
+        return sorted(found)
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
         """Step of the best evaluated checkpoint; the latest of several equally good ones.
@@ -188,10 +176,7 @@ class Checkpoints:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether a checkpoint has a metric that is not damaged."""
-        try:
-            return self.metric(step) is not None
-        except DamagedCheckpoint:
-            return False
+        return step not in self.with_damaged_metric() and self.metric(step) is not None
 
     def find_step(self, name: str) -> int:
         """Resolves the name of a checkpoint: "best", "latest" or a number.
@@ -245,6 +230,8 @@ class Checkpoints:
         Raises:
           UserError: it failed.
         """
+        if self._manager is None:
+            return
         with self._saving("saved"):
             if jax.process_count() == 1:
                 self._manager.wait_until_finished()
@@ -367,8 +354,8 @@ class Checkpoints:
 
     def _restore(self, step: int, **abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self.wait()  # It may be in the middle of its save.
-        if step not in self._manager.all_steps():
-            found = ", ".join(map(str, self.steps())) or "none"
+        if step not in (steps := self.steps()):
+            found = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(
                 f"no checkpoint of step {step} in {self._directory}; there are: {found}"
             )

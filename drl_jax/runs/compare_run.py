@@ -65,12 +65,9 @@ def compare(
 
 
 def check_same_queries(one: RankedRun, other: RankedRun) -> None:
-    """Checks that the ranks of two runs can be compared query by query.
+    """Raises UserError unless the ranks of two runs can be compared query by query.
 
     Frames may be stored in other sizes, numbers or encodings, as another model needs them.
-
-    Raises:
-      UserError: the captions or videos differ, or the same storage variant has other frames.
     """
     cards = one.card, other.card
     same_queries = cards[0].queries == cards[1].queries

@@ -37,7 +37,6 @@ from drl_jax.evaluation.post_processing import (
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer
-from drl_jax.runs.checkpoint_files import params_digest
 from drl_jax.runs.protocol_card import ProtocolCard, evaluation_path, protocol_card, write_ranks
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import own_manifest
@@ -77,7 +76,7 @@ class OpenEvaluation:
 
 
 class Evaluated(NamedTuple):
-    """A checkpoint and a split, and what the evaluation found without post-processing."""
+    """What was evaluated, and the result without post-processing."""
 
     opened: OpenEvaluation
     evaluation: Evaluation
@@ -171,17 +170,8 @@ def open_evaluation(
     if manifest and manifest["dataset"]["content"] != dataset.content:
         print(f"note: {workdir} was trained with other frames or captions than {dataset.directory}")
     split = _checked_split(dataset, split_name, config)
-    card = protocol_card(
-        workdir,
-        config,
-        dataset,
-        split_name,
-        split,
-        checkpoint=checkpoint,
-        step=step,
-        parameters_sha256=params_digest(params),
-        frame_order=frame_order,
-    )
+    inputs = (workdir, config, dataset, split_name, split)
+    card = protocol_card(*inputs, checkpoint, step, params, frame_order=frame_order)
     evaluator = Evaluator(config, dataset, layout)
     order = order_by_content if frame_order == "content" else None
     return OpenEvaluation(config, params, dataset, split_name, split, evaluator, order, card)

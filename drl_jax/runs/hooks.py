@@ -94,17 +94,15 @@ class TrainLog:
         batches: TrainBatches,
         total_steps: int,
         wall_time: WallTime,
-        *,
         step: int,
-        evaluated: bool,
         saved: Mapping[str, Any],
+        *,
+        evaluated: bool,
     ):
-        """Opens the logs.
+        """Opens the logs of a run that resumes from the checkpoint of `step`.
 
         Args:
-          wall_time: waiting for steps is spent on "steps".
-          step: step that the run resumes from.
-          evaluated: whether the checkpoint of `step` has been evaluated.
+          evaluated: whether the checkpoint has been evaluated.
           saved: values of `before_checkpoint` that were saved with the checkpoint.
         """
         self._workdir, self._config, self._batches = workdir, config, batches
@@ -155,7 +153,7 @@ class TrainLog:
         if ends_interval:
             self._write_means(step)
         self._flush()
-        return {"unlogged": self._since, "skipped": self.skipped}
+        return {"unlogged": list(self._since), "skipped": self.skipped}
 
     def _settle(self) -> None:
         """Waits for the step that is running and takes its scalars."""
@@ -219,20 +217,20 @@ class TrainLog:
         self._restart_clock()
         self._show("loss", f"{means['train/loss']:.3f}")
 
+    @property
+    def shows_pictures(self) -> bool:
+        return self._tensorboard is not None and self._config.train.pictures
+
     def evaluation(
         self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
     ) -> None:
         """Writes the metrics and the pictures of an evaluation; they are in the files then."""
         self._write(step, scalars_by_tag("eval", metrics))
-        if self._tensorboard is not None and pictures:
+        if pictures:
             self._tensorboard.write_images(step, pictures)
         self._flush()
         self._show("val R@1", f"{metrics['t2v']['R@1']:.1f}")
         self._restart_clock()
-
-    @property
-    def shows_pictures(self) -> bool:
-        return self._tensorboard is not None and self._config.train.pictures
 
     def test(self, step: int, metrics: Mapping[str, Any], best_step: int) -> None:
         """Writes the metrics of the checkpoint `best_step` on *test*; `step` is the run's last."""
@@ -299,7 +297,6 @@ class Evaluations:
         checkpoints: Checkpoints,
         log: TrainLog,
         wall_time: WallTime,
-        *,
         abstract: Params,
         steps_per_epoch: int,
     ):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from drl_jax.config import Config, DataConfig
 from drl_jax.data.records import VideoDataset
 from drl_jax.data.splits import Split
 from drl_jax.evaluation.metrics import TIE_RULE, Ranks
-from drl_jax.runs.checkpoint_files import read_metric
+from drl_jax.models.drl import Params
+from drl_jax.runs.checkpoint_files import params_digest, read_metric
 from drl_jax.runs.workdir import CHECKPOINTS, own_manifest
 from drl_jax.runtime.errors import raise_if_refused
 from drl_jax.runtime.files import replacing
@@ -69,11 +70,7 @@ class ProtocolCard:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ProtocolCard":
-        """The card from its JSON values.
-
-        Raises:
-          TypeError: a field is missing or unknown.
-        """
+        """The card from its JSON values; a TypeError if a field is missing or unknown."""
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +91,7 @@ class ProtocolCard:
         return {
             "data": f"{self.dataset}, split {self.split}{protocol}: {self.videos:,} videos,"
             f" {self.captions:,} captions, {a_video} a video; content"
-            f" {self.content[:_SHORT] or 'unknown'}",
+            f" {self.content[:_SHORT]}",
             "ranks": f"among {self.videos:,} candidates; ties: {self.ties}; similarities:"
             f" {self.post_processing}{order}",
             "checkpoint": f"{step}{self.chosen}; trained on {self.trained_on}, {seeds}",
@@ -113,25 +110,28 @@ def protocol_card(
     dataset: VideoDataset,
     split_name: str,
     split: Split,
-    *,
     checkpoint: str,
     step: int,
-    parameters_sha256: str,
+    params: Params,
+    *,
     frame_order: str = "time",
 ) -> ProtocolCard:
-    """Makes the card of an evaluation of a run.
-
-    Args:
-      split_name: as of `load_split`: a role or a stored name.
-      split: the split of this name.
-      checkpoint: "best", "latest" or a step, as it was asked for; `step` is that of it.
+    """Makes the card of an evaluation of a run; `checkpoint` is as it was asked for.
 
     Raises:
-      WorkdirError: the manifest of the run is damaged.
-      UserError: the metric of the checkpoint cannot be read.
+      UserError: the manifest of the run is damaged, or the metric cannot be read.
     """
     data, counts = config.data, split.caption_counts()
-    stored = _stored_name(split_name, data)
+    stored, tower = _stored_name(split_name, data), config.model.backbone
+    trained_on = _stored_name("train", data)
+    if protocol := dataset.protocol(data.train_split):
+        trained_on += f" ({protocol})"
+    model = (
+        f"{tower.family}, {tower.vision_layers} image layers of {tower.vision_width}, patches of"
+        f" {tower.vision_patch_size} pixels at {tower.image_resolution}; interaction"
+        f" {config.model.interaction}, temporal head {config.model.agg_module}; {data.max_frames}"
+        f" frames, {data.max_words} words"
+    )
     return ProtocolCard(
         dataset=data.dataset,
         split=stored,
@@ -145,21 +145,15 @@ def protocol_card(
         captions_per_video=(int(counts.min()), int(counts.max())),
         ties=TIE_RULE,
         post_processing=RAW,
-        trained_on=_training_split(data, dataset),
+        trained_on=trained_on,
         chosen=how_chosen(workdir, data, checkpoint, step),
         step=step,
         seeds=(config.seed,),
-        model=_described(config),
+        model=model,
         init=config.model.init,
         init_sha256=(own_manifest(workdir) or {}).get("weights_sha256", ""),
-        parameters_sha256=parameters_sha256,
+        parameters_sha256=params_digest(params),
     )
-
-
-def card_of_seeds(cards: Sequence[ProtocolCard]) -> ProtocolCard:
-    """The card of runs that differ in their seed, from the cards of the runs."""
-    seeds = tuple(seed for card in cards for seed in card.seeds)
-    return dataclasses.replace(cards[0], seeds=seeds, step=None, parameters_sha256="")
 
 
 def _stored_name(split_name: str, data: DataConfig) -> str:
@@ -170,11 +164,6 @@ def _stored_name(split_name: str, data: DataConfig) -> str:
         return f"{data.train_split} without {data.holdout} held-out videos"
     stored = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
     return stored.get(split_name, split_name)
-
-
-def _training_split(data: DataConfig, dataset: VideoDataset) -> str:
-    protocol = dataset.protocol(data.train_split)
-    return _stored_name("train", data) + (f" ({protocol})" if protocol else "")
 
 
 def how_chosen(workdir: Path, data: DataConfig, checkpoint: str, step: int) -> str:
@@ -188,16 +177,6 @@ def how_chosen(workdir: Path, data: DataConfig, checkpoint: str, step: int) -> s
     val = _stored_name("val", data)
     on_test = ", which is the test split" if val == data.test_split else ""
     return f"the best by t2v R@1 on {val}{on_test}"
-
-
-def _described(config: Config) -> str:
-    model, data, tower = config.model, config.data, config.model.backbone
-    return (
-        f"{tower.family}, {tower.vision_layers} image layers of {tower.vision_width}, patches of"
-        f" {tower.vision_patch_size} pixels at {tower.image_resolution}; interaction"
-        f" {model.interaction}, temporal head {model.agg_module}; {data.max_frames} frames,"
-        f" {data.max_words} words"
-    )
 
 
 # ---------------------------------------------------------------- ranks

@@ -16,7 +16,6 @@ from drl_jax.evaluation.evaluator import Evaluator, check_split
 from drl_jax.evaluation.metrics import format_table
 from drl_jax.models.drl import Params, abstract_params
 from drl_jax.models.tokenizers import load_tokenizer
-from drl_jax.runs.checkpoint_files import params_digest
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
 from drl_jax.runs.manifest import differences, recorded
@@ -48,11 +47,7 @@ _CACHED = {
 
 
 def train(
-    config: Config,
-    workdir: Path,
-    *,
-    reproduce: Path | None = None,
-    profile_steps: range = range(0),
+    config: Config, workdir: Path, *, reproduce: Path | None = None, profile_steps: range = range(0)
 ) -> dict[str, Any]:
     """Trains, evaluates every epoch on val, and tests the best checkpoint.
 
@@ -139,26 +134,12 @@ def train(
             checkpoints.save(state)
 
         # ---------------------------------------------------------------- hooks
+        evaluated = bool(saved) and checkpoints.is_evaluated(start)
         log = TrainLog(
-            workdir,
-            config,
-            batches,
-            total_steps,
-            wall_time,
-            step=start,
-            evaluated=bool(saved) and checkpoints.is_evaluated(start),
-            saved=saved,
+            workdir, config, batches, total_steps, wall_time, start, saved, evaluated=evaluated
         )
         evaluations = Evaluations(
-            config,
-            evaluator,
-            val,
-            dataset,
-            checkpoints,
-            log,
-            wall_time,
-            abstract=abstract,
-            steps_per_epoch=steps_per_epoch,
+            config, evaluator, val, dataset, checkpoints, log, wall_time, abstract, steps_per_epoch
         )
         hooks = [log, evaluations]
         if profile_steps:
@@ -204,16 +185,7 @@ def train(
                 raise Interrupted(f"stopped before the test of step {total_steps}; rerun to resume")
             best_step, params = checkpoints.restore_best(abstract)
             tested = evaluator.run(params, test)
-            card = protocol_card(
-                workdir,
-                config,
-                dataset,
-                "test",
-                test,
-                checkpoint="best",
-                step=best_step,
-                parameters_sha256=params_digest(params),
-            )
+            card = protocol_card(workdir, config, dataset, "test", test, "best", best_step, params)
             result = {
                 "test": tested.metrics,
                 "test_intervals": intervals(tested.ranks),

@@ -264,12 +264,10 @@ def exclusive(workdir: Path) -> Iterator[None]:
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
-    """Writes `config.json`, or checks that the directory holds a run of this configuration.
-
-    Copies the file of the tokenizer, if there is one, into the directory.
+    """Writes `config.json` and a copy of the tokenizer's file, or checks those of a run.
 
     Raises:
-      WorkdirError: it holds a run of another configuration, or cannot be written.
+      WorkdirError: the directory holds a run of another configuration, or cannot be written.
     """
     old = None
     if (workdir / CONFIG_FILE).exists():
