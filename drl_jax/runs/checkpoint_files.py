@@ -11,9 +11,9 @@ the index alone.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +44,7 @@ class DamagedCheckpoint(CheckpointError):
 # ---------------------------------------------------------------- checksums
 
 
-class ArraySummary(NamedTuple):
-    """What a checkpoint records of an array; `checksum` has 32 bits."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    checksum: int
-
-
-def summarise(tree: Any) -> tuple[dict[str, ArraySummary], list[str]]:
+def summarise(tree: Any) -> tuple[dict[str, list], list[str]]:
     """Computes checksums on the devices, and looks for values that are not finite.
 
     A change of one element always changes the checksum of its array (of 8, 16 or 32 bits an
@@ -60,7 +52,8 @@ def summarise(tree: Any) -> tuple[dict[str, ArraySummary], list[str]]:
     shardings. With arrays that are split over several processes, all of them call this.
 
     Returns:
-      The summary of each array by its path, and the paths of those with a NaN or an infinity.
+      Shape, dtype and checksum of each array by its path, as JSON values, and the paths of those
+      with a NaN or an infinity.
     """
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     # All are started before the first one is waited for.
@@ -68,7 +61,7 @@ def summarise(tree: Any) -> tuple[dict[str, ArraySummary], list[str]]:
     # The copy of this process: with a replicated array, another process may have another one.
     numbers = {name: np.asarray(x.addressable_data(0)) for name, x in results.items()}
     summaries = {
-        name: ArraySummary(tuple(leaf.shape), leaf.dtype.name, int(numbers[name][0]))
+        name: [list(leaf.shape), leaf.dtype.name, int(numbers[name][0])]
         for name, leaf in leaves.items()
     }
     return summaries, [name for name, (_, bad) in numbers.items() if bad]
@@ -76,19 +69,12 @@ def summarise(tree: Any) -> tuple[dict[str, ArraySummary], list[str]]:
 
 def params_digest(params: Any) -> str:
     """Hexadecimal SHA-256 of paths, shapes, dtypes and checksums; all processes call it."""
-    return _digest(summarise(params)[0])
-
-
-def _digest(summaries: Mapping[str, ArraySummary]) -> str:
-    return json_sha256({name: list(summary) for name, summary in summaries.items()})
+    return json_sha256(summarise(params)[0])
 
 
 def path_name(path: tuple) -> str:
     """Name of a leaf of a tree of dicts and (named) tuples, e.g. `0/mu/backbone/logit_scale`."""
-    return "/".join(
-        str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
-        for entry in path
-    )
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 @jax.jit
@@ -148,9 +134,8 @@ def sealed_info(step: int, identity: Identity, items: dict[str, Any], **log: Any
             f"the state of step {step} is not saved: {not_finite[0]} has values that are not finite"
             f" ({len(not_finite)} such arrays); earlier checkpoints are kept"
         )
-    summaries = {name: list(summary) for name, summary in arrays.items()}
     about = {"format": FORMAT, "step": step, **identity._asdict()}
-    return seal({**about, "arrays": summaries, **log})
+    return seal({**about, "arrays": arrays, **log})
 
 
 def read_info(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
@@ -180,13 +165,10 @@ def read_info(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
     return info
 
 
-def stored_params(info: dict[str, Any]) -> dict[str, ArraySummary]:
-    """Summaries of the parameters of a checkpoint by path, from its JSON item."""
-    return {
-        name.removeprefix("params/"): ArraySummary(tuple(shape), dtype, checksum)
-        for name, (shape, dtype, checksum) in info["arrays"].items()
-        if name.startswith("params/")
-    }
+def stored_params(info: dict[str, Any]) -> dict[str, list]:
+    """Shape, dtype and checksum of the parameters of a checkpoint, from its JSON item."""
+    arrays, prefix = info["arrays"], "params/"
+    return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
 
 
 def owner(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
@@ -196,7 +178,7 @@ def owner(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
     """
     info = read_info(directory, identity)
     names = ("step", *Identity._fields)
-    return {**{name: info[name] for name in names}, "params": _digest(stored_params(info))}
+    return {**{name: info[name] for name in names}, "params": json_sha256(stored_params(info))}
 
 
 # ---------------------------------------------------------------- the metric
@@ -272,8 +254,7 @@ def verify_arrays(info: dict[str, Any], items: dict[str, Any]) -> None:
       DamagedCheckpoint: an array is not the one that was saved.
     """
     for name, found in summarise(items)[0].items():
-        shape, dtype, checksum = info["arrays"][name]
-        if found != ArraySummary(tuple(shape), dtype, checksum):
+        if found != info["arrays"][name]:
             raise DamagedCheckpoint(f"{name} differs from its checksum")
 
 

@@ -364,7 +364,7 @@ class Checkpoints:
         with failing_together(DamagedCheckpoint):
             info = read_info(directory, self.identity)
         # Shapes before Orbax compares them: its own message is pages long.
-        stored = {name: summary.shape for name, summary in stored_params(info).items()}
+        stored = {name: tuple(shape) for name, (shape, _, _) in stored_params(info).items()}
         leaves = jax.tree_util.tree_leaves_with_path(abstract["params"])
         wanted = {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
         for name in sorted(stored.keys() | wanted.keys()):

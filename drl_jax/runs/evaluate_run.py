@@ -117,11 +117,11 @@ def evaluate(
       checkpoint: "best", "latest" or a step.
       split_name: "test", "val", "train", or a stored split of the dataset.
       frame_order: "time", or "content" to sort the frames of each video by their pixels, which
-        hides time from the model (written to `eval_SPLIT_STEP_content.json`).
+        hides time from the model (`_content` is added to the names).
       legacy: whether to print the tables of `legacy_metrics`, too.
-      post: NONE for raw similarities, and names of `post_processing.METHODS`; one table each
-        (written to `eval_SPLIT_STEP_METHOD.json`).
-      bank_size: number of captions of *train* that post-processing takes; None: 5,000 at most.
+      post: NONE for raw similarities, and names of `post_processing.METHODS`, which are added to
+        the names; one table each.
+      bank_size: see `PostProcessing`.
 
     Raises:
       UserError: no such run, checkpoint, dataset or split, or `PostProcessing` cannot be done; or,
@@ -234,11 +234,7 @@ class PostProcessing:
     """The post-processing that an evaluation was asked for; checked before anything is encoded."""
 
     def __init__(self, opened: OpenEvaluation, methods: Sequence[str], bank_size: int | None):
-        """Loads and checks the splits.
-
-        Args:
-          methods: names of `post_processing.METHODS`.
-          bank_size: captions of the bank, and videos at most; None: at most BANK_SIZE of both.
+        """Loads and checks the splits; `bank_size` is that of `draw_bank`.
 
         Raises:
           UserError: an unknown method, no split *train* or *val*, a split that shares videos with
@@ -325,10 +321,9 @@ class PostProcessing:
 
 
 def draw_bank(train: Split, size: int | None) -> Bank:
-    """Draws captions and videos of a training split, each without replacement.
+    """Draws `size` captions of a training split, and as many videos or all, without replacement.
 
-    Args:
-      size: number of captions, and of videos if there are as many; None: see BANK_SIZE.
+    Without a size: at most BANK_SIZE of both.
 
     Raises:
       UserError: the split has fewer captions.

@@ -22,7 +22,6 @@ from drl_jax.config import Config
 from drl_jax.config_fields import config_from_fields
 from drl_jax.data.records import VideoDataset
 from drl_jax.models.tokenizers import load_tokenizer
-from drl_jax.runs.hooks import WallTime
 from drl_jax.runs.workdir import (
     FORMAT,
     MANIFEST_FILE,
@@ -53,8 +52,12 @@ class RunRecord:
       step: the step of the last checkpoint since this start.
     """
 
-    def __init__(self, workdir: Path, config: Config, dataset: VideoDataset, wall_time: WallTime):
+    def __init__(
+        self, workdir: Path, config: Config, dataset: VideoDataset, seconds: Mapping[str, float]
+    ):
         """Reads the manifest of a run, or makes that of a new one; writes nothing.
+
+        `seconds` has, at the end, the time that was spent on each activity.
 
         Raises:
           WorkdirError: the run was started with a dataset of another content or another tokenizer,
@@ -78,7 +81,7 @@ class RunRecord:
             "tokenizer_sha256": _tokenizer_sha256(config),
         }
         self.identity = Identity(self._values["id"], self._values["config_sha256"], dataset.content)
-        self.step, self._started, self._wall_time = 0, False, wall_time
+        self.step, self._started, self._seconds = 0, False, seconds
 
     def check_weights(self, config: Config) -> None:
         """Checks, before the first step, that the weights are those that the run started with.
@@ -104,7 +107,7 @@ class RunRecord:
     def end(self, outcome: str) -> None:
         """Completes the row of this start, if there is one; that of a killed run stays open."""
         if self._started:
-            seconds = {name: round(s, 2) for name, s in self._wall_time.seconds.items()}
+            seconds = {name: round(s, 2) for name, s in self._seconds.items()}
             end = {"ended": _now(), "outcome": outcome, "last_step": self.step, "seconds": seconds}
             self._values["starts"][-1] |= end
             self._write()
@@ -116,7 +119,7 @@ class RunRecord:
 
 @contextlib.contextmanager
 def recorded(
-    workdir: Path, config: Config, dataset: VideoDataset, wall_time: WallTime
+    workdir: Path, config: Config, dataset: VideoDataset, seconds: Mapping[str, float]
 ) -> Iterator[RunRecord]:
     """Claims the directory of a run and records how the block ends.
 
@@ -124,7 +127,7 @@ def recorded(
       WorkdirError: the directory holds another run, or one of another dataset.
     """
     with failing_together(UserError):
-        record = RunRecord(workdir, config, dataset, wall_time)
+        record = RunRecord(workdir, config, dataset, seconds)
         claim_workdir(workdir, config)
     try:
         yield record
@@ -154,10 +157,7 @@ def environment() -> dict[str, Any]:
 
 
 def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDataset) -> list[str]:
-    """Compares the manifest of a run to reproduce with what is here.
-
-    Returns:
-      What differs and may change results a little: fields, versions, commit, devices.
+    """What differs from the run of a manifest and may change results a little, in words.
 
     Raises:
       WorkdirError: this would be another run: other fields, weights, tokenizer or dataset.

@@ -142,17 +142,14 @@ def import_weights(
     """Creates a run with one checkpoint, of step 0, from a file of weights.
 
     Args:
-      source: name or file of weights: an exported run, towers alone (heads start as in training),
-        or a DRL checkpoint.
-      workdir: must not hold a run.
+      source: name or file of weights: an exported run, towers alone (heads start as in training,
+        from `seed`), or a DRL checkpoint.
       interaction: "dp" or "ti", for a file without interaction parameters.
-      seed: for the heads that the towers do not have.
       release: as in `read_weights`.
       tokenizer: its file, if it is not beside that of the weights.
 
     Returns:
-      The configuration of the run, with the sizes and heads of the weights, and what is known of
-      the towers.
+      The configuration of the run, and what is known of the towers.
 
     Raises:
       UserError: the file cannot be read or does not fit, or `workdir` holds a run.

@@ -83,10 +83,16 @@ def train(
         for name, split in (("val", val), ("test", test)):
             check_split(name, split, dataset, tokenizer, config.data.max_words)
         if reproduce is not None:
-            _print_differences(reproduce, config, dataset)
+            found = differences(read_manifest(reproduce), config, dataset)
+            title = f"reproducing the run of {reproduce}: configuration, weights and dataset are"
+            if is_main():
+                print("\n  ".join([f"{title} the same", *found]))
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.train.epochs * steps_per_epoch
-    _check_profile(profile_steps, total_steps)
+    every = config.train.checkpoint_every
+    if profile_steps and profile_steps[-1] > total_steps:
+        first, last = profile_steps[0], profile_steps[-1]
+        raise ConfigError(f"--profile_steps={first}:{last}: the run ends with step {total_steps}")
 
     # ---------------------------------------------------------------- model and optimiser
     tx = make_optimizer(config.optim, total_steps)
@@ -106,7 +112,7 @@ def train(
     with (
         _memory_errors(config),
         exclusive(workdir),
-        recorded(workdir, config, dataset, wall_time) as record,
+        recorded(workdir, config, dataset, wall_time.seconds) as record,
         Checkpoints(
             workdir, config.train.keep_checkpoints, identity=record.identity
         ) as checkpoints,
@@ -168,7 +174,7 @@ def train(
                 wall_time.spent_on("compilation" if step == start + 1 else "steps")
                 call("after_step", step, state, scalars)
                 stopping = stop_requested(step)
-                due = step % steps_per_epoch == 0 or _is_due(step, config.train.checkpoint_every)
+                due = step % steps_per_epoch == 0 or (every > 0 and step % every == 0)
                 if due or stopping:
                     log_state = log.before_checkpoint(step, ends_interval=due)
                     wall_time.spent_on("logging")
@@ -219,14 +225,6 @@ def _read_init(config: Config) -> tuple[Config, Params | None]:
     return config, initial_params(config.model, weights, jax.random.key(config.seed))
 
 
-def _print_differences(manifest: Path, config: Config, dataset: VideoDataset) -> None:
-    found = differences(read_manifest(manifest), config, dataset)
-    if is_main():
-        print(f"reproducing the run of {manifest}: configuration, weights and dataset are the same")
-        for line in found:
-            print(f"  {line}")
-
-
 def _print_start(
     config: Config, dataset: VideoDataset, batches: TrainBatches, layout: Layout
 ) -> None:
@@ -262,10 +260,6 @@ def _memory_errors(config: Config) -> Iterator[None]:
         ) from error
 
 
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def _check_divisible(train: TrainConfig, layout: Layout) -> None:
     for name in ("batch_size", "microbatch"):
         if getattr(train, name) % layout.device_count:
@@ -273,13 +267,6 @@ def _check_divisible(train: TrainConfig, layout: Layout) -> None:
                 f"config.train.{name}={getattr(train, name)} is not divisible by the"
                 f" {layout.device_count} devices; choose a multiple of {layout.device_count}"
             )
-
-
-def _check_profile(steps: range, total_steps: int) -> None:
-    if steps and steps[-1] > total_steps:
-        raise ConfigError(
-            f"--profile_steps={steps[0]}:{steps[-1]}: the run ends with step {total_steps}"
-        )
 
 
 def _open_dataset(config: Config) -> VideoDataset:
