@@ -49,8 +49,7 @@ from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.resources import available_cpus
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import TrainState, create_state
-from drl_jax.training.train_step import make_train_step
+from drl_jax.training.train_step import TrainState, create_state, make_train_step
 
 FRAMES, WORDS = 12, 32
 _FORM = FrameForm.of(BackboneConfig())

@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from benchmarks.measure import arguments, positive_int, report
-from drl_jax.runs.logging import TIMING_TAGS
+from drl_jax.runs.hooks import TIMING_TAGS
 
 _EPOCHS = 20
 _FLAGS = (
@@ -141,17 +141,23 @@ def metrics(workdir: Path) -> list[dict]:
 
 def summaries(workdir: Path) -> dict[str, list[tuple]]:
     """What TensorBoard shows, in its order, without the speed: curves, pictures and texts."""
-    os.environ.update({"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0, "images": 0, "scalars": 0})
     events.Reload()
-    return {
-        tag: [(e.step, make_ndarray(e.tensor_proto).tolist()) for e in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
-        if tag not in TIMING_TAGS
+    tags = events.Tags()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}
+    pictures = {
+        tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)]
+        for tag in tags["images"]
     }
+    texts = {
+        tag: [(e.step, make_ndarray(e.tensor_proto).tolist()) for e in events.Tensors(tag)]
+        for tag in tags["tensors"]
+    }
+    shown = {**scalars, **pictures, **texts}
+    return {tag: shown[tag] for tag in shown if tag not in TIMING_TAGS}
 
 
 def compare(killed: Path, whole: Path) -> dict[str, bool]:

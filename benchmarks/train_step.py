@@ -35,8 +35,7 @@ from drl_jax.runtime.resources import keep_freed_memory
 from drl_jax.sharding import make_layout
 from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import create_state
-from drl_jax.training.train_step import make_train_step
+from drl_jax.training.train_step import create_state, make_train_step
 from drl_jax.weights.releases import PUBLISHED
 
 

@@ -21,40 +21,25 @@ def _parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "source",
-        metavar="IN",
-        help="a file of towers (docs/weights.md), a DRL checkpoint, an exported run, the name of"
-        f" installed weights ({', '.join(NAMES)}), hf-hub:ORG/NAME; or a run",
+    source = (
+        "a file of towers (docs/weights.md), a DRL checkpoint, an exported run, the name of"
+        f" installed weights ({', '.join(NAMES)}), hf-hub:ORG/NAME; or a run"
     )
-    parser.add_argument(
-        "target", type=Path, metavar="OUT", help="directory of the new run; or NAME.safetensors"
-    )
-    parser.add_argument(
-        "--checkpoint", default="best", help="of a run: best, latest or a step (%(default)s)"
-    )
-    parser.add_argument(
-        "--interaction",
-        choices=("dp", "ti"),
-        default="dp",
-        help="for a file without interaction parameters (%(default)s)",
-    )
-    parser.add_argument(
-        "--release", default="", help="of a file of CLIP that does not say its own, e.g. openai"
-    )
-    parser.add_argument(
-        "--tokenizer", default="", help="of a file of towers, if it is not beside the file"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        help="of the tensors of an exported run (float32)",
-    )
-    parser.add_argument(
-        "--clip_only",
-        action="store_true",
-        help="export the towers without the heads, under their publisher's names",
-    )
+    parser.add_argument("source", metavar="IN", help=source)
+    target = "directory of the new run; or NAME.safetensors"
+    parser.add_argument("target", type=Path, metavar="OUT", help=target)
+    checkpoint = "of a run: best, latest or a step (%(default)s)"
+    parser.add_argument("--checkpoint", default="best", help=checkpoint)
+    interaction = "for a file without interaction parameters (%(default)s)"
+    parser.add_argument("--interaction", choices=("dp", "ti"), default="dp", help=interaction)
+    release = "of a file of CLIP that does not say its own, e.g. openai"
+    parser.add_argument("--release", default="", help=release)
+    tokenizer = "of a file of towers, if it is not beside the file"
+    parser.add_argument("--tokenizer", default="", help=tokenizer)
+    dtype = "of the tensors of an exported run (float32)"
+    parser.add_argument("--dtype", choices=("float32", "float16"), help=dtype)
+    towers = "export the towers without the heads, under their publisher's names"
+    parser.add_argument("--clip_only", action="store_true", help=towers)
     return parser
 
 
@@ -64,20 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source, target = options.source, options.target
 
     def work() -> None:
-        from drl_jax.runs.convert_run import export_weights, import_weights
+        from drl_jax.runs.run_params import export_weights, import_weights
         from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()
         if is_hub_name(source) or not Path(source).is_dir():
             if options.clip_only or options.dtype:
                 raise UserError(f"--dtype and --clip_only export a run, and {source} is none")
-            config, towers = import_weights(
-                source,
-                target,
-                options.interaction,
-                release=options.release,
-                tokenizer=options.tokenizer,
-            )
+            described = {"release": options.release, "tokenizer": options.tokenizer}
+            config, towers = import_weights(source, target, options.interaction, **described)
             model = config.model
             print(f"{source}: {towers}")
             print(f"wrote {target}: interaction {model.interaction}, agg_module {model.agg_module}")
@@ -86,13 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--release and --tokenizer describe a file, and {source} is a run")
         if target.suffix != ".safetensors":
             raise UserError(f"a run is exported to a file NAME.safetensors, not {target}")
-        step = export_weights(
-            Path(source),
-            target,
-            options.checkpoint,
-            dtype=options.dtype or "float32",
-            clip_only=options.clip_only,
-        )
+        form = {"dtype": options.dtype or "float32", "clip_only": options.clip_only}
+        step = export_weights(Path(source), target, options.checkpoint, **form)
         print(f"wrote {target}: checkpoint {step} of {source}")
 
     return run_command("drl_jax.convert", work)

@@ -22,38 +22,23 @@ def _parser() -> Parser:
     parser.add_argument(
         "--split", default="test", help="train, val, test or a stored split (%(default)s)"
     )
-    parser.add_argument(
-        "--frame_order",
-        choices=("time", "content"),
-        default="time",
-        help="content: sort the frames of each video by their pixels, which hides the order of"
-        " time from the model",
+    order = (
+        "content: sort the frames of each video by their pixels, which hides time from the model"
     )
-    parser.add_argument(
-        "--legacy",
-        action="store_true",
-        help="print a second table with the tie rule of DRL's original and CLIP4Clip, for"
-        " comparison with papers",
+    parser.add_argument("--frame_order", choices=("time", "content"), default="time", help=order)
+    legacy = (
+        "print a second table with the tie rule of DRL's original and CLIP4Clip, for comparison"
+        " with papers"
     )
+    parser.add_argument("--legacy", action="store_true", help=legacy)
+    post = f"post-processing of similarities, a table each: {', '.join(_POST)} (none)"
     parser.add_argument(
-        "--post",
-        type=_methods,
-        default=["none"],
-        metavar="METHOD[,METHOD...]",
-        help=f"post-processing of similarities, a table each: {', '.join(_POST)} (none)",
+        "--post", type=_methods, default=["none"], metavar="METHOD[,METHOD...]", help=post
     )
-    parser.add_argument(
-        "--bank_size",
-        type=positive_int,
-        metavar="N",
-        help="captions of train that post-processing takes (5000, or all if there are fewer)",
-    )
-    parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="DIR",
-        help="write DIR/index.html, one page with the metrics, curves and pictures of the run",
-    )
+    size = "captions of train that post-processing takes (5000, or all if there are fewer)"
+    parser.add_argument("--bank_size", type=positive_int, metavar="N", help=size)
+    report = "write DIR/index.html, one page with the metrics, curves and pictures of the run"
+    parser.add_argument("--report", type=Path, metavar="DIR", help=report)
     parser.add_argument("--data_dir", help="directory of built datasets, if they were moved")
     return parser
 

@@ -22,53 +22,41 @@ from drl_jax.runtime.cli import (
 def _parser() -> Parser:
     parser = Parser("python -m drl_jax.train", description=__doc__.splitlines()[0])
     add_config_flag(parser, reproduce=True)
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        help="directory of the run (runs/NAME_VARIANT; runs/reproduced_NAME with --reproduce), or"
-        " of the runs with --seeds (runs/NAME_VARIANT_seeds)",
+    workdir = (
+        "directory of the run (runs/NAME_VARIANT; runs/reproduced_NAME with --reproduce), or of the"
+        " runs with --seeds (runs/NAME_VARIANT_seeds)"
     )
-    parser.add_argument(
-        "--seeds",
-        type=_seeds,
-        metavar="0,1,...",
-        help="train a run for each seed, one after another, in WORKDIR/seed_N, and print mean,"
-        " deviation and worst of their tests; replaces config.seed",
+    parser.add_argument("--workdir", type=Path, help=workdir)
+    seeds = (
+        "train a run for each seed, one after another, in WORKDIR/seed_N, and print mean, deviation"
+        " and worst of their tests; replaces config.seed"
     )
+    parser.add_argument("--seeds", type=_seeds, metavar="0,1,...", help=seeds)
+    steps = "trace these steps, e.g. 100:105, into plugins/profile of the run"
     parser.add_argument(
-        "--profile_steps",
-        type=_step_range,
-        default=range(0),
-        metavar="FIRST:LAST",
-        help="trace these steps, e.g. 100:105, into plugins/profile of the run",
+        "--profile_steps", type=_step_range, default=range(0), metavar="FIRST:LAST", help=steps
     )
     group = parser.add_argument_group("several processes")
+    distributed = (
+        "none: this process alone; auto: found by JAX (SLURM, Open MPI, Kubernetes); manual:"
+        " --coordinator, --num_processes and --process_id"
+    )
     group.add_argument(
-        "--distributed",
-        choices=("none", "auto", "manual"),
-        default="none",
-        help="none: this process alone; auto: found by JAX (SLURM, Open MPI, Kubernetes); manual:"
-        " --coordinator, --num_processes and --process_id",
+        "--distributed", choices=("none", "auto", "manual"), default="none", help=distributed
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--num_processes", type=int, help="number of processes")
     group.add_argument("--process_id", type=int, help="index of this process, from 0")
-    group.add_argument(
-        "--local_device_ids", metavar="0,1,...", help="devices of this process (default: all)"
-    )
-    group.add_argument(
-        "--init_timeout",
-        type=positive_int,
-        default=300,
-        help="seconds to wait for the other processes (%(default)s)",
-    )
+    devices = "devices of this process (default: all)"
+    group.add_argument("--local_device_ids", metavar="0,1,...", help=devices)
+    timeout = "seconds to wait for the other processes (%(default)s)"
+    group.add_argument("--init_timeout", type=positive_int, default=300, help=timeout)
     return parser
 
 
 def _seeds(text: str) -> list[int]:
-    """Argument type: distinct seeds, separated by commas."""
+    """Argument type: distinct seeds of 32 bits, separated by commas."""
     values = text.split(",")
-    # Seeds of a configuration have 32 bits.
     if not all(value.isdecimal() and int(value) < 2**32 for value in values):
         raise argparse.ArgumentTypeError(f"must be a list of seeds such as 0,1,2, not {text!r}")
     seeds = [int(value) for value in values]
@@ -129,18 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             local_device_ids=options.local_device_ids,
             timeout=options.init_timeout,
         )
-        workdir = options.workdir or _default_workdir(options)
+        workdir, steps = options.workdir or _default_workdir(options), options.profile_steps
         try:
             checked = config_from_dict(config.to_dict())
             if options.seeds:
                 train_seeds(checked, workdir, options.seeds)
             else:
-                train(
-                    checked,
-                    workdir,
-                    reproduce=options.reproduce,
-                    profile_steps=options.profile_steps,
-                )
+                train(checked, workdir, reproduce=options.reproduce, profile_steps=steps)
         except Interrupted:
             raise  # In all processes.
         except Exception as error:

@@ -21,13 +21,19 @@ from drl_jax.models.drl import abstract_params
 from drl_jax.runs import train_run
 from drl_jax.runs.checkpoint_files import CheckpointError, read_info
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.identity import Identity, identity_of
 from drl_jax.runs.train_run import train
-from drl_jax.runs.workdir import MANIFEST_FILE, WorkdirError, claim_workdir, load_config
+from drl_jax.runs.workdir import (
+    MANIFEST_FILE,
+    Identity,
+    WorkdirError,
+    claim_workdir,
+    identity_of,
+    load_config,
+)
 from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.files import seal
 from drl_jax.sharding import make_layout
-from drl_jax.training.state import TrainState
+from drl_jax.training.train_step import TrainState
 
 
 def at_step(step: int) -> TrainState:
@@ -54,6 +60,7 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
             assert checkpoints.metric(step) is None
             checkpoints.attach_metric(step, value)
         checkpoints.save(at_step(6))
+        checkpoints.wait()
         assert checkpoints.find_step("best") == 2
         assert checkpoints.find_step("latest") == 6
     with Checkpoints(tmp_path, read_only=True) as checkpoints:

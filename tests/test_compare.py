@@ -13,7 +13,7 @@ from drl_jax.compare import main as compare
 from drl_jax.evaluate import main as evaluate
 from drl_jax.evaluation.bootstrap import Difference
 from drl_jax.runs.compare_run import RankedRun, check_same_queries, verdict
-from drl_jax.runs.rank_files import read_ranks
+from drl_jax.runs.protocol_card import read_ranks
 from drl_jax.runtime.errors import UserError
 
 
@@ -93,7 +93,6 @@ def test_frames_may_differ_only_where_models_need_other_ones(runs):
 
     check(seeds=(1,))
     check(frames="224px", content="d")
-    check(content="")  # Of an early version.
     with pytest.raises(UserError, match="different frames"):
         check(content="d")
     with pytest.raises(UserError, match="different captions"):

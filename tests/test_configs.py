@@ -18,8 +18,7 @@ from drl_jax.models.drl import config_from_dict, param_shapes
 from drl_jax.runtime.cli import Parser, add_config_flag, parse_with_config
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import abstract_state
-from drl_jax.training.train_step import make_train_step
+from drl_jax.training.train_step import abstract_state, make_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 MSRVTT = [

@@ -7,7 +7,7 @@ import pytest
 
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.interactions.token_wise import weighted_token_wise
-from drl_jax.training.losses import decorrelation_loss, softmax_loss
+from drl_jax.training.train_step import decorrelation_loss, softmax_loss
 
 B, L, F, D = 5, 7, 4, 6
 

@@ -91,10 +91,8 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         )
     }
     assert users == {
-        "orbax": {
-            f"drl_jax.runs.{name}" for name in ("checkpoint_files", "checkpoints", "orbax_parts")
-        },
-        "clu": {"drl_jax.runs.tensorboard"},
+        "orbax": {"drl_jax.runs.checkpoint_files", "drl_jax.runs.checkpoints"},
+        "clu": {"drl_jax.runs.log_files"},
         "huggingface_hub": {"drl_jax.weights.hub"},
         "tensorflow": set(),
         "torch": set(),

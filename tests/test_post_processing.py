@@ -17,8 +17,8 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluate import _POST, main
 from drl_jax.evaluation.metrics import expected_ranks
 from drl_jax.evaluation.post_processing import METHODS
-from drl_jax.runs.post_processing_run import draw_bank
-from drl_jax.runs.rank_files import read_ranks
+from drl_jax.runs.evaluate_run import draw_bank
+from drl_jax.runs.protocol_card import read_ranks
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from drl_jax.models.drl import abstract_params
 from drl_jax.search.engine import SearchEngine
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import abstract_state
-from drl_jax.training.train_step import make_train_step
+from drl_jax.training.train_step import abstract_state, make_train_step
 
 B, L, F = 8, 12, 4
 ARRAY = r"tensor<[\dx]+x(\w+)>"

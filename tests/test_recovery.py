@@ -35,7 +35,7 @@ from drl_jax.runtime.files import seal
 from drl_jax.sharding import make_layout
 from drl_jax.train import main as train
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import abstract_state, state_from_params
+from drl_jax.training.train_step import abstract_state, state_from_params
 from drl_jax.weights.torch_file import read_metadata
 
 # Orbax leaves tasks behind when it cannot read an array.
@@ -208,17 +208,12 @@ def test_a_resumed_run_falls_back_to_the_latest_intact_checkpoint(
     shutil.copytree(finished, run)
     flip_largest(run / "checkpoints" / "9")
     (run / "result.json").unlink()
-    (events,) = run.glob("events*")
-    content = bytearray(events.read_bytes())
-    content[800] ^= 1
-    events.write_bytes(content)
     assert train(arguments(run)) == 0
     printed = capsys.readouterr().out
     assert "checkpoint 9 is damaged: params/" in printed
     assert f"moved to {run / 'damaged_checkpoints'}" in printed
     assert f"resuming {run} from step 6 of 9" in printed
-    assert f"the TensorBoard files in {run} are written again from metrics.jsonl" in printed
-    assert_same_run(run, finished, lost_pictures=True)
+    assert_same_run(run, finished)
     assert len(list((run / "damaged_checkpoints").iterdir())) == 1
     with Checkpoints(run, read_only=True) as checkpoints:
         assert checkpoints.steps()[-1] == 9

@@ -16,10 +16,14 @@ from drl_jax.config import LossConfig, OptimConfig
 from drl_jax.models.drl import init_params, model_definition
 from drl_jax.models.towers import INITIAL_LOGIT_BIAS
 from drl_jax.sharding import make_layout
-from drl_jax.training.losses import sigmoid_loss, total_loss
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import state_from_params
-from drl_jax.training.train_step import loss_and_parts, make_train_step
+from drl_jax.training.train_step import (
+    loss_and_parts,
+    make_train_step,
+    sigmoid_loss,
+    state_from_params,
+    total_loss,
+)
 
 B, L, F, D = 16, 12, 4, 6
 SIGMOID = LossConfig(contrastive="sigmoid", cdcr_lambda=0.1)

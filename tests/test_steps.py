@@ -17,8 +17,14 @@ from drl_jax.evaluation.embedder import make_embed_steps
 from drl_jax.models.drl import init_params, model_definition, param_shapes
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, make_optimizer
-from drl_jax.training.state import TrainState, abstract_state, state_from_params
-from drl_jax.training.train_step import apply_gradients, loss_and_parts, make_train_step
+from drl_jax.training.train_step import (
+    TrainState,
+    abstract_state,
+    apply_gradients,
+    loss_and_parts,
+    make_train_step,
+    state_from_params,
+)
 
 B, L, F = 16, 12, 4
 STEPS = 10

@@ -15,12 +15,8 @@ from support.finished_runs import assert_same_run, summaries
 
 from drl_jax.evaluation.figures import block_maxima, interaction_figure, rendered
 from drl_jax.models.interactions import Attribution
-from drl_jax.runs.metrics_file import JsonlWriter, read_scalars
-from drl_jax.runs.nonfinite import TrainingError
-from drl_jax.runs.profile import StepProfile
-from drl_jax.runs.tensorboard import tensorboard_writer, writing
-from drl_jax.runs.wall_time import WallTime
-from drl_jax.runtime.errors import Unavailable
+from drl_jax.runs.hooks import StepProfile, TrainingError
+from drl_jax.runs.log_files import MetricsFile, TensorBoard, read_scalars
 from drl_jax.train import main as train
 
 
@@ -55,7 +51,7 @@ def test_pictures_of_each_evaluation(finished):
     assert tags < shown.keys()
     for tag in tags:
         assert [step for step, _ in shown[tag]] == [6, 12]
-        pictures = [Image.open(io.BytesIO(value[2])).convert("RGB") for _, value in shown[tag]]
+        pictures = [Image.open(io.BytesIO(value)).convert("RGB") for _, value in shown[tag]]
         # A picture of one tag has one size, and changes with the parameters.
         assert pictures[0].size == pictures[1].size
         assert min(pictures[0].size) > 300
@@ -116,58 +112,49 @@ def test_a_run_that_was_killed_shows_everything_once(finished, arguments, tmp_pa
     assert_same_run(run, finished)
 
 
-def test_pictures_survive_when_scalars_are_written_again(finished, tmp_path):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    (events,) = tmp_path.glob("events*")
-    content = events.read_bytes()
-    # The last scalars are behind the last pictures.
-    events.write_bytes(content[:-100])
-    tensorboard_writer(tmp_path, lambda step, tags: True, lines).close()
-    before, after = summaries(finished), summaries(tmp_path)
-    assert after == {tag: values for tag, values in before.items() if tag in after}
-    assert {tag for tag in before if tag.startswith(("eval/", "train/", "test/"))} == after.keys()
-
-
-def test_event_files_that_cannot_be_read_are_not_called_damaged(finished, tmp_path):
-    """They would be cut off where reading stopped."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    (events,) = tmp_path.glob("events*")
-    before = events.read_bytes()
-    with refused(events), pytest.raises(OSError, match="Too many levels") as error:
-        tensorboard_writer(tmp_path, lambda step, tags: True, [])
-    assert error.value.filename == str(events)
-    assert events.read_bytes() == before
-
-
 def test_a_log_that_cannot_be_read_is_not_begun_anew(finished, tmp_path):
     shutil.copy(finished / "metrics.jsonl", tmp_path)
     with refused(tmp_path / "metrics.jsonl"):
-        for read in (read_scalars, lambda path: JsonlWriter(path, lambda step, tags: True)):
+        for read in (read_scalars, MetricsFile):
             with pytest.raises(OSError, match="Too many levels of symbolic links"):
                 read(tmp_path)
 
 
 def test_a_line_that_cannot_be_written_names_its_file(tmp_path):
-    writer = JsonlWriter(tmp_path, lambda step, tags: True)
+    writer = MetricsFile(tmp_path)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as error:
         writer.write_scalars(1, {"train/loss": 1.0})
     assert error.value.filename == str(tmp_path / "metrics.jsonl")
 
 
-def test_event_files_that_cannot_be_written_are_one_line(tmp_path):
+def test_a_file_of_events_that_cannot_be_written_is_named(tmp_path):
     """A limit of the size of files fails as a full disk does."""
-    writer = tensorboard_writer(tmp_path, lambda step, tags: True, [])
-    writer.flush()
+    writer = TensorBoard(tmp_path, MetricsFile(tmp_path))
+    (path,) = tmp_path.glob("events*")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    message = rf"the TensorBoard files in {tmp_path} cannot be written: File too large \(EFBIG\)"
     try:
-        with pytest.raises(Unavailable, match=message), writing(tmp_path):
+        with pytest.raises(OSError, match="File too large") as error:
             writer.write_scalars(1, {"train/loss": 1.0}), writer.flush()
+        assert error.value.filename == str(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_orphaned_steps_are_dropped(tmp_path):
+    """Of a run that was killed after step 3, whose last checkpoint is of step 2."""
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        metrics = MetricsFile(tmp_path, start)
+        writer = TensorBoard(tmp_path, metrics)
+        for step in steps:
+            scalars = {"train/loss": float(start + step)}
+            for target in (metrics, writer):
+                target.write_scalars(step, scalars)
+        writer.close()
+    expected = [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
+    assert summaries(tmp_path) == {"train/loss": expected}
+    assert [tuple(line.values()) for line in read_scalars(tmp_path)] == expected
 
 
 def test_a_profile_of_some_steps(finished, arguments, tmp_path, capsys):
@@ -188,10 +175,10 @@ def test_a_profile_of_some_steps(finished, arguments, tmp_path, capsys):
 def test_a_profile_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "plugins").touch()
     message = f"the profile cannot be written to {tmp_path / 'plugins' / 'profile'}"
-    profile = StepProfile(tmp_path, range(1, 2), WallTime())
-    profile.before(1, None)
+    profile = StepProfile(tmp_path, range(1, 2))
+    profile.before_step(1, None)
     with pytest.raises(TrainingError, match=message):
-        profile.after(1, None)
+        profile.after_step(1, None, {})
 
 
 def test_block_maxima():

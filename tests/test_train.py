@@ -26,7 +26,7 @@ from data_prep.shapes.scenes import SIZES
 from drl_jax.config import ModelConfig
 from drl_jax.convert import main as convert
 from drl_jax.evaluate import main as evaluate
-from drl_jax.runs.nonfinite import TrainingError
+from drl_jax.runs.hooks import TrainingError
 from drl_jax.runs.train_run import _memory_errors
 from drl_jax.runs.train_seeds import format_seeds, summarise_seeds
 from drl_jax.train import main as train
@@ -204,17 +204,18 @@ def test_compiled_programs_are_cached_for_later_processes(tmp_path):
     assert run("on") == first
 
 
-def test_training_without_tensorflow_warns_and_continues(train_arguments, tmp_path):
-    """A directory in front of the installed packages whose `tensorflow` cannot be imported."""
+def test_training_without_tensorboard_and_tensorflow_continues(train_arguments, tmp_path):
+    """A directory in front of the installed packages, where neither can be imported."""
     (tmp_path / "hide").mkdir()
-    (tmp_path / "hide" / "tensorflow.py").write_text("raise ImportError('hidden')")
+    for name in ("tensorflow", "tensorboard"):
+        (tmp_path / "hide" / f"{name}.py").write_text("raise ImportError('hidden')")
     workdir = tmp_path / "run"
     printed = run_module(
         "drl_jax.train",
         *train_arguments(workdir),
         env={"PYTHONPATH": str(tmp_path / "hide")},
     ).stdout
-    assert "TensorFlow is not installed: no TensorBoard files, only metrics.jsonl" in printed
+    assert "TensorBoard is not installed: no TensorBoard files, only metrics.jsonl" in printed
     assert (workdir / "result.json").exists()
     assert not list(workdir.glob("events*"))
     assert any("train/loss" in entry for entry in metrics(workdir))

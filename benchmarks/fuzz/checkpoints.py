@@ -11,12 +11,11 @@ import numpy as np
 from benchmarks.fuzz.damage import FAILURE, LEGITIMATE, Damage, damage_file, damage_tree
 from benchmarks.fuzz.small_run import write_run
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.logging import kept_when_resumed
-from drl_jax.runs.metrics_file import JsonlWriter
+from drl_jax.runs.log_files import MetricsFile
 from drl_jax.runs.workdir import load_config
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import abstract_state
+from drl_jax.training.train_step import abstract_state
 
 # Text that a user may edit, without a checksum.
 _EDITABLE = ("config.json", "metrics.json", "metrics.jsonl")
@@ -56,6 +55,6 @@ def read(root: Path, name: str, directory: Path) -> str:
         digest.update(np.asarray(leaf).tobytes())
     log = directory / "metrics.jsonl"
     # As a resumed run does. Of an undamaged subject, all lines are kept.
-    JsonlWriter(directory, kept_when_resumed(5, keep_evaluation=True))
+    MetricsFile(directory, 5, evaluated=True)
     kept = log.read_text(encoding="utf-8") if log.is_file() else ""
     return f"{step} {digest.hexdigest()} {config} {kept}"

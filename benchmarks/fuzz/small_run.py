@@ -10,12 +10,11 @@ import numpy as np
 from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.models.drl import param_shapes
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.logging import kept_when_resumed
-from drl_jax.runs.metrics_file import JsonlWriter
+from drl_jax.runs.log_files import MetricsFile
 from drl_jax.runs.workdir import claim_workdir
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import state_from_params
+from drl_jax.training.train_step import state_from_params
 
 _BACKBONE = BackboneConfig(
     embed_dim=32,
@@ -53,6 +52,6 @@ def write_run(workdir: Path, vocab_size: int = BackboneConfig.vocab_size) -> Non
         # From one device: Orbax slices an array for each of several devices.
         checkpoints.save(state_from_params(params, tx, make_layout(jax.devices()[:1])))
         checkpoints.attach_metric(0, 12.5)
-    log = JsonlWriter(workdir, kept_when_resumed(0, keep_evaluation=True))
+    log = MetricsFile(workdir)
     for step in range(1, 6):
         log.write_scalars(step, {"train/loss": 1 / step, "eval/t2v_R1": step})

@@ -28,9 +28,8 @@ from drl_jax.report.findings import (
     hubness,
     worst_queries,
 )
-from drl_jax.runs.evaluate_run import Evaluated
-from drl_jax.runs.metrics_file import read_scalars
-from drl_jax.runs.open_evaluation import OpenEvaluation
+from drl_jax.runs.evaluate_run import Evaluated, OpenEvaluation
+from drl_jax.runs.log_files import read_scalars
 from drl_jax.runs.protocol_card import ProtocolCard
 from drl_jax.runs.run_params import remake_initial_params
 from drl_jax.runtime.errors import UserError

@@ -1,9 +1,9 @@
-"""Reads the files of one checkpoint, and checks them against the checksums that were saved with it.
+"""The files of one checkpoint, checked against the checksums that were saved with it.
 
-A checkpoint has three items: the arrays `params` and `opt_state`, and `step`, a JSON object: the
-step, whose it is (`runs/identity.py`), a summary of every array (`runs/checksums.py`), what the log
-needs to go on, and its own hash. All three are written in one atomic step. Its metric is written
-later, with the same step and identity and the digest of the parameters.
+A checkpoint has three items: the arrays `params` and `opt_state`, and `step`, a sealed JSON object:
+the step, whose it is (`workdir.Identity`), a summary of every array, and what the log needs to go
+on. All three are written in one atomic step. Its metric is written later, with the same step and
+identity and the digest of the parameters.
 
 Neither Orbax nor TensorStore notices a changed bit of an array: their formats have checksums of
 the index alone.
@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from drl_jax.runs.checksums import ArraySummary, digest, summarise
-from drl_jax.runs.identity import UNKNOWN, Identity
-from drl_jax.runs.workdir import FORMAT
+from drl_jax.runs.workdir import FORMAT, UNKNOWN, Identity
 from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
-from drl_jax.runtime.files import read_all, seal, unseal, write_json
+from drl_jax.runtime.files import json_sha256, read_all, seal, unseal, write_json
 
 ITEMS = ("params", "opt_state")
 # Metric maximised to choose the best checkpoint.
 SELECTION_METRIC = "val_t2v_R1"
 METRICS_FILE = "metrics.json"
+# Elements above which two reductions are faster than one.
+_LARGE = 2**16
 
 
 class CheckpointError(UserError):
@@ -39,66 +41,89 @@ class DamagedCheckpoint(CheckpointError):
     """Files of a checkpoint that are not as they were saved; the message is the reason."""
 
 
-# ---------------------------------------------------------------- the metric
+# ---------------------------------------------------------------- checksums
 
 
-def write_metric(directory: Path, value: float) -> None:
-    """Stores the metric of the checkpoint in `directory`, which chooses the best one.
+def summarise(tree: Any) -> tuple[dict[str, list], list[str]]:
+    """Computes checksums on the devices, and looks for values that are not finite.
 
-    Raises:
-      DamagedCheckpoint: the checkpoint is damaged.
-      OSError: the metric cannot be written.
+    A change of one element always changes the checksum of its array (of 8, 16 or 32 bits an
+    element); any other change leaves it the same with a probability of 2^-32. It does not depend on
+    shardings. With arrays that are split over several processes, all of them call this.
+
+    Returns:
+      Shape, dtype and checksum of each array by its path, as JSON values, and the paths of those
+      with a NaN or an infinity.
     """
-    directory.stat()  # A run that was moved away meanwhile is not damaged.
-    write_json(directory / METRICS_FILE, seal({SELECTION_METRIC: value, **owner(directory)}))
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    # All are started before the first one is waited for.
+    results = {name: _summary(leaf) for name, leaf in leaves.items()}
+    # The copy of this process: with a replicated array, another process may have another one.
+    numbers = {name: np.asarray(x.addressable_data(0)) for name, x in results.items()}
+    summaries = {
+        name: [list(leaf.shape), leaf.dtype.name, int(numbers[name][0])]
+        for name, leaf in leaves.items()
+    }
+    return summaries, [name for name, (_, bad) in numbers.items() if bad]
 
 
-def read_metric(directory: Path, identity: Identity = UNKNOWN) -> float | None:
-    """The metric of the checkpoint in `directory`; None if there is none.
+def params_digest(params: Any) -> str:
+    """Hexadecimal SHA-256 of paths, shapes, dtypes and checksums; all processes call it."""
+    return json_sha256(summarise(params)[0])
 
-    NaN ranks below every number.
 
-    Args:
-      directory: that of the checkpoint.
-      identity: of the run.
+def path_name(path: tuple) -> str:
+    """Name of a leaf of a tree of dicts and (named) tuples, e.g. `0/mu/backbone/logit_scale`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    Raises:
-      DamagedCheckpoint: it is damaged.
-      CheckpointError: it is that of another checkpoint, or see `read_info`.
+
+@jax.jit
+def _summary(array: jax.Array) -> jax.Array:
+    """uint32 [2]: the sum of the mixed elements, and whether a value is not finite."""
+    unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    bits = array if array.dtype == bool else jax.lax.bitcast_convert_type(array, unsigned)
+    # The index of each element in the whole array, so that moved elements are noticed.
+    index = jnp.zeros(array.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(array.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * np.uint32(stride % 2**32)
+        stride *= array.shape[axis]
+    # A bijection of 32 bits (an xor-multiply hash): another element gives another number. A sum can
+    # be reduced in any order, on any number of devices.
+    mixed = bits.astype(jnp.uint32) ^ (index * np.uint32(0x9E3779B9))
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x7FEB352D)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
+    mixed ^= mixed >> 16
+    floating = jnp.issubdtype(array.dtype, jnp.inexact)
+    bad = ~jnp.isfinite(array) if floating else jnp.zeros(array.shape, bool)
+    if array.ndim > 1 and array.size > _LARGE:
+        mixed, bad = _reduce_rows(mixed, bad)
+    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.any(bad).astype(jnp.uint32)])
+
+
+def _reduce_rows(mixed: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds up groups of at most 32 rows, elementwise.
+
+    XLA's CPU backend vectorises and parallelises this, but not the reduction of a whole array.
     """
-    path = directory / METRICS_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    expected = owner(directory, identity)
-    try:
-        values = unseal(text)
-        value = float(values[SELECTION_METRIC])
-        other = [f"{name} {values[name]}" for name in expected if values[name] != expected[name]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
-    if other:
-        raise CheckpointError(
-            f"{path} is the metric of another checkpoint ({', '.join(other)}); put that of this"
-            " checkpoint back, or move the file away"
-        )
-    return -math.inf if math.isnan(value) else value
+    rows = mixed.shape[0]
+    group = max(size for size in range(1, 33) if rows % size == 0)
+    shape = (rows // group, group, *mixed.shape[1:])
+    reduced = jax.lax.reduce(
+        (mixed.reshape(shape), bad.reshape(shape)),
+        (np.uint32(0), np.bool_(False)),
+        lambda a, b: (a[0] + b[0], a[1] | b[1]),
+        (1,),
+    )
+    # Otherwise XLA merges this reduction with the next one.
+    return jax.lax.optimization_barrier(tuple(reduced))
 
 
-# ---------------------------------------------------------------- writing
+# ---------------------------------------------------------------- the JSON item
 
 
 def sealed_info(step: int, identity: Identity, items: dict[str, Any], **log: Any) -> dict[str, Any]:
-    """The JSON item of a checkpoint.
-
-    Args:
-      step: its step.
-      identity: of its run.
-      items: trees of arrays by name.
-      **log: JSON values to restore with it.
+    """The JSON item of a checkpoint of trees of arrays, with the JSON values `log`.
 
     Raises:
       CheckpointError: an array has a value that is not finite.
@@ -109,20 +134,12 @@ def sealed_info(step: int, identity: Identity, items: dict[str, Any], **log: Any
             f"the state of step {step} is not saved: {not_finite[0]} has values that are not finite"
             f" ({len(not_finite)} such arrays); earlier checkpoints are kept"
         )
-    summaries = {name: list(summary) for name, summary in arrays.items()}
     about = {"format": FORMAT, "step": step, **identity._asdict()}
-    return seal({**about, "arrays": summaries, **log})
-
-
-# ---------------------------------------------------------------- reading
+    return seal({**about, "arrays": arrays, **log})
 
 
 def read_info(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
-    """Reads the JSON item of the checkpoint in `directory`.
-
-    Args:
-      directory: that of the checkpoint; its name is the step.
-      identity: of the run.
+    """Reads the JSON item of the checkpoint in `directory`, whose name is the step.
 
     Raises:
       DamagedCheckpoint: it is damaged.
@@ -148,42 +165,84 @@ def read_info(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
     return info
 
 
-def stored_params(info: dict[str, Any]) -> dict[str, ArraySummary]:
-    """Summaries of the parameters of a checkpoint by path, from its JSON item."""
-    prefix = "params/"
-    return {
-        name.removeprefix(prefix): ArraySummary(tuple(shape), dtype, checksum)
-        for name, (shape, dtype, checksum) in info["arrays"].items()
-        if name.startswith(prefix)
-    }
+def stored_params(info: dict[str, Any]) -> dict[str, list]:
+    """Shape, dtype and checksum of the parameters of a checkpoint, from its JSON item."""
+    arrays, prefix = info["arrays"], "params/"
+    return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
 
 
 def owner(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
-    """Step, identity, and `checksums.digest` of the parameters of the checkpoint in `directory`.
+    """Step, identity, and `params_digest` of the checkpoint in `directory`; errors of `read_info`.
 
-    Raises:
-      CheckpointError: see `read_info`.
+    The parameters are not read.
     """
     info = read_info(directory, identity)
     names = ("step", *Identity._fields)
-    return {**{name: info[name] for name in names}, "params": digest(stored_params(info))}
+    return {**{name: info[name] for name in names}, "params": json_sha256(stored_params(info))}
+
+
+# ---------------------------------------------------------------- the metric
+
+
+def write_metric(directory: Path, value: float) -> None:
+    """Stores the metric of the checkpoint in `directory`, which chooses the best one.
+
+    Raises:
+      DamagedCheckpoint: the checkpoint is damaged.
+      OSError: the metric cannot be written.
+    """
+    directory.stat()  # A run that was moved away meanwhile is not damaged.
+    write_json(directory / METRICS_FILE, seal({SELECTION_METRIC: value, **owner(directory)}))
+
+
+def read_metric(directory: Path, identity: Identity = UNKNOWN) -> float | None:
+    """The metric of the checkpoint in `directory`; None if there is none.
+
+    NaN ranks below every number.
+
+    Raises:
+      DamagedCheckpoint: it is damaged.
+      CheckpointError: it is that of another checkpoint, or see `read_info`.
+    """
+    path = directory / METRICS_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    expected = owner(directory, identity)
+    with _damage(path):
+        values = unseal(text)
+        value = float(values[SELECTION_METRIC])
+        other = [f"{name} {values[name]}" for name in expected if values[name] != expected[name]]
+    if other:
+        raise CheckpointError(
+            f"{path} is the metric of another checkpoint ({', '.join(other)}); put that of this"
+            " checkpoint back, or move the file away"
+        )
+    return -math.inf if math.isnan(value) else value
+
+
+# ---------------------------------------------------------------- arrays
 
 
 def read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Reads items of a checkpoint in this process, without waiting for others.
 
-    Args:
-      directory: that of the checkpoint.
-      abstract: shapes, dtypes and shardings of the arrays, by item.
-
     Raises:
       DamagedCheckpoint: they cannot be read.
     """
+    # Alone: by default, a process whose files are damaged leaves the others waiting.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={jax.process_index()}
+    )
     items = {}
     for name, tree in abstract.items():
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
         with _damage(directory / name):
             arguments = ocp.args.StandardRestore(tree)
-            items[name] = _array_handler().restore(epath.Path(directory / name), args=arguments)
+            items[name] = handler.restore(epath.Path(directory / name), args=arguments)
             jax.block_until_ready(items[name])
     return items
 
@@ -195,17 +254,8 @@ def verify_arrays(info: dict[str, Any], items: dict[str, Any]) -> None:
       DamagedCheckpoint: an array is not the one that was saved.
     """
     for name, found in summarise(items)[0].items():
-        shape, dtype, checksum = info["arrays"][name]
-        if found != ArraySummary(tuple(shape), dtype, checksum):
+        if found != info["arrays"][name]:
             raise DamagedCheckpoint(f"{name} differs from its checksum")
-
-
-def _array_handler() -> ocp.StandardCheckpointHandler:
-    # Alone: by default, a process whose files are damaged leaves the others waiting.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=None, active_processes={jax.process_index()}
-    )
-    return ocp.StandardCheckpointHandler(multiprocessing_options=alone)
 
 
 @contextlib.contextmanager

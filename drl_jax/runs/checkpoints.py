@@ -1,25 +1,27 @@
 """Checkpoints of a run: saving, choosing and restoring them.
 
-`runs/checkpoint_files.py` describes a checkpoint. Its metric is attached later, in `metrics.json`.
-The latest checkpoints and the best evaluated one are kept.
+`runs/checkpoint_files.py` describes a checkpoint. The latest checkpoints and the best evaluated one
+are kept.
 """
 
 import concurrent.futures
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from drl_jax.models.drl import Params
 from drl_jax.runs.checkpoint_files import (
     ITEMS,
     CheckpointError,
     DamagedCheckpoint,
+    path_name,
     read_arrays,
     read_info,
     read_metric,
@@ -28,23 +30,16 @@ from drl_jax.runs.checkpoint_files import (
     verify_arrays,
     write_metric,
 )
-from drl_jax.runs.checksums import path_name
-from drl_jax.runs.identity import Identity, identity_of, shared_run_id
-from drl_jax.runs.orbax_parts import (
-    LatestAndBest,
-    save_small_arrays_whole,
-    watched_handler,
-    without_warnings,
-)
+from drl_jax.runs.workdir import CHECKPOINTS, Identity, identity_of, shared_run_id
 from drl_jax.runtime.distributed import barrier, failing_together, is_main
 from drl_jax.runtime.errors import Unavailable, UserError, one_line, system_errors
-from drl_jax.training.state import TrainState
+from drl_jax.training.train_step import TrainState
 
-DIRECTORY = "checkpoints"
 # Where damaged checkpoints are moved to.
 DAMAGED_DIRECTORY = "damaged_checkpoints"
-# How often a directory that changes is opened.
-_OPENINGS = 30
+# The devices that hold copies of an array each save a slice of it, if slices have this many bytes.
+# By default Orbax slices every array, and saves a small model on 8 devices a third as fast.
+_MIN_SLICE_BYTES = 2**20
 
 
 class Checkpoints:
@@ -69,7 +64,6 @@ class Checkpoints:
         """Opens the checkpoints of a run; creates the directory unless `read_only`.
 
         Args:
-          workdir: directory of the run.
           keep_latest: how many of the latest checkpoints are kept.
           identity: of the run, as far as it is known; None: `identity_of` the directory.
           read_only: whether another process may write them.
@@ -78,51 +72,37 @@ class Checkpoints:
           UserError: the directory cannot be created or read, the checkpoints are those of several
             runs, or see `identity_of`.
         """
-        self._directory = (workdir / DIRECTORY).absolute()
+        self._directory = (workdir / CHECKPOINTS).absolute()
         self._damaged = workdir / DAMAGED_DIRECTORY
         self._failures: list[BaseException] = []
         if self._directory.exists() and not self._directory.is_dir():
             raise CheckpointError(f"{self._directory} is not a directory; move it away")
-        with without_warnings(), self._saving("opened"):
-            save_small_arrays_whole()
-            self._check_listed()
-            self._manager = self._open(keep_latest, read_only)
+        # A reader needs no manager; Orbax gives a directory its name when it is complete.
+        self._manager = None if read_only else self._open(keep_latest)
         self.identity = identity_of(workdir) if identity is None else identity
         run = self.identity.run or self._run_of_checkpoints()
         self.identity = self.identity._replace(run=run if read_only else shared_run_id(run))
 
-    def _open(self, keep_latest: int, read_only: bool) -> ocp.CheckpointManager:
-        attempts = _OPENINGS if read_only else 1
-        while True:
-            attempts -= 1
-            try:
-                return ocp.CheckpointManager(
-                    self._directory,
-                    item_names=(*ITEMS, "step"),
-                    item_handlers={
-                        **{name: watched_handler(self._failures) for name in ITEMS},
-                        "step": ocp.JsonCheckpointHandler(),
-                    },
-                    options=ocp.CheckpointManagerOptions(
-                        preservation_policy=LatestAndBest(self.best_step, keep_latest),
-                        cleanup_tmp_directories=not read_only,
-                        read_only=read_only,
-                        # If a thread of its own cannot create one, others wait five minutes for it.
-                        async_options=ocp.AsyncOptions(
-                            create_directories_asynchronously=jax.process_count() > 1
-                        ),
-                    ),
-                )
-            except (FileNotFoundError, NotADirectoryError):
-                # A training, another process, deletes a checkpoint while Orbax lists them.
-                if not attempts:
-                    raise
-
-    def _check_listed(self) -> None:
-        """Orbax would leave out a checkpoint whose directory is refused, and an older be latest."""
-        for path in self._directory.iterdir() if self._directory.exists() else ():
-            with contextlib.suppress(FileNotFoundError):  # Deleted by a training meanwhile.
-                path.stat()
+    def _open(self, keep_latest: int) -> ocp.CheckpointManager:
+        whole = ocp.type_handlers.ArrayHandler(
+            min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES
+        )
+        ocp.type_handlers.register_type_handler(jax.Array, whole, override=True)
+        handlers = {name: _watched_handler(self._failures) for name in ITEMS}
+        handlers["step"] = ocp.JsonCheckpointHandler()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LatestAndBest(self.best_step, keep_latest),
+            cleanup_tmp_directories=True,
+            # If a thread of its own cannot create one, others wait five minutes for it.
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=jax.process_count() > 1
+            ),
+        )
+        self.steps()  # Orbax would take a directory that may not be looked at for absent.
+        with self._saving("opened"):
+            return ocp.CheckpointManager(
+                self._directory, item_names=tuple(handlers), item_handlers=handlers, options=options
+            )
 
     def _run_of_checkpoints(self) -> str:
         """The id in the checkpoints; empty if there are none."""
@@ -143,19 +123,33 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         # With several processes, closing waits for the others, which may not have failed.
-        if kind and jax.process_count() > 1:
+        if self._manager is None or (kind and jax.process_count() > 1):
             return
         # An error of the last save must not hide the one that ended the block.
-        hidden = contextlib.suppress(UserError) if kind else contextlib.nullcontext()
-        with hidden:
+        with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
             self.wait()
             with self._saving("closed"):
                 self._manager.close()
 
     # ------------------------------------------------------------ which there are
 
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints.
+
+        Raises:
+          Unavailable: the directory, or that of a checkpoint, cannot be read.
+        """
+        found = []
+        with self._saving("opened"):
+            for path in self._directory.iterdir() if self._directory.exists() else ():
+                # Another process, a training, may delete it meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    path.stat()
+                    found += [int(path.name)] if path.name.isdecimal() else []
+        return sorted(found)
+
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
         """Step of the best evaluated checkpoint; the latest of several equally good ones.
@@ -166,12 +160,23 @@ class Checkpoints:
         values = {step: value for step in self.steps() if (value := self.metric(step)) is not None}
         return max(values, key=lambda step: (values[step], step), default=None)
 
-    def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
-
     def metric(self, step: int) -> float | None:
         """The attached metric of a checkpoint, see `read_metric`."""
         return read_metric(self._directory / str(step), self.identity)
+
+    def with_damaged_metric(self) -> list[int]:
+        """Steps of checkpoints whose metric is damaged."""
+        damaged = []
+        for step in self.steps():
+            try:
+                self.metric(step)
+            except DamagedCheckpoint:
+                damaged.append(step)
+        return damaged
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether a checkpoint has a metric that is not damaged."""
+        return step not in self.with_damaged_metric() and self.metric(step) is not None
 
     def find_step(self, name: str) -> int:
         """Resolves the name of a checkpoint: "best", "latest" or a number.
@@ -202,9 +207,7 @@ class Checkpoints:
     def save(self, state: TrainState, **log: Any) -> None:
         """Saves in the background; does nothing if the step is saved already.
 
-        Args:
-          state: the state.
-          **log: JSON values that `restore_latest` returns.
+        `restore_latest` returns the JSON values `log` with the state.
 
         Raises:
           UserError: the state is not finite, or this or the previous save failed.
@@ -213,10 +216,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = {"params": state.params, "opt_state": state.opt_state}
-        info = sealed_info(step, self.identity, items, **log)
         arguments = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-            step=ocp.args.JsonSave(info),
+            step=ocp.args.JsonSave(sealed_info(step, self.identity, items, **log)),
         )
         self.wait()
         with self._saving("saved"):
@@ -228,6 +230,8 @@ class Checkpoints:
         Raises:
           UserError: it failed.
         """
+        if self._manager is None:
+            return
         with self._saving("saved"):
             if jax.process_count() == 1:
                 self._manager.wait_until_finished()
@@ -279,13 +283,10 @@ class Checkpoints:
     # ------------------------------------------------------------ restoring
 
     def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Restores the latest intact checkpoint.
+        """Restores the latest intact checkpoint, and the values that were saved with it.
 
-        Damaged ones are moved to `damaged_checkpoints`, with a line on stdout for each.
-
-        Returns:
-          The state, with the shardings of `abstract`, and the values that were saved with it; None
-          if there is no checkpoint.
+        Damaged ones are moved to `damaged_checkpoints`, with a line on stdout for each. The result
+        is None if there is no checkpoint.
 
         Raises:
           CheckpointError: all checkpoints are damaged, or one belongs to another run or model.
@@ -335,23 +336,6 @@ class Checkpoints:
             self._set_aside({step: str(error)})
             return None
 
-    def is_evaluated(self, step: int) -> bool:
-        """Whether a checkpoint has a metric that is not damaged."""
-        try:
-            return self.metric(step) is not None
-        except DamagedCheckpoint:
-            return False
-
-    def with_damaged_metric(self) -> list[int]:
-        """Steps of checkpoints whose metric is damaged."""
-        damaged = []
-        for step in self.steps():
-            try:
-                self.metric(step)
-            except DamagedCheckpoint:
-                damaged.append(step)
-        return damaged
-
     def restore_params(self, step: int, abstract: Params) -> Params:
         """Restores the parameters of a checkpoint with the shardings of `abstract`.
 
@@ -363,19 +347,15 @@ class Checkpoints:
         return self._restore(step, params=abstract)[0]["params"]
 
     def restore_state(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores a checkpoint, and the values that were saved with it.
-
-        Raises:
-          UserError: see `restore_params`.
-        """
+        """Restores a checkpoint, and the values saved with it; errors as of `restore_params`."""
         items, info = self._restore(step, params=abstract.params, opt_state=abstract.opt_state)
         counter = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
         return TrainState(counter, items["params"], items["opt_state"]), info
 
     def _restore(self, step: int, **abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self.wait()  # It may be in the middle of its save.
-        if step not in self._manager.all_steps():
-            found = ", ".join(map(str, self.steps())) or "none"
+        if step not in (steps := self.steps()):
+            found = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(
                 f"no checkpoint of step {step} in {self._directory}; there are: {found}"
             )
@@ -383,22 +363,21 @@ class Checkpoints:
         # All processes restore the same checkpoint, also if one of them reads other bytes.
         with failing_together(DamagedCheckpoint):
             info = read_info(directory, self.identity)
-        stored = {name: summary.shape for name, summary in stored_params(info).items()}
-        self._check(step, stored, _shapes(abstract["params"]))
-        with failing_together(DamagedCheckpoint):
-            items = read_arrays(directory, abstract)
-        with failing_together(DamagedCheckpoint):
-            verify_arrays(info, items)
-        return items, info
-
-    def _check(self, step: int, stored: dict, wanted: dict) -> None:
-        """Compares shapes before Orbax does: its own message is pages long."""
+        # Shapes before Orbax compares them: its own message is pages long.
+        stored = {name: tuple(shape) for name, (shape, _, _) in stored_params(info).items()}
+        leaves = jax.tree_util.tree_leaves_with_path(abstract["params"])
+        wanted = {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
                 raise CheckpointError(
                     f"checkpoint {step} in {self._directory} is of another model: {name} is"
                     f" {stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
                 )
+        with failing_together(DamagedCheckpoint):
+            items = read_arrays(directory, abstract)
+        with failing_together(DamagedCheckpoint):
+            verify_arrays(info, items)
+        return items, info
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """Moves damaged checkpoints out of the way of later saves."""
@@ -414,6 +393,54 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+# ---------------------------------------------------------------- around Orbax
+
+
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the latest checkpoints and the best evaluated one; all if a metric cannot be read.
+
+    (Orbax's `best_fn` with `max_to_keep` deletes the latest checkpoint when its metric is poor.)
+    """
+
+    def __init__(self, best_step: Callable[[], int | None], keep_latest: int):
+        self._best_step, self._keep_latest = best_step, keep_latest
+
+    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
+        del context
+        steps = [info.step for info in checkpoints]
+        kept = set(sorted(steps)[-self._keep_latest :])
+        try:
+            kept.add(self._best_step())
+        except UserError:
+            return [True] * len(steps)
+        return [step in kept for step in steps]
+
+
+def _watched_handler(failures: list[BaseException]) -> ocp.StandardCheckpointHandler:
+    """Orbax's handler, which also lists the errors of its background work at once."""
+    handler = ocp.StandardCheckpointHandler()
+    start, finalize = handler.async_save, handler.finalize
+
+    @contextlib.contextmanager
+    def listing() -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    class Watched:
+        def __init__(self, future: Any):
+            self._future = future
+
+        def result(self, timeout: float | None = None) -> Any:
+            with listing():
+                return self._future.result(timeout)
+
+    async def async_save(*arguments: Any, **options: Any) -> list | None:
+        futures = await start(*arguments, **options)
+        return futures and [Watched(future) for future in futures]
+
+    # Not a subclass: Orbax registers what a handler saves by its type.
+    handler.async_save, handler.finalize = async_save, listing()(finalize)
+    return handler

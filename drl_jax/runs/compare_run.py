@@ -9,12 +9,16 @@ from typing import NamedTuple
 from drl_jax.evaluation.bootstrap import Difference, differences
 from drl_jax.evaluation.metrics import RANK_METRICS, Ranks
 from drl_jax.runs.checkpoint_files import DamagedCheckpoint, owner
-from drl_jax.runs.checkpoints import DIRECTORY
-from drl_jax.runs.open_evaluation import open_evaluation
-from drl_jax.runs.protocol_card import ProtocolCard, how_chosen
-from drl_jax.runs.rank_files import evaluation_path, read_ranks, write_ranks
+from drl_jax.runs.evaluate_run import open_evaluation
+from drl_jax.runs.protocol_card import (
+    ProtocolCard,
+    evaluation_path,
+    how_chosen,
+    read_ranks,
+    write_ranks,
+)
 from drl_jax.runs.run_params import find_step
-from drl_jax.runs.workdir import load_config, with_data_dir
+from drl_jax.runs.workdir import CHECKPOINTS, load_config, with_data_dir
 from drl_jax.runtime.errors import UserError
 
 # The metric that the verdict is about.
@@ -43,8 +47,6 @@ def compare(
     evaluated, and they are stored.
 
     Args:
-      one: directory of a run.
-      other: directory of another run.
       checkpoint: "best", "latest" or a step, of both.
       split_name: "test", "val", "train", or a stored split of the dataset.
       data_dir: directory of built datasets, if they were moved.
@@ -63,22 +65,17 @@ def compare(
 
 
 def check_same_queries(one: RankedRun, other: RankedRun) -> None:
-    """Checks that the ranks of two runs can be compared query by query.
+    """Raises UserError unless the ranks of two runs can be compared query by query.
 
     Frames may be stored in other sizes, numbers or encodings, as another model needs them.
-
-    Raises:
-      UserError: the captions or videos differ, or the same storage variant has other frames.
     """
-    same_queries = one.card.queries == other.card.queries
-    contents = {run.card.content for run in (one, other)} - {""}
-    other_frames = one.card.frames == other.card.frames and len(contents) > 1
-    if not same_queries or other_frames:
+    cards = one.card, other.card
+    same_queries = cards[0].queries == cards[1].queries
+    same_content = cards[0].content == cards[1].content
+    if not same_queries or (cards[0].frames == cards[1].frames and not same_content):
         what = "frames" if same_queries else "captions or videos"
         first, second = (
-            f"{run.card.dataset}, split {run.card.split}, content"
-            f" {run.card.content[:12] or 'unknown'}"
-            for run in (one, other)
+            f"{card.dataset}, split {card.split}, content {card.content[:12]}" for card in cards
         )
         raise UserError(
             f"{one.workdir} and {other.workdir} cannot be compared: they were tested on different"
@@ -91,7 +88,11 @@ def _ranked(workdir: Path, checkpoint: str, split_name: str, data_dir: str | Non
     config = with_data_dir(load_config(workdir), data_dir)
     step = find_step(workdir, checkpoint)
     stored = read_ranks(evaluation_path(workdir, split_name, step).with_suffix(".npz"))
-    if stored is not None and _is_of(workdir, step, stored[1]):
+    current = None
+    # The evaluation of a damaged checkpoint says what is damaged.
+    with contextlib.suppress(DamagedCheckpoint):
+        current = stored and owner(workdir / CHECKPOINTS / str(step))["params"]
+    if stored is not None and stored[1].parameters_sha256 == current:
         ranks, card = stored
         # It may have been evaluated as the latest, or by its number.
         chosen = how_chosen(workdir, config.data, checkpoint, step)
@@ -106,14 +107,6 @@ def _ranked(workdir: Path, checkpoint: str, split_name: str, data_dir: str | Non
         path = evaluation_path(workdir, split_name, opened.card.step)
         write_ranks(path.with_suffix(".npz"), ranks, opened.card)
     return RankedRun(workdir, ranks, opened.card)
-
-
-def _is_of(workdir: Path, step: int, card: ProtocolCard) -> bool:
-    """Whether a stored card is that of the parameters of a checkpoint as they are now."""
-    try:
-        return owner(workdir / DIRECTORY / str(step))["params"] == card.parameters_sha256
-    except DamagedCheckpoint:
-        return False  # Its evaluation says what is damaged.
 
 
 def _report(one: RankedRun, other: RankedRun, found: Mapping[str, Difference]) -> str:

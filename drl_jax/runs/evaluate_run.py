@@ -1,31 +1,100 @@
-"""Evaluates a checkpoint of a run."""
+"""Evaluates a checkpoint of a run, with or without post-processing of the similarities.
+
+Post-processing takes a bank of *train* and parameters of *val*. A bank has other queries than the
+test: captions of *train* for text to video, videos of *train* for video to text. Parameters are
+those of a grid that are best on *val*.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from drl_jax.config import Config
+from drl_jax.data.batches import load_split
+from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
+from drl_jax.data.splits import Split
 from drl_jax.evaluation.bootstrap import intervals
-from drl_jax.evaluation.evaluator import Evaluation
+from drl_jax.evaluation.evaluator import (
+    Evaluation,
+    Evaluator,
+    FrameOrder,
+    check_split,
+    order_by_content,
+)
 from drl_jax.evaluation.legacy import legacy_metrics
-from drl_jax.evaluation.metrics import format_table, metrics_of
-from drl_jax.runs.open_evaluation import OpenEvaluation, open_evaluation
-from drl_jax.runs.post_processing_run import PostProcessing, Ranked
-from drl_jax.runs.protocol_card import ProtocolCard
-from drl_jax.runs.rank_files import evaluation_path, write_ranks
+from drl_jax.evaluation.metrics import Ranks, format_table, metrics_of
+from drl_jax.evaluation.post_processing import (
+    METHODS,
+    Similarities,
+    describe,
+    direction_ranks,
+    fit,
+    post_processed,
+)
+from drl_jax.models.drl import Params
+from drl_jax.models.interactions import Features
+from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.runs.protocol_card import ProtocolCard, evaluation_path, protocol_card, write_ranks
+from drl_jax.runs.run_params import restore_params
+from drl_jax.runs.workdir import own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import write_json
+from drl_jax.sharding import make_layout
 
 # No post-processing.
 NONE = "none"
+# Captions, and videos, of a bank unless the user says how many; and the seed of the sample.
+BANK_SIZE, _BANK_SEED = 5000, 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenEvaluation:
+    """A checkpoint and a split, ready to be evaluated.
+
+    Attributes:
+      split_name: as it was asked for.
+      frame_order: applied to the frames of every video; None: the order of time.
+      card: the protocol, without post-processing.
+    """
+
+    config: Config
+    params: Params
+    dataset: VideoDataset
+    split_name: str
+    split: Split
+    evaluator: Evaluator
+    frame_order: FrameOrder | None
+    card: ProtocolCard
+
+    def run(self, split: Split | None = None) -> Evaluation:
+        """Evaluates the split, or another one."""
+        split = self.split if split is None else split
+        return self.evaluator.run(self.params, split, frame_order=self.frame_order)
 
 
 class Evaluated(NamedTuple):
-    """A checkpoint and a split, and what the evaluation found without post-processing."""
+    """What was evaluated, and the result without post-processing."""
 
     opened: OpenEvaluation
     evaluation: Evaluation
+
+
+class Ranked(NamedTuple):
+    """Ranks of a split, and what they were computed from.
+
+    Attributes:
+      t2v_scores: float [A, B], captions by videos, by which t2v ranks; `v2t_scores` likewise.
+      title: of the post-processing, in a few words; `description` is for the protocol card.
+    """
+
+    ranks: Ranks
+    t2v_scores: np.ndarray
+    v2t_scores: np.ndarray
+    title: str
+    description: str
 
 
 def evaluate(
@@ -45,16 +114,14 @@ def evaluate(
     "intervals": .., "legacy": .., "card": ..}.
 
     Args:
-      workdir: directory of the run.
-      config: the run's configuration.
       checkpoint: "best", "latest" or a step.
       split_name: "test", "val", "train", or a stored split of the dataset.
       frame_order: "time", or "content" to sort the frames of each video by their pixels, which
-        hides time from the model (written to `eval_SPLIT_STEP_content.json`).
+        hides time from the model (`_content` is added to the names).
       legacy: whether to print the tables of `legacy_metrics`, too.
-      post: NONE for raw similarities, and names of `post_processing.METHODS`; one table each
-        (written to `eval_SPLIT_STEP_METHOD.json`).
-      bank_size: number of captions of *train* that post-processing takes; None: 5,000 at most.
+      post: NONE for raw similarities, and names of `post_processing.METHODS`, which are added to
+        the names; one table each.
+      bank_size: see `PostProcessing`.
 
     Raises:
       UserError: no such run, checkpoint, dataset or split, or `PostProcessing` cannot be done; or,
@@ -76,10 +143,9 @@ def evaluate(
         card = dataclasses.replace(opened.card, post_processing=ranked[name].description)
         result = _result(ranked[name], split_name, frame_order, card)
         _print_result(ranked[name].title, result, card, legacy)
-        suffix = ("_content" if frame_order == "content" else "") + (
-            "" if name == NONE else f"_{name}"
-        )
-        path = evaluation_path(workdir, split_name, card.step, suffix)
+        order = "_content" if frame_order == "content" else ""
+        method = "" if name == NONE else f"_{name}"
+        path = evaluation_path(workdir, split_name, card.step, order + method)
         try:
             write_ranks(path.with_suffix(".npz"), ranked[name].ranks, card)
             write_json(path, result)
@@ -87,6 +153,34 @@ def evaluate(
             reason = Unavailable(path, error, "written")
             raise UserError(f"the metrics are complete, but {reason}") from error
     return Evaluated(opened, evaluation)
+
+
+def open_evaluation(
+    workdir: Path, config: Config, *, checkpoint: str, split_name: str, frame_order: str
+) -> OpenEvaluation:
+    """Restores a checkpoint and loads a split; arguments as of `evaluate`.
+
+    Raises:
+      UserError: no such run, checkpoint, dataset or split, or the split cannot be ranked.
+    """
+    layout = make_layout(fsdp=config.sharding.fsdp)
+    step, params = restore_params(workdir, config.model, layout, checkpoint)
+    dataset = VideoDataset(dataset_dir(config))
+    manifest = own_manifest(workdir)
+    if manifest and manifest["dataset"]["content"] != dataset.content:
+        print(f"note: {workdir} was trained with other frames or captions than {dataset.directory}")
+    split = _checked_split(dataset, split_name, config)
+    inputs = (workdir, config, dataset, split_name, split)
+    card = protocol_card(*inputs, checkpoint, step, params, frame_order=frame_order)
+    evaluator = Evaluator(config, dataset, layout)
+    order = order_by_content if frame_order == "content" else None
+    return OpenEvaluation(config, params, dataset, split_name, split, evaluator, order, card)
+
+
+def _checked_split(dataset: VideoDataset, name: str, config: Config) -> Split:
+    split = load_split(dataset, name, config.data)
+    check_split(name, split, dataset, load_tokenizer(config.model), config.data.max_words)
+    return split
 
 
 def _result(
@@ -114,17 +208,133 @@ def _print_result(title: str, result: dict[str, Any], card: ProtocolCard, legacy
     )
     print(format_table(result["metrics"], result["intervals"]))
     if legacy:
-        print(_legacy_table(result["legacy"]))
+        metrics = result["legacy"]
+        counts = ", ".join(
+            f"{name} averages {metrics[name]['ranks']:,} ranks of {metrics[name]['queries']:,}"
+            " queries"
+            for name in ("t2v", "v2t")
+        )
+        print("legacy, the tie rule of DRL's original and CLIP4Clip, for comparison with papers:")
+        print(f"{format_table(metrics)}\n{counts}")
     print(f"protocol\n{card}", flush=True)
 
 
-def _legacy_table(metrics: dict[str, Any]) -> str:
-    counts = ", ".join(
-        f"{direction} averages {metrics[direction]['ranks']:,} ranks of"
-        f" {metrics[direction]['queries']:,} queries"
-        for direction in ("t2v", "v2t")
-    )
-    return (
-        "legacy, the tie rule of DRL's original and CLIP4Clip, for comparison with papers:\n"
-        f"{format_table(metrics)}\n{counts}"
-    )
+# ---------------------------------------------------------------- post-processing
+
+
+class Bank(NamedTuple):
+    """Queries of the training split: N captions, and the record indices of M videos, int [M]."""
+
+    captions: list[str]
+    videos: np.ndarray
+    description: str
+
+
+class PostProcessing:
+    """The post-processing that an evaluation was asked for; checked before anything is encoded."""
+
+    def __init__(self, opened: OpenEvaluation, methods: Sequence[str], bank_size: int | None):
+        """Loads and checks the splits; `bank_size` is that of `draw_bank`.
+
+        Raises:
+          UserError: an unknown method, no split *train* or *val*, a split that shares videos with
+            another, or a bank that is larger than *train*.
+        """
+        if unknown := [name for name in methods if name not in METHODS]:
+            raise UserError(f"no post-processing {unknown[0]!r}; there are {', '.join(METHODS)}")
+        self._opened, self._methods = opened, methods
+        try:
+            self._val = _checked_split(opened.dataset, "val", opened.config)
+        except DatasetError as error:
+            raise UserError(
+                f"post-processing fits its parameters on val, which is missing: {error};"
+                " --post=none needs none"
+            ) from error
+        self._check_disjoint("fits its parameters on val", self._val)
+        self._bank = None
+        if not all(METHODS[name].uses_all_queries for name in methods):
+            train = load_split(opened.dataset, "train", opened.config.data)
+            self._check_disjoint("takes its bank from train", train)
+            self._check_disjoint("takes its bank from train", train, "val", self._val)
+            self._bank = draw_bank(train, bank_size)
+
+    def _check_disjoint(
+        self, use: str, split: Split, other_name: str = "", other: Split | None = None
+    ) -> None:
+        """Refuses a split that shares videos with the evaluated one, or with another."""
+        named = self._opened.dataset.sources  # What videos are cut from.
+        splits = (split, other or self._opened.split)
+        one, two = ({str(named[video]) for video in part.videos} for part in splits)
+        if shared := one & two:
+            raise UserError(
+                f"post-processing {use}, which shares {len(shared):,} videos with the split"
+                f" {other_name or self._opened.split_name}"
+            )
+
+    def run(self, evaluation: Evaluation) -> dict[str, Ranked]:
+        """Post-processes an evaluation, by each method."""
+        opened, bank, encoded = self._opened, self._bank, None
+        val = opened.run(self._val)
+        if bank is not None:
+            evaluator, params, order = opened.evaluator, opened.params, opened.frame_order
+            encoded = (
+                evaluator.encode_captions(params, bank.captions),
+                evaluator.encode_videos(params, bank.videos, frame_order=order),
+            )
+        test_similarities = self._similarities(evaluation, opened.split, encoded)
+        val_similarities = self._similarities(val, self._val, encoded)
+        ranked = {}
+        for name in self._methods:
+            method = METHODS[name]
+            fitted = fit(method, val_similarities)
+            t2v, v2t = (
+                post_processed(method, test_similarities, direction, fitted[direction])
+                for direction in ("t2v", "v2t")
+            )
+            ranks = dataclasses.replace(
+                direction_ranks(t2v, test_similarities),
+                v2t=direction_ranks(v2t, test_similarities).v2t,
+            )
+            description = describe(method, fitted, "" if bank is None else bank.description)
+            ranked[name] = Ranked(ranks, t2v, v2t, method.title, description)
+        return ranked
+
+    def _similarities(
+        self, evaluation: Evaluation, split: Split, bank: tuple[Features, Features] | None
+    ) -> Similarities:
+        captions, videos = evaluation.sim_matrix.shape
+        bank_captions = np.zeros((0, videos), np.float32)
+        bank_videos = np.zeros((captions, 0), np.float32)
+        if bank is not None:
+            similarity, params = self._opened.evaluator.similarity, self._opened.params
+            bank_captions = similarity(params, bank[0], evaluation.video)
+            bank_videos = similarity(params, evaluation.text, bank[1])
+        return Similarities(
+            evaluation.sim_matrix,
+            bank_captions,
+            bank_videos,
+            split.caption_pairs()[0],
+            split.reversed_pairs,
+        )
+
+
+def draw_bank(train: Split, size: int | None) -> Bank:
+    """Draws `size` captions of a training split, and as many videos or all, without replacement.
+
+    Without a size: at most BANK_SIZE of both.
+
+    Raises:
+      UserError: the split has fewer captions.
+    """
+    captions = train.captions
+    if size is not None and size > captions.pairs:
+        raise UserError(f"--bank_size={size} is more than the {captions.pairs:,} captions of train")
+    rng = np.random.default_rng(_BANK_SEED)
+
+    def draw(available: int) -> np.ndarray:
+        return np.sort(rng.permutation(available)[: BANK_SIZE if size is None else size])
+
+    chosen, videos = draw(captions.pairs), train.videos[draw(len(train.videos))]
+    counts = f"{len(chosen):,} captions (t2v) and {len(videos):,} videos (v2t)"
+    description = f"{counts} of train, seed {_BANK_SEED}"
+    return Bank([captions.caption(pair) for pair in chosen], videos, description)

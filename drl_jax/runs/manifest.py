@@ -22,12 +22,11 @@ from drl_jax.config import Config
 from drl_jax.data.records import VideoDataset
 from drl_jax.models.drl import config_from_dict
 from drl_jax.models.tokenizers import load_tokenizer
-from drl_jax.runs.identity import Identity
-from drl_jax.runs.wall_time import WallTime
 from drl_jax.runs.workdir import (
     FORMAT,
     MANIFEST_FILE,
     RESUMABLE_FIELDS,
+    Identity,
     WorkdirError,
     claim_workdir,
     config_sha256,
@@ -53,36 +52,36 @@ class RunRecord:
       step: the step of the last checkpoint since this start.
     """
 
-    def __init__(self, workdir: Path, config: Config, dataset: VideoDataset, wall_time: WallTime):
+    def __init__(
+        self, workdir: Path, config: Config, dataset: VideoDataset, seconds: Mapping[str, float]
+    ):
         """Reads the manifest of a run, or makes that of a new one; writes nothing.
 
-        Args:
-          workdir: directory of the run.
-          config: its configuration.
-          dataset: its dataset.
-          wall_time: of this start; its seconds are written at the end.
+        `seconds` has, at the end, the time that was spent on each activity.
 
         Raises:
           WorkdirError: the run was started with a dataset of another content or another tokenizer,
             or its manifest is damaged.
         """
         self._path = workdir / MANIFEST_FILE
-        self._values: dict[str, Any] = {"format": FORMAT, "id": "", "starts": []}
+        self._weights_sha256 = weights_sha256(config)
+        self._values: dict[str, Any] = {
+            "format": FORMAT,
+            "id": "",
+            "starts": [],
+            "weights_sha256": self._weights_sha256,
+            "config_sha256": config_sha256(config),
+        }
         if (found := own_manifest(workdir)) is not None:
             self._values = found
-            _check_content(self._values["dataset"]["content"], dataset, f"the run in {workdir}")
-            _check_tokenizer(self._values, config, f"the run in {workdir}")
-        self._weights_sha256 = weights_sha256(config)
+            _check_inputs(found, config, dataset, f"the run in {workdir}")
         self._values |= {
             "config": dataclasses.asdict(config),
             "dataset": {"name": config.data.dataset, "content": dataset.content},
             "tokenizer_sha256": _tokenizer_sha256(config),
         }
-        self._values.setdefault("weights_sha256", self._weights_sha256)
-        # Not computed again: a later version may have more fields.
-        self._values.setdefault("config_sha256", config_sha256(config))
         self.identity = Identity(self._values["id"], self._values["config_sha256"], dataset.content)
-        self.step, self._started, self._wall_time = 0, False, wall_time
+        self.step, self._started, self._seconds = 0, False, seconds
 
     def check_weights(self, config: Config) -> None:
         """Checks, before the first step, that the weights are those that the run started with.
@@ -97,41 +96,20 @@ class RunRecord:
             )
 
     def start(self, run: str, step: int, total_steps: int) -> None:
-        """Adds this start, with its versions and devices.
-
-        Args:
-          run: id of the run.
-          step: step that the run starts from.
-          total_steps: steps of the whole run.
-        """
+        """Adds this start, from `step`, with its versions and devices; `run` is the run's id."""
         self.step, self._started = step, True
-        self._values["id"] = run
-        self._values["total_steps"] = total_steps
-        self._values["starts"].append(
-            {
-                "started": _now(),
-                "ended": None,
-                "outcome": None,
-                "first_step": step,
-                "last_step": None,
-                "seconds": None,
-                "command": sys.orig_argv,
-                **environment(),
-            }
-        )
+        self._values |= {"id": run, "total_steps": total_steps}
+        start = {"started": _now(), "ended": None, "outcome": None}
+        start |= {"first_step": step, "last_step": None, "seconds": None}
+        self._values["starts"].append({**start, "command": sys.orig_argv, **environment()})
         self._write()
 
     def end(self, outcome: str) -> None:
         """Completes the row of this start, if there is one; that of a killed run stays open."""
         if self._started:
-            self._values["starts"][-1] |= {
-                "ended": _now(),
-                "outcome": outcome,
-                "last_step": self.step,
-                "seconds": {
-                    name: round(seconds, 2) for name, seconds in self._wall_time.seconds.items()
-                },
-            }
+            seconds = {name: round(s, 2) for name, s in self._seconds.items()}
+            end = {"ended": _now(), "outcome": outcome, "last_step": self.step, "seconds": seconds}
+            self._values["starts"][-1] |= end
             self._write()
 
     def _write(self) -> None:
@@ -141,7 +119,7 @@ class RunRecord:
 
 @contextlib.contextmanager
 def recorded(
-    workdir: Path, config: Config, dataset: VideoDataset, wall_time: WallTime
+    workdir: Path, config: Config, dataset: VideoDataset, seconds: Mapping[str, float]
 ) -> Iterator[RunRecord]:
     """Claims the directory of a run and records how the block ends.
 
@@ -149,7 +127,7 @@ def recorded(
       WorkdirError: the directory holds another run, or one of another dataset.
     """
     with failing_together(UserError):
-        record = RunRecord(workdir, config, dataset, wall_time)
+        record = RunRecord(workdir, config, dataset, seconds)
         claim_workdir(workdir, config)
     try:
         yield record
@@ -164,11 +142,9 @@ def recorded(
 def environment() -> dict[str, Any]:
     """Versions, commit, host and devices of this process."""
     commit, clean = _commit()
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in _PACKAGES},
-        },
+        "versions": {"python": platform.python_version(), **versions},
         "commit": commit,
         "clean": clean,
         "host": socket.gethostname(),
@@ -181,15 +157,7 @@ def environment() -> dict[str, Any]:
 
 
 def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDataset) -> list[str]:
-    """Compares a manifest with what is here.
-
-    Args:
-      manifest: that of the run to reproduce.
-      config: the configuration here.
-      dataset: the dataset here.
-
-    Returns:
-      What differs and may change results a little: fields, versions, commit, devices.
+    """What differs from the run of a manifest and may change results a little, in words.
 
     Raises:
       WorkdirError: this would be another run: other fields, weights, tokenizer or dataset.
@@ -207,17 +175,13 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
             f"config.model.init={config.model.init} is not the file that the run started from (its"
             f" sha256 is {manifest['weights_sha256']})"
         )
-    _check_content(manifest["dataset"]["content"], dataset, "the run of the manifest")
-    _check_tokenizer(manifest, config, "the run of the manifest")
+    _check_inputs(manifest, config, dataset, "the run of the manifest")
     found = [f"config.{name}: {there[name]!r} there, {here[name]!r} here" for name in changed]
-    if not manifest["dataset"]["content"] or not dataset.content:
-        found.append("the dataset was not compared: one of the two was built by an early version")
     own, starts = environment(), manifest["starts"]
-    for name in own["versions"]:
+    for name, version in own["versions"].items():
         versions = {start["versions"].get(name, "none") for start in starts}
-        if versions != {own["versions"][name]}:
-            versions = ", ".join(sorted(versions))
-            found.append(f"{name}: {versions} there, {own['versions'][name]} here")
+        if versions != {version}:
+            found.append(f"{name}: {', '.join(sorted(versions))} there, {version} here")
     for name in ("commit", "devices"):
         if starts[0][name] != own[name]:
             found.append(f"{name}: {starts[0][name]} there, {own[name]} here")
@@ -228,18 +192,17 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
     return found
 
 
-def _check_content(expected: str, dataset: VideoDataset, run: str) -> None:
-    # Datasets of early versions have no hash.
-    if expected and dataset.content and expected != dataset.content:
+def _check_inputs(
+    manifest: Mapping[str, Any], config: Config, dataset: VideoDataset, run: str
+) -> None:
+    """Checks that dataset and tokenizer are those of a manifest."""
+    expected = manifest["dataset"]["content"]
+    if expected != dataset.content:
         raise WorkdirError(
             f"the dataset in {dataset.directory} is not the one that {run} started with (content"
             f" {dataset.content[:12]}, was {expected[:12]}); build it again from the same files, or"
             " start a new run with another --workdir"
         )
-
-
-def _check_tokenizer(manifest: Mapping[str, Any], config: Config, run: str) -> None:
-    # Runs of early versions have CLIP's, which has no file.
     if manifest.get("tokenizer_sha256", "") != _tokenizer_sha256(config):
         raise WorkdirError(
             f"config.model.tokenizer={config.model.tokenizer} is not the tokenizer that {run}"
@@ -260,13 +223,9 @@ def _commit() -> tuple[str | None, bool | None]:
     """Commit of this package's repository, and whether its files are those of the commit."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        options = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+        return subprocess.run(command, **options).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # Not that of a parent directory.

@@ -1,17 +1,24 @@
-"""The protocol card: what a number was measured on, and how."""
+"""The protocol card: what a number was measured on, and how; and the ranks that it belongs to."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drl_jax.config import BackboneConfig, Config, DataConfig
+import numpy as np
+
+from drl_jax.config import Config, DataConfig
 from drl_jax.data.records import VideoDataset
 from drl_jax.data.splits import Split
-from drl_jax.evaluation.metrics import TIE_RULE
-from drl_jax.runs.checkpoint_files import read_metric
-from drl_jax.runs.checkpoints import DIRECTORY
-from drl_jax.runs.workdir import own_manifest
+from drl_jax.evaluation.metrics import TIE_RULE, Ranks
+from drl_jax.models.drl import Params
+from drl_jax.runs.checkpoint_files import params_digest, read_metric
+from drl_jax.runs.workdir import CHECKPOINTS, own_manifest
+from drl_jax.runtime.errors import raise_if_refused
+from drl_jax.runtime.files import replacing
 
 # Post-processing of similarities: none.
 RAW = "raw"
@@ -24,28 +31,20 @@ class ProtocolCard:
     """States the protocol of metrics beside them.
 
     Attributes:
-      dataset: its name.
       split: stored name of the split.
       protocol: what publications call the protocol of this split (1k-A); empty if unknown.
-      content: hash of all frames, ids and captions of the dataset; empty for one of an early
-        version.
+      content: hash of all frames, ids and captions of the dataset.
       frames: storage variant of the frames.
       frame_order: "time", or "content" if the frames of each video were sorted by their pixels.
       queries: SHA-256 of the ids and captions of the split.
-      videos: number of videos, which are the candidates of a text.
-      captions: number of captions, which are the queries of t2v.
       captions_per_video: the smallest and the largest number of captions of a video.
-      ties: rule for candidates of equal similarity.
       post_processing: of the similarities, "raw" for none.
       trained_on: training split, with its protocol and what was held out.
       chosen: how the checkpoint was chosen.
       step: of the checkpoint; None on the card of several runs.
-      seeds: of the training.
-      model: what the model is, in words.
       init: initial weights; empty for random ones.
       init_sha256: SHA-256 of their file; empty if unknown.
-      parameters_sha256: digest of the checkpoint's parameters (`checksums.digest`); empty if
-        unknown and on the card of several runs.
+      parameters_sha256: `params_digest` of the checkpoint; empty on the card of several runs.
     """
 
     dataset: str
@@ -71,11 +70,7 @@ class ProtocolCard:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ProtocolCard":
-        """The card from its JSON values.
-
-        Raises:
-          TypeError: a field is missing or unknown.
-        """
+        """The card from its JSON values; a TypeError if a field is missing or unknown."""
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,7 +91,7 @@ class ProtocolCard:
         return {
             "data": f"{self.dataset}, split {self.split}{protocol}: {self.videos:,} videos,"
             f" {self.captions:,} captions, {a_video} a video; content"
-            f" {self.content[:_SHORT] or 'unknown'}",
+            f" {self.content[:_SHORT]}",
             "ranks": f"among {self.videos:,} candidates; ties: {self.ties}; similarities:"
             f" {self.post_processing}{order}",
             "checkpoint": f"{step}{self.chosen}; trained on {self.trained_on}, {seeds}",
@@ -115,33 +110,28 @@ def protocol_card(
     dataset: VideoDataset,
     split_name: str,
     split: Split,
-    *,
     checkpoint: str,
     step: int,
-    parameters_sha256: str,
+    params: Params,
+    *,
     frame_order: str = "time",
-    post_processing: str = RAW,
 ) -> ProtocolCard:
-    """Makes the card of an evaluation of a run.
-
-    Args:
-      workdir: directory of the run.
-      config: its configuration.
-      dataset: the dataset.
-      split_name: as of `load_split`: a role or a stored name.
-      split: the split of this name.
-      checkpoint: "best", "latest" or a step, as it was asked for.
-      step: of the checkpoint.
-      parameters_sha256: see `ProtocolCard`.
-      frame_order: see `ProtocolCard`.
-      post_processing: of the similarities, in words.
+    """Makes the card of an evaluation of a run; `checkpoint` is as it was asked for.
 
     Raises:
-      WorkdirError: the manifest of the run is damaged.
-      UserError: the metric of the checkpoint cannot be read.
+      UserError: the manifest of the run is damaged, or the metric cannot be read.
     """
     data, counts = config.data, split.caption_counts()
-    stored = _stored_name(split_name, data)
+    stored, tower = _stored_name(split_name, data), config.model.backbone
+    trained_on = _stored_name("train", data)
+    if protocol := dataset.protocol(data.train_split):
+        trained_on += f" ({protocol})"
+    model = (
+        f"{tower.family}, {tower.vision_layers} image layers of {tower.vision_width}, patches of"
+        f" {tower.vision_patch_size} pixels at {tower.image_resolution}; interaction"
+        f" {config.model.interaction}, temporal head {config.model.agg_module}; {data.max_frames}"
+        f" frames, {data.max_words} words"
+    )
     return ProtocolCard(
         dataset=data.dataset,
         split=stored,
@@ -154,22 +144,16 @@ def protocol_card(
         captions=int(counts.sum()),
         captions_per_video=(int(counts.min()), int(counts.max())),
         ties=TIE_RULE,
-        post_processing=post_processing,
-        trained_on=_training_split(data, dataset),
+        post_processing=RAW,
+        trained_on=trained_on,
         chosen=how_chosen(workdir, data, checkpoint, step),
         step=step,
         seeds=(config.seed,),
-        model=_described(config),
+        model=model,
         init=config.model.init,
         init_sha256=(own_manifest(workdir) or {}).get("weights_sha256", ""),
-        parameters_sha256=parameters_sha256,
+        parameters_sha256=params_digest(params),
     )
-
-
-def card_of_seeds(cards: Sequence[ProtocolCard]) -> ProtocolCard:
-    """The card of runs that differ in their seed, from the cards of the runs."""
-    seeds = tuple(seed for card in cards for seed in card.seeds)
-    return dataclasses.replace(cards[0], seeds=seeds, step=None, parameters_sha256="")
 
 
 def _stored_name(split_name: str, data: DataConfig) -> str:
@@ -182,34 +166,56 @@ def _stored_name(split_name: str, data: DataConfig) -> str:
     return stored.get(split_name, split_name)
 
 
-def _training_split(data: DataConfig, dataset: VideoDataset) -> str:
-    protocol = dataset.protocol(data.train_split)
-    return _stored_name("train", data) + (f" ({protocol})" if protocol else "")
-
-
 def how_chosen(workdir: Path, data: DataConfig, checkpoint: str, step: int) -> str:
     """How a checkpoint was chosen, in words; arguments and errors as of `protocol_card`."""
     if checkpoint == "latest":
         return "the latest"
     if checkpoint != "best":
         return "named by the user"
-    if read_metric(workdir / DIRECTORY / str(step)) is None:
+    if read_metric(workdir / CHECKPOINTS / str(step)) is None:
         return "the latest, since none was evaluated"
     val = _stored_name("val", data)
     on_test = ", which is the test split" if val == data.test_split else ""
     return f"the best by t2v R@1 on {val}{on_test}"
 
 
-def _described(config: Config) -> str:
-    model, data = config.model, config.data
-    return (
-        f"{_towers(model.backbone)}; interaction {model.interaction}, temporal head"
-        f" {model.agg_module}; {data.max_frames} frames, {data.max_words} words"
-    )
+# ---------------------------------------------------------------- ranks
 
 
-def _towers(backbone: BackboneConfig) -> str:
-    return (
-        f"{backbone.family}, {backbone.vision_layers} image layers of {backbone.vision_width},"
-        f" patches of {backbone.vision_patch_size} pixels at {backbone.image_resolution}"
-    )
+def evaluation_path(workdir: Path, split_name: str, step: int, suffix: str = "") -> Path:
+    """Path of the table of an evaluation, `eval_SPLIT_STEP.json`; its ranks end in `.npz`."""
+    return workdir / f"eval_{split_name}_{step}{suffix}.json"
+
+
+def write_ranks(path: Path, ranks: Ranks, card: ProtocolCard) -> None:
+    """Writes the arrays of `Ranks`, and `card` as JSON, atomically.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    arrays = {field.name: getattr(ranks, field.name) for field in dataclasses.fields(Ranks)}
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        np.savez_compressed(file, card=json.dumps(card.as_dict()), **arrays)
+
+
+def read_ranks(path: Path) -> tuple[Ranks, ProtocolCard] | None:
+    """Reads ranks and their card; None if there are none, or they are damaged.
+
+    Raises:
+      Unavailable: the file cannot be read.
+    """
+    try:
+        with np.load(path) as arrays:
+            ranks = Ranks(**{field.name: arrays[field.name] for field in dataclasses.fields(Ranks)})
+            card = ProtocolCard.from_dict(json.loads(str(arrays["card"])))
+        if ranks.t2v.shape != ranks.text_to_video.shape:
+            raise ValueError("its arrays do not fit together")
+        if not np.array_equal(np.unique(ranks.text_to_video), np.arange(len(ranks.v2t))):
+            raise ValueError("it lacks captions")
+        return ranks, card
+    except (
+        *(OSError, EOFError, ValueError, KeyError, TypeError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
+        raise_if_refused(path, error)
+        return None

@@ -1,4 +1,4 @@
-"""Parameters of a run that may be training meanwhile: of a checkpoint, and the initial ones."""
+"""Parameters of a run that may be training meanwhile, and their exchange with files of weights."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,26 @@ import jax
 
 from drl_jax.config import Config, ModelConfig
 from drl_jax.models.drl import Params, abstract_params, init_params
-from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint
-from drl_jax.runs.checkpoints import DIRECTORY, Checkpoints
+from drl_jax.models.tokenizers import check_cleaning, stored_name, with_tokenizer
+from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint, owner
+from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.manifest import weights_sha256
-from drl_jax.runs.workdir import WorkdirError, own_manifest
+from drl_jax.runs.workdir import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    WorkdirError,
+    claim_workdir,
+    load_config,
+    own_manifest,
+)
 from drl_jax.runtime.errors import Unavailable, UserError
-from drl_jax.sharding import Layout
-from drl_jax.weights.load import initial_params
-from drl_jax.weights.weights_file import read_weights
+from drl_jax.runtime.files import copy_once
+from drl_jax.sharding import Layout, make_layout
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.train_step import state_from_params
+from drl_jax.weights.description import Description
+from drl_jax.weights.load import config_of_weights, initial_params
+from drl_jax.weights.weights_file import read_weights, save_weights
 
 # A checkpoint that cannot be read may be one that a training deletes at this moment. An error that
 # is the same after a pause is believed.
@@ -36,16 +48,10 @@ def find_step(workdir: Path, checkpoint: str) -> int:
 def restore_params(
     workdir: Path, model: ModelConfig, layout: Layout, checkpoint: str
 ) -> tuple[int, Params]:
-    """Restores the parameters of a run.
-
-    Args:
-      workdir: directory of the run.
-      model: its model.
-      layout: shardings of the parameters.
-      checkpoint: "best", "latest" or a step.
+    """Restores the parameters of a run: of the checkpoint "best", "latest" or a step.
 
     Returns:
-      The step and the parameters.
+      The step and the parameters, with the shardings of `layout`.
 
     Raises:
       CheckpointError: the run has no such checkpoint, or it is another run's, or damaged; then the
@@ -67,43 +73,23 @@ def restore_params(
         if step is None:
             raise
         reason = error
+    intact = []
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        intact = [
-            other for other in checkpoints.steps() if _is_intact(checkpoints, other, abstract)
-        ]
-    choice = f"intact: {', '.join(map(str, intact))}" if intact else "no other one is intact"
+        for other in checkpoints.steps():
+            try:
+                checkpoints.restore_params(other, abstract)
+                intact.append(str(other))
+            except UserError:
+                continue
+    choice = f"intact: {', '.join(intact)}" if intact else "no other one is intact"
     raise CheckpointError(
-        f"checkpoint {step} in {workdir / DIRECTORY} is damaged: {reason}; {choice}"
+        f"checkpoint {step} in {workdir / CHECKPOINTS} is damaged: {reason}; {choice}"
     ) from reason
-
-
-def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Params:
-    """Makes the parameters that a run started from once more; no checkpoint has them.
-
-    Args:
-      workdir: directory of the run.
-      config: its configuration.
-      layout: shardings of the parameters.
-
-    Raises:
-      UserError: the initial weights cannot be read, or are not those that the run started from.
-    """
-    model, key = config.model, jax.random.key(config.seed)
-    if not model.init:
-        params = jax.jit(init_params, static_argnums=0)(model, key)
-        return jax.device_put(params, layout.parameters(params))
-    recorded = (own_manifest(workdir) or {}).get("weights_sha256")
-    if recorded not in (None, weights_sha256(config)):
-        raise WorkdirError(
-            f"config.model.init={model.init} is another file than the run in {workdir} started from"
-        )
-    params = initial_params(model, read_weights(model.init, model.release), key)
-    return jax.device_put(params, layout.parameters(params))
 
 
 def _patiently(workdir: Path, read: Callable[[Checkpoints], T]) -> T:
     """What `read` returns; it is called again while other checkpoints cannot be read each time."""
-    if not (workdir / DIRECTORY).is_dir():
+    if not (workdir / CHECKPOINTS).is_dir():
         raise CheckpointError(f"no checkpoints in {workdir}; training writes one after each epoch")
     failed = ""
     for _ in range(_ATTEMPTS):
@@ -121,9 +107,105 @@ def _patiently(workdir: Path, read: Callable[[Checkpoints], T]) -> T:
     )
 
 
-def _is_intact(checkpoints: Checkpoints, step: int, abstract: Params) -> bool:
+def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Params:
+    """Makes the parameters that a run started from once more; no checkpoint has them.
+
+    Raises:
+      UserError: the initial weights cannot be read, or are not those that the run started from.
+    """
+    model, key = config.model, jax.random.key(config.seed)
+    if not model.init:
+        params = jax.jit(init_params, static_argnums=0)(model, key)
+    else:
+        recorded = (own_manifest(workdir) or {}).get("weights_sha256")
+        if recorded not in (None, weights_sha256(config)):
+            raise WorkdirError(
+                f"config.model.init={model.init} is another file than the run in {workdir} started"
+                " from"
+            )
+        params = initial_params(model, read_weights(model.init, model.release), key)
+    return jax.device_put(params, layout.parameters(params))
+
+
+# ---------------------------------------------------------------- files of weights
+
+
+def import_weights(
+    source: str | Path,
+    workdir: Path,
+    interaction: str = "dp",
+    seed: int = 0,
+    *,
+    release: str = "",
+    tokenizer: str = "",
+) -> tuple[Config, Description]:
+    """Creates a run with one checkpoint, of step 0, from a file of weights.
+
+    Args:
+      source: name or file of weights: an exported run, towers alone (heads start as in training,
+        from `seed`), or a DRL checkpoint.
+      interaction: "dp" or "ti", for a file without interaction parameters.
+      release: as in `read_weights`.
+      tokenizer: its file, if it is not beside that of the weights.
+
+    Returns:
+      The configuration of the run, and what is known of the towers.
+
+    Raises:
+      UserError: the file cannot be read or does not fit, or `workdir` holds a run.
+    """
+    if (workdir / CONFIG_FILE).exists():
+        raise WorkdirError(f"{workdir} already holds a run; choose another directory")
+    weights = read_weights(source, release)
+    if tokenizer:
+        weights = weights._replace(tokenizer=tokenizer)
+    config = config_of_weights(weights, interaction)
+    check_cleaning(config.model)
+    params = initial_params(config.model, weights, jax.random.key(seed))
+    claim_workdir(workdir, config)
+    state = state_from_params(params, make_optimizer(config.optim, 0), make_layout())
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(state)
+    return config, weights.description
+
+
+def export_weights(
+    workdir: Path,
+    target: Path,
+    checkpoint: str = "best",
+    *,
+    dtype: str = "float32",
+    clip_only: bool = False,
+) -> int:
+    """Writes a checkpoint as safetensors under the reference's names; returns its step.
+
+    The file holds the configuration, so that importing it gives the same model, and the run and the
+    step. A tokenizer that is a file is written beside it. `dtype` and `clip_only` are those of
+    `save_weights`.
+
+    Raises:
+      UserError: no such run or checkpoint, the file cannot be written, or its folder has another
+        tokenizer.
+    """
+    config = load_config(workdir)
+    step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
+    if config.model.tokenizer:
+        config = with_tokenizer(config, _write_tokenizer(Path(config.model.tokenizer), target))
+    origin = owner(workdir / CHECKPOINTS / str(step))
+    save_weights(target, params, config, dtype=dtype, clip_only=clip_only, origin=origin)
+    return step
+
+
+def _write_tokenizer(tokenizer: Path, target: Path) -> str:
+    """Writes a run's tokenizer beside an exported file; returns its name."""
+    copy = target.with_name(stored_name(tokenizer))
     try:
-        checkpoints.restore_params(step, abstract)
-    except UserError:
-        return False
-    return True
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy_once(tokenizer, copy)
+    except FileExistsError as error:
+        raise UserError(
+            f"{copy} is another tokenizer than the run's; export to another folder"
+        ) from error
+    except OSError as error:
+        raise Unavailable(copy, error, "written") from error
+    return copy.name

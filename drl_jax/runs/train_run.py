@@ -9,7 +9,7 @@ import jax
 
 from drl_jax.config import Config, ConfigError, TrainConfig
 from drl_jax.data.batches import TrainBatches, load_split
-from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.data.records import MANIFEST, VideoDataset, dataset_dir
 from drl_jax.data.storage import StorageSpec
 from drl_jax.evaluation.bootstrap import intervals
 from drl_jax.evaluation.evaluator import Evaluator, check_split
@@ -17,15 +17,9 @@ from drl_jax.evaluation.metrics import format_table
 from drl_jax.models.drl import Params, abstract_params
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.checksums import params_digest
-from drl_jax.runs.logging import TrainLog
+from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
 from drl_jax.runs.manifest import differences, recorded
-from drl_jax.runs.nonfinite import NonFiniteBatches, TrainingError
-from drl_jax.runs.pictures import EvaluationPictures
-from drl_jax.runs.profile import StepProfile
-from drl_jax.runs.protocol_card import ProtocolCard, protocol_card
-from drl_jax.runs.rank_files import evaluation_path, write_ranks
-from drl_jax.runs.wall_time import WallTime
+from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
 from drl_jax.runs.workdir import exclusive, read_manifest
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
 from drl_jax.runtime.errors import Interrupted, UserError, one_line
@@ -34,25 +28,30 @@ from drl_jax.runtime.signals import StopRequest
 from drl_jax.runtime.worker_pool import run_module
 from drl_jax.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import TrainState, abstract_state, create_state, state_from_params
-from drl_jax.training.train_step import make_train_step
+from drl_jax.training.train_step import (
+    abstract_state,
+    create_state,
+    make_train_step,
+    state_from_params,
+)
 from drl_jax.weights.load import head_start, initial_params, with_backbone_of
 from drl_jax.weights.weights_file import read_weights
 
 RESULT_FILE = "result.json"
+# Values of `TrainBatches.cache`.
+_CACHED = {
+    "none": "read from disk each epoch",
+    "memory": "kept in memory",
+    "device": "kept on the devices",
+}
 
 
 def train(
-    config: Config,
-    workdir: Path,
-    *,
-    reproduce: Path | None = None,
-    profile_steps: range = range(0),
+    config: Config, workdir: Path, *, reproduce: Path | None = None, profile_steps: range = range(0)
 ) -> dict[str, Any]:
     """Trains, evaluates every epoch on val, and tests the best checkpoint.
 
     Args:
-      config: the configuration.
       workdir: directory for checkpoints, logs and results. A run in it is resumed.
       reproduce: manifest of a run that this one has to repeat.
       profile_steps: steps to trace, from 1; those that the run has made already are left out.
@@ -67,45 +66,33 @@ def train(
         checkpoint).
     """
     wall_time = WallTime()
+
     # ---------------------------------------------------------------- devices, weights, data
     layout = make_layout(fsdp=config.sharding.fsdp)
     _check_divisible(config.train, layout)
     with failing_together(UserError):
-        pretrained = None
-        if config.model.init:
-            weights = read_weights(config.model.init, config.model.release)
-            config = with_backbone_of(config, weights)
-            if is_main():
-                print(
-                    f"{config.model.init}: {weights.description};"
-                    f" {head_start(config.model, weights)}"
-                )
-            pretrained = initial_params(config.model, weights, jax.random.key(config.seed))
-            del weights
+        config, pretrained = _read_init(config)
         tokenizer = load_tokenizer(config.model)
         wall_time.spent_on("start")
         dataset = _open_dataset(config)
         wall_time.spent_on("dataset")
-        batches = TrainBatches(
-            dataset,
-            load_split(dataset, "train", config.data),
-            config.data,
-            config.train.batch_size,
-            config.seed,
-            tokenizer,
-        )
+        train_split = load_split(dataset, "train", config.data)
+        batch_size, seed = config.train.batch_size, config.seed
+        batches = TrainBatches(dataset, train_split, config.data, batch_size, seed, tokenizer)
         val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
         for name, split in (("val", val), ("test", test)):
             check_split(name, split, dataset, tokenizer, config.data.max_words)
         if reproduce is not None:
-            _print_differences(reproduce, config, dataset)
+            found = differences(read_manifest(reproduce), config, dataset)
+            title = f"reproducing the run of {reproduce}: configuration, weights and dataset are"
+            if is_main():
+                print("\n  ".join([f"{title} the same", *found]))
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.train.epochs * steps_per_epoch
+    every = config.train.checkpoint_every
     if profile_steps and profile_steps[-1] > total_steps:
-        raise ConfigError(
-            f"--profile_steps={profile_steps[0]}:{profile_steps[-1]}: the run ends with step"
-            f" {total_steps}"
-        )
+        first, last = profile_steps[0], profile_steps[-1]
+        raise ConfigError(f"--profile_steps={first}:{last}: the run ends with step {total_steps}")
 
     # ---------------------------------------------------------------- model and optimiser
     tx = make_optimizer(config.optim, total_steps)
@@ -125,12 +112,11 @@ def train(
     with (
         _memory_errors(config),
         exclusive(workdir),
-        recorded(workdir, config, dataset, wall_time) as record,
+        recorded(workdir, config, dataset, wall_time.seconds) as record,
         Checkpoints(
             workdir, config.train.keep_checkpoints, identity=record.identity
         ) as checkpoints,
         StopRequest() as stop,
-        StepProfile(workdir, profile_steps, wall_time) as profile,
     ):
         # Order of initialisation: resume > init > random.
         restored = checkpoints.restore_latest(abstract_state(config.model, tx, layout))
@@ -138,79 +124,64 @@ def train(
             state, saved = restored
         else:
             record.check_weights(config)
-            state, saved = _new_state(config, pretrained, tx, layout), {}
+            saved = {}
+            if pretrained is not None:
+                state = state_from_params(pretrained, tx, layout)
+            else:
+                state = create_state(config.model, tx, config.seed, layout)
         del pretrained, restored
         start = int(state.step)
-        if saved and is_main():
-            print(f"resuming {workdir} from step {start} of {total_steps}")
-        evaluated = bool(saved) and checkpoints.is_evaluated(start)
+        if is_main():
+            if saved:
+                print(f"resuming {workdir} from step {start} of {total_steps}")
+            _print_start(config, dataset, batches, layout)
         record.start(checkpoints.identity.run, start, total_steps)
-        nonfinite = NonFiniteBatches(workdir, config.train, batches, saved.get("skipped", []))
+        if total_steps == 0:
+            checkpoints.save(state)
 
-        # ---------------------------------------------------------------- the loop
-        with TrainLog(
-            workdir,
-            config,
-            start,
-            total_steps,
-            evaluated=evaluated,
-            unlogged=saved.get("unlogged", []),
-            accept=nonfinite.report,
-            pictures=EvaluationPictures(config, dataset, val, tokenizer),
-            wall_time=wall_time,
-        ) as log:
-            log.announce(dataset, batches, layout, abstract)
+        # ---------------------------------------------------------------- hooks
+        evaluated = bool(saved) and checkpoints.is_evaluated(start)
+        log = TrainLog(
+            workdir, config, batches, total_steps, wall_time, start, saved, evaluated=evaluated
+        )
+        evaluations = Evaluations(
+            config, evaluator, val, dataset, checkpoints, log, wall_time, abstract, steps_per_epoch
+        )
+        hooks: list[Any] = [log, evaluations]
+        if profile_steps:
+            hooks.append(StepProfile(workdir, profile_steps))
 
-            def evaluate(step: int, state: TrainState) -> None:
-                evaluation = evaluator.run(state.params, val)
-                wall_time.spent_on("evaluation")
-                log.evaluation(step, evaluation)
-                checkpoints.attach_metric(step, evaluation.metrics["t2v"]["R@1"])
-                wall_time.spent_on("checkpoints")
+        def call(moment: str, *arguments: Any) -> None:
+            for hook in hooks:
+                if (method := getattr(hook, moment, None)) is not None:
+                    method(*arguments)
+                    wall_time.spent_on(hook.activity)
 
-            def evaluate_again(step: int) -> None:
-                if is_main():
-                    print(f"the metric of checkpoint {step} is damaged; evaluating it again")
-                params = checkpoints.restore_or_set_aside(step, abstract)
-                if params is not None:
-                    metrics = evaluator.run(params, val).metrics
-                    checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
-
-            if total_steps == 0 and not saved:
-                checkpoints.save(state)
-            for step in checkpoints.with_damaged_metric():
-                if step != start:
-                    evaluate_again(step)
-            # For a new run without epochs, or a run that was killed in the evaluation of an epoch.
-            if not evaluated and start % steps_per_epoch == 0 and (start or total_steps == 0):
-                evaluate(start, state)
+        with contextlib.ExitStack() as ending:
+            ending.callback(call, "end")
+            # ---------------------------------------------------------------- the loop
+            call("start", start, state)
             stream = batches.on_devices(start, layout)
             stop_requested = StopPoll(lambda: stop.pending)
             wall_time.spent_on("start")
             for step in range(start + 1, total_steps + 1):
-                profile.before(step, state)
+                call("before_step", step, state)
                 batch = next(stream)
                 wall_time.spent_on("data")
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, scalars = step_function(state, batch)
                 # The first call compiles, all others return at once.
                 wall_time.spent_on("compilation" if step == start + 1 else "steps")
-                log.train_step(step, scalars)
-                profile.after(step, state)
+                call("after_step", step, state, scalars)
                 stopping = stop_requested(step)
-                ends_epoch = step % steps_per_epoch == 0
-                due = ends_epoch or _is_due(step, config.train.checkpoint_every)
-                if due:
-                    log.write_means(step)
+                due = step % steps_per_epoch == 0 or (every > 0 and step % every == 0)
                 if due or stopping:
-                    # Before the evaluation, which may take long.
-                    unlogged = log.before_checkpoint()
-                    checkpoints.save(state, unlogged=unlogged, skipped=nonfinite.steps)
+                    log_state = log.before_checkpoint(step, ends_interval=due)
+                    wall_time.spent_on("logging")
+                    checkpoints.save(state, **log_state)
                     record.step = step
                     wall_time.spent_on("checkpoints")
-                # Resuming evaluates the checkpoint of an epoch that was not evaluated.
-                if ends_epoch and not stopping:
-                    evaluate(step, state)
+                    call("after_checkpoint", step, state, stopping)
                 if stopping:
                     checkpoints.wait()
                     raise Interrupted(f"stopped after step {step}; rerun the command to resume")
@@ -220,16 +191,7 @@ def train(
                 raise Interrupted(f"stopped before the test of step {total_steps}; rerun to resume")
             best_step, params = checkpoints.restore_best(abstract)
             tested = evaluator.run(params, test)
-            card = protocol_card(
-                workdir,
-                config,
-                dataset,
-                "test",
-                test,
-                checkpoint="best",
-                step=best_step,
-                parameters_sha256=params_digest(params),
-            )
+            card = protocol_card(workdir, config, dataset, "test", test, "best", best_step, params)
             result = {
                 "test": tested.metrics,
                 "test_intervals": intervals(tested.ranks),
@@ -237,7 +199,7 @@ def train(
                 "card": card.as_dict(),
                 "best_step": best_step,
                 "total_steps": total_steps,
-                "skipped_steps": nonfinite.steps,
+                "skipped_steps": log.skipped,
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             }
             wall_time.spent_on("evaluation")
@@ -246,31 +208,40 @@ def train(
             path = evaluation_path(workdir, "test", best_step)
             write_ranks(path.with_suffix(".npz"), tested.ranks, card)
             write_json(workdir / RESULT_FILE, result)
-            _print_result(result, card, wall_time)
+            print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
+            print(f"{format_table(result['test'])}\nprotocol\n{card}\ntime: {wall_time}")
     return result
 
 
-def _print_result(result: dict[str, Any], card: ProtocolCard, wall_time: WallTime) -> None:
-    best, total = result["best_step"], result["total_steps"]
-    print(f"test of the best checkpoint, step {best} of {total}:")
-    print(format_table(result["test"]))
-    print(f"protocol\n{card}")
-    print(f"time: {wall_time}")
-
-
-def _new_state(config: Config, pretrained: Params | None, tx: Any, layout: Layout) -> TrainState:
-    """The state before the first step."""
-    if pretrained is None:
-        return create_state(config.model, tx, config.seed, layout)
-    return state_from_params(pretrained, tx, layout)
-
-
-def _print_differences(manifest: Path, config: Config, dataset: VideoDataset) -> None:
-    found = differences(read_manifest(manifest), config, dataset)
+def _read_init(config: Config) -> tuple[Config, Params | None]:
+    """The configuration with the sizes of `model.init`, and its parameters; None without it."""
+    model = config.model
+    if not model.init:
+        return config, None
+    weights = read_weights(model.init, model.release)
+    config = with_backbone_of(config, weights)
     if is_main():
-        print(f"reproducing the run of {manifest}: configuration, weights and dataset are the same")
-        for line in found:
-            print(f"  {line}")
+        print(f"{model.init}: {weights.description}; {head_start(config.model, weights)}")
+    return config, initial_params(config.model, weights, jax.random.key(config.seed))
+
+
+def _print_start(
+    config: Config, dataset: VideoDataset, batches: TrainBatches, layout: Layout
+) -> None:
+    """Prints the dataset, where its frames are kept, and the devices."""
+    devices = layout.mesh.devices
+    print(
+        f"{config.data.dataset}: {len(dataset)} videos, {batches.num_examples} examples an epoch;"
+        f" frames are {_CACHED[batches.cache]}; {devices.size} {devices.flat[0].platform}"
+        f" device(s), {jax.process_count()} process(es)"
+    )
+    if manifest := dataset.manifest:
+        hashes = (f"{name} {digest[:8]}" for name, digest in manifest["annotations"].items())
+        print(
+            f"built from {', '.join(hashes)}; content {manifest['content'][:8]}, decoded by PyAV"
+            f" {manifest['versions']['av']}, {len(manifest['left_out'])} videos left out"
+            f" ({dataset.directory / MANIFEST})"
+        )
 
 
 @contextlib.contextmanager
@@ -287,10 +258,6 @@ def _memory_errors(config: Config) -> Iterator[None]:
             f" --config.train.microbatch to a part of train.batch_size={train.batch_size} (it is"
             f" {train.microbatch}), --config.model.remat=full, or --config.data.cache=none"
         ) from error
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _check_divisible(train: TrainConfig, layout: Layout) -> None:

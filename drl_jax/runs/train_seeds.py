@@ -10,7 +10,7 @@ from typing import Any
 
 from drl_jax.config import Config
 from drl_jax.evaluation.metrics import RANK_METRICS, flatten
-from drl_jax.runs.protocol_card import ProtocolCard, card_of_seeds
+from drl_jax.runs.protocol_card import ProtocolCard
 from drl_jax.runs.train_run import RESULT_FILE, train
 from drl_jax.runs.workdir import CONFIG_FILE, WorkdirError, changed_fields, load_config
 from drl_jax.runtime.distributed import failing_together, from_main, is_main
@@ -26,11 +26,6 @@ def train_seeds(config: Config, workdir: Path, seeds: Sequence[int]) -> None:
     Seeds that are finished are not trained again, and one that was stopped goes on. `seeds.json`
     is {"runs": [{"seed": .., "workdir": .., "best_step": .., "test": .., "card": ..}, ..],
     "summary": {"mean": .., "std": .., "worst": ..}, "card": ..}.
-
-    Args:
-      config: the configuration; its seed is replaced.
-      workdir: parent directory of the runs.
-      seeds: distinct seeds.
 
     Raises:
       UserError: as `train`; or `workdir` is itself a run, or cannot be written.
@@ -57,14 +52,9 @@ def train_seeds(config: Config, workdir: Path, seeds: Sequence[int]) -> None:
 
 
 def _finished_result(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`result.json` of a finished run of a configuration; None if `train` has to see to it.
-
-    Raises:
-      Unavailable: a file cannot be read.
-    """
+    """`result.json` of a finished run of a configuration; None if `train` has to see to it."""
     try:
         result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
-        # Those of earlier versions have no card.
         flatten(result["test"]), ProtocolCard.from_dict(result["card"]), result["best_step"]
         stored = load_config(workdir)
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
@@ -86,33 +76,26 @@ def _report(config: Config, workdir: Path, seeds: Sequence[int]) -> None:
             raise WorkdirError(f"{workdir / directory} was changed meanwhile; rerun the command")
         kept = {name: result[name] for name in ("best_step", "test", "card")}
         runs.append({"seed": seed, "workdir": directory, **kept})
-    card = card_of_seeds([ProtocolCard.from_dict(run["card"]) for run in runs])
+    cards = [ProtocolCard.from_dict(run["card"]) for run in runs]
+    card = dataclasses.replace(cards[0], seeds=tuple(seeds), step=None, parameters_sha256="")
     tests = {run["seed"]: flatten(run["test"]) for run in runs}
     summary = summarise_seeds(list(tests.values()))
     write_json(workdir / SEEDS_FILE, {"runs": runs, "summary": summary, "card": card.as_dict()})
-    print(f"test of {len(runs)} seeds:")
-    print(format_seeds(tests, summary))
-    print(f"protocol\n{card}")
+    print(f"test of {len(runs)} seeds:\n{format_seeds(tests, summary)}\nprotocol\n{card}")
 
 
 def summarise_seeds(tests: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
     """Mean, standard deviation (of a sample; None for one seed) and worst value of each metric.
 
-    Args:
-      tests: metrics of each seed by the names of `metrics.flatten`.
+    `tests` has the metrics of each seed by the names of `metrics.flatten`.
     """
-    columns = {name: [test[name] for test in tests] for name in tests[0]}
-    return {
-        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
-        "std": {
-            name: statistics.stdev(values) if len(values) > 1 else None
-            for name, values in columns.items()
-        },
-        "worst": {
-            name: max(values) if name.endswith(RANK_METRICS) else min(values)
-            for name, values in columns.items()
-        },
-    }
+    summary: dict[str, dict[str, float | None]] = {"mean": {}, "std": {}, "worst": {}}
+    for name in tests[0]:
+        values = [test[name] for test in tests]
+        summary["mean"][name] = statistics.fmean(values)
+        summary["std"][name] = statistics.stdev(values) if len(values) > 1 else None
+        summary["worst"][name] = (max if name.endswith(RANK_METRICS) else min)(values)
+    return summary
 
 
 def format_seeds(
@@ -121,11 +104,10 @@ def format_seeds(
     """Formats the metrics of each seed, and their summary, as a table."""
     names = list(summary["mean"])
     rows = {**{f"seed {seed}": test for seed, test in tests.items()}, **summary}
-    lines = [" " * max(map(len, rows)) + "".join(f"{name:>{len(name) + 2}}" for name in names)]
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{name:>{len(name) + 2}}" for name in names)]
     for label, values in rows.items():
-        cells = (
-            f"{'-' if values[name] is None else format(values[name], '.1f'):>{len(name) + 2}}"
-            for name in names
-        )
-        lines.append(f"{label:<{max(map(len, rows))}}" + "".join(cells))
+        cells = ["-" if values[name] is None else f"{values[name]:.1f}" for name in names]
+        padded = (f"{cell:>{len(name) + 2}}" for name, cell in zip(names, cells, strict=True))
+        lines.append(f"{label:<{width}}" + "".join(padded))
     return "\n".join(lines)

@@ -1,21 +1,24 @@
-"""The directory of a run and its configuration, `config.json`."""
+"""The directory of a run: its configuration, `config.json`, and whose its files are."""
 
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import config_from_dict
 from drl_jax.models.tokenizers import stored_name, with_tokenizer
-from drl_jax.runtime.distributed import failing_together, is_main
+from drl_jax.runtime.distributed import failing_together, from_main, is_main
 from drl_jax.runtime.errors import Unavailable, UserError, one_line
 from drl_jax.runtime.files import copy_once, json_sha256, sha256, unseal, write_json
 from drl_jax.runtime.lock import LOCK_FILE, locked
 
-CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
+CONFIG_FILE, MANIFEST_FILE, CHECKPOINTS = "config.json", "manifest.json", "checkpoints"
 # Of the directory of a run; its manifest and its checkpoints name it. Increase it when an earlier
 # run cannot be read any more.
 FORMAT = 2
@@ -49,6 +52,9 @@ RESUMABLE_FIELDS = (
 
 class WorkdirError(UserError):
     """A directory of a run that is missing, damaged or another run's."""
+
+
+# ---------------------------------------------------------------- reading
 
 
 def load_config(workdir: Path) -> Config:
@@ -105,13 +111,12 @@ def stored_config(workdir: Path) -> Config:
         raise Unavailable(path, error) from error
     except (ValueError, ConfigError) as error:
         raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error
-    if (manifest := own_manifest(workdir)) is not None:
-        recorded = config_from_dict(manifest["config"])
-        if changed := changed_fields(recorded, config):
-            raise WorkdirError(
-                f"{path} was changed: config.{changed[0]} is not that of"
-                f" {workdir / MANIFEST_FILE}; undo this"
-            )
+    manifest = own_manifest(workdir)
+    if manifest and (changed := changed_fields(config_from_dict(manifest["config"]), config)):
+        raise WorkdirError(
+            f"{path} was changed: config.{changed[0]} is not that of {workdir / MANIFEST_FILE};"
+            " undo this"
+        )
     return config
 
 
@@ -159,6 +164,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def flatten(config: Config) -> dict[str, Any]:
+    """The fields of a configuration by dotted name."""
+
+    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(dataclasses.asdict(config), ""))
+
+
 def changed_fields(old: Config, new: Config) -> list[str]:
     """Names of the fields that differ and are not in RESUMABLE_FIELDS."""
     before, after = flatten(old), flatten(new)
@@ -169,6 +187,60 @@ def config_sha256(config: Config) -> str:
     """Hexadecimal SHA-256 of the fields that are not in RESUMABLE_FIELDS."""
     values = flatten(config)
     return json_sha256({name: values[name] for name in values if name not in RESUMABLE_FIELDS})
+
+
+# ---------------------------------------------------------------- whose its files are
+
+
+class Identity(NamedTuple):
+    """Whose a checkpoint, a metric or a file of exported weights is; an empty field is unknown.
+
+    Attributes:
+      run: random id, which a run gets with its first checkpoint and keeps when it is resumed or
+        moved.
+      config: hash of the fields that may not change when a run is resumed.
+      dataset: hash of the content of its dataset.
+    """
+
+    run: str = ""
+    config: str = ""
+    dataset: str = ""
+
+    def differences(self, other: "Identity") -> list[str]:
+        """What another identity has instead, in words; what one of the two lacks is left out."""
+        return [
+            f"{name} {theirs[:12]} (here {own[:12]})"
+            for name, own, theirs in zip(self._fields, self, other, strict=True)
+            if own and theirs and own != theirs
+        ]
+
+
+UNKNOWN = Identity()
+
+
+def identity_of(workdir: Path) -> Identity:
+    """The identity of the run in a directory, from its manifest.
+
+    Without a manifest, the id and the dataset are unknown.
+
+    Raises:
+      WorkdirError: a file of the run is damaged or of another version.
+    """
+    if (manifest := own_manifest(workdir)) is not None:
+        content = manifest["dataset"]["content"]
+        return Identity(manifest["id"], manifest["config_sha256"], content)
+    if (workdir / CONFIG_FILE).exists():
+        return Identity(config=config_sha256(stored_config(workdir)))
+    return UNKNOWN
+
+
+def shared_run_id(known: str) -> str:
+    """The id of a run in all processes, which all of them call: a new one if it is not `known`."""
+    own = bytes.fromhex(known) or os.urandom(16)
+    return from_main(np.frombuffer(own, np.uint8)).tobytes().hex()
+
+
+# ---------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager
@@ -191,12 +263,10 @@ def exclusive(workdir: Path) -> Iterator[None]:
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
-    """Writes `config.json`, or checks that the directory holds a run of this configuration.
-
-    Copies the file of the tokenizer, if there is one, into the directory.
+    """Writes `config.json` and a copy of the tokenizer's file, or checks those of a run.
 
     Raises:
-      WorkdirError: it holds a run of another configuration, or cannot be written.
+      WorkdirError: the directory holds a run of another configuration, or cannot be written.
     """
     old = None
     if (workdir / CONFIG_FILE).exists():
@@ -208,7 +278,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
                 f" {before[name]!r}, now {after[name]!r} ({len(changed)} such fields); choose"
                 " another --workdir"
             )
-    elif remains := [name for name in (MANIFEST_FILE, "checkpoints") if (workdir / name).exists()]:
+    elif remains := [name for name in (MANIFEST_FILE, CHECKPOINTS) if (workdir / name).exists()]:
         raise WorkdirError(
             f"{workdir} has {remains[0]} but no {CONFIG_FILE}; restore that file, or choose another"
             " --workdir"
@@ -218,23 +288,20 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Before the configuration: a run with a configuration has its tokenizer.
-        _keep_tokenizer(workdir, config, old)
+        _keep_tokenizer(workdir, config.model.tokenizer, old and old.model.tokenizer)
         write_json(workdir / CONFIG_FILE, dataclasses.asdict(config))
     except OSError as error:
         raise Unavailable(workdir, error, "written") from error
 
 
-def _keep_tokenizer(workdir: Path, config: Config, old: Config | None) -> None:
-    """Copies the tokenizer into the directory of a run; `old` is the run's own configuration."""
-    tokenizer = config.model.tokenizer
+def _keep_tokenizer(workdir: Path, tokenizer: str, old: str | None) -> None:
+    """Copies the tokenizer into the directory of a run; `old` is the run's own."""
     name = stored_name(tokenizer) if tokenizer else ""
-    if old is not None:
-        before = stored_name(old.model.tokenizer) if old.model.tokenizer else ""
-        if name != before:
-            raise WorkdirError(
-                f"{workdir} holds a run with another tokenizer: config.model.tokenizer was"
-                f" {old.model.tokenizer!r}, now {tokenizer!r}; choose another --workdir"
-            )
+    if old is not None and name != (stored_name(old) if old else ""):
+        raise WorkdirError(
+            f"{workdir} holds a run with another tokenizer: config.model.tokenizer was {old!r}, now"
+            f" {tokenizer!r}; choose another --workdir"
+        )
     if not tokenizer:
         return
     try:
@@ -246,16 +313,3 @@ def _keep_tokenizer(workdir: Path, config: Config, old: Config | None) -> None:
         ) from error
     except OSError as error:
         raise Unavailable(workdir / name, error, "copied") from error
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """The fields of a configuration by dotted name."""
-
-    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, value
-
-    return dict(walk(dataclasses.asdict(config), ""))

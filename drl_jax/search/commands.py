@@ -74,7 +74,7 @@ def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
     # The libraries of datasets take half a second to import, and a query needs none.
     from drl_jax.data.batches import load_split
     from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
-    from drl_jax.runs.post_processing_run import draw_bank
+    from drl_jax.runs.evaluate_run import draw_bank
 
     try:
         train = load_split(VideoDataset(dataset_dir(model.config)), "train", model.config.data)

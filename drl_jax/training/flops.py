@@ -35,12 +35,7 @@ _PEAK = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak FLOP/s of the matrix products of one device; None if it is not known.
-
-    Args:
-      device_kind: `Device.device_kind`.
-      dtype: `ModelConfig.dtype`.
-    """
+    """Peak FLOP/s of one device, by `Device.device_kind` and `ModelConfig.dtype`; None: unknown."""
     return _PEAK.get(device_kind, {}).get(dtype)
 
 
@@ -53,13 +48,6 @@ def train_step_flops(
     model FLOPs of "MFU" (arXiv 2204.02311, appendix B). XLA's own count, `cost_analysis`, is of
     the compiled program: it counts the body of a scan over layers once, what is computed again
     each time, and no kernels of other libraries.
-
-    Args:
-      model: the model.
-      loss: the loss.
-      batch_size: B pairs of the global batch.
-      frames: F frames a video.
-      words: L tokens a text.
     """
     # Nothing is computed again, and attention is visible as products.
     model = dataclasses.replace(model, remat="none", attention="xla", similarity_block=0)

@@ -83,11 +83,9 @@ def parameter_group(path: tuple) -> str:
 
 
 def norms(name: str, tree: optax.Updates) -> dict[str, jax.Array]:
-    """L2 norms of a tree like the parameters: of all leaves, and of each `parameter_group`.
+    """L2 norms of a tree like the parameters: `NAME`, `NAME_backbone` and `NAME_new`.
 
-    Returns:
-      float32 scalars `NAME`, `NAME_backbone` and `NAME_new`; a group without parameters is left
-      out.
+    float32 scalars; a `parameter_group` without parameters is left out.
     """
     groups: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -108,17 +106,15 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     def by_path(function):
         return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: function(p), params)
 
+    def scaled(base):
+        schedule = make_schedule(base, config.warmup_proportion, total_steps)
+        return optax.scale_by_learning_rate(schedule)
+
     return optax.chain(
         clip_by_global_norm(config.max_grad_norm),
         scale_by_bert_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=by_path(decays)),
         optax.partition(
-            {
-                group: optax.scale_by_learning_rate(
-                    make_schedule(base, config.warmup_proportion, total_steps)
-                )
-                for group, base in lr.items()
-            },
-            by_path(parameter_group),
+            {group: scaled(base) for group, base in lr.items()}, by_path(parameter_group)
         ),
     )

@@ -1,11 +1,13 @@
-"""The training step: a pure function, compiled for the mesh.
+"""The training step: state, loss and update, as pure functions that are compiled for the mesh.
 
-Under jit the loss sees the *global* batch, so there is no explicit all-gather, gradients are exact
-and the result does not depend on the number of devices.
+The loss is contrastive, symmetric InfoNCE or SigLIP's, plus channel decorrelation (CDCR, section
+3.3 of the paper). Under jit it sees the *global* batch: there is no explicit all-gather, gradients
+are exact, and the result does not depend on the number of devices.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +16,59 @@ from flax import nnx
 from jax.lax import with_sharding_constraint
 
 from drl_jax.config import LossConfig, ModelConfig
-from drl_jax.models.drl import DRL, Params, model_definition
-from drl_jax.models.interactions import Arrays
+from drl_jax.models.drl import DRL, Params, abstract_params, init_params, model_definition
+from drl_jax.models.interactions import Arrays, Interaction
+from drl_jax.models.interactions.base import map_video_blocks
 from drl_jax.sharding import Layout, map_batch_chunks
-from drl_jax.training.losses import sigmoid_loss, softmax_loss, total_loss
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, norms
-from drl_jax.training.state import TrainState, abstract_state
 
 Batch = Arrays
+Scalars = dict[str, jax.Array]
+
+# ---------------------------------------------------------------- state
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+def create_state(
+    config: ModelConfig, tx: optax.GradientTransformation, seed: int, layout: Layout
+) -> TrainState:
+    """A new state with random parameters, created on the devices with its final shardings."""
+
+    def create() -> TrainState:
+        return _initial_state(init_params(config, jax.random.key(seed)), tx)
+
+    return jax.jit(create, out_shardings=layout.parameters(jax.eval_shape(create)))()
+
+
+def state_from_params(
+    params: Params, tx: optax.GradientTransformation, layout: Layout
+) -> TrainState:
+    """The state before the first step, from parameters on the host or on one device."""
+    params, create = jax.device_get(params), functools.partial(_initial_state, tx=tx)
+    out_shardings = layout.parameters(jax.eval_shape(create, params))
+    return jax.jit(create, out_shardings=out_shardings)(params)
+
+
+def _initial_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def abstract_state(
+    config: ModelConfig, tx: optax.GradientTransformation, layout: Layout
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without its memory."""
+    params, step = abstract_params(config, layout), jax.ShapeDtypeStruct((), jnp.int32)
+    return layout.abstract(TrainState(step, params, jax.eval_shape(tx.init, params)))
+
+
+# ---------------------------------------------------------------- loss
 
 
 def loss_and_parts(
@@ -33,17 +80,14 @@ def loss_and_parts(
     config: LossConfig,
     layout: Layout,
     microbatch: int = 0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The training loss of a global batch.
+) -> tuple[jax.Array, Scalars]:
+    """The training loss of a global batch of matched pairs.
 
     Args:
-      params: the model's parameters.
+      params: of the model `definition`.
       batch: `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, F, H, W, 3],
         `frame_mask` bool [B, F], batch-sharded.
       key: for xti's dropout and the random rows of `cdcr` 1.
-      definition: the model.
-      config: the loss.
-      layout: shardings.
       microbatch: pairs to encode at a time; 0: all. The loss is that of the whole batch.
 
     Returns:
@@ -71,7 +115,7 @@ def loss_and_parts(
 
 def _contrastive_loss(
     model: DRL, text: Arrays, video: Arrays, key: jax.Array, *, name: str, layout: Layout
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Scalars]:
     """The loss `name` (`LossConfig.contrastive`) of batch-sharded pairs, and its parts by name."""
     # Texts stay sharded and videos are gathered once. Without the constraints, XLA gathers the
     # smaller operand and may split the columns instead.
@@ -89,6 +133,88 @@ def _contrastive_loss(
     return sigmoid_loss(logits, all_videos, key, model.similarity_block), {}
 
 
+def softmax_loss(logits: jax.Array) -> tuple[jax.Array, Scalars]:
+    """Mean cross-entropy of both directions; text i belongs to video i.
+
+    Args:
+      logits: float32 [B, B], similarities times exp(logit_scale).
+
+    Returns:
+      The loss, and that of each direction as `t2v_loss` and `v2t_loss`, float32 scalars.
+    """
+    # Reduced over rows and over columns in place: with rows on different devices, a transposition
+    # would move the whole matrix, and column sums move one number per column.
+    matched = jnp.sum(jnp.where(jnp.eye(len(logits), dtype=bool), logits, 0.0), axis=1)
+    # Subtracted first, so that what all logits have in common cancels in the gradient, too.
+    t2v = jax.nn.logsumexp(logits - matched[:, None], axis=1)
+    v2t = jax.nn.logsumexp(logits - matched[None, :], axis=0)
+    t2v, v2t = t2v.mean(), v2t.mean()
+    return (t2v + v2t) / 2, {"t2v_loss": t2v, "v2t_loss": v2t}
+
+
+def sigmoid_loss(
+    logits: Callable[[Arrays, jax.Array | None], jax.Array],
+    video: Arrays,
+    key: jax.Array | None,
+    block: int,
+) -> jax.Array:
+    """SigLIP's loss of independent pairs; text i belongs to video i.
+
+    -1/B sum_ij log sigmoid(z_ij logits_ij), z = 1 where i = j and -1 elsewhere (arXiv 2303.15343).
+    It is summed over blocks of videos, so that the [B, B] matrix never exists.
+
+    Args:
+      logits: maps the arrays of N videos and a key to float32 [B, N], similarities times
+        exp(logit_scale) plus logit_bias.
+      video: the interaction's arrays of B videos.
+      key: for dropout, as in `map_video_blocks`, or None.
+      block: videos per block; 0: all.
+    """
+
+    # A sum for each text, not one for all: with rows on different devices, the forward loop then
+    # needs no collective.
+    def text_losses(arrays: Arrays, columns: jax.Array, key: jax.Array | None) -> jax.Array:
+        part = logits(arrays, key)
+        matched = jnp.arange(len(part))[:, None] == columns
+        losses = -jax.nn.log_sigmoid(jnp.where(matched, part, -part))
+        return jnp.sum(jnp.where(columns < len(part), losses, 0.0), axis=1)
+
+    losses = map_video_blocks(text_losses, video, key, block)  # [blocks, B]
+    return jnp.sum(losses) / losses.shape[1]
+
+
+def total_loss(
+    contrastive: jax.Array,
+    text: Arrays,
+    video: Arrays,
+    key: jax.Array,
+    *,
+    interaction: Interaction,
+    config: LossConfig,
+) -> tuple[jax.Array, Scalars]:
+    """Adds CDCR to the contrastive loss of B matched pairs; returns the sum and its parts."""
+    cdcr = jnp.zeros(())
+    if config.cdcr:
+        correlation = interaction.channel_correlation(text, video, key, config.cdcr)
+        cdcr = decorrelation_loss(correlation, config.cdcr_alpha1, config.cdcr_alpha2)
+    loss = contrastive + config.cdcr_lambda * cdcr
+    return loss, {"loss": loss, "contrastive_loss": contrastive, "cdcr_loss": cdcr}
+
+
+def decorrelation_loss(correlation: jax.Array, alpha1: float, alpha2: float) -> jax.Array:
+    """Penalty on a cross-correlation of channels: [D, D] -> scalar.
+
+    alpha1 * sum_i (c_ii - 1)^2 + alpha2 * sum_{i != j} c_ij^2, before `cdcr_lambda`.
+    """
+    diagonal = jnp.diagonal(correlation)
+    on_diagonal = jnp.sum((diagonal - 1) ** 2)
+    off_diagonal = jnp.sum(correlation**2) - jnp.sum(diagonal**2)
+    return alpha1 * on_diagonal + alpha2 * off_diagonal
+
+
+# ---------------------------------------------------------------- step
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -100,7 +226,7 @@ def train_step(
     layout: Layout,
     microbatch: int = 0,
     norms_every: int = 1,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, Scalars]:
     """One optimiser step.
 
     Returns:
@@ -125,58 +251,42 @@ def train_step(
     # copy the parameters otherwise.
     finite &= ~(scalars["update_norm"] < 0)
     new = apply_gradients(state, grads, tx, bound_scale=not is_sigmoid)
-    return _select(finite, new, state), scalars
+
+    def select(new: jax.Array, old: jax.Array) -> jax.Array:
+        is_counter = jnp.issubdtype(new.dtype, jnp.integer)
+        return new if is_counter else jnp.where(finite, new, old)
+
+    return jax.tree.map(select, new, state), scalars
 
 
 def _state_norms(
     state: TrainState, grads: Params, tx: optax.GradientTransformation, every: int
-) -> dict[str, jax.Array]:
+) -> Scalars:
     """Norms of the parameters and of their update, every so many steps; NaN in between.
 
     They read parameters, gradients and moments once more: 3 % of the time of a step of
     `configs/shapes.py` on a CPU, half of whose parameters are embeddings of tokens.
     """
 
-    def compute() -> dict[str, jax.Array]:
+    def compute() -> Scalars:
         # Computed here and not passed, so that updates are not kept in memory for it.
         updates, _ = tx.update(grads, state.opt_state, state.params)
         return norms("param_norm", state.params) | norms("update_norm", updates)
 
-    def leave_out() -> dict[str, jax.Array]:
+    def leave_out() -> Scalars:
         shapes = jax.eval_shape(compute)
         return jax.tree.map(lambda norm: jnp.full(norm.shape, jnp.nan, norm.dtype), shapes)
 
-    due = (state.step + 1) % every == 0
-    return jax.lax.cond(due, compute, leave_out)
-
-
-def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """The new state if the condition holds, or else the old one with the new counters."""
-
-    def select(new: jax.Array, old: jax.Array) -> jax.Array:
-        is_counter = jnp.issubdtype(new.dtype, jnp.integer)
-        return new if is_counter else jnp.where(condition, new, old)
-
-    return jax.tree.map(select, new, old)
+    return jax.lax.cond((state.step + 1) % every == 0, compute, leave_out)
 
 
 def apply_gradients(
-    state: TrainState,
-    grads: Params,
-    tx: optax.GradientTransformation,
-    *,
-    bound_scale: bool = True,
+    state: TrainState, grads: Params, tx: optax.GradientTransformation, *, bound_scale: bool = True
 ) -> TrainState:
     """Updates parameters and optimiser state.
 
     Args:
-      state: before the step.
-      grads: of its parameters.
-      tx: the optimiser.
       bound_scale: whether exp(logit_scale) stays at most 100, as in CLIP. SigLIP's is above.
-
-    Returns:
-      The state after the step.
     """
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -195,7 +305,7 @@ def make_train_step(
     seed: int = 0,
     microbatch: int = 0,
     norms_every: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """Compiles `train_step` for the mesh; the state it is given is donated."""
     step = functools.partial(
         train_step,

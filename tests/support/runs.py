@@ -12,7 +12,7 @@ from drl_jax.runs.workdir import claim_workdir
 from drl_jax.runtime.cli import Parser, add_config_flag, parse_with_config
 from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
-from drl_jax.training.state import state_from_params
+from drl_jax.training.train_step import state_from_params
 from support.commands import ROOT, TINY
 from support.params import random_params
 
