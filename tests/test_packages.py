@@ -23,8 +23,8 @@ ORDER = (
     *("train", "evaluate", "compare", "convert", "embed"),
 )
 MODULES = modules_of("drl_jax")
-# Today's numbers: fewer are better.
-MOST_PARTS, MOST_ARROWS = 20, 75
+# Fewer are better.
+MOST_PARTS, MOST_ARROWS = 19, 72
 
 # It imports Ray, and no other module imports it before it needs a cluster.
 RAY = "drl_jax.runtime.ray_cluster"
@@ -52,8 +52,6 @@ def test_few_packages_with_few_arrows():
 @pytest.mark.parametrize("package", ["drl_jax", "data_prep"])
 def test_modules_do_not_import_in_circles(package):
     modules = module_graph(package)
-    # Where it is needed, and not before.
-    modules.get("drl_jax.runtime.cluster", set()).discard("drl_jax.runtime.ray_cluster")
     assert not circle(modules)
     assert not circle(part_graph(modules))
 

@@ -241,7 +241,7 @@ def measure_recall(
         asked = tqdm(zip(queries, exact, strict=True), f"{count} candidates", len(queries))
         for query, (best, seconds) in asked:
             start = time.perf_counter()
-            slots = ranker.candidates(state, gallery, query, count)
+            (slots,) = ranker.candidates(state, gallery, [query], count)
             middle = time.perf_counter()
             ranker.engine.search(query.parts, gallery.copied(slots), top)
             times.append((middle - start, time.perf_counter() - middle, seconds))

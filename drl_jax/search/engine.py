@@ -199,10 +199,12 @@ class SearchEngine:
 
     def scan(self, vectors: np.ndarray, gallery: Gallery, count: int) -> list[np.ndarray]:
         """The slots of the largest dot products with vectors, float32 [Q, D], ascending."""
+        padded = vectors[_power_of_two(len(vectors))]
 
         def compare(block: tuple[np.ndarray, Features]) -> tuple[np.ndarray, np.ndarray]:
             slots, arrays = block
-            scores = np.array(_dot(*(arrays[name] for name in VECTORS), vectors))
+            dots = _dot(*(arrays[name] for name in VECTORS), padded)
+            scores = np.array(dots[: len(vectors)])
             if "bias" in arrays:
                 scores -= arrays["bias"]
             scores[:, ~arrays["valid"]] = -np.inf
@@ -214,8 +216,10 @@ class SearchEngine:
         # One thread computes a block: XLA does not split this product.
         with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
             scores, slots = zip(*pool.map(compare, gallery.blocks(vectors=True)), strict=True)
-        best = np.argpartition(-np.concatenate(scores, axis=1), count - 1, axis=1)[:, :count]
-        return [np.sort(np.concatenate(slots)[row]) for row in best]
+        all_slots = np.concatenate(slots)
+        of_vectors = np.concatenate(scores, axis=1)
+        best = (np.argpartition(-row, count - 1)[:count] for row in of_vectors)
+        return [np.sort(all_slots[row]) for row in best]
 
 
 @jax.jit
@@ -227,10 +231,15 @@ def _dot(rows: jax.Array, scale: jax.Array, vectors: jax.Array) -> jax.Array:
     return (vectors @ rows.T) * scale
 
 
+def _power_of_two(count: int) -> np.ndarray:
+    """Numbers below `count`, the last one again up to a power of two: few shapes are compiled."""
+    return np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1)
+
+
 def _padded(text: Features) -> Features:
     """Rounds texts up to a power of two, and tokens to the longest text and a multiple of eight."""
     mask = text["text_mask"]
-    rows = np.minimum(np.arange(1 << (len(mask) - 1).bit_length()), len(mask) - 1)
+    rows = _power_of_two(len(mask))
     # One padded token is kept where there is one: its similarity, 0, takes part in the maxima of
     # token-wise interactions (see `weighted_token_wise`).
     length = min(-(-(int(mask.sum(axis=1).max()) + 1) // 8) * 8, mask.shape[1])

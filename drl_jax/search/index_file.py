@@ -6,6 +6,7 @@ is killed leaves segments that nothing lists, and the next one deletes them. A j
 other indexes instead, its parts, which are updated on their own.
 """
 
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -135,16 +136,25 @@ def _open_segments(
     directory: Path, header: Mapping[str, Any], known: Sequence[Segment] = ()
 ) -> tuple[list[Listed], list[tuple[dict[str, Any], Exception]]]:
     """The segments of an index; and the entries of those that cannot be opened, with the errors."""
-    opened = {segment.directory: segment for segment in known}
-    listed, damaged = [], []
-    for entry in header["segments"]:
+    opened, entries = {segment.directory: segment for segment in known}, header["segments"]
+
+    def open_segment(entry: dict[str, Any]) -> Segment | Exception:
         path = directory / _SEGMENTS / entry["name"]
         try:
             segment = opened.get(path) or Segment(path.parent, entry)
             segment.check_files()
+            return segment
         except (OSError, ValueError) as error:
-            raise_if_refused(directory, error)
-            damaged.append((entry, error))
+            return error
+
+    # Most of the time goes into hashes of the tables, which threads compute at once.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        segments = list(pool.map(open_segment, entries))
+    listed, damaged = [], []
+    for entry, segment in zip(entries, segments, strict=True):
+        if isinstance(segment, Exception):
+            raise_if_refused(directory, segment)
+            damaged.append((entry, segment))
             continue
         gone = np.zeros(len(segment), bool)
         gone[entry["gone"]] = True

@@ -7,6 +7,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -92,18 +93,22 @@ class Ranker:
         return index.gallery.only(valid, self._biases(index) if is_corrected else None)
 
     def candidates(
-        self, index: OpenIndex, gallery: Gallery, query: EncodedQuery, count: int
-    ) -> np.ndarray:
-        """Slots of the windows that the engine or a scan finds, `count` for each text, int64."""
+        self, index: OpenIndex, gallery: Gallery, queries: Sequence[EncodedQuery], count: int
+    ) -> list[np.ndarray]:
+        """Slots of the windows that the engine or one scan finds, `count` for each text, int64."""
         query_vectors = self.model.interaction.query_vectors
         # Only a query of one part has several texts, of which the best counts.
-        vectors = sum(part.weight * query_vectors(part.text) for part in query.parts)
-        vectors = np.asarray(vectors, np.float32)
-        if self._asks(index, gallery, query):
-            found = self._ask_engine(index, vectors, count)
+        vectors = [
+            np.asarray(sum(part.weight * query_vectors(part.text) for part in query.parts))
+            for query in queries
+        ]
+        together = np.concatenate(vectors, dtype=np.float32)
+        if self._asks(index, gallery, queries[0]):
+            found = iter(self._ask_engine(index, together, count))
         else:
-            found = self.engine.scan(vectors, gallery, count)
-        return np.unique(np.concatenate(found))
+            found = iter(self.engine.scan(together, gallery, count))
+        of_queries = (itertools.islice(found, len(of_query)) for of_query in vectors)
+        return [np.unique(np.concatenate(list(slots))) for slots in of_queries]
 
     def _asks(self, index: OpenIndex, gallery: Gallery, query: EncodedQuery) -> bool:
         is_all = gallery.valid is index.valid
@@ -115,7 +120,7 @@ class Ranker:
         """The best coarse windows of queries that are compared together."""
         if self._asks(index, gallery, queries[0]) or self.scans(index):
             most = max(count, self.options.candidates)
-            found = [self.candidates(index, gallery, query, most) for query in queries]
+            found = self.candidates(index, gallery, queries, most)
             pairs = zip(queries, map(gallery.copied, found), strict=True)
             return [self.engine.search(query.parts, some, count)[0] for query, some in pairs]
         if len(queries) == 1:
