@@ -138,7 +138,7 @@ def _open_segments(
     """The segments of an index; and the entries of those that cannot be opened, with the errors."""
     opened, entries = {segment.directory: segment for segment in known}, header["segments"]
 
-    def open_segment(entry: dict[str, Any]) -> Segment | Exception:
+    def open_segment(entry: dict[str, Any]) -> Any:
         path = directory / _SEGMENTS / entry["name"]
         try:
             segment = opened.get(path) or Segment(path.parent, entry)
