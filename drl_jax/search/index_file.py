@@ -139,6 +139,7 @@ def _open_segments(
     opened, entries = {segment.directory: segment for segment in known}, header["segments"]
 
     def open_segment(entry: dict[str, Any]) -> Any:
+        """A segment, or the error."""
         path = directory / _SEGMENTS / entry["name"]
         try:
             segment = opened.get(path) or Segment(path.parent, entry)
