@@ -45,7 +45,7 @@ def _parser() -> Parser:
         "--distributed", choices=("none", "auto", "manual"), default="none", help=distributed
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--num_processes", type=int, help="number of processes")
+    group.add_argument("--num_processes", type=positive_int, help="number of processes")
     group.add_argument("--process_id", type=int, help="index of this process, from 0")
     devices = "devices of this process (default: all)"
     group.add_argument("--local_device_ids", metavar="0,1,...", help=devices)

@@ -90,7 +90,7 @@ def _parse(line: str) -> dict[str, float] | None:
         values = json.loads(line)
         scalars = {tag: float(values[tag]) for tag in values if tag != "step"}
         return {"step": int(values["step"]), **scalars}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, OverflowError):
         return None
 
 
@@ -123,7 +123,7 @@ class TensorBoard:
         self._write(0, file_version="brain.Event:2")
         self._write(first, session_log=SessionLog(status=SessionLog.START))
         for line in metrics.lines:
-            if line["step"] >= first:
+            if self.is_new or line["step"] >= first:
                 self.write_scalars(line["step"], {tag: line[tag] for tag in line if tag != "step"})
         self.flush()
 

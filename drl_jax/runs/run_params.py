@@ -96,7 +96,8 @@ def _patiently(workdir: Path, read: Callable[[Checkpoints], T]) -> T:
         with Checkpoints(workdir, read_only=True) as checkpoints:
             try:
                 return read(checkpoints)
-            except (DamagedCheckpoint, Unavailable) as error:
+            # Also of a step that a training has just deleted.
+            except (CheckpointError, Unavailable) as error:
                 if str(error) == failed:
                     raise
                 failed = str(error)

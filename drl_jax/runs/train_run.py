@@ -158,7 +158,9 @@ def train(
                     wall_time.spent_on(hook.activity)
 
         with contextlib.ExitStack() as ending:
-            ending.callback(call, "end")
+            for hook in hooks:  # Each ends, also if another cannot.
+                if hasattr(hook, "end"):
+                    ending.callback(hook.end)
             # ---------------------------------------------------------------- the loop
             call("start", start, state)
             stream = batches.on_devices(start, layout)

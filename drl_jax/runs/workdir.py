@@ -151,7 +151,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         values = unseal(path.read_text(encoding="utf-8"))
         if not values["starts"]:
             raise ValueError("it has no starts")
-        config_from_dict(values["config"])
+        if values.get("format") == FORMAT:
+            config_from_dict(values["config"])
         return values
     except FileNotFoundError:
         raise

@@ -189,7 +189,7 @@ class RayCluster:
                 else:
                     results[call] = result
 
-        started = 0
+        started, waits = 0, False
         try:
             for turn in range(len(arguments)):
                 while True:
@@ -199,6 +199,9 @@ class RayCluster:
                     started = max(started, end)
                     if turn in results:
                         break
+                    if not (self._cpus() or waits):
+                        print("no node of the cluster has a processor; waiting for one to join")
+                        waits = True
                     with _errors_of_ray():
                         collect()
                 yield results.pop(turn)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.segments import SearchIndexError
@@ -28,7 +28,9 @@ class BadRequest(UserError):
 
 def status_of(error: UserError) -> int:
     """The status of the answer to a request that is wrong: 4xx; 503 if the index cannot be read."""
-    return getattr(error, "http_status", 503 if isinstance(error, SearchIndexError) else 400)
+    return getattr(
+        error, "http_status", 503 if isinstance(error, SearchIndexError | Unavailable) else 400
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +107,12 @@ def parse_time(name: str, text: str) -> float:
     """Reads seconds, minutes:seconds or hours:minutes:seconds; a BadRequest if it is neither."""
     try:
         parts = [float(part) for part in text.split(":")]
-        if len(parts) > 3 or not all(0 <= part < math.inf for part in parts):
+        seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+        if len(parts) > 3 or min(parts) < 0 or not math.isfinite(seconds):
             raise ValueError
+        return seconds
     except ValueError:
         raise BadRequest(f"{name} takes seconds, or minutes:seconds, not {text[:100]!r}") from None
-    return sum(part * 60**power for power, part in enumerate(reversed(parts)))
 
 
 def parse_number(name: str, text: str, least: int, most: int) -> int:

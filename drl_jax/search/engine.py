@@ -228,7 +228,7 @@ def _dot(rows: jax.Array, scale: jax.Array, vectors: jax.Array) -> jax.Array:
     rows = rows.astype(jnp.float32)
     if len(vectors) == 1:  # Not converted in memory.
         return (jnp.sum(rows * vectors[0], axis=1) * scale)[None]
-    return (vectors @ rows.T) * scale
+    return jnp.matmul(vectors, rows.T, precision="highest") * scale
 
 
 def _power_of_two(count: int) -> np.ndarray:

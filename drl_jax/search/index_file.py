@@ -90,7 +90,7 @@ def part_directories(directory: Path) -> list[Path]:
     parts = read_header(directory).get("parts")
     if parts is None:
         return [directory]
-    return [Path(os.path.normpath(directory / part)) for part in parts]
+    return [Path(os.path.normpath(directory.resolve() / part)) for part in parts]
 
 
 def index_version(directory: Path) -> dict[Path, tuple[int, ...]]:
@@ -215,7 +215,13 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         """Opens the segments, and deletes what a killed process left."""
         header = {"segments": [], **self.header}
         names = {entry["name"] for entry in header["segments"]}
-        for path in (self.directory / _SEGMENTS).iterdir():
+        found = list((self.directory / _SEGMENTS).iterdir())
+        if not self.header and any(path.suffix != ".part" for path in found):
+            raise SearchIndexError(
+                f"{self.directory / _INDEX} is missing, and its segments are there; restore this"
+                " file, or give another --index"
+            )
+        for path in found:
             if path.name not in names:
                 shutil.rmtree(path)
         shutil.rmtree(self.directory / _SPOOL, ignore_errors=True)

@@ -89,7 +89,7 @@ class Media:
         if start >= min(end, video.duration):
             where = f"is not in the video, which has {video.duration:.1f} s"
             raise BadRequest(f"a clip from {start:g} to {end:g} s {where}")
-        if end - start > MAX_CLIP:
+        if end - start > MAX_CLIP + 0.002:  # Addresses have milliseconds.
             length = f"at most {MAX_CLIP:g} s, not {format_clock(end - start)}"
             raise BadRequest(f"a clip has {length}; choose a later start or an earlier end")
         clip = self._folder / f"{video.record.sha256}-{start}-{end}.mp4"

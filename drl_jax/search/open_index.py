@@ -175,6 +175,7 @@ class OpenIndex:
         return np.concatenate([np.zeros(0, bool), *map(np.repeat, videos, counts)])
 
     def _verify(self) -> None:
+        self._damage = None  # Files may have been repaired.
         try:
             for one in self.segments:
                 with _reported(one.segment):

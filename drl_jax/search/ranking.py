@@ -82,8 +82,12 @@ class Ranker:
         while True:
             pairs = zip(queries, self._coarse(index, gallery, queries, count), strict=True)
             answers = [Answer(self, index, *pair, gallery.biases) for pair in pairs]
-            if count >= len(gallery) or all(len(one.places()) >= wanted for one in answers):
+            enough = [count >= len(gallery) or len(one.places()) >= wanted for one in answers]
+            if all(enough):
                 return answers
+            if len(queries) > 1:  # What a query finds does not depend on the others.
+                pairs = zip(queries, answers, enough, strict=True)
+                return [one if e else self.rank(index, [q], top, among)[0] for q, one, e in pairs]
             count = min(4 * count, len(gallery))  # A long video has many of the best windows.
 
     def gallery(self, index: OpenIndex, query: EncodedQuery, among: Videos | None) -> Gallery:

@@ -35,7 +35,7 @@ _SCHEMA = pa.schema(
         *(("path", pa.large_string()), ("size", pa.int64()), ("mtime_ns", pa.int64())),
         *(("sha256", pa.string()), ("error", pa.string())),
         *(("allowed", pa.float64()), ("duration", pa.float64())),
-        *((f"{axis}s", pa.int32()) for axis in _AXES),
+        *((f"{axis}s", pa.int64()) for axis in _AXES),
         ("crc32", pa.uint32()),
     ]
 )

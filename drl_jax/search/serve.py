@@ -172,7 +172,8 @@ def serve(index: Index, options: argparse.Namespace) -> None:
 def _listener(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address, family=family)
+        is_dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, dualstack_ipv6=is_dual)
     except (OSError, OverflowError) as error:
         # `create_server` adds the address to what the system says.
         reason = str(getattr(error, "strerror", error)).partition(" (while")[0]

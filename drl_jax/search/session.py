@@ -54,7 +54,8 @@ class _Request:
     def joins(self, other: "_Request") -> bool:
         """Whether both are sentences that can be compared together."""
         are_sentences = self.query.is_sentence and other.query.is_sentence
-        return are_sentences and self.state is other.state and self.among is other.among is None
+        are_alike = self.state is other.state and self.top == other.top
+        return are_sentences and are_alike and self.among is other.among is None
 
 
 class Index:
