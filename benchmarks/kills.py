@@ -140,7 +140,7 @@ def metrics(workdir: Path) -> list[dict]:
 
 
 def summaries(workdir: Path) -> dict[str, list[tuple]]:
-    """What TensorBoard shows, in its order, without the speed: curves, pictures and texts."""
+    """What TensorBoard shows by tag, without the speed: steps and scalars, pictures or texts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kills import summaries
 from drl_jax.runs.hooks import TIMING_TAGS
 
 
@@ -12,28 +13,6 @@ def metrics(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl without the speed."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{tag: line[tag] for tag in line if tag not in TIMING_TAGS} for line in lines]
-
-
-def summaries(workdir: Path) -> dict[str, list[tuple]]:
-    """What TensorBoard shows by tag, without the speed: step and value of each scalar, step and
-    bytes of each picture and text."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0, "images": 0, "scalars": 0})
-    events.Reload()
-    tags = events.Tags()
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}
-    pictures = {
-        tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)]
-        for tag in tags["images"]
-    }
-    texts = {
-        tag: [(e.step, make_ndarray(e.tensor_proto).tolist()) for e in events.Tensors(tag)]
-        for tag in tags["tensors"]
-    }
-    shown = {**scalars, **pictures, **texts}
-    return {tag: shown[tag] for tag in shown if tag not in TIMING_TAGS}
 
 
 def assert_same_run(workdir: Path, expected: Path) -> None:
