@@ -2,8 +2,11 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
+import threading
+from multiprocessing import Pipe
 
 import pytest
 from support.calls import fail_once, work
@@ -15,6 +18,7 @@ from data_prep.decode import FrameCache, decode_clips
 from data_prep.locations import Clip
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
+from drl_jax.runtime import worker_pool
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
 
@@ -49,6 +53,16 @@ def test_a_call_that_fails_in_passing_is_repeated_alone(tmp_path):
     for number in (2, 3, 4):
         start, end = ran.pop(number)
         assert all(other[1] <= start or end <= other[0] for other in ran.values()), number
+
+
+def test_a_process_that_stops_while_it_sends_its_result_is_killed(monkeypatch):
+    monkeypatch.setattr(worker_pool, "_START_SECONDS", 0.2)
+    worker, (reader, writer) = worker_pool._Worker(threading.Event()), Pipe()
+    worker._connection = reader
+    monkeypatch.setattr(worker, "kill", writer.close)
+    os.write(writer.fileno(), struct.pack("!i", 100) + b"half of it")
+    with pytest.raises(OSError, match="end of file"):
+        worker._receive(None)
 
 
 def test_a_file_that_hangs_its_reader_times_out(tmp_path):

@@ -182,7 +182,8 @@ class _Worker:
             self._start()
         has_started = False
         try:
-            self._connection.send_bytes(call)
+            with self._killing_after(_START_SECONDS):
+                self._connection.send_bytes(call)
             content = self._receive(_START_SECONDS)
             if has_started := not content:
                 content = self._receive(timeout)
@@ -201,7 +202,19 @@ class _Worker:
     def _receive(self, seconds: float | None) -> bytes:
         if not self._connection.poll(None if seconds is None else min(seconds, _LONGEST)):
             raise TimeoutError
-        return self._connection.recv_bytes()
+        with self._killing_after(_START_SECONDS):
+            return self._connection.recv_bytes()
+
+    @contextlib.contextmanager
+    def _killing_after(self, seconds: float) -> Iterator[None]:
+        """Ends a transfer in which the process stops: `poll` sees its first byte only."""
+        timer = threading.Timer(seconds, self.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def kill(self) -> None:
         """Kills the process; from any thread."""
