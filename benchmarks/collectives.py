@@ -16,7 +16,7 @@ from benchmarks.measure import arguments, positive_int, positive_ints, report
 from benchmarks.memory import FRAMES, compile_step
 from drl_jax.config import ModelConfig
 from drl_jax.models.drl import param_shapes
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 
 def formula(config: ModelConfig, pairs: int) -> dict[str, int]:

@@ -31,7 +31,7 @@ from benchmarks.train_step import backbones
 from drl_jax.config import ATTENTION, REMAT, ModelConfig
 from drl_jax.runtime.cli import run_command
 from drl_jax.runtime.errors import UserError
-from drl_jax.sharding import Layout, make_layout
+from drl_jax.runtime.sharding import Layout, make_layout
 
 _DEVICE = Path(__file__).parent / "devices" / "h100.txtpb"
 _RUNS = "1x128,1x512,1x1024/128,8x128,8x2048/128"

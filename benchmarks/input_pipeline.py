@@ -47,7 +47,7 @@ from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import VideoError, read_frames
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.resources import available_cpus
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import TrainState, create_state, make_train_step
 

@@ -33,15 +33,15 @@ from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.models.drl import init_params
 from drl_jax.models.interactions.token_wise import TokenWise
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.cli import positive_int
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.search.encoding import bank_of, dequantize, quantize
 from drl_jax.search.engine import Part, SearchEngine
 from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.segments import VideoRecord
 from drl_jax.search.update import update_index
-from drl_jax.sharding import make_layout
 
 _SENTENCES, _TOGETHER, _CANDIDATES, _TOP = 128, 32, 500, 10
 _SEGMENT = 2**16  # Videos.

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from drl_jax.config import ModelConfig
 from drl_jax.runtime.cli import Parser, positive_int
 from drl_jax.runtime.files import write_json
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 RESULTS = Path(__file__).parent / "results"
 # Rows and columns of the matrices that `matmul_rate` multiplies on a CPU.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks.measure import arguments, positive_ints, report
 from drl_jax.config import LossConfig, ModelConfig, OptimConfig
-from drl_jax.sharding import Layout, make_layout
+from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import abstract_state, make_train_step
 

@@ -25,7 +25,7 @@ from benchmarks.measure import arguments, positive_ints, report, table
 from drl_jax.data.long_video import sample_video
 from drl_jax.data.video import to_form
 from drl_jax.models.interactions import Features
-from drl_jax.pretrained import RetrievalModel, load
+from drl_jax.pretrained.model import RetrievalModel, load
 from drl_jax.runtime.cli import run_command
 from drl_jax.search import refine as refinement
 from drl_jax.search.encoding import bank_of, bank_similarity, quantize

@@ -19,7 +19,7 @@ from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import similarity_in_blocks
 from drl_jax.models.interactions.token_wise import weighted_token_wise
 from drl_jax.models.ops import l2_normalize
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 WORDS, FRAMES, WIDTH = 32, 12, 512
 

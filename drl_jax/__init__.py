@@ -10,7 +10,7 @@ model.similarity(text, video)  # float32 [1, 1]
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from drl_jax.pretrained import RetrievalModel, Video, load
+    from drl_jax.pretrained.model import RetrievalModel, Video, load
     from drl_jax.runtime.errors import UserError
 
 __version__ = "0.3.0"
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module = "drl_jax.runtime.errors" if name == "UserError" else "drl_jax.pretrained"
+    module = "drl_jax.runtime.errors" if name == "UserError" else "drl_jax.pretrained.model"
     return getattr(importlib.import_module(module), name)
 
 

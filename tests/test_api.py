@@ -24,7 +24,7 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.drl import model_definition
 from drl_jax.models.tokenizers import CLIPTokenizer
-from drl_jax.pretrained import load_source
+from drl_jax.pretrained.model import load_source
 from drl_jax.weights.weights_file import state_dict_from_params
 
 CAPTIONS = ["a red circle moves left", "two words"]

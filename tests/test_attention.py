@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_ab
 from drl_jax.models import attention
 from drl_jax.models.attention import AttentionMask, attend
 from drl_jax.models.ops import lengths_of
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 B, T, K, D = 3, 12, 2, 16
 LENGTHS = np.array([12, 5, 1], np.int32)

@@ -13,7 +13,7 @@ from drl_jax.data.batches import TrainBatches, load_split
 from drl_jax.data.frames import pad_frames
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.models.tokenizers import CLIPTokenizer
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from support.commands import ROOT
 from benchmarks.films import KINDS, Clip, make_film
 from benchmarks.hlo import collective_bytes, collective_counts
 from benchmarks.moments import overlap
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 
 def test_collectives_in_a_loop_count_once_per_iteration():

@@ -32,7 +32,7 @@ from drl_jax.runs.workdir import (
 )
 from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.files import seal
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.train_step import TrainState
 
 

@@ -16,7 +16,7 @@ from drl_jax.config import Config, ConfigError, DataConfig
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.models.drl import config_from_dict, param_shapes
 from drl_jax.runtime.cli import Parser, add_config_flag, parse_with_config
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import abstract_state, make_train_step
 

@@ -20,7 +20,7 @@ from drl_jax.data.records import DatasetError, VideoDataset
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.errors import Unavailable
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 VARIANT = Path("shapes") / "64px_4f_raw" / "1.0.0"
 

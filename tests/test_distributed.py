@@ -16,7 +16,7 @@ from support.pairs import free_port, start_pair, wait_for
 
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 # What gloo prints on stdout, whatever we do.
 GLOO_LINE = "Gloo Rank is connected to peer ranks Expected number of connected peer ranks is"

@@ -21,9 +21,9 @@ from support.videos import numbered_frames, write_video
 import drl_jax
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
-from drl_jax.embed import main
-from drl_jax.embeddings.embed import embed_captions, embed_videos
-from drl_jax.embeddings.files import read_captions
+from drl_jax.embed.__main__ import main
+from drl_jax.embed.encode import embed_captions, embed_videos
+from drl_jax.embed.files import read_captions
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.lock import locked

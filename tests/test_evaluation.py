@@ -14,7 +14,7 @@ from drl_jax.data.splits import Captions, Split
 from drl_jax.evaluation.evaluator import Evaluator, SplitError, check_split, order_by_content
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runtime.errors import Notice
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from support.params import random_params
 from drl_jax.config import LossConfig
 from drl_jax.models.drl import model_definition
 from drl_jax.models.interactions import INTERACTIONS
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.train_step import loss_and_parts
 
 L, F = 8, 4

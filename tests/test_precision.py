@@ -10,8 +10,8 @@ import pytest
 from drl_jax.config import LossConfig, OptimConfig
 from drl_jax.evaluation.embedder import make_embed_steps
 from drl_jax.models.drl import abstract_params
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.search.engine import SearchEngine
-from drl_jax.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import abstract_state, make_train_step
 

@@ -32,7 +32,7 @@ from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint, wr
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runtime.files import seal
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.train import main as train
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import abstract_state, state_from_params

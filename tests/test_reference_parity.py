@@ -19,7 +19,7 @@ from drl_jax.evaluation.legacy import legacy_metrics
 from drl_jax.evaluation.metrics import metrics_of, query_ranks
 from drl_jax.models.drl import copy_text_tower, model_definition, param_shapes
 from drl_jax.models.tokenizers import CLIPTokenizer
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import TrainState, apply_gradients, loss_and_parts
 from drl_jax.weights.load import initial_params, params_from_state

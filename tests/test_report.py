@@ -44,7 +44,7 @@ from drl_jax.runs.run_params import remake_initial_params
 from drl_jax.runs.workdir import MANIFEST_FILE, WorkdirError, load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import seal, sha256, write_json
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.weights.load import initial_params
 from drl_jax.weights.weights_file import read_weights
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from drl_jax.models.interactions.token_wise import TokenWise
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.search import engine as engine_module
 from drl_jax.search.encoding import quantize
 from drl_jax.search.engine import Gallery, Part, SearchEngine
-from drl_jax.sharding import make_layout
 
 SENTENCES = ["one", "two words", "three more words"]
 

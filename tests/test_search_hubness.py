@@ -85,7 +85,8 @@ def assert_ranked_by(index: Index, expected, slots, among=None):
     state, queries = index.state(), encode_sentences(index.model, QUERIES)
     videos = len(state.videos if among is None else among)
     for found, row in zip(index.ranker.rank(state, queries, 99, among), expected, strict=True):
-        assert set(found.slots) <= set(slots) and len(found.places()) == videos
+        assert set(found.slots) <= set(slots)
+        assert len(found.places()) == videos
         best = np.sort(row[slots])[::-1][: len(found.slots)]
         np.testing.assert_allclose(found.scores, best, atol=1e-5)
         np.testing.assert_allclose(found.scores, row[found.slots], atol=1e-5)

@@ -19,13 +19,13 @@ from support.commands import ROOT
 from drl_jax.runtime import files
 from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.lock import LockError
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.search import index_file
 from drl_jax.search.encoding import Correction
 from drl_jax.search.index_file import IndexPart, IndexWriter, check_distinct, join, read_header
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.reading import strip_arrays
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord, write_segment
-from drl_jax.sharding import make_layout
 
 ABOUT = {"videos": "/videos", "fingerprint": "f", "storage": "float32", "fps": 1.0, "bank": []}
 

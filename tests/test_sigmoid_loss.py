@@ -15,7 +15,7 @@ from support.params import random_params
 from drl_jax.config import LossConfig, OptimConfig
 from drl_jax.models.drl import init_params, model_definition
 from drl_jax.models.towers import INITIAL_LOGIT_BIAS
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import (
     loss_and_parts,

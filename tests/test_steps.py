@@ -15,7 +15,7 @@ from benchmarks.hlo import collective_bytes
 from drl_jax.config import LossConfig, OptimConfig
 from drl_jax.evaluation.embedder import make_embed_steps
 from drl_jax.models.drl import init_params, model_definition, param_shapes
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, make_optimizer
 from drl_jax.training.train_step import (
     TrainState,

@@ -13,7 +13,7 @@ from benchmarks.fuzz.small_run import write_run
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.log_files import MetricsFile
 from drl_jax.runs.workdir import load_config
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import abstract_state
 

@@ -10,7 +10,7 @@ import drl_jax
 from benchmarks.fuzz.damage import FAILURE, Damage, damage_file
 from benchmarks.fuzz.small_run import write_run
 from benchmarks.fuzz.videos import write_video
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.search.session import Index
 from drl_jax.search.update import update_index
 

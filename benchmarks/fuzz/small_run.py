@@ -12,7 +12,7 @@ from drl_jax.models.drl import param_shapes
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.log_files import MetricsFile
 from drl_jax.runs.workdir import claim_workdir
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import state_from_params
 

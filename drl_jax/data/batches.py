@@ -18,7 +18,7 @@ from drl_jax.data.splits import Split
 from drl_jax.data.tokens import caption_tokens
 from drl_jax.models.tokenizers import Tokenizer
 from drl_jax.runtime.distributed import is_main
-from drl_jax.sharding import Layout
+from drl_jax.runtime.sharding import Layout
 
 
 def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:

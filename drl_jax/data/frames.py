@@ -15,7 +15,7 @@ from tqdm import tqdm
 from drl_jax.data.records import DatasetError, VideoDataset
 from drl_jax.runtime.distributed import is_main
 from drl_jax.runtime.resources import available_cpus, available_memory
-from drl_jax.sharding import AXIS, Layout
+from drl_jax.runtime.sharding import AXIS, Layout
 
 # Videos per transfer to the devices while `DeviceFrames` fills its cache.
 _CHUNK = 64

@@ -18,7 +18,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.models.tokenizers.base import Tokenized
 from drl_jax.runtime.distributed import is_main
-from drl_jax.sharding import Layout
+from drl_jax.runtime.sharding import Layout
 
 # Positions that a text tower reads at least.
 _LEAST_POSITIONS = 32

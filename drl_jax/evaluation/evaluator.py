@@ -18,7 +18,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers.base import Tokenizer, warn_of_cut
 from drl_jax.runtime.distributed import is_main
 from drl_jax.runtime.errors import UserError
-from drl_jax.sharding import Layout
+from drl_jax.runtime.sharding import Layout
 
 # uint8 [F, H, W, 3] -> the same shape.
 FrameOrder = Callable[[np.ndarray], np.ndarray]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, get_abstract_mesh
 
-from drl_jax.sharding import split_rows
+from drl_jax.runtime.sharding import split_rows
 
 # Head widths that cuDNN's kernel takes, forward and backward, on every GPU that has it.
 _CUDNN_MULTIPLE, _CUDNN_MAX = 8, 128

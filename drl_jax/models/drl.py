@@ -15,7 +15,7 @@ from drl_jax.models.pe import PerceptionEncoder
 from drl_jax.models.siglip import SigLIP
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.towers import Backbone
-from drl_jax.sharding import Layout
+from drl_jax.runtime.sharding import Layout
 
 Params = dict[str, Any]
 

@@ -15,7 +15,7 @@ from jax.nn.initializers import Initializer, normal, xavier_uniform
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.attention import NO_MASK, AttentionMask, Rotation, attend, rotate
 from drl_jax.models.linear import Linear, project
-from drl_jax.sharding import split_rows
+from drl_jax.runtime.sharding import split_rows
 
 # LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
 # towers use 1e-5.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from drl_jax.sharding import replicate
+from drl_jax.runtime.sharding import replicate
 
 
 class Linear(nnx.Linear):

@@ -33,7 +33,7 @@ from drl_jax.runs.log_files import read_scalars
 from drl_jax.runs.protocol_card import ProtocolCard
 from drl_jax.runs.run_params import remake_initial_params
 from drl_jax.runtime.errors import UserError
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 # Entries of each list of the page.
 _WORST, _CONFUSED, _HUBS, _DUPLICATES = 12, 8, 8, 8

@@ -42,7 +42,7 @@ from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import write_json
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 
 # No post-processing.
 NONE = "none"

@@ -23,7 +23,7 @@ from drl_jax.runs.workdir import (
 )
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import copy_once
-from drl_jax.sharding import Layout, make_layout
+from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import state_from_params
 from drl_jax.weights.description import Description

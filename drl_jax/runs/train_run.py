@@ -24,9 +24,9 @@ from drl_jax.runs.workdir import exclusive, read_manifest
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
 from drl_jax.runtime.errors import Interrupted, UserError, one_line
 from drl_jax.runtime.files import write_json
+from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.runtime.signals import StopRequest
 from drl_jax.runtime.worker_pool import run_module
-from drl_jax.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import (
     abstract_state,

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.model_flags import add_model_flags
+from drl_jax.pretrained.flags import add_model_flags
 from drl_jax.runtime.cli import Parser, add_ray_flag, positive_int, positive_seconds, run_command
 from drl_jax.search import CANDIDATES, ENGINES, MOMENTS, REFINE, SCAN_FROM, STORAGES
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from drl_jax.model_flags import model_of_flags, required_model
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.flags import model_of_flags, required_model
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.cluster import connect
 from drl_jax.runtime.errors import UserError, printable
 from drl_jax.runtime.lock import temporary_directory

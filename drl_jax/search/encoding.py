@@ -15,7 +15,7 @@ from drl_jax.config import Config
 from drl_jax.evaluation.hubness import inverted_softmax_bias, mean_of_largest
 from drl_jax.evaluation.post_processing import BETAS, LARGEST
 from drl_jax.models.interactions import Arrays, Features
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.files import json_sha256
 from drl_jax.search.reading import VideoRead, frames_of

@@ -21,8 +21,8 @@ from drl_jax.models.drl import Params, model_definition
 from drl_jax.models.interactions import Features
 from drl_jax.models.interactions.base import similarity_in_blocks
 from drl_jax.runtime.resources import available_cpus
+from drl_jax.runtime.sharding import AXIS, Layout
 from drl_jax.search.encoding import dequantize
-from drl_jax.sharding import AXIS, Layout
 
 # Windows of a block, on all devices together: of large runs, and of others. Smaller runs are copied
 # together.

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.files import sha256
 from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure

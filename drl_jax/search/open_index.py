@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from drl_jax.models.interactions import Features
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import STRIP_FRAMES, index_file
 from drl_jax.search.encoding import HUBNESS_ARRAY, SCALE_WINDOWS, Correction, dequantize

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from drl_jax.models.interactions import Features
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.lock import temporary_directory
 from drl_jax.search.engine import Part

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
 from drl_jax.search.encoding import BANK_ARRAY, Correction, gallery_scale, unusual

@@ -14,7 +14,7 @@ import numpy as np
 
 from drl_jax.models.interactions import Features, Interaction
 from drl_jax.models.interactions.base import unit_features
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.search import REFINE
 from drl_jax.search.encoding import bank_similarity, float32_of
 from drl_jax.search.engine import Part

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drl_jax.pretrained import RetrievalModel, load_source
+from drl_jax.pretrained.model import RetrievalModel, load_source
 from drl_jax.runtime.errors import Notice, UserError
 from drl_jax.search import MOMENTS
 from drl_jax.search.duplicates import same_picture

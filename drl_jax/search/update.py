@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from drl_jax.data.video import VIDEO_SUFFIXES
 from drl_jax.models.interactions import Features
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes

@@ -12,7 +12,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.models.drl import model_definition, param_shapes
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.train_step import loss_and_parts
 
 _TERA = 1e12

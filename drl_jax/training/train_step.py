@@ -19,7 +19,7 @@ from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.models.drl import DRL, Params, abstract_params, init_params, model_definition
 from drl_jax.models.interactions import Arrays, Interaction
 from drl_jax.models.interactions.base import map_video_blocks
-from drl_jax.sharding import Layout, map_batch_chunks
+from drl_jax.runtime.sharding import Layout, map_batch_chunks
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, norms
 
 Batch = Arrays

@@ -10,7 +10,7 @@ from drl_jax.models.drl import config_from_dict
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.workdir import claim_workdir
 from drl_jax.runtime.cli import Parser, add_config_flag, parse_with_config
-from drl_jax.sharding import make_layout
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import state_from_params
 from support.commands import ROOT, TINY

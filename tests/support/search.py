@@ -11,12 +11,12 @@ import numpy as np
 from drl_jax.config import Config
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.models.interactions import Features
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.search.encoding import BANK_ARRAY, quantize
 from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.reading import strip_arrays
 from drl_jax.search.segments import VideoRecord
-from drl_jax.sharding import make_layout
 from support.params import random_params
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from drl_jax.data.video import VIDEO_SUFFIXES
-from drl_jax.embeddings.files import SHARD_SIZE, Output, open_output
+from drl_jax.embed.files import SHARD_SIZE, Output, open_output
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers.base import warn_of_cut
-from drl_jax.pretrained import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import json_sha256
 from drl_jax.runtime.lock import temporary_directory

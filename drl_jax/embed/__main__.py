@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.embeddings.files import DTYPES, SHARD_SIZE, SUFFIXES, read_captions
-from drl_jax.model_flags import add_model_flags, required_model
+from drl_jax.embed.files import DTYPES, SHARD_SIZE, SUFFIXES, read_captions
+from drl_jax.pretrained.flags import add_model_flags, required_model
 from drl_jax.runtime.cli import Parser, positive_int, positive_seconds, run_command
 from drl_jax.runtime.errors import UserError
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def work() -> int:
-        from drl_jax.embeddings.embed import embed_captions, embed_videos
+        from drl_jax.embed.encode import embed_captions, embed_videos
         from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()

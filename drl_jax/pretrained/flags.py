@@ -8,7 +8,7 @@ from drl_jax.runtime.cli import Parser
 from drl_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from drl_jax.pretrained import RetrievalModel
+    from drl_jax.pretrained.model import RetrievalModel
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -41,7 +41,7 @@ def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":
         raise UserError("--release and --tokenizer describe --weights=FILE; omit them, or give it")
     if not options.workdir and not options.weights:
         return None
-    from drl_jax.pretrained import load
+    from drl_jax.pretrained.model import load
 
     if options.workdir:
         return load(options.workdir, options.checkpoint)

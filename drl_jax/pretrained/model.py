@@ -27,7 +27,7 @@ from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
-from drl_jax.sharding import Layout, make_layout
+from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.hub import is_hub_name
 from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.source import weights_path
