@@ -1,403 +1,224 @@
-"""Search on real files: exact, incremental, and consistent after interruptions and updates."""
+"""Queries over real files: scores, moments and explanations, and the commands."""
 
-import contextlib
 import dataclasses
+import datetime
+import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.commands import error_of, run_module, start_interruptible
-from support.processes import killing_workers
-from support.search import copy_index, random_model
-from support.videos import (
-    HARD,
-    SHARED,
-    numbered_frames,
-    write_video,
-    write_video_of_unknown_codec,
-    write_video_with_latin_title,
-)
+from support.commands import error_of
+from support.films import FORM, FPS, SHOTS, shot
+from support.search import random_model
+from support.videos import write_video
 
-from drl_jax.data.batches import load_split
-from drl_jax.data.records import VideoDataset, dataset_dir
-from drl_jax.evaluation.evaluator import Evaluator
-from drl_jax.evaluation.metrics import metrics_of, query_ranks
+from drl_jax.data.long_video import sample_video
+from drl_jax.data.video import read_frames
 from drl_jax.models.interactions import INTERACTIONS
-from drl_jax.search import index_file
+from drl_jax.runtime.errors import UserError
 from drl_jax.search.__main__ import main
 from drl_jax.search.commands import format_hits
+from drl_jax.search.encoding import dequantize, unusual
 from drl_jax.search.engine import Part
+from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import explain, format_clock, format_timestamp
-from drl_jax.search.index_file import IndexPart, IndexWriter, read_progress
+from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.query import Query
-from drl_jax.search.segments import SearchIndexError, Segment
+from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.session import Index
 from drl_jax.search.update import update_index
 
 
-@pytest.fixture
-def model(search_model):
-    return search_model
-
-
 @pytest.fixture(scope="module")
-def shared_videos(tmp_path_factory):
-    """Six small videos that differ, in a folder and its subfolder; not to be changed."""
-    folder = tmp_path_factory.mktemp("shared") / "videos"
+def videos(tmp_path_factory):
+    """A film of four shots, files of two of them, a still of one, and a picture of none."""
+    folder = tmp_path_factory.mktemp("film") / "videos"
     (folder / "sub").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for number in range(6):
-        frames = numbered_frames(20 + 10 * (number % 3), 64, 64)
-        frames = frames // 2 + rng.integers(0, 128, (1, 64, 64, 3)).astype(np.uint8)
-        name = f"sub/{number}.mp4" if number % 2 else f"{number}.mp4"
-        write_video(folder / name, frames, fps=10)
+    shots = [shot(number, seconds) for number, seconds in enumerate(SHOTS)]
+    for name, frames in {
+        "film.mp4": np.concatenate(shots),
+        "shot0.mp4": shots[0],
+        "shot3.mp4": shots[3],
+        "still.mp4": np.repeat(shots[0][:1], 4 * FPS, axis=0),
+        "sub/picture.mp4": shot(5, 1)[:1],
+    }.items():
+        write_video(folder / name, frames, fps=FPS)
     return folder
 
 
 @pytest.fixture(scope="module")
-def shared_index(search_model, shared_videos):
-    """An index of these videos (bfloat16); not to be changed."""
-    directory = shared_videos.parent / "index"
-    report = update_index(search_model, shared_videos, directory)
-    assert (report.added, report.changed, report.removed, report.unchanged) == (6, 0, 0, 0)
-    return directory
+def session(search_model, videos):
+    update_index(search_model, videos, videos.parent / "index", storage="float32")
+    return Index(videos.parent / "index", search_model)
 
 
-@pytest.fixture(scope="module")
-def shared_search(search_model, shared_videos):
-    """A session on an index of these videos with exact features (float32)."""
-    directory = shared_videos.parent / "float32"
-    update_index(search_model, shared_videos, directory, storage="float32")
-    return Index(directory, search_model)
+def picture_of(number: int) -> bytes:
+    """The first frame of a shot, as `open_picture` gives it."""
+    return shot(number, 1)[0].tobytes()
 
 
-@pytest.fixture
-def videos(shared_videos, tmp_path):
-    """A copy of the videos."""
-    return shutil.copytree(shared_videos, tmp_path / "videos")
+def by_name(hits):
+    return {hit.path.name: hit for hit in hits}
 
 
-@pytest.fixture
-def index(shared_index, videos, tmp_path):
-    """A copy of the index, of the copied videos."""
-    return copy_index(shared_index, videos, tmp_path / "index")
-
-
-def write_other_video(path, level=0):
-    """Writes a video that is in no index."""
-    write_video(path, numbered_frames(40, 64, 64) // 2 + np.uint8(level), fps=10)
-
-
-def scores(searcher, top=20):
-    """Path -> score of all videos, for one query."""
-    return {hit.path.name: hit.score for hit in searcher.search(["a red circle"], top)[0]}
-
-
-def stored_features(directory):
-    """Path -> features of an index."""
-    part = IndexPart(directory)
-    return {
-        (record := one.segment.read(row)).path: record.arrays["window.frame_unit"].tobytes()
-        for one in part.listed
-        for row in np.flatnonzero(one.live)
-    }
-
-
-# ---------------------------------------------------------------------- exact search
+# ---------------------------------------------------------------------- hits
 
 
 @pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
-def test_search_matches_evaluation(interaction, model, shapes_config, test_videos, tmp_path):
-    """The same similarities and ranks, from the mp4 files and from the built dataset."""
-    if interaction != model.config.model.interaction:
-        model = random_model(shapes_config, interaction)
-    dataset = VideoDataset(dataset_dir(model.config))
-    split = load_split(dataset, "test", model.config.data)
-    evaluation = Evaluator(model.config, dataset, model.layout).run(model.params, split)
-
-    update_index(model, test_videos, tmp_path / "index", storage="float32")
+def test_scores_are_those_of_the_model(
+    interaction, search_model, shapes_config, test_videos, tmp_path
+):
+    model = search_model if interaction == "wti" else random_model(shapes_config, interaction)
+    (tmp_path / "videos").mkdir()
+    some = sorted(test_videos.iterdir())[:9]
+    paths = [Path(shutil.copy(path, tmp_path / "videos")) for path in some]
+    update_index(model, tmp_path / "videos", tmp_path / "index", storage="float32")
+    sentences = ["a red circle", "two triangles wait", "nothing"]
     session = Index(tmp_path / "index", model)
-    sentences = [captions[0] for captions in split.captions]
-    hits = session.search(sentences, top=32)
-    column = {dataset.video_ids[video]: place for place, video in enumerate(split.videos)}
-    found_scores = np.zeros((32, 32), np.float32)
-    for row, found in enumerate(hits):
-        assert [hit.rank for hit in found] == list(range(1, 33))
-        for hit in found:
-            found_scores[row, column[hit.path.stem]] = hit.score
-    np.testing.assert_allclose(found_scores, evaluation.sim_matrix, atol=2e-5)
-    by_search = metrics_of(query_ranks(found_scores, np.arange(32)))
-    assert by_search["t2v"]["MnR"] == pytest.approx(evaluation.metrics["t2v"]["MnR"], abs=0.2)
-
-    (similar,) = session.search(Query(video=hits[0][0].path), top=1)
-    if (
-        interaction != "xti"
-    ):  # The transformer's similarity of a video and itself is not the largest.
-        assert similar.path == hits[0][0].path
+    expected = model.similarity(model.encode_text(sentences), model.encode_videos(paths))
+    for hits, row in zip(session.search(sentences, top=99), expected, strict=True):
+        found = {hit.path: hit.score for hit in hits}
+        np.testing.assert_allclose([found[path] for path in paths], row, atol=2e-5)
+        assert [*found.values()] == sorted(found.values(), reverse=True)
+        assert [hit.rank for hit in hits] == [*range(1, len(found) + 1)]
+    (similar,) = session.search(Query(video=paths[0]), top=1)
+    if interaction != "xti":  # By its transformer, a video is not most similar to itself.
+        assert similar.path == paths[0]
         assert similar.score == pytest.approx(1, abs=1e-4)
 
 
-def test_quantized_storage_is_close(model, shared_videos, shared_index, shared_search, tmp_path):
-    exact, sizes = scores(shared_search), []
-    update_index(model, shared_videos, tmp_path / "int8", storage="int8")
-    for directory in (shared_search.directory, shared_index, tmp_path / "int8"):
-        files = (directory / "segments").glob("*/window.frame_unit.bin")
-        sizes.append(sum(path.stat().st_size for path in files))
-    assert sizes[0] == 2 * sizes[1] == 4 * sizes[2]
-    for directory, error in ((shared_index, 5e-3), (tmp_path / "int8", 1e-2)):
-        assert scores(Index(directory, model)) == pytest.approx(exact, abs=error)
+def test_a_film_is_indexed_as_windows(session):
+    state = session.state()
+    film, picture = state.video_at("film.mp4"), state.video_at("sub/picture.mp4")
+    spans = [(round(window.start), round(window.end)) for window in film.windows]
+    # The model has four frames.
+    within = [(start, start + 4) for start in range(5, 22, 2)]
+    assert spans == [(0, 4), (4, 5), *within, (25, 29), (27, 31)]
+    assert film.duration == pytest.approx(31)
+    assert (film.times[:4], picture.times) == ((0.0, 1.0, 2.0, 3.0), (0.0,))
+    with Image.open(io.BytesIO(state.frames_of(film, film.windows[4].frames))) as strip:
+        assert strip.size == (4 * 64, 64)
+    assert not (session.directory / "spool").exists()
 
 
-# ---------------------------------------------------------------------- updates
+def test_a_hit_is_a_file_with_the_score_of_its_best_window(session, search_model):
+    (hits,) = session.search(["a red circle"], top=5)
+    assert len({hit.path for hit in hits}) == 5
+    for hit in hits:
+        assert hit.score == hit.moments[0].score
+        assert hit.score == pytest.approx(max(hit.scores), abs=1e-6)
+        for moment in hit.moments:
+            explanation = moment.explanation
+            contribution = explanation.attribution.frame_contribution
+            assert contribution.sum() == pytest.approx(moment.score, abs=1e-4)
+            assert explanation.tokens == ["[start]", "a", "red", "circle", "[end]"]
+            assert explanation.peak() == explanation.times[contribution.argmax()]
+            assert explanation.times.min() >= moment.start
+    # Windows that were encoded once each, from frames that were encoded once.
+    film, frames = by_name(hits)["film.mp4"], []
+    sample_video(film.path, search_model.frame_form, frames.append)
+    window, text = film.moments[0].window, search_model.encode_text(["a red circle"])
+    alone = search_model.encode_videos([np.stack([frames[n] for n in window.frames])])
+    assert search_model.similarity(text, alone)[0, 0] == pytest.approx(film.score, abs=2e-3)
+    # Exactly, from the features that are stored.
+    (stored,) = dequantize({"feat": film.video.record.arrays["feature.image_feat"]}).values()
+    refined = search_model.encode_frame_windows(np.asarray(stored), [window.frames])
+    assert search_model.similarity(text, refined)[0, 0] == pytest.approx(film.score, abs=1e-6)
 
 
-def test_only_changed_files_are_indexed_again(model, videos, index):
-    before = stored_features(index)
-    write_other_video(videos / "new.mp4", level=9)
-    write_other_video(videos / "0.mp4")
-    (videos / "2.mp4").unlink()
-    os.utime(videos / "4.mp4", (1, 1))  # Another time, the same content.
-    second = update_index(model, videos, index)
-    assert (second.added, second.changed, second.removed, second.unchanged) == (1, 1, 1, 4)
-    after = stored_features(index)
-    assert set(after) == set(before) - {"2.mp4"} | {"new.mp4"}
-    assert after["0.mp4"] != before["0.mp4"]
-    for path in ("4.mp4", "sub/1.mp4", "sub/3.mp4", "sub/5.mp4"):
-        assert after[path] == before[path]
-    paths = {hit.path for hit in Index(index, model).search(["x"], top=10)[0]}
-    assert paths == {videos / path for path in after}
-    third = update_index(model, videos, index)
-    assert (third.added, third.changed, third.removed, third.unchanged) == (0, 0, 0, 6)
+def test_how_unusual_a_moment_is(session, search_model):
+    hit = by_name(session.search(["a red circle"], top=5)[0])["shot0.mp4"]
+    moment, bank = hit.moments[0], session.state().header["bank"]
+    video = search_model.encode_videos([read_frames(hit.path, 4, FORM)])
+    similarity = search_model.similarity(search_model.encode_text(bank), video)
+    assert similarity.shape == (64, 1)
+    expected = unusual(hit.score, np.array([similarity.mean(), similarity.std()]))
+    assert moment.unusual == pytest.approx(expected, abs=1e-2)
+    assert hit.is_weak == (moment.unusual < 2.5)
+    # The bank has sentences: to a video, other windows are compared.
+    (alike,) = session.search(Query(video=hit.path), top=1)
+    assert alike.moments[0].unusual != pytest.approx(moment.unusual, abs=0.1)
 
 
-def test_an_open_session_sees_updates(model, videos, index):
-    """A video is deleted and another one added while a session is open."""
-    session = Index(index, model)
-    old_state, old = session.state(), scores(session)
-    (videos / "0.mp4").unlink()
-    write_other_video(videos / "2.mp4")
-    write_other_video(videos / "new.mp4", level=9)
-    update_index(model, videos, index)
-    new = scores(session)
-    assert set(new) == {"1.mp4", "2.mp4", "3.mp4", "4.mp4", "5.mp4", "new.mp4"}
-    assert new == scores(Index(index, model))
-    assert {name: new[name] for name in ("1.mp4", "4.mp4")} == pytest.approx(
-        {name: old[name] for name in ("1.mp4", "4.mp4")}, abs=1e-6
-    )
-    # A query that was running meanwhile has the features of the videos it lists.
-    hits = session.answer(old_state, Query("a red circle"), 20)
-    assert {hit.path.name: hit.score for hit in hits} == old
-    update_index(model, videos, index)
-    assert session.state() is session.state()  # Nothing changed: not opened again.
+# ---------------------------------------------------------------------- queries
 
 
-def test_a_deleted_and_recreated_index_is_opened_again(model, videos, index):
-    session = Index(index, model)
-    assert len(scores(session)) == 6
-    shutil.rmtree(index)
-    with pytest.raises(SearchIndexError, match="no index in"):
-        session.search(["x"], top=1)
-    (videos / "0.mp4").unlink()
-    update_index(model, videos, index)
-    assert set(scores(session)) == {f"{number}.mp4" for number in range(1, 6)}
+def test_a_picture_is_compared_as_a_shot_in_which_nothing_moves(session):
+    found = by_name(session.search(Query(picture=picture_of(0)), top=3))
+    assert found.keys() == {"still.mp4", "shot0.mp4", "film.mp4"}
+    assert found["still.mp4"].score == pytest.approx(1, abs=0.03)
+    assert set(found["film.mp4"].moments[0].explanation.tokens) == {"[picture]"}
 
 
-def test_unreadable_files_are_listed_and_not_retried(model, videos, index):
-    (videos / "text.mp4").write_text("no video")
-    write_video_of_unknown_codec(videos / "unknown.mp4", numbered_frames(20, 64, 64), fps=10)
-    write_video_with_latin_title(videos / "latin_title.mp4", numbered_frames(20, 64, 64), fps=10)
-    first = update_index(model, videos, index)
-    assert first.bad.keys() == {"text.mp4", "unknown.mp4"}
-    assert "is not a video: its content is text" in first.bad["text.mp4"]
-    assert first.bad["unknown.mp4"] == "has a video codec that FFmpeg cannot decode"
-    (videos / "latin\udce9.mp4").write_bytes(b"")  # The byte 0xe9 alone.
-    second = update_index(model, videos, index)
-    misnamed = {"latin\\udce9.mp4": "its name is not UTF-8; rename it"}
-    assert (second.unchanged, second.bad) == (9, {**first.bad, **misnamed})
-    (videos / "unknown.mp4").unlink()
-    (videos / "latin\udce9.mp4").unlink()
-    write_video(videos / "text.mp4", numbered_frames(20, 64, 64), fps=10)
-    assert not update_index(model, videos, index).bad
+def test_more_like_a_moment(session):
+    film = session.state().video_at("film.mp4")
+    hits = session.search(Query(like=(film, 28.0)), top=2)
+    windows = {hit.path.name: hit.moments[0].number for hit in hits}
+    assert windows == {"film.mp4": 11, "shot3.mp4": 0}
 
 
-def test_files_that_could_not_be_read_this_time_are_read_by_the_next_update(model, videos, index):
-    write_video(videos / "new.mp4", numbered_frames(20, 64, 64), fps=10)
-    with killing_workers():
-        first = update_index(model, videos, index)
-    assert first.unavailable == {"new.mp4": "the process that worked on it died (exit code -9)"}
-    assert (first.added, first.bad) == (0, {})
-    second = update_index(model, videos, index)
-    assert (second.added, second.unavailable) == (1, {})
+def test_a_video_is_found_by_each_of_its_windows(session, videos):
+    """Each moment is explained by the window of the query that it is like."""
+    found = by_name(session.search(Query(video=videos / "film.mp4"), top=5))
+    for name in ("film.mp4", "shot0.mp4", "shot3.mp4"):
+        assert found[name].score == pytest.approx(1, abs=0.03)
+    film = found["film.mp4"]
+    np.testing.assert_allclose(film.scores, 1, atol=1e-4)
+    for moment in film.moments:
+        assert moment.explanation.attribution.similarity.diagonal() == pytest.approx(1, abs=1e-4)
+    (more,) = session.search(Query(video=videos / "film.mp4"), top=1, moments=9)
+    assert len(more.moments) > len(film.moments) == 3
+    found = by_name(session.search(Query(video=videos / "shot3.mp4"), top=5))
+    moment = found["film.mp4"].moments[0]
+    assert moment.number in (11, 12)
+    assert 25 <= round(moment.peak) <= 31
 
 
-@pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips beside the repository")
-def test_real_clips_are_indexed_or_listed(model, tmp_path):
-    folder = tmp_path / "videos"
-    for name in ("clips", "hard_clips"):
-        shutil.copytree(SHARED / name, folder / name)
-    report = update_index(model, folder, tmp_path / "index")
-    expected = {
-        f"hard_clips/{name}": reason for name, reason in HARD.items() if isinstance(reason, str)
-    }
-    assert report.bad.keys() == expected.keys()
-    for name, reason in expected.items():
-        assert report.bad[name].startswith(reason)
-    files = [path for path in folder.rglob("*") if path.suffix not in ("", ".json", ".txt")]
-    assert report.added == len(files)
+def test_scores_of_combined_queries_are_sums(session, videos):
+    """Of the windows that are stored: each query refines others."""
+    session = Index(session.directory, session.model, SearchOptions(refine=0))
+
+    def found(**query):
+        return {hit.path.name: hit.scores for hit in session.search(Query(**query), top=5)}
+
+    sentence, picture, video = "a red circle moves", picture_of(0), videos / "shot0.mp4"
+    one = found(sentence=sentence)
+    without, other = found(sentence="two words"), found(picture=picture)
+    alike = found(video=video)
+    both = found(sentence=sentence, picture=picture, without="two words")
+    beside = found(sentence=sentence, video=video)
+    for name in one:
+        expected = one[name] + other[name] - 0.5 * without[name]
+        np.testing.assert_allclose(both[name], expected, atol=1e-5)
+        np.testing.assert_allclose(beside[name], one[name] + alike[name], atol=1e-5)
+    # Of a long video, frames that are spread over it count.
+    (hit,) = session.search(Query(sentence=sentence, video=videos / "film.mp4"), top=1)
+    assert hit.moments[0].explanation.tokens[1:-1] == sentence.split()
 
 
-def test_frame_times_and_thumbnails_are_stored(shared_index, model):
-    state = Index(shared_index, model).state()
-    video = state.video_at("sub/1.mp4")
-    assert video.times == (0.0, 1.0, 2.0)
-    assert state.frames_of(video, (0, 1, 2))[:2] == b"\xff\xd8"
+def test_queries_that_ask_for_nothing_or_too_much_are_one_line(session):
+    with pytest.raises(UserError, match="the query is blank"):
+        session.search(Query(without="a dog"), top=1)
+    with pytest.raises(UserError, match="has 100,000 characters; at most 10,000"):
+        session.search(["a" * 100_000], top=1)
 
 
-# ---------------------------------------------------------------------- interruptions and errors
-
-
-@pytest.mark.parametrize("sent", [[signal.SIGKILL], 3 * [signal.SIGINT]], ids=["killed", "ctrl-c"])
-def test_an_indexer_that_is_ended_loses_nothing(search_run, model, videos, tmp_path, sent):
-    for number in range(60):
-        shutil.copy(videos / f"{2 * (number % 3)}.mp4", videos / f"copy{number}.mp4")
-    flags = [f"--workdir={search_run}", f"--videos={videos}", f"--index={tmp_path / 'killed'}"]
-    command = [sys.executable, "-m", "drl_jax.search", "index", *flags]
-    options = {"stderr": subprocess.PIPE, "start_new_session": True}
-    with start_interruptible(command, **options) as process:
-        while process.poll() is None and count_stored(tmp_path / "killed") < 16:
-            time.sleep(0.01)
-        for number in sent:
-            # As a terminal does: also to the processes that decode.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            time.sleep(0.2)
-        errors = process.stderr.read()
-    assert process.returncode == (-signal.SIGKILL if len(sent) == 1 else 130)
-    assert "Traceback" not in errors
-    if len(sent) == 3:
-        assert errors.splitlines()[-1] == (
-            "drl_jax.search: interrupted; the index is kept; rerun the command to continue"
-        )
-    before = stored_features(tmp_path / "killed")
-    assert 16 <= len(before) < 66
-    report = update_index(model, videos, tmp_path / "killed")
-    assert (report.unchanged, report.added) == (len(before), 66 - len(before))
-    after = stored_features(tmp_path / "killed")
-    assert {path: after[path] for path in before} == before
-
-
-def count_stored(directory):
-    try:
-        return len(stored_features(directory))
-    except SearchIndexError:  # Not created yet.
-        return 0
-
-
-def test_other_processes_see_the_progress(model, videos, tmp_path, monkeypatch):
-    directory, seen = tmp_path / "index", []
-    put = IndexWriter.put
-
-    def watched(writer, *arguments):
-        if not arguments[0]:
-            return
-        seen.append(read_progress(directory))
-        with pytest.raises(SearchIndexError, match=r"is being made \(6 of 6 files are read\), and"):
-            Index(directory, model)
-        put(writer, *arguments)
-
-    monkeypatch.setattr(IndexWriter, "put", watched)
-    monkeypatch.setattr(index_file, "_INTERVAL", 0.0)
-    update_index(model, videos, directory)
-    assert seen == [{"done": 6, "total": 6}]
-    assert read_progress(directory) is None
-    # Nothing is to be done.
-    update_index(model, videos, directory)
-    assert not (directory / "indexing.json").exists()
-
-
-def with_config(base, **groups):
-    """The same parameters in a model of another configuration."""
-    changed = {
-        name: dataclasses.replace(getattr(base.config, name), **fields)
-        for name, fields in groups.items()
-    }
-    return dataclasses.replace(base, config=dataclasses.replace(base.config, **changed))
-
-
-def test_an_index_belongs_to_its_model_folder_and_storage(model, videos, index):
-    other = with_config(model, data={"max_frames": 3})
-    with pytest.raises(SearchIndexError, match="was made with another model"):
-        update_index(other, videos, index)
-    with pytest.raises(SearchIndexError, match="was made with another model"):
-        Index(index, other)
-    with pytest.raises(SearchIndexError, match="another folder"):
-        update_index(model, videos / "sub", index)
-    with pytest.raises(SearchIndexError, match="another --storage, bfloat16"):
-        update_index(model, videos, index, storage="int8")
-
-
-def test_an_index_opens_with_another_similarity_block(model, videos, index):
-    other = with_config(model, model={"similarity_block": 3})
-    assert other.config.model != model.config.model
-    assert update_index(other, videos, index).unchanged == 6
-    assert scores(Index(index, other)) == scores(Index(index, model))
-
-
-def test_an_open_index_checks_only_new_features(model, videos, index, monkeypatch):
-    session, checked = Index(index, model), []
-    verify = Segment.verify
-    monkeypatch.setattr(
-        Segment,
-        "verify",
-        lambda s, row: checked.append(s) if not s.verified[row] else None or verify(s, row),
-    )
-    write_other_video(videos / "new.mp4")
-    update_index(model, videos, index)
-    checked.clear()
-    assert len(scores(session)) == 7
-    assert {segment.path(0) for segment in checked} == {"new.mp4"}
+def test_filters_by_day(session):
+    today, day = datetime.date.today(), datetime.timedelta(days=1)
+    for filters, count in (
+        (Filters(until=today - day), 0),
+        (Filters(since=today - day, until=today + day), 5),
+    ):
+        assert len(session.state().filtered(filters)) == count
+    assert parse_day("since", "2026-01-31") == datetime.date(2026, 1, 31)
+    with pytest.raises(UserError, match="since takes a day as 2026-01-31, not 'monday'"):
+        parse_day("since", "monday")
 
 
 # ---------------------------------------------------------------------- explanations
-
-
-def test_a_video_finds_itself_and_its_sentence(shared_search, shared_videos, tmp_path, capsys):
-    session, videos = shared_search, shared_videos
-    for name in ("0.mp4", "sub/3.mp4"):
-        hits = session.search(Query(video=videos / name), top=3)
-        assert hits[0].path == videos / name
-        assert hits[0].score == pytest.approx(1, abs=1e-4)
-    sentences = ["a circle", "a cross", "two words more"]
-    (tmp_path / "sentences.txt").write_text("\n".join(sentences))
-    flags = (f"--video={videos / '0.mp4'}", f"--sentences={tmp_path / 'sentences.txt'}")
-    assert main(["query", f"--index={session.directory}", *flags, "--json"]) == 0
-    ranked = json.loads(capsys.readouterr().out)["sentences"]
-    assert sorted(one["sentence"] for one in ranked) == sorted(sentences)
-    assert ranked == sorted(ranked, key=lambda one: -one["score"])
-    for one in ranked:
-        found = {hit.path: hit.score for hit in session.search([one["sentence"]], top=6)[0]}
-        assert one["score"] == pytest.approx(found[videos / "0.mp4"], abs=1e-5)
-
-
-def test_a_score_is_the_sum_of_its_frame_contributions(shared_search):
-    (hits,) = shared_search.search(["a red circle"], top=6)
-    for hit in hits:
-        explanation = hit.moments[0].explanation
-        attribution = explanation.attribution
-        assert attribution.frame_contribution.sum() == pytest.approx(hit.score, abs=1e-4)
-        assert explanation.tokens == ["[start]", "a", "red", "circle", "[end]"]
-        assert [word for word, *_ in explanation.words()] == ["a", "red", "circle"]
-        assert attribution.token_weight.sum() == pytest.approx(1, abs=1e-5)
-        best = attribution.frame_contribution.argmax()
-        assert explanation.peak() == explanation.times[best]
 
 
 def test_an_explanation_by_hand():
@@ -415,12 +236,13 @@ def test_an_explanation_by_hand():
     tokens = ["[start]", "red", "dog", "[end]"]
     explanation = explain(INTERACTIONS["wti"], Part(text), video, tokens, (0.0, 1.5))
     attribution = explanation.attribution
-    assert explanation.tokens == tokens
     np.testing.assert_allclose(attribution.similarity, [[0, 1], [0, 1], [1, 0], [0, 1]])
     contributions = [(0.6 + 0.7) / 2, (0.4 + 0.3) / 2]
     np.testing.assert_allclose(attribution.frame_contribution, contributions)
     assert (explanation.peak(), explanation.peak(1.0, 2.0)) == (0.0, 1.5)
-    assert [found.tolist() for *_, found in explanation.words()] == [[0, 1], [1, 0]]
+    assert [(word, found.tolist()) for word, _, found in explanation.words()] == [
+        *(("red", [0, 1]), ("dog", [1, 0]))
+    ]
 
 
 def test_timestamps_are_formatted():
@@ -429,113 +251,104 @@ def test_timestamps_are_formatted():
     assert [format_clock(seconds) for seconds in (0, 62.4, 3600)] == ["0:00", "1:02", "1:00:00"]
 
 
-def test_a_figure_of_a_pair(search_run, test_videos, tmp_path, capsys):
-    """Of a file that is in no index, with the model of a run; and errors of the output file."""
-    video = sorted(test_videos.iterdir())[0]
-    flags = (f"--workdir={search_run}", "--query=a red circle", f"--video={video}")
-    drawn = run_module("drl_jax.search", "explain", *flags, f"--out={tmp_path / 'figure.png'}")
-    assert "best moment 0:0" in drawn.stdout
+def test_a_figure_of_a_pair(search_run, videos, tmp_path, capsys):
+    """With the model of a run: the file need not be in an index."""
+    flags = (f"--workdir={search_run}", "--query=a red circle", f"--video={videos / 'shot0.mp4'}")
+    assert main(["explain", *flags, f"--out={tmp_path / 'figure.png'}"]) == 0
+    assert "best moment 0:0" in capsys.readouterr().out
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.size[0] > 800
         assert len(figure.convert("RGB").getcolors(1 << 24)) > 100
-    flag = f"--out={tmp_path / 'figure.xyz'}"
-    error = error_of("drl_jax.search", "explain", *flags, flag, capsys=capsys)
-    assert f"cannot write {flag}" in error
-    assert "xyz" in error.removeprefix(f"cannot write {flag}")
-    flag = f"--out={tmp_path / 'none' / 'figure.png'}"
-    error = error_of("drl_jax.search", "explain", *flags, flag, capsys=capsys)
-    assert f"cannot write {flag} (No such file" in error
+    for name, reason in (("figure.xyz", "xyz"), ("none/figure.png", "No such file")):
+        flag = f"--out={tmp_path / name}"
+        error = error_of("drl_jax.search", "explain", *flags, flag, capsys=capsys)
+        assert f"cannot write {flag}" in error
+        assert reason in error.removeprefix(f"cannot write {flag}")
 
 
-# ---------------------------------------------------------------------- prompt and commands
+# ---------------------------------------------------------------------- commands
 
 
-def test_a_name_with_a_newline_is_printed_in_one_line(shared_search):
-    ((hit,),) = shared_search.search(["a"], top=1)
+def test_a_name_with_a_newline_is_printed_in_one_line(session):
+    ((hit,),) = session.search(["a"], top=1)
     named = dataclasses.replace(hit, path=Path("new\nline.mp4"))
     assert format_hits([named]).count("\n") == format_hits([hit]).count("\n")
     assert r"new\nline.mp4" in format_hits([named])
 
 
-def test_the_prompt_answers_from_the_updated_index(model, videos, index, monkeypatch, capsys):
+def test_the_commands(search_run, videos, tmp_path, monkeypatch, capsys):
+    """An index finds the model of a relative path from any directory."""
+    index = f"--index={tmp_path / 'index'}"
+    monkeypatch.chdir(search_run.parent)
+    assert main(["index", f"--workdir={search_run.name}", f"--videos={videos}", index]) == 0
+    assert "5 added" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+
+    # The run reads 24 tokens, with the start and the end.
+    assert main(["query", index, "a red circle", "dog " * 22, "--json", "--top=2"]) == 0
+    captured = capsys.readouterr()
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    assert [answer["query"] for answer in answers] == ["a red circle", "dog " * 22]
+    assert "cut to" not in captured.err
+    hit = answers[0]["hits"][0]
+    assert set(hit) == {"rank", "score", "weak", "same_picture", "path", "duration", "moments"}
+    moment = hit["moments"][0]
+    assert set(moment) == {"start", "end", "peak", "score", "unusual", "explanation"}
+    words = [word["word"] for word in moment["explanation"]["words"]]
+    assert words == ["a", "red", "circle"]
+
+    flags = ("--json", "--moments=1", "--only=film.mp4", "--only=sub/picture.mp4")
+    assert main(["query", index, "dog " * 23, *flags]) == 0
+    captured = capsys.readouterr()
+    line = "drl_jax.search: 1 of 1 captions cut to data.max_words=24 tokens (start and end"
+    assert captured.err.count(line) == 1
+    hits = json.loads(captured.out)["hits"]
+    assert {Path(hit["path"]).name for hit in hits} == {"film.mp4", "picture.mp4"}
+    assert {len(hit["moments"]) for hit in hits} == {1}
+
+
+def test_sentences_are_ranked_for_a_video(session, videos, tmp_path, capsys):
+    sentences = ["a circle", "a cross", "two words more"]
+    (tmp_path / "sentences.txt").write_text("\n".join(sentences))
+    flags = (f"--video={videos / 'shot0.mp4'}", f"--sentences={tmp_path / 'sentences.txt'}")
+    assert main(["query", f"--index={session.directory}", *flags, "--json"]) == 0
+    ranked = json.loads(capsys.readouterr().out)["sentences"]
+    assert ranked == sorted(ranked, key=lambda one: -one["score"])
+    found = [by_name(hits)["shot0.mp4"].score for hits in session.search(sentences, top=5)]
+    scores = {one["sentence"]: one["score"] for one in ranked}
+    assert scores == pytest.approx(dict(zip(sentences, found, strict=True)), abs=1e-5)
+
+
+def test_the_prompt_answers_from_the_updated_index(session, tmp_path, monkeypatch, capsys):
+    index = shutil.copytree(session.directory, tmp_path / "index")
+
     def lines():
         yield "a dog"
-        for name in ("0.mp4", "2.mp4", "4.mp4", "sub/1.mp4", "sub/3.mp4"):
-            (videos / name).unlink()
-        write_other_video(videos / "new.mp4")
-        update_index(model, videos, index, prune=True)
-        yield "a dog"
+        with IndexWriter(index) as writer:
+            writer.put([], gone=["film.mp4", "shot3.mp4"])
+        yield "  a dog "
         yield "dog " * 3000
         yield ""
 
     answers = lines()
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
-    capsys.readouterr()
     assert main(["query", f"--index={index}"]) == 0
     _, before, after = capsys.readouterr().out.split("a dog\n")
-    assert before.count(".mp4") == 5
-    assert sorted(line.split("/")[-1] for line in after.splitlines() if ".mp4" in line) == [
-        "5.mp4",
-        "new.mp4",
-    ]
+    assert (before.count(".mp4"), after.count(".mp4")) == (5, 3)
     assert "the sentence has 11,999 characters" in after
 
 
-def test_the_commands(search_run, videos, tmp_path, capsys):
-    index = f"--index={tmp_path / 'index'}"
-    made = run_module(
-        "drl_jax.search", "index", f"--workdir={search_run}", f"--videos={videos}", index
-    )
-    assert "6 added" in made.stdout
-    prompt = run_module("drl_jax.search", "query", index, input="a dog\n  a red circle \n")
-    assert "a dog\n" in prompt.stdout
-    assert "a red circle\n" in prompt.stdout
-    assert prompt.stdout.count(".mp4") == 2 * 5
-
-    assert main(["query", index, "a red circle", "a dog", "--json", "--top=2"]) == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["query"] for answer in answers] == ["a red circle", "a dog"]
-    # The run reads 24 tokens; a second sentence may be cut, too, in the same process.
-    for sentence, cut in (("dog " * 22, 0), ("dog " * 23, 1), ("cat " * 23, 1)):
-        assert main(["query", index, sentence, "a dog", "--json"]) == 0
-        said = "drl_jax.search: 1 of 2 captions cut to data.max_words=24 tokens (start and end"
-        assert capsys.readouterr().err.count(said) == cut
-    hit = answers[0]["hits"][0]
-    assert set(hit) == {"rank", "score", "weak", "same_picture", "path", "duration", "moments"}
-    moment = hit["moments"][0]
-    assert set(moment) == {"start", "end", "peak", "score", "unusual", "explanation"}
-    words = moment["explanation"]["words"]
-    assert [word["word"] for word in words] == ["a", "red", "circle"]
-    only = ("--only=sub/1.mp4", "--only=2.mp4")
-    assert main(["query", index, "a dog", "--json", "--moments=1", *only]) == 0
-    hits = json.loads(capsys.readouterr().out)["hits"]
-    assert {Path(hit["path"]).name for hit in hits} == {"1.mp4", "2.mp4"}
-    assert {len(hit["moments"]) for hit in hits} == {1}
-    assert main(["query", index, "a dog", "--only=none.mp4"]) == 1
-    assert "no video of the index has the path 'none.mp4'" in capsys.readouterr().err
-    # A sentence and a video together: their similarities are added.
-    flags = (f"--video={videos / '0.mp4'}", "--json", "--top=6")
-    assert main(["query", index, "a dog", *flags]) == 0
-    assert main(["query", index, "a dog", "--json", "--top=6"]) == 0
-    both, sentence = map(json.loads, capsys.readouterr().out.splitlines())
-    assert both["query"] == "a dog"
-    score = {hit["path"]: hit["score"] for hit in sentence["hits"]}
-    itself = next(hit for hit in both["hits"] if hit["path"].endswith("/0.mp4"))
-    assert itself["score"] - score[itself["path"]] == pytest.approx(1, abs=0.03)
+MAKE = ("index", "--index=I", "--videos=V")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("index", "--index=I", "--videos=V"), "name the model with --workdir=RUN or --weights"),
-        (("index", "--index=I", "--videos=V", "--workdir=nowhere"), "no run in nowhere"),
-        (
-            ("index", "--index=I", "--videos=V", "--shard=16/16"),
-            "--shard=16/16: write NUMBER/COUNT",
-        ),
-        (("index", "--index=I", "--videos=V", "--shard="), "--shard=: write NUMBER/COUNT"),
+        (MAKE, "name the model with --workdir=RUN or --weights"),
+        ((*MAKE, "--workdir=nowhere"), "no run in nowhere"),
+        ((*MAKE, "--weights=none.pt"), "none.pt"),
+        ((*MAKE, "--shard="), "--shard=: write NUMBER/COUNT"),
         (("join", "--index=I", "nowhere"), "no index in nowhere; make it with"),
-        (("index", "--index=I", "--videos=V", "--weights=none.pt"), "none.pt"),
         (("query", "--index=nowhere", "a dog"), "no index in nowhere; make it with"),
         (
             ("query", "--index=I", "a dog", "--video=v.mp4", "--sentences=s.txt"),
@@ -545,7 +358,6 @@ def test_the_commands(search_run, videos, tmp_path, capsys):
         (("query", "--index=I", "--url=http://h:6333", "a"), "--url needs --engine=qdrant"),
         (("query", "--index=I", "--top=0", "a"), "must be a positive whole number, not '0'"),
         (("query", "a dog"), "required: --index"),
-        (("serve", "--index=nowhere"), "no index in nowhere"),
         (("explain", "--query=a", "--video=v.mp4", "--out=f.png"), "name the model with --index"),
     ],
 )

@@ -8,11 +8,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from support.videos import SHARED, write_video
+from support.videos import write_video
 
 from drl_jax.data.video import RgbConverter, read_timed_frames, to_form
 from drl_jax.search import duplicates
 from drl_jax.search.duplicates import find_duplicates, same_picture
+from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.reading import MIRRORED, picture_hash
 from drl_jax.search.update import update_index
@@ -66,8 +67,8 @@ def videos(tmp_path_factory):
     symmetrical[:, :, SIDE // 2 :] = symmetrical[:, :, : SIDE // 2][:, :, ::-1]
     write_video(folder / "symmetrical.mp4", symmetrical, FPS)
     copied(folder / "symmetrical.mp4", folder / "symmetrical2.mp4")
-    black = np.full((24, SIDE, SIDE, 3), 16, np.uint8)
-    noise = np.random.default_rng(9).integers(0, 12, (24, SIDE, SIDE, 3), np.uint8)
+    black = np.full((16, SIDE, SIDE, 3), 16, np.uint8)
+    noise = np.random.default_rng(9).integers(0, 12, (16, SIDE, SIDE, 3), np.uint8)
     title = film(7, FPS)
     for number in range(2):
         leader = black + noise[:, :: 1 - 2 * number]
@@ -98,17 +99,15 @@ def test_copies_are_found(index):
     ]
 
 
-def test_videos_that_are_gone_are_not(search_model, videos, tmp_path):
-    own = shutil.copytree(videos, tmp_path / "videos")
-    update_index(search_model, own, tmp_path / "index")
-    (own / "film0.mp4").unlink()
-    update_index(search_model, own, tmp_path / "index")
+def test_videos_that_are_gone_are_not(search_model, index, tmp_path):
+    shutil.copytree(index.directory, tmp_path / "index")
+    with IndexWriter(tmp_path / "index") as writer:
+        writer.put([], gone=["film0.mp4"])
     found = find_duplicates(OpenIndex(tmp_path / "index", search_model))
     assert [d.first for d in found] == ["all.mp4", "mirrored.mp4", "symmetrical.mp4"]
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpeg"])
-def test_a_picture_is_a_frame(index, videos, suffix):
+def test_a_picture_is_a_frame(index, videos):
     frames, _ = read_timed_frames(videos / "film0.mp4", 4, index.model.frame_form)
     video = index.video_at("film0.mp4")
     for number in range(len(frames)):
@@ -119,7 +118,7 @@ def test_a_picture_is_a_frame(index, videos, suffix):
                 if frame.time >= video.times[number] - 1e-3
             )
         file = io.BytesIO()
-        picture.to_image().save(file, suffix)
+        picture.to_image().save(file, "jpeg")
         read = to_form(np.asarray(Image.open(file)), index.model.frame_form)
         assert [found.path for found in same_picture(index, read)] == ["film0.mp4", "small.mp4"]
     assert same_picture(index, film(99, 1)[0]) == []
@@ -156,21 +155,3 @@ def test_many_videos(monkeypatch):
     expected = [[n, count - 200 + n, int(n >= 100)] for n in range(200)]
     assert [pair for pair in found if pair in expected] == expected
     assert len(found) < 210
-
-
-@pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips")
-def test_real_clips(search_model, tmp_path):
-    """Of one series, so that some are alike."""
-    clips, videos = sorted((SHARED / "clips").glob("mma_*")), tmp_path / "videos"
-    for folder in ("small", "mirrored", "original"):
-        (videos / folder).mkdir(parents=True)
-    for path in clips:
-        shutil.copy(path, videos / "original")
-        copied(path, videos / "small" / path.name, crf=38, scale=0.5)
-        copied(path, videos / "mirrored" / path.name, mirror=True)
-    update_index(search_model, videos, tmp_path / "index")
-    pairs = {d[:2]: d for d in find_duplicates(OpenIndex(tmp_path / "index", search_model))}
-    assert all(Path(first).name == Path(second).name for first, second in pairs)
-    for path in clips:
-        assert pairs[f"mirrored/{path.name}", f"original/{path.name}"].is_mirrored
-        assert not pairs[f"original/{path.name}", f"small/{path.name}"].is_mirrored

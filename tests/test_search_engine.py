@@ -1,5 +1,7 @@
 """Comparison of queries with windows: blocks, parts, devices, filters, ties, the scan."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -47,6 +49,13 @@ def engine_of(model, layout):
     return SearchEngine(model.config.model, jax.device_put(model.params, layout.replicated))
 
 
+def split(arrays, ends):
+    return [
+        {name: array[start:end] for name, array in arrays.items()}
+        for start, end in itertools.pairwise([0, *ends])
+    ]
+
+
 def check(rankings, similarity, top, valid=None):
     """Compares rankings with a matrix whose best rows are expected, by score and slot."""
     for ranking, row in zip(rankings, similarity, strict=True):
@@ -60,17 +69,12 @@ def check(rankings, similarity, top, valid=None):
         np.testing.assert_allclose(ranking.scores, row[ranking.slots], atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("ends", [[50], [5, 5, 23, 50], [40, 44, 50]])
+@pytest.mark.parametrize(("devices", "ends"), [(8, [50]), (8, [5, 5, 23, 50]), (1, [40, 44, 50])])
 def test_parts_blocks_and_devices_change_nothing(
     small_blocks, search_model, text, video, similarity, devices, ends
 ):
     """Parts that are blocks of their own, of which the last overlaps, and parts that are copied."""
-    parts = [
-        {name: array[start:end] for name, array in video.items()}
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
-    layout = make_layout(jax.devices()[:devices])
+    parts, layout = split(video, ends), make_layout(jax.devices()[:devices])
     gallery, engine = Gallery(parts, layout), engine_of(search_model, layout)
     for top in (3, 10, 100):
         check(engine.search([Part(text)], gallery, top, is_one=False), similarity, top)
@@ -103,28 +107,10 @@ def test_a_score_is_the_sum_of_its_parts(search_model, text, video, similarity):
     np.testing.assert_allclose(ranking.scores, expected[ranking.slots], atol=1e-5)
 
 
-def test_a_score_does_not_depend_on_other_queries(search_model, video):
-    sentences = ["one", "a much longer sentence with many more words than the other one has"]
-    layout = search_model.layout
-    gallery, engine = Gallery([video], layout), engine_of(search_model, layout)
-    together = search_model.encode_text(sentences)
-    both = engine.search([Part(together)], gallery, 50, is_one=False)
-    for row, found in enumerate(both):
-        alone = {name: array[[row]] for name, array in together.items()}
-        (expected,) = engine.search([Part(alone)], gallery, 50)
-        np.testing.assert_array_equal(found.slots, expected.slots)
-        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
-
-
-@pytest.mark.parametrize("ends", [[50], [5, 5, 23, 50]])
-def test_a_scan_finds_the_largest_dot_products(small_blocks, search_model, text, video, ends):
+def test_a_scan_finds_the_largest_dot_products(small_blocks, search_model, text, video):
     vectors = TokenWise.video_vectors(video)
     stored = {**video, **quantize({"pooled_unit": vectors}, "int8")}
-    parts = [
-        {name: array[start:end] for name, array in stored.items()}
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
-    layout = search_model.layout
+    parts, layout = split(stored, [5, 5, 23, 50]), search_model.layout
     gallery, engine = Gallery(parts, layout), engine_of(search_model, layout)
     queries = TokenWise.query_vectors(text)
     rounded = stored["pooled_unit"].astype(np.float32) * stored["pooled_unit.scale"][:, None]

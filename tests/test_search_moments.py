@@ -1,5 +1,7 @@
 """Long videos: windows, moments, and queries that are no sentence."""
 
+import itertools
+
 import numpy as np
 import pytest
 from support.films import shot
@@ -53,18 +55,21 @@ def test_a_window_has_evenly_spaced_frames_if_there_are_too_many():
 
 
 def test_no_window_crosses_a_cut_by_more_than_half_a_second():
+    """Neither a stored one nor one around it."""
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        starts = np.concatenate([[0], np.cumsum(rng.choice([0.1, 0.4, 1, 3, 8, 30], 20))])
-        video = sampled(starts[:-1], starts[-1])
-        for window in windows_of(video, 12):
-            assert window.end - window.start <= 12 + 1e-9
+    for trial in range(100):
+        lengths = rng.choice([0.1, 0.4, 1, 3, 4.1, 8, 30], 20)
+        starts, most = np.concatenate([[0], np.cumsum(lengths)]), (4, 12)[trial % 2]
+        video = sampled(starts[:-1], starts[-1], 4 if trial % 4 == 0 else 1)
+        windows = windows_of(video, most)
+        around = [windows_around(video.times, windows, n, most) for n in range(len(windows))]
+        for window in itertools.chain(windows, *around):
+            assert window.end - window.start <= most + 1e-9
             inside = starts[(starts > window.start) & (starts < window.end)]
-            for cut in inside:
-                assert min(cut - window.start, window.end - cut) <= 0.5
+            assert all(min(cut - window.start, window.end - cut) <= 0.5 for cut in inside)
 
 
-@pytest.mark.parametrize("fps", [1, 2, 4])
+@pytest.mark.parametrize("fps", [1, 4])
 def test_every_frame_starts_a_window_around_a_stored_one(fps):
     video = sampled([0, 9], 40, fps)
     windows = windows_of(video, 4)
@@ -78,18 +83,6 @@ def test_every_frame_starts_a_window_around_a_stored_one(fps):
     for stored, near in zip(windows, around, strict=True):
         assert stored.frames in [window.frames for window in near]
         assert all(abs(window.start - stored.start) <= 2 for window in near)
-
-
-def test_no_window_around_a_stored_one_crosses_a_cut():
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        starts = np.concatenate([[0], np.cumsum(rng.choice([0.4, 1, 3, 4.1, 8, 30], 12))])
-        video = sampled(starts[:-1], starts[-1], 4)
-        windows = windows_of(video, 4)
-        for number in range(len(windows)):
-            for window in windows_around(video.times, windows, number, 4):
-                cuts = starts[(starts > window.start) & (starts < window.end)]
-                assert all(min(c - window.start, window.end - c) <= 0.5 for c in cuts)
 
 
 # ---------------------------------------------------------------- refinement
@@ -119,7 +112,7 @@ def candidates_of(model, parts, film: Film) -> list[Candidate]:
     return [Candidate(film, int(number), float(scores[number])) for number in order]
 
 
-@pytest.mark.parametrize("interaction", ["wti", "dp", "xti"])
+@pytest.mark.parametrize("interaction", ["wti", "xti"])
 def test_a_refined_window_has_the_score_of_its_frames(shapes_config, interaction):
     model = random_model(shapes_config, interaction)
     film, parts = film_of(model), parts_of(model, "a red circle moves")

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -72,14 +73,10 @@ def test_only_requests_for_known_hosts_are_answered(hosts, status):
     ("host", "address", "url"),
     [
         ("::1", "::1", "http://[::1]:8000/"),
-        ("127.0.0.2", "127.0.0.2", "http://127.0.0.2:8000/"),
         ("::ffff:127.0.0.1", "::ffff:127.0.0.1", "http://[::ffff:127.0.0.1]:8000/"),
-        ("localhost", "127.0.0.1", "http://localhost:8000/"),
         ("here", "127.0.1.1", "http://here:8000/"),
         ("0.0.0.0", "0.0.0.0", "http://the-machine:8000/?token="),
-        ("::", "::", "http://the-machine:8000/?token="),
         ("::ffff:0.0.0.0", "::ffff:0.0.0.0", "http://the-machine:8000/?token="),
-        ("server", "192.0.2.7", "http://server:8000/?token="),
         ("2001:db8::5", "2001:db8::5", "http://[2001:db8::5]:8000/?token="),
     ],
 )
@@ -184,18 +181,24 @@ def test_addresses_survive_a_round_trip():
     )
 
 
-def test_a_full_disk_while_a_video_is_sent_is_one_line():
+def sending(add: Callable[[str, Path], str]) -> Callable:
+    """Sends a file to the address of pictures."""
+    route = upload_routes(types.SimpleNamespace(add=add, max_video=100))[0]
+    headers = [(b"content-type", b"application/octet-stream")]
+    scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"name", "more_body": False}
+
+    return lambda: route.endpoint(Request(scope, receive))
+
+
+def test_a_full_disk_while_a_file_is_sent_is_one_line():
     def add(what: str, path: Path) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    async def receive() -> dict:
-        return {"type": "http.request", "body": b"a video", "more_body": False}
-
-    route = upload_routes(types.SimpleNamespace(add=add, max_video=100))[1]
-    headers = [(b"content-type", b"application/octet-stream")]
-    scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
     with pytest.raises(BadRequest, match=r"cannot keep the file \(No space") as raised:
-        asyncio.run(route.endpoint(Request(scope, receive)))
+        asyncio.run(sending(add)())
     assert raised.value.http_status == 507
 
 
@@ -208,15 +211,9 @@ def test_files_that_are_sent_are_read_one_by_one():
         time.sleep(0.02)
         return running.pop().decode()
 
-    async def receive() -> dict:
-        return {"type": "http.request", "body": b"name", "more_body": False}
-
     async def send_five() -> list:
-        route = upload_routes(types.SimpleNamespace(add=add, max_video=100))[0]
-        headers = [(b"content-type", b"application/octet-stream")]
-        scope = {"type": "http", "method": "POST", "path": route.path, "headers": headers}
-        requests = (route.endpoint(Request(scope, receive)) for _ in range(5))
-        return await asyncio.gather(*requests)
+        send = sending(add)
+        return await asyncio.gather(*(send() for _ in range(5)))
 
     answers = asyncio.run(send_five())
     assert [json.loads(answer.body) for answer in answers] == 5 * [{"picture": "name"}]

@@ -15,7 +15,7 @@ from support.search import made_up_videos, made_up_windows, write_index
 from drl_jax.search import engine, open_index, session
 from drl_jax.search.index_file import IndexWriter, join
 from drl_jax.search.query import Query
-from drl_jax.search.segments import SearchIndexError
+from drl_jax.search.segments import SearchIndexError, Segment
 from drl_jax.search.session import Index
 
 WORDS = "a red blue green circle square triangle cross moves grows shrinks left right up"
@@ -44,11 +44,6 @@ def rounded(unit, storage):
     return np.rint(unit / scale) * scale
 
 
-def ask_all(index, asked):
-    """In batches: of 256 rows, the product of so small features rounds as its block has windows."""
-    return [hits for n in range(0, 200, 50) for hits in index.search(asked[n : n + 50], 10)]
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(engine, "BLOCKS", (256, 64))
@@ -59,7 +54,7 @@ def small_blocks(monkeypatch):
 def test_hits_scores_and_order_equal_a_product_in_numpy(
     search_model, tmp_path, small_blocks, storage
 ):
-    """200 sentences and 600 windows, with twins; two segments are blocks of their own."""
+    """50 sentences and 600 windows, with twins; two segments are blocks of their own."""
     windows = made_up_windows(search_model, 600)
     twin = {n: 599 - n for n in range(100)}
     for array in windows.values():
@@ -69,8 +64,10 @@ def test_hits_scores_and_order_equal_a_product_in_numpy(
     videos = made_up_videos(search_model, paths, windows, storage)
     parts = [videos[:300], videos[300:500], videos[500:540], videos[540:]]
     one = write_index(tmp_path / "one", search_model, parts, storage=storage)
-    asked = sentences(200)
-    found = ask_all(Index(one, search_model), asked)
+    asked, opened = sentences(50), Index(one, search_model)
+    stored = opened.state().segments[0].segment.arrays["window.frame_unit"]
+    assert stored.itemsize == {"bfloat16": 2, "int8": 1}[storage]
+    found = opened.search(asked, 10)
     stored = {**windows, "frame_unit": rounded(windows["frame_unit"], storage)}
     for hits, row in zip(found, similarity(search_model.encode_text(asked), stored), strict=True):
         order = sorted(range(600), key=lambda n, row=row: (-row[n], paths[n]))[:10]
@@ -85,13 +82,14 @@ def test_hits_scores_and_order_equal_a_product_in_numpy(
     for shard, part in zip(shards, (videos[:70], videos[70:]), strict=True):
         write_index(shard, search_model, [part], storage=storage, videos=str(one))
     join(tmp_path / "joined", shards)
-    joined = ask_all(Index(tmp_path / "joined", search_model), asked)
+    joined_index = Index(tmp_path / "joined", search_model)
+    joined = joined_index.search(asked, 10)
     for hits, others in zip(joined, found, strict=True):
         assert [hit.video.path for hit in hits] == [hit.video.path for hit in others]
         assert [hit.score for hit in hits] == [hit.score for hit in others]
     # A picture is compared with the same 64 of the windows.
     picture = Query(picture=np.random.default_rng(3).bytes(np.prod(search_model.frame_form.shape)))
-    one, joined = (Index(path, search_model).search(picture) for path in (one, tmp_path / "joined"))
+    one, joined = (index.search(picture) for index in (opened, joined_index))
     assert [hit.moments[0].unusual for hit in one] == [hit.moments[0].unusual for hit in joined]
 
 
@@ -116,6 +114,12 @@ def change(index, row, value=0):
         file.write(bytes([value]) * array[0].nbytes)
 
 
+def search_until_refused(opened):
+    for _ in range(500):
+        opened.search("a", 1)
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("at_once", [0, 10_000])
 def test_features_that_are_zeroed_under_an_open_index_are_noticed(
     search_model, index, monkeypatch, at_once
@@ -129,24 +133,14 @@ def test_features_that_are_zeroed_under_an_open_index_are_noticed(
         search_until_refused(opened)
 
 
-def search_until_refused(opened):
-    for _ in range(500):
-        opened.search("a", 1)
-        time.sleep(0.01)
-
-
 def test_what_is_shown_of_a_large_index_is_checked_first(search_model, index, monkeypatch):
     monkeypatch.setattr(open_index, "_AT_ONCE", 0)
+    monkeypatch.setattr(open_index.OpenIndex, "_verify", lambda *arguments: None)
     change(index, 7, 64)
-    with monkeypatch.context() as patch:
-        patch.setattr(open_index.OpenIndex, "_verify", lambda *arguments: None)
-        opened = Index(index, search_model)
+    opened = Index(index, search_model)
+    for ask in (lambda: opened.search("a", 40), lambda: opened.state().video_at("07.mp4")):
         with pytest.raises(SearchIndexError, match=r"features of '07.mp4' differ"):
-            opened.search("a", 40)
-        with pytest.raises(SearchIndexError, match=r"features of '07.mp4' differ"):
-            opened.state().video_at("07.mp4")
-    with pytest.raises(SearchIndexError, match=r"features of '07.mp4' differ"):
-        search_until_refused(Index(index, search_model))
+            ask()
 
 
 def test_a_file_that_is_cut_under_an_open_index_is_noticed(search_model, index):
@@ -187,6 +181,32 @@ def test_an_old_state_is_answered_from_while_its_files_are_deleted(
     assert {path: after[path] for path in after if path > "20"} == pytest.approx(
         {path: before[path] for path in before if path > "20"}, abs=1e-6
     )
+
+
+def test_an_open_index_checks_only_new_features(search_model, index, monkeypatch):
+    opened, checked, verify = Index(index, search_model), set(), Segment.verify
+
+    def watched(segment, row):
+        if not segment.verified[row]:
+            checked.add(segment.path(row))
+        verify(segment, row)
+
+    monkeypatch.setattr(Segment, "verify", watched)
+    with IndexWriter(index) as writer:
+        writer.put(made_up_videos(search_model, ["new.mp4"], made_up_windows(search_model, 1)))
+        writer.listed[-1].segment.verified[:] = False
+    assert len(opened.search("a", 99)) == 41
+    assert checked == {"new.mp4"}
+
+
+def test_a_deleted_and_recreated_index_is_opened_again(search_model, index):
+    opened = Index(index, search_model)
+    shutil.rmtree(index)
+    with pytest.raises(SearchIndexError, match="no index in"):
+        opened.search("a", 1)
+    videos = made_up_videos(search_model, ["new.mp4"], made_up_windows(search_model, 1))
+    write_index(index, search_model, [videos])
+    assert [hit.video.path for hit in opened.search("a", 9)] == ["new.mp4"]
 
 
 def test_queries_do_not_wait_for_a_new_state(search_model, index, monkeypatch):

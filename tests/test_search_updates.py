@@ -1,38 +1,48 @@
-"""Updates of single files, moved files, and joined indexes."""
+"""Updates of an index: changed, named and moved files, accidents, and joined indexes."""
 
-import asyncio
 import collections
+import contextlib
+import dataclasses
 import hashlib
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import error_of
+from support.commands import start_interruptible
+from support.processes import killing_workers
 from support.search import made_up_videos, made_up_windows, write_index
-from support.videos import write_video
-from test_search_store import contents
+from support.videos import (
+    write_video,
+    write_video_of_unknown_codec,
+    write_video_with_latin_title,
+)
+from test_search_store import assert_same_arrays, contents
 
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.worker_pool import WorkerFailure
+from drl_jax.search import index_file
 from drl_jax.search import update as update_module
-from drl_jax.search.__main__ import main
 from drl_jax.search.addresses import PageQuery
 from drl_jax.search.api import SearchAPI
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters
-from drl_jax.search.index_file import IndexPart, IndexWriter, join, read_header
+from drl_jax.search.index_file import IndexPart, IndexWriter, join, read_header, read_progress
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.segments import SearchIndexError
-from drl_jax.search.serve import Access, make_app
 from drl_jax.search.session import Index
-from drl_jax.search.update import is_in_shard, parse_shard, update_index
+from drl_jax.search.update import IndexReport, is_in_shard, parse_shard, update_index
 
 NAMES = ("a.mp4", "c/d.mp4", "c/e.mp4", "g.mp4", "j.mp4", "long.mp4", "no.mp4")
 # The shard of each, of four.
 HASHES = (0, 0, 3, 3, 1, 2, 1)
+CORRECTION = Correction("is:20")
 BANK = ["a red circle", "a blue square moves", "two triangles", "nothing"]
 
 
@@ -64,9 +74,14 @@ def shared(search_model, tmp_path_factory):
     return root
 
 
-def update(model, root: Path, name: str, *only: str, **flags):
+def update(model, root: Path, name: str, *only: str, **flags) -> IndexReport:
     videos = root / "videos"
     return update_index(model, videos, root / name, storage="float32", only=only, **flags)
+
+
+def counts(report: IndexReport) -> tuple[int, ...]:
+    """Files that were added, changed, moved and removed, and unchanged ones."""
+    return report.added, report.changed, report.moved, report.removed, report.unchanged
 
 
 @pytest.fixture
@@ -89,7 +104,34 @@ def damage(index: Path, *paths: str) -> None:
                 file.write(bytes(5))
 
 
-# ---------------------------------------------------------------------- single files
+def scores(index: Index) -> dict[str, float]:
+    return {hit.video.path: hit.score for hit in index.search("a red circle", top=20)}
+
+
+# ---------------------------------------------------------------------- changed files
+
+
+def test_only_changed_files_are_decoded_and_an_open_index_shows_them(search_model, copy):
+    videos, opened = copy / "videos", Index(copy / "all", search_model)
+    before, old_state, old = contents(copy / "all"), opened.state(), scores(opened)
+    write_video(videos / "new.mp4", frames(21), fps=2)
+    write_video(videos / "a.mp4", frames(22), fps=2)
+    (videos / "c" / "d.mp4").unlink()
+    os.utime(videos / "g.mp4", (1, 1))  # Another time, the same content.
+    assert counts(update(search_model, copy, "all")) == (1, 1, 0, 1, 5)
+    after = contents(copy / "all")
+    assert after.keys() == before.keys() - {"c/d.mp4"} | {"new.mp4"}
+    assert after["a.mp4"].sha256 != before["a.mp4"].sha256
+    for name in after.keys() - {"a.mp4", "new.mp4"}:
+        assert_same_arrays(after[name], before[name])
+    new = scores(opened)
+    assert new == scores(Index(copy / "all", search_model))
+    assert new.keys() == after.keys() - {"no.mp4"}
+    # A query that was running meanwhile has the features of the videos it lists.
+    hits = opened.answer(old_state, Query("a red circle"), 20)
+    assert {hit.video.path: hit.score for hit in hits} == old
+    assert counts(update(search_model, copy, "all")) == (0, 0, 0, 0, 7)
+    assert opened.state() is opened.state()  # Nothing changed: not opened again.
 
 
 def test_only_the_named_files_are_updated(search_model, copy):
@@ -104,19 +146,19 @@ def test_only_the_named_files_are_updated(search_model, copy):
     damage(copy / "all", "j.mp4", "long.mp4")
     named = ("new.mp4", "./g.mp4", str(videos / "c" / "d.mp4"), "bad.mp4", "new.mp4", "j.mp4")
     report = update(search_model, copy, "all", *named)
-    assert (report.added, report.changed, report.removed, report.unchanged) == (2, 2, 1, 0)
+    assert counts(report) == (2, 2, 0, 1, 0)
     assert report.bad.keys() == {"bad.mp4"}
     with pytest.raises(SearchIndexError, match=r"features of 'long.mp4' differ"):
         opened.state()
     # The whole folder: the rest follows.
     windows = report.windows
     report = update(search_model, copy, "all")
-    assert (report.added, report.changed, report.removed, report.unchanged) == (0, 2, 1, 5)
+    assert counts(report) == (0, 2, 0, 1, 5)
     assert {v.path for v in opened.videos} == {"a.mp4", "g.mp4", "j.mp4", "long.mp4", "new.mp4"}
     assert report.windows == windows - 1 == len(opened.state().gallery)
 
 
-def test_files_that_can_not_be_named(search_model, copy, search_run, capsys):
+def test_files_that_can_not_be_named(search_model, copy):
     videos = copy / "videos"
     (videos / "text.txt").write_text("")
     (videos / "link").symlink_to("c")
@@ -131,15 +173,19 @@ def test_files_that_can_not_be_named(search_model, copy, search_run, capsys):
     ):
         with pytest.raises(UserError, match=message):
             update(search_model, copy, "all", path)
-    flags = (f"--workdir={search_run}", f"--videos={videos}", f"--index={copy / 'all'}")
-    flags = (*flags, "--storage=float32", "--only=none.mp4")
-    assert "nor the index has such" in error_of("drl_jax.search", "index", *flags, capsys=capsys)
-    # A disk that is not mounted has an empty folder in its place.
-    shutil.rmtree(videos)
-    videos.mkdir()
+
+
+def test_a_folder_that_is_not_mounted_removes_nothing(search_model, copy):
+    """There is an empty folder in its place, or a part of the files."""
+    away = (copy / "videos").rename(copy / "away")
+    (copy / "videos").mkdir()
     with pytest.raises(UserError, match=r"1 of the 1 videos .* is it the right folder, and moun"):
         update(search_model, copy, "all", "a.mp4")
-    assert update(search_model, copy, "all", "a.mp4", prune=True).removed == 1
+    shutil.copy2(away / "a.mp4", copy / "videos")
+    with pytest.raises(UserError, match=r"6 of the 7 videos .* is it the right folder, and moun"):
+        update(search_model, copy, "all")
+    assert counts(update(search_model, copy, "all", "no.mp4")) == (0, 0, 0, 1, 0)
+    assert counts(update(search_model, copy, "all", prune=True)) == (0, 0, 0, 5, 1)
 
 
 def test_the_work_of_an_update_does_not_depend_on_the_size(search_model, tmp_path):
@@ -148,7 +194,7 @@ def test_the_work_of_an_update_does_not_depend_on_the_size(search_model, tmp_pat
     (tmp_path / "videos" / "bad.mp4").write_text("no video")
     update(search_model, tmp_path, "empty")  # What is done once is done.
     found = {}
-    for size in (100, 10_000):
+    for size in (100, 3_000):
         windows = made_up_windows(search_model, size)
         videos = made_up_videos(search_model, [f"{n:06}.mp4" for n in range(size)], windows)
         about = {"videos": str(tmp_path / "videos")}
@@ -163,27 +209,40 @@ def test_the_work_of_an_update_does_not_depend_on_the_size(search_model, tmp_pat
         report = update(search_model, tmp_path, str(size), "000050.mp4", "bad.mp4")
         sys.setprofile(None)
         assert (report.removed, report.added, report.windows) == (1, 1, size - 1)
-        searched = {name for name in calls if name == "Segment.path"}  # By halves.
-        found[size] = {name: calls[name] for name in calls if name not in searched}
-        assert sum(calls[name] for name in searched) < 10 * np.log2(size)
-    assert found[100] == found[10_000]
+        assert calls.pop("Segment.path") < 10 * np.log2(size)  # By halves.
+        found[size] = calls
+    assert found[100] == found[3_000]
 
 
 # ---------------------------------------------------------------------- moved files
 
 
-def test_most_of_the_files_are_moved_and_one_is_deleted(search_model, copy):
+def test_a_moved_folder_with_moved_files_keeps_its_features(
+    search_model, copy, tmp_path, monkeypatch
+):
+    """One file is deleted, and another one replaced by a third."""
     before = contents(copy / "all")
-    for name in NAMES[:5]:
-        (copy / "videos" / name).rename(copy / "videos" / f"moved_{name.replace('/', '_')}")
-    (copy / "videos" / "long.mp4").unlink()
-    report = update(search_model, copy, "all")
-    assert (report.moved, report.removed, report.added, report.unchanged) == (5, 1, 0, 1)
-    after = contents(copy / "all")
-    for name in NAMES[:5]:
-        arrays = after[f"moved_{name.replace('/', '_')}"].arrays
-        for array, rows in before[name].arrays.items():
-            np.testing.assert_array_equal(arrays[array], rows)
+    (copy / "videos").rename(tmp_path / "videos")
+    places = {"a.mp4": "c/a.mp4", "c/d.mp4": "d.mp4", "c/e.mp4": "e.mp4", "g.mp4": "j.mp4"}
+    for name, place in places.items():
+        (tmp_path / "videos" / name).rename(tmp_path / "videos" / place)
+    (tmp_path / "videos" / "long.mp4").unlink()
+    (copy / "all").rename(tmp_path / "all")
+    monkeypatch.setattr(type(search_model), "encode_frames", None)  # Nothing is encoded.
+    assert counts(update(search_model, tmp_path, "all")) == (0, 0, 4, 1, 1)
+    after = contents(tmp_path / "all")
+    assert after.keys() == {*places.values(), "no.mp4"}
+    for name, place in places.items():
+        assert_same_arrays(after[place], before[name])
+    (hit,) = Index(tmp_path / "all", search_model).search("a", top=1)
+    assert hit.path.parent in (tmp_path / "videos", tmp_path / "videos" / "c")
+    assert counts(update(search_model, tmp_path, "all")) == (0, 0, 0, 0, 5)
+
+
+def test_a_moved_file_does_not_keep_damaged_features(search_model, copy):
+    damage(copy / "all", "long.mp4")
+    (copy / "videos" / "long.mp4").rename(copy / "videos" / "other.mp4")
+    assert counts(update(search_model, copy, "all")) == (1, 0, 0, 1, 6)
 
 
 def test_a_file_moves_while_segments_are_merged(search_model, test_videos, tmp_path, monkeypatch):
@@ -202,91 +261,214 @@ def test_a_file_moves_while_segments_are_merged(search_model, test_videos, tmp_p
     about = {"videos": str(tmp_path / "videos")}
     write_index(tmp_path / "index", search_model, segments, **about)
     shutil.copy(next(test_videos.iterdir()), tmp_path / "videos" / "a_new.mp4")
-    report = update(search_model, tmp_path, "index")
-    assert (report.added, report.moved, report.unchanged) == (1, 1, 14)
+    assert counts(update(search_model, tmp_path, "index")) == (1, 0, 1, 0, 14)
     assert len(IndexPart(tmp_path / "index").listed) < 16
     moved = contents(tmp_path / "index")["moved.mp4"].arrays["window.frame_unit"]
     np.testing.assert_array_equal(moved, videos[3].arrays["window.frame_unit"])
 
 
+# ---------------------------------------------------------------------- accidents
+
+
+def test_files_that_cannot_be_searched_are_listed_and_not_tried_again(search_model, copy):
+    videos = copy / "videos"
+    write_video_of_unknown_codec(videos / "unknown.mp4", frames(5), fps=2)
+    write_video_with_latin_title(videos / "latin_title.mp4", frames(6), fps=2)
+    (videos / "latin\udce9.mp4").write_bytes(b"")  # The byte 0xe9 alone.
+    os.mkfifo(videos / "pipe.mp4")
+    (videos / "link.mp4").symlink_to("nowhere.mp4")
+    report = update(search_model, copy, "all")
+    assert counts(report) == (2, 0, 0, 0, 7)
+    assert "is not a video: its content is text" in report.bad.pop("no.mp4")
+    none = "it is no file, e.g. a link to nothing"
+    assert report.bad == {
+        "unknown.mp4": "has a video codec that FFmpeg cannot decode",
+        "latin\\udce9.mp4": "its name is not UTF-8; rename it",
+        **{"pipe.mp4": none, "link.mp4": none},
+    }
+    assert counts(update(search_model, copy, "all")) == (0, 0, 0, 0, 9)
+    write_video(videos / "no.mp4", frames(7), fps=2)
+    report = update(search_model, copy, "all")
+    assert counts(report) == (0, 1, 0, 0, 8)
+    assert "no.mp4" not in report.bad
+
+
+def test_files_that_could_not_be_read_this_time_are_read_by_the_next_update(
+    search_model, copy, monkeypatch
+):
+    """The process of a file is killed, or there is no place where the frames of a film can wait."""
+    write_video(copy / "videos" / "new.mp4", frames(8, 16), fps=2)
+    with killing_workers():
+        reports = [update(search_model, copy, "all")]
+    absent = copy / "absent" / "0"
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexWriter, "spool_file", lambda writer, number: absent)
+        reports.append(update(search_model, copy, "all"))
+    for report, reason in zip(
+        reports,
+        (
+            "the process that worked on it died (exit code -9)",
+            f"{absent} cannot be written: No such file or directory (ENOENT)",
+        ),
+        strict=True,
+    ):
+        assert report.unavailable == {"new.mp4": reason}
+        assert counts(report) == (0, 0, 0, 0, 7)
+        assert report.bad.keys() == {"no.mp4"}
+    assert counts(update(search_model, copy, "all")) == (1, 0, 0, 0, 7)
+
+
+def test_a_video_that_took_too_long_is_tried_again_with_more_time(search_model, copy, monkeypatch):
+    write_video(copy / "videos" / "late.mp4", frames(9), fps=2)
+    late = WorkerFailure("took longer than 1 s", is_passing=True, timed_out=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(update_module, "map_in_processes", lambda *a, **flags: iter([late]))
+        assert update(search_model, copy, "all", timeout=1).bad["late.mp4"] == late.reason
+    assert counts(update(search_model, copy, "all", timeout=1)) == (0, 0, 0, 0, 8)
+    report = update(search_model, copy, "all", timeout=100)
+    assert counts(report) == (0, 1, 0, 0, 7)
+    assert report.bad.keys() == {"no.mp4"}
+
+
+def test_a_segment_that_is_cut_is_made_again(search_model, copy):
+    expected = scores(Index(copy / "all", search_model))
+    (path,) = (copy / "all").glob("segments/*/window.frame_unit.bin")
+    os.truncate(path, 1000)
+    with pytest.raises(SearchIndexError, match=r"is damaged .*; index the videos again, and only"):
+        Index(copy / "all", search_model)
+    assert counts(update(search_model, copy, "all")) == (6, 0, 0, 0, 1)
+    assert scores(Index(copy / "all", search_model)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_index_belongs_to_what_it_was_made_with(search_model, copy):
+    def model_with(**groups):
+        config = search_model.config
+        for name, fields in groups.items():
+            group = dataclasses.replace(getattr(config, name), **fields)
+            config = dataclasses.replace(config, **{name: group})
+        return dataclasses.replace(search_model, config=config)
+
+    other = model_with(data={"max_frames": 3})
+    with pytest.raises(SearchIndexError, match="was made with another model"):
+        Index(copy / "all", other)
+    given = {"model": search_model, "videos": copy / "videos", "storage": "float32"}
+    for name, changes, message in (
+        ("all", {"model": other}, "was made with another model; give another --index"),
+        ("all", {"videos": copy / "videos" / "c"}, "another folder"),
+        ("all", {"storage": "int8"}, "another --storage, float32"),
+        ("all", {"fps": 2.0}, "another --fps, 1.0"),
+        ("all", {"bank": BANK[1:]}, "another --bank"),
+        ("all", {"shard": "0/2"}, "no --shard"),
+        ("shard1", {"shard": "0/2"}, "another --shard, 1/2"),
+        ("joined", {}, "joins other indexes; index their videos, each on its own"),
+    ):
+        with pytest.raises(SearchIndexError, match=message):
+            update_index(directory=copy / name, **{**given, **changes})
+    # Nothing that is stored depends on this.
+    blocks = model_with(model={"similarity_block": 3})
+    assert counts(update(blocks, copy, "all")) == (0, 0, 0, 0, 7)
+
+
+def test_other_processes_see_the_progress(search_model, copy, monkeypatch):
+    directory, seen, put = copy / "index", [], IndexWriter.put
+
+    def watched(writer, videos, *arguments):
+        if not seen:
+            seen.append(read_progress(directory))
+            with pytest.raises(SearchIndexError, match=r"is being made \(6 of 7 files are read\),"):
+                Index(directory, search_model)
+        put(writer, videos, *arguments)
+
+    monkeypatch.setattr(IndexWriter, "put", watched)
+    monkeypatch.setattr(index_file, "_INTERVAL", 0.0)
+    update(search_model, copy, "index")
+    assert seen == [{"done": 6, "total": 7}]
+    assert read_progress(directory) is None
+    assert not (directory / "indexing.json").exists()
+
+
+def test_an_indexer_that_is_ended_loses_nothing(search_run, search_model, copy):
+    """As a terminal does it: also the processes that decode get the signal."""
+    for number in range(150):
+        shutil.copy(copy / "videos" / "a.mp4", copy / "videos" / f"copy{number}.mp4")
+    total, ended, errors = 157, {"killed": [signal.SIGKILL], "ctrl-c": 3 * [signal.SIGINT]}, {}
+    flags = [f"--workdir={search_run}", f"--videos={copy / 'videos'}", "--storage=float32"]
+    command = [sys.executable, "-m", "drl_jax.search", "index", *flags]
+    options = {"stderr": subprocess.PIPE, "start_new_session": True}
+    started = {n: start_interruptible([*command, f"--index={copy / n}"], **options) for n in ended}
+    waiting = dict(started)
+    while waiting:
+        time.sleep(0.01)
+        for name, process in [*waiting.items()]:
+            if count_stored(copy / name) >= 16 or process.poll() is not None:
+                del waiting[name]
+                for sent in ended[name]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, sent)
+                    time.sleep(0.2 * (sent == signal.SIGINT))
+    for name, process in started.items():
+        errors[name] = process.communicate()[1]
+        assert "Traceback" not in errors[name]
+        before = contents(copy / name)
+        assert 16 <= len(before) < total
+        report = update(search_model, copy, name)
+        assert (report.unchanged, report.added) == (len(before), total - len(before))
+        after = contents(copy / name)
+        for path, video in before.items():
+            assert_same_arrays(after[path], video)
+    assert [process.returncode for process in started.values()] == [-signal.SIGKILL, 130]
+    line = "drl_jax.search: interrupted; the index is kept; rerun the command to continue"
+    assert errors["ctrl-c"].splitlines()[-1] == line
+
+
+def count_stored(directory: Path) -> int:
+    try:
+        return IndexPart(directory).videos()
+    except SearchIndexError:  # Not created yet.
+        return 0
+
+
 # ---------------------------------------------------------------------- joined indexes
 
 
-@pytest.mark.parametrize("correction", [None, "is:20"])
-def test_a_joined_index_is_one_of_all_files_bit_for_bit(search_model, shared, correction):
+def test_a_joined_index_is_one_of_all_files_bit_for_bit(search_model, shared):
     """Hits, scores, order and refined moments, of queries of every kind."""
-    options = SearchOptions(correction=correction and Correction.parse(correction))
-    joined, one = (Index(shared / name, search_model, options) for name in ("joined", "all"))
-    assert joined.state().count == one.state().count == len(NAMES) - 1
+
+    def open_both(options):
+        return [Index(shared / name, search_model, options) for name in ("joined", "all")]
+
     picture = np.random.default_rng(0).bytes(int(np.prod(search_model.frame_form.shape)))
-    for filters in (None, Filters(folder="c"), Filters(only=("a.mp4", "j.mp4", "long.mp4"))):
-        for ask in (
-            lambda state: "a red circle",
-            lambda state: Query(like=(state.video_at("long.mp4"), 20.0)),
-            lambda state: Query("a dog", without="a red circle"),
-            lambda state: Query(picture=picture),
-            lambda state: Query(video=shared / "videos" / "long.mp4"),
-        ):
-            for top in (2, 9):
-                found, expected = (
-                    index.search(ask(index.state()), top, filters=filters)
-                    for index in (joined, one)
-                )
-                for hit, other in zip(found, expected, strict=True):
-                    same = ("rank", "path", "moments", "windows", "score")
-                    assert [getattr(hit, n) for n in same] == [getattr(other, n) for n in same]
-                    np.testing.assert_array_equal(hit.scores, other.scores)
-
-
-def test_a_joined_index_has_the_videos_of_its_shards(search_model, shared):
-    indexes = [Index(shared / name, search_model) for name in ("joined", "all")]
-    joined, one = (index.state() for index in indexes)
-    assert (joined.folder, joined.unsearchable()) == (one.folder, one.unsearchable())
+    plain, corrected = map(open_both, (SearchOptions(), SearchOptions(correction=CORRECTION)))
+    for indexes, ask in (
+        (corrected, lambda state: "a red circle"),
+        (plain, lambda state: "a red circle"),
+        (plain, lambda state: Query(like=(state.video_at("long.mp4"), 20.0))),
+        (plain, lambda state: Query("a dog", without="a red circle")),
+        (plain, lambda state: Query(picture=picture)),
+        (plain, lambda state: Query(video=shared / "videos" / "long.mp4")),
+    ):
+        for filters in (None, Filters(folder="c"), Filters(only=("a.mp4", "long.mp4"))):
+            joined, one = (i.search(ask(i.state()), 9, filters=filters) for i in indexes)
+            assert len(joined) == {None: 6}.get(filters, 2)
+            for hit, other in zip(joined, one, strict=True):
+                same = ("rank", "path", "moments", "windows", "score")
+                assert [getattr(hit, n) for n in same] == [getattr(other, n) for n in same]
+                np.testing.assert_array_equal(hit.scores, other.scores)
+    joined, one = (index.state() for index in plain)
     for video, other in zip(joined.videos, one.videos, strict=True):
         assert (joined.video_at(video.path), video.windows) == (video, other.windows)
         assert joined.frames_of(video, (0, 1)) == one.frames_of(other, (0, 1))
         assert joined.is_unchanged(video)
-    assert joined.video_at("no.mp4") is None
-    pages = [SearchAPI(index, 10, 0) for index in indexes]
+    pages = [SearchAPI(index, 10, 0) for index in plain]
     for answer in (
         lambda page: page.facts(),
         lambda page: page.unsearchable(),
-        lambda page: page.search(PageQuery("a dog")),
         lambda page: page.video(PageQuery("a dog", video="long.mp4")),
     ):
         assert answer(pages[0]) == answer(pages[1])
 
 
-def test_the_page_of_a_joined_index(search_model, shared):
-    access = Access("localhost", "127.0.0.1")
-    app = make_app(Index(shared / "joined", search_model), 9, 1, access)
-
-    def get(path: str, query: str = "") -> tuple[int, bytes]:
-        """Status and body of an answer."""
-        sent = []
-        scope = {"type": "http", "method": "GET", "path": path, "query_string": query.encode()}
-        scope |= {"headers": [(b"host", b"localhost")], "http_version": "1.1", "scheme": "http"}
-
-        async def receive():
-            await asyncio.Event().wait()  # The client sends no more, and stays.
-
-        async def send(message):
-            sent.append(message)
-
-        asyncio.run(app(scope, receive, send))
-        return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
-
-    status, page = get("/", "q=a+dog&video=long.mp4")
-    assert status == 200
-    for name in NAMES[:-1]:
-        assert name.encode() in page
-        assert get(f"/videos/{name}") == (200, (shared / "videos" / name).read_bytes())
-        assert get(f"/frames/{name}", "frame=0")[1].startswith(b"\xff\xd8")
-    assert b"no.mp4" in get("/unsearchable")[1]
-    assert get("/videos/no.mp4")[0] == 404
-
-
-def test_shards_have_each_file_once(search_model, shared, tmp_path):
+def test_a_file_is_in_one_shard(search_model, copy):
     assert [parse_shard(text) for text in ("0/2", "03/16")] == ["0/2", "3/16"]
     for text in ("2/2", "1", "a/b", "-1/2", "1/2/3", "0/100001"):
         with pytest.raises(UserError, match="write NUMBER/COUNT, from 0/16 to 15/16"):
@@ -294,11 +476,8 @@ def test_shards_have_each_file_once(search_model, shared, tmp_path):
     # The same on every machine, and in every version.
     for name, number in zip(NAMES, HASHES, strict=True):
         assert [is_in_shard(name, f"{n}/4") for n in range(4)] == [n == number for n in range(4)]
-    stored = []
-    for number in range(2):
-        update_index(search_model, shared / "videos", tmp_path / str(number), shard=f"{number}/2")
-        stored += contents(tmp_path / str(number))
-    assert sorted(stored) == sorted(NAMES)
+    update(search_model, copy, "quarter", shard="3/4")
+    assert contents(copy / "quarter").keys() == {"c/e.mp4", "g.mp4"}
 
 
 def test_an_open_index_follows_a_shard(search_model, copy):
@@ -312,13 +491,6 @@ def test_an_open_index_follows_a_shard(search_model, copy):
     after = opened.state()
     assert after.count == before.count + 1
     assert after.segments[0].segment is before.segments[0].segment
-    for name, shard, message in (
-        ("shard1", "0/2", r"another --shard, 1/2; give another --index"),
-        ("all", "0/2", r"was made with no --shard"),
-        ("joined", None, r"joins other indexes; index their videos, each on its own"),
-    ):
-        with pytest.raises(SearchIndexError, match=message):
-            update(search_model, copy, name, shard=shard)
     # A video that came into two shards after they were joined.
     with IndexWriter(copy / "shard0") as writer:
         writer.update_header(shard="1/2")
@@ -369,26 +541,3 @@ def test_folders_on_several_disks_are_searched_below_the_one_of_all(search_model
     assert len(state.filtered(Filters(folder="disk2"))) == len(names)
     folders = SearchAPI(opened, 5, 0).facts()["folders"]
     assert folders == ["disk1", "disk1/c", "disk2/films", "disk2/films/c"]
-
-
-def test_indexes_are_joined_by_a_command(copy, capsys):
-    flags = ("join", f"--index={copy / 'new'}")
-    shards = [str(copy / name) for name in ("all", "shard1")]
-    assert "is in two shards" in error_of("drl_jax.search", *flags, *shards, capsys=capsys)
-    for changes, what in (
-        ({"storage": "int8"}, "--storage"),
-        ({"fingerprint": "other"}, "model"),
-        ({"bank": ["a"]}, "captions of weak matches"),
-        ({"hubness": {}}, "--bank"),
-    ):
-        shutil.copytree(copy / "shard1", copy / "other")
-        with IndexWriter(copy / "other") as writer:
-            writer.update_header(**changes)
-        with pytest.raises(SearchIndexError, match=f"they differ in their {what}"):
-            join(copy / "new", [copy / "shard0", copy / "other"])
-        shutil.rmtree(copy / "other")
-    assert not (copy / "new").exists()
-    assert main([*flags, str(copy / "shard1")]) == 0
-    printed = capsys.readouterr().out
-    assert "1 shards, 4 files" in printed
-    assert "shards that were not given: 0/2" in printed

@@ -27,8 +27,7 @@ def _parser() -> Parser:
     add_model_flags(model)
     index.add_argument("--index", type=Path, required=True, help="directory of the index")
     output.add_argument("--json", action="store_true", help="print JSON, one value per line")
-    _add_hubness_flags(hubness)
-    _add_engine_flags(engine)
+    _add_engine_flags(hubness, engine)
     answering = (model, index, hubness, engine)
 
     text = "create or update the index of a folder of videos"
@@ -48,25 +47,22 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_hubness_flags(parser: Parser) -> None:
-    parser.add_argument("--url", default="", help="of a Qdrant server, for --engine=qdrant")
+def _add_engine_flags(hubness: Parser, engine: Parser) -> None:
+    hubness.add_argument("--url", default="", help="of a Qdrant server, for --engine=qdrant")
     text = (
         "rank sentences without hubs, in an index with a --bank: is:BETA or nnn:K:W (is means"
         " is:20, nnn means nnn:128:0.75)"
     )
-    parser.add_argument("--hubness", default="", metavar="is|nnn", help=text)
-
-
-def _add_engine_flags(parser: Parser) -> None:
+    hubness.add_argument("--hubness", default="", metavar="is|nnn", help=text)
     text = (
         "exact compares all windows; scan first compares one vector of each; auto scans above"
         f" {SCAN_FROM:,} windows; qdrant finds candidates of sentences (%(default)s)"
     )
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help=text)
+    engine.add_argument("--engine", choices=ENGINES, default="auto", help=text)
     text = "windows that a scan or qdrant finds, to be compared exactly (%(default)s)"
-    parser.add_argument("--candidates", type=positive_int, default=CANDIDATES, help=text)
+    engine.add_argument("--candidates", type=positive_int, default=CANDIDATES, help=text)
     text = "windows that a query makes to find where moments start; 0: none (%(default)s)"
-    parser.add_argument("--refine", type=_count, default=REFINE, metavar="N", help=text)
+    engine.add_argument("--refine", type=_count, default=REFINE, metavar="N", help=text)
 
 
 def _add_index_flags(parser: Parser) -> None:
@@ -151,7 +147,6 @@ def _frame_rate(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
     options = _parser().parse_args(arguments)
 
     def work() -> None:

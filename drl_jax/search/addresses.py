@@ -56,10 +56,7 @@ class PageQuery:
 
     @classmethod
     def of(cls, parameters: Iterable[tuple[str, str]]) -> "PageQuery":
-        """Reads the names and values of an address, a BadRequest if one is wrong; skips empty ones.
-
-        `only` may be there several times; of another parameter, the last one counts.
-        """
+        """Reads an address, or raises BadRequest; only `only` may be there several times."""
         parameters, values = list(parameters), {}
         for name, text in parameters:
             if name not in _FIELDS:

@@ -32,20 +32,17 @@ _FOLDERS = 200
 class SearchAPI:
     """Answers requests as values of JSON, or raises UserError; safe to use from several threads.
 
-    There are `top` hits, unless the request has another number; a video that is sent as a query
-    has at most `max_video` bytes.
+    By default, there are `top` hits; a video that is sent has at most `max_video` bytes.
     """
 
     def __init__(self, index: Index, top: int, max_video: int):
         self.index, self.top, self.media = index, top, Media(index.model, max_video)
 
     def facts(self) -> dict[str, Any]:
-        """Facts of the index, and the progress of the process that updates it."""
         state = self.index.state()
         return {**_facts_of(state), "indexing": state.progress()}
 
     def unsearchable(self) -> dict[str, Any]:
-        """The files of the folder that cannot be searched, and why."""
         files = self.index.state().unsearchable()
         return {"files": [{"path": path, "reason": reason} for path, reason in files]}
 
@@ -114,7 +111,6 @@ class SearchAPI:
         }
 
     def _asked(self, state: OpenIndex, query: PageQuery) -> Query:
-        """What a request looks for."""
         return Query(
             query.sentence or "",
             query.without or "",
@@ -147,7 +143,6 @@ def _facts_of(state: OpenIndex) -> dict[str, Any]:
 
 
 def outside(time: float, video: IndexedVideo) -> BadRequest:
-    """The error of a time that a video does not have."""
     return BadRequest(f"t={time:g} is outside the video, which has {video.duration:.1f} s")
 
 

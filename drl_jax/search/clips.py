@@ -53,10 +53,7 @@ def read_picture(path: Path, time: float) -> bytes:
 
 
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
-    """Encodes a part of a video, seconds from its first frame, as an mp4 file that browsers play.
-
-    Raises VideoError if no frame can be decoded, and Unavailable if the file cannot be read.
-    """
+    """Encodes a part of a video, seconds from its first frame, as `read_picture` a picture."""
     # The header comes first, so that a browser plays while it loads.
     options = {"movflags": "faststart"}
     with ffmpeg_errors(path), av.open(str(out), "w", format="mp4", options=options) as clip:
@@ -64,7 +61,6 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
 
 
 def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> None:
-    """Encodes the pictures and the sound between two times."""
     outputs: dict[str, _Stream] = {}
     packets: list[av.Packet] = []
     last, done = -1, set()
@@ -125,7 +121,6 @@ def _even(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame | av.AudioFrame]:
-    """The frames of packets, without those of damaged ones."""
     for packet in packets:
         with contextlib.suppress(av.error.InvalidDataError):
             yield from packet.decode()

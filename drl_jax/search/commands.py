@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ _SHOWN = 20
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The values of some flags, of those that the command has."""
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
@@ -68,7 +67,6 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
-    """Captions of the training split of a model's dataset, or of a file."""
     if bank != "train":
         return _read_lines(Path(bank))
     # The libraries of datasets take half a second to import, and a query needs none.
@@ -132,15 +130,18 @@ def _query(options: argparse.Namespace) -> None:
     elif sentences:
         _print(options, sentences, search(sentences))
     else:
-        _ask(search)
+        with contextlib.suppress(EOFError):
+            while sentence := input("sentence (an empty line ends): ").strip():
+                try:
+                    print(f"{sentence}\n{format_hits(search(sentence))}")
+                except UserError as error:
+                    print(error)
 
 
 def _filters(options: argparse.Namespace) -> Filters:
-    given = _given(options, "folder", "name", "min_length", "max_length", "since", "until")
-    for name in ("since", "until"):
-        text = given.pop(name)
-        if text:
-            given[name] = parse_day(f"--{name}", text)
+    given = _given(options, "folder", "name", "min_length", "max_length")
+    days = {name: text for name, text in _given(options, "since", "until").items() if text}
+    given |= {name: parse_day(f"--{name}", text) for name, text in days.items()}
     return Filters(only=tuple(options.only), **given)
 
 
@@ -150,16 +151,6 @@ def _print(options: argparse.Namespace, names: Sequence[str], found: Iterable[li
             print(json.dumps({"query": name, "hits": [hit.to_json() for hit in hits]}))
         else:
             print(f"{name}\n{format_hits(hits)}")
-
-
-def _ask(search: Callable[[str], list[Hit]]) -> None:
-    """Answers the lines of the standard input, to an empty one or its end."""
-    with contextlib.suppress(EOFError):
-        while sentence := input("sentence (an empty line ends): ").strip():
-            try:
-                print(f"{sentence}\n{format_hits(search(sentence))}")
-            except UserError as error:
-                print(error)
 
 
 def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
@@ -273,7 +264,6 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    """Draws how the words of a sentence and the frames of the best window of a file match."""
     from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
 
     model, path = model_of_flags(options), options.video
@@ -310,7 +300,6 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace) -> Index:
-    """The index of a command that answers queries."""
     if options.engine != "qdrant" and options.url:
         raise UserError("--url needs --engine=qdrant")
     search_options, ask_engine = _search_options(options), None
@@ -333,7 +322,6 @@ def _search_options(options: argparse.Namespace) -> SearchOptions:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank; a UserError if there are none."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

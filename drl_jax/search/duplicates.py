@@ -37,8 +37,7 @@ class Duplicate(NamedTuple):
 def find_duplicates(index: OpenIndex) -> list[Duplicate]:
     """Finds pairs of videos of which one shows what the other does, or a part of it, by path.
 
-    Plain frames, e.g. black ones, are not compared. In a time proportional to the number of frames:
-    of many copies of a video not all pairs are found, but each copy is in one.
+    Linear in the number of frames: of many copies not all pairs are found, but each is in one.
     """
     hashes, firsts, places = _sampled_frames(index)
     counts, found = np.diff(firsts), {}

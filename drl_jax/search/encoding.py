@@ -115,12 +115,10 @@ def bank_similarity(model: RetrievalModel, bank: Features, windows: Features) ->
 
 
 def gallery_scale(scores: np.ndarray) -> np.ndarray | None:
-    """The scale of a query that is no sentence, float32 [2], of its scores; None for too few.
-
-    The windows that it looks for may be among them: they move neither median nor deviation.
-    """
+    """The scale of a query that is no sentence, float32 [2], of its scores; None for too few."""
     if len(scores) < _FEW:
         return None
+    # What the query looks for may be among them, and moves neither of these.
     median = np.median(scores)
     deviation = _DEVIATION * np.median(np.abs(scores - median))
     return np.array([median, deviation], np.float32)
@@ -133,11 +131,7 @@ def unusual(score: float, scale: np.ndarray) -> float:
 
 
 class Correction(NamedTuple):
-    """A method that ranks without hubs.
-
-    What it subtracts is `factor` times a column of HUBNESS_ARRAY: "is:BETA", with an inverse
-    temperature, or "nnn:K", the mean of the K largest similarities.
-    """
+    """Ranks without hubs: subtracts `factor` times a column of HUBNESS_ARRAY, is:BETA or nnn:K."""
 
     column: str
     factor: float = 1.0
@@ -203,9 +197,8 @@ def encode_reads(
 ) -> tuple[Features, list[np.ndarray]]:
     """Encodes the windows of videos; those of one window are encoded together.
 
-    Returns:
-      The arrays of all windows, in order, as of `RetrievalModel.encode_videos`; none without a
-      window. And for each video the features of its frames, float32 [N, D]; of one window [0, D].
+    Returns the arrays of all windows, as `RetrievalModel.encode_videos`, none without a window; and
+    for each video the features of its frames, float32 [N, D], [0, D] of one window.
     """
     short = [number for number, read in enumerate(reads) if read.frames is not None]
     together = model.encode_videos([reads[number].frames for number in short]) if short else {}

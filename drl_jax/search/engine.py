@@ -51,8 +51,7 @@ class Ranking(NamedTuple):
 class Gallery:
     """Stored arrays of windows. A slot is the number of a window among those of all parts.
 
-    `valid`, bool [all slots], are the windows that count; `biases`, float32 [all slots] or None,
-    are subtracted from similarities.
+    `valid`, bool [all slots], are those that count; `biases`, float32, are subtracted if given.
     """
 
     def __init__(self, parts: Sequence[Features], layout: Layout, order: np.ndarray | None = None):

@@ -36,23 +36,15 @@ def list_videos(segments: Sequence[Listed], rows: Sequence[Sequence[int]]) -> Li
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """Which videos are searched. Paths are relative to the folder of the index.
+    """Which videos are searched. Paths are relative to the folder of the index."""
 
-    Attributes:
-      folder: below this folder.
-      name: the file name contains it, or matches it if it has `*` or `?`; case is ignored.
-      min_length, max_length: seconds.
-      since, until: days, both included, on which the file was changed last.
-      only: the paths of all videos that are searched; empty: no restriction.
-    """
-
-    folder: str = ""
-    name: str = ""
-    min_length: float = 0.0
+    folder: str = ""  # Below this one.
+    name: str = ""  # The file name contains it, or matches `*` and `?`; case is ignored.
+    min_length: float = 0.0  # Seconds.
     max_length: float = math.inf
-    since: datetime.date = datetime.date.min
+    since: datetime.date = datetime.date.min  # Days of the last change, both included.
     until: datetime.date = datetime.date.max
-    only: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()  # The paths of all videos that are searched; empty: all.
 
     def __bool__(self) -> bool:
         """Whether a video can fail them."""
@@ -64,7 +56,6 @@ class Filters:
         return dataclasses.replace(self, only=())
 
     def leaving_out(self, path: str) -> "Filters":
-        """The filters with one path less in `only`."""
         rest = tuple(other for other in self.only if other != path)
         return dataclasses.replace(self, only=rest)
 
@@ -92,7 +83,6 @@ def passing(listing: Listing, filters: Filters) -> Listing:
 
 
 def _midnight_ns(day: datetime.date) -> float:
-    """When a day begins in the local time of this machine, nanoseconds."""
     return datetime.datetime.combine(day, datetime.time.min).timestamp() * 1e9
 
 

@@ -71,8 +71,7 @@ def explain(
 ) -> Explanation:
     """Explains the similarity of a window and the most similar text of a part of a query.
 
-    `video` is arrays of the window without the axis of items, float32; `tokens` are those of the
-    longest text, and `times` those of the frames, seconds.
+    `video` has no axis of items; `tokens` are of the longest text, `times` of the frames, seconds.
     """
     count = len(part.text["text_mask"])
     texts = [{name: array[row] for name, array in part.text.items()} for row in range(count)]
@@ -86,9 +85,9 @@ def explain(
 class Moment:
     """A part of a video, in seconds, that answers a query.
 
-    `score` is the similarity of its window, and `number` that of the coarse window that it was
-    found by. `unusual` is by how many standard deviations the score is above those of captions of
-    other videos; for a picture or a video as the query, above those of other windows.
+    `score` is the similarity of its window, `number` that of the coarse window it was found by, and
+    `unusual` by how many standard deviations the score is above those of other captions, or of
+    other windows for a picture or a video as the query.
     """
 
     start: float
@@ -152,13 +151,11 @@ class Hit:
         return facts | {"same_picture": self.is_same, "duration": round(self.video.duration, 3)}
 
     def to_json(self) -> dict[str, Any]:
-        """The hit as `--json` prints it."""
         moments = [{**m.to_json(), "explanation": m.explanation.to_json()} for m in self.moments]
         return {**self.facts(), "path": str(self.path), "moments": moments}
 
 
 def rounded(values: np.ndarray, digits: int = 4) -> list[float]:
-    """Values as JSON has them."""
     return [round(value, digits) for value in np.asarray(values, np.float64).tolist()]
 
 

@@ -35,9 +35,8 @@ MAX_PICTURE = 20_000_000
 class Media:
     """Reads files in processes with time limits: a damaged one may crash or hang its decoder.
 
-    Queries are kept in memory, clips in a temporary directory, until newer ones replace them. Safe
-    to use from several threads. Methods raise UserError where a file cannot be read, or not in
-    time, or is not kept any more.
+    Keeps the last queries and clips. Safe to use from several threads. Methods raise UserError
+    where a file cannot be read, or not in time, or is not kept any more.
     """
 
     def __init__(self, model: RetrievalModel, max_video: int):
@@ -54,14 +53,10 @@ class Media:
         }
 
     def close(self) -> None:
-        """Ends the processes and deletes the clips."""
         self._files.close()
 
     def add(self, what: str, path: Path) -> str:
-        """Decodes a "picture" or encodes a "video", beside which there may be other files.
-
-        Returns the name by which `sent` knows it. Of each kind, one is added at a time.
-        """
+        """Decodes a "picture" or encodes a "video"; returns the name by which `sent` knows it."""
         if what == "picture":
             form, name = self._model.frame_form, sha256(path)
             value = open_picture(self._pools[what], path, form, "the picture")
@@ -120,13 +115,11 @@ def _keep(values: OrderedDict, name: Any, value: Any, most: int) -> list[Any]:
 
 
 def upload_routes(media: Media) -> list[Route]:
-    """The addresses to which pictures and videos are sent."""
     kinds = (("picture", MAX_PICTURE, "picture"), ("video", media.max_video, "by_video"))
     return [Route(f"/api/{k[0]}s", _receiving(media, *k), methods=["POST"]) for k in kinds]
 
 
 def _receiving(media: Media, what: str, most: int, parameter: str) -> Callable:
-    """An endpoint that answers with the name of what was received."""
     # One file is read at a time. The others wait here, and not in the threads that answer pages.
     turn = asyncio.Semaphore(1)
     too_large = f"a {what} has at most {most // 1_000_000:,} MB"

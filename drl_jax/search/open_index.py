@@ -35,9 +35,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclasses.dataclass(frozen=True)
 class IndexedVideo:
-    """A video file of an open index; segment and row identify it, whatever replaces it later.
+    """A video file of an open index; `path` is relative to its folder.
 
-    `path` is relative to the folder of the index, and `slot` is that of its first window.
+    Segment and row identify it, whatever replaces it; `slot` is that of its first window.
     """
 
     path: str
@@ -48,7 +48,6 @@ class IndexedVideo:
 
     @property
     def duration(self) -> float:
-        """Seconds."""
         return self.record.duration
 
     @functools.cached_property
@@ -58,7 +57,6 @@ class IndexedVideo:
 
     @functools.cached_property
     def windows(self) -> tuple[Window, ...]:
-        """Its coarse windows."""
         spans, frames = (self.record.arrays[f"window.{name}"] for name in ("span", "frames"))
         return tuple(
             Window(start, end, tuple(numbers[numbers >= 0].tolist()))
@@ -103,17 +101,15 @@ class OpenIndex:
       version: `index_version` before it was opened.
       header: what the index was made with; of a joined index, that of its first part.
       folder: of the videos; of a joined index, the one that has those of all parts.
-      segments: of all parts, which all have slots in this order.
-      valid: bool [S], slots of windows of videos that can be searched.
+      segments: of all parts, with slots in this order.
+      valid, gallery: bool [S], windows of videos that can be searched; these windows.
       count, unsearchable_count: numbers of these videos and of the other files.
-      gallery: the windows of these videos.
     """
 
     def __init__(self, directory: Path, model: RetrievalModel, previous: "OpenIndex | None" = None):
         """Opens the segments that a previous state has not, and checks them (see `check`).
 
-        Raises a SearchIndexError if there is no index or no video to search, it is damaged, or the
-        model is another one; Unavailable if a file cannot be read.
+        Raises SearchIndexError if it is missing, damaged, empty or another model's, or Unavailable.
         """
         self.directory, self.model = directory, model
         self.version = index_file.index_version(directory)
@@ -134,7 +130,13 @@ class OpenIndex:
                 f" {' '.join(model.source.values())}; give that model, or make a new index"
             )
         self.folder = Path(os.path.commonpath([part.header["videos"] for part in self._parts]))
-        self.segments = list(self._listed())
+        self.segments: list[Listed] = []
+        first = 0
+        for part in self._parts:
+            prefix = f"{Path(part.header['videos']).relative_to(self.folder)}/".removeprefix("./")
+            for one in part.listed:
+                self.segments.append(dataclasses.replace(one, prefix=prefix, first_slot=first))
+                first += one.segment.window_count
         self.valid = self.windows_of(one.live for one in self.segments)
         self.count = sum(int(one.live.sum()) for one in self.segments)
         self.unsearchable_count = sum(part.videos() for part in self._parts) - self.count
@@ -150,14 +152,6 @@ class OpenIndex:
         self._checking = threading.Thread()
         self._closed, self._is_distinct = False, previous is not None
         self.check()
-
-    def _listed(self) -> Iterator[Listed]:
-        first = 0
-        for part in self._parts:
-            prefix = f"{Path(part.header['videos']).relative_to(self.folder)}/".removeprefix("./")
-            for one in part.listed:
-                yield dataclasses.replace(one, prefix=prefix, first_slot=first)
-                first += one.segment.window_count
 
     def _small_order(self) -> np.ndarray:
         """Slots of the windows of small segments by path; equal scores are in this order."""
@@ -190,10 +184,7 @@ class OpenIndex:
             self._damage = error
 
     def check(self) -> None:
-        """Checks files, and features that are new or were written to, many of them in a thread.
-
-        Raises a SearchIndexError if the index is damaged.
-        """
+        """Checks files, and features that are new or were written to, many of them in a thread."""
         for one in self.segments:
             with _reported(one.segment):
                 one.segment.check_files()
@@ -233,12 +224,10 @@ class OpenIndex:
         return number, int(one.segment.row_of_window(slot - one.first_slot))
 
     def path_of(self, place: tuple[int, int]) -> str:
-        """The path of a video, without reading more of it."""
         one = self.segments[place[0]]
         return one.prefix + one.segment.path(place[1])
 
     def _find(self, path: str) -> tuple[int, int] | None:
-        """The segment and the row of a video that can be searched."""
         for number, one in enumerate(self.segments):
             if path.startswith(one.prefix):
                 row = one.segment.find(path.removeprefix(one.prefix))
@@ -252,7 +241,6 @@ class OpenIndex:
         return None if place is None else self.video(*place)
 
     def unsearchable(self) -> list[tuple[str, str]]:
-        """Path and reason of the files that cannot be searched."""
         return sorted(itertools.chain(*(one.errors() for one in self.segments)))
 
     def filtered(self, filters: Filters) -> Videos:
@@ -325,7 +313,6 @@ class OpenIndex:
 
 @contextlib.contextmanager
 def _reported(segment: Segment) -> Iterator[None]:
-    """Reports damage of a segment as that of its index."""
     try:
         yield
     except (OSError, ValueError) as error:

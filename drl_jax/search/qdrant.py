@@ -52,16 +52,15 @@ class Qdrant:
         self._warned: dict | None = None
 
     def collection(self, index: OpenIndex) -> str:
-        """Name of the collection of an index."""
         key = f"{index.header['fingerprint']} {index.folder} int8, whole ids"
         if self._correction is not None:
             key += f" {self._correction} {index.header['hubness']['sha256']}"
         return f"drl_jax_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def export(self, index: OpenIndex) -> tuple[int, int, int]:
-        """Makes or updates the collection of an index; can be interrupted and repeated.
+        """Makes or updates the collection of an index; returns numbers of windows.
 
-        Returns numbers of windows: sent, deleted (a changed one is both), and found up to date.
+        They are sent, deleted (a changed one is both), or found up to date.
         """
         if not index.model.interaction.HAS_VECTORS:
             interaction = index.model.config.model.interaction
@@ -69,7 +68,7 @@ class Qdrant:
         name, is_missing, deleted = self.collection(index), index.valid.copy(), 0
         with self._errors():
             if not self._client.collection_exists(name):
-                self._create(index, name)
+                self._create(name, index.model.config.model.backbone.embed_dim)
             offset = 0
             while offset is not None:
                 points, offset = self._client.scroll(name, limit=_READ, offset=offset)
@@ -82,14 +81,13 @@ class Qdrant:
         sent = int(is_missing.sum())
         return sent, deleted, int(index.valid.sum()) - sent
 
-    def _create(self, index: OpenIndex, name: str) -> None:
+    def _create(self, name: str, width: int) -> None:
         # The graph is searched with 8-bit copies in memory. No values are cut off: a few channels
         # of CLIP are much larger than the others.
-        models, width = self._models, index.model.config.model.backbone.embed_dim
+        models, size = self._models, width + (self._correction is not None)
         copies = models.ScalarQuantizationConfig(type="int8", quantile=1.0, always_ram=True)
         copies = models.ScalarQuantization(scalar=copies)
         how = {"datatype": "float16", "on_disk": True, "quantization_config": copies}
-        size = width + (self._correction is not None)
         vectors = models.VectorParams(size=size, distance="Dot", **how)
         self._client.create_collection(name, vectors_config=vectors)
 
@@ -120,10 +118,7 @@ class Qdrant:
             self._warn(index, f"has {count} windows, and the index {windows}")
 
     def __call__(self, index: OpenIndex, vectors: np.ndarray, count: int) -> list[np.ndarray]:
-        """Finds at most `count` windows for each query; see `FindCandidates`.
-
-        Those that the index does not have are left out, with a line on stderr.
-        """
+        """As `FindCandidates`; leaves out windows that the index lacks, and says so on stderr."""
         models, name = self._models, self.collection(index)
         if self._correction is not None:
             vectors = np.column_stack([vectors, np.ones(len(vectors), np.float32)])

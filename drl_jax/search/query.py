@@ -25,30 +25,23 @@ _MAX_CHARACTERS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """What to look for; at least one of sentence, picture, video and like.
-
-    `picture` is a frame in the form of the model, as `open_picture` decodes it; `video` a file, or
-    one that was encoded before; `like` a video of an open index and a time in it, seconds.
-    """
+    """What to look for; at least one of sentence, picture, video and like."""
 
     sentence: str = ""
     without: str = ""
-    picture: bytes = b""
+    picture: bytes = b""  # As `open_picture` decodes it.
     video: "Path | EncodedQuery | None" = None
-    like: tuple[IndexedVideo, float] | None = None
+    like: tuple[IndexedVideo, float] | None = None  # And a time in it, seconds.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedQuery:
-    """A query as the engine takes it.
-
-    `words` are tokens of the first part, of several texts those of the longest; `whole` is what a
-    video is beside other parts: arrays of frames that are spread over it, [1, ...] each.
-    """
+    """A query as the engine takes it."""
 
     parts: tuple[Part, ...]
-    words: list[str]
+    words: list[str]  # Tokens of the first part, of several texts those of the longest.
     is_sentence: bool = False
+    # What a video is beside other parts: frames that are spread over it, [1, ...].
     whole: Features | None = None
 
 
@@ -104,7 +97,6 @@ def _of_frames(
 
 
 def sampling_of(model: RetrievalModel) -> FrameSampling:
-    """What is sampled of a video that is a query."""
     return FrameSampling(model.frame_form, model.config.data.max_frames, 1.0)
 
 

@@ -29,18 +29,14 @@ FindCandidates = Callable[[OpenIndex, np.ndarray, int], list[np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
-    """How queries are answered.
+    """How queries are answered."""
 
-    The engine "exact" compares all windows; "scan" first compares one vector of each, and "auto"
-    does where there are more than SCAN_FROM; "qdrant" asks Qdrant for candidates. `candidates` are
-    windows that a scan or an engine finds, `refine` those at training pace that a query makes. The
-    correction for hubs is of queries of one sentence.
-    """
-
+    # "exact" compares all windows; "scan" first compares one vector of each, and "auto" does where
+    # there are more than SCAN_FROM; "qdrant" asks Qdrant for candidates.
     engine: str = "auto"
     candidates: int = CANDIDATES
     refine: int = REFINE
-    correction: Correction | None = None
+    correction: Correction | None = None  # Of queries of one sentence.
 
 
 class Ranker:
@@ -63,7 +59,6 @@ class Ranker:
         self._biases = functools.lru_cache(1)(lambda index: index.biases(options.correction))
 
     def scans(self, index: OpenIndex) -> bool:
-        """Whether candidates are found by a scan."""
         if self.options.engine != "auto":
             return self.options.engine == "scan"
         return self.model.interaction.HAS_VECTORS and len(index.gallery) > SCAN_FROM
@@ -91,7 +86,6 @@ class Ranker:
             count = min(4 * count, len(gallery))  # A long video has many of the best windows.
 
     def gallery(self, index: OpenIndex, query: EncodedQuery, among: Videos | None) -> Gallery:
-        """The windows that a query is compared with."""
         is_corrected = self.options.correction is not None and query.is_sentence
         valid = index.valid if among is None else among.valid
         return index.gallery.only(valid, self._biases(index) if is_corrected else None)
@@ -121,7 +115,6 @@ class Ranker:
     def _coarse(
         self, index: OpenIndex, gallery: Gallery, queries: Sequence[EncodedQuery], count: int
     ) -> list[Ranking]:
-        """The best coarse windows of queries that are compared together."""
         if self._asks(index, gallery, queries[0]) or self.scans(index):
             most = max(count, self.options.candidates)
             found = self.candidates(index, gallery, queries, most)
@@ -135,10 +128,9 @@ class Ranker:
 
 
 class Answer:
-    """The best windows of a query in a state of an index.
+    """The best windows of a query in a state of an index, ranked: scores [N] and slots [N].
 
-    They are ranked by `scores`, float [N], and have `slots`, int64 [N]. `refined` are, by slot, the
-    windows that were made of candidates, and their similarities.
+    `refined` are, by slot, the windows that were made of candidates, and their similarities.
     """
 
     def __init__(
@@ -149,7 +141,6 @@ class Answer:
         ranking: Ranking,
         biases: np.ndarray | None,
     ):
-        """Sorts the windows that were found, refines the best of them, and sorts again."""
         self._ranker, self._index, self._query = ranker, index, query
         self._biases, self.refined = biases, dict[int, tuple[Window, float]]()
         self._sort(*ranking)
@@ -194,7 +185,6 @@ class Answer:
         return list(dict.fromkeys(map(self._index.place, self.slots.tolist())))
 
     def videos(self, top: int) -> list[IndexedVideo]:
-        """The best videos."""
         return [self._index.video(*place) for place in self.places()[:top]]
 
     def hits(self, videos: Sequence[IndexedVideo], most: int = MOMENTS) -> list[Hit]:

@@ -76,10 +76,7 @@ def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Itera
 
 
 def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
-    """The video file with the path `--only` below a folder; None: there is none.
-
-    Raises a UserError if it is no path that `find_videos` could yield.
-    """
+    """The video file of `--only`, or None; UserError if `find_videos` cannot yield the path."""
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         raise UserError(f"--only takes paths below {folder}, not {path}")
     if not _is_text(path):
@@ -104,7 +101,6 @@ def allowed_seconds(timeout: float, size: int) -> float:
 
 
 def _is_video(path: str) -> bool:
-    """Whether a path has the suffix of a video, after a name."""
     stem, _, suffix = path.rpartition("/")[2].rpartition(".")
     return bool(stem) and f".{suffix.lower()}" in VIDEO_SUFFIXES
 
@@ -116,25 +112,18 @@ def _is_text(path: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class VideoRead:
-    """A file that was read: fields of its `VideoRecord`, with the arrays that need no model.
-
-    Attributes:
-      is_known: whether the content was known; nothing was decoded then.
-      frames: uint8 [F, S, S, 3] of a short video; None if they are in `spooled`.
-      spooled: file with the bytes of the frames, which the caller deletes.
-    """
+    """A file that was read: fields of its `VideoRecord`, with the arrays that need no model."""
 
     sha256: str = ""
     error: str = ""
-    is_known: bool = False
+    is_known: bool = False  # Nothing was decoded.
     duration: float = 0.0
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    frames: np.ndarray | None = None
-    spooled: Path | None = None
+    frames: np.ndarray | None = None  # uint8 [F, S, S, 3], of a short video.
+    spooled: Path | None = None  # File with those of a long one, which the caller deletes.
 
     @property
     def windows(self) -> list[tuple[int, ...]]:
-        """The frames of each window."""
         rows = self.arrays.get("window.frames", ())
         return [tuple(row[row >= 0].tolist()) for row in rows]
 
@@ -275,10 +264,9 @@ def _arrays(windows: Sequence[Window], times: np.ndarray, max_frames: int) -> di
 
 
 def open_picture(pool: CallPool, path: Path, form: FrameForm, name: str = "") -> bytes:
-    """Decodes an image file in a process of a pool: the bytes of uint8 [S, S, 3].
+    """Decodes an image file, or its first picture, in a process: the bytes of uint8 [S, S, 3].
 
-    It is upright, on white where it is transparent, and the first picture of several. Raises a
-    UserError that begins with `name`, or the path, if it cannot be decoded.
+    It is upright, and white where it is transparent; a UserError begins with `name`, or the path.
     """
     decoded = pool.call(_decode, path, form, timeout=_SECONDS)
     if isinstance(decoded, WorkerFailure):

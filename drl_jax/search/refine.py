@@ -46,10 +46,7 @@ class Candidate(NamedTuple):
 def score_windows(
     model: RetrievalModel, parts: Sequence[Part], windows: Features, pad: int = 1
 ) -> np.ndarray:
-    """Compares a query with W windows (`encode`), filled up to a multiple of `pad`: float32 [W].
-
-    Each part is compared with its own length: a padded token takes part in the maxima.
-    """
+    """Compares a query with W windows (`encode`), filled up to a multiple of `pad`: float32 [W]."""
     count = len(next(iter(windows.values())))
     rows = np.minimum(np.arange(-(-count // pad) * pad), count - 1)
     padded = {name: array[rows] for name, array in windows.items()}

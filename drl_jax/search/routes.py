@@ -65,7 +65,6 @@ def _query(request: Request) -> PageQuery:
 
 
 def page_routes(api: SearchAPI) -> list[BaseRoute]:
-    """The pages, and the parts of the first that its script loads."""
     constant = {"dataset": api.index.model.config.data.dataset, "max_video": api.media.max_video}
 
     def page(template: str, parts: Callable[[Request], Iterable[tuple[str, Any]]]) -> Callable:
@@ -113,7 +112,6 @@ def page_routes(api: SearchAPI) -> list[BaseRoute]:
 
 
 def api_routes(api: SearchAPI) -> list[BaseRoute]:
-    """The JSON API."""
 
     def of(answer: Callable[[PageQuery], dict[str, Any]]) -> Callable:
         return lambda request: JSONResponse(answer(_query(request)))
@@ -129,7 +127,6 @@ def api_routes(api: SearchAPI) -> list[BaseRoute]:
 
 
 def file_routes(api: SearchAPI) -> list[BaseRoute]:
-    """Videos of the index, their thumbnails, pictures and clips; and the files of the page."""
 
     def of_video(answer: Callable[[Request, OpenIndex, IndexedVideo], Response]) -> Callable:
         def endpoint(request: Request) -> Response:

@@ -103,16 +103,17 @@ class Segment:
         self.arrays: Features = {}
         for name, (dtype, *row_shape) in entry["arrays"].items():
             shape = (int(self.firsts[_axis_of(name)][-1]), *row_shape)
-            self.arrays[name] = self._map(f"{name}.bin", dtype, shape)
+            path, expected = (
+                self.directory / f"{name}.bin",
+                math.prod(shape) * np.dtype(dtype).itemsize,
+            )
+            self._states[path] = size, _ = _state_of(path)
+            if size != expected:
+                raise ValueError(f"{path} has {size} bytes, not {expected}")
+            mapped = np.memmap(path, dtype, "r", shape=shape) if size else np.zeros(shape, dtype)
+            self.arrays[name] = mapped
         self.window_count = int(self.firsts["window"][-1])
         self.verified = np.zeros(len(self.table), bool)
-
-    def _map(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        path, expected = self.directory / name, math.prod(shape) * np.dtype(dtype).itemsize
-        self._states[path] = size, _ = _state_of(path)
-        if size != expected:
-            raise ValueError(f"{path} has {size} bytes, not {expected}")
-        return np.memmap(path, dtype, "r", shape=shape) if size else np.zeros(shape, dtype)
 
     def _check_table(self) -> None:
         if sha256(self.directory / _TABLE) != self.entry["sha256"]:
@@ -126,7 +127,6 @@ class Segment:
         return self.table.column(name).to_numpy()
 
     def path(self, row: int) -> str:
-        """The path of a video."""
         return self.table.column("path")[row].as_py()
 
     def find(self, path: str) -> int | None:
@@ -136,7 +136,6 @@ class Segment:
         return row if row < len(self) and self.path(row) == path else None
 
     def row_of_window(self, window: int | np.ndarray) -> int | np.ndarray:
-        """The row of the video that has a window."""
         return np.searchsorted(self.firsts["window"], window, side="right") - 1
 
     def read(self, row: int) -> VideoRecord:
@@ -154,8 +153,7 @@ class Segment:
     def check_files(self) -> None:
         """Raises a ValueError if a file was cut, or the table has changed.
 
-        To read behind the end of a mapped file would end the process. Videos of a file that was
-        written to are verified again on use.
+        Reading behind the end of a mapped file ends the process. Written files are verified again.
         """
         try:
             states = {path: _state_of(path) for path in self._states}
@@ -178,16 +176,12 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Listed:
-    """A segment in one state of an index.
-
-    `gone`, bool [V], are videos that were removed or replaced. In a joined index, `prefix` comes
-    before its paths. `first_slot` is the number of its first window among all of the index.
-    """
+    """A segment in one state of an index."""
 
     segment: Segment
-    gone: np.ndarray
-    prefix: str = ""
-    first_slot: int = 0
+    gone: np.ndarray  # bool [V], videos that were removed or replaced.
+    prefix: str = ""  # Of its paths, in a joined index.
+    first_slot: int = 0  # Number of its first window among all of the index.
 
     @functools.cached_property
     def live(self) -> np.ndarray:
@@ -202,10 +196,7 @@ class Listed:
 
 
 def write_segment(parent: Path, videos: Sequence[VideoRecord]) -> dict[str, Any]:
-    """Publishes a segment of videos whose arrays have the same names, dtypes and row shapes.
-
-    Returns what `Segment` opens it by, as JSON values.
-    """
+    """Publishes a segment of videos with alike arrays; returns the JSON `entry` of `Segment`."""
     name, videos = secrets.token_hex(6), sorted(videos, key=lambda video: video.path)
     searchable = [video.arrays for video in videos if video.arrays]
     arrays = {array: [rows[array] for rows in searchable] for array in (searchable or [{}])[0]}
@@ -229,7 +220,6 @@ def _axis_of(array: str) -> str:
 
 
 def _count(arrays: Mapping[str, np.ndarray], axis: str) -> int:
-    """Rows of a video in the arrays of an axis."""
     return next((len(rows) for name, rows in arrays.items() if _axis_of(name) == axis), 0)
 
 
@@ -243,6 +233,5 @@ def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def _state_of(path: Path) -> tuple[int, int]:
-    """Size of a file and when it was modified."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns

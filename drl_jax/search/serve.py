@@ -82,10 +82,9 @@ class Access:
     """Which requests a server accepts: to its hosts or loopback, with the token if there is one."""
 
     def __init__(self, host: str, address: str, allowed: str = "", *, needs_token: bool = True):
-        """The access to an address; if other machines reach it, a token is made.
+        """The access to an address, with a token if other machines reach it.
 
-        `host` is what the user wrote for it; `allowed` are other names that lead to it, separated
-        by commas, and a UserError says if one is not that of a host.
+        `host` is what the user wrote for it; `allowed` are other names, separated by commas.
         """
         found = _parse_host(address)
         # No machine has the address that stands for all.
@@ -94,7 +93,6 @@ class Access:
         self.token = secrets.token_urlsafe() if needs_token and not _is_loopback(found) else ""
 
     def url(self, port: int) -> str:
-        """The address of the page."""
         name = f"[{self._name}]" if ":" in self._name else self._name
         return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
 
@@ -146,7 +144,6 @@ def checked(app: ASGIApp, access: Access) -> ASGIApp:
 
 
 def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None = None) -> Response:
-    """One line, as the API or the page has it."""
     if scope["path"].startswith("/api/"):
         return JSONResponse({"error": line}, status, headers)
     return PlainTextResponse(line, status, headers)
@@ -183,9 +180,9 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def make_app(index: Index, top: int, max_upload: int, access: Access) -> Starlette:
-    """Creates the ASGI application; answers one query, so that the first is fast.
+    """Creates the ASGI application, and answers a query, so that the first is fast.
 
-    A request gets `top` hits unless it has another number, and may send a video of `max_upload` MB.
+    See `SearchAPI`; `max_upload` is in MB.
     """
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")

@@ -43,8 +43,6 @@ _KEPT = 64
 
 @dataclasses.dataclass(eq=False)
 class _Request:
-    """A query that waits for its answer."""
-
     state: OpenIndex
     query: EncodedQuery
     top: int
@@ -52,7 +50,6 @@ class _Request:
     answer: Answer | None = None
 
     def joins(self, other: "_Request") -> bool:
-        """Whether both are sentences that can be compared together."""
         are_sentences = self.query.is_sentence and other.query.is_sentence
         are_alike = self.state is other.state and self.top == other.top
         return are_sentences and are_alike and self.among is other.among is None
@@ -61,9 +58,8 @@ class _Request:
 class Index:
     """An open index and its model. Safe to use from several threads.
 
-    Every query is answered from the current state of the index, also while another process updates
-    it. A state that takes long to open is opened in the background, and queries are answered from
-    the one before until then.
+    Every query is answered from the current state of the index, or from the one before while the
+    current one takes long to open.
     """
 
     def __init__(
@@ -73,10 +69,7 @@ class Index:
         options: SearchOptions = SearchOptions(),  # noqa: B008
         ask_engine: FindCandidates | None = None,
     ):
-        """Opens an index; without the model it was made with, from where the index says it is.
-
-        A UserError says why it cannot be opened, or that it does not store what the options need.
-        """
+        """Opens an index, and loads the model it was made with if it is not given; or UserError."""
         self.directory = Path(directory)
         if model is None:
             model = load_source(read_header(part_directories(self.directory)[0])["source"])
@@ -137,7 +130,6 @@ class Index:
 
     @property
     def videos(self) -> Videos:
-        """The videos that can be found."""
         return self.state().videos
 
     def search(
@@ -198,8 +190,8 @@ class Index:
         others = [one for one in self._waiting if one is not request and one.joins(request)]
         batch = [request, *others[: _TOGETHER - 1]]
         self._waiting = [one for one in self._waiting if one not in batch]
-        top, queries = max(one.top for one in batch), [one.query for one in batch]
-        answers = self.ranker.rank(request.state, queries, top, request.among)
+        queries = [one.query for one in batch]
+        answers = self.ranker.rank(request.state, queries, request.top, request.among)
         for one, answer in zip(batch, answers, strict=True):
             one.answer = answer
 

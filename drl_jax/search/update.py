@@ -53,17 +53,14 @@ def is_in_shard(path: str, shard: str) -> bool:
 
 @dataclasses.dataclass
 class IndexReport:
-    """Numbers of files, and of windows and bytes of the whole index.
-
-    `changed` files have other content, or had damaged features. By path, `bad` says why files that
-    were compared cannot be searched, and `unavailable` why the next update has to read them.
-    """
+    """Numbers of files, and of windows and bytes of the whole index."""
 
     added: int = 0
-    changed: int = 0
+    changed: int = 0  # Or with damaged features.
     moved: int = 0
     removed: int = 0
     unchanged: int = 0
+    # By path, why files cannot be searched, and why the next update has to read others.
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
     unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
     windows: int = 0
@@ -84,11 +81,10 @@ def update_index(
     shard: str | None = None,
     cluster: "RayCluster | None" = None,
 ) -> IndexReport:
-    """Updates an index to the files of a folder; decodes only new and changed files.
+    """Updates an index to the files of a folder; decodes only new, changed and damaged ones.
 
     What is encoded is committed every few seconds: after an interruption, the same call continues.
-    A file with the content of one that is gone takes over its features. A video whose features are
-    damaged is decoded again. Worker processes or a cluster decode.
+    A file with the content of one that is gone takes over its features.
 
     Args:
       videos: their folder, searched recursively. That of an existing index may have been moved.
@@ -100,9 +96,8 @@ def update_index(
       only: paths in the folder; empty: all. The time for a few does not depend on its size.
       shard: of a new index: only the files of this shard, NUMBER/COUNT.
 
-    Raises:
-      UserError: there is no video, most of the files are gone, the index is of another model,
-        folder, storage or bank, or a node of the cluster cannot work.
+    Raises UserError: there is no video, most files are gone, the index was made with something
+    else, or a node of the cluster cannot work.
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
@@ -126,7 +121,6 @@ def update_index(
 
 
 def _check_made_with(writer: IndexWriter, given: Mapping[str, Any]) -> None:
-    """Checks that an index was made with what is given now; its folder may have been moved."""
     header = writer.header
     for name, what in MADE_WITH.items():
         is_moved = name == "videos" and not Path(header[name]).is_dir()
@@ -222,7 +216,6 @@ class _Update:
             )
 
     def run(self, cluster: "RayCluster | None") -> IndexReport:
-        """Reads, encodes and stores what has changed."""
         writer, report, total = self._writer, self._report, len(self._pending)
         reads = zip(self._pending, self._read(cluster), strict=True)
         shown = tqdm(reads, desc="indexing", total=total, unit="video", disable=not total)
@@ -239,7 +232,6 @@ class _Update:
         return report
 
     def _read(self, cluster: "RayCluster | None") -> Iterator[VideoRead | WorkerFailure]:
-        """Reads the pending files, in their order."""
         read = functools.partial(map_in_processes, reading.read_video)
         if cluster is not None and self._pending:
             example = self._folder / self._pending[0].path
@@ -262,7 +254,6 @@ class _Update:
         return [*([known] if known else []), *self._missing.get(file.size, ())]
 
     def _take(self, file: FoundFile, read: VideoRead | WorkerFailure) -> None:
-        """Adds a file that was read to the next batch, and stores the batch if it is full."""
         allowed = 0.0
         if isinstance(read, WorkerFailure):
             if read.timed_out:  # Stored with the time that it had.
@@ -301,7 +292,6 @@ class _Update:
         return encoding.encode_banks(self._model, self._writer.directory, self._writer.header)
 
     def _store(self) -> None:
-        """Encodes and commits the next batch."""
         reads = [read for _, read in self._batch]
         banks = self._banks if any(read.windows for read in reads) else []
         encoded = encoding.encode_for_index(self._model, self._writer.header, banks, reads)

@@ -113,7 +113,6 @@ def window_at(windows: Sequence[Window], time: float) -> int:
 
 
 def _spread(frames: np.ndarray, most: int) -> tuple[int, ...]:
-    """Frames, or as many evenly spaced ones of them as a window has at most."""
     if len(frames) > most:
         frames = frames[np.linspace(0, len(frames) - 1, num=most, dtype=int)]
     return tuple(frames.tolist())
@@ -154,15 +153,12 @@ def _pieces(start: float, end: float, seconds: float) -> list[tuple[float, float
 def find_spans(
     windows: Sequence[Window], scores: np.ndarray, most: int, deviation: float = 0.0
 ) -> list[Span]:
-    """Finds the best moments of a video, at most `most`, the best first.
+    """Finds the `most` best moments of a video, the best first, from scores of its windows, [W].
 
     The best window, joined with its neighbours that overlap one another and stand out of the film
     as much, is a moment; then the best of the windows that do not overlap it by more than half, and
     so on. If all that is joined overlaps the best window, it may be alike because of what they
-    share, and the window is the moment.
-
-    `windows` are by their start; `scores` are float [W], and `deviation` is that of similarities
-    that mean nothing, 0 if it is not known.
+    share, and the window is the moment. `deviation` is of similarities that mean nothing, or 0.
     """
     found: list[Span] = []
     scores = np.array(scores, np.float64)  # Of windows that are in no moment yet; else -inf.

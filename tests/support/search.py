@@ -1,7 +1,6 @@
 """Search without a run or videos on disk: random models, and indexes of made-up videos."""
 
 import dataclasses
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -68,14 +67,6 @@ def made_up_videos(
         )
         for number, path in enumerate(paths)
     ]
-
-
-def copy_index(index: Path, videos: Path, directory: Path) -> Path:
-    """A copy of an index, of other videos; may be changed."""
-    shutil.copytree(index, directory)
-    with IndexWriter(directory) as writer:
-        writer.update_header(videos=str(videos.resolve()))
-    return directory
 
 
 def write_index(
