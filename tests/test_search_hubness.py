@@ -10,6 +10,7 @@ from support.commands import error_of
 from support.search import made_up_videos, made_up_windows, write_index
 from support.videos import numbered_frames, write_video
 
+from drl_jax.evaluation.hubness import inverted_softmax, nnn
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.__main__ import main
 from drl_jax.search.addresses import PageQuery
@@ -57,17 +58,15 @@ def opened(directory, model, correction=None) -> Index:
 
 
 def corrected(correction, state: OpenIndex, model):
-    """Similarities of the windows by slot, and scores by the published formula: [Q, W] both."""
+    """Similarities of the windows by slot, and scores by the formula: [Q, W] both."""
     video = dequantize(state.gallery.take(np.arange(len(state.gallery))))
-    scores = model.similarity(model.encode_text(QUERIES), video).astype(np.float64)
-    bank = model.similarity(model.encode_text(BANK), video).astype(np.float64)
+    scores, bank = (
+        model.similarity(model.encode_text(texts), video).astype(np.float64)
+        for texts in (QUERIES, BANK)
+    )
     method, *values = correction.split(":")
-    if method == "is":
-        beta = float(values[0])
-        quotient = np.exp(beta * scores) / np.exp(beta * bank).sum(axis=0)
-        return scores, np.log(len(BANK) * quotient) / beta
-    largest = np.sort(bank, axis=0)[::-1][: int(values[0])]
-    return scores, scores - float(values[1]) * largest.mean(axis=0)
+    apply, types = {"is": (inverted_softmax, [float]), "nnn": (nnn, [int, float])}[method]
+    return scores, apply(scores, bank, *(t(v) for t, v in zip(types, values, strict=True)))
 
 
 def assert_ranked_by(index: Index, expected, slots, among=None):

@@ -1,7 +1,6 @@
 """States of an index: exact answers, updates under an open index, damage, queries at once."""
 
 import itertools
-import os
 import shutil
 import threading
 import time
@@ -140,16 +139,6 @@ def test_what_is_shown_of_a_large_index_is_checked_first(search_model, index, mo
     opened = Index(index, search_model)
     for ask in (lambda: opened.search("a", 40), lambda: opened.state().video_at("07.mp4")):
         with pytest.raises(SearchIndexError, match=r"features of '07.mp4' differ"):
-            ask()
-
-
-def test_a_file_that_is_cut_under_an_open_index_is_noticed(search_model, index):
-    """Reading behind its end would end the process."""
-    opened = Index(index, search_model)
-    state, video = opened.state(), opened.videos[0]
-    os.truncate(video.segment.directory / "window.frame_unit.bin", 100)
-    for ask in (lambda: opened.search("a", 1), lambda: state.video_at("00.mp4")):
-        with pytest.raises(SearchIndexError, match=r"is damaged .*was cut"):
             ask()
 
 

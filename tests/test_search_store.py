@@ -133,11 +133,6 @@ def test_segments_of_one_size_are_merged(tmp_path):
     assert len(list((tmp_path / "segments").iterdir())) == len(read_header(tmp_path)["segments"])
 
 
-def _read_all(segment):
-    for row in range(2):
-        segment.read(row).strip(0)
-
-
 def test_each_flipped_bit_is_noticed(tmp_path):
     """Of any file of a segment; where a bit is flipped, the features of one video are refused."""
     rng = random.Random(0)
@@ -151,7 +146,7 @@ def test_each_flipped_bit_is_noticed(tmp_path):
         healthy = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"differ|bytes, not"):
-            _read_all(Segment(tmp_path, entry))
+            _ = [Segment(tmp_path, entry).read(row).strip(0) for row in range(2)]
         path.write_bytes(healthy)
 
 
@@ -198,19 +193,15 @@ def test_indexes_of_other_versions_are_one_line(tmp_path):
                 opens(tmp_path)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_refusal_of_the_system_is_no_damage(index, monkeypatch, number):
+def test_a_refusal_of_the_system_is_no_damage(index, monkeypatch):
     def refused(*arguments, **options):
-        raise OSError(number, os.strerror(number), "a file")
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "a file")
 
     before, listed = contents(index).keys(), sorted(index.rglob("*"))
     for module, name in ((index_file, "Segment"), (index_file, "write_segment")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, refused)
-            with (
-                pytest.raises(Unavailable, match=errno.errorcode[number]),
-                IndexWriter(index) as writer,
-            ):
+            with pytest.raises(Unavailable, match="EIO"), IndexWriter(index) as writer:
                 writer.put([record("new.mp4")])
     assert contents(index).keys() == before
     assert sorted(index.rglob("*")) == listed

@@ -1,10 +1,12 @@
-"""Pictures as queries: what is decoded, how, and within which limits."""
+"""Media of queries and of the page: pictures that are decoded, and clips that are made."""
 
 import contextlib
 import io
 import struct
 import zlib
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, features
@@ -12,6 +14,7 @@ from PIL import Image, PngImagePlugin, features
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.worker_pool import CallPool
+from drl_jax.search.clips import write_clip
 from drl_jax.search.reading import open_picture
 
 FORM = FrameForm(32)
@@ -51,28 +54,26 @@ def is_like(frame: np.ndarray, quarters: np.ndarray) -> bool:
     return bool(np.abs(inside - quarters[:, :, None, None]).max() < 12)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WebP", "GIF", "BMP", "AVIF", "CMYK"])
-def test_formats_that_people_have(opened, kind):
-    if kind == "AVIF" and not features.check("avif"):
-        pytest.skip("this Pillow has no AVIF")
-    image, options = Image.fromarray(PICTURE), {}
-    if kind in ("GIF", "WebP", "MPO"):  # The first of several pictures.
-        options = {"save_all": True, "append_images": [image.rotate(90)]}
-    if kind == "CMYK":
-        image, kind = image.convert("CMYK"), "JPEG"
-    assert is_like(opened(saved(image, kind, **options)), COLOURS)
+def test_formats_that_people_have(opened):
+    image = Image.fromarray(PICTURE)
+    several = {"save_all": True, "append_images": [image.rotate(90)]}  # The first one counts.
+    for kind, options in (
+        *(("JPEG", {}), ("PNG", {}), ("BMP", {}), ("AVIF", {})),
+        *(("GIF", several), ("WebP", several), ("MPO", several)),
+    ):
+        if kind != "AVIF" or features.check("avif"):
+            assert is_like(opened(saved(image, kind, **options)), COLOURS), kind
+    assert is_like(opened(saved(image.convert("CMYK"), "JPEG")), COLOURS)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP"])
-def test_pictures_are_turned_as_the_camera_was_held(opened, kind):
+def test_pictures_are_turned_as_the_camera_was_held(opened):
     exif = Image.Exif()
     exif[ORIENTATION] = QUARTER_TURN
-    content = saved(Image.fromarray(PICTURE), kind, exif=exif)
-    assert is_like(opened(content), np.rot90(COLOURS, -1))
+    for kind in ("PNG", "WebP", "JPEG"):
+        content = saved(Image.fromarray(PICTURE), kind, exif=exif)
+        assert is_like(opened(content), np.rot90(COLOURS, -1))
     # Metadata that are damaged are ignored.
-    damaged = content.replace(b"MM\0*", b"MM\0*\xff\xff")
-    if kind == "JPEG":
-        assert is_like(opened(damaged), COLOURS)
+    assert is_like(opened(content.replace(b"MM\0*", b"MM\0*\xff\xff")), COLOURS)
 
 
 def test_transparency_is_white_and_16_bits_are_scaled(opened):
@@ -133,3 +134,64 @@ def test_a_picture_that_takes_too_much_memory_is_one_line(opened):
     large = content[:size] + 2 * struct.pack("<I", 16_382)[:3] + content[size + 6 :]
     with pytest.raises(UserError, match="the picture is damaged, or too large"):
         opened(large)
+
+
+# ---------------------------------------------------------------------- clips
+
+RATE, SECONDS = 10, 8  # Frames a second.
+SOUND_RATE = 44_100
+FIRST = 50  # Grey level.
+
+
+def write_film(path: Path, *, sound: str = "aac", pixels: str = "yuv420p", **options: str) -> None:
+    """Writes H.264 with B-frames; the mean of frame n is FIRST + n."""
+    with av.open(str(path), "w") as container:
+        options = {"g": "30", "sc_threshold": "0", "bf": "2", **options}
+        video = container.add_stream("libx264", rate=RATE, options=options)
+        video.width, video.height, video.pix_fmt = 64, 48, pixels
+        audio = container.add_stream(sound, rate=SOUND_RATE) if sound else None
+        for number in range(RATE * SECONDS):
+            noise = np.random.default_rng(number).integers(-40, 41, (48, 64, 1))
+            picture = (FIRST + number + np.tile(noise, 3)).astype(np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(video.encode())
+        if audio is not None:
+            tone = 8000 * np.sin(np.arange(SOUND_RATE * SECONDS) / 20)
+            for start in range(0, len(tone), 1152):
+                samples = tone[None, start : start + 1152].astype(np.int16)
+                frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+                frame.sample_rate, frame.pts = SOUND_RATE, start
+                container.mux(audio.encode(frame))
+            container.mux(audio.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "options"),
+    [
+        ("start.mp4", 0.0, {}),
+        ("mute ten bits.mkv", 4.25, {"sound": "", "pixels": "yuv420p10le"}),
+        ("one key frame.mkv", 4.25, {"sound": "ac3", "g": "1000"}),
+        ("stream.ts", 4.25, {}),
+        ("flash.flv", 4.25, {"sound": "libmp3lame"}),
+        # Its times of presentation are wrong.
+        ("b-frames.avi", 4.25, {"sound": "libmp3lame"}),
+    ],
+)
+def test_a_clip_has_the_pictures_and_the_sound_of_its_part(tmp_path, name, start, options):
+    film, clip = tmp_path / name, tmp_path / "clip.mp4"
+    write_film(film, **options)
+    write_clip(film, start, start + 3, clip)
+    with av.open(str(clip)) as container:
+        assert "mp4" in container.format.name
+        streams = {stream.type: stream for stream in container.streams}
+        assert streams["video"].codec_context.name == "h264"
+        assert ("audio" in streams) == bool(options.get("sound", "aac"))
+        for stream in streams.values():
+            assert float(stream.duration * stream.time_base) == pytest.approx(3, abs=0.2)
+        pictures = [
+            (frame.time, frame.to_ndarray(format="gray")) for frame in container.decode(video=0)
+        ]
+    assert 28 <= len(pictures) <= 31
+    late = 0.35 if name.endswith(".avi") else 0.15
+    for time, picture in pictures:
+        assert (picture.mean() - FIRST) / RATE == pytest.approx(start + time, abs=late)
