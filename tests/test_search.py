@@ -346,9 +346,7 @@ MAKE = ("index", "--index=I", "--videos=V")
     [
         (MAKE, "name the model with --workdir=RUN or --weights"),
         ((*MAKE, "--workdir=nowhere"), "no run in nowhere"),
-        ((*MAKE, "--weights=none.pt"), "none.pt"),
         ((*MAKE, "--shard="), "--shard=: write NUMBER/COUNT"),
-        (("join", "--index=I", "nowhere"), "no index in nowhere; make it with"),
         (("query", "--index=nowhere", "a dog"), "no index in nowhere; make it with"),
         (
             ("query", "--index=I", "a dog", "--video=v.mp4", "--sentences=s.txt"),

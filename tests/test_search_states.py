@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 import pytest
-from support.search import made_up_videos, made_up_windows, write_index
+from support.search import damage, made_up_videos, made_up_windows, write_index
 
 from drl_jax.search import engine, open_index, session
 from drl_jax.search.index_file import IndexWriter, join
@@ -103,16 +103,6 @@ def index(search_model, tmp_path):
     return write_index(tmp_path / "index", search_model, [videos[:20], videos[20:]])
 
 
-def change(index, row, value=0):
-    """Writes over the features of a video in place, as a failing disk or another program would."""
-    with IndexWriter(index) as writer:
-        segment = writer.listed[row // 20].segment
-    array = segment.arrays["window.frame_unit"]
-    with (segment.directory / "window.frame_unit.bin").open("r+b") as file:
-        file.seek(row % 20 * array[0].nbytes)
-        file.write(bytes([value]) * array[0].nbytes)
-
-
 def search_until_refused(opened):
     for _ in range(500):
         opened.search("a", 1)
@@ -127,7 +117,7 @@ def test_features_that_are_zeroed_under_an_open_index_are_noticed(
     monkeypatch.setattr(open_index, "_AT_ONCE", at_once)
     opened = Index(index, search_model)
     assert opened.search("a", 1)
-    change(index, 33)
+    damage(index, "33.mp4")
     with pytest.raises(SearchIndexError, match=r"features of '33.mp4' differ from their checksum"):
         search_until_refused(opened)
 
@@ -135,7 +125,7 @@ def test_features_that_are_zeroed_under_an_open_index_are_noticed(
 def test_what_is_shown_of_a_large_index_is_checked_first(search_model, index, monkeypatch):
     monkeypatch.setattr(open_index, "_AT_ONCE", 0)
     monkeypatch.setattr(open_index.OpenIndex, "_verify", lambda *arguments: None)
-    change(index, 7, 64)
+    damage(index, "07.mp4")
     opened = Index(index, search_model)
     for ask in (lambda: opened.search("a", 40), lambda: opened.state().video_at("07.mp4")):
         with pytest.raises(SearchIndexError, match=r"features of '07.mp4' differ"):

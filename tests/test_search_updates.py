@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from support.commands import start_interruptible
 from support.processes import killing_workers
-from support.search import made_up_videos, made_up_windows, write_index
+from support.search import damage, made_up_videos, made_up_windows, write_index
 from support.videos import (
     write_video,
     write_video_of_unknown_codec,
@@ -91,17 +91,6 @@ def copy(shared, tmp_path):
         with IndexWriter(root / name) as writer:
             writer.update_header(videos=str(root / "videos"))
     return root
-
-
-def damage(index: Path, *paths: str) -> None:
-    """Changes the features of videos."""
-    for segment in (one.segment for one in IndexPart(index).listed):
-        rows = [row for path in paths if (row := segment.find(path)) is not None]
-        for row in rows:
-            array = segment.arrays["window.frame_unit"]
-            with (segment.directory / "window.frame_unit.bin").open("r+b") as file:
-                file.seek(int(segment.firsts["window"][row]) * array[0].nbytes)
-                file.write(bytes(5))
 
 
 def scores(index: Index) -> dict[str, float]:

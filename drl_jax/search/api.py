@@ -30,10 +30,7 @@ _FOLDERS = 200
 
 
 class SearchAPI:
-    """Answers requests as values of JSON, or raises UserError; safe to use from several threads.
-
-    By default, there are `top` hits; a video that is sent has at most `max_video` bytes.
-    """
+    """Answers requests as values of JSON, or raises UserError; safe to use from several threads."""
 
     def __init__(self, index: Index, top: int, max_video: int):
         self.index, self.top, self.media = index, top, Media(index.model, max_video)

@@ -37,7 +37,7 @@ class Duplicate(NamedTuple):
 def find_duplicates(index: OpenIndex) -> list[Duplicate]:
     """Finds pairs of videos of which one shows what the other does, or a part of it, by path.
 
-    Linear in the number of frames: of many copies not all pairs are found, but each is in one.
+    Of many copies not all pairs are found, but each is in one.
     """
     hashes, firsts, places = _sampled_frames(index)
     counts, found = np.diff(firsts), {}

@@ -49,10 +49,7 @@ _MAKE = "python -m drl_jax.search index --workdir=RUN --videos=DIR"
 
 
 def read_header(directory: Path) -> dict[str, Any]:
-    """What `index.json` holds.
-
-    Raises SearchIndexError if it is missing, damaged or of another version, or Unavailable.
-    """
+    """Reads `index.json`; a SearchIndexError if it is missing, damaged or of another version."""
     path = directory / _INDEX
     try:
         header = unseal(path.read_text(encoding="utf-8"))
@@ -273,10 +270,7 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         self._commit(listed, videos)
 
     def merge(self, *, light: bool = False) -> None:
-        """Writes segments of like sizes as one, and those anew of which much is gone.
-
-        A light merge is of small segments: its time does not depend on the size of the index.
-        """
+        """Writes segments of like sizes, `light`: small ones, as one, and those with many gone."""
         while chosen := self._mergeable(light):
             try:
                 records = [

@@ -107,16 +107,13 @@ class OpenIndex:
     """
 
     def __init__(self, directory: Path, model: RetrievalModel, previous: "OpenIndex | None" = None):
-        """Opens the segments that a previous state has not, and checks them (see `check`).
-
-        Raises SearchIndexError if it is missing, damaged, empty or another model's, or Unavailable.
-        """
+        """Opens the segments that a previous state has not, and checks them (see `check`)."""
         self.directory, self.model = directory, model
         self.version = index_file.index_version(directory)
-        for part, version in self.version.items():
+        for shard, version in self.version.items():
             if not version:
                 raise SearchIndexError(
-                    f"the index {directory} joins the shard {part}, which is not there: it was"
+                    f"the index {directory} joins the shard {shard}, which is not there: it was"
                     " moved or deleted, or is not mounted; bring it back, or join the shards again"
                     f" with: python -m drl_jax.search join --index={directory} SHARD SHARD ..."
                 )

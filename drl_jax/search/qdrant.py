@@ -58,10 +58,7 @@ class Qdrant:
         return f"drl_jax_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def export(self, index: OpenIndex) -> tuple[int, int, int]:
-        """Makes or updates the collection of an index; returns numbers of windows.
-
-        They are sent, deleted (a changed one is both), or found up to date.
-        """
+        """Makes or updates a collection; returns numbers of windows: sent, deleted, unchanged."""
         if not index.model.interaction.HAS_VECTORS:
             interaction = index.model.config.model.interaction
             raise UserError(f"the interaction {interaction} has no vectors that Qdrant can compare")

@@ -40,10 +40,7 @@ class SearchOptions:
 
 
 class Ranker:
-    """Ranks encoded queries. Not safe to use from several threads at once.
-
-    `ask_engine` finds the candidates of sentences among all videos; None: no engine does.
-    """
+    """Ranks encoded queries. Not safe to use from several threads at once."""
 
     def __init__(
         self, model: RetrievalModel, options: SearchOptions, ask_engine: FindCandidates | None
@@ -66,10 +63,7 @@ class Ranker:
     def rank(
         self, index: OpenIndex, queries: Sequence[EncodedQuery], top: int, among: Videos | None
     ) -> list["Answer"]:
-        """Ranks one query, or several sentences, until `top` videos are found or there are no more.
-
-        `among`: the videos that are searched; None: all.
-        """
+        """Ranks one query or several sentences until `top` videos of `among` are found, or all."""
         index.check()
         wanted = min(top, index.count if among is None else len(among))
         gallery = self.gallery(index, queries[0], among)

@@ -151,14 +151,11 @@ class Segment:
         self.verified[row] = True
 
     def check_files(self) -> None:
-        """Raises a ValueError if a file was cut, or the table has changed.
-
-        Reading behind the end of a mapped file ends the process. Written files are verified again.
-        """
+        """Raises a ValueError if a file was cut, or the table has changed."""
         try:
             states = {path: _state_of(path) for path in self._states}
             for path, (size, _) in states.items():
-                if size < self._states[path][0]:
+                if size < self._states[path][0]:  # Reading behind its end ends the process.
                     raise ValueError(f"{path} was cut")
             if states != self._states:
                 self._check_table()

@@ -82,10 +82,7 @@ class Access:
     """Which requests a server accepts: to its hosts or loopback, with the token if there is one."""
 
     def __init__(self, host: str, address: str, allowed: str = "", *, needs_token: bool = True):
-        """The access to an address, with a token if other machines reach it.
-
-        `host` is what the user wrote for it; `allowed` are other names, separated by commas.
-        """
+        """The access to an address, for which the user wrote `host`, and to names in `allowed`."""
         found = _parse_host(address)
         # No machine has the address that stands for all.
         self._name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
@@ -180,10 +177,7 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def make_app(index: Index, top: int, max_upload: int, access: Access) -> Starlette:
-    """Creates the ASGI application, and answers a query, so that the first is fast.
-
-    See `SearchAPI`; `max_upload` is in MB.
-    """
+    """Creates the ASGI application, and answers a query, so that the first one is fast."""
     if not 1 <= top <= MAX_HITS:
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
     api = SearchAPI(index, top, 1_000_000 * max_upload)

@@ -128,17 +128,13 @@ def _shots(video: SampledVideo) -> list[tuple[float, float]]:
     """Shots, with short ones joined as far as `_ACROSS_CUT` allows."""
     shots: list[list[float]] = []  # Start, cuts inside, end.
     for start, end in itertools.pairwise([*map(float, video.shot_starts), video.duration]):
-        if shots and _may_join([*shots[-1], end]):
+        cuts = shots[-1][1:] if shots else []
+        distances = [min(cut - shots[-1][0], end - cut) for cut in cuts]
+        if cuts and max(distances) <= _ACROSS_CUT and distances[-1] < _ACROSS_CUT:
             shots[-1].append(end)
         else:
             shots.append([start, end])
     return [(shot[0], shot[-1]) for shot in shots]
-
-
-def _may_join(times: list[float]) -> bool:
-    """Whether a part of a shot (start, cuts inside, end) is so short, and all cuts near an end."""
-    distances = [min(cut - times[0], times[-1] - cut) for cut in times[1:-1]]
-    return max(distances) <= _ACROSS_CUT and distances[-1] < _ACROSS_CUT
 
 
 def _pieces(start: float, end: float, seconds: float) -> list[tuple[float, float]]:

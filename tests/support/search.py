@@ -13,7 +13,7 @@ from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.search.encoding import BANK_ARRAY, quantize
-from drl_jax.search.index_file import IndexWriter
+from drl_jax.search.index_file import IndexPart, IndexWriter
 from drl_jax.search.reading import strip_arrays
 from drl_jax.search.segments import VideoRecord
 from support.params import random_params
@@ -82,3 +82,13 @@ def write_index(
         for videos in segments:
             writer.put(videos)
     return directory
+
+
+def damage(index: Path, *paths: str) -> None:
+    """Changes features of videos in place, as a failing disk or another program would."""
+    for segment in (one.segment for one in IndexPart(index).listed):
+        array = segment.arrays["window.frame_unit"]
+        for row in (row for path in paths if (row := segment.find(path)) is not None):
+            with (segment.directory / "window.frame_unit.bin").open("r+b") as file:
+                file.seek(int(segment.firsts["window"][row]) * array[0].nbytes)
+                file.write(bytes(array[0].nbytes))
