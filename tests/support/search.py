@@ -87,8 +87,8 @@ def write_index(
 def damage(index: Path, *paths: str) -> None:
     """Changes features of videos in place, as a failing disk or another program would."""
     for segment in (one.segment for one in IndexPart(index).listed):
-        array = segment.arrays["window.frame_unit"]
         for row in (row for path in paths if (row := segment.find(path)) is not None):
+            array = segment.arrays["window.frame_unit"]
             with (segment.directory / "window.frame_unit.bin").open("r+b") as file:
                 file.seek(int(segment.firsts["window"][row]) * array[0].nbytes)
                 file.write(bytes(array[0].nbytes))
