@@ -103,10 +103,8 @@ class Segment:
         self.arrays: Features = {}
         for name, (dtype, *row_shape) in entry["arrays"].items():
             shape = (int(self.firsts[_axis_of(name)][-1]), *row_shape)
-            path, expected = (
-                self.directory / f"{name}.bin",
-                math.prod(shape) * np.dtype(dtype).itemsize,
-            )
+            path = self.directory / f"{name}.bin"
+            expected = math.prod(shape) * np.dtype(dtype).itemsize
             self._states[path] = size, _ = _state_of(path)
             if size != expected:
                 raise ValueError(f"{path} has {size} bytes, not {expected}")
