@@ -98,7 +98,7 @@ def serving(index: Path, temporary: Path, *flags: str) -> Iterator[tuple[subproc
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors, errors
     assert not [*temporary.iterdir()]
 
 
