@@ -45,17 +45,26 @@ _MERGED, _SMALLEST, _LIGHT, _MOST_GONE = 16, 64, 16_384, 0.25
 _ATTEMPTS = 3
 # How far an update is, for the processes that search; no part of the index. Seconds between writes.
 _PROGRESS, _INTERVAL = "indexing.json", 1.0
+# What versions 2 to 6 wrote.
+_EARLIER = ("index.sqlite", "shards.json")
 _MAKE = "python -m drl_jax.search index --workdir=RUN --videos=DIR"
 
 
 def read_header(directory: Path) -> dict[str, Any]:
-    """Reads `index.json`; a SearchIndexError if it is missing, damaged or of another version."""
+    """What `index.json` holds.
+
+    Raises a SearchIndexError if there is no index, it is damaged, or another version made it;
+    Unavailable if it cannot be read.
+    """
     path = directory / _INDEX
     try:
         header = unseal(path.read_text(encoding="utf-8"))
         version = header["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
         line = f"there is no index in {directory}; make it with: {_MAKE} --index={directory}"
+        if _is_earlier(directory):
+            line = f"the index {directory} was made by an earlier version"
+            line += f"; make it anew with: {_MAKE} --index=NEW"
         raise SearchIndexError(line) from error
     except OSError as error:
         raise Unavailable(path, error) from error
@@ -70,6 +79,10 @@ def read_header(directory: Path) -> dict[str, Any]:
             f" version that made it, or make it anew with: {_MAKE} --index=NEW"
         )
     return header
+
+
+def _is_earlier(directory: Path) -> bool:
+    return any((directory / name).exists() for name in _EARLIER)
 
 
 def part_directories(directory: Path) -> list[Path]:
@@ -105,14 +118,17 @@ class IndexPart:
         raise failure(directory, damaged[0][1]) from damaged[0][1]
 
     def videos(self) -> int:
+        """Number of all files."""
         return sum(int((~one.gone).sum()) for one in self.listed)
 
     def paths(self) -> Iterator[str]:
+        """The absolute paths of all files."""
         for one in self.listed:
             paths = one.segment.table.column("path").take(np.flatnonzero(~one.gone)).to_pylist()
             yield from (f"{self.header['videos']}/{path}" for path in paths)
 
     def windows(self) -> int:
+        """Number of windows of all videos."""
         return sum(int(one.segment.column("windows")[one.live].sum()) for one in self.listed)
 
 
@@ -123,6 +139,7 @@ def _open_segments(
     opened, entries = {segment.directory: segment for segment in known}, header["segments"]
 
     def open_segment(entry: dict[str, Any]) -> Any:
+        """A segment, or the error."""
         path = directory / _SEGMENTS / entry["name"]
         try:
             segment = opened.get(path) or Segment(path.parent, entry)
@@ -172,11 +189,14 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
     """An index that this process alone writes; a context manager. A new one has no header."""
 
     def __init__(self, directory: Path):
-        """Opens an index without its damaged segments, or raises LockError or as `read_header`."""
+        """Locks an index and opens it, without damaged segments: their videos are decoded again.
+
+        Raises a LockError if another process writes to it, or as `read_header`.
+        """
         self.directory, self.header, self._next_progress = directory, {}, 0.0
         with contextlib.ExitStack() as stack, _writing(directory):
             stack.enter_context(locked(directory / LOCK, f"the index {directory}"))
-            if (directory / _INDEX).exists():
+            if (directory / _INDEX).exists() or _is_earlier(directory):
                 self.header = read_header(directory)
             if "parts" in self.header:
                 what = "joins other indexes; index their videos, each on its own"
@@ -192,6 +212,7 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         self._stack.close()
 
     def _open(self) -> None:
+        """Opens the segments, and deletes what a killed process left."""
         header = {"segments": [], **self.header}
         names = {entry["name"] for entry in header["segments"]}
         found = list((self.directory / _SEGMENTS).iterdir())
@@ -255,6 +276,7 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         return {path: reasons[path] for path in sorted(chosen)}
 
     def nbytes(self) -> int:
+        """Bytes of all segments."""
         return sum(path.stat().st_size for path in (self.directory / _SEGMENTS).glob("*/*"))
 
     def put(self, videos: Sequence[VideoRecord], gone: Sequence[str] = ()) -> None:
@@ -270,7 +292,10 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         self._commit(listed, videos)
 
     def merge(self, *, light: bool = False) -> None:
-        """Writes segments of like sizes, `light`: small ones, as one, and those with many gone."""
+        """Writes segments of like sizes as one, and those anew of which much is gone.
+
+        The time of a light merge, of small segments, does not depend on the size of the index.
+        """
         while chosen := self._mergeable(light):
             try:
                 records = [
@@ -319,7 +344,10 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def join(directory: Path, shards: Sequence[Path]) -> list[IndexPart]:
-    """Writes an index that opens several others as one; replaces one that joins others."""
+    """Writes an index that opens several others as one; an existing list is replaced.
+
+    Raises a SearchIndexError if they cannot be opened as one, or Unavailable.
+    """
     if (directory / _INDEX).exists() and "parts" not in read_header(directory):
         raise SearchIndexError(f"{directory} is an index with videos; give another --index")
     here = directory.resolve()
@@ -339,6 +367,7 @@ def join(directory: Path, shards: Sequence[Path]) -> list[IndexPart]:
 
 
 def check_alike(parts: Sequence[IndexPart]) -> None:
+    """Raises a SearchIndexError if indexes differ in what their features depend on."""
     for name, part in itertools.product(_SHARED, parts):
         if part.header.get(name) != parts[0].header.get(name):
             raise SearchIndexError(
@@ -348,6 +377,7 @@ def check_alike(parts: Sequence[IndexPart]) -> None:
 
 
 def check_distinct(parts: Sequence[IndexPart]) -> None:
+    """Raises a SearchIndexError if a file is in two indexes."""
     shards = {(part.header["videos"], part.header.get("shard")) for part in parts}
     counts = {(folder, shard and shard.partition("/")[2]) for folder, shard in shards}
     if len(counts) == 1 and len(shards) == len(parts):
@@ -363,11 +393,14 @@ def check_distinct(parts: Sequence[IndexPart]) -> None:
 
 
 def read_progress(*directories: Path) -> dict[str, int] | None:
-    """Sums of `show_progress` of the processes that update indexes; None if there are none."""
+    """Sums of `show_progress` of the processes that update indexes; None if there are none.
+
+    The file of a process that was killed is no progress: the lock of its index is free.
+    """
     running = []
     for directory in directories:
         with contextlib.suppress(OSError, ValueError):
             progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
-            if is_locked(directory / LOCK):  # Else it is of a process that was killed.
+            if is_locked(directory / LOCK):
                 running.append(progress)
     return {name: sum(one[name] for one in running) for name in running[0]} if running else None
