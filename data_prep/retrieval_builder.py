@@ -170,6 +170,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
                 "image_size": storage.form.size,
                 "max_frames": storage.max_frames,
                 "storage": storage.encoding,
+                "frame_clock": storage.frame_clock,
                 **storage.form.changed_fields(),
             },
             "annotations": annotation_hashes(plan.annotations),

@@ -103,7 +103,7 @@ def test_other_datasets_have_the_form_that_their_builder_stores(name):
     config = config_from_dict(load(name).to_dict())
     storage = builder_class(name).DEFAULT_STORAGE
     assert config.data.dataset == name
-    assert FrameForm.of(config.model.backbone) == storage.form == FrameForm(224)
+    assert StorageSpec.of(config) == storage
     assert (config.data.max_frames, config.data.storage) == (storage.max_frames, storage.encoding)
     # Paragraphs are long.
     paragraphs = name in ("activitynet", "didemo")

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from support.videos import SHARED, write_video
 
-from drl_jax.data.video import RgbConverter, read_timed_frames, to_form
+from drl_jax.data.pictures import FrameConverter, to_form
+from drl_jax.data.video import read_timed_frames
 from drl_jax.search import duplicates
 from drl_jax.search.duplicates import find_duplicates, same_picture
 from drl_jax.search.open_index import OpenIndex
@@ -36,7 +37,7 @@ def copied(source: Path, out: Path, *, crf: int = 23, scale: float = 1, mirror: 
         rate = container.streams.video[0].average_rate or 25
         stream, to_rgb = (
             copy.add_stream("libx264", rate=rate, options={"crf": str(crf)}),
-            RgbConverter(),
+            FrameConverter(False),
         )
         for number, frame in enumerate(container.decode(video=0)):
             picture = Image.fromarray(to_rgb(frame))

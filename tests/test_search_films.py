@@ -15,6 +15,7 @@ from support.videos import write_video
 import drl_jax
 from drl_jax.data.long_video import sample_video
 from drl_jax.data.video import read_frames
+from drl_jax.data.video_file import open_video
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.encoding import dequantize, unusual
 from drl_jax.search.filters import Filters, parse_day
@@ -109,7 +110,8 @@ def test_a_hit_is_a_file_with_the_score_of_its_best_window(session, search_model
         assert of_frames.sum() == pytest.approx(moment.score, abs=1e-4)
     # Windows that were encoded once each, from frames that were encoded once.
     frames = []
-    sample_video(film.path, search_model.frame_form, frames.append)
+    with open_video(film.path) as video:
+        sample_video(video, search_model.frame_form, frames.append)
     window = film.moments[0].window
     alone = search_model.encode_videos([np.stack([frames[n] for n in window.frames])])
     text = search_model.encode_text(["a red circle"])

@@ -81,7 +81,7 @@ class VideoDataset:
         self._splits: dict[str, Split] = {}
         try:
             self.storage = StorageSpec.from_name(directory.parent.name)
-            _check_form(self.manifest["settings"], self.storage.form)
+            _check_sampling(self.manifest["settings"], self.storage)
             for name in DESCRIPTIONS:
                 if sha256(directory / name) != self._hashes[name]:
                     raise ValueError(f"{name} is not the file that the build wrote")
@@ -190,11 +190,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_form(settings: dict[str, Any], form: FrameForm) -> None:
+def _check_sampling(settings: dict[str, Any], storage: StorageSpec) -> None:
     """Compares what the pixels of a frame do not show with the name of its directory."""
-    stored = {name: settings[name] for name in ("resize", "interpolation") if name in settings}
-    if (found := FrameForm(form.size, **stored)) != form:
-        raise ValueError(f"{MANIFEST} says {found.resize}, {found.interpolation}")
+    names = ("resize", "interpolation", "as_shown")
+    form = FrameForm(storage.form.size, **{n: settings[n] for n in names if n in settings})
+    if (form, settings["frame_clock"]) != (storage.form, storage.frame_clock):
+        raise ValueError(f"{MANIFEST} says {form}, sampled by {settings['frame_clock']}")
 
 
 def _damaged(directory: Path, what: str | Path, error: Exception) -> DatasetError:
@@ -229,5 +230,5 @@ def _build_command(directory: Path, *other: str) -> str:
     if dataset.name not in DRAWN_DATASETS:
         flags += ["--videos=DIR", "--annotations=PATH"]
     with contextlib.suppress(ValueError):  # A user gave the directory another name.
-        flags += StorageSpec.from_name(variant).flags()
+        flags += StorageSpec.from_name(variant).flags(dataset.name)
     return shlex.join(["python", "-m", "data_prep.build", dataset.name, *flags, *other])
