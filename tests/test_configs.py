@@ -13,7 +13,7 @@ from support.commands import error_of
 
 from data_prep.datasets import builder_class
 from drl_jax.config import Config, ConfigError, DataConfig
-from drl_jax.data.frame_form import FrameForm
+from drl_jax.data.storage import StorageSpec
 from drl_jax.models.drl import config_from_dict, param_shapes
 from drl_jax.runtime.cli import Parser, add_config_flag, parse_with_config
 from drl_jax.runtime.sharding import make_layout

@@ -183,6 +183,7 @@ class OpenVideo:
         headers are unreliable.
       fps: average frame rate.
       last_length: how long the last frame is shown, seconds.
+      is_certain: whether the packets say with certainty which frames there are.
       has_alpha_plane: whether it is one that FFmpeg's own decoder leaves out.
       damaged_packets: how many could not be decoded when all frames were decoded last.
     """
@@ -226,6 +227,7 @@ class OpenVideo:
         is_certain &= is_key and first == min(known, default=None)
         if not (is_certain and stamps and len(set(self._stamps)) == len(stamps)):
             self._stamps = None
+        self.is_certain = self._stamps is not None
         self.last_length = 1 / self.fps
         if self._stamps and stamps[-1][1]:
             self.last_length = float(stamps[-1][1] * stream.time_base)
