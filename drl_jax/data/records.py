@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 
 from drl_jax.config import Config
 from drl_jax.data.content import queries_sha256
@@ -74,6 +75,7 @@ class VideoDataset:
             raise DatasetError(_not_built_message(directory))
         # The Python API, which shares modules with this one, needs no dataset.
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.proto import tf_example_pb2
 
         self.directory = directory
         self.manifest = read_manifest(directory)
@@ -101,7 +103,7 @@ class VideoDataset:
             stored = info.splits[VIDEOS_SPLIT]
             files = [directory / Path(name).name for name in stored.filenames]
             self._records = RecordFiles(files, stored.shard_lengths)
-            self._features = info.features
+            self._example = tf_example_pb2.Example
             if (named := len(self.video_ids)) != len(self._records):
                 raise ValueError(f"it names {named} of its {len(self._records)} videos")
         except DatasetError:
@@ -152,13 +154,18 @@ class VideoDataset:
         video = int(video)
         video_id = self.video_ids[video]
         try:
-            record = self._features.deserialize_example_np(self._records[video])
-            stored_id, frames = record["video_id"], np.asarray(record["frames"])
-            if stored_id not in (video_id, video_id.encode()):
+            # What a TFDS feature would do, in a third of the time.
+            features = self._example.FromString(self._records[video]).features.feature
+            (stored_id,) = features["video_id"].bytes_list.value
+            if stored_id != video_id.encode():
                 raise ValueError(f"it holds the video {stored_id!r}")
-            shape = self.storage.form.shape
-            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != shape:
-                raise ValueError(f"it has frames {frames.dtype} {list(frames.shape)}")
+            stored, shape = features["frames"].bytes_list.value, self.storage.form.shape
+            if self.storage.encoding == "jpeg":
+                frames = np.stack([simplejpeg.decode_jpeg(jpeg) for jpeg in stored])
+                if frames.shape[1:] != shape:
+                    raise ValueError(f"it has frames {list(frames.shape)}")
+            else:
+                frames = np.frombuffer(b"".join(stored), np.uint8).reshape(-1, *shape)
             if not 1 <= len(frames) <= self.storage.max_frames:
                 raise ValueError(f"it has {len(frames)} frames")
         # array_record raises RuntimeError for a wrong checksum, and other errors at other places.
@@ -191,11 +198,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _check_sampling(settings: dict[str, Any], storage: StorageSpec) -> None:
-    """Compares what the pixels of a frame do not show with the name of its directory."""
+    """Compares what a dataset was built as with the name of its directory."""
     names = ("resize", "interpolation", "as_shown")
-    form = FrameForm(storage.form.size, **{n: settings[n] for n in names if n in settings})
-    if (form, settings["frame_clock"]) != (storage.form, storage.frame_clock):
-        raise ValueError(f"{MANIFEST} says {form}, sampled by {settings['frame_clock']}")
+    form = FrameForm(settings["image_size"], **{n: settings[n] for n in names if n in settings})
+    kept = settings["max_frames"], settings["storage"], settings["frame_clock"]
+    if (found := StorageSpec(form, *kept)) != storage:
+        raise ValueError(f"{MANIFEST} says {found}")
 
 
 def _damaged(directory: Path, what: str | Path, error: Exception) -> DatasetError:
