@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from drl_jax.config import Config
+from drl_jax.config import FRAME_CLOCKS, Config
 from drl_jax.data.content import queries_sha256
 from drl_jax.data.description import LAYOUT, METADATA, read_split, read_videos
 from drl_jax.data.frame_form import FrameForm
@@ -201,8 +201,9 @@ def _check_sampling(settings: dict[str, Any], storage: StorageSpec) -> None:
     """Compares what a dataset was built as with the name of its directory."""
     names = ("resize", "interpolation", "as_shown")
     form = FrameForm(settings["image_size"], **{n: settings[n] for n in names if n in settings})
-    kept = settings["max_frames"], settings["storage"], settings["frame_clock"]
-    if (found := StorageSpec(form, *kept)) != storage:
+    kept = settings["max_frames"], settings["storage"]
+    clock = settings.get("frame_clock", FRAME_CLOCKS[0])
+    if (found := StorageSpec(form, *kept, clock)) != storage:
         raise ValueError(f"{MANIFEST} says {found}")
 
 
