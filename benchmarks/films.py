@@ -3,7 +3,6 @@
 Shots follow each other in six ways; see `KINDS`.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator
 from fractions import Fraction
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from drl_jax.data.video import decode, ffmpeg_errors
+from drl_jax.data.video_file import open_video
 from drl_jax.runtime.errors import UserError
 
 # Frames a second of the clips, and of films of short events.
@@ -72,8 +71,8 @@ def read_clips(videos: Path, most: int) -> list[Clip]:
 
 def read_all(path: Path) -> np.ndarray:
     """All frames of a file: uint8 [F, H, W, 3]."""
-    with ffmpeg_errors(path), contextlib.closing(decode(path)) as frames:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames if frame is not None])
+    with open_video(path) as video:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in video.frames()])
 
 
 def write_film(path: Path, film: Film) -> None:

@@ -44,7 +44,8 @@ from drl_jax.data.frames import DiskFrames
 from drl_jax.data.records import VideoDataset
 from drl_jax.data.splits import Captions, Split
 from drl_jax.data.storage import StorageSpec
-from drl_jax.data.video import VideoError, read_frames
+from drl_jax.data.video import read_frames
+from drl_jax.data.video_file import VideoError
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.resources import available_cpus
 from drl_jax.runtime.sharding import make_layout

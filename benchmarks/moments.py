@@ -23,7 +23,8 @@ import numpy as np
 from benchmarks.films import KINDS, Film, make_film, read_clips, write_film
 from benchmarks.measure import arguments, positive_ints, report, table
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.video import to_form
+from drl_jax.data.pictures import to_form
+from drl_jax.data.video_file import open_video
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel, load
 from drl_jax.runtime.cli import run_command
@@ -51,7 +52,8 @@ class IndexedFilm:
     def __init__(self, model: RetrievalModel, path: Path, fps: float, bank: Features):
         frames: list[np.ndarray] = []
         start = time.perf_counter()
-        self.video = sample_video(path, model.frame_form, frames.append, fps)
+        with open_video(path) as video:
+            self.video = sample_video(video, model.frame_form, frames.append, fps)
         self.seconds = time.perf_counter() - start
         self._model, self._bank = model, bank
         self.windows = windows_of(self.video, model.config.data.max_frames)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_prep.locations import FoundVideos
-from drl_jax.data.video import VIDEO_SUFFIXES, Span
+from drl_jax.data.video import Span
+from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import UserError, printable
 
 # A row, a member of a tar file or a video that cannot be used is left out and listed. A build ends

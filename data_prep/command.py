@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.datasets import builder_class
-from drl_jax.config import INTERPOLATIONS, RESIZES, STORAGE_ENCODINGS
+from drl_jax.config import FRAME_CLOCKS, INTERPOLATIONS, RESIZES, STORAGE_ENCODINGS
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
 from drl_jax.runtime.cli import Parser, positive_int
@@ -87,6 +87,14 @@ def add_source_flags(parser: Parser, *, required: bool) -> None:
         " become N",
     )
     parser.add_argument("--interpolation", choices=INTERPOLATIONS, help="filter of the resize")
+    clock = "frames: one in round(fps), as the reference; time: what is seen at each second"
+    parser.add_argument("--frame_clock", choices=FRAME_CLOCKS, help=clock)
+    parser.add_argument(
+        "--as_shown",
+        action=argparse.BooleanOptionalAction,
+        help="frames as a screen shows them: HDR in standard range, deinterlaced, on white where"
+        " they are transparent",
+    )
     number = "maximum frames per video"
     parser.add_argument("--max_frames", type=positive_int, metavar="N", help=number)
     parser.add_argument("--storage", choices=STORAGE_ENCODINGS, help="jpeg: small; raw: exact")
@@ -106,6 +114,11 @@ def requested_storage(options: argparse.Namespace) -> StorageSpec:
         options.image_size or default.form.size,
         options.resize or default.form.resize,
         options.interpolation or default.form.interpolation,
+        default.form.as_shown if options.as_shown is None else options.as_shown,
     )
-    max_frames = options.max_frames or default.max_frames
-    return StorageSpec(form, max_frames, options.storage or default.encoding)
+    return StorageSpec(
+        form,
+        options.max_frames or default.max_frames,
+        options.storage or default.encoding,
+        options.frame_clock or default.frame_clock,
+    )

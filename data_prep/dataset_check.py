@@ -17,13 +17,8 @@ from data_prep.sizes import PublishedSizes, count_splits, describe_split, format
 from data_prep.splits import Protocols, shared_captions, shared_videos, warnings
 from data_prep.video_folder import Plan
 from drl_jax.data.storage import StorageSpec
-from drl_jax.data.video import (
-    VideoError,
-    VideoFacts,
-    ffmpeg_errors,
-    inspect_video,
-    sample_positions,
-)
+from drl_jax.data.video import VideoFacts, inspect_video
+from drl_jax.data.video_file import VideoError, ffmpeg_errors
 from drl_jax.runtime.files import sha256, write_json
 from drl_jax.runtime.resources import available_cpus
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
@@ -64,19 +59,25 @@ def check_dataset(
     """
     findings = _inspect_files([clip.location for clip in plan.clips], storage, timeout)
     unusable, unavailable, suspicious, frames = {}, {}, {}, 0
+    changed: dict[str, str] = {}
+    clocks_differ: list[str] = []
     for clip in plan.clips:
         finding = findings[clip.location]
         if failure := finding.failure:
             (unavailable if failure.is_passing else unusable)[clip.video_id] = failure.reason
             continue
         facts = finding.facts
-        positions = sample_positions(facts.frames, facts.fps, storage.max_frames, clip.span)
+        positions = facts.positions(storage.max_frames, clip.span, storage.frame_clock)
         if not positions:
             span, length = clip.span, facts.frames / facts.fps
             reason = f"its span {span[0]:g}-{span[1]:g} s is outside the file ({length:.1f} s)"
             unusable[clip.video_id] = reason
             continue
         frames += len(positions)
+        if facts.changed:
+            changed[clip.video_id] = ", ".join(facts.changed)
+        if facts.clocks_differ(storage.max_frames, clip.span):
+            clocks_differ.append(clip.video_id)
         if reasons := _suspicions(facts):
             suspicious[clip.video_id] = "; ".join(reasons)
     usable = {clip.video_id for clip in plan.clips} - unusable.keys() - unavailable.keys()
@@ -88,6 +89,8 @@ def check_dataset(
         "unusable": unusable,
         "unavailable": unavailable,
         "suspicious": suspicious,
+        "changed_as_shown": changed,
+        "clocks_differ": clocks_differ,
         "duplicate_videos": _duplicate_videos(plan.clips, findings, plan.annotations),
         "videos_in_several_splits": shared_videos(plan.annotations, protocols),
         "captions_in_several_splits": shared_captions(plan.annotations, protocols),
@@ -97,6 +100,8 @@ def check_dataset(
             "videos": len(usable),
             "frames": frames,
             "storage": storage.name,
+            "frame_clock": storage.frame_clock,
+            "as_shown": storage.form.as_shown,
             "bytes": stored_bytes(frames, storage),
             "minutes": round(seconds / available_cpus() / 60, 1),
         },
@@ -149,8 +154,6 @@ def _suspicions(facts: VideoFacts) -> list[str]:
             )
     if seconds < _TOO_SHORT:
         found.append(f"only {facts.frames} frames ({seconds:.2f} s)")
-    if facts.variable_rate:
-        found.append("variable frame rate: its frames are sampled by index, not by time")
     return found
 
 
@@ -184,6 +187,16 @@ def print_report(report: Mapping[str, Any]) -> None:
         ("suspicious", "videos can be used but are suspicious"),
     ):
         _print_some(title, [f"{video}: {why}" for video, why in report[kind].items()])
+    build = report["build"]
+    if report["changed_as_shown"]:
+        what = "are" if build["as_shown"] else "would be, with --as_shown,"
+        lines = [f"{video}: {why}" for video, why in report["changed_as_shown"].items()]
+        _print_some(f"videos {what} changed to what a screen shows", lines)
+    if count := len(report["clocks_differ"]):
+        print(
+            f"{count} videos have other frames by time than by number; these are sampled by"
+            f" {build['frame_clock']} (--frame_clock)"
+        )
     groups = [(group["videos"], group["splits"]) for group in report["duplicate_videos"]]
     groups = [f"{', '.join(videos)} (in {', '.join(splits)})" for videos, splits in groups]
     _print_some("groups of videos have the same content", groups)
@@ -193,7 +206,6 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(f"{count} captions are in both {splits}")
     if count := len(report["unannotated_files"]):
         print(f"{count} video files have no annotation")
-    build = report["build"]
     print(
         f"a build of {build['storage']} stores {build['videos']:,} videos, {build['frames']:,}"
         f" frames, {format_bytes(build['bytes'])}, and takes about {build['minutes']}"

@@ -93,5 +93,7 @@ def data_config(dataset: str, **fields: Any) -> DataConfig:
         max_words=builder.MAX_WORDS,
         max_frames=builder.DEFAULT_STORAGE.max_frames,
         storage=builder.DEFAULT_STORAGE.encoding,
+        frame_clock=builder.DEFAULT_STORAGE.frame_clock,
+        as_shown=builder.DEFAULT_STORAGE.form.as_shown,
         **fields,
     )

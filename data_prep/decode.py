@@ -20,7 +20,8 @@ from PIL import Image
 
 from data_prep.locations import Clip, Location, absolute, file_of
 from drl_jax.data.storage import StorageSpec
-from drl_jax.data.video import Span, VideoError, read_frames
+from drl_jax.data.video import Span, read_frames
+from drl_jax.data.video_file import VideoError
 from drl_jax.runtime.errors import one_line, refusal
 from drl_jax.runtime.files import replacing
 from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_processes
@@ -147,7 +148,8 @@ def _ensure_entry(
     except OSError as error:
         return error
     try:
-        frames = read_frames(location, storage.max_frames, storage.form, span)
+        clock = storage.frame_clock
+        frames = read_frames(location, storage.max_frames, storage.form, span, clock)
     except VideoError as error:
         return WorkerFailure(str(error))
     if storage.encoding == "jpeg":

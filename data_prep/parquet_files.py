@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from drl_jax.data.video import VideoError
+from drl_jax.data.video_file import VideoError
 from drl_jax.runtime.errors import UserError, one_line
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from drl_jax.data.video import VideoError
+from drl_jax.data.video_file import VideoError
 from drl_jax.runtime.errors import UserError, one_line
 
 # First bytes of compressed files, and the program that unpacks them.

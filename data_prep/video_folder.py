@@ -16,7 +16,7 @@ from data_prep.annotations import (
 )
 from data_prep.locations import Clip, FoundVideos
 from data_prep.splits import Protocols, draw_again, merge_names, refuse_shared_files, same_files
-from drl_jax.data.video import VIDEO_SUFFIXES
+from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.runtime.files import files_below
 
 

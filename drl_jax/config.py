@@ -24,6 +24,8 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 # How an image becomes a square, and how it is resampled.
 RESIZES = ("crop", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
+# What a frame is sampled by: its number, as in the reference, or the time at which it is seen.
+FRAME_CLOCKS = ("frames", "time")
 # How a caption is cleaned before it is tokenised.
 TEXT_CLEANINGS = ("clip", "none", "lower", "canonicalize")
 
@@ -184,6 +186,11 @@ class DataConfig:
     max_frames: int = 12
     # Encoding of the stored frames, one of STORAGE_ENCODINGS.
     storage: str = "jpeg"
+    # What frames are sampled by, one of FRAME_CLOCKS.
+    frame_clock: str = "frames"
+    # Frames as a screen shows them: HDR in standard range, deinterlaced, on white where they are
+    # transparent. The reference's frames are not.
+    as_shown: bool = False
     # True: every (video, caption) pair is an example, as in the reference. False: every video is an
     # example, with one of its captions drawn at random each time.
     expand_captions: bool = True
@@ -260,6 +267,7 @@ _CHOICES: dict[str, typing.Collection[str]] = {
     "attention": ATTENTION,
     "contrastive": ("softmax", "sigmoid"),
     "storage": STORAGE_ENCODINGS,
+    "frame_clock": FRAME_CLOCKS,
     "cache": ("auto", "none", "memory", "device"),
 }
 # Numbers that may be 0, that are in [0, 1), and that have other bounds; all others are positive.

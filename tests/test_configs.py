@@ -13,7 +13,7 @@ from support.commands import error_of
 
 from data_prep.datasets import builder_class
 from drl_jax.config import Config, ConfigError, DataConfig
-from drl_jax.data.frame_form import FrameForm
+from drl_jax.data.storage import StorageSpec
 from drl_jax.models.drl import config_from_dict, param_shapes
 from drl_jax.runtime.cli import Parser, add_config_flag, parse_with_config
 from drl_jax.runtime.sharding import make_layout
@@ -103,7 +103,7 @@ def test_other_datasets_have_the_form_that_their_builder_stores(name):
     config = config_from_dict(load(name).to_dict())
     storage = builder_class(name).DEFAULT_STORAGE
     assert config.data.dataset == name
-    assert FrameForm.of(config.model.backbone) == storage.form == FrameForm(224)
+    assert StorageSpec.of(config) == storage
     assert (config.data.max_frames, config.data.storage) == (storage.max_frames, storage.encoding)
     # Paragraphs are long.
     paragraphs = name in ("activitynet", "didemo")

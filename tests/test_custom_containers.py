@@ -31,7 +31,8 @@ from data_prep.video_folder import make_plan
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import VideoDataset
 from drl_jax.data.storage import StorageSpec
-from drl_jax.data.video import VideoError, inspect_video, read_frames
+from drl_jax.data.video import inspect_video, read_frames
+from drl_jax.data.video_file import VideoError
 from drl_jax.runtime.errors import Unavailable, UserError
 
 STORAGE = StorageSpec(FrameForm(32), 4, "raw")

@@ -20,7 +20,8 @@ from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.data.storage import DRAWN_DATASETS, StorageSpec
-from drl_jax.data.video import VideoError, read_frames
+from drl_jax.data.video import read_frames
+from drl_jax.data.video_file import VideoError
 from drl_jax.search.session import Index
 from drl_jax.search.update import update_index
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from support.videos import write_video
 
-from drl_jax.data import long_video
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import SampledVideo, sample_video
-from drl_jax.data.video import decode, read_frames
+from drl_jax.data.video import read_frames
+from drl_jax.data.video_file import OpenVideo, open_video
 
 FORM = FrameForm(64)
 FPS = 12
@@ -38,7 +38,8 @@ def mixed(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
 
 def sample(path: Path, fps: float = 1.0) -> tuple[SampledVideo, np.ndarray]:
     frames: list[np.ndarray] = []
-    video = sample_video(path, FORM, frames.append, fps)
+    with open_video(path) as opened:
+        video = sample_video(opened, FORM, frames.append, fps)
     assert len(frames) == len(video.times) == len(video.coarse)
     assert (np.diff(video.times) > 0).all()
     return video, np.stack(frames).astype(int)
@@ -175,12 +176,14 @@ def test_times_that_are_wrong(tmp_path, monkeypatch, pts):
     write_video(tmp_path / "film.mp4", scene(0, 20), fps=FPS)
     expected, frames = sample(tmp_path / "film.mp4")
 
-    def decode_with_times(path):
-        for number, frame in enumerate(decode(path)):
+    decoded = OpenVideo.frames
+
+    def with_times(video):
+        for number, frame in enumerate(decoded(video)):
             frame.pts, frame.time_base = pts(number), Fraction(1, FPS)
             yield frame
 
-    monkeypatch.setattr(long_video, "decode", decode_with_times)
+    monkeypatch.setattr(OpenVideo, "frames", with_times)
     found, others = sample(tmp_path / "film.mp4")
     np.testing.assert_allclose(found.times, expected.times, atol=1e-6)
     assert found.duration == pytest.approx(20, abs=0.1)

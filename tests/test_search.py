@@ -17,6 +17,7 @@ from support.videos import write_video
 
 from drl_jax.data.long_video import sample_video
 from drl_jax.data.video import read_frames
+from drl_jax.data.video_file import open_video
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.__main__ import main
@@ -119,7 +120,8 @@ def test_a_hit_is_a_file_with_the_score_of_its_best_window(session, search_model
             assert explanation.times.min() >= moment.start
     # Windows that were encoded once each, from frames that were encoded once.
     film, frames = by_name(hits)["film.mp4"], []
-    sample_video(film.path, search_model.frame_form, frames.append)
+    with open_video(film.path) as video:
+        sample_video(video, search_model.frame_form, frames.append)
     window, text = film.moments[0].window, search_model.encode_text(["a red circle"])
     alone = search_model.encode_videos([np.stack([frames[n] for n in window.frames])])
     assert search_model.similarity(text, alone)[0, 0] == pytest.approx(film.score, abs=2e-3)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from support.videos import write_video
 
-from drl_jax.data.video import read_timed_frames, to_form
+from drl_jax.data.pictures import to_form
+from drl_jax.data.video import read_timed_frames
 from drl_jax.search import duplicates
 from drl_jax.search.duplicates import find_duplicates, same_picture
 from drl_jax.search.index_file import IndexWriter

@@ -18,14 +18,9 @@ from support.videos import (
 )
 
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.data.video import (
-    VideoError,
-    VideoFacts,
-    inspect_video,
-    read_frames,
-    sample_positions,
-    to_form,
-)
+from drl_jax.data.pictures import to_form
+from drl_jax.data.video import inspect_video, read_frames, sample_positions
+from drl_jax.data.video_file import VideoError
 from drl_jax.runtime.errors import Unavailable
 
 
@@ -80,7 +75,9 @@ def test_a_span_of_a_video(tmp_path):
 def test_inspect_video(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(60), fps=10)
     facts = inspect_video(tmp_path / "v.mp4", 12, FrameForm(32))
-    assert facts == VideoFacts(60, 0, 10.0, 6.0, variable_rate=False, black=False)
+    assert (facts.frames, facts.packets, facts.damaged_packets) == (60, 60, 0)
+    assert (facts.fps, facts.duration, facts.black, facts.changed) == (10.0, 6.0, False, ())
+    np.testing.assert_allclose(facts.times, np.arange(60) / 10)
     write_video(tmp_path / "black.mp4", np.zeros((20, 32, 48, 3), np.uint8), fps=10)
     assert inspect_video(tmp_path / "black.mp4", 12, FrameForm(32)).black
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.fuzz.damage import FAILURE, LEGITIMATE, UNDETECTABLE, Damage
-from drl_jax.data.video import VideoError
+from drl_jax.data.video_file import VideoError
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.resources import memory_limit
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes

@@ -8,6 +8,8 @@ from data_prep.custom.listings import read_listing
 from data_prep.custom.shards import read_shards
 from data_prep.custom.tables import read_tables
 from data_prep.retrieval_builder import RetrievalBuilder
+from drl_jax.data.frame_form import FrameForm
+from drl_jax.data.storage import StorageSpec
 
 
 class Builder(RetrievalBuilder):
@@ -20,6 +22,8 @@ class Builder(RetrievalBuilder):
     sample of a WebDataset shard has a video and a .txt or .json with the other fields. Without
     splits, a tenth of the files becomes val and a tenth test, chosen by the hash of their names.
     """
+
+    DEFAULT_STORAGE = StorageSpec(FrameForm(224, as_shown=True), 12, "jpeg", "time")
 
     @classmethod
     def read_annotations(cls, path: Path) -> Annotations:

@@ -15,7 +15,7 @@ from data_prep.annotations import AnnotationError, Annotations, RowError, name_p
 from data_prep.custom.container_files import ContainerFiles, Sample, contained_annotations
 from data_prep.custom.rows import FIELDS, captions_of, has_caption, read_object
 from data_prep.tar_files import MAX_CONTENT, TarMember, read_content, read_members
-from drl_jax.data.video import VIDEO_SUFFIXES
+from drl_jax.data.video_file import VIDEO_SUFFIXES
 
 # Names without a key, e.g. ".hidden", are no part of a sample.
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)

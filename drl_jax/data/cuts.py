@@ -18,6 +18,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from drl_jax.data.video_file import TimedFrame
+
 # Pictures a second that are compared, at most, and their side, pixels.
 _COMPARED_FPS, _SIDE = 15, 32
 # A cross-fade is not longer, seconds.
@@ -38,8 +40,6 @@ _NOISE = 32.0
 # A mean colour of that length is almost black, and has no hue, levels.
 _BLACK = 8.0
 _SAME = 1e-6
-
-Frame = tuple[av.VideoFrame, float]
 
 
 class _Picture(NamedTuple):
@@ -71,9 +71,9 @@ class CutFinder:
         self._next = 0  # The picture that is judged next.
         self._start = 0  # The first picture of the shot.
 
-    def with_cuts(self, frames: Iterator[Frame]) -> Iterator[tuple[Frame, float | None]]:
+    def with_cuts(self, frames: Iterator[TimedFrame]) -> Iterator[tuple[TimedFrame, float | None]]:
         """Yields each frame, with the end of the shot before, seconds, if a shot starts at it."""
-        pending: collections.deque[tuple[Frame, bool]] = collections.deque()
+        pending: collections.deque[tuple[TimedFrame, bool]] = collections.deque()
         for frame, time in frames:
             last = self._pictures[-1].time if self._pictures else -np.inf
             is_compared = time >= last + 1 / _COMPARED_FPS - _SAME
@@ -106,7 +106,7 @@ class CutFinder:
         follow = len(self._pictures) - 1 - self._next
         return follow >= _NEXT and last.time - judged.time >= _AROUND - _SAME
 
-    def _judged(self, frame: Frame, is_compared: bool) -> tuple[Frame, float | None]:
+    def _judged(self, frame: TimedFrame, is_compared: bool) -> tuple[TimedFrame, float | None]:
         if not is_compared:
             return frame, None
         last = self._last_before(self._next)

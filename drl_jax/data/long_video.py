@@ -11,7 +11,6 @@ so that memory does not depend on the length.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -19,14 +18,8 @@ import numpy as np
 
 from drl_jax.data.cuts import LONGEST_FADE, CutFinder
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.data.video import (
-    RgbConverter,
-    VideoError,
-    count_frames,
-    decode,
-    ffmpeg_errors,
-    to_form,
-)
+from drl_jax.data.pictures import FrameConverter, to_form
+from drl_jax.data.video_file import OpenVideo, TimedFrame, VideoError
 
 # A shot that is shorter has `_SHORT_FRAMES` frames, seconds.
 SHORT_SHOT, _SHORT_FRAMES = 4.0, 4
@@ -34,8 +27,6 @@ SHORT_SHOT, _SHORT_FRAMES = 4.0, 4
 _HELD = 12
 # Of more frames a second, some are left out.
 _MOST_FPS = 40
-# A viewer's clock goes on by a frame where that of the file goes back by more, or forward, seconds.
-_LONGEST_BACK, _LONGEST_STILL = 1.0, 3600.0
 # The frame that is shown at a time may begin this much after it, seconds; half a frame at most.
 _LATE = 1 / 24
 _SAME = 1e-6
@@ -62,50 +53,34 @@ class SampledVideo(NamedTuple):
 
 
 def sample_video(
-    path: Path, form: FrameForm, emit: Callable[[np.ndarray], None], fps: float = 1.0
+    video: OpenVideo, form: FrameForm, emit: Callable[[np.ndarray], None], fps: float = 1.0
 ) -> SampledVideo:
     """Decodes a video and samples it.
 
     Args:
-      path: any file that FFmpeg reads.
+      video: an open file.
       form: form of the frames.
       emit: called with each frame, uint8 [size, size, 3], in order.
       fps: frames a second, at least 1.
 
-    Raises:
-      VideoError: no frame could be decoded.
-      Unavailable: the file cannot be read.
+    Raises a VideoError if no frame could be decoded.
     """
-    with ffmpeg_errors(path):
-        _, rate = count_frames(path)
-        sampler, time = _Sampler(form, emit, fps, min(0.5 / rate, _LATE)), 0.0
-        for (frame, time), end in CutFinder().with_cuts(_timed(path, rate)):
-            sampler.add(frame, time, end)
-        if not sampler.starts:
-            raise VideoError("no frame could be decoded")
-        return sampler.close(time + 1 / rate)
+    sampler, time = _Sampler(form, emit, fps, min(0.5 / video.fps, _LATE)), 0.0
+    for (frame, time), end in CutFinder().with_cuts(_some_frames(video)):
+        sampler.add(frame, time, end)
+    if not sampler.starts:
+        raise VideoError("no frame could be decoded")
+    return sampler.close(time + 1 / video.fps)
 
 
-def _timed(path: Path, rate: float) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Decodes frames, with times that never decrease; leaves some of very many out."""
-    last, shift, taken = -1 / rate, None, -np.inf
-    with contextlib.closing(decode(path)) as decoded:
-        for frame in decoded:
-            if frame is None:
-                continue
-            # Without timestamps, assume a constant frame rate.
-            expected = last + 1 / rate
-            if frame.time is None:
-                time = expected
-            else:
-                shift = -frame.time if shift is None else shift
-                time = frame.time + shift
-                if not last - _LONGEST_BACK < time < last + _LONGEST_STILL:
-                    shift, time = expected - frame.time, expected
-            last = max(time, last, 0.0)
-            if last >= taken + 1 / _MOST_FPS - _SAME:
-                taken = last
-                yield frame, last
+def _some_frames(video: OpenVideo) -> Iterator[TimedFrame]:
+    """Decodes frames; leaves some of very many out."""
+    taken = -np.inf
+    with contextlib.closing(video.timed_frames()) as frames:
+        for frame, time in frames:
+            if time >= taken + 1 / _MOST_FPS - _SAME:
+                taken = time
+                yield frame, time
 
 
 class _Frame:
@@ -116,7 +91,7 @@ class _Frame:
         self._frame: av.VideoFrame | None = frame
         self._image: np.ndarray | None = None
 
-    def image(self, to_rgb: RgbConverter, form: FrameForm) -> np.ndarray:
+    def image(self, to_rgb: FrameConverter, form: FrameForm) -> np.ndarray:
         if self._image is None:
             self._image = to_form(to_rgb(self._frame), form)
             self._frame = None  # It is much larger.
@@ -131,7 +106,7 @@ class _Sampler:
     ):
         self.starts: list[float] = []
         self._form, self._emit, self._fps, self._late = form, emit, max(1.0, fps), late
-        self._to_rgb = RgbConverter()
+        self._to_rgb = FrameConverter(form.as_shown)
         self._times: list[float] = []
         self._coarse: list[bool] = []
         self._shots: list[int] = []

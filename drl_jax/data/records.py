@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 
-from drl_jax.config import Config
+from drl_jax.config import FRAME_CLOCKS, Config
 from drl_jax.data.content import queries_sha256
 from drl_jax.data.description import LAYOUT, METADATA, read_split, read_videos
 from drl_jax.data.frame_form import FrameForm
@@ -74,6 +75,7 @@ class VideoDataset:
             raise DatasetError(_not_built_message(directory))
         # The Python API, which shares modules with this one, needs no dataset.
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.proto import tf_example_pb2
 
         self.directory = directory
         self.manifest = read_manifest(directory)
@@ -81,7 +83,7 @@ class VideoDataset:
         self._splits: dict[str, Split] = {}
         try:
             self.storage = StorageSpec.from_name(directory.parent.name)
-            _check_form(self.manifest["settings"], self.storage.form)
+            _check_sampling(self.manifest["settings"], self.storage)
             for name in DESCRIPTIONS:
                 if sha256(directory / name) != self._hashes[name]:
                     raise ValueError(f"{name} is not the file that the build wrote")
@@ -101,7 +103,7 @@ class VideoDataset:
             stored = info.splits[VIDEOS_SPLIT]
             files = [directory / Path(name).name for name in stored.filenames]
             self._records = RecordFiles(files, stored.shard_lengths)
-            self._features = info.features
+            self._example = tf_example_pb2.Example
             if (named := len(self.video_ids)) != len(self._records):
                 raise ValueError(f"it names {named} of its {len(self._records)} videos")
         except DatasetError:
@@ -152,13 +154,18 @@ class VideoDataset:
         video = int(video)
         video_id = self.video_ids[video]
         try:
-            record = self._features.deserialize_example_np(self._records[video])
-            stored_id, frames = record["video_id"], np.asarray(record["frames"])
-            if stored_id not in (video_id, video_id.encode()):
+            # What a TFDS feature would do, in a third of the time.
+            features = self._example.FromString(self._records[video]).features.feature
+            (stored_id,) = features["video_id"].bytes_list.value
+            if stored_id != video_id.encode():
                 raise ValueError(f"it holds the video {stored_id!r}")
-            shape = self.storage.form.shape
-            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != shape:
-                raise ValueError(f"it has frames {frames.dtype} {list(frames.shape)}")
+            stored, shape = features["frames"].bytes_list.value, self.storage.form.shape
+            if self.storage.encoding == "jpeg":
+                frames = np.stack([simplejpeg.decode_jpeg(jpeg) for jpeg in stored])
+                if frames.shape[1:] != shape:
+                    raise ValueError(f"it has frames {list(frames.shape)}")
+            else:
+                frames = np.frombuffer(b"".join(stored), np.uint8).reshape(-1, *shape)
             if not 1 <= len(frames) <= self.storage.max_frames:
                 raise ValueError(f"it has {len(frames)} frames")
         # array_record raises RuntimeError for a wrong checksum, and other errors at other places.
@@ -190,11 +197,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_form(settings: dict[str, Any], form: FrameForm) -> None:
-    """Compares what the pixels of a frame do not show with the name of its directory."""
-    stored = {name: settings[name] for name in ("resize", "interpolation") if name in settings}
-    if (found := FrameForm(form.size, **stored)) != form:
-        raise ValueError(f"{MANIFEST} says {found.resize}, {found.interpolation}")
+def _check_sampling(settings: dict[str, Any], storage: StorageSpec) -> None:
+    """Compares what a dataset was built as with the name of its directory."""
+    names = ("resize", "interpolation", "as_shown")
+    form = FrameForm(settings["image_size"], **{n: settings[n] for n in names if n in settings})
+    kept = settings["max_frames"], settings["storage"]
+    clock = settings.get("frame_clock", FRAME_CLOCKS[0])
+    if (found := StorageSpec(form, *kept, clock)) != storage:
+        raise ValueError(f"{MANIFEST} says {found}")
 
 
 def _damaged(directory: Path, what: str | Path, error: Exception) -> DatasetError:
@@ -229,5 +239,5 @@ def _build_command(directory: Path, *other: str) -> str:
     if dataset.name not in DRAWN_DATASETS:
         flags += ["--videos=DIR", "--annotations=PATH"]
     with contextlib.suppress(ValueError):  # A user gave the directory another name.
-        flags += StorageSpec.from_name(variant).flags()
+        flags += StorageSpec.from_name(variant).flags(dataset.name)
     return shlex.join(["python", "-m", "data_prep.build", dataset.name, *flags, *other])

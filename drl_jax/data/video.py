@@ -1,64 +1,29 @@
-"""Decodes, samples and resizes the frames of video files.
+"""Samples the frames of video files, and resizes them.
 
 Decoding workers import this module, so it does not import jax.
 
-With the default form of frames, the result is bit for bit that of the reference (decord, PIL,
-torchvision's crop) wherever decord decodes correctly: one sequential pass in one thread, frames
-counted as decoded, swscale's default flags. It never seeks: seeking returns wrong frames in files
-with edit lists or B-frames in AVI.
+With the default form of frames and the clock "frames", the result is bit for bit that of the
+reference (decord, PIL, torchvision's crop) wherever decord decodes correctly.
 """
 
-import codecs
-import contextlib
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from collections.abc import Sequence
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
-from PIL import Image
 
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.runtime.errors import Unavailable, refusal
+from drl_jax.data.pictures import FrameConverter, to_form, what_is_changed
+from drl_jax.data.video_file import OpenVideo, VideoError, VideoFile, open_video
 
-# Suffixes of video files, lower case.
-VIDEO_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv"),
-    *(".flv", ".f4v", ".mpg", ".mpeg", ".mpe", ".3gp", ".3g2", ".ogv", ".gif"),
-    *(".mts", ".m2ts", ".ts", ".qt", ".asf", ".vob"),
-)
-# FFmpeg's demuxers of files with these suffixes, also of raw streams (mpegvideo, m4v) and of FLV
-# that nginx records (live_flv). None of them opens what a file names; concat, hls and others do.
-_DEMUXERS = (
-    *("mov", "avi", "matroska", "asf", "flv", "live_flv", "mpeg", "mpegvideo", "mpegts", "m4v"),
-    *("ogg", "gif"),
-)
-_CONTAINER_OPTIONS = {"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "none"}
 # Start and end of a part of a video, seconds.
 Span = tuple[float, float]
-# PIL's filters; they average over all pixels that become one.
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# Above this aspect ratio, the picture resized by its short side would not fit in memory.
-_MAX_ASPECT_RATIO = 64
 # Black in limited-range video decodes to a few levels above 0.
 _BLACK_LEVEL = 8
-# Titles in Latin-1 are common, and PyAV below 19 raises an error for them by default.
-_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-
-
-class Openable(Protocol):
-    """A video inside another file; the suffix of the opened file's `name`, if any, is its own."""
-
-    def open(self, mode: str = "rb") -> BinaryIO: ...
-
-
-VideoFile = Path | Openable
-
-
-class VideoError(ValueError):
-    """No frames can be read from a file; the message gives the reason, without the path."""
+# The frame that is shown at a time may begin this much after it, if it is nearer, seconds.
+_LATEST = 0.5
+# Times of two samples that differ by more are those of different moments, seconds.
+_ANOTHER_MOMENT = 0.5
+_SAME = 1e-6
 
 
 def sample_positions(
@@ -78,50 +43,58 @@ def sample_positions(
     first, last = 0, n_frames - 1
     if span is not None:
         first, last = int(span[0] * fps), min(int(span[1] * fps), last)
-    positions = range(first, last + 1, max(1, round(fps)))
-    if len(positions) <= max_frames:
-        return list(positions)
-    return [positions[i] for i in np.linspace(0, len(positions) - 1, num=max_frames, dtype=int)]
+    return _evenly(range(first, last + 1, max(1, round(fps))), max_frames)
 
 
-def to_form(image: np.ndarray, form: FrameForm) -> np.ndarray:
-    """Resizes a picture to a square.
+def sample_times(
+    times: np.ndarray, duration: float, max_frames: int, span: Span | None = None
+) -> list[int]:
+    """The same by the time at which frames are seen: what is shown at each second.
+
+    A frame that begins within half a second is taken if it is nearer. Pictures that are shown for
+    a second or longer are all sampled, and each of them once.
 
     Args:
-      image: uint8 [H, W, 3].
-      form: size, resize and interpolation.
-
-    Returns:
-      uint8 [size, size, 3].
-
-    Raises:
-      VideoError: the aspect ratio is too large.
+      times: float64 [N], when the frames are seen, seconds; they do not decrease.
+      duration: seconds to the end of the last frame.
     """
-    height, width = image.shape[:2]
-    short, long = min(height, width), max(height, width)
-    # Also where nothing is cropped, so that a dataset has the same videos in every form.
-    if long > _MAX_ASPECT_RATIO * short:
-        raise VideoError(f"picture of {width} x {height} pixels is too thin to resize")
-    size, resampling = form.size, _RESAMPLING[form.interpolation]
-    if form.resize == "squash":
-        return np.asarray(Image.fromarray(image).resize((size, size), resampling))
-    # As in torchvision: the long side is truncated, the offset of the crop rounded half to even.
-    scaled = int(size * long / short)
-    new_width, new_height = (size, scaled) if width <= height else (scaled, size)
-    left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
-    resized = Image.fromarray(image).resize((new_width, new_height), resampling)
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    if not len(times):
+        return []
+    start, end = span or (0.0, np.inf)
+    # What remains of the last second shows one frame of a film, or a picture that stands.
+    stands = duration - times[-1] >= _LATEST
+    last = duration - _SAME if stands else times[-1] + _SAME
+    seconds = np.arange(start, min(end + _SAME, last), 1.0)
+    shown = np.maximum(np.searchsorted(times, seconds, "right") - 1, 0)
+    following = np.minimum(shown + 1, len(times) - 1)
+    late = times[following] - seconds
+    is_nearer = (late < np.minimum(seconds - times[shown], _LATEST)) & (times[following] <= end)
+    return _evenly(np.unique(np.where(is_nearer, following, shown)).tolist(), max_frames)
+
+
+def _evenly(positions: Sequence[int], most: int) -> list[int]:
+    if len(positions) <= most:
+        return list(positions)
+    return [positions[i] for i in np.linspace(0, len(positions) - 1, num=most, dtype=int)]
 
 
 def read_frames(
-    path: VideoFile, max_frames: int, form: FrameForm, span: Span | None = None
+    path: VideoFile,
+    max_frames: int,
+    form: FrameForm,
+    span: Span | None = None,
+    clock: str = "frames",
 ) -> np.ndarray:
     """Like `read_timed_frames`, without the times: uint8 [F, size, size, 3]."""
-    return read_timed_frames(path, max_frames, form, span)[0]
+    return read_timed_frames(path, max_frames, form, span, clock)[0]
 
 
 def read_timed_frames(
-    path: VideoFile, max_frames: int, form: FrameForm, span: Span | None = None
+    path: VideoFile,
+    max_frames: int,
+    form: FrameForm,
+    span: Span | None = None,
+    clock: str = "frames",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes the sampled frames of a video.
 
@@ -129,9 +102,11 @@ def read_timed_frames(
 
     Args:
       path: any file that FFmpeg reads.
-      max_frames: see `sample_positions`.
+      max_frames: how many are sampled at most.
       form: form of the frames.
       span: only sample this part of the video.
+      clock: one of `config.FRAME_CLOCKS`: "frames" is `sample_positions`, the reference's rule, and
+        "time" is `sample_times`.
 
     Returns:
       Frames uint8 [F, size, size, 3], 1 <= F <= max_frames, and their presentation times float64
@@ -141,39 +116,25 @@ def read_timed_frames(
       VideoError: no frame could be decoded.
       Unavailable: the file cannot be read.
     """
-    with ffmpeg_errors(path):
-        n_frames, fps = count_frames(path)
-        positions = sample_positions(n_frames, fps, max_frames, span)
-        if n_frames and not positions:
-            raise VideoError(
-                f"its span {span[0]:g}-{span[1]:g} s is outside the file ({n_frames / fps:.1f} s)"
-            )
-        wanted, sampled, times = set(positions), [], []
-        to_rgb, first = RgbConverter(), None
-        with contextlib.closing(decode(path)) as decoded:
-            frames = (frame for frame in decoded if frame is not None)
-            for position, frame in enumerate(frames):
-                # Without timestamps, assume a constant frame rate.
-                time = position / fps if frame.time is None else frame.time
-                first = time if first is None else first
-                if position in wanted:
-                    sampled.append(to_form(to_rgb(frame), form))
-                    times.append(time - first)
-                if position >= positions[-1]:
-                    break
-    return _stacked(sampled), np.array(times)
+    with open_video(path, form.as_shown) as video:
+        return sampled_frames(video, max_frames, form, span, clock)
 
 
-def video_length(path: VideoFile) -> float:
-    """Length of a file by its number of frames and its frame rate, seconds.
-
-    Raises:
-      VideoError: it is not a video.
-      Unavailable: it cannot be read.
-    """
-    with ffmpeg_errors(path):
-        n_frames, fps = count_frames(path)
-    return n_frames / fps
+def sampled_frames(
+    video: OpenVideo, max_frames: int, form: FrameForm, span: Span | None, clock: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of an open video."""
+    if clock == "time":
+        length = float(video.times[-1]) + video.last_length if len(video.times) else 0.0
+        positions = sample_times(video.times, length, max_frames, span)
+    else:
+        length = video.count / video.fps
+        positions = sample_positions(video.count, video.fps, max_frames, span)
+    if span is not None and video.count and not positions:
+        raise VideoError(f"its span {span[0]:g}-{span[1]:g} s is outside the file ({length:.1f} s)")
+    to_picture = FrameConverter(form.as_shown)
+    frames, times = video.read(positions, lambda frame: to_form(to_picture(frame), form))
+    return _stacked(frames), np.array(times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,197 +143,63 @@ class VideoFacts:
 
     Attributes:
       frames: number of decoded frames.
+      packets: number of packets, by which the clock "frames" counts.
       damaged_packets: number of packets that could not be decoded.
       fps: average frame rate.
       duration: duration in the file's header, seconds; 0 if it has none.
-      variable_rate: whether the durations of more than 5% of the frames differ from the median.
+      times: float64 [F], when the frames are seen, seconds.
       black: whether all sampled frames are black.
+      changed: what `as_shown` changes (`pictures.what_is_changed`), sorted.
     """
 
     frames: int
+    packets: int
     damaged_packets: int
     fps: float
     duration: float
-    variable_rate: bool
+    times: np.ndarray
     black: bool
+    changed: tuple[str, ...]
+
+    def positions(self, max_frames: int, span: Span | None, clock: str) -> list[int]:
+        """Numbers of the frames that `read_frames` samples."""
+        if clock == "time":
+            length = float(self.times[-1]) + 1 / self.fps
+            return sample_times(self.times, length, max_frames, span)
+        return sample_positions(self.packets, self.fps, max_frames, span)
+
+    def clocks_differ(self, max_frames: int, span: Span | None) -> bool:
+        """Whether the two clocks sample other moments of the file."""
+        both = (self.positions(max_frames, span, clock) for clock in ("frames", "time"))
+        one, other = (self.times[[n for n in found if n < self.frames]] for found in both)
+        return len(one) != len(other) or bool((np.abs(one - other) > _ANOTHER_MOMENT).any())
 
 
 def inspect_video(path: VideoFile, max_frames: int, form: FrameForm) -> VideoFacts:
-    """Decodes a file completely.
-
-    Args:
-      path: any file that FFmpeg reads.
-      max_frames: see `sample_positions`.
-      form: form of the frames.
-
-    Raises:
-      VideoError, Unavailable: as in `read_frames`.
-    """
-    with ffmpeg_errors(path):
-        n_frames, fps = count_frames(path)
-        wanted, sampled = set(sample_positions(n_frames, fps, max_frames)), []
-        to_rgb, times, frames, damaged = RgbConverter(), [], 0, 0
-        for frame in decode(path):
-            if frame is None:
-                damaged += 1
-                continue
-            if frames in wanted:
-                sampled.append(to_form(to_rgb(frame), form))
-            frames += 1
-            times.append(frame.time)
-        duration = _header_duration(path)
-    black = bool(_stacked(sampled).max() <= _BLACK_LEVEL)
-    return VideoFacts(frames, damaged, fps, duration, _is_variable(times), black)
+    """Decodes a file completely; arguments and errors as of `read_frames`."""
+    with open_video(path) as video:
+        wanted = set(sample_positions(video.count, video.fps, max_frames))
+        to_picture, sampled, times = FrameConverter(form.as_shown), [], []
+        changed = {"transparent"} if video.has_alpha_plane else set()
+        for number, (frame, time) in enumerate(video.timed_frames()):
+            if number in wanted:
+                sampled.append(to_form(to_picture(frame), form))
+            changed |= what_is_changed(frame)
+            times.append(time)
+        black = bool(_stacked(sampled).max() <= _BLACK_LEVEL)
+        return VideoFacts(
+            len(times),
+            video.count,
+            video.damaged_packets,
+            video.fps,
+            video.header_duration,
+            np.array(times),
+            black,
+            tuple(sorted(changed)),
+        )
 
 
 def _stacked(frames: list[np.ndarray]) -> np.ndarray:
     if not frames:
         raise VideoError("no frame could be decoded")
     return np.stack(frames)
-
-
-@contextlib.contextmanager
-def ffmpeg_errors(path: VideoFile) -> Iterator[None]:
-    """Converts FFmpeg's errors, and those of impossible values in a file, to VideoError.
-
-    Errors of the operating system, which say nothing about the content, become Unavailable.
-    """
-    try:
-        yield
-    except VideoError:
-        raise
-    # First: some are also errors of the operating system, e.g. EIO where a file is cut.
-    except (av.error.FFmpegError, ValueError, ArithmeticError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(f"cannot be read as a video ({' '.join(reason.split())})") from error
-    except (OSError, MemoryError) as error:
-        found = error if isinstance(error, OSError) else refusal(error)
-        raise Unavailable(getattr(path, "path", path), found) from error
-
-
-class _Source:
-    """A file as FFmpeg sees it, which would take an error of reading for the end."""
-
-    def __init__(self, file: BinaryIO):
-        self.name = f"video{Path(str(getattr(file, 'name', ''))).suffix}"
-        self.tell, self._file = file.tell, file
-        self.error: OSError | None = None
-
-    def read(self, size: int) -> bytes:
-        try:
-            return self._file.read(size)
-        except OSError as error:
-            self.error = error
-            return b""
-
-    def seek(self, offset: int, whence: int) -> int:
-        try:
-            return self._file.seek(offset, whence)
-        except (OSError, ValueError):  # A damaged file may name a place before its start.
-            return -1
-
-
-@contextlib.contextmanager
-def open_container(path: VideoFile) -> Iterator[av.container.InputContainer]:
-    """Opens a video with PyAV, also one whose titles are not UTF-8.
-
-    FFmpeg gets the bytes and no name, which it could take for an address, and opens nothing else.
-
-    Raises:
-      VideoError: it is not a video.
-      OSError: it cannot be opened or, also at the end of the context, read.
-    """
-    with path.open("rb") as file:
-        source = _Source(file)
-        try:
-            try:
-                container = av.open(source, container_options=_CONTAINER_OPTIONS, **_LENIENT)
-            except av.error.FFmpegError as error:
-                if text := _start_of_text(file):
-                    reason = f"its content is text that starts with {text!r}"
-                elif isinstance(error, av.error.ArgumentError):
-                    reason = f"its format is none of {', '.join(_DEMUXERS)}"
-                else:
-                    raise
-                raise VideoError(f"is not a video: {reason}") from error
-            with container:
-                yield container
-        finally:
-            if source.error is not None:
-                raise source.error
-
-
-def _start_of_text(file: BinaryIO) -> str:
-    """The first words of a file of text, e.g. of a web page; empty for any other file."""
-    file.seek(0)
-    try:
-        # A character may be cut.
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(file.read(60))
-    except UnicodeDecodeError:
-        return ""
-    text = " ".join(text.split())
-    return text if text.isprintable() else ""
-
-
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    stream = container.streams.best("video")
-    if stream is None:
-        raise VideoError("has no video stream")
-    if stream.disposition & av.stream.Disposition.attached_pic:
-        raise VideoError("has no video stream, only a cover picture")
-    if stream.codec_context is None:
-        raise VideoError("has a video codec that FFmpeg cannot decode")
-    return stream
-
-
-def count_frames(path: VideoFile) -> tuple[int, float]:
-    """Number of packets of the best stream, and its frame rate.
-
-    The reference counts frames in the same way; the counts in headers are unreliable.
-    """
-    with open_container(path) as container:
-        stream = _video_stream(container)
-        rate = stream.average_rate or stream.guessed_rate or 1
-        return sum(1 for packet in container.demux(stream) if packet.size), float(rate)
-
-
-def decode(path: VideoFile) -> Iterator[av.VideoFrame | None]:
-    """Yields all frames in display order, and None for each damaged packet."""
-    with open_container(path) as container:
-        stream = _video_stream(container)
-        # With frame threads, the decoded frames of a damaged file differ from run to run.
-        stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
-        for packet in container.demux(stream):
-            try:
-                yield from packet.decode()
-            except av.error.InvalidDataError:
-                yield None
-
-
-class RgbConverter:
-    """Converts frames to upright uint8 [H, W, 3]; reusing one for a whole video is faster."""
-
-    def __init__(self) -> None:
-        self._reformatter = VideoReformatter()
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        rgb = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
-        quarter_turns = round(frame.rotation) % 360 // 90
-        return np.ascontiguousarray(np.rot90(rgb, quarter_turns))
-
-
-def _header_duration(path: VideoFile) -> float:
-    with open_container(path) as container:
-        stream = _video_stream(container)
-        if stream.duration and stream.time_base:
-            return float(stream.duration * stream.time_base)
-        return (container.duration or 0) / av.time_base
-
-
-def _is_variable(times: list[float | None]) -> bool:
-    gaps = np.diff(np.sort([time for time in times if time is not None]))
-    if len(gaps) < 2:
-        return False
-    median = np.median(gaps)
-    return bool((np.abs(gaps - median) > median / 4).mean() > 1 / 20)

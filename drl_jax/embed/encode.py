@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from drl_jax.data.video import VIDEO_SUFFIXES
+from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.embed.files import SHARD_SIZE, Output, open_output
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers.base import warn_of_cut
@@ -20,7 +20,13 @@ from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search.encoding import encode_reads
 from drl_jax.search.query import sampling_of
-from drl_jax.search.reading import VideoRead, find_videos, read_video, read_whole_video
+from drl_jax.search.reading import (
+    FrameSampling,
+    VideoRead,
+    find_videos,
+    read_video,
+    read_whole_video,
+)
 
 # Videos that a worker may read ahead.
 _AHEAD = 2
@@ -98,6 +104,9 @@ def embed_videos(
         "--windows": windows,
     }
     sampling = sampling_of(model)
+    if not windows:
+        data = model.config.data
+        sampling = FrameSampling(model.frame_form, data.max_frames, clock=data.frame_clock)
     with (
         open_output(out, made_with, len(found), shard_size) as output,
         temporary_directory() as spool,

@@ -19,7 +19,8 @@ import numpy as np
 
 from drl_jax.config import Config
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.data.video import VideoError, read_timed_frames
+from drl_jax.data.video import read_timed_frames
+from drl_jax.data.video_file import VideoError
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
@@ -63,7 +64,7 @@ class RetrievalModel:
     @property
     def frame_form(self) -> FrameForm:
         """The form of the frames that the model takes."""
-        return FrameForm.of(self.config.model.backbone)
+        return FrameForm.of(self.config.model.backbone, self.config.data.as_shown)
 
     def encode_text(self, captions: Sequence[str]) -> Features:
         """Encodes N captions.
@@ -152,8 +153,10 @@ class RetrievalModel:
           UserError: it cannot be read.
         """
         try:
+            data = self.config.data
+            clock = data.frame_clock
             frames, times = read_timed_frames(
-                Path(path), self.config.data.max_frames, self.frame_form
+                Path(path), data.max_frames, self.frame_form, clock=clock
             )
         except VideoError as error:
             raise UserError(f"{path} {error}") from error
@@ -214,6 +217,8 @@ class RetrievalModel:
             "agg_module": model.agg_module,
             "dtype": model.dtype,
             "max_frames": self.config.data.max_frames,
+            "frame_clock": self.config.data.frame_clock,
+            "as_shown": self.config.data.as_shown,
         }
         # Where it lies does not matter; CLIP's is not a file.
         if model.tokenizer:
@@ -296,6 +301,9 @@ def load(
         if tokenizer:
             weights = weights._replace(tokenizer=str(Path(tokenizer).resolve()))
         config = config_of_weights(weights)
+        if weights.config is None:  # They are not of a run, which has its own way to sample.
+            data = dataclasses.replace(config.data, frame_clock="time", as_shown=True)
+            config = dataclasses.replace(config, data=data)
         towers = str(weights.description)
         params = initial_params(config.model, weights, jax.random.key(0))
         params = jax.device_put(params, layout.replicated)

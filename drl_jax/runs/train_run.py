@@ -277,7 +277,7 @@ def _open_dataset(config: Config) -> VideoDataset:
     if data.build_if_absent and not directory.exists() and jax.process_count() == 1:
         print(f"no dataset in {directory} yet: building it", flush=True)
         # In a process: data_prep may import drl_jax, never the reverse.
-        storage = StorageSpec.of(config).flags()
+        storage = StorageSpec.of(config).flags(data.dataset)
         flags = [f"--data_dir={data.data_dir}", *storage, *data.build_flags.split()]
         if run_module("data_prep.build", data.dataset, *flags):
             raise TrainingError(f"building {data.dataset} failed; see above")

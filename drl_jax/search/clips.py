@@ -15,7 +15,8 @@ import av
 from av.video.frame import PictureType
 from PIL import Image
 
-from drl_jax.data.video import RgbConverter, VideoError, ffmpeg_errors, open_container
+from drl_jax.data.pictures import FrameConverter, what_is_changed
+from drl_jax.data.video_file import VideoError, deinterlaced, ffmpeg_errors, open_container
 
 # Longest clip, seconds.
 MAX_CLIP = 60.0
@@ -38,12 +39,12 @@ def read_picture(path: Path, time: float) -> bytes:
     with ffmpeg_errors(path):
         with _decoding(path, time) as (container, (video, *_), first):
             aspect = float(video.sample_aspect_ratio or 1)
-            for frame in _frames(container.demux(video)):
+            for frame in deinterlaced(_frames(container.demux(video))):
                 if frame.time is None or frame.time - first >= time - 1e-3:
                     break
         if frame is None:
             raise VideoError("no frame could be decoded")
-        picture = Image.fromarray(RgbConverter()(frame))
+        picture = Image.fromarray(FrameConverter(as_shown=True)(frame))
     if aspect != 1 and not round(frame.rotation) % 180:
         picture = picture.resize((max(1, round(picture.width * aspect)), picture.height))
     picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
@@ -63,9 +64,10 @@ def write_clip(path: Path, start: float, end: float, out: Path) -> None:
 def _encode(path: Path, start: float, end: float, clip: av.container.OutputContainer) -> None:
     outputs: dict[str, _Stream] = {}
     packets: list[av.Packet] = []
-    last, done = -1, set()
+    last, done, to_rgb = -1, set(), FrameConverter(as_shown=True)
     with _decoding(path, start) as (container, inputs, first):
-        for frame in _frames(p for p in container.demux(inputs) if p.stream.type not in done):
+        wanted = (p for p in container.demux(inputs) if p.stream.type not in done)
+        for frame in deinterlaced(_frames(wanted)):
             kind = "audio" if isinstance(frame, av.AudioFrame) else "video"
             time = -1.0 if frame.time is None else frame.time - first
             if time >= end:
@@ -81,7 +83,7 @@ def _encode(path: Path, start: float, end: float, clip: av.container.OutputConta
                 frame.time_base = Fraction(1, frame.sample_rate)
                 frame.pts = round((time - start) / frame.time_base)
             else:
-                frame = _even(frame)
+                frame = _even(frame, to_rgb)
                 if kind not in outputs:
                     outputs[kind] = _video_stream(clip, frame, inputs[0])
                 # The times of an AVI file with B-frames go back and forth; an encoder fails then.
@@ -108,10 +110,10 @@ def _video_stream(
     return stream
 
 
-def _even(frame: av.VideoFrame) -> av.VideoFrame:
+def _even(frame: av.VideoFrame, to_rgb: FrameConverter) -> av.VideoFrame:
     """The frame upright and at most _CLIP_SIDE wide and high, with the even sides of H.264."""
-    if round(frame.rotation) % 360:
-        frame = av.VideoFrame.from_ndarray(RgbConverter()(frame), format="rgb24")
+    if round(frame.rotation) % 360 or what_is_changed(frame):
+        frame = av.VideoFrame.from_ndarray(to_rgb(frame), format="rgb24")
     scale = min(1, _CLIP_SIDE / max(frame.width, frame.height))
     width, height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
     picture = frame.reformat(width, height, "yuv420p")

@@ -96,8 +96,10 @@ def _of_frames(
     return EncodedQuery((Part(text),), words, whole=whole)
 
 
-def sampling_of(model: RetrievalModel) -> FrameSampling:
-    return FrameSampling(model.frame_form, model.config.data.max_frames, 1.0)
+def sampling_of(model: RetrievalModel, fps: float = 1.0) -> FrameSampling:
+    """What is sampled of a video: what a viewer sees of it, by the time at which it is seen."""
+    form = dataclasses.replace(model.frame_form, as_shown=True)
+    return FrameSampling(form, model.config.data.max_frames, fps)
 
 
 def encode_video_file(model: RetrievalModel, path: Path) -> EncodedQuery:

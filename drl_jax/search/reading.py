@@ -19,13 +19,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.video import (
+from drl_jax.data.pictures import to_form
+from drl_jax.data.video import sampled_frames
+from drl_jax.data.video_file import (
     VIDEO_SUFFIXES,
+    OpenVideo,
     VideoError,
     ffmpeg_errors,
-    read_timed_frames,
-    to_form,
-    video_length,
+    open_video,
 )
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import names_below, sha256
@@ -133,7 +134,8 @@ class FrameSampling(NamedTuple):
 
     form: FrameForm
     max_frames: int
-    fps: float
+    fps: float = 1.0
+    clock: str = "time"
 
 
 def read_video(
@@ -150,10 +152,11 @@ def read_video(
     if digest in known_sha256s:
         return VideoRead(digest, is_known=True)
     try:
-        if (length := video_length(path)) <= SHORT_VIDEO_SECONDS:
-            read = _read_short(path, sampling, length)
-        else:
-            read = _read_long(path, sampling, spool)
+        with open_video(path, sampling.form.as_shown) as video:
+            if video.duration <= SHORT_VIDEO_SECONDS:
+                read = _read_short(video, sampling)
+            else:
+                read = _read_long(video, sampling, spool)
     except VideoError as error:
         spool.unlink(missing_ok=True)
         return VideoRead(digest, str(error))
@@ -178,7 +181,8 @@ def read_video_on_node(*arguments: Any) -> VideoRead | WorkerFailure:
 def read_whole_video(path: Path, sampling: FrameSampling) -> VideoRead:
     """Reads a file as one window, with the frames of evaluation; Unavailable if it cannot."""
     try:
-        return _read_short(path, sampling, 0.0)
+        with open_video(path, sampling.form.as_shown) as video:
+            return _read_short(video, sampling)
     except VideoError as error:
         return VideoRead(error=str(error))
 
@@ -227,15 +231,15 @@ def strip_arrays(strips: Sequence[bytes]) -> dict[str, np.ndarray]:
     }
 
 
-def _read_short(path: Path, sampling: FrameSampling, length: float) -> VideoRead:
-    """Reads one window, of a video of some length or else to its last frame."""
-    frames, times = read_timed_frames(path, sampling.max_frames, sampling.form)
-    window = Window(0.0, max(length, float(times[-1])), tuple(range(len(frames))))
+def _read_short(video: OpenVideo, sampling: FrameSampling) -> VideoRead:
+    """Reads a video as one window."""
+    frames, times = sampled_frames(video, sampling.max_frames, sampling.form, None, sampling.clock)
+    window = Window(0.0, max(video.duration, float(times[-1])), tuple(range(len(frames))))
     arrays = _arrays([window], times, sampling.max_frames)
     return VideoRead(duration=window.end, arrays=arrays, frames=frames)
 
 
-def _read_long(path: Path, sampling: FrameSampling, spool: Path) -> VideoRead:
+def _read_long(video: OpenVideo, sampling: FrameSampling, spool: Path) -> VideoRead:
     def emit(frame: np.ndarray) -> None:
         try:
             file.write(frame.tobytes())
@@ -244,12 +248,12 @@ def _read_long(path: Path, sampling: FrameSampling, spool: Path) -> VideoRead:
 
     try:
         with spool.open("wb") as file:
-            video = sample_video(path, sampling.form, emit, sampling.fps)
+            sampled = sample_video(video, sampling.form, emit, sampling.fps)
     except OSError as error:
         raise Unavailable(spool, error, "written") from error
-    windows = windows_of(video, sampling.max_frames)
-    arrays = _arrays(windows, video.times, sampling.max_frames)
-    return VideoRead(duration=video.duration, arrays=arrays, spooled=spool)
+    windows = windows_of(sampled, sampling.max_frames)
+    arrays = _arrays(windows, sampled.times, sampling.max_frames)
+    return VideoRead(duration=sampled.duration, arrays=arrays, spooled=spool)
 
 
 def _arrays(windows: Sequence[Window], times: np.ndarray, max_frames: int) -> dict[str, np.ndarray]:

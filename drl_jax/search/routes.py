@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
-from drl_jax.data.video import VIDEO_SUFFIXES
+from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import (
     MAX_CHARACTERS,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from drl_jax.data.video import VIDEO_SUFFIXES
+from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
@@ -21,7 +21,8 @@ from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search import encoding, reading
 from drl_jax.search.index_file import MADE_WITH, IndexWriter, KnownFile
-from drl_jax.search.reading import FoundFile, FrameSampling, VideoRead
+from drl_jax.search.query import sampling_of
+from drl_jax.search.reading import FoundFile, VideoRead
 from drl_jax.search.segments import SearchIndexError, VideoRecord
 
 if TYPE_CHECKING:
@@ -237,8 +238,7 @@ class _Update:
             example = self._folder / self._pending[0].path
             cluster.check({"--index": self._writer.directory}, example, _PACKAGES, ["drl_jax"])
             read = functools.partial(cluster.map, reading.read_video_on_node)
-        max_frames, fps = self._model.config.data.max_frames, self._writer.header["fps"]
-        sampling = FrameSampling(self._model.frame_form, max_frames, fps)
+        sampling = sampling_of(self._model, self._writer.header["fps"])
         folder = self._folder.absolute()  # The nodes of a cluster have other working directories.
         calls = []
         for number, file in enumerate(self._pending):
