@@ -82,8 +82,15 @@ def _records(
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            last = header + reader.line_num
-            raise AnnotationError(_quoting_message(path, first, last, error)) from error
+            last, doubled = header + reader.line_num, "a quotation mark inside a quoted text must"
+            if last > first or "unexpected end" in str(error):
+                problem = (
+                    f": a quotation mark that opens in this row is not closed (read up to line"
+                    f" {last}: {error})"
+                )
+            else:
+                problem = f" is not valid CSV ({error})"
+            raise AnnotationError(f"{path}, row {first}{problem}; {doubled} be doubled") from error
         if fields is None:
             return
         columns = columns or len(fields)
@@ -112,16 +119,4 @@ def _looks_like_rows(field: str, delimiter: str, before: int, separators: int) -
         counts[0] == after > 0
         or counts[-1] == before > 0
         or any(count == separators > 0 for count in counts[1:-1])
-    )
-
-
-def _quoting_message(path: Path, first: int, last: int, error: csv.Error) -> str:
-    if last > first or "unexpected end" in str(error):
-        return (
-            f"{path}, row {first}: a quotation mark that opens in this row is not closed (read up"
-            f" to line {last}: {error}); a quotation mark inside a quoted text must be doubled"
-        )
-    return (
-        f"{path}, row {first} is not valid CSV ({error}); a quotation mark inside a quoted text"
-        " must be doubled"
     )

@@ -68,10 +68,9 @@ def test_ranks_of_other_parameters_are_not_used(runs, capsys):
         line = error_of("drl_jax.compare", str(tested), str(untested), capsys=capsys)
         assert f"{path} cannot be read: Too many levels" in line
     assert path.read_bytes() == before
-
-    path.write_bytes(path.read_bytes()[:-100])
+    path.write_bytes(before[:-100])
     assert read_ranks(path) is None
-    assert compare([str(tested), str(untested)]) == 0
+    path.write_bytes(before)
 
 
 def test_runs_of_other_queries_are_refused(runs, shapes_config, tmp_path, capsys):
