@@ -256,23 +256,14 @@ def test_columns_of_parquet_files(tmp_path, videos):
         assert names == ["mine.parquet/0", "mine.parquet/1"]
 
 
-def test_a_parquet_file_of_paths_is_like_a_csv(sources, tmp_path, capsys):
-    columns = {
-        "video": ["0.mp4", "1.mp4", "0.mp4", "2.mp4"],
-        "caption": ["one", "two", "other", "three"],
-        "start": [None, 0.5, None, None],
-        "end": [None, 1.5, None, None],
-    }
-    table = write_parquet(tmp_path / "mine.parquet", columns)
-    listing = (
-        "video,caption,start,end\n0.mp4,one,,\n1.mp4,two,0.5,1.5\n0.mp4,other,,\n2.mp4,three,,"
-    )
+def test_a_parquet_file_of_paths_is_like_a_csv(tmp_path, capsys):
+    columns = {"video": ["0.mp4", "1.mp4", "0.mp4"], "caption": ["one", "two", "other"]}
+    spans = {"start": [None, 0.5, None], "end": [None, 1.5, None]}
+    table = write_parquet(tmp_path / "mine.parquet", {**columns, **spans})
+    listing = "video,caption,start,end\n0.mp4,one,,\n1.mp4,two,0.5,1.5\n0.mp4,other,,"
     one, other = read_custom(table), read_custom(tmp_path / "mine.csv", listing)
     assert captions_of(one) == captions_of(other)
     assert one.sources == other.sources
-    plans = [make_plan(annotations, sources / "files", {}) for annotations in (one, other)]
-    assert plans[0].clips == plans[1].clips
-    assert len(plans[0].clips) == 3
     for module in ("data_prep.build", "data_prep.check"):
         line = error_of(module, *flags(table, tmp_path / "data"), capsys=capsys)
         assert f"custom needs --videos=DIR: {table} names video files" in line
@@ -292,16 +283,11 @@ def test_annotations_are_read_without_the_bytes_of_videos(tmp_path):
         file.write(end.read_bytes())
     columns = {"bytes": [random.Random(0).randbytes(1 << 20)] * 8, "caption": ["x"] * 8}
     table = write_parquet(tmp_path / "big.parquet", columns, use_dictionary=False)
-    assert table.stat().st_size > 8 << 20
     for path, clips in ((tmp_path / "big.tar", 2), (table, 8)):
-        before = _bytes_read()
+        read = [int(Path("/proc/self/io").read_text().split()[1])]  # `rchar`
         assert len(read_custom(path).contained.clips) == clips
-        assert _bytes_read() - before < 1 << 20
-
-
-def _bytes_read():
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+        read.append(int(Path("/proc/self/io").read_text().split()[1]))
+        assert read[1] - read[0] < 1 << 20
 
 
 # ---------------------------------------------------------------- what is left out
@@ -550,26 +536,22 @@ def members_of(tar):
 def test_a_member_reads_like_a_file_of_its_bytes(tmp_path):
     content, choose = random.Random(0).randbytes(100_000), random.Random(1)
     members = [("a.bin", b"a" * 700), ("b.bin", content), ("c.bin", b"c" * 700)]
-    first, middle, _ = members_of(write_tar(tmp_path / "a.tar", members))
+    _, middle, _ = members_of(write_tar(tmp_path / "a.tar", members))
     with middle.open() as window, io.BytesIO(content) as expected:
         for _ in range(300):
             whence = choose.randrange(3)
-            offset = choose.randrange(-50_000, 120_000)
-            if whence == 0 or expected.tell() + offset < 0:
-                offset = abs(offset)
-            if whence == 2:
-                offset = max(offset, -100_000)
+            start = (0, expected.tell(), len(content))[whence]
+            offset = choose.randrange(-start, 120_000)
             assert window.seek(offset, whence) == expected.seek(offset, whence)
             count = choose.choice([0, 1, 100, 40_000, 200_000])
             assert window.read(count) == expected.read(count)
             assert window.tell() == expected.tell()
-    with pytest.raises(OSError, match="Invalid argument"):
-        first.open().seek(-1)
+        with pytest.raises(OSError, match="Invalid argument"):
+            window.seek(-1)
 
 
 def test_keys_of_the_frame_cache(sources, tmp_path):
-    cache = FrameCache(tmp_path, STORAGE)
-    path = sources / "files" / "0.mp4"
+    cache, path = FrameCache(tmp_path, STORAGE), sources / "files" / "0.mp4"
     status = path.stat()
     # Caches of earlier versions have this key of a file.
     identity = (str(path.resolve()), status.st_size, status.st_mtime_ns, (0.0, 1.0))
@@ -577,10 +559,9 @@ def test_keys_of_the_frame_cache(sources, tmp_path):
     entry = cache.directory / key[:2] / f"{key[2:34]}.npz"
     assert cache.entry(Clip("any", path, (0.0, 1.0))) == entry
     clips = [
-        c for kind in ("shards", "tables") for c in read_custom(sources / kind).contained.clips
+        c for name in ("shards", "tables") for c in read_custom(sources / name).contained.clips
     ]
-    entries = {cache.entry(clip) for clip in clips}
-    assert len(entries) == len(clips) == 9
+    assert len({cache.entry(clip) for clip in clips}) == len(clips) == 9
     copy = Path(shutil.copy2(clips[0].location.path, tmp_path / "0.tar"))
     moved = Clip("a", TarMember(copy, *clips[0].location.place), None)
     before = cache.entry(moved)

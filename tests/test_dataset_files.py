@@ -1,7 +1,6 @@
 """Files of a built dataset: few of them are open, nothing damaged is read silently, and each error
 is one line that says what to do."""
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -135,11 +134,15 @@ def test_the_error_reaches_the_main_thread_and_commands(
     shard.write_bytes(shard.read_bytes()[:-1])
     dataset, layout = VideoDataset(copy), make_layout(jax.devices()[:1])
     message = r"array_record-00000, record \d+ \(video video\d+\) is damaged"
+
+    def read_an_epoch(cache):
+        data_of_cache = dataclasses.replace(data, cache=cache)
+        batches = TrainBatches(dataset, split, data_of_cache, 16, 0, CLIPTokenizer())
+        list(itertools.islice(batches.on_devices(0, layout), 12))
+
     for cache in ("none", "memory", "device"):
-        config_of_cache = dataclasses.replace(data, cache=cache)
         with pytest.raises(DatasetError, match=message):
-            batches = TrainBatches(dataset, split, config_of_cache, 16, 0, CLIPTokenizer())
-            collections.deque(itertools.islice(batches.on_devices(0, layout), 12), maxlen=0)
+            read_an_epoch(cache)
     evaluator = Evaluator(config, dataset, layout)
     with pytest.raises(DatasetError, match=message):
         evaluator.run(random_params(config.model), split)

@@ -230,7 +230,7 @@ LAYOUTS = {
 LEVELS = {
     # The whole YouTube video is cut to the seconds 1 to 3, both included.
     CLIPS[1]: [40, 80, 120],
-    **dict.fromkeys([*DIDEMO.splits["train"], "same.mov"], [0]),
+    **{video: [0] for video in (*DIDEMO.splits["train"], "same.mov")},
     "own": [0, 40, 80],
     "holiday/beach.mp4@2-3": [80, 120],
 }
@@ -382,7 +382,7 @@ MISTAKES = [
     ("lsmdc", {"LSMDC16_annos_val.csv": "a\t1\t2\t3\t4\t \n"}, "found 6 with an empty one"),
     ("activitynet", {"train.json": {"v_a": {}}}, r'video v_a: is not {"sentences": \["..", ..\]'),
     ("activitynet", {"train_ids.json": {}}, "must contain a list, but contains dict"),
-    ("activitynet", {"train.json": dict.fromkeys(("v_a", "a"), {"sentences": ["x"]})},
+    ("activitynet", {"train.json": {"v_a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}}},
      "train.json has the keys 'a' and 'v_a' of one video"),
     ("didemo", {"train_data.json": [{"video": "a"}]}, 'entry 1: is not {"video": "..", "descr'),
     ("didemo", {"test_list.txt": "same.mov\nsame\n"}, "same can be same.mov or same.mp4 of .*full"),
