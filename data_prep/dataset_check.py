@@ -47,13 +47,9 @@ def check_dataset(
     *,
     protocols: Protocols = (),
 ) -> dict[str, Any]:
-    """Decodes all videos of a plan, also those in quarantine, and reports what is wrong.
+    """Decodes all videos of a plan, also those in quarantine; returns the content of `check.json`.
 
     `storage` is the variant of the estimates, and `timeout` is in seconds per file.
-
-    Returns:
-      The content of `check.json`. "unavailable" are the videos that could not be read, for a reason
-      that may pass; "duplicate_videos" groups of ids with the same file content.
     """
     findings = _inspect_files([clip.location for clip in plan.clips], storage, timeout)
     unusable, unavailable, suspicious, frames = {}, {}, {}, 0

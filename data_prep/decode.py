@@ -61,9 +61,8 @@ class FrameCache:
 
 
 def _write_entry(path: Path, frames: Frames) -> None:
-    arrays = [frames]
-    if isinstance(frames, list):
-        arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in frames]
+    is_jpeg = isinstance(frames, list)
+    arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in frames] if is_jpeg else [frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Through a file object: numpy appends .npz to a path.
     with replacing(path) as unfinished, unfinished.open("wb") as file:
@@ -97,9 +96,8 @@ def decode_clips(
 ) -> Iterator[Frames | WorkerFailure]:
     """Decodes videos, except those that the cache has, whose storage variant it has.
 
-    Yields for each clip, in order, its frames or why it could not be decoded. `timeout` is in
-    seconds per video; `map_calls` runs the decoders: on this machine, or on a cluster that shares
-    the cache.
+    Yields for each clip, in order, its frames or why there are none. `timeout` is in seconds per
+    video; `map_calls` runs the decoders, on this machine or on a cluster that shares the cache.
 
     Raises:
       OSError: the cache cannot be written, e.g. because the disk is full, or an entry that was

@@ -64,7 +64,7 @@ def file_hashes(files: Iterable[Path]) -> dict[str, str]:
 
 
 def annotation_hashes(annotations: Annotations) -> dict[str, str]:
-    """Hashes of the annotation files, by name."""
+    """SHA-256 of the annotation files, or of what was read from them, by name."""
     return file_hashes(annotations.files) | annotations.hashes
 
 

@@ -94,12 +94,9 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
     ) -> dict[str, str]:
         """Decodes the videos and writes the dataset into `data_dir`; arguments as `decode_clips`.
 
-        Records are written sequentially. (`download_and_prepare` collects all records first and,
-        even without shuffling, sorts what exceeds 1 GB in memory.)
-
-        Returns:
-          By id, why videos could not be decoded that may be sound. The dataset is complete only if
-          there are none.
+        Returns why videos could not be decoded that may be sound, by id; the dataset is complete
+        only if there are none. Records are written sequentially: `download_and_prepare` would
+        collect all of them first, and sort them in memory.
 
         Raises:
           AnnotationError: no video can be used, or more than `MAX_LOST` cannot.

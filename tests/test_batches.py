@@ -127,15 +127,6 @@ def test_padding_is_black_and_masked():
     assert frames[2:].max() == 0
 
 
-def test_what_is_missing_is_named(dataset, shapes_config, tmp_path):
-    with pytest.raises(DatasetError, match="no split 'train_9k'; it has train, val, test"):
-        dataset.split("train_9k")
-    data = dataclasses.replace(shapes_config.data, data_dir=str(tmp_path))
-    directory = dataset_dir(dataclasses.replace(shapes_config, data=data))
-    with pytest.raises(DatasetError, match=r"python -m data_prep.build shapes --data_dir"):
-        VideoDataset(directory)
-
-
 def test_every_cache_gives_the_same_batches(dataset, shapes_config, monkeypatch):
     expected = take(make(dataset, shapes_config), 0, 12)
     for cache, devices in (("none", 8), ("memory", 8), ("device", 1), ("device", 8)):

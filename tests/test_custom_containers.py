@@ -16,8 +16,7 @@ from pyarrow import parquet
 from support.commands import error_of
 from support.containers import write_parquet, write_tar
 from support.datasets import captions_of, read_custom
-from support.files import contents
-from support.videos import SHARED, numbered_frames, write_video
+from support.videos import numbered_frames, write_video
 
 from data_prep import parquet_files
 from data_prep.annotations import AnnotationError
@@ -25,7 +24,7 @@ from data_prep.build import main as build
 from data_prep.check import main as check
 from data_prep.decode import FrameCache
 from data_prep.locations import Clip, name_below
-from data_prep.parquet_files import ParquetCell, ParquetTable
+from data_prep.parquet_files import ParquetCell
 from data_prep.tar_files import TarMember, read_members
 from data_prep.video_folder import make_plan
 from drl_jax.data.frame_form import FrameForm
@@ -119,20 +118,15 @@ def test_builds_from_shards_and_parquet_files_have_the_frames_of_the_files(
     assert list(shards.manifest["annotations"]) == ["test/0.tar", "train/0.tar", "val/0.tar"]
 
 
-def test_a_second_build_finds_the_first_one_and_its_frames(built, videos, capsys):
-    shards = built / "shards"
-    arguments = flags(shards, built)
-    before = contents(built / BUILT)
-    cached = {path: path.stat().st_mtime_ns for path in (built / "cache").rglob("*.npz")}
-    assert len(cached) == 4
+def test_a_second_build_finds_the_frames_of_the_first_one(built, videos, capsys):
+    arguments = flags(built / "shards", built)
     # The folder of files is not needed, and the command says so.
     assert build([*arguments, f"--videos={built / 'files'}", "--overwrite"]) == 0
     printed = capsys.readouterr().out
-    assert f"--videos is not used: the videos are inside {shards}" in printed
+    assert f"--videos is not used: the videos are inside {built / 'shards'}" in printed
     assert "1 videos without a caption are not stored" in printed
-    assert contents(built / BUILT) == before
-    assert {path: path.stat().st_mtime_ns for path in (built / "cache").rglob("*.npz")} == cached
-    write_tar(shards / "val" / "0.tar", sample("0001", videos[2], "other"))
+    assert len(list((built / "cache").rglob("*.npz"))) == 4
+    write_tar(built / "shards" / "val" / "0.tar", sample("0001", videos[2], "other"))
     line = error_of("data_prep.build", *arguments, capsys=capsys)
     assert "was built from other annotation files (val/0.tar has changed)" in line
 
@@ -567,22 +561,3 @@ def test_keys_of_the_frame_cache(sources, tmp_path):
     before = cache.entry(moved)
     os.utime(copy, ns=(1, 1))
     assert FrameCache(tmp_path, STORAGE).entry(moved) != before
-
-
-# Damaged, without an index at the start or at all, with a matrix in the header.
-HARD_INSIDE = (
-    *("truncated_60pct.mp4", "missing_moov.mp4", "rotated_90.mp4", "vfr.mp4"),
-    *("odd_h91_420.avi", "anim.gif"),
-)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared clips")
-def test_hard_clips_decode_the_same_inside_a_tar_and_a_parquet_file(tmp_path):
-    files = [SHARED / "hard_clips" / name for name in HARD_INSIDE]
-    tar = write_tar(tmp_path / "a.tar", [(path.name, path.read_bytes()) for path in files])
-    columns = {"bytes": [path.read_bytes() for path in files], "caption": ["a"] * len(files)}
-    table = ParquetTable(write_parquet(tmp_path / "a.parquet", columns, row_group_size=5))
-    for path, inside, cell in zip(files, members_of(tar), table.cells(), strict=True):
-        expected, *others = map(frames_or_error, (path, inside, cell))
-        for found in others:
-            np.testing.assert_array_equal(found, expected, str(path))

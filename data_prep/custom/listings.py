@@ -54,11 +54,9 @@ def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
         except RowError as error:
             left_out[place] = str(error)
         else:
-            videos = splits.setdefault(split_of(row, place), {})
-            if source in videos:
-                videos[source] += captions
-            else:
-                videos[source] = captions
+            known = splits.setdefault(split_of(row, place), {}).setdefault(source, captions)
+            if known is not captions:
+                known += captions
             kept += 1
     check_lost(left_out, kept, f"rows of {where}")
     if not splits:

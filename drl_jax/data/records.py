@@ -63,8 +63,7 @@ class VideoDataset:
     def __init__(self, directory: Path):
         """Opens the dataset in `directory`.
 
-        Checks all files but the captions of the splits, which `split` checks, and the content of
-        the records.
+        Checks all files but the captions, which `split` checks, and the content of the records.
 
         Raises:
           DatasetError: there is no dataset in it, or it is damaged or has another layout.
@@ -81,7 +80,13 @@ class VideoDataset:
         self._splits: dict[str, Split] = {}
         try:
             self.storage = StorageSpec.from_name(directory.parent.name)
-            _check_form(self.manifest["settings"], self.storage.form)
+            # What the pixels of a frame do not show.
+            settings = self.manifest["settings"]
+            stored = {
+                name: settings[name] for name in ("resize", "interpolation") if name in settings
+            }
+            if (found := FrameForm(self.storage.form.size, **stored)) != self.storage.form:
+                raise ValueError(f"{MANIFEST} says {found.resize}, {found.interpolation}")
             for name in DESCRIPTIONS:
                 if sha256(directory / name) != self._hashes[name]:
                     raise ValueError(f"{name} is not the file that the build wrote")
@@ -190,13 +195,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_form(settings: dict[str, Any], form: FrameForm) -> None:
-    """Compares what the pixels of a frame do not show with the name of its directory."""
-    stored = {name: settings[name] for name in ("resize", "interpolation") if name in settings}
-    if (found := FrameForm(form.size, **stored)) != form:
-        raise ValueError(f"{MANIFEST} says {found.resize}, {found.interpolation}")
-
-
 def _damaged(directory: Path, what: str | Path, error: Exception) -> DatasetError:
     """The error of a damaged part of the dataset in `directory`, unless it was refused."""
     raise_if_refused(what, error)
@@ -207,10 +205,8 @@ def _damaged(directory: Path, what: str | Path, error: Exception) -> DatasetErro
 def _not_built_message(directory: Path) -> str:
     wanted = directory.parent
     built = sorted(path.parent.name for path in wanted.parent.glob("*/" + directory.name))
-    found = ""
-    if built:
-        stored = ", ".join(map(_described, built))
-        found = f": wanted is {_described(wanted.name)}, stored is {stored}"
+    stored = ", ".join(map(_described, built))
+    found = f": wanted is {_described(wanted.name)}, stored is {stored}" if stored else ""
     return f"no dataset in {directory}{found}; build it with: {_build_command(directory)}"
 
 

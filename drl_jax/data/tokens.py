@@ -157,11 +157,8 @@ def _row_dtype(tokenizer: Tokenizer, max_words: int) -> np.dtype:
 def _in_memory(
     texts: Sequence[str], tokenizer: Tokenizer, max_words: int, quiet: bool
 ) -> tuple[np.ndarray, int]:
-    rows, done, cut = np.empty(len(texts), _row_dtype(tokenizer, max_words)), 0, 0
-    for chunk, cut_rows in _tokenized(texts, tokenizer, max_words, quiet):
-        rows[done : done + len(chunk)] = chunk
-        done, cut = done + len(chunk), cut + cut_rows
-    return rows, cut
+    chunks, cut = zip(*_tokenized(texts, tokenizer, max_words, quiet), strict=True)
+    return np.concatenate(chunks), sum(cut)
 
 
 def _tokenized(
