@@ -10,10 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.annotations import Annotations
+from data_prep.datasets import builder_class
 from data_prep.locations import Clip, Location
 from data_prep.quarantine import read_quarantine, write_quarantine
-from data_prep.sizes import PublishedSizes, count_splits, describe_split, format_bytes, stored_bytes
-from data_prep.splits import Protocols, shared_captions, shared_videos, warnings
+from data_prep.sizes import count_splits, describe_split, format_bytes, stored_bytes
+from data_prep.splits import shared_captions, shared_videos, warnings
 from data_prep.video_folder import Plan
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import (
@@ -39,18 +40,12 @@ _MAX_PRINTED = 10
 _Finding = tuple[VideoFacts | WorkerFailure, str, float]
 
 
-def check_dataset(
-    plan: Plan,
-    published: PublishedSizes,
-    storage: StorageSpec,
-    timeout: float,
-    *,
-    protocols: Protocols = (),
-) -> dict[str, Any]:
+def check_dataset(dataset: str, plan: Plan, storage: StorageSpec, timeout: float) -> dict[str, Any]:
     """Decodes all videos of a plan, also those in quarantine; returns the content of `check.json`.
 
     `storage` is the variant of the estimates, and `timeout` is in seconds per file.
     """
+    published, protocols = builder_class(dataset).PUBLISHED, builder_class(dataset).PROTOCOLS
     findings = _inspect_files([clip.location for clip in plan.clips], storage, timeout)
     unusable, unavailable, suspicious, frames = {}, {}, {}, 0
     for clip in plan.clips:

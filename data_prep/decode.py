@@ -70,10 +70,7 @@ def _write_entry(path: Path, frames: Frames) -> None:
 
 
 def _read_entry(path: Path) -> Frames | None:
-    """The frames of an entry; None if it does not exist or is damaged.
-
-    Raises OSError if it cannot be read.
-    """
+    """The frames of an entry; None if it is absent or damaged. OSError if it cannot be read."""
     try:
         # The file is a zip: every array has a checksum.
         with np.load(path, allow_pickle=False) as file:
@@ -136,22 +133,16 @@ def _ensure_entry(
 ) -> WorkerFailure | OSError | None:
     """Decodes a video into the cache unless it is there.
 
-    Returns what is wrong with the video, or why the cache cannot be read or written: an exception
-    would be taken for one of the video.
+    Returns what is wrong with the video or with the cache: an exception would be that of a video.
     """
     try:
-        if _read_entry(entry) is not None:
-            return None
-    except OSError as error:
-        return error
-    try:
-        frames = read_frames(location, storage.max_frames, storage.form, span)
+        if _read_entry(entry) is None:
+            frames: Frames = read_frames(location, storage.max_frames, storage.form, span)
+            if storage.encoding == "jpeg":
+                frames = [encode_jpeg(frame) for frame in frames]
+            _write_entry(entry, frames)
     except VideoError as error:
         return WorkerFailure(str(error))
-    if storage.encoding == "jpeg":
-        frames = [encode_jpeg(frame) for frame in frames]
-    try:
-        _write_entry(entry, frames)
     except OSError as error:
         return error
     return None

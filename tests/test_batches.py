@@ -95,6 +95,7 @@ def test_holdout_separates_no_videos_of_one_file(tmp_path, monkeypatch):
         (videos / f"link_{name}").symlink_to(name)
     rows = [f"{name},a,0,2,train" for name in names]
     rows += [f"link_{name},b,1,3,train" for name in names[:3]]
+    rows += [f"{name},c,0,2,train" for name in names]
     (tmp_path / "mine.csv").write_text("\n".join(["video,caption,start,end,split", *rows]))
     size = ("--image_size=32", "--max_frames=4")
     assert build(custom(tmp_path, "mine.csv", tmp_path, *size)) == 0
@@ -108,6 +109,8 @@ def test_holdout_separates_no_videos_of_one_file(tmp_path, monkeypatch):
         data = DataConfig(train_split="train", holdout=count)
         splits = [load_split(dataset, name, data) for name in ("train", "val")]
         assert sorted(video for split in splits for video in split.videos) == list(range(7))
+        assert {tuple(captions) for captions in splits[0].captions} <= {("a", "c"), ("b",)}
+        assert {len(captions) for captions in splits[1].captions} == {1}
         train, val = ({files[video] for video in split.videos} for split in splits)
         assert not train & val
         assert train | val == set(names)

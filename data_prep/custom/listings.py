@@ -40,8 +40,7 @@ def read_listing(path: Path) -> Annotations:
 def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
     """Annotations from the rows of `where`, which name video files.
 
-    Rows with the same video and span are one video with several captions. A row that is wrong is
-    left out.
+    Rows with the same video and span are one video. A row that is wrong is left out.
     """
     splits: dict[str, dict[Source, list[str]]] = {}
     left_out: dict[str, str] = {}

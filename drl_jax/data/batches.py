@@ -47,10 +47,7 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
 
 
 def _held_out(dataset: VideoDataset, videos: np.ndarray, count: int) -> np.ndarray:
-    """Indices, ascending, of the videos whose ids have the smallest SHA-256: at least `count`.
-
-    There are more if the last file has several videos.
-    """
+    """Indices, ascending, of `count` videos with the smallest SHA-256, and all of their files."""
     hashes = dataset.id_hashes[videos]
     # Those whose first bytes are small enough are few; the whole hashes decide between them.
     candidates = np.flatnonzero(hashes <= np.partition(hashes, count - 1)[count - 1])
@@ -129,8 +126,7 @@ class TrainBatches:
     def on_devices(self, start_step: int, layout: Layout) -> Iterator[dict[str, jax.Array]]:
         """Yields the global batches from `start_step` on, on the devices, indefinitely.
 
-        Raises:
-          DatasetError: `cache` is "device" and the frames do not fit on the devices.
+        DatasetError if `cache` is "device" and the frames do not fit on the devices.
         """
         fill = None
         if self.cache == "device":

@@ -105,8 +105,7 @@ def _id_hash(video_id: str) -> int:
 def read_videos(directory: Path, hashes: Mapping[str, str]) -> tuple[Strings, Sources, np.ndarray]:
     """Opens the file of the records: ids, sources, and the hash of each id as uint64 [V].
 
-    Raises:
-      OSError, ValueError, KeyError: it is missing, or not the one with the SHA-256 of its name.
+    OSError, ValueError or KeyError if it is missing, or not the one with the SHA-256 of its name.
     """
     batch = _read(directory, VIDEOS_FILE, _VIDEOS_SCHEMA, hashes)
     ids, id_hashes, files, starts, ends = batch.columns

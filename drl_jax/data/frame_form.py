@@ -33,11 +33,6 @@ class FrameForm:
         return (self.size, self.size, 3)
 
     def changed_fields(self) -> dict[str, str]:
-        """`resize` and `interpolation`, by name, where they are not the default.
-
-        Names and manifests of datasets have these alone.
-        """
-        default = FrameForm(self.size)
-        names = ("resize", "interpolation")
-        fields = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in fields.items() if value != getattr(default, name)}
+        """`resize` and `interpolation`, by name, where they are not the default."""
+        fields = {"resize": self.resize, "interpolation": self.interpolation}
+        return {n: value for n, value in fields.items() if value != getattr(BackboneConfig, n)}

@@ -174,12 +174,7 @@ class VideoDataset:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Manifest of the dataset in a directory.
-
-    Raises:
-      DatasetError: it is missing or damaged.
-      Unavailable: it cannot be read.
-    """
+    """Manifest of the dataset in a directory; raises as `VideoDataset`."""
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

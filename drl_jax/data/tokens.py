@@ -78,11 +78,7 @@ def caption_tokens(
 def store_tokens(
     captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
 ) -> int:
-    """Computes and stores the tokens of captions with an origin; returns how many are cut.
-
-    Raises:
-      OSError: they cannot be written.
-    """
+    """Stores the tokens of captions with an origin; returns how many are cut. Raises OSError."""
     texts, origin, cut = captions.texts, captions.origin, 0
     entry = _entry(origin, tokenizer, max_words)
     entry.parent.mkdir(exist_ok=True)
@@ -127,10 +123,7 @@ def _about(
 def _read(
     origin: CaptionOrigin, texts: int, tokenizer: Tokenizer, max_words: int
 ) -> tuple[np.ndarray, int] | None:
-    """Maps stored tokens into memory, with the number of captions that are cut.
-
-    None if there are none, or they cannot be used. Raises OSError if they cannot be read.
-    """
+    """Maps stored tokens, and how many are cut; None if they cannot be used. Raises OSError."""
     entry = _entry(origin, tokenizer, max_words)
     try:
         about = unseal((entry / _ABOUT_FILE).read_text(encoding="utf-8"))
