@@ -30,24 +30,14 @@ from drl_jax.runtime.errors import Unavailable
 
 
 @pytest.mark.parametrize(
-    ("n_frames", "fps", "max_frames", "expected"),
-    [
-        (90, 30, 12, [0, 30, 60]),
-        (90, 29.97, 12, [0, 30, 60]),
-        (10, 0.25, 12, list(range(10))),
-        (1, 30, 12, [0]),
-        (0, 30, 12, []),
-        (50, 3, 12, [0, 3, 6, 12, 15, 21, 24, 30, 33, 39, 42, 48]),
-        (6000, 10, 3, [0, 2990, 5990]),
-    ],
-)
-def test_sample_positions(n_frames, fps, max_frames, expected):
-    assert sample_positions(n_frames, fps, max_frames) == expected
-
-
-@pytest.mark.parametrize(
     ("n_frames", "fps", "max_frames", "span", "expected"),
     [
+        (90, 30, 12, None, [0, 30, 60]),
+        (90, 29.97, 12, None, [0, 30, 60]),
+        (10, 0.25, 12, None, list(range(10))),
+        (0, 30, 12, None, []),
+        (50, 3, 12, None, [0, 3, 6, 12, 15, 21, 24, 30, 33, 39, 42, 48]),
+        (6000, 10, 3, None, [0, 2990, 5990]),
         (100, 10, 12, (2, 5), [20, 30, 40, 50]),  # The end is included.
         (100, 10, 12, (0.55, 1.2), [5]),
         (100, 10, 12, (8, 31), [80, 90]),  # The end is after the last frame.
@@ -56,7 +46,7 @@ def test_sample_positions(n_frames, fps, max_frames, expected):
         (1000, 10, 3, (10, 50), [100, 300, 500]),
     ],
 )
-def test_sample_positions_of_a_span(n_frames, fps, max_frames, span, expected):
+def test_sample_positions(n_frames, fps, max_frames, span, expected):
     assert sample_positions(n_frames, fps, max_frames, span) == expected
 
 
