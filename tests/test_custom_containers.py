@@ -1,6 +1,5 @@
 """`custom` from WebDataset shards and Parquet files: what is read, what is refused, the build."""
 
-import hashlib
 import io
 import json
 import os
@@ -22,8 +21,7 @@ from data_prep import parquet_files
 from data_prep.annotations import AnnotationError
 from data_prep.build import main as build
 from data_prep.check import main as check
-from data_prep.decode import FrameCache
-from data_prep.locations import Clip, name_below
+from data_prep.locations import name_below
 from data_prep.parquet_files import ParquetCell
 from data_prep.tar_files import TarMember, read_members
 from data_prep.video_folder import make_plan
@@ -542,22 +540,3 @@ def test_a_member_reads_like_a_file_of_its_bytes(tmp_path):
             assert window.tell() == expected.tell()
         with pytest.raises(OSError, match="Invalid argument"):
             window.seek(-1)
-
-
-def test_keys_of_the_frame_cache(sources, tmp_path):
-    cache, path = FrameCache(tmp_path, STORAGE), sources / "files" / "0.mp4"
-    status = path.stat()
-    # Caches of earlier versions have this key of a file.
-    identity = (str(path.resolve()), status.st_size, status.st_mtime_ns, (0.0, 1.0))
-    key = hashlib.sha256(repr(identity).encode()).hexdigest()
-    entry = cache.directory / key[:2] / f"{key[2:34]}.npz"
-    assert cache.entry(Clip("any", path, (0.0, 1.0))) == entry
-    clips = [
-        c for name in ("shards", "tables") for c in read_custom(sources / name).contained.clips
-    ]
-    assert len({cache.entry(clip) for clip in clips}) == len(clips) == 9
-    copy = Path(shutil.copy2(clips[0].location.path, tmp_path / "0.tar"))
-    moved = Clip("a", TarMember(copy, *clips[0].location.place), None)
-    before = cache.entry(moved)
-    os.utime(copy, ns=(1, 1))
-    assert FrameCache(tmp_path, STORAGE).entry(moved) != before

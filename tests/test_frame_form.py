@@ -59,14 +59,6 @@ def test_squash_is_pils_resize_of_the_decoded_frame(height, width, tmp_path):
         np.testing.assert_array_equal(found, squashed(pictures, 32, interpolation))
 
 
-def test_bilinear_crop_is_the_centre_of_pils_resize(tmp_path):
-    write_video(tmp_path / "v.mkv", noise(1, 40, 60), fps=2)
-    found = read_frames(tmp_path / "v.mkv", 1, FrameForm(20, "crop", "bilinear"))
-    (picture,) = map(Image.fromarray, decoded(tmp_path / "v.mkv"))
-    expected = picture.resize((30, 20), FILTERS["bilinear"]).crop((5, 0, 25, 20))
-    np.testing.assert_array_equal(found[0], np.asarray(expected))
-
-
 def test_a_turned_video_is_upright_before_it_is_squashed(tmp_path):
     write_video_turned_right(tmp_path / "v.mp4", noise(2, 40, 90), fps=1)
     upright = [np.rot90(picture, -1) for picture in decoded(tmp_path / "v.mp4")]
