@@ -94,8 +94,7 @@ def find_files(
 ) -> tuple[Annotations, dict[str, tuple[Path, ...]]]:
     """Looks for the files, by name, that each split is read from.
 
-    Returns annotations without splits, with `files` and `missing_files`; and the paths of the files
-    of each split that has all of them.
+    Returns annotations without splits, and the files of each split that has all of them.
     """
     if not directory.is_dir():
         raise AnnotationError(
@@ -105,15 +104,14 @@ def find_files(
     for split, names in files.items():
         for name in names:
             needed.setdefault(name, []).append(split)
-    purposes = {name: f"the split {', '.join(splits)}" for name, splits in needed.items()}
-    missing = {n: why for n, why in purposes.items() if not (directory / n).is_file()}
-    present = [directory / name for name in needed if name not in missing]
+    present = {name: directory / name for name in needed if (directory / name).is_file()}
+    missing = {n: f"the split {', '.join(s)}" for n, s in needed.items() if n not in present}
     found = {
-        split: tuple(directory / name for name in names)
+        split: tuple(present[name] for name in names)
         for split, names in files.items()
         if not missing.keys() & set(names)
     }
-    return Annotations({}, files=present, missing_files=missing), found
+    return Annotations({}, files=list(present.values()), missing_files=missing), found
 
 
 def require_splits(annotations: Annotations, directory: Path) -> Annotations:
@@ -195,15 +193,10 @@ def parse_rows(
     left_out: dict[str, str],
     form: str = "",
 ) -> list[Parsed]:
-    """Parses the rows of a file, and leaves out those that cannot be used.
+    """Parses the named rows of a file; `left_out` receives the reasons of those that are wrong.
 
-    Args:
-      path: the file.
-      kind: what a row is called, e.g. "row".
-      rows: number or name, and value, of each row.
-      parse: raises RowError, AttributeError, KeyError or TypeError for a value of another form.
-      left_out: receives the reasons by place.
-      form: of a row, for the reasons.
+    `parse` raises RowError, AttributeError, KeyError or TypeError for them. Messages say that a
+    `kind`, e.g. "row", is not of this `form`.
     """
     parsed, lost = [], {}
     for name, row in rows:

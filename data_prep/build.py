@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.command import add_source_flags, disk_errors, requested_storage, videos_folder
+from data_prep.command import add_source_flags, disk_errors, plan_of, requested_storage
 from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.runtime.cli import Parser, add_ray_flag, run_command
 from drl_jax.runtime.errors import UserError
@@ -110,21 +110,17 @@ def _build_locked(options: argparse.Namespace) -> None:
 
     from data_prep import dataset_build
     from data_prep.quarantine import quarantine_file, read_quarantine
-    from data_prep.video_folder import make_plan
 
     tfds.disable_progress_bar()
     dataset, data_dir = options.dataset, options.data_dir
     storage = requested_storage(options)
-    builder = builder_class(dataset)
     if dataset in DRAWN:
-        builder.draw(options.annotations, options.size)
+        builder_class(dataset).draw(options.annotations, options.size)
     quarantine = quarantine_file(data_dir, dataset)
     if reasons := read_quarantine(quarantine):
         print(f"leaving out {len(reasons)} videos listed in {quarantine}")
-    annotations = builder.read_annotations(options.annotations)
-    folder = videos_folder(options, annotations)
-    plan = make_plan(annotations, folder, reasons, protocols=builder.PROTOCOLS)
-    dataset_build.print_plan(dataset, plan, data_dir, storage, protocols=builder.PROTOCOLS)
+    plan = plan_of(options, reasons)
+    dataset_build.print_plan(dataset, plan, data_dir, storage)
     with _engine(options, plan) as map_calls:
         built = dataset_build.build_dataset(
             dataset,

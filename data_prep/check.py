@@ -10,8 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import add_source_flags, disk_errors, requested_storage, videos_folder
-from data_prep.datasets import DRAWN, builder_class, dataset_names
+from data_prep.command import add_source_flags, disk_errors, plan_of, requested_storage
+from data_prep.datasets import DRAWN, dataset_names
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
 
@@ -36,22 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> int:
     from data_prep import dataset_check
     from data_prep.quarantine import quarantine_file, read_quarantine
-    from data_prep.video_folder import make_plan
 
-    builder = builder_class(options.dataset)
     quarantine = quarantine_file(options.data_dir, options.dataset)
     try:
         with disk_errors(options.data_dir):
             read_quarantine(quarantine)  # An error in it should not wait for the end of the check.
-            annotations = builder.read_annotations(options.annotations)
-            folder = videos_folder(options, annotations)
-            plan = make_plan(annotations, folder, {}, protocols=builder.PROTOCOLS)
+            plan = plan_of(options, {})
     except UserError as error:
         raise _CheckError(str(error)) from error
     storage = requested_storage(options)
-    report = dataset_check.check_dataset(
-        plan, builder.PUBLISHED, storage, options.timeout, protocols=builder.PROTOCOLS
-    )
+    report = dataset_check.check_dataset(options.dataset, plan, storage, options.timeout)
     dataset_check.print_report(report)
     try:
         dataset_check.write_report(report, quarantine)

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from drl_jax.runtime.cli import Parser, positive_int
 from drl_jax.runtime.errors import Unavailable, UserError, one_line, system_errors
 
 if TYPE_CHECKING:
-    from data_prep.annotations import Annotations
+    from data_prep.video_folder import Plan
 
 # Maximum time to decode one video, seconds.
 DECODE_TIMEOUT = 300
@@ -44,17 +44,19 @@ def disk_errors(data_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def videos_folder(options: argparse.Namespace, annotations: "Annotations") -> Path | None:
-    """Folder of the video files, which is required; None if annotation files contain the videos."""
-    if annotations.contained is None:
-        if options.videos is None:
-            raise UserError(
-                f"{options.dataset} needs --videos=DIR: {options.annotations} names video files"
-            )
-        return options.videos
-    if options.videos is not None:
+def plan_of(options: argparse.Namespace, quarantine: Mapping[str, str]) -> "Plan":
+    """Reads the annotations and finds their videos; leaves out those in quarantine."""
+    from data_prep.video_folder import make_plan
+
+    builder = builder_class(options.dataset)
+    annotations = builder.read_annotations(options.annotations)
+    if annotations.contained is None and options.videos is None:
+        raise UserError(
+            f"{options.dataset} needs --videos=DIR: {options.annotations} names video files"
+        )
+    if annotations.contained is not None and options.videos is not None:
         print(f"--videos is not used: the videos are inside {options.annotations}")
-    return None
+    return make_plan(annotations, options.videos, quarantine, protocols=builder.PROTOCOLS)
 
 
 def add_source_flags(parser: Parser, *, required: bool) -> None:

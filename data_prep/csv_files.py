@@ -39,11 +39,9 @@ def read_csv_rows(
 ) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Reads a CSV file whose first line, or the one after Excel's `sep=;`, names its columns.
 
-    Returns the names, and for each row the number of its first line and the values by column.
-
-    Columns are separated by commas, semicolons or tabs, or as `sep=` says. Names are in
-    lower case, and names and values without surrounding blanks. Empty rows are left out. `errors`
-    as in `read_text`.
+    Returns the names, in lower case, and for each non-empty row the number of its first line
+    and the values by column, without surrounding blanks. Columns are separated by commas,
+    semicolons or tabs, or as `sep=` says; `errors` as in `read_text`.
     """
     # With newline="", the reader sees the line ends inside quotation marks.
     lines = list(io.StringIO(read_text(path, errors), newline=""))
@@ -82,8 +80,15 @@ def _records(
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            last = header + reader.line_num
-            raise AnnotationError(_quoting_message(path, first, last, error)) from error
+            last, doubled = header + reader.line_num, "a quotation mark inside a quoted text must"
+            if last > first or "unexpected end" in str(error):
+                problem = (
+                    f": a quotation mark that opens in this row is not closed (read up to line"
+                    f" {last}: {error})"
+                )
+            else:
+                problem = f" is not valid CSV ({error})"
+            raise AnnotationError(f"{path}, row {first}{problem}; {doubled} be doubled") from error
         if fields is None:
             return
         columns = columns or len(fields)
@@ -99,8 +104,7 @@ def _records(
 def _looks_like_rows(field: str, delimiter: str, before: int, separators: int) -> bool:
     """Whether a field with several lines looks like rows whose quotation mark was forgotten.
 
-    That is: one of its lines in the file has as many separators as a row. `before` of them are
-    before the field.
+    That is: one of its lines has as many separators as a row, which has `before` before the field.
     """
     counts = [line.count(delimiter) for line in re.split("\r\n|\r|\n", field)]
     if len(counts) == 1:
@@ -112,16 +116,4 @@ def _looks_like_rows(field: str, delimiter: str, before: int, separators: int) -
         counts[0] == after > 0
         or counts[-1] == before > 0
         or any(count == separators > 0 for count in counts[1:-1])
-    )
-
-
-def _quoting_message(path: Path, first: int, last: int, error: csv.Error) -> str:
-    if last > first or "unexpected end" in str(error):
-        return (
-            f"{path}, row {first}: a quotation mark that opens in this row is not closed (read up"
-            f" to line {last}: {error}); a quotation mark inside a quoted text must be doubled"
-        )
-    return (
-        f"{path}, row {first} is not valid CSV ({error}); a quotation mark inside a quoted text"
-        " must be doubled"
     )

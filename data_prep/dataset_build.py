@@ -8,8 +8,8 @@ import tensorflow_datasets as tfds
 
 from data_prep.datasets import builder_class
 from data_prep.quarantine import quarantine_file
-from data_prep.sizes import describe_split, format_bytes, free_bytes, stored_bytes
-from data_prep.splits import Protocols, warnings
+from data_prep.sizes import describe_split, format_bytes, stored_bytes
+from data_prep.splits import warnings
 from data_prep.video_folder import Plan
 from drl_jax.data.records import FORMAT_VERSION, MANIFEST, read_manifest
 from drl_jax.data.storage import StorageSpec
@@ -97,15 +97,16 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def print_plan(
-    dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec, *, protocols: Protocols = ()
-) -> None:
+def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -> None:
     """Prints the number of videos and the disk space of a build before it starts, and warnings."""
+    absolute = data_dir.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     stored = format_bytes(stored_bytes(len(plan.clips) * storage.max_frames, storage))
     print(
         f"{dataset}: found {len(plan.clips):,} of {len(plan.annotations.video_ids()):,} annotated"
         f" videos; {storage.name} takes up to {stored}, and the cache of decoded frames the same"
-        f" again; {data_dir} has {format_bytes(free_bytes(data_dir))} free",
+        f" again; {data_dir} has {format_bytes(free)} free",
         flush=True,
     )
     if plan.annotations.contained is not None and plan.unannotated:
@@ -113,7 +114,7 @@ def print_plan(
     if left_out := plan.annotations.left_out:
         place, reason = next(iter(left_out.items()))
         print(f"{len(left_out):,} rows are left out (the first: {place}: {reason})", flush=True)
-    for line in warnings(plan.annotations, plan.merged, protocols):
+    for line in warnings(plan.annotations, plan.merged, builder_class(dataset).PROTOCOLS):
         print(line, flush=True)
 
 

@@ -1,7 +1,6 @@
 """Validates the source files of a dataset. Worker processes import this module."""
 
 import collections
-import dataclasses
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.annotations import Annotations
+from data_prep.datasets import builder_class
 from data_prep.locations import Clip, Location
 from data_prep.quarantine import read_quarantine, write_quarantine
-from data_prep.sizes import PublishedSizes, count_splits, describe_split, format_bytes, stored_bytes
-from data_prep.splits import Protocols, shared_captions, shared_videos, warnings
+from data_prep.sizes import count_splits, describe_split, format_bytes, stored_bytes
+from data_prep.splits import shared_captions, shared_videos, warnings
 from data_prep.video_folder import Plan
 from drl_jax.data.storage import StorageSpec
 from drl_jax.data.video import VideoFacts, inspect_video
@@ -31,42 +31,25 @@ _TOO_SHORT = 1.0
 _MAX_PRINTED = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class _Finding:
-    """Result of the inspection of one file, which took some seconds; `digest` is its SHA-256."""
-
-    facts: VideoFacts | None
-    failure: WorkerFailure | None
-    digest: str
-    seconds: float
+# Facts of a file, or why there are none; its SHA-256, and the seconds that its inspection took.
+_Finding = tuple[VideoFacts | WorkerFailure, str, float]
 
 
-def check_dataset(
-    plan: Plan,
-    published: PublishedSizes,
-    storage: StorageSpec,
-    timeout: float,
-    *,
-    protocols: Protocols = (),
-) -> dict[str, Any]:
-    """Decodes all videos of a plan, also those in quarantine, and reports what is wrong.
+def check_dataset(dataset: str, plan: Plan, storage: StorageSpec, timeout: float) -> dict[str, Any]:
+    """Decodes all videos of a plan, also those in quarantine; returns the content of `check.json`.
 
     `storage` is the variant of the estimates, and `timeout` is in seconds per file.
-
-    Returns:
-      The content of `check.json`. "unavailable" are the videos that could not be read, for a reason
-      that may pass; "duplicate_videos" groups of ids with the same file content.
     """
+    published, protocols = builder_class(dataset).PUBLISHED, builder_class(dataset).PROTOCOLS
     findings = _inspect_files([clip.location for clip in plan.clips], storage, timeout)
     unusable, unavailable, suspicious, frames = {}, {}, {}, 0
     changed: dict[str, str] = {}
     clocks_differ: list[str] = []
     for clip in plan.clips:
-        finding = findings[clip.location]
-        if failure := finding.failure:
-            (unavailable if failure.is_passing else unusable)[clip.video_id] = failure.reason
+        facts, *_ = findings[clip.location]
+        if isinstance(facts, WorkerFailure):
+            (unavailable if facts.is_passing else unusable)[clip.video_id] = facts.reason
             continue
-        facts = finding.facts
         positions = facts.positions(storage.max_frames, clip.span, storage.frame_clock)
         if not positions:
             span, length = clip.span, facts.frames / facts.fps
@@ -81,7 +64,7 @@ def check_dataset(
         if reasons := _suspicions(facts):
             suspicious[clip.video_id] = "; ".join(reasons)
     usable = {clip.video_id for clip in plan.clips} - unusable.keys() - unavailable.keys()
-    seconds = sum(finding.seconds for finding in findings.values())
+    seconds = sum(seconds for *_, seconds in findings.values())
     left_out = plan.annotations.left_out
     return {
         "left_out": left_out,
@@ -115,27 +98,25 @@ def _inspect_files(
     """Inspects each distinct file once, in parallel."""
     files = list(dict.fromkeys(locations))
     results = map_in_processes(_inspect, [(file, storage) for file in files], timeout=timeout)
-    findings = {}
-    for file, finding in zip(tqdm(files, "checking", unit="video"), results, strict=True):
-        if isinstance(finding, WorkerFailure):
-            finding = _Finding(None, finding, "", timeout)
-        findings[file] = finding
-    return findings
+    return {
+        file: (found, "", timeout) if isinstance(found, WorkerFailure) else found
+        for file, found in zip(tqdm(files, "checking", unit="video"), results, strict=True)
+    }
 
 
 def _inspect(location: Location, storage: StorageSpec) -> _Finding:
-    start = time.monotonic()
-    digest, facts, failure = "", None, None
+    start, digest = time.monotonic(), ""
+    found: VideoFacts | WorkerFailure
     try:
         with ffmpeg_errors(location):
             digest = sha256(location)
-        facts = inspect_video(location, storage.max_frames, storage.form)
-        if facts.black:
+        found = inspect_video(location, storage.max_frames, storage.form)
+        if found.black:
             # A build would store it, but no caption can match it.
-            failure = WorkerFailure("all its sampled frames are black")
+            found = WorkerFailure("all its sampled frames are black")
     except VideoError as problem:
-        failure = WorkerFailure(str(problem))
-    return _Finding(facts, failure, digest, time.monotonic() - start)
+        found = WorkerFailure(str(problem))
+    return found, digest, time.monotonic() - start
 
 
 def _suspicions(facts: VideoFacts) -> list[str]:
@@ -166,7 +147,7 @@ def _duplicate_videos(
         for entry in captioned:
             splits[entry.video_id].append(name)
     for clip in clips:
-        if digest := findings[clip.location].digest:
+        if digest := findings[clip.location][1]:
             groups[digest, clip.span].append(clip.video_id)
     return [
         {"videos": videos, "splits": sorted({s for video in videos for s in splits[video]})}
@@ -215,11 +196,9 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 def _print_some(title: str, lines: Sequence[str]) -> None:
     if lines:
-        print(f"{len(lines)} {title}:")
-        for line in lines[:_MAX_PRINTED]:
-            print(f"  {line}")
-        if len(lines) > _MAX_PRINTED:
-            print(f"  and {len(lines) - _MAX_PRINTED} more")
+        print(f"{len(lines)} {title}:", *lines[:_MAX_PRINTED], sep="\n  ")
+    if len(lines) > _MAX_PRINTED:
+        print(f"  and {len(lines) - _MAX_PRINTED} more")
 
 
 def report_file(quarantine: Path) -> Path:

@@ -36,9 +36,8 @@ def finetuning_config(
 ) -> ConfigDict:
     """Makes the configuration that fine-tunes CLIP on a dataset with the reference's recipe.
 
-    Frames and words are those of the dataset's builder, so that training opens what
-    `python -m data_prep.build` writes by default. `splits` is `val_split` or `holdout`.
-    All other fields have the defaults of `drl_jax/config.py`.
+    It opens what `data_prep.build` writes by default. `splits` is `val_split` or `holdout`;
+    all other fields have the defaults of `drl_jax/config.py`.
     """
     form = builder_class(dataset).DEFAULT_STORAGE.form
     backbone = BackboneConfig(

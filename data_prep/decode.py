@@ -62,9 +62,8 @@ class FrameCache:
 
 
 def _write_entry(path: Path, frames: Frames) -> None:
-    arrays = [frames]
-    if isinstance(frames, list):
-        arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in frames]
+    is_jpeg = isinstance(frames, list)
+    arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in frames] if is_jpeg else [frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Through a file object: numpy appends .npz to a path.
     with replacing(path) as unfinished, unfinished.open("wb") as file:
@@ -72,10 +71,7 @@ def _write_entry(path: Path, frames: Frames) -> None:
 
 
 def _read_entry(path: Path) -> Frames | None:
-    """The frames of an entry; None if it does not exist or is damaged.
-
-    Raises OSError if it cannot be read.
-    """
+    """The frames of an entry; None if it is absent or damaged. OSError if it cannot be read."""
     try:
         # The file is a zip: every array has a checksum.
         with np.load(path, allow_pickle=False) as file:
@@ -98,9 +94,8 @@ def decode_clips(
 ) -> Iterator[Frames | WorkerFailure]:
     """Decodes videos, except those that the cache has, whose storage variant it has.
 
-    Yields for each clip, in order, its frames or why it could not be decoded. `timeout` is in
-    seconds per video; `map_calls` runs the decoders: on this machine, or on a cluster that shares
-    the cache.
+    Yields for each clip, in order, its frames or why there are none. `timeout` is in seconds per
+    video; `map_calls` runs the decoders, on this machine or on a cluster that shares the cache.
 
     Raises:
       OSError: the cache cannot be written, e.g. because the disk is full, or an entry that was
@@ -139,23 +134,17 @@ def _ensure_entry(
 ) -> WorkerFailure | OSError | None:
     """Decodes a video into the cache unless it is there.
 
-    Returns what is wrong with the video, or why the cache cannot be read or written: an exception
-    would be taken for one of the video.
+    Returns what is wrong with the video or with the cache: an exception would be that of a video.
     """
     try:
-        if _read_entry(entry) is not None:
-            return None
-    except OSError as error:
-        return error
-    try:
-        clock = storage.frame_clock
-        frames = read_frames(location, storage.max_frames, storage.form, span, clock)
+        if _read_entry(entry) is None:
+            clock = storage.frame_clock
+            frames: Frames = read_frames(location, storage.max_frames, storage.form, span, clock)
+            if storage.encoding == "jpeg":
+                frames = [encode_jpeg(frame) for frame in frames]
+            _write_entry(entry, frames)
     except VideoError as error:
         return WorkerFailure(str(error))
-    if storage.encoding == "jpeg":
-        frames = [encode_jpeg(frame) for frame in frames]
-    try:
-        _write_entry(entry, frames)
     except OSError as error:
         return error
     return None

@@ -43,10 +43,6 @@ def absolute(location: Location) -> Location:
 
 
 def name_below(location: Location, folder: Path) -> str:
-    """Path of a location below a folder.
-
-    That of a member is the path of the tar file, a slash and its name; that of a cell the path of
-    the Parquet file, a slash and the number of the row.
-    """
+    """Path below a folder; after that of a tar or Parquet file, a slash and the name or row."""
     name = str(file_of(location).relative_to(folder))
     return name if isinstance(location, Path) else f"{name}/{location.name}"

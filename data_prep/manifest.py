@@ -5,16 +5,11 @@ paths), so two builds can be compared: equal `content` means equal frames, equal
 captions.
 """
 
-import importlib.metadata
-import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from av import ffmpeg_version_info
-
 from data_prep.annotations import Annotations
-from data_prep.decode import decoder_versions
 from data_prep.locations import name_below
 from data_prep.video_folder import Plan
 from drl_jax.data.description import LAYOUT, write_captions, write_videos
@@ -47,24 +42,13 @@ def write_description(directory: Path, plan: Plan, records: Mapping[str, int]) -
     return {"layout": LAYOUT, "splits": splits}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and the packages that a build uses."""
-    packages = ("numpy", "pyarrow", "tensorflow-datasets", "drl_jax")
-    return {
-        "python": platform.python_version(),
-        "ffmpeg": ffmpeg_version_info,
-        **decoder_versions(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
 def file_hashes(files: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of each file, by its name."""
     return {path.name: sha256(path) for path in sorted(files)}
 
 
 def annotation_hashes(annotations: Annotations) -> dict[str, str]:
-    """Hashes of the annotation files, by name."""
+    """SHA-256 of the annotation files, or of what was read from them, by name."""
     return file_hashes(annotations.files) | annotations.hashes
 
 

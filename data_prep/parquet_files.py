@@ -213,6 +213,6 @@ def _values(column: "pyarrow.Array") -> list[Any]:
 
 
 def _decoded(cell: bytes | list[bytes | None] | None) -> str | list[Any] | None:
-    if isinstance(cell, list):
-        return [_decoded(text) for text in cell]
-    return None if cell is None else cell.decode(errors="surrogateescape")
+    if isinstance(cell, bytes):
+        return cell.decode(errors="surrogateescape")
+    return cell and [_decoded(text) for text in cell]

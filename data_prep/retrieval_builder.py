@@ -7,12 +7,15 @@ and stores the videos.
 import abc
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import os
+import platform
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import av
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -22,8 +25,8 @@ from tensorflow_datasets.core.sequential_writer import Shard
 from tqdm import tqdm
 
 from data_prep.annotations import AnnotationError, Annotations, check_lost
-from data_prep.decode import FrameCache, decode_clips
-from data_prep.manifest import annotation_hashes, file_hashes, versions, write_description
+from data_prep.decode import FrameCache, decode_clips, decoder_versions
+from data_prep.manifest import annotation_hashes, file_hashes, write_description
 from data_prep.sizes import PublishedSizes, count_splits
 from data_prep.video_folder import Plan
 from drl_jax.data.content import content_sha256
@@ -38,6 +41,8 @@ from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import OrderedMap, WorkerFailure, map_in_processes
 
 _VIDEOS_PER_SHARD = 1000
+# Packages that a build uses, besides those of the decoder.
+_PACKAGES = ("numpy", "pyarrow", "tensorflow-datasets", "drl_jax")
 _REMEDY = "copy them again, or let data_prep.check list them, and the build then leaves them out"
 
 
@@ -97,12 +102,9 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
     ) -> dict[str, str]:
         """Decodes the videos and writes the dataset into `data_dir`; arguments as `decode_clips`.
 
-        Records are written sequentially. (`download_and_prepare` collects all records first and,
-        even without shuffling, sorts what exceeds 1 GB in memory.)
-
-        Returns:
-          By id, why videos could not be decoded that may be sound. The dataset is complete only if
-          there are none.
+        Returns why videos could not be decoded that may be sound, by id; the dataset is complete
+        only if there are none. Records are written sequentially: `download_and_prepare` would
+        collect all of them first, and sort them in memory.
 
         Raises:
           AnnotationError: no video can be used, or more than `MAX_LOST` cannot.
@@ -186,7 +188,12 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
             "videos": len(records),
             "left_out": dict(unusable),
             "splits": counts,
-            "versions": versions(),
+            "versions": {
+                "python": platform.python_version(),
+                "ffmpeg": av.ffmpeg_version_info,
+                **decoder_versions(),
+                **{package: importlib.metadata.version(package) for package in _PACKAGES},
+            },
             "content_with_captions": content_sha256(content, records, splits),
         }
         write_json(directory / MANIFEST, manifest)

@@ -1,8 +1,6 @@
 """Sizes of a dataset: numbers of videos and captions, and disk space."""
 
-import shutil
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from data_prep.annotations import Annotations
@@ -47,13 +45,6 @@ def stored_bytes(frames: int, storage: StorageSpec) -> int:
     """Estimated size in bytes of a total number of stored frames."""
     per_pixel = 3 if storage.encoding == "raw" else _JPEG_BYTES_PER_PIXEL
     return int(frames * storage.form.size**2 * per_pixel)
-
-
-def free_bytes(directory: Path) -> int:
-    """Free bytes on the disk of a directory, which may not exist yet."""
-    directory = directory.absolute()
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    return shutil.disk_usage(existing).free
 
 
 def format_bytes(count: int) -> str:

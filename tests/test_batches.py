@@ -4,6 +4,7 @@ import hashlib
 import jax
 import numpy as np
 import pytest
+from support.datasets import custom
 from support.videos import numbered_frames, write_video
 
 from data_prep.build import main as build
@@ -49,22 +50,19 @@ def test_shapes_and_dtypes_of_a_batch(dataset, shapes_config):
 
 
 def test_iteration_can_start_at_any_step(dataset, shapes_config):
-    run = take(make(dataset, shapes_config), 0, 30)
-    assert_same(run[27:], take(make(dataset, shapes_config, num_threads=1), 27, 3))
+    run = take(make(dataset, shapes_config), 0, 15)
+    assert_same(run[13:], take(make(dataset, shapes_config, num_threads=1), 13, 2))
 
 
-@pytest.mark.parametrize(("batch_size", "processes"), [(16, 4), (2, 2), (1, 1)])
-def test_processes_split_the_batch_of_a_single_process(
-    dataset, shapes_config, batch_size, processes
-):
-    """Also where each of them reads one example."""
-    batches = make(dataset, shapes_config, batch_size=batch_size)
-    first = 80 // batch_size
+def test_processes_split_the_batch_of_a_single_process(dataset, shapes_config):
     (whole,) = take(make(dataset, shapes_config), 5, 1)
-    whole = {name: array[:batch_size] for name, array in whole.items()}
-    parts = [take(batches, first, 1, p, processes)[0] for p in range(processes)]
-    for name, array in whole.items():
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+    # Also where each of them reads one example.
+    for batch_size, processes in ((16, 4), (2, 2), (1, 1)):
+        batches = make(dataset, shapes_config, batch_size=batch_size)
+        parts = [take(batches, 80 // batch_size, 1, p, processes)[0] for p in range(processes)]
+        for name, array in whole.items():
+            found = np.concatenate([part[name] for part in parts])
+            np.testing.assert_array_equal(found, array[:batch_size])
 
 
 def test_an_epoch_has_every_video_once_in_a_new_order(dataset, shapes_config):
@@ -82,19 +80,13 @@ def test_an_epoch_has_every_video_once_in_a_new_order(dataset, shapes_config):
     texts = [batch["text_ids"].tobytes() for batch in run]
     assert len(set(texts)) == 24  # Captions are drawn anew each time.
 
-
-def test_expanded_captions_make_every_pair_an_example(dataset, shapes_config):
-    batches = make(dataset, shapes_config, expand_captions=True)
-    assert batches.num_examples == 192 * 20
-    assert batches.steps_per_epoch == 240
-
-
-def test_another_seed_gives_another_order(dataset, shapes_config):
-    one, other = (take(make(dataset, shapes_config, seed=s), 0, 1)[0] for s in (0, 1))
-    assert not np.array_equal(one["frames"], other["frames"])
+    (other,) = take(make(dataset, shapes_config, seed=1), 0, 1)
+    assert not np.array_equal(run[0]["frames"], other["frames"])
+    expanded = make(dataset, shapes_config, expand_captions=True)
+    assert (expanded.num_examples, expanded.steps_per_epoch) == (192 * 20, 240)
 
 
-def test_holdout_separates_no_videos_of_one_file(tmp_path):
+def test_holdout_separates_no_videos_of_one_file(tmp_path, monkeypatch):
     videos = tmp_path / "videos"
     videos.mkdir()
     names = [f"{number}.mp4" for number in range(4)]
@@ -103,19 +95,23 @@ def test_holdout_separates_no_videos_of_one_file(tmp_path):
         (videos / f"link_{name}").symlink_to(name)
     rows = [f"{name},a,0,2,train" for name in names]
     rows += [f"link_{name},b,1,3,train" for name in names[:3]]
+    rows += [f"{name},c,0,2,train" for name in names]
     (tmp_path / "mine.csv").write_text("\n".join(["video,caption,start,end,split", *rows]))
-    flags = [f"--annotations={tmp_path / 'mine.csv'}", "--image_size=32", "--max_frames=4"]
-    assert build(["custom", f"--videos={videos}", *flags, f"--data_dir={tmp_path}"]) == 0
+    size = ("--image_size=32", "--max_frames=4")
+    assert build(custom(tmp_path, "mine.csv", tmp_path, *size)) == 0
     dataset = VideoDataset(tmp_path / "custom" / "32px_4f_jpeg" / "1.0.0")
     files = [dataset.sources[video][0] for video in range(7)]
     assert sorted(files) == sorted([*names, *names[:3]])
     by_hash = sorted(range(7), key=lambda n: hashlib.sha256(dataset.video_ids[n].encode()).digest())
     for count in range(1, 6):
+        if count == 3:  # The first bytes of hashes do not always tell which is smaller.
+            monkeypatch.setattr(dataset, "id_hashes", np.zeros(7, np.uint64))
         data = DataConfig(train_split="train", holdout=count)
-        train, val = (
-            {files[video] for video in load_split(dataset, name, data).videos}
-            for name in ("train", "val")
-        )
+        splits = [load_split(dataset, name, data) for name in ("train", "val")]
+        assert sorted(video for split in splits for video in split.videos) == list(range(7))
+        assert {tuple(captions) for captions in splits[0].captions} <= {("a", "c"), ("b",)}
+        assert {len(captions) for captions in splits[1].captions} == {1}
+        train, val = ({files[video] for video in split.videos} for split in splits)
         assert not train & val
         assert train | val == set(names)
         # The files of the first videos by hash, until there are enough.
@@ -134,41 +130,21 @@ def test_padding_is_black_and_masked():
     assert frames[2:].max() == 0
 
 
-def test_a_missing_dataset_says_how_to_build_it(shapes_config, tmp_path):
-    data = dataclasses.replace(shapes_config.data, data_dir=str(tmp_path))
-    directory = dataset_dir(dataclasses.replace(shapes_config, data=data))
-    with pytest.raises(DatasetError, match=r"python -m data_prep.build shapes --data_dir"):
-        VideoDataset(directory)
-
-
-def test_a_missing_split_lists_the_existing_ones(dataset):
-    with pytest.raises(DatasetError, match="no split 'train_9k'; it has train, val, test"):
-        dataset.split("train_9k")
-
-
-@pytest.fixture(scope="module")
-def expected(dataset, shapes_config):
-    return take(make(dataset, shapes_config), 9, 4)
-
-
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("cache", ["none", "memory", "device"])
-def test_every_cache_gives_the_same_batches(dataset, shapes_config, expected, cache, devices):
-    layout = make_layout(jax.devices()[:devices])
-    stream = make(dataset, shapes_config, cache=cache).on_devices(9, layout)
-    found = [next(stream) for _ in expected]
-    assert_same(found, expected)
-    assert_same(expected, found)
-    for array in found[0].values():
-        assert array.sharding.is_equivalent_to(layout.batch_sharded, array.ndim)
-
-
-def test_a_full_memory_cache_reads_nothing(dataset, shapes_config, monkeypatch):
-    batches = make(dataset, shapes_config, cache="memory")
-    expected = take(batches, 0, 12)  # One epoch.
-    monkeypatch.setattr(dataset, "read_frames", None)
-    found = take(batches, 0, 12)
-    assert_same(found, expected)
+def test_every_cache_gives_the_same_batches(dataset, shapes_config, monkeypatch):
+    expected = take(make(dataset, shapes_config), 0, 12)
+    for cache, devices in (("none", 8), ("memory", 8), ("device", 1), ("device", 8)):
+        layout = make_layout(jax.devices()[:devices])
+        batches = make(dataset, shapes_config, cache=cache)
+        stream = batches.on_devices(0, layout)
+        found = [next(stream) for _ in expected]
+        assert_same(found, expected)
+        assert_same(expected, found)
+        for array in found[0].values():
+            assert array.sharding.is_equivalent_to(layout.batch_sharded, array.ndim)
+        if cache == "memory":  # After an epoch it is full, and reads nothing.
+            with monkeypatch.context() as context:
+                context.setattr(dataset, "read_frames", None)
+                assert_same(take(batches, 0, 12), expected)
 
 
 class Device:

@@ -1,336 +1,407 @@
-"""Every builder on a small dataset with the real directory layout and annotation syntax."""
+"""Published datasets: every builder on a few files with their layout and syntax."""
 
-import errno
+import csv
 import json
 import os
 import pickle
 import re
 import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support.commands import error_of
-from support.files import contents, refused
-from support.videos import numbered_frames, write_video
+from support.datasets import captions_of
+from support.videos import SHARED, numbered_frames, write_video
 
-from data_prep.annotations import AnnotationError
+from data_prep.annotations import AnnotationError, Annotations
 from data_prep.build import main as build
 from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.data.records import VideoDataset
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    """Returns `place(path, seconds)`, which writes a video of 1 to 4 seconds to a path."""
-    made = tmp_path_factory.mktemp("clips")
-    for suffix in (".mp4", ".avi", ".webm"):
-        codec = {"codec": "libvpx-vp9", "lossless": "1"} if suffix == ".webm" else {}
-        for seconds in range(1, 5):
-            frames = numbered_frames(10 * seconds)
-            write_video(made / f"{seconds}{suffix}", frames, fps=10, **codec)
+class Layout(NamedTuple):
+    """A dataset with all parts of a published one.
 
-    def place(path, seconds=2):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(made / f"{seconds}{path.suffix}", path)
+    Attributes:
+      videos: seconds of the video files, by path below their folder.
+      files: annotation files by name: text, bytes, or a value for JSON.
+      splits: the expected captions.
+    """
 
-    return place
+    videos: dict[str, int]
+    files: dict[str, Any]
+    splits: dict[str, dict[str, list[str]]]
 
 
-# Each function writes a small dataset below `root`, and returns the expected splits: captions by
-# video. Videos have 2 seconds unless stated otherwise.
+def of_videos(*numbers):
+    return {f"video{n}": [f"video{n} caption {k}" for k in range(2)] for n in numbers}
 
 
-def lay_out_msrvtt(root, place):
-    videos = [f"video{n}" for n in range(6)]
-    for video in videos[:5]:
-        place(root / "videos" / "TrainVal" / f"{video}.mp4")
-    place(root / "videos" / "Test" / "video5.webm")
-    splits = ["train", "train", "train", "validate", "test", "test"]
-    write_json(
-        root / "annotations" / "MSRVTT_data.json",
-        {
+MSRVTT = Layout(
+    {**{f"TrainVal/video{n}.mp4": 2 for n in range(5)}, "Test/video5.webm": 2},
+    {
+        "MSRVTT_data.json": {
             "info": {},
             "videos": [
-                {"video_id": v, "url": "", "start time": 0.0, "split": split}
-                for v, split in zip(videos, splits, strict=True)
+                {"video_id": f"video{n}", "url": "", "start time": 0.0, "split": split}
+                for n, split in enumerate([*["train"] * 3, "validate", "test", "test"])
             ],
             "sentences": [
-                {"video_id": v, "caption": f"{v} caption {k}", "sen_id": k}
-                for v in videos
-                for k in range(2)
+                {"video_id": video, "caption": text, "sen_id": 0}
+                for video, texts in of_videos(*range(6)).items()
+                for text in texts
             ],
         },
-    )
-    write(root / "annotations" / "MSRVTT_train.9k.csv", "video_id\nvideo0\nvideo1\nvideo2\n")
-    write(root / "annotations" / "MSRVTT_train.7k.csv", "video_id\nvideo0\n")
-    write(
-        root / "annotations" / "MSRVTT_JSFUSION_test.csv",
-        'key,vid_key,video_id,sentence\nret0,msr4,video4,"one, two"\nret1,msr5,video5,three\n',
-    )
-    both = {v: [f"{v} caption 0", f"{v} caption 1"] for v in videos}
-    return {
-        "train_9k": {v: both[v] for v in videos[:3]},
-        "train_7k": {"video0": both["video0"]},
-        "full_train": {v: both[v] for v in videos[:3]},
-        "full_val": {"video3": both["video3"]},
-        "full_test": {v: both[v] for v in videos[4:]},
+        "MSRVTT_train.9k.csv": "video_id\nvideo0\nvideo1\nvideo2\n",
+        "MSRVTT_train.7k.csv": "video_id\nvideo0\n",
+        "MSRVTT_JSFUSION_test.csv": "key,vid_key,video_id,sentence\n"
+        'ret0,msr4,video4,"one, two"\nret1,msr5,video5,three\n',
+    },
+    {
+        "train_9k": of_videos(0, 1, 2),
+        "train_7k": of_videos(0),
+        "full_train": of_videos(0, 1, 2),
+        "full_val": of_videos(3),
+        "full_test": of_videos(4, 5),
         "test": {"video4": ["one, two"], "video5": ["three"]},
-    }
-
-
+    },
+)
 MSVD_WORDS = {
     "-4wsuPCjDBc_5_15": [["a", "squirrel", "is", "eating"], ["the", "squirrel", "eats"]],
     "0bSz70pYAP0_5_15": [["a", "man", "cooks"]],
     "04Gt01vatkk_248_265": [["a", "dog", "runs"]],
     "unused": [["never", "listed"]],
 }
+MSVD_SENTENCES = {video: [" ".join(words) for words in c] for video, c in MSVD_WORDS.items()}
+MSVD_SPLITS = dict(zip(("train", "val", "test"), MSVD_WORDS, strict=False))
+MSVD = Layout(
+    {f"{name}.avi": 2 for name in MSVD_WORDS},
+    {
+        # Protocol 0, as written by Python 2.
+        "raw-captions.pkl": pickle.dumps(MSVD_WORDS, protocol=0),
+        **{f"{split}_list.txt": f"{name}\n\n" for split, name in MSVD_SPLITS.items()},
+    },
+    {split: {name: MSVD_SENTENCES[name]} for split, name in MSVD_SPLITS.items()},
+)
+CLIPS = ["Ptf_2VRj-V0_000122_000132", "bpKK_SpjHMA_000001_000003", "TkfL3wyNrhg_000018_000028"]
+CLIP_CAPTIONS = {clip: [f"{clip} caption {k}" for k in range(10)] for clip in CLIPS}
 
 
-def lay_out_msvd(root, place):
-    names = list(MSVD_WORDS)
-    for name in names:
-        place(root / "videos" / f"{name}.avi")
-    for split, name in zip(("train", "val", "test"), names, strict=False):
-        write(root / "annotations" / f"{split}_list.txt", f"{name}\n\n")
-    # Protocol 0, as written by Python 2.
-    (root / "annotations" / "raw-captions.pkl").write_bytes(pickle.dumps(MSVD_WORDS, protocol=0))
-    joined = {v: [" ".join(words) for words in captions] for v, captions in MSVD_WORDS.items()}
-    return {
-        split: {name: joined[name]}
-        for split, name in zip(("train", "val", "test"), names, strict=False)
-    }
+def of_clips(**splits):
+    return {name: {clip: CLIP_CAPTIONS[clip] for clip in clips} for name, clips in splits.items()}
 
 
-VATEX = ["Ptf_2VRj-V0_000122_000132", "bpKK_SpjHMA_000001_000003", "TkfL3wyNrhg_000018_000028"]
-
-
-def lay_out_vatex(root, place, files="ref_captions"):
-    captions = {v: [f"{v} caption {k}" for k in range(10)] for v in VATEX}
-    # The second one is a whole YouTube video of 4 seconds; the others are cut clips.
-    place(root / "videos" / f"{VATEX[0]}.mp4")
-    place(root / "videos" / "bpKK_SpjHMA.mp4", 4)
-    place(root / "videos" / f"{VATEX[2]}.mp4")
-    annotations = root / "annotations"
-    splits = {"train": VATEX[:2], "test": VATEX[2:]}
-    if files == "ref_captions":
-        write_json(annotations / "ref_captions.json", captions)
-    elif files == "vatex_data":
-        both = {v: {"enCap": c, "chCap": ["不看"]} for v, c in captions.items()}
-        write_json(annotations / "vatex_data.json", both)
-        splits = {"train": VATEX[:1], "val": VATEX[1:2], "test": VATEX[2:]}
-    else:
-        for name, split in (("training", "train"), ("validation", "test")):
-            entries = [{"videoID": v, "enCap": captions[v], "path": "x"} for v in splits[split]]
-            write_json(annotations / f"vatex_{name}_v1.0_ceph.json", entries)
-    if files != "official":
-        for split, videos in splits.items():
-            write(annotations / f"{split}_list.txt", "\n".join(videos))
-    return {split: {v: captions[v] for v in videos} for split, videos in splits.items()}
-
-
-LSMDC = [
+VATEX = Layout(
+    # The second one is a whole YouTube video; the others are cut clips.
+    {f"{CLIPS[0]}.mp4": 2, "bpKK_SpjHMA.mp4": 4, f"{CLIPS[2]}.mp4": 2},
+    {
+        "ref_captions.json": CLIP_CAPTIONS,
+        "train_list.txt": "\n".join(CLIPS[:2]),
+        "test_list.txt": CLIPS[2],
+    },
+    of_clips(train=CLIPS[:2], test=CLIPS[2:]),
+)
+# Other published forms of its annotations.
+VATEX_DATA = Layout(
+    VATEX.videos,
+    {
+        "vatex_data.json": {v: {"enCap": c, "chCap": ["不看"]} for v, c in CLIP_CAPTIONS.items()},
+        **{f"{split}_list.txt": CLIPS[n] for n, split in enumerate(("train", "val", "test"))},
+    },
+    of_clips(train=CLIPS[:1], val=CLIPS[1:2], test=CLIPS[2:]),
+)
+VATEX_OFFICIAL = Layout(
+    VATEX.videos,
+    {
+        f"vatex_{name}_v1.0_ceph.json": [
+            {"videoID": clip, "enCap": CLIP_CAPTIONS[clip], "path": "x"} for clip in clips
+        ]
+        for name, clips in (("training", CLIPS[:2]), ("validation", CLIPS[2:]))
+    },
+    VATEX.splits,
+)
+MOVIES = [
     "0001_American_Beauty_00.00.51.926-00.00.54.129",
     "0001_American_Beauty_00.01.45.884-00.01.49.090",
     "3064_SPARKLE_2012_01.41.06.000-01.41.10.793",
 ]
-
-
-def lay_out_lsmdc(root, place):
-    for clip in LSMDC:
-        movie = clip.rsplit("_", 1)[0]
-        place(root / "videos" / movie / f"{clip}.avi")
-
-    def row(clip, sentence):
-        return "\t".join((clip, "00.00.51.926", "00.00.54.129", "0", "1", sentence)) + "\n"
-
-    annotations = root / "annotations"
-    # A clip may have several rows; quotation marks are not CSV quoting.
-    write(
-        annotations / "LSMDC16_annos_training.csv",
-        row(LSMDC[0], 'SOMEONE says "go.') + row(LSMDC[0], "She goes."),
-    )
-    write(annotations / "LSMDC16_annos_val.csv", row(LSMDC[1], "He waits, bored."))
-    write(
-        annotations / "LSMDC16_challenge_1000_publictect.csv", row(LSMDC[2], "Dancers take a bow.")
-    )
-    return {
-        "train": {LSMDC[0]: ['SOMEONE says "go.', "She goes."]},
-        "val": {LSMDC[1]: ["He waits, bored."]},
-        "test": {LSMDC[2]: ["Dancers take a bow."]},
-    }
-
-
-def lay_out_activitynet(root, place):
-    place(root / "videos" / "train" / "v_QOlSCBRmfWY.mp4")
-    place(root / "videos" / "val" / "uqiMw7tQ1Cc.webm")
-    annotations = root / "annotations"
-    write_json(annotations / "train_ids.json", ["v_QOlSCBRmfWY"])
-    write_json(annotations / "val_ids.json", ["v_uqiMw7tQ1Cc"])
-    entry = {"duration": 2.0, "timestamps": [[0, 1], [1, 2]]}
-    sentences = ["A woman is seen. ", " She dances."]
-    write_json(annotations / "train.json", {"v_QOlSCBRmfWY": {**entry, "sentences": sentences}})
-    write_json(
-        annotations / "val_1.json", {"v_uqiMw7tQ1Cc": {**entry, "sentences": ["A man lifts."]}}
-    )
-    return {
+LSMDC_ROW = "{}\t00.00.51.926\t00.00.54.129\t0\t1\t{}\n".format
+LSMDC = Layout(
+    {f"{clip.rsplit('_', 1)[0]}/{clip}.avi": 2 for clip in MOVIES},
+    {
+        # A clip may have several rows; quotation marks are not CSV quoting.
+        "LSMDC16_annos_training.csv": LSMDC_ROW(MOVIES[0], 'SOMEONE says "go.')
+        + LSMDC_ROW(MOVIES[0], "She goes."),
+        "LSMDC16_annos_val.csv": LSMDC_ROW(MOVIES[1], "He waits, bored."),
+        "LSMDC16_challenge_1000_publictect.csv": LSMDC_ROW(MOVIES[2], "Dancers take a bow."),
+    },
+    {
+        "train": {MOVIES[0]: ['SOMEONE says "go.', "She goes."]},
+        "val": {MOVIES[1]: ["He waits, bored."]},
+        "test": {MOVIES[2]: ["Dancers take a bow."]},
+    },
+)
+ACTIVITYNET = Layout(
+    {"train/v_QOlSCBRmfWY.mp4": 2, "val/uqiMw7tQ1Cc.webm": 2},
+    {
+        "train_ids.json": ["v_QOlSCBRmfWY"],
+        "val_ids.json": ["v_uqiMw7tQ1Cc"],
+        "train.json": {
+            "v_QOlSCBRmfWY": {"duration": 2.0, "sentences": ["A woman is seen. ", " She dances."]}
+        },
+        "val_1.json": {"v_uqiMw7tQ1Cc": {"timestamps": [[0, 1]], "sentences": ["A man lifts."]}},
+    },
+    {
         "train": {"QOlSCBRmfWY": ["A woman is seen. She dances."]},
         "test": {"uqiMw7tQ1Cc": ["A man lifts."]},
-    }
+    },
+)
 
 
-DIDEMO = ["54322086@N00_2408598493_274c77d26a.avi", "12090392@N02_13482799053_87ef417396.mov"]
-
-
-def lay_out_didemo(root, place):
-    place(root / "videos" / DIDEMO[0])
-    # A file in another container than the annotations say.
-    place(root / "videos" / DIDEMO[1].replace(".mov", ".mp4"))
-    annotations = root / "annotations"
-    for split, video in zip(("train", "test"), DIDEMO, strict=True):
-        write(annotations / f"{split}_list.txt", f"{video}\n")
-        entries = [
-            {"video": video, "description": text, "times": [[0, 0]], "annotation_id": k}
-            for k, text in enumerate(("a dog turns", "the dog barks"))
-        ]
-        other = {"video": "absent.avi", "description": "x", "times": []}
-        write_json(annotations / f"{split}_data.json", [*entries, other])
-    both = ["a dog turns the dog barks"]
-    return {
-        split: {video.rpartition(".")[0]: both}
-        for split, video in zip(("train", "test"), DIDEMO, strict=True)
-    }
-
-
-# More words than a training reads.
-LONG = " ".join(["two roses"] * 20)
-
-
-def lay_out_custom(root, place):
-    place(root / "videos" / "holiday" / "beach.mp4", 4)
-    place(root / "videos" / "garden.webm")
-    place(root / "videos" / "cat.mp4")
-    rows = [
-        {"video": "holiday/beach.mp4", "caption": "waves", "start": 0, "end": 1, "split": "train"},
-        {"video": "holiday/beach.mp4", "caption": "sand", "start": 2, "end": 3, "split": "train"},
-        {"video": "garden", "captions": ["a rose", LONG], "split": "val"},
-        {"video": "cat.mp4", "caption": "it sleeps", "split": "test"},
+def moments(*names):
+    """The descriptions of DiDeMo: two of each video."""
+    return [
+        {"video": name, "description": f"{name} {part}", "times": [[0, 0]], "annotation_id": part}
+        for name in names
+        for part in (1, 2)
     ]
-    write(root / "annotations", "\n".join(map(json.dumps, rows)), suffix=".jsonl")
-    return {
+
+
+# Names that real files have; two of the test differ in the suffix alone.
+FLICKR = {
+    "train": ["1@N00_a.", "2@N00_b.mts", "3@N00_c.m2ts", "4@N00_d.3g2", "5@N00_f.mov.mp4"],
+    "test": ["same.mov", "same.mp4", "own.avi"],
+}
+DIDEMO = Layout(
+    # `own` is in another container than the annotations say.
+    {**dict.fromkeys(FLICKR["train"], 1), "same.mov": 1, "same.mp4": 2, "own.mp4": 3},
+    {
+        **{f"{split}_list.txt": "\n".join(names) for split, names in FLICKR.items()},
+        **{f"{split}_data.json": moments(*names, "absent.avi") for split, names in FLICKR.items()},
+    },
+    {
+        "train": {
+            # Names without their last suffix.
+            name.rpartition(".")[0]: [f"{name} 1 {name} 2"]
+            for name in FLICKR["train"]
+        },
+        "test": {
+            "same.mov": ["same.mov 1 same.mov 2"],
+            "same.mp4": ["same.mp4 1 same.mp4 2"],
+            "own": ["own.avi 1 own.avi 2"],
+        },
+    },
+)
+LONG = " ".join(["two roses"] * 20)  # More words than a training reads.
+CUSTOM = Layout(
+    {"holiday/beach.mp4": 4, "garden.webm": 2, "cat.mp4": 2},
+    {
+        "mine.jsonl": "\n".join(
+            json.dumps(row)
+            for row in (
+                {"video": "holiday/beach.mp4", "caption": "waves", "end": 1, "split": "train"},
+                {
+                    **{"video": "holiday/beach.mp4", "caption": "sand"},
+                    **{"start": 2, "end": 3, "split": "train"},
+                },
+                {"video": "garden", "captions": ["a rose", LONG], "split": "val"},
+                {"video": "cat.mp4", "caption": "it sleeps", "split": "test"},
+            )
+        )
+    },
+    {
         "train": {"holiday/beach.mp4@0-1": ["waves"], "holiday/beach.mp4@2-3": ["sand"]},
         "val": {"garden": ["a rose", LONG]},
         "test": {"cat.mp4": ["it sleeps"]},
-    }
-
-
+    },
+)
 LAYOUTS = {
-    "msrvtt": lay_out_msrvtt,
-    "msvd": lay_out_msvd,
-    "vatex": lay_out_vatex,
-    "lsmdc": lay_out_lsmdc,
-    "activitynet": lay_out_activitynet,
-    "didemo": lay_out_didemo,
-    "custom": lay_out_custom,
+    "msrvtt": MSRVTT,
+    "msvd": MSVD,
+    "vatex": VATEX,
+    "lsmdc": LSMDC,
+    "activitynet": ACTIVITYNET,
+    "didemo": DIDEMO,
+    "custom": CUSTOM,
+}
+# Mean level of each stored frame, where it is not 0 and 40, the levels of a video of two seconds:
+# `numbered_frames` at 10 frames a second has the level 40 s after s seconds.
+LEVELS = {
+    # The whole YouTube video is cut to the seconds 1 to 3, both included.
+    CLIPS[1]: [40, 80, 120],
+    **{video: [0] for video in (*DIDEMO.splits["train"], "same.mov")},
+    "own": [0, 40, 80],
+    "holiday/beach.mp4@2-3": [80, 120],
 }
 
 
-def write(path, text, suffix=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(suffix or path.suffix).write_text(text, encoding="utf-8")
+def write_files(folder: Path, files: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if not isinstance(content, str | bytes):
+            content = json.dumps(content)
+        content = content.encode() if isinstance(content, str) else content
+        (folder / name).write_bytes(content)
+    return folder
 
 
-def write_json(path, value):
-    write(path, json.dumps(value))
+def read(folder: Path, name: str, files: dict[str, Any] = {}) -> Annotations:  # noqa: B006
+    """Reads the annotation files of a layout, of which some are others; None: it is absent."""
+    files = {**LAYOUTS[name].files, **files}
+    present = {file: content for file, content in files.items() if content is not None}
+    return builder_class(name).read_annotations(write_files(folder, present))
 
 
-def annotations_of(root, name):
-    return root / ("annotations.jsonl" if name == "custom" else "annotations")
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Returns `place(path, seconds)`, which writes a video of 1 to 4 seconds to a path."""
+    made = tmp_path_factory.mktemp("clips")
 
+    def place(path, seconds):
+        file = made / f"{seconds}{'.webm' if path.suffix == '.webm' else '.mp4'}"
+        if not file.exists():
+            codec = {"codec": "libvpx-vp9", "lossless": "1"} if file.suffix == ".webm" else {}
+            write_video(file, numbered_frames(10 * seconds), fps=10, **codec)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, path)
 
-def described(splits):
-    return {name: {c.video_id: c.captions for c in split} for name, split in splits.items()}
+    return place
 
 
 def test_all_datasets_have_a_layout():
     assert {*LAYOUTS, *DRAWN} == set(dataset_names())
 
 
-# Mean level of each stored frame, by video. `numbered_frames` at 10 frames per second has the level
-# 40 s after s seconds, and one frame per second is stored, so a video of 2 seconds gives 0 and 40.
-LEVELS = {
-    "msrvtt": {f"video{n}": [0, 40] for n in range(6)},
-    "msvd": {name: [0, 40] for name in list(MSVD_WORDS)[:3]},
-    # The whole YouTube video is cut to the seconds 1 to 3, both included.
-    "vatex": {VATEX[0]: [0, 40], VATEX[1]: [40, 80, 120], VATEX[2]: [0, 40]},
-    "lsmdc": {name: [0, 40] for name in LSMDC},
-    "activitynet": {"QOlSCBRmfWY": [0, 40], "uqiMw7tQ1Cc": [0, 40]},
-    "didemo": {name.rpartition(".")[0]: [0, 40] for name in DIDEMO},
-    "custom": {
-        "holiday/beach.mp4@0-1": [0, 40],
-        "holiday/beach.mp4@2-3": [80, 120],
-        "garden": [0, 40],
-        "cat.mp4": [0, 40],
-    },
-}
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_small_dataset_is_built(name, tmp_path, clips, capsys):
-    expected = LAYOUTS[name](tmp_path, clips)
-    status = build(
-        [
-            name,
-            f"--videos={tmp_path / 'videos'}",
-            f"--annotations={annotations_of(tmp_path, name)}",
-            f"--data_dir={tmp_path / 'data'}",
-            "--image_size=32",
-            "--storage=raw",
-        ]
-    )
+    layout, cls = LAYOUTS[name], builder_class(name)
+    for path, seconds in layout.videos.items():
+        clips(tmp_path / "videos" / path, seconds)
+    annotations = write_files(tmp_path / "annotations", layout.files)
+    if name == "custom":
+        annotations /= "mine.jsonl"
+    sources = (f"--videos={tmp_path / 'videos'}", f"--annotations={annotations}")
+    form = (f"--data_dir={tmp_path / 'data'}", "--image_size=32", "--storage=raw")
+    assert build([name, *sources, *form]) == 0
     report, errors = capsys.readouterr()
-    assert status == 0
     assert "left out" not in report
     said = re.findall(r"data_prep.build: (.*) captions cut to data.max_words=32 ", errors)
     assert said == (["split val, with CLIP's tokenizer: 1 of 2"] if name == "custom" else [])
-    max_frames = builder_class(name).DEFAULT_STORAGE.max_frames
-    dataset = VideoDataset(tmp_path / "data" / name / f"32px_{max_frames}f_raw" / "1.0.0")
+    directory = f"32px_{cls.DEFAULT_STORAGE.max_frames}f_raw"
+    dataset = VideoDataset(tmp_path / "data" / name / directory / "1.0.0")
+    ids = list(dataset.video_ids)
+    splits = {split: dataset.split(split) for split in dataset.split_names}
     found = {
-        split: {
-            dataset.video_ids[video]: captions
-            for video, captions in zip(
-                dataset.split(split).videos, dataset.split(split).captions, strict=True
-            )
-        }
-        for split in dataset.split_names
+        name: dict(zip((ids[v] for v in split.videos), split.captions, strict=True))
+        for name, split in splits.items()
     }
-    assert found == expected
-    assert set(dataset.video_ids) == LEVELS[name].keys()
-    for video, video_id in enumerate(dataset.video_ids):
-        frames, levels = dataset.read_frames(video), LEVELS[name][video_id]
+    assert found == layout.splits
+    assert set(ids) == {video for split in layout.splits.values() for video in split}
+    for video, video_id in enumerate(ids):
+        frames, levels = dataset.read_frames(video), LEVELS.get(video_id, [0, 40])
         assert frames.shape == (len(levels), 32, 32, 3)
         np.testing.assert_allclose(frames.reshape(len(levels), -1).mean(1), levels, atol=3)
-    published = builder_class(name).PUBLISHED
-    assert set(published) <= {*expected, "val"}
-    for split in expected.keys() & published.keys():
-        for unit, (low, _) in published[split].items():
+    assert {*cls.PUBLISHED} <= {*found, "val"}
+    for split in found.keys() & cls.PUBLISHED.keys():
+        for unit, (low, _) in cls.PUBLISHED[split].items():
             assert f"published {unit}: {low:,}" in report
+    if name == "msrvtt":
+        protocols = [dataset.protocol(split) for split in ("test", "train_9k", "other")]
+        assert protocols == ["1k-A", "9k", ""]
 
 
-@pytest.mark.parametrize("files", ["vatex_data", "official"])
-def test_other_annotation_files_of_vatex(files, tmp_path, clips):
-    expected = lay_out_vatex(tmp_path, clips, files)
-    annotations = builder_class("vatex").read_annotations(tmp_path / "annotations")
-    assert described(annotations.splits) == expected
-    assert set(annotations.missing_files) == set()
+@pytest.mark.parametrize("layout", [VATEX_DATA, VATEX_OFFICIAL])
+def test_other_annotation_files_of_vatex(layout, tmp_path):
+    annotations = builder_class("vatex").read_annotations(write_files(tmp_path, layout.files))
+    assert captions_of(annotations) == layout.splits
+    assert annotations.missing_files == {}
 
 
-def test_msvd_captions_can_be_sentences(tmp_path, clips):
-    expected = lay_out_msvd(tmp_path, clips)
-    (tmp_path / "annotations" / "raw-captions.pkl").unlink()
-    sentences = {v: [" ".join(words) for words in captions] for v, captions in MSVD_WORDS.items()}
-    write_json(tmp_path / "annotations" / "captions_msvd.json", sentences)
-    annotations = builder_class("msvd").read_annotations(tmp_path / "annotations")
-    assert described(annotations.splits) == expected
+@pytest.mark.skipif(not (SHARED / "msrvtt").is_dir(), reason="no MSR-VTT files beside the project")
+def test_the_original_csv_files_have_their_published_sizes(tmp_path):
+    shutil.copytree(SHARED / "msrvtt", tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "MSRVTT_train.9k.csv").open() as file:
+        names = [row["video_id"] for row in csv.DictReader(file)]
+    sentences = [{"video_id": name, "caption": "a"} for name in names]
+    (tmp_path / "MSRVTT_data.json").write_text(json.dumps({"sentences": sentences}))
+    annotations = builder_class("msrvtt").read_annotations(tmp_path)
+    sizes = {name: len(split) for name, split in annotations.splits.items()}
+    assert sizes == {"train_9k": 9000, "test": 1000}
+    assert set(annotations.missing_files) == {"MSRVTT_train.7k.csv"}
+
+
+# ---------------------------------------------------------------- what is refused
+
+V = {"video_id": "v"}
+MSRVTT_JSON = {
+    '{"sentences": [{}]}': 'sentence 1: is not {"video_id"',
+    '{"sentences": 7}': "does not have MSR-VTT's structure",
+    "{": "MSRVTT_data.json is not a JSON file",
+    '{"sentences": [{"video_id": "v", "caption": 7}]}': "caption must be texts, not 'v' and 7",
+    '{"sentences": [{"video_id": 7010, "caption": "a"}]}': "sentence 1: .* not 7010 and 'a'",
+    '{"videos": [{"video_id": "a", "split": "tset"}], "sentences": []}': '"videos" does not list',
+    '{"videos": [{"video_id": 7, "split": "test"}], "sentences": []}': "video_id 7 is not a text",
+    json.dumps(
+        {
+            "videos": [{**V, "split": split} for split in ("train", "train", "test")],
+            "sentences": [{**V, "caption": "x"}],
+        }
+    ): r"entry 1 of .videos. has 'v' in the split train, and entry 3 in test; correct one",
+}
+
+
+def pickled(value):
+    return {"raw-captions.pkl": pickle.dumps(value), "test_list.txt": "v\n"}
+
+
+NO_LISTS = dict.fromkeys(("train_list.txt", "val_list.txt"))
+# (dataset, files that are others, the message)
+MISTAKES = [
+    *(("msrvtt", {"MSRVTT_data.json": text}, message) for text, message in MSRVTT_JSON.items()),
+    ("msrvtt", {"MSRVTT_train.9k.csv": "video\nvideo0\n"}, "9k.csv has no column 'video_id'"),
+    ("msrvtt", {"MSRVTT_train.9k.csv": "video_id\nvideo0.mp4\n"}, "the first: 'video0.mp4'"),
+    ("msrvtt", dict.fromkeys(MSRVTT.files), "no split can be read from .* missing MSRVTT_data"),
+    ("msvd", {"raw-captions.pkl": "no pickle"}, "is not a pickle file of captions"),
+    ("msvd", {"raw-captions.pkl": None}, "has no captions: neither raw-captions.pkl nor"),
+    ("msvd", {"test_list.txt": "other_1_2\n"}, "1 of the 1 videos of .*test_list.txt have no capt"),
+    ("msvd", {"val_list.txt": ""}, "val_list.txt is empty"),
+    ("msvd", pickled({"v": "a man"}), "raw-captions.pkl, video v: expected a list of captions"),
+    ("msvd", pickled({"v": [["a", 7]]}), "raw-captions.pkl, video v: expected a list of captions"),
+    ("msvd", pickled(["a"]), "raw-captions.pkl must contain {video"),
+    ("msvd", pickled({7: ["a"], "7": ["b"]}), "has the key 7 and the key '7'"),
+    ("vatex", {"ref_captions.json": "[]"}, "must contain an object, but contains list"),
+    ("vatex", {"ref_captions.json": {"a": "b"}}, "a: expected a list of captions, found 'b'"),
+    ("vatex", {"ref_captions.json": '{"a": ["b"],\n "a": ["c"]}'},
+     "the key 'a' at line 1 column 2 and again: line 2 column 2"),
+    ("vatex", {"ref_captions.json": '{\n"a\\u0062": ["}{"],\n"c": [],\n"ab": []}'},
+     "the key 'ab' at line 2 column 1 and again: line 4 column 1"),
+    ("vatex", {"vatex_training_v1.0.json": [{"videoID": CLIPS[0], "enCap": ["other"]}]},
+     "ref_captions.json and .*v1.0.json have different captions of Ptf_.*; keep one of the files"),
+    ("lsmdc", {"LSMDC16_annos_val.csv": "a,b,c\n"}, "line 1: expected 6 tab-separated fields"),
+    ("lsmdc", {"LSMDC16_annos_val.csv": "a\t1\t2\t3\t4\t \n"}, "found 6 with an empty one"),
+    ("activitynet", {"train.json": {"v_a": {}}}, r'video v_a: is not {"sentences": \["..", ..\]'),
+    ("activitynet", {"train_ids.json": {}}, "must contain a list, but contains dict"),
+    ("activitynet", {"train.json": {"v_a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}}},
+     "train.json has the keys 'a' and 'v_a' of one video"),
+    ("didemo", {"train_data.json": [{"video": "a"}]}, 'entry 1: is not {"video": "..", "descr'),
+    ("didemo", {"test_list.txt": "same.mov\nsame\n"}, "same can be same.mov or same.mp4 of .*full"),
+    ("didemo", {"test_list.txt": "v.avi\nv\n", "test_data.json": moments("v", "v.avi")},
+     "have v.avi and v, which are one video"),
+    *(("didemo", {"test_data.json": moments(name, "own")},
+       f"lists same.mov and same.mp4, but .*test_data.json describes {name} alone")
+      for name in ("same", "same.mp4")),
+    ("didemo", {"test_list.txt": "other.mov"}, r"1 of the 1 videos of .* no caption .*'other'\)"),
+    ("didemo", {"test_list.txt": "own", "test_data.json": [{"video": "own", "description": " "}]},
+     "1 of the 1 videos of .* have no caption"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "files", "message"), MISTAKES)
+def test_a_mistake_is_refused_with_its_place(name, files, message, tmp_path):
+    with pytest.raises(AnnotationError, match=message) as error:
+        read(tmp_path, name, files)
+    assert "\n" not in str(error.value)
 
 
 class Malicious:
@@ -344,319 +415,68 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_reading_a_pickle_runs_no_code(protocol, tmp_path, clips):
-    lay_out_msvd(tmp_path, clips)
-    path, sentinel = tmp_path / "annotations" / "raw-captions.pkl", tmp_path / "sentinel"
+def test_reading_a_pickle_runs_no_code(protocol, tmp_path):
+    sentinel = tmp_path / "sentinel"
     content = pickle.dumps({"a": [["b", Malicious(sentinel)]]}, protocol)
-    path.write_bytes(content)
     with pytest.raises(AnnotationError, match=r"is rejected: it refers to (posix|nt)\.system"):
-        builder_class("msvd").read_annotations(tmp_path / "annotations")
+        read(tmp_path, "msvd", {"raw-captions.pkl": content})
     assert not sentinel.exists()
     pickle.loads(content)  # The pickle does run code elsewhere.
     assert sentinel.exists()
 
 
-# (dataset, file, its new text or None to remove it, the message)
-MISTAKES = [
-    ("msvd", "raw-captions.pkl", "no pickle", "is not a pickle file of captions"),
-    ("msvd", "raw-captions.pkl", None, "has no captions: neither raw-captions.pkl nor"),
-    ("msvd", "test_list.txt", "other_1_2\n", "1 of the 1 videos of .*test_list.txt have no capt"),
-    ("msvd", "val_list.txt", "", "val_list.txt is empty"),
-    ("vatex", "ref_captions.json", "[]", "must contain an object, but contains list"),
-    ("vatex", "ref_captions.json", '{"a": "b"}', "a: expected a list of captions, found 'b'"),
-    ("lsmdc", "LSMDC16_annos_val.csv", "a,b,c\n", "line 1: expected 6 tab-separated fields"),
-    ("lsmdc", "LSMDC16_annos_val.csv", "a\t1\t2\t3\t4\t \n", "found 6 with an empty one"),
-    (
-        "activitynet",
-        "train.json",
-        '{"v_a": {}}',
-        r'train.json, video v_a: is not {"sentences": \["..", ..\]',
-    ),
-    ("activitynet", "train_ids.json", "{}", "must contain a list, but contains dict"),
-    ("didemo", "train_data.json", '[{"video": "a"}]', 'entry 1: is not {"video": "..", "descr'),
-    ("didemo", "train_data.json", "[", "train_data.json is not a JSON file"),
-    ("msrvtt", "MSRVTT_data.json", '{"sentences": [{}]}', 'sentence 1: is not {"video_id"'),
-    ("msrvtt", "MSRVTT_data.json", '{"sentences": 7}', "does not have MSR-VTT's structure"),
-    (
-        "msrvtt",
-        "MSRVTT_data.json",
-        '{"videos": [{"video_id": "a", "split": "tset"}], "sentences": []}',
-        '"videos" does not list',
-    ),
-]
+# ---------------------------------------------------------------- what is read, and left out
 
 
-@pytest.mark.parametrize(("name", "file", "text", "message"), MISTAKES)
-def test_an_invalid_annotation_file_is_named(name, file, text, message, tmp_path, clips):
-    LAYOUTS[name](tmp_path, clips)
-    path = tmp_path / "annotations" / file
-    if text is None:
-        path.unlink()
-    else:
-        path.write_text(text)
-    with pytest.raises(AnnotationError, match=message) as error:
-        builder_class(name).read_annotations(tmp_path / "annotations")
-    assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------- repeats, and what is left out
-
-
-def read_changed(tmp_path, clips, name, **files):
-    """Reads a dataset of which some files were replaced: text, or a value for JSON."""
-    LAYOUTS[name](tmp_path, clips)
-    for file, content in files.items():
-        path = tmp_path / "annotations" / file
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return builder_class(name).read_annotations(tmp_path / "annotations")
+def test_captions_of_msvd_can_be_sentences(tmp_path):
+    files = {"raw-captions.pkl": None, "captions_msvd.json": MSVD_SENTENCES}
+    assert captions_of(read(tmp_path / "json", "msvd", files)) == MSVD.splits
+    both = {"v": ["a man", ["a", "dog", "runs"]]}
+    found = read(tmp_path / "pickle", "msvd", {**NO_LISTS, **pickled(both)})
+    assert captions_of(found) == {"test": {"v": ["a man", "a dog runs"]}}
 
 
 def test_a_repeated_video_of_vatex_has_the_captions_of_all_its_entries(tmp_path):
     entries = [("a", ["one", "one"]), ("b", ["x"]), ("a", ["two", "one"])]
     entries = [{"videoID": video, "enCap": captions} for video, captions in entries]
-    write_json(tmp_path / "vatex_training_v1.0.json", entries)
     # Another copy has the same captions, and one more video.
-    write_json(
-        tmp_path / "vatex_training_v1.0_copy.json", [*entries, {**entries[1], "videoID": "c"}]
-    )
-    found = builder_class("vatex").read_annotations(tmp_path)
-    assert described(found.splits) == {
-        "train": {"a": ["one", "one", "two"], "b": ["x"], "c": ["x"]}
+    copy = [*entries, {"videoID": "c", "enCap": ["x"]}]
+    files = {"vatex_training_v1.0.json": entries, "vatex_training_v1.0_copy.json": copy}
+    found = builder_class("vatex").read_annotations(write_files(tmp_path, files))
+    assert captions_of(found) == {"train": {"a": ["one", "one", "two"], "b": ["x"], "c": ["x"]}}
+
+
+def test_lists_of_didemo_may_have_no_suffixes(tmp_path):
+    files = {"train_list.txt": "2@N00_b\n5@N00_f.mov", "test_list.txt": "own\nsame.mov\nother.mp4"}
+    found = read(tmp_path, "didemo", files)
+    assert {name: list(split) for name, split in captions_of(found).items()} == {
+        "train": ["2@N00_b", "5@N00_f.mov"],
+        "test": ["own", "same.mov"],
     }
-    write_json(tmp_path / "ref_captions.json", {"a": ["other"]})
-    message = r"ref_captions.json and .*v1.0.json have different captions of a; keep one"
-    with pytest.raises(AnnotationError, match=message):
-        builder_class("vatex").read_annotations(tmp_path)
+    assert found.sources["own"][0].file == "own.avi"
+    assert found.sources["2@N00_b"][0].file == "2@N00_b.mts"
+    assert found.left_out == {"test_list.txt, other": "no caption in test_data.json"}
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "content", "message"),
-    [
-        ("vatex", "ref_captions.json", '{"a": ["b"],\n "a": ["c"]}',
-         r"the key 'a' at line 1 column 2 and again: line 2 column 2"),
-        ("vatex", "ref_captions.json", '{\n"a\\u0062": ["}{"],\n"c": [],\n"ab": []}',
-         r"the key 'ab' at line 2 column 1 and again: line 4 column 1"),
-        ("activitynet", "train.json", {"v_a": {"sentences": ["x"]}, "a": {"sentences": ["y"]}},
-         r"train.json has the keys 'a' and 'v_a' of one video"),
-        ("didemo", "train_list.txt", "v.avi\nv\n", r"have v.avi and v, which are one video"),
-        ("msrvtt", "MSRVTT_data.json",
-         {"videos": [{"video_id": "v", "split": s} for s in ("train", "train", "test")],
-          "sentences": [{"video_id": "v", "caption": "x"}]},
-         r"entry 1 of .videos. has 'v' in the split train, and entry 3 in test; correct one"),
-    ],
-)  # fmt: skip
-def test_a_contradiction_is_refused_with_both_places(name, file, content, message, tmp_path, clips):
-    entries = [{"video": video, "description": "x"} for video in ("v", "v.avi")]
-    extra = {"train_data.json": entries} if name == "didemo" else {}
-    with pytest.raises(AnnotationError, match=message):
-        read_changed(tmp_path, clips, name, **{file: content}, **extra)
-
-
-def test_keys_of_a_pickle_that_are_one_id_are_refused(tmp_path):
-    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({7: ["a"], "7": ["b"]}))
-    (tmp_path / "test_list.txt").write_text("7\n")
-    with pytest.raises(AnnotationError, match=r"has the key 7 and the key '7'"):
-        builder_class("msvd").read_annotations(tmp_path)
-
-
-def test_one_video_without_a_caption_is_left_out(tmp_path, clips):
-    found = read_changed(
-        *(tmp_path, clips, "msrvtt"),
-        **{"MSRVTT_train.9k.csv": "video_id\nvideo0\nvideo1.mp4\nvideo2\nvideo99\n"},
-    )
-    assert [entry.video_id for entry in found.splits["train_9k"]] == ["video0", "video2"]
-    place, no_caption = "MSRVTT_train.9k.csv, ", "no caption in MSRVTT_data.json"
-    assert found.left_out == {
-        f"{place}video1.mp4": no_caption,
-        f"{place}video99": no_caption,
-    }
-    with pytest.raises(AnnotationError, match=r"the first: 'video0.mp4'"):
-        read_changed(
-            *(tmp_path, clips, "msrvtt"), **{"MSRVTT_train.9k.csv": "video_id\nvideo0.mp4\n"}
-        )
-    found = read_changed(
-        *(tmp_path / "msvd", clips, "msvd"), **{"test_list.txt": "04Gt01vatkk_248_265\nb\n"}
-    )
-    assert found.left_out == {"test_list.txt, b": "no caption in raw-captions.pkl"}
-
-
-def test_wrong_entries_of_published_files_are_left_out(tmp_path, clips):
+def test_wrong_entries_of_published_files_are_left_out(tmp_path):
     sentences = [{"video_id": "video0", "caption": "x"}, {"video_id": "video0"}, {"video_id": 7}]
-    document = {"sentences": sentences[:2]}
-    rows = "video_id,sentence\nvideo4,one\nvideo5,\n"
-    found = read_changed(
-        *(tmp_path, clips, "msrvtt"),
-        **{"MSRVTT_data.json": document, "MSRVTT_JSFUSION_test.csv": rows},
-        **dict.fromkeys(("MSRVTT_train.9k.csv", "MSRVTT_train.7k.csv"), "video_id\nvideo0\n"),
-    )
-    assert described(found.splits)["test"] == {"video4": ["one"]}
+    files = {
+        "MSRVTT_data.json": {"sentences": sentences[:2]},
+        "MSRVTT_JSFUSION_test.csv": "video_id,sentence\nvideo4,one\nvideo5,\n",
+        "MSRVTT_train.9k.csv": "video_id\nvideo0\nvideo0.mp4\n",
+        "MSRVTT_train.7k.csv": None,
+    }
+    found = read(tmp_path, "msrvtt", files)
+    assert captions_of(found) == {"train_9k": {"video0": ["x"]}, "test": {"video4": ["one"]}}
     assert found.left_out == {
         "MSRVTT_data.json, sentence 2": 'is not {"video_id": "..", "caption": ".."}',
         "MSRVTT_JSFUSION_test.csv, row 3": "sentence is empty",
+        "MSRVTT_train.9k.csv, video0.mp4": "no caption in MSRVTT_data.json",
     }
+    assert found.missing_files == {"MSRVTT_train.7k.csv": "the split train_7k"}
+    files["MSRVTT_data.json"] = {"sentences": sentences}
     with pytest.raises(AnnotationError, match=r"2 of the 3 sentences of .* may lose at most 50%"):
-        read_changed(tmp_path, clips, "msrvtt", **{"MSRVTT_data.json": {"sentences": sentences}})
+        read(tmp_path, "msrvtt", files)
     row = "{}\t1\t2\t3\t4\tx\n".format
-    found = read_changed(
-        *(tmp_path / "lsmdc", clips, "lsmdc"), **{"LSMDC16_annos_val.csv": row("a") + "b\tc\n"}
-    )
+    found = read(tmp_path / "lsmdc", "lsmdc", {"LSMDC16_annos_val.csv": row("a") + "b\tc\n"})
     assert list(found.left_out) == ["LSMDC16_annos_val.csv, line 2"]
-
-
-def test_a_build_warns_of_shared_videos_and_of_equal_captions(tmp_path, clips, capsys):
-    clips(tmp_path / "videos" / "a.mp4", 2)
-    clips(tmp_path / "videos" / "b.mp4", 3)
-    rows = ["a,A dog,train", "a,a  dog,train", "b,a dog,train", "b,a cat,test", "./b,a cow,test"]
-    (tmp_path / "mine.csv").write_text("\n".join(["video,caption,split", *rows]))
-    flags = [
-        f"--{name}={tmp_path / file}" for name, file in (("videos", "videos"), ("data_dir", "d"))
-    ]
-    flags += [f"--annotations={tmp_path / 'mine.csv'}", "--image_size=32"]
-    line = error_of("data_prep.build", "custom", *flags, capsys=capsys)
-    assert "'b' of train and './b' of test are the same file" in line
-    (tmp_path / "mine.csv").write_text("\n".join(["video,caption,split", *rows[:4], "./a,x,train"]))
-    assert build(["custom", *flags]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert (
-        "1 videos are in both train and test, with 0 equal captions (the first: b): results on"
-        in (out[1])
-    )
-    assert out[2].startswith("1 names are other names of the same file and span")
-    (tmp_path / "mine.csv").write_text("\n".join(["video,caption,split", *rows[:3], "a,x,test"]))
-    assert build(["custom", *flags, "--overwrite"]) == 0
-    warned = "all captions of train are equal ('A dog'): they tell no video from another"
-    assert capsys.readouterr().out.splitlines().count(warned) == 1
-
-
-@pytest.mark.parametrize(("good", "ends"), [(1, True), (2, False)])
-def test_a_build_ends_if_more_than_half_of_the_videos_cannot_be_decoded(
-    good, ends, tmp_path, clips, capsys
-):
-    for number in range(good):
-        clips(tmp_path / "videos" / f"{number}.mp4", 2)
-    for number in (2, 3):
-        (tmp_path / "videos" / f"{number}.mp4").write_text("no video")
-    # A file that is absent is no loss: parts of datasets are built.
-    rows = [f"{number},caption {number}" for number in range(9)]
-    (tmp_path / "mine.csv").write_text("\n".join(["video,caption", *rows]))
-    flags = [
-        f"--{name}={tmp_path / file}" for name, file in (("videos", "videos"), ("data_dir", "d"))
-    ]
-    flags = ["custom", *flags, f"--annotations={tmp_path / 'mine.csv'}", "--image_size=32"]
-    assert build(flags) == ends
-    if ends:
-        error = capsys.readouterr().err
-        assert (
-            "2 of the 3 annotated videos cannot be used, and a build may lose at most 50%" in error
-        )
-        # What the user has seen and listed is no loss.
-        (tmp_path / "d" / "custom" / "quarantine.txt").write_text("2\n3\n")
-        assert build(flags) == 0
-
-
-def read_custom(tmp_path, text, suffix=".csv"):
-    path = tmp_path / f"mine{suffix}"
-    path.write_text(text)
-    return builder_class("custom").read_annotations(path)
-
-
-def test_custom_csv(tmp_path):
-    annotations = read_custom(
-        tmp_path,
-        'video,caption,start,end,split\na.mp4,"one, two",,,train\na.mp4,three,,,train\n'
-        "b.mp4,four,1.5,3,test\n",
-    )
-    assert described(annotations.splits) == {
-        "train": {"a.mp4": ["one, two", "three"]},
-        "test": {"b.mp4@1.5-3": ["four"]},
-    }
-    assert annotations.sources["b.mp4@1.5-3"][0].span == (1.5, 3)
-    lists = read_custom(tmp_path, 'video,captions,split\na,"[""x"", ""y""]",train\n')
-    assert described(lists.splits) == {"train": {"a": ["x", "y"]}}
-
-
-def test_custom_without_splits_holds_out_a_tenth_of_the_files_for_val_and_for_test(tmp_path):
-    rows = [f"v{n}.mp4,caption {part},{part},{part + 1}" for n in range(30) for part in range(3)]
-    annotations = read_custom(tmp_path, "video,caption,start,end\n" + "\n".join(rows) + "\n")
-    files = {
-        name: {annotations.sources[c.video_id][0].file for c in split}
-        for name, split in annotations.splits.items()
-    }
-    assert {name: len(names) for name, names in files.items()} == {"train": 24, "val": 3, "test": 3}
-    # No file is in two splits, and the order of the rows does not matter.
-    assert len(set.union(*files.values())) == 30
-    again = read_custom(tmp_path, "video,caption,start,end\n" + "\n".join(rows[::-1]) + "\n")
-    assert {c.video_id for c in again.splits["test"]} == {
-        c.video_id for c in annotations.splits["test"]
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "suffix", "message"),
-    [
-        ("file,caption\na,b\n", ".csv", "mine.csv has no video; it has file, caption"),
-        ("video\na\n", ".csv", "mine.csv has no caption"),
-        ("video,caption\n", ".csv", "has no rows"),
-        ("video,caption\na,\n", ".csv", "row 2: caption is empty"),
-        ("video,caption\n,b\n", ".csv", "row 2: video is empty"),
-        ("video,captions\na,b\n", ".csv", "row 2: captions must be a JSON list"),
-        ("video,caption,start,end\na,b,5,3\n", ".csv", "row 2: end must be after start"),
-        ("video,caption,start,end\na,b,x,3\n", ".csv", "start and end must be seconds"),
-        ("video,caption,start,end\na,b,5,\n", ".csv", "start is set but end is not"),
-        ("video,caption,split\na,b,train\nc,d,\n", ".csv", "some rows have a split and others"),
-        ('{"video": "a"}\n', ".jsonl", "line 1: has no caption; it has video"),
-        ("{\n", ".jsonl", "line 1: is not JSON"),
-        ("[]\n", ".jsonl", "line 1: is not an object"),
-        ('{"video": "a", "captions": "b"}\n', ".jsonl", "line 1: captions must be a list"),
-    ],
-)
-def test_an_error_in_a_custom_file_is_named(text, suffix, message, tmp_path):
-    with pytest.raises(AnnotationError, match=message):
-        read_custom(tmp_path, text, suffix)
-
-
-@pytest.mark.parametrize("when", ["decoding", "writing"])
-def test_a_full_disk_is_one_line_and_leaves_no_partial_dataset(
-    when, tmp_path, clips, capsys, monkeypatch
-):
-    lay_out_custom(tmp_path, clips)
-
-    def full(*_, **__):
-        if when == "decoding":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        # As array_record does on a full disk.
-        raise RuntimeError("write() failed: No space left on device; writing x; at byte 3100672")
-
-    target = "data_prep.retrieval_builder.decode_clips"
-    if when == "writing":
-        target = "tensorflow_datasets.core.SequentialWriter.close_all"
-    monkeypatch.setattr(target, full)
-    flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
-    annotations = f"--annotations={annotations_of(tmp_path, 'custom')}"
-    assert build(["custom", *flags, annotations, "--image_size=32"]) == 1
-    assert "no space left in" in capsys.readouterr().err
-    assert not list((tmp_path / "data").rglob("*.array_record*"))
-
-
-def test_a_cache_entry_that_cannot_be_read_ends_a_build(tmp_path, clips, capsys):
-    """It is not decoded again: what is wrong with the disk is not known."""
-    lay_out_custom(tmp_path, clips)
-    flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
-    flags = ["custom", *flags, f"--annotations={annotations_of(tmp_path, 'custom')}"]
-    assert build([*flags, "--image_size=32"]) == 0
-    entry = sorted((tmp_path / "data" / "cache").rglob("*.npz"))[0]
-    before = contents(tmp_path / "data")
-    with refused(entry):
-        line = error_of("data_prep.build", *flags, "--image_size=32", "--overwrite", capsys=capsys)
-    assert f"{entry.resolve()} cannot be read or written: Too many levels" in line
-    assert contents(tmp_path / "data") == before
-
-
-def test_a_video_whose_name_several_files_have_is_left_out(tmp_path, clips, capsys):
-    lay_out_custom(tmp_path, clips)
-    clips(tmp_path / "videos" / "elsewhere" / "garden.mp4")
-    flags = [f"--videos={tmp_path / 'videos'}", f"--data_dir={tmp_path / 'data'}"]
-    annotations = f"--annotations={annotations_of(tmp_path, 'custom')}"
-    assert build(["custom", *flags, annotations, "--image_size=32"]) == 0
-    found = "garden: several files have this name: elsewhere/garden.mp4, garden.webm"
-    assert found in capsys.readouterr().out

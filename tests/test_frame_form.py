@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.commands import TINY, error_of
-from support.videos import SHARED, write_video, write_video_turned_right
+from support.datasets import custom
+from support.videos import write_video, write_video_turned_right
 
 from data_prep.build import main as build
-from data_prep.check import main as check
 from data_prep.datasets import DRAWN
 from data_prep.decode import FrameCache
 from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
@@ -27,6 +27,7 @@ from drl_jax.search.update import update_index
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CROP, SQUASH = FrameForm(32), FrameForm(32, "squash")
+BILINEAR = FrameForm(32, "squash", "bilinear")
 
 
 def noise(count, height, width, seed=0):
@@ -48,23 +49,15 @@ def squashed(pictures, size, interpolation):
 # ---------------------------------------------------------------- pixels
 
 
-@pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize(("height", "width"), [(40, 90), (91, 33), (25, 23), (32, 32)])
-def test_squash_is_pils_resize_of_the_decoded_frame(height, width, interpolation, tmp_path):
+def test_squash_is_pils_resize_of_the_decoded_frame(height, width, tmp_path):
     """Also of odd sizes, which become smaller on one side and larger on the other."""
     write_video(tmp_path / "v.mkv", noise(5, height, width), fps=2)
-    found = read_frames(tmp_path / "v.mkv", 12, FrameForm(32, "squash", interpolation))
     pictures = decoded(tmp_path / "v.mkv")[::2]
     assert pictures[0].shape == (height, width, 3)
-    np.testing.assert_array_equal(found, squashed(pictures, 32, interpolation))
-
-
-def test_bilinear_crop_is_the_centre_of_pils_resize(tmp_path):
-    write_video(tmp_path / "v.mkv", noise(1, 40, 60), fps=2)
-    found = read_frames(tmp_path / "v.mkv", 1, FrameForm(20, "crop", "bilinear"))
-    (picture,) = map(Image.fromarray, decoded(tmp_path / "v.mkv"))
-    expected = picture.resize((30, 20), FILTERS["bilinear"]).crop((5, 0, 25, 20))
-    np.testing.assert_array_equal(found[0], np.asarray(expected))
+    for interpolation in FILTERS:
+        found = read_frames(tmp_path / "v.mkv", 12, FrameForm(32, "squash", interpolation))
+        np.testing.assert_array_equal(found, squashed(pictures, 32, interpolation))
 
 
 def test_a_turned_video_is_upright_before_it_is_squashed(tmp_path):
@@ -76,27 +69,19 @@ def test_a_turned_video_is_upright_before_it_is_squashed(tmp_path):
     )
 
 
-@pytest.mark.parametrize("form", [CROP, SQUASH])
-def test_a_video_can_be_used_in_every_form_or_in_none(form, tmp_path):
+def test_a_video_can_be_used_in_every_form_or_in_none(tmp_path):
     write_video(tmp_path / "thin.mkv", noise(2, 2, 320), fps=2)
-    with pytest.raises(VideoError, match="320 x 2"):
-        read_frames(tmp_path / "thin.mkv", 12, form)
-
-
-@pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="no real clips beside the project")
-@pytest.mark.parametrize("name", ["carphone.mp4", "decord_video_90.mov", "fire2.mp4"])
-@pytest.mark.parametrize("interpolation", FILTERS)
-def test_squash_of_real_clips(name, interpolation):
-    path = SHARED / "clips" / name
-    found = read_frames(path, 1, FrameForm(224, "squash", interpolation))
-    with av.open(str(path)) as container:
-        frame = next(container.decode(video=0))
-    upright = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation) % 360 // 90)
-    assert upright.shape[0] != upright.shape[1]
-    np.testing.assert_array_equal(found, squashed([upright], 224, interpolation))
+    for form in (CROP, SQUASH):
+        with pytest.raises(VideoError, match="320 x 2"):
+            read_frames(tmp_path / "thin.mkv", 12, form)
 
 
 # ---------------------------------------------------------------- names
+
+
+def model_of(form):
+    form = {"resize": form.resize, "interpolation": form.interpolation, "size": form.size}
+    return ModelConfig(backbone=BackboneConfig(image_resolution=form.pop("size"), **form))
 
 
 @pytest.mark.parametrize(
@@ -112,12 +97,8 @@ def test_names_and_flags_of_variants(form, name, tmp_path):
     storage = StorageSpec(form, 12, "jpeg")
     assert storage.name == name
     assert StorageSpec.from_name(name) == storage
-    backbone = BackboneConfig(
-        image_resolution=form.size, resize=form.resize, interpolation=form.interpolation
-    )
-    assert StorageSpec.of(Config(model=ModelConfig(backbone=backbone))) == storage
-    cache = FrameCache(tmp_path, storage).directory.name
-    assert cache.startswith(f"{name}_av")
+    assert StorageSpec.of(Config(model=model_of(form))) == storage
+    assert FrameCache(tmp_path, storage).directory.name.startswith(f"{name}_av")
 
 
 @pytest.mark.parametrize(
@@ -148,79 +129,58 @@ def sources(tmp_path_factory) -> Path:
     return root
 
 
-def flags(root, *extra):
-    sources = (f"--videos={root / 'videos'}", f"--annotations={root / 'mine.csv'}")
-    return ["custom", *sources, f"--data_dir={root / 'data'}", "--image_size=32", *extra]
-
-
 @pytest.fixture(scope="module")
 def built(sources) -> Path:
-    """The same videos in three forms, in one data directory."""
-    for form in ([], ["--resize=squash"], ["--resize=squash", "--interpolation=bilinear"]):
-        assert build(flags(sources, "--storage=raw", *form)) == 0
+    """The same videos in two forms, in one data directory."""
+    for form in ([], ["--resize=squash", "--interpolation=bilinear"]):
+        flags = ("--image_size=32", "--storage=raw", *form)
+        assert build(custom(sources, "mine.csv", sources / "data", *flags)) == 0
     return sources
 
 
 def directory_of(root, form):
-    backbone = BackboneConfig(
-        image_resolution=form.size, resize=form.resize, interpolation=form.interpolation
-    )
     data = DataConfig(dataset="custom", data_dir=str(root / "data"), storage="raw", holdout=1)
-    return dataset_dir(Config(data=data, model=ModelConfig(backbone=backbone)))
+    return dataset_dir(Config(data=data, model=model_of(form)))
 
 
-@pytest.mark.parametrize("form", [CROP, SQUASH, FrameForm(32, "squash", "bilinear")])
-def test_a_model_reads_frames_of_its_own_form(form, built):
-    dataset = VideoDataset(directory_of(built, form))
-    assert dataset.storage.form == form
-    for video, name in enumerate(dataset.video_ids):
-        expected = read_frames(built / "videos" / f"{name}.mp4", 12, form)
-        np.testing.assert_array_equal(dataset.read_frames(video), expected)
-
-
-def test_manifests_name_the_form_where_it_is_not_the_default(built):
+def test_a_model_reads_frames_of_its_own_form(built):
     settings = {"image_size": 32, "max_frames": 12, "storage": "raw"}
-    squash = {**settings, "resize": "squash"}
-    assert VideoDataset(directory_of(built, CROP)).manifest["settings"] == settings
-    assert VideoDataset(directory_of(built, SQUASH)).manifest["settings"] == squash
+    changed = {"resize": "squash", "interpolation": "bilinear"}
+    # Manifests name the form where it is not the default.
+    for form, stored in ((CROP, settings), (BILINEAR, settings | changed)):
+        dataset = VideoDataset(directory_of(built, form))
+        assert dataset.storage.form == form
+        assert dataset.manifest["settings"] == stored
+        for video, name in enumerate(dataset.video_ids):
+            expected = read_frames(built / "videos" / f"{name}.mp4", 12, form)
+            np.testing.assert_array_equal(dataset.read_frames(video), expected)
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [(SQUASH, CROP), (CROP, SQUASH)])
-def test_the_error_of_another_form_has_the_command_that_builds_it(stored, wanted, built, tmp_path):
-    shutil.copytree(built / "videos", tmp_path / "videos")
-    shutil.copytree(directory_of(built, stored), directory_of(tmp_path, stored))
+def test_the_error_of_another_form_has_the_command_that_builds_it(built, tmp_path):
+    shutil.copytree(directory_of(built, CROP), directory_of(tmp_path, CROP))
+    wanted = directory_of(tmp_path, SQUASH)
     with pytest.raises(DatasetError) as error:
-        VideoDataset(directory_of(tmp_path, wanted))
+        VideoDataset(wanted)
     message, command = str(error.value).split("; build it with: ")
-    name = {"crop": "32px_12f_raw", "squash": "32px_12f_raw_squash"}
     assert message == (
-        f"no dataset in {directory_of(tmp_path, wanted)}:"
-        f" wanted is {name[wanted.resize]} ({wanted.resize}, bicubic),"
-        f" stored is {name[stored.resize]} ({stored.resize}, bicubic)"
+        f"no dataset in {wanted}: wanted is 32px_12f_raw_squash (squash, bicubic), stored is"
+        " 32px_12f_raw (crop, bicubic)"
     )
     # The command needs nothing but the places of the source files.
-    command = command.replace("=DIR", f"={tmp_path / 'videos'}")
+    command = command.replace("=DIR", f"={built / 'videos'}")
     command = shlex.split(command.replace("=PATH", f"={built / 'mine.csv'}"))
     assert command[:3] == ["python", "-m", "data_prep.build"]
     assert build(command[3:]) == 0
-    assert VideoDataset(directory_of(tmp_path, wanted)).storage.form == wanted
+    assert VideoDataset(wanted).storage.form == SQUASH
+    # Frames are not those of the name of the directory.
+    shutil.rmtree(wanted)
+    shutil.copytree(directory_of(tmp_path, CROP), wanted)
+    with pytest.raises(DatasetError, match=r"manifest.json says crop, bicubic"):
+        VideoDataset(wanted)
 
 
-def test_a_dataset_under_the_name_of_another_form_is_refused(built, tmp_path):
-    for stored, named in ((CROP, SQUASH), (SQUASH, CROP)):
-        target = directory_of(tmp_path, named)
-        shutil.copytree(directory_of(built, stored), target)
-        with pytest.raises(DatasetError, match=f"manifest.json says {stored.resize}, bicubic"):
-            VideoDataset(target)
-
-
-def test_check_takes_every_form(built, capsys):
-    assert check(flags(built, "--resize=squash", "--interpolation=bilinear")) == 0
-    printed = capsys.readouterr().out
-    assert "a build of 32px_12f_jpeg_squash_bilinear stores 3 videos, 9 frames" in printed
-
-
-def test_training_builds_the_form_of_its_model(tmp_path, capsys):
+def test_training_builds_the_form_of_its_model(shapes_data, tmp_path, capsys):
+    shutil.copytree(shapes_data / "source", tmp_path / "source")  # Drawing takes longest.
     arguments = (
         *("--config=configs/shapes.py:smoke", *TINY, f"--config.data.data_dir={tmp_path}"),
         *("--config.model.backbone.resize=squash", f"--workdir={tmp_path / 'run'}"),

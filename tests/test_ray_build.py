@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from support.commands import ROOT, error_of
+from support.datasets import custom
 from support.files import contents
 from support.ray_nodes import ENVIRONMENT, sleep_briefly, two_nodes, work
 from support.videos import write_video
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("ray")
 VARIANT = Path("custom") / "128px_12f_raw" / "1.0.0"
-VIDEOS = 60
+VIDEOS = 40
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +43,18 @@ def nodes():
 
 
 @pytest.fixture
-def cluster(nodes, tmp_path, monkeypatch):
+def checked(nodes, needed, tmp_path, monkeypatch):
+    """The cluster, whose nodes were checked."""
     # Ray adds this process's working directory to the path of the workers.
     monkeypatch.chdir(tmp_path)
     with connect(nodes.address) as cluster:
+        cluster.check(*needed)
         yield cluster
+
+
+@pytest.fixture
+def needed(sources, tmp_path):
+    return {"--data_dir": tmp_path}, sources / "all.csv", ["numpy"], ["drl_jax"]
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +81,7 @@ def local(sources, tmp_path_factory) -> Path:
 
 
 def flags(sources: Path, data_dir: Path, *extra: str) -> list[str]:
-    return [
-        "custom",
-        f"--videos={sources / 'videos'}",
-        f"--annotations={sources / 'all.csv'}",
-        f"--data_dir={data_dir}",
-        "--image_size=128",
-        "--storage=raw",
-        *extra,
-    ]
-
-
-def start_build(sources: Path, data_dir: Path, address: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "data_prep.build"]
-    arguments = flags(sources, data_dir, f"--ray={address}")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, **ENVIRONMENT}
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **pipes)
+    return custom(sources, "all.csv", data_dir, "--image_size=128", "--storage=raw", *extra)
 
 
 def entries(data_dir: Path) -> dict[str, int]:
@@ -97,27 +89,32 @@ def entries(data_dir: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (data_dir / "cache").rglob("*.npz")}
 
 
-def wait_for_entries(process: subprocess.Popen, data_dir: Path, count: int) -> None:
-    while len(entries(data_dir)) < count:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
 def test_a_build_that_is_killed_and_then_loses_a_node_has_the_same_bytes(
     nodes, sources, local, tmp_path
 ):
     kept: dict[str, int] = {}
+
+    def start_and_wait() -> subprocess.Popen:
+        arguments = flags(sources, tmp_path, f"--ray={nodes.address}")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "data_prep.build", *arguments],
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+            **{"cwd": ROOT, "env": {**os.environ, **ENVIRONMENT}},
+        )
+        while len(entries(tmp_path)) < len(kept) + 4:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        return process
+
     for sent in (signal.SIGTERM, signal.SIGKILL):
-        process = start_build(sources, tmp_path, nodes.address)
-        wait_for_entries(process, tmp_path, len(kept) + 6)
+        process = start_and_wait()
         process.send_signal(sent)
         _, error = process.communicate()
         assert process.returncode == -sent
         assert "SIGTERM" not in error
         kept = entries(tmp_path)
-    assert 12 <= len(kept) < VIDEOS - 1
-    process = start_build(sources, tmp_path, nodes.address)
-    wait_for_entries(process, tmp_path, len(kept) + 6)
+    assert 8 <= len(kept) < VIDEOS - 1
+    process = start_and_wait()
     nodes.kill(nodes.others[0])
     decoded = len(entries(tmp_path))
     out, error = process.communicate(timeout=120)
@@ -135,10 +132,8 @@ def test_a_build_that_is_killed_and_then_loses_a_node_has_the_same_bytes(
     assert not list((tmp_path / "cache" / "custom").glob(".*"))
 
 
-def test_a_call_that_hangs_crashes_or_kills_its_worker_fails_alone(cluster, sources, tmp_path):
-    cluster.check({"--data_dir": tmp_path}, sources / "all.csv", ["numpy"], ["drl_jax"])
-    calls = [(number, tmp_path) for number in range(10)]
-    results = list(cluster.map(work, calls, timeout=2))
+def test_a_call_that_hangs_crashes_or_kills_its_worker_fails_alone(checked, tmp_path):
+    results = list(checked.map(work, [(number, tmp_path) for number in range(10)], timeout=2))
     died = "the process that worked on it died (exit code -11)"
     assert results[2] == WorkerFailure("the Ray worker that worked on it died", is_passing=True)
     assert results[3] == WorkerFailure(died, is_passing=True)
@@ -148,9 +143,8 @@ def test_a_call_that_hangs_crashes_or_kills_its_worker_fails_alone(cluster, sour
     assert [results[n] for n in (0, 1, 4, 6, 8, 9)] == [0, 1, 4, 6, 8, 9]
 
 
-def test_work_in_flight_is_bounded_and_the_rest_is_cancelled(cluster, sources, tmp_path):
-    cluster.check({"--data_dir": tmp_path}, sources / "all.csv", ["numpy"], ["drl_jax"])
-    results = cluster.map(sleep_briefly, [(n, tmp_path) for n in range(100)], ahead=2)
+def test_work_in_flight_is_bounded_and_the_rest_is_cancelled(checked, tmp_path):
+    results = checked.map(sleep_briefly, [(n, tmp_path) for n in range(100)], ahead=2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     time.sleep(2)  # The first, the one that is next, and two for each of two processors.
     assert len([path for path in tmp_path.iterdir() if path.name.isdecimal()]) <= 3 + 2 * 2
@@ -160,28 +154,23 @@ def test_work_in_flight_is_bounded_and_the_rest_is_cancelled(cluster, sources, t
 # ---------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "no.host.invalid:6379", "HTTP"])
+@pytest.mark.parametrize("address", ["", "nowhere", "127.0.0.1:1", "HTTP"])
 def test_an_address_without_ray_is_one_line(address, sources, tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=answer_as_http, args=(server,), daemon=True).start()
         if address == "HTTP":
             address = f"127.0.0.1:{server.getsockname()[1]}"
-        line = error_of(
-            "data_prep.build", *flags(sources, tmp_path), f"--ray={address}", capsys=capsys
-        )
+        arguments = flags(sources, tmp_path, f"--ray={address}")
+        line = error_of("data_prep.build", *arguments, capsys=capsys)
     start = f"data_prep.build: --ray={address}: "
-    if address == "nowhere":
-        assert line == f"{start}write local, auto, or HOST:PORT of the head of a Ray cluster"
+    forms = "write local, auto, or HOST:PORT of the head of a Ray cluster"
+    if not address:
+        assert line == f"data_prep.build: argument --ray: {forms}"
+    elif address == "nowhere":
+        assert line == f"{start}{forms}"
     else:
         assert line.startswith(f"{start}no Ray cluster is there (")
         assert "start one with `ray start --head`" in line
-
-
-def test_an_address_that_is_empty_is_not_a_local_build(sources, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        build(flags(sources, tmp_path, "--ray="))
-    line = "argument --ray: write local, auto, or HOST:PORT of the head of a Ray cluster"
-    assert capsys.readouterr().err == f"data_prep.build: {line}\n"
 
 
 def answer_as_http(server: socket.socket) -> None:
@@ -192,9 +181,8 @@ def answer_as_http(server: socket.socket) -> None:
 
 def test_another_version_of_ray_is_one_line(nodes, sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ray.__version__", "2.9.0")
-    line = error_of(
-        "data_prep.build", *flags(sources, tmp_path), f"--ray={nodes.address}", capsys=capsys
-    )
+    arguments = flags(sources, tmp_path, f"--ray={nodes.address}")
+    line = error_of("data_prep.build", *arguments, capsys=capsys)
     assert "Version mismatch: The cluster was started with: Ray: 2." in line
     assert "Ray: 2.9.0" in line
     assert line.endswith(
@@ -215,37 +203,29 @@ def test_without_ray_the_line_says_how_to_install_it(sources, tmp_path):
     assert failed.stderr.endswith("): pip install 'drl_jax[ray]', on every node\n")
 
 
-@pytest.mark.parametrize(
-    ("changed", "problem"),
-    [
-        ({"packages": {"numpy": "1.0"}}, "has numpy {numpy}, not 1.0; install numpy==1.0 there"),
+def test_other_versions_on_a_node():
+    needs = Needs({"numpy": np.__version__}, {"drl_jax": identity("drl_jax")}, [], None)
+    assert problem_of_node(needs) == ""
+    numpy, ours = np.__version__, drl_jax.__version__
+    for changed, problem in (
+        ({"packages": {"numpy": "1.0"}}, f"has numpy {numpy}, not 1.0; install numpy==1.0 there"),
         ({"packages": {"no-such": "1.0"}}, "has no no-such; install no-such==1.0 there"),
-        (
-            {"modules": {"drl_jax": ("9", "")}},
-            "has drl_jax {drl_jax}, not 9; install 9 there",
-        ),
+        ({"modules": {"drl_jax": ("9", "")}}, f"has drl_jax {ours}, not 9; install 9 there"),
         (
             {"modules": {"no_such": ("1", "")}},
             "cannot import no_such (No module named 'no_such'); install version 1 there",
         ),
-    ],
-)
-def test_other_versions_on_a_node(changed, problem):
-    needs = Needs({"numpy": np.__version__}, {"drl_jax": identity("drl_jax")}, [], None)
-    problem = problem.format(numpy=np.__version__, drl_jax=drl_jax.__version__)
-    assert problem_of_node(needs._replace(**changed)) == problem
-    assert problem_of_node(needs) == ""
+    ):
+        assert problem_of_node(needs._replace(**changed)) == problem
 
 
-def test_a_node_with_another_version_of_the_package_is_named(nodes, cluster, sources, tmp_path):
+def test_a_node_with_another_version_of_the_package_is_named(nodes, checked, needed, tmp_path):
     """Also if it joins while a command runs."""
     other = tmp_path / "other"
     shutil.copytree(ROOT / "drl_jax", other / "drl_jax", ignore=lambda *_: ["__pycache__"])
     init = other / "drl_jax" / "__init__.py"
     init.write_text(init.read_text().replace(drl_jax.__version__, "0.0.7"))
-    needed = ({"--data_dir": tmp_path}, sources / "all.csv", ["numpy"], ["drl_jax"])
-    cluster.check(*needed)
-    results = cluster.map(sleep_briefly, [(n, tmp_path) for n in range(500)])
+    results = checked.map(sleep_briefly, [(n, tmp_path) for n in range(500)])
     assert next(results) == 0
     path = f"{other}:{ROOT / 'tests'}:{ROOT}"
     bad = nodes.add(PYTHONPATH=path)
@@ -254,14 +234,16 @@ def test_a_node_with_another_version_of_the_package_is_named(nodes, cluster, sou
         with pytest.raises(UserError, match=line):
             list(results)
         with pytest.raises(UserError, match=line):
-            cluster.check(*needed)
+            checked.check(*needed)
     finally:
         nodes.kill(bad)
-    wait_for_nodes(cluster, 2)
+    wait_for_nodes(checked, 2)
 
 
-def test_a_node_that_does_not_see_a_directory_is_named(nodes, sources, tmp_path, capsys):
-    """A raylet in a mount namespace of its own, with an empty file system over the directory."""
+def test_a_node_that_does_not_see_a_directory_or_has_a_full_disk_is_named(
+    nodes, sources, tmp_path, capsys
+):
+    """The first is a raylet in a mount namespace of its own, with an empty file system there."""
     (tmp_path / "data").mkdir()
     script = (
         f"mount -t tmpfs tmpfs {tmp_path / 'data'} &&"
@@ -277,11 +259,8 @@ def test_a_node_that_does_not_see_a_directory_is_named(nodes, sources, tmp_path,
     try:
         with connect(nodes.address) as cluster:
             wait_for_nodes(cluster, 3)
-        line = error_of(
-            "data_prep.build",
-            *flags(sources, tmp_path / "data", f"--ray={nodes.address}"),
-            capsys=capsys,
-        )
+        arguments = flags(sources, tmp_path / "data", f"--ray={nodes.address}")
+        line = error_of("data_prep.build", *arguments, capsys=capsys)
     finally:
         os.killpg(alone.pid, signal.SIGKILL)
         alone.wait()
@@ -293,25 +272,13 @@ def test_a_node_that_does_not_see_a_directory_is_named(nodes, sources, tmp_path,
         + r" \(No such file or directory\); mount the same file system there, at the same path",
         line,
     )
-
-
-def wait_for_nodes(cluster: "RayCluster", count: int) -> None:
-    end = time.monotonic() + 60
-    while len(cluster.nodes()) != count:
-        assert time.monotonic() < end, "a node has not joined or left"
-        time.sleep(0.1)
-
-
-def test_a_full_disk_is_one_line_that_names_the_node(nodes, sources, tmp_path, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not allowed")
+    subprocess.run(mount, check=True)
     try:
-        line = error_of(
-            "data_prep.build", *flags(sources, disk, f"--ray={nodes.address}"), capsys=capsys
-        )
+        arguments = flags(sources, disk, f"--ray={nodes.address}")
+        line = error_of("data_prep.build", *arguments, capsys=capsys)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
     assert re.fullmatch(
@@ -319,3 +286,10 @@ def test_a_full_disk_is_one_line_that_names_the_node(nodes, sources, tmp_path, c
         " free disk space, then rerun the command to continue",
         line,
     )
+
+
+def wait_for_nodes(cluster: "RayCluster", count: int) -> None:
+    end = time.monotonic() + 60
+    while len(cluster.nodes()) != count:
+        assert time.monotonic() < end, "a node has not joined or left"
+        time.sleep(0.1)

@@ -55,9 +55,8 @@ class ContainerFiles:
 def find_containers(named: Path) -> ContainerFiles | None:
     """Finds the tar files or the Parquet files that `--annotations` names.
 
-    That is a file, a folder, or a pattern such as `shards/*.tar`. Of a folder with both kinds, they
-    are the tar files: video2dataset writes its logs beside them, as Parquet files. None if it is
-    another file.
+    That is a file, a folder, or a pattern such as `shards/*.tar`; None if it is another file. Of
+    both kinds, the tar files: video2dataset writes its logs beside them, as Parquet files.
     """
     if named.is_dir():
         folder, found = named, files_below(named)

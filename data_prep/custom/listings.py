@@ -40,8 +40,7 @@ def read_listing(path: Path) -> Annotations:
 def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
     """Annotations from the rows of `where`, which name video files.
 
-    Rows with the same video and span are one video with several captions. A row that is wrong is
-    left out.
+    Rows with the same video and span are one video. A row that is wrong is left out.
     """
     splits: dict[str, dict[Source, list[str]]] = {}
     left_out: dict[str, str] = {}
@@ -54,11 +53,9 @@ def annotations_of_files(where: Path, rows: Iterable[PlacedRow]) -> Annotations:
         except RowError as error:
             left_out[place] = str(error)
         else:
-            videos = splits.setdefault(split_of(row, place), {})
-            if source in videos:
-                videos[source] += captions
-            else:
-                videos[source] = captions
+            known = splits.setdefault(split_of(row, place), {}).setdefault(source, captions)
+            if known is not captions:
+                known += captions
             kept += 1
     check_lost(left_out, kept, f"rows of {where}")
     if not splits:

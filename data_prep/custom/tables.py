@@ -18,9 +18,8 @@ _IDS = ("id", "key")
 def read_tables(files: ContainerFiles) -> Annotations:
     """Reads the columns of Parquet files, without the bytes of videos.
 
-    A column with the contents of videos is as `ParquetTable.video_column` says; without one, the
-    column `video` names files. The id of a video inside is that in the column `id` or `key`, or the
-    name of its file without suffix, a slash, and the number of the row.
+    Without a `ParquetTable.video_column`, the column `video` names files. The id of a video inside
+    is its `id` or `key`, or the name of its file without suffix, a slash, and the row.
     """
     with contextlib.closing(ParquetTable(files.paths[0])) as table:
         contained = bool(table.video_column)

@@ -82,10 +82,8 @@ def _full_names(
     """Matches the listed videos with those that have descriptions.
 
     Two Flickr videos can differ in the suffix alone, so full names are compared first; but a list
-    or the descriptions may have no suffixes, or others.
-
-    Returns:
-      For each listed video, by its full name, its name in the descriptions; its own if it has none.
+    or the descriptions may have no suffixes, or others. Returns for each listed video, by its full
+    name, its name in the descriptions; its own if it has none.
     """
     described = set(described)
     by_stem: dict[str, list[str]] = {}

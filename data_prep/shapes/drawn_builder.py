@@ -66,21 +66,24 @@ def draw_files(
     called once for each item, in order; videos of `val` and `test` have its first caption only.
     `pairs` are indices of items and their time reversals, which get the same seed.
     """
-    items = [(split, item) for split, members in splits.items() for item in members]
-    seeds = list(range(len(items)))
-    names: dict[str, list[str]] = {}
-    first = 0
+    drawings: list[tuple[Path, Callable, Any, int]] = []
+    captions: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
+    reversals: dict[str, list[tuple[str, str]]] = {}
     for split, members in splits.items():
-        names[split] = [f"video{number}" for number in range(first, first + len(members))]
-        for one, other in pairs.get(split, ()):
-            seeds[first + other] = seeds[first + one]
-        first += len(members)
-    _remove_other_drawing(directory, f"{items} {seeds}")
-    drawings = [
         # Absolute: FFmpeg takes a colon in the first part of a path for the end of a protocol.
-        (directory.absolute() / "videos" / split / f"video{number}.mp4", draw, item, seed)
-        for number, ((split, item), seed) in enumerate(zip(items, seeds, strict=True))
-    ]
+        folder, first = directory.absolute() / "videos" / split, len(drawings)
+        names = [f"video{first + index}" for index in range(len(members))]
+        drawn_as = {other: one for one, other in pairs.get(split, ())}
+        for index, (name, item) in enumerate(zip(names, members, strict=True)):
+            drawings.append(
+                (folder / f"{name}.mp4", draw, item, first + drawn_as.get(index, index))
+            )
+            texts = caption(item)
+            captions[split][name] = texts if split == "train" else texts[:1]
+        if split in pairs:
+            reversals[split] = [(names[one], names[other]) for one, other in pairs[split]]
+    items = [(path.parent.name, item) for path, _, item, _ in drawings]
+    _remove_other_drawing(directory, f"{items} {[seed for *_, seed in drawings]}")
     absent = [drawing for drawing in drawings if not drawing[0].exists()]
     drawn = map_in_processes(draw_file, absent)
     for (path, *_), result in zip(
@@ -88,14 +91,6 @@ def draw_files(
     ):
         if isinstance(result, WorkerFailure):
             raise UserError(f"cannot draw {path}: {result.reason}")
-    captions: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
-    for number, (split, item) in enumerate(items):
-        texts = caption(item)
-        captions[split][f"video{number}"] = texts if split == "train" else texts[:1]
-    reversals = {
-        split: [(names[split][one], names[split][other]) for one, other in members]
-        for split, members in pairs.items()
-    }
     content = {"splits": captions, "pairs": reversals}
     write_text(directory / _ANNOTATIONS, json.dumps(content))
 

@@ -47,10 +47,7 @@ def load_split(dataset: VideoDataset, name: str, config: DataConfig) -> Split:
 
 
 def _held_out(dataset: VideoDataset, videos: np.ndarray, count: int) -> np.ndarray:
-    """Indices, ascending, of the videos whose ids have the smallest SHA-256: at least `count`.
-
-    There are more if the last file has several videos.
-    """
+    """Indices, ascending, of `count` videos with the smallest SHA-256, and all of their files."""
     hashes = dataset.id_hashes[videos]
     # Those whose first bytes are small enough are few; the whole hashes decide between them.
     candidates = np.flatnonzero(hashes <= np.partition(hashes, count - 1)[count - 1])
@@ -129,8 +126,7 @@ class TrainBatches:
     def on_devices(self, start_step: int, layout: Layout) -> Iterator[dict[str, jax.Array]]:
         """Yields the global batches from `start_step` on, on the devices, indefinitely.
 
-        Raises:
-          DatasetError: `cache` is "device" and the frames do not fit on the devices.
+        DatasetError if `cache` is "device" and the frames do not fit on the devices.
         """
         fill = None
         if self.cache == "device":
@@ -146,8 +142,8 @@ class TrainBatches:
     def iterate(self, start_step: int, process: int, processes: int) -> Iterator[dict]:
         """Iterates over this process's part of each batch from `start_step` on, indefinitely.
 
-        With `cache` = "device" a batch has `video_index` int32 [B], the index of the video
-        in the split, instead of frames.
+        With `cache` = "device" a batch has `video_index` int32 [B], indices of the videos in the
+        split, instead of frames.
         """
         examples = self._in_order(self._read)
         # Process p reads the p-th part of each batch, so that the order of a batch's rows is the
@@ -161,13 +157,12 @@ class TrainBatches:
 
     def examples(self, step: int) -> list[dict[str, str]]:
         """`video_id` and `caption` of each row of the global batch of a training step, from 1."""
-        pairs = self._in_order(self._pair)
-        first = (step - 1) * self._batch_size
+        pairs, end = self._in_order(self._pair), step * self._batch_size
         found = []
-        for pair in (pairs[first + row] for row in range(self._batch_size)):
-            row, _ = self._captions.locate(pair)
+        for pair in (pairs[row] for row in range(end - self._batch_size, end)):
+            row, text = self._captions.locate(pair)
             video_id = self._dataset.video_ids[self._split.videos[row]]
-            found.append({"video_id": video_id, "caption": self._captions.caption(pair)})
+            found.append({"video_id": video_id, "caption": self._captions.texts[text]})
         return found
 
     def _in_order(self, function: Callable) -> grain.MapDataset:

@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from drl_jax.data.splits import CaptionOrigin, Captions, Split
+from drl_jax.data.splits import CaptionOrigin, Captions, Split, offsets_of
 from drl_jax.runtime.files import sha256
 
 # Layout of these files and of `metadata.json`. A dataset with another one has to be built again.
 LAYOUT = 2
-METADATA, VIDEOS_FILE = "metadata.json", "videos.arrow"
+METADATA, _VIDEOS_FILE, _CAPTIONS_FILE = "metadata.json", "videos.arrow", "captions.{}.arrow"
 _VIDEOS_SCHEMA = pa.schema(
     {
         "video_id": pa.large_string(),
@@ -40,11 +40,6 @@ _VIDEOS_SCHEMA = pa.schema(
 _CAPTIONS_SCHEMA = pa.schema({"video": pa.int32(), "captions": pa.large_list(pa.large_string())})
 # Rows that are converted at a time.
 _ROWS = 65536
-
-
-def captions_file(split: str) -> str:
-    """Name of the file of a split's captions."""
-    return f"captions.{split}.arrow"
 
 
 class Strings(Sequence[str]):
@@ -94,7 +89,7 @@ def write_videos(directory: Path, ids: Iterable[str], sources: Iterable[list]) -
         columns = zip(zip(*part, strict=True), _VIDEOS_SCHEMA.types, strict=True)
         parts.append([pa.array(column, kind) for column, kind in columns])
     columns = [pa.concat_arrays(arrays) for arrays in zip(*parts, strict=True)]
-    _write(directory / VIDEOS_FILE, columns, _VIDEOS_SCHEMA)
+    _write(directory / _VIDEOS_FILE, columns, _VIDEOS_SCHEMA)
 
 
 def _id_hash(video_id: str) -> int:
@@ -105,10 +100,9 @@ def _id_hash(video_id: str) -> int:
 def read_videos(directory: Path, hashes: Mapping[str, str]) -> tuple[Strings, Sources, np.ndarray]:
     """Opens the file of the records: ids, sources, and the hash of each id as uint64 [V].
 
-    Raises:
-      OSError, ValueError, KeyError: it is missing, or not the one with the SHA-256 of its name.
+    OSError, ValueError or KeyError if it is missing, or not the one with the SHA-256 of its name.
     """
-    batch = _read(directory, VIDEOS_FILE, _VIDEOS_SCHEMA, hashes)
+    batch = _read(directory, _VIDEOS_FILE, _VIDEOS_SCHEMA, hashes)
     ids, id_hashes, files, starts, ends = batch.columns
     return Strings(ids), Sources(files, starts, ends), id_hashes.to_numpy()
 
@@ -117,20 +111,19 @@ def write_captions(
     directory: Path, split: str, videos: Sequence[int], captions: Sequence[Sequence[str]]
 ) -> None:
     """Writes the captions of a split's videos, which have these record indices."""
-    offsets = np.zeros(len(captions) + 1, np.int64)
-    np.cumsum([len(sentences) for sentences in captions], out=offsets[1:])
+    offsets = offsets_of([len(sentences) for sentences in captions])
     texts = (text for sentences in captions for text in sentences)
     values = pa.array(texts, pa.large_string(), size=int(offsets[-1]))
     lists = pa.LargeListArray.from_arrays(pa.array(offsets), values)
     columns = [pa.array(videos, pa.int32()), lists]
-    _write(directory / captions_file(split), columns, _CAPTIONS_SCHEMA)
+    _write(directory / _CAPTIONS_FILE.format(split), columns, _CAPTIONS_SCHEMA)
 
 
 def read_split(
     directory: Path, name: str, pairs: Sequence[Sequence[int]], hashes: Mapping[str, str]
 ) -> Split:
     """Opens the captions of a split with these pairs of reversed clips; raises as `read_videos`."""
-    file = captions_file(name)
+    file = _CAPTIONS_FILE.format(name)
     batch = _read(directory, file, _CAPTIONS_SCHEMA, hashes)
     videos, captions = batch.columns
     offsets = captions.offsets.to_numpy()

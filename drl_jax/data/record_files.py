@@ -1,14 +1,13 @@
 """Random access to the records of many array_record files, with a bounded number of open files."""
 
 import bisect
-import collections
+import functools
 import itertools
 import resource
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from array_record.python import array_record_module
+from array_record.python.array_record_module import ArrayRecordReader
 
 # Open files at most, and the largest part of the files that the process may open.
 _MAX_OPEN, _SHARE_OF_LIMIT = 256, 0.25
@@ -27,15 +26,12 @@ class RecordFiles(Sequence[bytes]):
         self._files = files
         # For each file, the number of records in it and in those before it.
         self._ends = list(itertools.accumulate(lengths))
-        self._open: collections.OrderedDict[int, array_record_module.ArrayRecordReader] = (
-            collections.OrderedDict()
-        )
-        self._lock = threading.Lock()
-        soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        allowed = _MAX_OPEN
+        allowed, (soft_limit, _) = _MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft_limit != resource.RLIM_INFINITY:
             allowed = min(allowed, int(soft_limit * _SHARE_OF_LIMIT))
-        self._max_open = max(1, allowed)
+        # It opens files without a lock, so that other threads read meanwhile. A reader that it
+        # drops may be in use: its file is closed with the last use.
+        self._reader = functools.lru_cache(max(1, allowed))(_open)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -46,7 +42,7 @@ class RecordFiles(Sequence[bytes]):
             raise IndexError(f"there is no record {record}")
         number = self._number(record)
         first = self._ends[number - 1] if number else 0
-        return self._reader(number).read([record - first])[0]
+        return self._reader(self._files[number]).read([record - first])[0]
 
     def file(self, record: int) -> Path:
         """The file of a record."""
@@ -55,21 +51,8 @@ class RecordFiles(Sequence[bytes]):
     def _number(self, record: int) -> int:
         return bisect.bisect_right(self._ends, record)
 
-    def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
-        with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
-        # Without the lock, so that other threads read meanwhile. If two threads open a file at
-        # once, the second reader is used only for its own record. Reading ahead would be wasted.
-        reader = array_record_module.ArrayRecordReader(
-            str(self._files[number]),
-            options="readahead_buffer_size:0",
-            file_reader_buffer_size=32768,
-        )
-        with self._lock:
-            self._open.setdefault(number, reader)
-            while len(self._open) > self._max_open:
-                # Not closed: another thread may read from it. Its file is closed with its last use.
-                self._open.popitem(last=False)
-        return reader
+
+def _open(file: Path) -> ArrayRecordReader:
+    # Reading ahead would be wasted.
+    options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+    return ArrayRecordReader(str(file), **options)

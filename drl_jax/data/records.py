@@ -64,8 +64,7 @@ class VideoDataset:
     def __init__(self, directory: Path):
         """Opens the dataset in `directory`.
 
-        Checks all files but the captions of the splits, which `split` checks, and the content of
-        the records.
+        Checks all files but the captions, which `split` checks, and the content of the records.
 
         Raises:
           DatasetError: there is no dataset in it, or it is damaged or has another layout.
@@ -176,12 +175,7 @@ class VideoDataset:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Manifest of the dataset in a directory.
-
-    Raises:
-      DatasetError: it is missing or damaged.
-      Unavailable: it cannot be read.
-    """
+    """Manifest of the dataset in a directory; raises as `VideoDataset`."""
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -217,10 +211,8 @@ def _damaged(directory: Path, what: str | Path, error: Exception) -> DatasetErro
 def _not_built_message(directory: Path) -> str:
     wanted = directory.parent
     built = sorted(path.parent.name for path in wanted.parent.glob("*/" + directory.name))
-    found = ""
-    if built:
-        stored = ", ".join(map(_described, built))
-        found = f": wanted is {_described(wanted.name)}, stored is {stored}"
+    stored = ", ".join(map(_described, built))
+    found = f": wanted is {_described(wanted.name)}, stored is {stored}" if stored else ""
     return f"no dataset in {directory}{found}; build it with: {_build_command(directory)}"
 
 

@@ -38,7 +38,7 @@ class Captions(Sequence[list[str]]):
     @classmethod
     def of(cls, captions: Sequence[Sequence[str]]) -> "Captions":
         """Captions in memory, from a list for each video."""
-        offsets = _offsets([len(sentences) for sentences in captions])
+        offsets = offsets_of([len(sentences) for sentences in captions])
         return cls(list(itertools.chain.from_iterable(captions)), offsets[:-1], offsets)
 
     def __len__(self) -> int:
@@ -70,10 +70,11 @@ class Captions(Sequence[list[str]]):
         counts = np.ones(len(rows), np.int64)
         if not first_only:
             counts = self.offsets[rows + 1] - self.offsets[rows]
-        return Captions(self.texts, self.starts[rows], _offsets(counts), self.origin)
+        return Captions(self.texts, self.starts[rows], offsets_of(counts), self.origin)
 
 
-def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+def offsets_of(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Numbers before each part, and of all, int64 [N + 1], of the numbers in each of N parts."""
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(np.asarray(counts, np.int64), out=offsets[1:])
     return offsets

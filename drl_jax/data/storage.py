@@ -53,11 +53,7 @@ class StorageSpec:
 
     @classmethod
     def from_name(cls, name: str) -> "StorageSpec":
-        """The variant with a name.
-
-        Raises:
-          ValueError: it is not the name of a variant.
-        """
+        """The variant with a name; ValueError if it is the name of none."""
         match = _NAME.fullmatch(name)
         if not match:
             raise ValueError(f"{name!r} is not like 224px_12f_jpeg")

@@ -78,11 +78,7 @@ def caption_tokens(
 def store_tokens(
     captions: Captions, tokenizer: Tokenizer, max_words: int, *, quiet: bool = False
 ) -> int:
-    """Computes and stores the tokens of captions with an origin; returns how many are cut.
-
-    Raises:
-      OSError: they cannot be written.
-    """
+    """Stores the tokens of captions with an origin; returns how many are cut. Raises OSError."""
     texts, origin, cut = captions.texts, captions.origin, 0
     entry = _entry(origin, tokenizer, max_words)
     entry.parent.mkdir(exist_ok=True)
@@ -127,10 +123,7 @@ def _about(
 def _read(
     origin: CaptionOrigin, texts: int, tokenizer: Tokenizer, max_words: int
 ) -> tuple[np.ndarray, int] | None:
-    """Maps stored tokens into memory, with the number of captions that are cut.
-
-    None if there are none, or they cannot be used. Raises OSError if they cannot be read.
-    """
+    """Maps stored tokens, and how many are cut; None if they cannot be used. Raises OSError."""
     entry = _entry(origin, tokenizer, max_words)
     try:
         about = unseal((entry / _ABOUT_FILE).read_text(encoding="utf-8"))
@@ -157,11 +150,8 @@ def _row_dtype(tokenizer: Tokenizer, max_words: int) -> np.dtype:
 def _in_memory(
     texts: Sequence[str], tokenizer: Tokenizer, max_words: int, quiet: bool
 ) -> tuple[np.ndarray, int]:
-    rows, done, cut = np.empty(len(texts), _row_dtype(tokenizer, max_words)), 0, 0
-    for chunk, cut_rows in _tokenized(texts, tokenizer, max_words, quiet):
-        rows[done : done + len(chunk)] = chunk
-        done, cut = done + len(chunk), cut + cut_rows
-    return rows, cut
+    chunks, cut = zip(*_tokenized(texts, tokenizer, max_words, quiet), strict=True)
+    return np.concatenate(chunks), sum(cut)
 
 
 def _tokenized(
