@@ -99,7 +99,7 @@ def test_holdout_separates_no_videos_of_one_file(tmp_path, monkeypatch):
     (tmp_path / "mine.csv").write_text("\n".join(["video,caption,start,end,split", *rows]))
     size = ("--image_size=32", "--max_frames=4")
     assert build(custom(tmp_path, "mine.csv", tmp_path, *size)) == 0
-    dataset = VideoDataset(tmp_path / "custom" / "32px_4f_jpeg" / "1.0.0")
+    dataset = VideoDataset(tmp_path / "custom" / "32px_4f_jpeg_shown_time" / "1.0.0")
     files = [dataset.sources[video][0] for video in range(7)]
     assert sorted(files) == sorted([*names, *names[:3]])
     by_hash = sorted(range(7), key=lambda n: hashlib.sha256(dataset.video_ids[n].encode()).digest())

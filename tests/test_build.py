@@ -26,7 +26,7 @@ from drl_jax.data.records import VideoDataset
 from drl_jax.runtime.files import sha256
 
 SIZE = ("--image_size=128", "--storage=raw")
-VARIANT = Path("custom") / "128px_12f_raw" / "1.0.0"
+VARIANT = Path("custom") / "128px_12f_raw_shown_time" / "1.0.0"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_jpeg_is_close_to_raw_in_the_same_data_directory(sources, built, tmp_pat
     flags = ("--image_size=128", "--discard_cache")
     assert build(custom(sources, "2.csv", data_dir, *flags)) == 0
     assert not (data_dir / "cache").exists()
-    variants = (f"128px_12f_{encoding}" for encoding in ("raw", "jpeg"))
+    variants = (f"128px_12f_{encoding}_shown_time" for encoding in ("raw", "jpeg"))
     raw, jpeg = (VideoDataset(data_dir / "custom" / variant / "1.0.0") for variant in variants)
     difference = raw.read_frames(1).astype(int) - jpeg.read_frames(1)
     assert 0 < np.abs(difference).mean() < 5  # Of noise from 0 to 255.
@@ -155,7 +155,7 @@ def test_an_interrupted_and_killed_build_continues_and_gives_the_same_files(tmp_
             write_video(tmp_path / "videos" / "0.mp4", noise, fps=20)
     rows = "".join(f"{n},number {n}\n" for n in range(28))
     (tmp_path / "mine.csv").write_text(f"video,caption\n{rows}")
-    size, variant = "--image_size=64", Path("custom") / "64px_12f_jpeg"
+    size, variant = "--image_size=64", Path("custom") / "64px_12f_jpeg_shown_time"
     assert build(custom(tmp_path, "mine.csv", tmp_path / "whole", size)) == 0
     data_dir = tmp_path / "killed"
     command = [sys.executable, "-m", "data_prep.build"]

@@ -100,7 +100,7 @@ def test_every_problem_is_reported_and_builds_leave_out_the_quarantine(mine, tmp
     out = capsys.readouterr().out
     assert f"leaving out 4 videos listed in {quarantine}" in out
     assert "1 videos are in both train and test, with 0 equal captions (the first: good0)" in out
-    dataset = VideoDataset(tmp_path / "data" / "custom" / "32px_12f_jpeg" / "1.0.0")
+    dataset = VideoDataset(tmp_path / "data" / "custom" / "32px_12f_jpeg_shown_time" / "1.0.0")
     quarantined = {**unusable, "good3": "I do not like it"}
     left_out = {name: f"in quarantine: {reason}" for name, reason in quarantined.items()}
     # A name of a file whose other name is in quarantine stays.

@@ -32,7 +32,7 @@ from drl_jax.data.video import read_frames
 from drl_jax.data.video_file import VideoError
 from drl_jax.runtime.errors import Unavailable, UserError
 
-STORAGE = StorageSpec(FrameForm(32), 4, "raw")
+STORAGE = StorageSpec(FrameForm(32, as_shown=True), 4, "raw", "time")
 BUILT = Path("custom") / STORAGE.name / "1.0.0"
 
 

@@ -1,6 +1,7 @@
 """Published datasets: every builder on a few files with their layout and syntax."""
 
 import csv
+import dataclasses
 import json
 import os
 import pickle
@@ -288,8 +289,9 @@ def test_a_small_dataset_is_built(name, tmp_path, clips, capsys):
     assert "left out" not in report
     said = re.findall(r"data_prep.build: (.*) captions cut to data.max_words=32 ", errors)
     assert said == (["split val, with CLIP's tokenizer: 1 of 2"] if name == "custom" else [])
-    directory = f"32px_{cls.DEFAULT_STORAGE.max_frames}f_raw"
-    dataset = VideoDataset(tmp_path / "data" / name / directory / "1.0.0")
+    form = dataclasses.replace(cls.DEFAULT_STORAGE.form, size=32)
+    storage = dataclasses.replace(cls.DEFAULT_STORAGE, form=form, encoding="raw")
+    dataset = VideoDataset(tmp_path / "data" / name / storage.name / "1.0.0")
     ids = list(dataset.video_ids)
     splits = {split: dataset.split(split) for split in dataset.split_names}
     found = {

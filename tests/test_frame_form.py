@@ -91,13 +91,20 @@ def model_of(form):
         (FrameForm(256, "squash"), "256px_12f_jpeg_squash"),
         (FrameForm(224, "squash", "bilinear"), "224px_12f_jpeg_squash_bilinear"),
         (FrameForm(224, "crop", "bilinear"), "224px_12f_jpeg_bilinear"),
+        (FrameForm(256, "squash", as_shown=True), "256px_12f_jpeg_squash_shown_time"),
     ],
 )
 def test_names_and_flags_of_variants(form, name, tmp_path):
-    storage = StorageSpec(form, 12, "jpeg")
+    clock = "time" if form.as_shown else "frames"
+    storage = StorageSpec(form, 12, "jpeg", clock)
     assert storage.name == name
     assert StorageSpec.from_name(name) == storage
-    assert StorageSpec.of(Config(model=model_of(form))) == storage
+    data = DataConfig(frame_clock=clock, as_shown=form.as_shown)
+    assert StorageSpec.of(Config(data=data, model=model_of(form))) == storage
+    given = {"--frame_clock=time", "--as_shown", "--frame_clock=frames", "--no-as_shown"}
+    for dataset in ("msrvtt", "custom"):
+        flags = given.intersection(storage.flags(dataset))
+        assert len(flags) == (0 if form.as_shown == (dataset == "custom") else 2)
     assert FrameCache(tmp_path, storage).directory.name.startswith(f"{name}_av")
 
 
@@ -139,17 +146,19 @@ def built(sources) -> Path:
 
 
 def directory_of(root, form):
-    data = DataConfig(dataset="custom", data_dir=str(root / "data"), storage="raw", holdout=1)
+    sampling = {"frame_clock": "time", "as_shown": True, "storage": "raw"}
+    data = DataConfig(dataset="custom", data_dir=str(root / "data"), holdout=1, **sampling)
     return dataset_dir(Config(data=data, model=model_of(form)))
 
 
 def test_a_model_reads_frames_of_its_own_form(built):
     settings = {"image_size": 32, "max_frames": 12, "storage": "raw"}
+    settings |= {"frame_clock": "time", "as_shown": True}
     changed = {"resize": "squash", "interpolation": "bilinear"}
     # Manifests name the form where it is not the default.
     for form, stored in ((CROP, settings), (BILINEAR, settings | changed)):
         dataset = VideoDataset(directory_of(built, form))
-        assert dataset.storage.form == form
+        assert dataset.storage.form == dataclasses.replace(form, as_shown=True)
         assert dataset.manifest["settings"] == stored
         for video, name in enumerate(dataset.video_ids):
             expected = read_frames(built / "videos" / f"{name}.mp4", 12, form)
@@ -163,15 +172,15 @@ def test_the_error_of_another_form_has_the_command_that_builds_it(built, tmp_pat
         VideoDataset(wanted)
     message, command = str(error.value).split("; build it with: ")
     assert message == (
-        f"no dataset in {wanted}: wanted is 32px_12f_raw_squash (squash, bicubic), stored is"
-        " 32px_12f_raw (crop, bicubic)"
+        f"no dataset in {wanted}: wanted is 32px_12f_raw_squash_shown_time (squash,"
+        " bicubic), stored is 32px_12f_raw_shown_time (crop, bicubic)"
     )
     # The command needs nothing but the places of the source files.
     command = command.replace("=DIR", f"={built / 'videos'}")
     command = shlex.split(command.replace("=PATH", f"={built / 'mine.csv'}"))
     assert command[:3] == ["python", "-m", "data_prep.build"]
     assert build(command[3:]) == 0
-    assert VideoDataset(wanted).storage.form == SQUASH
+    assert VideoDataset(wanted).storage.form == dataclasses.replace(SQUASH, as_shown=True)
     # Frames are not those of the name of the directory.
     shutil.rmtree(wanted)
     shutil.copytree(directory_of(tmp_path, CROP), wanted)

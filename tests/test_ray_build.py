@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from drl_jax.runtime.ray_cluster import RayCluster
 
 pytest.importorskip("ray")
-VARIANT = Path("custom") / "128px_12f_raw" / "1.0.0"
+VARIANT = Path("custom") / "128px_12f_raw_shown_time" / "1.0.0"
 VIDEOS = 40
 
 
