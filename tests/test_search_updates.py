@@ -35,6 +35,7 @@ from drl_jax.search.filters import Filters
 from drl_jax.search.index_file import IndexPart, IndexWriter, join, read_header, read_progress
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
+from drl_jax.search.reading import file_of
 from drl_jax.search.segments import SearchIndexError
 from drl_jax.search.session import Index
 from drl_jax.search.update import IndexReport, is_in_shard, parse_shard, update_index
@@ -158,7 +159,7 @@ def test_files_that_can_not_be_named(search_model, copy):
         ("../copy/videos/a.mp4", r"--only takes paths below .*videos, not \.\./copy"),
         (str(copy / "a.mp4"), r"--only takes paths below"),
         ("link/d.mp4", r"leads through a link: name c/d.mp4"),
-        ("\udce9.mp4", r"its name is not UTF-8; rename it"),
+        ("\udce9.mp4", r"neither .* nor the index has such a video"),
     ):
         with pytest.raises(UserError, match=message):
             update(search_model, copy, "all", path)
@@ -263,23 +264,35 @@ def test_files_that_cannot_be_searched_are_listed_and_not_tried_again(search_mod
     videos = copy / "videos"
     write_video_of_unknown_codec(videos / "unknown.mp4", frames(5), fps=2)
     write_video_with_latin_title(videos / "latin_title.mp4", frames(6), fps=2)
-    (videos / "latin\udce9.mp4").write_bytes(b"")  # The byte 0xe9 alone.
     os.mkfifo(videos / "pipe.mp4")
     (videos / "link.mp4").symlink_to("nowhere.mp4")
     report = update(search_model, copy, "all")
-    assert counts(report) == (2, 0, 0, 0, 7)
+    assert counts(report) == (2, 0, 0, 0, 6)
     assert "is not a video: its content is text" in report.bad.pop("no.mp4")
     none = "it is no file, e.g. a link to nothing"
     assert report.bad == {
         "unknown.mp4": "has a video codec that FFmpeg cannot decode",
-        "latin\\udce9.mp4": "its name is not UTF-8; rename it",
         **{"pipe.mp4": none, "link.mp4": none},
     }
-    assert counts(update(search_model, copy, "all")) == (0, 0, 0, 0, 9)
+    assert counts(update(search_model, copy, "all")) == (0, 0, 0, 0, 8)
     write_video(videos / "no.mp4", frames(7), fps=2)
     report = update(search_model, copy, "all")
-    assert counts(report) == (0, 1, 0, 0, 8)
+    assert counts(report) == (0, 1, 0, 0, 7)
     assert "no.mp4" not in report.bad
+
+
+def test_names_that_are_not_utf8_are_escaped(search_model, copy):
+    name = "caf\udce9.mp4"  # The byte 0xe9 alone.
+    write_video(copy / "videos" / name, frames(9), fps=2)
+    assert counts(update(search_model, copy, "all"))[0] == 1
+    assert counts(update(search_model, copy, "all", name))[0] == 0
+    index = Index(copy / "all", search_model)
+    hits = index.search("a red circle", 99)
+    (hit,) = [hit for hit in hits if hit.path.name == "caf\\xe9.mp4"]
+    assert file_of(copy / "videos", hit.path.name).read_bytes()[4:8] == b"ftyp"
+    write_video(copy / "videos" / "caf\\xe9.mp4", frames(3), fps=2)
+    report = update(search_model, copy, "all")
+    assert report.bad["caf\\xe9.mp4"].startswith("another file has this name")
 
 
 def test_files_that_could_not_be_read_this_time_are_read_by_the_next_update(

@@ -23,6 +23,7 @@ from drl_jax.search.query import sampling_of
 from drl_jax.search.reading import (
     FrameSampling,
     VideoRead,
+    file_of,
     find_videos,
     read_video,
     read_whole_video,
@@ -114,7 +115,7 @@ def embed_videos(
         output.unreadable |= unusable
         pending = output.pending()
         videos = [found[number] for numbers in pending.values() for number in numbers]
-        paths = [folder / video.path for video in videos]
+        paths = [file_of(folder, video.path) for video in videos]
         if windows:
             calls = [
                 (path, frozenset(), sampling, spool / f"{number}.frames")

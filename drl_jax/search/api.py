@@ -22,6 +22,7 @@ from drl_jax.search.hits import Hit, Moment, rounded
 from drl_jax.search.media import Media
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.query import Query
+from drl_jax.search.reading import file_of
 from drl_jax.search.session import Index
 from drl_jax.search.windows import find_spans
 
@@ -147,7 +148,7 @@ def state_of(state: OpenIndex, video: IndexedVideo) -> str:
     """Whether a file is as it was indexed: ok, changed or missing."""
     if state.is_unchanged(video):
         return "ok"
-    return "changed" if (state.folder / video.path).exists() else "missing"
+    return "changed" if file_of(state.folder, video.path).exists() else "missing"
 
 
 def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:

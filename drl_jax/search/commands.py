@@ -26,7 +26,7 @@ from drl_jax.search.hits import Hit, explain, format_timestamp
 from drl_jax.search.index_file import IndexPart, join
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
-from drl_jax.search.reading import frames_of, open_picture, read_video
+from drl_jax.search.reading import file_of, frames_of, open_picture, read_video
 from drl_jax.search.session import Index
 from drl_jax.search.update import parse_shard, update_index
 
@@ -269,7 +269,8 @@ def _explain(options: argparse.Namespace) -> None:
     model, path = model_of_flags(options), options.video
     if options.index is not None:
         index = Index(options.index, model)
-        model, path = index.model, path if path.exists() else index.state().folder / path
+        model = index.model
+        path = path if path.exists() else file_of(index.state().folder, str(path))
     if model is None:
         raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
     (query,) = encode_sentences(model, [options.query])

@@ -22,6 +22,7 @@ from drl_jax.search import STRIP_FRAMES, index_file
 from drl_jax.search.encoding import HUBNESS_ARRAY, SCALE_WINDOWS, Correction, dequantize
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
 from drl_jax.search.filters import Filters, Listing, list_videos, passing
+from drl_jax.search.reading import file_of
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord
 from drl_jax.search.windows import Window
 
@@ -268,7 +269,7 @@ class OpenIndex:
     def is_unchanged(self, video: IndexedVideo) -> bool:
         """Whether a file is the one that was indexed, by its size and modification time."""
         with contextlib.suppress(OSError):
-            status = (self.folder / video.path).stat()
+            status = file_of(self.folder, video.path).stat()
             return (status.st_size, status.st_mtime_ns) == video.record[1:3]
         return False
 

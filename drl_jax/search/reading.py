@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import socket
 import warnings
 import zlib
@@ -35,7 +36,8 @@ from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search import STRIP_FRAMES
 from drl_jax.search.windows import SHORT_VIDEO_SECONDS, Window, windows_of
 
-_NOT_UTF8 = "its name is not UTF-8; rename it"
+# How a byte of a name that is not UTF-8 is written.
+_ESCAPED = re.compile(rb"\\x([89a-f][0-9a-f])")
 _THUMBNAIL = 112  # Side, pixels.
 # What `picture_hash` looks at: cosines of the 8 lowest frequencies on a grid of so many places.
 _PLACES = 32
@@ -70,28 +72,42 @@ def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Itera
         others = [str(path.relative_to(folder)) for path in paths if not path.is_file()]
         unusable |= dict.fromkeys(others, "it is no file, e.g. a link to nothing")
     for name in filter(_is_video, names_below(folder)):
-        if _is_text(name):
-            yield _found_file(folder, name, timeout)
+        path = path_of(name)
+        if path != name and (folder / path).exists():
+            unusable[path] = "another file has this name, by which one that is not UTF-8 is called"
         else:
-            unusable[ascii(name)[1:-1]] = _NOT_UTF8
+            yield _found_file(folder, path, timeout)
+
+
+def path_of(name: str) -> str:
+    r"""The path of a file in an index: a byte of the name that is not UTF-8 becomes \xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def file_of(folder: Path, path: str) -> Path:
+    """The file with a path of an index, of which it may be that `path_of` has changed it."""
+    file = folder / path
+    if "\\x" not in path or file.exists():
+        return file
+    name = _ESCAPED.sub(lambda byte: bytes.fromhex(byte[1].decode()), path.encode())
+    return folder / os.fsdecode(name)
 
 
 def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
     """The video file of `--only`, or None; UserError if `find_videos` cannot yield the path."""
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         raise UserError(f"--only takes paths below {folder}, not {path}")
-    if not _is_text(path):
-        raise UserError(f"--only={ascii(path)[1:-1]}: {_NOT_UTF8}")
+    path = path_of(path)
     # A folder is listed by its own path only.
-    file, root = folder / path, folder.resolve()
+    file, root = file_of(folder, path), folder.resolve()
     parent = file.parent.resolve()
-    if parent.is_relative_to(root) and parent.relative_to(root) != PurePath(path).parent:
+    if parent.is_relative_to(root) and parent.relative_to(root) != file.relative_to(folder).parent:
         raise UserError(f"{file} leads through a link: name {parent.relative_to(root) / file.name}")
     return _found_file(folder, path, timeout) if _is_video(path) and file.is_file() else None
 
 
 def _found_file(folder: Path, path: str, timeout: float) -> FoundFile:
-    status = (folder / path).stat()
+    status = file_of(folder, path).stat()
     size = status.st_size
     return FoundFile(path, size, status.st_mtime_ns, allowed_seconds(timeout, size))
 
@@ -104,11 +120,6 @@ def allowed_seconds(timeout: float, size: int) -> float:
 def _is_video(path: str) -> bool:
     stem, _, suffix = path.rpartition("/")[2].rpartition(".")
     return bool(stem) and f".{suffix.lower()}" in VIDEO_SUFFIXES
-
-
-def _is_text(path: str) -> bool:
-    """Whether a path is valid UTF-8: other bytes are decoded to lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 @dataclasses.dataclass(frozen=True)

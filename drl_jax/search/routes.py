@@ -30,6 +30,7 @@ from drl_jax.search.filters import Filters
 from drl_jax.search.hits import format_clock, format_timestamp
 from drl_jax.search.media import MAX_PICTURE, upload_routes
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
+from drl_jax.search.reading import file_of
 
 _PAGE = Path(__file__).parent / "page"
 # Frames side by side in one answer.
@@ -170,7 +171,7 @@ def _unchanged(state: OpenIndex, video: IndexedVideo) -> Path:
     found = state_of(state, video)
     if found != "ok":
         raise BadRequest(*_STATES[found])
-    return state.folder / video.path
+    return file_of(state.folder, video.path)
 
 
 def _jpeg(request: Request, content: bytes) -> Response:

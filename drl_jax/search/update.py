@@ -235,7 +235,7 @@ class _Update:
     def _read(self, cluster: "RayCluster | None") -> Iterator[VideoRead | WorkerFailure]:
         read = functools.partial(map_in_processes, reading.read_video)
         if cluster is not None and self._pending:
-            example = self._folder / self._pending[0].path
+            example = reading.file_of(self._folder, self._pending[0].path)
             cluster.check({"--index": self._writer.directory}, example, _PACKAGES, ["drl_jax"])
             read = functools.partial(cluster.map, reading.read_video_on_node)
         sampling = sampling_of(self._model, self._writer.header["fps"])
@@ -245,7 +245,7 @@ class _Update:
             # A video that took too long, or has damaged features, has no hash: it is decoded again.
             contents = frozenset(known.sha256 for known in self._like(file)) - {""}
             spool = self._writer.spool_file(number).absolute()
-            calls.append((folder / file.path, contents, sampling, spool))
+            calls.append((reading.file_of(folder, file.path), contents, sampling, spool))
         return read(calls, timeout=[file.allowed for file in self._pending], ahead=_AHEAD)
 
     def _like(self, file: FoundFile) -> list[KnownFile]:
