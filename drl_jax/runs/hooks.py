@@ -1,9 +1,4 @@
-"""What a training run does beside its steps.
-
-A hook is an object with some of the methods `start(step, state)`, `before_step(step, state)`,
-`after_step(step, state, scalars)`, `after_checkpoint(step, state, stopping)` and `end()`, which is
-called after an error, too. The time of its methods is spent on its `activity`.
-"""
+"""What a training run does beside its steps: logs, evaluations, and a profile."""
 
 import math
 import time
@@ -30,7 +25,7 @@ from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.files import write_json
 from drl_jax.training.flops import peak_flops, train_step_flops
 from drl_jax.training.optimizer import make_schedule
-from drl_jax.training.train_step import Scalars, TrainState
+from drl_jax.training.train_step import Scalars
 
 # Tags of what differs between runs that are otherwise the same.
 TIMING_TAGS = ("train/examples_per_second", "train/data_seconds", "train/mfu")
@@ -85,8 +80,6 @@ class TrainLog:
       skipped: steps whose batches were left out.
     """
 
-    activity = "logging"
-
     def __init__(
         self,
         workdir: Path,
@@ -126,18 +119,17 @@ class TrainLog:
         bar = {"desc": "training", "unit": "step", "dynamic_ncols": True, "disable": not is_main()}
         self._bar = tqdm(total=total_steps, initial=step, **bar)
 
-    def start(self, step: int, state: TrainState) -> None:
-        del step
+    def describe(self, params: Params) -> None:
+        """Writes configuration and parameters of a new run to TensorBoard."""
         if self._tensorboard is not None and self._tensorboard.is_new:
-            self._tensorboard.describe(self._config, state.params)
+            self._tensorboard.describe(self._config, params)
 
-    def after_step(self, step: int, state: TrainState, scalars: Scalars) -> None:
+    def after_step(self, step: int, scalars: Scalars) -> None:
         """Waits for the previous step, so that the host is one step ahead.
 
         Raises:
           TrainingError: more batches than `train.skip_nonfinite` were not finite.
         """
-        del state
         self._settle()
         self._running = (step, scalars)
         self._bar.update()
@@ -237,7 +229,7 @@ class TrainLog:
         self._write(step, {**scalars_by_tag("test", metrics), "test/best_step": best_step})
         self._flush()
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -286,8 +278,6 @@ def _seconds_at_peak(config: Config) -> float | None:
 class Evaluations:
     """Evaluates *val* after each epoch; the metric chooses the best checkpoint."""
 
-    activity = "evaluation"
-
     def __init__(
         self,
         config: Config,
@@ -304,22 +294,18 @@ class Evaluations:
         self._checkpoints, self._log, self._wall_time = checkpoints, log, wall_time
         self._abstract, self._steps_per_epoch = abstract, steps_per_epoch
 
-    def start(self, step: int, state: TrainState) -> None:
+    def start(self, step: int, params: Params) -> None:
         """Makes up for metrics that are damaged, or that a killed run did not write."""
         for damaged in self._checkpoints.with_damaged_metric():
             if damaged != step:
-                self._evaluate_again(damaged)
+                self._run_again(damaged)
         is_due = step % self._steps_per_epoch == 0 and (step or self._config.train.epochs == 0)
         if is_due and not self._checkpoints.is_evaluated(step):
-            self._evaluate(step, state)
+            self.run(step, params)
 
-    def after_checkpoint(self, step: int, state: TrainState, stopping: bool) -> None:
-        # A resumed run evaluates the checkpoint of an epoch that was not evaluated.
-        if step % self._steps_per_epoch == 0 and not stopping:
-            self._evaluate(step, state)
-
-    def _evaluate(self, step: int, state: TrainState) -> None:
-        evaluation = self._evaluator.run(state.params, self._val)
+    def run(self, step: int, params: Params) -> None:
+        """Evaluates parameters whose checkpoint is saved."""
+        evaluation = self._evaluator.run(params, self._val)
         self._wall_time.spent_on("evaluation")
         pictures = self._pictures(evaluation) if self._log.shows_pictures else {}
         # Before the metric: a run that is killed later does not evaluate this step again.
@@ -328,13 +314,14 @@ class Evaluations:
         self._checkpoints.attach_metric(step, evaluation.metrics["t2v"]["R@1"])
         self._wall_time.spent_on("checkpoints")
 
-    def _evaluate_again(self, step: int) -> None:
+    def _run_again(self, step: int) -> None:
         if is_main():
             print(f"the metric of checkpoint {step} is damaged; evaluating it again")
         params = self._checkpoints.restore_or_set_aside(step, self._abstract)
         if params is not None:
             metrics = self._evaluator.run(params, self._val).metrics
             self._checkpoints.attach_metric(step, metrics["t2v"]["R@1"])
+        self._wall_time.spent_on("evaluation")
 
     def _pictures(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
         """Similarities, and words and frames of a few pairs, always the same: uint8 [H, W, 3]."""
@@ -370,8 +357,6 @@ class Evaluations:
 class StepProfile:
     """Traces the given steps into `plugins/profile` of a run; process 0 traces its own devices."""
 
-    activity = "profile"
-
     def __init__(self, workdir: Path, steps: range):
         self._workdir, self._steps, self._tracing = workdir, steps, False
 
@@ -381,18 +366,13 @@ class StepProfile:
             jax.profiler.start_trace(self._workdir)
             self._tracing = True
 
-    def after_step(self, step: int, state: Any, scalars: Scalars) -> None:
-        """Writes the trace after the last of the steps.
-
-        Raises:
-          TrainingError: it cannot be written.
-        """
-        del scalars
+    def after_step(self, step: int, state: Any) -> None:
+        """Writes the trace after the last of the steps; TrainingError: it cannot be written."""
         if self._tracing and step + 1 not in self._steps:
             jax.block_until_ready(state)
-            self.end()
+            self.close()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Writes the trace if there is one, also that of a run that stops meanwhile."""
         if not self._tracing:
             return

@@ -1,6 +1,7 @@
 """Trains a run: the loop, its evaluations and checkpoints, and the final test."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def train(
         if total_steps == 0:
             checkpoints.save(state)
 
-        # ---------------------------------------------------------------- hooks
+        # ---------------------------------------------------------------- logs and evaluations
         evaluated = bool(saved) and checkpoints.is_evaluated(start)
         log = TrainLog(
             workdir, config, batches, total_steps, wall_time, start, saved, evaluated=evaluated
@@ -147,43 +148,37 @@ def train(
         evaluations = Evaluations(
             config, evaluator, val, dataset, checkpoints, log, wall_time, abstract, steps_per_epoch
         )
-        hooks: list[Any] = [log, evaluations]
-        if profile_steps:
-            hooks.append(StepProfile(workdir, profile_steps))
-
-        def call(moment: str, *arguments: Any) -> None:
-            for hook in hooks:
-                if (method := getattr(hook, moment, None)) is not None:
-                    method(*arguments)
-                    wall_time.spent_on(hook.activity)
-
-        with contextlib.ExitStack() as ending:
-            for hook in hooks:  # Each ends, also if another cannot.
-                if hasattr(hook, "end"):
-                    ending.callback(hook.end)
+        profile = StepProfile(workdir, profile_steps)
+        with contextlib.closing(profile), contextlib.closing(log):
             # ---------------------------------------------------------------- the loop
-            call("start", start, state)
+            log.describe(state.params)
+            wall_time.spent_on("logging")
+            evaluations.start(start, state.params)
             stream = batches.on_devices(start, layout)
             stop_requested = StopPoll(lambda: stop.pending)
             wall_time.spent_on("start")
             for step in range(start + 1, total_steps + 1):
-                call("before_step", step, state)
+                profile.before_step(step, state)
                 batch = next(stream)
                 wall_time.spent_on("data")
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, scalars = step_function(state, batch)
                 # The first call compiles, all others return at once.
                 wall_time.spent_on("compilation" if step == start + 1 else "steps")
-                call("after_step", step, state, scalars)
-                stopping = stop_requested(step)
-                due = step % steps_per_epoch == 0 or (every > 0 and step % every == 0)
+                log.after_step(step, scalars)
+                profile.after_step(step, state)
+                wall_time.spent_on("logging")
+                stopping, ends_epoch = stop_requested(step), step % steps_per_epoch == 0
+                due = ends_epoch or (every > 0 and step % every == 0)
                 if due or stopping:
                     log_state = log.before_checkpoint(step, ends_interval=due)
                     wall_time.spent_on("logging")
                     checkpoints.save(state, **log_state)
                     record.step = step
                     wall_time.spent_on("checkpoints")
-                    call("after_checkpoint", step, state, stopping)
+                # A resumed run evaluates an epoch that was stopped before.
+                if ends_epoch and not stopping:
+                    evaluations.run(step, state.params)
                 if stopping:
                     checkpoints.wait()
                     raise Interrupted(f"stopped after step {step}; rerun the command to resume")
@@ -198,7 +193,7 @@ def train(
                 "test": tested.metrics,
                 "test_intervals": intervals(tested.ranks),
                 "val": evaluator.run(params, val).metrics,
-                "card": card.as_dict(),
+                "card": dataclasses.asdict(card),
                 "best_step": best_step,
                 "total_steps": total_steps,
                 "skipped_steps": log.skipped,
