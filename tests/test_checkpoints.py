@@ -83,6 +83,18 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
         assert checkpoints.metric(6) is None
 
 
+def test_a_run_that_was_moved_away_is_not_made_anew(tmp_path):
+    """A training whose directory comes back, without its configuration, would go on for hours."""
+    run = tmp_path / "run"
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(at_step(1))
+        checkpoints.wait()
+        run.rename(tmp_path / "elsewhere")
+        with pytest.raises(FileNotFoundError):
+            checkpoints.attach_metric(1, 5.0)
+        assert not run.exists()
+
+
 def test_a_damaged_best_checkpoint_is_replaced_by_the_next(tmp_path, capsys):
     write_steps(tmp_path, 1, 2, identity=OWN)
     (path,) = (tmp_path / "checkpoints" / "2" / "params").glob("d/*")

@@ -218,11 +218,11 @@ def test_a_stopped_run_resumes_to_the_same_result(finished, arguments, tmp_path,
     assert_same_run(workdir, finished[0])
 
 
-def test_training_without_tensorboard_and_tensorflow(tiny_arguments, tmp_path, monkeypatch, capsys):
+def test_training_without_tensorboard_and_tensorflow(arguments, tmp_path, monkeypatch, capsys):
     for name in ("tensorflow", "tensorboard", "tensorboard.compat.proto.event_pb2"):
         monkeypatch.setitem(sys.modules, name, None)
     workdir = tmp_path / "run"
-    assert train(tiny_arguments(workdir, "--config.train.epochs=1")) == 0
+    assert train(arguments(workdir)) == 0
     message = "TensorBoard is not installed: no TensorBoard files, only metrics.jsonl"
     assert message in capsys.readouterr().out
     assert (workdir / "result.json").exists()
