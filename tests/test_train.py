@@ -5,7 +5,6 @@ import datetime
 import io
 import json
 import math
-import os
 import re
 import signal
 import statistics
@@ -258,9 +257,8 @@ def test_training_starts_from_foreign_weights(shapes_data, tmp_path):
 
 @pytest.mark.slow
 def test_a_few_steps_learn_from_the_installed_clip(tmp_path, monkeypatch):
-    """To R@1 25 in 40 steps; zero-shot is 12. Without learning it ends at 4, with wrong pairs at
-    0.4, and with permuted token ids, which the model learns anew, at 11."""
-    monkeypatch.setitem(SIZES, "smoke", (960, 256, 32))
+    """To R@1 33 in 10 steps; zero-shot is 10."""
+    monkeypatch.setitem(SIZES, "smoke", (480, 128, 32))
     data, workdir = tmp_path / "data", tmp_path / "run"
     assert build(["shapes", "--size=smoke", f"--data_dir={data}"]) == 0
     # In its own process, on one device.
@@ -268,14 +266,13 @@ def test_a_few_steps_learn_from_the_installed_clip(tmp_path, monkeypatch):
         "drl_jax.train",
         "--config=configs/shapes.py",
         f"--config.data.data_dir={data}",
-        "--config.train.epochs=4",
-        # Compiles one layer instead of four, but optimises it, unlike the other tests: the steps
-        # take half as long.
+        "--config.train.epochs=2",
+        "--config.train.pictures=False",
+        # Compiles one layer instead of four.
         "--config.model.scan_unroll=1",
         f"--workdir={workdir}",
-        env={"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=1"},
     )
-    assert result_of(workdir)["val"]["t2v"]["R@1"] > 18
+    assert result_of(workdir)["val"]["t2v"]["R@1"] > 20
 
 
 # ---------------------------------------------------------------- mistakes
