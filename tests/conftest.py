@@ -44,8 +44,8 @@ cache_compilations()
 
 # Files that take longest. They start first, so that both workers finish at about the same time.
 SLOW_FILES = (
-    *("train", "steps", "distributed", "reference_parity", "search", "search_engines"),
-    *("ray_build", "ray_index"),
+    *("train", "recovery", "steps", "distributed", "reference_parity", "search"),
+    *("search_engines", "ray_build", "ray_index"),
 )
 
 
