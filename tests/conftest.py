@@ -29,7 +29,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-from support.commands import run_module
+from support.commands import TINY, run_module
 from support.runs import make_run, tiny_shapes_config
 
 import drl_jax
@@ -44,7 +44,7 @@ cache_compilations()
 
 # Files that take longest. They start first, so that both workers finish at about the same time.
 SLOW_FILES = (
-    *("train", "steps", "distributed", "reference_parity", "search_updates"),
+    *("train", "recovery", "steps", "distributed", "reference_parity", "search_updates"),
     *("ray_build", "ray_index"),
 )
 
@@ -138,6 +138,23 @@ def tiny_weights(tmp_path_factory) -> Path:
         save_weights(path, params, config)
 
     return made_once(tmp_path_factory, "tiny.safetensors", save)
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(shapes_data, tiny_weights) -> Callable[..., tuple[str, ...]]:
+    """Makes the arguments of `drl_jax.train` for a run of 12 steps in a directory."""
+
+    def make(workdir: Path, *extra: str) -> tuple[str, ...]:
+        return (
+            "--config=configs/shapes.py:smoke",
+            f"--workdir={workdir}",
+            f"--config.data.data_dir={shapes_data}",
+            *TINY,
+            f"--config.model.init={tiny_weights}",
+            *extra,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Intervals of metrics, and differences of two models, against brute force and simulations."""
 
 import numpy as np
-import pytest
 
 from drl_jax.evaluation.bootstrap import _draw, differences, intervals
 from drl_jax.evaluation.metrics import Ranks, flatten, metrics_of, query_ranks
@@ -24,26 +23,23 @@ def gallery(rng, videos, *, captions=1, noise=1.4):
     return unit(text) @ unit(video).T, text_to_video
 
 
-@pytest.mark.parametrize(("videos", "captions", "noise"), [(120, 1, 1.4), (80, 5, 1.1)])
-def test_intervals_cover_the_truth(videos, captions, noise):
+def test_intervals_cover_the_truth():
     """Of R@1 in 93 to 97 % of the galleries. The truth is the mean over all galleries.
 
     With so few videos, percentiles of R@5 and R@10, whose values are close to 100, cover less.
     """
     rng = np.random.default_rng(0)
-    ranks = [
-        query_ranks(*gallery(rng, videos, captions=captions, noise=noise)) for _ in range(2000)
-    ]
+    ranks = [query_ranks(*gallery(rng, 80, captions=5, noise=1.1)) for _ in range(1000)]
     values = [flatten(metrics_of(gallery_ranks)) for gallery_ranks in ranks]
     covered = {f"{direction} R@{k}": 0 for direction in ("t2v", "v2t") for k in (1, 5, 10)}
     truth = {name: np.mean([value[name] for value in values]) for name in covered}
     assert 40 < truth["t2v R@1"] < 60
-    for seed, gallery_ranks in enumerate(ranks[:800]):
+    for seed, gallery_ranks in enumerate(ranks[:400]):
         found = flatten(intervals(gallery_ranks, resamples=400, seed=seed))
         for name in covered:
             low, high = found[name]
             covered[name] += low <= truth[name] <= high
-    rates = {name: count / 8 for name, count in covered.items()}
+    rates = {name: count / 4 for name, count in covered.items()}
     assert 93 <= rates["t2v R@1"] <= 97, rates
     assert 93 <= rates["v2t R@1"] <= 97, rates
     assert min(rates.values()) > 91, rates
@@ -75,19 +71,6 @@ def test_intervals_are_percentiles_of_the_metrics_of_drawn_videos():
         np.testing.assert_allclose(bounds, expected, rtol=1e-9, err_msg=name)
 
 
-def test_several_captions_of_a_video_are_one_piece_of_evidence():
-    sim_matrix, text_to_video = gallery(np.random.default_rng(2), 60)
-    once = intervals(query_ranks(sim_matrix, text_to_video))
-    five = intervals(query_ranks(np.repeat(sim_matrix, 5, 0), np.repeat(text_to_video, 5)))
-    assert five["t2v"] == once["t2v"]
-
-
-def test_intervals_depend_on_the_seed_alone():
-    ranks = query_ranks(*gallery(np.random.default_rng(3), 60))
-    assert intervals(ranks) == intervals(ranks)
-    assert intervals(ranks, seed=1) != intervals(ranks)
-
-
 def test_a_better_model_is_recognised_on_the_same_queries():
     """The difference is certain where the intervals of the two models overlap."""
     rng = np.random.default_rng(4)
@@ -110,7 +93,7 @@ def test_equally_good_models_seldom_differ():
     """In about 5 of 100 galleries."""
     rng = np.random.default_rng(5)
     alarms = []
-    for seed in range(400):
+    for seed in range(200):
         one, other = (np.where(rng.random(100) < 0.5, 1.0, 3.0) for _ in range(2))
         runs = [Ranks(t2v, np.ones(100), np.arange(100), *NO_PAIRS) for t2v in (one, other)]
         found = differences(*runs, resamples=300, seed=seed)["t2v R@1"]

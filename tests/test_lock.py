@@ -14,88 +14,15 @@ from support.commands import ROOT
 
 from drl_jax.runtime.lock import LOCK_FILE, LockError, locked, temporary_directory
 
-# Takes the lock, says so, and holds it until its stdin ends; then leaves the block.
+# Takes the lock, starts a child that it names, and holds the lock until its stdin ends.
 HOLDER = """
 import subprocess, sys
 from pathlib import Path
 from drl_jax.runtime.lock import locked
 with locked(Path(sys.argv[1]), "the dataset"):
-    child = subprocess.Popen(["sleep", "600"], close_fds=False) if "child" in sys.argv else None
-    print(child.pid if child else 0, flush=True)
+    print(subprocess.Popen(["sleep", "600"], close_fds=False).pid, flush=True)
     sys.stdin.read()
 """
-
-
-def start_holder(path, *arguments):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path), *arguments],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return process, int(process.stdout.readline())
-
-
-def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path):
-    path = tmp_path / "new" / LOCK_FILE
-    process, _ = start_holder(path)
-    with process:
-        expected = (
-            f"the dataset is in use by process {process.pid} on host {socket.gethostname()};"
-            " wait for it to end, or stop it"
-        )
-        for _ in range(2):  # The refused attempt leaves the name of the holder.
-            with pytest.raises(LockError) as error, locked(path, "the dataset"):
-                pass
-            assert str(error.value) == expected
-        process.stdin.close()
-        process.wait()
-    with locked(path, "the dataset"):
-        assert path.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
-    with locked(path, "the dataset"):  # It is released at the end of the block,
-        pass
-    assert path.exists()  # and the file stays.
-
-
-def test_a_killed_process_releases_its_lock(tmp_path):
-    process, child = start_holder(tmp_path / LOCK_FILE, "child")
-    try:
-        with process:
-            process.kill()
-        # Its child is alive and has no part in the lock.
-        os.kill(child, 0)
-        with locked(tmp_path / LOCK_FILE, "the dataset"):
-            pass
-    finally:
-        os.kill(child, 9)
-
-
-def test_the_lock_ends_with_an_exception_in_the_block(tmp_path):
-    for _ in range(2):
-        with pytest.raises(ValueError, match="in the block"), locked(tmp_path / LOCK_FILE, "it"):
-            raise ValueError("in the block")
-
-
-def test_a_file_that_does_not_name_its_holder_yet(tmp_path):
-    with (tmp_path / LOCK_FILE).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(LockError, match="it is in use by another process; wait"):
-            locked(tmp_path / LOCK_FILE, "it").__enter__()
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_a_warning(number, tmp_path, capsys, monkeypatch):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    with locked(tmp_path / LOCK_FILE, "it"):
-        ran = True
-    assert ran
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {tmp_path / LOCK_FILE} cannot be locked (")
-    assert "nothing prevents a second process" in line
 
 
 # Makes a temporary directory, names it, and keeps it until its stdin ends.
@@ -109,20 +36,82 @@ with temporary_directory() as directory:
 """
 
 
+def start(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": tempfile.gettempdir()},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system without locks, if its error has this number."""
+
+    def set_error(number):
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+
+    return set_error
+
+
+def test_a_second_process_is_refused_until_the_first_one_is_killed(tmp_path):
+    path = tmp_path / "new" / LOCK_FILE
+    process = start(HOLDER, str(path))
+    child = int(process.stdout.readline())
+    try:
+        with process:
+            expected = (
+                f"the dataset is in use by process {process.pid} on host {socket.gethostname()};"
+                " wait for it to end, or stop it"
+            )
+            for _ in range(2):  # The refused attempt leaves the name of the holder.
+                with pytest.raises(LockError) as error, locked(path, "the dataset"):
+                    pass
+                assert str(error.value) == expected
+            process.kill()
+        # Its child is alive and has no part in the lock.
+        os.kill(child, 0)
+        with locked(path, "the dataset"):
+            assert path.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+    finally:
+        os.kill(child, 9)
+
+
+def test_the_lock_ends_with_the_block(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="in the block"), locked(tmp_path / LOCK_FILE, "it"):
+            raise ValueError("in the block")
+    assert (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_file_that_does_not_name_its_holder_yet(tmp_path):
+    with (tmp_path / LOCK_FILE).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(LockError, match="it is in use by another process; wait"):
+            locked(tmp_path / LOCK_FILE, "it").__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_a_warning(number, no_locks, tmp_path, capsys):
+    no_locks(number)
+    with locked(tmp_path / LOCK_FILE, "it"):
+        ran = True
+    assert ran
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / LOCK_FILE} cannot be locked (")
+    assert "nothing prevents a second process" in line
+
+
 def test_the_temporary_directory_of_a_killed_process_is_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "drl_jax_temporary_file").touch()  # Of nobody.
-    keepers = [
-        subprocess.Popen(
-            [sys.executable, "-c", KEEPER],
-            cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(tmp_path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    keepers = [start(KEEPER) for _ in range(2)]
     killed, running = [Path(keeper.stdout.readline().strip()) for keeper in keepers]
     keepers[0].kill()
     keepers[0].communicate()
@@ -157,12 +146,9 @@ def test_a_temporary_directory_that_another_process_deletes_at_once(tmp_path, mo
         assert str(directory) == made[2]
 
 
-def test_a_temporary_directory_without_locks_is_kept(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
+def test_a_temporary_directory_without_locks_is_kept(no_locks, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("fcntl.flock", refuse)
+    no_locks(errno.ENOLCK)
     with temporary_directory() as one, temporary_directory():
         assert one.exists()
     assert not one.exists()

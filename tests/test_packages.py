@@ -3,7 +3,6 @@
 import ast
 import re
 
-import pytest
 from support.import_graph import (
     ROOT,
     circle,
@@ -11,7 +10,6 @@ from support.import_graph import (
     module_graph,
     modules_of,
     part_graph,
-    part_of,
 )
 
 # A package or module of drl_jax imports only itself and what stands before it here.
@@ -23,6 +21,7 @@ ORDER = (
     *("train", "evaluate", "compare", "convert"),
 )
 MODULES = modules_of("drl_jax")
+PARTS = part_graph(module_graph("drl_jax"))
 # Fewer are better.
 MOST_PARTS, MOST_ARROWS = 16, 60
 
@@ -31,29 +30,24 @@ RAY = "drl_jax.runtime.ray_cluster"
 
 
 def test_every_package_has_a_place():
-    assert {part_of(module) for module in MODULES} == set(ORDER)
+    assert PARTS.keys() == set(ORDER)
 
 
-@pytest.mark.parametrize("package", ORDER)
-def test_packages_import_only_lower_ones(package):
-    allowed = set(ORDER[: ORDER.index(package) + 1])
-    for module, path in MODULES.items():
-        if part_of(module) == package:
-            used = {part_of(name) for name in imported_names(path) if name.startswith("drl_jax.")}
-            assert used <= allowed, f"{module} imports {used - allowed}"
+def test_packages_import_only_lower_ones():
+    for part, imported in PARTS.items():
+        assert imported <= set(ORDER[: ORDER.index(part)]), part
 
 
 def test_few_packages_with_few_arrows():
-    parts = part_graph(module_graph("drl_jax"))
-    assert len(parts) <= MOST_PARTS
-    assert sum(map(len, parts.values())) <= MOST_ARROWS
+    assert len(PARTS) <= MOST_PARTS
+    assert sum(map(len, PARTS.values())) <= MOST_ARROWS
 
 
-@pytest.mark.parametrize("package", ["drl_jax", "data_prep"])
-def test_modules_do_not_import_in_circles(package):
-    modules = module_graph(package)
-    assert not circle(modules)
-    assert not circle(part_graph(modules))
+def test_modules_do_not_import_in_circles():
+    for package in ("drl_jax", "data_prep"):
+        modules = module_graph(package)
+        assert not circle(modules)
+        assert not circle(part_graph(modules))
 
 
 def test_the_tour_names_files_that_exist():
@@ -70,25 +64,17 @@ def test_ruff_has_one_version():
     assert f"rev: v{wanted[1]}\n" in hooks
 
 
-def test_the_package_needs_nothing_built_on_it():
-    for module, path in MODULES.items():
-        roots = {name.split(".")[0] for name in imported_names(path)}
-        assert not roots & {"data_prep", "configs", "tests", "benchmarks"}, module
+def users(library: str) -> set[str]:
+    """The modules that import a library or package."""
+    return {
+        module
+        for module, path in MODULES.items()
+        if library in {name.split(".")[0] for name in imported_names(path)}
+    }
 
 
 def test_optional_and_heavy_libraries_are_imported_by_few_modules():
-    users = {
-        library: {
-            module
-            for module, path in MODULES.items()
-            if library in {name.split(".")[0] for name in imported_names(path)}
-        }
-        for library in (
-            *("orbax", "clu", "huggingface_hub", "tensorflow", "torch"),
-            *("tokenizers", "sentencepiece", "pyarrow", "ray"),
-        )
-    }
-    assert users == {
+    expected = {
         "orbax": {"drl_jax.runs.checkpoint_files", "drl_jax.runs.checkpoints"},
         "clu": {"drl_jax.runs.log_files"},
         "huggingface_hub": {"drl_jax.weights.hub"},
@@ -101,7 +87,10 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
         "ray": {RAY},
         "tokenizers": {"drl_jax.models.tokenizers.files"},
         "sentencepiece": {"drl_jax.models.tokenizers.files"},
+        # What is built on the package.
+        **{name: set() for name in ("data_prep", "configs", "tests", "benchmarks")},
     }
+    assert {library: users(library) for library in expected} == expected
 
 
 def test_ray_is_imported_on_demand():

@@ -100,14 +100,9 @@ if __name__ == "__main__":
 )
 def test_nothing_waits_for_calls_whose_results_nobody_wants(then, status):
     """Also at exit, where the generator is closed last, and after Ctrl-C."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", HANGING.format(then=then)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-c", HANGING.format(then=then)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     try:
         assert parent.stdout.readline() == "waiting\n"
         workers = children_of(parent.pid)
@@ -122,18 +117,25 @@ def test_nothing_waits_for_calls_whose_results_nobody_wants(then, status):
     wait_until(lambda: not any(map(is_running, workers)))
 
 
-def test_workers_do_not_outlive_a_killed_parent():
+@pytest.mark.parametrize(
+    ("work", "count"),
+    [
+        ("list(map_in_processes(time.sleep, [(600,), (600,)]))", 2),
+        ("run_module('http.server', '--bind=127.0.0.1', '0')", 1),
+    ],
+)
+def test_children_do_not_outlive_a_killed_parent(work, count):
     code = (
         "import time\n"
-        "from drl_jax.runtime.worker_pool import map_in_processes\n"
-        "if __name__ == '__main__':\n"
-        "    list(map_in_processes(time.sleep, [(600,), (600,)]))\n"
+        "from drl_jax.runtime.worker_pool import map_in_processes, run_module\n"
+        f"if __name__ == '__main__': {work}\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
     try:
-        wait_until(lambda: len(children_of(parent.pid)) >= 2)
-        workers = children_of(parent.pid)
+        wait_until(lambda: len(children_of(parent.pid)) >= count, parent)
+        children = children_of(parent.pid)
     finally:
         parent.kill()
         parent.wait()
-    wait_until(lambda: not any(map(is_running, workers)))
+    wait_until(lambda: not any(map(is_running, children)))

@@ -38,22 +38,19 @@ class CheckpointError(UserError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """Files of a checkpoint that are not as they were saved; the message is the reason."""
+    """Files of a checkpoint that are not as they were saved."""
 
 
 # ---------------------------------------------------------------- checksums
 
 
 def summarise(tree: Any) -> tuple[dict[str, list], list[str]]:
-    """Computes checksums on the devices, and looks for values that are not finite.
+    """Shape, dtype and checksum of each array by its path, as JSON values, and the paths of those
+    with a NaN or an infinity.
 
-    A change of one element always changes the checksum of its array (of 8, 16 or 32 bits an
-    element); any other change leaves it the same with a probability of 2^-32. It does not depend on
-    shardings. With arrays that are split over several processes, all of them call this.
-
-    Returns:
-      Shape, dtype and checksum of each array by its path, as JSON values, and the paths of those
-      with a NaN or an infinity.
+    Computed on the devices. A change of one element always changes the checksum (elements have 8,
+    16 or 32 bits); any other change leaves it the same with a probability of 2^-32. It does not
+    depend on shardings. If arrays are split over several processes, all of them call this.
     """
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     # All are started before the first one is waited for.
@@ -68,7 +65,7 @@ def summarise(tree: Any) -> tuple[dict[str, list], list[str]]:
 
 
 def params_digest(params: Any) -> str:
-    """Hexadecimal SHA-256 of paths, shapes, dtypes and checksums; all processes call it."""
+    """SHA-256 of paths, shapes, dtypes and checksums; all processes call it."""
     return json_sha256(summarise(params)[0])
 
 
@@ -102,10 +99,7 @@ def _summary(array: jax.Array) -> jax.Array:
 
 
 def _reduce_rows(mixed: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Adds up groups of at most 32 rows, elementwise.
-
-    XLA's CPU backend vectorises and parallelises this, but not the reduction of a whole array.
-    """
+    """Adds up groups of at most 32 rows: XLA parallelises this on CPUs, but no full reduction."""
     rows = mixed.shape[0]
     group = max(size for size in range(1, 33) if rows % size == 0)
     shape = (rows // group, group, *mixed.shape[1:])
@@ -172,10 +166,7 @@ def stored_params(info: dict[str, Any]) -> dict[str, list]:
 
 
 def owner(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
-    """Step, identity, and `params_digest` of the checkpoint in `directory`; errors of `read_info`.
-
-    The parameters are not read.
-    """
+    """Step, identity and `params_digest` of a checkpoint, from its JSON item (`read_info`)."""
     info = read_info(directory, identity)
     names = ("step", *Identity._fields)
     return {**{name: info[name] for name in names}, "params": json_sha256(stored_params(info))}
@@ -185,12 +176,7 @@ def owner(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
 
 
 def write_metric(directory: Path, value: float) -> None:
-    """Stores the metric of the checkpoint in `directory`, which chooses the best one.
-
-    Raises:
-      DamagedCheckpoint: the checkpoint is damaged.
-      OSError: the metric cannot be written.
-    """
+    """Stores the metric of the checkpoint in `directory`, which chooses the best one."""
     directory.stat()  # A run that was moved away meanwhile is not damaged.
     write_json(directory / METRICS_FILE, seal({SELECTION_METRIC: value, **owner(directory)}))
 
@@ -205,12 +191,11 @@ def read_metric(directory: Path, identity: Identity = UNKNOWN) -> float | None:
       CheckpointError: it is that of another checkpoint, or see `read_info`.
     """
     path = directory / METRICS_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+    with _damage(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     expected = owner(directory, identity)
     with _damage(path):
         values = unseal(text)
@@ -228,12 +213,8 @@ def read_metric(directory: Path, identity: Identity = UNKNOWN) -> float | None:
 
 
 def read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Reads items of a checkpoint in this process, without waiting for others.
-
-    Raises:
-      DamagedCheckpoint: they cannot be read.
-    """
-    # Alone: by default, a process whose files are damaged leaves the others waiting.
+    """Reads items of a checkpoint; DamagedCheckpoint: one cannot be read."""
+    # By default, a process whose files are damaged leaves the others waiting.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=None, active_processes={jax.process_index()}
     )
@@ -248,11 +229,7 @@ def read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify_arrays(info: dict[str, Any], items: dict[str, Any]) -> None:
-    """Compares arrays with the summaries of their checkpoint.
-
-    Raises:
-      DamagedCheckpoint: an array is not the one that was saved.
-    """
+    """Raises DamagedCheckpoint unless arrays have the checksums of their checkpoint."""
     for name, found in summarise(items)[0].items():
         if found != info["arrays"][name]:
             raise DamagedCheckpoint(f"{name} differs from its checksum")
@@ -260,6 +237,7 @@ def verify_arrays(info: dict[str, Any], items: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _damage(path: Path) -> Iterator[None]:
+    """An error in the block is damage of a file or directory, unless the system refused it."""
     try:
         yield
     # Devices without the memory for the arrays.
@@ -267,14 +245,10 @@ def _damage(path: Path) -> Iterator[None]:
         raise
     # TensorStore, Orbax and json raise many types for damaged files.
     except Exception as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
-    """The error of a damaged file or directory of a checkpoint, unless it was refused."""
-    raise_if_refused(path, error)
-    try:
-        read_all(path)
-    except OSError as reason:
-        raise_if_refused(path, reason)
-    return DamagedCheckpoint(f"{path.parent.name}/{path.name} is damaged ({one_line(error)})")
+        raise_if_refused(path, error)
+        try:
+            read_all(path)
+        except OSError as reason:
+            raise_if_refused(path, reason)
+        reason = f"{path.parent.name}/{path.name} is damaged ({one_line(error)})"
+        raise DamagedCheckpoint(reason) from error

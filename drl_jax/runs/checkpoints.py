@@ -4,7 +4,6 @@
 are kept.
 """
 
-import concurrent.futures
 import contextlib
 import threading
 import time
@@ -64,13 +63,11 @@ class Checkpoints:
         """Opens the checkpoints of a run; creates the directory unless `read_only`.
 
         Args:
-          keep_latest: how many of the latest checkpoints are kept.
-          identity: of the run, as far as it is known; None: `identity_of` the directory.
+          identity: as far as it is known; None: `identity_of` the directory.
           read_only: whether another process may write them.
 
         Raises:
-          UserError: the directory cannot be created or read, the checkpoints are those of several
-            runs, or see `identity_of`.
+          UserError: the directory cannot be created or read, or has checkpoints of several runs.
         """
         self._directory = (workdir / CHECKPOINTS).absolute()
         self._damaged = workdir / DAMAGED_DIRECTORY
@@ -134,11 +131,7 @@ class Checkpoints:
     # ------------------------------------------------------------ which there are
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints.
-
-        Raises:
-          Unavailable: the directory, or that of a checkpoint, cannot be read.
-        """
+        """Steps of the complete checkpoints; Unavailable: a directory cannot be read."""
         found = []
         with self._saving("opened"):
             for path in self._directory.iterdir() if self._directory.exists() else ():
@@ -152,11 +145,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Step of the best evaluated checkpoint; the latest of several equally good ones.
-
-        Raises:
-          UserError: a metric cannot be read, see `read_metric`.
-        """
+        """Step of the best evaluated checkpoint; the latest of several equally good ones."""
         values = {step: value for step in self.steps() if (value := self.metric(step)) is not None}
         return max(values, key=lambda step: (values[step], step), default=None)
 
@@ -176,12 +165,13 @@ class Checkpoints:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether a checkpoint has a metric that is not damaged."""
-        return step not in self.with_damaged_metric() and self.metric(step) is not None
+        try:
+            return self.metric(step) is not None
+        except DamagedCheckpoint:
+            return False
 
     def find_step(self, name: str) -> int:
-        """Resolves the name of a checkpoint: "best", "latest" or a number.
-
-        Without an evaluated checkpoint, "best" is the latest.
+        """The step of "best", "latest" or a number; "best" of none that is evaluated: the latest.
 
         Raises:
           UserError: there is no checkpoint, the name is none of these, or a metric cannot be read.
@@ -205,9 +195,7 @@ class Checkpoints:
     # ------------------------------------------------------------ saving
 
     def save(self, state: TrainState, **log: Any) -> None:
-        """Saves in the background; does nothing if the step is saved already.
-
-        `restore_latest` returns the JSON values `log` with the state.
+        """Saves in the background, with JSON values `log`, unless the step is saved already.
 
         Raises:
           UserError: the state is not finite, or this or the previous save failed.
@@ -225,11 +213,7 @@ class Checkpoints:
             self._manager.save(step, args=arguments, force=True)
 
     def wait(self) -> None:
-        """Waits until the last save has finished.
-
-        Raises:
-          UserError: it failed.
-        """
+        """Waits until the last save has finished; UserError: it failed."""
         if self._manager is None:
             return
         with self._saving("saved"):
@@ -237,27 +221,21 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 return
             # Orbax waits for the other processes before it reports an error of this one.
-            waiting: concurrent.futures.Future = concurrent.futures.Future()
-            threading.Thread(target=self._finish, args=(waiting,), daemon=True).start()
-            while not waiting.done():
-                concurrent.futures.wait([waiting], timeout=0.1)
-                if self._failures:
-                    raise self._failures[0]
-            waiting.result()
+            waiting = threading.Thread(target=self._finish, daemon=True)
+            waiting.start()
+            while waiting.is_alive() and not self._failures:
+                waiting.join(timeout=0.1)
+            if self._failures:
+                raise self._failures[0]
 
-    def _finish(self, waiting: concurrent.futures.Future) -> None:
+    def _finish(self) -> None:
         try:
-            waiting.set_result(self._manager.wait_until_finished())
+            self._manager.wait_until_finished()
         except BaseException as error:
-            waiting.set_exception(error)
+            self._failures.append(error)
 
     def attach_metric(self, step: int, value: float) -> None:
-        """Stores the metric of a saved checkpoint; waits until the save has finished.
-
-        Raises:
-          UserError: the save failed.
-          OSError: the metric cannot be written.
-        """
+        """Stores the metric of a checkpoint after its save; errors of `wait` and `write_metric`."""
         self.wait()
         if is_main():
             write_metric(self._directory / str(step), value)
@@ -283,10 +261,9 @@ class Checkpoints:
     # ------------------------------------------------------------ restoring
 
     def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Restores the latest intact checkpoint, and the values that were saved with it.
+        """Restores the latest intact checkpoint, and the values saved with it; None: there is none.
 
-        Damaged ones are moved to `damaged_checkpoints`, with a line on stdout for each. The result
-        is None if there is no checkpoint.
+        Damaged ones are moved to `damaged_checkpoints`, with a line on stdout for each.
 
         Raises:
           CheckpointError: all checkpoints are damaged, or one belongs to another run or model.

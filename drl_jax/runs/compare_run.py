@@ -84,7 +84,6 @@ def check_same_queries(one: RankedRun, other: RankedRun) -> None:
 
 
 def _ranked(workdir: Path, checkpoint: str, split_name: str, data_dir: str | None) -> RankedRun:
-    """The ranks of a run, stored or computed."""
     config = with_data_dir(load_config(workdir), data_dir)
     step = find_step(workdir, checkpoint)
     stored = read_ranks(evaluation_path(workdir, split_name, step).with_suffix(".npz"))

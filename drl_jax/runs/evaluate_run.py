@@ -70,7 +70,6 @@ class OpenEvaluation:
     card: ProtocolCard
 
     def run(self, split: Split | None = None) -> Evaluation:
-        """Evaluates the split, or another one."""
         split = self.split if split is None else split
         return self.evaluator.run(self.params, split, frame_order=self.frame_order)
 
@@ -158,11 +157,7 @@ def evaluate(
 def open_evaluation(
     workdir: Path, config: Config, *, checkpoint: str, split_name: str, frame_order: str
 ) -> OpenEvaluation:
-    """Restores a checkpoint and loads a split; arguments as of `evaluate`.
-
-    Raises:
-      UserError: no such run, checkpoint, dataset or split, or the split cannot be ranked.
-    """
+    """Restores a checkpoint and loads a split; arguments and errors as of `evaluate`."""
     layout = make_layout(fsdp=config.sharding.fsdp)
     step, params = restore_params(workdir, config.model, layout, checkpoint)
     dataset = VideoDataset(dataset_dir(config))
@@ -197,7 +192,7 @@ def _result(
             "t2v": legacy_metrics(ranked.t2v_scores, text_to_video)["t2v"],
             "v2t": legacy_metrics(ranked.v2t_scores, text_to_video)["v2t"],
         },
-        "card": card.as_dict(),
+        "card": dataclasses.asdict(card),
     }
 
 
@@ -237,11 +232,9 @@ class PostProcessing:
         """Loads and checks the splits; `bank_size` is that of `draw_bank`.
 
         Raises:
-          UserError: an unknown method, no split *train* or *val*, a split that shares videos with
-            another, or a bank that is larger than *train*.
+          UserError: no split *train* or *val*, a split that shares videos with another, or a bank
+            that is larger than *train*.
         """
-        if unknown := [name for name in methods if name not in METHODS]:
-            raise UserError(f"no post-processing {unknown[0]!r}; there are {', '.join(METHODS)}")
         self._opened, self._methods = opened, methods
         try:
             self._val = _checked_split(opened.dataset, "val", opened.config)
@@ -272,7 +265,6 @@ class PostProcessing:
             )
 
     def run(self, evaluation: Evaluation) -> dict[str, Ranked]:
-        """Post-processes an evaluation, by each method."""
         opened, bank, encoded = self._opened, self._bank, None
         val = opened.run(self._val)
         if bank is not None:

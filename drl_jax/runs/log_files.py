@@ -57,22 +57,13 @@ class MetricsFile:
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends a line.
-
-        Raises:
-          OSError: it cannot be written.
-        """
         values = {tag: float(value) for tag, value in scalars.items()}
         with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def read_scalars(workdir: Path) -> list[dict[str, float]]:
-    """The objects of `metrics.jsonl` of a run; none without the file. Damaged lines are left out.
-
-    Raises:
-      OSError: the file cannot be read.
-    """
+    """The objects of `metrics.jsonl` of a run, without damaged lines; none without the file."""
     return list(filter(None, map(_parse, _read(workdir / METRICS_FILE).splitlines())))
 
 
@@ -85,7 +76,6 @@ def _read(path: Path) -> str:
 
 
 def _parse(line: str) -> dict[str, float] | None:
-    """The object of a line; None if it is damaged."""
     try:
         values = json.loads(line)
         scalars = {tag: float(values[tag]) for tag in values if tag != "step"}
@@ -106,7 +96,6 @@ class TensorBoard:
 
         Raises:
           ImportError: TensorBoard is not installed.
-          OSError: the file cannot be written.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter

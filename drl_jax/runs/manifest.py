@@ -55,14 +55,7 @@ class RunRecord:
     def __init__(
         self, workdir: Path, config: Config, dataset: VideoDataset, seconds: Mapping[str, float]
     ):
-        """Reads the manifest of a run, or makes that of a new one; writes nothing.
-
-        `seconds` has, at the end, the time that was spent on each activity.
-
-        Raises:
-          WorkdirError: the run was started with a dataset of another content or another tokenizer,
-            or its manifest is damaged.
-        """
+        """Reads the manifest of a run, or makes that of a new one; errors of `recorded`."""
         self._path = workdir / MANIFEST_FILE
         self._weights_sha256 = weights_sha256(config)
         self._values: dict[str, Any] = {
@@ -84,11 +77,7 @@ class RunRecord:
         self.step, self._started, self._seconds = 0, False, seconds
 
     def check_weights(self, config: Config) -> None:
-        """Checks, before the first step, that the weights are those that the run started with.
-
-        Raises:
-          WorkdirError: they are others.
-        """
+        """Raises WorkdirError unless the initial weights are those that the run started with."""
         if self._values["weights_sha256"] != self._weights_sha256:
             raise WorkdirError(
                 f"config.model.init={config.model.init} is another file than the run in"
@@ -96,7 +85,7 @@ class RunRecord:
             )
 
     def start(self, run: str, step: int, total_steps: int) -> None:
-        """Adds this start, from `step`, with its versions and devices; `run` is the run's id."""
+        """Adds this start, from `step`; `run` is the run's id."""
         self.step, self._started = step, True
         self._values |= {"id": run, "total_steps": total_steps}
         start = {"started": _now(), "ended": None, "outcome": None}
@@ -123,8 +112,10 @@ def recorded(
 ) -> Iterator[RunRecord]:
     """Claims the directory of a run and records how the block ends.
 
+    `seconds` has, at the end, the time that was spent on each activity.
+
     Raises:
-      WorkdirError: the directory holds another run, or one of another dataset.
+      WorkdirError: the directory holds another run, or one of another dataset or tokenizer.
     """
     with failing_together(UserError):
         record = RunRecord(workdir, config, dataset, seconds)
@@ -160,7 +151,7 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
     """What differs from the run of a manifest and may change results a little, in words.
 
     Raises:
-      WorkdirError: this would be another run: other fields, weights, tokenizer or dataset.
+      WorkdirError: other fields, weights, tokenizer or dataset, which make another run.
     """
     there, here = flatten(config_from_dict(manifest["config"])), flatten(config)
     changed = [name for name in here if here[name] != there[name]]
@@ -195,7 +186,6 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
 def _check_inputs(
     manifest: Mapping[str, Any], config: Config, dataset: VideoDataset, run: str
 ) -> None:
-    """Checks that dataset and tokenizer are those of a manifest."""
     expected = manifest["dataset"]["content"]
     if expected != dataset.content:
         raise WorkdirError(
@@ -215,7 +205,6 @@ def _tokenizer_sha256(config: Config) -> str:
 
 
 def weights_sha256(config: Config) -> str:
-    """SHA-256 of the file of initial weights; empty for random ones."""
     return sha256(weights_path(config.model.init)) if config.model.init else ""
 
 

@@ -70,13 +70,8 @@ class ProtocolCard:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ProtocolCard":
-        """The card from its JSON values; a TypeError if a field is missing or unknown."""
+        """The card from its JSON values; TypeError: a field is missing or unknown."""
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """The card as JSON values."""
-        values = dataclasses.asdict(self)
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     def rows(self) -> dict[str, str]:
         """A few sentences by subject."""
@@ -116,11 +111,7 @@ def protocol_card(
     *,
     frame_order: str = "time",
 ) -> ProtocolCard:
-    """Makes the card of an evaluation of a run; `checkpoint` is as it was asked for.
-
-    Raises:
-      UserError: the manifest of the run is damaged, or the metric cannot be read.
-    """
+    """Makes the card of an evaluation of a run; `checkpoint` is as it was asked for."""
     data, counts = config.data, split.caption_counts()
     stored, tower = _stored_name(split_name, data), config.model.backbone
     trained_on = _stored_name("train", data)
@@ -157,7 +148,6 @@ def protocol_card(
 
 
 def _stored_name(split_name: str, data: DataConfig) -> str:
-    """Stored name of a split, or what it is a part of."""
     if data.holdout and split_name == "val":
         return f"{data.holdout} held-out videos of {data.train_split}"
     if data.holdout and split_name == "train":
@@ -188,22 +178,14 @@ def evaluation_path(workdir: Path, split_name: str, step: int, suffix: str = "")
 
 
 def write_ranks(path: Path, ranks: Ranks, card: ProtocolCard) -> None:
-    """Writes the arrays of `Ranks`, and `card` as JSON, atomically.
-
-    Raises:
-      OSError: they cannot be written.
-    """
+    """Writes the arrays of `Ranks`, and `card` as JSON, atomically."""
     arrays = {field.name: getattr(ranks, field.name) for field in dataclasses.fields(Ranks)}
     with replacing(path) as unfinished, unfinished.open("wb") as file:
-        np.savez_compressed(file, card=json.dumps(card.as_dict()), **arrays)
+        np.savez_compressed(file, card=json.dumps(dataclasses.asdict(card)), **arrays)
 
 
 def read_ranks(path: Path) -> tuple[Ranks, ProtocolCard] | None:
-    """Reads ranks and their card; None if there are none, or they are damaged.
-
-    Raises:
-      Unavailable: the file cannot be read.
-    """
+    """Reads ranks and their card; None if there are none, or they are damaged."""
     try:
         with np.load(path) as arrays:
             ranks = Ranks(**{field.name: arrays[field.name] for field in dataclasses.fields(Ranks)})

@@ -37,21 +37,15 @@ T = TypeVar("T")
 
 
 def find_step(workdir: Path, checkpoint: str) -> int:
-    """The step of a checkpoint of a run: "best", "latest" or a step, which need not exist.
-
-    Raises:
-      UserError: the run has no checkpoints, the name is none of these, or a metric cannot be read.
-    """
+    """The step of the checkpoint "best", "latest" or a step, which need not exist; errors of
+    `Checkpoints.find_step`."""
     return _patiently(workdir, lambda checkpoints: checkpoints.find_step(checkpoint))
 
 
 def restore_params(
     workdir: Path, model: ModelConfig, layout: Layout, checkpoint: str
 ) -> tuple[int, Params]:
-    """Restores the parameters of a run: of the checkpoint "best", "latest" or a step.
-
-    Returns:
-      The step and the parameters, with the shardings of `layout`.
+    """The step and the parameters of the checkpoint "best", "latest" or a step of a run.
 
     Raises:
       CheckpointError: the run has no such checkpoint, or it is another run's, or damaged; then the
@@ -180,9 +174,8 @@ def export_weights(
 ) -> int:
     """Writes a checkpoint as safetensors under the reference's names; returns its step.
 
-    The file holds the configuration, so that importing it gives the same model, and the run and the
-    step. A tokenizer that is a file is written beside it. `dtype` and `clip_only` are those of
-    `save_weights`.
+    The file has the configuration, the run and the step. A tokenizer that is a file is written
+    beside it. `dtype` and `clip_only` are those of `save_weights`.
 
     Raises:
       UserError: no such run or checkpoint, the file cannot be written, or its folder has another
@@ -198,7 +191,6 @@ def export_weights(
 
 
 def _write_tokenizer(tokenizer: Path, target: Path) -> str:
-    """Writes a run's tokenizer beside an exported file; returns its name."""
     copy = target.with_name(stored_name(tokenizer))
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)

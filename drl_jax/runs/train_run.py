@@ -1,6 +1,7 @@
 """Trains a run: the loop, its evaluations and checkpoints, and the final test."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def train(
                 "test": tested.metrics,
                 "test_intervals": intervals(tested.ranks),
                 "val": evaluator.run(params, val).metrics,
-                "card": card.as_dict(),
+                "card": dataclasses.asdict(card),
                 "best_step": best_step,
                 "total_steps": total_steps,
                 "skipped_steps": log.skipped,

@@ -80,7 +80,9 @@ def _report(config: Config, workdir: Path, seeds: Sequence[int]) -> None:
     card = dataclasses.replace(cards[0], seeds=tuple(seeds), step=None, parameters_sha256="")
     tests = {run["seed"]: flatten(run["test"]) for run in runs}
     summary = summarise_seeds(list(tests.values()))
-    write_json(workdir / SEEDS_FILE, {"runs": runs, "summary": summary, "card": card.as_dict()})
+    write_json(
+        workdir / SEEDS_FILE, {"runs": runs, "summary": summary, "card": dataclasses.asdict(card)}
+    )
     print(f"test of {len(runs)} seeds:\n{format_seeds(tests, summary)}\nprotocol\n{card}")
 
 

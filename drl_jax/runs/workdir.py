@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,9 +58,7 @@ class WorkdirError(UserError):
 
 
 def load_config(workdir: Path) -> Config:
-    """Reads the configuration of a run, and compares it with that of its manifest.
-
-    `model.tokenizer` is the copy in the directory, so that a run opens where the original is not.
+    """`stored_config` with the copy of the tokenizer in the directory, which is checked.
 
     Raises:
       WorkdirError: the directory does not hold a run, or its files are damaged or changed.
@@ -94,11 +92,7 @@ def with_data_dir(config: Config, data_dir: str | None) -> Config:
 
 
 def stored_config(workdir: Path) -> Config:
-    """The configuration of a run as it was given.
-
-    Raises:
-      WorkdirError: there is none, or it is damaged, changed or of another version.
-    """
+    """The configuration of a run as it was given; errors of `load_config`."""
     path = workdir / CONFIG_FILE
     try:
         config = config_from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -121,11 +115,7 @@ def stored_config(workdir: Path) -> Config:
 
 
 def own_manifest(workdir: Path) -> dict[str, Any] | None:
-    """The manifest of the run in a directory; None if it has none, e.g. before its first step.
-
-    Raises:
-      WorkdirError: it is damaged, or of another version.
-    """
+    """The manifest of a run; None if it has none. WorkdirError: damaged, or another version's."""
     path = workdir / MANIFEST_FILE
     try:
         values = read_manifest(path)
@@ -141,7 +131,7 @@ def own_manifest(workdir: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a run (`runs/manifest.py` writes it), also of an earlier version.
+    """Reads a manifest (`runs/manifest.py` writes it), also of an earlier version.
 
     Raises:
       FileNotFoundError: there is none.
@@ -168,14 +158,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def flatten(config: Config) -> dict[str, Any]:
     """The fields of a configuration by dotted name."""
 
-    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, value
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, field in value.items():
+                yield from walk(f"{prefix}.{name}", field)
+        else:
+            yield prefix[1:], value
 
-    return dict(walk(dataclasses.asdict(config), ""))
+    return dict(walk("", dataclasses.asdict(config)))
 
 
 def changed_fields(old: Config, new: Config) -> list[str]:
@@ -220,9 +210,7 @@ UNKNOWN = Identity()
 
 
 def identity_of(workdir: Path) -> Identity:
-    """The identity of the run in a directory, from its manifest.
-
-    Without a manifest, the id and the dataset are unknown.
+    """The identity of the run in a directory; without a manifest, id and dataset are unknown.
 
     Raises:
       WorkdirError: a file of the run is damaged or of another version.
@@ -246,9 +234,9 @@ def shared_run_id(known: str) -> str:
 
 @contextlib.contextmanager
 def exclusive(workdir: Path) -> Iterator[None]:
-    """Keeps other trainings out of the directory of a run while the block runs.
+    """Creates the directory of a run, and keeps other trainings out while the block runs.
 
-    All processes of a run call it; process 0 holds the lock. Creates the directory.
+    All processes of a run call it; process 0 holds the lock.
 
     Raises:
       UserError: another training holds the lock, or the directory cannot be written.

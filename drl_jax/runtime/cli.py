@@ -33,17 +33,12 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a command, e.g. `python -m drl_jax.train`, or of a subcommand.
-
-    An error is one line. Flags cannot be abbreviated: an abbreviation would change its meaning when
-    a flag is added.
-    """
+    """Errors are one line. Flags cannot be abbreviated: new flags would change abbreviations."""
 
     def __init__(self, prog: str, **options: Any):
         super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Prints the error in one line and exits with status 2."""
         self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}\n")
 
 
@@ -125,7 +120,6 @@ def run_command(command: str, work: Callable[[], int | None], *, on_interrupt: s
 
 
 def _status_of(command: str, work: Callable[[], int | None]) -> int:
-    """The exit status of work that is not interrupted, after a line on stderr if it failed."""
     try:
         status = work() or 0
         sys.stdout.flush()
@@ -151,7 +145,6 @@ def _status_of(command: str, work: Callable[[], int | None]) -> int:
 def _show_warning(
     command: str, show: Callable, message: Warning, category: type[Warning], *where: Any
 ) -> None:
-    """Prints a notice without its place in the program, which says nothing to a user."""
     if issubclass(category, Notice):
         print(f"{command}: {message}", file=sys.stderr)
     else:
@@ -161,8 +154,7 @@ def _show_warning(
 def _report_unraisable(interruption: Interruption, unraisable: Any) -> None:
     """Prints an exception that cannot be raised; an interruption is raised again elsewhere.
 
-    When Orbax cannot read or write an array, it leaves the asyncio tasks of the other arrays
-    behind, and each of them would print pages.
+    Tasks that Orbax leaves behind, when it cannot read or write an array, would print pages.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         interruption.raise_again()
@@ -197,10 +189,9 @@ def add_config_flag(parser: Parser, *, reproduce: bool = False) -> None:
 def parse_with_config(
     parser: Parser, arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, "ConfigDict"]:
-    """Parses arguments, by default those of the process, and loads the configuration.
+    """Parses arguments, and loads the configuration (`add_config_flag`) with its overrides.
 
-    The parser has the flags of `add_config_flag`; overrides of fields are typed. A wrong file,
-    field, type or argument ends the process with one line and status 2.
+    A wrong file, field, type or argument ends the process with one line and status 2.
     """
     options, overrides = parser.parse_known_args(arguments)
     if getattr(options, "reproduce", None) is not None:
@@ -242,7 +233,6 @@ def _config_of_file(parser: Parser, name: str) -> "ConfigDict":
 
 
 def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":
-    """The configuration in the manifest of a run, which `runs/workdir.py` checks."""
     from ml_collections import ConfigDict
 
     try:

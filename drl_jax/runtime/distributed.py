@@ -44,11 +44,8 @@ def initialize(
       mode: "none" (this process alone), "auto" (a cluster that JAX detects: SLURM, Open MPI,
         Kubernetes) or "manual" (the next three arguments).
       coordinator: HOST:PORT of process 0.
-      num_processes: of the run.
-      process_id: of this process, from 0.
       local_device_ids: devices of this process, separated by commas; None: all of the host.
-      timeout: seconds to wait for the other processes; then one line is printed and the process
-        exits.
+      timeout: seconds until the process prints one line and exits, if others are missing.
 
     Raises:
       DistributedError: arguments that do not fit together, or no cluster.
@@ -127,7 +124,6 @@ def _check_manual(coordinator: str, num_processes: int, process_id: int) -> None
 def _diagnosis(
     timeout: int, coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> str:
-    """Why the processes have not found each other."""
     if coordinator is None:
         return f"the processes of the cluster did not find each other within {timeout} s"
     host, _, port = coordinator.rpartition(":")
@@ -152,7 +148,6 @@ def is_main() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes have reached the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -165,11 +160,7 @@ def from_main(value: np.typing.ArrayLike) -> np.ndarray:
 
 
 def end_together(error: Exception) -> None:
-    """Ends all processes of a run after an error that the others may not have.
-
-    They would wait for this process, in a collective operation or a barrier, for minutes or
-    forever. Does nothing with one process.
-    """
+    """Ends all processes of a run after an error of this one, for which the others would wait."""
     if jax.process_count() == 1:
         return
     _ending.set()
@@ -184,7 +175,6 @@ def end_together(error: Exception) -> None:
 
 
 def _end_with_others() -> None:
-    """Ends this process when another one has ended with an error."""
     while not _ending.is_set():
         time.sleep(_FAILURE_POLL)
         try:

@@ -63,13 +63,11 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Writes a text file in UTF-8 as `replacing` does."""
     with replacing(path, durable=durable) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Writes a JSON file as `replacing` does."""
     write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 
@@ -95,7 +93,6 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Writes a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,11 +101,7 @@ def _sync(path: Path) -> None:
 
 
 def copy_once(source: Path, target: Path) -> None:
-    """Copies a file atomically; a target with the same content stays as it is.
-
-    Raises:
-      FileExistsError: the target has other content.
-    """
+    """Copies a file atomically; FileExistsError: the target exists with other content."""
     if target.exists():
         if sha256(source) != sha256(target):
             raise FileExistsError(errno.EEXIST, "it exists with other content", str(target))
@@ -121,16 +114,12 @@ def copy_once(source: Path, target: Path) -> None:
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:
-    """Adds a hash to a JSON object, so that `unseal` notices a change."""
+    """Adds a hash to a JSON object."""
     return {**values, _SEAL: json_sha256(values)}
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """Parses a JSON object of `seal`.
-
-    Raises:
-      ValueError: it is not the object that was written.
-    """
+    """Parses a JSON object of `seal`; ValueError: it is not the one that was written."""
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")

@@ -81,14 +81,11 @@ def is_locked(path: Path) -> bool:
     A process that asks for the lock at the same moment may not get it: ask only with a reason to
     believe that it is held.
     """
-    try:
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError as error:
-                return error.errno not in _UNSUPPORTED
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in _UNSUPPORTED
     return False
 
 

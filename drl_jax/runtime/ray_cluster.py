@@ -55,10 +55,7 @@ _HTTP2_SETTINGS = bytes([4])
 
 
 class RayCluster:
-    """A connection to a Ray cluster; a context manager that ends it.
-
-    A cluster that the command has started itself (`local`) ends with it, also if it is killed.
-    """
+    """A connection to a Ray cluster; a context manager that ends it, and a `local` cluster."""
 
     def __init__(self, address: str):
         """Connects, and prints the size of the cluster.
@@ -212,7 +209,7 @@ class RayCluster:
 
 
 def _ask(needs: Needs, nodes: Mapping[str, Any]) -> dict[str, str]:
-    """Asks every node at once what it lacks; the answers by id, but of nodes that have left."""
+    """What each node lacks, by id; nodes that have left are absent."""
     # By value: a node may lack this package.
     ray.cloudpickle.register_pickle_by_value(node_check)
     try:
@@ -243,7 +240,7 @@ def _alive() -> dict[str, dict[str, Any]]:
 
 
 def _name_of(node: Mapping[str, Any]) -> str:
-    """The name in messages of a node, a row of `ray.nodes()`."""
+    """The name of a node, a row of `ray.nodes()`, in messages."""
     address, key = node["NodeManagerAddress"], node["NodeID"]
     return f"node {node['NodeManagerHostname']} ({address}, {key[:8]})"
 
@@ -282,7 +279,6 @@ def _own_name() -> str:
 
 
 def _run(function: Callable, arguments: tuple, timeout: float | None, needs: Needs) -> Any:
-    """One call."""
     global _pool
     if _pool is None:
         # The node may have joined after the others were checked.

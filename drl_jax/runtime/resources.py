@@ -34,11 +34,7 @@ def available_cpus() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping.
-
-    The kernel's MemAvailable (free memory and page cache that can be reclaimed), bounded by the
-    memory limits of the cgroup.
-    """
+    """Bytes that can be allocated without swapping: MemAvailable, bounded by the cgroup."""
     fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines() if ":" in line)
     available = int(fields["MemAvailable"].split()[0]) * 1024
     for directory in _cgroup_directories():
@@ -71,7 +67,6 @@ def _cgroup_directories() -> Iterator[Path]:
 
 
 def _words(path: Path) -> list[str]:
-    """The words of a file; none if it cannot be read."""
     try:
         return path.read_text().split()
     except OSError:
@@ -80,10 +75,7 @@ def _words(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def memory_limit(size: int) -> Iterator[None]:
-    """Lets this process, in all its threads, allocate at most `size` more bytes in the block.
-
-    An allocation beyond the limit fails: in Python, with a MemoryError.
-    """
+    """Lets this process allocate at most `size` more bytes in the block; MemoryError beyond."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     status = Path("/proc/self/status").read_text().splitlines()
     used = next(int(line.split()[1]) for line in status if line.startswith("VmData"))

@@ -92,7 +92,6 @@ def map_in_processes(
 def limits_of(
     timeout: float | Sequence[float] | None, arguments: Sequence[tuple]
 ) -> Sequence[float | None]:
-    """The time limit of each call of a map."""
     return timeout if isinstance(timeout, Sequence) else [timeout] * len(arguments)
 
 
@@ -119,10 +118,9 @@ class CallPool:
     def call(
         self, function: Callable[..., T], *arguments: Any, timeout: float | None
     ) -> T | WorkerFailure:
-        """Computes `function(*arguments)`; a call that fails gives a WorkerFailure.
+        """Computes `function(*arguments)`, of the top level of a module, or gives a WorkerFailure.
 
-        The function is defined at the top level of a module. Its process is killed `timeout`
-        seconds after the start of the call; None: no limit.
+        Its process is killed `timeout` seconds after the start of the call; None: no limit.
         """
         return self.submit(function, arguments, timeout).result()
 
@@ -156,7 +154,6 @@ class CallPool:
             thread.join(max(0.0, end - time.monotonic()))
 
     def _serve(self, worker: "_Worker") -> None:
-        """Runs calls until there are no more."""
         while (item := self._calls.get()) is not None:
             future, is_fresh, call = item
             if is_fresh:
@@ -174,7 +171,6 @@ class _Worker:
         self._connection: Connection | None = None
 
     def call(self, function: Callable, arguments: tuple, timeout: float | None) -> Any:
-        """See `CallPool.call`; also raises."""
         call = pickle.dumps((function, arguments))
         if self._is_closed.is_set():
             return _ENDED
@@ -217,7 +213,6 @@ class _Worker:
             timer.cancel()
 
     def kill(self) -> None:
-        """Kills the process; from any thread."""
         if (process := self._process) is not None:
             process.kill()
 
@@ -252,7 +247,6 @@ class _Worker:
 
 
 def _serve_calls(connection: Connection, parent: int) -> None:
-    """Runs calls in a worker process."""
     _exit_with_parent(parent)
     with contextlib.suppress(EOFError, OSError):  # The parent has ended.
         while True:
@@ -282,10 +276,7 @@ def _guarded(function: Callable[..., T], *arguments: Any) -> T | WorkerFailure:
 
 
 def run_module(module: str, *arguments: str) -> int:
-    """Runs `python -m MODULE ARGUMENT ...` in a process, and returns its exit status.
-
-    The process ends with this one, also if this one is killed.
-    """
+    """Exit status of `python -m MODULE ARGUMENT ...`, which ends with this process if killed."""
     child = [sys.executable, "-m", __name__, str(os.getpid()), module, *arguments]
     return subprocess.run(child).returncode
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,28 @@ def run_module(
     if check and finished.returncode:
         raise AssertionError(f"{module} {arguments}: {finished.stdout}\n{finished.stderr}")
     return finished
+
+
+def start_module(
+    module: str, *arguments: str, prefix: Sequence[str] = (), env: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """Starts the same in the background, with the command `prefix` before it."""
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen) -> tuple[str, str]:
+    """What a process printed on stdout and stderr until it ended."""
+    try:
+        return process.communicate(timeout=300)
+    finally:
+        process.kill()
 
 
 def start_interruptible(command: list[str], **options) -> subprocess.Popen:

@@ -1,6 +1,7 @@
 """Files of a directory, and files that the operating system refuses to open."""
 
 import contextlib
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,3 +24,14 @@ def refused(path: Path) -> Iterator[None]:
     finally:
         path.unlink()
         aside.rename(path)
+
+
+@contextlib.contextmanager
+def limit(kind: int, value: int) -> Iterator[None]:
+    """Sets a soft limit of this process, e.g. RLIMIT_FSIZE: 0 is a disk that is full (EFBIG)."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)

@@ -1,12 +1,10 @@
 """Trainings of two real processes."""
 
-import os
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 
-from support.commands import ROOT
+from support.commands import start_module
 
 
 def free_port() -> int:
@@ -27,26 +25,14 @@ def start_pair(
     port = free_port()
     flags = ("--distributed=manual", f"--coordinator=localhost:{port}", "--num_processes=2")
     return [
-        subprocess.Popen(
-            [
-                *(prefix_of_second if process else ()),
-                *(sys.executable, "-m", "drl_jax.train", *arguments, *flags),
-                f"--process_id={process}",
-                "--init_timeout=120",
-            ],
-            cwd=ROOT,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        start_module(
+            "drl_jax.train",
+            *arguments,
+            *flags,
+            f"--process_id={process}",
+            "--init_timeout=120",
+            prefix=prefix_of_second if process else (),
+            env={"JAX_NUM_CPU_DEVICES": "2"},
         )
         for process in (0, 1)
     ]
-
-
-def wait_for(process: subprocess.Popen) -> tuple[str, str]:
-    """What a process printed on stdout and stderr until it ended."""
-    try:
-        return process.communicate(timeout=300)
-    finally:
-        process.kill()

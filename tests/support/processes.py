@@ -3,9 +3,10 @@
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -28,11 +29,17 @@ def is_running(pid: int) -> bool:
     return found is not None and found[0] != "Z"
 
 
-def wait_until(condition, seconds: float = 30) -> None:
+def wait_until(
+    condition: Callable[[], object],
+    process: subprocess.Popen | None = None,
+    seconds: float = 300,
+) -> None:
+    """Waits for something that a process does, which has not ended then."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
