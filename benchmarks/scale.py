@@ -126,12 +126,8 @@ def measure_calls(directory: Path, example: Path) -> float:
 def measure_build(
     videos: Path, directory: Path, storage: StorageSpec
 ) -> tuple[float, float, float, VideoDataset]:
-    """Builds few and many clips from a cache that has their frames.
-
-    Returns:
-      Processor seconds of the process that writes, bytes of the dataset, and bytes of the cache,
-      each for one clip; and the larger dataset.
-    """
+    """Builds few and many clips from a cache that has their frames. Returns for one clip processor
+    seconds of the process that writes, bytes of the dataset and of the cache; and the dataset."""
     seconds, sizes, clips, target = [], [], [], Path()
     for links in _LINKS:
         folder = directory / f"links_{links}"
@@ -147,14 +143,9 @@ def measure_build(
         seconds.append(taken)
         sizes.append(bytes_below(target))
         clips.append(len(names))
-    more = clips[1] - clips[0]
+    of_one = [(many - few) / (clips[1] - clips[0]) for few, many in (seconds, sizes)]
     cache = bytes_below(directory / "data" / "cache") / len(VideoFolder(videos).files)
-    return (
-        (seconds[1] - seconds[0]) / more,
-        (sizes[1] - sizes[0]) / more,
-        cache,
-        VideoDataset(target),
-    )
+    return *of_one, cache, VideoDataset(target)
 
 
 def link_repeatedly(videos: Path, folder: Path, links: int) -> list[str]:
@@ -168,11 +159,7 @@ def link_repeatedly(videos: Path, folder: Path, links: int) -> list[str]:
 
 
 def measure_put(reads: Sequence[VideoRead], directory: Path, width: int) -> dict[str, float]:
-    """Stores videos of one window in a new index, with random features.
-
-    Returns:
-      Fields of `PerClip`.
-    """
+    """Stores videos of one window in a new index, with random features: fields of `PerClip`."""
     rng, count, seconds = np.random.default_rng(0), _STORED * _COMMITS, 0.0
     reads = [read for read in reads if read.arrays]
     with IndexWriter(directory) as writer:

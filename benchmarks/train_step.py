@@ -67,15 +67,7 @@ def step_flags() -> list[tuple]:
 def measure(
     name: str, config: ModelConfig, batch: int, microbatch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Compiles and times the training step on random input.
-
-    Args:
-      name: of the model, for the table.
-      config: the model.
-      batch: pairs of the global batch.
-      microbatch: pairs encoded at a time; 0: all.
-      options: frames of a video, words of a text, and timed steps.
-    """
+    """Compiles and times the training step on random input."""
     frames, words = options.frames, options.words
     layout = make_layout()
     tx = make_optimizer(OptimConfig(), total_steps=1000)

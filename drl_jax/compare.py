@@ -34,13 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         keep_freed_memory()
         cache_compilations()
-        compare(
-            options.one,
-            options.other,
-            checkpoint=options.checkpoint,
-            split_name=options.split,
-            data_dir=options.data_dir,
-        )
+        what = {"checkpoint": options.checkpoint, "split_name": options.split}
+        compare(options.one, options.other, data_dir=options.data_dir, **what)
 
     return run_command("drl_jax.compare", work)
 

@@ -22,9 +22,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--split", default="test", help="train, val, test or a stored split (%(default)s)"
     )
-    order = (
-        "content: sort the frames of each video by their pixels, which hides time from the model"
-    )
+    order = "content: sort the frames of videos by their pixels, which hides time from the model"
     parser.add_argument("--frame_order", choices=("time", "content"), default="time", help=order)
     legacy = (
         "print a second table with the tie rule of DRL's original and CLIP4Clip, for comparison"

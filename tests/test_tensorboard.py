@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 from support.commands import TINY, error_of
 from support.files import refused
-from support.finished_runs import assert_same_run
+from support.finished_runs import assert_same_run, summaries
 
-from benchmarks.kills import summaries
 from drl_jax.evaluation.figures import block_maxima, interaction_figure, rendered
 from drl_jax.models.interactions import Attribution
 from drl_jax.runs.hooks import StepProfile, TrainingError

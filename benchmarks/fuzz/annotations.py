@@ -1,6 +1,7 @@
 """Annotation files of every builder, damaged in their bytes, their text and their structure."""
 
 import io
+import itertools
 import json
 import pickle
 import tarfile
@@ -38,10 +39,7 @@ def prepare(root: Path) -> None:
 
 
 def _subjects() -> dict[str, dict[str, Any]]:
-    """File contents by name of the dataset, then by file name.
-
-    Dicts and lists become JSON, and bytes are damaged as such.
-    """
+    """File contents by dataset and file name; dicts and lists become JSON, or a pickle."""
     captions = {video: [f"a {video} öffnet", "two words"] for video in _VATEX}
     lists = {f"{split}_list.txt": f"{video}\n" for split, video in zip(_LISTS, _VATEX, strict=True)}
     official = [{"videoID": video, "enCap": found} for video, found in captions.items()]
@@ -96,19 +94,15 @@ def _table() -> bytes:
 
 
 def _msrvtt() -> dict[str, Any]:
-    splits = ("train", "validate", "test")
+    splits = zip(_VIDEOS, ("train", "validate", "test"), strict=True)
+    videos = [{"video_id": v, "url": "", "start time": 0.0, "split": s} for v, s in splits]
+    sentences = [
+        {"video_id": video, "caption": f"{video} caption {k}", "sen_id": k}
+        for video in _VIDEOS
+        for k in range(2)
+    ]
     return {
-        "MSRVTT_data.json": {
-            "videos": [
-                {"video_id": video, "url": "", "start time": 0.0, "split": split}
-                for video, split in zip(_VIDEOS, splits, strict=True)
-            ],
-            "sentences": [
-                {"video_id": video, "caption": f"{video} caption {k}", "sen_id": k}
-                for video in _VIDEOS
-                for k in range(2)
-            ],
-        },
+        "MSRVTT_data.json": {"videos": videos, "sentences": sentences},
         "MSRVTT_train.9k.csv": "video_id\nvideo0\nvideo1\n",
         "MSRVTT_JSFUSION_test.csv": (
             'key,vid_key,video_id,sentence\nret0,msr2,video2,"one, twö"\nret1,msr1,video1,three\n'
@@ -198,16 +192,14 @@ def _check(annotations: Annotations) -> None:
             raise InvalidResult(f"split {split!r} has {len(videos)} videos")
         for video in videos:
             captions = video.captions
-            if not _is_text(video.video_id):
-                raise InvalidResult(f"a video is named {video.video_id!r}")
-            if not isinstance(captions, list) or not captions or not all(map(_is_text, captions)):
+            if not isinstance(captions, list) or not captions:
                 raise InvalidResult(f"captions of {video.video_id!r} are {captions!r}")
-    for video, sources in annotations.sources.items():
-        for source in sources:
-            if not _is_text(source.file):
-                raise InvalidResult(f"the file of {video!r} is named {source.file!r}")
-            if source.span is not None and not np.isfinite(source.span).all():
-                raise InvalidResult(f"the span of {video!r} is {source.span}")
+            if not all(map(_is_text, [video.video_id, *captions])):
+                raise InvalidResult(f"{video.video_id!r} or one of {captions!r} is no text")
+    for source in itertools.chain.from_iterable(annotations.sources.values()):
+        spans = () if source.span is None else source.span
+        if not _is_text(source.file) or not np.isfinite(spans).all():
+            raise InvalidResult(f"a source is {source}")
 
 
 def _is_text(value: Any) -> bool:

@@ -30,11 +30,7 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":
-    """Loads the model that the flags name; None if they name none.
-
-    Raises:
-      UserError: the flags contradict each other, or see `pretrained.load`.
-    """
+    """Loads the model that the flags name; None: none. Raises UserError if they contradict."""
     if options.workdir and options.weights:
         raise UserError("give --workdir or --weights, not both")
     if (options.release or options.tokenizer) and not options.weights:
@@ -49,11 +45,7 @@ def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":
 
 
 def required_model(options: argparse.Namespace) -> "RetrievalModel":
-    """Loads the model that the flags name, and prints what a file of weights is.
-
-    Raises:
-      UserError: the flags name no model, or see `model_of_flags`.
-    """
+    """Loads the model that the flags must name, and prints what a file of weights is."""
     model = model_of_flags(options)
     if model is None:
         raise UserError("name the model with --workdir=RUN or --weights=FILE")

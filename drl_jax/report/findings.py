@@ -78,17 +78,9 @@ def worst_queries(
     returned = others.argmax(axis=1)
     scores = sim_matrix[rows, returned]
     order = np.lexsort((own - scores, -ranks))[:count]
-    return [
-        WrongQuery(
-            caption,
-            int(text_to_video[caption]),
-            float(ranks[caption]),
-            float(own[caption]),
-            int(returned[caption]),
-            float(scores[caption]),
-        )
-        for caption in order[ranks[order] > 1].tolist()
-    ]
+    columns = (rows, text_to_video, ranks, own, returned, scores)
+    wrong = (column[order[ranks[order] > 1]].tolist() for column in columns)
+    return list(map(WrongQuery, *wrong))
 
 
 def confused_pairs(
@@ -96,8 +88,8 @@ def confused_pairs(
 ) -> list[ConfusedPair]:
     """The pairs of videos with the largest share of captions that prefer the other one.
 
-    The other one counts if it is among the first ten of the caption. Among equal shares, the pairs
-    with the largest margin are first.
+    It counts if it is among the first ten of the caption. Of equal shares, the largest margin is
+    first.
     """
     rows = np.arange(len(text_to_video))
     own = sim_matrix[rows, text_to_video]
@@ -128,10 +120,9 @@ def confused_pairs(
 
 
 def hubness(sim_matrix: np.ndarray, count: int) -> Hubness:
-    """Counts how often each video is returned.
+    """Counts how often each video is returned; k is 10, or a tenth of a small gallery.
 
-    k is 10, or a tenth of a small gallery. Among equal similarities, earlier columns are first.
-    There are `count` hubs.
+    Of equal similarities, earlier columns are first. There are `count` hubs.
     """
     videos = sim_matrix.shape[1]
     k = min(_FIRST, -(-videos // 10))
@@ -144,12 +135,9 @@ def hubness(sim_matrix: np.ndarray, count: int) -> Hubness:
 
 def _first_candidates(sim_matrix: np.ndarray, count: int) -> np.ndarray:
     """The most similar videos of each caption, best first: int [A, count] or fewer columns."""
-    return np.concatenate(
-        [
-            np.argsort(-sim_matrix[start : start + _BLOCK], axis=1, kind="stable")[:, :count]
-            for start in range(0, len(sim_matrix), _BLOCK)
-        ]
-    )
+    starts = range(0, len(sim_matrix), _BLOCK)
+    orders = (np.argsort(-sim_matrix[n : n + _BLOCK], axis=1, kind="stable") for n in starts)
+    return np.concatenate([order[:, :count] for order in orders])
 
 
 def duplicate_captions(captions: Sequence[str], text_to_video: np.ndarray) -> list[Duplicate]:
@@ -171,8 +159,11 @@ def rank_shares(ranks: np.ndarray) -> tuple[list[str], np.ndarray]:
     A rank between two whole numbers, of a tie, counts for the larger one.
     """
     edges = [1, 2, 5, 10, 20, 50, 100]
-    names = ["1", "2", *(f"{low + 1}-{high}" for low, high in itertools.pairwise(edges[1:]))]
-    index = np.searchsorted(edges, np.ceil(ranks))
-    counts = np.bincount(index, minlength=len(edges) + 1)
-    shares = 100 * counts / len(ranks)
-    return [*names, f">{edges[-1]}"], shares
+    names = [
+        "1",
+        "2",
+        *(f"{low + 1}-{high}" for low, high in itertools.pairwise(edges[1:])),
+        ">100",
+    ]
+    counts = np.bincount(np.searchsorted(edges, np.ceil(ranks)), minlength=len(names))
+    return names, 100 * counts / len(ranks)
