@@ -25,9 +25,8 @@ def _parser() -> Parser:
     add_model_flags(parser)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--videos", type=Path, help="folder of videos, searched recursively")
-    inputs.add_argument(
-        "--captions", type=Path, help="file of captions: .txt, .csv, .json or .jsonl"
-    )
+    file = "file of captions: .txt, .csv, .json or .jsonl"
+    inputs.add_argument("--captions", type=Path, help=file)
     add("--out", type=Path, required=True, help=f"the file to write: {', '.join(SUFFIXES)}")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the features (%(default)s)")
     files = "videos or captions per file; more inputs make several files (%(default)s)"

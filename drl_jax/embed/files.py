@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 import drl_jax
-from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import Unavailable, UserError, raise_if_refused
 from drl_jax.runtime.files import parse_json, replacing
 from drl_jax.runtime.lock import locked
@@ -113,7 +112,11 @@ class Output:
         return {file: part for file, part in self.files.items() if file not in self.finished}
 
     def write(
-        self, file: Path, arrays: Features, unreadable: Mapping[str, str], is_finished: bool
+        self,
+        file: Path,
+        arrays: dict[str, np.ndarray],
+        unreadable: Mapping[str, str],
+        is_finished: bool,
     ) -> None:
         """Writes arrays of bool, numbers or strings with the same first axis; or Unavailable.
 
@@ -187,13 +190,13 @@ def _read_about(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _npz(arrays: Features, about: str) -> bytes:
+def _npz(arrays: dict[str, np.ndarray], about: str) -> bytes:
     file = io.BytesIO()
     np.savez(file, **arrays, **{_ABOUT: np.array(about)})
     return file.getvalue()
 
 
-def _parquet(arrays: Features, about: str) -> bytes:
+def _parquet(arrays: dict[str, np.ndarray], about: str) -> bytes:
     # Takes half a second, and npz does not need it.
     import pyarrow
     import pyarrow.parquet

@@ -13,20 +13,14 @@ if TYPE_CHECKING:
 
 def add_model_flags(parser: Parser) -> None:
     """Adds `--workdir`, `--checkpoint`, `--weights`, `--release` and `--tokenizer`."""
-    parser.add_argument("--workdir", type=Path, help="directory of the run with the model")
-    parser.add_argument(
-        "--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)"
-    )
-    parser.add_argument(
-        "--weights",
-        help="instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME",
-    )
-    parser.add_argument(
-        "--release", default="", help="release of --weights, for a CLIP that does not say its own"
-    )
-    parser.add_argument(
-        "--tokenizer", default="", help="tokenizer of --weights, if it is not beside the file"
-    )
+    add = parser.add_argument
+    add("--workdir", type=Path, help="directory of the run with the model")
+    add("--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)")
+    file = "instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME"
+    add("--weights", help=file)
+    release = "release of --weights, for a CLIP that does not say its own"
+    add("--release", default="", help=release)
+    add("--tokenizer", default="", help="tokenizer of --weights, if it is not beside the file")
 
 
 def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":

@@ -66,8 +66,8 @@ class Channels:
 class WordFrameMap(NamedTuple):
     """The interaction of the L words of a caption with the F frames of a video."""
 
-    caption: int  # row of the caption
-    video: int  # column of the video
+    caption: int  # its row; `video` is a column
+    video: int
     words: list[str]
     attribution: Attribution
     frames: np.ndarray  # uint8 [F, S, S, 3], small

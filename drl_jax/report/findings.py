@@ -4,7 +4,6 @@ Shapes: A captions, B videos. `sim_matrix` is float [A, B]; `text_to_video` is i
 of each caption's video.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,26 +36,15 @@ class ConfusedPair(NamedTuple):
     margin: float  # largest amount by which such a caption prefers the other video
 
 
-@dataclasses.dataclass(frozen=True)
-class Hubness:
+class Hubness(NamedTuple):
     """How often each video is among the first k of a caption."""
 
     k: int
     occurrences: np.ndarray  # int [B], number of captions that have the video among their first k
     first: np.ndarray  # int [B], number of captions that have it first
     hubs: list[int]  # columns of the videos with the most occurrences, most first
-
-    @property
-    def expected(self) -> float:
-        """Mean number of occurrences, which all videos would have without hubs."""
-        return float(self.occurrences.mean())
-
-    @property
-    def skewness(self) -> float:
-        """Skewness of the occurrences (Radovanovic et al., JMLR 11, 2010): large with hubs."""
-        centred = self.occurrences - self.expected
-        deviation = centred.std()
-        return float((centred**3).mean() / deviation**3) if deviation else 0.0
+    expected: float  # mean of the occurrences, which all videos would have without hubs
+    skewness: float  # of them (Radovanovic et al., JMLR 11, 2010): large with hubs
 
 
 class Duplicate(NamedTuple):
@@ -129,8 +117,10 @@ def hubness(sim_matrix: np.ndarray, count: int) -> Hubness:
     best = _first_candidates(sim_matrix, k)
     occurrences = np.bincount(best.ravel(), minlength=videos)
     first = np.bincount(best[:, 0], minlength=videos)
-    hubs = np.lexsort((-first, -occurrences))[:count]
-    return Hubness(k, occurrences, first, hubs.tolist())
+    hubs = np.lexsort((-first, -occurrences))[:count].tolist()
+    mean, deviation = float(occurrences.mean()), float(occurrences.std())
+    skewness = float(((occurrences - mean) ** 3).mean()) / deviation**3 if deviation else 0.0
+    return Hubness(k, occurrences, first, hubs, mean, skewness)
 
 
 def _first_candidates(sim_matrix: np.ndarray, count: int) -> np.ndarray:
