@@ -1,9 +1,9 @@
 """`python -m drl_jax.embed` and the files it writes, read without this package."""
 
+import errno
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -231,10 +231,7 @@ def test_videos_that_cannot_be_read_are_listed_and_the_rest_is_written(
     assert json.loads(str(empty["drl_jax"]))["unreadable"].keys() == {"bad.mp4"}
 
 
-# ---------------------------------------------------------------- interruptions
-
-
-def test_an_output_that_was_interrupted_and_killed_is_continued(
+def test_an_output_that_was_interrupted_is_continued(
     search_run, search_model, test_videos, tmp_path
 ):
     out = tmp_path / "v.npz"
@@ -244,33 +241,24 @@ def test_an_output_that_was_interrupted_and_killed_is_continued(
     def finished() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in tmp_path.glob("v-*.npz")}
 
-    def stopped(sent: signal.Signals) -> tuple[int, str]:
-        """Status and messages of a process that gets a signal after its first file."""
-        before = len(finished())
-        command = [sys.executable, "-m", "drl_jax.embed", *flags]
-        process = start_interruptible(command, stderr=subprocess.PIPE)
-        wait_until(lambda: len(finished()) > before, 120)
-        process.send_signal(sent)
-        _, errors = process.communicate(timeout=60)
-        return process.returncode, errors
-
-    status, errors = stopped(signal.SIGINT)
-    assert status == 130
+    command = [sys.executable, "-m", "drl_jax.embed", *flags]
+    process = start_interruptible(command, stderr=subprocess.PIPE)
+    wait_until(finished, 120)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.replace("\r", "\n").splitlines()[-1] == (
         "drl_jax.embed: interrupted; finished files are kept; rerun the command to continue"
     )
     before = finished()
-    assert stopped(signal.SIGKILL)[0] == -signal.SIGKILL
-    killed = finished()
-    assert 0 < len(before) < len(killed) < 32
-    assert before.items() <= killed.items()
-    # What the kill may leave.
+    assert 0 < len(before) < 32
+    # What a kill may leave.
     (tmp_path / "v-00031-of-00032.npz.123.part").write_text("half")
     (tmp_path / "other.npz.123.part").write_text("of another output")
 
     assert main(flags) == 0
-    assert killed.items() <= finished().items()
+    assert before.items() <= finished().items()
     assert [path.name for path in tmp_path.glob("*.part")] == ["other.npz.123.part"]
     files = [read(path) for path in finished()]
     paths = [file["video_id"].item() for file in files]
@@ -280,18 +268,13 @@ def test_an_output_that_was_interrupted_and_killed_is_continued(
     np.testing.assert_allclose(found, expected["frame_unit"], atol=1e-5)
 
 
-def test_a_disk_that_takes_no_more_is_one_line(search_model, tmp_path):
-    """With a limit of the size of files, which fails as a full disk does."""
-    # Compiled before: the cache of compiled programs is not written under the limit.
-    search_model.encode_text(CAPTIONS)
-    out, limits = tmp_path / "c.npz", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        message = r"c\.npz cannot be written: File too large \(EFBIG\);"
-        with pytest.raises(drl_jax.UserError, match=message):
-            embed_captions(search_model, CAPTIONS, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_a_full_disk_is_one_line(search_model, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(drl_jax.UserError, match=r"c\.npz cannot be written: No space left on"):
+        embed_captions(search_model, CAPTIONS, tmp_path / "c.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["c.npz.lock"]
 
 
@@ -357,18 +340,15 @@ def test_mistakes_are_one_line(search_run, videos, captions, tmp_path, capsys):
     assert not list(tmp_path.glob("x.npz*"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
+def test_files_of_captions(tmp_path):
+    for name, content in (
         ("c.txt", "a dog\r\na “cat”\n"),
         ("c.csv", '\ufeffid,caption\n1,a dog\n2,"a “cat”"\n'),
         ("c.jsonl", '"a dog"\n{"id": 2, "caption": "a “cat”"}\n'),
         ("c.json", '["a dog", {"caption": "a \\u201ccat\\u201d"}]'),
-    ],
-)
-def test_files_of_captions(name, content, tmp_path):
-    (tmp_path / name).write_bytes(content.encode())
-    assert read_captions(tmp_path / name) == ["a dog", "a “cat”"]
+    ):
+        (tmp_path / name).write_bytes(content.encode())
+        assert read_captions(tmp_path / name) == ["a dog", "a “cat”"], name
 
 
 @pytest.mark.parametrize(

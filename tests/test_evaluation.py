@@ -28,7 +28,7 @@ def test_split(dataset, shapes_config):
     return load_split(dataset, "test", shapes_config.data)
 
 
-@pytest.mark.parametrize("interaction", ["dp", "wti", "xti"])
+@pytest.mark.parametrize("interaction", ["wti", "xti"])
 def test_sizes_of_blocks_and_batches_and_devices_change_nothing(
     interaction, shapes_config, dataset
 ):

@@ -184,25 +184,19 @@ def test_the_page_has_the_parts_of_which_there_is_data(reported):
 @pytest.fixture(scope="module")
 def hostile(reported) -> str:
     """A page with every list full, of strings that are no text."""
-    data = reported[1]
-    card = {
-        field.name: PICTURE
-        for field in dataclasses.fields(data.card)
-        if isinstance(getattr(data.card, field.name), str)
-    }
-    same = Duplicate(SCRIPT, [0, 1], list(data.frames)[:2])
-    return render(
-        dataclasses.replace(
-            data,
-            run=SCRIPT,
-            card=dataclasses.replace(data.card, **card),
-            captions=[f"{caption} {SCRIPT}" for caption in data.captions],
-            videos=[f"{video} {PICTURE}" for video in data.videos],
-            duplicates=[same],
-            maps=[shown._replace(words=[SCRIPT, *shown.words[1:]]) for shown in data.maps[:2]],
-            channels=dataclasses.replace(data.channels, before=None, missing=SCRIPT),
-        )
+    data, replace = reported[1], dataclasses.replace
+    text = [name for name, value in vars(data.card).items() if isinstance(value, str)]
+    data = replace(
+        data,
+        run=SCRIPT,
+        card=replace(data.card, **dict.fromkeys(text, PICTURE)),
+        captions=[f"{caption} {SCRIPT}" for caption in data.captions],
+        videos=[f"{video} {PICTURE}" for video in data.videos],
+        duplicates=[Duplicate(SCRIPT, [0, 1], list(data.frames)[:2])],
+        maps=[shown._replace(words=[SCRIPT, *shown.words[1:]]) for shown in data.maps[:2]],
+        channels=replace(data.channels, before=None, missing=SCRIPT),
     )
+    return render(data)
 
 
 def test_strings_of_the_data_are_escaped(hostile):
