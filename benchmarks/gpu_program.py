@@ -4,9 +4,8 @@
         [--remat=none,dots,full] [--attention=auto,xla] [--record]
 
 XLA compiles for a GPU that is not there: what it holds in memory, which kernels it calls and what
-it sends between devices can be read; times cannot. `formula_*` are the bytes that it has to send
-with replicated parameters. Needs `pip install "jax[cuda12]"`, flax, optax and ml_collections in a
-virtual environment of their own (3 GB), and no GPU.
+it sends between devices can be read; times cannot. Needs `pip install "jax[cuda12]"`, flax, optax
+and ml_collections in a virtual environment of their own (3 GB), and no GPU.
 """
 
 import argparse
@@ -31,7 +30,6 @@ from benchmarks.hlo import collective_bytes, collective_counts
 from benchmarks.measure import arguments, names, report
 from benchmarks.train_step import backbones
 from drl_jax.config import ATTENTION, REMAT, LossConfig, ModelConfig, OptimConfig
-from drl_jax.models.drl import param_shapes
 from drl_jax.runtime.cli import run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
@@ -116,26 +114,6 @@ def compile_step(
     return step.lower(abstract_state(config, tx, layout), batch).compile()
 
 
-def moved(hlo: str, config: ModelConfig, pairs: int, devices: int) -> dict[str, float]:
-    """Megabytes of the results of the collectives of a step on each device, and the formula.
-
-    Gathered are features, masks and weights of all frames; reduced are the gradients of these
-    features and weights, and of all parameters. It does not depend on the number of devices.
-    """
-    counts = collective_bytes(hlo)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
-    features, weights = pairs * _FRAMES * config.backbone.embed_dim, pairs * _FRAMES
-    several = devices > 1
-    found = {
-        "gathered": counts.pop("all-gather", 0),
-        "formula_gathered": several * (4 * features + 5 * weights),
-        "reduced": counts.pop("all-reduce", 0) + counts.pop("reduce-scatter", 0) * devices,
-        "formula_reduced": several * 4 * (features + weights + parameters),
-        "other": sum(counts.values()),
-    }
-    return {f"{name}_mb": round(nbytes / 1e6, 2) for name, nbytes in found.items()}
-
-
 def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str, Any]:
     """Compiles a step and reads its memory, kernels and collectives."""
     layout = h100_layout(run.devices, fsdp=fsdp)
@@ -151,7 +129,7 @@ def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str
         "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 2),
         "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 2),
         "kernels": {kind: len(re.findall(pattern, text)) for kind, pattern in _KERNELS.items()},
-        **moved(text, config, pairs, run.devices),
+        "moved_mb": {k: round(n / 1e6, 2) for k, n in collective_bytes(text).items()},
         "collectives": collective_counts(text),
     }
 

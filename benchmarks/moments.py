@@ -6,8 +6,7 @@ Makes films of 128 test clips of `shapes` (`benchmarks.films`), samples and enco
 does, and asks the captions of 100 clips. Where each clip is, is known. `clip` is the share of the
 captions whose best moment has its middle in the right clip; `iou3` and `iou5`, those whose best
 moment has this IoU with it; `top5` are those of which one of the first five moments has IoU 0.5.
-`coarse` are the stored windows alone, `true` the right spans in the place of windows, and `tight`
-the best moment with its ends moved inside it.
+`coarse` are the stored windows alone, `true` the right spans in the place of windows.
 """
 
 import tempfile
@@ -26,7 +25,7 @@ from drl_jax.pretrained.model import RetrievalModel, load
 from drl_jax.runtime.cli import run_command
 from drl_jax.search import refine as refinement
 from drl_jax.search.encoding import bank_of, bank_similarity, quantize
-from drl_jax.search.refine import REFINE, Candidate, Part, refine, tighten
+from drl_jax.search.refine import REFINE, Candidate, Part, refine
 from drl_jax.search.windows import find_spans, windows_of
 
 _CLIPS, _QUERIES, _TOP = 128, 100, 5
@@ -41,7 +40,7 @@ class IndexedFilm:
         start = time.perf_counter()
         self.video = sample_video(path, model.frame_form, frames.append, fps)
         self.seconds = time.perf_counter() - start
-        self._model, self._bank = model, bank
+        self._model = model
         self.windows = windows_of(self.video, model.config.data.max_frames)
         image_feat = model.encode_frames(np.stack(frames))
         self._features = model.encode_frame_windows(image_feat, [w.frames for w in self.windows])
@@ -54,24 +53,17 @@ class IndexedFilm:
         """Of all stored windows: float32 [Q, W]."""
         return self._model.similarity(text, self._features)
 
-    def moments(self, text: Features, scores: np.ndarray) -> tuple[Spans, Spans]:
-        """The best moments of one sentence, and with the ends of the first moved inside it."""
-        parts = [Part(text, 1.0)]
+    def moments(self, text: Features, scores: np.ndarray) -> Spans:
+        """The best moments of one sentence."""
         order = np.argsort(-scores, kind="stable")[:REFINE]
         candidates = [Candidate(self._film, int(n), float(scores[n])) for n in order]
         windows, scores = list(self.windows), scores.copy()
-        refined = refine(self._model, parts, candidates)
+        refined = refine(self._model, [Part(text, 1.0)], candidates)
         for number, (window, score) in zip(order, refined, strict=True):
             windows[number], scores[number] = window, score
         deviation = float(self._scale[int(scores.argmax()), 1])
         spans = find_spans(windows, scores, _TOP, deviation)
-        best = windows[spans[0].window]
-        found = [(span.start, span.end) for span in spans]
-        tight = found[:1]
-        if found[0] == (best.start, best.end):
-            window = tighten(self._model, parts, self._bank, self._film, best)
-            tight = [(window.start, window.end)]
-        return found, tight
+        return [(span.start, span.end) for span in spans]
 
 
 def measure(
@@ -92,19 +84,17 @@ def measure(
             indexed = IndexedFilm(model, path, fps, bank)
             scores = indexed.scores(text)
             start = time.perf_counter()
-            asked = [
+            found = [
                 indexed.moments({name: array[[number]] for name, array in text.items()}, row)
                 for number, row in enumerate(scores)
             ]
             seconds = (time.perf_counter() - start) / len(scores)
-            found, tight = zip(*asked, strict=True)
             coarse = _metrics([[indexed.windows[row.argmax()][:2]] for row in scores], truth)
             rows.append(
                 {"film": kind, "fps": fps, "minutes": round(minutes, 1)}
                 | {"shots": len(indexed.video.shots), "frames": len(indexed.video.times)}
                 | {"windows": len(indexed.windows)}
                 | _metrics(found, truth)
-                | {"tight_iou5": _metrics(tight, truth)["iou5"]}
                 | {f"coarse_{name}": coarse[name] for name in ("clip", "iou5")}
                 | {f"true_{name}": true[name] for name in ("clip", "iou5")}
                 | {"sampling_s_an_hour": round(indexed.seconds * 60 / minutes, 1)}

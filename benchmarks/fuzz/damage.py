@@ -8,7 +8,8 @@ from random import Random
 from typing import Any
 
 # What a different result, read without an error, means for an input.
-FAILURE, LEGITIMATE, UNDETECTABLE = "failure", "legitimate", "undetectable"
+FAILURE, LEGITIMATE = "failed", "changed legitimately"
+UNDETECTABLE = "undetectable by format"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ _KILLED_AFTER = 90.0
 _MAX_MESSAGE = 900
 # Outcomes. The first four are accepted.
 IDENTICAL, REFUSED, CHANGED, UNDETECTED, FAILED = OUTCOMES = (
-    *("identical", "refused", "changed legitimately", "undetectable by format", "failed"),
+    *("identical", "refused", LEGITIMATE, UNDETECTABLE, FAILURE),
 )
 
 
@@ -92,21 +92,15 @@ def judge(outcome: Outcome, if_changed: str, root: Path, directory: Path) -> Out
     except Exception as error:
         status, detail, trace = FAILED, f"{type(error).__name__}: {error}", traceback.format_exc()
     else:
-        trace = ""
-        if found == expected:
-            status, detail = IDENTICAL, ""
-        else:
-            status = _STATUS_OF_CHANGE[if_changed]
-            detail = "another result without an error" if status == FAILED else ""
+        status, detail, trace = IDENTICAL if found == expected else if_changed, "", ""
+        if status == FAILED:
+            detail = "another result without an error"
     seconds = time.monotonic() - start
     if seconds > TIME_LIMIT:
         status, detail = FAILED, f"took {seconds:.1f} s; {detail}"
     return dataclasses.replace(
         outcome, status=status, detail=detail, seconds=round(seconds, 3), trace=trace
     )
-
-
-_STATUS_OF_CHANGE = {FAILURE: FAILED, LEGITIMATE: CHANGED, UNDETECTABLE: UNDETECTED}
 
 
 def _judged_message(message: str) -> str:
