@@ -1,9 +1,9 @@
 """`python -m drl_jax.embed` and the files it writes, read without this package."""
 
+import dataclasses
 import errno
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +23,7 @@ from drl_jax.embed.__main__ import main
 from drl_jax.embed.encode import embed_captions, embed_videos
 from drl_jax.embed.files import read_captions
 from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.runtime.errors import Notice
 from drl_jax.runtime.lock import locked
 
 CAPTIONS = ["a red circle moves left", "dogs, cats and a bird", "ein Mädchen läuft"]
@@ -46,12 +47,6 @@ def of_videos(search_model, videos) -> Path:
     out = videos.with_name("videos.npz")
     embed_videos(search_model, videos, out)
     return out
-
-
-@pytest.fixture
-def captions(tmp_path) -> Path:
-    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
-    return tmp_path / "captions.txt"
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -110,20 +105,19 @@ def test_a_file_of_captions_has_the_arrays_of_the_api(suffix, search_model, tmp_
     assert (about["model"], about["interaction"]) == (search_model.fingerprint, "wti")
 
 
-def test_captions_that_are_cut_are_counted_over_all_files(search_run, captions, capsys):
-    """The run reads 24 tokens."""
-    captions.write_text("\n".join(["dog " * 22, "dog " * 23, "a dog", "cat " * 50]))
-    flags = (f"--workdir={search_run}", f"--captions={captions}", "--shard_size=1")
-    assert main([*flags, f"--out={captions.with_name('c.npz')}"]) == 0
-    lines = re.split(r"[\r\n]", capsys.readouterr().err)
-    assert [line for line in lines if "cut" in line] == [
-        "drl_jax.embed: 2 of 4 captions cut to data.max_words=24 tokens (start and end included):"
-        " their last words are not read"
-    ]
+def test_captions_that_are_cut_are_counted_over_all_files(search_model, tmp_path):
+    """The model reads 24 tokens."""
+    captions, out = ["dog " * 22, "dog " * 23, "a dog", "cat " * 50], tmp_path / "c.npz"
+    with pytest.warns(Notice, match="^2 of 4 captions cut to data.max_words=24 tokens") as said:
+        embed_captions(search_model, captions, out, shard_size=1)
+    assert len(said) == 1
     # Features of captions depend on it, those of videos do not.
-    shorter = drl_jax.load(search_run, max_words=20)
+    data = dataclasses.replace(search_model.config.data, max_words=20)
+    config = dataclasses.replace(search_model.config, data=data)
     with pytest.raises(drl_jax.UserError, match="max_words"):
-        embed_captions(shorter, read_captions(captions), captions.with_name("c.npz"), shard_size=1)
+        embed_captions(
+            dataclasses.replace(search_model, config=config), captions, out, shard_size=1
+        )
 
 
 def test_a_file_of_videos_has_the_arrays_of_the_api(search_model, videos, of_videos, tmp_path):
@@ -315,11 +309,11 @@ def test_another_file_is_not_replaced(search_model, of_videos, tmp_path):
             assert out.read_bytes() == content
 
 
-def test_mistakes_are_one_line(search_run, videos, captions, tmp_path, capsys):
+def test_mistakes_are_one_line(search_run, videos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     out, run = f"--out={tmp_path / 'x.npz'}", "--workdir=nowhere"
     known = f"--workdir={search_run}"
-    of_videos, of_captions = f"--videos={videos}", f"--captions={captions}"
+    of_videos, of_captions = f"--videos={videos}", "--captions=none.txt"
     for flags, message in (
         ((run, out), "one of the arguments --videos --captions is required"),
         ((run, of_videos, "--out=x.csv"), "--out=x.csv: the formats are .npz, .parquet"),
@@ -330,7 +324,7 @@ def test_mistakes_are_one_line(search_run, videos, captions, tmp_path, capsys):
         ((known, out, "--videos=nowhere"), "no directory nowhere"),
         ((known, out, f"--videos={tmp_path / 'empty'}"), f"no video in {tmp_path / 'empty'} ("),
         ((run, out, of_captions, "--windows"), "--windows is of videos; omit it"),
-        ((run, out, "--captions=none.txt"), "none.txt cannot be read: No such file or directory"),
+        ((run, out, of_captions), "none.txt cannot be read: No such file or directory"),
         ((run, out, of_videos, "--timeout=-1"), "must be a number of seconds above 0, not '-1'"),
         ((run, out, of_videos, "--timeout=nan"), "must be a number of seconds above 0, not 'nan'"),
     ):

@@ -118,9 +118,9 @@ class Output:
         unreadable: Mapping[str, str],
         is_finished: bool,
     ) -> None:
-        """Writes arrays of bool, numbers or strings with the same first axis; or Unavailable.
+        """Writes arrays of bool, numbers or strings with the same first axis.
 
-        The next run makes a file again that is not finished.
+        The next run makes a file again that is not finished. Raises Unavailable.
         """
         rows = len(next(iter(arrays.values())))
         state = {"rows": rows, "unreadable": unreadable, "is_finished": is_finished}

@@ -4,7 +4,6 @@ Shapes: A captions, B videos. `sim_matrix` is float [A, B]; `text_to_video` is i
 of each caption's video.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -149,11 +148,6 @@ def rank_shares(ranks: np.ndarray) -> tuple[list[str], np.ndarray]:
     A rank between two whole numbers, of a tie, counts for the larger one.
     """
     edges = [1, 2, 5, 10, 20, 50, 100]
-    names = [
-        "1",
-        "2",
-        *(f"{low + 1}-{high}" for low, high in itertools.pairwise(edges[1:])),
-        ">100",
-    ]
+    names = ["1", "2", "3-5", "6-10", "11-20", "21-50", "51-100", ">100"]
     counts = np.bincount(np.searchsorted(edges, np.ceil(ranks)), minlength=len(names))
     return names, 100 * counts / len(ranks)
