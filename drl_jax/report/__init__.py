@@ -21,7 +21,7 @@ def prepare_directory(directory: Path) -> None:
 
 
 def write_report(directory: Path, workdir: Path, evaluated: Evaluated) -> None:
-    """Writes `index.html`; raises UserError if frames cannot be read, or it not be written."""
+    """Writes `index.html`; UserError: frames cannot be read, or the page cannot be written."""
     # matplotlib and Jinja take a second to import, which other evaluations do not need.
     from drl_jax.report.collect import collect
     from drl_jax.report.page import render
