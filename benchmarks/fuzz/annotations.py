@@ -45,6 +45,12 @@ def _subjects() -> dict[str, dict[str, Any]]:
     official = [{"videoID": video, "enCap": found} for video, found in captions.items()]
     wrapped = {video: {"enCap": found, "chCap": ["看"]} for video, found in captions.items()}
     words = {video: [["a", "dog"], ["two", "dogs", "run"]] for video in _VATEX}
+    moments = [
+        {"video": "5@N00_24.avi", "description": text, "times": [[0, 0]], "annotation_id": k}
+        for k, text in enumerate(("a dog türns", "the dog barks"))
+    ]
+    paragraph = {"duration": 2.0, "timestamps": [[0, 1]], "sentences": ["A woman. ", " She sits."]}
+    times = "\t00.00.51.926\t00.00.54.129\t0\t1\t"
     rows = [
         {"video": "a/beach.mp4", "caption": "wäves", "start": 0, "end": 1.5, "split": "train"},
         {"video": "garden", "captions": ["a rose", "two roses"], "split": "val"},
@@ -64,9 +70,19 @@ def _subjects() -> dict[str, dict[str, Any]]:
         "vatex-ref": {**lists, "ref_captions.json": captions},
         "vatex-data": {**lists, "vatex_data.json": wrapped},
         "vatex-official": {"vatex_training_v1.0.json": official},
-        "didemo": _didemo(),
-        "activitynet": _activitynet(),
-        "lsmdc": _lsmdc(),
+        "didemo": {
+            f"{split}_{name}": content
+            for split in ("train", "test")
+            for name, content in (("list.txt", "5@N00_24.avi\n"), ("data.json", moments))
+        },
+        "activitynet": {
+            **{"train_ids.json": ["v_QOlSCBRmfWY"], "train.json": {"v_QOlSCBRmfWY": paragraph}},
+            **{"val_ids.json": ["v_uqiMw7tQ1Cc"], "val_1.json": {"v_uqiMw7tQ1Cc": paragraph}},
+        },
+        "lsmdc": {
+            "LSMDC16_annos_training.csv": f'0001_A_00{times}SOMEONE says "gö.\n1_B{times}Goes.\n',
+            "LSMDC16_challenge_1000_publictect.csv": f"3064_C_01{times}Dancers bow.\n",
+        },
     }
 
 
@@ -107,38 +123,6 @@ def _msrvtt() -> dict[str, Any]:
         "MSRVTT_JSFUSION_test.csv": (
             'key,vid_key,video_id,sentence\nret0,msr2,video2,"one, twö"\nret1,msr1,video1,three\n'
         ),
-    }
-
-
-def _didemo() -> dict[str, Any]:
-    entries = [
-        {"video": "5@N00_24.avi", "description": text, "times": [[0, 0]], "annotation_id": k}
-        for k, text in enumerate(("a dog türns", "the dog barks"))
-    ]
-    return {
-        f"{split}_{name}": content
-        for split in ("train", "test")
-        for name, content in (("list.txt", "5@N00_24.avi\n"), ("data.json", entries))
-    }
-
-
-def _activitynet() -> dict[str, Any]:
-    entry = {"duration": 2.0, "timestamps": [[0, 1]], "sentences": ["A woman. ", " She dances."]}
-    return {
-        "train_ids.json": ["v_QOlSCBRmfWY"],
-        "train.json": {"v_QOlSCBRmfWY": entry},
-        "val_ids.json": ["v_uqiMw7tQ1Cc"],
-        "val_1.json": {"v_uqiMw7tQ1Cc": entry},
-    }
-
-
-def _lsmdc() -> dict[str, str]:
-    def row(clip: str, sentence: str) -> str:
-        return "\t".join((clip, "00.00.51.926", "00.00.54.129", "0", "1", sentence)) + "\n"
-
-    return {
-        "LSMDC16_annos_training.csv": row("0001_A_00", 'SOMEONE says "gö.') + row("1_B", "Goes."),
-        "LSMDC16_challenge_1000_publictect.csv": row("3064_C_01", "Dancers bow."),
     }
 
 
