@@ -37,25 +37,15 @@ BLOCK = 256
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """Directions that all videos and sentences of a gallery have in common.
+    """Directions, float32, that all videos and sentences of a gallery have in common."""
 
-    Attributes:
-      scale: float32 [D], standard deviation of each channel before the rotation.
-      rotation: float32 [D, D], orthogonal.
-      topics: float32 [T, D], unit vectors, before the rotation.
-      shares: float64 [T], share of the videos that each topic has.
-      common: float32 [D], unit vector of frames, before the rotation.
-      text_common: float32 [D], unit vector of words, after the rotation.
-      start: float32 [D], unit vector of the first word, after the rotation.
-    """
-
-    scale: np.ndarray
-    rotation: np.ndarray
-    topics: np.ndarray
-    shares: np.ndarray
-    common: np.ndarray
-    text_common: np.ndarray
-    start: np.ndarray
+    scale: np.ndarray  # [D], standard deviation of each channel before the rotation
+    rotation: np.ndarray  # [D, D], orthogonal
+    topics: np.ndarray  # [T, D], unit vectors, before the rotation
+    shares: np.ndarray  # [T], share of the videos that each topic has
+    common: np.ndarray  # [D], unit vector of frames, before the rotation
+    text_common: np.ndarray  # [D], unit vector of words, after the rotation
+    start: np.ndarray  # [D], unit vector of the first word, after the rotation
 
 
 def make_clusters(seed: int, videos: int) -> Clusters:
@@ -118,29 +108,19 @@ def _videos(clusters: Clusters, rng: np.random.Generator, count: int) -> Feature
 
 
 def make_gallery(directory: Path, videos: int, *, seed: int = 0) -> Features:
-    """Stored arrays (`quantize`, bfloat16) of a gallery, memory-mapped; made if they are missing.
-
-    Args:
-      directory: for the files, 12.4 KB a video.
-      videos: number of videos.
-      seed: of all random numbers.
-    """
+    """Stored arrays (`quantize`, bfloat16) of a gallery, mapped; made if they are missing."""
     clusters = make_clusters(seed, videos)
-    done = directory / "done"
+    done, create = directory / "done", np.lib.format.open_memmap
     if not done.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        files = {}
+        files: Features = {}
         for number, start in enumerate(range(0, videos, BLOCK)):
             rng = np.random.default_rng([seed, 1, number])
-            block = quantize(_videos(clusters, rng, BLOCK), "bfloat16")
-            for name, array in block.items():
+            for name, array in quantize(_videos(clusters, rng, BLOCK), "bfloat16").items():
                 if name not in files:
-                    files[name] = np.lib.format.open_memmap(
-                        directory / f"{name}.npy", "w+", array.dtype, (videos, *array.shape[1:])
-                    )
+                    shape, path = (videos, *array.shape[1:]), directory / f"{name}.npy"
+                    files[name] = create(path, "w+", array.dtype, shape)
                 files[name][start : start + BLOCK] = array[: videos - start]
-        for file in files.values():
-            file.flush()
         done.touch()
     names = ("frame_unit", "frame_mask", "frame_weight")
     return {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
@@ -149,14 +129,7 @@ def make_gallery(directory: Path, videos: int, *, seed: int = 0) -> Features:
 def make_sentences(
     clusters: Clusters, gallery: Features, count: int, *, seed: int = 0
 ) -> tuple[Features, np.ndarray]:
-    """Features of sentences as `encode_text` gives them, and the videos that they are aimed at.
-
-    Args:
-      clusters: of the gallery.
-      gallery: stored arrays.
-      count: number of sentences.
-      seed: of all random numbers.
-    """
+    """Features of sentences as `encode_text` gives them, and the videos that they are aimed at."""
     rng = np.random.default_rng([seed, 2])
     targets = np.sort(rng.choice(len(gallery["frame_mask"]), count, replace=False))
     words = rng.integers(8, 17, count)

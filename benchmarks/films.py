@@ -33,35 +33,21 @@ class Clip(NamedTuple):
 
 
 class Film(NamedTuple):
-    """A film in memory.
+    """A film in memory."""
 
-    Attributes:
-      frames: uint8 [F, H, W, 3].
-      fps: frames a second.
-      parts: number of a clip, start and end, seconds.
-    """
-
-    frames: np.ndarray
+    frames: np.ndarray  # uint8 [F, H, W, 3]
     fps: int
-    parts: list[tuple[int, float, float]]
+    parts: list[tuple[int, float, float]]  # number of a clip, start and end, seconds
 
 
 def read_clips(videos: Path, most: int) -> list[Clip]:
-    """Reads clips of a split of a drawn dataset, in a random order.
-
-    Args:
-      videos: `.../videos/SPLIT`, beside `annotations.json`.
-      most: number of clips at most.
-
-    Raises:
-      UserError: there is no such folder, file or clip.
-    """
+    """Reads at most `most` clips of a split of a drawn dataset, `videos`, in a random order."""
     captions = videos.parent.parent / "annotations.json"
     try:
         splits = json.loads(captions.read_text(encoding="utf-8"))["splits"]
         rows = [(video, texts[0]) for video, texts in splits[videos.name].items()]
         order = np.random.default_rng(0).permutation(len(rows))[:most]
-        return [Clip(rows[n][1], read_all(videos / f"{rows[n][0]}.mp4")) for n in order]
+        return [Clip(rows[n][1], _read_all(videos / f"{rows[n][0]}.mp4")) for n in order]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
             f"no clips in {videos} with captions in {captions} ({error}); README's first command"
@@ -69,7 +55,7 @@ def read_clips(videos: Path, most: int) -> list[Clip]:
         ) from error
 
 
-def read_all(path: Path) -> np.ndarray:
+def _read_all(path: Path) -> np.ndarray:
     """All frames of a file: uint8 [F, H, W, 3]."""
     with open_video(path) as video:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in video.frames()])

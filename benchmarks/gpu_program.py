@@ -23,16 +23,20 @@ os.environ["JAX_PLATFORMS"] = "cpu,cuda"
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
-from benchmarks.collectives import moved
-from benchmarks.hlo import collective_counts
+import jax
+import jax.numpy as jnp
+
+from benchmarks.hlo import collective_bytes, collective_counts
 from benchmarks.measure import arguments, names, report
-from benchmarks.memory import compile_step
 from benchmarks.train_step import backbones
-from drl_jax.config import ATTENTION, REMAT, ModelConfig
+from drl_jax.config import ATTENTION, REMAT, LossConfig, ModelConfig, OptimConfig
 from drl_jax.runtime.cli import run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
+from drl_jax.training.optimizer import make_optimizer
+from drl_jax.training.train_step import abstract_state, make_train_step
 
+_WORDS, _FRAMES = 32, 12
 _DEVICE = Path(__file__).parent / "devices" / "h100.txtpb"
 _RUNS = "1x128,1x512,1x1024/128,8x128,8x2048/128"
 _KERNELS = {
@@ -90,13 +94,33 @@ def switches(text: str) -> list[bool]:
     return [bool(int(part)) for part in names(text)]
 
 
+def compile_step(
+    config: ModelConfig, pairs: int, microbatch: int, layout: Layout
+) -> jax.stages.Compiled:
+    """Compiles the training step of a global batch, `microbatch` pairs at a time (0: all)."""
+    size = config.backbone.image_resolution
+
+    def array(*shape: int, dtype: Any = jnp.bool_) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=layout.batch_sharded)
+
+    batch = {
+        "text_ids": array(_WORDS, dtype=jnp.int32),
+        "text_mask": array(_WORDS),
+        "frames": array(_FRAMES, size, size, 3, dtype=jnp.uint8),
+        "frame_mask": array(_FRAMES),
+    }
+    tx = make_optimizer(OptimConfig(), total_steps=1000)
+    step = make_train_step(config, LossConfig(), tx, layout, microbatch=microbatch)
+    return step.lower(abstract_state(config, tx, layout), batch).compile()
+
+
 def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str, Any]:
     """Compiles a step and reads its memory, kernels and collectives."""
     layout = h100_layout(run.devices, fsdp=fsdp)
     pairs = run.batch * run.devices
     compiled = compile_step(config, pairs, run.microbatch * run.devices, layout)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    row = {
+    return {
         "model": name,
         "remat": config.remat,
         "attention": config.attention,
@@ -105,11 +129,7 @@ def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str
         "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 2),
         "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 2),
         "kernels": {kind: len(re.findall(pattern, text)) for kind, pattern in _KERNELS.items()},
-    }
-    # The formula is of replicated parameters.
-    return {
-        **row,
-        **moved(text, config, pairs, run.devices),
+        "moved_mb": {k: round(n / 1e6, 2) for k, n in collective_bytes(text).items()},
         "collectives": collective_counts(text),
     }
 

@@ -10,15 +10,9 @@ _COLLECTIVE = re.compile(rf"= (?P<result>.+?) (?P<kind>{'|'.join(_KINDS)})(?P<st
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
-    """Bytes of the results of the collectives on each device, in one run of the program.
+    """Bytes of the results of the collectives on each device, by kind, e.g. {"all-reduce": 4096}.
 
-    A collective in a loop counts once per iteration.
-
-    Args:
-      hlo: `compiled.as_text()`.
-
-    Returns:
-      The bytes by kind of collective, e.g. {"all-reduce": 4096}.
+    `hlo` is `compiled.as_text()`. A collective in a loop counts once per iteration.
     """
     # Lines of each computation, by name.
     bodies: dict[str, list[str]] = {}

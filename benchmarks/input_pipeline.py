@@ -110,12 +110,8 @@ def build_quietly(plan: Plan, data_dir: Path, storage: StorageSpec) -> Path:
 def build_datasets(
     videos: Path, data_dir: Path
 ) -> tuple[dict[str, VideoDataset], list[Path], float]:
-    """Builds the videos of a folder in each encoding.
-
-    Returns:
-      The datasets by encoding, the video file of each record, and the seconds per video of the JPEG
-      build.
-    """
+    """Builds the videos of a folder; returns the datasets by encoding, the video file of each
+    record, and the seconds per video of the JPEG build."""
     names = [str(path.relative_to(videos)) for path in VideoFolder(videos).files]
     splits = {"train": [Captioned(name, _CAPTIONS) for name in names]}
     plan = make_plan(Annotations(splits), videos, {})
@@ -142,11 +138,7 @@ def read_milliseconds(read: Callable[[int], Any], videos: int, seconds: float = 
 def delivery_rates(
     batches: Iterator[dict[str, np.ndarray]], batch: int, seconds: float = 5.0
 ) -> tuple[float, float]:
-    """Takes batches for some seconds and drops them.
-
-    Returns:
-      Pairs per second, and pairs per second of processor time.
-    """
+    """Pairs of batches per second, and per second of processor time, over some seconds."""
     for _ in range(PREFETCHED_BATCHES + 1):  # What the threads read before the first was taken.
         next(batches)
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -160,11 +152,8 @@ def delivery_rates(
 def time_steps(
     state: TrainState, step: Callable, batches: Iterator[dict[str, jax.Array]], steps: int
 ) -> tuple[TrainState, float, int]:
-    """Runs steps as the training loop does, after a warm-up.
-
-    Returns:
-      The new state, seconds per step, and the number of steps that waited for their batch.
-    """
+    """Runs steps as the training loop does, after a warm-up; returns the new state, seconds per
+    step, and the number of steps that waited for their batch."""
     waits, previous, start = 0, None, 0.0
     for number in range(steps + 2):
         if number == 2:  # The first two steps are the warm-up.
@@ -219,10 +208,7 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
     if not options.reading_only:
         measure_steps(rows, batches, options)
     settings = {
-        "videos": count,
-        "batch": options.batch,
-        "threads": options.threads,
-        "dtype": options.dtype,
+        **{"videos": count, "batch": options.batch, "threads": options.threads},
         "build_seconds_per_video": round(build_seconds, 3),
         "build_hours_for_10000": round(build_seconds * 10000 / 3600, 2),
         "cores": available_cpus(),
@@ -234,7 +220,7 @@ def measure_steps(
     rows: list[dict], batches: dict[str, TrainBatches], options: argparse.Namespace
 ) -> None:
     """Adds the columns of training steps to the rows of the sources."""
-    layout, config = make_layout(), ModelConfig(dtype=options.dtype)
+    layout, config = make_layout(), ModelConfig()
     tx = make_optimizer(OptimConfig(), total_steps=1000)
     state = create_state(config, tx, seed=0, layout=layout)
     step = make_train_step(config, LossConfig(), tx, layout)
@@ -273,12 +259,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--videos", type=Path, metavar="DIR", help="folder (default: synthetic)")
     parser.add_argument("--reading_only", action="store_true", help="without training steps")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="dtype of the model's matrix products (%(default)s)",
-    )
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         videos = Path(directory) / "videos"

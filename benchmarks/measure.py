@@ -31,13 +31,8 @@ MATMUL_SIZE_CPU = 3072
 
 
 def arguments(name: str, description: str, *flags: tuple[str, Callable, Any, str]) -> Parser:
-    """A parser with the flags of every benchmark program.
-
-    Args:
-      name: of the program.
-      description: its first line is printed by `--help`.
-      flags: name, type, default and help of each flag of its own.
-    """
+    """A parser with the flags of every benchmark program, and name, type, default and help of
+    each flag of its own."""
     parser = Parser(f"python -m benchmarks.{name}", description=description.splitlines()[0])
     parser.add_argument(
         "--record", action="store_true", help="write benchmarks/results/NAME_DEVICE.json"
@@ -76,8 +71,7 @@ def make_record(name: str, rows: list[dict[str, Any]], **settings: Any) -> dict[
 def report(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any) -> None:
     """Prints the rows as a table and the record as JSON; writes the record with `--record`."""
     record = make_record(options.name, rows, **settings)
-    print(table(rows))
-    print(json.dumps(record))
+    print(table(rows), json.dumps(record), sep="\n")
     if options.record:
         device = re.sub(r"\W+", "_", jax.devices()[0].device_kind).lower()
         write_json(RESULTS / f"{options.name}_{device}.json", record)
@@ -108,14 +102,7 @@ def seconds(function: Callable, *inputs: Any, repeats: int = 3) -> float:
 def step_columns(
     step: Callable[[], None], rate: Callable[[], float], flops: float, batch: int, steps: int
 ) -> dict[str, float]:
-    """Times steps, and measures a matrix product after each of them.
-
-    Args:
-      step: runs a step to its end.
-      rate: measures the FLOP/s of a matrix product.
-      flops: of a step.
-      batch: pairs of a step.
-      steps: their number, after a warm-up.
+    """Times steps of `flops` each, and measures the `rate` of a matrix product, FLOP/s, after each.
 
     Returns:
       Medians, as columns of the table.

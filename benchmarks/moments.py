@@ -6,11 +6,7 @@ Makes films of 128 test clips of `shapes` (`benchmarks.films`), samples and enco
 does, and asks the captions of 100 clips. Where each clip is, is known. `clip` is the share of the
 captions whose best moment has its middle in the right clip; `iou3` and `iou5`, those whose best
 moment has this IoU with it; `top5` are those of which one of the first five moments has IoU 0.5.
-`coarse` are the stored windows alone, `true` the right spans in the place of windows, and `tight`
-the best moment with its ends moved inside it.
-
-`events` asks no model: it finds one event among the scores of an hour's windows as models give
-them, and says how long the best moment is, and how often it has IoU 0.5 with the event.
+`coarse` are the stored windows alone, `true` the right spans in the place of windows.
 """
 
 import tempfile
@@ -30,19 +26,10 @@ from drl_jax.pretrained.model import RetrievalModel, load
 from drl_jax.runtime.cli import run_command
 from drl_jax.search import refine as refinement
 from drl_jax.search.encoding import bank_of, bank_similarity, quantize
-from drl_jax.search.refine import REFINE, Candidate, Part, refine, tighten
-from drl_jax.search.windows import Window, find_spans, windows_of
+from drl_jax.search.refine import REFINE, Candidate, Part, refine
+from drl_jax.search.windows import find_spans, windows_of
 
 _CLIPS, _QUERIES, _TOP = 128, 100, 5
-# Scores of an hour without cuts, windows of 12 s every 6 s: mean and deviation of the noise, the
-# score of the event, and the deviation of unrelated captions.
-_EVENTS = {
-    "usual": (0.22, 0.010, 0.28, 0.025),
-    "weak": (0.25, 0.008, 0.275, 0.025),
-    "wide": (0.20, 0.100, 0.90, 0.2),
-    "negative": (-0.10, 0.005, -0.075, 0.01),
-}
-_TRIALS, _ALIKE = 200, 0.8
 Spans = list[tuple[float, float]]
 
 
@@ -55,7 +42,7 @@ class IndexedFilm:
         with open_video(path) as video:
             self.video = sample_video(video, model.frame_form, frames.append, fps)
         self.seconds = time.perf_counter() - start
-        self._model, self._bank = model, bank
+        self._model = model
         self.windows = windows_of(self.video, model.config.data.max_frames)
         image_feat = model.encode_frames(np.stack(frames))
         self._features = model.encode_frame_windows(image_feat, [w.frames for w in self.windows])
@@ -68,24 +55,17 @@ class IndexedFilm:
         """Of all stored windows: float32 [Q, W]."""
         return self._model.similarity(text, self._features)
 
-    def moments(self, text: Features, scores: np.ndarray) -> tuple[Spans, Spans]:
-        """The best moments of one sentence, and with the ends of the first moved inside it."""
-        parts = [Part(text, 1.0)]
+    def moments(self, text: Features, scores: np.ndarray) -> Spans:
+        """The best moments of one sentence."""
         order = np.argsort(-scores, kind="stable")[:REFINE]
         candidates = [Candidate(self._film, int(n), float(scores[n])) for n in order]
         windows, scores = list(self.windows), scores.copy()
-        refined = refine(self._model, parts, candidates)
+        refined = refine(self._model, [Part(text, 1.0)], candidates)
         for number, (window, score) in zip(order, refined, strict=True):
             windows[number], scores[number] = window, score
         deviation = float(self._scale[int(scores.argmax()), 1])
         spans = find_spans(windows, scores, _TOP, deviation)
-        best = windows[spans[0].window]
-        found = [(span.start, span.end) for span in spans]
-        tight = found[:1]
-        if found[0] == (best.start, best.end):
-            window = tighten(self._model, parts, self._bank, self._film, best)
-            tight = [(window.start, window.end)]
-        return found, tight
+        return [(span.start, span.end) for span in spans]
 
 
 def measure(
@@ -106,19 +86,17 @@ def measure(
             indexed = IndexedFilm(model, path, fps, bank)
             scores = indexed.scores(text)
             start = time.perf_counter()
-            asked = [
+            found = [
                 indexed.moments({name: array[[number]] for name, array in text.items()}, row)
                 for number, row in enumerate(scores)
             ]
             seconds = (time.perf_counter() - start) / len(scores)
-            found, tight = zip(*asked, strict=True)
             coarse = _metrics([[indexed.windows[row.argmax()][:2]] for row in scores], truth)
             rows.append(
                 {"film": kind, "fps": fps, "minutes": round(minutes, 1)}
                 | {"shots": len(indexed.video.shots), "frames": len(indexed.video.times)}
                 | {"windows": len(indexed.windows)}
                 | _metrics(found, truth)
-                | {"tight_iou5": _metrics(tight, truth)["iou5"]}
                 | {f"coarse_{name}": coarse[name] for name in ("clip", "iou5")}
                 | {f"true_{name}": true[name] for name in ("clip", "iou5")}
                 | {"sampling_s_an_hour": round(indexed.seconds * 60 / minutes, 1)}
@@ -161,29 +139,6 @@ def overlap(one: tuple[float, float], other: tuple[float, float]) -> float:
     return shared / ((one[1] - one[0]) + (other[1] - other[0]) - shared)
 
 
-def events() -> list[dict]:
-    """Finds events among scores that are drawn."""
-    rng, rows = np.random.default_rng(0), []
-    windows = [Window(6.0 * n, 6.0 * n + 12, ()) for n in range(599)]
-    for name, (mean, deviation, peak, of_bank) in _EVENTS.items():
-        lengths, is_found = [], []
-        for _ in range(_TRIALS):
-            noise = rng.normal(0, 1, len(windows))
-            for n in range(1, len(windows)):
-                noise[n] = _ALIKE * noise[n - 1] + (1 - _ALIKE**2) ** 0.5 * noise[n]
-            scores, event = mean + deviation * noise, int(rng.integers(5, len(windows) - 5))
-            scores[event] = max(scores[event], peak)
-            for near in (event - 1, event + 1):
-                scores[near] = max(scores[near], (mean + peak) / 2)
-            best = find_spans(windows, scores, 1, of_bank)[0]
-            lengths.append(best.end - best.start)
-            is_found.append(overlap((best.start, best.end), windows[event][:2]) >= 0.5)
-        share = {"iou5": is_found, "above_60_s": np.array(lengths) > 60}
-        percent = {key: round(100 * float(np.mean(values)), 1) for key, values in share.items()}
-        rows.append({"event": name, "median_s": float(np.median(lengths)), **percent})
-    return rows
-
-
 def main() -> int:
     parser = arguments("moments", __doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help=f"of {', '.join(KINDS)}")
@@ -203,9 +158,7 @@ def main() -> int:
         for kind in options.kinds:
             rows += measure(model, kind, make_film(kind, clips), captions, options.fps)
             print(table(rows[-len(options.fps) :]), flush=True)
-        found = events()
-        print(table(found))
-        report(rows, options, split=options.videos.name, clips=len(clips), events=found)
+        report(rows, options, split=options.videos.name, clips=len(clips))
 
     return run_command(parser.prog, work)
 

@@ -126,12 +126,8 @@ def measure_calls(directory: Path, example: Path) -> float:
 def measure_build(
     videos: Path, directory: Path, storage: StorageSpec
 ) -> tuple[float, float, float, VideoDataset]:
-    """Builds few and many clips from a cache that has their frames.
-
-    Returns:
-      Processor seconds of the process that writes, bytes of the dataset, and bytes of the cache,
-      each for one clip; and the larger dataset.
-    """
+    """Builds few and many clips from a cache that has their frames. Returns for one clip processor
+    seconds of the process that writes, bytes of the dataset and of the cache; and the dataset."""
     seconds, sizes, clips, target = [], [], [], Path()
     for links in _LINKS:
         folder = directory / f"links_{links}"
@@ -147,14 +143,9 @@ def measure_build(
         seconds.append(taken)
         sizes.append(bytes_below(target))
         clips.append(len(names))
-    more = clips[1] - clips[0]
+    of_one = [(many - few) / (clips[1] - clips[0]) for few, many in (seconds, sizes)]
     cache = bytes_below(directory / "data" / "cache") / len(VideoFolder(videos).files)
-    return (
-        (seconds[1] - seconds[0]) / more,
-        (sizes[1] - sizes[0]) / more,
-        cache,
-        VideoDataset(target),
-    )
+    return *of_one, cache, VideoDataset(target)
 
 
 def link_repeatedly(videos: Path, folder: Path, links: int) -> list[str]:
@@ -168,11 +159,7 @@ def link_repeatedly(videos: Path, folder: Path, links: int) -> list[str]:
 
 
 def measure_put(reads: Sequence[VideoRead], directory: Path, width: int) -> dict[str, float]:
-    """Stores videos of one window in a new index, with random features.
-
-    Returns:
-      Fields of `PerClip`.
-    """
+    """Stores videos of one window in a new index, with random features: fields of `PerClip`."""
     rng, count, seconds = np.random.default_rng(0), _STORED * _COMMITS, 0.0
     reads = [read for read in reads if read.arrays]
     with IndexWriter(directory) as writer:
@@ -215,48 +202,38 @@ def bytes_below(directory: Path) -> int:
 
 def costs(one: PerClip, options: argparse.Namespace) -> list[dict]:
     """What all clips cost: rows of stage, what one clip takes, totals, and hours."""
-    clips, cores = options.clips, options.nodes * options.cores
-    gpus, rate = options.nodes * options.gpus, options.gpu_tflops * 1e12
-    # A third of a step is the forward pass; that of the text is a few percent of it.
-    encode = one.step_flops / 3
+    rate = options.gpu_tflops * 1e12
+    # What one clip takes, in a unit; the unit of all clips, its size, and how many work on them.
+    cores = ("{:.4f} core-s", 1, "core-hours", 3600, options.nodes * options.cores)
+    process = ("{:.2f} ms", 1e-3, "hours", 3600, 1)
+    gpus = ("{:.0f} GFLOP", 1e9, "GPU-hours", 3600 * rate, options.nodes * options.gpus)
+    stored = ("{:.1f} kB", 1e3, "TB", 1e12, 0)
+    shards = options.nodes * options.gpus
 
-    def row(stage: str, taken: str, unit: str, total: float, hours: float | str) -> dict:
-        hours = hours if isinstance(hours, str) else f"{hours:.3g}"
+    def row(stage: str, kind: tuple, amount: float, shards: int = 1) -> dict:
+        text, unit, of_all, size, workers = kind
+        total = options.clips * amount / shards / size
         return {
             "stage": stage,
-            "a clip": taken,
-            "all clips": f"{total:,.3g} {unit}",
-            "hours on all nodes": hours,
+            "a clip": text.format(amount / unit),
+            "all clips": f"{total:,.3g} {of_all}",
+            "hours on all nodes": f"{total / workers:.3g}" if workers else "-",
         }
 
-    def on_cores(stage: str, seconds: float) -> dict:
-        total = clips * seconds / 3600
-        return row(stage, f"{seconds:.4f} core-s", "core-hours", total, total / cores)
-
-    def in_one_process(stage: str, seconds: float, shards: int = 1) -> dict:
-        total = clips * seconds / shards / 3600
-        return row(stage, f"{seconds * 1e3:.2f} ms", "hours", total, total)
-
-    def on_gpus(stage: str, flops: float) -> dict:
-        total = clips * flops / rate / 3600
-        return row(stage, f"{flops / 1e9:.0f} GFLOP", "GPU-hours", total, total / gpus)
-
-    def stored(stage: str, size: float) -> dict:
-        return row(stage, f"{size / 1e3:.1f} kB", "TB", clips * size / 1e12, "-")
-
     return [
-        on_cores("build: decode", one.decode),
-        in_one_process("build: the driver of a cluster, calls and records", one.call + one.record),
-        stored("build: dataset", one.dataset_bytes),
-        stored("build: cache of frames", one.cache_bytes),
-        on_cores("train: read frames, an epoch", one.read),
-        on_gpus("train: steps, an epoch", one.step_flops),
-        on_cores("index: read videos", one.index_read),
-        on_gpus("index: encode", encode),
-        in_one_process("index: rows, of one of the shards", one.index_put, gpus),
-        in_one_process("index: merges, of one of them", _MERGES * one.index_merge, gpus),
-        stored("index: features", one.array_bytes),
-        stored("index: rows and thumbnails", one.row_bytes),
+        row("build: decode", cores, one.decode),
+        row("build: the driver of a cluster, calls and records", process, one.call + one.record),
+        row("build: dataset", stored, one.dataset_bytes),
+        row("build: cache of frames", stored, one.cache_bytes),
+        row("train: read frames, an epoch", cores, one.read),
+        row("train: steps, an epoch", gpus, one.step_flops),
+        row("index: read videos", cores, one.index_read),
+        # A third of a step is the forward pass; that of the text is a few percent of it.
+        row("index: encode", gpus, one.step_flops / 3),
+        row("index: rows, of one of the shards", process, one.index_put, shards),
+        row("index: merges, of one of them", process, _MERGES * one.index_merge, shards),
+        row("index: features", stored, one.array_bytes),
+        row("index: rows and thumbnails", stored, one.row_bytes),
     ]
 
 

@@ -52,13 +52,8 @@ def random_arrays(name: str, count: int, length: int, seed: int) -> Arrays:
 
 
 def measure(way: str, size: int) -> dict:
-    """Measures the similarity of `size` captions with `size` videos.
-
-    Args:
-      way: "blocks", with blocks of `config.eval.text_block` captions as in the evaluation, or
-        "plain", with all captions at once.
-      size: number of captions and of videos.
-    """
+    """Measures the similarity of `size` captions with `size` videos: in "blocks" of captions as in
+    the evaluation, or "plain", all at once."""
     text = random_arrays("text", size, WORDS, seed=0)
     video = random_arrays("frame", size, FRAMES, seed=1)
     rows = size if way == "plain" else min(size, EvalConfig.text_block)

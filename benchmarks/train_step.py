@@ -67,15 +67,7 @@ def step_flags() -> list[tuple]:
 def measure(
     name: str, config: ModelConfig, batch: int, microbatch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Compiles and times the training step on random input.
-
-    Args:
-      name: of the model, for the table.
-      config: the model.
-      batch: pairs of the global batch.
-      microbatch: pairs encoded at a time; 0: all.
-      options: frames of a video, words of a text, and timed steps.
-    """
+    """Compiles and times the training step on random input."""
     frames, words = options.frames, options.words
     layout = make_layout()
     tx = make_optimizer(OptimConfig(), total_steps=1000)
@@ -130,14 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("remat", names, ModelConfig.remat, f"of {', '.join(REMAT)}, e.g. none,dots"),
         ("scan_unroll", positive_int, ModelConfig.scan_unroll, "layers per iteration of the scan"),
     )
-    parser.add_argument(
-        "--default_allocator",
-        action="store_true",
-        help="return freed memory to the kernel, which training on the CPU does not",
-    )
     options = parser.parse_args(argv)
-    if not options.default_allocator:
-        keep_freed_memory()
+    keep_freed_memory()
     rows = []
     for name, dtype, batch, remat in itertools.product(
         options.models, options.dtypes, options.batches, options.remat
@@ -146,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = ModelConfig(backbone=backbone, dtype=dtype, remat=remat, scan_unroll=unroll)
         microbatch = options.microbatch if options.microbatch < batch else 0
         rows.append(measure(name, config, batch, microbatch, options))
-    fields = ("frames", "words", "scan_unroll", "default_allocator")
+    fields = ("frames", "words", "scan_unroll")
     settings = {field: getattr(options, field) for field in fields}
     report(rows, options, **settings, matmul_gflops=matmul_rates())
 

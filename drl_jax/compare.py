@@ -12,15 +12,12 @@ from drl_jax.runtime.cli import Parser, run_command
 
 def _parser() -> Parser:
     parser = Parser("python -m drl_jax.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("one", type=Path, metavar="RUN_A", help="directory of a run")
-    parser.add_argument("other", type=Path, metavar="RUN_B", help="directory of another run")
-    parser.add_argument(
-        "--checkpoint", default="best", help="of both: best, latest or a step (%(default)s)"
-    )
-    parser.add_argument(
-        "--split", default="test", help="train, val, test or a stored split (%(default)s)"
-    )
-    parser.add_argument("--data_dir", help="directory of built datasets, if they were moved")
+    add = parser.add_argument
+    add("one", type=Path, metavar="RUN_A", help="directory of a run")
+    add("other", type=Path, metavar="RUN_B", help="directory of another run")
+    add("--checkpoint", default="best", help="of both: best, latest or a step (%(default)s)")
+    add("--split", default="test", help="train, val, test or a stored split (%(default)s)")
+    add("--data_dir", help="directory of built datasets, if they were moved")
     return parser
 
 
@@ -34,13 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         keep_freed_memory()
         cache_compilations()
-        compare(
-            options.one,
-            options.other,
-            checkpoint=options.checkpoint,
-            split_name=options.split,
-            data_dir=options.data_dir,
-        )
+        what = {"checkpoint": options.checkpoint, "split_name": options.split}
+        compare(options.one, options.other, data_dir=options.data_dir, **what)
 
     return run_command("drl_jax.compare", work)
 

@@ -49,28 +49,23 @@ class BackboneConfig:
     vision_width: int = 768
     vision_heads: int = 12
     vision_patch_size: int = 32
-    # Positions of the text tower.
-    context_length: int = 77
+    context_length: int = 77  # positions of the text tower
     vocab_size: int = 49408
     text_width: int = 512
     text_heads: int = 8
     text_layers: int = 12
-    # Hidden widths of the MLPs. 0: four times the width.
-    vision_mlp_width: int = 0
+    vision_mlp_width: int = 0  # hidden width of the MLPs; 0: four times the width
     text_mlp_width: int = 0
-    # One of ACTIVATIONS.
-    activation: str = "quick_gelu"
+    activation: str = "quick_gelu"  # one of ACTIVATIONS
     layer_norm_eps: float = 1e-5
-    # Whether there is a learned bias of the logits beside their scale (`LossConfig.contrastive`).
-    logit_bias: bool = False
+    logit_bias: bool = False  # whether the logits have a learned bias (`LossConfig.contrastive`)
     # Mean and standard deviation of pixels, RGB in [0, 1].
     pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     # crop: the short side becomes image_resolution, and the centre is cut out. squash: both sides
     # become image_resolution.
     resize: str = "crop"
-    # One of INTERPOLATIONS.
-    interpolation: str = "bicubic"
+    interpolation: str = "bicubic"  # one of INTERPOLATIONS
     # One of TEXT_CLEANINGS. clip: as OpenAI's tokenizer. lower: lower case. canonicalize: lower
     # case, without punctuation.
     text_cleaning: str = "clip"
@@ -79,12 +74,10 @@ class BackboneConfig:
 
     @property
     def vision_hidden_width(self) -> int:
-        """Hidden width of the image tower's MLPs."""
         return self.vision_mlp_width or 4 * self.vision_width
 
     @property
     def text_hidden_width(self) -> int:
-        """Hidden width of the text tower's MLPs."""
         return self.text_mlp_width or 4 * self.text_width
 
 
@@ -104,12 +97,10 @@ class ModelConfig:
     # How texts and videos are compared: dp (dot product), ti (token-wise), wti (weighted
     # token-wise) or xti (cross transformer).
     interaction: str = "wti"
-    # Linear layers of wti's weights: 1, 2 or 3.
-    wti_arch: int = 2
+    wti_arch: int = 2  # linear layers of wti's weights: 1, 2 or 3
     # Temporal aggregation of frame features: none, seqLSTM or seqTransf.
     agg_module: str = "seqTransf"
-    # Layers of seqTransf.
-    temporal_layers: int = 4
+    temporal_layers: int = 4  # of seqTransf
     # Layers of xti's cross transformer, and the dropout of its input.
     cross_layers: int = 4
     cross_dropout: float = 0.1
@@ -174,8 +165,7 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     dataset: str = "msrvtt"
-    # Directory of built datasets.
-    data_dir: str = "data"
+    data_dir: str = "data"  # directory of built datasets
     train_split: str = "train_9k"
     # Split that is evaluated after each epoch and chooses the best checkpoint. With `holdout`, that
     # many videos of `train_split` are used instead, with one caption each.
@@ -205,24 +195,19 @@ class DataConfig:
     cache: str = "auto"
     # Build the dataset if it is absent. Only `shapes` and `shapes_stills` need no source files.
     build_if_absent: bool = False
-    # Flags of that build, e.g. "--size=smoke".
-    build_flags: str = ""
+    build_flags: str = ""  # of that build, e.g. "--size=smoke"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    # Pairs of the global batch, over all devices.
-    batch_size: int = 128
+    batch_size: int = 128  # pairs, over all devices
     # Pairs encoded at a time, over all devices; the backward pass encodes them again. Loss and
     # gradient are those of the whole batch. 0: the whole batch at once.
     microbatch: int = 0
-    # 0: no training; tests the weights of `model.init`.
-    epochs: int = 5
+    epochs: int = 5  # 0: no training; tests the weights of `model.init`
     log_every: int = 20
-    # Whether TensorBoard gets pictures of each evaluation.
-    pictures: bool = True
-    # Steps between checkpoints within an epoch (0: only at its end).
-    checkpoint_every: int = 1000
+    pictures: bool = True  # whether TensorBoard gets pictures of each evaluation
+    checkpoint_every: int = 1000  # steps, within an epoch (0: only at its end)
     keep_checkpoints: int = 2
     # Batches whose loss or gradient is not finite that a run leaves out before it stops.
     skip_nonfinite: int = 0
@@ -230,10 +215,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    # Videos or captions encoded at a time, over all devices.
-    batch_size: int = 64
-    # Captions compared with all videos at a time, over all devices.
-    text_block: int = 256
+    batch_size: int = 64  # videos or captions encoded at a time, over all devices
+    text_block: int = 256  # captions compared with all videos at a time, over all devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,14 +272,10 @@ def checked_config(
     interactions: Mapping[str, Any],
     temporal_heads: Mapping[str, Any],
 ) -> Config:
-    """Builds a Config and checks that its model can be built.
+    """Builds a Config from a nested dict, and checks that its model can be built.
 
-    Args:
-      values: nested dict, as `dataclasses.asdict(Config(...))` returns it; a field that is missing
-        has its default.
-      backbones: classes by `backbone.family`.
-      interactions: classes by `model.interaction`.
-      temporal_heads: classes by `model.agg_module`; None: no head.
+    A field that is missing has its default. The other arguments are classes by `backbone.family`,
+    `model.interaction` and `model.agg_module` (None: no head).
 
     Raises:
       ConfigError: names the field that is unknown, of a wrong type or cannot work.

@@ -25,21 +25,18 @@ def _parser() -> Parser:
         "a file of towers (docs/weights.md), a DRL checkpoint, an exported run, the name of"
         f" installed weights ({', '.join(NAMES)}), hf-hub:ORG/NAME; or a run"
     )
-    parser.add_argument("source", metavar="IN", help=source)
-    target = "directory of the new run; or NAME.safetensors"
-    parser.add_argument("target", type=Path, metavar="OUT", help=target)
-    checkpoint = "of a run: best, latest or a step (%(default)s)"
-    parser.add_argument("--checkpoint", default="best", help=checkpoint)
+    add = parser.add_argument
+    add("source", metavar="IN", help=source)
+    add("target", type=Path, metavar="OUT", help="directory of the new run; or NAME.safetensors")
+    add("--checkpoint", default="best", help="of a run: best, latest or a step (%(default)s)")
     interaction = "for a file without interaction parameters (%(default)s)"
-    parser.add_argument("--interaction", choices=("dp", "ti"), default="dp", help=interaction)
-    release = "of a file of CLIP that does not say its own, e.g. openai"
-    parser.add_argument("--release", default="", help=release)
-    tokenizer = "of a file of towers, if it is not beside the file"
-    parser.add_argument("--tokenizer", default="", help=tokenizer)
+    add("--interaction", choices=("dp", "ti"), default="dp", help=interaction)
+    add("--release", default="", help="of a file of CLIP that does not say its own, e.g. openai")
+    add("--tokenizer", default="", help="of a file of towers, if it is not beside the file")
     dtype = "of the tensors of an exported run (float32)"
-    parser.add_argument("--dtype", choices=("float32", "float16"), help=dtype)
+    add("--dtype", choices=("float32", "float16"), help=dtype)
     towers = "export the towers without the heads, under their publisher's names"
-    parser.add_argument("--clip_only", action="store_true", help=towers)
+    add("--clip_only", action="store_true", help=towers)
     return parser
 
 

@@ -17,29 +17,24 @@ _POST = ("none", "is", "qbnorm", "nnn", "dsl")
 
 def _parser() -> Parser:
     parser = Parser("python -m drl_jax.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step (%(default)s)")
-    parser.add_argument(
-        "--split", default="test", help="train, val, test or a stored split (%(default)s)"
-    )
-    order = (
-        "content: sort the frames of each video by their pixels, which hides time from the model"
-    )
-    parser.add_argument("--frame_order", choices=("time", "content"), default="time", help=order)
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="directory of the run")
+    add("--checkpoint", default="best", help="best, latest or a step (%(default)s)")
+    add("--split", default="test", help="train, val, test or a stored split (%(default)s)")
+    order = "content: sort the frames of videos by their pixels, which hides time from the model"
+    add("--frame_order", choices=("time", "content"), default="time", help=order)
     legacy = (
         "print a second table with the tie rule of DRL's original and CLIP4Clip, for comparison"
         " with papers"
     )
-    parser.add_argument("--legacy", action="store_true", help=legacy)
+    add("--legacy", action="store_true", help=legacy)
     post = f"post-processing of similarities, a table each: {', '.join(_POST)} (none)"
-    parser.add_argument(
-        "--post", type=_methods, default=["none"], metavar="METHOD[,METHOD...]", help=post
-    )
+    add("--post", type=_methods, default=["none"], metavar="METHOD[,METHOD...]", help=post)
     size = "captions of train that post-processing takes (5000, or all if there are fewer)"
-    parser.add_argument("--bank_size", type=positive_int, metavar="N", help=size)
+    add("--bank_size", type=positive_int, metavar="N", help=size)
     report = "write DIR/index.html, one page with the metrics, curves and pictures of the run"
-    parser.add_argument("--report", type=Path, metavar="DIR", help=report)
-    parser.add_argument("--data_dir", help="directory of built datasets, if they were moved")
+    add("--report", type=Path, metavar="DIR", help=report)
+    add("--data_dir", help="directory of built datasets, if they were moved")
     return parser
 
 

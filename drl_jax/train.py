@@ -76,11 +76,7 @@ def _step_range(text: str) -> range:
 
 
 def _default_workdir(options: argparse.Namespace) -> Path:
-    """`runs/NAME` or `runs/NAME_VARIANT` for `--config=DIR/NAME.py:VARIANT`.
-
-    `runs/NAME_VARIANT_seeds` with `--seeds`, and `runs/reproduced_NAME` for
-    `--reproduce=DIR/NAME/manifest.json`.
-    """
+    """As the help of `--workdir` says: from DIR/NAME.py:VARIANT, or DIR/NAME/manifest.json."""
     if options.reproduce:
         return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
     path, _, variant = options.config.partition(":")

@@ -5,8 +5,8 @@ import resource
 import numpy as np
 import pytest
 from support.files import limit, refused
+from support.finished_runs import summaries
 
-from benchmarks.kills import summaries
 from drl_jax.evaluation.figures import block_maxima, interaction_figure, rendered
 from drl_jax.models.interactions import Attribution
 from drl_jax.runs.hooks import StepProfile, TrainingError

@@ -10,7 +10,6 @@ crash, more than 10 seconds or 2 GB. Exits with status 1 if there is one.
 
 import argparse
 import collections
-import functools
 import os
 import sys
 import tempfile
@@ -31,11 +30,7 @@ from drl_jax.runtime.files import write_json
 
 
 def fuzz(options: argparse.Namespace) -> None:
-    """Runs all inputs and prints the table.
-
-    Raises:
-      UserError: an input failed, or a kind is unknown.
-    """
+    """Runs all inputs and prints the table; raises UserError if one failed."""
     if unknown := set(options.kinds) - set(runner.KINDS):
         raise UserError(f"no kind {min(unknown)}; there are {', '.join(runner.KINDS)}")
     start, outcomes = time.monotonic(), []
@@ -48,8 +43,17 @@ def fuzz(options: argparse.Namespace) -> None:
         for outcome in tqdm(found, total=total, unit="input"):
             outcomes.append(outcome)
             if outcome.status == runner.FAILED:
-                _report_failure(outcome, roots[outcome.kind], options)
-    rows = [_row(kind, [o for o in outcomes if o.kind == kind]) for kind in options.kinds]
+                where = f"{outcome.kind} {outcome.number}, {outcome.subject}: {outcome.damage}"
+                tqdm.write(f"{where}\n  {outcome.detail[:300]!r}")
+                if options.save:
+                    root = roots[outcome.kind]
+                    runner.save_failure(outcome, root, options.seed, options.save)
+    rows = []
+    for kind in options.kinds:
+        of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
+        counts = collections.Counter(outcome.status for outcome in of_kind)
+        row = {"kind": kind, "inputs": len(of_kind), **{s: counts[s] for s in runner.OUTCOMES}}
+        rows.append({**row, "slowest seconds": max(outcome.seconds for outcome in of_kind)})
     print(table(rows))
     if options.record:
         settings = {"seed": options.seed, "seconds": round(time.monotonic() - start)}
@@ -59,28 +63,11 @@ def fuzz(options: argparse.Namespace) -> None:
         raise UserError(f"{failures} of {len(outcomes)} inputs failed; they are{where}")
 
 
-def _row(kind: str, outcomes: Sequence[runner.Outcome]) -> dict[str, str | int | float]:
-    counts = collections.Counter(outcome.status for outcome in outcomes)
-    return {
-        "kind": kind,
-        "inputs": len(outcomes),
-        **{status: counts[status] for status in runner.OUTCOMES},
-        "slowest seconds": max(outcome.seconds for outcome in outcomes),
-    }
-
-
-def _report_failure(outcome: runner.Outcome, root: Path, options: argparse.Namespace) -> None:
-    where = f"{outcome.kind} {outcome.number}, {outcome.subject}: {outcome.damage}"
-    tqdm.write(f"{where}\n  {outcome.detail[:300]!r}")
-    if options.save:
-        runner.save_failure(outcome, root, options.seed, options.save)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = Parser("python -m benchmarks.fuzz", description=__doc__.splitlines()[0])
-    number = functools.partial(parser.add_argument, type=positive_int)
-    number("--inputs", default=300, help="of each kind (%(default)s)")
+    inputs = "of each kind (%(default)s)"
+    parser.add_argument("--inputs", type=positive_int, default=300, help=inputs)
     parser.add_argument("--seed", type=int, default=0, help="of all choices (%(default)s)")
     kinds = ",".join(runner.KINDS)
     parser.add_argument("--kinds", type=names, default=kinds, help="of inputs (%(default)s)")

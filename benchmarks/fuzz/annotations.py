@@ -1,6 +1,7 @@
 """Annotation files of every builder, damaged in their bytes, their text and their structure."""
 
 import io
+import itertools
 import json
 import pickle
 import tarfile
@@ -38,15 +39,18 @@ def prepare(root: Path) -> None:
 
 
 def _subjects() -> dict[str, dict[str, Any]]:
-    """File contents by name of the dataset, then by file name.
-
-    Dicts and lists become JSON, and bytes are damaged as such.
-    """
+    """File contents by dataset and file name; dicts and lists become JSON, or a pickle."""
     captions = {video: [f"a {video} öffnet", "two words"] for video in _VATEX}
     lists = {f"{split}_list.txt": f"{video}\n" for split, video in zip(_LISTS, _VATEX, strict=True)}
     official = [{"videoID": video, "enCap": found} for video, found in captions.items()]
     wrapped = {video: {"enCap": found, "chCap": ["看"]} for video, found in captions.items()}
     words = {video: [["a", "dog"], ["two", "dogs", "run"]] for video in _VATEX}
+    moments = [
+        {"video": "5@N00_24.avi", "description": text, "times": [[0, 0]], "annotation_id": k}
+        for k, text in enumerate(("a dog türns", "the dog barks"))
+    ]
+    paragraph = {"duration": 2.0, "timestamps": [[0, 1]], "sentences": ["A woman. ", " She sits."]}
+    times = "\t00.00.51.926\t00.00.54.129\t0\t1\t"
     rows = [
         {"video": "a/beach.mp4", "caption": "wäves", "start": 0, "end": 1.5, "split": "train"},
         {"video": "garden", "captions": ["a rose", "two roses"], "split": "val"},
@@ -66,9 +70,19 @@ def _subjects() -> dict[str, dict[str, Any]]:
         "vatex-ref": {**lists, "ref_captions.json": captions},
         "vatex-data": {**lists, "vatex_data.json": wrapped},
         "vatex-official": {"vatex_training_v1.0.json": official},
-        "didemo": _didemo(),
-        "activitynet": _activitynet(),
-        "lsmdc": _lsmdc(),
+        "didemo": {
+            f"{split}_{name}": content
+            for split in ("train", "test")
+            for name, content in (("list.txt", "5@N00_24.avi\n"), ("data.json", moments))
+        },
+        "activitynet": {
+            **{"train_ids.json": ["v_QOlSCBRmfWY"], "train.json": {"v_QOlSCBRmfWY": paragraph}},
+            **{"val_ids.json": ["v_uqiMw7tQ1Cc"], "val_1.json": {"v_uqiMw7tQ1Cc": paragraph}},
+        },
+        "lsmdc": {
+            "LSMDC16_annos_training.csv": f'0001_A_00{times}SOMEONE says "gö.\n1_B{times}Goes.\n',
+            "LSMDC16_challenge_1000_publictect.csv": f"3064_C_01{times}Dancers bow.\n",
+        },
     }
 
 
@@ -96,55 +110,19 @@ def _table() -> bytes:
 
 
 def _msrvtt() -> dict[str, Any]:
-    splits = ("train", "validate", "test")
+    splits = zip(_VIDEOS, ("train", "validate", "test"), strict=True)
+    videos = [{"video_id": v, "url": "", "start time": 0.0, "split": s} for v, s in splits]
+    sentences = [
+        {"video_id": video, "caption": f"{video} caption {k}", "sen_id": k}
+        for video in _VIDEOS
+        for k in range(2)
+    ]
     return {
-        "MSRVTT_data.json": {
-            "videos": [
-                {"video_id": video, "url": "", "start time": 0.0, "split": split}
-                for video, split in zip(_VIDEOS, splits, strict=True)
-            ],
-            "sentences": [
-                {"video_id": video, "caption": f"{video} caption {k}", "sen_id": k}
-                for video in _VIDEOS
-                for k in range(2)
-            ],
-        },
+        "MSRVTT_data.json": {"videos": videos, "sentences": sentences},
         "MSRVTT_train.9k.csv": "video_id\nvideo0\nvideo1\n",
         "MSRVTT_JSFUSION_test.csv": (
             'key,vid_key,video_id,sentence\nret0,msr2,video2,"one, twö"\nret1,msr1,video1,three\n'
         ),
-    }
-
-
-def _didemo() -> dict[str, Any]:
-    entries = [
-        {"video": "5@N00_24.avi", "description": text, "times": [[0, 0]], "annotation_id": k}
-        for k, text in enumerate(("a dog türns", "the dog barks"))
-    ]
-    return {
-        f"{split}_{name}": content
-        for split in ("train", "test")
-        for name, content in (("list.txt", "5@N00_24.avi\n"), ("data.json", entries))
-    }
-
-
-def _activitynet() -> dict[str, Any]:
-    entry = {"duration": 2.0, "timestamps": [[0, 1]], "sentences": ["A woman. ", " She dances."]}
-    return {
-        "train_ids.json": ["v_QOlSCBRmfWY"],
-        "train.json": {"v_QOlSCBRmfWY": entry},
-        "val_ids.json": ["v_uqiMw7tQ1Cc"],
-        "val_1.json": {"v_uqiMw7tQ1Cc": entry},
-    }
-
-
-def _lsmdc() -> dict[str, str]:
-    def row(clip: str, sentence: str) -> str:
-        return "\t".join((clip, "00.00.51.926", "00.00.54.129", "0", "1", sentence)) + "\n"
-
-    return {
-        "LSMDC16_annos_training.csv": row("0001_A_00", 'SOMEONE says "gö.') + row("1_B", "Goes."),
-        "LSMDC16_challenge_1000_publictect.csv": row("3064_C_01", "Dancers bow."),
     }
 
 
@@ -198,16 +176,14 @@ def _check(annotations: Annotations) -> None:
             raise InvalidResult(f"split {split!r} has {len(videos)} videos")
         for video in videos:
             captions = video.captions
-            if not _is_text(video.video_id):
-                raise InvalidResult(f"a video is named {video.video_id!r}")
-            if not isinstance(captions, list) or not captions or not all(map(_is_text, captions)):
+            if not isinstance(captions, list) or not captions:
                 raise InvalidResult(f"captions of {video.video_id!r} are {captions!r}")
-    for video, sources in annotations.sources.items():
-        for source in sources:
-            if not _is_text(source.file):
-                raise InvalidResult(f"the file of {video!r} is named {source.file!r}")
-            if source.span is not None and not np.isfinite(source.span).all():
-                raise InvalidResult(f"the span of {video!r} is {source.span}")
+            if not all(map(_is_text, [video.video_id, *captions])):
+                raise InvalidResult(f"{video.video_id!r} or one of {captions!r} is no text")
+    for source in itertools.chain.from_iterable(annotations.sources.values()):
+        spans = () if source.span is None else source.span
+        if not _is_text(source.file) or not np.isfinite(spans).all():
+            raise InvalidResult(f"a source is {source}")
 
 
 def _is_text(value: Any) -> bool:

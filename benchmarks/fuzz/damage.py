@@ -8,20 +8,17 @@ from random import Random
 from typing import Any
 
 # What a different result, read without an error, means for an input.
-FAILURE, LEGITIMATE, UNDETECTABLE = "failure", "legitimate", "undetectable"
+FAILURE, LEGITIMATE = "failed", "changed legitimately"
+UNDETECTABLE = "undetectable by format"
 
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """What was done to an input.
+    """What was done to an input."""
 
-    Attributes:
-      what: in words, for the report.
-      if_changed: what a different result without an error is: FAILURE; LEGITIMATE, since the damage
-        changes the content; or UNDETECTABLE, since the format has no checksum of these bytes.
-    """
-
-    what: str
+    what: str  # in words, for the report
+    # What a different result without an error is: FAILURE; LEGITIMATE, since the damage changes the
+    # content; or UNDETECTABLE, since the format has no checksum of these bytes.
     if_changed: str = FAILURE
 
 
@@ -40,11 +37,7 @@ def damage_file(path: Path, random: Random) -> str:
 
 
 def damage_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
-    """Damages bytes in one of several ways.
-
-    Returns:
-      The damaged bytes, which differ from `data`, and in words what was done.
-    """
+    """Bytes that differ from `data` in one of several ways, and in words what was done."""
     if not data:
         return b"\0", "a byte written"
     while True:
@@ -78,8 +71,9 @@ def _flip_bits(data: bytearray, random: Random) -> tuple[bytearray, str]:
 
 def _write_random(data: bytearray, random: Random) -> tuple[bytearray, str]:
     start, end = _span(len(data), random)
-    data[start:end] = random.randbytes(end - start)
-    return data, f"random bytes at {start}-{end}"
+    written = random.choice((random.randbytes, bytes))(end - start)
+    data[start:end] = written
+    return data, f"{'random bytes' if any(written) else 'zeros'} at {start}-{end}"
 
 
 def _write_number(data: bytearray, random: Random) -> tuple[bytearray, str]:
@@ -92,20 +86,12 @@ def _write_number(data: bytearray, random: Random) -> tuple[bytearray, str]:
     return data, f"{number:#x} ({size} bytes) at {start}"
 
 
-def _write_zeros(data: bytearray, random: Random) -> tuple[bytearray, str]:
-    start, end = _span(len(data), random)
-    data[start:end] = bytes(end - start)
-    return data, f"zeros at {start}-{end}"
-
-
 def _swap(data: bytearray, random: Random) -> tuple[bytearray, str]:
     first, end = _span(len(data), random)
     length = end - first
     second = random.randrange(len(data) - length + 1)
-    data[first:end], data[second : second + length] = (
-        data[second : second + length],
-        data[first:end],
-    )
+    one, other = slice(first, end), slice(second, second + length)
+    data[one], data[other] = data[other], data[one]
     return data, f"{length} bytes at {first} and {second} swapped"
 
 
@@ -127,8 +113,8 @@ def _repeat(data: bytearray, random: Random) -> tuple[bytearray, str]:
 
 
 _BYTE_DAMAGES: tuple[Callable[[bytearray, Random], tuple[bytearray, str]], ...] = (
-    *(_flip_bits, _flip_bits, _write_random, _write_number, _write_number),
-    *(_write_zeros, _swap, _truncate, _remove, _repeat),
+    *(_flip_bits, _flip_bits, _write_random, _write_random, _write_number, _write_number),
+    *(_swap, _truncate, _remove, _repeat),
 )
 
 # ---------------------------------------------------------------- text
@@ -183,11 +169,8 @@ _VALUES = (
 
 
 def damage_tree(tree: Any, random: Random) -> tuple[Any, str]:
-    """Replaces, removes, repeats or wraps one value of nested dicts and lists.
-
-    Returns:
-      A damaged copy, and in words what was done.
-    """
+    """A copy of nested dicts and lists in which one value is replaced, removed, repeated or
+    wrapped; and in words what was done."""
     root = [copy.deepcopy(tree)]
     places: list[tuple[Any, Any, str]] = []
 

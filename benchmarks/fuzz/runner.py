@@ -28,7 +28,7 @@ _KILLED_AFTER = 90.0
 _MAX_MESSAGE = 900
 # Outcomes. The first four are accepted.
 IDENTICAL, REFUSED, CHANGED, UNDETECTED, FAILED = OUTCOMES = (
-    *("identical", "refused", "changed legitimately", "undetectable by format", "failed"),
+    *("identical", "refused", LEGITIMATE, UNDETECTABLE, FAILURE),
 )
 
 
@@ -38,27 +38,16 @@ class InvalidResult(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a reader made of an input.
-
-    Attributes:
-      kind: of the input.
-      number: of the input, which with the seed makes it again.
-      subject: name of what was damaged.
-      damage: in words.
-      status: one of OUTCOMES.
-      detail: the message of the error, or why the input failed.
-      seconds: that the reader took.
-      trace: traceback of a failure.
-    """
+    """What a reader made of an input."""
 
     kind: str
-    number: int
-    subject: str = ""
-    damage: str = ""
-    status: str = FAILED
-    detail: str = ""
-    seconds: float = 0.0
-    trace: str = ""
+    number: int  # with the seed, it makes the input again
+    subject: str = ""  # what was damaged
+    damage: str = ""  # in words
+    status: str = FAILED  # one of OUTCOMES
+    detail: str = ""  # the message of the error, or why the input failed
+    seconds: float = 0.0  # that the reader took
+    trace: str = ""  # traceback of a failure
 
 
 def prepare(kind: str, root: Path, clips: Path | None = None) -> None:
@@ -70,14 +59,7 @@ def prepare(kind: str, root: Path, clips: Path | None = None) -> None:
 def make_input(
     kind: str, root: Path, seed: int, number: int, directory: Path
 ) -> tuple[str, Damage]:
-    """Makes a damaged input, the same for the same arguments.
-
-    Args:
-      kind: one of KINDS.
-      root: was prepared.
-      seed: of all inputs.
-      number: of this one.
-      directory: is created.
+    """Makes a damaged input, the same for the same arguments, in a new directory.
 
     Returns:
       The name of the subject, and what was done to it.
@@ -97,14 +79,7 @@ def run_input(kind: str, root: Path, seed: int, number: int) -> Outcome:
 
 
 def judge(outcome: Outcome, if_changed: str, root: Path, directory: Path) -> Outcome:
-    """Reads an input and completes its outcome.
-
-    Args:
-      outcome: with kind, number and subject.
-      if_changed: what a different result without an error is (`Damage.if_changed`).
-      root: see `make_input`.
-      directory: of the input.
-    """
+    """Reads an input and completes its outcome, of which kind, number and subject are known."""
     expected = _expected(outcome.kind, root, outcome.subject)
     start = time.monotonic()
     try:
@@ -117,21 +92,15 @@ def judge(outcome: Outcome, if_changed: str, root: Path, directory: Path) -> Out
     except Exception as error:
         status, detail, trace = FAILED, f"{type(error).__name__}: {error}", traceback.format_exc()
     else:
-        trace = ""
-        if found == expected:
-            status, detail = IDENTICAL, ""
-        else:
-            status = _STATUS_OF_CHANGE[if_changed]
-            detail = "another result without an error" if status == FAILED else ""
+        status, detail, trace = IDENTICAL if found == expected else if_changed, "", ""
+        if status == FAILED:
+            detail = "another result without an error"
     seconds = time.monotonic() - start
     if seconds > TIME_LIMIT:
         status, detail = FAILED, f"took {seconds:.1f} s; {detail}"
     return dataclasses.replace(
         outcome, status=status, detail=detail, seconds=round(seconds, 3), trace=trace
     )
-
-
-_STATUS_OF_CHANGE = {FAILURE: FAILED, LEGITIMATE: CHANGED, UNDETECTABLE: UNDETECTED}
 
 
 def _judged_message(message: str) -> str:

@@ -32,9 +32,7 @@ _BACKBONE = BackboneConfig(
 def write_run(workdir: Path, vocab_size: int = BackboneConfig.vocab_size) -> None:
     """Writes a run with one evaluated checkpoint, as training does.
 
-    Args:
-      workdir: directory of the run.
-      vocab_size: a model that encodes text needs that of its tokenizer; a small one saves time.
+    A model that encodes text needs the `vocab_size` of its tokenizer; a small one saves time.
     """
     backbone = dataclasses.replace(_BACKBONE, vocab_size=vocab_size)
     config = Config(

@@ -16,19 +16,16 @@ from safetensors.numpy import save_file
 from benchmarks.fuzz.damage import FAILURE, UNDETECTABLE, Damage, damage_file, damage_tree
 from drl_jax.models.drl import param_shapes
 from drl_jax.weights.load import config_of_weights, params_from_state
-from drl_jax.weights.torch_file import read_metadata, read_torch_file
 from drl_jax.weights.weights_file import read_weights, save_weights
 
 _GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 _ARCHIVES = ("clip_torchscript.pt", "clip_legacy.pt", "drl_wti_seqtransf.bin")
 _FOREIGN, _EXPORTED = "clip.safetensors", "exported.safetensors"
-# As exported before exports had a checksum.
-_WITHOUT_CHECKSUM = "old_export.safetensors"
 
 
 def prepare(root: Path) -> None:
     """Copies the reference's files, and writes a foreign and an exported safetensors file."""
-    for name in (*_ARCHIVES, _FOREIGN, _EXPORTED, _WITHOUT_CHECKSUM):
+    for name in (*_ARCHIVES, _FOREIGN, _EXPORTED):
         (root / "subjects" / name).mkdir(parents=True)
     for name in _ARCHIVES:
         shutil.copy(_GOLDEN / name, root / "subjects" / name)
@@ -38,12 +35,7 @@ def prepare(root: Path) -> None:
     weights = read_weights(_GOLDEN / "drl_wti_seqtransf.bin")
     config = config_of_weights(weights)
     params = params_from_state(weights.state, param_shapes(config.model))
-    exported = root / "subjects" / _EXPORTED / _EXPORTED
-    save_weights(exported, params, config)
-    metadata = read_metadata(exported)
-    del metadata["drl_jax_crc32"]
-    without = root / "subjects" / _WITHOUT_CHECKSUM / _WITHOUT_CHECKSUM
-    save_file(read_torch_file(exported), without, metadata=metadata)
+    save_weights(root / "subjects" / _EXPORTED / _EXPORTED, params, config)
 
 
 def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
@@ -55,7 +47,7 @@ def damage(root: Path, name: str, directory: Path, random: Random) -> Damage:
         what = damage_file(path, random)
     if name == _EXPORTED or not path.exists():
         return Damage(what, FAILURE)
-    undetectable = name == _WITHOUT_CHECKSUM or _only_data(original, path.read_bytes(), name)
+    undetectable = _only_data(original, path.read_bytes(), name)
     return Damage(what, UNDETECTABLE if undetectable else FAILURE)
 
 
@@ -86,9 +78,8 @@ def _only_data(original: bytes, damaged: bytes, name: str) -> bool:
 def read(root: Path, name: str, directory: Path) -> str:
     """Digest of the parameters that a model gets from the file, and its configuration."""
     del root
-    # Exported files say what they are.
-    release = "" if name in (_EXPORTED, _WITHOUT_CHECKSUM) else "openai"
-    weights = read_weights(directory / name, release)
+    # An exported file says what it is.
+    weights = read_weights(directory / name, "" if name == _EXPORTED else "openai")
     config = config_of_weights(weights)
     shapes = param_shapes(config.model)
     # As `initial_params`, which also compiles the initialisation of the heads that CLIP lacks.

@@ -25,9 +25,8 @@ def _parser() -> Parser:
     add_model_flags(parser)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--videos", type=Path, help="folder of videos, searched recursively")
-    inputs.add_argument(
-        "--captions", type=Path, help="file of captions: .txt, .csv, .json or .jsonl"
-    )
+    file = "file of captions: .txt, .csv, .json or .jsonl"
+    inputs.add_argument("--captions", type=Path, help=file)
     add("--out", type=Path, required=True, help=f"the file to write: {', '.join(SUFFIXES)}")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the features (%(default)s)")
     files = "videos or captions per file; more inputs make several files (%(default)s)"
@@ -57,16 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.captions:
             if options.windows:
                 raise UserError("--windows is of videos; omit it")
-            captions = read_captions(options.captions)
+            captions, unit = read_captions(options.captions), "captions"
             output = embed_captions(required_model(options), captions, out, **stored)
-            unit = "captions"
         else:
-            videos = {"windows": options.windows, "timeout": options.timeout}
-            model = required_model(options)
-            output = embed_videos(model, options.videos, out, **videos, **stored)
-            unit = "windows" if options.windows else "videos"
-        where = out if len(output.files) == 1 else f"{next(iter(output.files))} and others"
-        files = "1 file" if len(output.files) == 1 else f"{len(output.files)} files"
+            model, unit = required_model(options), "windows" if options.windows else "videos"
+            stored |= {"windows": options.windows, "timeout": options.timeout}
+            output = embed_videos(model, options.videos, out, **stored)
+        first, *others = output.files
+        where = f"{first} and others" if others else first
+        files = f"{len(output.files)} files" if others else "1 file"
         nbytes = sum(file.stat().st_size for file in output.finished)
         print(f"{where}: {output.rows} {unit}, {options.dtype}, {files}, {nbytes / 1e6:.1f} MB")
         if output.unreadable:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,8 @@ def embed_captions(
     Raises:
       UserError: a file cannot be written, or exists and is of another origin.
     """
-    max_words = model.config.data.max_words
-    made_with = {
-        **_made_with(model, dtype),
-        "list of captions": json_sha256(list(captions)),
-        "max_words": max_words,
-    }
+    max_words, listed = model.config.data.max_words, json_sha256(list(captions))
+    made_with = _made_with(model, dtype) | {"list of captions": listed, "max_words": max_words}
     encoded = cut = 0
     with (
         open_output(out, made_with, len(captions), shard_size) as output,
@@ -62,12 +58,11 @@ def embed_captions(
             tokens = model.tokenize(part)
             text = model.encode_tokens(tokens)
             words = model.token_strings(part)
-            longest = max(len(word) for row in words for word in row)
-            token = np.zeros(text["text_mask"].shape, f"<U{longest}")
-            for row, strings in enumerate(words):
-                token[row, text["text_mask"][row]] = strings
             features = _stored({"pooled": model.pool_text(text), **text}, dtype)
-            arrays = {"caption": np.array(part), **features, "token": token}
+            arrays = {"caption": np.array(part), **features}
+            found = np.array(list(chain.from_iterable(words)))
+            arrays["token"] = np.zeros(text["text_mask"].shape, found.dtype)
+            arrays["token"][text["text_mask"]] = found
             output.write(file, arrays, {}, is_finished=True)
             encoded, cut = encoded + len(part), cut + int(tokens.is_cut.sum())
             progress.update(len(part))
@@ -99,11 +94,8 @@ def embed_videos(
     found = list(find_videos(folder, timeout, unusable))
     if not found:
         raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
-    made_with = {
-        **_made_with(model, dtype),
-        "list of videos": json_sha256([(v.path, v.size, v.mtime_ns) for v in found]),
-        "--windows": windows,
-    }
+    listed = json_sha256([(video.path, video.size, video.mtime_ns) for video in found])
+    made_with = _made_with(model, dtype) | {"list of videos": listed, "--windows": windows}
     sampling = sampling_of(model)
     if not windows:
         data = model.config.data
@@ -161,7 +153,13 @@ def _of_file(
         progress.update()
     if waiting:
         parts.append(_of_videos(model, waiting, dtype, windows))
-    parts = parts or [_no_videos(model, dtype, windows)]
+    if not parts:
+        # A file without rows has the arrays of a black frame, cut.
+        one_frame = {"window.frames": [[0]], "window.span": [[0.0, 0.0]], "frame.time": [0.0]}
+        black = np.zeros((1, *model.frame_form.shape), np.uint8)
+        read = VideoRead(arrays={k: np.array(v) for k, v in one_frame.items()}, frames=black)
+        none = _of_videos(model, [("", read)], dtype, windows)
+        parts = [{name: array[:0] for name, array in none.items()}]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return arrays, unreadable, is_finished
 
@@ -187,15 +185,6 @@ def _of_videos(
     return {**arrays, **_stored(features, dtype), "frame_time": frame_time}
 
 
-def _no_videos(model: RetrievalModel, dtype: str, windows: bool) -> Features:
-    """The arrays of a file without rows: those of a black frame, cut."""
-    one_frame = {"window.frames": [[0]], "window.span": [[0.0, 0.0]], "frame.time": [0.0]}
-    arrays = {name: np.array(values) for name, values in one_frame.items()}
-    black = np.zeros((1, *model.frame_form.shape), np.uint8)
-    encoded = _of_videos(model, [("", VideoRead("", arrays=arrays, frames=black))], dtype, windows)
-    return {name: array[:0] for name, array in encoded.items()}
-
-
 def _stored(features: Features, dtype: str) -> Features:
     """Masks stay bool."""
     return {name: a if a.dtype == bool else a.astype(dtype) for name, a in features.items()}
@@ -208,5 +197,5 @@ def _made_with(model: RetrievalModel, dtype: str) -> dict[str, Any]:
 
 
 def _progress(output: Output, total: int, unit: str) -> tqdm:
-    left = sum(len(numbers) for numbers in output.pending().values())
+    left = sum(map(len, output.pending().values()))
     return tqdm(desc="embedding", total=total, initial=total - left, unit=unit, disable=not left)

@@ -33,20 +33,16 @@ DTYPES = ("float32", "float16")
 # Captions or videos in a file, unless a command asks for another number.
 SHARD_SIZE = 1000
 _CAPTION_SUFFIXES = (".txt", ".csv", ".jsonl", ".json")
-# Name of the column of a table, and of the field of an object.
-_FIELD = "caption"
-# Name of the text about the file.
-_ABOUT = "drl_jax"
+# Name of the column of a table and of the field of an object; and of the text about a file.
+_FIELD, _ABOUT = "caption", "drl_jax"
 
 
 def read_captions(path: Path) -> list[str]:
     """Reads the captions of a file by its suffix.
 
     `.txt` has one in each line, `.csv` a column `caption`, `.jsonl` a string or an object with the
-    field `caption` in each line, and `.json` a list of these.
-
-    Raises:
-      UserError: it cannot be read, has no captions, or a caption is blank.
+    field `caption` in each line, and `.json` a list of these. Raises UserError if it cannot be
+    read, has no captions, or a caption is blank.
     """
     if path.suffix not in _CAPTION_SUFFIXES:
         raise UserError(f"{path}: a file of captions is {', '.join(_CAPTION_SUFFIXES)}")
@@ -122,12 +118,9 @@ class Output:
         unreadable: Mapping[str, str],
         is_finished: bool,
     ) -> None:
-        """Writes a file atomically: arrays of bool, numbers or strings with the same first axis.
+        """Writes arrays of bool, numbers or strings with the same first axis.
 
-        The next run makes a file again that is not finished.
-
-        Raises:
-          Unavailable: it cannot be written, e.g. because the disk is full.
+        The next run makes a file again that is not finished. Raises Unavailable.
         """
         rows = len(next(iter(arrays.values())))
         state = {"rows": rows, "unreadable": unreadable, "is_finished": is_finished}
@@ -152,22 +145,16 @@ class Output:
 def open_output(
     out: Path, made_with: Mapping[str, Any], inputs: int, shard_size: int
 ) -> Iterator[Output]:
-    """Locks an output, and finds the files that an earlier run finished.
-
-    Args:
-      out: its path; the suffix is one of SUFFIXES.
-      made_with: see `Output`.
-      inputs: number of captions or videos.
-      shard_size: inputs per file.
+    """Locks an output of a number of captions or videos; finds what an earlier run finished.
 
     Raises:
       UserError: another process writes it, or there are files of another origin.
     """
     starts = range(0, inputs, shard_size)
-    numbers = [range(start, min(start + shard_size, inputs)) for start in starts]
     names = [f"{out.stem}-{n:05d}-of-{len(starts):05d}{out.suffix}" for n in range(len(starts))]
     paths = [out.with_name(name) for name in names] if len(starts) > 1 else [out]
-    files = dict(zip(paths, numbers, strict=True))
+    parts = (range(start, min(start + shard_size, inputs)) for start in starts)
+    files = dict(zip(paths, parts, strict=True))
     output = Output(files, {**made_with, "--shard_size": shard_size})
     name = re.compile(re.escape(out.stem) + r"(-\d{5,}-of-\d{5,})?" + re.escape(out.suffix))
     with locked(out.with_name(f"{out.name}.lock"), f"the output {out}"):
@@ -225,8 +212,8 @@ def _parquet(arrays: dict[str, np.ndarray], about: str) -> bytes:
             values = pyarrow.FixedSizeListArray.from_arrays(values, rows.shape[1])
         return pyarrow.ListArray.from_arrays(offsets, values) if has_positions else values
 
-    stored = {name: array for name, array in arrays.items() if not name.endswith("_mask")}
-    table = pyarrow.table({name: column(name, array) for name, array in stored.items()})
+    stored = [name for name in arrays if not name.endswith("_mask")]
+    table = pyarrow.table({name: column(name, arrays[name]) for name in stored})
     file = io.BytesIO()
     pyarrow.parquet.write_table(table.replace_schema_metadata({_ABOUT: about}), file)
     return file.getvalue()

@@ -20,21 +20,13 @@ _PERCENTILES = (2.5, 97.5)
 
 
 class Difference(NamedTuple):
-    """A metric of two models on the same queries.
-
-    Attributes:
-      one: value of the first model.
-      other: value of the second model.
-      low: lower bound of the 95 % interval of `other - one`.
-      high: its upper bound.
-      p_value: two-sided, of the hypothesis that both models are equally good.
-    """
+    """A metric of two models on the same queries."""
 
     one: float
     other: float
-    low: float
+    low: float  # of the 95 % interval of `other - one`; `high` is its upper bound
     high: float
-    p_value: float
+    p_value: float  # two-sided, of the hypothesis that both models are equally good
 
     @property
     def is_more_than_luck(self) -> bool:
@@ -43,10 +35,7 @@ class Difference(NamedTuple):
 
 
 def intervals(ranks: Ranks, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
-    """95 % intervals of the metrics: as `metrics.metrics_of`, with [lower, upper] for each value.
-
-    `resamples` is the number of draws, R.
-    """
+    """95 % intervals: as `metrics.metrics_of`, with [lower, upper] in place of each value."""
 
     def bounds(drawn: Any) -> Any:
         if isinstance(drawn, dict):
@@ -59,12 +48,9 @@ def intervals(ranks: Ranks, *, resamples: int = RESAMPLES, seed: int = 0) -> dic
 def differences(
     one: Ranks, other: Ranks, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Difference]:
-    """Compares two models on the same queries, in the same order.
+    """Compares two models on the same queries in the same order, by draws of the same videos.
 
-    Each draw has the same videos for both.
-
-    Returns:
-      The differences by the names of `metrics.flatten`.
+    The differences have the names of `metrics.flatten`.
     """
     values = [flatten(metrics_of(ranks)) for ranks in (one, other)]
     draws = [flatten(_drawn_metrics(ranks, resamples, seed)) for ranks in (one, other)]
@@ -81,10 +67,8 @@ def differences(
 
 
 def _drawn_metrics(ranks: Ranks, resamples: int, seed: int) -> dict[str, Any]:
-    """As `metrics.metrics_of`, with the values of all draws, float64 [R], in place of each value.
-
-    The draws depend on the seed and the number of videos alone, so those of two models are paired.
-    """
+    """As `metrics.metrics_of`, with the values of all draws, float64 [R], for each value."""
+    # They depend on the seed and the number of videos alone, so those of two models are paired.
     rng = np.random.default_rng(seed)
     videos = len(ranks.v2t)
     draws = _draw(rng, videos, resamples)
@@ -100,11 +84,7 @@ def _drawn_metrics(ranks: Ranks, resamples: int, seed: int) -> dict[str, Any]:
 
 
 def _draw(rng: np.random.Generator, size: int, resamples: int) -> np.ndarray:
-    """How often each of N elements is in each of R draws of N of them with replacement.
-
-    Returns:
-      float32 [R, N], which holds counts exactly and multiplies fast.
-    """
+    """How often each of N elements is in each of R draws of N with replacement, float32 [R, N]."""
     drawn = rng.integers(size, size=(resamples, size)) + size * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * size)
     return counts.reshape(resamples, size).astype(np.float32)
@@ -113,11 +93,8 @@ def _draw(rng: np.random.Generator, size: int, resamples: int) -> np.ndarray:
 def _counts_of_draws(
     draws: np.ndarray, values: np.ndarray, cluster: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws of V clusters [R, V], values [N] and their clusters -> how often each value is drawn.
-
-    Returns:
-      The distinct values, ascending, [U], and how often each is in each draw, float64 [R, U].
-    """
+    """Draws of V clusters [R, V], and the cluster of each of N values -> the distinct values,
+    ascending, [U], and how often each is in each draw, float64 [R, U]."""
     distinct, index = np.unique(values, return_inverse=True)
     members = np.zeros((draws.shape[1], len(distinct)), np.float32)
     np.add.at(members, (cluster, index), 1)

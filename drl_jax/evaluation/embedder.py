@@ -31,11 +31,7 @@ class Embedder:
     """
 
     def __init__(self, config: Config, layout: Layout, *, keep_tokens: bool = False):
-        """Creates the functions (`make_embed_steps`); they are compiled at their first call.
-
-        Raises:
-          UserError: the model has no tokenizer that can be used, see `load_tokenizer`.
-        """
+        """Functions are compiled at their first call; raises the errors of `load_tokenizer`."""
         self.tokenizer = load_tokenizer(config.model)
         self._config, self._layout = config, layout
         self._steps = make_embed_steps(config.model, layout, keep_tokens=keep_tokens)
@@ -54,13 +50,16 @@ class Embedder:
         text_ids, text_mask, _ = tokens
         longest = int(text_mask.sum(axis=1).max())
         positions = max(_LEAST_POSITIONS, 1 << (longest - 1).bit_length())
+        added = max(0, text_ids.shape[1] - positions)
 
-        def read(rows: np.ndarray) -> Features:
-            arrays = {"text_ids": text_ids, "text_mask": text_mask}
-            return {name: array[rows, :positions] for name, array in arrays.items()}
+        def read(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+            return text_ids[rows, :positions], text_mask[rows, :positions]
 
         text = self._encode(params, self._steps.encode_text, read, len(text_ids), "caption")
-        return pad_tokens(text, text_ids.shape[1])
+        for name in [name for name in text if added and name.startswith("text_")]:
+            rest = [(0, 0)] * (text[name].ndim - 2)
+            text[name] = np.pad(text[name], [(0, 0), (0, added), *rest])
+        return text
 
     def encode_video(
         self, params: Params, read: Callable[[np.ndarray], list[np.ndarray]], count: int
@@ -70,21 +69,20 @@ class Embedder:
         `read` maps indices of videos, int [B], to the frames of each, uint8 [F, H, W, 3].
         """
 
-        def read_padded(rows: np.ndarray) -> Features:
+        def read_padded(rows: np.ndarray) -> tuple[np.ndarray, ...]:
             padded = [pad_frames(frames, self._config.data.max_frames) for frames in read(rows)]
-            frames, masks = zip(*padded, strict=True)
-            return {"frames": np.stack(frames), "frame_mask": np.stack(masks)}
+            return tuple(map(np.stack, zip(*padded, strict=True)))
 
         return self._encode(params, self._steps.encode_video, read_padded, count, "video")
 
     def encode_frames(self, params: Params, frames: np.ndarray) -> np.ndarray:
-        """Frames uint8 [F, H, W, 3] -> features of the image tower, float32 [F, D].
+        """Frames uint8 [F, H, W, 3], maybe of a memory map -> features of the image tower [F, D].
 
-        The features are those before the temporal head; the frames may be a memory map.
+        The features, float32, are those before the temporal head.
         """
 
-        def read(rows: np.ndarray) -> Features:
-            return {"images": frames[rows], "mask": np.ones(len(rows), bool)}
+        def read(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+            return frames[rows], np.ones(len(rows), bool)
 
         encoded = self._encode(params, self._steps.encode_image, read, len(frames), "frame")
         return encoded["image_feat"]
@@ -94,20 +92,18 @@ class Embedder:
     ) -> Features:
         """Windows of frames -> the arrays of `DRL.encode_video`.
 
-        Args:
-          params: the parameters.
-          image_feat: float32 [F, D], features of frames (`encode_frames`).
-          windows: the frames of each of N windows, at most `data.max_frames`.
+        `image_feat` float32 [F, D] is of `encode_frames`; `windows` are the frames of each of N
+        windows, at most `data.max_frames`.
         """
         most = self._config.data.max_frames
 
-        def read(rows: np.ndarray) -> Features:
+        def read(rows: np.ndarray) -> tuple[np.ndarray, ...]:
             feat = np.zeros((len(rows), most, image_feat.shape[-1]), np.float32)
             mask = np.zeros((len(rows), most), bool)
             for row, window in enumerate(windows[number] for number in rows):
                 feat[row, : len(window)] = image_feat[list(window)]
                 mask[row, : len(window)] = True
-            return {"image_feat": feat, "mask": mask}
+            return feat, mask
 
         return self._encode(params, self._steps.encode_window, read, len(windows), "window")
 
@@ -139,7 +135,7 @@ class Embedder:
         self,
         params: Params,
         encode: Callable[..., dict[str, jax.Array]],
-        read: Callable[[np.ndarray], Features],
+        read: Callable[[np.ndarray], tuple[np.ndarray, ...]],
         count: int,
         unit: str,
     ) -> Features:
@@ -147,28 +143,18 @@ class Embedder:
         rounded = 1 << (count - 1).bit_length()
         parts, size = [], self._batch_rows(self._config.eval.batch_size, rounded)
         own = self._layout.local_rows(size)
-        hidden = True if not is_main() else None  # None: shown on a terminal only.
-        with tqdm(
-            total=count, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden
-        ) as progress:
+        # None: shown on a terminal only.
+        shown = {"unit": unit, "leave": False, "disable": None if is_main() else True}
+        with tqdm(total=count, desc=f"encoding {unit}s", **shown) as progress:
             for start in range(0, count, size):
                 # The last batch repeats the last row: one shape, one compilation.
                 rows = np.minimum(np.arange(start, start + size), count - 1)
-                feat = encode(params, *self._layout.put_batch(read(rows[own])).values())
+                batch = dict(zip(("input", "mask"), read(rows[own]), strict=True))
+                feat = encode(params, *self._layout.put_batch(batch).values())
                 valid = min(size, count - start)
                 parts.append({name: np.asarray(array)[:valid] for name, array in feat.items()})
                 progress.update(valid)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def pad_tokens(text: Features, length: int) -> Features:
-    """Arrays of captions with `length` tokens each; those that are added are masked zeros."""
-
-    def padded(array: np.ndarray) -> np.ndarray:
-        added = [(0, 0), (0, length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
-        return np.pad(array, added) if added[1][1] else array
-
-    return {name: padded(a) if name.startswith("text_") else a for name, a in text.items()}
 
 
 class EmbedSteps(NamedTuple):
@@ -186,9 +172,9 @@ def make_embed_steps(
 ) -> EmbedSteps:
     """Compiles the functions of evaluation and search.
 
-    Inputs are batch-sharded, except the videos of `similarity`, which are replicated. Results are
-    replicated. With `keep_tokens`, for search, the encoders also return the features and masks of
-    tokens and frames for an interaction that does not need them (`text_feat`, `frame_feat`).
+    Inputs are batch-sharded; the videos of `similarity` and results are replicated. With
+    `keep_tokens`, for search, encoders also return features and masks of tokens and frames that the
+    interaction does not need (`text_feat`, `frame_feat`).
     """
     definition = model_definition(model)
     replicated, sharded = layout.replicated, layout.batch_sharded

@@ -30,20 +30,10 @@ class SplitError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation.
-
-    Attributes:
-      metrics: of `metrics.metrics_of`.
-      sim_matrix: float32 [A, B], captions by videos, in the order of `Split.caption_pairs`.
-      ranks: the rank of every query, and the video of each caption.
-      text: the interaction's arrays of the captions.
-      video: those of the videos.
-    """
-
-    metrics: dict[str, Any]
-    sim_matrix: np.ndarray
+    metrics: dict[str, Any]  # of `metrics.metrics_of`
+    sim_matrix: np.ndarray  # float32 [A, B], captions (`Split.caption_pairs`) by videos
     ranks: Ranks
-    text: Features
+    text: Features  # the interaction's arrays of the captions, and those of the videos
     video: Features
 
 
@@ -52,24 +42,22 @@ class Evaluator:
 
     def __init__(self, config: Config, dataset: VideoDataset, layout: Layout):
         self._dataset, self._num_threads = dataset, reader_threads(config.data.num_threads)
-        self._embedder = Embedder(config, layout)
+        self.embedder = Embedder(config, layout)
 
     def run(
         self, params: Params, split: Split, *, frame_order: FrameOrder | None = None
     ) -> Evaluation:
-        """Encodes and ranks a split.
-
-        `frame_order` is applied to the frames of each video before they are encoded.
-        """
-        text = self.encode_captions(params, split.caption_pairs()[1])
+        """Encodes and ranks a split; `frame_order` is applied to the frames of each video."""
+        text_to_video, captions = split.caption_pairs()
+        text = self.encode_captions(params, captions)
         video = self.encode_videos(params, split.videos, frame_order=frame_order)
-        sim_matrix = self.similarity(params, text, video)
-        ranks = query_ranks(sim_matrix, split.caption_pairs()[0], split.reversed_pairs)
+        sim_matrix = self.embedder.similarity(params, text, video)
+        ranks = query_ranks(sim_matrix, text_to_video, split.reversed_pairs)
         return Evaluation(metrics_of(ranks), sim_matrix, ranks, text, video)
 
     def encode_captions(self, params: Params, captions: list[str]) -> Features:
         """N captions -> the interaction's arrays, [N, ...] each."""
-        return self._embedder.encode_text(params, self._embedder.tokenize(captions))
+        return self.embedder.encode_text(params, self.embedder.tokenize(captions))
 
     def encode_videos(
         self, params: Params, videos: np.ndarray, *, frame_order: FrameOrder | None = None
@@ -84,11 +72,7 @@ class Evaluator:
             return list(pool.map(read_one, videos[rows]))
 
         with ThreadPoolExecutor(self._num_threads) as pool:
-            return self._embedder.encode_video(params, read, len(videos))
-
-    def similarity(self, params: Params, text: Features, video: Features) -> np.ndarray:
-        """sim_matrix float32 [A, B] of encoded captions and videos."""
-        return self._embedder.similarity(params, text, video)
+            return self.embedder.encode_video(params, read, len(videos))
 
 
 def check_split(

@@ -28,16 +28,12 @@ def interaction_figure(
 ) -> Figure:
     """Draws the token-frame interaction of one pair, as the paper does.
 
-    A heat map of the similarities of tokens (rows) and frames (columns), with the frames above it,
-    the weights of tokens to its right and the weights of frames below it. The best frame of each
-    token is outlined, and so is the frame that contributes most to the score.
+    A heat map of tokens (rows) and frames (columns), with the frames above it, the weights of
+    tokens to its right and those of frames below it. Outlined are the best frame of each token, and
+    the frame that contributes most to the score.
 
-    Args:
-      attribution: of L tokens and F frames.
-      words: L tokens.
-      moments: F names of the frames, e.g. their times.
-      frames: uint8 [F, S, S, 3].
-      title: of the figure.
+    The attribution is of L tokens, `words`, and of F frames, uint8 [F, S, S, 3]; `moments` are
+    their names, e.g. times.
     """
     count = len(moments)
     height, width = _ROW * len(words), _COLUMN * count
@@ -119,10 +115,9 @@ def similarity_figure(sim_matrix: np.ndarray) -> Figure:
 
 
 def block_maxima(matrix: np.ndarray, most: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The largest value of each block of a matrix [A, B], with at most `most` rows and columns.
+    """The largest value of each block (a, b) of a matrix [A, B], and (a, b).
 
-    Returns:
-      float [ceil(A / a), ceil(B / b)], and (a, b), the rows and columns of a block.
+    There are at most `most` rows and columns: [ceil(A / a), ceil(B / b)].
     """
     rows, columns = (-(-size // most) for size in matrix.shape)
     by_rows = np.maximum.reduceat(matrix, np.arange(0, matrix.shape[0], rows), axis=0)

@@ -19,10 +19,7 @@ def inverted_softmax_bias(bank: np.ndarray, beta: float) -> np.ndarray:
 
     The published form, exp(beta * scores) / sum_n exp(beta * bank[n]), ranks the candidates of a
     query in the same way: it is N^-1 exp(beta * (scores - bias)). With the mean instead of the sum,
-    the bias is on the scale of similarities and does not grow with the bank.
-
-    Returns:
-      float64 [C]; 0 without a bank.
+    the bias, float64 [C], is on the scale of similarities and does not grow with the bank.
     """
     if not len(bank):
         return np.zeros(bank.shape[1])
@@ -34,10 +31,7 @@ def inverted_softmax_bias(bank: np.ndarray, beta: float) -> np.ndarray:
 def mean_of_largest(bank: np.ndarray, k: int) -> np.ndarray:
     """Mean of the k largest similarities of each candidate, or of all in a smaller bank.
 
-    NNN subtracts it w times (Chowdhury et al., arXiv 2410.24114, section 3).
-
-    Returns:
-      float64 [C]; 0 without a bank.
+    NNN subtracts it, float64 [C], w times (Chowdhury et al., arXiv 2410.24114, section 3).
     """
     count = min(k, len(bank))
     if not count:
@@ -46,19 +40,14 @@ def mean_of_largest(bank: np.ndarray, k: int) -> np.ndarray:
     return largest.mean(axis=0, dtype=np.float64)
 
 
-def subtract(scores: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """`scores - bias` in the precision of the scores: [Q, C] and [C] to [Q, C]."""
-    return scores - bias.astype(scores.dtype)
-
-
 def inverted_softmax(scores: np.ndarray, bank: np.ndarray, beta: float) -> np.ndarray:
-    """Scores without the bias of inverted softmax: [Q, C] and [N, C] to [Q, C]."""
-    return subtract(scores, inverted_softmax_bias(bank, beta))
+    """Scores without the bias of inverted softmax, in their precision: [Q, C]."""
+    return scores - inverted_softmax_bias(bank, beta).astype(scores.dtype)
 
 
 def nnn(scores: np.ndarray, bank: np.ndarray, k: int, w: float) -> np.ndarray:
-    """Scores without the bias of NNN: [Q, C] and [N, C] to [Q, C]."""
-    return subtract(scores, w * mean_of_largest(bank, k))
+    """Scores without the bias of NNN, in their precision: [Q, C]."""
+    return scores - (w * mean_of_largest(bank, k)).astype(scores.dtype)
 
 
 def dynamic_inverted_softmax(
@@ -80,13 +69,10 @@ def dynamic_inverted_softmax(
 
 
 def dual_softmax(scores: np.ndarray, beta: float) -> np.ndarray:
-    """DSL at test time (Cheng et al., arXiv 2109.04290): needs all queries of the test.
+    """DSL at test time (Cheng et al., arXiv 2109.04290), float64 [Q, C]: needs all test queries.
 
     Each score is multiplied by the share of its query in the candidate's softmax over all queries.
     A query that is asked alone keeps the ranks of its scores.
-
-    Returns:
-      float64 [Q, C].
     """
     logits = beta * np.asarray(scores, np.float64)
     shares = np.exp(logits - logits.max(axis=0))

@@ -17,17 +17,15 @@ from drl_jax.evaluation.metrics import caption_sets, checked, higher_and_equal, 
 
 
 def legacy_metrics(sim_matrix: np.ndarray, text_to_video: np.ndarray) -> dict[str, Any]:
-    """Computes the metrics of both directions; arguments and errors as of `metrics.query_ranks`.
+    """{"t2v": .., "v2t": ..}, each with METRICS and the numbers of `queries` and averaged `ranks`.
 
-    Returns:
-      {"t2v": .., "v2t": ..}, each with METRICS and `queries` and `ranks`, the numbers of queries
-      and of ranks that were averaged.
+    Arguments and errors are those of `metrics.query_ranks`.
     """
     sim_matrix, text_to_video = checked(sim_matrix, text_to_video)
     texts, videos = sim_matrix.shape
-    v2t = all_ranks(caption_sets(sim_matrix, text_to_video).T, np.arange(videos))
+    v2t = _all_ranks(caption_sets(sim_matrix, text_to_video).T, np.arange(videos))
     is_square = texts == videos
-    t2v = (all_ranks if is_square else first_ranks)(sim_matrix, text_to_video)
+    t2v = (_all_ranks if is_square else _first_ranks)(sim_matrix, text_to_video)
     metrics = {
         "t2v": {**summary(t2v), "queries": texts, "ranks": len(t2v)},
         "v2t": {**summary(v2t), "queries": videos, "ranks": len(v2t)},
@@ -37,14 +35,8 @@ def legacy_metrics(sim_matrix: np.ndarray, text_to_video: np.ndarray) -> dict[st
     return metrics
 
 
-def all_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Every rank that the correct candidate of a row could take among its equals.
-
-    Arguments as of `higher_and_equal`.
-
-    Returns:
-      int [M], M >= N, the ranks of all queries in their order, counted from 1.
-    """
+def _all_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Every rank that the correct candidate of a row could take among its equals, int [M]."""
     higher, equal = higher_and_equal(scores, correct)
     counts = equal + 1
     # Position of each rank among those of its query: 0, 1, ..
@@ -52,11 +44,9 @@ def all_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
     return 1 + np.repeat(higher, counts) + np.arange(counts.sum()) - starts
 
 
-def first_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Rank of the correct candidate of each row, int [N], in a sort that keeps the order of equals.
-
-    PyTorch's sort, which the original calls, may order equals in another way.
-    """
+def _first_ranks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Rank of the correct candidate of each row in a sort that keeps the order of equals."""
+    # PyTorch's sort, which the original calls, may order equals in another way.
     higher, _ = higher_and_equal(scores, correct)
     score = np.take_along_axis(scores, correct[:, None], axis=1)
     before = np.arange(scores.shape[1]) < correct[:, None]

@@ -24,15 +24,11 @@ _SAME_SIMILARITY = 1e-5
 
 
 class Metric(NamedTuple):
-    """A metric of one direction, for R sets of queries at once.
+    """A metric of one direction, for R sets of queries at once."""
 
-    Attributes:
-      of: maps the distinct ranks, ascending [U], and how often each occurs in each set [R, U], to
-        the values, float64 [R].
-      is_rank: a smaller value is better; otherwise it is a percentage, and a larger one is better.
-    """
-
+    # Distinct ranks, ascending [U], and how often each occurs in each set [R, U] -> float64 [R].
     of: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    # A smaller value is better; otherwise it is a percentage, and a larger one is better.
     is_rank: bool = False
 
 
@@ -64,22 +60,15 @@ RANK_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """What the metrics of a split are computed from: one rank for each query.
+    """What the metrics of a split are computed from: one rank for each query, counted from 1."""
 
-    Attributes:
-      t2v: float64 [A], the rank of each text's video, counted from 1.
-      v2t: float64 [B], the rank of each video's set of texts, counted from 1.
-      text_to_video: int [A], the video of each text.
-      pair_scores: float64 [T], for the texts of clips that have a reverse: 1 if the text prefers
-        its clip, 0.5 for a tie, 0 if it prefers the reverse. T = 0 for most datasets.
-      pair: int [T], the pair of clips that each of these texts belongs to.
-    """
-
-    t2v: np.ndarray
-    v2t: np.ndarray
-    text_to_video: np.ndarray
+    t2v: np.ndarray  # float64 [A], of each text's video
+    v2t: np.ndarray  # float64 [B], of each video's set of texts
+    text_to_video: np.ndarray  # int [A], the video of each text
+    # float64 [T], of the texts of clips that have a reverse, T = 0 for most datasets: 1 if the text
+    # prefers its clip, 0.5 for a tie, 0 if it prefers the reverse.
     pair_scores: np.ndarray
-    pair: np.ndarray
+    pair: np.ndarray  # int [T], the pair of clips that each of these texts belongs to
 
 
 def query_ranks(
@@ -131,9 +120,9 @@ def caption_sets(sim_matrix: np.ndarray, text_to_video: np.ndarray) -> np.ndarra
 
 
 def higher_and_equal(scores: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts the candidates that score higher than the correct one, and the other equal ones.
+    """Numbers of candidates that score higher than the correct one, and of other equal ones.
 
-    `scores` is [N, C], queries by candidates; `correct` int [N] has the columns. Two of int [N].
+    `scores` [N, C] are queries by candidates, `correct` int [N] the columns; both are int [N].
     """
     score = np.take_along_axis(scores, correct[:, None], axis=1)
     return (scores > score).sum(axis=1), (scores == score).sum(axis=1) - 1
@@ -161,16 +150,13 @@ def _pair_scores(
 
 
 def metrics_of(ranks: Ranks) -> dict[str, Any]:
-    """Computes the metrics of a split.
+    """{"t2v": .., "v2t": ..}, each with METRICS; with pairs of clips also "pair_accuracy".
 
-    Returns:
-      {"t2v": .., "v2t": ..}, each with METRICS: recalls in percent, and the median and mean rank,
-      counted from 1. t2v ranks the videos for each text. v2t ranks, for each video, the sets of
-      texts of all videos by their most similar text (the multi-caption protocol of the field).
-      With pairs of a clip and its reverse also "pair_accuracy", the percentage of texts that are
-      more similar to their clip than to its reverse. Chance is 50, and a model that does not see
-      the order of frames gets exactly 50: similarities within float32 rounding (1e-5) are ties,
-      which count half.
+    t2v ranks the videos for each text; v2t, for each video, the sets of texts of all videos by
+    their most similar text (the multi-caption protocol of the field). Pair accuracy is the
+    percentage of texts that are more similar to their clip than to its reverse. A model that does
+    not see the order of frames gets exactly 50: similarities within float32 rounding (1e-5) are
+    ties, which count half.
     """
     metrics: dict[str, Any] = {
         direction: summary(getattr(ranks, direction)) for direction in DIRECTIONS

@@ -24,19 +24,12 @@ LARGEST = (128, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method of post-processing.
+    """A method of post-processing."""
 
-    Attributes:
-      label: what publications call it.
-      grid: the parameters that are tried; the first of several that are equally good is chosen.
-      apply: maps scores [Q, C], similarities of a bank [N, C] and parameters to scores [Q, C].
-      uses_all_queries: whether it sees all queries of the test instead of a bank.
-    """
-
-    label: str
-    grid: tuple[Parameters, ...]
-    apply: Callable[..., np.ndarray]
-    uses_all_queries: bool = False
+    label: str  # of publications
+    grid: tuple[Parameters, ...]  # that are tried; the first of equally good ones is chosen
+    apply: Callable[..., np.ndarray]  # scores [Q, C], a bank [N, C], parameters -> scores [Q, C]
+    uses_all_queries: bool = False  # of the test, instead of a bank
 
     @property
     def title(self) -> str:
@@ -62,20 +55,12 @@ METHODS = {
 
 
 class Similarities(NamedTuple):
-    """Similarities of a split, and to a bank.
+    """Similarities of a split, and to a bank."""
 
-    Attributes:
-      sim_matrix: float32 [A, B], captions by videos.
-      bank_captions: float32 [N, B], captions of the bank by videos.
-      bank_videos: float32 [A, M], captions by videos of the bank.
-      text_to_video: int [A], the video of each caption.
-      reversed_pairs: as of `metrics.query_ranks`.
-    """
-
-    sim_matrix: np.ndarray
-    bank_captions: np.ndarray
-    bank_videos: np.ndarray
-    text_to_video: np.ndarray
+    sim_matrix: np.ndarray  # float32 [A, B], captions by videos
+    bank_captions: np.ndarray  # float32 [N, B], captions of the bank by videos
+    bank_videos: np.ndarray  # float32 [A, M], captions by videos of the bank
+    text_to_video: np.ndarray  # int [A], and pairs, as of `metrics.query_ranks`
     reversed_pairs: np.ndarray
 
 
@@ -110,8 +95,8 @@ def describe(method: Method, fitted: Mapping[str, Parameters], bank: str) -> str
     `fitted` has the parameters by direction; `bank` says what its bank is.
     """
     values = ", ".join(
-        " ".join([direction, *(f"{name}={value:g}" for name, value in fitted[direction].items())])
-        for direction in DIRECTIONS
+        " ".join([way, *(f"{name}={value:g}" for name, value in fitted[way].items())])
+        for way in DIRECTIONS
     )
     source = "" if method.uses_all_queries else f"; bank of {bank}"
     return f"{method.title} {values}, fitted on val{source}"

@@ -13,28 +13,18 @@ if TYPE_CHECKING:
 
 def add_model_flags(parser: Parser) -> None:
     """Adds `--workdir`, `--checkpoint`, `--weights`, `--release` and `--tokenizer`."""
-    parser.add_argument("--workdir", type=Path, help="directory of the run with the model")
-    parser.add_argument(
-        "--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)"
-    )
-    parser.add_argument(
-        "--weights",
-        help="instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME",
-    )
-    parser.add_argument(
-        "--release", default="", help="release of --weights, for a CLIP that does not say its own"
-    )
-    parser.add_argument(
-        "--tokenizer", default="", help="tokenizer of --weights, if it is not beside the file"
-    )
+    add = parser.add_argument
+    add("--workdir", type=Path, help="directory of the run with the model")
+    add("--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)")
+    file = "instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME"
+    add("--weights", help=file)
+    release = "release of --weights, for a CLIP that does not say its own"
+    add("--release", default="", help=release)
+    add("--tokenizer", default="", help="tokenizer of --weights, if it is not beside the file")
 
 
 def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":
-    """Loads the model that the flags name; None if they name none.
-
-    Raises:
-      UserError: the flags contradict each other, or see `pretrained.load`.
-    """
+    """Loads the model that the flags name; None: none. Raises UserError if they contradict."""
     if options.workdir and options.weights:
         raise UserError("give --workdir or --weights, not both")
     if (options.release or options.tokenizer) and not options.weights:
@@ -49,11 +39,7 @@ def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":
 
 
 def required_model(options: argparse.Namespace) -> "RetrievalModel":
-    """Loads the model that the flags name, and prints what a file of weights is.
-
-    Raises:
-      UserError: the flags name no model, or see `model_of_flags`.
-    """
+    """Loads the model that the flags must name, and prints what a file of weights is."""
     model = model_of_flags(options)
     if model is None:
         raise UserError("name the model with --workdir=RUN or --weights=FILE")

@@ -67,10 +67,7 @@ class RetrievalModel:
         return FrameForm.of(self.config.model.backbone, self.config.data.as_shown)
 
     def encode_text(self, captions: Sequence[str]) -> Features:
-        """Encodes N captions.
-
-        A caption of more than `data.max_words` tokens loses its last words; one `UserWarning` says
-        how many do.
+        """Encodes N captions; one `UserWarning` says how many are cut to `data.max_words` tokens.
 
         Returns:
           NumPy arrays by name, first axis N: what the interaction compares (for wti `text_unit`
@@ -122,23 +119,15 @@ class RetrievalModel:
         return self._embedder.encode_video(self.params, read, len(videos))
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
-        """Frames uint8 [F, S, S, 3] -> features before the temporal head, float32 [F, D].
-
-        The frames may be a memory map.
-        """
+        """Frames uint8 [F, S, S, 3], maybe mapped -> features before the temporal head [F, D]."""
         return self._embedder.encode_frames(self.params, frames)
 
     def encode_frame_windows(
         self, image_feat: np.ndarray, windows: Sequence[Sequence[int]]
     ) -> Features:
-        """Encodes N parts of a video from the features of its frames (`encode_frames`).
+        """As `encode_videos`, of N parts of a video, from `encode_frames` of its frames [F, D].
 
-        Args:
-          image_feat: float32 [F, D].
-          windows: indices of the frames of each part, at most `data.max_frames`.
-
-        Returns:
-          NumPy arrays as of `encode_videos`, first axis N.
+        `windows` are indices of the frames of each part, at most `data.max_frames`.
         """
         return self._embedder.encode_windows(self.params, image_feat, windows)
 
@@ -147,11 +136,7 @@ class RetrievalModel:
         return self.encode_frame_windows(self.encode_frames(frames), windows)
 
     def read_video(self, path: str | os.PathLike) -> Video:
-        """Decodes the frames of a video file that the model encodes.
-
-        Raises:
-          UserError: it cannot be read.
-        """
+        """Decodes the frames of a file that the model encodes; UserError: it cannot be read."""
         try:
             data = self.config.data
             clock = data.frame_clock
@@ -206,9 +191,8 @@ class RetrievalModel:
     def fingerprint(self) -> str:
         """SHA-256 of everything that features of videos and similarities depend on.
 
-        Features of two models with the same fingerprint can be compared. Fields that change how the
-        model is computed (`similarity_block`, `remat`, ...) are left out, and `data.max_words`,
-        which says how much of a caption is read.
+        That is not how the model is computed (`similarity_block`, `remat`, ...), nor how much of a
+        caption is read (`data.max_words`).
         """
         model = self.config.model
         identity = {
@@ -246,10 +230,8 @@ def _compared(arrays: Features, names: Sequence[str], origin: str) -> Features:
     if missing := [name for name in names if name not in arrays]:
         raise UserError(f"there is no {missing[0]}; pass the arrays that {origin} returns")
     chosen = {name: np.asarray(arrays[name]) for name in names}
-    return {
-        name: a if a.dtype == bool else a.astype(np.float32, copy=False)
-        for name, a in chosen.items()
-    }
+    precise = {n: a.astype(np.float32, copy=False) for n, a in chosen.items() if a.dtype != bool}
+    return chosen | precise
 
 
 def load(

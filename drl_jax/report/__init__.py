@@ -11,11 +11,7 @@ PAGE = "index.html"
 
 
 def prepare_directory(directory: Path) -> None:
-    """Creates the directory of a report, before the work that a report needs.
-
-    Raises:
-      Unavailable: it cannot be created, or no file can be written to it.
-    """
+    """Creates a directory; raises Unavailable if no file can be written to it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -25,11 +21,7 @@ def prepare_directory(directory: Path) -> None:
 
 
 def write_report(directory: Path, workdir: Path, evaluated: Evaluated) -> None:
-    """Writes `index.html` to a directory (`prepare_directory`), and prints where it is.
-
-    Raises:
-      UserError: frames cannot be read, or the page cannot be written.
-    """
+    """Writes `index.html`; UserError: frames cannot be read, or the page cannot be written."""
     # matplotlib and Jinja take a second to import, which other evaluations do not need.
     from drl_jax.report.collect import collect
     from drl_jax.report.page import render

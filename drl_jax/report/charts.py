@@ -28,27 +28,16 @@ _CSS = {
     **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)},
 }
 _STYLE = {
-    "axes.edgecolor": LINE,
-    "axes.facecolor": "none",
-    "axes.labelcolor": INK,
-    "axes.prop_cycle": mpl.cycler(color=SERIES),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), LINE),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
     "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "figure.facecolor": "none",
+    "axes.prop_cycle": mpl.cycler(color=SERIES),
     "font.size": 9,
-    "grid.color": LINE,
     "grid.linewidth": 0.6,
-    "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "savefig.facecolor": "none",
     "svg.fonttype": "none",
-    "text.color": INK,
-    "xtick.color": LINE,
-    "xtick.labelcolor": INK,
-    "ytick.color": LINE,
-    "ytick.labelcolor": INK,
 }
 # Pixels per inch of pictures within a figure.
 _DPI = 96
@@ -81,22 +70,20 @@ def page_style() -> Iterator[None]:
 def inline(figure: Figure, name: str, label: str) -> Markup:
     """An SVG element of a figure of `page_style`.
 
-    Its CSS variable `--width` is the width at which its letters have the size of the figure's. Ids
-    within the element depend on `name`, which is unique in the page. `label` says what the picture
-    shows, for those who do not see it.
+    At the width `--width`, a variable of CSS, its letters have their size. Ids depend on `name`,
+    which is unique in the page. `label` is for those who do not see the picture.
     """
-    file = io.StringIO()
-    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    file, empty = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # The browser has fonts for them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(file, format="svg", dpi=_DPI, metadata=empty)
     text = file.getvalue()
-    # Without the XML declaration, and the style that would apply to the whole page.
+    # Without the XML declaration, a style that would apply to the whole page, and the names of
+    # groups, which are the same in all figures.
     text = text[text.index("<svg") :]
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
-    # Names of groups, which are the same in all figures.
+    text = re.sub(r"(?s)\s*<metadata>.*?</metadata>", "", text)
+    text = re.sub(r"(?s)\s*<defs>\s*<style.*?</style>\s*</defs>", "", text)
     text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
     for color, variable in _CSS.items():
         text = text.replace(color, variable)
@@ -109,8 +96,8 @@ def inline(figure: Figure, name: str, label: str) -> Markup:
     )
 
 
-def _axes(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _axes(height: float = _HEIGHT) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(axis="y")
     return figure, axes
@@ -153,10 +140,8 @@ def rank_figure(ranks: Ranks) -> Figure:
     figure, axes = _axes()
     for number, direction in enumerate(DIRECTIONS):
         names, shares = rank_shares(getattr(ranks, direction))
-        places = np.arange(len(names)) + 0.4 * number - 0.2
-        bars = axes.bar(
-            places, shares, 0.38, color=SERIES[number], label=DIRECTION_NAMES[direction]
-        )
+        places, label = np.arange(len(names)) + 0.4 * number - 0.2, DIRECTION_NAMES[direction]
+        bars = axes.bar(places, shares, 0.38, color=SERIES[number], label=label)
         labels = [f"{share:.0f}" if share >= 0.5 else "" for share in shares]
         axes.bar_label(bars, labels, fontsize=7, padding=1)
     axes.set_xticks(np.arange(len(names)), names)
@@ -190,7 +175,7 @@ def curve_figures(history: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
 
 def correlation_figure(correlation: np.ndarray) -> Figure:
     """A cross-correlation of text channels (rows) and video channels: [D, D]."""
-    figure, axes = _axes(_WIDTH, 3.7)
+    figure, axes = _axes(height=3.7)
     # The middle of the scale is 0, and a channel that nothing correlates with is pale.
     image = axes.imshow(correlation, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     axes.grid(visible=False)
@@ -206,9 +191,8 @@ def hub_figure(hubness: Hubness) -> Figure:
     figure, axes = _axes(height=4.0)
     most = int(hubness.occurrences.max())
     step = -(-(most + 1) // _BINS)
-    axes.hist(
-        hubness.occurrences, np.arange(0, most + step + 1, step) - 0.5, color=SERIES[0], rwidth=0.9
-    )
+    edges = np.arange(0, most + step + 1, step) - 0.5
+    axes.hist(hubness.occurrences, edges, color=SERIES[0], rwidth=0.9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axvline(hubness.expected, color=SERIES[1], linestyle="--", label="mean")
     axes.set_xlabel(f"captions with the video among their first {hubness.k}")

@@ -49,32 +49,25 @@ _SPACED_QUERIES, _WORST_QUERIES = 8, 4
 
 @dataclasses.dataclass(frozen=True)
 class Channels:
-    """Correlation of the channels of texts and videos, before and after a training.
+    """Correlation of the channels of texts (rows) and videos, before and after a training.
 
     It is what the channel decorrelation loss works on (CDCR, section 3.3 of the paper): the
     diagonal should be 1, all else 0. Variant 3 standardises the channels without the weights that
     it takes the mean with, as the loss does, so a value can be above 1.
-
-    Attributes:
-      pairs: number of pairs of a caption and its video.
-      variant: of CDCR, which says what the correlated rows are (`config.loss.cdcr`).
-      after: float32 [D, D], of the checkpoint; rows are channels of texts.
-      before: the same of the parameters that the run started from; None if they are not there.
-      missing: why they are not.
     """
 
-    pairs: int
-    variant: int
-    after: np.ndarray
-    before: np.ndarray | None
-    missing: str = ""
+    pairs: int  # of a caption and its video
+    variant: int  # of CDCR, which says what the correlated rows are (`config.loss.cdcr`)
+    after: np.ndarray  # float32 [D, D], of the checkpoint
+    before: np.ndarray | None  # of the parameters that the run started from, if they are there
+    missing: str = ""  # why they are not
 
 
 class WordFrameMap(NamedTuple):
     """The interaction of the L words of a caption with the F frames of a video."""
 
-    caption: int  # row of the caption
-    video: int  # column of the video
+    caption: int  # its row; `video` is a column
+    video: int
     words: list[str]
     attribution: Attribution
     frames: np.ndarray  # uint8 [F, S, S, 3], small
@@ -103,7 +96,7 @@ class ReportData:
 
 
 def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
-    """Collects the report of an evaluated checkpoint; reads frames, shows progress.
+    """Collects the report of an evaluated checkpoint.
 
     Raises:
       UserError: frames cannot be read.
@@ -116,7 +109,7 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
     worst = worst_queries(sim_matrix, text_to_video, ranks.t2v, _WORST)
     confused = confused_pairs(sim_matrix, text_to_video, _CONFUSED)
     hubs = hubness(sim_matrix, _HUBS)
-    duplicates = duplicate_captions(captions, text_to_video)
+    duplicates = duplicate_captions(captions, text_to_video)[:_DUPLICATES]
     pairs: list[tuple[int, int]] = []
     if INTERACTIONS[opened.config.model.interaction].COMPARES_TOKENS:
         pairs = mapped_pairs(sim_matrix, ranks, [query.caption for query in worst])
@@ -124,7 +117,7 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
         *(video for query in worst for video in (query.video, query.returned)),
         *(video for pair in confused for video in pair.videos),
         *hubs.hubs,
-        *(v for same in duplicates[:_DUPLICATES] for v in same.videos[:VIDEOS_OF_DUPLICATE]),
+        *(video for same in duplicates for video in same.videos[:VIDEOS_OF_DUPLICATE]),
         *(video for _, video in pairs),
     ]
     frames = _read_frames(opened, shown)
@@ -141,7 +134,7 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
         worst=worst,
         confused=confused,
         hubness=hubs,
-        duplicates=duplicates[:_DUPLICATES],
+        duplicates=duplicates,
         frames=frames,
         maps=_maps(evaluated, captions, pairs, frames),
         channels=_correlate(workdir, evaluated),
@@ -173,16 +166,14 @@ def _read_frames(opened: OpenEvaluation, columns: Iterable[int]) -> dict[int, np
     columns = list(dict.fromkeys(columns))
     for column in tqdm(columns, "reading frames", unit="video", leave=False, disable=None):
         frames = opened.dataset.read_frames(opened.split.videos[column])
-        found[column] = _shrink(frames if order is None else order(frames))
+        side = min(_SIDE, frames.shape[1])
+        found[column] = np.stack(
+            [
+                Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC)
+                for frame in (frames if order is None else order(frames))
+            ]
+        )
     return found
-
-
-def _shrink(frames: np.ndarray) -> np.ndarray:
-    """uint8 [F, S, S, 3] -> the same with a side of at most 96 pixels."""
-    side = min(_SIDE, frames.shape[1])
-    size = (side, side)
-    resized = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames]
-    return np.stack(resized)
 
 
 def _maps(
@@ -197,13 +188,16 @@ def _maps(
     maps = []
     for caption, video in pairs:
         tokens = tokenizer.tokenize([captions[caption]], config.data.max_words)
-        attribution = interaction.attribution(
-            {name: array[caption] for name, array in evaluation.text.items()},
-            {name: array[video] for name, array in evaluation.video.items()},
-        )
         words = tokenizer.token_strings(tokens.text_ids[0][tokens.text_mask[0]])
+        attribution = interaction.attribution(
+            _rows(evaluation.text, caption), _rows(evaluation.video, video)
+        )
         maps.append(WordFrameMap(caption, video, words, attribution, frames[video]))
     return maps
+
+
+def _rows(arrays: Features, rows: int | np.ndarray) -> Features:
+    return {name: array[rows] for name, array in arrays.items()}
 
 
 def _correlate(workdir: Path, evaluated: Evaluated) -> Channels | None:
@@ -216,9 +210,8 @@ def _correlate(workdir: Path, evaluated: Evaluated) -> Channels | None:
     count = min(_PAIRS, len(split.videos))
     videos = np.arange(count) * len(split.videos) // count
     first_captions = np.searchsorted(evaluation.ranks.text_to_video, videos)
-    text = {name: array[first_captions] for name, array in evaluation.text.items()}
-    video = {name: array[videos] for name, array in evaluation.video.items()}
-    after = _correlation(config, opened.params, text, video, variant)
+    pair = _rows(evaluation.text, first_captions), _rows(evaluation.video, videos)
+    after = _correlation(config, opened.params, *pair, variant)
     try:
         params = remake_initial_params(workdir, config, make_layout(fsdp=config.sharding.fsdp))
     except UserError as error:

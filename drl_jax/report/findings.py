@@ -4,8 +4,6 @@ Shapes: A captions, B videos. `sim_matrix` is float [A, B]; `text_to_video` is i
 of each caption's video.
 """
 
-import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,26 +35,15 @@ class ConfusedPair(NamedTuple):
     margin: float  # largest amount by which such a caption prefers the other video
 
 
-@dataclasses.dataclass(frozen=True)
-class Hubness:
+class Hubness(NamedTuple):
     """How often each video is among the first k of a caption."""
 
     k: int
     occurrences: np.ndarray  # int [B], number of captions that have the video among their first k
     first: np.ndarray  # int [B], number of captions that have it first
     hubs: list[int]  # columns of the videos with the most occurrences, most first
-
-    @property
-    def expected(self) -> float:
-        """Mean number of occurrences, which all videos would have without hubs."""
-        return float(self.occurrences.mean())
-
-    @property
-    def skewness(self) -> float:
-        """Skewness of the occurrences (Radovanovic et al., JMLR 11, 2010): large with hubs."""
-        centred = self.occurrences - self.expected
-        deviation = centred.std()
-        return float((centred**3).mean() / deviation**3) if deviation else 0.0
+    expected: float  # mean of the occurrences, which all videos would have without hubs
+    skewness: float  # of them (Radovanovic et al., JMLR 11, 2010): large with hubs
 
 
 class Duplicate(NamedTuple):
@@ -78,17 +65,9 @@ def worst_queries(
     returned = others.argmax(axis=1)
     scores = sim_matrix[rows, returned]
     order = np.lexsort((own - scores, -ranks))[:count]
-    return [
-        WrongQuery(
-            caption,
-            int(text_to_video[caption]),
-            float(ranks[caption]),
-            float(own[caption]),
-            int(returned[caption]),
-            float(scores[caption]),
-        )
-        for caption in order[ranks[order] > 1].tolist()
-    ]
+    columns = (rows, text_to_video, ranks, own, returned, scores)
+    wrong = (column[order[ranks[order] > 1]].tolist() for column in columns)
+    return list(map(WrongQuery, *wrong))
 
 
 def confused_pairs(
@@ -96,8 +75,8 @@ def confused_pairs(
 ) -> list[ConfusedPair]:
     """The pairs of videos with the largest share of captions that prefer the other one.
 
-    The other one counts if it is among the first ten of the caption. Among equal shares, the pairs
-    with the largest margin are first.
+    It counts if it is among the first ten of the caption. Of equal shares, the largest margin is
+    first.
     """
     rows = np.arange(len(text_to_video))
     own = sim_matrix[rows, text_to_video]
@@ -128,28 +107,26 @@ def confused_pairs(
 
 
 def hubness(sim_matrix: np.ndarray, count: int) -> Hubness:
-    """Counts how often each video is returned.
+    """Counts how often each video is returned; k is 10, or a tenth of a small gallery.
 
-    k is 10, or a tenth of a small gallery. Among equal similarities, earlier columns are first.
-    There are `count` hubs.
+    Of equal similarities, earlier columns are first. There are `count` hubs.
     """
     videos = sim_matrix.shape[1]
     k = min(_FIRST, -(-videos // 10))
     best = _first_candidates(sim_matrix, k)
     occurrences = np.bincount(best.ravel(), minlength=videos)
     first = np.bincount(best[:, 0], minlength=videos)
-    hubs = np.lexsort((-first, -occurrences))[:count]
-    return Hubness(k, occurrences, first, hubs.tolist())
+    hubs = np.lexsort((-first, -occurrences))[:count].tolist()
+    mean, deviation = float(occurrences.mean()), float(occurrences.std())
+    skewness = float(((occurrences - mean) ** 3).mean()) / deviation**3 if deviation else 0.0
+    return Hubness(k, occurrences, first, hubs, mean, skewness)
 
 
 def _first_candidates(sim_matrix: np.ndarray, count: int) -> np.ndarray:
     """The most similar videos of each caption, best first: int [A, count] or fewer columns."""
-    return np.concatenate(
-        [
-            np.argsort(-sim_matrix[start : start + _BLOCK], axis=1, kind="stable")[:, :count]
-            for start in range(0, len(sim_matrix), _BLOCK)
-        ]
-    )
+    starts = range(0, len(sim_matrix), _BLOCK)
+    orders = (np.argsort(-sim_matrix[n : n + _BLOCK], axis=1, kind="stable") for n in starts)
+    return np.concatenate([order[:, :count] for order in orders])
 
 
 def duplicate_captions(captions: Sequence[str], text_to_video: np.ndarray) -> list[Duplicate]:
@@ -171,8 +148,6 @@ def rank_shares(ranks: np.ndarray) -> tuple[list[str], np.ndarray]:
     A rank between two whole numbers, of a tie, counts for the larger one.
     """
     edges = [1, 2, 5, 10, 20, 50, 100]
-    names = ["1", "2", *(f"{low + 1}-{high}" for low, high in itertools.pairwise(edges[1:]))]
-    index = np.searchsorted(edges, np.ceil(ranks))
-    counts = np.bincount(index, minlength=len(edges) + 1)
-    shares = 100 * counts / len(ranks)
-    return [*names, f">{edges[-1]}"], shares
+    names = ["1", "2", "3-5", "6-10", "11-20", "21-50", "51-100", ">100"]
+    counts = np.bincount(np.searchsorted(edges, np.ceil(ranks)), minlength=len(names))
+    return names, 100 * counts / len(ranks)

@@ -3,7 +3,7 @@
 import base64
 import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -31,13 +31,6 @@ _FOLDER = Path(__file__).parent / "page"
 _MAP_BYTES = 10_000_000
 # Most frames of a filmstrip.
 _STRIP_FRAMES = 4
-
-
-class MappedQuery(NamedTuple):
-    """A caption, and its words beside the frames of one or two videos."""
-
-    caption: int  # its row
-    maps: list[tuple[int, Markup]]  # column of the video and picture: its own, and the first one
 
 
 def render(data: ReportData) -> str:
@@ -77,35 +70,39 @@ def _charts(data: ReportData) -> dict[str, Markup]:
     metrics, hubs = data.metrics, data.hubness
     first = {name: metrics[name]["R@1"] for name in DIRECTIONS}
     recalls = ", ".join(f"{name} R@1 {value:.1f} %" for name, value in first.items())
-    labels = {
-        "metrics": f"Recall at 1, 5 and 10 with 95 % intervals: {recalls}.",
-        "ranks": f"Histogram of ranks. {first['t2v']:.0f} % of the captions and"
-        f" {first['v2t']:.0f} % of the videos have rank 1.",
-        "hubs": f"Histogram of how often a video is among the first {hubs.k}; the mean is"
-        f" {hubs.expected:.1f}, the largest number {hubs.occurrences.max()}.",
-        "similarity": "Similarity of all captions, rows, and all videos, columns.",
+    charts = {
+        "metrics": (
+            metrics_figure(metrics, data.intervals),
+            f"Recall at 1, 5 and 10 with 95 % intervals: {recalls}.",
+        ),
+        "ranks": (
+            rank_figure(data.ranks),
+            f"Histogram of ranks. {first['t2v']:.0f} % of the captions and {first['v2t']:.0f} % of"
+            " the videos have rank 1.",
+        ),
+        "hubs": (
+            hub_figure(hubs),
+            f"Histogram of how often a video is among the first {hubs.k}; the mean is"
+            f" {hubs.expected:.1f}, the largest number {hubs.occurrences.max()}.",
+        ),
+        "similarity": (
+            similarity_figure(data.sim_matrix),
+            "Similarity of all captions, rows, and all videos, columns.",
+        ),
     }
-    figures = {
-        "metrics": metrics_figure(metrics, data.intervals),
-        "ranks": rank_figure(data.ranks),
-        "hubs": hub_figure(hubs),
-        "similarity": similarity_figure(data.sim_matrix),
-    }
-    return {name: inline(figure, name, labels[name]) for name, figure in figures.items()}
+    return {name: inline(figure, name, label) for name, (figure, label) in charts.items()}
 
 
-def _mapped_queries(maps: list[WordFrameMap]) -> tuple[list[MappedQuery], int]:
-    """Draws the maps, those of one caption together; and the number of maps that were left out."""
-    queries: list[MappedQuery] = []
+def _mapped_queries(maps: list[WordFrameMap]) -> tuple[dict[int, list[tuple[int, Markup]]], int]:
+    """By caption, the videos and pictures of its maps; and the number of maps that are left out."""
+    queries: dict[int, list[tuple[int, Markup]]] = {}
     used = 0
     for number, shown in enumerate(tqdm(maps, "drawing maps", leave=False, disable=None)):
         picture = _map_picture(number, shown)
         used += len(picture)
         if used > _MAP_BYTES:
             return queries, len(maps) - number
-        if not queries or queries[-1].caption != shown.caption:
-            queries.append(MappedQuery(shown.caption, []))
-        queries[-1].maps.append((shown.video, picture))
+        queries.setdefault(shown.caption, []).append((shown.video, picture))
     return queries, 0
 
 
@@ -141,10 +138,8 @@ def _channel_charts(found: Channels | None) -> list[dict[str, Any]]:
 
 def _first_captions(data: ReportData) -> dict[int, str]:
     """The first caption of each video that is shown, by column."""
-    rows: dict[int, int] = {}
-    for row, video in enumerate(data.ranks.text_to_video.tolist()):
-        rows.setdefault(video, row)
-    return {video: data.captions[rows[video]] for video in data.frames}
+    rows = data.ranks.text_to_video.tolist()
+    return {video: data.captions[rows.index(video)] for video in data.frames}
 
 
 def _filmstrip(frames: np.ndarray) -> str:

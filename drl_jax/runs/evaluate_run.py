@@ -298,7 +298,7 @@ class PostProcessing:
         bank_captions = np.zeros((0, videos), np.float32)
         bank_videos = np.zeros((captions, 0), np.float32)
         if bank is not None:
-            similarity, params = self._opened.evaluator.similarity, self._opened.params
+            similarity, params = self._opened.evaluator.embedder.similarity, self._opened.params
             bank_captions = similarity(params, bank[0], evaluation.video)
             bank_videos = similarity(params, evaluation.text, bank[1])
         return Similarities(

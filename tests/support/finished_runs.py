@@ -5,8 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import summaries
 from drl_jax.runs.hooks import TIMING_TAGS
+
+
+def summaries(workdir: Path) -> dict[str, list[tuple]]:
+    """What TensorBoard shows by tag, without the speed: steps and scalars, pictures or texts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0, "images": 0, "scalars": 0})
+    events.Reload()
+    kinds = {
+        "scalars": (events.Scalars, lambda event: event.value),
+        "images": (events.Images, lambda event: event.encoded_image_string),
+        "tensors": (events.Tensors, lambda event: make_ndarray(event.tensor_proto).tolist()),
+    }
+    return {
+        tag: [(event.step, value_of(event)) for event in read(tag)]
+        for kind, (read, value_of) in kinds.items()
+        for tag in events.Tags()[kind]
+        if tag not in TIMING_TAGS
+    }
 
 
 def metrics(workdir: Path) -> list[dict]:
