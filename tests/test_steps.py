@@ -3,18 +3,21 @@
 import dataclasses
 import functools
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.params import random_params
+from flax import nnx
+from support.params import random_batch, random_params
 
 from benchmarks.hlo import collective_bytes
 from drl_jax.config import LossConfig, OptimConfig
 from drl_jax.evaluation.embedder import make_embed_steps
-from drl_jax.models.drl import init_params, model_definition, param_shapes
+from drl_jax.models.drl import model_definition, param_shapes
+from drl_jax.models.towers import INITIAL_LOGIT_BIAS
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, make_optimizer
 from drl_jax.training.train_step import (
@@ -23,39 +26,52 @@ from drl_jax.training.train_step import (
     apply_gradients,
     loss_and_parts,
     make_train_step,
+    sigmoid_loss,
+    softmax_loss,
     state_from_params,
+    total_loss,
 )
 
-B, L, F = 16, 12, 4
-STEPS = 10
+B, L, F, SIZE = 16, 12, 4, 32
+STEPS = 6
+SIGMOID = LossConfig(contrastive="sigmoid", cdcr_lambda=0.1)
+# Everything that saves memory, together.
+BLOCKS = {"similarity_block": 5, "remat": "full"}
 
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(0)
-    return {
-        "text_ids": rng.integers(1, 500, (B, L)).astype(np.int32),
-        "text_mask": np.arange(L) < rng.integers(3, L + 1, (B, 1)),
-        "frames": rng.integers(0, 256, (B, F, 64, 64, 3)).astype(np.uint8),
-        "frame_mask": np.arange(F) < rng.integers(1, F + 1, (B, 1)),
-    }
+    return random_batch(B, L, F, SIZE)
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    """With a small vocabulary: its rows are most of the optimiser's work."""
-    backbone = dataclasses.replace(tiny_model.backbone, vocab_size=500)
-    return dataclasses.replace(tiny_model, backbone=backbone, temporal_layers=1)
+    """With a bias of the logits, which softmax ignores, and a small vocabulary: its rows are most
+    of the optimiser's work."""
+    backbone = dataclasses.replace(
+        tiny_model.backbone,
+        vocab_size=500,
+        image_resolution=SIZE,
+        vision_layers=1,
+        text_layers=1,
+        logit_bias=True,
+    )
+    return dataclasses.replace(tiny_model, backbone=backbone, temporal_layers=1, cross_layers=1)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return random_params(model)
 
 
 class Trainer:
     """A compiled step on some devices, and the state it starts from."""
 
-    def __init__(self, model, params, devices, *, fsdp=False, **options):
+    def __init__(self, model, params, devices, loss=None, *, fsdp=False, **options):
         self.layout = make_layout(jax.devices()[:devices], fsdp=fsdp)
         tx = make_optimizer(OptimConfig(lr=1e-3, coef_lr=1.0), total_steps=20)
         self.state = state_from_params(params, tx, self.layout)
-        self.step = make_train_step(model, LossConfig(), tx, self.layout, **options)
+        self.step = make_train_step(model, loss or LossConfig(), tx, self.layout, **options)
 
     def run(self, batch, steps=STEPS):
         history = []
@@ -66,51 +82,64 @@ class Trainer:
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    """The model's own initialisation: the bounds below hold for parameters of its size."""
-    return jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-
-
-@pytest.fixture(scope="module")
 def one_device(model, params, batch):
-    trainer = Trainer(model, params, 1)
-    return trainer.run(batch), jax.device_get(trainer.state)
+    """Scalars of the steps of each loss on one device, and the parameters after them."""
+    # SigLIP's scale is above CLIP's bound.
+    scale = {**params["backbone"], "logit_scale": jnp.log(jnp.float32(117.33))}
+    starts = {"softmax": params, "sigmoid": {**params, "backbone": scale}}
+
+    def run(name):
+        trainer = Trainer(model, starts[name], 1, LossConfig() if name == "softmax" else SIGMOID)
+        history = trainer.run(batch)
+        return starts[name], history, jax.device_get(trainer.state.params)
+
+    return {name: run(name) for name in starts}
 
 
-def assert_same_run(trainer, history, expected):
-    expected_history, expected_state = expected
+@pytest.mark.parametrize(
+    ("contrastive", "fsdp"), [("softmax", False), ("softmax", True), ("sigmoid", True)]
+)
+def test_steps_do_not_depend_on_the_devices_or_on_what_saves_memory(
+    model, batch, one_device, contrastive, fsdp
+):
+    """With fsdp also in microbatches, blocks and rematerialised layers."""
+    start, expected_history, expected = one_device[contrastive]
+    model = dataclasses.replace(model, **(BLOCKS if fsdp else {}))
+    loss = LossConfig() if contrastive == "softmax" else SIGMOID
+    trainer = Trainer(model, start, 8, loss, fsdp=fsdp, microbatch=8 * fsdp)
+    history = trainer.run(batch)
     for step, expected_step in zip(history, expected_history, strict=True):
         assert step == pytest.approx(expected_step, rel=1e-4)
-    found = jax.device_get(trainer.state)
-    assert int(found.step) == STEPS
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected_state.params):
-        other = functools.reduce(lambda tree, entry: tree[entry.key], path, found.params)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert int(trainer.state.step) == STEPS
+    found = jax.device_get(trainer.state.params)
+    for (path, leaf), other in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
         difference = np.abs(other - leaf).max() / max(np.abs(leaf).max(), 1e-2)
         assert difference < 1e-4, (jax.tree_util.keystr(path), difference)
-
-
-@pytest.mark.parametrize("devices", [2, 8])
-def test_ten_steps_do_not_depend_on_the_number_of_devices(
-    model, params, batch, one_device, devices
-):
-    trainer = Trainer(model, params, devices)
-    history = trainer.run(batch)
-    assert_same_run(trainer, history, one_device)
-    assert history[-1]["loss"] < history[0]["loss"]
-
-
-def test_ten_steps_with_split_parameters_in_blocks(model, params, batch, one_device):
-    """Everything that saves memory, together: fsdp, microbatches, blocks, rematerialised layers."""
-    model = dataclasses.replace(model, similarity_block=5, remat="full")
-    trainer = Trainer(model, params, 8, fsdp=True, microbatch=8)
-    assert_same_run(trainer, trainer.run(batch), one_device)
-    for tree in (trainer.state.params, trainer.state.opt_state):
-        held, total = 0, 0
-        for leaf in jax.tree.leaves(tree):
-            total += leaf.size
-            held += leaf.addressable_shards[0].data.size
+    for tree in (trainer.state.params, trainer.state.opt_state) if fsdp else ():
+        leaves = jax.tree.leaves(tree)
+        held = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
         # Nearly an eighth: what is too small to split is on every device.
-        assert held < 0.3 * total
+        assert held < 0.3 * sum(leaf.size for leaf in leaves)
+
+
+def test_the_sigmoid_loss_learns_its_bias_and_has_no_bound_of_the_scale(one_device):
+    _, history, _ = one_device["sigmoid"]
+    assert history[0]["logit_bias"] == INITIAL_LOGIT_BIAS != history[-1]["logit_bias"]
+    assert history[0]["logit_scale"] == pytest.approx(117.33)
+    assert min(step["logit_scale"] for step in history) > 101
+
+
+def test_the_softmax_loss_bounds_the_temperature():
+    params = {"backbone": {"logit_scale": jnp.float32(MAX_LOGIT_SCALE)}}
+    tx = optax.sgd(1.0)
+    state = TrainState(jnp.int32(0), params, tx.init(params))
+    for gradient, expected in ((-0.5, MAX_LOGIT_SCALE), (0.5, MAX_LOGIT_SCALE - 0.5)):
+        grads = {"backbone": {"logit_scale": jnp.float32(gradient)}}
+        found = apply_gradients(state, grads, tx).params["backbone"]["logit_scale"]
+        assert float(found) == pytest.approx(expected)
 
 
 def test_norms_and_entropies_are_those_of_numpy(model, params, batch, one_device):
@@ -121,7 +150,7 @@ def test_norms_and_entropies_are_those_of_numpy(model, params, batch, one_device
     (second,) = trainer.run(batch, steps=1)
     update = jax.tree.map(np.subtract, jax.device_get(trainer.state.params), before)
     assert np.isnan([first["param_norm"], first["update_norm_new"]]).all()
-    assert second == pytest.approx(one_device[0][1], rel=1e-6)
+    assert second == pytest.approx(one_device["softmax"][1][1], rel=1e-6)
 
     def norm(tree):
         return np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(tree)))
@@ -140,132 +169,202 @@ def test_norms_and_entropies_are_those_of_numpy(model, params, batch, one_device
     assert 0 < second["frame_entropy"] < np.log(F)
 
 
-def test_the_temperature_never_exceeds_100():
-    params = {"backbone": {"logit_scale": jnp.float32(MAX_LOGIT_SCALE)}}
-    tx = optax.sgd(1.0)
-    state = TrainState(jnp.int32(0), params, tx.init(params))
-    for gradient, expected in ((-0.5, MAX_LOGIT_SCALE), (0.5, MAX_LOGIT_SCALE - 0.5)):
-        grads = {"backbone": {"logit_scale": jnp.float32(gradient)}}
-        found = apply_gradients(state, grads, tx).params["backbone"]["logit_scale"]
-        assert float(found) == pytest.approx(expected)
+# ---------------------------------------------------------------- gradients
 
 
-def gradient(model, params, batch, devices=1, **blocks):
-    layout = make_layout(jax.devices()[:devices])
-    loss = functools.partial(
+def plain_loss(params, batch, key, *, definition, config):
+    """The whole loss on one device, from the [B, B] matrix."""
+    model = nnx.merge(definition, params)
+    text = model.encode_text(batch["text_ids"], batch["text_mask"])
+    video = model.encode_video(batch["frames"], batch["frame_mask"])
+    dropout_key, cdcr_key = jax.random.split(key)
+    logits = jnp.exp(params["backbone"]["logit_scale"]) * model.similarity(text, video, dropout_key)
+    if config.contrastive == "softmax":
+        contrastive, _ = softmax_loss(logits)
+    else:
+        z = 2 * jnp.eye(B) - 1
+        bias = params["backbone"]["logit_bias"]
+        contrastive = jnp.sum(jax.nn.softplus(-z * (logits + bias))) / B
+    return total_loss(
+        contrastive, text, video, cdcr_key, interaction=model.interaction, config=config
+    )
+
+
+def gradient(model, params, batch, loss=None, devices=1, *, fsdp=False, microbatch=0):
+    """((loss, parts), gradients) of the program that a training step compiles."""
+    layout = make_layout(jax.devices()[:devices], fsdp=fsdp)
+    function = functools.partial(
         loss_and_parts,
         definition=model_definition(model),
-        config=LossConfig(cdcr=0 if model.interaction == "xti" else 3),
+        config=loss or LossConfig(),
         layout=layout,
-        **blocks,
+        microbatch=microbatch,
     )
-    grad = jax.jit(jax.grad(loss, has_aux=True), in_shardings=(None, layout.batch_sharded, None))
-    return jax.device_get(grad(params, layout.put_batch(batch), jax.random.key(1))[0])
+    compiled = jax.jit(
+        jax.value_and_grad(function, has_aux=True),
+        in_shardings=(layout.parameters(params), layout.batch_sharded, None),
+    )
+    return jax.device_get(compiled(params, layout.put_batch(batch), jax.random.key(1)))
 
 
-@pytest.mark.parametrize(("interaction", "devices"), [("wti", 4), ("xti", 1)])
-def test_blocks_do_not_change_the_gradient(model, batch, interaction, devices):
-    model = dataclasses.replace(model, interaction=interaction, cross_dropout=0.0, cross_layers=1)
+@pytest.mark.parametrize(
+    ("contrastive", "interaction", "dropout"),
+    [("softmax", "xti", 0.0), ("sigmoid", "wti", 0.0), ("sigmoid", "xti", 0.1)],
+)
+def test_gradients_are_those_of_the_plain_formula(model, batch, contrastive, interaction, dropout):
+    """Blocks, microbatches, fsdp and 8 devices against none of them.
+
+    Dropout depends on the block, so the plain formula takes the same blocks there.
+    """
+    config = LossConfig(
+        contrastive=contrastive, cdcr=3 if interaction == "wti" else 0, cdcr_lambda=0.1
+    )
+    model = dataclasses.replace(model, interaction=interaction, cross_dropout=dropout)
     params = random_params(model)
-    plain = gradient(model, params, batch)
-    blocks = dataclasses.replace(model, similarity_block=7, remat="full")
-    found = gradient(blocks, params, batch, devices=devices, microbatch=8)
-    whole = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(plain)))
-    apart = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), found, plain)
-    assert np.sqrt(sum(jax.tree.leaves(apart))) < 1e-5 * whole
-
-
-def test_bfloat16_computes_near_float32_and_keeps_its_parameters(model, params, batch, one_device):
-    half = Trainer(dataclasses.replace(model, dtype="bfloat16"), params, 1)
-    history = half.run(batch)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.state.params)} == {"float32"}
-    losses, expected = ([step["loss"] for step in run] for run in (history, one_device[0]))
-    np.testing.assert_allclose(losses, expected, rtol=0.05)
-    assert losses != expected
-
-
-def test_bfloat16_gradients_are_summed_in_float32(model, params, batch):
-    """On 1 and 8 devices they differ as float32 sums in another order do, by 1e-6 and less, but
-    where the bfloat16 value of a single row is rounded the other way. Summed in bfloat16, a third
-    of them differ by 1e-3 to 8e-3."""
-    half = dataclasses.replace(model, dtype="bfloat16")
-    one, eight = (gradient(half, params, batch, devices=devices) for devices in (1, 8))
-    differences = jax.tree.map(
-        lambda a, b: np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-6), eight, one
+    # Near zero, so that every pair has a gradient that counts.
+    params["backbone"]["logit_bias"] = jnp.float32(-3.0)
+    in_blocks = dataclasses.replace(model, **BLOCKS)
+    definition = model_definition(in_blocks if dropout else model)
+    plain = functools.partial(plain_loss, definition=definition, config=config)
+    (loss, parts), expected = jax.jit(jax.value_and_grad(plain, has_aux=True))(
+        params, batch, jax.random.key(1)
     )
-    differences = jax.tree.leaves(differences)
+    (found_loss, found_parts), found = gradient(
+        in_blocks, params, batch, config, 8, fsdp=True, microbatch=8
+    )
+    assert float(found_loss) == pytest.approx(float(loss), rel=1e-5)
+    for name, value in parts.items():
+        assert float(found_parts[name]) == pytest.approx(float(value), rel=1e-5), name
+    assert (float(parts["cdcr_loss"]) > 0) == (config.cdcr > 0)
+    assert (abs(expected["backbone"]["logit_bias"]) > 0.01) == (contrastive == "sigmoid")
+    for (path, wanted), leaf in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        scale = max(np.abs(wanted).max(), 1e-4)
+        np.testing.assert_allclose(
+            leaf, wanted, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def norms_of_differences(found, expected):
+    """Of each parameter, relative to the norm of the expected gradient."""
+    return [
+        np.linalg.norm(np.float64(a) - b) / max(np.linalg.norm(b), 1e-6)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    ]
+
+
+def test_gradients_of_other_precision_and_rematerialisation(model, params, batch):
+    (loss, _), expected = gradient(model, params, batch)
+    (_, _), found = gradient(dataclasses.replace(model, remat="none"), params, batch)
+    assert model.remat == "dots"
+    assert max(norms_of_differences(found, expected)) < 1e-5
+
+    half = dataclasses.replace(model, dtype="bfloat16")
+    (loss_of_half, _), one = gradient(half, params, batch)
+    assert loss_of_half == pytest.approx(float(loss), rel=0.05)
+    assert loss_of_half != loss
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(one)} == {"float32"}
+    # Summed in float32 on 1 and 8 devices they differ as sums in another order do, by 1e-6 and
+    # less, but where the bfloat16 value of a single row is rounded the other way. Summed in
+    # bfloat16, a third of them differ by 1e-3 to 8e-3.
+    _, eight = gradient(half, params, batch, devices=8)
+    differences = norms_of_differences(eight, one)
     assert np.median(differences) < 1e-6
     assert max(differences) < 5e-4
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_rematerialisation_does_not_change_the_gradient(model, params, batch, remat):
-    expected = gradient(model, params, batch)
-    found = gradient(dataclasses.replace(model, remat=remat), params, batch)
-    assert model.remat == "dots"
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
-    )
+# The last pair is of the size of SigLIP's.
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -1.0), (117.33, -12.93)])
+@pytest.mark.parametrize("block", [0, 3, 10])
+def test_the_sigmoid_loss_is_its_formula_in_blocks_of_any_size(block, scale, bias):
+    rng = np.random.default_rng(0)
+    text, video = (rng.normal(size=(11, 6)).astype(np.float32) for _ in range(2))
+    text, video = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (text, video))
+
+    def loss(text, video, scale, bias):
+        return sigmoid_loss(
+            lambda part, key: scale * (text @ part["unit"].T) + bias, {"unit": video}, None, block
+        )
+
+    found, gradients = jax.value_and_grad(loss, (0, 1, 2, 3))(text, video, scale, bias)
+    # Written out, in float64.
+    text, video = text.astype(np.float64), video.astype(np.float64)
+    sim, z = text @ video.T, 2 * np.eye(11) - 1
+    margin = z * (scale * sim + bias)
+    np.testing.assert_allclose(found, np.logaddexp(0, -margin).sum() / 11, rtol=2e-6)
+    by_logit = -z / (1 + np.exp(margin)) / 11
+    by_sim = scale * by_logit
+    expected = (by_sim @ video, by_sim.T @ text, (by_logit * sim).sum(), by_logit.sum())
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=2e-5, atol=2e-6 * np.abs(wanted).max())
 
 
-def collectives(hlo):
-    return set(re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|reduce-scatter)", hlo))
+# ---------------------------------------------------------------- the compiled program
+
+# Sizes that nothing else has, on 8 devices: 40 blocks of 11 pairs, and 55 rows a device.
+PAIRS, BLOCK = 440, 11
+ROWS = PAIRS // 8
 
 
-def largest_array(hlo):
-    """Elements of the largest array of one device's program."""
-    shapes = re.findall(r"\b(?:f32|bf16|pred|s32|u8)\[([\d,]+)\]", hlo)
-    return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
-
-
-def compiled_step(model, pairs, words, frames, layout, microbatch=0):
+def compiled_step(model, layout, loss=None, microbatch=0):
     """The text of the compiled step, for images of one patch."""
-    backbone = dataclasses.replace(model.backbone, image_resolution=16, vision_patch_size=16)
+    backbone = dataclasses.replace(model.backbone, image_resolution=16)
     model = dataclasses.replace(model, backbone=backbone)
     tx = make_optimizer(OptimConfig(), total_steps=20)
-    step = make_train_step(model, LossConfig(), tx, layout, microbatch=microbatch)
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=layout.batch_sharded)
-
+    step = make_train_step(model, loss or LossConfig(), tx, layout, microbatch=microbatch)
     batch = {
-        "text_ids": array((words,), jnp.int32),
-        "text_mask": array((words,), jnp.bool_),
-        "frames": array((frames, 16, 16, 3), jnp.uint8),
-        "frame_mask": array((frames,), jnp.bool_),
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.batch_sharded)
+        for name, x in random_batch(PAIRS, L, F, 16).items()
     }
     return step.lower(abstract_state(model, tx, layout), batch).compile().as_text()
 
 
+def sizes_of(shapes):
+    return {tuple(map(int, shape.split(","))) for shape in shapes}
+
+
 def test_split_parameters_are_gathered_and_activations_stay(model):
     """The embedding table has 500 rows, so it is split by columns; a row stays on its device."""
-    pairs, words, frames = 1024, 12, 4
-    moved = collective_bytes(compiled_step(model, pairs, words, frames, make_layout(fsdp=True)))
+    moved = collective_bytes(compiled_step(model, make_layout(fsdp=True)))
     parameters = 4 * sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model)))
     # Features, weights and masks of all videos.
-    features = pairs * frames * (4 * model.backbone.embed_dim + 4 + 1)
+    features = PAIRS * F * (4 * model.backbone.embed_dim + 4 + 1)
     assert set(moved) <= {"all-gather", "all-reduce", "reduce-scatter"}
     # Parameters are gathered for the forward pass and again for the backward pass.
     assert moved["all-gather"] < features + 2 * parameters
     assert moved["all-reduce"] + moved.get("reduce-scatter", 0) < features + 2 * parameters
 
 
-def test_collectives_and_memory_of_the_compiled_step(model):
-    """On 8 devices: video features are gathered; no device has the full product or matrix."""
-    pairs, words, frames = 1024, 12, 4
-    model = dataclasses.replace(model, similarity_block=16)
-    hlo = compiled_step(model, pairs, words, frames, make_layout(), microbatch=256)
-    assert collectives(hlo) <= {"all-gather", "all-reduce", "reduce-scatter"}
-    # What is gathered is the videos' features, masks and weights, and one number a pair.
-    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", hlo)
-    width = model.backbone.embed_dim
-    allowed = {(pairs, frames, width), (pairs, frames), (pairs,)}
-    assert {tuple(map(int, shape.split(","))) for shape in gathered} <= allowed
-    assert (pairs, frames, width) in {tuple(map(int, shape.split(","))) for shape in gathered}
-    # Rows of the similarity matrix stay sharded: no device has the full matrix.
-    assert f"[{pairs},{pairs}]" not in hlo
-    assert f"[{pairs // 8},{pairs}]" in hlo
-    # A block of the token-wise product is there; all of it, even of one device's rows, is not.
-    product = words * frames * pairs // 8
-    assert f"[16,{frames},{pairs // 8},{words}]" in hlo
-    assert largest_array(hlo) < product * pairs / 10
+def is_of_all_pairs(shape):
+    """Whether an array has a value for each of a device's texts and each video.
+
+    Blocks may be an axis of their own, as in values that a loop keeps for its backward pass.
+    """
+    blocks = PAIRS // BLOCK
+    axes = ([ROWS, PAIRS], [ROWS * PAIRS], [blocks, ROWS, BLOCK], [blocks, ROWS * BLOCK])
+    return any(not Counter(sizes) - Counter(shape) for sizes in axes)
+
+
+@pytest.mark.parametrize(
+    ("contrastive", "interaction"), [("softmax", "wti"), ("sigmoid", "wti"), ("sigmoid", "xti")]
+)
+def test_collectives_and_memory_of_the_compiled_step(model, contrastive, interaction):
+    """Videos are gathered once, rows of texts stay; no device has the full product or matrix."""
+    loss = LossConfig(contrastive=contrastive, cdcr=3 if interaction == "wti" else 0)
+    model = dataclasses.replace(model, interaction=interaction, similarity_block=BLOCK)
+    hlo = compiled_step(model, make_layout(), loss, microbatch=88)
+    assert set(collective_bytes(hlo)) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    gathered = sizes_of(re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", hlo))
+    # The videos' features, masks and weights, and one number a pair.
+    features = (PAIRS, F, model.backbone.embed_dim)
+    assert features in gathered
+    assert gathered <= {features, (PAIRS, F), (PAIRS,)}
+    found = sizes_of(re.findall(r"\b(?:f32|bf16|pred|s32|u32|u8)\[([\d,]+)\]", hlo))
+    assert (PAIRS, PAIRS) not in found
+    # Softmax needs the rows of a device; SigLIP's loss not even these.
+    assert any(map(is_of_all_pairs, found)) == (contrastive == "softmax")
+    if interaction == "wti":
+        # A block of the token-wise product is there; all of it, even of a device's rows, is not.
+        assert (BLOCK, F, ROWS, L) in found
+        assert max(map(np.prod, found)) < ROWS * L * F * PAIRS / 10
