@@ -101,7 +101,7 @@ def test_cudnn_is_asked_for_an_even_number_of_positions(monkeypatch, mask, posit
         asked.append((implementation, q.shape[1]))
         return compute(q, k, v, implementation="xla", **arguments)
 
-    monkeypatch.setattr(attention, "_has_cudnn", lambda mesh: True)
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
     monkeypatch.setattr(attention.jax.nn, "dot_product_attention", record)
     arrays = inputs(jnp.bfloat16, positions)
     found, expected = (value_and_gradients(*arrays, mask, choice) for choice in ("auto", "xla"))

@@ -1,4 +1,4 @@
-"""Runs of the families other than CLIP: trained from random weights, exported and searched."""
+"""Families other than CLIP: trained from random weights, exported and searched."""
 
 import json
 import shutil
@@ -51,26 +51,13 @@ def trained(request, shapes_data, tmp_path_factory):
     return family, folder / "run"
 
 
-def assert_same_files(one, other):
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        np.testing.assert_array_equal(second[name], tensor, err_msg=name)
-
-
-def test_a_run_is_trained_and_its_export_is_the_same_model(trained, tmp_path):
+def test_a_run_is_trained(trained):
     family, run = trained
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [entry["train/loss"] for entry in entries if "train/loss" in entry]
     assert losses
     assert np.isfinite(losses).all()
-    file, again = tmp_path / "a" / "drl.safetensors", tmp_path / "b" / "drl.safetensors"
-    for source, target in ((run, file), (file, tmp_path / "run"), (tmp_path / "run", again)):
-        assert convert([str(source), str(target)]) == 0
-    assert_same_files(file, again)
-    model = drl_jax.load(file)
-    assert model.config.model.backbone.family == family
-    assert model.fingerprint == drl_jax.load(run).fingerprint
+    assert drl_jax.load(run).config.model.backbone.family == family
 
 
 @pytest.fixture
@@ -96,14 +83,15 @@ def test_towers_alone_search_and_come_back_bit_for_bit(
     trained, towers_file, test_videos, tmp_path, capsys
 ):
     family, _ = trained
-    assert {
-        "siglip": "vision_model.head.attention.in_proj_weight",
-        "pe": "visual.attn_pool.attn.in_proj_weight",
-    }[family] in load_file(towers_file)
+    of_pooling = {"siglip": "vision_model.head.attention", "pe": "visual.attn_pool.attn"}
+    assert f"{of_pooling[family]}.in_proj_weight" in load_file(towers_file)
     run, again = tmp_path / "run", tmp_path / "again" / "towers.safetensors"
     assert convert([str(towers_file), str(run)]) == 0
     assert convert([str(run), str(again), "--clip_only"]) == 0
-    assert_same_files(towers_file, again)
+    original, found = load_file(towers_file), load_file(again)
+    assert found.keys() == original.keys()
+    for name, tensor in original.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
 
     (tmp_path / "videos").mkdir()
     for video in sorted(test_videos.glob("*.mp4"))[:3]:

@@ -145,13 +145,6 @@ def test_weights_whose_file_is_gone_are_not_in_the_cache(cache):
         weights_path(NAME)
 
 
-def test_a_file_or_directory_of_the_same_name_is_not_preferred(cache, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / NAME).mkdir(parents=True)
-    assert cache in weights_path(NAME).parents
-    assert weights_path(Path(NAME)) == Path(NAME)
-
-
 # ---------------------------------------------------------------- a local server
 
 
@@ -283,12 +276,12 @@ def test_the_command_names_the_commit(server, capsys):
     assert "--out is for" in error_of("drl_jax.weights.download", NAME, "--out=a", capsys=capsys)
 
 
-def test_commands_and_the_api_read_a_repository(
-    server, tiny_weights, tmp_path, monkeypatch, capsys
-):
+def test_commands_and_the_api_read_a_repository(server, tiny_weights, tmp_path, monkeypatch):
     server.files = {"model.safetensors": tiny_weights.read_bytes()}
     monkeypatch.chdir(tmp_path)
-    (tmp_path / NAME).mkdir(parents=True)  # A run of this name would need a Path.
+    # A run of this name would need a Path.
+    (tmp_path / NAME).mkdir(parents=True)
+    assert weights_path(Path(NAME)) == Path(NAME)
     model = drl_jax.load(NAME)
     assert model.source == {"weights": NAME}
     assert convert([NAME, "run"]) == 0

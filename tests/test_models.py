@@ -12,7 +12,7 @@ from support.params import random_batch, random_params
 from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.models.drl import copy_text_tower, model_definition, param_shapes
 from drl_jax.models.interactions import INTERACTIONS
-from drl_jax.models.layers import BlockConfig, BlockRunConfig, Transformer, new_block_init
+from drl_jax.models.layers import BlockConfig, Transformer, new_block_init
 from drl_jax.models.temporal import SequenceTransformer
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.train_step import loss_and_parts
@@ -94,7 +94,7 @@ def test_new_frame_positions_have_the_configured_deviation(tiny_model):
 
 
 def test_a_transformer_computes_only_the_positions_that_are_needed(tiny_model):
-    run = BlockRunConfig.of(dataclasses.replace(tiny_model, remat="full"))
+    run = dataclasses.replace(tiny_model, remat="full")
     block = BlockConfig(width=32, heads=2, hidden_width=128, activation="quick_gelu", eps=1e-5)
     make = functools.partial(Transformer, block, 3, init=new_block_init(), run=run)
     definition, params = nnx.split(make(rngs=nnx.Rngs(0)))

@@ -142,8 +142,8 @@ def test_tensors_are_views_of_storages(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": Call(os.system, "touch {sentinel}")}, r"posix\.system"),
-        ({"a": Call(eval, "open('{sentinel}', 'w')")}, r"builtins\.eval|__builtin__\.eval"),
+        ({"a": Call(os.system, "touch sentinel")}, r"posix\.system"),
+        ({"a": Call(eval, "open('sentinel', 'w')")}, r"builtins\.eval|__builtin__\.eval"),
         ({"a": Global("torch", "load")}, r"torch\.load"),
         ({"a": Global("torch._utils", "os.system")}, r"torch\._utils\.os\.system"),
         ({"a": tensor(offset=1)}, r"reaches element 6 of a storage of 6"),
@@ -153,27 +153,18 @@ def test_tensors_are_views_of_storages(tmp_path):
         ({"a": tensor(numel=7)}, "has 24 bytes, not 7 elements"),
     ],
 )
-def test_unsafe_pickles_are_refused_by_name(tmp_path, content, message):
-    sentinel = tmp_path / "sentinel"
-    for value in content.values():
-        if isinstance(value, Call):
-            function, arguments = value.call
-            filled = (a.format(sentinel=sentinel) if isinstance(a, str) else a for a in arguments)
-            value.call = (function, tuple(filled))
-    write_zip(tmp_path / "bad.pt", content)
+def test_unsafe_pickles_are_refused_by_name(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    write_zip("bad.pt", content)
     with pytest.raises(TorchFileError, match=message):
-        read_torch_file(tmp_path / "bad.pt")
-    assert not sentinel.exists()
+        read_torch_file(Path("bad.pt"))
+    assert not Path("sentinel").exists()
 
 
-def test_a_compressed_archive_is_refused(tmp_path):
-    zeros = bytes(24)
-    write_zip(tmp_path / "bomb.pt", {"a": tensor()}, zeros, zipfile.ZIP_DEFLATED)
+def test_archives_that_hide_their_size_are_refused(tmp_path):
+    write_zip(tmp_path / "bomb.pt", {"a": tensor()}, bytes(24), zipfile.ZIP_DEFLATED)
     with pytest.raises(TorchFileError, match="is compressed"):
         read_torch_file(tmp_path / "bomb.pt")
-
-
-def test_overlapping_entries_are_refused(tmp_path):
     write_zip(tmp_path / "good.pt", {"a": tensor()})
     raw = bytearray((tmp_path / "good.pt").read_bytes())
     # The second entry of the central directory now points at the first entry's bytes.
@@ -220,12 +211,13 @@ def test_every_name_of_both_sides_is_accounted_for():
             params_from_state(wrong, shapes)
 
 
-def test_files_without_a_vit_are_refused(tmp_path):
-    save_file({"visual.layer1.0.conv1.weight": np.zeros(3)}, tmp_path / "rn.safetensors")
-    with pytest.raises(WeightsError, match="ResNet"):
-        read_weights(tmp_path / "rn.safetensors")
-    save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match="holds no towers"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("visual.layer1.0.conv1.weight", "ResNet"), ("a", "holds no towers")],
+)
+def test_files_without_a_vit_are_refused(name, message, tmp_path):
+    save_file({name: np.zeros(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=message):
         read_weights(tmp_path / "a.safetensors")
 
 
@@ -411,15 +403,6 @@ def test_weights_that_cannot_be_read_are_not_called_damaged(name, shapes_config,
         pytest.raises(Unavailable, match=rf"{name} cannot be read: .*ELOOP.*nothing was moved"),
     ):
         read_weights(tmp_path / weights)
-
-
-def test_heads_are_not_guessed_for_widths_that_openai_does_not_have(shapes_config, tmp_path):
-    params = random_params(shapes_config.model)
-    save_file(state_dict_from_params(params), tmp_path / "unknown.safetensors")
-    with pytest.raises(
-        WeightsError, match=r"32 channels, and nothing says in how many heads; put a config.json"
-    ):
-        read_weights(tmp_path / "unknown.safetensors")
 
 
 def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tmp_path):
