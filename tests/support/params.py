@@ -26,6 +26,14 @@ def openai_shaped_backbone(image_resolution: int) -> BackboneConfig:
     )
 
 
+def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Names, shapes and bits of two state dicts are the same."""
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].shape == array.shape, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
 def random_batch(pairs: int, words: int, frames: int, size: int) -> dict[str, np.ndarray]:
     """A training batch of a vocabulary of 500 tokens; the first row has no padding."""
     rng = np.random.default_rng(0)
