@@ -241,9 +241,10 @@ def test_gradients_of_bfloat16_are_summed_in_float32(model, params, batch, one_d
     assert max(differences) < 5e-4
 
 
-# The last pair is of the size of SigLIP's.
-@pytest.mark.parametrize(("scale", "bias"), [(10.0, -1.0), (117.33, -12.93)])
-@pytest.mark.parametrize("block", [0, 3, 10])
+# The scale and the bias of the last one are of the size of SigLIP's.
+@pytest.mark.parametrize(
+    ("block", "scale", "bias"), [(0, 10.0, -1.0), (3, 10.0, -1.0), (10, 117.33, -12.93)]
+)
 def test_the_sigmoid_loss_is_its_formula_in_blocks_of_any_size(block, scale, bias):
     rng = np.random.default_rng(0)
     text, video = (rng.normal(size=(11, 6)).astype(np.float32) for _ in range(2))

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -42,7 +43,18 @@ def patches_of(pixels: np.ndarray, patch: int) -> np.ndarray:
 def test_parity(golden):
     folder, config, params = golden
     assert not BACKBONES[config.model.backbone.family].config_error(config.model.backbone)
-    backbone = nnx.merge(model_definition(config.model), params | {"interaction": {}}).backbone
+    definition = model_definition(config.model)
+
+    @jax.jit
+    def compute(params, ids, mask, patches):
+        backbone = nnx.merge(definition, params | {"interaction": {}}).backbone
+        text, visual = backbone.encode_text(ids, mask), backbone.visual
+        return {
+            "image_features": visual.pool(visual.embed_pixels(patches)),
+            "text_tokens": text.tokens,
+            "text_features": text.sentence,
+        }
+
     with np.load(folder / "io.npz") as io:
         expected = dict(io)
     ids = expected["text_ids"].astype(np.int32)
@@ -50,15 +62,8 @@ def test_parity(golden):
     mask = np.arange(ids.shape[1]) <= ids.argmax(1)[:, None]
     if config.model.backbone.family == "siglip":
         mask[:] = True
-    text = backbone.encode_text(ids, mask)
-    visual = backbone.visual
-    patches = patches_of(expected["pixels"], visual.patch_size)
-    found = {
-        "image_features": visual.pool(visual.embed_pixels(patches)),
-        "text_tokens": text.tokens,
-        "text_features": text.sentence,
-    }
-    for name, features in found.items():
+    patches = patches_of(expected["pixels"], config.model.backbone.vision_patch_size)
+    for name, features in compute(params, ids, mask, patches).items():
         np.testing.assert_allclose(features, expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
     # Of 77 tokens of CLIP, a golden caption has up to 70.
     assert config.data.max_words == ids.shape[1]
