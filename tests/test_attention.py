@@ -1,4 +1,6 @@
-"""Attention: what a query sees, and which implementation computes it."""
+"""Attention: which implementation computes it, and that both compute the same."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +20,6 @@ LENGTHS = np.array([12, 5, 1], np.int32)
 def inputs(dtype=jnp.float32, positions=T):
     keys = jax.random.split(jax.random.key(0), 3)
     return [jax.random.normal(key, (B, positions, K, D), dtype) for key in keys]
-
-
-def masked(q, k, v, mask):
-    """Attention by its definition; mask [B, Q, T]."""
-    scores = np.einsum("bqkd,btkd->bkqt", *(np.asarray(x, np.float64) for x in (q, k)))
-    weights = np.exp(scores / np.sqrt(D)) * mask[:, None]
-    return np.einsum("bkqt,btkd->bqkd", weights / weights.sum(-1, keepdims=True), v)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("lengths", [None, LENGTHS])
-def test_attention_is_the_masked_softmax(causal, lengths):
-    q, k, v = inputs()
-    mask = np.ones((B, T, T), bool)
-    if causal:
-        mask &= np.tri(T, dtype=bool)
-    if lengths is not None:
-        mask &= np.arange(T) < lengths[:, None, None]
-    found = attend(q, k, v, AttentionMask(causal, lengths))
-    np.testing.assert_allclose(found, masked(q, k, v, mask), atol=1e-6)
 
 
 def test_lengths_of_a_mask():
@@ -73,9 +55,23 @@ def test_cudnn_computes_what_its_kernel_can(monkeypatch):
     assert of(device=AbstractDevice("AMD Instinct MI300X", 304, "gpu")) == "xla"
 
 
-@pytest.mark.parametrize("positions", [12, 13])
+def value_and_gradients(q, k, v, mask, choice):
+    def total(q, k, v):
+        out = attend(q, k, v, mask, choice)
+        return (out.astype(jnp.float32) ** 2).sum(), out
+
+    compute = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+    (_, out), gradients = compute(q, k, v)
+    return [x.astype(jnp.float32) for x in (out, *gradients)]
+
+
 @pytest.mark.parametrize(
-    "mask", [AttentionMask(), AttentionMask(True), AttentionMask(False, LENGTHS)]
+    ("positions", "mask"),
+    [
+        (12, AttentionMask(False, LENGTHS)),
+        (13, AttentionMask()),
+        (13, AttentionMask(True)),
+    ],
 )
 def test_cudnn_is_asked_for_an_even_number_of_positions(monkeypatch, mask, positions):
     """With XLA in the place of cuDNN: values and gradients are those of XLA alone."""
@@ -85,21 +81,13 @@ def test_cudnn_is_asked_for_an_even_number_of_positions(monkeypatch, mask, posit
         asked.append((implementation, q.shape[1]))
         return compute(q, k, v, implementation="xla", **arguments)
 
-    def total(q, k, v, choice):
-        out = attend(q, k, v, mask, choice)
-        return (out.astype(jnp.float32) ** 2).sum(), out
-
-    monkeypatch.setattr(attention, "_has_cudnn", lambda mesh: True)
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
     monkeypatch.setattr(attention.jax.nn, "dot_product_attention", record)
-    gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
-    found, expected = (
-        gradient(*inputs(jnp.bfloat16, positions), choice) for choice in ("auto", "xla")
-    )
+    arrays = inputs(jnp.bfloat16, positions)
+    found, expected = (value_and_gradients(*arrays, mask, choice) for choice in ("auto", "xla"))
     assert asked == [("cudnn", positions + positions % 2), ("xla", positions)]
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2**-7, atol=2**-7
-        )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=2**-7)
 
 
 def test_models_are_traced_on_their_mesh():
@@ -111,7 +99,7 @@ def test_models_are_traced_on_their_mesh():
 @pytest.mark.skipif(
     jax.default_backend() != "gpu", reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda,cpu"
 )
-@pytest.mark.parametrize("positions", [12, 32, 50, 77, 197])
+@pytest.mark.parametrize("positions", [12, 77])
 @pytest.mark.parametrize("kind", ["all", "causal", "lengths"])
 def test_cudnn_agrees_with_xla(kind, positions):
     """Values and gradients, to the rounding of bfloat16: 2^-8, at each of a few roundings."""
@@ -120,15 +108,10 @@ def test_cudnn_agrees_with_xla(kind, positions):
     layout, arrays = make_layout(jax.devices()[:1]), inputs(jnp.bfloat16, positions)
 
     def compute(choice):
-        def total(q, k, v):
-            out = attend(q, k, v, mask, choice)
-            return (out.astype(jnp.float32) ** 2).sum(), out
-
-        gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
-        program = jax.jit(layout.on_mesh(gradient, "bfloat16")).lower(*arrays)
+        function = functools.partial(value_and_gradients, mask=mask, choice=choice)
+        program = jax.jit(layout.on_mesh(function, "bfloat16")).lower(*arrays)
         assert ("cudnn" in program.as_text()) == (choice == "auto")
-        (_, out), gradients = program.compile()(*arrays)
-        return [np.asarray(x, np.float32) for x in (out, *gradients)]
+        return program.compile()(*arrays)
 
     for found, expected in zip(compute("auto"), compute("xla"), strict=True):
         np.testing.assert_allclose(found, expected, atol=4 * 2**-8 * np.abs(expected).max())

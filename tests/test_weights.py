@@ -1,7 +1,6 @@
 """Foreign files: read bit for bit, refused by name where they are wrong, and left as they came."""
 
 import collections
-import contextlib
 import io
 import json
 import os
@@ -17,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.commands import error_of, run_module
+from safetensors.numpy import save as safetensors
+from support.commands import error_of
 from support.files import refused
 from support.golden import GOLDEN, SPEC, case_state, clip_state, clip_weights, load
-from support.params import random_params
-from support.runs import make_run
+from support.params import assert_same_arrays, random_params
 from support.towers import to_hugging_face
 
 import drl_jax
 from data_prep.dataset_config import SHAPES_BACKBONE
-from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, ModelConfig
+from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.convert import main as convert
 from drl_jax.models.drl import param_shapes
 from drl_jax.runs.checkpoint_files import read_info
@@ -44,31 +43,25 @@ from drl_jax.weights.torch_file import TorchFileError, read_metadata, read_torch
 from drl_jax.weights.weights_file import read_weights, save_weights, state_dict_from_params
 
 WHOLE = "drl_wti_seqtransf.bin"
-KEY = jax.random.key(0)
 
 
-def assert_states_equal(found, expected):
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert found[name].shape == tensor.shape, name
-        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
-
-
-@pytest.mark.parametrize("file", ["clip_torchscript.pt", "clip_legacy.pt"])
-def test_archives_of_clip_read_bit_for_bit(file):
-    # The legacy file has the form of `torch.save`, which other publishers use, too.
-    release = "openai" if file == "clip_legacy.pt" else ""
+# The legacy file has the form of `torch.save`, which other publishers use, too.
+@pytest.mark.parametrize(
+    ("file", "release", "licence"),
+    [("clip_torchscript.pt", "", ""), ("clip_legacy.pt", "openai", "MIT")],
+)
+def test_archives_of_clip_read_bit_for_bit(file, release, licence):
     weights = read_weights(GOLDEN / file, release)
-    assert_states_equal(weights.state, clip_state())
+    assert_same_arrays(weights.state, clip_state())
     assert weights.description.backbone.activation == "quick_gelu"
-    assert weights.description.licence == ("MIT" if release else "")
+    assert weights.description.licence == licence
 
 
 def test_a_drl_checkpoint_reads_bit_for_bit():
     weights = read_weights(GOLDEN / WHOLE)
     found = weights.state
     expected = case_state(SPEC["cases"]["wti_seqtransf_cdcr3"])
-    assert_states_equal(found, {name: expected[name] for name in found})
+    assert_same_arrays(found, {name: expected[name] for name in found})
     model = heads_of_weights(ModelConfig(interaction="dp"), weights)
     assert (model.interaction, model.wti_arch, model.agg_module) == ("wti", 2, "seqTransf")
 
@@ -132,7 +125,7 @@ def write_zip(path, content, data=None, compression=zipfile.ZIP_STORED):
         archive.writestr("archive/data/0", struct.pack("<6f", *range(6)) if data is None else data)
 
 
-def test_the_test_writer_makes_valid_files(tmp_path):
+def test_tensors_are_views_of_storages(tmp_path):
     write_zip(tmp_path / "good.pt", {"a": tensor(), "b": tensor(offset=5, size=(), stride=())})
     found = read_torch_file(tmp_path / "good.pt")
     np.testing.assert_array_equal(found["a"], [[0, 1, 2], [3, 4, 5]])
@@ -143,9 +136,8 @@ def test_the_test_writer_makes_valid_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": Call(os.system, "touch {sentinel}")}, r"posix\.system"),
-        ({"a": Call(eval, "open('{sentinel}', 'w')")}, r"builtins\.eval|__builtin__\.eval"),
-        ({"a": Call(getattr, "a", "upper")}, "getattr"),
+        ({"a": Call(os.system, "touch sentinel")}, r"posix\.system"),
+        ({"a": Call(eval, "open('sentinel', 'w')")}, r"builtins\.eval|__builtin__\.eval"),
         ({"a": Global("torch", "load")}, r"torch\.load"),
         ({"a": Global("torch._utils", "os.system")}, r"torch\._utils\.os\.system"),
         ({"a": tensor(offset=1)}, r"reaches element 6 of a storage of 6"),
@@ -153,30 +145,20 @@ def test_the_test_writer_makes_valid_files(tmp_path):
         ({"a": tensor(size=(2, 3), stride=(-3, 1))}, "stride"),
         ({"a": tensor(size=(100000, 100000), stride=(0, 0))}, "overlaps itself"),
         ({"a": tensor(numel=7)}, "has 24 bytes, not 7 elements"),
-        ({"a": tensor(numel=2**60, size=(1,), stride=(1,))}, "has 24 bytes"),
     ],
 )
-def test_unsafe_pickles_are_refused_by_name(tmp_path, content, message):
-    sentinel = tmp_path / "sentinel"
-    for value in content.values():
-        if isinstance(value, Call):
-            function, arguments = value.call
-            filled = (a.format(sentinel=sentinel) if isinstance(a, str) else a for a in arguments)
-            value.call = (function, tuple(filled))
-    write_zip(tmp_path / "bad.pt", content)
+def test_unsafe_pickles_are_refused_by_name(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    write_zip("bad.pt", content)
     with pytest.raises(TorchFileError, match=message):
-        read_torch_file(tmp_path / "bad.pt")
-    assert not sentinel.exists()
+        read_torch_file(Path("bad.pt"))
+    assert not Path("sentinel").exists()
 
 
-def test_a_compressed_archive_is_refused(tmp_path):
-    zeros = bytes(24)
-    write_zip(tmp_path / "bomb.pt", {"a": tensor()}, zeros, zipfile.ZIP_DEFLATED)
+def test_archives_that_hide_their_size_are_refused(tmp_path):
+    write_zip(tmp_path / "bomb.pt", {"a": tensor()}, bytes(24), zipfile.ZIP_DEFLATED)
     with pytest.raises(TorchFileError, match="is compressed"):
         read_torch_file(tmp_path / "bomb.pt")
-
-
-def test_overlapping_entries_are_refused(tmp_path):
     write_zip(tmp_path / "good.pt", {"a": tensor()})
     raw = bytearray((tmp_path / "good.pt").read_bytes())
     # The second entry of the central directory now points at the first entry's bytes.
@@ -187,73 +169,53 @@ def test_overlapping_entries_are_refused(tmp_path):
         read_torch_file(tmp_path / "bad.pt")
 
 
-@pytest.mark.parametrize("file", ["clip_torchscript.pt", "clip_legacy.pt", WHOLE])
-@pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_refused(tmp_path, file, kept):
-    whole = (GOLDEN / file).read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(TorchFileError, match=r"cut\.pt"):
-        read_torch_file(tmp_path / "cut.pt")
+FILES = ("clip_torchscript.pt", "clip_legacy.pt", WHOLE, "clip.safetensors")
 
 
-def test_flipped_bytes_never_escape(tmp_path):
-    """Whatever a damaged pickle does, it ends in our error or in tensors."""
-    whole = (GOLDEN / "clip_legacy.pt").read_bytes()
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        damaged = bytearray(whole)
-        for position in rng.integers(0, 20000, 3):
-            damaged[position] = rng.integers(256)
-        (tmp_path / "flipped.pt").write_bytes(damaged)
-        with contextlib.suppress(TorchFileError):
-            read_torch_file(tmp_path / "flipped.pt")
-
-
-def test_a_damaged_safetensors_file_is_refused(tmp_path):
-    save_file({"a": np.zeros((2, 3), np.float32)}, tmp_path / "a.safetensors")
-    whole = (tmp_path / "a.safetensors").read_bytes()
-    (tmp_path / "a.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(TorchFileError, match="not a complete safetensors file"):
-        read_torch_file(tmp_path / "a.safetensors")
+@pytest.mark.parametrize("file", FILES)
+def test_a_truncated_file_is_refused(tmp_path, file):
+    is_ours = file.endswith("safetensors")
+    whole = safetensors(clip_state()) if is_ours else (GOLDEN / file).read_bytes()
+    for kept in (0, 0.001, 0.5, 0.999):
+        (tmp_path / file).write_bytes(whole[: int(len(whole) * kept)])
+        with pytest.raises(TorchFileError, match=file):
+            read_torch_file(tmp_path / file)
 
 
 # ---------------------------------------------------------------- accounting
 
 
-@pytest.fixture(scope="module")
-def shapes():
-    model = ModelConfig(
-        backbone=clip_weights().description.backbone, interaction="dp", agg_module="none"
-    )
-    return param_shapes(model)
-
-
-def test_every_name_of_both_sides_is_accounted_for(shapes):
-    state = clip_state()
+def test_every_name_of_both_sides_is_accounted_for():
+    backbone, state = clip_weights().description.backbone, clip_state()
+    shapes = param_shapes(ModelConfig(backbone=backbone, interaction="dp", agg_module="none"))
     lacking = {name: t for name, t in state.items() if name != "clip.ln_final.bias"}
-    with pytest.raises(WeightsError, match=r"lack clip\.ln_final\.bias"):
-        params_from_state(lacking, shapes)
-    with pytest.raises(WeightsError, match=r"have clip\.extra, which the model does not have"):
-        params_from_state({**state, "clip.extra": np.zeros(3)}, shapes)
-    wrong = {**state, "clip.text_projection": np.zeros((3, 5), np.float32)}
-    with pytest.raises(WeightsError, match=r"clip\.text_projection is \(3, 5\) in the weights"):
-        params_from_state(wrong, shapes)
+    for wrong, message in (
+        (lacking, r"lack clip\.ln_final\.bias"),
+        ({**state, "clip.extra": np.zeros(3)}, r"have clip\.extra, which the model does not have"),
+        (
+            {**state, "clip.text_projection": np.zeros((3, 5), np.float32)},
+            r"clip\.text_projection is \(3, 5\) in the weights",
+        ),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            params_from_state(wrong, shapes)
 
 
-def test_files_without_a_vit_are_refused(tmp_path):
-    save_file({"visual.layer1.0.conv1.weight": np.zeros(3)}, tmp_path / "rn.safetensors")
-    with pytest.raises(WeightsError, match="ResNet"):
-        read_weights(tmp_path / "rn.safetensors")
-    save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match="holds no towers"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("visual.layer1.0.conv1.weight", "ResNet"), ("a", "holds no towers")],
+)
+def test_files_without_a_vit_are_refused(name, message, tmp_path):
+    save_file({name: np.zeros(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=message):
         read_weights(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("agg_module", ["none", "seqLSTM", "seqTransf"])
 @pytest.mark.parametrize(
-    ("interaction", "arch"), [("dp", 2), ("wti", 1), ("wti", 2), ("wti", 3), ("xti", 2)]
+    ("interaction", "arch", "agg_module"),
+    [("dp", 2, "none"), ("wti", 1, "seqLSTM"), ("wti", 3, "seqTransf"), ("xti", 2, "none")],
 )
-def test_parameters_come_back_bit_for_bit(agg_module, interaction, arch):
+def test_parameters_come_back_bit_for_bit(interaction, arch, agg_module):
     backbone = clip_weights().description.backbone
     model = ModelConfig(
         backbone=backbone, agg_module=agg_module, interaction=interaction, wti_arch=arch
@@ -274,17 +236,11 @@ def test_parameters_come_back_bit_for_bit(agg_module, interaction, arch):
 
 def test_hugging_face_names(tmp_path):
     save_file(to_hugging_face(load("clip")), tmp_path / "hf.safetensors")
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "clip",
-                "vision_config": {"hidden_size": SPEC["clip"]["vwidth"], "hidden_act": "gelu"},
-                "text_config": {"hidden_act": "gelu"},
-            }
-        )
-    )
+    vision = {"hidden_size": SPEC["clip"]["vwidth"], "hidden_act": "gelu"}
+    config = {"model_type": "clip", "vision_config": vision, "text_config": {"hidden_act": "gelu"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     weights = read_weights(tmp_path / "hf.safetensors")
-    assert_states_equal(weights.state, clip_state())
+    assert_same_arrays(weights.state, clip_state())
     assert weights.description.backbone.activation == "gelu"
 
 
@@ -301,15 +257,11 @@ def test_installed_weights_are_those_of_their_record(name):
     assert record["command"].startswith("python -m benchmarks.")
     weights = read_weights(name)
     assert weights.config.seed == record["seed"]
+    assert weights.config.model.backbone == SHAPES_BACKBONE
     assert sum(tensor.size for tensor in weights.state.values()) == record["parameters"]
     assert {tensor.dtype for tensor in weights.state.values()} == {np.dtype(np.float16)}
-
-
-def test_the_installed_clip_fits_its_configuration_and_its_record():
-    record = json.loads((installed.DIRECTORY / "shapes_clip.json").read_text())
     (test,) = (row for row in record["rows"] if row["split"] == "test")
     assert test["t2v"]["R@1"] >= 70
-    assert read_weights("shapes_clip").config.model.backbone == SHAPES_BACKBONE
 
 
 @pytest.fixture
@@ -333,8 +285,6 @@ def test_installed_weights_that_cannot_be_read_are_not_called_damaged(suffix, in
         ("safetensors", lambda content: None, "is missing"),
         ("json", lambda content: None, "is missing"),
         ("safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is damaged"),
-        ("safetensors", lambda content: content[:1000], "is damaged"),
-        ("json", lambda content: content[:20], "is damaged"),
         ("json", lambda content: b"[]", "is damaged"),
     ],
 )
@@ -355,22 +305,13 @@ def test_unusable_installed_weights_are_one_line(
         drl_jax.load("shapes_clip")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["vision_layers=5"], "vision_layers is 3, not 5;"),
-        # The size of ViT-B/32.
-        (["vision_layers=12"], "vision_layers is 3, not 12;"),
-        (["text_width=128", "embed_dim=128"], "embed_dim is 64, not 128, text_width is 64, not"),
-        (["image_resolution=32"], "image_resolution is 64, not 32;"),
-    ],
-)
-def test_sizes_that_weights_do_not_have_are_one_line(flags, message, tmp_path, capsys):
-    flags = [f"--config.model.backbone.{flag}" for flag in flags]
+def test_sizes_that_weights_do_not_have_are_one_line(tmp_path, capsys):
+    fields = ("text_width=128", "embed_dim=128")
+    flags = [f"--config.model.backbone.{field}" for field in fields]
     arguments = ("--config=configs/shapes.py:smoke", f"--workdir={tmp_path / 'run'}", *flags)
     line = error_of("drl_jax.train", *arguments, capsys=capsys)
     assert "config.model.init=shapes_clip has other sizes than the configuration: " in line
-    assert message in line
+    assert "embed_dim is 64, not 128, text_width is 64, not 128;" in line
     assert "or train from scratch with --config.model.init=" in line
     assert not (tmp_path / "run").exists()
 
@@ -382,18 +323,13 @@ def test_default_sizes_are_replaced_by_those_of_the_weights():
         model = ModelConfig(backbone=BackboneConfig(image_resolution=size))
         found = with_backbone_of(Config(data=data, model=model), weights)
         assert found.model.backbone == SHAPES_BACKBONE
-    model = ModelConfig(backbone=BackboneConfig(vision_patch_size=16), init="shapes_clip")
-    with pytest.raises(ConfigError, match="embed_dim is 64, not 512"):
-        with_backbone_of(Config(data=data, model=model), weights)
 
 
-def test_a_directory_or_a_path_with_the_name_of_installed_weights(tmp_path, monkeypatch, capsys):
+def test_a_directory_or_a_path_with_the_name_of_installed_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("shapes_clip").mkdir()
     with pytest.raises(UserError, match="no run in shapes_clip"):
         drl_jax.load("shapes_clip")
-    line = error_of("drl_jax.convert", "shapes_clip", "out.safetensors", capsys=capsys)
-    assert "no run in shapes_clip" in line
     Path("shapes_clip").rmdir()
     with pytest.raises(UserError, match="no run in shapes_clip: there is no such directory"):
         drl_jax.load(Path("shapes_clip"))
@@ -402,60 +338,43 @@ def test_a_directory_or_a_path_with_the_name_of_installed_weights(tmp_path, monk
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("flag", ["--clip_only", "--dtype=float32"])
-def test_flags_of_an_export_are_refused_for_an_import(tmp_path, flag, capsys):
-    target = tmp_path / "run"
-    line = error_of("drl_jax.convert", "shapes_clip", str(target), flag, capsys=capsys)
-    assert "--dtype and --clip_only export a run, and shapes_clip is none" in line
-    assert not target.exists()
-
-
 def test_convert_round_trips_bit_for_bit(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    printed = run_module("drl_jax.convert", str(GOLDEN / WHOLE), str(first)).stdout
-    assert "interaction wti, agg_module seqTransf" in printed
+    assert convert([str(GOLDEN / WHOLE), str(first)]) == 0
+    assert "interaction wti, agg_module seqTransf" in capsys.readouterr().out
     # Into a directory that does not exist yet.
     one, other = tmp_path / "new" / "a.safetensors", tmp_path / "b.safetensors"
-    assert convert([str(first), str(one)]) == 0
+    for source, target in ((first, one), (one, second), (second, other)):
+        assert convert([str(source), str(target)]) == 0
     exported = load_file(one)
     original = read_weights(GOLDEN / WHOLE).state
-    assert_states_equal(exported, {n: t.astype(np.float32) for n, t in original.items()})
-    assert convert([str(one), str(second)]) == 0
-    assert convert([str(second), str(other)]) == 0
-    assert_states_equal(load_file(other), exported)
-    config = json.loads((first / "config.json").read_text())
-    assert config["model"]["backbone"]["vision_width"] == SPEC["clip"]["vwidth"]
+    assert_same_arrays(exported, {n: t.astype(np.float32) for n, t in original.items()})
+    assert_same_arrays(load_file(other), exported)
     line = error_of("drl_jax.convert", str(GOLDEN / WHOLE), str(first), capsys=capsys)
     assert "already holds a run" in line
 
 
-def test_an_exported_run_comes_back_as_the_same_model(shapes_config, tmp_path):
+def test_an_exported_run_comes_back_as_the_same_model(search_run, search_model, tmp_path):
     """Head counts that are not width // 64, `max_words`, and the similarities."""
-    config = make_run(tmp_path / "run", shapes_config)
     file = tmp_path / "exported.safetensors"
-    assert convert([str(tmp_path / "run"), str(file)]) == 0
+    assert convert([str(search_run), str(file)]) == 0
     assert convert([str(file), str(tmp_path / "again")]) == 0
     again = load_config(tmp_path / "again")
-    assert again.model.backbone == config.model.backbone
+    assert again.model.backbone == search_model.config.model.backbone
     assert (again.data.max_words, again.data.max_frames) == (24, 4)
     captions = ["a red circle moves to the left", "two words"]
     frames = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
-    models = [drl_jax.load(path) for path in (tmp_path / "run", file, tmp_path / "again")]
+    exported = drl_jax.load(file)
+    models = (search_model, exported, drl_jax.load(tmp_path / "again"))
     found = [m.similarity(m.encode_text(captions), m.encode_videos([frames])) for m in models]
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
     # Whose it is, also where the run is not.
     owner = json.loads(read_metadata(file)["drl_jax_origin"])
-    info = read_info(tmp_path / "run" / "checkpoints" / "0")
-    assert {name: owner[name] for name in ("step", "run", "config")} == {
-        name: info[name] for name in ("step", "run", "config")
-    }
-    assert f"(from the file, step 0 of run {owner['run']})" in models[1].towers
-    metadata = read_metadata(file)
-    metadata["drl_jax_origin"] = json.dumps({**owner, "run": "0" * 32})
-    save_file(load_file(file), file, metadata=metadata)
-    with pytest.raises(WeightsError, match="its checksum is wrong"):
-        read_weights(file)
+    info = read_info(search_run / "checkpoints" / "0")
+    names = ("step", "run", "config")
+    assert {name: owner[name] for name in names} == {name: info[name] for name in names}
+    assert f"(from the file, step 0 of run {owner['run']})" in exported.towers
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "config.json"])
@@ -471,15 +390,6 @@ def test_weights_that_cannot_be_read_are_not_called_damaged(name, shapes_config,
         pytest.raises(Unavailable, match=rf"{name} cannot be read: .*ELOOP.*nothing was moved"),
     ):
         read_weights(tmp_path / weights)
-
-
-def test_heads_are_not_guessed_for_widths_that_openai_does_not_have(shapes_config, tmp_path):
-    params = random_params(shapes_config.model)
-    save_file(state_dict_from_params(params), tmp_path / "unknown.safetensors")
-    with pytest.raises(
-        WeightsError, match=r"32 channels, and nothing says in how many heads; put a config.json"
-    ):
-        read_weights(tmp_path / "unknown.safetensors")
 
 
 def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tmp_path):
@@ -498,23 +408,22 @@ def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tm
         (["README.md", "out"], "README.md is damaged, or not a PyTorch or safetensors file"),
         (["tests", "out"], "a run is exported to a file NAME.safetensors, not out"),
         (["tests", "out.safetensors"], "no run in tests"),
+        (["shapes_clip", "out", "--clip_only"], "--clip_only export a run, and shapes_clip is no"),
+        (["shapes_clip", "out", "--dtype=float32"], "--dtype and --clip_only export a run, and sh"),
     ],
 )
 def test_convert_mistakes_are_one_line(arguments, message, capsys):
     assert message in error_of("drl_jax.convert", *arguments, capsys=capsys)
 
 
-def test_clip_is_exported_alone_under_its_own_names(shapes_config, tmp_path):
-    run, file = tmp_path / "run", tmp_path / "clip.safetensors"
-    make_run(run, shapes_config)
-    assert convert([str(run), str(file), "--clip_only", "--dtype=float16"]) == 0
-    found = load_file(file)
-    assert "visual.conv1.weight" in found
+def test_clip_is_exported_alone_under_its_own_names(search_run, search_model, tmp_path):
+    file = tmp_path / "clip.safetensors"
+    assert convert([str(search_run), str(file), "--clip_only", "--dtype=float16"]) == 0
     whole = read_weights(file)
     assert not whole.has_heads
     assert (whole.config.model.interaction, whole.config.model.agg_module) == ("dp", "none")
-    params = drl_jax.load(run).params
-    expected = state_dict_from_params({"backbone": params["backbone"]})
+    expected = state_dict_from_params({"backbone": search_model.params["backbone"]})
+    found = load_file(file)
     assert {f"clip.{name}" for name in found} == set(expected)
     for name, tensor in found.items():
         assert tensor.dtype == np.float16

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, get_abstract_mesh
+from jax.sharding import get_abstract_mesh
 
 from drl_jax.runtime.sharding import split_rows
 
@@ -48,26 +48,24 @@ def attend(
     current mesh (`Layout.on_mesh`); without one, XLA does.
 
     Args:
-      q: [B, Q, K, H].
-      k: [B, T, K, H].
-      v: [B, T, K, H].
-      mask: the keys that a query attends to.
+      q: [B, Q, K, H], as the result.
+      k: [B, T, K, H], as `v`.
       implementation: one of ATTENTION in `config.py`.
-
-    Returns:
-      [B, Q, K, H] in the dtype of `q`.
     """
-    if implementation == "auto" and _fits_cudnn(q, k) and _has_cudnn(get_abstract_mesh()):
-        return _attend_with_cudnn(q, k, v, mask)
     causal, lengths = mask
+    width = q.shape[-1]
+    fits = width % _CUDNN_MULTIPLE == 0 and width <= _CUDNN_MAX and q.shape[1] == k.shape[1]
+    if implementation == "auto" and fits and q.dtype == jnp.bfloat16 and _has_cudnn():
+        return _attend_with_cudnn(q, k, v, causal, lengths)
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla"
     )
 
 
-def _attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
+def _attend_with_cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: jax.Array | None
+) -> jax.Array:
     rows, positions, _, _ = q.shape
-    causal, lengths = mask
     if odd := positions % 2:
         # JAX refuses the gradient for an odd number of positions. No query looks at the new one.
         q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
@@ -81,15 +79,9 @@ def _attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Attention
     return attended[:, :positions]
 
 
-def _fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
-    width = q.shape[-1]
-    fits = width % _CUDNN_MULTIPLE == 0 and width <= _CUDNN_MAX
-    return fits and q.dtype == jnp.bfloat16 and q.shape[1] == k.shape[1]
-
-
-def _has_cudnn(mesh: AbstractMesh) -> bool:
-    """Whether the devices of a mesh are NVIDIA GPUs that have the kernel."""
-    device = mesh.abstract_device
+def _has_cudnn() -> bool:
+    """Whether the devices of the current mesh are NVIDIA GPUs that have the kernel."""
+    device = get_abstract_mesh().abstract_device
     if device is None or not device.device_kind.startswith("NVIDIA"):
         return False
     if jax.default_backend() != "gpu":
@@ -106,14 +98,10 @@ class Rotation(NamedTuple):
 
 
 def grid_rotation(grid: int, head_width: int) -> Rotation:
-    """The rotation of a class token and the patches of a square grid, as in Perception Encoder.
+    """The rotation of a class token and `grid` x `grid` patches, as in Perception Encoder.
 
-    The first half of a head's channels turns with the column of a patch, the second half with its
-    row. Rows and columns count from 1; the angle of the class token is 0.
-
-    Args:
-      grid: patches along one side.
-      head_width: H, a multiple of 4.
+    The first half of the H channels of a head, a multiple of 4, turns with the column of a patch,
+    the second half with its row. Both count from 1; the angle of the class token is 0.
     """
     half = head_width // 2
     frequencies = _THETA ** (-np.arange(0, half, 2) / half)  # [H/4]

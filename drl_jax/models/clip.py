@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.config import ModelConfig
 from drl_jax.models.attention import AttentionMask
 from drl_jax.models.ops import at_last_token
 from drl_jax.models.towers import Backbone, ImageTower, TextFeatures
@@ -35,10 +35,10 @@ class CLIP(Backbone):
     IMAGE_TOWER: ClassVar = CLIPImageTower
     INITIAL_LOGIT_SCALE: ClassVar = np.log(1 / 0.07)
 
-    @staticmethod
-    def new_text_projection(config: BackboneConfig, rngs: nnx.Rngs) -> nnx.Param:
-        width = config.text_width
-        return nnx.Param(width**-0.5 * rngs.params.normal((width, config.embed_dim)))
+    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(model, rngs=rngs)
+        width, features = model.backbone.text_width, model.backbone.embed_dim
+        self.text_projection = nnx.Param(width**-0.5 * rngs.params.normal((width, features)))
 
     def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> TextFeatures:
         """Attention is causal, so no token of a caption sees the padding after it.

@@ -62,20 +62,17 @@ class DRL(nnx.Module):
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds a Config and checks that its model can be built.
-
-    `values` is a nested dict, as `dataclasses.asdict(Config(...))` returns it.
+    """Builds a Config from a nested dict, as `dataclasses.asdict` returns it; see `checked_config`.
 
     Raises:
-      ConfigError: see `checked_config`.
+      ConfigError: a value is wrong, or the model cannot be built.
     """
     return checked_config(values, BACKBONES, INTERACTIONS, TEMPORAL_HEADS)
 
 
 @functools.cache
 def _abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
-    """The model without parameters, and their shapes and dtypes. Tracing takes a large part of a
-    second, and several callers of one process need the same model."""
+    # Tracing takes a large part of a second, and several callers of a process need the same model.
     definition, params = nnx.split(nnx.eval_shape(lambda: DRL(config, rngs=nnx.Rngs(0))))
     return definition, nnx.to_pure_dict(params)
 
@@ -98,8 +95,7 @@ def abstract_params(config: ModelConfig, layout: Layout) -> Params:
 def init_params(config: ModelConfig, key: jax.Array, backbone: Params | None = None) -> Params:
     """New parameters as a nested dict; heads start as copies of the text tower (`copy_text_tower`).
 
-    With `position_std`, frame positions are drawn instead of copied. `backbone` has the parameters
-    of a pretrained one; under `jax.jit`, no random numbers are drawn for it then.
+    `backbone` has the parameters of a pretrained one; under `jax.jit`, none are drawn for it then.
     """
     params = nnx.to_pure_dict(nnx.split(DRL(config, rngs=nnx.Rngs(key)))[1])
     if backbone is not None:
@@ -115,9 +111,9 @@ def copies_text_tower(config: ModelConfig) -> bool:
 def copy_text_tower(config: ModelConfig, params: Params) -> Params:
     """Initialises position embeddings and blocks of the heads with those of the text tower.
 
-    Copies as many blocks as both have ("Initialization trick" of the reference). Where the text
-    tower has another width than the features, the heads stay as they are (`copies_text_tower`).
-    `params` have the final values of the backbone, and are not changed.
+    Copies as many blocks as both have ("Initialization trick" of the reference), and no frame
+    positions with `position_std`. Where the text tower has another width than the features, the
+    heads stay as they are (`copies_text_tower`). `params` are not changed.
     """
     if not copies_text_tower(config):
         return params

@@ -1,6 +1,7 @@
 """Transformer layers, stacked and run with `lax.scan`. Names are OpenAI's.
 
-Shapes: B rows, T positions, D channels, K heads.
+Shapes: B rows, T positions, D channels, K heads. Of the argument `run`, a model's configuration,
+blocks take how they compute: `array_dtype`, `remat`, `attention` and `scan_unroll`.
 """
 
 import functools
@@ -20,20 +21,6 @@ from drl_jax.runtime.sharding import split_rows
 # LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
 # towers use 1e-5.
 BERT_LN_EPS = 1e-12
-
-
-class BlockRunConfig(NamedTuple):
-    """How blocks run; changes no parameter."""
-
-    dtype: jnp.dtype  # of the matrix products and of the residual stream
-    remat: str  # what the backward pass computes again (`ModelConfig.remat`)
-    attention: str  # what computes attention (`ModelConfig.attention`)
-    unroll: int  # blocks per iteration of the scan
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> "BlockRunConfig":
-        dtype = jnp.dtype(config.array_dtype)
-        return cls(dtype, config.remat, config.attention, config.scan_unroll)
 
 
 class BlockConfig(NamedTuple):
@@ -70,8 +57,7 @@ def clip_block_init(width: int, layers: int) -> BlockInit:
 def new_block_config(config: BackboneConfig) -> BlockConfig:
     """Blocks of a head over features: those of the text tower, with `BERT_LN_EPS`.
 
-    If the text tower has another width than the features, as many heads as leave each at least as
-    many channels as the text tower's have.
+    For features of another width, with as many heads as have at least the channels of the tower's.
     """
     text, width = BlockConfig.of_tower(config, "text"), config.embed_dim
     if width != text.width:
@@ -107,12 +93,10 @@ def layer_norm(width: int, eps: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with a fused input projection, as torch's MultiheadAttention."""
 
-    def __init__(
-        self, config: BlockConfig, init: BlockInit, run: BlockRunConfig, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: BlockConfig, init: BlockInit, run: ModelConfig, *, rngs: nnx.Rngs):
         width = config.width
         self.heads, self.implementation = config.heads, run.attention
-        linear = functools.partial(Linear, dtype=run.dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=jnp.dtype(run.array_dtype), rngs=rngs)
         self.in_proj = linear(width, 3 * width, kernel_init=init.in_proj)
         self.out_proj = linear(width, width, kernel_init=init.out_proj)
 
@@ -150,8 +134,8 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """Two linear layers with an activation between them."""
 
-    def __init__(self, config: BlockConfig, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+    def __init__(self, config: BlockConfig, init: BlockInit, run: ModelConfig, *, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, dtype=jnp.dtype(run.array_dtype), rngs=rngs)
         self.activation = config.activation
         self.c_fc = linear(config.width, config.hidden_width, kernel_init=init.c_fc)
         self.c_proj = linear(config.hidden_width, config.width, kernel_init=init.c_proj)
@@ -166,13 +150,11 @@ class ResidualAttentionBlock(nnx.Module):
     Only the outputs of the first `queries` positions are computed.
     """
 
-    def __init__(
-        self, config: BlockConfig, init: BlockInit, run: BlockRunConfig, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: BlockConfig, init: BlockInit, run: ModelConfig, *, rngs: nnx.Rngs):
         self.ln_1 = layer_norm(config.width, config.eps, rngs=rngs)
         self.attn = SelfAttention(config, init, run, rngs=rngs)
         self.ln_2 = layer_norm(config.width, config.eps, rngs=rngs)
-        self.mlp = MLP(config, init, run.dtype, rngs=rngs)
+        self.mlp = MLP(config, init, run, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, mask: AttentionMask, queries: int, rotation: Rotation | None = None
@@ -184,8 +166,7 @@ class ResidualAttentionBlock(nnx.Module):
 class Transformer(nnx.Module):
     """Blocks with parameters stacked on a leading axis, run with `lax.scan`.
 
-    One block is compiled instead of all. With ViT-B/32 on a CPU this also runs twice as fast as a
-    Python loop over blocks.
+    One block is compiled instead of all; with ViT-B/32 on a CPU this also runs twice as fast.
     """
 
     def __init__(
@@ -194,10 +175,11 @@ class Transformer(nnx.Module):
         layers: int,
         *,
         init: BlockInit,
-        run: BlockRunConfig,
+        run: ModelConfig,
         rngs: nnx.Rngs,
     ):
-        self.run = run._replace(unroll=min(run.unroll, layers))
+        self.dtype, self.remat = jnp.dtype(run.array_dtype), run.remat
+        self.unroll = min(run.scan_unroll, layers)
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(layer_rngs: nnx.Rngs) -> ResidualAttentionBlock:
@@ -212,14 +194,10 @@ class Transformer(nnx.Module):
         queries: int | None = None,
         rotation: Rotation | None = None,
     ) -> jax.Array:
-        """[B, T, D] -> [B, Q, D] in the dtype of `run`.
+        """[B, T, D] -> [B, Q, D] in the dtype of the matrix products.
 
-        Args:
-          x: the input.
-          mask: the positions that each position attends to.
-          queries: number Q of leading positions whose output is needed. The last block computes
-            nothing for the others. None: all.
-          rotation: rotary position embedding of the T positions.
+        `queries` is the number Q of leading positions whose output is needed, by default T; the
+        last block computes nothing for the others. `rotation` is of all T positions.
         """
         block, stacked = nnx.split(self.resblocks)
 
@@ -227,36 +205,33 @@ class Transformer(nnx.Module):
             def run_block(carry, params):
                 return nnx.merge(block, params)(carry, mask, queries, rotation), None
 
-            return rematerialized(run_block, self.run.remat)
+            return rematerialized(run_block, self.remat)
 
         # With fsdp, an embedding table that is split by columns would split all that follows, too.
-        x = split_rows(x.astype(self.run.dtype))
+        x = split_rows(x.astype(self.dtype))
         run_block = block_function(x.shape[1])
         if queries is None:
-            return jax.lax.scan(run_block, x, stacked, unroll=self.run.unroll)[0]
+            return jax.lax.scan(run_block, x, stacked, unroll=self.unroll)[0]
         # Split instead of indexed: see SelfAttention.
         leaves, tree = jax.tree.flatten(stacked)
         parts = [jnp.split(leaf, [len(leaf) - 1]) for leaf in leaves]
         first, last = (tree.unflatten(part) for part in zip(*parts, strict=True))
-        x = jax.lax.scan(run_block, x, first, unroll=self.run.unroll)[0]
+        x = jax.lax.scan(run_block, x, first, unroll=self.unroll)[0]
         return block_function(queries)(x, jax.tree.map(lambda leaf: leaf[0], last))[0]
 
 
 class AttentionPool(nnx.Module):
     """Pools positions with one learned query: attention, then x + mlp(layernorm(x)).
 
-    The head of SigLIP's image tower ("MAP head") and the pooling of Perception Encoder. Names are
-    Perception Encoder's.
+    The "MAP head" of SigLIP and the pooling of Perception Encoder, which has these names.
     """
 
-    def __init__(
-        self, config: BlockConfig, init: BlockInit, run: BlockRunConfig, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: BlockConfig, init: BlockInit, run: ModelConfig, *, rngs: nnx.Rngs):
         width = config.width
         self.probe = nnx.Param(width**-0.5 * rngs.params.normal((1, 1, width)))
         self.attn = SelfAttention(config, init, run, rngs=rngs)
         self.layernorm = layer_norm(width, config.eps, rngs=rngs)
-        self.mlp = MLP(config, init, run.dtype, rngs=rngs)
+        self.mlp = MLP(config, init, run, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, D]."""

@@ -65,8 +65,7 @@ def gathered(kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def linear_without_bias_gradient(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     """A linear layer whose bias shifts all values that a softmax then compares.
 
-    The loss does not depend on that bias. Its gradient would be rounding error, which Adam
-    amplifies and which differs between device counts; so it gets none. Under the sigmoid loss,
-    xti's would do what `logit_bias` does, which is learned instead.
+    Its exact gradient is 0, and rounding error, which Adam amplifies, differs between device
+    counts; so it gets none. Under the sigmoid loss, `logit_bias` is learned instead of xti's.
     """
     return x @ layer.kernel[...] + jax.lax.stop_gradient(layer.bias[...])

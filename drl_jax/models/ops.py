@@ -36,23 +36,17 @@ def random_valid(x: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def equal_weights(mask: jax.Array) -> jax.Array:
-    """Equal weights of the valid positions of each row, which sum to 1: bool [B, L] -> [B, L]."""
+    """Weights of the valid positions of each row, which sum to 1: bool [B, L] -> [B, L]."""
     return mask / jnp.sum(mask, axis=1, keepdims=True)
 
 
 def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the valid positions of the last axis, at least one: [..., L] -> [..., L].
-
-    The result is float32, exactly 0 at masked positions, and sums to 1.
-    """
+    """Softmax over the valid positions of the last axis, at least one; exactly 0 at the others."""
     return jax.nn.softmax(jnp.where(mask, logits.astype(jnp.float32), -jnp.inf), axis=-1)
 
 
 def mean_entropy(weights: jax.Array) -> jax.Array:
-    """Mean over rows of the entropy of their weights, nats: [B, L], rows that sum to 1 -> scalar.
-
-    It is 0 where one position has all the weight, and log(n) for n equal weights.
-    """
+    """Mean over rows of the entropy of their weights, which sum to 1: [B, L] -> nats."""
     return jnp.mean(jnp.sum(jax.scipy.special.entr(weights), axis=-1))
 
 
@@ -88,10 +82,10 @@ def mean_outer_product(left: jax.Array, right: jax.Array) -> jax.Array:
 def weighted_outer_product(
     left: jax.Array, right: jax.Array, mask: jax.Array, weight: jax.Array
 ) -> jax.Array:
-    """Weighted sum over valid rows of the outer product of standardised rows.
+    """Weighted sum over valid rows of the outer product of standardised rows, float32 [D, D].
 
     The reference sums an [N, D, D] tensor; a matrix product gives the same sum. `left` and `right`
-    are [..., D], `mask` and `weight` [...]; the result is float32 [D, D].
+    are [..., D], `mask` and `weight` [...].
     """
     channels = left.shape[-1]
     mask, weight = mask.reshape(-1), weight.reshape(-1)  # [N]

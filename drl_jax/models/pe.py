@@ -13,7 +13,7 @@ from flax import nnx
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.attention import grid_rotation
 from drl_jax.models.clip import CLIP
-from drl_jax.models.layers import AttentionPool, BlockConfig, BlockRunConfig, clip_block_init
+from drl_jax.models.layers import AttentionPool, BlockConfig, clip_block_init
 from drl_jax.models.towers import ImageTower
 
 # Of the pooling, in every size.
@@ -32,7 +32,7 @@ class PEImageTower(ImageTower):
         self.attn_pool = AttentionPool(
             BlockConfig.of_tower(config, "vision")._replace(heads=_POOL_HEADS),
             clip_block_init(width, config.vision_layers),
-            BlockRunConfig.of(model),
+            model,
             rngs=rngs,
         )
         self.proj = nnx.Param(width**-0.5 * rngs.params.normal((width, config.embed_dim)))

@@ -13,7 +13,7 @@ from flax import nnx
 
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.attention import NO_MASK
-from drl_jax.models.layers import AttentionPool, BlockConfig, BlockRunConfig, clip_block_init
+from drl_jax.models.layers import AttentionPool, BlockConfig, clip_block_init
 from drl_jax.models.towers import Backbone, ImageTower, TextFeatures
 
 
@@ -26,7 +26,7 @@ class SigLIPImageTower(ImageTower):
         self.attn_pool = AttentionPool(
             BlockConfig.of_tower(config, "vision"),
             clip_block_init(config.vision_width, config.vision_layers),
-            BlockRunConfig.of(model),
+            model,
             rngs=rngs,
         )
 
@@ -42,11 +42,9 @@ class SigLIP(Backbone):
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(model, rngs=rngs)
-        self.pad_id = model.backbone.pad_id
-
-    @staticmethod
-    def new_text_projection(config: BackboneConfig, rngs: nnx.Rngs) -> nnx.Linear:
-        return nnx.Linear(config.text_width, config.embed_dim, rngs=rngs)
+        config = model.backbone
+        self.pad_id = config.pad_id
+        self.text_projection = nnx.Linear(config.text_width, config.embed_dim, rngs=rngs)
 
     @classmethod
     def config_error(cls, config: BackboneConfig) -> str:

@@ -1,6 +1,5 @@
 """Temporal aggregation of frame features (the reference's `agg_module`)."""
 
-import re
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -11,33 +10,19 @@ from jax.nn.initializers import Initializer, normal
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.attention import AttentionMask
-from drl_jax.models.layers import BlockRunConfig, Transformer, new_block_config, new_block_init
+from drl_jax.models.heads import Head, count_blocks
+from drl_jax.models.layers import Transformer, new_block_config, new_block_init
 from drl_jax.models.ops import lengths_of
 
 
-class TemporalHead(nnx.Module):
+class TemporalHead(Head):
     """Maps frame features to frame features that depend on each other.
 
     A new head is a subclass and an entry of `TEMPORAL_HEADS`.
     """
 
-    # As in `Interaction`.
-    COPIED_POSITIONS: ClassVar[str] = ""
-    # Tensors of the reference's state dict that it never uses.
-    UNUSED_REFERENCE_NAMES: ClassVar[tuple[str, ...]] = ()
-
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
         """frame_feat [B, F, D], frame_mask bool [B, F], valid frames first -> [B, F, D]."""
-        raise NotImplementedError
-
-    @classmethod
-    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
-        """As `Interaction.reference_name`, for paths below `temporal/`."""
-        raise NotImplementedError
-
-    @classmethod
-    def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
-        """As `Interaction.config_of_weights`."""
         raise NotImplementedError
 
 
@@ -45,6 +30,10 @@ class SequenceTransformer(TemporalHead):
     """seqTransf: position embeddings, CLIP-style blocks over the valid frames, and a residual."""
 
     COPIED_POSITIONS: ClassVar = "frame_position_embeddings"
+    REFERENCE_NAMES: ClassVar = (
+        (r"^transformer/", "transformerClip/"),
+        (r"^frame_position_embeddings/", "frame_position_embeddings/"),
+    )
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         positions, width = config.backbone.context_length, config.backbone.embed_dim
@@ -54,7 +43,7 @@ class SequenceTransformer(TemporalHead):
             new_block_config(config.backbone),
             config.temporal_layers,
             init=new_block_init(),
-            run=BlockRunConfig.of(config),
+            run=config,
             rngs=rngs,
         )
 
@@ -64,17 +53,9 @@ class SequenceTransformer(TemporalHead):
         return frame_feat + self.transformer(x, AttentionMask(lengths=lengths_of(frame_mask)))
 
     @classmethod
-    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
-        del paths
-        if path.startswith("transformer/"):
-            return path.replace("transformer/", "transformerClip/", 1)
-        return path if path.startswith("frame_position_embeddings/") else None
-
-    @classmethod
     def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
-        prefix = "transformerClip.resblocks."
-        layers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
-        return {"temporal_layers": len(layers)} if layers else None
+        layers = count_blocks(names, "transformerClip")
+        return {"temporal_layers": layers} if layers else None
 
 
 class SequenceLSTM(TemporalHead):
@@ -83,6 +64,10 @@ class SequenceLSTM(TemporalHead):
     Valid frames come first, so a padded frame never affects a valid one; its output is its input.
     """
 
+    REFERENCE_NAMES: ClassVar = (
+        (r"^(ih|hh)/kernel$", r"lstm_visual/weight_\1_l0"),
+        (r"^(ih|hh)/bias$", r"lstm_visual/bias_\1_l0"),
+    )
     # Positions of seqTransf, which the reference creates for seqLSTM, too.
     UNUSED_REFERENCE_NAMES: ClassVar = ("frame_position_embeddings.weight",)
 
@@ -109,14 +94,6 @@ class SequenceLSTM(TemporalHead):
         _, outputs = jax.lax.scan(run_frame, (zeros, zeros), gates_of_input)
         # [F, B, D] -> [B, F, D]
         return frame_feat + jnp.moveaxis(outputs, 0, 1) * frame_mask[:, :, None]
-
-    @classmethod
-    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
-        del paths
-        match = re.match(r"(ih|hh)/(kernel|bias)$", path)
-        if not match:
-            return None
-        return f"lstm_visual/{'weight' if match[2] == 'kernel' else 'bias'}_{match[1]}_l0"
 
     @classmethod
     def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:

@@ -16,7 +16,6 @@ from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.attention import AttentionMask
 from drl_jax.models.layers import (
     BlockConfig,
-    BlockRunConfig,
     Transformer,
     clip_block_init,
     layer_norm,
@@ -43,8 +42,7 @@ class TextFeatures(NamedTuple):
 class ImageTower(nnx.Module):
     """Normalisation of pixels, patch embedding, positions and transformer; subclasses pool.
 
-    With a class token (CLIP, Perception Encoder), `ln_pre` follows the embedding, and patches have
-    no bias. Without one (SigLIP), patches have a bias.
+    With a class token (CLIP, PE), `ln_pre` follows the embedding. Without (SigLIP), it has a bias.
     """
 
     def __init__(self, model: ModelConfig, *, class_token: bool, rngs: nnx.Rngs):
@@ -75,7 +73,7 @@ class ImageTower(nnx.Module):
             BlockConfig.of_tower(config, "vision"),
             layers,
             init=clip_block_init(width, layers),
-            run=BlockRunConfig.of(model),
+            run=model,
             rngs=rngs,
         )
         self.ln_post = layer_norm(width, eps, rngs=rngs)
@@ -113,9 +111,9 @@ class ImageTower(nnx.Module):
 class Backbone(nnx.Module):
     """An image tower beside a text transformer, whose parameters are at the top, as OpenAI's are.
 
-    A family sets the class attributes and defines the methods without a body. `logit_scale` is the
-    logarithm of the temperature's inverse; `logit_bias`, which exists if the configuration says so,
-    is added to the logits of the sigmoid loss. Both are float32 scalars.
+    A family sets the class attributes, adds `text_projection`, and defines `encode_text`.
+    `logit_scale` is the logarithm of the temperature's inverse; `logit_bias`, which exists if the
+    configuration says so, is added to the logits of the sigmoid loss. Both are float32 scalars.
     """
 
     # An ImageTower that takes a model and `rngs`.
@@ -135,19 +133,13 @@ class Backbone(nnx.Module):
             BlockConfig.of_tower(config, "text"),
             layers,
             init=clip_block_init(width, layers),
-            run=BlockRunConfig.of(model),
+            run=model,
             rngs=rngs,
         )
         self.ln_final = layer_norm(width, config.layer_norm_eps, rngs=rngs)
-        self.text_projection = self.new_text_projection(config, rngs)
         self.logit_scale = nnx.Param(jnp.asarray(self.INITIAL_LOGIT_SCALE, jnp.float32))
         if config.logit_bias:
             self.logit_bias = nnx.Param(jnp.asarray(INITIAL_LOGIT_BIAS, jnp.float32))
-
-    @staticmethod
-    def new_text_projection(config: BackboneConfig, rngs: nnx.Rngs) -> nnx.Module | nnx.Param:
-        """New parameters of the map from the text tower's width to the features."""
-        raise NotImplementedError
 
     @classmethod
     def config_error(cls, config: BackboneConfig) -> str:
@@ -162,8 +154,7 @@ class Backbone(nnx.Module):
     def encode_image(self, images: jax.Array, mask: jax.Array) -> jax.Array:
         """RGB images, uint8 [B, H, W, 3], bool [B] -> features float32 [B, D].
 
-        Where the mask is False, all pixels are 0 *after* normalisation, as those of the reference's
-        padded frames.
+        Masked images are 0 *after* normalisation, as the reference's padded frames.
         """
         return self.visual(images, mask)
 

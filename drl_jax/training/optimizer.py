@@ -23,12 +23,10 @@ class BertAdamState(NamedTuple):
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """torch's clip_grad_norm_: multiplies by max_norm / (norm + 1e-6) if that is below 1.
 
-    One factor for all gradients, which XLA applies where they are used. optax's transformation
-    selects and divides, and writes all of them to memory again.
+    XLA applies the factor where gradients are used; optax's function writes all of them again.
     """
 
     def update(updates, state, params=None):
-        del params
         factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda gradient: gradient * factor, updates), state
 
@@ -44,7 +42,6 @@ def scale_by_bert_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
         )
 
     def update(updates, state, params=None):
-        del params
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment(updates, state.nu, b2, 2)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
@@ -56,10 +53,9 @@ def scale_by_bert_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 def make_schedule(
     base_lr: float, warmup_proportion: float, total_steps: int
 ) -> Callable[[jax.Array], jax.Array]:
-    """BertAdam's `warmup_cosine`: linear warm-up, then a cosine over all steps.
+    """BertAdam's `warmup_cosine`: linear warm-up from 0, then a cosine over all steps.
 
-    The cosine starts at step 0, not at the end of warm-up, so the curve is discontinuous there. The
-    learning rate of step 0 is 0.
+    The cosine starts at step 0, not at the end of warm-up, so the curve is discontinuous there.
     """
     total_steps = max(total_steps, 1)
     # The first step after warm-up, by BertAdam's own comparison of Python floats. The quotient that

@@ -17,7 +17,7 @@ from jax.lax import with_sharding_constraint
 
 from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.models.drl import DRL, Params, abstract_params, init_params, model_definition
-from drl_jax.models.interactions import Arrays, Interaction
+from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import map_video_blocks
 from drl_jax.runtime.sharding import Layout, map_batch_chunks
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, norms
@@ -107,9 +107,12 @@ def loss_and_parts(
     contrastive, parts = _contrastive_loss(
         model, text, video, dropout_key, name=config.contrastive, layout=layout
     )
-    loss, terms = total_loss(
-        contrastive, text, video, cdcr_key, interaction=model.interaction, config=config
-    )
+    cdcr = jnp.zeros(())
+    if config.cdcr:
+        correlation = model.interaction.channel_correlation(text, video, cdcr_key, config.cdcr)
+        cdcr = decorrelation_loss(correlation, config.cdcr_alpha1, config.cdcr_alpha2)
+    loss = contrastive + config.cdcr_lambda * cdcr
+    terms = {"loss": loss, "contrastive_loss": contrastive, "cdcr_loss": cdcr}
     return loss, {**terms, **parts, **model.interaction.statistics(text, video)}
 
 
@@ -183,24 +186,6 @@ def sigmoid_loss(
     return jnp.sum(losses) / losses.shape[1]
 
 
-def total_loss(
-    contrastive: jax.Array,
-    text: Arrays,
-    video: Arrays,
-    key: jax.Array,
-    *,
-    interaction: Interaction,
-    config: LossConfig,
-) -> tuple[jax.Array, Scalars]:
-    """Adds CDCR to the contrastive loss of B matched pairs; returns the sum and its parts."""
-    cdcr = jnp.zeros(())
-    if config.cdcr:
-        correlation = interaction.channel_correlation(text, video, key, config.cdcr)
-        cdcr = decorrelation_loss(correlation, config.cdcr_alpha1, config.cdcr_alpha2)
-    loss = contrastive + config.cdcr_lambda * cdcr
-    return loss, {"loss": loss, "contrastive_loss": contrastive, "cdcr_loss": cdcr}
-
-
 def decorrelation_loss(correlation: jax.Array, alpha1: float, alpha2: float) -> jax.Array:
     """Penalty on a cross-correlation of channels: [D, D] -> scalar.
 
@@ -215,48 +200,59 @@ def decorrelation_loss(correlation: jax.Array, alpha1: float, alpha2: float) -> 
 # ---------------------------------------------------------------- step
 
 
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    definition: nnx.GraphDef,
-    config: LossConfig,
+def make_train_step(
+    model: ModelConfig,
+    loss: LossConfig,
     tx: optax.GradientTransformation,
-    seed: int,
     layout: Layout,
+    *,
+    seed: int = 0,
     microbatch: int = 0,
     norms_every: int = 1,
-) -> tuple[TrainState, Scalars]:
-    """One optimiser step.
+) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
+    """Compiles an optimiser step for the mesh; the state it is given is donated.
 
-    Returns:
-      The new state, and scalars of the old state to log (docs/metrics.md). If the loss or a
-      gradient is not finite, parameters and moments stay as they were, and counters advance: the
-      batch is left out. Norms of parameters and updates are NaN but every `norms_every` steps.
+    It returns the new state, and scalars of the old one to log (docs/metrics.md). If the loss or a
+    gradient is not finite, parameters and moments stay as they were, and counters advance: the
+    batch is left out. Norms of parameters and updates are NaN but every `norms_every` steps.
     """
     loss_function = functools.partial(
-        loss_and_parts, definition=definition, config=config, layout=layout, microbatch=microbatch
+        loss_and_parts,
+        definition=model_definition(model),
+        config=loss,
+        layout=layout,
+        microbatch=microbatch,
     )
-    # Depends on the seed and the step only, so that a resumed run draws the same numbers.
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    grads, scalars = jax.grad(loss_function, has_aux=True)(state.params, batch, key)
-    scalars |= norms("grad_norm", grads) | _state_norms(state, grads, tx, norms_every)
-    scalars["logit_scale"] = jnp.exp(state.params["backbone"]["logit_scale"])
-    is_sigmoid = config.contrastive == "sigmoid"
-    if is_sigmoid:
-        scalars["logit_bias"] = state.params["backbone"]["logit_bias"]
-    # A finite state and a finite gradient, whose norm is clipped, give a finite state.
-    finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["grad_norm"])
-    # Always true, but the update now waits for the norms of the state that it overwrites. XLA would
-    # copy the parameters otherwise.
-    finite &= ~(scalars["update_norm"] < 0)
-    new = apply_gradients(state, grads, tx, bound_scale=not is_sigmoid)
+    is_sigmoid = loss.contrastive == "sigmoid"
 
-    def select(new: jax.Array, old: jax.Array) -> jax.Array:
-        is_counter = jnp.issubdtype(new.dtype, jnp.integer)
-        return new if is_counter else jnp.where(finite, new, old)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        # Depends on the seed and the step only, so that a resumed run draws the same numbers.
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, scalars = jax.grad(loss_function, has_aux=True)(state.params, batch, key)
+        scalars |= norms("grad_norm", grads) | _state_norms(state, grads, tx, norms_every)
+        scalars["logit_scale"] = jnp.exp(state.params["backbone"]["logit_scale"])
+        if is_sigmoid:
+            scalars["logit_bias"] = state.params["backbone"]["logit_bias"]
+        # A finite state and a finite gradient, whose norm is clipped, give a finite state.
+        finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["grad_norm"])
+        # Always true, but the update now waits for the norms of the state that it overwrites. XLA
+        # would copy the parameters otherwise.
+        finite &= ~(scalars["update_norm"] < 0)
+        new = apply_gradients(state, grads, tx, bound_scale=not is_sigmoid)
 
-    return jax.tree.map(select, new, state), scalars
+        def select(new: jax.Array, old: jax.Array) -> jax.Array:
+            is_counter = jnp.issubdtype(new.dtype, jnp.integer)
+            return new if is_counter else jnp.where(finite, new, old)
+
+        return jax.tree.map(select, new, state), scalars
+
+    state = layout.parameters(abstract_state(model, tx, layout))
+    return jax.jit(
+        layout.on_mesh(train_step, model.dtype),
+        in_shardings=(state, layout.batch_sharded),
+        out_shardings=(state, layout.replicated),
+        donate_argnums=0,
+    )
 
 
 def _state_norms(
@@ -283,44 +279,10 @@ def _state_norms(
 def apply_gradients(
     state: TrainState, grads: Params, tx: optax.GradientTransformation, *, bound_scale: bool = True
 ) -> TrainState:
-    """Updates parameters and optimiser state.
-
-    Args:
-      bound_scale: whether exp(logit_scale) stays at most 100, as in CLIP. SigLIP's is above.
-    """
+    """Updates the state; with `bound_scale`, exp(logit_scale) stays at most 100, as in CLIP."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if bound_scale:
         logit_scale = params["backbone"]["logit_scale"]
         params["backbone"]["logit_scale"] = jnp.minimum(logit_scale, MAX_LOGIT_SCALE)
     return TrainState(state.step + 1, params, opt_state)
-
-
-def make_train_step(
-    model: ModelConfig,
-    loss: LossConfig,
-    tx: optax.GradientTransformation,
-    layout: Layout,
-    *,
-    seed: int = 0,
-    microbatch: int = 0,
-    norms_every: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
-    """Compiles `train_step` for the mesh; the state it is given is donated."""
-    step = functools.partial(
-        train_step,
-        definition=model_definition(model),
-        config=loss,
-        tx=tx,
-        seed=seed,
-        layout=layout,
-        microbatch=microbatch,
-        norms_every=norms_every,
-    )
-    state = layout.parameters(abstract_state(model, tx, layout))
-    return jax.jit(
-        layout.on_mesh(step, model.dtype),
-        in_shardings=(state, layout.batch_sharded),
-        out_shardings=(state, layout.replicated),
-        donate_argnums=0,
-    )

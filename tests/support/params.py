@@ -1,4 +1,5 @@
-"""Random parameters without the model's own initialisation, which takes seconds to compile."""
+"""Random parameters, without the model's own initialisation, which takes seconds to compile, and
+random batches."""
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,27 @@ def openai_shaped_backbone(image_resolution: int) -> BackboneConfig:
         text_heads=1,
         text_layers=1,
     )
+
+
+def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Names, shapes and bits of two state dicts are the same."""
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].shape == array.shape, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def random_batch(pairs: int, words: int, frames: int, size: int) -> dict[str, np.ndarray]:
+    """A training batch of a vocabulary of 500 tokens; the first row has no padding."""
+    rng = np.random.default_rng(0)
+    text_lengths, frame_lengths = rng.integers(3, words + 1, pairs), rng.integers(1, frames, pairs)
+    text_lengths[0], frame_lengths[0] = words, frames
+    return {
+        "text_ids": rng.integers(1, 500, (pairs, words)).astype(np.int32),
+        "text_mask": np.arange(words) < text_lengths[:, None],
+        "frames": rng.integers(0, 256, (pairs, frames, size, size, 3)).astype(np.uint8),
+        "frame_mask": np.arange(frames) < frame_lengths[:, None],
+    }
 
 
 def random_params(config: ModelConfig, seed: int = 0, *, position_std: float = 0.02) -> Params:

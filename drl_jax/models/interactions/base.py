@@ -5,8 +5,8 @@ the encoder gives them, `*_unit` are divided by their L2 norm.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from drl_jax.config import ModelConfig
+from drl_jax.models.heads import Head
 from drl_jax.models.towers import TextFeatures
 
 # Named arrays of texts or of videos; the first axis is the item.
@@ -40,12 +41,11 @@ class Attribution:
     frame_contribution: np.ndarray
 
 
-class Interaction(nnx.Module):
-    """Compares texts with videos (section 3.2 of the paper).
+class Interaction(Head):
+    """Compares texts with videos (section 3.2 of the paper), which are encoded separately.
 
-    Both sides are encoded separately, so that a caption or a video is encoded once and compared
-    with everything. A new interaction is a subclass in a module of its own and an entry of
-    `INTERACTIONS`; everything that depends on the choice of the interaction is defined here.
+    A new interaction is a subclass in a module of its own and an entry of `INTERACTIONS`;
+    everything that depends on the choice of the interaction is defined here.
     """
 
     # Values of `config.loss.cdcr` that the interaction supports.
@@ -59,14 +59,9 @@ class Interaction(nnx.Module):
     # Whether similarities are of single tokens and frames; the arrays then have features of both,
     # which is what `attribution` needs.
     COMPARES_TOKENS: ClassVar[bool] = False
-    # Parameter that is initialised with the text tower's position embeddings; the blocks of the
-    # transformer are then initialised with the text tower's. Empty: no transformer.
-    COPIED_POSITIONS: ClassVar[str] = ""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        del config, rngs
-
-    # ---------------------------------------------------------------- model
+        """Creates the parameters; the base class has none."""
 
     def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
         """The arrays of A texts that `similarity` needs; the mask is bool [A, L]."""
@@ -83,56 +78,22 @@ class Interaction(nnx.Module):
     def channel_correlation(
         self, text: Arrays, video: Arrays, key: jax.Array, cdcr: int
     ) -> jax.Array:
-        """Cross-correlation of the channels of B texts and their videos (CDCR, section 3.3).
+        """Cross-correlation of the channels of texts and their videos (CDCR), float32 [D, D].
 
-        Args:
-          text: arrays of the texts.
-          video: arrays of the videos that belong to them.
-          key: for variants that draw rows at random.
-          cdcr: one of CDCR_VARIANTS, not 0.
-
-        Returns:
-          float32 [D, D].
+        `key` is for variants that draw rows at random; `cdcr` is one of CDCR_VARIANTS, not 0.
         """
         raise NotImplementedError
 
     def statistics(self, text: Arrays, video: Arrays) -> Arrays:
         """Scalars of B texts and their videos that are logged, by name, without a gradient."""
-        del text, video
         return {}
-
-    # ---------------------------------------------------------------- configuration and weights
 
     @classmethod
     def config_error(cls, config: ModelConfig) -> str:
         """Why the interaction cannot be built from a configuration; empty if it can."""
-        del config
         return ""
 
-    @classmethod
-    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
-        """The reference's name of a parameter, before common suffixes are translated.
-
-        Both are separated by "/"; None if the interaction has no such parameter.
-
-        Args:
-          path: path of the parameter below `interaction/`.
-          paths: the paths of all parameters below `interaction/`.
-        """
-        del path, paths
-        return None
-
-    @classmethod
-    def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
-        """Fields of ModelConfig that the names of the tensors of a reference's checkpoint imply.
-
-        None if the checkpoint is not of this interaction, or the interaction has no parameters to
-        tell it by.
-        """
-        del names
-        return None
-
-    # ---------------------------------------------------------------- vectors, on the host
+    # ---------------------------------------------------------------- on the host
 
     @classmethod
     def pool_text(cls, text: Features) -> np.ndarray:
@@ -156,14 +117,9 @@ class Interaction(nnx.Module):
         """One vector of each video for such an engine: float32 [B, D]."""
         raise NotImplementedError
 
-    # ---------------------------------------------------------------- search, on the host
-
     @classmethod
     def attribution(cls, text: Features, video: Features) -> Attribution:
-        """Explains one pair, whose arrays have no axis of items.
-
-        They have features of all tokens and, in float32, of all frames.
-        """
+        """Explains one pair, whose arrays have no axis of items, and features of all tokens."""
         tokens, frames = valid_units(text, video)
         return Attribution(
             similarity=tokens @ frames.T,
@@ -230,7 +186,7 @@ def map_video_blocks(
     key: jax.Array | None,
     block: int,
 ) -> jax.Array:
-    """Computes `function(arrays, columns, key)` for one block of videos after another.
+    """Computes `function(arrays, columns, key)` for one block of videos after another, stacked.
 
     Saves memory: the backward pass recomputes each block.
 
@@ -240,9 +196,6 @@ def map_video_blocks(
       video: the interaction's arrays of B videos.
       key: for dropout (each block folds in its index), or None.
       block: videos per block; 0: all.
-
-    Returns:
-      The results, stacked: [blocks, ...].
     """
     videos = len(jax.tree.leaves(video)[0])
     if not block or videos <= block:

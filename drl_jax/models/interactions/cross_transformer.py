@@ -1,6 +1,6 @@
 """xti: a transformer over the sentence and the frames of each pair."""
 
-import re
+import dataclasses
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from jax.nn.initializers import normal
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.attention import AttentionMask
+from drl_jax.models.heads import count_blocks
 from drl_jax.models.interactions.base import (
     Arrays,
     Features,
@@ -21,7 +22,6 @@ from drl_jax.models.interactions.base import (
 )
 from drl_jax.models.layers import (
     BERT_LN_EPS,
-    BlockRunConfig,
     Transformer,
     layer_norm,
     new_block_config,
@@ -33,12 +33,6 @@ from drl_jax.models.ops import lengths_of
 from drl_jax.models.towers import TextFeatures
 
 _HEADS = 8
-_REFERENCE_NAMES = (
-    (r"^position_embeddings/", "cross/embeddings/position_embeddings/"),
-    (r"^transformer/", "cross/transformer/"),
-    (r"^(ln_pool|dense)/", r"cross/pooler/\1/"),
-    (r"^similarity_dense/", "similarity_dense/"),
-)
 
 
 class CrossTransformer(Interaction):
@@ -47,6 +41,12 @@ class CrossTransformer(Interaction):
     TEXT_ARRAYS: ClassVar = ("sentence_feat",)
     VIDEO_ARRAYS: ClassVar = ("frame_feat", "frame_mask")
     COPIED_POSITIONS: ClassVar = "position_embeddings"
+    REFERENCE_NAMES: ClassVar = (
+        (r"^position_embeddings/", "cross/embeddings/position_embeddings/"),
+        (r"^transformer/", "cross/transformer/"),
+        (r"^(ln_pool|dense)/", r"cross/pooler/\1/"),
+        (r"^similarity_dense/", "similarity_dense/"),
+    )
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width = config.backbone.embed_dim
@@ -59,7 +59,7 @@ class CrossTransformer(Interaction):
             config.cross_layers,
             init=new_block_init(),
             # It runs on every pair of the batch: stored activations would not fit in memory.
-            run=BlockRunConfig.of(config)._replace(remat="full"),
+            run=dataclasses.replace(config, remat="full"),
             rngs=rngs,
         )
         self.ln_pool = layer_norm(width, BERT_LN_EPS, rngs=rngs)
@@ -67,14 +67,12 @@ class CrossTransformer(Interaction):
         self.similarity_dense = nnx.Linear(width, 1, kernel_init=normal(0.02), rngs=rngs)
 
     def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
-        del text_mask
         return {"sentence_feat": text.sentence}
 
     def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
         return {"frame_feat": frame_feat, "frame_mask": frame_mask}
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
-        """With a key, applies dropout to the embeddings, as in training."""
         sentence, frames, mask = text["sentence_feat"], video["frame_feat"], video["frame_mask"]
         (texts, width), (videos, length) = sentence.shape, mask.shape
         sentence = jnp.broadcast_to(sentence[:, None, None], (texts, videos, 1, width))
@@ -98,20 +96,10 @@ class CrossTransformer(Interaction):
         return ""
 
     @classmethod
-    def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
-        del paths
-        for pattern, replacement in _REFERENCE_NAMES:
-            if re.match(pattern, path):
-                return re.sub(pattern, replacement, path)
-        return None
-
-    @classmethod
     def config_of_weights(cls, names: Collection[str]) -> dict[str, Any] | None:
         if "similarity_dense.weight" not in names:
             return None
-        prefix = "cross.transformer.resblocks."
-        layers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
-        return {"cross_layers": len(layers)}
+        return {"cross_layers": count_blocks(names, "cross.transformer")}
 
     @classmethod
     def video_as_text(cls, video: Features) -> Features:

@@ -26,21 +26,18 @@ class DotProduct(Interaction):
     HAS_VECTORS: ClassVar = True
 
     def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
-        del text_mask
         return {"sentence_unit": l2_normalize(text.sentence)}
 
     def encode_video(self, frame_feat: jax.Array, frame_mask: jax.Array) -> Arrays:
         return {"video_unit": l2_normalize(masked_mean(l2_normalize(frame_feat), frame_mask))}
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
-        del key
         return text["sentence_unit"] @ video["video_unit"].T
 
     def channel_correlation(
         self, text: Arrays, video: Arrays, key: jax.Array, cdcr: int
     ) -> jax.Array:
         """Rows: the sentence and the video vector of each pair."""
-        del key, cdcr
         return mean_outer_product(text["sentence_unit"], video["video_unit"])
 
     @classmethod

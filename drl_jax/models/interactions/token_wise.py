@@ -1,6 +1,6 @@
 """ti and wti: every token is matched with its best frame, every frame with its best token.
 
-Shapes: A texts of L tokens, B videos of F frames, D channels.
+Shapes as in `base`.
 """
 
 import itertools
@@ -70,17 +70,14 @@ class TokenWise(Interaction):
         return equal_weights(frame_mask)
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
-        del key
         return weighted_token_wise(text, video)
 
     def channel_correlation(
         self, text: Arrays, video: Arrays, key: jax.Array, cdcr: int
     ) -> jax.Array:
-        """Rows of the correlation by variant.
-
-        1: a random valid token and frame of each pair. 2: every valid token with its most similar
-        frame, and every valid frame with its most similar token; the mean of both correlations. 3:
-        as 2, weighted by the interaction's weights.
+        """Rows by variant: 1: a random valid token and frame of each pair; 2: every valid token
+        with its most similar frame, and every valid frame with its most similar token, the mean of
+        both correlations; 3: as 2, weighted by the interaction's weights.
         """
         if cdcr == 1:
             text_key, video_key = jax.random.split(key)
@@ -117,9 +114,8 @@ class TokenWise(Interaction):
     def query_vectors(cls, text: Features) -> np.ndarray:
         """The sum of the unit tokens by their weights.
 
-        Its dot product with that of a video's frames is the mean of the similarities of all pairs
-        of tokens and frames by their weights. `similarity` takes maxima instead, and is at least as
-        large.
+        Its dot product with that of a video's frames is the weighted mean of the similarities of
+        all pairs of tokens and frames. `similarity` takes maxima, and is at least as large.
         """
         return weighted_sum(text["text_unit"], text["text_weight"])
 
@@ -161,10 +157,7 @@ class WeightedTokenWise(TokenWise):
 
     @classmethod
     def reference_name(cls, path: str, paths: Collection[str]) -> str | None:
-        """Layers are numbered as in torch's Sequential of linear layers and ReLUs.
-
-        With one layer, the reference has no Sequential.
-        """
+        """Layers count as in a Sequential of linear layers and ReLUs; one layer has none."""
         match = re.match(r"(text|video)_weight_fc/fc/(\d+)/(\w+)$", path)
         if not match:
             return None

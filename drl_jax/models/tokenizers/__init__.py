@@ -32,18 +32,13 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
       TokenizerError: the file is damaged or of another format, or a package is missing.
       Unavailable: the file is missing, or cannot be read.
     """
-    backbone = model.backbone
+    backbone, file = model.backbone, model.tokenizer
     check_cleaning(model)
-    if model.tokenizer:
-        name = f"the tokenizer {model.tokenizer}"
-        tokenizer = _from_file(Path(model.tokenizer), backbone)
-    else:
-        name = f"the tokenizer of {backbone.family}"
-        tokenizer = CLIPTokenizer(backbone.pad_id)
+    tokenizer = _from_file(Path(file), backbone) if file else CLIPTokenizer(backbone.pad_id)
     if backbone.vocab_size < tokenizer.vocabulary_size:
         raise ConfigError(
-            f"config.model.backbone.vocab_size={backbone.vocab_size} is too small for {name}, which"
-            f" has {tokenizer.vocabulary_size} tokens"
+            f"config.model.backbone.vocab_size={backbone.vocab_size} is too small for the tokenizer"
+            f" {file or f'of {backbone.family}'}, which has {tokenizer.vocabulary_size} tokens"
         )
     if backbone.pad_id >= backbone.vocab_size:
         raise ConfigError(
@@ -54,11 +49,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
 
 
 def check_cleaning(model: ModelConfig) -> None:
-    """Checks that there is a tokenizer, and that captions are cleaned in a way that it has.
-
-    Raises:
-      ConfigError: they do not go together.
-    """
+    """Raises ConfigError if there is no tokenizer, or it does not go with `text_cleaning`."""
     cleaning = model.backbone.text_cleaning
     if model.tokenizer and cleaning not in CLEANINGS:
         raise ConfigError(
@@ -83,10 +74,9 @@ def _from_file(path: Path, backbone: BackboneConfig) -> Tokenizer:
     except OSError as error:
         raise Unavailable(f"config.model.tokenizer={path}", error) from error
     except ImportError as error:
-        raise TokenizerError(
-            f"config.model.tokenizer={path} needs a package that is not installed"
-            f" ({error.name}): pip install 'drl_jax[siglip]'"
-        ) from error
+        problem = f"needs a package that is not installed ({error.name})"
+        problem += ": pip install 'drl_jax[siglip]'"
+        raise TokenizerError(f"config.model.tokenizer={path} {problem}") from error
     except TokenizerError as error:
         raise TokenizerError(f"config.model.tokenizer={path} {error}") from error
 
@@ -113,12 +103,6 @@ def stored_name(tokenizer: str | Path) -> str:
     )
 
 
-def tokenizer_beside(weights_path: Path) -> str:
-    """The path of the tokenizer in the folder of a file of weights, or ""."""
-    paths = (weights_path.with_name(name) for name in _KINDS)
-    return next((str(path) for path in paths if path.is_file()), "")
-
-
 def tokenizer_of_weights(weights_path: Path, backbone: BackboneConfig, stored: str = "") -> str:
     """`config.model.tokenizer` of a model that is read from a file of weights.
 
@@ -130,11 +114,14 @@ def tokenizer_of_weights(weights_path: Path, backbone: BackboneConfig, stored: s
         run is the name of a file beside it.
 
     Returns:
-      The path, or "" if there is no file, or the model needs none.
+      The path of a file beside the weights, or "".
     """
     if stored:
-        return str(Path(weights_path).with_name(Path(stored).name))
-    return "" if backbone.text_cleaning == "clip" else tokenizer_beside(weights_path)
+        return str(weights_path.with_name(Path(stored).name))
+    if backbone.text_cleaning == "clip":
+        return ""
+    paths = (weights_path.with_name(name) for name in _KINDS)
+    return next((str(path) for path in paths if path.is_file()), "")
 
 
 def with_tokenizer(config: Config, tokenizer: str) -> Config:

@@ -32,10 +32,7 @@ class Tokenized(NamedTuple):
 
 
 def warn_of_cut(cut: int, captions: int, max_words: int, where: str = "") -> None:
-    """Issues one `Notice`, if captions were cut, for the caller of the calling function.
-
-    `where` says what they are the captions of.
-    """
+    """Issues one `Notice`, if captions (of `where`) were cut, for the caller of the caller."""
     if cut:
         text = (
             f"{where}{where and ': '}{cut:,} of {captions:,} captions cut to data.max_words="
@@ -55,12 +52,14 @@ class Tokenizer:
 
     vocabulary_size: int
     sha256: str = ""
+    # What distinguishes the tokenizer from those of other classes, files and settings.
+    _identity: list[str]
     # Ids after every text; there is at least one.
     _end: list[int]
     # Packages whose versions may change the ids.
     _PACKAGES: tuple[str, ...] = ()
 
-    def __init__(self, pad_id: int):
+    def __init__(self, pad_id: int = 0):
         self.pad_id = pad_id
 
     @property
@@ -68,18 +67,14 @@ class Tokenizer:
         """Hexadecimal SHA-256 of all that determines the ids of a caption, without the padding."""
         versions = {name: importlib.metadata.version(name) for name in self._PACKAGES}
         # Lower case and white space are those of Python's version of Unicode.
-        parts = [self._identity(), versions, unicodedata.unidata_version]
+        parts = [self._identity, versions, unicodedata.unidata_version]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def tokenize(self, captions: Sequence[str], max_words: int) -> Tokenized:
         """Tokenizes captions.
 
-        A caption that is too long loses its last words, and never its end token. An empty one has
-        the end token, so every row has a valid token.
-
-        Args:
-          captions: N strings.
-          max_words: L, the length of each row, at least 3; start and end tokens are included.
+        A caption that is too long loses its last words, and never its end token, which an empty one
+        has, too. `max_words` is the length L of each row, at least 3, with start and end tokens.
         """
         text_ids = np.full((len(captions), max_words), self.pad_id, np.int32)
         text_mask = np.zeros((len(captions), max_words), bool)
@@ -93,15 +88,10 @@ class Tokenizer:
         return Tokenized(text_ids, text_mask, is_cut)
 
     def token_strings(self, text_ids: np.ndarray) -> list[str]:
-        """The text of each token.
+        """The text of each token of a caption, int [L] without padding; with START and END.
 
-        A word may have several tokens: a trailing "-" means that the word continues. `text_ids` is
-        int [L], one caption without its padding; start and end are START and END.
+        A word may have several tokens: a trailing "-" means that the word continues.
         """
-        raise NotImplementedError
-
-    def _identity(self) -> list[str]:
-        """What distinguishes the tokenizer from those of other classes, files and settings."""
         raise NotImplementedError
 
     def _encode(self, captions: Sequence[str]) -> Iterable[list[int]]:

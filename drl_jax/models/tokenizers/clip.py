@@ -23,11 +23,7 @@ _START_ID, _END_ID = 49406, 49407
 
 @functools.cache
 def _simple_tokenizer():
-    """OpenAI's SimpleTokenizer, created once per process (about 0.2 s).
-
-    Raises:
-      RuntimeError: the installed vocabulary is not OpenAI's.
-    """
+    """OpenAI's SimpleTokenizer, created once per process (about 0.2 s)."""
     package = importlib.metadata.distribution("openai-clip")
     source = Path(str(package.locate_file("clip/simple_tokenizer.py")))
     vocabulary = source.with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -47,13 +43,8 @@ class CLIPTokenizer(Tokenizer):
 
     vocabulary_size = 49408
     _PACKAGES = ("openai-clip", "ftfy", "regex")
+    _identity: ClassVar = ["clip", _VOCABULARY_SHA256]
     _end: ClassVar = [_END_ID]
-
-    def __init__(self, pad_id: int = 0):
-        super().__init__(pad_id)
-
-    def _identity(self) -> list[str]:
-        return ["clip", _VOCABULARY_SHA256]
 
     def _encode(self, captions: Sequence[str]) -> Iterator[list[int]]:
         for caption in captions:

@@ -39,16 +39,16 @@ class FileTokenizer(Tokenizer):
     _start: list[int]
 
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
-        """Keeps the settings; a subclass parses the content.
+        """Keeps the settings; a subclass parses the content. `cleaning` is a key of CLEANINGS.
 
-        `cleaning` of captions is a key of CLEANINGS; `pad_id` is the id after the last token.
+        Raises:
+          ImportError: the package that reads such files is not installed.
+          TokenizerError: this is not such a file, or it adds no end token.
         """
         super().__init__(pad_id)
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self._clean, self._cleaning = CLEANINGS[cleaning], cleaning
-
-    def _identity(self) -> list[str]:
-        return [type(self).__name__, self.sha256, self._cleaning]
+        self._identity = [type(self).__name__, self.sha256, cleaning]
+        self._clean = CLEANINGS[cleaning]
 
     def _encode(self, captions: Sequence[str]) -> list[list[int]]:
         # Neither package takes the surrogates that Python makes of bytes that are not UTF-8.
@@ -87,12 +87,6 @@ class JSONTokenizer(FileTokenizer):
     _PACKAGES = ("tokenizers",)
 
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
-        """Parses the file.
-
-        Raises:
-          ImportError: the package `tokenizers` is not installed.
-          TokenizerError: this is not such a file, or it adds no end token.
-        """
         import tokenizers
 
         super().__init__(content, cleaning, pad_id)
@@ -141,12 +135,6 @@ class SentencePieceTokenizer(FileTokenizer):
     _PACKAGES = ("sentencepiece",)
 
     def __init__(self, content: bytes, cleaning: str, pad_id: int):
-        """Parses the file.
-
-        Raises:
-          ImportError: the package `sentencepiece` is not installed.
-          TokenizerError: this is not such a file, or it has no end token.
-        """
         import sentencepiece
 
         super().__init__(content, cleaning, pad_id)
