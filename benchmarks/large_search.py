@@ -171,7 +171,7 @@ def added(encoder: RetrievalModel, root: Path) -> float:
         write_film(path, Film(rng.integers(0, 256, (8, 64, 64, 3), np.uint8), 4, []))
         update_index(encoder, root / "videos", root / "index", only=[path.name])
         with IndexWriter(root / "index") as writer:
-            file = writer.file_at(path.name)
+            (file,) = writer.files([path.name])
             record = file.segment.read(file.row)
         start = time.perf_counter()
         with IndexWriter(root / "index") as writer:
