@@ -138,7 +138,7 @@ class ParquetTable:
         """Path of the column with the contents of videos; empty if there is none.
 
         It is called `bytes`, or else `video`; `video` may be a struct with a field `bytes`, as
-        Hugging Face's datasets has it.
+        Hugging Face's datasets has it. If all of them are null, its `path` names a file.
         """
         from pyarrow import types
 
@@ -148,9 +148,22 @@ class ParquetTable:
             kind, path = self.type(name), self.columns[name]
             if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind, path = kind.field("bytes").type, f"{path}.bytes"
+                if self._is_null(path):
+                    return ""
             if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
                 return path
         return ""
+
+    def _is_null(self, path: str) -> bool:
+        """Whether the statistics of a column say that it has no value."""
+        metadata = self._file.metadata
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            for chunk in map(group.column, range(group.num_columns)):
+                is_null = chunk.statistics and chunk.statistics.null_count == chunk.num_values
+                if chunk.path_in_schema == path and not is_null:
+                    return False
+        return self.rows > 0
 
     def cells(self) -> Iterator[ParquetCell]:
         """The cells of the column with the contents of videos, in the order of the rows."""

@@ -267,17 +267,17 @@ def test_files_that_cannot_be_searched_are_listed_and_not_tried_again(search_mod
     os.mkfifo(videos / "pipe.mp4")
     (videos / "link.mp4").symlink_to("nowhere.mp4")
     report = update(search_model, copy, "all")
-    assert counts(report) == (2, 0, 0, 0, 6)
+    assert counts(report) == (2, 0, 0, 0, 7)
     assert "is not a video: its content is text" in report.bad.pop("no.mp4")
     none = "it is no file, e.g. a link to nothing"
     assert report.bad == {
         "unknown.mp4": "has a video codec that FFmpeg cannot decode",
         **{"pipe.mp4": none, "link.mp4": none},
     }
-    assert counts(update(search_model, copy, "all")) == (0, 0, 0, 0, 8)
+    assert counts(update(search_model, copy, "all")) == (0, 0, 0, 0, 9)
     write_video(videos / "no.mp4", frames(7), fps=2)
     report = update(search_model, copy, "all")
-    assert counts(report) == (0, 1, 0, 0, 7)
+    assert counts(report) == (0, 1, 0, 0, 8)
     assert "no.mp4" not in report.bad
 
 

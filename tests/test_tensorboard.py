@@ -44,7 +44,7 @@ def test_a_profile_that_cannot_be_written_is_one_line(tmp_path):
     profile = StepProfile(tmp_path, range(1, 2))
     profile.before_step(1, None)
     with pytest.raises(TrainingError, match=message):
-        profile.after_step(1, None)
+        profile.after_step(1, None, {})
 
 
 def test_orphaned_steps_are_dropped(tmp_path):

@@ -75,9 +75,12 @@ def _opened(path: Path, *, contained: bool) -> ParquetTable:
         )
     kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     for name in ["caption", "split", *([] if contained else ["video"])]:
-        if name in columns and not any(is_kind(table.type(name)) for is_kind in kinds):
+        kind = table.type(name) if name in columns else None
+        if kind is not None and types.is_struct(kind) and kind.get_field_index("path") >= 0:
+            kind = kind.field("path").type
+        if kind is not None and not any(is_kind(kind) for is_kind in kinds):
             raise AnnotationError(
-                f"{path}: the column {name} has the type {table.type(name)}, but must be a string"
+                f"{path}: the column {name} has the type {kind}, but must be a string"
             )
     return table
 
@@ -88,6 +91,8 @@ def _rows(table: ParquetTable, name: str) -> Iterator[tuple[str, dict[str, Any]]
         wanted.remove("video")
     columns = [name for name in wanted if name in table.columns]
     for number, row in enumerate(table.read(columns)):
+        if isinstance(video := row.get("video"), dict):
+            row["video"] = video.get("path")
         yield f"{name}, row {number} (from 0)", row
 
 

@@ -53,7 +53,9 @@ def read_captions(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
     try:
-        captions = [_checked(value, f"{path}, {place}") for place, value in _values(path, text)]
+        # Blank lines at the end are no captions.
+        values = _values(path, text.rstrip())
+        captions = [_checked(value, f"{path}, {place}") for place, value in values]
     except (csv.Error, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a {path.suffix[1:]} file ({error})") from error
     if not captions:

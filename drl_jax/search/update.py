@@ -159,7 +159,7 @@ class _Update:
         """Compares the index with the files of the folder, or only some; checks their features."""
         writer, folder, root = self._writer, self._folder, self._folder.absolute()
         if only:
-            given = [PurePath(path) for path in only]
+            given = [PurePath(reading.path_of(path)) for path in only]
             names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in given]
             self._paths = list(dict.fromkeys(names))
             named = {path: reading.find_named(folder, path, self._timeout) for path in self._paths}
