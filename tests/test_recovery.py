@@ -68,6 +68,7 @@ def arguments(custom_data, tiny_weights):
             "--config.data.dataset=custom",
             f"--config.data.data_dir={custom_data}",
             "--config.data.build_if_absent=False",
+            *("--config.data.frame_clock=time", "--config.data.as_shown=True"),
             "--config.train.batch_size=8",
             "--config.train.epochs=3",
             "--config.train.log_every=2",

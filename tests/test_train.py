@@ -152,7 +152,7 @@ def test_a_profile_of_some_steps(finished):
 def test_a_run_says_what_its_time_was_spent_on(finished):
     workdir, printed = finished
     start = json.loads((workdir / "manifest.json").read_text())["starts"][-1]
-    activities = "start dataset compilation data steps logging checkpoints evaluation"
+    activities = "start dataset compilation data steps logging checkpoints evaluation profile"
     assert set(start["seconds"]) == set(activities.split())
     whole = re.search(r"^time: (\d+) s: .*\d+ %.*$", printed, re.MULTILINE)
     assert int(whole[1]) == pytest.approx(sum(start["seconds"].values()), abs=1)
