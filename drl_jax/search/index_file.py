@@ -25,7 +25,7 @@ from drl_jax.runtime.files import seal, unseal, write_json
 from drl_jax.runtime.lock import is_locked, locked
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord, write_segment
 
-FORMAT = 8
+FORMAT = 9
 LOCK = "lock"
 _INDEX, _SEGMENTS, _DAMAGED, _SPOOL = "index.json", "segments", "damaged_segments", "spool"
 # Fields of the header in which updates, and those in which parts must agree; names in messages.
