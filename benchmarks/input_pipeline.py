@@ -7,12 +7,13 @@ Builds a dataset of H.264 files (those in DIR, or synthetic ones: 15 s, 320 x 24
 `raw` and as `jpeg`, and trains ViT-B/32 on it from each source of frames:
 
 - `mp4`: decodes the file for each example and normalises on the host, as the reference does;
-- `jpeg`, `raw`: reads the built dataset;
+- `mp4_all`: the same, and every packet is decoded, as FFmpeg would;
+- `jpeg`, `raw`: reads the built dataset; `jpeg_tfds`, `raw_tfds` through TFDS;
 - `memory`: caches decoded frames in host memory;
 - `device`: caches decoded frames on the devices, which gather batches.
 
-`read_ms` is the time to read one example in one thread. `pairs_per_second` is what the reader
-threads deliver in batches while nothing else runs, `pairs_per_core` the same per second of
+`cpu_ms` is the processor time to read one example in one thread. `pairs_per_second` is what the
+reader threads deliver in batches while nothing else runs, `pairs_per_core` the same per second of
 processor time: a host with N idle cores feeds at most N times as many. `step_alone` repeats the
 step on one batch that is on the devices; `step_fed` takes batches as training does; both after a
 warm-up. `waits` counts the steps whose batch was not ready when the previous step ended.
@@ -31,6 +32,7 @@ from typing import Any
 import av
 import jax
 import numpy as np
+import tensorflow_datasets as tfds
 
 from benchmarks.measure import arguments, positive_int, report
 from data_prep.annotations import Annotations, Captioned
@@ -41,11 +43,11 @@ from drl_jax.config import BackboneConfig, DataConfig, LossConfig, ModelConfig, 
 from drl_jax.data.batches import PREFETCHED_BATCHES, TrainBatches
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.frames import DiskFrames
-from drl_jax.data.records import VideoDataset
+from drl_jax.data.records import VIDEOS_SPLIT, VideoDataset
 from drl_jax.data.splits import Captions, Split
 from drl_jax.data.storage import StorageSpec
-from drl_jax.data.video import read_frames
-from drl_jax.data.video_file import VideoError
+from drl_jax.data.video import read_frames, sampled_frames
+from drl_jax.data.video_file import VideoError, open_video
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.resources import available_cpus
 from drl_jax.runtime.sharding import make_layout
@@ -63,13 +65,26 @@ _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 class Mp4Dataset:
     """Has `read_frames` like `VideoDataset`, but decodes the video file on each call."""
 
-    def __init__(self, paths: list[Path]):
-        self._paths = paths
+    def __init__(self, paths: list[Path], every_packet: bool = False):
+        self._paths, self._every_packet = paths, every_packet
 
     def read_frames(self, video: int) -> np.ndarray:
-        frames = read_frames(self._paths[video], FRAMES, _FORM)
+        with open_video(self._paths[video]) as opened:
+            opened.is_certain &= not self._every_packet
+            frames, _ = sampled_frames(opened, FRAMES, _FORM, None, "frames")
         _normalize_on_host(frames)
         return frames
+
+
+class TFDSDataset:
+    """Has `read_frames` like `VideoDataset`, through TFDS."""
+
+    def __init__(self, dataset: VideoDataset):
+        builder = tfds.builder_from_directory(dataset.directory)
+        self._records = builder.as_data_source(VIDEOS_SPLIT)
+
+    def read_frames(self, video: int) -> np.ndarray:
+        return np.asarray(self._records[video]["frames"])
 
 
 def _normalize_on_host(frames: np.ndarray) -> np.ndarray:
@@ -126,11 +141,11 @@ def build_datasets(
 
 
 def read_milliseconds(read: Callable[[int], Any], videos: int, seconds: float = 3.0) -> float:
-    """Mean time of `read(video)` in one thread, over all videos repeatedly for some seconds."""
-    start = time.perf_counter()
+    """Mean processor time of `read(video)`, over all videos repeatedly for some seconds."""
+    start = time.process_time()
     for count in itertools.count(1):
         read(count % videos)
-        taken = time.perf_counter() - start
+        taken = time.process_time() - start
         if count >= videos and taken > seconds:
             return taken / count * 1e3
 
@@ -178,13 +193,19 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
     split = Split(np.arange(count, dtype=np.int32), captions, np.zeros((0, 2), np.int32))
     sources = {
         "mp4": (Mp4Dataset(files), "none"),
+        "mp4_all": (Mp4Dataset(files, every_packet=True), "none"),
         "jpeg": (datasets["jpeg"], "none"),
+        "jpeg_tfds": (TFDSDataset(datasets["jpeg"]), "none"),
         "raw": (datasets["raw"], "none"),
+        "raw_tfds": (TFDSDataset(datasets["raw"]), "none"),
         "memory": (datasets["raw"], "memory"),
         "device": (datasets["raw"], "device"),
     }
     if options.reading_only:
         del sources["device"]
+    else:
+        for name in ("mp4_all", "jpeg_tfds", "raw_tfds"):
+            del sources[name]
     rows, batches, decode_ms = [], {}, 0.0
     for name, (dataset, cache) in sources.items():
         read_ms = read_milliseconds(DiskFrames(dataset, FRAMES).read, count)
@@ -199,7 +220,7 @@ def measure(options: argparse.Namespace, videos: Path, data_dir: Path) -> tuple[
         rows.append(
             {
                 "source": name,
-                "read_ms": round(read_ms, 2) if from_disk else "-",
+                "cpu_ms": round(read_ms, 2) if from_disk else "-",
                 "times_faster_than_mp4": round(decode_ms / read_ms, 1) if from_disk else "-",
                 "pairs_per_second": delivered,
                 "pairs_per_core": per_core,

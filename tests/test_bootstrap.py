@@ -3,7 +3,7 @@
 import numpy as np
 
 from drl_jax.evaluation.bootstrap import _draw, differences, intervals
-from drl_jax.evaluation.metrics import Ranks, flatten, metrics_of, query_ranks
+from drl_jax.evaluation.metrics import METRICS, Ranks, flatten, metrics_of, query_ranks
 
 NO_PAIRS = (np.zeros(0), np.zeros(0, int))
 
@@ -51,7 +51,7 @@ def test_intervals_are_percentiles_of_the_metrics_of_drawn_videos():
     sim_matrix, text_to_video = gallery(rng, 30, captions=4)
     ranks = query_ranks(sim_matrix, text_to_video, np.arange(20).reshape(10, 2))
     found = flatten(intervals(ranks, resamples=300, seed=7))
-    assert len(found) == 11
+    assert len(found) == 2 * len(METRICS) + 1  # And pair accuracy.
 
     rng = np.random.default_rng(7)
     videos, pairs = (_draw(rng, size, 300).astype(int) for size in (30, 10))

@@ -27,6 +27,7 @@ from drl_jax.config import ModelConfig
 from drl_jax.convert import main as convert
 from drl_jax.evaluate import main as evaluate
 from drl_jax.evaluation.evaluator import Evaluator
+from drl_jax.evaluation.metrics import METRICS
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import TrainingError
 from drl_jax.runs.log_files import read_scalars
@@ -34,8 +35,6 @@ from drl_jax.runs.train_run import _memory_errors
 from drl_jax.runs.train_seeds import format_seeds, summarise_seeds
 from drl_jax.train import main as train
 from drl_jax.weights.weights_file import read_weights, state_dict_from_params
-
-METRICS = {"R@1", "R@5", "R@10", "MdR", "MnR"}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_a_result_has_metrics_and_the_card_of_its_protocol(finished, tiny_weight
     workdir, printed = finished
     result, manifest = result_of(workdir), json.loads((workdir / "manifest.json").read_text())
     assert set(result["test"]) == {"t2v", "v2t", "pair_accuracy"}
-    assert set(result["test"]["t2v"]) == set(result["test"]["v2t"]) == METRICS
+    assert set(result["test"]["t2v"]) == set(result["test"]["v2t"]) == set(METRICS)
     for text in (*METRICS, "pair accuracy", "32 captions, 1 a video"):
         assert text in printed
     card = result["card"]

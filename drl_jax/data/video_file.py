@@ -299,7 +299,7 @@ class OpenVideo:
         Returns:
           The converted frames and their times.
         """
-        if self._stamps is not None:
+        if self.is_certain:
             with contextlib.suppress(_Uncertain, av.error.InvalidDataError):
                 return self._read_dependent(positions, convert)
         wanted, found = set(positions), []
