@@ -184,7 +184,7 @@ def test_the_error_of_another_form_has_the_command_that_builds_it(built, tmp_pat
     # Frames are not those of the name of the directory.
     shutil.rmtree(wanted)
     shutil.copytree(directory_of(tmp_path, CROP), wanted)
-    with pytest.raises(DatasetError, match=r"manifest.json says crop, bicubic"):
+    with pytest.raises(DatasetError, match=r"manifest.json says 32px_12f_raw_shown_time \(crop"):
         VideoDataset(wanted)
 
 

@@ -53,7 +53,8 @@ def custom_data(test_videos, tmp_path_factory) -> Path:
     annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["custom", f"--videos={test_videos}", f"--annotations={annotations}"]
     storage = ["--image_size=64", "--max_frames=4", "--storage=raw", f"--data_dir={directory}"]
-    assert build([*command, *storage]) == 0
+    # As `shapes` is sampled.
+    assert build([*command, *storage, "--frame_clock=frames", "--no-as_shown"]) == 0
     return directory
 
 
@@ -68,7 +69,6 @@ def arguments(custom_data, tiny_weights):
             "--config.data.dataset=custom",
             f"--config.data.data_dir={custom_data}",
             "--config.data.build_if_absent=False",
-            *("--config.data.frame_clock=time", "--config.data.as_shown=True"),
             "--config.train.batch_size=8",
             "--config.train.epochs=3",
             "--config.train.log_every=2",

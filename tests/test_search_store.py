@@ -188,7 +188,7 @@ def test_indexes_of_other_versions_are_one_line(tmp_path):
     for version in (7, 9):
         files.write_json(tmp_path / "index.json", files.seal({"format": version, "other": 1}))
         for opens in (read_header, IndexWriter):
-            line = rf"has format {version}, and this version reads 8; .* make it anew with: python"
+            line = rf"has format {version}, and this version reads 9; .* make it anew with: python"
             with pytest.raises(SearchIndexError, match=line):
                 opens(tmp_path)
 

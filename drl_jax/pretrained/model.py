@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from drl_jax.config import Config
+from drl_jax.config import FRAME_CLOCKS, Config
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import read_timed_frames
 from drl_jax.data.video_file import VideoError
@@ -201,9 +201,9 @@ class RetrievalModel:
             "agg_module": model.agg_module,
             "dtype": model.dtype,
             "max_frames": self.config.data.max_frames,
-            "frame_clock": self.config.data.frame_clock,
-            "as_shown": self.config.data.as_shown,
         }
+        if (data := self.config.data).as_shown or data.frame_clock != FRAME_CLOCKS[0]:
+            identity["frames"] = [data.frame_clock, data.as_shown]
         # Where it lies does not matter; CLIP's is not a file.
         if model.tokenizer:
             identity["tokenizer"] = self._embedder.tokenizer.sha256
