@@ -21,7 +21,7 @@ from drl_jax.runtime.sharding import make_layout
 from drl_jax.search import index_file
 from drl_jax.search.__main__ import main
 from drl_jax.search.encoding import Correction
-from drl_jax.search.index_file import IndexPart, IndexWriter, join, read_header
+from drl_jax.search.index_file import FORMAT, IndexPart, IndexWriter, join, read_header
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.reading import strip_arrays
 from drl_jax.search.segments import SearchIndexError, Segment, VideoRecord, write_segment
@@ -185,10 +185,14 @@ def test_damage_of_the_list_and_of_a_segment(index, capsys):
 def test_indexes_of_other_versions_are_one_line(tmp_path):
     with pytest.raises(SearchIndexError, match=r"no index in .* make it with: python -m drl_jax"):
         read_header(tmp_path)
-    for version in (7, 9):
+    (tmp_path / "index.sqlite").touch()  # What versions 2 to 6 wrote.
+    for opens in (read_header, IndexWriter):
+        with pytest.raises(SearchIndexError, match=r"was made by an earlier version; make it anew"):
+            opens(tmp_path)
+    for version in (FORMAT - 1, FORMAT + 1):
         files.write_json(tmp_path / "index.json", files.seal({"format": version, "other": 1}))
         for opens in (read_header, IndexWriter):
-            line = rf"has format {version}, and this version reads 9; .* make it anew with: python"
+            line = rf"has format {version}, and this version reads {FORMAT}; .* make it anew with: python"
             with pytest.raises(SearchIndexError, match=line):
                 opens(tmp_path)
 
