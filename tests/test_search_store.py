@@ -192,7 +192,7 @@ def test_indexes_of_other_versions_are_one_line(tmp_path):
     for version in (FORMAT - 1, FORMAT + 1):
         files.write_json(tmp_path / "index.json", files.seal({"format": version, "other": 1}))
         for opens in (read_header, IndexWriter):
-            line = rf"has format {version}, and this version reads {FORMAT}; .* make it anew with: python"
+            line = rf"has format {version}, and this version reads {FORMAT}; .* make it anew with"
             with pytest.raises(SearchIndexError, match=line):
                 opens(tmp_path)
 
