@@ -1,5 +1,7 @@
 """Videos as a viewer sees them: presentation time, HDR, fields, transparency; packets left out."""
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -262,3 +264,55 @@ def test_pictures_of_a_damaged_file_have_their_own_times(tmp_path, stride):
     whole = (np.array(times) < 1.9) | (np.array(times) > 4.1)
     assert whole.sum() >= 36 // stride
     np.testing.assert_allclose(levels[whole], 40 * np.array(times)[whole], atol=2)
+
+
+# ---------------------------------------------------------------- files that people bring
+
+MAKE_VIDEOS = SHARED / "cases" / "make_videos.py"
+# The colour of each second; slides show one for five seconds, a still one for 20.
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255)]
+COLOURS += [(255, 255, 255), (128, 128, 128)]
+SECOND_OF = {
+    "slides.mp4": lambda time: round(time / 5),
+    **dict.fromkeys(["vfr_still.mkv", "vfr_still.mp4"], lambda time: 0 if time < 21 else 2),
+    "negative.mp4": lambda time: int(time) + 2,  # An edit list leaves out two seconds.
+    "slowmo.mp4": lambda time: 0 if time < 1 else 1 + int((time - 0.95) // 10),
+}
+ONE_COLOUR = {"hdr_pq_white.mp4": (243,) * 3, "hdr_hlg_white.mp4": (245,) * 3}
+ONE_COLOUR |= dict.fromkeys(["alpha_black.mov", "alpha_white.mov", "alpha_vp9.webm"], (255,) * 3)
+GREY = {"gray16.mkv", "mono_gray.mkv"}
+INTERLACED = {"interlaced.mpg", "interlaced.ts"}
+NO_VIDEOS = {
+    **dict.fromkeys(["concat.mp4", "playlist.mp4", "really_html.mp4"], "its content is text"),
+    **dict.fromkeys(["really_a_jpeg.mp4", "really_a_png.avi"], "its format is none of"),
+    "zero.mp4": "Invalid data",
+}
+
+
+@pytest.mark.skipif(not MAKE_VIDEOS.is_file(), reason="no generator beside the project")
+def test_files_that_people_bring(tmp_path):
+    """Each has its colours and times, or one line."""
+    subprocess.run([sys.executable, MAKE_VIDEOS, tmp_path], check=True, capture_output=True)
+    files = sorted(path for path in tmp_path.iterdir() if path.is_file())
+    assert len(files) > 35
+    form = FrameForm(64, as_shown=True)
+    for path in files:
+        name = path.name
+        if name in NO_VIDEOS:
+            with pytest.raises(VideoError, match=NO_VIDEOS[name]):
+                read_frames(path, 12, form, clock="time")
+            continue
+        frames, times = read_timed_frames(path, 12, form, clock="time")
+        assert times[0] == 0, name
+        assert (np.diff(times) > 0.5).all(), name
+        for time, frame in zip(times, frames, strict=True):
+            colour = np.median(frame[48:, 48:] if name in ONE_COLOUR else frame[20:], axis=(0, 1))
+            second = SECOND_OF.get(name, lambda time: int(time + 0.05))(time)
+            expected = np.array(ONE_COLOUR.get(name, COLOURS[second % 8]))
+            if name in GREY:
+                expected = expected @ [0.299, 0.587, 0.114]
+            if name in INTERLACED:
+                rows = np.abs(np.diff(frame.astype(int), axis=0)).mean()
+                assert rows < 8, name
+            else:
+                assert np.abs(colour - expected).max() < 24, (name, time, colour, expected)
