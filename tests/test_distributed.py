@@ -77,8 +77,9 @@ def test_two_processes_stop_and_fall_back_together_and_match_one(arguments, tmp_
     pair = start_pair(flags, prefix_of_second=prefix)
     (main_output, main_errors), (other_output, other_errors) = map(wait_for, pair)
     assert [process.returncode for process in pair] == [0, 0], (main_errors, other_errors)
-    assert f"checkpoint {latest} is damaged: params/" in main_output
-    assert "(process 1); moved to" in main_output
+    # The changed bit is in a number, or in what compresses it.
+    damage = rf"checkpoint {latest} is damaged: .*params.* \(process 1\); moved to"
+    assert re.search(damage, main_output), main_output
     assert f"resuming {workdir} from step {latest - 1} of 12" in main_output
     assert "4 cpu device(s), 2 process(es)" in main_output
     # The other process prints nothing except gloo's messages.

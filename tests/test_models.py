@@ -31,7 +31,7 @@ def with_noise(batch, name, mask):
 
 @pytest.mark.parametrize(
     ("interaction", "agg_module"),
-    zip(INTERACTIONS, itertools.cycle(["seqLSTM", "none", "seqTransf", "seqTransf"])),
+    [*zip(INTERACTIONS, itertools.cycle(["seqLSTM", "none", "seqTransf", "seqTransf"]))],
 )
 def test_what_padding_holds_changes_nothing_that_is_valid(tiny_model, interaction, agg_module):
     """No valid feature, no similarity, and no gradient.
