@@ -6,9 +6,11 @@ With the default form of frames and the clock "frames", the result is bit for bi
 reference (decord, PIL, torchvision's crop) wherever decord decodes correctly.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import av
 import numpy as np
 
 from drl_jax.data.frame_form import FrameForm
@@ -24,6 +26,8 @@ _LATEST = 0.5
 # Times of two samples that differ by more are those of different moments, seconds.
 _ANOTHER_MOMENT = 0.5
 _SAME = 1e-6
+# Pictures that are kept while a file is decoded of which the times are not known before.
+_KEPT = 256
 
 
 def sample_positions(
@@ -124,17 +128,49 @@ def sampled_frames(
     video: OpenVideo, max_frames: int, form: FrameForm, span: Span | None, clock: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same of an open video."""
+    to_picture, kept = FrameConverter(form.as_shown), {}
+
+    def convert(frame: av.VideoFrame) -> np.ndarray:
+        return to_form(to_picture(frame), form)
+
     if clock == "time":
-        length = float(video.times[-1]) + video.last_length if len(video.times) else 0.0
-        positions = sample_times(video.times, length, max_frames, span)
+        if video.is_certain:
+            times = video.times
+        else:
+            times, kept = _read_candidates(video, span, convert)
+        length = float(times[-1]) + video.last_length if len(times) else 0.0
+        positions = sample_times(times, length, max_frames, span)
     else:
         length = video.count / video.fps
         positions = sample_positions(video.count, video.fps, max_frames, span)
     if span is not None and video.count and not positions:
         raise VideoError(f"its span {span[0]:g}-{span[1]:g} s is outside the file ({length:.1f} s)")
-    to_picture = FrameConverter(form.as_shown)
-    frames, times = video.read(positions, lambda frame: to_form(to_picture(frame), form))
-    return _stacked(frames), np.array(times)
+    if positions and kept.keys() >= set(positions):
+        return _stacked([kept[number] for number in positions]), times[positions]
+    frames, seconds = video.read(positions, convert)
+    return _stacked(frames), np.array(seconds)
+
+
+def _read_candidates(
+    video: OpenVideo, span: Span | None, convert: Callable[[av.VideoFrame], np.ndarray]
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Times of a file that says them only while it is decoded, and pictures on both sides of each
+    second: of these, `sample_times` takes some. Of a long file, not all pictures are kept."""
+    second, end = span or (0.0, np.inf)
+    times: list[float] = []
+    kept: dict[int, np.ndarray] = {}
+    last: list[tuple[int, av.VideoFrame]] = []
+    with contextlib.closing(video.timed_frames()) as frames:
+        for number, (frame, time) in enumerate(frames):
+            times.append(time)
+            if time >= second and len(kept) < _KEPT:
+                kept |= {n: convert(f) for n, f in (*last, (number, frame)) if n not in kept}
+                second += np.floor(time - second) + 1
+            last = [(number, frame)]
+            if time > end + 1:
+                break
+    kept |= {number: convert(frame) for number, frame in last if number not in kept}
+    return np.array(times), kept
 
 
 @dataclasses.dataclass(frozen=True)
