@@ -25,6 +25,8 @@ FAMILIES = {
     # Features wider than the text tower: the temporal head is new.
     "pe": ("activation=gelu", "context_length=32", "embed_dim=64"),
 }
+# Families whose files are recognised (`drl_jax/weights/description.py`).
+WITH_FILES = ("siglip", "pe")
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +82,7 @@ def towers_file(trained, tmp_path):
     return exported
 
 
+@pytest.mark.parametrize("trained", WITH_FILES, indirect=True)
 def test_towers_alone_search_and_come_back_bit_for_bit(
     trained, towers_file, test_videos, tmp_path, capsys
 ):
