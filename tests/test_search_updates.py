@@ -292,7 +292,7 @@ def test_names_that_are_not_utf8_are_escaped(search_model, copy):
     assert file_of(copy / "videos", hit.path.name).read_bytes()[4:8] == b"ftyp"
     write_video(copy / "videos" / "caf\\xe9.mp4", frames(3), fps=2)
     report = update(search_model, copy, "all")
-    assert report.bad["caf\\xe9.mp4"].startswith("another file has this name")
+    assert report.bad["caf\\xe9.mp4"].startswith("its name is not UTF-8")
 
 
 def test_files_that_could_not_be_read_this_time_are_read_by_the_next_update(

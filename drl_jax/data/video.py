@@ -73,7 +73,10 @@ def sample_times(
     following = np.minimum(shown + 1, len(times) - 1)
     late = times[following] - seconds
     is_nearer = (late < np.minimum(seconds - times[shown], _LATEST)) & (times[following] <= end)
-    return _evenly(np.unique(np.where(is_nearer, following, shown)).tolist(), max_frames)
+    lengths = np.diff(np.append(times, duration))
+    stills = np.flatnonzero((lengths >= 1 - _SAME) & (times >= start) & (times <= end))
+    chosen = np.where(is_nearer, following, shown)
+    return _evenly(np.unique(np.concatenate([chosen, stills])).tolist(), max_frames)
 
 
 def _evenly(positions: Sequence[int], most: int) -> list[int]:
@@ -147,7 +150,10 @@ def sampled_frames(
         raise VideoError(f"its span {span[0]:g}-{span[1]:g} s is outside the file ({length:.1f} s)")
     if positions and kept.keys() >= set(positions):
         return _stacked([kept[number] for number in positions]), times[positions]
+    was_certain = video.is_certain
     frames, seconds = video.read(positions, convert)
+    if clock == "time" and was_certain and not video.is_certain:
+        return sampled_frames(video, max_frames, form, span, clock)
     return _stacked(frames), np.array(seconds)
 
 

@@ -37,6 +37,9 @@ _DEMUXERS = (
 _CONTAINER_OPTIONS = {"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "none"}
 # Demuxers whose packets have the time at which their frame is seen; those of AVI do not.
 _TIMED_DEMUXERS = {"mov", "matroska", "mpegts", "mpeg", "flv"}
+# Codecs of which packets are left out. Decoders of others fill in what is damaged from the frame
+# before, or leave out more than they were told to.
+_DEPENDENT_CODECS = {"h264", "hevc", "vp9", "mpeg2video", "mpeg4"}
 # The packets of a file are held in memory while it is open; a larger one is read twice, bytes.
 _HELD = 64_000_000
 # A viewer's clock goes on by a frame where that of the file goes back by more, or forward, seconds.
@@ -200,11 +203,14 @@ class OpenVideo:
         has_planes = stream.codec_context.codec.name in _ALPHA_DECODERS
         self.has_alpha_plane = has_planes and stream.metadata.get("alpha_mode") == "1"
         size, stamps = 0, []
+        codec, last_decoded = stream.codec_context.codec.name, None
         is_certain = container.format.name.split(",")[0] in _TIMED_DEMUXERS
+        is_certain &= codec in _DEPENDENT_CODECS
         for packet in container.demux(stream):
             if not packet.size:
                 continue
-            self._packets.append((packet.pts, packet.is_keyframe))
+            is_start = packet.is_keyframe and (codec != "h264" or _is_idr(packet, stream))
+            self._packets.append((packet.pts, is_start))
             size += packet.size
             if size > _HELD:
                 self._held = None
@@ -214,6 +220,9 @@ class OpenVideo:
             is_early = packet.pts is not None and packet.pts < 0
             is_certain &= packet.pts is not None and is_early == packet.is_discard
             is_certain &= not packet.is_corrupt
+            # Two recordings in one file have times that overlap.
+            is_certain &= None in (last_decoded, packet.dts) or packet.dts > last_decoded
+            last_decoded = packet.dts if packet.dts is not None else last_decoded
             if packet.pts is not None and not is_early:
                 stamps.append((packet.pts, packet.duration or 0))
         self.count = len(self._packets)
@@ -225,7 +234,11 @@ class OpenVideo:
         known = [stamp for stamp, _ in self._packets if stamp is not None]
         first, is_key = self._packets[0] if self._packets else (None, False)
         is_certain &= is_key and first == min(known, default=None)
-        if not (is_certain and stamps and len(set(self._stamps)) == len(stamps)):
+        stills = np.diff(self._stamps) * float(stream.time_base or 0)
+        is_certain &= len(set(self._stamps)) == len(stamps) and bool(
+            (stills < _LONGEST_STILL).all()
+        )
+        if not (is_certain and stamps):
             self._stamps = None
         self.is_certain = self._stamps is not None
         self.last_length = 1 / self.fps
@@ -294,7 +307,8 @@ class OpenVideo:
     ) -> tuple[list[np.ndarray], list[float]]:
         """Decodes and converts the frames with some numbers, which increase.
 
-        Frames that cannot be decoded are left out.
+        Frames that cannot be decoded are left out. If what is decoded is not what the packets
+        promise, `is_certain` becomes False, `times` may change, and decoded frames are counted.
 
         Returns:
           The converted frames and their times.
@@ -302,6 +316,8 @@ class OpenVideo:
         if self.is_certain:
             with contextlib.suppress(_Uncertain, av.error.InvalidDataError):
                 return self._read_dependent(positions, convert)
+            self.is_certain, self._stamps = False, None
+            self.__dict__.pop("times", None)
         wanted, found = set(positions), []
         with contextlib.closing(self.timed_frames()) as frames:
             for number, (frame, time) in enumerate(frames):
@@ -363,6 +379,23 @@ class OpenVideo:
             # With frame threads, the decoded frames of a damaged file differ from run to run.
             decoder.thread_type, decoder.thread_count = "NONE", 1
             yield packets, decoder
+
+
+def _is_idr(packet: av.Packet, stream: av.VideoStream) -> bool:
+    """Whether a packet of H.264 has an IDR picture, after which nothing depends on what was before.
+
+    Other packets that are called key frames begin an open group, or a refresh of many frames.
+    """
+    content, header = bytes(packet), stream.codec_context.extradata or b""
+    if header[:1] != b"\x01":  # Units follow start codes.
+        starts = (part[:1] for part in content.split(b"\0\0\1")[1:])
+        return any(start and start[0] & 31 == 5 for start in starts)
+    size, place = (header[4] & 3) + 1, 0
+    while place + size < len(content):
+        if content[place + size] & 31 == 5:
+            return True
+        place += size + int.from_bytes(content[place : place + size])
+    return False
 
 
 def _plan(

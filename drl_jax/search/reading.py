@@ -73,8 +73,8 @@ def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Itera
         unusable |= dict.fromkeys(others, "it is no file, e.g. a link to nothing")
     for name in filter(_is_video, names_below(folder)):
         path = path_of(name)
-        if path != name and (folder / path).exists():
-            unusable[path] = "another file has this name, by which one that is not UTF-8 is called"
+        if path != name and file_of(folder, path) != folder / name:
+            unusable[path] = "its name is not UTF-8, and that of another file when it is escaped"
         else:
             yield _found_file(folder, path, timeout)
 
