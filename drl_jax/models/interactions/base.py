@@ -72,7 +72,10 @@ class Interaction(Head):
         raise NotImplementedError
 
     def similarity(self, text: Arrays, video: Arrays, key: jax.Array | None = None) -> jax.Array:
-        """sim_matrix float32 [A, B], without the temperature; `key` enables dropout."""
+        """sim_matrix float32 [A, B], without the temperature; `key` enables dropout.
+
+        Videos that fill up a batch have no valid frame: their column has any finite values.
+        """
         raise NotImplementedError
 
     def channel_correlation(
