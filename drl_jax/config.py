@@ -57,6 +57,7 @@ class BackboneConfig:
     vision_mlp_width: int = 0  # hidden width of the MLPs; 0: four times the width
     text_mlp_width: int = 0
     activation: str = "quick_gelu"  # one of ACTIVATIONS
+    text_activation: str = ""  # of the text tower, where it is another one
     layer_norm_eps: float = 1e-5
     logit_bias: bool = False  # whether the logits have a learned bias (`LossConfig.contrastive`)
     # Mean and standard deviation of pixels, RGB in [0, 1].
@@ -92,6 +93,9 @@ class ModelConfig:
     # Name of the release that `init` is of (`weights.releases.RELEASES`), for a file that does not
     # say its activation and has no description beside it. Empty: the file says it.
     release: str = ""
+    # Prefix of the towers in `init`, if it holds several pairs of them, e.g. "teacher"; "clip": the
+    # towers of a DRL checkpoint without its heads. Empty: the only one.
+    weights_key: str = ""
     # Tokenizer: a `tokenizer.json` or a `spiece.model`. Empty: the one beside `init`, or CLIP's.
     tokenizer: str = ""
     # How texts and videos are compared: dp (dot product), ti (token-wise), wti (weighted
@@ -242,6 +246,7 @@ class Config:
 # Values of fields that are one of a few names; those of model families are handed in.
 _CHOICES: dict[str, typing.Collection[str]] = {
     "activation": ACTIVATIONS,
+    "text_activation": ("", *ACTIVATIONS),
     "resize": RESIZES,
     "interpolation": INTERPOLATIONS,
     "text_cleaning": TEXT_CLEANINGS,

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from drl_jax.pretrained.flags import FILE_FLAGS
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
-from drl_jax.weights.hub import is_hub_name
 from drl_jax.weights.installed import NAMES
 
 
@@ -31,8 +31,8 @@ def _parser() -> Parser:
     add("--checkpoint", default="best", help="of a run: best, latest or a step (%(default)s)")
     interaction = "for a file without interaction parameters (%(default)s)"
     add("--interaction", choices=("dp", "ti"), default="dp", help=interaction)
-    add("--release", default="", help="of a file of CLIP that does not say its own, e.g. openai")
-    add("--tokenizer", default="", help="of a file of towers, if it is not beside the file")
+    for name, what in FILE_FLAGS.items():
+        add(f"--{name}", default="", help=f"of a file: {what}")
     dtype = "of the tensors of an exported run (float32)"
     add("--dtype", choices=("float32", "float16"), help=dtype)
     towers = "export the towers without the heads, under their publisher's names"
@@ -48,19 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         from drl_jax.runs.run_params import export_weights, import_weights
         from drl_jax.runtime.resources import cache_compilations
+        from drl_jax.weights.source import is_weights
 
         cache_compilations()
-        if is_hub_name(source) or not Path(source).is_dir():
+        described = {name: getattr(options, name) for name in FILE_FLAGS}
+        if is_weights(source):
             if options.clip_only or options.dtype:
                 raise UserError(f"--dtype and --clip_only export a run, and {source} is none")
-            described = {"release": options.release, "tokenizer": options.tokenizer}
             config, towers = import_weights(source, target, options.interaction, **described)
             model = config.model
             print(f"{source}: {towers}")
             print(f"wrote {target}: interaction {model.interaction}, agg_module {model.agg_module}")
             return
-        if options.release or options.tokenizer:
-            raise UserError(f"--release and --tokenizer describe a file, and {source} is a run")
+        if any(described.values()):
+            flags = ", ".join(f"--{name}" for name in FILE_FLAGS)
+            raise UserError(f"{flags} describe a file, and {source} is a run")
         if target.suffix != ".safetensors":
             raise UserError(f"a run is exported to a file NAME.safetensors, not {target}")
         form = {"dtype": options.dtype or "float32", "clip_only": options.clip_only}

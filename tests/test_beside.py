@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from support.towers import tiny_state, to_hugging_face
 
 from drl_jax.config import Config, DataConfig, ModelConfig
-from drl_jax.weights.json_values import WeightsError
+from drl_jax.weights.families import WeightsError
 from drl_jax.weights.load import with_backbone_of
 from drl_jax.weights.weights_file import read_weights
 
@@ -163,14 +163,14 @@ REFUSED = (
     (("config.json", "[]"), "is not a JSON object"),
     (
         ("open_clip_config.json", "{}"),
-        "model_cfg.vision_cfg.width is None, not a whole number of at least 1",
+        "model_cfg.embed_dim is None, not a whole number of at least 1",
     ),
     (towers("model_type", "blip"), "model_type 'blip' is not supported"),
     (
         towers("vision_config.hidden_act", "relu"),
         "hidden_act='relu' is not supported",
     ),
-    (towers("vision_config.hidden_act", "quick_gelu"), "hidden_act differs between the towers"),
+    (towers("vision_config.layer_norm_eps", 1e-6), "layer_norm_eps differs between the towers"),
     (
         towers("vision_config.hidden_size", 768),
         "describes other weights than model.safetensors: vision_width is 768 in one and 64",
@@ -181,8 +181,8 @@ REFUSED = (
     ),
     (open_clip("model_cfg.quick_gelu", "false"), "quick_gelu is 'false', not true or false"),
     (
-        open_clip("model_cfg.vision_cfg.act_kwargs", {"approximate": "tanh"}),
-        "vision_cfg.act_kwargs={'approximate': 'tanh'} is not supported",
+        open_clip("model_cfg.vision_cfg.act_kwargs", {"approximate": "fast"}),
+        "vision_cfg.act_kwargs={'approximate': 'fast'} is not supported",
     ),
     (
         open_clip("preprocess_cfg.interpolation", "random"),
@@ -191,7 +191,7 @@ REFUSED = (
     (open_clip("preprocess_cfg.mean", [0.5, 0.5]), "mean is [0.5, 0.5], not three numbers"),
     (
         open_clip("model_cfg.vision_cfg.timm_model_name", "vit_x"),
-        "vit_x is open_clip's form of another library's tower",
+        "the tower vit_x is not supported",
     ),
     (("config.json", {**OURS, "vison_heads": 7}), "vison_heads is unknown; did you mean vision_h"),
     (("config.json", {**OURS, "layer_norm_eps": 1e300}), "layer_norm_eps is 1e+300, not a number"),

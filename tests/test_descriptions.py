@@ -16,8 +16,7 @@ from drl_jax.models.drl import BACKBONES, param_shapes
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
 from drl_jax.weights import description, download
-from drl_jax.weights.hugging_face import siglip_to_hugging_face
-from drl_jax.weights.json_values import WeightsError
+from drl_jax.weights.families import WeightsError, to_publisher
 from drl_jax.weights.load import config_of_weights, head_start, initial_params, with_backbone_of
 from drl_jax.weights.releases import PUBLISHED, RELEASES
 from drl_jax.weights.weights_file import read_weights, save_weights
@@ -47,7 +46,7 @@ def described(loaded):
 
 def siglip(**changes):
     """SigLIP's towers under Hugging Face's names."""
-    return siglip_to_hugging_face(tiny_state(**{**SIGLIP, **changes}))
+    return to_publisher("siglip", tiny_state(**{**SIGLIP, **changes}))
 
 
 # ---------------------------------------------------------------- activation
@@ -217,7 +216,7 @@ def test_what_an_exported_file_says_is_not_contradicted_in_silence(loaded, tmp_p
 )
 def test_towers_alone_read_as_many_words_as_they_have_positions(changes, words, loaded):
     state, family = tiny_state(**changes), changes.get("family", "clip")
-    state = siglip_to_hugging_face(state) if family == "siglip" else state
+    state = to_publisher("siglip", state) if family == "siglip" else state
     config = {"family": family, "activation": "gelu", "pad": 1}
     data = config_of_weights(loaded(state, config=config)).data
     assert (data.max_words, data.max_frames) == (words, 12)
@@ -287,7 +286,7 @@ NORM = "ln_final.weight"
     [
         ({"video_model.vision_model.a": np.zeros(1)}, "is VideoPrism, a video model"),
         ({"vision_encoder.blocks.0.a": np.zeros(1)}, "is InternVideo2"),
-        ({"visual.trunk.pos_embed": np.zeros(1)}, "open_clip's form of another"),
+        ({"visual.trunk.pos_embed": np.zeros(1)}, "open_clip's form of another image tower of timm"),
         ({"vision_model.embeddings.patch_embedding.weight": np.zeros((4, 12))},
          "is a NaFlex SigLIP 2"),
         ({**tiny_state(), "visual.proj.weight_scale": np.zeros(1)},
@@ -303,9 +302,3 @@ def test_files_that_are_not_supported_are_refused_by_name(state, message, descri
         described(state, "openai" if "PE-Core" not in message else "")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_sharded_weights_are_refused(tmp_path):
-    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
-        with pytest.raises(WeightsError, match="is one part of sharded weights; join them"):
-            read_weights(tmp_path / name)

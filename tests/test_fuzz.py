@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from support.files import contents
 
 from benchmarks.fuzz import runner
 from benchmarks.fuzz.damage import FAILURE, LEGITIMATE
-from drl_jax.weights.torch_file import read_metadata, read_torch_file
+from drl_jax.weights.containers import open_weights
 
 Damage = Callable[[Path], object]
 
@@ -95,21 +95,21 @@ def memo_of_gigabytes(data: bytes) -> bytes:
 
 def integer_weights(directory: Path) -> None:
     path = directory / "clip.safetensors"
-    state = read_torch_file(path)
+    state = load_file(path)
     state["ln_final.bias"] = np.zeros(state["ln_final.bias"].shape, np.int32)
     save_file(state, path)
 
 
 def long_name(directory: Path) -> None:
     path = directory / "clip.safetensors"
-    save_file({**read_torch_file(path), "x\u2028" * 1000: np.zeros(1, np.float32)}, path)
+    save_file({**load_file(path), "x\u2028" * 1000: np.zeros(1, np.float32)}, path)
 
 
 def other_configuration(directory: Path) -> None:
     path = directory / "exported.safetensors"
-    metadata = read_metadata(path)
+    metadata = open_weights(path).metadata
     metadata["drl_jax_config"] = metadata["drl_jax_config"].replace('"seed": 0', '"seed": 1')
-    save_file(read_torch_file(path), path, metadata=metadata)
+    save_file(load_file(path), path, metadata=metadata)
 
 
 LEGACY, EXPORTED, CLIP = "clip_legacy.pt", "exported.safetensors", "clip.safetensors"

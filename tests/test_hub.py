@@ -16,8 +16,10 @@ from support.commands import error_of, start_interruptible
 import drl_jax
 from drl_jax.convert import main as convert
 from drl_jax.weights import download, hub
-from drl_jax.weights.hub import HubError, choose_weights, resolved_revision
+from drl_jax.weights.containers import PREFERRED, choose_weights
+from drl_jax.weights.hub import HubError, _chosen, resolved_revision
 from drl_jax.weights.source import weights_path
+from drl_jax.weights.tensors import WeightsFileError
 
 NAME = "hf-hub:org/tiny"
 COMMIT, NEXT_COMMIT = "a1" * 20, "b2" * 20
@@ -39,33 +41,33 @@ PARTS = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
-        *((hub.PREFERRED[i:], name) for i, name in enumerate(hub.PREFERRED)),
+        *((PREFERRED[i:], name) for i, name in enumerate(hub.PREFERRED)),
         (("pytorch_model.bin", "other.safetensors", "a.pt"), "pytorch_model.bin"),
         (("PE.pt", "config.json", "onnx/model.safetensors"), "PE.pt"),
         (("x.safetensors", "training_args.bin"), "x.safetensors"),
-        ((*PARTS, "x.safetensors"), "x.safetensors"),
+        ((*PARTS, "x.safetensors"), PARTS[1]),
     ],
 )
 def test_one_file_of_weights_is_chosen(names, chosen):
-    assert choose_weights(names, NAME) == choose_weights(reversed(names), NAME) == chosen
+    assert choose_weights(names) == choose_weights(reversed(names)) == (chosen, "")
 
 
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
         (["b.pt", "a.safetensors"], "has several files of weights: a.safetensors, b.pt;"),
-        ([*PARTS, "config.json"], "has its weights in parts: model-00001-of-00002.safetensors, mo"),
-        (["README.md", "a/model.safetensors"], "has no weights: its files are README.md;"),
-        ([], "has no weights: its files are none;"),
+        ([PARTS[0], "config.json"], "has its weights in parts, without one of their usual lists"),
+        (["README.md", "a/model.safetensors"], "has no weights: it has README.md;"),
+        ([], "has no weights: it has no files;"),
         ([f"{i}.pt" for i in range(9)], "0.pt, 1.pt, 2.pt, 3.pt and 5 more;"),
     ],
 )
 def test_other_repositories_are_refused_in_one_line(names, problem):
     with pytest.raises(HubError) as raised:
-        choose_weights(names, NAME)
+        _chosen(names, NAME)
     assert f"{NAME} has " in str(raised.value)
     assert problem in str(raised.value)
-    assert "supported are model.safetensors, open_clip_model.safetensors" in str(raised.value)
+    assert "supported are open_clip_model.safetensors, " in str(raised.value)
 
 
 def test_malformed_names_are_refused():
@@ -281,7 +283,8 @@ def test_commands_and_the_api_read_a_repository(server, tiny_weights, tmp_path, 
     monkeypatch.chdir(tmp_path)
     # A run of this name would need a Path.
     (tmp_path / NAME).mkdir(parents=True)
-    assert weights_path(Path(NAME)) == Path(NAME)
+    with pytest.raises(WeightsFileError, match=f"{NAME} has no weights: it has no files"):
+        weights_path(Path(NAME))
     model = drl_jax.load(NAME)
     assert model.source == {"weights": NAME}
     assert convert([NAME, "run"]) == 0

@@ -29,7 +29,7 @@ from drl_jax.runtime.sharding import make_layout
 from drl_jax.train import main as train
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import abstract_state, state_from_params
-from drl_jax.weights.torch_file import read_metadata
+from drl_jax.weights.containers import open_weights
 
 # Orbax leaves tasks behind when it cannot read an array.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -300,7 +300,7 @@ def test_evaluation_while_checkpoints_are_replaced(model_run, tmp_path):
 
 def save_changed(state: dict[str, np.ndarray], path: Path, original: Path) -> None:
     """Saves other tensors with the configuration of a file of weights."""
-    metadata = read_metadata(original)
+    metadata = open_weights(original).metadata
     del metadata["drl_jax_crc32"]
     save_file(state, path, metadata=metadata)
 

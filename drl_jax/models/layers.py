@@ -36,7 +36,8 @@ class BlockConfig(NamedTuple):
     def of_tower(cls, config: BackboneConfig, tower: str) -> "BlockConfig":
         """The blocks of a tower, "vision" or "text"."""
         sizes = (getattr(config, f"{tower}_{name}") for name in ("width", "heads", "hidden_width"))
-        return cls(*sizes, activation=config.activation, eps=config.layer_norm_eps)
+        activation = (tower == "text" and config.text_activation) or config.activation
+        return cls(*sizes, activation=activation, eps=config.layer_norm_eps)
 
 
 class BlockInit(NamedTuple):

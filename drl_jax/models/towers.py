@@ -82,6 +82,8 @@ class ImageTower(nnx.Module):
         """uint8 [B, H, W, 3], bool [B] -> features float32 [B, D]."""
         rows, height, width, _ = images.shape
         patch = self.patch_size
+        # A convolution leaves out the pixels that fill no patch.
+        images = images[:, : height // patch * patch, : width // patch * patch]
         # [B, H, W, 3] -> [B, N, p*p, 3]. Transposes bytes, a fourth of the size of floats.
         x = images.reshape(rows, height // patch, patch, width // patch, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(rows, -1, patch * patch, 3)
@@ -144,8 +146,8 @@ class Backbone(nnx.Module):
     @classmethod
     def config_error(cls, config: BackboneConfig) -> str:
         """Why the towers cannot be built from a configuration; empty if they can."""
-        if config.image_resolution % config.vision_patch_size:
-            return "image_resolution must be a multiple of model.backbone.vision_patch_size"
+        if config.image_resolution < config.vision_patch_size:
+            return "image_resolution must be at least model.backbone.vision_patch_size"
         for tower in ("vision", "text"):
             if getattr(config, f"{tower}_width") % getattr(config, f"{tower}_heads"):
                 return f"{tower}_width must be a multiple of model.backbone.{tower}_heads"

@@ -10,32 +10,40 @@ from drl_jax.runtime.errors import UserError
 if TYPE_CHECKING:
     from drl_jax.pretrained.model import RetrievalModel
 
+# Flags that describe a file of weights.
+FILE_FLAGS = {
+    "release": "the release, for a CLIP that does not say its own",
+    "weights_key": "prefix of the towers, if it holds several; clip: without the heads of DRL",
+    "tokenizer": "its tokenizer, if that is not beside the file",
+}
+
 
 def add_model_flags(parser: Parser) -> None:
-    """Adds `--workdir`, `--checkpoint`, `--weights`, `--release` and `--tokenizer`."""
+    """Adds `--workdir`, `--checkpoint`, `--weights` and FILE_FLAGS."""
     add = parser.add_argument
     add("--workdir", type=Path, help="directory of the run with the model")
     add("--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)")
     file = "instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME"
     add("--weights", help=file)
-    release = "release of --weights, for a CLIP that does not say its own"
-    add("--release", default="", help=release)
-    add("--tokenizer", default="", help="tokenizer of --weights, if it is not beside the file")
+    for name, what in FILE_FLAGS.items():
+        add(f"--{name}", default="", help=f"of --weights: {what}")
 
 
 def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":
     """Loads the model that the flags name; None: none. Raises UserError if they contradict."""
     if options.workdir and options.weights:
         raise UserError("give --workdir or --weights, not both")
-    if (options.release or options.tokenizer) and not options.weights:
-        raise UserError("--release and --tokenizer describe --weights=FILE; omit them, or give it")
+    described = {name: getattr(options, name) for name in FILE_FLAGS}
+    if any(described.values()) and not options.weights:
+        flags = ", ".join(f"--{name}" for name in FILE_FLAGS)
+        raise UserError(f"{flags} describe --weights=FILE; omit them, or give it")
     if not options.workdir and not options.weights:
         return None
     from drl_jax.pretrained.model import load
 
     if options.workdir:
         return load(options.workdir, options.checkpoint)
-    return load(options.weights, release=options.release, tokenizer=options.tokenizer)
+    return load(options.weights, **described)
 
 
 def required_model(options: argparse.Namespace) -> "RetrievalModel":

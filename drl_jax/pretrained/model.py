@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,9 +30,8 @@ from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
-from drl_jax.weights.hub import is_hub_name
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import weights_path
+from drl_jax.weights.source import is_weights, weights_path
 from drl_jax.weights.weights_file import read_weights
 
 
@@ -50,7 +50,7 @@ class RetrievalModel:
     config: Config
     params: Params
     layout: Layout
-    # "workdir" and "checkpoint", or "weights"; and "release", "tokenizer" and "max_words" if given.
+    # "workdir" or "weights", and the arguments of `load` that were given.
     source: dict[str, str]
     # What a file of weights says about its towers; empty for a run.
     towers: str
@@ -239,20 +239,23 @@ def load(
     checkpoint: str | int = "best",
     *,
     release: str = "",
+    weights_key: str = "",
     tokenizer: str = "",
     max_words: int | None = None,
 ) -> RetrievalModel:
     """Loads a model.
 
     Args:
-      path: directory of a run; a file of weights: towers of CLIP, SigLIP or Perception Encoder,
-        which get no temporal head and the interaction dp, as in zero-shot retrieval, a DRL
-        checkpoint, or an exported run; or, as a string, the name of installed weights
-        (`drl_jax.weights.installed.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose weights
-        are downloaded.
+      path: directory of a run; a file of weights or a folder with one: towers of CLIP, SigLIP or
+        Perception Encoder, which get no temporal head and the interaction dp, as in zero-shot
+        retrieval, a DRL checkpoint, or an exported run; or, as a string, the name of installed
+        weights (`drl_jax.weights.installed.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
+        weights are downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       release: of a CLIP whose activation nothing else says, one of
         `drl_jax.weights.releases.RELEASES`.
+      weights_key: prefix of the towers in a file that holds several pairs of them; "clip": of a DRL
+        checkpoint, without its heads.
       tokenizer: file of the tokenizer of a file of weights, if it is not beside it.
       max_words: tokens that are read of a caption, 3 to the context length of the text tower, start
         and end included. None: those of the run; of a file, all that towers alone have positions
@@ -263,13 +266,14 @@ def load(
     """
     source = os.fspath(path)
     # A run may have the name of installed weights.
-    is_run = Path(path).is_dir() and not is_hub_name(path)
+    is_run = not is_weights(path)
     path = Path(path) if is_run else weights_path(path)
     layout = make_layout()
     if not path.exists():
         raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")
-    given = {name: v for name, v in (("release", release), ("tokenizer", tokenizer)) if v}
-    if path.is_dir():
+    given = {"release": release, "weights_key": weights_key, "tokenizer": tokenizer}
+    given = {name: value for name, value in given.items() if value}
+    if is_run:
         if given:
             raise UserError(f"{path} is a run, which has its {min(given)}; leave that out")
         config = load_config(path)
@@ -279,7 +283,7 @@ def load(
         towers = ""
     else:
         is_file = Path(source) == path  # Otherwise a name, of installed weights or a repository.
-        weights = read_weights(path if is_file else source, release)
+        weights = read_weights(path if is_file else source, release, weights_key)
         if tokenizer:
             weights = weights._replace(tokenizer=str(Path(tokenizer).resolve()))
         config = config_of_weights(weights)
@@ -300,9 +304,8 @@ def load(
 
 def load_source(source: dict[str, str]) -> RetrievalModel:
     """Loads the model that `RetrievalModel.source` describes; raises the errors of `load`."""
-    given = {name: source[name] for name in ("release", "tokenizer") if name in source}
+    given: dict[str, Any] = dict(source)
+    path = given.pop("weights", None) or given.pop("workdir")
     if "max_words" in source:
         given["max_words"] = int(source["max_words"])
-    if "weights" in source:
-        return load(source["weights"], **given)
-    return load(source["workdir"], source["checkpoint"], **given)
+    return load(path, **given)

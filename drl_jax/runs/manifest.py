@@ -35,8 +35,8 @@ from drl_jax.runs.workdir import (
 )
 from drl_jax.runtime.distributed import failing_together, is_main
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import seal, sha256, write_json
-from drl_jax.weights.source import weights_path
+from drl_jax.runtime.files import seal, write_json
+from drl_jax.weights import source
 
 _PACKAGES = (
     *("drl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
@@ -205,7 +205,7 @@ def _tokenizer_sha256(config: Config) -> str:
 
 
 def weights_sha256(config: Config) -> str:
-    return sha256(weights_path(config.model.init)) if config.model.init else ""
+    return source.weights_sha256(config.model.init) if config.model.init else ""
 
 
 def _commit() -> tuple[str | None, bool | None]:

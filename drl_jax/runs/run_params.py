@@ -118,7 +118,8 @@ def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Para
                 f"config.model.init={model.init} is another file than the run in {workdir} started"
                 " from"
             )
-        params = initial_params(model, read_weights(model.init, model.release), key)
+        weights = read_weights(model.init, model.release, model.weights_key)
+        params = initial_params(model, weights, key)
     return jax.device_put(params, layout.parameters(params))
 
 
@@ -132,6 +133,7 @@ def import_weights(
     seed: int = 0,
     *,
     release: str = "",
+    weights_key: str = "",
     tokenizer: str = "",
 ) -> tuple[Config, Description]:
     """Creates a run with one checkpoint, of step 0, from a file of weights.
@@ -140,7 +142,7 @@ def import_weights(
       source: name or file of weights: an exported run, towers alone (heads start as in training,
         from `seed`), or a DRL checkpoint.
       interaction: "dp" or "ti", for a file without interaction parameters.
-      release: as in `read_weights`.
+      release, weights_key: as in `read_weights`.
       tokenizer: its file, if it is not beside that of the weights.
 
     Returns:
@@ -151,7 +153,7 @@ def import_weights(
     """
     if (workdir / CONFIG_FILE).exists():
         raise WorkdirError(f"{workdir} already holds a run; choose another directory")
-    weights = read_weights(source, release)
+    weights = read_weights(source, release, weights_key)
     if tokenizer:
         weights = weights._replace(tokenizer=tokenizer)
     config = config_of_weights(weights, interaction)

@@ -221,7 +221,7 @@ def _read_init(config: Config) -> tuple[Config, Params | None]:
     model = config.model
     if not model.init:
         return config, None
-    weights = read_weights(model.init, model.release)
+    weights = read_weights(model.init, model.release, model.weights_key)
     config = with_backbone_of(config, weights)
     if is_main():
         print(f"{model.init}: {weights.description}; {head_start(config.model, weights)}")

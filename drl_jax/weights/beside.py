@@ -5,12 +5,13 @@ Each reader returns fields of BackboneConfig. What it cannot represent, it refus
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from drl_jax.config import ACTIVATIONS, INTERPOLATIONS, RESIZES, TEXT_CLEANINGS, BackboneConfig
-from drl_jax.weights.json_values import JSONValues, WeightsError
-from drl_jax.weights.releases import SIGLIP_TEXT
+from drl_jax.weights.families import FAMILIES, SUPPORTED, WeightsError
+from drl_jax.weights.json_values import JSONValues
 
 # Names of Hugging Face's files with the preprocessing; newer versions of its library write the
 # second one.
@@ -23,8 +24,13 @@ _HUGGING_FACE_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+# Of Hugging Face's "model_type".
+_MODEL_TYPES = {"clip": "clip", "metaclip_2": "clip", "siglip": "siglip", "siglip2": "siglip"}
 # PIL's numbers of filters.
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
+# Image towers of timm: their family, and the pattern of those with the tanh form of GELU.
+_TIMM = {r"vit_\w+_siglip_\d+": "siglip", r"vit_pe_core_(tiny|small|base|large)\w+": "pe"}
+_TIMM_TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_\d+|vit_large\w+_512"
 # Short names of fields in a config.json of ours.
 _SHORT = {
     "mean": "pixel_mean",
@@ -67,6 +73,15 @@ def read_beside(path: Path) -> Beside | None:
     return found[0] if found else None
 
 
+def unknown_model_type(path: Path) -> str:
+    """What a config.json of Hugging Face says of weights that are not supported; or empty."""
+    values = JSONValues.read(path.with_name("config.json"))
+    kind = values.content.get("model_type") if values else None
+    if not isinstance(kind, str) or kind in _MODEL_TYPES:
+        return ""
+    return f"is of the type {kind}, by the config.json beside it; {SUPPORTED}"
+
+
 def _open_clip(path: Path) -> Beside | None:
     values = JSONValues.read(path.with_name("open_clip_config.json"))
     if values is None:
@@ -90,9 +105,6 @@ def _config(path: Path) -> Beside | None:
     return Beside("config.json", _own_fields(values)) if is_own else None
 
 
-# ---------------------------------------------------------------- our own form
-
-
 def _own_fields(values: JSONValues) -> dict[str, Any]:
     """Fields of a config.json with the names of BackboneConfig, and a few shorter ones.
 
@@ -101,6 +113,7 @@ def _own_fields(values: JSONValues) -> dict[str, Any]:
     types = {field.name: field.type for field in dataclasses.fields(BackboneConfig)}
     choices = {
         "activation": ACTIVATIONS,
+        "text_activation": ACTIVATIONS,
         "resize": RESIZES,
         "interpolation": INTERPOLATIONS,
         "text_cleaning": TEXT_CLEANINGS,
@@ -135,29 +148,22 @@ def _own_fields(values: JSONValues) -> dict[str, Any]:
 def _hugging_face_fields(values: JSONValues) -> dict[str, Any]:
     """Fields of Hugging Face's config.json; what it leaves out has the library's default."""
     kind = values.text("model_type")
-    if kind not in ("clip", "siglip", "siglip2", "metaclip_2"):
+    if kind not in _MODEL_TYPES:
         raise WeightsError(
-            f"{values.path}: model_type {kind!r} is not supported; clip, siglip, siglip2 and"
-            " metaclip_2 are"
+            f"{values.path}: model_type {kind!r} is not supported; {', '.join(_MODEL_TYPES)} are"
         )
-    siglip = kind.startswith("siglip")
-    vision, text = values.group("vision_config"), values.group("text_config")
-    activations = set()
-    for tower in (vision, text):
+    siglip = _MODEL_TYPES[kind] == "siglip"
+    towers = vision, text = values.group("vision_config"), values.group("text_config")
+    activations = []
+    for tower in towers:
         name = tower.text("hidden_act", "gelu_pytorch_tanh" if siglip else "quick_gelu")
         if name not in _HUGGING_FACE_ACTIVATIONS:
             raise tower.unsupported("hidden_act")
-        activations.add(_HUGGING_FACE_ACTIVATIONS[name])
-    eps = {tower.number("layer_norm_eps", 1e-6 if siglip else 1e-5) for tower in (vision, text)}
-    for name, found in (("hidden_act", activations), ("layer_norm_eps", eps)):
-        if len(found) > 1:
-            raise WeightsError(
-                f"{values.path}: {name} differs between the towers, which is not supported"
-            )
+        activations.append(_HUGGING_FACE_ACTIVATIONS[name])
     fields = {
-        "family": "siglip" if siglip else "clip",
-        "activation": activations.pop(),
-        "layer_norm_eps": eps.pop(),
+        "family": _MODEL_TYPES[kind],
+        **_activations(*activations),
+        "layer_norm_eps": _eps(towers, "layer_norm_eps", 1e-6 if siglip else 1e-5),
         "vision_heads": vision.count("num_attention_heads", 12),
         "text_heads": text.count("num_attention_heads", 12 if siglip else 8),
     }
@@ -173,9 +179,23 @@ def _hugging_face_fields(values: JSONValues) -> dict[str, Any]:
     )
     fields |= {field: tower.count(name) for field, tower, name in stated if tower.has(name)}
     # Written with the library's default also where the tokenizer has another.
-    if siglip and text.has("pad_token_id") and fields.get("vocab_size") not in SIGLIP_TEXT:
+    known = fields.get("vocab_size") in FAMILIES["siglip"].by_vocabulary
+    if siglip and text.has("pad_token_id") and not known:
         fields["pad_id"] = text.count("pad_token_id", least=0)
     return fields
+
+
+def _activations(vision: str, text: str) -> dict[str, str]:
+    return {"activation": vision, "text_activation": "" if text == vision else text}
+
+
+def _eps(towers: tuple[JSONValues, JSONValues], name: str, default: float) -> float:
+    """The epsilon of both towers' LayerNorms."""
+    vision, text = (tower.number(name, default) for tower in towers)
+    if vision != text:
+        path = towers[0].path
+        raise WeightsError(f"{path}: {name} differs between the towers, which is not supported")
+    return vision
 
 
 def _preprocessor_fields(values: JSONValues, config: JSONValues) -> dict[str, Any]:
@@ -214,49 +234,55 @@ def _preprocessor_fields(values: JSONValues, config: JSONValues) -> dict[str, An
 def _open_clip_fields(values: JSONValues) -> dict[str, Any]:
     """Fields of an open_clip_config.json."""
     model, preprocess = values.group("model_cfg"), values.group("preprocess_cfg")
-    vision, text = model.group("vision_cfg"), model.group("text_cfg")
-    for tower, name in ((vision, "timm_model_name"), (text, "hf_model_name")):
-        if tower.has(name):
-            raise WeightsError(
-                f"{values.path}: {tower.text(name)} is open_clip's form of another library's"
-                " tower; use its publisher's own file"
-            )
+    towers = vision, text = model.group("vision_cfg"), model.group("text_cfg")
+    timm = vision.text("timm_model_name")
+    family = next((f for pattern, f in _TIMM.items() if re.fullmatch(pattern, timm)), "")
+    if other := text.text("hf_model_name") or ("" if family else timm):
+        raise WeightsError(f"{values.path}: the tower {other} is not supported; {SUPPORTED}")
+    siglip = family == "siglip"
     for tower, name, usual in (
         (vision, "attentional_pool", False),
         (vision, "pool_type", "tok"),
-        (text, "pool_type", "argmax"),
-        (text, "no_causal_mask", False),
+        (vision, "timm_pool", "map" if family else ""),
+        (text, "pool_type", "last" if siglip else "argmax"),
+        (text, "no_causal_mask", siglip),
         (text, "embed_cls", False),
     ):
         if tower.content.get(name, usual) != usual:
             raise tower.unsupported(name)
-    activation = "quick_gelu" if model.flag("quick_gelu", False) else "gelu"
-    details = [tower.group("act_kwargs").text("approximate", "none") for tower in (vision, text)]
-    if details == ["tanh", "tanh"] and activation == "gelu":
-        activation = "gelu_tanh"
-    elif details != ["none", "none"]:
-        raise vision.unsupported("act_kwargs")
-    eps = [tower.group("norm_kwargs").number("eps", 1e-5) for tower in (vision, text)]
-    if eps[0] != eps[1]:
-        raise vision.unsupported("norm_kwargs")
-    width = vision.count("width")
-    size = vision.count("image_size")
+    usual = "quick_gelu" if model.flag("quick_gelu", False) and not family else "gelu"
+    activations = []
+    for tower in towers:
+        details = tower.group("act_kwargs").text("approximate", "none")
+        if details not in ("none", "tanh") or (details == "tanh" and usual == "quick_gelu"):
+            raise tower.unsupported("act_kwargs")
+        activations.append("gelu_tanh" if details == "tanh" else usual)
     fields = {
-        "family": "clip",
-        "activation": activation,
-        "layer_norm_eps": eps[0],
+        "family": family or "clip",
         "embed_dim": model.count("embed_dim"),
-        "image_resolution": size,
-        "vision_layers": vision.count("layers"),
-        "vision_width": width,
-        "vision_heads": width // vision.count("head_width", 64),
-        "vision_patch_size": vision.count("patch_size"),
+        "image_resolution": vision.count("image_size"),
         "context_length": text.count("context_length", 77),
         "vocab_size": text.count("vocab_size", _CLIP_VOCABULARY),
         "text_width": text.count("width"),
         "text_heads": text.count("heads"),
         "text_layers": text.count("layers"),
     }
+    if family:
+        activations[0] = "gelu_tanh" if re.fullmatch(_TIMM_TANH, timm) else "gelu"
+        eps = text.group("norm_kwargs").number("eps", 1e-5)
+        if eps != FAMILIES[family].fields.get("layer_norm_eps", 1e-5):
+            raise text.unsupported("norm_kwargs")
+    else:
+        eps = _eps((vision.group("norm_kwargs"), text.group("norm_kwargs")), "eps", 1e-5)
+        fields["vision_layers"] = vision.count("layers")
+        fields["vision_width"] = vision.count("width")
+        fields["vision_heads"] = fields["vision_width"] // vision.count("head_width", 64)
+        fields["vision_patch_size"] = vision.count("patch_size")
+    fields |= {**_activations(*activations), "layer_norm_eps": eps}
+    cleaning = text.group("tokenizer_kwargs").text("clean")
+    if siglip and cleaning in TEXT_CLEANINGS:
+        fields["text_cleaning"] = cleaning
+    size = fields["image_resolution"]
     if preprocess.content.get("size", size) not in (size, [size, size]):
         raise preprocess.unsupported("size")
     for name, field in (("mean", "pixel_mean"), ("std", "pixel_std")):

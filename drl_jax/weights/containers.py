@@ -1,132 +1,310 @@
-"""Reads PyTorch files without PyTorch and without executing code in them.
+"""Opens files of weights of any form: what they hold, without reading the values.
 
-A `.pt` or `.bin` file is a pickle, that is, a program. This reader supports four formats (the
-TorchScript archives that OpenAI published, `torch.save` as zip and as the older stream, and Hugging
-Face's safetensors). It builds tensors from an exact whitelist of constructors, refuses everything
-else by name, and checks that every tensor is inside its storage before it reads it.
+The content decides what a file is: a zip archive of `torch.save` or TorchScript, the older stream
+of `torch.save`, safetensors, or an index of several such files. PyTorch is not needed, and no code
+in a file is executed.
 """
 
 import io
+import json
 import mmap
+import re
+import struct
 import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from drl_jax.runtime.errors import Unavailable, one_line, raise_if_refused
-from drl_jax.weights.torch_pickle import (
-    Storage,
-    Tensor,
-    TorchFileError,
-    load_pickle,
-    named_tensors,
+from drl_jax.runtime.files import naming, parse_json
+from drl_jax.weights.tensors import PIECE, Tensor, WeightsFileError, some
+from drl_jax.weights.torch_pickle import Inert, Storage, View, load_pickle, named_values
+
+# Names of weights in a folder or a repository, the preferred one first. open_clip's come first: its
+# repositories may have an image tower alone under Hugging Face's name.
+PREFERRED = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-
-StateDict = dict[str, np.ndarray]
-
+SUFFIXES = (".safetensors", ".pt")
+_INDEX, _SHARD = ".index.json", re.compile(r"-\d+-of-\d+\.[a-z]+$")
 # The first number of a legacy file, and the protocol that follows it.
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MAX_PICKLE_BYTES = 256 * 2**20
+_SAFETENSORS_DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8},
+    **{"U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_},
+}
+# (how other files begin, what they are)
+_OTHERS = (
+    (rb"version https://git-lfs", "a Git LFS pointer instead of the file; run `git lfs pull`"),
+    (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file; download it again"),
+    (rb"\x89HDF", "a Keras file of TensorFlow; get the safetensors file of the same model"),
+    (rb"GGUF|GGML|ggml", "quantised, in the form of llama.cpp; get the float weights"),
+    (rb"[\x80-\x8f\xde\xdf][\x00-\xff]{0,4}[\xa0-\xbf\xd9][a-z_]",
+     "a msgpack file of Flax; get the safetensors or PyTorch file of the same model"),
+    (rb"\x08[\x01-\x20][\x12:\x3a]", "an ONNX model; get the safetensors or PyTorch file of it"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc|Rar!", "a compressed archive; unpack it"),
+)  # fmt: skip
 
 
-def read_torch_file(path: Path) -> StateDict:
-    """Reads the tensors of a file by name.
+class Contents(NamedTuple):
+    """What a file of weights holds.
 
-    Args:
-      path: a TorchScript archive, a `torch.save` file (zip or legacy) that holds a dict of tensors,
-        or a safetensors file.
+    Attributes:
+      tensors: by name; names of nested dicts and modules are joined by dots.
+      form: of the file, in words.
+      metadata: of a safetensors file.
+      inert: names of values that are no tensors, and their classes.
+      checksums: CRC-32 of byte ranges: (file, offset, bytes, checksum).
+      files: that the tensors are in.
+    """
 
-    Returns:
-      Arrays with the dtypes of the file (bfloat16 from ml_dtypes), in the order of the file.
-      Tensors that share storage are copied.
+    tensors: dict[str, Tensor]
+    form: str
+    metadata: dict[str, str]
+    inert: dict[str, str]
+    checksums: tuple[tuple[Path, int, int, int], ...]
+    files: tuple[Path, ...]
+
+    def verify(self, tensors: Iterable[Tensor]) -> None:
+        """Compares the checksums of what these tensors are in.
+
+        Raises:
+          WeightsFileError: the file is damaged.
+          Unavailable: it cannot be read.
+        """
+        used = {(span.path, span.offset) for tensor in tensors for span in tensor.spans}
+        for path, offset, size, expected in self.checksums:
+            if not any(where == path and offset <= at < offset + size for where, at in used):
+                continue
+            try:
+                crc32 = crc32_of(path, offset, size)
+            except OSError as error:
+                raise Unavailable(path, error) from error
+            if crc32 != expected:
+                raise WeightsFileError(f"{path} is damaged: a checksum is wrong; get it again")
+
+
+def crc32_of(path: Path, offset: int, size: int, start: int = 0) -> int:
+    """CRC-32 of a range of bytes, continued from `start`."""
+    with naming(path), path.open("rb") as file:
+        file.seek(offset)
+        for done in range(0, size, PIECE):
+            start = zlib.crc32(file.read(min(PIECE, size - done)), start)
+    return start
+
+
+def file_of_weights(path: Path) -> Path:
+    """The file of weights in a folder; another path as it is.
 
     Raises:
-      TorchFileError: the file cannot be read safely and completely; no code in it was executed.
+      WeightsFileError: it has none, or several without one of the PREFERRED names.
+    """
+    try:
+        if not path.is_dir():
+            return path
+        entries = list(path.iterdir())
+        names = [entry.name + "/" * entry.is_dir() for entry in entries]
+    except OSError as error:
+        raise Unavailable(path, error) from error
+    name, problem = choose_weights(names)
+    if problem:
+        raise WeightsFileError(f"{path} {problem}; name the file")
+    return path / name
+
+
+def choose_weights(names: Iterable[str]) -> tuple[str, str]:
+    """The file of weights among those of a folder, or "" and what is wrong."""
+    names = {name for name in names if "/" not in name[:-1]}
+    for name in PREFERRED:
+        if name in names:
+            return name, ""
+    parts = sorted(name for name in names if _SHARD.search(name) or name.endswith(_INDEX))
+    files = sorted(name for name in names - set(parts) if name.endswith(SUFFIXES))
+    if len(files) == 1:
+        return files[0], ""
+    if files:
+        return "", f"has several files of weights: {some(files)}"
+    if parts:
+        return "", f"has its weights in parts, without one of their usual lists: {some(parts)}"
+    return "", f"has no weights: it has {some(sorted(names)) or 'no files'}"
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file of weights; of a list of parts also the files that it names.
+
+    Raises:
+      WeightsFileError: the list is damaged, or names files elsewhere.
+      Unavailable: it cannot be read.
+    """
+    if not path.name.endswith(_INDEX):
+        return [path]
+    return [path, *(path.with_name(name) for name in sorted(set(_weight_map(path).values())))]
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The file of each tensor, of Hugging Face's list of several files."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Unavailable(path, error) from error
+    except ValueError as error:
+        raise WeightsFileError(f"{path} is damaged: it is not JSON ({one_line(error)})") from error
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise WeightsFileError(f'{path} is no list of files of weights: it has no "weight_map"')
+    for name in files.values():
+        if not isinstance(name, str) or Path(name).name != name or name.endswith(_INDEX):
+            raise WeightsFileError(f"{path} names {name!r}, which is no file beside it")
+    return files
+
+
+def open_weights(path: Path, *, is_part: bool = False) -> Contents:
+    """Opens a file of weights and lists its tensors.
+
+    Args:
+      path: a TorchScript archive, a file of `torch.save` (zip or legacy), a safetensors file, or an
+        `index.json` of several of these beside it.
+      is_part: whether it is one of several.
+
+    Raises:
+      WeightsFileError: the file cannot be read safely and completely, or it is none of these; no
+        code in it was executed.
       Unavailable: there is no such file, or it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
+        with naming(path), path.open("rb") as file:
+            start = file.read(64)
     except OSError as error:
         raise Unavailable(path, error) from error
     try:
+        if _SHARD.search(path.name) and not is_part:
+            index = _SHARD.sub(lambda match: "." + match[0].rpartition(".")[2] + _INDEX, path.name)
+            raise WeightsFileError(f"is one part of several; name {index} or the folder")
         if start[:4] == b"PK\x03\x04":
-            return _read_zip(path)
-        if path.suffix == ".safetensors":
-            _refuse_eight_bits(path)
-            return safetensors.numpy.load_file(path)
-        return _read_legacy(path)
-    except TorchFileError as error:
-        raise TorchFileError(f"{path}: {error}") from error
+            return _open_zip(path)
+        if start[8:9] == b"{" and start[5:8] == bytes(3):
+            return _open_safetensors(path)
+        if path.name.endswith(_INDEX):
+            return _open_index(path)
+        if re.match(rb"\x80[\x02-\x05]", start):
+            return _open_legacy(path)
+        for pattern, what in _OTHERS:
+            if re.match(pattern, start, re.IGNORECASE):
+                raise WeightsFileError(f"is {what}")
+        if start[:1] == b"{":
+            raise WeightsFileError("is JSON: name the file of weights that it describes")
+        raise WeightsFileError("is damaged, or not a PyTorch or safetensors file")
+    except WeightsFileError as error:
+        if str(error).startswith(str(path.parent / "")):
+            raise  # Of a part of it.
+        raise WeightsFileError(f"{path} {error}") from error
     except safetensors.SafetensorError as error:
-        raise TorchFileError(f"{path} is not a complete safetensors file ({error})") from error
+        raise WeightsFileError(
+            f"{path} is not a complete safetensors file ({one_line(error)})"
+        ) from error
     # The standard library raises many types of errors for damaged pickles and archives.
     except Exception as error:
         raise_if_refused(path, error)
-        reason = one_line(error)
-        raise TorchFileError(
-            f"{path} is damaged, or not a PyTorch or safetensors file ({reason})"
+        raise WeightsFileError(
+            f"{path} is damaged, or not a PyTorch or safetensors file ({one_line(error)})"
         ) from error
 
 
-def _refuse_eight_bits(path: Path) -> None:
-    """NumPy has no floating-point numbers of 8 bits, in which quantised weights are stored."""
-    with safetensors.safe_open(path, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
-            if (dtype := file.get_slice(name).get_dtype()).startswith("F8"):
-                raise TorchFileError(f"is quantised: {name} is {dtype}; get the float weights")
+# ---------------------------------------------------------------- safetensors
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file that `read_torch_file` can read; empty for other files."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safetensors.safe_open(path, framework="numpy") as file:
-        return file.metadata() or {}
+def _open_safetensors(path: Path) -> Contents:
+    with safetensors.safe_open(path, framework="numpy") as file:  # Checks the whole header.
+        metadata = file.metadata() or {}
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        dtype = entry["dtype"]
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise WeightsFileError(f"is quantised: {name} is {dtype}; get the float weights")
+        at = 8 + size + entry["data_offsets"][0]
+        tensors[name] = Tensor.at(path, np.dtype(_SAFETENSORS_DTYPES[dtype]), at, entry["shape"])
+    return Contents(tensors, "safetensors", metadata, {}, (), (path,))
 
 
-def _materialise(tensor: Tensor, data: bytes | memoryview) -> np.ndarray:
-    """Reads the values of a tensor from the bytes of its storage."""
-    flat = np.frombuffer(data, tensor.storage.dtype)
-    itemsize = tensor.storage.dtype.itemsize
-    view = np.lib.stride_tricks.as_strided(
-        flat[tensor.offset :], tensor.size, [step * itemsize for step in tensor.stride]
+def _open_index(path: Path) -> Contents:
+    """The files of a list, as one."""
+    files = _weight_map(path)
+    parts = {p.name: open_weights(p, is_part=True) for p in files_of(path)[1:]}
+    tensors = {}
+    for name, file in files.items():
+        if name not in parts[file].tensors:
+            raise WeightsFileError(f"says that {file} has {name}, which it has not; get both again")
+        tensors[name] = parts[file].tensors[name]
+    return Contents(
+        tensors,
+        f"{len(parts)} parts, {next(iter(parts.values())).form}",
+        {},
+        {name: kind for part in parts.values() for name, kind in part.inert.items()},
+        tuple(checksum for part in parts.values() for checksum in part.checksums),
+        tuple(path.with_name(name) for name in parts),
     )
-    # np.ascontiguousarray would turn a scalar into a vector.
-    return view.copy()
 
 
-# ---------------------------------------------------------------- zip format
+# ---------------------------------------------------------------- PyTorch
 
 
-def _read_zip(path: Path) -> StateDict:
-    with zipfile.ZipFile(path) as archive:
+def _contents(
+    path: Path, form: str, value: object, at: dict[Storage, int], checksums: tuple = ()
+) -> Contents:
+    """The tensors of an unpickled value, whose storages are at the offsets `at` of the file."""
+    tensors, inert = {}, {}
+    for name, found in named_values(value):
+        # A whole model has its modules and tensors in these.
+        name = re.sub(r"(?:^|(?<=\.))_(?:modules|parameters|buffers)\.", "", name)
+        if isinstance(found, View):
+            storage = found.storage
+            offset = at[storage] + found.offset * storage.dtype.itemsize
+            tensors[name] = Tensor.at(path, storage.dtype, offset, found.size, found.stride)
+        elif isinstance(found, Inert):
+            inert[name] = found.name
+    return Contents(tensors, form, {}, inert, checksums, (path,))
+
+
+def _open_zip(path: Path) -> Contents:
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         _check_entries(archive)
-        pickles = [e for e in archive.namelist() if e.endswith("/data.pkl") and e.count("/") == 1]
+        names = archive.namelist()
+        pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise TorchFileError("is a zip file, but not one of PyTorch (no data.pkl)")
+            raise WeightsFileError("is a zip file, but not one of PyTorch (no data.pkl)")
         root = pickles[0].removesuffix("data.pkl")
-        order = f"{root}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
-            raise TorchFileError("was written on a big-endian machine")
-        content = load_pickle(io.BytesIO(archive.read(pickles[0])))
-        storages: dict[Storage, bytes] = {}
-        tensors = {}
-        for name, tensor in named_tensors(content):
-            storage = tensor.storage
-            if storage not in storages:
-                entry = archive.getinfo(f"{root}data/{storage.key}")
-                if entry.file_size != storage.numel * storage.dtype.itemsize:
-                    raise TorchFileError(
-                        f"storage {storage.key} has {entry.file_size} bytes, not"
-                        f" {storage.numel} elements of {storage.dtype}"
-                    )
-                storages[storage] = archive.read(entry)  # zipfile checks its CRC
-            tensors[name] = _materialise(tensor, storages[storage])
-    return tensors
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise WeightsFileError("was written on a big-endian machine")
+        storages: dict[str, Storage] = {}
+        value = load_pickle(io.BytesIO(archive.read(pickles[0])), storages)
+        at, checksums = {}, []
+        for key, storage in storages.items():
+            entry = archive.getinfo(f"{root}data/{key}")
+            if entry.file_size != storage.numel * storage.dtype.itemsize:
+                raise WeightsFileError(
+                    f"storage {key} has {entry.file_size} bytes, not {storage.numel} elements of"
+                    f" {storage.dtype}"
+                )
+            # The data follow a header of 30 bytes, the name, and what makes them aligned.
+            file.seek(entry.header_offset + 26)
+            at[storage] = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            checksums.append((path, at[storage], entry.file_size, entry.CRC))
+        is_script = any(name.startswith(f"{root}code/") for name in names)
+    form = "TorchScript archive" if is_script else "torch.save, zip"
+    return _contents(path, form, value, at, tuple(checksums))
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:
@@ -134,40 +312,40 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
     end = 0
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         if entry.header_offset < end:
-            raise TorchFileError(f"refused: entry {entry.filename} overlaps another")
+            raise WeightsFileError(f"refused: entry {entry.filename} overlaps another")
         end = entry.header_offset + entry.compress_size
         is_code = "/code/" in entry.filename
         if entry.compress_type != zipfile.ZIP_STORED and not is_code:
-            raise TorchFileError(f"refused: entry {entry.filename} is compressed")
+            raise WeightsFileError(f"refused: entry {entry.filename} is compressed")
         if entry.filename.endswith("data.pkl") and entry.file_size > _MAX_PICKLE_BYTES:
-            raise TorchFileError(f"refused: a pickle of {entry.file_size} bytes")
+            raise WeightsFileError(f"refused: a pickle of {entry.file_size} bytes")
 
 
-# ---------------------------------------------------------------- legacy format
-
-
-def _read_legacy(path: Path) -> StateDict:
-    """Reads magic, protocol, system info, content, storage keys, then the bytes of each storage."""
+def _open_legacy(path: Path) -> Contents:
+    """Magic, protocol, system info, content, storage keys, then the bytes of each storage."""
     # In memory, a read is never longer than the file.
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
         if load_pickle(file) != _LEGACY_MAGIC or load_pickle(file) != _LEGACY_PROTOCOL:
-            raise TorchFileError("is not a PyTorch file")
+            raise WeightsFileError("is a pickle, but not of PyTorch")
         if not load_pickle(file).get("little_endian", True):
-            raise TorchFileError("was written on a big-endian machine")
-        tensors = dict(named_tensors(load_pickle(file)))
-        dtypes = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-        data = {}
+            raise WeightsFileError("was written on a big-endian machine")
+        storages: dict[str, Storage] = {}
+        value = load_pickle(file, storages)
+        at: dict[Storage, int] = {}
         for key in load_pickle(file):
             numel = int.from_bytes(file.read(8), "little")
-            storage = dtypes.get(key)
-            if storage is None or storage.numel != numel:
-                raise TorchFileError(f"storage {key} has {numel} elements, which no tensor expects")
-            data[key] = file.read(numel * storage.dtype.itemsize)
-            if len(data[key]) != numel * storage.dtype.itemsize:
-                raise TorchFileError(f"ends inside storage {key}")
-        missing = dtypes.keys() - data.keys()
-        if missing:
-            raise TorchFileError(f"lacks storage {min(missing)}")
+            storage = storages.get(key)
+            if storage is None or storage.numel != numel or storage in at:
+                raise WeightsFileError(
+                    f"storage {key} has {numel} elements, which no tensor expects"
+                )
+            at[storage] = file.tell()
+            end = file.tell() + numel * storage.dtype.itemsize
+            if end > len(file):
+                raise WeightsFileError(f"ends inside storage {key}")
+            file.seek(end)
+        if missing := set(storages.values()) - at.keys():
+            raise WeightsFileError(f"lacks storage {min(missing).key}")
         if left := len(file) - file.tell():
-            raise TorchFileError(f"has {left} bytes after its end")
-    return {name: _materialise(t, data[t.storage.key]) for name, t in tensors.items()}
+            raise WeightsFileError(f"has {left} bytes after its end")
+    return _contents(path, "torch.save, legacy", value, at)

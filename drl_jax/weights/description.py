@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from drl_jax.config import BackboneConfig
 from drl_jax.weights.beside import read_beside
-from drl_jax.weights.json_values import WeightsError
-from drl_jax.weights.releases import FAMILY_FIELDS, RELEASES, SIGLIP_TEXT
+from drl_jax.weights.families import FAMILIES, WeightsError, sizes_of
+from drl_jax.weights.releases import RELEASES
+from drl_jax.weights.tensors import StateDict
 
 # Channels of an attention head of a tower of at most this width, and the heads of wider ones and
 # of So400m.
@@ -36,6 +35,7 @@ class Description(NamedTuple):
       is_guessed: whether nothing says it.
       licence: of the weights; empty if nothing says it.
       revision: commit of the repository that they were downloaded from; empty for another file.
+      notes: on what else is in the file.
     """
 
     backbone: BackboneConfig
@@ -43,6 +43,7 @@ class Description(NamedTuple):
     is_guessed: bool = False
     licence: str = ""
     revision: str = ""
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         backbone = self.backbone
@@ -53,11 +54,13 @@ class Description(NamedTuple):
             f" {backbone.activation} ({'guessed ' if self.is_guessed else ''}from"
             f" {self.activation_from}), licence: {self.licence or 'not stated by the file'}"
             f"{self.revision and f', commit {self.revision}'}"
+            + "".join(f"; {note}" for note in self.notes)
         )
 
 
 def describe(
-    state: Mapping[str, np.ndarray],
+    family: str,
+    state: StateDict,
     path: Path | None = None,
     *,
     release: str = "",
@@ -67,7 +70,8 @@ def describe(
     """Describes towers from a release, a description beside them, or what their tensors suggest.
 
     Args:
-      state: tensors under OpenAI's names.
+      family: of the towers.
+      state: their tensors under OpenAI's names.
       path: of the file; None if there is none.
       release: a name of `RELEASES`; empty: none is given.
       likeness: what suggests that towers of CLIP are OpenAI's; a description or a release wins.
@@ -77,21 +81,21 @@ def describe(
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.
     """
     check_release(release)
-    family, sizes = _family(state), _sizes(state)
-    known = {"family": family, **FAMILY_FIELDS[family]}
+    row, sizes = FAMILIES[family], sizes_of(state)
+    known = {"family": family, **row.fields, **row.by_vocabulary.get(sizes["vocab_size"], {})}
     source, is_guessed, licence = "its family", True, ""
     said = likeness if is_openais else f"the release {release}"
     if is_openais and release not in ("", "openai"):
         raise WeightsError(f"{path} is {likeness}, not of the release {release}; leave that out")
     release = "openai" if is_openais else release
-    if family == "siglip":
-        known |= SIGLIP_TEXT.get(sizes["vocab_size"], {})
-    elif sizes["vocab_size"] > _CLIP_VOCABULARY:
+    if not row.by_vocabulary and sizes["vocab_size"] > _CLIP_VOCABULARY:
         known["text_cleaning"] = "none"  # A multilingual vocabulary.
     if likeness and family == "clip":
         known |= RELEASES["openai"].backbone_fields(sizes["vision_patch_size"])
         source = likeness
     beside = None if path is None else read_beside(path)
+    if beside is not None:
+        _take_resolution(sizes, beside.fields)
     if beside is not None and (wrong := _disagreement(beside.fields, {"family": family, **sizes})):
         if not release:
             raise WeightsError(
@@ -134,19 +138,23 @@ def describe(
     return Description(BackboneConfig(**known), source, is_guessed, licence)
 
 
-def check_beside(path: Path, state: Mapping[str, np.ndarray], backbone: BackboneConfig) -> None:
+def check_beside(path: Path, family: str, state: StateDict, backbone: BackboneConfig) -> None:
     """Checks that a description beside a file that describes itself does not contradict it.
 
     Args:
       path: of the file.
-      state: its tensors under OpenAI's names.
+      family: of its towers.
+      state: their tensors under OpenAI's names.
       backbone: what it says of itself.
 
     Raises:
       WeightsError: the description has the sizes of the tensors, and something else differs.
     """
-    beside = read_beside(path)
-    if beside is None or _disagreement(beside.fields, {"family": _family(state), **_sizes(state)}):
+    beside, sizes = read_beside(path), sizes_of(state)
+    if beside is None:
+        return
+    _take_resolution(sizes, beside.fields)
+    if _disagreement(beside.fields, {"family": family, **sizes}):
         return
     if wrong := _disagreement(beside.fields, dataclasses.asdict(backbone)):
         raise WeightsError(
@@ -161,61 +169,19 @@ def check_release(release: str) -> None:
         raise WeightsError(f"the release {release} is unknown; it is one of {', '.join(RELEASES)}")
 
 
+def _take_resolution(sizes: dict[str, int], stated: Mapping[str, Any]) -> None:
+    """Takes over a stated size of images that have the patches of the tensors, and more pixels."""
+    patch, size = sizes["vision_patch_size"], sizes["image_resolution"]
+    if stated.get("image_resolution", 0) // patch == size // patch:
+        sizes["image_resolution"] = stated["image_resolution"]
+
+
 def _disagreement(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """The first field with two values; empty if there is none."""
     for name, value in expected.items():
         if name in found and found[name] != value:
             return f"{name} is {found[name]} in one and {value} in the other"
     return ""
-
-
-# ---------------------------------------------------------------- tensors
-
-
-def _family(state: Mapping[str, np.ndarray]) -> str:
-    if "visual.attn_pool.probe" not in state:
-        return "clip"
-    return "siglip" if "text_projection.weight" in state else "pe"
-
-
-def _sizes(state: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The sizes of BackboneConfig that the shapes of tensors say."""
-
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in state:
-            raise WeightsError(f"the weights lack {name}")
-        if state[name].ndim != axes:
-            raise WeightsError(f"{name} has {state[name].ndim} axes, not {axes}")
-        return state[name].shape
-
-    def layers(prefix: str) -> int:
-        start = f"{prefix}.resblocks."
-        return len({n[len(start) :].split(".")[0] for n in state if n.startswith(start)})
-
-    def hidden(prefix: str, width: int) -> int:
-        rows = shape(f"{prefix}.resblocks.0.mlp.c_fc.bias", 1)[0]
-        return 0 if rows == 4 * width else rows
-
-    vision_width, _, patch, _ = shape("visual.conv1.weight", 4)
-    patches = shape("visual.positional_embedding", 2)[0] - ("visual.class_embedding" in state)
-    text_width = shape("ln_final.weight", 1)[0]
-    if "text_projection.weight" in state:
-        embed_dim = shape("text_projection.weight", 2)[0]
-    else:
-        embed_dim = shape("text_projection", 2)[1]
-    return {
-        "embed_dim": embed_dim,
-        "image_resolution": round(patches**0.5) * patch,
-        "vision_layers": layers("visual.transformer"),
-        "vision_width": vision_width,
-        "vision_patch_size": patch,
-        "vision_mlp_width": hidden("visual.transformer", vision_width),
-        "context_length": shape("positional_embedding", 2)[0],
-        "vocab_size": shape("token_embedding.weight", 2)[0],
-        "text_width": text_width,
-        "text_layers": layers("transformer"),
-        "text_mlp_width": hidden("transformer", text_width),
-    }
 
 
 def _heads(tower: str, width: int) -> int:

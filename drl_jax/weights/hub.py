@@ -10,23 +10,15 @@ from pathlib import Path
 
 from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.weights import beside
+from drl_jax.weights.containers import PREFERRED, SUFFIXES, choose_weights, files_of
+from drl_jax.weights.tensors import some
 
 PREFIX = "hf-hub:"
-# Names of weights, the first of which is taken; else the only file with one of the suffixes.
-PREFERRED = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
-)
-SUFFIXES = (".safetensors", ".pt")
 # Files that say what the weights are; those that exist are downloaded with them.
 DESCRIPTIONS = (*beside.DESCRIPTIONS, "tokenizer.json", "spiece.model")
 _NAME = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
-_SHARD = re.compile(r"-\d+-of-\d+\.[a-z]+$|\.index\.json$")
 # What `download` has returned in this process: a run reads its weights and hashes the same file.
 _downloaded: dict[str, Path] = {}
 
@@ -73,7 +65,7 @@ def download(source: str) -> Path:
         if names is None:
             path = _cached(source, repository, revision)
         else:
-            path = _download(repository, revision, names, choose_weights(names, source))
+            path = _download(repository, revision, names, _chosen(names, source))
     except UserError:
         raise
     # Errors of the HTTP client, whose package differs between versions, and of a native extension.
@@ -94,34 +86,15 @@ def resolved_revision(path: Path) -> str | None:
     return folder.name if in_cache else None
 
 
-def choose_weights(names: Iterable[str], source: str) -> str:
-    """The file of weights among the files of a repository.
-
-    Args:
-      names: paths in the repository; those in subfolders are not considered.
-      source: for the message.
-
-    Raises:
-      HubError: there is none, several without one of the PREFERRED names, or only parts of one.
-    """
-    names = {name for name in names if "/" not in name}
-    for name in PREFERRED:
-        if name in names:
-            return name
-    parts = sorted(name for name in names if _SHARD.search(name))
-    files = sorted(name for name in names - set(parts) if name.endswith(SUFFIXES))
-    if len(files) == 1:
-        return files[0]
-    if files:
-        problem = f"has several files of weights: {_some(files)}"
-    elif parts:
-        problem = f"has its weights in parts: {_some(parts)}"
-    else:
-        problem = f"has no weights: its files are {_some(sorted(names)) or 'none'}"
-    raise HubError(
-        f"{source} {problem}; supported are {', '.join(PREFERRED)} or a single file *"
-        f"{' or *'.join(SUFFIXES)}; download the right one with `hf download` and give its path"
-    )
+def _chosen(names: Iterable[str], source: str) -> str:
+    """The file of weights among the files of a repository; HubError if none can be told."""
+    name, problem = choose_weights(names)
+    if problem:
+        raise HubError(
+            f"{source} {problem}; supported are {', '.join(PREFERRED)} or a single file *"
+            f"{' or *'.join(SUFFIXES)}; download the right one with `hf download` and give its path"
+        )
+    return name
 
 
 def _parse(source: str) -> tuple[str, str]:
@@ -146,9 +119,8 @@ def _remote_names(repository: str, revision: str) -> list[str] | None:
         raise
     except Exception:
         # No connection, offline mode, a proxy or a server that fails.
-        if not any(
-            name.endswith((*SUFFIXES, ".bin")) for name in _cached_names(repository, revision)
-        ):
+        endings = (*SUFFIXES, ".bin", ".index.json")
+        if not any(name.endswith(endings) for name in _cached_names(repository, revision)):
             raise
         return None
     return [sibling.rfilename for sibling in info.siblings or ()]
@@ -162,12 +134,17 @@ def _download(repository: str, revision: str, names: list[str], weights: str) ->
         path = Path(hf_hub_download(repository, name, revision=revision))
         # The others are of the same commit, even if the branch moves now.
         revision = path.parent.name
+    for part in files_of(path)[1:]:
+        hf_hub_download(repository, part.name, revision=revision)
     return path
 
 
 def _cached(source: str, repository: str, revision: str) -> Path:
-    name = choose_weights(_cached_names(repository, revision), source)
-    return _snapshot(repository, revision) / name
+    name = _chosen(_cached_names(repository, revision), source)
+    path = _snapshot(repository, revision) / name
+    if absent := [part.name for part in files_of(path) if not part.exists()]:
+        raise HubError(f"{source} is not complete in the cache: {some(absent)} is missing")
+    return path
 
 
 def _cached_names(repository: str, revision: str) -> list[str]:
@@ -213,9 +190,3 @@ def _explanation(source: str, repository: str, revision: str, error: Exception) 
         f" ({one_line(error)}); check the connection and try again, or download it on another"
         " machine and copy the cache"
     )
-
-
-def _some(names: list[str]) -> str:
-    """The first few of a list of names."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

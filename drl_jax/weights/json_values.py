@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drl_jax.runtime.errors import Unavailable, UserError, one_line
+from drl_jax.runtime.errors import Unavailable, one_line
 from drl_jax.runtime.files import parse_json
-
-
-class WeightsError(UserError):
-    """Weights that do not fit the model, or that nothing describes; the message names them."""
+from drl_jax.weights.families import WeightsError
 
 
 class JSONValues:

@@ -17,9 +17,9 @@ from drl_jax.models.drl import (
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.towers import INITIAL_LOGIT_BIAS
-from drl_jax.weights.json_values import WeightsError
-from drl_jax.weights.names import entries
-from drl_jax.weights.torch_file import StateDict
+from drl_jax.weights.families import WeightsError
+from drl_jax.weights.names import Entry, entries
+from drl_jax.weights.tensors import StateDict, some
 from drl_jax.weights.weights_file import Weights
 
 # Fields of BackboneConfig that say how frames and captions are prepared.
@@ -134,7 +134,28 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
       float32 arrays in the structure of `shapes`.
 
     Raises:
-      WeightsError: a tensor is missing, unknown or of another shape.
+      WeightsError: a tensor is missing, unknown, of another shape, or not finite.
+    """
+    table = check_state(state, shapes)
+    leaves = []
+    for entry in table:
+        leaf = entry.from_reference([state[name] for name in entry.names], np.dtype(np.float32))
+        # A sum in float64 overflows for no float32; a mask would need memory.
+        if not np.isfinite(np.sum(leaf, dtype=np.float64)):
+            name = next(n for n in entry.names if not np.isfinite(np.asarray(state[n])).all())
+            raise WeightsError(f"{name} has values that are not finite; get the file again")
+        leaves.append(jax.device_put(leaf))
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def check_state(state: StateDict, shapes: Params) -> list[Entry]:
+    """Checks names, shapes and types of a state dict; reads no values.
+
+    Returns:
+      The entries of `shapes`, in their order.
+
+    Raises:
+      WeightsError: see `params_from_state`.
     """
     table = list(entries(shapes))
     wanted = {name: entry for entry in table for name in entry.names}
@@ -143,9 +164,13 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
         if head.config_of_weights(wanted.keys()) is not None:
             known.update(head.UNUSED_REFERENCE_NAMES)
     if missing := sorted(set(wanted) - set(state)):
-        raise WeightsError(f"the weights lack {_some(missing)}, which the model has")
+        raise WeightsError(f"the weights lack {some(missing)}, which the model has")
     if unknown := sorted(set(state) - known):
-        raise WeightsError(f"the weights have {_some(unknown)}, which the model does not have")
+        hint = "; the towers alone load with --weights_key=clip (config.model.weights_key)"
+        raise WeightsError(
+            f"the weights have {some(unknown)}, which the model does not have"
+            f"{'' if any(name.startswith('clip.') for name in unknown) else hint}"
+        )
     for name, entry in wanted.items():
         if state[name].shape != entry.reference_shape():
             raise WeightsError(
@@ -156,18 +181,7 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
             raise WeightsError(
                 f"{name} has the type {state[name].dtype}; weights are floating-point numbers"
             )
-        if not np.isfinite(np.asarray(state[name], np.float32)).all():
-            raise WeightsError(f"{name} has values that are not finite; get the file again")
-    leaves = [
-        jnp.asarray(entry.from_reference([state[name] for name in entry.names])) for entry in table
-    ]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-def _some(names: list[str]) -> str:
-    """The first few of a list of names."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return table
 
 
 def head_start(config: ModelConfig, weights: Weights) -> str:
@@ -199,6 +213,7 @@ def initial_params(config: ModelConfig, weights: Weights, key: jax.Array) -> Par
     Raises:
       WeightsError: the weights do not fit the model.
     """
+    weights.verify()
     shapes, state = param_shapes(config), weights.state
     if config.backbone.logit_bias and "clip.logit_bias" not in state:
         state = {**state, "clip.logit_bias": np.float32(INITIAL_LOGIT_BIAS)}

@@ -5,6 +5,7 @@ heads, which each head translates (`reference_name`). Two differences are common
 transformer are stacked on a leading axis, and kernels are [in, out] where torch's are [out, in].
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
+from drl_jax.weights.tensors import Tensor
 
 # (pattern of our path, the reference's name), applied in order; `{n}` stands for the layer.
 _SUFFIXES = (
@@ -23,6 +25,7 @@ _SUFFIXES = (
     (r"/(kernel|scale|embedding)$", "/weight"),
     (r"/", "."),
 )
+_ALIGNMENT = 64  # bytes
 _HEADS = {"interaction": INTERACTIONS, "temporal": TEMPORAL_HEADS}
 
 
@@ -41,10 +44,26 @@ class Entry(NamedTuple):
     names: list[str]
     stacked: bool
 
-    def from_reference(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """The reference's tensors -> our parameter, float32."""
-        arrays = [_transposed(self.path, np.asarray(tensor, np.float32)) for tensor in tensors]
-        return np.stack(arrays) if self.stacked else arrays[0]
+    def from_reference(self, tensors: list[Any], dtype: np.dtype) -> np.ndarray:
+        """The reference's tensors -> our parameter, without a copy of it in between.
+
+        The array is aligned as JAX's own, so that a CPU device takes it over instead of copying it.
+        """
+        size = math.prod(self.shape) * dtype.itemsize
+        memory = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        parameter = memory[start : start + size].view(dtype).reshape(self.shape)
+        layers = parameter if self.stacked else [parameter]
+        for layer, tensor in zip(layers, tensors, strict=True):
+            out = layer.T if self.path.endswith("/kernel") else layer
+            if self.path.endswith("conv1/kernel"):
+                # [D, 3, p, p] -> [p*p*3, D], rows in the order of the pixels of a patch
+                tensor = np.asarray(tensor).transpose(0, 2, 3, 1).reshape(out.shape)
+            if isinstance(tensor, Tensor):
+                tensor.copy_to(out)
+            else:
+                out[...] = tensor
+        return parameter
 
     def to_reference(self, parameter: np.ndarray) -> list[np.ndarray]:
         """Our parameter -> the reference's tensors."""
@@ -80,13 +99,6 @@ def _reference_path(path: str, paths: dict[str, Any]) -> str:
         if head is not None and (name := head.reference_name(rest, siblings)):
             return name
     raise KeyError(f"no head has a parameter {path}")
-
-
-def _transposed(path: str, tensor: np.ndarray) -> np.ndarray:
-    if path.endswith("conv1/kernel") and tensor.ndim == 4:
-        # [D, 3, p, p] -> [p*p*3, D], rows in the order of the pixels of a patch
-        return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
-    return tensor.T if path.endswith("/kernel") else tensor
 
 
 def _transposed_back(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,35 +6,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from drl_jax.config import BackboneConfig
+from drl_jax.weights.families import FAMILIES
 
 _HALF = (0.5, 0.5, 0.5)
-# Of the families, for what a description does not say. CLIP's activation differs between releases.
-FAMILY_FIELDS: dict[str, dict[str, Any]] = {
-    "clip": {},
-    "siglip": {
-        "activation": "gelu_tanh",
-        "layer_norm_eps": 1e-6,
-        "logit_bias": True,
-        "pixel_mean": _HALF,
-        "pixel_std": _HALF,
-        "resize": "squash",
-    },
-    "pe": {
-        "activation": "gelu",
-        "pixel_mean": _HALF,
-        "pixel_std": _HALF,
-        "resize": "squash",
-        "interpolation": "bilinear",
-    },
-}
-
-
-# Padding and cleaning of SigLIP's captions, by the rows of the embedding: those of SigLIP (c4_en)
-# and of SigLIP 2 (Gemma).
-SIGLIP_TEXT = {
-    32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
-    256_000: {"pad_id": 0, "text_cleaning": "lower"},
-}
 
 
 class Release(NamedTuple):
@@ -115,8 +89,8 @@ PUBLISHED: dict[str, Published] = {
             vocab_size=256_000,
             text_width=768,
             text_heads=12,
-            **FAMILY_FIELDS["siglip"],
-            **SIGLIP_TEXT[256_000],
+            **FAMILIES["siglip"].fields,
+            **FAMILIES["siglip"].by_vocabulary[256_000],
         ),
         "hf-hub:google/siglip2-base-patch16-224",
         "Apache-2.0",
@@ -130,7 +104,7 @@ PUBLISHED: dict[str, Published] = {
             text_width=1024,
             text_heads=16,
             text_layers=24,
-            **FAMILY_FIELDS["pe"],
+            **FAMILIES["pe"].fields,
         ),
         "hf-hub:facebook/PE-Core-B16-224",
         "Apache-2.0",

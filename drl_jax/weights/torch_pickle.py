@@ -1,37 +1,60 @@
 """The pickles in PyTorch files, read without executing code in them.
 
-A pickle is a program. This reader builds descriptions of tensors from an exact whitelist of
-constructors, refuses everything else by name, and checks that every tensor is inside its storage.
+A pickle is a program. This reader calls an exact list of constructors, which describe tensors. Any
+other class becomes an inert object, which remembers its name and what is assigned to it; functions
+of Python's standard library are refused, since only an attack needs them.
 """
 
 import collections
+import functools
 import math
 import pickle
+import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import check_memo
+from drl_jax.weights.tensors import WeightsFileError
 
+# PyTorch's names of types of elements, with and without "Storage".
 _DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
+    "Double": np.dtype(np.float64),
+    "Float": np.dtype(np.float32),
+    "Half": np.dtype(np.float16),
+    "BFloat16": np.dtype(ml_dtypes.bfloat16),
+    "Long": np.dtype(np.int64),
+    "Int": np.dtype(np.int32),
+    "Short": np.dtype(np.int16),
+    "Char": np.dtype(np.int8),
+    "Byte": np.dtype(np.uint8),
+    "Bool": np.dtype(np.bool_),
+    # Of any type: PyTorch's newer form, in which the tensor has it.
+    "Untyped": np.dtype(np.uint8),
 }
-
-
-class TorchFileError(UserError):
-    """A file that is damaged, dangerous or of an unknown format."""
+# Patterns of the plain values of the standard library and of PyTorch, which are kept inert; the
+# rest of them is refused.
+_PLAIN = {
+    "argparse": "Namespace",
+    "builtins": "bool|bytearray|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice"
+    "|str|tuple",
+    "collections": "Counter|defaultdict|deque",
+    "copyreg": "_reconstructor",
+    "datetime": "date|datetime|time|timedelta|timezone",
+    "decimal": "Decimal",
+    "enum": "Enum|IntEnum",
+    "fractions": "Fraction",
+    "functools": "partial",
+    "pathlib": r"\w*Path",
+    "torch": r"[A-Z]\w*|device|strided|bool|u?int\d+|b?float\d+\w*|complex\d+|qu?int\w+",
+    "types": "SimpleNamespace",
+    "uuid": "UUID",
+}
+# Python 2's names, in old files.
+_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 class _StorageType(NamedTuple):
@@ -48,8 +71,8 @@ class Storage(NamedTuple):
     numel: int
 
 
-class Tensor(NamedTuple):
-    """A view of a storage that has not been read."""
+class View(NamedTuple):
+    """A tensor: a view of a storage."""
 
     storage: Storage
     offset: int
@@ -57,99 +80,145 @@ class Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Module:
-    """A TorchScript object: its attributes without its code."""
+class Inert:
+    """A value of a class that is not imported: its name and its attributes, without its code."""
 
-    def __init__(self) -> None:
-        self.attributes: dict[str, Any] = {}
+    name = ""
+
+    attributes: dict[Any, Any]
+
+    def __new__(cls, *arguments: Any, **named: Any) -> "Inert":
+        value = super().__new__(cls)
+        value.attributes = {}
+        return value
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any, **named: Any) -> "Inert":
+        return self
 
     def __setstate__(self, state: Any) -> None:
+        state = state[0] if isinstance(state, tuple) and state else state
         if isinstance(state, dict):
-            self.attributes = state
+            self.attributes.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.attributes[key] = value
+
+    def extend(self, values: Any) -> None:
+        """Forgets elements of a list, or of a set."""
+
+    append = add = extend
+
+
+@functools.lru_cache(maxsize=4096)
+def _inert(name: str) -> type[Inert]:
+    return type("Inert", (Inert,), {"name": name})
 
 
 # ---------------------------------------------------------------- unpickling
 
 
-def load_pickle(file: Any) -> Any:
-    """Unpickles the next object of a file in memory."""
+def load_pickle(file: Any, storages: dict[str, Storage] | None = None) -> Any:
+    """Unpickles the next object of a file in memory; adds all storages that it names by key."""
     check_memo(file)
-    return _Unpickler(file).load()
+    return _Unpickler(file, {} if storages is None else storages).load()
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return _StorageType(_DTYPES[name])
-        if module.split(".")[0] == "__torch__":
-            return _Module
-        try:
-            return _CONSTRUCTORS[module, name]
-        except KeyError:
-            raise TorchFileError(
-                f"refused: the file asks for {module}.{name}, which a state dict does not need"
-            ) from None
+    def __init__(self, file: Any, storages: dict[str, Storage]):
+        super().__init__(file)
+        self.storages = storages
 
-    def persistent_load(self, reference: Any) -> Storage:
+    def find_class(self, module: str, name: str) -> Any:
+        module = _MODULES.get(module, module)
+        kind, top = name.removesuffix("Storage"), module.split(".")[0]
+        if top == "__torch__":
+            return _inert(module)
+        if module in ("torch", "torch.storage") and kind != name and kind in _DTYPES:
+            return _StorageType(_DTYPES[kind])
+        if (module, name) in _CONSTRUCTORS:
+            return _CONSTRUCTORS[module, name]
+        is_standard = top in sys.stdlib_module_names or module in ("torch", "torch.hub")
+        if "." in name or (is_standard and not re.fullmatch(_PLAIN.get(module, "(?!)"), name)):
+            raise WeightsFileError(
+                f"refused: the file asks for {module}.{name}, which a state dict does not need"
+            )
+        return _inert(f"{module}.{name}")
+
+    def persistent_load(self, reference: Any) -> Any:
+        if len(reference) == 4 and reference[0] == "module":
+            return reference[1]  # Of a whole model: its class and source code.
         kind, storage_type, key, _, numel, *view = reference
         if kind not in ("storage", b"storage") or not isinstance(storage_type, _StorageType):
-            raise TorchFileError(f"refused: unknown reference {kind!r}")
+            raise WeightsFileError(f"refused: unknown reference {kind!r}")
         if any(view):
-            raise TorchFileError("refused: a view of a storage")
+            raise WeightsFileError("refused: a view of a storage")
         if type(key) is not str or type(numel) is not int or numel < 0:
-            raise TorchFileError(f"refused: storage {key!r} of {numel!r} elements")
-        return Storage(key, storage_type.dtype, numel)
+            raise WeightsFileError(f"refused: storage {key!r} of {numel!r} elements")
+        storage = Storage(key, storage_type.dtype, numel)
+        if self.storages.setdefault(key, storage) != storage:
+            raise WeightsFileError(f"refused: storage {key} has two sizes or types")
+        return storage
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> View:
     """`torch._utils._rebuild_tensor_v2`, with every bound checked."""
     numbers = (offset, *size, *stride)
     if not isinstance(storage, Storage) or len(size) != len(stride):
-        raise TorchFileError("refused: a tensor without storage or with odd strides")
+        raise WeightsFileError("refused: a tensor without storage or with odd strides")
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise TorchFileError(f"refused: a tensor of size {size}, stride {stride}, offset {offset}")
+        raise WeightsFileError(
+            f"refused: a tensor of size {size}, stride {stride}, offset {offset}"
+        )
     if math.prod(size):
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if last >= storage.numel:
-            raise TorchFileError(
+            raise WeightsFileError(
                 f"refused: a tensor of size {tuple(size)} reaches element {last} of a storage of"
                 f" {storage.numel}"
             )
         # A view with overlapping elements can be larger than the file: a memory bomb.
         if math.prod(size) > storage.numel:
-            raise TorchFileError(
+            raise WeightsFileError(
                 f"refused: a tensor of size {tuple(size)} overlaps itself in a storage of"
                 f" {storage.numel} elements"
             )
-    return Tensor(storage, offset, tuple(size), tuple(stride))
+    return View(storage, offset, tuple(size), tuple(stride))
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+def _size(values: Any = ()) -> tuple:
+    return tuple(values)
+
+
 _CONSTRUCTORS: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
 }
 
 
-def named_tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of nested dicts and modules; names are joined by dots.
-
-    The state dict of a training checkpoint is unwrapped first.
-    """
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
+def named_values(value: Any) -> Iterator[tuple[str, View | Inert]]:
+    """Yields the tensors of nested dicts and modules, and inert values; dots join the names."""
     seen: set[int] = set()
     stack = [("", value)]
     while stack:
         name, value = stack.pop()
-        if isinstance(value, Tensor):
+        if isinstance(value, View):
             yield name, value
             continue
-        children = value.attributes if isinstance(value, _Module) else value
+        children = value
+        if isinstance(value, Inert):
+            children = value.attributes
+            if not value.name.startswith("__torch__"):
+                yield name, value
         if not isinstance(children, dict) or id(value) in seen:
             continue
         seen.add(id(value))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,39 +18,21 @@ from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.tokenizers import tokenizer_of_weights
 from drl_jax.runtime.errors import Unavailable, one_line
 from drl_jax.runtime.files import replacing, sha256
+from drl_jax.weights.beside import unknown_model_type
+from drl_jax.weights.containers import Contents, crc32_of, open_weights
 from drl_jax.weights.description import Description, check_beside, check_release, describe
 from drl_jax.weights.download import MODELS
+from drl_jax.weights.families import Towers, WeightsError, find_towers, to_publisher
 from drl_jax.weights.hub import is_hub_name, resolved_revision
-from drl_jax.weights.hugging_face import (
-    from_hugging_face,
-    is_hugging_face,
-    siglip_to_hugging_face,
-)
-from drl_jax.weights.json_values import WeightsError
 from drl_jax.weights.names import entries
 from drl_jax.weights.releases import PUBLISHED
 from drl_jax.weights.source import weights_path
-from drl_jax.weights.torch_file import StateDict, read_metadata, read_torch_file
+from drl_jax.weights.tensors import StateDict, Tensor, WeightsFileError
 
 # Integers that OpenAI's archives store beside the weights.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # Keys in the metadata of a safetensors file that we write.
 _CONFIG_KEY, _ORIGIN_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_origin", "drl_jax_crc32"
-_SUPPORTED = (
-    "supported are CLIP (OpenAI, open_clip, Hugging Face), SigLIP and SigLIP 2 of a fixed"
-    " resolution (Hugging Face), PE-Core T, S, B and L (Meta), and DRL checkpoints"
-)
-# (pattern of a tensor's name, what has such names)
-_UNSUPPORTED_NAMES = (
-    (r"visual\.layer1\.0\.conv1\.weight$", "a ResNet CLIP; DRL needs a ViT"),
-    (r"video_model\.", "VideoPrism, a video model; DRL needs the feature of each frame"),
-    (r"(vision_encoder|vision_align|text_encoder)\.", "InternVideo2 or a model like it"),
-    (r"(visual\.trunk|text\.transformer)\.", "open_clip's form of another library's towers"),
-    (
-        r".*(qweight|weight_scale|weight_scale_inv|\.SCB|absmax|quant_state.*)$",
-        "quantised; get the float weights",
-    ),
-)
 
 
 class Weights(NamedTuple):
@@ -63,94 +44,108 @@ class Weights(NamedTuple):
       config: the configuration that the file was exported with; None if it does not have one.
       tokenizer: path of the tokenizer beside the file; empty if there is none, or if the towers
         have CLIP's.
+      contents: of the file; None if there is none.
+      towers: how they are in the file.
     """
 
     state: StateDict
     description: Description
     config: Config | None = None
     tokenizer: str = ""
+    contents: Contents | None = None
+    towers: Towers | None = None
 
     @property
     def has_heads(self) -> bool:
         """Whether the file has DRL heads beside the towers."""
         return any(not name.startswith("clip.") for name in self.state)
 
+    def verify(self) -> None:
+        """Compares the checksums of the file with what it holds.
 
-def read_weights(source: str | os.PathLike, release: str = "") -> Weights:
-    """Reads a file of weights.
+        Raises:
+          WeightsFileError: the file is damaged.
+          Unavailable: it cannot be read.
+        """
+        if self.contents is None:
+            return
+        self.contents.verify(self.state.values())
+        metadata, tensors = self.contents.metadata, self.contents.tensors
+        stored = metadata.get(_CHECKSUM_KEY)
+        about = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
+        if stored is not None and stored != _checksum(tensors, about):
+            (path,) = self.contents.files
+            raise WeightsFileError(
+                f"{path} is damaged: its checksum is wrong; copy or export it again"
+            )
+
+
+def read_weights(source: str | os.PathLike, release: str = "", key: str = "") -> Weights:
+    """Opens a file of weights and says what it is; the values are read when they are used.
 
     Args:
-      source: what `weights_path` takes; a file of towers, a DRL checkpoint in any form that
-        `read_torch_file` reads, or a file that `save_weights` wrote.
+      source: what `weights_path` takes: a file that `open_weights` opens or a folder with one, of
+        towers, a DRL checkpoint, or what `save_weights` wrote.
       release: a name of `releases.RELEASES`, for a CLIP whose activation no description says.
+      key: prefix of the towers in a file with several pairs of them.
 
     Raises:
       InstalledWeightsError: installed weights are missing or damaged.
       HubError: a repository cannot be used, see `hub.download`.
-      TorchFileError: the file cannot be read safely.
+      WeightsFileError: the file cannot be read safely, or is damaged.
       WeightsError: it does not hold supported towers, nothing says their activation, or what the
         file, the release and a description beside it say is contradictory.
     """
     check_release(release)
     path = weights_path(source)
-    if re.search(r"-\d+-of-\d+\.|\.index\.json$", path.name):
-        raise WeightsError(f"{path} is one part of sharded weights; join them into one file")
-    state, metadata = read_torch_file(path), read_metadata(path)
-    stored = metadata.get(_CHECKSUM_KEY)
-    about = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
-    if stored is not None and stored != _checksum(state, about):
-        raise WeightsError(f"{path} is damaged: its checksum is wrong; copy or export it again")
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    _refuse_unsupported(path, state)
-    if is_hugging_face(state):
-        state = from_hugging_face(state)
-    is_archive = all(name in state for name in _OPENAI_EXTRAS)
+    contents = open_weights(path)
+    try:
+        return _described(source, path, contents, release, key)
+    except WeightsError as error:
+        if str(path.parent) in str(error):
+            raise  # Of this file, or of one beside it.
+        raise WeightsError(f"{path} {error}") from error
+
+
+def _described(
+    source: str | os.PathLike, path: Path, contents: Contents, release: str, key: str
+) -> Weights:
+    """The weights in an opened file."""
+    metadata, tensors = contents.metadata, dict(contents.tensors)
+    # Of the archives that OpenAI published.
+    is_archive = all(name in tensors for name in _OPENAI_EXTRAS)
     for name in _OPENAI_EXTRAS:
-        state.pop(name, None)
-    # As checkpoints of the PyTorch original of DRL, which knows OpenAI's CLIP only.
-    is_like_drl = any(name.startswith("clip.") for name in state)
-    if not is_like_drl:
-        state = {f"clip.{name}": tensor for name, tensor in state.items()}
-    if "clip.visual.conv1.weight" not in state:
-        raise WeightsError(f"{path} holds no towers: it has no visual.conv1.weight; {_SUPPORTED}")
+        tensors.pop(name, None)
+    try:
+        found = find_towers(tensors, contents.inert, key)
+    except WeightsError as error:
+        raise WeightsError(unknown_model_type(path) or str(error)) from error
+    state = found.state
     towers = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
     if _CONFIG_KEY in metadata:
         config, origin = _stored_config(path, metadata)
         if release:
-            raise WeightsError(f"{path} says what it is; leave the release out")
-        check_beside(path, towers, config.model.backbone)
-        description = Description(config.model.backbone, f"the file{origin}")
+            raise WeightsError("says what it is; leave the release out")
+        check_beside(path, found.family, towers, config.model.backbone)
+        description = Description(config.model.backbone, f"the file{origin}", notes=found.notes)
         tokenizer = tokenizer_of_weights(path, config.model.backbone, config.model.tokenizer)
-        return Weights(state, description, config, tokenizer)
+        return Weights(state, description, config, tokenizer, contents, found)
     is_openais = is_archive and sha256(path) in MODELS.values()
-    likeness = "names of tensors as in DRL's original" if is_like_drl else ""
+    likeness = ""
+    if found.prefix == "clip." and found.form.publisher != "Hugging Face":
+        # As checkpoints of the PyTorch original of DRL, which knows OpenAI's CLIP only.
+        likeness = "names of tensors as in DRL's original"
     if is_archive:
         likeness = f"OpenAI's archive (by its {'sha256' if is_openais else 'form'})"
-    description = describe(towers, path, release=release, likeness=likeness, is_openais=is_openais)
-    licence = description.licence
-    if is_hub_name(source):
-        licences = {published.source: published.licence for published in PUBLISHED.values()}
-        licence = licence or licences.get(source, "")
+    description = describe(
+        found.family, towers, path, release=release, likeness=likeness, is_openais=is_openais
+    )
+    licences = {published.source: published.licence for published in PUBLISHED.values()}
+    licence = description.licence or (is_hub_name(source) and licences.get(source)) or ""
     revision = resolved_revision(path) or ""
-    description = description._replace(revision=revision, licence=licence)
+    description = description._replace(revision=revision, licence=licence, notes=found.notes)
     tokenizer = tokenizer_of_weights(path, description.backbone)
-    return Weights(state, description, tokenizer=tokenizer)
-
-
-def _refuse_unsupported(path: Path, state: StateDict) -> None:
-    """Raises WeightsError, by the name of what a file holds."""
-    for name, tensor in state.items():
-        for pattern, what in _UNSUPPORTED_NAMES:
-            if re.match(pattern, name):
-                raise WeightsError(f"{path} is {what} ({name}); {_SUPPORTED}")
-        if name.endswith(".weight") and tensor.dtype.kind in "iub":
-            raise WeightsError(f"{path} is quantised: {name} is {tensor.dtype}; get the floats")
-    patches = state.get("vision_model.embeddings.patch_embedding.weight")
-    if patches is not None and patches.ndim == 2:
-        raise WeightsError(f"{path} is a NaFlex SigLIP 2, of any resolution; {_SUPPORTED}")
-    if "visual.attn_pool.probe" in state and "visual.class_embedding" not in state:
-        raise WeightsError(f"{path} is a PE-Core G, without a class token; {_SUPPORTED}")
+    return Weights(state, description, None, tokenizer, contents, found)
 
 
 def _checksum(state: StateDict, about: str) -> str:
@@ -158,7 +153,11 @@ def _checksum(state: StateDict, about: str) -> str:
     crc32 = zlib.crc32(about.encode())
     for name, tensor in sorted(state.items()):
         crc32 = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), crc32)
-        crc32 = zlib.crc32(np.ascontiguousarray(tensor).data, crc32)
+        if isinstance(tensor, Tensor):
+            (span,) = tensor.spans
+            crc32 = crc32_of(span.path, span.offset, tensor.size * tensor.dtype.itemsize, crc32)
+        else:
+            crc32 = zlib.crc32(np.ascontiguousarray(tensor).data, crc32)
     return str(crc32)
 
 
@@ -209,8 +208,7 @@ def save_weights(
     state = state_dict_from_params(params)
     if clip_only:
         state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
-        if config.model.backbone.family == "siglip":
-            state = siglip_to_hugging_face(state)
+        state = to_publisher(config.model.backbone.family, state)
     for name, tensor in state.items():
         if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
             raise WeightsError(f"{name} is too large for float16; use float32")

@@ -27,7 +27,7 @@ def clip_state() -> dict[str, np.ndarray]:
 @functools.cache
 def clip_weights() -> Weights:
     """The golden CLIP as `read_weights` reads OpenAI's archive of it."""
-    return Weights(clip_state(), describe(load("clip"), release="openai"))
+    return Weights(clip_state(), describe("clip", load("clip"), release="openai"))
 
 
 def case_state(case: dict) -> dict[str, np.ndarray]:

@@ -1,0 +1,492 @@
+"""The families of towers: one row each says how their files are recognised and named.
+
+A tower is a module of `drl_jax.models` and a row of FAMILIES here. Names in memory are OpenAI's; a
+`Form` translates those of another publisher.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from drl_jax.runtime.errors import UserError
+from drl_jax.weights.tensors import StateDict, Tensor, some
+
+
+class WeightsError(UserError):
+    """Weights that do not fit the model, or that nothing describes; the message names them."""
+
+
+class Form(NamedTuple):
+    """Names of a family's tensors in the files of a publisher.
+
+    Attributes:
+      publisher: whose names they are.
+      needs: names that such files have; the first is that of the patch embedding.
+      beginnings: (theirs, ours), how names begin; others stay as they are.
+      in_block: (theirs, ours), parts of names that have another beginning.
+      transposed: our names of matrices that are stored transposed.
+    """
+
+    publisher: str
+    needs: tuple[str, ...]
+    beginnings: tuple[tuple[str, str], ...] = ()
+    in_block: tuple[tuple[str, str], ...] = ()
+    transposed: tuple[str, ...] = ()
+
+    def renamed(self, name: str, *, back: bool = False) -> str:
+        """One of their names -> ours; or with `back`, ours -> theirs."""
+        beginnings, in_block = self.beginnings, self.in_block
+        if back:
+            beginnings = tuple((ours, theirs) for theirs, ours in beginnings)
+            in_block = tuple((ours, theirs) for theirs, ours in in_block)
+        for old, new in beginnings:
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                for old_part, new_part in in_block:
+                    name = name.replace(old_part, new_part)
+                return name
+        return name
+
+
+class Family(NamedTuple):
+    """A row of FAMILIES.
+
+    Attributes:
+      forms: of its files; the first that fits is taken.
+      fields: of BackboneConfig, for what nothing says.
+      by_vocabulary: more of them, by the rows of the token embedding.
+      export: the form of towers that are exported alone.
+    """
+
+    forms: tuple[Form, ...]
+    fields: Mapping[str, Any]
+    by_vocabulary: Mapping[int, Mapping[str, Any]] = {}
+    export: Form | None = None
+
+
+_CONV, _PROBE = "visual.conv1.weight", "visual.attn_pool.probe"
+_HF_CONV = "vision_model.embeddings.patch_embedding.weight"
+_TIMM_CONV = "visual.trunk.patch_embed.proj.weight"
+_HUGGING_FACE = (
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),  # sic
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+)
+_HUGGING_FACE_BLOCK = (
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+    (".self_attn.", ".attn."),
+)
+# open_clip's CustomTextCLIP, and timm's image towers in it.
+_CUSTOM_TEXT = (("text.", ""),)
+_TIMM = (
+    ("visual.trunk.cls_token", "visual.class_embedding"),
+    ("visual.trunk.pos_embed", "visual.positional_embedding"),
+    ("visual.trunk.patch_embed.proj.", "visual.conv1."),
+    ("visual.trunk.norm_pre.", "visual.ln_pre."),
+    ("visual.trunk.norm.", "visual.ln_post."),
+    ("visual.trunk.head.weight", "visual.proj"),
+    ("visual.trunk.attn_pool.latent", _PROBE),
+    ("visual.trunk.attn_pool.norm.", "visual.attn_pool.layernorm."),
+    ("visual.trunk.attn_pool.mlp.", "visual.attn_pool.mlp."),
+    ("visual.trunk.attn_pool.proj.", "visual.attn_pool.attn.out_proj."),
+    ("visual.trunk.attn_pool.q.", "visual.attn_pool.attn.q_proj."),
+    ("visual.trunk.attn_pool.kv.", "visual.attn_pool.attn.kv_proj."),
+    ("visual.trunk.blocks.", "visual.transformer.resblocks."),
+    *_CUSTOM_TEXT,
+)
+_TIMM_BLOCK = (
+    (".norm1.", ".ln_1."),
+    (".norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+    (".attn.qkv.", ".attn.in_proj_"),
+    (".attn.proj.", ".attn.out_proj."),
+)
+_SIGLIP_HF = Form(
+    "Hugging Face",
+    (_HF_CONV, "vision_model.head.probe"),
+    (
+        *_HUGGING_FACE,
+        ("text_model.head.", "text_projection."),
+        ("vision_model.head.probe", _PROBE),
+        ("vision_model.head.attention.", "visual.attn_pool.attn."),
+        ("vision_model.head.layernorm.", "visual.attn_pool.layernorm."),
+        ("vision_model.head.mlp.", "visual.attn_pool.mlp."),
+    ),
+    _HUGGING_FACE_BLOCK,
+)
+_HALF = (0.5, 0.5, 0.5)
+
+FAMILIES: dict[str, Family] = {
+    "siglip": Family(
+        (
+            _SIGLIP_HF,
+            Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), _TIMM, _TIMM_BLOCK),
+            Form("drl_jax", (_CONV, _PROBE, "text_projection.weight")),
+        ),
+        {
+            "activation": "gelu_tanh",
+            "layer_norm_eps": 1e-6,
+            "logit_bias": True,
+            "pixel_mean": _HALF,
+            "pixel_std": _HALF,
+            "resize": "squash",
+        },
+        # Of SigLIP (c4_en) and of SigLIP 2 (Gemma).
+        {
+            32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
+            256_000: {"pad_id": 0, "text_cleaning": "lower"},
+        },
+        export=_SIGLIP_HF,
+    ),
+    "pe": Family(
+        (
+            Form("Meta", (_CONV, _PROBE, "visual.class_embedding")),
+            Form(
+                "open_clip",
+                (_TIMM_CONV, "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"),
+                _TIMM,
+                _TIMM_BLOCK,
+                ("visual.proj",),
+            ),
+        ),
+        {
+            "activation": "gelu",
+            "pixel_mean": _HALF,
+            "pixel_std": _HALF,
+            "resize": "squash",
+            "interpolation": "bilinear",
+        },
+    ),
+    # Its activation differs between releases.
+    "clip": Family(
+        (
+            Form("OpenAI", (_CONV, "token_embedding.weight")),
+            Form("open_clip", (_CONV,), _CUSTOM_TEXT),
+            Form(
+                "Hugging Face",
+                (_HF_CONV,),
+                (
+                    *_HUGGING_FACE,
+                    ("text_projection.weight", "text_projection"),
+                    ("visual_projection.weight", "visual.proj"),
+                ),
+                _HUGGING_FACE_BLOCK,
+                ("text_projection", "visual.proj"),
+            ),
+        ),
+        {},
+    ),
+}
+_PATCHES = (_CONV, _HF_CONV, _TIMM_CONV)
+_TEXTS = ("token_embedding.weight", "text.token_embedding.weight",
+          "text_model.embeddings.token_embedding.weight")  # fmt: skip
+# Our names of all families.
+_BLOCK = r"transformer\.resblocks\.\d+\.(ln_[12]\.|attn\.(in_proj_|out_proj\.)|mlp\.c_(fc|proj)\.)"
+_OURS = re.compile(
+    rf"((visual\.)?{_BLOCK}|ln_final\.|text_projection\.|visual\.(conv1|ln_pre|ln_post)\."
+    r"|visual\.attn_pool\.(attn\.(in_proj_|out_proj\.)|layernorm\.|mlp\.c_(fc|proj)\.))"
+    r"(weight|bias)|token_embedding\.weight|(visual\.)?positional_embedding|text_projection"
+    r"|visual\.(class_embedding|proj|attn_pool\.probe)|logit_(scale|bias)"
+)
+# Buffers of towers that are computed from their sizes, and counters.
+_BUFFERS = re.compile(r"(.*\.)?(attn_mask|position_ids|num_batches_tracked|mask[12]|inv_freq)")
+_SCALARS = ("logit_scale", "logit_bias")
+# (pattern of a name below the prefix of the towers, what has such names)
+_UNSUPPORTED = (
+    (r".*(lora_[AB]|lora_(up|down)|lora_embedding_[AB])\.",
+     "a LoRA adapter, which has to be merged into the model first (merge_and_unload)"),
+    (r".*(qweight|weight_scale|weight_scale_inv|\.SCB|absmax|quant_state.*)$",
+     "quantised; get the float weights"),
+    (r".*\.mlp\.c_fc\.theta$", "a GmP-CLIP, whose matrices are lengths and directions; convert it"
+     " with its own script to plain weights"),
+    (r"visual\.layer1\.0\.conv1\.weight$", "a ResNet CLIP; DRL needs a ViT"),
+    (r"video_model\.", "VideoPrism, a video model; DRL needs the feature of each frame"),
+    (r"mit\.|prompts_generator\.|visual\..*\.message_fc", "an X-CLIP of Microsoft, a video model"),
+    (r"vision_(encoder|align)\.", "InternVideo2 or a model like it"),
+    (r"visual_encoder\.|text_decoder\.|.*qformer", "a BLIP"),
+    (r"(text\.)?cls_emb$|visual\.attn_pool\.query$|text\.cls_emb", "a CoCa"),
+    (r"bert\.|text_model\.encoder\.layer\.", "a CLIP with a BERT as text tower, as Chinese-CLIP"),
+    (r"(text_model\.)?roberta\.", "a CLIP with a RoBERTa as text tower, as AltCLIP"),
+    (r"text\.transformer\.(embeddings|encoder|shared|layers?)\.", "a CLIP with a text tower of"
+     " Hugging Face in open_clip's form"),
+    (r"image_encoder\.model\.|visual\.trunk\.(stem|stages)\.", "a MobileCLIP or another hybrid"),
+    (r"visual\.(cls_token|blocks\.)|visual\.trunk\.blocks\.0\.(attn\.(q_proj|norm)|mlp\.(w1|fc1_g|norm))",
+     "an EVA-CLIP"),
+    (r"visual\.trunk\.embeds\.", "a NaFlex SigLIP 2, of any resolution"),
+    (r"visual\.trunk\.", "open_clip's form of another image tower of timm"),
+)  # fmt: skip
+SUPPORTED = (
+    "supported are CLIP, SigLIP and SigLIP 2 of a fixed resolution, PE-Core T, S, B and L, and DRL"
+    " checkpoints (docs/weights.md)"
+)
+
+
+class Towers(NamedTuple):
+    """The towers in a file.
+
+    Attributes:
+      family: a key of FAMILIES.
+      form: whose names they have in the file.
+      prefix: of their names in the file, up to the last dot.
+      state: all tensors that are used, under the reference's names: those of the towers begin with
+        `clip.`, others are of heads.
+      notes: what the reader should know of how they were chosen.
+    """
+
+    family: str
+    form: Form
+    prefix: str
+    state: StateDict
+    notes: tuple[str, ...]
+
+
+def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: str = "") -> Towers:
+    """Finds the towers among the tensors of a file, whatever wraps them.
+
+    Args:
+      tensors: by name.
+      inert: other values by name: their classes.
+      key: of two or more pairs of towers, the prefix of the one that is used; empty: the only one,
+        or the only one that is no moving average (EMA) of another.
+
+    Raises:
+      WeightsError: there are none that are supported, or several.
+    """
+    prefix, notes = _choose(tensors, inert, key)
+    below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    family, form = _form(below)
+    state, unknown = _rename(form, below)
+    # A head of a DRL checkpoint is beside `clip`, unless `clip` is what was asked for.
+    parent = prefix.removesuffix("clip.")
+    is_drl = parent != prefix and form.publisher != "Hugging Face" and key != prefix[:-1]
+    heads = {
+        name.removeprefix(parent): tensor
+        for name, tensor in tensors.items()
+        if is_drl and name.startswith(parent) and not name.startswith(prefix) and tensor.ndim
+    }
+    used = {prefix + name for name in below if name not in unknown} | {parent + n for n in heads}
+    if unused := [name for name in tensors if name not in used]:
+        notes.append(f"not used: {_counted(unused)}")
+    if prefix not in ("", "clip."):
+        notes.insert(0, f"found under {prefix[:-1]}")
+    _check_unknown(family, below, unknown)
+    for name, tensor in state.items():
+        if tensor.dtype.kind in "iub":
+            raise WeightsError(f"is quantised: {name} is {tensor.dtype}; get the float weights")
+    state = {f"clip.{name}": tensor for name, tensor in state.items()}
+    return Towers(family, form, prefix, {**state, **heads}, tuple(notes))
+
+
+def _choose(
+    tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: str
+) -> tuple[str, list[str]]:
+    """The prefix of the towers, and notes on others."""
+    if any(name.endswith(_HF_CONV) and tensor.ndim == 2 for name, tensor in tensors.items()):
+        raise WeightsError(f"is a NaFlex SigLIP 2, of any resolution; {SUPPORTED}")
+    prefixes = {n.removesuffix(p) for n in tensors for p in _PATCHES if f".{n}".endswith(f".{p}")}
+    whole = sorted(p for p in prefixes if any(p + text in tensors for text in _TEXTS))
+    if not whole:
+        for name, kind in inert.items():
+            if "._rebuild_" in kind:
+                raise WeightsError(
+                    f"has {name} in the form of {kind}: sparse, quantised or of 8 bits; get or save"
+                    " dense tensors of 16 or 32 bits"
+                )
+        _refuse_names(tensors)
+        if prefixes:
+            raise WeightsError("holds an image tower without a text tower")
+        if any(f".{name}".endswith(f".{text}") for name in tensors for text in _TEXTS):
+            raise WeightsError("holds a text tower without an image tower")
+        if tensors or not inert:
+            held = f"towers, but {_counted(tensors)}" if tensors else "tensors"
+            raise WeightsError(f"holds no {held}; {SUPPORTED}")
+        kind = next(iter(inert.values()))
+        raise WeightsError(f"holds no tensors, but a {kind}; save the state_dict() of a model")
+    keys = [prefix[:-1] for prefix in whole]
+    if key:
+        chosen = [p for p in whole if f"{p}.".startswith(f"{key}.")]
+        if len(chosen) != 1:
+            raise WeightsError(f"has towers under {_quoted(keys)}, and the key is {key!r}")
+        return chosen[0], []
+    averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p))]
+    others = [p for p in whole if p not in averages]
+    if len(whole) == 1:
+        return whole[0], []
+    if len(others) != 1:
+        raise WeightsError(
+            f"has several pairs of towers, under {_quoted(keys)}; choose one with --weights_key=KEY"
+            " (--config.model.weights_key=KEY of a training)"
+        )
+    names = _quoted([prefix[:-1] for prefix in averages])
+    return others[0], [f"a moving average is under {names} (--weights_key)"]
+
+
+def _form(below: Mapping[str, Tensor]) -> tuple[str, Form]:
+    """The family and form of towers with these names."""
+    if {_CONV, _PROBE, "text_projection"} <= below.keys() and "visual.class_embedding" not in below:
+        raise WeightsError(f"is a PE-Core G, without a class token; {SUPPORTED}")
+    for family, row in FAMILIES.items():
+        for form in row.forms:
+            if all(name in below for name in form.needs):
+                return family, form
+    if _TIMM_CONV in below and "visual.trunk.attn_pool.latent" in below:
+        raise WeightsError(f"is a PE-Core G, without a class token; {SUPPORTED}")
+    _refuse_names(below)
+    raise WeightsError(f"holds towers of an unknown form; {SUPPORTED}")
+
+
+def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
+    """The tensors under our names; and the names of those that belong to no tower of ours."""
+    renamed = {form.renamed(name): (name, tensor) for name, tensor in below.items()}
+    state: StateDict = {}
+    unknown = []
+    for ours, (name, tensor) in renamed.items():
+        if match := re.fullmatch(r"(.*\.attn\.)(q|k|v|kv)_proj\.(weight|bias)", ours):
+            if match[2] != "q":
+                continue  # Part of the fused projection, which is made with the query.
+            parts = (f"{match[1]}{part}_proj.{match[3]}" for part in ("q", "k", "v", "kv"))
+            tensor = Tensor.joined(renamed[part][1] for part in parts if part in renamed)
+            ours = f"{match[1]}in_proj_{match[3]}"
+        if not _OURS.fullmatch(ours):
+            unknown.append(name)
+            continue
+        if ours in form.transposed:
+            tensor = tensor.T
+        # Some publishers store them with more axes.
+        ndim = {"visual.class_embedding": 1, "visual.positional_embedding": 2}.get(ours)
+        ndim = 0 if ours in _SCALARS else ndim
+        state[ours] = tensor if ndim is None else tensor.squeezed(ndim)
+    if (rest := below.get("positional_embedding_res")) is not None:
+        # Long-CLIP keeps CLIP's first 20 positions, and learns the others apart.
+        first = state["positional_embedding"]
+        if first.shape != rest.shape or len(first.shape) != 2 or rest.shape[0] < 20:
+            raise WeightsError(f"has {rest.shape} positions beside {first.shape}")
+        parts = (first.rows(0, 20), rest.rows(20, rest.shape[0]))
+        state["positional_embedding"] = Tensor.joined(parts)
+        unknown.remove("positional_embedding_res")
+    return state, unknown
+
+
+def _check_unknown(family: str, below: Mapping[str, Tensor], unknown: list[str]) -> None:
+    """Raises WeightsError if tensors that are left out take part in the towers' arithmetic."""
+    inside = [
+        name
+        for name in unknown
+        if re.match(r"(visual|transformer|text|vision_model|text_model)\.", name)
+        and not _BUFFERS.fullmatch(name)
+        # timm gives the projection a bias, which is 0: other files have none.
+        and not (name == "visual.trunk.head.bias" and not np.any(np.asarray(below[name])))
+    ]
+    if inside:
+        _refuse_names(inside)
+        raise WeightsError(
+            f"has {some(inside)}, which a {family} does not have: an adapter or another"
+            f" architecture; {SUPPORTED}"
+        )
+
+
+def _refuse_names(names: Iterable[str]) -> None:
+    """Raises WeightsError, by what has such names."""
+    names = list(names)
+    for pattern, what in _UNSUPPORTED:
+        for name in names:
+            if re.search(rf"(?:^|\.)(?:{pattern})", name):
+                raise WeightsError(f"is {what} ({name}); {SUPPORTED}")
+
+
+def _counted(names: Iterable[str]) -> str:
+    """How many tensors, and their names; those of one group are counted."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    many = {name: f"{name}.* ({len(group)})" for name, group in groups.items()}
+    texts = [group[0] if len(group) == 1 else many[name] for name, group in groups.items()]
+    count = sum(map(len, groups.values()))
+    return f"{count} tensor{'s' * (count > 1)}: {some(texts)}" if count else ""
+
+
+def _quoted(keys: Iterable[str]) -> str:
+    return " and ".join(repr(key) for key in keys)
+
+
+def to_publisher(family: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our names of towers -> those in which their publisher exports them; the reverse of `Form`."""
+    form = FAMILIES[family].export
+    if form is None:
+        return dict(state)
+    named = {}
+    for name, tensor in state.items():
+        if name in _SCALARS:
+            tensor = tensor.reshape(1)
+        if match := re.match(r"(.*resblocks\.\d+\.attn)\.in_proj_(weight|bias)$", name):
+            for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
+                named[form.renamed(f"{match[1]}.{part}_proj.{match[2]}", back=True)] = rows
+        else:
+            named[form.renamed(name, back=True)] = tensor
+    return named
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def sizes_of(state: StateDict) -> dict[str, int]:
+    """The sizes of BackboneConfig that the shapes of towers say, under OpenAI's names.
+
+    `image_resolution` is that of the patches: an image may have a few more pixels, which the patch
+    embedding leaves out.
+
+    Raises:
+      WeightsError: a tensor that says a size is missing or has another rank.
+    """
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in state:
+            raise WeightsError(f"the weights lack {name}")
+        if len(state[name].shape) != axes:
+            raise WeightsError(f"{name} has {len(state[name].shape)} axes, not {axes}")
+        return state[name].shape
+
+    def layers(prefix: str) -> int:
+        start = f"{prefix}.resblocks."
+        return len({n[len(start) :].split(".")[0] for n in state if n.startswith(start)})
+
+    def hidden(prefix: str, width: int) -> int:
+        rows = shape(f"{prefix}.resblocks.0.mlp.c_fc.bias", 1)[0]
+        return 0 if rows == 4 * width else rows
+
+    vision_width, _, patch, _ = shape(_CONV, 4)
+    positions = shape("visual.positional_embedding", 2)[0]
+    patches = positions - ("visual.class_embedding" in state)
+    if (side := round(patches**0.5)) ** 2 != patches:
+        raise WeightsError(f"visual.positional_embedding has {patches} patches, which is no square")
+    text_width = shape("ln_final.weight", 1)[0]
+    if "text_projection.weight" in state:
+        embed_dim = shape("text_projection.weight", 2)[0]
+    else:
+        embed_dim = shape("text_projection", 2)[1]
+    return {
+        "embed_dim": embed_dim,
+        "image_resolution": side * patch,
+        "vision_layers": layers("visual.transformer"),
+        "vision_width": vision_width,
+        "vision_patch_size": patch,
+        "vision_mlp_width": hidden("visual.transformer", vision_width),
+        "context_length": shape("positional_embedding", 2)[0],
+        "vocab_size": shape("token_embedding.weight", 2)[0],
+        "text_width": text_width,
+        "text_layers": layers("transformer"),
+        "text_mlp_width": hidden("transformer", text_width),
+    }
