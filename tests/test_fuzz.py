@@ -102,7 +102,7 @@ def integer_weights(directory: Path) -> None:
 
 def long_name(directory: Path) -> None:
     path = directory / "clip.safetensors"
-    save_file({**load_file(path), "x\u2028" * 1000: np.zeros(1, np.float32)}, path)
+    save_file({**load_file(path), "visual." + "x\u2028" * 1000: np.zeros(1, np.float32)}, path)
 
 
 def other_configuration(directory: Path) -> None:
@@ -116,10 +116,14 @@ LEGACY, EXPORTED, CLIP = "clip_legacy.pt", "exported.safetensors", "clip.safeten
 WEIGHTS = {
     "a memo of gigabytes": (LEGACY, edit("*", memo_of_gigabytes), "object 2147483647 of a pickle"),
     "bytes after the end": (LEGACY, edit("*", lambda d: d + d[-64:]), "has 64 bytes after"),
-    "a bit in a zip file": ("clip_torchscript.pt", edit("*", flipped(900_000)), "Bad CRC-32"),
+    "a bit in a zip file": (
+        "clip_torchscript.pt",
+        edit("*", flipped(900_000)),
+        "a checksum is wrong",
+    ),
     "a bit of an exported tensor": (EXPORTED, edit("*", flipped(-9)), "checksum is wrong"),
     "an exported configuration": (EXPORTED, other_configuration, "checksum is wrong"),
-    "integers": (CLIP, integer_weights, "has the type int32"),
+    "integers": (CLIP, integer_weights, "ln_final.bias is int32"),
     "a name of 2,000 characters": (CLIP, long_name, "x\\u2028"),
 }
 

@@ -30,7 +30,7 @@ def prepare(root: Path) -> None:
     for name in _ARCHIVES:
         shutil.copy(_GOLDEN / name, root / "subjects" / name)
     clip = read_weights(_GOLDEN / "clip_legacy.pt", "openai").state
-    foreign = {name.removeprefix("clip."): tensor for name, tensor in clip.items()}
+    foreign = {name.removeprefix("clip."): np.asarray(tensor) for name, tensor in clip.items()}
     save_file(foreign, root / "subjects" / _FOREIGN / _FOREIGN)
     weights = read_weights(_GOLDEN / "drl_wti_seqtransf.bin")
     config = config_of_weights(weights)
@@ -80,6 +80,7 @@ def read(root: Path, name: str, directory: Path) -> str:
     del root
     # An exported file says what it is.
     weights = read_weights(directory / name, "" if name == _EXPORTED else "openai")
+    weights.verify()
     config = config_of_weights(weights)
     shapes = param_shapes(config.model)
     # As `initial_params`, which also compiles the initialisation of the heads that CLIP lacks.

@@ -196,7 +196,7 @@ class RetrievalModel:
         """
         model = self.config.model
         identity = {
-            "backbone": dataclasses.asdict(model.backbone),
+            "backbone": {n: v for n, v in dataclasses.asdict(model.backbone).items() if v != ""},
             "interaction": model.interaction,
             "agg_module": model.agg_module,
             "dtype": model.dtype,
@@ -291,7 +291,7 @@ def load(
             data = dataclasses.replace(config.data, frame_clock="time", as_shown=True)
             config = dataclasses.replace(config, data=data)
         towers = str(weights.description)
-        params = initial_params(config.model, weights, jax.random.key(0))
+        params = initial_params(config.model, weights, jax.random.key(0), for_use=True)
         params = jax.device_put(params, layout.replicated)
         origin = {"weights": str(path.absolute()) if is_file else source, **given}
     if max_words is not None:

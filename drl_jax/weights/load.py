@@ -1,6 +1,8 @@
 """Loads foreign weights into our parameters and back; every name of both sides is accounted for."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from drl_jax.models.drl import (
 )
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
+from drl_jax.models.tokenizers import check_cleaning
 from drl_jax.models.towers import INITIAL_LOGIT_BIAS
 from drl_jax.weights.families import WeightsError
 from drl_jax.weights.names import Entry, entries
@@ -123,15 +126,17 @@ def _differences(wanted: BackboneConfig, found: BackboneConfig) -> list[str]:
 # ---------------------------------------------------------------- parameters
 
 
-def params_from_state(state: StateDict, shapes: Params) -> Params:
+def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = False) -> Params:
     """Converts a state dict to parameters of the given shapes.
 
     Args:
       state: tensors under the reference's names.
       shapes: abstract parameters of the whole model, or {"backbone": ..} alone.
+      as_bfloat16: keep what bfloat16 takes nothing from: kernels that are rounded to it before each
+        product, and tensors that have this type.
 
     Returns:
-      float32 arrays in the structure of `shapes`.
+      Arrays in the structure of `shapes`, float32 but for that.
 
     Raises:
       WeightsError: a tensor is missing, unknown, of another shape, or not finite.
@@ -139,7 +144,12 @@ def params_from_state(state: StateDict, shapes: Params) -> Params:
     table = check_state(state, shapes)
     leaves = []
     for entry in table:
-        leaf = entry.from_reference([state[name] for name in entry.names], np.dtype(np.float32))
+        tensors = [state[name] for name in entry.names]
+        is_kept = re.search(r"/(attn|mlp)/\w+/kernel$|/conv1/kernel$", entry.path) or all(
+            tensor.dtype == jnp.bfloat16 for tensor in tensors
+        )
+        dtype = jnp.bfloat16 if as_bfloat16 and is_kept else np.float32
+        leaf = entry.from_reference(tensors, np.dtype(dtype))
         # A sum in float64 overflows for no float32; a mask would need memory.
         if not np.isfinite(np.sum(leaf, dtype=np.float64)):
             name = next(n for n in entry.names if not np.isfinite(np.asarray(state[n])).all())
@@ -202,22 +212,37 @@ def head_start(config: ModelConfig, weights: Weights) -> str:
     )
 
 
-def initial_params(config: ModelConfig, weights: Weights, key: jax.Array) -> Params:
+def initial_params(
+    config: ModelConfig, weights: Weights, key: jax.Array, *, for_use: bool = False
+) -> Params:
     """Parameters to start training from.
 
     Args:
       config: the model, with the sizes of the weights.
       weights: CLIP, or a complete DRL checkpoint.
       key: for the heads that CLIP does not have; they start as copies of its text tower.
+      for_use: keep them in bfloat16 as far as a model that computes in it loses nothing.
 
     Raises:
       WeightsError: the weights do not fit the model.
+      UserError: it has no tokenizer, or the file is damaged.
     """
+    # Said before anything large is read.
+    check_cleaning(config)
     weights.verify()
+    as_bfloat16 = for_use and config.array_dtype == "bfloat16"
     shapes, state = param_shapes(config), weights.state
     if config.backbone.logit_bias and "clip.logit_bias" not in state:
         state = {**state, "clip.logit_bias": np.float32(INITIAL_LOGIT_BIAS)}
     if weights.has_heads:
-        return params_from_state(state, shapes)
-    backbone = params_from_state(state, {"backbone": shapes["backbone"]})["backbone"]
-    return jax.jit(init_params, static_argnums=0)(config, key, backbone)
+        return params_from_state(state, shapes, as_bfloat16=as_bfloat16)
+    shapes = {"backbone": shapes["backbone"]}
+    backbone = params_from_state(state, shapes, as_bfloat16=as_bfloat16)["backbone"]
+    # Not the backbone: a compiled program returns a copy of it.
+    return {"backbone": backbone, **_init_heads(config, key, backbone)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_heads(config: ModelConfig, key: jax.Array, backbone: Params) -> Params:
+    params = init_params(config, key, backbone)
+    return {name: params[name] for name in params if name != "backbone"}

@@ -10,8 +10,8 @@ import numpy as np
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import naming
 
-# Bytes that are read at a time.
-PIECE = 16 * 2**20
+# Bytes that are read at a time. They are transposed in the processor's cache.
+PIECE = 2**20
 
 
 class WeightsFileError(UserError):
