@@ -286,7 +286,7 @@ NORM = "ln_final.weight"
     [
         ({"video_model.vision_model.a": np.zeros(1)}, "is VideoPrism, a video model"),
         ({"vision_encoder.blocks.0.a": np.zeros(1)}, "is InternVideo2"),
-        ({"visual.trunk.pos_embed": np.zeros(1)}, "open_clip's form of another image tower of timm"),
+        ({"visual.trunk.pos_embed": np.zeros(1)}, "open_clip's form of another image tower"),
         ({"vision_model.embeddings.patch_embedding.weight": np.zeros((4, 12))},
          "is a NaFlex SigLIP 2"),
         ({**tiny_state(), "visual.proj.weight_scale": np.zeros(1)},

@@ -14,29 +14,32 @@ from drl_jax.models.drl import BACKBONES, model_definition, param_shapes
 from drl_jax.weights.load import config_of_weights, params_from_state
 from drl_jax.weights.weights_file import read_weights, save_weights
 
+# Those of DRL_TOWERS, and small ones that `golden/make_towers.py` wrote.
 TOWERS = Path(os.environ.get("DRL_TOWERS") or Path(__file__).parents[2] / "shared" / "towers")
-NAMES = sorted(path.parent.name for path in TOWERS.glob("*/io.npz"))
+FOLDERS = sorted(
+    path.parent
+    for root in (TOWERS, Path(__file__).parent / "golden" / "towers")
+    for path in root.glob("*/io.npz")
+)
 # Of features of norm about 1 to 10; gelu and gelu_tanh differ by up to 1e-4.
 TOLERANCE = 2e-5
 
-pytestmark = pytest.mark.skipif(not NAMES, reason="no goldens of towers (DRL_TOWERS)")
 
-
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
 def golden(request):
     """The folder of a file of weights, its configuration, and its parameters."""
-    folder = TOWERS / request.param
-    weights = read_weights(folder / "weights.safetensors")
+    folder = request.param
+    weights = read_weights(folder)
     config = config_of_weights(weights)
     shapes = {"backbone": param_shapes(config.model)["backbone"]}
     return folder, config, params_from_state(weights.state, shapes)
 
 
 def patches_of(pixels: np.ndarray, patch: int) -> np.ndarray:
-    """Normalised pixels [N, 3, H, W] -> [N, patches, p*p, 3]."""
-    count, _, height, width = pixels.shape
-    x = pixels.transpose(0, 2, 3, 1)
-    x = x.reshape(count, height // patch, patch, width // patch, patch, 3)
+    """Normalised pixels [N, 3, H, W] -> [N, patches, p*p, 3]; a convolution leaves the rest out."""
+    count, _, height, width = (*pixels.shape[:2], *(side // patch for side in pixels.shape[2:]))
+    x = pixels.transpose(0, 2, 3, 1)[:, : height * patch, : width * patch]
+    x = x.reshape(count, height, patch, width, patch, 3)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(count, -1, patch * patch, 3)
 
 
@@ -69,6 +72,12 @@ def test_parity(golden):
     assert config.data.max_words == ids.shape[1]
 
 
+@pytest.mark.parametrize(
+    "golden",
+    [folder for folder in FOLDERS if (folder / "weights.safetensors").exists()],
+    indirect=True,
+    ids=lambda folder: folder.name,
+)
 def test_export_has_the_publishers_names_and_bits(golden, tmp_path):
     folder, config, params = golden
     exported = tmp_path / "towers.safetensors"

@@ -1,10 +1,7 @@
 """Foreign files: read bit for bit, refused by name where they are wrong, and left as they came."""
 
-import collections
-import io
 import json
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -21,6 +18,8 @@ from support.commands import error_of
 from support.files import refused
 from support.golden import GOLDEN, SPEC, case_state, clip_state, clip_weights, load
 from support.params import assert_same_arrays, random_params
+from support.torch_files import Call, Global, write_zip
+from support.torch_files import tensor as torch_tensor
 from support.towers import to_hugging_face
 
 import drl_jax
@@ -70,64 +69,10 @@ def test_a_drl_checkpoint_reads_bit_for_bit():
 # ---------------------------------------------------------------- damaged and dangerous files
 
 
-class Call:
-    """Pickles as a call of any function."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-class Global:
-    """A name that the file asks for, pickled without importing it."""
-
-    def __init__(self, module, name):
-        self.module, self.name = module, name
-
-
-class Pickler(pickle._Pickler):
-    """Writes Globals by name and Storages as torch does."""
-
-    def save(self, obj, **kwargs):
-        if isinstance(obj, Global):
-            self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
-        else:
-            super().save(obj, **kwargs)
-
-    def persistent_id(self, obj):
-        return obj.reference if isinstance(obj, Storage) else None
-
-    def save_reduce(self, func, args, *rest, **kwargs):
-        if isinstance(func, Global):
-            self.save(func)
-            self.save(args)
-            self.write(pickle.REDUCE)
-        else:
-            super().save_reduce(func, args, *rest, **kwargs)
-
-
-class Storage:
-    def __init__(self, numel, key="0", kind="FloatStorage"):
-        self.reference = ("storage", Global("torch", kind), key, "cpu", numel)
-
-
-def tensor(numel=6, offset=0, size=(2, 3), stride=(3, 1)):
-    rebuild = Global("torch._utils", "_rebuild_tensor_v2")
-    return Call(rebuild, Storage(numel), offset, size, stride, False, collections.OrderedDict())
-
-
-def write_zip(path, content, data=None, compression=zipfile.ZIP_STORED):
-    file = io.BytesIO()
-    Pickler(file, 2).dump(content)
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", file.getvalue())
-        archive.writestr("archive/data/0", struct.pack("<6f", *range(6)) if data is None else data)
-
-
 def test_tensors_are_views_of_storages(tmp_path):
-    write_zip(tmp_path / "good.pt", {"a": tensor(), "b": tensor(offset=5, size=(), stride=())})
+    write_zip(
+        tmp_path / "good.pt", {"a": torch_tensor(), "b": torch_tensor(offset=5, size=(), stride=())}
+    )
     found = open_weights(tmp_path / "good.pt").tensors
     np.testing.assert_array_equal(found["a"], [[0, 1, 2], [3, 4, 5]])
     assert found["b"].shape == ()
@@ -141,11 +86,11 @@ def test_tensors_are_views_of_storages(tmp_path):
         ({"a": Call(eval, "open('sentinel', 'w')")}, r"builtins\.eval|__builtin__\.eval"),
         ({"a": Global("torch", "load")}, r"torch\.load"),
         ({"a": Global("torch._utils", "os.system")}, r"torch\._utils\.os\.system"),
-        ({"a": tensor(offset=1)}, r"reaches element 6 of a storage of 6"),
-        ({"a": tensor(stride=(300, 1))}, "reaches element 302"),
-        ({"a": tensor(size=(2, 3), stride=(-3, 1))}, "stride"),
-        ({"a": tensor(size=(100000, 100000), stride=(0, 0))}, "overlaps itself"),
-        ({"a": tensor(numel=7)}, "has 24 bytes, not 7 elements"),
+        ({"a": torch_tensor(offset=1)}, r"reaches element 6 of a storage of 6"),
+        ({"a": torch_tensor(stride=(300, 1))}, "reaches element 302"),
+        ({"a": torch_tensor(size=(2, 3), stride=(-3, 1))}, "stride"),
+        ({"a": torch_tensor(size=(100000, 100000), stride=(0, 0))}, "overlaps itself"),
+        ({"a": torch_tensor(numel=7)}, "has 24 bytes, not 7 elements"),
     ],
 )
 def test_unsafe_pickles_are_refused_by_name(tmp_path, monkeypatch, content, message):
@@ -157,10 +102,10 @@ def test_unsafe_pickles_are_refused_by_name(tmp_path, monkeypatch, content, mess
 
 
 def test_archives_that_hide_their_size_are_refused(tmp_path):
-    write_zip(tmp_path / "bomb.pt", {"a": tensor()}, bytes(24), zipfile.ZIP_DEFLATED)
+    write_zip(tmp_path / "bomb.pt", {"a": torch_tensor()}, [bytes(24)], zipfile.ZIP_DEFLATED)
     with pytest.raises(WeightsFileError, match="is compressed"):
         open_weights(tmp_path / "bomb.pt")
-    write_zip(tmp_path / "good.pt", {"a": tensor()})
+    write_zip(tmp_path / "good.pt", {"a": torch_tensor()})
     raw = bytearray((tmp_path / "good.pt").read_bytes())
     # The second entry of the central directory now points at the first entry's bytes.
     directory = [match.start() for match in re.finditer(b"PK\x01\x02", bytes(raw))]

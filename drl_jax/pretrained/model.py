@@ -30,6 +30,8 @@ from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
+from drl_jax.weights.hub import is_hub_name
+from drl_jax.weights.installed import NAMES
 from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.source import is_weights, weights_path
 from drl_jax.weights.weights_file import read_weights
@@ -282,7 +284,7 @@ def load(
         origin = {"workdir": str(path.resolve()), "checkpoint": str(step)}
         towers = ""
     else:
-        is_file = Path(source) == path  # Otherwise a name, of installed weights or a repository.
+        is_file = not is_hub_name(source) and source not in NAMES
         weights = read_weights(path if is_file else source, release, weights_key)
         if tokenizer:
             weights = weights._replace(tokenizer=str(Path(tokenizer).resolve()))

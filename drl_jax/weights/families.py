@@ -216,8 +216,8 @@ _UNSUPPORTED = (
     (r"video_model\.", "VideoPrism, a video model; DRL needs the feature of each frame"),
     (r"mit\.|prompts_generator\.|visual\..*\.message_fc", "an X-CLIP of Microsoft, a video model"),
     (r"vision_(encoder|align)\.", "InternVideo2 or a model like it"),
+    (r"(text\.)?cls_emb$|visual\.attn_pool\.query$", "a CoCa"),
     (r"visual_encoder\.|text_decoder\.|.*qformer", "a BLIP"),
-    (r"(text\.)?cls_emb$|visual\.attn_pool\.query$|text\.cls_emb", "a CoCa"),
     (r"bert\.|text_model\.encoder\.layer\.", "a CLIP with a BERT as text tower, as Chinese-CLIP"),
     (r"(text_model\.)?roberta\.", "a CLIP with a RoBERTa as text tower, as AltCLIP"),
     (r"text\.transformer\.(embeddings|encoder|shared|layers?)\.", "a CLIP with a text tower of"

@@ -85,7 +85,8 @@ def error_line(finished: subprocess.CompletedProcess) -> str:
 def error_of(module: str, *arguments: str, capsys) -> str:
     """The same for a command that runs in this process, on its 8 devices: `main([...])`."""
     capsys.readouterr()
-    name = f"{module}.__main__" if module in ("drl_jax.search", "drl_jax.embed") else module
+    is_package = module in ("drl_jax.search", "drl_jax.embed", "drl_jax.weights")
+    name = f"{module}.__main__" if is_package else module
     try:
         status = importlib.import_module(name).main(list(arguments))
     except SystemExit as error:  # argparse
