@@ -85,6 +85,7 @@ def test_optional_and_heavy_libraries_are_imported_by_few_modules():
             *("drl_jax.search.filters", "drl_jax.search.segments"),
         },
         "ray": {RAY},
+        "openvino": {"drl_jax.evaluation.openvino_encoder"},
         "tokenizers": {"drl_jax.models.tokenizers.files"},
         "sentencepiece": {"drl_jax.models.tokenizers.files"},
         # What is built on the package.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drl_jax.embed.files import DTYPES, SHARD_SIZE, SUFFIXES, read_captions
-from drl_jax.pretrained.flags import add_model_flags, required_model
+from drl_jax.pretrained.flags import add_encoder_flag, add_model_flags, required_model
 from drl_jax.runtime.cli import Parser, positive_int, positive_seconds, run_command
 from drl_jax.runtime.errors import UserError
 
@@ -28,6 +28,7 @@ def _parser() -> Parser:
     file = "file of captions: .txt, .csv, .json or .jsonl"
     inputs.add_argument("--captions", type=Path, help=file)
     add("--out", type=Path, required=True, help=f"the file to write: {', '.join(SUFFIXES)}")
+    add_encoder_flag(parser)
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the features (%(default)s)")
     files = "videos or captions per file; more inputs make several files (%(default)s)"
     add("--shard_size", type=positive_int, default=SHARD_SIZE, help=files)
@@ -56,10 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.captions:
             if options.windows:
                 raise UserError("--windows is of videos; omit it")
+            if options.encoder != "auto":
+                raise UserError("--encoder is of videos, JAX encodes captions; omit it")
             captions, unit = read_captions(options.captions), "captions"
             output = embed_captions(required_model(options), captions, out, **stored)
         else:
             model, unit = required_model(options), "windows" if options.windows else "videos"
+            model = model.with_encoder(options.encoder)
+            print(f"frames are encoded by {model.encoder} in {model.config.model.dtype}")
             stored |= {"windows": options.windows, "timeout": options.timeout}
             output = embed_videos(model, options.videos, out, **stored)
         first, *others = output.files

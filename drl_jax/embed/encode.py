@@ -96,6 +96,7 @@ def embed_videos(
         raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
     listed = json_sha256([(video.path, video.size, video.mtime_ns) for video in found])
     made_with = _made_with(model, dtype) | {"list of videos": listed, "--windows": windows}
+    made_with["--encoder"] = model.encoder
     sampling = sampling_of(model)
     if not windows:
         data = model.config.data

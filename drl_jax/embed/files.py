@@ -161,7 +161,8 @@ def open_output(
     name = re.compile(re.escape(out.stem) + r"(-\d{5,}-of-\d{5,})?" + re.escape(out.suffix))
     with locked(out.with_name(f"{out.name}.lock"), f"the output {out}"):
         for path in sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name)):
-            about = _read_about(path)
+            # JAX was the only encoder, before it was recorded.
+            about = {"--encoder": "jax", **_read_about(path)}
             for key, value in output.made_with.items():
                 if about.get(key) != value:
                     raise UserError(

@@ -3,6 +3,7 @@
 Used by evaluation and search. Everything is encoded once, in batches of one shape.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ from drl_jax.runtime.sharding import Layout
 # Positions that a text tower reads at least.
 _LEAST_POSITIONS = 32
 
+# uint8 [N, S, S, 3] -> features of the image tower, float32 [N, D].
+EncodeImages = Callable[[np.ndarray], np.ndarray]
+
 
 class Embedder:
     """The encoders and the similarity of a model, compiled once.
@@ -34,7 +38,14 @@ class Embedder:
         """Functions are compiled at their first call; raises the errors of `load_tokenizer`."""
         self.tokenizer = load_tokenizer(config.model)
         self._config, self._layout = config, layout
+        self._encode_images: EncodeImages | None = None
         self._steps = make_embed_steps(config.model, layout, keep_tokens=keep_tokens)
+
+    def with_images_by(self, encode_images: EncodeImages | None) -> "Embedder":
+        """The same, whose image tower another function computes; None: it itself."""
+        other = copy.copy(self)
+        other._encode_images = encode_images
+        return other
 
     def tokenize(self, captions: Sequence[str]) -> Tokenized:
         """The ids of captions, at most `data.max_words` each."""
@@ -73,13 +84,31 @@ class Embedder:
             padded = [pad_frames(frames, self._config.data.max_frames) for frames in read(rows)]
             return tuple(map(np.stack, zip(*padded, strict=True)))
 
+        if self._encode_images is not None:
+            return self._encode_single_frames(params, read, count)
         return self._encode(params, self._steps.encode_video, read_padded, count, "video")
+
+    def _encode_single_frames(
+        self, params: Params, read: Callable[[np.ndarray], list[np.ndarray]], count: int
+    ) -> Features:
+        """As `encode_video`, but that padding has no features before the temporal head."""
+        features, windows, first = [], [], 0
+        size = self._config.eval.batch_size
+        for start in range(0, count, size):
+            videos = read(np.arange(start, min(start + size, count)))
+            features.append(self.encode_frames(params, np.concatenate(videos)))
+            for frames in videos:
+                windows.append(range(first, first + len(frames)))
+                first += len(frames)
+        return self.encode_windows(params, np.concatenate(features), windows)
 
     def encode_frames(self, params: Params, frames: np.ndarray) -> np.ndarray:
         """Frames uint8 [F, H, W, 3], maybe of a memory map -> features of the image tower [F, D].
 
         The features, float32, are those before the temporal head.
         """
+        if self._encode_images is not None:
+            return self._encode_images(frames)
 
         def read(rows: np.ndarray) -> tuple[np.ndarray, ...]:
             return frames[rows], np.ones(len(rows), bool)

@@ -16,6 +16,17 @@ FILE_FLAGS = {
     "weights_key": "prefix of the towers, if it holds several; clip: without the heads of DRL",
     "tokenizer": "its tokenizer, if that is not beside the file",
 }
+# What encodes frames.
+ENCODERS = ("auto", "jax", "openvino")
+
+
+def add_encoder_flag(parser: Parser) -> None:
+    """Adds `--encoder`."""
+    text = (
+        "what encodes frames: jax, or openvino, which is faster on CPUs; auto: that of what is"
+        " there, or openvino if it is installed and JAX has CPUs only (%(default)s)"
+    )
+    parser.add_argument("--encoder", choices=ENCODERS, default="auto", help=text)
 
 
 def add_model_flags(parser: Parser) -> None:

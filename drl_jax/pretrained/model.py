@@ -23,6 +23,7 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video import read_timed_frames
 from drl_jax.data.video_file import VideoError
 from drl_jax.evaluation.embedder import Embedder
+from drl_jax.evaluation.openvino_encoder import OpenVINOImages, choose_encoder
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
@@ -57,6 +58,8 @@ class RetrievalModel:
     # What a file of weights says about its towers; empty for a run.
     towers: str
     _embedder: Embedder = dataclasses.field(repr=False)
+    # What encodes frames, "jax" or "openvino".
+    encoder: str = "jax"
 
     @property
     def interaction(self) -> type[Interaction]:
@@ -67,6 +70,19 @@ class RetrievalModel:
     def frame_form(self) -> FrameForm:
         """The form of the frames that the model takes."""
         return FrameForm.of(self.config.model.backbone, self.config.data.as_shown)
+
+    def with_encoder(self, encoder: str, recorded: str | None = None) -> "RetrievalModel":
+        """The model with another encoder of frames: "jax", "openvino", or "auto".
+
+        "auto" is what was `recorded` before, or else openvino on CPUs, if it is installed. Raises a
+        UserError if OpenVINO is asked for and not there.
+        """
+        if (encoder := choose_encoder(encoder, recorded)) == self.encoder:
+            return self
+        is_jax = encoder == "jax"
+        images = None if is_jax else OpenVINOImages(self.config.model, self.params)
+        embedder = self._embedder.with_images_by(images)
+        return dataclasses.replace(self, encoder=encoder, _embedder=embedder)
 
     def encode_text(self, captions: Sequence[str]) -> Features:
         """Encodes N captions; one `UserWarning` says how many are cut to `data.max_words` tokens.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.pretrained.flags import add_model_flags
+from drl_jax.pretrained.flags import add_encoder_flag, add_model_flags
 from drl_jax.runtime.cli import Parser, add_ray_flag, positive_int, positive_seconds, run_command
 from drl_jax.search import CANDIDATES, ENGINES, MOMENTS, REFINE, SCAN_FROM, STORAGES
 
@@ -68,6 +68,7 @@ def _add_engine_flags(hubness: Parser, engine: Parser) -> None:
 def _add_index_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--videos", type=Path, required=True, help="folder of the videos, searched recursively")
+    add_encoder_flag(parser)
     add("--storage", choices=STORAGES, default=STORAGES[0], help="of features (%(default)s)")
     text = "frames a second that are stored of files of several windows, 1 to 4 (%(default)g)"
     add("--fps", type=_frame_rate, default=1.0, help=text)

@@ -23,7 +23,7 @@ from drl_jax.search.addresses import moment_of
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit, explain, format_timestamp
-from drl_jax.search.index_file import IndexPart, join
+from drl_jax.search.index_file import IndexPart, join, recorded_encoder
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import file_of, frames_of, open_picture, read_video
@@ -43,7 +43,9 @@ def _index(options: argparse.Namespace) -> None:
         parse_shard(options.shard)
     given = _given(options, "storage", "fps", "timeout", "prune", "only", "shard")
     with connect(options.ray) if options.ray else contextlib.nullcontext() as cluster:
-        model = required_model(options)
+        recorded = recorded_encoder(options.index)
+        model = required_model(options).with_encoder(options.encoder, recorded)
+        print(f"frames are encoded by {model.encoder} in {model.config.model.dtype}")
         given["bank"] = _bank_captions(options.bank, model) if options.bank else ()
         report = update_index(model, options.videos, options.index, cluster=cluster, **given)
     print(

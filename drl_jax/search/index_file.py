@@ -33,12 +33,13 @@ MADE_WITH = {
     "fingerprint": "model",
     "videos": "folder",
     "storage": "--storage",
+    "encoder": "--encoder",
     "fps": "--fps",
     "shard": "--shard",
     "bank": "captions of weak matches (the dataset of the model is at hand for one of them only)",
     "hubness": "--bank",
 }
-_SHARED = ("fingerprint", "storage", "fps", "bank", "hubness")
+_SHARED = ("fingerprint", "storage", "encoder", "fps", "bank", "hubness")
 # As many segments of one size are merged; sizes grow by this factor. An update of single files
 # merges at most _LIGHT windows and videos. Segments of which a larger share is gone are rewritten.
 _MERGED, _SMALLEST, _LIGHT, _MOST_GONE = 16, 64, 16_384, 0.25
@@ -78,7 +79,12 @@ def read_header(directory: Path) -> dict[str, Any]:
             f"the index {directory} has format {version}, and this version reads {FORMAT}; use the"
             f" version that made it, or make it anew with: {_MAKE} --index=NEW"
         )
-    return header
+    return {"encoder": "jax", **header}  # The only one, before it was recorded.
+
+
+def recorded_encoder(directory: Path) -> str | None:
+    """What encoded the frames of an index; None: there is no index."""
+    return read_header(directory)["encoder"] if (directory / _INDEX).exists() else None
 
 
 def _is_earlier(directory: Path) -> bool:

@@ -99,7 +99,12 @@ class Index:
 
         state, paths = self.state(), [os.fspath(path) for path in videos]
         how = {name: state.header[name] for name in ("storage", "fps")}
-        return update_index(self.model, state.folder, self.directory, only=paths, **how)
+        return update_index(self._updating, state.folder, self.directory, only=paths, **how)
+
+    @functools.cached_property
+    def _updating(self) -> RetrievalModel:
+        """The model with the encoder of the index, which is compiled once."""
+        return self.model.with_encoder(self._state.header["encoder"])
 
     def state(self) -> OpenIndex:
         """A state of the index to answer from; raises as `__init__` does."""

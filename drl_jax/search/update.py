@@ -104,6 +104,7 @@ def update_index(
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
     made_with = {"source": model.source, "fingerprint": model.fingerprint}
     made_with |= {"videos": str(videos.resolve()), "storage": storage, "fps": fps}
+    made_with["encoder"] = model.encoder
     made_with["frames"] = "by time, as shown"
     if bank:
         made_with["hubness"] = encoding.describe_bank(bank)
