@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from support.commands import error_of
+from support.commands import ROOT, error_of
 from support.params import random_params
 from support.towers import PE, SIGLIP, TINY
 from support.videos import numbered_frames, write_video
@@ -149,3 +151,14 @@ def test_a_tower_that_openvino_cannot_take_is_refused(search_run, monkeypatch):
     model = drl_jax.load(search_run).with_encoder("openvino")
     with pytest.raises(UserError, match=r"OpenVINO .* cannot take the image tower .*sort.*jax"):
         model.encode_frames(np.zeros((1, *model.frame_form.shape), np.uint8))
+
+
+def test_the_use_of_openvino_is_not_reported(tmp_path):
+    """Its import by itself is, and leaves a file in the home directory."""
+    code = (
+        "from drl_jax.evaluation import openvino_encoder\n"
+        "assert openvino_encoder.choose_encoder('auto') == 'openvino'\n"
+    )
+    env = {**os.environ, "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "CI": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
+    assert not list(tmp_path.glob("intel*"))

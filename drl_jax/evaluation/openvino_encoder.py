@@ -6,6 +6,7 @@ written out first (`_written_out`).
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,11 +34,19 @@ def choose_encoder(asked: str, recorded: str | None = None) -> str:
         return asked
     if recorded is None and jax.default_backend() == "cpu":
         try:
-            import openvino  # noqa: F401
+            _import_openvino()
         except ImportError:
             return "jax"
         return "openvino"
     return recorded or "jax"
+
+
+def _import_openvino() -> Any:
+    # An import otherwise reports itself to the vendor, from a fork of this process.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
 
 
 class OpenVINOImages:
@@ -51,7 +60,7 @@ class OpenVINOImages:
         """Raises a UserError if OpenVINO is not installed."""
         self._model, self._params = model, params
         try:
-            import openvino  # noqa: F401
+            _import_openvino()
         except ImportError as error:
             raise UserError(
                 f"--encoder=openvino needs OpenVINO ({one_line(error)}): pip install"
@@ -84,7 +93,7 @@ class OpenVINOImages:
 
     @functools.cached_property
     def _queue(self) -> Any:
-        import openvino
+        openvino = _import_openvino()
         from openvino.frontend import FrontEndManager
         from openvino.frontend.jax.jaxpr_decoder import JaxprPythonDecoder
 
@@ -94,7 +103,6 @@ class OpenVINOImages:
             "PERFORMANCE_HINT": "THROUGHPUT",
         }
         try:
-            # Not `convert_model`, which reports its use to the vendor.
             front_end = FrontEndManager().load_by_framework("jax")
             decoder = JaxprPythonDecoder(_trace(self._model, self._params))
             program = front_end.convert(front_end.load(decoder))
