@@ -9,6 +9,7 @@ tqdm and openvino.
 """
 
 import dataclasses
+import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
     exact = unit(jax_images(MODEL, params)(images))
     rows = [measure(dtype, params, images, exact, options.repeats) for dtype in options.dtypes]
-    report(rows, options)
+    report(rows, options, openvino=importlib.metadata.version("openvino"))
 
 
 if __name__ == "__main__":

@@ -395,6 +395,7 @@ def test_an_indexer_that_is_ended_loses_nothing(search_run, search_model, copy):
         shutil.copy(copy / "videos" / "a.mp4", copy / "videos" / f"copy{number}.mp4")
     total, ended, errors = 157, {"killed": [signal.SIGKILL], "ctrl-c": 3 * [signal.SIGINT]}, {}
     flags = [f"--workdir={search_run}", f"--videos={copy / 'videos'}", "--storage=float32"]
+    flags.append("--encoder=jax")  # As the updates below.
     command = [sys.executable, "-m", "drl_jax.search", "index", *flags]
     options = {"stderr": subprocess.PIPE, "start_new_session": True}
     started = {n: start_interruptible([*command, f"--index={copy / n}"], **options) for n in ended}

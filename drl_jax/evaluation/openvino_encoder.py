@@ -23,22 +23,19 @@ from drl_jax.runtime.errors import UserError, one_line
 
 # Images of one program, whose shapes are fixed; several run at a time.
 _IMAGES = 8
-_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 # Parameters of an equation that hold the program of a call or a loop.
 _PROGRAMS = ("jaxpr", "call_jaxpr")
 
 
 def choose_encoder(asked: str, recorded: str | None = None) -> str:
     """Resolves `auto` of ENCODERS: what was `recorded`, or openvino on CPUs, if it is installed."""
-    if asked != "auto":
-        return asked
-    if recorded is None and jax.default_backend() == "cpu":
-        try:
-            _import_openvino()
-        except ImportError:
-            return "jax"
-        return "openvino"
-    return recorded or "jax"
+    if asked != "auto" or recorded is not None or jax.default_backend() != "cpu":
+        return (recorded or "jax") if asked == "auto" else asked
+    try:
+        _import_openvino()
+    except ImportError:
+        return "jax"
+    return "openvino"
 
 
 def _import_openvino() -> Any:
@@ -80,8 +77,7 @@ class OpenVINOImages:
 
         queue = self._queue
         queue.set_callback(store)
-        shown = {"unit": "frame", "leave": False, "disable": None}
-        with tqdm(total=len(images), desc="encoding frames", **shown) as progress:
+        with tqdm(total=len(images), desc="encoding frames", leave=False, disable=None) as progress:
             for start in range(0, len(images), _IMAGES):
                 part = images[start : start + _IMAGES]
                 batch = np.zeros((_IMAGES, *part.shape[1:]), np.uint8)
@@ -98,7 +94,7 @@ class OpenVINOImages:
         from openvino.frontend.jax.jaxpr_decoder import JaxprPythonDecoder
 
         hints = {
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[self._model.array_dtype],
+            "INFERENCE_PRECISION_HINT": "bf16" if self._model.dtype == "bfloat16" else "f32",
             # A program on each of several threads: no one waits where others decode.
             "PERFORMANCE_HINT": "THROUGHPUT",
         }

@@ -79,8 +79,7 @@ class RetrievalModel:
         """
         if (encoder := choose_encoder(encoder, recorded)) == self.encoder:
             return self
-        is_jax = encoder == "jax"
-        images = None if is_jax else OpenVINOImages(self.config.model, self.params)
+        images = OpenVINOImages(self.config.model, self.params) if encoder == "openvino" else None
         embedder = self._embedder.with_images_by(images)
         return dataclasses.replace(self, encoder=encoder, _embedder=embedder)
 
