@@ -107,6 +107,12 @@ class Layout:
         }
 
 
+def is_on_cpu() -> bool:
+    """Whether the program that is traced is for CPUs: those of the current mesh, or the default."""
+    device = get_abstract_mesh().abstract_device
+    return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
+
+
 def split_rows(x: jax.Array) -> jax.Array:
     """Splits the first axis over the devices of the current mesh, if there is one."""
     return _constrain(x, PartitionSpec(AXIS))
