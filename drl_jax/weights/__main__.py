@@ -7,8 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from drl_jax.pretrained.flags import FILE_FLAGS
 from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.weights import FILE_FLAGS
 
 
 def _print(source: str, release: str, key: str, tokenizer: str) -> None:
