@@ -39,6 +39,7 @@ from drl_jax.evaluation import embedder
 from drl_jax.models.drl import init_params
 from drl_jax.runs import train_run
 from drl_jax.runtime.resources import cache_compilations
+from drl_jax.runtime.sharding import Layout
 from drl_jax.search import session
 from drl_jax.search.engine import SearchEngine
 from drl_jax.weights.weights_file import save_weights
@@ -60,10 +61,13 @@ def share_programs() -> None:
     compiled = SearchEngine._compiled
 
     @functools.cache
-    def shared(config: ModelConfig, *shape: object) -> Callable:
-        return compiled(SearchEngine(config, None), *shape)
+    def shared(config: ModelConfig, layout: Layout, block: int, top: int, is_one: bool) -> Callable:
+        return compiled(SearchEngine(config, None), layout, block, top, is_one)
 
-    SearchEngine._compiled = lambda engine, *shape: shared(engine._config, *shape)
+    def of_engine(engine: SearchEngine, layout: Layout, block: int, top: int, is_one: bool):
+        return shared(engine._config, layout, block, top, is_one)
+
+    SearchEngine._compiled = of_engine
 
 
 share_programs()
