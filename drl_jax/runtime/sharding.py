@@ -138,31 +138,38 @@ def make_layout(devices: Sequence[jax.Device] | None = None, *, fsdp: bool = Fal
 
 
 def map_batch_chunks(
-    function: Callable[[Any], Any], arrays: Any, *, chunk: int, layout: Layout
+    function: Callable[[Any, Any], Any], params: Any, arrays: Any, *, chunk: int, layout: Layout
 ) -> Any:
-    """Computes `function(arrays)` for one chunk of rows after another to save memory.
+    """Computes `function(params, arrays)` for one chunk of rows after another to save memory.
 
     The backward pass recomputes each chunk, so it needs the memory of one chunk and the gradient is
     exact. Each chunk takes the same number of rows from every device: no row moves and no device
-    idles.
+    idles. The gradient of the parameters is added up on each device and summed between devices
+    once; with fsdp, parameters are gathered once, too.
 
     Args:
-      function: maps arrays with C rows to arrays with C rows; each row depends on that row alone.
+      function: maps parameters and arrays with C rows to arrays with C rows; each row depends on
+        that row alone.
+      params: tree of parameters, split as `layout.parameters` says.
       arrays: tree of [B, ...] arrays, batch-sharded, as the result.
       chunk: C, over all devices; a multiple of the device count and a divisor of B.
       layout: of the rows.
     """
-    devices = layout.device_count
-    chunks = NamedSharding(layout.mesh, PartitionSpec(None, AXIS))
+    rows = chunk // layout.device_count
+    specs = jax.tree.map(lambda x: layout.parameter(x.shape).spec, params)
 
-    # The rows of a device are consecutive: [devices, chunks, rows per chunk] -> chunks first.
-    def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(devices, -1, chunk // devices, *x.shape[1:]).swapaxes(0, 1)
-        return with_sharding_constraint(x.reshape(-1, chunk, *x.shape[3:]), chunks)
+    def whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.all_gather(x, AXIS, axis=spec.index(AXIS), tiled=True) if AXIS in spec else x
 
-    def join(y: jax.Array) -> jax.Array:
-        y = y.reshape(-1, devices, chunk // devices, *y.shape[2:]).swapaxes(0, 1)
-        return with_sharding_constraint(y.reshape(-1, *y.shape[3:]), layout.batch_sharded)
+    def on_device(params: Any, arrays: Any) -> Any:
+        params = jax.tree.map(whole, params, specs)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
+        results = jax.lax.map(jax.checkpoint(functools.partial(function, params)), chunks)
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), results)
 
-    results = jax.lax.map(jax.checkpoint(function), jax.tree.map(split, arrays))
-    return jax.tree.map(join, results)
+    split = PartitionSpec(AXIS)
+    # Without the check, the gradient of a replicated parameter is summed where it leaves the loop;
+    # with it, at each use.
+    return jax.shard_map(
+        on_device, mesh=layout.mesh, in_specs=(specs, split), out_specs=split, check_vma=False
+    )(params, arrays)

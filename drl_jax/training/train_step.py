@@ -95,14 +95,15 @@ def loss_and_parts(
     """
     model = nnx.merge(definition, params)
 
-    def encode(batch: Batch) -> tuple[Arrays, Arrays]:
+    def encode(params: Params, batch: Batch) -> tuple[Arrays, Arrays]:
+        model = nnx.merge(definition, params)
         text = model.encode_text(batch["text_ids"], batch["text_mask"])
         return text, model.encode_video(batch["frames"], batch["frame_mask"])
 
     if microbatch and microbatch < len(batch["text_ids"]):
-        text, video = map_batch_chunks(encode, batch, chunk=microbatch, layout=layout)
+        text, video = map_batch_chunks(encode, params, batch, chunk=microbatch, layout=layout)
     else:
-        text, video = encode(batch)
+        text, video = encode(params, batch)
     dropout_key, cdcr_key = jax.random.split(key)
     contrastive, parts = _contrastive_loss(
         model, text, video, dropout_key, name=config.contrastive, layout=layout
