@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from support.towers import tiny_state, to_hugging_face
 
 from drl_jax.config import Config, DataConfig, ModelConfig
-from drl_jax.weights.families import WeightsError
+from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.load import with_backbone_of
 from drl_jax.weights.weights_file import read_weights
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from drl_jax.runtime.files import check_memo
-from drl_jax.weights.tensors import WeightsFileError
+from drl_jax.weights.errors import WeightsFileError
 
 # PyTorch's names of types of elements, with and without "Storage".
 _DTYPES = {

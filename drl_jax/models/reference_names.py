@@ -5,7 +5,6 @@ heads, which each head translates (`reference_name`). Two differences are common
 transformer are stacked on a leading axis, and kernels are [in, out] where torch's are [out, in].
 """
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ import numpy as np
 
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
-from drl_jax.weights.tensors import Tensor
 
 # (pattern of our path, the reference's name), applied in order; `{n}` stands for the layer.
 _SUFFIXES = (
@@ -25,7 +23,6 @@ _SUFFIXES = (
     (r"/(kernel|scale|embedding)$", "/weight"),
     (r"/", "."),
 )
-_ALIGNMENT = 64  # bytes
 _HEADS = {"interaction": INTERACTIONS, "temporal": TEMPORAL_HEADS}
 
 
@@ -44,36 +41,18 @@ class Entry(NamedTuple):
     names: list[str]
     stacked: bool
 
-    def from_reference(self, tensors: list[Any], dtype: np.dtype) -> np.ndarray:
-        """The reference's tensors -> our parameter, without a copy of it in between.
-
-        The array is aligned as JAX's own, so that a CPU device takes it over instead of copying it.
-        """
-        size = math.prod(self.shape) * dtype.itemsize
-        memory = np.empty(size + _ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % _ALIGNMENT
-        parameter = memory[start : start + size].view(dtype).reshape(self.shape)
-        layers = parameter if self.stacked else [parameter]
-        for layer, tensor in zip(layers, tensors, strict=True):
-            out = layer.T if self.path.endswith("/kernel") else layer
-            if self.path.endswith("conv1/kernel"):
-                # [D, 3, p, p] -> [p*p*3, D], rows in the order of the pixels of a patch
-                tensor = np.asarray(tensor).transpose(0, 2, 3, 1).reshape(out.shape)
-            if isinstance(tensor, Tensor):
-                tensor.copy_to(out)
-            else:
-                out[...] = tensor
-        return parameter
-
-    def to_reference(self, parameter: np.ndarray) -> list[np.ndarray]:
-        """Our parameter -> the reference's tensors."""
+    def tensors_in(self, parameter: np.ndarray) -> list[np.ndarray]:
+        """The reference's tensors as views of our parameter: to read them, or to fill it."""
         layers = list(parameter) if self.stacked else [parameter]
-        return [_transposed_back(self.path, layer, self.shape) for layer in layers]
+        if self.path.endswith("conv1/kernel"):
+            # [p*p*3, D], rows in the order of the pixels of a patch -> [D, 3, p, p]
+            patch = round((self.shape[0] / 3) ** 0.5)
+            return [x.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1) for x in layers]
+        return [layer.T for layer in layers] if self.path.endswith("/kernel") else layers
 
     def reference_shape(self) -> tuple[int, ...]:
         """Shape of each of the reference's tensors."""
-        layer = np.broadcast_to(np.float32(0), self.shape[1:] if self.stacked else self.shape)
-        return _transposed_back(self.path, layer, self.shape).shape
+        return self.tensors_in(np.broadcast_to(np.float32(0), self.shape))[0].shape
 
 
 def entries(params: Any) -> Iterator[Entry]:
@@ -95,14 +74,16 @@ def _reference_path(path: str, paths: dict[str, Any]) -> str:
     if module == "backbone":
         return f"clip/{rest}"
     siblings = {p.partition("/")[2] for p in paths if p.startswith(f"{module}/")}
-    for head in _HEADS[module].values():
-        if head is not None and (name := head.reference_name(rest, siblings)):
+    for head in filter(None, _HEADS[module].values()):
+        if name := head.reference_name(rest, siblings):
             return name
     raise KeyError(f"no head has a parameter {path}")
 
 
-def _transposed_back(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if path.endswith("conv1/kernel"):
-        patch = round((shape[0] / 3) ** 0.5)
-        return array.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
-    return array.T if path.endswith("/kernel") else array
+def state_dict_from_params(params: Any) -> dict[str, np.ndarray]:
+    """Parameters -> the reference's state dict, contiguous arrays of the same dtype."""
+    return {
+        name: np.ascontiguousarray(tensor) if tensor.ndim else tensor
+        for entry, leaf in zip(entries(params), jax.tree.leaves(params), strict=True)
+        for name, tensor in zip(entry.names, entry.tensors_in(np.asarray(leaf)), strict=True)
+    }
