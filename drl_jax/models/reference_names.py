@@ -27,19 +27,12 @@ _HEADS = {"interaction": INTERACTIONS, "temporal": TEMPORAL_HEADS}
 
 
 class Entry(NamedTuple):
-    """One of our parameters and the tensors of the reference that hold it.
+    """One of our parameters and the tensors of the reference that hold it."""
 
-    Attributes:
-      path: of our parameter, separated by "/".
-      shape: of our parameter.
-      names: of the reference's tensors, one for each layer.
-      stacked: whether our parameter has a leading axis of layers.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    names: list[str]
-    stacked: bool
+    path: str  # of our parameter, separated by "/"
+    shape: tuple[int, ...]  # of our parameter
+    names: list[str]  # of the reference's tensors, one for each layer
+    stacked: bool  # whether our parameter has a leading axis of layers
 
     def tensors_in(self, parameter: np.ndarray) -> list[np.ndarray]:
         """The reference's tensors as views of our parameter: to read them, or to fill it."""

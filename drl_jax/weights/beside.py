@@ -17,26 +17,17 @@ from drl_jax.weights.folders import PREPROCESSORS
 from drl_jax.weights.json_values import COUNT, FLAG, FRACTION, RGB, TEXT, JSONValues, one_of, whole
 
 # What a field of BackboneConfig may hold.
+_OF_TYPE = {bool: FLAG, int: COUNT, float: FRACTION, str: TEXT}
 _KINDS = {
-    **{
-        field.name: {bool: FLAG, int: COUNT, float: FRACTION, str: TEXT}.get(field.type, RGB)
-        for field in dataclasses.fields(BackboneConfig)
-    },
-    "activation": one_of(ACTIVATIONS),
-    "text_activation": one_of(ACTIVATIONS),
-    "resize": one_of(RESIZES),
-    "interpolation": one_of(INTERPOLATIONS),
-    "text_cleaning": one_of(TEXT_CLEANINGS),
-    "pad_id": whole(0),
+    **{f.name: _OF_TYPE.get(f.type, RGB) for f in dataclasses.fields(BackboneConfig)},
+    **dict.fromkeys(("activation", "text_activation"), one_of(ACTIVATIONS)),
+    **{"resize": one_of(RESIZES), "interpolation": one_of(INTERPOLATIONS)},
+    **{"text_cleaning": one_of(TEXT_CLEANINGS), "pad_id": whole(0)},
 }
 # Short names of fields in a config.json of ours.
 _SHORT = {
-    "mean": "pixel_mean",
-    "std": "pixel_std",
-    "pad": "pad_id",
-    "image_size": "image_resolution",
-    "patch": "vision_patch_size",
-    "context": "context_length",
+    **{"mean": "pixel_mean", "std": "pixel_std", "pad": "pad_id", "patch": "vision_patch_size"},
+    **{"image_size": "image_resolution", "context": "context_length"},
 }
 # Of Hugging Face's "model_type".
 _MODEL_TYPES = {"clip": "clip", "metaclip_2": "clip", "siglip": "siglip", "siglip2": "siglip"}
@@ -53,10 +44,8 @@ _HUGGING_FACE = {
     "vocab_size": "text_config.vocab_size",
 }
 _HUGGING_FACE_ACTIVATIONS = {
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+    **{"quick_gelu": "quick_gelu", "gelu": "gelu"},
+    **{"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"},
 }
 # PIL's numbers of filters.
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
@@ -214,9 +203,9 @@ def _preprocessing(values: JSONValues, wanted: int) -> dict[str, Any]:
     if type(factor) is not float or abs(factor * 255 - 1) > 1e-3:
         raise values.unsupported("rescale_factor")
     fields: dict[str, Any] = {}
-    if any(values.raw(name) is not None for name in ("image_mean", "image_std")):
-        fields["pixel_mean"] = values.get("image_mean", RGB)
-        fields["pixel_std"] = values.get("image_std", RGB)
+    pixels = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
+    if any(values.raw(name) is not None for name in pixels.values()):
+        fields = _fields(values, pixels, dict.fromkeys(pixels))
     if (resample := values.raw("resample")) is not None:
         if resample not in tuple(_RESAMPLING):
             raise values.unsupported("resample")

@@ -12,8 +12,9 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import ml_dtypes
@@ -49,23 +50,16 @@ _OTHERS = (
 
 
 class Contents(NamedTuple):
-    """What a file of weights holds.
+    """What a file of weights holds."""
 
-    Attributes:
-      tensors: by name; names of nested dicts and modules are joined by dots.
-      form: of the file, in words.
-      metadata: of a safetensors file.
-      inert: names of values that are no tensors, and their classes.
-      checksums: CRC-32 of byte ranges: (file, offset, bytes, checksum).
-      files: that the tensors are in.
-    """
-
-    tensors: dict[str, Tensor]
-    form: str
-    metadata: dict[str, str]
-    inert: dict[str, str]
-    checksums: tuple[tuple[Path, int, int, int], ...]
-    files: tuple[Path, ...]
+    tensors: dict[str, Tensor]  # by name; those of nested dicts and modules are joined by dots
+    form: str  # of the file, in words
+    files: tuple[Path, ...]  # that the tensors are in
+    metadata: Mapping[str, str] = MappingProxyType({})  # of a safetensors file
+    # Names of values that are no tensors, and their classes.
+    inert: Mapping[str, str] = MappingProxyType({})
+    # CRC-32 of byte ranges: (file, offset, bytes, checksum).
+    checksums: tuple[tuple[Path, int, int, int], ...] = ()
 
     def verify(self, tensors: Iterable[Tensor]) -> None:
         """Compares the checksums of what these tensors are in.
@@ -157,7 +151,7 @@ def _open_safetensors(path: Path) -> Contents:
             raise WeightsFileError(f"is quantised: {name} is {dtype}; get the float weights")
         at = 8 + size + entry["data_offsets"][0]
         tensors[name] = Tensor.at(path, np.dtype(_SAFETENSORS_DTYPES[dtype]), at, entry["shape"])
-    return Contents(tensors, "safetensors", metadata, {}, (), (path,))
+    return Contents(tensors, "safetensors", (path,), metadata)
 
 
 def _open_index(path: Path) -> Contents:
@@ -169,14 +163,10 @@ def _open_index(path: Path) -> Contents:
         if name not in parts[file].tensors:
             raise WeightsFileError(f"says that {file} has {name}, which it has not; get both again")
         tensors[name] = parts[file].tensors[name]
-    return Contents(
-        tensors,
-        f"{len(parts)} parts, {next(iter(parts.values())).form}",
-        {},
-        {name: kind for part in parts.values() for name, kind in part.inert.items()},
-        tuple(checksum for part in parts.values() for checksum in part.checksums),
-        tuple(path.with_name(name) for name in parts),
-    )
+    form = f"{len(parts)} parts, {next(iter(parts.values())).form}"
+    inert = {name: kind for part in parts.values() for name, kind in part.inert.items()}
+    checksums = tuple(checksum for part in parts.values() for checksum in part.checksums)
+    return Contents(tensors, form, tuple(map(path.with_name, parts)), {}, inert, checksums)
 
 
 # ---------------------------------------------------------------- PyTorch
@@ -196,7 +186,7 @@ def _contents(
             tensors[name] = Tensor.at(path, storage.dtype, offset, found.size, found.stride)
         elif isinstance(found, Inert):
             inert[name] = found.name
-    return Contents(tensors, form, {}, inert, checksums, (path,))
+    return Contents(tensors, form, (path,), {}, inert, checksums)
 
 
 def _open_zip(path: Path) -> Contents:

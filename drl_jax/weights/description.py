@@ -24,25 +24,15 @@ RELEASE_FLAGS = "--config.model.release=NAME of a training, --release=NAME of ot
 
 
 class Description(NamedTuple):
-    """What is known of the towers in a file.
-
-    Attributes:
-      backbone: family, sizes and everything else.
-      activation_from: what says the activation, or what it is guessed from.
-      is_guessed: whether nothing says it.
-      licence: of the weights; empty if nothing says it.
-      revision: commit of the repository that they were downloaded from; empty for another file.
-      names: whose names the tensors have in the file, and their prefix.
-      notes: on what else is in the file.
-    """
+    """What is known of the towers in a file; a text is empty if nothing says it."""
 
     backbone: BackboneConfig
-    activation_from: str
-    is_guessed: bool = False
-    licence: str = ""
-    revision: str = ""
-    names: str = ""
-    notes: tuple[str, ...] = ()
+    activation_from: str  # what says the activation, or what it is guessed from
+    is_guessed: bool = False  # whether nothing says it
+    licence: str = ""  # of the weights
+    revision: str = ""  # commit of the repository that they were downloaded from
+    names: str = ""  # whose names the tensors have in the file, and their prefix
+    notes: tuple[str, ...] = ()  # on what else is in the file
 
     def __str__(self) -> str:
         backbone = self.backbone

@@ -17,20 +17,14 @@ from drl_jax.weights.tensors import StateDict, Tensor
 
 
 class Form(NamedTuple):
-    """Names of a family's tensors in the files of a publisher.
-
-    Attributes:
-      publisher: whose names they are.
-      needs: names that such files have; the first is that of the patch embedding.
-      names: (theirs, ours), how names begin; and parts, with dots around them, of names with one of
-        these beginnings. Other names stay as they are.
-      transposed: our names of matrices that are stored transposed.
-    """
+    """Names of a family's tensors in the files of a publisher."""
 
     publisher: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # names that tell such files
+    # (theirs, ours): how names begin; and parts, with dots around them, of names with one of these
+    # beginnings. Other names stay as they are.
     names: tuple[tuple[str, str], ...] = ()
-    transposed: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()  # our names of matrices that are stored transposed
 
     def renamed(self, name: str, *, back: bool = False) -> str:
         """One of their names -> ours; or with `back`, ours -> theirs."""
@@ -45,19 +39,12 @@ class Form(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A row of FAMILIES.
+    """A row of FAMILIES."""
 
-    Attributes:
-      forms: of its files; the first that fits is taken.
-      fields: of BackboneConfig, for what nothing says.
-      by_vocabulary: more of them, by the rows of the token embedding.
-      export: the form of towers that are exported alone.
-    """
-
-    forms: tuple[Form, ...]
-    fields: Mapping[str, Any]
-    by_vocabulary: Mapping[int, Mapping[str, Any]] = {}
-    export: Form | None = None
+    forms: tuple[Form, ...]  # of its files; the first that fits is taken
+    fields: Mapping[str, Any]  # of BackboneConfig, for what nothing says
+    by_vocabulary: Mapping[int, Mapping[str, Any]] = {}  # more, by rows of the token embedding
+    export: Form | None = None  # of towers that are exported alone
 
 
 _CONV, _PROBE = "visual.conv1.weight", "visual.attn_pool.probe"
@@ -210,22 +197,15 @@ SUPPORTED = (
 
 
 class Towers(NamedTuple):
-    """The towers in a file.
+    """The towers in a file."""
 
-    Attributes:
-      family: a key of FAMILIES.
-      publisher: whose names they have in the file.
-      prefix: of their names in the file, up to the last dot.
-      state: all tensors that are used, under the reference's names: those of the towers begin with
-        `clip.`, others are of heads.
-      notes: what the reader should know of how they were chosen.
-    """
-
-    family: str
-    publisher: str
-    prefix: str
+    family: str  # a key of FAMILIES
+    publisher: str  # whose names they have in the file
+    prefix: str  # of their names in the file, up to the last dot
+    # All tensors that are used, under the reference's names: those of the towers begin with
+    # `clip.`, others are of heads.
     state: StateDict
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what the user should know of how they were chosen
 
 
 def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: str = "") -> Towers:

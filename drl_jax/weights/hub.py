@@ -121,15 +121,15 @@ def _download(source: str, repository: str, revision: str) -> Path:
 
 
 def _cached(source: str, repository: str, revision: str) -> Path | None:
-    """The weights of a revision in the cache, whose layout is documented; None: it has none."""
-    from huggingface_hub import constants
+    """The weights of a revision in the cache; None: it has none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    reference = root / "refs" / revision
-    if reference.is_file():
-        revision = reference.read_text(encoding="utf-8").strip()
-    folder = root / "snapshots" / revision
-    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    names = [path.name for path in folder.iterdir() if path.is_file()]
     if not any(name.endswith((*SUFFIXES, ".bin", ".index.json")) for name in names):
         return None
     path = folder / _chosen(names, source)

@@ -8,23 +8,14 @@ from typing import Any, NamedTuple
 from drl_jax.config import BackboneConfig
 from drl_jax.weights.families import FAMILIES, HALF
 
-_NOTHING: Mapping = MappingProxyType({})
-
 
 class Release(NamedTuple):
-    """A set of published CLIP files with the same recipe.
+    """A set of published CLIP files with the same recipe."""
 
-    Attributes:
-      activation: of both towers.
-      licence: of the weights.
-      fields: other fields of BackboneConfig.
-      patch_activations: activation by patch size, where it differs.
-    """
-
-    activation: str
-    licence: str
-    fields: Mapping[str, Any] = _NOTHING
-    patch_activations: Mapping[int, str] = _NOTHING
+    activation: str  # of both towers
+    licence: str  # of the weights
+    fields: Mapping[str, Any] = MappingProxyType({})  # others of BackboneConfig
+    patch_activations: Mapping[int, str] = MappingProxyType({})  # by patch size, where it differs
 
     def backbone_fields(self, patch_size: int) -> dict[str, Any]:
         """Fields of BackboneConfig of a file with this patch size."""

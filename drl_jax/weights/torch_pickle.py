@@ -22,18 +22,11 @@ from drl_jax.weights.errors import WeightsFileError
 
 # PyTorch's names of types of elements, with and without "Storage".
 _DTYPES = {
-    "Double": np.dtype(np.float64),
-    "Float": np.dtype(np.float32),
-    "Half": np.dtype(np.float16),
-    "BFloat16": np.dtype(ml_dtypes.bfloat16),
-    "Long": np.dtype(np.int64),
-    "Int": np.dtype(np.int32),
-    "Short": np.dtype(np.int16),
-    "Char": np.dtype(np.int8),
-    "Byte": np.dtype(np.uint8),
-    "Bool": np.dtype(np.bool_),
+    **{"Double": np.float64, "Float": np.float32, "Half": np.float16},
+    **{"BFloat16": ml_dtypes.bfloat16, "Long": np.int64, "Int": np.int32, "Short": np.int16},
+    **{"Char": np.int8, "Byte": np.uint8, "Bool": np.bool_},
     # Of any type: PyTorch's newer form, in which the tensor has it.
-    "Untyped": np.dtype(np.uint8),
+    "Untyped": np.uint8,
 }
 # Patterns of the plain values of the standard library and of PyTorch, which are kept inert; the
 # rest of them is refused.
@@ -137,7 +130,7 @@ class _Unpickler(pickle.Unpickler):
         if top == "__torch__":
             return _inert(module)
         if module in ("torch", "torch.storage") and kind != name and kind in _DTYPES:
-            return _StorageType(_DTYPES[kind])
+            return _StorageType(np.dtype(_DTYPES[kind]))
         if (module, name) in _CONSTRUCTORS:
             return _CONSTRUCTORS[module, name]
         is_standard = top in sys.stdlib_module_names or module in ("torch", "torch.hub")

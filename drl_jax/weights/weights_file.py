@@ -37,22 +37,13 @@ _LICENCES = {p.source: p.licence for p in PUBLISHED.values() if is_hub_name(p.so
 
 
 class Weights(NamedTuple):
-    """The content of a file of weights.
+    """The content of a file of weights."""
 
-    Attributes:
-      state: tensors under the reference's names (those of the towers with the prefix `clip.`).
-      description: of the towers.
-      config: the configuration that the file was exported with; None if it does not have one.
-      tokenizer: path of the tokenizer beside the file; empty if there is none, or if the towers
-        have CLIP's.
-      contents: of the file; None if there is none.
-    """
-
-    state: StateDict
+    state: StateDict  # under the reference's names; those of the towers begin with `clip.`
     description: Description
-    config: Config | None = None
-    tokenizer: str = ""
-    contents: Contents | None = None
+    config: Config | None = None  # that the file was exported with
+    tokenizer: str = ""  # path of the one beside the file; empty: none, or the towers have CLIP's
+    contents: Contents | None = None  # of the file, if there is one
 
     @property
     def has_heads(self) -> bool:
