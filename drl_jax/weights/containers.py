@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 
 from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
-from drl_jax.weights.errors import WeightsFileError, about
+from drl_jax.weights.errors import WeightsFileError, about, refused
 from drl_jax.weights.folders import INDEX, SHARD, parts_of
 from drl_jax.weights.tensors import PIECE, Tensor
 from drl_jax.weights.torch_pickle import Inert, Storage, View, load_pickle, named_values
@@ -205,10 +205,8 @@ def _open_zip(path: Path) -> Contents:
         for key, storage in storages.items():
             entry = archive.getinfo(f"{root}data/{key}")
             if entry.file_size != storage.numel * storage.dtype.itemsize:
-                raise WeightsFileError(
-                    f"storage {key} has {entry.file_size} bytes, not {storage.numel} elements of"
-                    f" {storage.dtype}"
-                )
+                expected = f"{storage.numel} elements of {storage.dtype}"
+                raise WeightsFileError(f"storage {key} has {entry.file_size} bytes, not {expected}")
             # The data follow a header of 30 bytes, the name, and what makes them aligned.
             file.seek(entry.header_offset + 26)
             at[storage] = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
@@ -223,13 +221,13 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
     end = 0
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         if entry.header_offset < end:
-            raise WeightsFileError(f"refused: entry {entry.filename} overlaps another")
+            raise refused(f"entry {entry.filename} overlaps another")
         end = entry.header_offset + entry.compress_size
         is_code = "/code/" in entry.filename
         if entry.compress_type != zipfile.ZIP_STORED and not is_code:
-            raise WeightsFileError(f"refused: entry {entry.filename} is compressed")
+            raise refused(f"entry {entry.filename} is compressed")
         if entry.filename.endswith("data.pkl") and entry.file_size > _MAX_PICKLE_BYTES:
-            raise WeightsFileError(f"refused: a pickle of {entry.file_size} bytes")
+            raise refused(f"a pickle of {entry.file_size} bytes")
 
 
 def _open_legacy(path: Path) -> Contents:
@@ -247,9 +245,7 @@ def _open_legacy(path: Path) -> Contents:
             numel = int.from_bytes(file.read(8), "little")
             storage = storages.get(key)
             if storage is None or storage.numel != numel or storage in at:
-                raise WeightsFileError(
-                    f"storage {key} has {numel} elements, which no tensor expects"
-                )
+                raise WeightsFileError(f"storage {key} has {numel} elements, which none expects")
             at[storage] = file.tell()
             end = file.tell() + numel * storage.dtype.itemsize
             if end > len(file):

@@ -51,7 +51,6 @@ def describe(
     family: str,
     state: StateDict,
     path: Path | None = None,
-    *,
     release: str = "",
     evidence: str = "",
 ) -> Description:
@@ -108,9 +107,8 @@ def describe(
         known = {"text_cleaning": "lower", **known}
         if "pad_id" not in known:
             raise WeightsError(
-                f"has {sizes['vocab_size']} tokens, which are neither SigLIP's nor SigLIP 2's; a"
-                ' config.json beside it has to say "pad_id", and "text_cleaning" if captions are'
-                " not just lower case"
+                f"has {sizes['vocab_size']} tokens, unlike SigLIP and SigLIP 2; a config.json"
+                ' beside it has to say "pad_id", and "text_cleaning" if that is not "lower"'
             )
     for tower in ("vision", "text"):
         if f"{tower}_heads" not in known:
@@ -174,8 +172,6 @@ def _heads(tower: str, width: int) -> int:
         return _HEADS_OF_WIDTH[tower][width]
     if width % _HEAD_WIDTH or width > _MAX_WIDTH:
         name = "image" if tower == "vision" else tower
-        raise WeightsError(
-            f"the {name} tower has {width} channels, and nothing says in how many heads; put a"
-            f' config.json with "{tower}_heads" beside the file (docs/weights.md)'
-        )
+        what = f'put a config.json with "{tower}_heads" beside the file (docs/weights.md)'
+        raise WeightsError(f"the {name} tower has {width} channels, in unknown heads; {what}")
     return width // _HEAD_WIDTH

@@ -25,6 +25,11 @@ class WeightsFileError(WeightsError):
     """A file of weights that is damaged, dangerous or of an unknown format."""
 
 
+def refused(problem: str) -> WeightsFileError:
+    """The error of a file that may be an attack."""
+    return WeightsFileError(f"refused: {problem}")
+
+
 @contextlib.contextmanager
 def about(path: Path, mark: str = "") -> Iterator[None]:
     """Names the file in the errors of a block that reads it: WeightsError, OSError."""

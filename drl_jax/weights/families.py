@@ -202,9 +202,8 @@ class Towers(NamedTuple):
     family: str  # a key of FAMILIES
     publisher: str  # whose names they have in the file
     prefix: str  # of their names in the file, up to the last dot
-    # All tensors that are used, under the reference's names: those of the towers begin with
-    # `clip.`, others are of heads.
-    state: StateDict
+    state: StateDict  # their tensors under OpenAI's names
+    heads: StateDict  # those of heads of DRL, under the reference's names
     notes: tuple[str, ...]  # what the user should know of how they were chosen
 
 
@@ -241,8 +240,7 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     for name, tensor in state.items():
         if tensor.dtype.kind in "iub":
             raise WeightsError(f"is quantised: {name} is {tensor.dtype}; get the float weights")
-    state = {f"clip.{name}": tensor for name, tensor in state.items()}
-    return Towers(family, form.publisher, prefix, {**state, **heads}, tuple(notes))
+    return Towers(family, form.publisher, prefix, state, heads, tuple(notes))
 
 
 def _choose(
@@ -256,10 +254,8 @@ def _choose(
     if not whole:
         for name, kind in inert.items():
             if "._rebuild_" in kind:
-                raise WeightsError(
-                    f"has {name} in the form of {kind}: sparse, quantised or of 8 bits; get or save"
-                    " dense tensors of 16 or 32 bits"
-                )
+                problem = f"has {name} in the form of {kind}: sparse, quantised or of 8 bits"
+                raise WeightsError(f"{problem}; get or save dense tensors of 16 or 32 bits")
         _refuse_names(tensors)
         if prefixes:
             raise WeightsError("holds an image tower without a text tower")
@@ -280,10 +276,8 @@ def _choose(
         return whole[0], []
     averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p))]
     if len(averages) + 1 != len(whole):
-        raise WeightsError(
-            f"has several pairs of towers, under {keys}; choose one with --weights_key=KEY"
-            " (--config.model.weights_key=KEY of a training)"
-        )
+        flags = "--weights_key=KEY (--config.model.weights_key=KEY of a training)"
+        raise WeightsError(f"has several pairs of towers, under {keys}; choose one with {flags}")
     names = " and ".join(repr(prefix[:-1]) for prefix in averages)
     (chosen,) = set(whole) - set(averages)
     return chosen, [f"a moving average is under {names} (--weights_key)"]
@@ -348,10 +342,8 @@ def _check_unknown(family: str, below: Mapping[str, Tensor], unknown: list[str])
     ]
     _refuse_names(inside)
     if inside:
-        raise WeightsError(
-            f"has {some(inside)}, which a {family} does not have: an adapter or another"
-            f" architecture; {SUPPORTED}"
-        )
+        problem = f"has {some(inside)}, which a {family} does not have: an adapter or another model"
+        raise WeightsError(f"{problem}; {SUPPORTED}")
 
 
 def _refuse_names(names: Collection[str]) -> None:

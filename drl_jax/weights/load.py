@@ -63,9 +63,8 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
       ConfigError: the sizes are impossible.
     """
     if weights.config is not None:
-        model = dataclasses.replace(
-            weights.config.model, init="", release="", tokenizer=weights.tokenizer
-        )
+        changes = {"init": "", "release": "", "tokenizer": weights.tokenizer}
+        model = dataclasses.replace(weights.config.model, **changes)
         return dataclasses.replace(weights.config, model=model)
     model = ModelConfig(interaction=interaction, agg_module="none")
     max_words = weights.description.backbone.context_length
@@ -92,9 +91,8 @@ def with_backbone_of(config: Config, weights: Weights) -> Config:
     if different := _differences(config.model.backbone, backbone):
         raise ConfigError(
             f"config.model.init={config.model.init} has other sizes than the configuration:"
-            f" {', '.join(different)}; choose a configuration with these sizes or with the default"
-            " sizes, which are those of any weights (configs/msrvtt.py), or train from scratch with"
-            " --config.model.init="
+            f" {', '.join(different)}; choose a configuration with these or with the default sizes"
+            " (configs/msrvtt.py), or train from scratch with --config.model.init="
         )
     tokenizer = config.model.tokenizer or weights.tokenizer
     model = dataclasses.replace(config.model, backbone=backbone, tokenizer=tokenizer)
@@ -213,10 +211,8 @@ def head_start(config: ModelConfig, weights: Weights) -> str:
     if copies_text_tower(config):
         return f"{' and '.join(heads)}: from the text tower's blocks"
     backbone = config.backbone
-    return (
-        f"{' and '.join(heads)}: new, since features have {backbone.embed_dim} channels and the"
-        f" text tower {backbone.text_width}"
-    )
+    sizes = f"{backbone.embed_dim} channels and the text tower {backbone.text_width}"
+    return f"{' and '.join(heads)}: new, since features have {sizes}"
 
 
 def initial_params(

@@ -96,25 +96,25 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
             if of_others := unknown_model_type(path):
                 raise WeightsError(of_others) from error
             raise
-        towers = {n[5:]: t for n, t in found.state.items() if n.startswith("clip.")}
         config, tokenizer = None, ""
         if _CONFIG_KEY in contents.metadata:
             if release:
                 raise WeightsError("says what it is; leave the release out")
             config, origin = _stored_config(contents.metadata)
             backbone, tokenizer = config.model.backbone, config.model.tokenizer
-            check_beside(path, towers, backbone)
+            check_beside(path, found.state, backbone)
             description = Description(backbone, f"the file{origin}")
         else:
             is_archive = contents.tensors.keys() >= _OPENAI_EXTRAS
             release, evidence = _evidence(path, found, release, is_archive)
-            description = describe(found.family, towers, path, release=release, evidence=evidence)
+            description = describe(found.family, found.state, path, release, evidence)
             licence = description.licence or _LICENCES.get(source, "")
             description = description._replace(revision=resolved_revision(path), licence=licence)
         names = f"names of {found.publisher}, prefix {found.prefix[:-1] or 'none'}"
         description = description._replace(names=names, notes=found.notes)
         tokenizer = tokenizer_of_weights(path, description.backbone, tokenizer)
-    return Weights(found.state, description, config, tokenizer, contents)
+    state = {f"clip.{name}": tensor for name, tensor in found.state.items()} | found.heads
+    return Weights(state, description, config, tokenizer, contents)
 
 
 def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tuple[str, str]:
