@@ -96,7 +96,12 @@ _SIGLIP_HF = Form(
     ),
 )
 _LATENT, _CLASS_TOKEN = "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"
+_PROJECTIONS = (
+    ("text_projection.weight", "text_projection"),
+    ("visual_projection.weight", "visual.proj"),
+)
 HALF = (0.5, 0.5, 0.5)
+_SQUASHED = {"pixel_mean": HALF, "pixel_std": HALF, "resize": "squash"}
 
 FAMILIES: dict[str, Family] = {
     "siglip": Family(
@@ -105,14 +110,7 @@ FAMILIES: dict[str, Family] = {
             Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), _TIMM),
             Form("drl_jax", (_CONV, _PROBE, "text_projection.weight")),
         ),
-        {
-            "activation": "gelu_tanh",
-            "layer_norm_eps": 1e-6,
-            "logit_bias": True,
-            "pixel_mean": HALF,
-            "pixel_std": HALF,
-            "resize": "squash",
-        },
+        {"activation": "gelu_tanh", "layer_norm_eps": 1e-6, "logit_bias": True, **_SQUASHED},
         # Of SigLIP (c4_en) and of SigLIP 2 (Gemma).
         {
             32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
@@ -125,13 +123,7 @@ FAMILIES: dict[str, Family] = {
             Form("Meta", (_CONV, _PROBE, "visual.class_embedding")),
             Form("open_clip", (_TIMM_CONV, _LATENT, _CLASS_TOKEN), _TIMM, ("visual.proj",)),
         ),
-        {
-            "activation": "gelu",
-            "pixel_mean": HALF,
-            "pixel_std": HALF,
-            "resize": "squash",
-            "interpolation": "bilinear",
-        },
+        {"activation": "gelu", "interpolation": "bilinear", **_SQUASHED},
     ),
     # Its activation differs between releases.
     "clip": Family(
@@ -141,11 +133,7 @@ FAMILIES: dict[str, Family] = {
             Form(
                 "Hugging Face",
                 (_HF_CONV,),
-                (
-                    *_HUGGING_FACE,
-                    ("text_projection.weight", "text_projection"),
-                    ("visual_projection.weight", "visual.proj"),
-                ),
+                (*_HUGGING_FACE, *_PROJECTIONS),
                 ("text_projection", "visual.proj"),
             ),
         ),
