@@ -198,11 +198,11 @@ def save_weights(
         if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
             raise WeightsError(f"{name} is too large for float16; use float32")
         state[name] = np.ascontiguousarray(tensor, dtype) if tensor.ndim else tensor.astype(dtype)
-    about_it = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
+    said = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
     if origin is not None:
-        about_it[_ORIGIN_KEY] = json.dumps(origin)
-    checksum = _checksum(state, "".join(about_it.values()))
-    metadata = {"format": "pt", **about_it, _CHECKSUM_KEY: checksum}
+        said[_ORIGIN_KEY] = json.dumps(origin)
+    checksum = _checksum(state, "".join(said.values()))
+    metadata = {"format": "pt", **said, _CHECKSUM_KEY: checksum}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
