@@ -173,7 +173,7 @@ _UNSUPPORTED = (
     (r"text\.transformer\.(embeddings|encoder|shared|layers?)\.", "a CLIP with a text tower of"
      " Hugging Face in open_clip's form"),
     (r"image_encoder\.model\.|visual\.trunk\.(stem|stages)\.", "a MobileCLIP or another hybrid"),
-    (r"visual\.(cls_token|blocks\.)|visual\.trunk\.blocks\.0\.(attn\.(q_proj|norm)|mlp\.(w1|fc1_g|norm))",
+    (r"visual\.(cls_token|blocks\.|trunk\.blocks\.0\.(attn\.(q_proj|norm)|mlp\.(w1|fc1_g|norm)))",
      "an EVA-CLIP"),
     (r"visual\.trunk\.embeds\.", "a NaFlex SigLIP 2, of any resolution"),
     (r"visual\.trunk\.", "open_clip's form of another image tower of timm"),
