@@ -52,7 +52,9 @@ def computations(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
     return found, entry
 
 
-def walk(hlo: str) -> Iterator[tuple[Instruction, dict[str, str], dict[str, list[Instruction]], int]]:
+def walk(
+    hlo: str,
+) -> Iterator[tuple[Instruction, dict[str, str], dict[str, list[Instruction]], int]]:
     """Yields the instructions that a program runs, the shapes of its operands by name, all
     computations, and how often it runs; one in a loop runs once per iteration."""
     bodies, entry = computations(hlo)

@@ -16,7 +16,8 @@ from drl_jax.models.drl import BACKBONES, param_shapes
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
 from drl_jax.weights import description, download
-from drl_jax.weights.families import WeightsError, to_publisher
+from drl_jax.weights.errors import WeightsError
+from drl_jax.weights.families import to_publisher
 from drl_jax.weights.load import config_of_weights, head_start, initial_params, with_backbone_of
 from drl_jax.weights.releases import PUBLISHED, RELEASES
 from drl_jax.weights.weights_file import read_weights, save_weights
@@ -62,7 +63,7 @@ def test_a_clip_that_does_not_say_its_activation_is_refused(described, tmp_path)
     with pytest.raises(WeightsError, match="the release laion is unknown; it is one of openai, "):
         described(tiny_state(), "laion")
     with pytest.raises(
-        WeightsError, match=r"release openai is a CLIP, and .*a\.safetensors is a s"
+        WeightsError, match=r"a\.safetensors is a siglip, and the release openai is a C"
     ):
         described(siglip(), "openai")
 

@@ -28,13 +28,14 @@ from drl_jax.convert import main as convert
 from drl_jax.evaluate import main as evaluate
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import METRICS
+from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import TrainingError
 from drl_jax.runs.log_files import read_scalars
 from drl_jax.runs.train_run import _memory_errors
 from drl_jax.runs.train_seeds import format_seeds, summarise_seeds
 from drl_jax.train import main as train
-from drl_jax.weights.weights_file import read_weights, state_dict_from_params
+from drl_jax.weights.weights_file import read_weights
 
 
 @pytest.fixture(scope="module")

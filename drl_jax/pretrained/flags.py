@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from drl_jax.runtime.cli import Parser
 from drl_jax.runtime.errors import UserError
-from drl_jax.weights import FILE_FLAGS
+from drl_jax.weights.source import FILE_FLAGS
 
 if TYPE_CHECKING:
     from drl_jax.pretrained.model import RetrievalModel

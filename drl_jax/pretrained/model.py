@@ -31,9 +31,8 @@ from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.hub import is_hub_name
-from drl_jax.weights.installed import NAMES
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import is_weights, weights_path
+from drl_jax.weights.source import NAMES, is_weights, weights_path
 from drl_jax.weights.weights_file import read_weights
 
 
@@ -251,7 +250,7 @@ def load(
       path: directory of a run; a file of weights or a folder with one: towers of CLIP, SigLIP or
         Perception Encoder, which get no temporal head and the interaction dp, as in zero-shot
         retrieval, a DRL checkpoint, or an exported run; or, as a string, the name of installed
-        weights (`drl_jax.weights.installed.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
+        weights (`drl_jax.weights.source.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
         weights are downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       release: of a CLIP whose activation nothing else says, one of
