@@ -173,3 +173,28 @@ def map_batch_chunks(
     return jax.shard_map(
         on_device, mesh=layout.mesh, in_specs=(specs, split), out_specs=split, check_vma=False
     )(params, arrays)
+
+
+def gather_and_compare(
+    function: Callable[[Any, Any], jax.Array], rows: Any, columns: Any, *, layout: Layout
+) -> jax.Array:
+    """`function(rows, columns)`, an array [A, B] of which each device computes its rows.
+
+    The columns are gathered once, and the gradients of all rows are summed and split again once,
+    also where the function works in blocks: XLA would sum those of each block.
+
+    Args:
+      function: compares A rows with B columns; it uses no parameters.
+      rows: tree of [A, ...] arrays, batch-sharded, as the result.
+      columns: tree of [B, ...] arrays, batch-sharded.
+      layout: of both.
+    """
+
+    def on_device(rows: Any, columns: Any) -> jax.Array:
+        gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+        return function(rows, jax.tree.map(gather, columns))
+
+    split = PartitionSpec(AXIS)
+    return jax.shard_map(
+        on_device, mesh=layout.mesh, in_specs=(split, split), out_specs=split, check_vma=False
+    )(rows, columns)
