@@ -227,9 +227,10 @@ def test_towers_alone_read_as_many_words_as_they_have_positions(changes, words, 
 def test_with_heads_they_read_as_many_as_the_original_of_drl(positions, words, loaded):
     state = {f"clip.{name}": t for name, t in tiny_state(context_length=positions).items()}
     # The second head is CLIP4Clip's, too.
-    for head in ("text_weight_fc.weight", "frame_position_embeddings.weight"):
-        weights = loaded({**state, head: np.zeros((1, 128), np.float32)})
-        assert weights.has_heads
+    # The third is CLIP4Clip's meanP, which has none.
+    for head in ("text_weight_fc.weight", "frame_position_embeddings.weight", ""):
+        weights = loaded(state | ({head: np.zeros((1, 128), np.float32)} if head else {}))
+        assert weights.has_heads == bool(head)
         assert config_of_weights(weights).data.max_words == words
 
 

@@ -55,7 +55,8 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
 
     Args:
       weights: with a stored configuration, which is used; or a complete DRL checkpoint, whose heads
-        are inferred, and which reads as many words as its original; or towers alone, which get no
+        are inferred, and which reads as many words as its original (without heads, CLIP4Clip's
+        meanP is dp); or towers alone, which get no
         temporal head, as in zero-shot retrieval, and read all words that they have positions for.
       interaction: "dp" or "ti", for weights without interaction parameters.
 
@@ -70,6 +71,7 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
     max_words = weights.description.backbone.context_length
     if weights.has_heads:
         model = heads_of_weights(model, weights)
+    if weights.has_heads or weights.is_of_drl:
         max_words = min(DataConfig.max_words, max_words)
     data = DataConfig(holdout=500, max_words=max_words)
     config = Config(data=data, model=model, loss=LossConfig(cdcr=0))

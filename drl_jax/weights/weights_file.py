@@ -44,6 +44,7 @@ class Weights(NamedTuple):
     config: Config | None = None  # that the file was exported with
     tokenizer: str = ""  # path of the one beside the file; empty: none, or the towers have CLIP's
     contents: Contents | None = None  # of the file, if there is one
+    is_of_drl: bool = False  # whether it has the names of DRL and CLIP4Clip: `clip.` and heads
 
     @property
     def has_heads(self) -> bool:
@@ -114,7 +115,7 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
         description = description._replace(names=names, notes=found.notes)
         tokenizer = tokenizer_of_weights(path, description.backbone, tokenizer)
     state = {f"clip.{name}": tensor for name, tensor in found.state.items()} | found.heads
-    return Weights(state, description, config, tokenizer, contents)
+    return Weights(state, description, config, tokenizer, contents, _is_of_drl(found))
 
 
 def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tuple[str, str]:
@@ -128,9 +129,12 @@ def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tupl
         return release, ""
     if is_archive:
         return "", "OpenAI's archive (by its form)"
-    # As checkpoints of the PyTorch original of DRL, which knows OpenAI's CLIP only.
-    is_drls = found.prefix == "clip." and found.publisher != "Hugging Face"
-    return "", "names of tensors as in DRL's original" if is_drls else ""
+    # The PyTorch original of DRL knows OpenAI's CLIP only.
+    return "", "names of tensors as in DRL's original" if _is_of_drl(found) else ""
+
+
+def _is_of_drl(found: Towers) -> bool:
+    return found.prefix == "clip." and found.publisher != "Hugging Face"
 
 
 def _checksum(state: StateDict, about: str) -> str:
