@@ -45,6 +45,7 @@ class Weights(NamedTuple):
     tokenizer: str = ""  # path of the one beside the file; empty: none, or the towers have CLIP's
     contents: Contents | None = None  # of the file, if there is one
     is_of_drl: bool = False  # whether it has the names of DRL and CLIP4Clip: `clip.` and heads
+    origin: Mapping[str, Any] = {}  # "step" and "run" that it was exported from
 
     @property
     def has_heads(self) -> bool:
@@ -97,14 +98,15 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
             if of_others := unknown_model_type(path):
                 raise WeightsError(of_others) from error
             raise
-        config, tokenizer = None, ""
+        config, tokenizer, origin = None, "", {}
         if _CONFIG_KEY in contents.metadata:
             if release:
                 raise WeightsError("says what it is; leave the release out")
             config, origin = _stored_config(contents.metadata)
+            where = f", step {origin['step']} of run {origin['run']}" if origin else ""
             backbone, tokenizer = config.model.backbone, config.model.tokenizer
             check_beside(path, found.state, backbone)
-            description = Description(backbone, f"the file{origin}")
+            description = Description(backbone, f"the file{where}")
         else:
             is_archive = contents.tensors.keys() >= _OPENAI_EXTRAS
             release, evidence = _evidence(path, found, release, is_archive)
@@ -115,7 +117,7 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
         description = description._replace(names=names, notes=found.notes)
         tokenizer = tokenizer_of_weights(path, description.backbone, tokenizer)
     state = {f"clip.{name}": tensor for name, tensor in found.state.items()} | found.heads
-    return Weights(state, description, config, tokenizer, contents, _is_of_drl(found))
+    return Weights(state, description, config, tokenizer, contents, _is_of_drl(found), origin)
 
 
 def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tuple[str, str]:
@@ -150,14 +152,12 @@ def _checksum(state: StateDict, about: str) -> str:
     return str(crc32)
 
 
-def _stored_config(metadata: Mapping[str, str]) -> tuple[Config, str]:
-    """The configuration of an exported file, and its step and run in words."""
+def _stored_config(metadata: Mapping[str, str]) -> tuple[Config, dict[str, Any]]:
+    """The configuration of an exported file, and its step and run, if it is of one."""
     try:
         config = config_from_dict(json.loads(metadata[_CONFIG_KEY]))
-        if _ORIGIN_KEY not in metadata:
-            return config, ""
-        origin = json.loads(metadata[_ORIGIN_KEY])
-        return config, f", step {origin['step']} of run {origin['run']}"
+        origin = json.loads(metadata.get(_ORIGIN_KEY, "{}"))
+        return config, {name: origin[name] for name in ("step", "run") if origin}
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise WeightsError(f"has a stored configuration that cannot be used: {error}") from error
 
