@@ -51,9 +51,9 @@ _WORDS, _FRAMES = 32, 12
 _NAME = "NVIDIA H100 80GB HBM3"
 _DEVICE = Path(__file__).parent / "devices" / "h100.txtpb"
 _RUNS = "1x128,1x512,1x1024/128,8x128,8x2048/128"
-# Of an H100 SXM: bytes and bfloat16 FLOPs a second that a kernel reaches, seconds that one takes to
-# start; bytes a second that an all-reduce sends through NVLink.
-_BANDWIDTH, _FLOPS, _LAUNCH, _LINK = 0.85 * 3.35e12, 0.75 * 989e12, 2e-6, 0.8 * 450e9
+# Of an H100 SXM: bytes a second and the share of the peak that a kernel reaches, seconds that one
+# takes to start; bytes a second that an all-reduce sends through NVLink.
+_BANDWIDTH, _FRACTION, _LAUNCH, _LINK = 0.85 * 3.35e12, 0.75, 2e-6, 0.8 * 450e9
 
 
 def h100_layout(devices: int, *, fsdp: bool) -> Layout:
@@ -129,7 +129,8 @@ def roofline(hlo: str, devices: int) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for kernel in kernels(hlo):
         row = found.setdefault(kernel.kind, {"kernels": 0, "gb": 0, "tflop": 0, "ms": 0})
-        seconds = max(kernel.bytes / _BANDWIDTH, kernel.flops / _FLOPS) + _LAUNCH
+        rate = _FRACTION * peak_flops(_NAME, kernel.dtype)
+        seconds = max(kernel.bytes / _BANDWIDTH, kernel.flops / rate) + _LAUNCH
         for column, value in (("gb", kernel.bytes / 1e9), ("tflop", kernel.flops / 1e12)):
             row[column] += value
         row["kernels"] += 1

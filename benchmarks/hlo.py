@@ -27,6 +27,7 @@ class Kernel(NamedTuple):
     kind: str
     bytes: int
     flops: float
+    dtype: str  # of products, a value of `ModelConfig.dtype`
 
 
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|[^ ]+) ([\w\-]+)\((.*?)\)(?:, |$)")
@@ -80,9 +81,14 @@ def kernels(hlo: str) -> list[Kernel]:
         if instruction.kind in _NO_KERNEL or instruction.kind.startswith(_KINDS):
             continue
         kind, size, flops = instruction.kind, _moved(instruction, shapes, bodies), 0.0
+        dtype = "bfloat16"
         if target := re.search(r'custom_call_target="([^"]*)"', instruction.line):
             kind = "product" if "cublas" in target[1] else "attention"
-            flops = _product_flops(instruction, shapes) if kind == "product" else 0.0
+            if kind == "product":
+                flops = _product_flops(instruction, shapes)
+                is_exact = '"HIGHEST"' in instruction.line
+                if shapes[instruction.operands[0]].startswith("f32"):
+                    dtype = "float32" if is_exact else "tf32"
         elif kind == "fusion":
             called = re.search(r"calls=%?([\w.\-]+)", instruction.line)
             kinds = {inner.kind for inner in bodies[called[1]]} if called else set()
@@ -91,7 +97,7 @@ def kernels(hlo: str) -> list[Kernel]:
                 kind = "stack"
         elif kind in ("copy", "transpose", "slice", "concatenate", "pad", "broadcast"):
             kind = "copy"
-        found += [Kernel(kind, size, flops)] * times
+        found += [Kernel(kind, size, flops, dtype)] * times
     return found
 
 
