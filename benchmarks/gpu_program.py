@@ -1,14 +1,17 @@
-"""Memory, kernels and collectives of the training step on H100s, compiled without a GPU.
+"""Memory, kernels, collectives and a roofline of the training step on H100s, without a GPU.
 
     python -m benchmarks.gpu_program [--models=32,16] [--runs=1x128,8x2048/128] [--fsdp=0,1]
         [--remat=none,dots,full] [--attention=auto,xla] [--record]
 
 XLA compiles for a GPU that is not there: what it holds in memory, which kernels it calls and what
-it sends between devices can be read; times cannot. Needs `pip install "jax[cuda12]"`, flax, optax
-and ml_collections in a virtual environment of their own (3 GB), and no GPU.
+it sends between devices can be read. Times are estimates, a roofline: each kernel takes as long as
+its bytes at 85 % of the bandwidth or its FLOPs at 75 % of the peak, and 2 us to start. Needs `pip
+install "jax[cuda12]"`, flax, optax and ml_collections in a virtual environment of their own (3 GB),
+and no GPU.
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 import re
@@ -26,25 +29,31 @@ os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_ge
 import jax
 import jax.numpy as jnp
 
-from benchmarks.hlo import collective_bytes, collective_counts
+from benchmarks.hlo import collective_bytes, collective_counts, kernels
 from benchmarks.measure import arguments, names, report
 from benchmarks.train_step import backbones
-from drl_jax.config import ATTENTION, REMAT, LossConfig, ModelConfig, OptimConfig
+from drl_jax.config import (
+    ATTENTION,
+    REMAT,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from drl_jax.runtime.cli import run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
+from drl_jax.training.flops import peak_flops, train_step_flops
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import abstract_state, make_train_step
 
 _WORDS, _FRAMES = 32, 12
+_NAME = "NVIDIA H100 80GB HBM3"
 _DEVICE = Path(__file__).parent / "devices" / "h100.txtpb"
 _RUNS = "1x128,1x512,1x1024/128,8x128,8x2048/128"
-_KERNELS = {
-    "cublas": r'custom_call_target="__cublas',
-    "cudnn": r'custom_call_target="__cudnn',
-    "triton": r"__triton",
-    "fusion": r" fusion\(",
-}
+# Of an H100 SXM: bytes a second and the share of the peak that a kernel reaches, seconds that one
+# takes to start; bytes a second that an all-reduce sends through NVLink.
+_BANDWIDTH, _FRACTION, _LAUNCH, _LINK = 0.85 * 3.35e12, 0.75, 2e-6, 0.8 * 450e9
 
 
 def h100_layout(devices: int, *, fsdp: bool) -> Layout:
@@ -110,8 +119,33 @@ def compile_step(
         "frame_mask": array(_FRAMES),
     }
     tx = make_optimizer(OptimConfig(), total_steps=1000)
-    step = make_train_step(config, LossConfig(), tx, layout, microbatch=microbatch)
+    settings = {"microbatch": microbatch, "norms_every": TrainConfig.log_every}
+    step = make_train_step(config, LossConfig(), tx, layout, **settings)
     return step.lower(abstract_state(config, tx, layout), batch).compile()
+
+
+def roofline(hlo: str, devices: int) -> dict[str, Any]:
+    """Kernels, bytes, FLOPs and estimated milliseconds of a program, by kind of kernel."""
+    found: dict[str, dict[str, float]] = {}
+    for kernel in kernels(hlo):
+        row = found.setdefault(kernel.kind, {"kernels": 0, "gb": 0, "tflop": 0, "ms": 0})
+        rate = _FRACTION * peak_flops(_NAME, kernel.dtype)
+        seconds = max(kernel.bytes / _BANDWIDTH, kernel.flops / rate) + _LAUNCH
+        for column, value in (("gb", kernel.bytes / 1e9), ("tflop", kernel.flops / 1e12)):
+            row[column] += value
+        row["kernels"] += 1
+        row["ms"] += 1e3 * seconds
+    total = {column: sum(row[column] for row in found.values()) for column in row}
+    # A ring sends each byte of an all-reduce twice; what hides behind kernels is not known.
+    sent = sum(
+        size * (2 if "reduce" in kind else 1) for kind, size in collective_bytes(hlo).items()
+    )
+    sent *= (devices - 1) / devices
+    rows = {"all": total, **dict(sorted(found.items()))}
+    return {
+        "estimated": {kind: {k: round(v, 2) for k, v in row.items()} for kind, row in rows.items()},
+        "collectives_ms": round(1e3 * sent / _LINK, 2),
+    }
 
 
 def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str, Any]:
@@ -120,6 +154,9 @@ def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str
     pairs = run.batch * run.devices
     compiled = compile_step(config, pairs, run.microbatch * run.devices, layout)
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    estimate = roofline(text, run.devices)
+    flops = train_step_flops(config, LossConfig(), pairs, _FRAMES, _WORDS)
+    seconds = (estimate["estimated"]["all"]["ms"] + estimate["collectives_ms"]) / 1e3
     return {
         "model": name,
         "remat": config.remat,
@@ -128,7 +165,8 @@ def measure(name: str, config: ModelConfig, run: Run, *, fsdp: bool) -> dict[str
         "fsdp": fsdp,
         "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 2),
         "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 2),
-        "kernels": {kind: len(re.findall(pattern, text)) for kind, pattern in _KERNELS.items()},
+        **estimate,
+        "mfu": round(flops / seconds / run.devices / peak_flops(_NAME, config.dtype), 3),
         "moved_mb": {k: round(n / 1e6, 2) for k, n in collective_bytes(text).items()},
         "collectives": collective_counts(text),
     }
@@ -141,7 +179,11 @@ def work(options: Any) -> None:
     ):
         if fsdp and run.devices == 1:
             continue
-        config = ModelConfig(backbone=backbone, dtype="bfloat16", remat=remat, attention=attention)
+        if layers := options.layers:
+            backbone = dataclasses.replace(backbone, vision_layers=layers, text_layers=layers)
+        choices = {"dtype": "bfloat16", "remat": remat, "attention": attention}
+        heads = {"temporal_layers": layers or ModelConfig.temporal_layers}
+        config = ModelConfig(backbone=backbone, **heads, **choices)
         rows.append(measure(name, config, run, fsdp=fsdp))
         print(rows[-1], flush=True)
     report(rows, options, device="NVIDIA H100 80GB, not present")
@@ -153,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *("gpu_program", __doc__),
         ("models", backbones, "32", "of ViT-B"),
         ("runs", runs, _RUNS, "DEVICESxBATCH/MICROBATCH, pairs on each device"),
+        ("layers", int, 0, "of each tower; 0: all"),
         ("fsdp", switches, "0", "0,1: replicated parameters, and sharded ones on several devices"),
         ("remat", names, ModelConfig.remat, f"of {', '.join(REMAT)}"),
         ("attention", names, ModelConfig.attention, f"of {', '.join(ATTENTION)}"),

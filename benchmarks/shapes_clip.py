@@ -16,7 +16,7 @@ from pathlib import Path
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256, write_json
-from drl_jax.weights.installed import DIRECTORY
+from drl_jax.weights.source import DIRECTORY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

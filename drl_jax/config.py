@@ -113,9 +113,9 @@ class ModelConfig:
     # places and the order of frames faster with larger values (docs/benchmarks.md).
     position_std: float = 0.0
     # Matrix products of the transformers: float32, tf32 or bfloat16. Parameters, norms, softmax,
-    # features, similarities and losses are float32 in all cases. tf32 is float32 but for all
-    # products, which round their inputs to 11 significant bits on GPUs that can (TF32), and are
-    # then faster.
+    # features, similarities and losses are float32 arrays in all cases. With tf32 and bfloat16,
+    # products of float32 arrays round their inputs to 11 significant bits on GPUs that can (TF32),
+    # and are several times as fast.
     dtype: str = "float32"
     # What the backward pass computes again, one of REMAT: none keeps everything, dots keeps the
     # matrix products and computes norms, activations and attention weights again, full keeps the

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.pretrained.flags import FILE_FLAGS
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
-from drl_jax.weights.installed import NAMES
+from drl_jax.weights.source import FILE_FLAGS, NAMES
 
 
 def _parser() -> Parser:

@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import functools
 import os
 import shutil
 import tempfile
@@ -34,18 +35,48 @@ from support.runs import make_run, tiny_shapes_config
 
 import drl_jax
 from drl_jax.config import BackboneConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from drl_jax.evaluation import embedder
 from drl_jax.models.drl import init_params
+from drl_jax.runs import train_run
 from drl_jax.runtime.resources import cache_compilations
+from drl_jax.runtime.sharding import Layout
 from drl_jax.search import session
+from drl_jax.search.engine import SearchEngine
 from drl_jax.weights.weights_file import save_weights
 
 cache_compilations()
 
 
+def share_programs() -> None:
+    """A program is traced once for each configuration, not once for each run, index or evaluator.
+
+    Tests open many of them in one process, a user one.
+    """
+    for module, name in (
+        (train_run, "make_optimizer"),
+        (train_run, "make_train_step"),
+        (embedder, "make_embed_steps"),
+    ):
+        setattr(module, name, functools.cache(getattr(module, name)))
+    compiled = SearchEngine._compiled
+
+    @functools.cache
+    def shared(config: ModelConfig, layout: Layout, block: int, top: int, is_one: bool) -> Callable:
+        return compiled(SearchEngine(config, None), layout, block, top, is_one)
+
+    def of_engine(engine: SearchEngine, layout: Layout, block: int, top: int, is_one: bool):
+        return shared(engine._config, layout, block, top, is_one)
+
+    SearchEngine._compiled = of_engine
+
+
+share_programs()
+
+
 # Files that take longest. They start first, so that both workers finish at about the same time.
 SLOW_FILES = (
     *("train", "recovery", "steps", "distributed", "reference_parity", "search_updates"),
-    *("ray_build", "ray_index"),
+    *("ray_build", "ray_index", "families", "search_page", "towers", "weights", "search"),
 )
 
 

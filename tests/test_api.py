@@ -23,9 +23,9 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.drl import model_definition
+from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.pretrained.model import load_source
-from drl_jax.weights.weights_file import state_dict_from_params
 
 
 def test_the_documented_lines_run_in_a_process_of_their_own(search_run, test_videos):

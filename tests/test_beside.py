@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from support.towers import tiny_state, to_hugging_face
 
 from drl_jax.config import Config, DataConfig, ModelConfig
-from drl_jax.weights.families import WeightsError
+from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.load import with_backbone_of
 from drl_jax.weights.weights_file import read_weights
 
@@ -220,6 +220,8 @@ def test_descriptions_that_cannot_be_used_are_one_line(clip_file, file, message)
         ("do_resize", False, "do_resize=False is not supported"),
         ("rescale_factor", 1.0, "rescale_factor=1.0 is not supported"),
         ("resample", 0, "resample=0 is not supported"),
+        ("resample", [3], "resample=[3] is not supported"),
+        ("size", {"height": [32]}, "size={'height': [32]} is not supported"),
         ("image_mean", None, "image_mean is None, not three numbers"),
     ],
 )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.commands import ROOT, error_of, run_module, start_interruptible
 from support.datasets import custom
-from support.files import contents, refused
+from support.files import contents, enlarge, refused, small_disk
 from support.processes import killing_workers
 from support.videos import numbered_frames, write_video
 
@@ -310,46 +310,40 @@ def test_a_damaged_dataset_is_not_built_already(sources, built, tmp_path, capsys
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not allowed")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        yield disk
 
 
 # 10 videos fill the disk while records are written, 20 while frames are cached.
 @pytest.mark.parametrize("count", [10, 20])
-def test_a_full_disk_is_one_line_and_keeps_the_dataset(count, sources, built, small_disk, capsys):
+def test_a_full_disk_is_one_line_and_keeps_the_dataset(count, sources, built, disk, capsys):
     for name in ("custom", "cache"):
-        shutil.copytree(built / name, small_disk / name)
-    before = contents(small_disk / VARIANT)
-    arguments = custom(sources, f"{count}.csv", small_disk, *SIZE, "--overwrite")
+        shutil.copytree(built / name, disk / name)
+    before = contents(disk / VARIANT)
+    arguments = custom(sources, f"{count}.csv", disk, *SIZE, "--overwrite")
     assert error_of("data_prep.build", *arguments, capsys=capsys) == (
-        f"data_prep.build: no space left in {small_disk}; free disk space, then rerun the command"
+        f"data_prep.build: no space left in {disk}; free disk space, then rerun the command"
         " to continue"
     )
-    assert contents(small_disk / VARIANT) == before
-    assert [path.name for path in (small_disk / VARIANT).parent.iterdir()] == ["1.0.0"]
+    assert contents(disk / VARIANT) == before
+    assert [path.name for path in (disk / VARIANT).parent.iterdir()] == ["1.0.0"]
     # With space, the same command continues.
-    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    enlarge(disk, "20m")
     assert build(arguments) == 0
-    assert len(VideoDataset(small_disk / VARIANT)) == count
+    assert len(VideoDataset(disk / VARIANT)) == count
 
 
-def test_a_disk_that_cannot_be_written_is_one_line(sources, built, small_disk, capsys):
-    shutil.copytree(built / "custom", small_disk / "custom")
-    arguments = custom(sources, "2.csv", small_disk, *SIZE)
-    with (small_disk / "fill").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free)
+def test_a_disk_that_cannot_be_written_is_one_line(sources, built, disk, capsys):
+    shutil.copytree(built / "custom", disk / "custom")
+    arguments = custom(sources, "2.csv", disk, *SIZE)
+    with (disk / "fill").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free)
     line = error_of("data_prep.check", *arguments, capsys=capsys)
-    assert f"cannot write to {small_disk / 'custom'} (No space left on device)" in line
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert f"cannot write to {disk / 'custom'} (No space left on device)" in line
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     line = error_of("data_prep.build", *arguments, "--overwrite", capsys=capsys)
-    lock = small_disk / "custom" / ".lock"
+    lock = disk / "custom" / ".lock"
     assert f"{lock} cannot be read or written: Read-only file system (EROFS); nothing was" in line
     # What needs no writing works.
     assert build(arguments) == 0

@@ -111,7 +111,8 @@ def test_a_truncated_file_of_records_is_one_line_for_each_video(size, copy):
 
 def test_a_record_of_another_variant_or_video(copy, tmp_path):
     ids = list(VideoDataset(copy).video_ids)
-    for name in ("32px_4f_raw", "64px_3f_raw", "64px_4f_jpeg", "64px_4f_raw_time"):
+    sizes = ("32px_4f_raw", "64px_3f_raw", "64px_4f_jpeg")
+    for name in (*sizes, "64px_4f_raw_squash", "64px_4f_raw_time"):
         other = Path(shutil.copytree(copy, tmp_path / "shapes" / name / "1.0.0"))
         with pytest.raises(DatasetError, match=r"manifest.json says 64px_4f_raw \(crop, bicubic\)"):
             VideoDataset(other)

@@ -1,10 +1,10 @@
 """Training over two real processes: the same numbers, one writer, and mistakes that end."""
 
-import contextlib
 import functools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from support.commands import error_line, error_of, start_module, wait_for
+from support.files import enlarge, flip_largest, small_disk
 from support.finished_runs import metrics
 from support.pairs import free_port, start_pair
 from support.processes import wait_until
@@ -40,22 +41,13 @@ def params_of(workdir):
     return restore_params(workdir, load_config(workdir).model, make_layout(), "latest")
 
 
-def flip_largest(source, target):
-    """Copies the largest file below a directory, with a changed bit; its path."""
-    path = max(source.rglob("*"), key=lambda path: path.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    target.write_bytes(content)
-    return path
-
-
 @pytest.mark.slow
 def test_two_processes_stop_and_fall_back_together_and_match_one(arguments, tmp_path):
     """A signal reaches one of them, and then one of them reads a damaged file."""
     if os.geteuid():
         pytest.skip("cannot mount")
     alone, workdir = tmp_path / "alone", tmp_path / "two"
-    often = "--config.train.checkpoint_every=1"
+    often = "--config.train.checkpoint_every=3"
     assert train(arguments(alone, often)) == 0
     flags = arguments(workdir, often)
     pair = start_pair(flags)
@@ -68,9 +60,12 @@ def test_two_processes_stop_and_fall_back_together_and_match_one(arguments, tmp_
         assert "Traceback" not in errors
     assert not (workdir / "result.json").exists()
 
-    latest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    changed = tmp_path / "changed"
-    path = flip_largest(workdir / "checkpoints" / str(latest) / "params", changed)
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    previous, latest = steps[-2:]
+    params, changed = workdir / "checkpoints" / str(latest) / "params", tmp_path / "changed"
+    shutil.copytree(params, changed)
+    changed = flip_largest(changed)
+    (path,) = params.rglob(changed.name)
     # Only process 1 sees the other file.
     script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
     prefix = ("unshare", "--mount", "sh", "-c", script, "sh", str(changed), str(path))
@@ -80,7 +75,7 @@ def test_two_processes_stop_and_fall_back_together_and_match_one(arguments, tmp_
     # The changed bit is in a number, or in what compresses it.
     damage = rf"checkpoint {latest} is damaged: .*params.* \(process 1\); moved to"
     assert re.search(damage, main_output), main_output
-    assert f"resuming {workdir} from step {latest - 1} of 12" in main_output
+    assert f"resuming {workdir} from step {previous} of 12" in main_output
     assert "4 cpu device(s), 2 process(es)" in main_output
     # The other process prints nothing except gloo's messages.
     said = set(re.findall("[A-Za-z]+", other_output))
@@ -113,28 +108,16 @@ def test_two_processes_end_together(arguments, tmp_path, capsys):
     """On a full disk, which one of them notices; with more space, the same command goes on."""
     run = tmp_path / "disk" / "run"
     flags = arguments(run, "--config.train.keep_checkpoints=9")
-    with small_disk(tmp_path / "disk", "9m"):
+    with small_disk(tmp_path / "disk", "5m") as disk:
         pair = start_pair(flags)
         for process in pair:
             _, errors = wait_for(process)
             assert process.returncode == 1
             assert "Traceback" not in errors
             assert "No space left on device" in errors.strip().splitlines()[-1]
-        subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path / "disk")], check=True)
+        enlarge(disk, "100m")
         assert train(flags) == 0
         assert f"resuming {run} from step 6" in capsys.readouterr().out
-
-
-@contextlib.contextmanager
-def small_disk(path, size: str):
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def test_a_cluster_that_is_not_complete_ends_in_one_line(arguments, tmp_path):

@@ -16,10 +16,10 @@ from support.commands import error_of, start_interruptible
 import drl_jax
 from drl_jax.convert import main as convert
 from drl_jax.weights import download, hub
-from drl_jax.weights.containers import PREFERRED, choose_weights
+from drl_jax.weights.errors import WeightsFileError
+from drl_jax.weights.folders import PREFERRED, choose_weights
 from drl_jax.weights.hub import HubError, _chosen, resolved_revision
 from drl_jax.weights.source import weights_path
-from drl_jax.weights.tensors import WeightsFileError
 
 NAME = "hf-hub:org/tiny"
 COMMIT, NEXT_COMMIT = "a1" * 20, "b2" * 20
@@ -128,7 +128,7 @@ def test_without_a_connection_the_cache_serves(cache, monkeypatch, offline, revi
 
 def test_a_path_outside_a_snapshot_has_no_revision():
     for folder in ("snapshots/main", COMMIT, "."):
-        assert resolved_revision(Path(folder) / "model.safetensors") is None
+        assert resolved_revision(Path(folder) / "model.safetensors") == ""
 
 
 @pytest.mark.parametrize("name", ["hf-hub:org/tiny@v2", "hf-hub:org/other"])

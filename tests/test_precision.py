@@ -28,7 +28,9 @@ def precisions(program, *arguments):
     return {name for *names, left, right in found for name in names if left == right == "f32"}
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", "HIGHEST"), ("tf32", "HIGH")])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "HIGH")]
+)
 def test_float32_is_not_tf32_unless_it_is_named(tiny_model, dtype, expected):
     """HIGHEST is float32; XLA may take TF32 for HIGH, and for the default."""
     model = dataclasses.replace(tiny_model, dtype=dtype)

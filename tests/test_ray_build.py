@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support.commands import ROOT, error_of
 from support.datasets import custom
-from support.files import contents
+from support.files import contents, small_disk
 from support.ray_nodes import ENVIRONMENT, sleep_briefly, two_nodes, work
 from support.videos import write_video
 
@@ -272,15 +272,9 @@ def test_a_node_that_does_not_see_a_directory_or_has_a_full_disk_is_named(
         + r" \(No such file or directory\); mount the same file system there, at the same path",
         line,
     )
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    subprocess.run(mount, check=True)
-    try:
+    with small_disk(tmp_path / "disk", "3m") as disk:
         arguments = flags(sources, disk, f"--ray={nodes.address}")
         line = error_of("data_prep.build", *arguments, capsys=capsys)
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
     assert re.fullmatch(
         rf"data_prep.build: no space left in {disk} on node \S+ \(\S+, \w{{8}}\);"
         " free disk space, then rerun the command to continue",

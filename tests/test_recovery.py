@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import TINY, error_of
-from support.files import contents, refused
+from support.files import contents, flip_largest, refused
 from support.finished_runs import assert_same_run, metrics
 from support.params import random_params
 from support.runs import make_run
@@ -123,14 +123,6 @@ def damage(path: Path, kind: str, rng: random.Random) -> None:
     path.write_bytes({"empty": b"", "cut": content[: len(content) // 2]}.get(kind, content))
 
 
-def flip_largest(checkpoint: Path) -> None:
-    """Flips a bit of the parameters."""
-    path = max((checkpoint / "params").rglob("*"), key=lambda path: path.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.fixture(scope="module")
 def model_run(shapes_config, tmp_path_factory):
     """A run of one checkpoint, its state in memory, and the shapes of the state."""
@@ -198,7 +190,7 @@ def test_a_resumed_run_falls_back_to_the_latest_intact_checkpoint(
     assert json.loads((run / "manifest.json").read_text())["id"] == run_id
 
     for step in (run / "checkpoints").iterdir():
-        flip_largest(step)
+        flip_largest(step / "params")
     before = contents(run / "checkpoints")
     line = error_of_training(run)
     assert "no checkpoint in" in line
@@ -230,7 +222,7 @@ def test_a_damaged_metric_is_computed_again(run, arguments, error_of_evaluation,
     assert f"{run / 'checkpoints'}: 6/metrics.json is damaged" in line
     assert "name a step instead of best: 3, 6, 9" in line
     (run / "checkpoints" / "3" / "metrics.json").write_text("{")
-    flip_largest(run / "checkpoints" / "3")
+    flip_largest(run / "checkpoints" / "3" / "params")
     assert train(arguments(run)) == 0
     printed = capsys.readouterr().out
     assert "the metric of checkpoint 6 is damaged; evaluating it again" in printed

@@ -17,12 +17,12 @@ from drl_jax.config import LossConfig, ModelConfig, OptimConfig
 from drl_jax.evaluation.legacy import legacy_metrics
 from drl_jax.evaluation.metrics import metrics_of, query_ranks
 from drl_jax.models.drl import model_definition, param_shapes
+from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import TrainState, apply_gradients, loss_and_parts
 from drl_jax.weights.load import initial_params, params_from_state
-from drl_jax.weights.weights_file import state_dict_from_params
 
 CASES = sorted(SPEC["cases"])
 # Of the trajectories, to the rounding of float32.

@@ -6,8 +6,10 @@ import io
 import json
 import math
 import re
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 
 import jax
@@ -16,11 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
-from support.commands import error_of, run_module, start_module, wait_for
+from support.commands import ROOT, error_of, run_module, start_module, wait_for
 from support.finished_runs import assert_same_run, metrics, summaries
 from support.params import openai_shaped_backbone, random_params
 from support.processes import wait_until
 
+import drl_jax
 from data_prep.build import main as build
 from data_prep.shapes.scenes import SIZES
 from drl_jax.config import ModelConfig
@@ -28,13 +31,14 @@ from drl_jax.convert import main as convert
 from drl_jax.evaluate import main as evaluate
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import METRICS
+from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import TrainingError
 from drl_jax.runs.log_files import read_scalars
 from drl_jax.runs.train_run import _memory_errors
 from drl_jax.runs.train_seeds import format_seeds, summarise_seeds
 from drl_jax.train import main as train
-from drl_jax.weights.weights_file import read_weights, state_dict_from_params
+from drl_jax.weights.weights_file import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,25 @@ def finished(arguments, tmp_path_factory):
 
 def result_of(run):
     return json.loads((run / "result.json").read_text())
+
+
+def test_the_best_parameters_of_a_complete_run_open_without_orbax(finished, tmp_path):
+    """Damaged, or of another run, they are those of the checkpoint."""
+    workdir, _ = finished
+    code = (
+        "import sys, drl_jax; model = drl_jax.load(sys.argv[1]);"
+        "assert 'orbax.checkpoint' not in sys.modules; print(model.fingerprint, model.source)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, workdir], cwd=ROOT, capture_output=True)
+    model = drl_jax.load(workdir)
+    assert found.stdout.decode().split(maxsplit=1) == [model.fingerprint, f"{model.source}\n"]
+    assert model.source["checkpoint"] == str(result_of(workdir)["best_step"])
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    (file,) = copy.glob("*.safetensors")
+    content = file.read_bytes()
+    for damaged in (None, content[:-9], content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        assert drl_jax.load(copy).fingerprint == model.fingerprint
 
 
 # ---------------------------------------------------------------- what a run writes

@@ -27,20 +27,20 @@ from data_prep.dataset_config import SHAPES_BACKBONE
 from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.convert import main as convert
 from drl_jax.models.drl import param_shapes
+from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.runs.checkpoint_files import read_info
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import sha256
-from drl_jax.weights import installed
 from drl_jax.weights.containers import open_weights
-from drl_jax.weights.families import WeightsError
+from drl_jax.weights.errors import WeightsError, WeightsFileError
 from drl_jax.weights.load import (
     heads_of_weights,
     params_from_state,
     with_backbone_of,
 )
-from drl_jax.weights.tensors import WeightsFileError
-from drl_jax.weights.weights_file import read_weights, save_weights, state_dict_from_params
+from drl_jax.weights.source import DIRECTORY, NAMES
+from drl_jax.weights.weights_file import read_weights, save_weights
 
 WHOLE = "drl_wti_seqtransf.bin"
 
@@ -193,9 +193,9 @@ def test_hugging_face_names(tmp_path):
 # ---------------------------------------------------------------- installed weights
 
 
-@pytest.mark.parametrize("name", installed.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_installed_weights_are_those_of_their_record(name):
-    file = installed.DIRECTORY / f"{name}.safetensors"
+    file = DIRECTORY / f"{name}.safetensors"
     record = json.loads(file.with_suffix(".json").read_text())
     assert record["sha256"] == sha256(file)
     assert record["bytes"] == file.stat().st_size <= 7_000_000
@@ -213,8 +213,8 @@ def test_installed_weights_are_those_of_their_record(name):
 @pytest.fixture
 def installed_copy(tmp_path, monkeypatch):
     """A copy of the installed files that can be damaged."""
-    copy = shutil.copytree(installed.DIRECTORY, tmp_path / "files")
-    monkeypatch.setattr(installed, "DIRECTORY", copy)
+    copy = shutil.copytree(DIRECTORY, tmp_path / "files")
+    monkeypatch.setattr("drl_jax.weights.source.DIRECTORY", copy)
     return copy
 
 
@@ -342,7 +342,9 @@ def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tm
     state = state_dict_from_params(random_params(shapes_config.model))
     for stored in ("{", '{"seed": 1}'):
         save_file(state, tmp_path / "a.safetensors", metadata={"drl_jax_config": stored})
-        with pytest.raises(WeightsError, match=r"a\.safetensors: its stored configuration"):
+        with pytest.raises(
+            WeightsError, match=r"a\.safetensors has a stored configuration that cannot"
+        ):
             read_weights(tmp_path / "a.safetensors")
 
 

@@ -21,9 +21,8 @@ from drl_jax.models.drl import model_definition
 from drl_jax.runtime.errors import UserError
 from drl_jax.weights.__main__ import main
 from drl_jax.weights.families import to_publisher
-from drl_jax.weights.installed import installed_path
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import weights_path, weights_sha256
+from drl_jax.weights.source import installed_path, weights_path, weights_sha256
 from drl_jax.weights.weights_file import read_weights
 
 TOWERS = tiny_state()

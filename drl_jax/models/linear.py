@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout as DenseLayout
+from jax.experimental.layout import with_layout_constraint
 
-from drl_jax.runtime.sharding import replicate
+from drl_jax.runtime.sharding import is_on_cpu, replicate
 
 
 class Linear(nnx.Linear):
@@ -24,30 +26,49 @@ class Linear(nnx.Linear):
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """x @ kernel + bias in a dtype: [..., Din], float32 [Din, Dout], [Dout] -> [..., Dout]."""
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product = matmul(rows, kernel)
+    y = matmul(rows, kernel)
     if bias is not None:
         # In float32, as the sum over rows that is its gradient.
-        product = (product + bias).astype(dtype)
-    return product.reshape(*x.shape[:-1], -1)
+        y = (y + bias).astype(dtype)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[N, Din] times a float32 kernel [Din, Dout], in the dtype of `x`: [N, Dout]."""
-    return x @ gathered(kernel, x.dtype)
+    return _product(x, gathered(kernel, x.dtype))
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
     # Not `matmul`: rematerialisation sees a product here, and may keep it.
-    return x @ gathered(kernel, x.dtype), (x, kernel)
+    return _product(x, gathered(kernel, x.dtype)), (x, kernel)
 
 
 def _matmul_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    of_kernel = jax.lax.dot_general(
-        x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype
-    )
-    return gradient @ gathered(kernel, x.dtype).T, of_kernel
+    of_x = _product(gradient, gathered(kernel, x.dtype), contracted=(1, 1))
+    if x.dtype == jnp.bfloat16 and is_on_cpu():
+        transposed = with_layout_constraint(x.T, DenseLayout((0, 1)))
+        of_kernel = jnp.matmul(transposed, gradient, preferred_element_type=kernel.dtype)
+    else:
+        of_kernel = jax.lax.dot_general(
+            x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype
+        )
+    return of_x, of_kernel
+
+
+def _product(x: jax.Array, y: jax.Array, contracted: tuple[int, int] = (1, 0)) -> jax.Array:
+    """The product of two matrices of one dtype, in that dtype.
+
+    XLA's CPU backend multiplies bfloat16 with the processor's own instructions (AMX) only if the
+    result is float32 and no operand is transposed; it converts both to float32 otherwise, which is
+    five times slower. The sums are the same.
+    """
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    if x.dtype == jnp.bfloat16 and is_on_cpu():
+        y = jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+    return jax.lax.dot_general(x, y, dimensions)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -6,16 +6,12 @@ from typing import TYPE_CHECKING
 
 from drl_jax.runtime.cli import Parser
 from drl_jax.runtime.errors import UserError
+from drl_jax.weights.source import FILE_FLAGS
 
 if TYPE_CHECKING:
     from drl_jax.pretrained.model import RetrievalModel
 
-# Flags that describe a file of weights.
-FILE_FLAGS = {
-    "release": "the release, for a CLIP that does not say its own",
-    "weights_key": "prefix of the towers, if it holds several; clip: without the heads of DRL",
-    "tokenizer": "its tokenizer, if that is not beside the file",
-}
+
 # What encodes frames.
 ENCODERS = ("auto", "jax", "openvino")
 

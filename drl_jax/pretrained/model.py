@@ -27,14 +27,13 @@ from drl_jax.evaluation.openvino_encoder import OpenVINOImages, choose_encoder
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
-from drl_jax.runs.run_params import restore_params
-from drl_jax.runs.workdir import load_config
+from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
+from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.hub import is_hub_name
-from drl_jax.weights.installed import NAMES
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import is_weights, weights_path
+from drl_jax.weights.source import NAMES, is_weights, weights_path
 from drl_jax.weights.weights_file import read_weights
 
 
@@ -266,7 +265,7 @@ def load(
       path: directory of a run; a file of weights or a folder with one: towers of CLIP, SigLIP or
         Perception Encoder, which get no temporal head and the interaction dp, as in zero-shot
         retrieval, a DRL checkpoint, or an exported run; or, as a string, the name of installed
-        weights (`drl_jax.weights.installed.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
+        weights (`drl_jax.weights.source.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
         weights are downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       release: of a CLIP whose activation nothing else says, one of
@@ -294,7 +293,7 @@ def load(
         if given:
             raise UserError(f"{path} is a run, which has its {min(given)}; leave that out")
         config = load_config(path)
-        step, params = restore_params(path, config.model, layout, str(checkpoint))
+        step, params = _run_params(path, config, layout, str(checkpoint))
         # Absolute: an index is also asked from other directories.
         origin = {"workdir": str(path.resolve()), "checkpoint": str(step)}
         towers = ""
@@ -317,6 +316,28 @@ def load(
         origin["max_words"] = str(max_words)
     embedder = Embedder(config, layout, keep_tokens=True)
     return RetrievalModel(config, params, layout, origin, towers, embedder)
+
+
+def _run_params(
+    workdir: Path, config: Config, layout: Layout, checkpoint: str
+) -> tuple[int, Params]:
+    """Step and parameters of a checkpoint; those of the best one from their own file, if it is
+    intact and this run's."""
+    file = workdir / BEST_FILE
+    if file.exists():
+        try:
+            weights = read_weights(file)
+            step, run = weights.origin["step"], weights.origin["run"]
+            is_own = (own_manifest(workdir) or {}).get("id") == run
+            if is_own and checkpoint in ("best", str(step)):
+                params = initial_params(config.model, weights, jax.random.key(0))
+                return step, jax.device_put(params, layout.replicated)
+        except (WeightsError, KeyError):
+            pass  # Damaged: the checkpoint has the same.
+    # Orbax, which takes half a second to import.
+    from drl_jax.runs.run_params import restore_params
+
+    return restore_params(workdir, config.model, layout, checkpoint)
 
 
 def load_source(source: dict[str, str]) -> RetrievalModel:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from drl_jax.evaluation.evaluator import Evaluator, check_split
 from drl_jax.evaluation.metrics import format_table
 from drl_jax.models.drl import Params, abstract_params
 from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.runs.checkpoint_files import owner
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
 from drl_jax.runs.manifest import differences, recorded
 from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
-from drl_jax.runs.workdir import exclusive, read_manifest
+from drl_jax.runs.workdir import BEST_FILE, CHECKPOINTS, exclusive, read_manifest
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
-from drl_jax.runtime.errors import Interrupted, UserError, one_line
+from drl_jax.runtime.errors import Interrupted, Notice, Unavailable, UserError, one_line
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.runtime.signals import StopRequest
@@ -36,7 +38,7 @@ from drl_jax.training.train_step import (
     state_from_params,
 )
 from drl_jax.weights.load import head_start, initial_params, with_backbone_of
-from drl_jax.weights.weights_file import read_weights
+from drl_jax.weights.weights_file import read_weights, save_weights
 
 RESULT_FILE = "result.json"
 # Values of `TrainBatches.cache`.
@@ -158,6 +160,8 @@ def train(
                     method(*arguments)
                     wall_time.spent_on(hook.activity)
 
+        if is_main():
+            (workdir / BEST_FILE).unlink(missing_ok=True)
         with contextlib.ExitStack() as ending:
             for hook in hooks:  # Each ends, also if another cannot.
                 if hasattr(hook, "end"):
@@ -211,6 +215,7 @@ def train(
             path = evaluation_path(workdir, "test", best_step)
             write_ranks(path.with_suffix(".npz"), tested.ranks, card)
             write_json(workdir / RESULT_FILE, result)
+            _write_best(workdir, config, best_step, params)
             print(f"test of the best checkpoint, step {best_step} of {total_steps}:")
             print(f"{format_table(result['test'])}\nprotocol\n{card}\ntime: {wall_time}")
     return result
@@ -226,6 +231,21 @@ def _read_init(config: Config) -> tuple[Config, Params | None]:
     if is_main():
         print(f"{model.init}: {weights.description}; {head_start(config.model, weights)}")
     return config, initial_params(config.model, weights, jax.random.key(config.seed))
+
+
+def _write_best(workdir: Path, config: Config, step: int, params: Params) -> None:
+    """Writes the best parameters as one file, which opens without Orbax; a full disk is no error.
+
+    With fsdp over several processes, no process has them all.
+    """
+    leaves = jax.tree.leaves(params)
+    if not all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
+        return
+    origin = owner(workdir / CHECKPOINTS / str(step))
+    try:
+        save_weights(workdir / BEST_FILE, params, config, origin=origin)
+    except Unavailable as error:
+        warnings.warn(f"{error}; the run is complete without it", Notice, stacklevel=2)
 
 
 def _print_start(

@@ -78,10 +78,11 @@ class Layout:
 
         Every program of a model needs it. `attend` takes the kind of the devices from the mesh, and
         `split_rows` and `replicate` do nothing without it. Products of float32 arrays are float32
-        on every platform; JAX's default is less on GPUs (TF32) and TPUs (bfloat16). With the dtype
-        "tf32" of `ModelConfig`, they may be TF32. The function takes positional arguments.
+        on every platform; JAX's default is less on GPUs (TF32) and TPUs (bfloat16). With the dtypes
+        "tf32" and "bfloat16" of `ModelConfig`, they may be TF32: of a batch of 16,384, similarities
+        in float32 would take as long as the towers. The function takes positional arguments.
         """
-        precision = "tensorfloat32" if dtype == "tf32" else "highest"
+        precision = "highest" if dtype == "float32" else "tensorfloat32"
 
         @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
@@ -105,6 +106,12 @@ class Layout:
             name: jax.make_array_from_process_local_data(self.batch_sharded, array)
             for name, array in batch.items()
         }
+
+
+def is_on_cpu() -> bool:
+    """Whether the program that is traced is for CPUs: those of the current mesh, or the default."""
+    device = get_abstract_mesh().abstract_device
+    return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
 
 
 def split_rows(x: jax.Array) -> jax.Array:
@@ -132,31 +139,63 @@ def make_layout(devices: Sequence[jax.Device] | None = None, *, fsdp: bool = Fal
 
 
 def map_batch_chunks(
-    function: Callable[[Any], Any], arrays: Any, *, chunk: int, layout: Layout
+    function: Callable[[Any, Any], Any], params: Any, arrays: Any, *, chunk: int, layout: Layout
 ) -> Any:
-    """Computes `function(arrays)` for one chunk of rows after another to save memory.
+    """Computes `function(params, arrays)` for one chunk of rows after another to save memory.
 
     The backward pass recomputes each chunk, so it needs the memory of one chunk and the gradient is
     exact. Each chunk takes the same number of rows from every device: no row moves and no device
-    idles.
+    idles. The gradient of the parameters is added up on each device and summed between devices
+    once; with fsdp, parameters are gathered once, too.
 
     Args:
-      function: maps arrays with C rows to arrays with C rows; each row depends on that row alone.
+      function: maps parameters and arrays with C rows to arrays with C rows; each row depends on
+        that row alone.
+      params: tree of parameters, split as `layout.parameters` says.
       arrays: tree of [B, ...] arrays, batch-sharded, as the result.
       chunk: C, over all devices; a multiple of the device count and a divisor of B.
       layout: of the rows.
     """
-    devices = layout.device_count
-    chunks = NamedSharding(layout.mesh, PartitionSpec(None, AXIS))
+    rows = chunk // layout.device_count
+    specs = jax.tree.map(lambda x: layout.parameter(x.shape).spec, params)
 
-    # The rows of a device are consecutive: [devices, chunks, rows per chunk] -> chunks first.
-    def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(devices, -1, chunk // devices, *x.shape[1:]).swapaxes(0, 1)
-        return with_sharding_constraint(x.reshape(-1, chunk, *x.shape[3:]), chunks)
+    def whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.all_gather(x, AXIS, axis=spec.index(AXIS), tiled=True) if AXIS in spec else x
 
-    def join(y: jax.Array) -> jax.Array:
-        y = y.reshape(-1, devices, chunk // devices, *y.shape[2:]).swapaxes(0, 1)
-        return with_sharding_constraint(y.reshape(-1, *y.shape[3:]), layout.batch_sharded)
+    def on_device(params: Any, arrays: Any) -> Any:
+        params = jax.tree.map(whole, params, specs)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
+        results = jax.lax.map(jax.checkpoint(functools.partial(function, params)), chunks)
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), results)
 
-    results = jax.lax.map(jax.checkpoint(function), jax.tree.map(split, arrays))
-    return jax.tree.map(join, results)
+    split = PartitionSpec(AXIS)
+    # Without the check, the gradient of a replicated parameter is summed where it leaves the loop;
+    # with it, at each use.
+    return jax.shard_map(
+        on_device, mesh=layout.mesh, in_specs=(specs, split), out_specs=split, check_vma=False
+    )(params, arrays)
+
+
+def gather_and_compare(
+    function: Callable[[Any, Any], jax.Array], rows: Any, columns: Any, *, layout: Layout
+) -> jax.Array:
+    """`function(rows, columns)`, an array [A, B] of which each device computes its rows.
+
+    The columns are gathered once, and the gradients of all rows are summed and split again once,
+    also where the function works in blocks: XLA would sum those of each block.
+
+    Args:
+      function: compares A rows with B columns; it uses no parameters.
+      rows: tree of [A, ...] arrays, batch-sharded, as the result.
+      columns: tree of [B, ...] arrays, batch-sharded.
+      layout: of both.
+    """
+
+    def on_device(rows: Any, columns: Any) -> jax.Array:
+        gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+        return function(rows, jax.tree.map(gather, columns))
+
+    split = PartitionSpec(AXIS)
+    return jax.shard_map(
+        on_device, mesh=layout.mesh, in_specs=(split, split), out_specs=split, check_vma=False
+    )(rows, columns)

@@ -19,7 +19,7 @@ from drl_jax.config import LossConfig, ModelConfig
 from drl_jax.models.drl import DRL, Params, abstract_params, init_params, model_definition
 from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import map_video_blocks
-from drl_jax.runtime.sharding import Layout, map_batch_chunks
+from drl_jax.runtime.sharding import Layout, gather_and_compare, map_batch_chunks
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, norms
 
 Batch = Arrays
@@ -95,14 +95,15 @@ def loss_and_parts(
     """
     model = nnx.merge(definition, params)
 
-    def encode(batch: Batch) -> tuple[Arrays, Arrays]:
+    def encode(params: Params, batch: Batch) -> tuple[Arrays, Arrays]:
+        model = nnx.merge(definition, params)
         text = model.encode_text(batch["text_ids"], batch["text_mask"])
         return text, model.encode_video(batch["frames"], batch["frame_mask"])
 
     if microbatch and microbatch < len(batch["text_ids"]):
-        text, video = map_batch_chunks(encode, batch, chunk=microbatch, layout=layout)
+        text, video = map_batch_chunks(encode, params, batch, chunk=microbatch, layout=layout)
     else:
-        text, video = encode(batch)
+        text, video = encode(params, batch)
     dropout_key, cdcr_key = jax.random.split(key)
     contrastive, parts = _contrastive_loss(
         model, text, video, dropout_key, name=config.contrastive, layout=layout
@@ -120,11 +121,15 @@ def _contrastive_loss(
     model: DRL, text: Arrays, video: Arrays, key: jax.Array, *, name: str, layout: Layout
 ) -> tuple[jax.Array, Scalars]:
     """The loss `name` (`LossConfig.contrastive`) of batch-sharded pairs, and its parts by name."""
+    scale = jnp.exp(model.backbone.logit_scale[...])
+    if name == "softmax" and not model.interaction.HAS_DROPOUT:
+        compare = functools.partial(model.similarity, key=None)
+        return softmax_loss(scale * gather_and_compare(compare, text, video, layout=layout))
     # Texts stay sharded and videos are gathered once. Without the constraints, XLA gathers the
     # smaller operand and may split the columns instead.
     all_videos = jax.tree.map(lambda x: with_sharding_constraint(x, layout.replicated), video)
-    scale = jnp.exp(model.backbone.logit_scale[...])
     if name == "softmax":
+        # Dropout is drawn for the global batch.
         sim_matrix = model.similarity(text, all_videos, key)
         return softmax_loss(scale * with_sharding_constraint(sim_matrix, layout.batch_sharded))
     bias = model.backbone.logit_bias[...]

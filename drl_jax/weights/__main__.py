@@ -7,8 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from drl_jax.pretrained.flags import FILE_FLAGS
 from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.weights.source import FILE_FLAGS
 
 
 def _print(source: str, release: str, key: str, tokenizer: str) -> None:
@@ -18,43 +18,40 @@ def _print(source: str, release: str, key: str, tokenizer: str) -> None:
     from drl_jax.weights.weights_file import read_weights
 
     weights = read_weights(source, release, key)
-    if tokenizer:
-        weights = weights._replace(tokenizer=tokenizer)
-    description, backbone = weights.description, weights.description.backbone
-    contents, towers = weights.contents, weights.towers
-    assert contents is not None
-    assert towers is not None
-    size = sum(path.stat().st_size for path in contents.files)
-    print(f"{contents.files[0]}: {contents.form}, {len(contents.tensors)} tensors, {_bytes(size)}")
-    names = f"names of {towers.form.publisher}"
-    print(f"family     {towers.family}, {names}, prefix {towers.prefix[:-1] or 'none'}")
-    for tower, label in (("vision", "images"), ("text", "captions")):
-        sizes = [getattr(backbone, f"{tower}_{size}") for size in ("layers", "width", "heads")]
-        print(f"{label:<10} {sizes[0]} layers of {sizes[1]} channels in {sizes[2]} heads", end="; ")
-        if tower == "vision":
-            print(
-                f"{backbone.image_resolution} pixels ({backbone.resize}, {backbone.interpolation})"
-                f" in patches of {backbone.vision_patch_size}"
-            )
-        else:
-            print(f"{backbone.context_length} positions, {backbone.vocab_size} tokens")
-    says = "guessed from" if description.is_guessed else "from"
+    weights = weights._replace(tokenizer=tokenizer or weights.tokenizer)
+    contents, description = weights.contents, weights.description
+    backbone, model = description.backbone, config_of_weights(weights).model
+    size = _bytes(sum(path.stat().st_size for path in contents.files))
+    print(f"{contents.files[0]}: {contents.form}, {len(contents.tensors)} tensors, {size}")
+    image = f"{backbone.image_resolution} pixels ({backbone.resize}, {backbone.interpolation})"
     activations = ", captions ".join(filter(None, (backbone.activation, backbone.text_activation)))
-    print(f"activation {activations} ({says} {description.activation_from})")
-    config = config_of_weights(weights)
+    says = "guessed from" if description.is_guessed else "from"
     usual = "of CLIP" if backbone.text_cleaning == "clip" else "none beside the file"
-    print(f"tokenizer  {weights.tokenizer or usual}; cleaning {backbone.text_cleaning}")
-    heads = f"interaction {config.model.interaction}, temporal head {config.model.agg_module}"
-    print(f"heads      {heads if weights.has_heads else 'none'}")
-    print(f"licence    {description.licence or 'not stated by the file'}")
-    shapes = param_shapes(config.model)
-    for note in description.notes:
-        print(f"note       {note}")
-    state = weights.state
-    table = check_state(state, shapes if weights.has_heads else {"backbone": shapes["backbone"]})
-    check_cleaning(config.model)
-    parameters = sum(state[name].size for entry in table for name in entry.names)
-    print(f"loads      {parameters / 1e6:.1f} M parameters, {_bytes(4 * parameters)} in float32")
+    heads = f"interaction {model.interaction}, temporal head {model.agg_module}"
+    for label, text in (
+        ("family", f"{backbone.family}, {description.names}"),
+        ("images", f"{_tower(backbone, 'vision')}; {image} in patches of"
+         f" {backbone.vision_patch_size}"),
+        ("captions", f"{_tower(backbone, 'text')}; {backbone.context_length} positions,"
+         f" {backbone.vocab_size} tokens"),
+        ("activation", f"{activations} ({says} {description.activation_from})"),
+        ("tokenizer", f"{weights.tokenizer or usual}; cleaning {backbone.text_cleaning}"),
+        ("heads", heads if weights.has_heads else "none"),
+        ("licence", description.licence or "not stated by the file"),
+        *(("note", note) for note in description.notes),
+    ):  # fmt: skip
+        print(f"{label:<10} {text}")
+    shapes = param_shapes(model)
+    shapes = shapes if weights.has_heads else {"backbone": shapes["backbone"]}
+    table = check_state(weights.state, shapes)
+    check_cleaning(model)
+    count = sum(weights.state[name].size for entry in table for name in entry.names)
+    print(f"loads      {count / 1e6:.1f} M parameters, {_bytes(4 * count)} in float32")
+
+
+def _tower(backbone: object, tower: str) -> str:
+    layers, width, heads = (getattr(backbone, f"{tower}_{n}") for n in ("layers", "width", "heads"))
+    return f"{layers} layers of {width} channels in {heads} heads"
 
 
 def _bytes(size: int) -> str:
@@ -63,11 +60,8 @@ def _bytes(size: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0 if the weights load."""
-    parser = Parser(
-        "python -m drl_jax.weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m drl_jax.weights", description=__doc__, formatter_class=layout)
     parser.add_argument("source", metavar="WEIGHTS", help="a file, a folder or hf-hub:ORG/NAME")
     for name, what in FILE_FLAGS.items():
         parser.add_argument(f"--{name}", default="", help=what)

@@ -12,28 +12,21 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from drl_jax.runtime.errors import Unavailable, one_line, raise_if_refused
-from drl_jax.runtime.files import naming, parse_json
-from drl_jax.weights.tensors import PIECE, Tensor, WeightsFileError, some
+from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
+from drl_jax.weights.errors import WeightsFileError, about, refused
+from drl_jax.weights.folders import INDEX, SHARD, parts_of
+from drl_jax.weights.tensors import PIECE, Tensor
 from drl_jax.weights.torch_pickle import Inert, Storage, View, load_pickle, named_values
 
-# Names of weights in a folder or a repository, the preferred one first. open_clip's come first: its
-# repositories may have an image tower alone under Hugging Face's name.
-PREFERRED = (
-    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-SUFFIXES = (".safetensors", ".pt")
-_INDEX, _SHARD = ".index.json", re.compile(r"-\d+-of-\d+\.[a-z]+$")
 # The first number of a legacy file, and the protocol that follows it.
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MAX_PICKLE_BYTES = 256 * 2**20
@@ -52,27 +45,21 @@ _OTHERS = (
      "a msgpack file of Flax; get the safetensors or PyTorch file of the same model"),
     (rb"\x08[\x01-\x20][\x12:\x3a]", "an ONNX model; get the safetensors or PyTorch file of it"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc|Rar!", "a compressed archive; unpack it"),
+    (rb"\{", "JSON: name the file of weights that it describes"),
 )  # fmt: skip
 
 
 class Contents(NamedTuple):
-    """What a file of weights holds.
+    """What a file of weights holds."""
 
-    Attributes:
-      tensors: by name; names of nested dicts and modules are joined by dots.
-      form: of the file, in words.
-      metadata: of a safetensors file.
-      inert: names of values that are no tensors, and their classes.
-      checksums: CRC-32 of byte ranges: (file, offset, bytes, checksum).
-      files: that the tensors are in.
-    """
-
-    tensors: dict[str, Tensor]
-    form: str
-    metadata: dict[str, str]
-    inert: dict[str, str]
-    checksums: tuple[tuple[Path, int, int, int], ...]
-    files: tuple[Path, ...]
+    tensors: dict[str, Tensor]  # by name; those of nested dicts and modules are joined by dots
+    form: str  # of the file, in words
+    files: tuple[Path, ...]  # that the tensors are in
+    metadata: Mapping[str, str] = MappingProxyType({})  # of a safetensors file
+    # Names of values that are no tensors, and their classes.
+    inert: Mapping[str, str] = MappingProxyType({})
+    # CRC-32 of byte ranges: (file, offset, bytes, checksum).
+    checksums: tuple[tuple[Path, int, int, int], ...] = ()
 
     def verify(self, tensors: Iterable[Tensor]) -> None:
         """Compares the checksums of what these tensors are in.
@@ -83,88 +70,19 @@ class Contents(NamedTuple):
         """
         used = {(span.path, span.offset) for tensor in tensors for span in tensor.spans}
         for path, offset, size, expected in self.checksums:
-            if not any(where == path and offset <= at < offset + size for where, at in used):
-                continue
-            try:
-                crc32 = crc32_of(path, offset, size)
-            except OSError as error:
-                raise Unavailable(path, error) from error
-            if crc32 != expected:
-                raise WeightsFileError(f"{path} is damaged: a checksum is wrong; get it again")
+            is_used = any(where == path and offset <= at < offset + size for where, at in used)
+            if is_used and crc32_of(path, offset, size) != expected:
+                problem = f"{path} is damaged: a checksum is wrong; get it again"
+                raise WeightsFileError(problem, names_file=True)
 
 
 def crc32_of(path: Path, offset: int, size: int, start: int = 0) -> int:
     """CRC-32 of a range of bytes, continued from `start`."""
-    with naming(path), path.open("rb") as file:
+    with about(path), path.open("rb") as file:
         file.seek(offset)
         for done in range(0, size, PIECE):
             start = zlib.crc32(file.read(min(PIECE, size - done)), start)
     return start
-
-
-def file_of_weights(path: Path) -> Path:
-    """The file of weights in a folder; another path as it is.
-
-    Raises:
-      WeightsFileError: it has none, or several without one of the PREFERRED names.
-    """
-    try:
-        if not path.is_dir():
-            return path
-        entries = list(path.iterdir())
-        names = [entry.name + "/" * entry.is_dir() for entry in entries]
-    except OSError as error:
-        raise Unavailable(path, error) from error
-    name, problem = choose_weights(names)
-    if problem:
-        raise WeightsFileError(f"{path} {problem}; name the file")
-    return path / name
-
-
-def choose_weights(names: Iterable[str]) -> tuple[str, str]:
-    """The file of weights among those of a folder, or "" and what is wrong."""
-    names = {name for name in names if "/" not in name[:-1]}
-    for name in PREFERRED:
-        if name in names:
-            return name, ""
-    parts = sorted(name for name in names if _SHARD.search(name) or name.endswith(_INDEX))
-    files = sorted(name for name in names - set(parts) if name.endswith(SUFFIXES))
-    if len(files) == 1:
-        return files[0], ""
-    if files:
-        return "", f"has several files of weights: {some(files)}"
-    if parts:
-        return "", f"has its weights in parts, without one of their usual lists: {some(parts)}"
-    return "", f"has no weights: it has {some(sorted(names)) or 'no files'}"
-
-
-def files_of(path: Path) -> list[Path]:
-    """A file of weights; of a list of parts also the files that it names.
-
-    Raises:
-      WeightsFileError: the list is damaged, or names files elsewhere.
-      Unavailable: it cannot be read.
-    """
-    if not path.name.endswith(_INDEX):
-        return [path]
-    return [path, *(path.with_name(name) for name in sorted(set(_weight_map(path).values())))]
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """The file of each tensor, of Hugging Face's list of several files."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Unavailable(path, error) from error
-    except ValueError as error:
-        raise WeightsFileError(f"{path} is damaged: it is not JSON ({one_line(error)})") from error
-    files = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(files, dict) or not files:
-        raise WeightsFileError(f'{path} is no list of files of weights: it has no "weight_map"')
-    for name in files.values():
-        if not isinstance(name, str) or Path(name).name != name or name.endswith(_INDEX):
-            raise WeightsFileError(f"{path} names {name!r}, which is no file beside it")
-    return files
 
 
 def open_weights(path: Path, *, is_part: bool = False) -> Contents:
@@ -180,43 +98,40 @@ def open_weights(path: Path, *, is_part: bool = False) -> Contents:
         code in it was executed.
       Unavailable: there is no such file, or it cannot be read.
     """
-    try:
-        with naming(path), path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise Unavailable(path, error) from error
-    try:
-        if _SHARD.search(path.name) and not is_part:
-            index = _SHARD.sub(lambda match: "." + match[0].rpartition(".")[2] + _INDEX, path.name)
+    with about(path), path.open("rb") as file:
+        start = file.read(64)
+    with about(path):
+        if SHARD.search(path.name) and not is_part:
+            index = SHARD.sub(lambda match: "." + match[0].rpartition(".")[2] + INDEX, path.name)
             raise WeightsFileError(f"is one part of several; name {index} or the folder")
-        if start[:4] == b"PK\x03\x04":
-            return _open_zip(path)
-        if start[8:9] == b"{" and start[5:8] == bytes(3):
-            return _open_safetensors(path)
-        if path.name.endswith(_INDEX):
-            return _open_index(path)
-        if re.match(rb"\x80[\x02-\x05]", start):
-            return _open_legacy(path)
-        for pattern, what in _OTHERS:
-            if re.match(pattern, start, re.IGNORECASE):
-                raise WeightsFileError(f"is {what}")
-        if start[:1] == b"{":
-            raise WeightsFileError("is JSON: name the file of weights that it describes")
-        raise WeightsFileError("is damaged, or not a PyTorch or safetensors file")
-    except WeightsFileError as error:
-        if str(error).startswith(str(path.parent / "")):
-            raise  # Of a part of it.
-        raise WeightsFileError(f"{path} {error}") from error
-    except safetensors.SafetensorError as error:
-        raise WeightsFileError(
-            f"{path} is not a complete safetensors file ({one_line(error)})"
-        ) from error
-    # The standard library raises many types of errors for damaged pickles and archives.
-    except Exception as error:
-        raise_if_refused(path, error)
-        raise WeightsFileError(
-            f"{path} is damaged, or not a PyTorch or safetensors file ({one_line(error)})"
-        ) from error
+        try:
+            return _opener(path, start)(path)
+        except UserError:
+            raise
+        except safetensors.SafetensorError as error:
+            problem = f"is not a complete safetensors file ({one_line(error)})"
+            raise WeightsFileError(problem) from error
+        # The standard library raises many types of errors for damaged pickles and archives.
+        except Exception as error:
+            raise_if_refused(path, error)
+            problem = f"is damaged, or not a PyTorch or safetensors file ({one_line(error)})"
+            raise WeightsFileError(problem) from error
+
+
+def _opener(path: Path, start: bytes) -> Callable[[Path], Contents]:
+    """What opens a file that begins like this."""
+    if start[:4] == b"PK\x03\x04":
+        return _open_zip
+    if start[8:9] == b"{" and start[5:8] == bytes(3):
+        return _open_safetensors
+    if path.name.endswith(INDEX):
+        return _open_index
+    if re.match(rb"\x80[\x02-\x05]", start):
+        return _open_legacy
+    for pattern, what in _OTHERS:
+        if re.match(pattern, start, re.IGNORECASE):
+            raise WeightsFileError(f"is {what}")
+    raise WeightsFileError("is damaged, or not a PyTorch or safetensors file")
 
 
 # ---------------------------------------------------------------- safetensors
@@ -236,26 +151,22 @@ def _open_safetensors(path: Path) -> Contents:
             raise WeightsFileError(f"is quantised: {name} is {dtype}; get the float weights")
         at = 8 + size + entry["data_offsets"][0]
         tensors[name] = Tensor.at(path, np.dtype(_SAFETENSORS_DTYPES[dtype]), at, entry["shape"])
-    return Contents(tensors, "safetensors", metadata, {}, (), (path,))
+    return Contents(tensors, "safetensors", (path,), metadata)
 
 
 def _open_index(path: Path) -> Contents:
     """The files of a list, as one."""
-    files = _weight_map(path)
-    parts = {p.name: open_weights(p, is_part=True) for p in files_of(path)[1:]}
+    files = parts_of(path)
+    parts = {n: open_weights(path.with_name(n), is_part=True) for n in sorted(set(files.values()))}
     tensors = {}
     for name, file in files.items():
         if name not in parts[file].tensors:
             raise WeightsFileError(f"says that {file} has {name}, which it has not; get both again")
         tensors[name] = parts[file].tensors[name]
-    return Contents(
-        tensors,
-        f"{len(parts)} parts, {next(iter(parts.values())).form}",
-        {},
-        {name: kind for part in parts.values() for name, kind in part.inert.items()},
-        tuple(checksum for part in parts.values() for checksum in part.checksums),
-        tuple(path.with_name(name) for name in parts),
-    )
+    form = f"{len(parts)} parts, {next(iter(parts.values())).form}"
+    inert = {name: kind for part in parts.values() for name, kind in part.inert.items()}
+    checksums = tuple(checksum for part in parts.values() for checksum in part.checksums)
+    return Contents(tensors, form, tuple(map(path.with_name, parts)), {}, inert, checksums)
 
 
 # ---------------------------------------------------------------- PyTorch
@@ -275,7 +186,7 @@ def _contents(
             tensors[name] = Tensor.at(path, storage.dtype, offset, found.size, found.stride)
         elif isinstance(found, Inert):
             inert[name] = found.name
-    return Contents(tensors, form, {}, inert, checksums, (path,))
+    return Contents(tensors, form, (path,), {}, inert, checksums)
 
 
 def _open_zip(path: Path) -> Contents:
@@ -294,10 +205,8 @@ def _open_zip(path: Path) -> Contents:
         for key, storage in storages.items():
             entry = archive.getinfo(f"{root}data/{key}")
             if entry.file_size != storage.numel * storage.dtype.itemsize:
-                raise WeightsFileError(
-                    f"storage {key} has {entry.file_size} bytes, not {storage.numel} elements of"
-                    f" {storage.dtype}"
-                )
+                expected = f"{storage.numel} elements of {storage.dtype}"
+                raise WeightsFileError(f"storage {key} has {entry.file_size} bytes, not {expected}")
             # The data follow a header of 30 bytes, the name, and what makes them aligned.
             file.seek(entry.header_offset + 26)
             at[storage] = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
@@ -312,13 +221,13 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
     end = 0
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         if entry.header_offset < end:
-            raise WeightsFileError(f"refused: entry {entry.filename} overlaps another")
+            raise refused(f"entry {entry.filename} overlaps another")
         end = entry.header_offset + entry.compress_size
         is_code = "/code/" in entry.filename
         if entry.compress_type != zipfile.ZIP_STORED and not is_code:
-            raise WeightsFileError(f"refused: entry {entry.filename} is compressed")
+            raise refused(f"entry {entry.filename} is compressed")
         if entry.filename.endswith("data.pkl") and entry.file_size > _MAX_PICKLE_BYTES:
-            raise WeightsFileError(f"refused: a pickle of {entry.file_size} bytes")
+            raise refused(f"a pickle of {entry.file_size} bytes")
 
 
 def _open_legacy(path: Path) -> Contents:
@@ -336,9 +245,7 @@ def _open_legacy(path: Path) -> Contents:
             numel = int.from_bytes(file.read(8), "little")
             storage = storages.get(key)
             if storage is None or storage.numel != numel or storage in at:
-                raise WeightsFileError(
-                    f"storage {key} has {numel} elements, which no tensor expects"
-                )
+                raise WeightsFileError(f"storage {key} has {numel} elements, which none expects")
             at[storage] = file.tell()
             end = file.tell() + numel * storage.dtype.itemsize
             if end > len(file):

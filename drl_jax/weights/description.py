@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drl_jax.config import BackboneConfig
-from drl_jax.weights.beside import read_beside
-from drl_jax.weights.families import FAMILIES, WeightsError, sizes_of
+from drl_jax.weights.beside import Beside, read_beside
+from drl_jax.weights.errors import WeightsError
+from drl_jax.weights.families import FAMILIES, sizes_of
 from drl_jax.weights.releases import RELEASES
 from drl_jax.weights.tensors import StateDict
 
@@ -18,32 +19,20 @@ _HEADS_OF_WIDTH = {
     "vision": {1152: 16, 1280: 16, 1408: 16, 1536: 16, 1664: 16, 1792: 16},
     "text": {1152: 16, 1280: 20},
 }
-# Rows of the embedding of OpenAI's vocabulary.
-_CLIP_VOCABULARY = 49408
-
-
 # Where a release is named.
 RELEASE_FLAGS = "--config.model.release=NAME of a training, --release=NAME of other commands"
 
 
 class Description(NamedTuple):
-    """What is known of the towers in a file.
-
-    Attributes:
-      backbone: family, sizes and everything else.
-      activation_from: what says the activation, or what it is guessed from.
-      is_guessed: whether nothing says it.
-      licence: of the weights; empty if nothing says it.
-      revision: commit of the repository that they were downloaded from; empty for another file.
-      notes: on what else is in the file.
-    """
+    """What is known of the towers in a file; a text is empty if nothing says it."""
 
     backbone: BackboneConfig
-    activation_from: str
-    is_guessed: bool = False
-    licence: str = ""
-    revision: str = ""
-    notes: tuple[str, ...] = ()
+    activation_from: str  # what says the activation, or what it is guessed from
+    is_guessed: bool = False  # whether nothing says it
+    licence: str = ""  # of the weights
+    revision: str = ""  # commit of the repository that they were downloaded from
+    names: str = ""  # whose names the tensors have in the file, and their prefix
+    notes: tuple[str, ...] = ()  # on what else is in the file
 
     def __str__(self) -> str:
         backbone = self.backbone
@@ -62,104 +51,91 @@ def describe(
     family: str,
     state: StateDict,
     path: Path | None = None,
-    *,
     release: str = "",
-    likeness: str = "",
-    is_openais: bool = False,
+    evidence: str = "",
 ) -> Description:
     """Describes towers from a release, a description beside them, or what their tensors suggest.
 
     Args:
       family: of the towers.
       state: their tensors under OpenAI's names.
-      path: of the file; None if there is none.
-      release: a name of `RELEASES`; empty: none is given.
-      likeness: what suggests that towers of CLIP are OpenAI's; a description or a release wins.
-      is_openais: whether it proves that, as the release openai.
+      path: of the file; None: nothing is beside them.
+      release: a name of `RELEASES`; empty: none is known.
+      evidence: what proves the release, if nobody named it; without a release, what suggests that
+        a CLIP is OpenAI's, unless a description says something else.
 
     Raises:
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.
     """
-    check_release(release)
     row, sizes = FAMILIES[family], sizes_of(state)
     known = {"family": family, **row.fields, **row.by_vocabulary.get(sizes["vocab_size"], {})}
     source, is_guessed, licence = "its family", True, ""
-    said = likeness if is_openais else f"the release {release}"
-    if is_openais and release not in ("", "openai"):
-        raise WeightsError(f"{path} is {likeness}, not of the release {release}; leave that out")
-    release = "openai" if is_openais else release
-    if not row.by_vocabulary and sizes["vocab_size"] > _CLIP_VOCABULARY:
+    if not row.by_vocabulary and sizes["vocab_size"] > BackboneConfig.vocab_size:
         known["text_cleaning"] = "none"  # A multilingual vocabulary.
-    if likeness and family == "clip":
-        known |= RELEASES["openai"].backbone_fields(sizes["vision_patch_size"])
-        source = likeness
-    beside = None if path is None else read_beside(path)
-    if beside is not None:
-        _take_resolution(sizes, beside.fields)
-    if beside is not None and (wrong := _disagreement(beside.fields, {"family": family, **sizes})):
-        if not release:
+    beside, is_of_others = _read_beside(path, family, sizes)
+    if is_of_others and not release:
+        raise WeightsError(
+            f"{path.with_name(beside.name)} describes other weights than {path.name}:"
+            f" {is_of_others}; move one of them, or name the release ({RELEASE_FLAGS})",
+            names_file=True,
+        )
+    beside = None if is_of_others else beside
+    if release and family != "clip":
+        raise WeightsError(f"is a {family}, and the release {release} is a CLIP")
+    if release or (evidence and family == "clip"):
+        stated = RELEASES[release or "openai"]
+        fields = stated.backbone_fields(sizes["vision_patch_size"])
+        source = evidence or f"the release {release}"
+        if release and beside and (wrong := _disagreement(beside.fields, fields)):
             raise WeightsError(
-                f"{path.parent / beside.name} describes other weights than {path.name}: {wrong};"
-                f" move one of them, or name the release ({RELEASE_FLAGS})"
+                f"{source} does not go with {path.with_name(beside.name)}: {wrong}; move that file"
+                f"{'' if evidence else ', or leave the release out'}",
+                names_file=True,
             )
-        beside = None
-    if release:
-        if family != "clip":
-            raise WeightsError(f"the release {release} is a CLIP, and {path} is a {family}")
-        stated = RELEASES[release].backbone_fields(sizes["vision_patch_size"])
-        if beside is not None and (wrong := _disagreement(beside.fields, stated)):
-            raise WeightsError(
-                f"{said} does not go with {path.parent / beside.name}: {wrong}; move that file"
-                f"{'' if is_openais else ', or leave the release out'}"
-            )
-        known |= stated
-        source, is_guessed = said, False
-        licence = RELEASES[release].licence
-    if beside is not None:
+        known |= fields
+        if release:
+            is_guessed, licence = False, stated.licence
+    if beside:
         known |= beside.fields
         source, is_guessed = beside.name, False
     if "activation" not in known:
         raise WeightsError(
-            f"{path or 'the file'} does not say its activation, and neither a config.json nor an"
-            f" open_clip_config.json beside it does; name the release ({RELEASE_FLAGS}), one of"
-            f" {', '.join(RELEASES)}"
+            "does not say its activation, and neither a config.json nor an open_clip_config.json"
+            f" beside it does; name the release ({RELEASE_FLAGS}), one of {', '.join(RELEASES)}"
         )
-    if family == "siglip" and "pad_id" not in known:
-        raise WeightsError(
-            f"{path} has {sizes['vocab_size']} tokens, which are neither SigLIP's nor SigLIP 2's;"
-            ' a config.json beside it has to say "pad_id", and "text_cleaning" if captions are not'
-            " just lower case"
-        )
-    known = {"text_cleaning": "lower", **known} if family == "siglip" else known
-    known |= {**sizes, "logit_bias": "logit_bias" in state}
+    if family == "siglip":
+        known = {"text_cleaning": "lower", **known}
+        if "pad_id" not in known:
+            raise WeightsError(
+                f"has {sizes['vocab_size']} tokens, unlike SigLIP and SigLIP 2; a config.json"
+                ' beside it has to say "pad_id", and "text_cleaning" if that is not "lower"'
+            )
     for tower in ("vision", "text"):
         if f"{tower}_heads" not in known:
             known[f"{tower}_heads"] = _heads(tower, sizes[f"{tower}_width"])
+    known |= {**sizes, "logit_bias": "logit_bias" in state}
     return Description(BackboneConfig(**known), source, is_guessed, licence)
 
 
-def check_beside(path: Path, family: str, state: StateDict, backbone: BackboneConfig) -> None:
-    """Checks that a description beside a file that describes itself does not contradict it.
+def check_beside(path: Path, state: StateDict, backbone: BackboneConfig) -> None:
+    """Checks a description beside a file that describes itself.
 
     Args:
       path: of the file.
-      family: of its towers.
-      state: their tensors under OpenAI's names.
+      state: tensors of its towers under OpenAI's names.
       backbone: what it says of itself.
 
     Raises:
       WeightsError: the description has the sizes of the tensors, and something else differs.
     """
-    beside, sizes = read_beside(path), sizes_of(state)
-    if beside is None:
-        return
-    _take_resolution(sizes, beside.fields)
-    if _disagreement(beside.fields, {"family": family, **sizes}):
+    beside, is_of_others = _read_beside(path, backbone.family, sizes_of(state))
+    if beside is None or is_of_others:
         return
     if wrong := _disagreement(beside.fields, dataclasses.asdict(backbone)):
         raise WeightsError(
-            f"{path.parent / beside.name} contradicts what {path.name} says of itself: {wrong};"
-            " move one of them"
+            f"{path.with_name(beside.name)} contradicts what {path.name} says of itself: {wrong};"
+            " move one of them",
+            names_file=True,
         )
 
 
@@ -169,11 +145,18 @@ def check_release(release: str) -> None:
         raise WeightsError(f"the release {release} is unknown; it is one of {', '.join(RELEASES)}")
 
 
-def _take_resolution(sizes: dict[str, int], stated: Mapping[str, Any]) -> None:
-    """Takes over a stated size of images that have the patches of the tensors, and more pixels."""
-    patch, size = sizes["vision_patch_size"], sizes["image_resolution"]
-    if stated.get("image_resolution", 0) // patch == size // patch:
-        sizes["image_resolution"] = stated["image_resolution"]
+def _read_beside(
+    path: Path | None, family: str, sizes: dict[str, int]
+) -> tuple[Beside | None, str]:
+    """The description beside a file, and what shows that it is of others; adapts the image size."""
+    beside = read_beside(path) if path else None
+    if beside is None:
+        return None, ""
+    # Images that have the patches of the tensors, and more pixels.
+    stated, patch = beside.fields.get("image_resolution", 0), sizes["vision_patch_size"]
+    if stated // patch == sizes["image_resolution"] // patch:
+        sizes["image_resolution"] = stated
+    return beside, _disagreement(beside.fields, {"family": family, **sizes})
 
 
 def _disagreement(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
@@ -189,8 +172,6 @@ def _heads(tower: str, width: int) -> int:
         return _HEADS_OF_WIDTH[tower][width]
     if width % _HEAD_WIDTH or width > _MAX_WIDTH:
         name = "image" if tower == "vision" else tower
-        raise WeightsError(
-            f"the {name} tower has {width} channels, and nothing says in how many heads; put a"
-            f' config.json with "{tower}_heads" beside the file (docs/weights.md)'
-        )
+        what = f'put a config.json with "{tower}_heads" beside the file (docs/weights.md)'
+        raise WeightsError(f"the {name} tower has {width} channels, in unknown heads; {what}")
     return width // _HEAD_WIDTH

@@ -26,7 +26,6 @@ MODELS = {
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
-_CHUNK = 2**20
 
 
 class DownloadError(UserError):
@@ -62,82 +61,57 @@ def download(url: str, digest: str, target: Path) -> None:
             if done and response.status != 206:
                 done = 0  # The server does not support ranges and sends the whole file.
             total = done + int(response.headers.get("Content-Length", 0))
-            with (
-                unfinished.open("ab" if done else "wb") as file,
-                tqdm(
-                    total=total, initial=done, desc=target.name, unit="B", unit_scale=True
-                ) as progress,
-            ):
-                while chunk := response.read(_CHUNK):
+            bar = tqdm(total=total, initial=done, desc=target.name, unit="B", unit_scale=True)
+            with unfinished.open("ab" if done else "wb") as file, bar:
+                while chunk := response.read(2**20):
                     file.write(chunk)
-                    progress.update(len(chunk))
+                    bar.update(len(chunk))
     except urllib.error.HTTPError as error:
         if error.code != 416:  # The partial download is already complete.
             raise DownloadError(f"{url}: the server returned status {error.code}") from error
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
+    except OSError as error:
         raise DownloadError(
-            f"cannot download {url} ({reason}); rerun the command to continue, or copy the file to"
-            f" {target} on a machine without internet"
+            f"cannot download {url} ({getattr(error, 'reason', error)}); rerun the command to"
+            f" continue, or copy the file to {target} on a machine without internet"
         ) from error
     if (found := sha256(unfinished)) != digest:
         if total > unfinished.stat().st_size:
-            raise DownloadError(
-                f"the download of {target.name} ended early; rerun the command to continue"
-            )
+            problem = "ended early; rerun the command to continue"
+            raise DownloadError(f"the download of {target.name} {problem}")
         unfinished.unlink()
-        raise DownloadError(
-            f"{url} returned a file with SHA-256 {found}, not {digest}; deleted the file"
-        )
+        problem = f"a file with SHA-256 {found}, not {digest}; deleted the file"
+        raise DownloadError(f"{url} returned {problem}")
     unfinished.rename(target)
-
-
-def _model(text: str) -> str:
-    """Argument type: one of MODELS, or the name of a repository."""
-    if text not in MODELS and not hub.is_hub_name(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not {', '.join(MODELS)} or {hub.PREFIX}ORG/NAME"
-        )
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    parser = Parser(
-        "python -m drl_jax.weights.download",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "model",
-        type=_model,
-        metavar="MODEL",
-        help=f"one of OpenAI's {', '.join(MODELS)}; or {hub.PREFIX}ORG/NAME,"
-        f" {hub.PREFIX}ORG/NAME@REVISION",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="directory for a file of OpenAI's (weights)"
-    )
+    name = "drl_jax.weights.download"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(f"python -m {name}", description=__doc__, formatter_class=layout)
+    choices = f"{', '.join(MODELS)} or {hub.PREFIX}ORG/NAME"
+    parser.add_argument("model", metavar="MODEL", help=f"{choices}[@REVISION]")
+    out = "directory for a file of OpenAI's (weights)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
     options = parser.parse_args(arguments)
-    if hub.is_hub_name(options.model) and options.out:
+    model, is_hub = options.model, hub.is_hub_name(options.model)
+    if model not in MODELS and not is_hub:
+        parser.error(f"argument MODEL: {model!r} is not {choices}")
+    if is_hub and options.out:
         parser.error("--out is for OpenAI's files; HF_HOME moves the cache of the Hub")
 
     def work() -> None:
-        if hub.is_hub_name(options.model):
-            path = hub.download(options.model)
-            name = options.model.partition("@")[0]
-            print(f"{path}; train with --config.model.init={name}@{hub.resolved_revision(path)}")
-            return
-        url = url_of(options.model)
-        target = (options.out or Path("weights")) / url.rsplit("/", 1)[1]
-        download(url, MODELS[options.model], target)
-        print(f"{target}; train with --config.model.init={target}")
+        if is_hub:
+            path = hub.download(model)
+            init = f"{model.partition('@')[0]}@{hub.resolved_revision(path)}"
+        else:
+            url = url_of(model)
+            init = path = (options.out or Path("weights")) / url.rsplit("/", 1)[1]
+            download(url, MODELS[model], path)
+        print(f"{path}; train with --config.model.init={init}")
 
-    return run_command(
-        "drl_jax.weights.download",
-        work,
-        on_interrupt="the partial download is kept; rerun the command to continue",
-    )
+    kept = "the partial download is kept; rerun the command to continue"
+    return run_command(name, work, on_interrupt=kept)
 
 
 if __name__ == "__main__":

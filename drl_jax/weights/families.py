@@ -4,71 +4,53 @@ A tower is a module of `drl_jax.models` and a row of FAMILIES here. Names in mem
 `Form` translates those of another publisher.
 """
 
+import collections
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from drl_jax.runtime.errors import UserError
-from drl_jax.weights.tensors import StateDict, Tensor, some
-
-
-class WeightsError(UserError):
-    """Weights that do not fit the model, or that nothing describes; the message names them."""
+from drl_jax.models.heads import count_blocks
+from drl_jax.weights.errors import WeightsError, some
+from drl_jax.weights.tensors import StateDict, Tensor
 
 
 class Form(NamedTuple):
-    """Names of a family's tensors in the files of a publisher.
-
-    Attributes:
-      publisher: whose names they are.
-      needs: names that such files have; the first is that of the patch embedding.
-      beginnings: (theirs, ours), how names begin; others stay as they are.
-      in_block: (theirs, ours), parts of names that have another beginning.
-      transposed: our names of matrices that are stored transposed.
-    """
+    """Names of a family's tensors in the files of a publisher."""
 
     publisher: str
-    needs: tuple[str, ...]
-    beginnings: tuple[tuple[str, str], ...] = ()
-    in_block: tuple[tuple[str, str], ...] = ()
-    transposed: tuple[str, ...] = ()
+    needs: tuple[str, ...]  # names that tell such files
+    # (theirs, ours): how names begin; and parts, with dots around them, of names with one of these
+    # beginnings. Other names stay as they are.
+    names: tuple[tuple[str, str], ...] = ()
+    transposed: tuple[str, ...] = ()  # our names of matrices that are stored transposed
 
     def renamed(self, name: str, *, back: bool = False) -> str:
         """One of their names -> ours; or with `back`, ours -> theirs."""
-        beginnings, in_block = self.beginnings, self.in_block
-        if back:
-            beginnings = tuple((ours, theirs) for theirs, ours in beginnings)
-            in_block = tuple((ours, theirs) for theirs, ours in in_block)
-        for old, new in beginnings:
+        pairs = [pair[::-1] for pair in self.names] if back else self.names
+        for old, new in pairs:
             if name.startswith(old):
                 name = new + name.removeprefix(old)
-                for old_part, new_part in in_block:
-                    name = name.replace(old_part, new_part)
+                for part, new_part in pairs:
+                    name = name.replace(part, new_part) if part.startswith(".") else name
                 return name
         return name
 
 
 class Family(NamedTuple):
-    """A row of FAMILIES.
+    """A row of FAMILIES."""
 
-    Attributes:
-      forms: of its files; the first that fits is taken.
-      fields: of BackboneConfig, for what nothing says.
-      by_vocabulary: more of them, by the rows of the token embedding.
-      export: the form of towers that are exported alone.
-    """
-
-    forms: tuple[Form, ...]
-    fields: Mapping[str, Any]
-    by_vocabulary: Mapping[int, Mapping[str, Any]] = {}
-    export: Form | None = None
+    forms: tuple[Form, ...]  # of its files; the first that fits is taken
+    fields: Mapping[str, Any]  # of BackboneConfig, for what nothing says
+    by_vocabulary: Mapping[int, Mapping[str, Any]] = {}  # more, by rows of the token embedding
+    export: Form | None = None  # of towers that are exported alone
 
 
 _CONV, _PROBE = "visual.conv1.weight", "visual.attn_pool.probe"
 _HF_CONV = "vision_model.embeddings.patch_embedding.weight"
 _TIMM_CONV = "visual.trunk.patch_embed.proj.weight"
+_MLP = ((".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
 _HUGGING_FACE = (
     ("text_model.embeddings.token_embedding.", "token_embedding."),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
@@ -80,13 +62,7 @@ _HUGGING_FACE = (
     ("vision_model.pre_layrnorm.", "visual.ln_pre."),  # sic
     ("vision_model.post_layernorm.", "visual.ln_post."),
     ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-)
-_HUGGING_FACE_BLOCK = (
-    (".layer_norm1.", ".ln_1."),
-    (".layer_norm2.", ".ln_2."),
-    (".mlp.fc1.", ".mlp.c_fc."),
-    (".mlp.fc2.", ".mlp.c_proj."),
-    (".self_attn.", ".attn."),
+    *((".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".self_attn.", ".attn."), *_MLP),
 )
 # open_clip's CustomTextCLIP, and timm's image towers in it.
 _CUSTOM_TEXT = (("text.", ""),)
@@ -104,15 +80,8 @@ _TIMM = (
     ("visual.trunk.attn_pool.q.", "visual.attn_pool.attn.q_proj."),
     ("visual.trunk.attn_pool.kv.", "visual.attn_pool.attn.kv_proj."),
     ("visual.trunk.blocks.", "visual.transformer.resblocks."),
-    *_CUSTOM_TEXT,
-)
-_TIMM_BLOCK = (
-    (".norm1.", ".ln_1."),
-    (".norm2.", ".ln_2."),
-    (".mlp.fc1.", ".mlp.c_fc."),
-    (".mlp.fc2.", ".mlp.c_proj."),
-    (".attn.qkv.", ".attn.in_proj_"),
-    (".attn.proj.", ".attn.out_proj."),
+    *((".norm1.", ".ln_1."), (".norm2.", ".ln_2."), *_MLP),
+    *((".attn.qkv.", ".attn.in_proj_"), (".attn.proj.", ".attn.out_proj."), *_CUSTOM_TEXT),
 )
 _SIGLIP_HF = Form(
     "Hugging Face",
@@ -125,25 +94,23 @@ _SIGLIP_HF = Form(
         ("vision_model.head.layernorm.", "visual.attn_pool.layernorm."),
         ("vision_model.head.mlp.", "visual.attn_pool.mlp."),
     ),
-    _HUGGING_FACE_BLOCK,
 )
-_HALF = (0.5, 0.5, 0.5)
+_LATENT, _CLASS_TOKEN = "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"
+_PROJECTIONS = (
+    ("text_projection.weight", "text_projection"),
+    ("visual_projection.weight", "visual.proj"),
+)
+HALF = (0.5, 0.5, 0.5)
+_SQUASHED = {"pixel_mean": HALF, "pixel_std": HALF, "resize": "squash"}
 
 FAMILIES: dict[str, Family] = {
     "siglip": Family(
         (
             _SIGLIP_HF,
-            Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), _TIMM, _TIMM_BLOCK),
+            Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), _TIMM),
             Form("drl_jax", (_CONV, _PROBE, "text_projection.weight")),
         ),
-        {
-            "activation": "gelu_tanh",
-            "layer_norm_eps": 1e-6,
-            "logit_bias": True,
-            "pixel_mean": _HALF,
-            "pixel_std": _HALF,
-            "resize": "squash",
-        },
+        {"activation": "gelu_tanh", "layer_norm_eps": 1e-6, "logit_bias": True, **_SQUASHED},
         # Of SigLIP (c4_en) and of SigLIP 2 (Gemma).
         {
             32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
@@ -154,21 +121,9 @@ FAMILIES: dict[str, Family] = {
     "pe": Family(
         (
             Form("Meta", (_CONV, _PROBE, "visual.class_embedding")),
-            Form(
-                "open_clip",
-                (_TIMM_CONV, "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"),
-                _TIMM,
-                _TIMM_BLOCK,
-                ("visual.proj",),
-            ),
+            Form("open_clip", (_TIMM_CONV, _LATENT, _CLASS_TOKEN), _TIMM, ("visual.proj",)),
         ),
-        {
-            "activation": "gelu",
-            "pixel_mean": _HALF,
-            "pixel_std": _HALF,
-            "resize": "squash",
-            "interpolation": "bilinear",
-        },
+        {"activation": "gelu", "interpolation": "bilinear", **_SQUASHED},
     ),
     # Its activation differs between releases.
     "clip": Family(
@@ -178,12 +133,7 @@ FAMILIES: dict[str, Family] = {
             Form(
                 "Hugging Face",
                 (_HF_CONV,),
-                (
-                    *_HUGGING_FACE,
-                    ("text_projection.weight", "text_projection"),
-                    ("visual_projection.weight", "visual.proj"),
-                ),
-                _HUGGING_FACE_BLOCK,
+                (*_HUGGING_FACE, *_PROJECTIONS),
                 ("text_projection", "visual.proj"),
             ),
         ),
@@ -223,7 +173,7 @@ _UNSUPPORTED = (
     (r"text\.transformer\.(embeddings|encoder|shared|layers?)\.", "a CLIP with a text tower of"
      " Hugging Face in open_clip's form"),
     (r"image_encoder\.model\.|visual\.trunk\.(stem|stages)\.", "a MobileCLIP or another hybrid"),
-    (r"visual\.(cls_token|blocks\.)|visual\.trunk\.blocks\.0\.(attn\.(q_proj|norm)|mlp\.(w1|fc1_g|norm))",
+    (r"visual\.(cls_token|blocks\.|trunk\.blocks\.0\.(attn\.(q_proj|norm)|mlp\.(w1|fc1_g|norm)))",
      "an EVA-CLIP"),
     (r"visual\.trunk\.embeds\.", "a NaFlex SigLIP 2, of any resolution"),
     (r"visual\.trunk\.", "open_clip's form of another image tower of timm"),
@@ -235,22 +185,14 @@ SUPPORTED = (
 
 
 class Towers(NamedTuple):
-    """The towers in a file.
+    """The towers in a file."""
 
-    Attributes:
-      family: a key of FAMILIES.
-      form: whose names they have in the file.
-      prefix: of their names in the file, up to the last dot.
-      state: all tensors that are used, under the reference's names: those of the towers begin with
-        `clip.`, others are of heads.
-      notes: what the reader should know of how they were chosen.
-    """
-
-    family: str
-    form: Form
-    prefix: str
-    state: StateDict
-    notes: tuple[str, ...]
+    family: str  # a key of FAMILIES
+    publisher: str  # whose names they have in the file
+    prefix: str  # of their names in the file, up to the last dot
+    state: StateDict  # their tensors under OpenAI's names
+    heads: StateDict  # those of heads of DRL, under the reference's names
+    notes: tuple[str, ...]  # what the user should know of how they were chosen
 
 
 def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: str = "") -> Towers:
@@ -286,8 +228,7 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     for name, tensor in state.items():
         if tensor.dtype.kind in "iub":
             raise WeightsError(f"is quantised: {name} is {tensor.dtype}; get the float weights")
-    state = {f"clip.{name}": tensor for name, tensor in state.items()}
-    return Towers(family, form, prefix, {**state, **heads}, tuple(notes))
+    return Towers(family, form.publisher, prefix, state, heads, tuple(notes))
 
 
 def _choose(
@@ -301,10 +242,8 @@ def _choose(
     if not whole:
         for name, kind in inert.items():
             if "._rebuild_" in kind:
-                raise WeightsError(
-                    f"has {name} in the form of {kind}: sparse, quantised or of 8 bits; get or save"
-                    " dense tensors of 16 or 32 bits"
-                )
+                problem = f"has {name} in the form of {kind}: sparse, quantised or of 8 bits"
+                raise WeightsError(f"{problem}; get or save dense tensors of 16 or 32 bits")
         _refuse_names(tensors)
         if prefixes:
             raise WeightsError("holds an image tower without a text tower")
@@ -315,35 +254,34 @@ def _choose(
             raise WeightsError(f"holds no {held}; {SUPPORTED}")
         kind = next(iter(inert.values()))
         raise WeightsError(f"holds no tensors, but a {kind}; save the state_dict() of a model")
-    keys = [prefix[:-1] for prefix in whole]
+    keys = " and ".join(repr(prefix[:-1]) for prefix in whole)
     if key:
         chosen = [p for p in whole if f"{p}.".startswith(f"{key}.")]
         if len(chosen) != 1:
-            raise WeightsError(f"has towers under {_quoted(keys)}, and the key is {key!r}")
+            raise WeightsError(f"has towers under {keys}, and the key is {key!r}")
         return chosen[0], []
-    averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p))]
-    others = [p for p in whole if p not in averages]
     if len(whole) == 1:
         return whole[0], []
-    if len(others) != 1:
-        raise WeightsError(
-            f"has several pairs of towers, under {_quoted(keys)}; choose one with --weights_key=KEY"
-            " (--config.model.weights_key=KEY of a training)"
-        )
-    names = _quoted([prefix[:-1] for prefix in averages])
-    return others[0], [f"a moving average is under {names} (--weights_key)"]
+    averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p))]
+    if len(averages) + 1 != len(whole):
+        flags = "--weights_key=KEY (--config.model.weights_key=KEY of a training)"
+        raise WeightsError(f"has several pairs of towers, under {keys}; choose one with {flags}")
+    names = " and ".join(repr(prefix[:-1]) for prefix in averages)
+    (chosen,) = set(whole) - set(averages)
+    return chosen, [f"a moving average is under {names} (--weights_key)"]
 
 
 def _form(below: Mapping[str, Tensor]) -> tuple[str, Form]:
     """The family and form of towers with these names."""
-    if {_CONV, _PROBE, "text_projection"} <= below.keys() and "visual.class_embedding" not in below:
+    is_metas = {_CONV, _PROBE, "text_projection"} <= below.keys()
+    is_timms = {_TIMM_CONV, _LATENT} <= below.keys() and "text.text_projection.weight" not in below
+    classes = {"visual.class_embedding", _CLASS_TOKEN}
+    if (is_metas or is_timms) and classes.isdisjoint(below):
         raise WeightsError(f"is a PE-Core G, without a class token; {SUPPORTED}")
     for family, row in FAMILIES.items():
         for form in row.forms:
             if all(name in below for name in form.needs):
                 return family, form
-    if _TIMM_CONV in below and "visual.trunk.attn_pool.latent" in below:
-        raise WeightsError(f"is a PE-Core G, without a class token; {SUPPORTED}")
     _refuse_names(below)
     raise WeightsError(f"holds towers of an unknown form; {SUPPORTED}")
 
@@ -390,36 +328,28 @@ def _check_unknown(family: str, below: Mapping[str, Tensor], unknown: list[str])
         # timm gives the projection a bias, which is 0: other files have none.
         and not (name == "visual.trunk.head.bias" and not np.any(np.asarray(below[name])))
     ]
+    _refuse_names(inside)
     if inside:
-        _refuse_names(inside)
-        raise WeightsError(
-            f"has {some(inside)}, which a {family} does not have: an adapter or another"
-            f" architecture; {SUPPORTED}"
-        )
+        problem = f"has {some(inside)}, which a {family} does not have: an adapter or another model"
+        raise WeightsError(f"{problem}; {SUPPORTED}")
 
 
-def _refuse_names(names: Iterable[str]) -> None:
+def _refuse_names(names: Collection[str]) -> None:
     """Raises WeightsError, by what has such names."""
-    names = list(names)
     for pattern, what in _UNSUPPORTED:
         for name in names:
             if re.search(rf"(?:^|\.)(?:{pattern})", name):
                 raise WeightsError(f"is {what} ({name}); {SUPPORTED}")
 
 
-def _counted(names: Iterable[str]) -> str:
+def _counted(names: Collection[str]) -> str:
     """How many tensors, and their names; those of one group are counted."""
-    groups: dict[str, list[str]] = {}
+    sizes = collections.Counter(name.partition(".")[0] for name in names)
+    texts = {}
     for name in names:
-        groups.setdefault(name.partition(".")[0], []).append(name)
-    many = {name: f"{name}.* ({len(group)})" for name, group in groups.items()}
-    texts = [group[0] if len(group) == 1 else many[name] for name, group in groups.items()]
-    count = sum(map(len, groups.values()))
-    return f"{count} tensor{'s' * (count > 1)}: {some(texts)}" if count else ""
-
-
-def _quoted(keys: Iterable[str]) -> str:
-    return " and ".join(repr(key) for key in keys)
+        group = name.partition(".")[0]
+        texts[group] = name if sizes[group] == 1 else f"{group}.* ({sizes[group]})"
+    return f"{len(names)} tensor{'s' * (len(names) > 1)}: {some(list(texts.values()))}"
 
 
 def to_publisher(family: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -459,34 +389,25 @@ def sizes_of(state: StateDict) -> dict[str, int]:
             raise WeightsError(f"{name} has {len(state[name].shape)} axes, not {axes}")
         return state[name].shape
 
-    def layers(prefix: str) -> int:
-        start = f"{prefix}.resblocks."
-        return len({n[len(start) :].split(".")[0] for n in state if n.startswith(start)})
-
-    def hidden(prefix: str, width: int) -> int:
-        rows = shape(f"{prefix}.resblocks.0.mlp.c_fc.bias", 1)[0]
-        return 0 if rows == 4 * width else rows
-
     vision_width, _, patch, _ = shape(_CONV, 4)
-    positions = shape("visual.positional_embedding", 2)[0]
-    patches = positions - ("visual.class_embedding" in state)
+    patches = shape("visual.positional_embedding", 2)[0] - ("visual.class_embedding" in state)
     if (side := round(patches**0.5)) ** 2 != patches:
         raise WeightsError(f"visual.positional_embedding has {patches} patches, which is no square")
-    text_width = shape("ln_final.weight", 1)[0]
-    if "text_projection.weight" in state:
-        embed_dim = shape("text_projection.weight", 2)[0]
-    else:
-        embed_dim = shape("text_projection", 2)[1]
-    return {
-        "embed_dim": embed_dim,
+    # A matrix [text_width, embed_dim], or SigLIP's layer, whose output comes first.
+    is_layer = "text_projection.weight" in state
+    projection = shape("text_projection.weight" if is_layer else "text_projection", 2)
+    sizes = {
+        "embed_dim": projection[0 if is_layer else 1],
         "image_resolution": side * patch,
-        "vision_layers": layers("visual.transformer"),
         "vision_width": vision_width,
         "vision_patch_size": patch,
-        "vision_mlp_width": hidden("visual.transformer", vision_width),
         "context_length": shape("positional_embedding", 2)[0],
         "vocab_size": shape("token_embedding.weight", 2)[0],
-        "text_width": text_width,
-        "text_layers": layers("transformer"),
-        "text_mlp_width": hidden("transformer", text_width),
+        "text_width": shape("ln_final.weight", 1)[0],
     }
+    for tower, transformer in (("vision", "visual.transformer"), ("text", "transformer")):
+        hidden = shape(f"{transformer}.resblocks.0.mlp.c_fc.bias", 1)[0]
+        is_usual = hidden == 4 * sizes[f"{tower}_width"]
+        sizes[f"{tower}_layers"] = count_blocks(state, transformer)
+        sizes[f"{tower}_mlp_width"] = 0 if is_usual else hidden
+    return sizes

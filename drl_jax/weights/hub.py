@@ -9,13 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from drl_jax.runtime.errors import UserError, one_line
-from drl_jax.weights import beside
-from drl_jax.weights.containers import PREFERRED, SUFFIXES, choose_weights, files_of
-from drl_jax.weights.tensors import some
+from drl_jax.weights.errors import some
+from drl_jax.weights.folders import DESCRIPTIONS, PREFERRED, SUFFIXES, choose_weights, files_of
 
 PREFIX = "hf-hub:"
-# Files that say what the weights are; those that exist are downloaded with them.
-DESCRIPTIONS = (*beside.DESCRIPTIONS, "tokenizer.json", "spiece.model")
+# Files that are downloaded with the weights, if they exist.
+_BESIDE = (*DESCRIPTIONS, "tokenizer.json", "spiece.model")
 _NAME = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -42,8 +41,8 @@ def download(source: str) -> Path:
       source: `hf-hub:ORG/NAME`, of the branch `main`; or with `@REVISION`, a branch, tag or commit.
 
     Returns:
-      The path of the weights in a snapshot folder of the cache; the DESCRIPTIONS of the repository
-      lie beside it. It is a link to a file with another name: do not resolve it.
+      The path of the weights in a snapshot folder of the cache, with the repository's descriptions
+      beside it. It is a link to a file with another name: do not resolve it.
 
     Raises:
       HubError: the name is malformed, `huggingface_hub` is not installed, there is no such
@@ -51,21 +50,19 @@ def download(source: str) -> Path:
         neither be downloaded nor found in the cache.
       KeyboardInterrupt: with a message that says what to do.
     """
-    repository, revision = _parse(source)
+    repository, at, revision = source.removeprefix(PREFIX).partition("@")
+    revision = revision if at else "main"
+    if not _NAME.fullmatch(repository) or not _REVISION.fullmatch(revision):
+        raise HubError(f"{source!r} is not {PREFIX}ORG/NAME or {PREFIX}ORG/NAME@REVISION")
     if source in _downloaded and _downloaded[source].exists():
         return _downloaded[source]
     try:
         from huggingface_hub import constants
     except ImportError as error:
-        raise HubError(
-            f"{source} needs the package huggingface_hub: pip install 'drl_jax[hub]'"
-        ) from error
+        problem = "needs the package huggingface_hub: pip install 'drl_jax[hub]'"
+        raise HubError(f"{source} {problem}") from error
     try:
-        names = _remote_names(repository, revision)
-        if names is None:
-            path = _cached(source, repository, revision)
-        else:
-            path = _download(repository, revision, names, _chosen(names, source))
+        path = _download(source, repository, revision)
     except UserError:
         raise
     # Errors of the HTTP client, whose package differs between versions, and of a native extension.
@@ -79,15 +76,14 @@ def download(source: str) -> Path:
     return path
 
 
-def resolved_revision(path: Path) -> str | None:
-    """The commit of a path that `download` returned; None for a path outside a snapshot folder."""
-    folder = path.parent
-    in_cache = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
-    return folder.name if in_cache else None
+def resolved_revision(path: Path) -> str:
+    """The commit of a path that `download` returned; empty for one outside a snapshot folder."""
+    commit, in_cache = path.parent.name, path.parent.parent.name == "snapshots"
+    return commit if in_cache and _COMMIT.fullmatch(commit) else ""
 
 
 def _chosen(names: Iterable[str], source: str) -> str:
-    """The file of weights among the files of a repository; HubError if none can be told."""
+    """The file of weights among the files of a repository."""
     name, problem = choose_weights(names)
     if problem:
         raise HubError(
@@ -97,40 +93,25 @@ def _chosen(names: Iterable[str], source: str) -> str:
     return name
 
 
-def _parse(source: str) -> tuple[str, str]:
-    """Repository and revision of a name."""
-    repository, at, revision = source.removeprefix(PREFIX).partition("@")
-    revision = revision if at else "main"
-    if not _NAME.fullmatch(repository) or not _REVISION.fullmatch(revision):
-        raise HubError(f"{source!r} is not {PREFIX}ORG/NAME or {PREFIX}ORG/NAME@REVISION")
-    return repository, revision
-
-
-def _remote_names(repository: str, revision: str) -> list[str] | None:
-    """Files of a repository, or None if the Hub does not answer and the cache has weights."""
-    from huggingface_hub import HfApi, constants
+def _download(source: str, repository: str, revision: str) -> Path:
+    """The weights in the cache; they come last: where they are, the others are too."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    # The default is to wait forever.
-    timeout = constants.HF_HUB_ETAG_TIMEOUT
     try:
+        # The default is to wait forever.
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(repository, revision=revision, timeout=timeout)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
+    # No connection, offline mode, a proxy or a server that fails.
     except Exception:
-        # No connection, offline mode, a proxy or a server that fails.
-        endings = (*SUFFIXES, ".bin", ".index.json")
-        if not any(name.endswith(endings) for name in _cached_names(repository, revision)):
+        if (path := _cached(source, repository, revision)) is None:
             raise
-        return None
-    return [sibling.rfilename for sibling in info.siblings or ()]
-
-
-def _download(repository: str, revision: str, names: list[str], weights: str) -> Path:
-    """Downloads the descriptions and the weights, last: where they are, the others are too."""
-    from huggingface_hub import hf_hub_download
-
-    for name in (*(name for name in DESCRIPTIONS if name in names), weights):
+        return path
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    weights = _chosen(names, source)
+    for name in (*(name for name in _BESIDE if name in names), weights):
         path = Path(hf_hub_download(repository, name, revision=revision))
         # The others are of the same commit, even if the branch moves now.
         revision = path.parent.name
@@ -139,29 +120,22 @@ def _download(repository: str, revision: str, names: list[str], weights: str) ->
     return path
 
 
-def _cached(source: str, repository: str, revision: str) -> Path:
-    name = _chosen(_cached_names(repository, revision), source)
-    path = _snapshot(repository, revision) / name
+def _cached(source: str, repository: str, revision: str) -> Path | None:
+    """The weights of a revision in the cache; None: it has none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    if not any(name.endswith((*SUFFIXES, ".bin", ".index.json")) for name in names):
+        return None
+    path = folder / _chosen(names, source)
     if absent := [part.name for part in files_of(path) if not part.exists()]:
         raise HubError(f"{source} is not complete in the cache: {some(absent)} is missing")
     return path
-
-
-def _cached_names(repository: str, revision: str) -> list[str]:
-    """Files of a revision that are in the cache."""
-    folder = _snapshot(repository, revision)
-    return [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-
-
-def _snapshot(repository: str, revision: str) -> Path:
-    """Folder of a revision in the cache, whose layout is documented; it may not exist."""
-    from huggingface_hub import constants
-
-    root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    reference = root / "refs" / revision
-    if reference.is_file():
-        revision = reference.read_text(encoding="utf-8").strip()
-    return root / "snapshots" / revision
 
 
 def _explanation(source: str, repository: str, revision: str, error: Exception) -> str:
@@ -173,13 +147,11 @@ def _explanation(source: str, repository: str, revision: str, error: Exception) 
     if isinstance(error, errors.GatedRepoError):
         return f"{source} is gated: accept its terms on {hub}/{repository}, and {log_in}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{hub} has no repository {repository}, or it is private: check the name, or {log_in}"
-        )
+        problem = "or it is private: check the name"
+        return f"{hub} has no repository {repository}, {problem}, or {log_in}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return (
-            f"{repository} on {hub} has no revision {revision}: give a branch, tag or commit hash"
-        )
+        what = "give a branch, tag or commit hash"
+        return f"{repository} on {hub} has no revision {revision}: {what}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{source} is not in the cache {cache}, and HF_HUB_OFFLINE forbids its download"
     if isinstance(error, OSError) and error.strerror:
@@ -187,6 +159,6 @@ def _explanation(source: str, repository: str, revision: str, error: Exception) 
         return f"{source} cannot be stored: {where}: {error.strerror}; HF_HOME moves the cache"
     return (
         f"{source} is not in the cache {cache}, and its download from {hub} failed"
-        f" ({one_line(error)}); check the connection and try again, or download it on another"
-        " machine and copy the cache"
+        f" ({one_line(error)}); check the connection and try again, or copy the cache of another"
+        " machine"
     )

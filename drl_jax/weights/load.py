@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, ModelConfig
+from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, LossConfig, ModelConfig
 from drl_jax.models.drl import (
     Params,
     config_from_dict,
@@ -17,16 +18,18 @@ from drl_jax.models.drl import (
     param_shapes,
 )
 from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.models.reference_names import Entry, entries
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.tokenizers import check_cleaning
 from drl_jax.models.towers import INITIAL_LOGIT_BIAS
-from drl_jax.weights.families import WeightsError
-from drl_jax.weights.names import Entry, entries
-from drl_jax.weights.tensors import StateDict, some
+from drl_jax.weights.errors import WeightsError, some
+from drl_jax.weights.tensors import StateDict, Tensor
 from drl_jax.weights.weights_file import Weights
 
-# Fields of BackboneConfig that say how frames and captions are prepared.
-_INPUT_FIELDS = ("pixel_mean", "pixel_std", "resize", "interpolation", "text_cleaning", "pad_id")
+# Fields of BackboneConfig that say how frames and captions are prepared, and of the loss.
+_NO_SIZES = ("pixel_mean", "pixel_std", "resize", "interpolation", "text_cleaning", "pad_id",
+             "logit_bias")  # fmt: skip
+_ALIGNMENT = 64  # bytes
 
 # ---------------------------------------------------------------- configuration
 
@@ -38,14 +41,12 @@ def heads_of_weights(config: ModelConfig, weights: Weights) -> ModelConfig:
     `dp`.
     """
     names = weights.state.keys()
-    changes = {} if config.interaction in ("dp", "ti") else {"interaction": "dp"}
-    for interaction, cls in INTERACTIONS.items():
-        if (fields := cls.config_of_weights(names)) is not None:
-            changes = {"interaction": interaction, **fields}
-    changes["agg_module"] = "none"
-    for agg_module, head in TEMPORAL_HEADS.items():
-        if head and (fields := head.config_of_weights(names)) is not None:
-            changes |= {"agg_module": agg_module, **fields}
+    bare = config.interaction if config.interaction in ("dp", "ti") else "dp"
+    changes = {"interaction": bare, "agg_module": "none"}
+    for field, heads in (("interaction", INTERACTIONS), ("agg_module", TEMPORAL_HEADS)):
+        for name, head in heads.items():
+            if head and (fields := head.config_of_weights(names)) is not None:
+                changes |= {field: name, **fields}
     return dataclasses.replace(config, **changes)
 
 
@@ -54,7 +55,8 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
 
     Args:
       weights: with a stored configuration, which is used; or a complete DRL checkpoint, whose heads
-        are inferred, and which reads as many words as its original; or towers alone, which get no
+        are inferred, and which reads as many words as its original (without heads, CLIP4Clip's
+        meanP is dp); or towers alone, which get no
         temporal head, as in zero-shot retrieval, and read all words that they have positions for.
       interaction: "dp" or "ti", for weights without interaction parameters.
 
@@ -62,19 +64,18 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
       ConfigError: the sizes are impossible.
     """
     if weights.config is not None:
-        model = dataclasses.replace(
-            weights.config.model, init="", release="", tokenizer=weights.tokenizer
-        )
+        changes = {"init": "", "release": "", "tokenizer": weights.tokenizer}
+        model = dataclasses.replace(weights.config.model, **changes)
         return dataclasses.replace(weights.config, model=model)
-    model = dataclasses.replace(Config().model, interaction=interaction, agg_module="none")
-    if weights.has_heads:
-        model = heads_of_weights(model, weights)
-    loss = dataclasses.replace(Config().loss, cdcr=0)
+    model = ModelConfig(interaction=interaction, agg_module="none")
     max_words = weights.description.backbone.context_length
     if weights.has_heads:
+        model = heads_of_weights(model, weights)
+    if weights.has_heads or weights.is_of_drl:
         max_words = min(DataConfig.max_words, max_words)
     data = DataConfig(holdout=500, max_words=max_words)
-    return with_backbone_of(Config(data=data, model=model, loss=loss), weights)
+    config = Config(data=data, model=model, loss=LossConfig(cdcr=0))
+    return with_backbone_of(config, weights)
 
 
 def with_backbone_of(config: Config, weights: Weights) -> Config:
@@ -92,9 +93,8 @@ def with_backbone_of(config: Config, weights: Weights) -> Config:
     if different := _differences(config.model.backbone, backbone):
         raise ConfigError(
             f"config.model.init={config.model.init} has other sizes than the configuration:"
-            f" {', '.join(different)}; choose a configuration with these sizes or with the default"
-            " sizes, which are those of any weights (configs/msrvtt.py), or train from scratch with"
-            " --config.model.init="
+            f" {', '.join(different)}; choose a configuration with these or with the default sizes"
+            " (configs/msrvtt.py), or train from scratch with --config.model.init="
         )
     tokenizer = config.model.tokenizer or weights.tokenizer
     model = dataclasses.replace(config.model, backbone=backbone, tokenizer=tokenizer)
@@ -107,19 +107,16 @@ def _differences(wanted: BackboneConfig, found: BackboneConfig) -> list[str]:
     A configuration with the default sizes asks for none, and none asks for the default image size.
     What the file says of its input is not compared: it is known better than in a configuration.
     """
-    of_input = {name: getattr(found, name) for name in (*_INPUT_FIELDS, "logit_bias")}
-    wanted = dataclasses.replace(wanted, **of_input)
-    size = BackboneConfig.image_resolution
-    default = dataclasses.replace(BackboneConfig(), **of_input)
-    if dataclasses.replace(wanted, image_resolution=size) == default:
-        wanted = dataclasses.replace(found, image_resolution=wanted.image_resolution)
-    if wanted.image_resolution == size:
-        wanted = dataclasses.replace(wanted, image_resolution=found.image_resolution)
-    values = dataclasses.asdict(found)
+    names = [name for name in dataclasses.asdict(found) if name not in _NO_SIZES]
+    changed = [n for n in names if getattr(wanted, n) != getattr(BackboneConfig, n)]
+    if "image_resolution" not in changed:
+        names.remove("image_resolution")
+    if set(changed) <= {"image_resolution"}:
+        names = changed
     return [
-        f"{name} is {values[name]}, not {value}"
-        for name, value in dataclasses.asdict(wanted).items()
-        if value != values[name]
+        f"{name} is {getattr(found, name)}, not {getattr(wanted, name)}"
+        for name in names
+        if getattr(found, name) != getattr(wanted, name)
     ]
 
 
@@ -149,7 +146,7 @@ def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = F
             tensor.dtype == jnp.bfloat16 for tensor in tensors
         )
         dtype = jnp.bfloat16 if as_bfloat16 and is_kept else np.float32
-        leaf = entry.from_reference(tensors, np.dtype(dtype))
+        leaf = _filled(entry, tensors, np.dtype(dtype))
         # A sum in float64 overflows for no float32; a mask would need memory.
         if not np.isfinite(np.sum(leaf, dtype=np.float64)):
             name = next(n for n in entry.names if not np.isfinite(np.asarray(state[n])).all())
@@ -158,39 +155,49 @@ def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = F
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def check_state(state: StateDict, shapes: Params) -> list[Entry]:
-    """Checks names, shapes and types of a state dict; reads no values.
+def _filled(entry: Entry, tensors: list, dtype: np.dtype) -> np.ndarray:
+    """A parameter of the reference's tensors, which are read into it without a copy in between.
 
-    Returns:
-      The entries of `shapes`, in their order.
+    The array is aligned as JAX's own, so that a CPU device takes it over instead of copying it.
+    """
+    size = math.prod(entry.shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    parameter = memory[start : start + size].view(dtype).reshape(entry.shape)
+    for part, tensor in zip(entry.tensors_in(parameter), tensors, strict=True):
+        if isinstance(tensor, Tensor):
+            tensor.copy_to(part)
+        else:
+            part[...] = tensor
+    return parameter
+
+
+def check_state(state: StateDict, shapes: Params) -> list[Entry]:
+    """The entries of `shapes`; checks names, shapes and types of a state dict; reads no values.
 
     Raises:
       WeightsError: see `params_from_state`.
     """
     table = list(entries(shapes))
-    wanted = {name: entry for entry in table for name in entry.names}
+    wanted = {name: entry.reference_shape() for entry in table for name in entry.names}
     known = set(wanted)
     for head in filter(None, TEMPORAL_HEADS.values()):
         if head.config_of_weights(wanted.keys()) is not None:
             known.update(head.UNUSED_REFERENCE_NAMES)
-    if missing := sorted(set(wanted) - set(state)):
+    if missing := sorted(wanted.keys() - state.keys()):
         raise WeightsError(f"the weights lack {some(missing)}, which the model has")
-    if unknown := sorted(set(state) - known):
+    if unknown := sorted(state.keys() - known):
         hint = "; the towers alone load with --weights_key=clip (config.model.weights_key)"
-        raise WeightsError(
-            f"the weights have {some(unknown)}, which the model does not have"
-            f"{'' if any(name.startswith('clip.') for name in unknown) else hint}"
-        )
-    for name, entry in wanted.items():
-        if state[name].shape != entry.reference_shape():
-            raise WeightsError(
-                f"{name} is {state[name].shape} in the weights and {entry.reference_shape()} in the"
-                " model"
-            )
-        if not jnp.issubdtype(state[name].dtype, jnp.floating):
-            raise WeightsError(
-                f"{name} has the type {state[name].dtype}; weights are floating-point numbers"
-            )
+        hint = "" if any(name.startswith("clip.") for name in unknown) else hint
+        problem = f"the weights have {some(unknown)}, which the model does not have"
+        raise WeightsError(f"{problem}{hint}")
+    for name, shape in wanted.items():
+        found, dtype = state[name].shape, state[name].dtype
+        if found != shape:
+            raise WeightsError(f"{name} is {found} in the weights and {shape} in the model")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            problem = f"has the type {dtype}; weights are floating-point numbers"
+            raise WeightsError(f"{name} {problem}")
     return table
 
 
@@ -206,10 +213,8 @@ def head_start(config: ModelConfig, weights: Weights) -> str:
     if copies_text_tower(config):
         return f"{' and '.join(heads)}: from the text tower's blocks"
     backbone = config.backbone
-    return (
-        f"{' and '.join(heads)}: new, since features have {backbone.embed_dim} channels and the"
-        f" text tower {backbone.text_width}"
-    )
+    sizes = f"{backbone.embed_dim} channels and the text tower {backbone.text_width}"
+    return f"{' and '.join(heads)}: new, since features have {sizes}"
 
 
 def initial_params(

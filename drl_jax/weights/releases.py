@@ -6,25 +6,16 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from drl_jax.config import BackboneConfig
-from drl_jax.weights.families import FAMILIES
-
-_HALF = (0.5, 0.5, 0.5)
+from drl_jax.weights.families import FAMILIES, HALF
 
 
 class Release(NamedTuple):
-    """A set of published CLIP files with the same recipe.
+    """A set of published CLIP files with the same recipe."""
 
-    Attributes:
-      activation: of both towers.
-      licence: of the weights.
-      fields: other fields of BackboneConfig.
-      patch_activations: activation by patch size, where it differs.
-    """
-
-    activation: str
-    licence: str
-    fields: Mapping[str, Any] = MappingProxyType({})
-    patch_activations: Mapping[int, str] = MappingProxyType({})
+    activation: str  # of both towers
+    licence: str  # of the weights
+    fields: Mapping[str, Any] = MappingProxyType({})  # others of BackboneConfig
+    patch_activations: Mapping[int, str] = MappingProxyType({})  # by patch size, where it differs
 
     def backbone_fields(self, patch_size: int) -> dict[str, Any]:
         """Fields of BackboneConfig of a file with this patch size."""
@@ -43,7 +34,7 @@ RELEASES: dict[str, Release] = {
     "laion400m_e32": _LAION_400M,
     "laion2b_s34b_b79k": Release("gelu", "MIT"),
     "laion2b_s34b_b88k": Release("gelu", "MIT"),
-    "laion2b_s32b_b82k": Release("gelu", "MIT", {"pixel_mean": _HALF, "pixel_std": _HALF}),
+    "laion2b_s32b_b82k": Release("gelu", "MIT", {"pixel_mean": HALF, "pixel_std": HALF}),
     "datacomp_xl_s13b_b90k": Release("gelu", "MIT"),
     "datacomp_s34b_b86k": Release("gelu", "MIT"),
     "dfn2b": Release("quick_gelu", _APPLE),
@@ -55,13 +46,7 @@ RELEASES: dict[str, Release] = {
 
 
 class Published(NamedTuple):
-    """A pair of published towers that has a name of ours.
-
-    Attributes:
-      backbone: its description.
-      source: what `config.model.init` takes.
-      licence: of the weights.
-    """
+    """Published towers with a name of ours: their description, `config.model.init`, and licence."""
 
     backbone: BackboneConfig
     source: str
@@ -70,43 +55,35 @@ class Published(NamedTuple):
 
 CLIP_B32 = BackboneConfig()
 CLIP_B16 = dataclasses.replace(CLIP_B32, vision_patch_size=16)
+_LAION_B32 = dataclasses.replace(CLIP_B32, activation="gelu")
+_SIGLIP2_B16 = BackboneConfig(
+    family="siglip",
+    # Its preprocessor_config.json says it; that of the first SigLIP says bicubic.
+    interpolation="bilinear",
+    embed_dim=768,
+    vision_patch_size=16,
+    context_length=64,
+    vocab_size=256_000,
+    text_width=768,
+    text_heads=12,
+    **FAMILIES["siglip"].fields,
+    **FAMILIES["siglip"].by_vocabulary[256_000],
+)
+_PE_B16 = BackboneConfig(
+    family="pe",
+    embed_dim=1024,
+    vision_patch_size=16,
+    context_length=32,
+    text_width=1024,
+    text_heads=16,
+    text_layers=24,
+    **FAMILIES["pe"].fields,
+)
+_LAION_SOURCE = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 PUBLISHED: dict[str, Published] = {
     "clip_b32": Published(CLIP_B32, "weights/ViT-B-32.pt", "MIT"),
     "clip_b16": Published(CLIP_B16, "weights/ViT-B-16.pt", "MIT"),
-    "clip_laion2b_b32": Published(
-        dataclasses.replace(CLIP_B32, activation="gelu"),
-        "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
-        "MIT",
-    ),
-    "siglip2_b16": Published(
-        # Its preprocessor_config.json says bilinear; that of the first SigLIP says bicubic.
-        BackboneConfig(
-            family="siglip",
-            interpolation="bilinear",
-            embed_dim=768,
-            vision_patch_size=16,
-            context_length=64,
-            vocab_size=256_000,
-            text_width=768,
-            text_heads=12,
-            **FAMILIES["siglip"].fields,
-            **FAMILIES["siglip"].by_vocabulary[256_000],
-        ),
-        "hf-hub:google/siglip2-base-patch16-224",
-        "Apache-2.0",
-    ),
-    "pe_b16": Published(
-        BackboneConfig(
-            family="pe",
-            embed_dim=1024,
-            vision_patch_size=16,
-            context_length=32,
-            text_width=1024,
-            text_heads=16,
-            text_layers=24,
-            **FAMILIES["pe"].fields,
-        ),
-        "hf-hub:facebook/PE-Core-B16-224",
-        "Apache-2.0",
-    ),
+    "clip_laion2b_b32": Published(_LAION_B32, _LAION_SOURCE, "MIT"),
+    "siglip2_b16": Published(_SIGLIP2_B16, "hf-hub:google/siglip2-base-patch16-224", "Apache-2.0"),
+    "pe_b16": Published(_PE_B16, "hf-hub:facebook/PE-Core-B16-224", "Apache-2.0"),
 }

@@ -1,31 +1,43 @@
 """Where weights come from: a path, a name of installed weights, or a repository of the Hub."""
 
+import json
 import os
 from pathlib import Path
 
+from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.files import json_sha256, sha256
-from drl_jax.weights import hub, installed
-from drl_jax.weights.containers import choose_weights, file_of_weights, files_of
+from drl_jax.weights import hub
+from drl_jax.weights.errors import WeightsFileError
+from drl_jax.weights.folders import choose_weights, file_of_weights, files_of
+
+# Installed weights: NAME.safetensors and NAME.json, its record: how it was made, its metrics and
+# its sha256.
+DIRECTORY = Path(__file__).parent / "files"
+NAMES = ("shapes_clip",)
+# Flags of commands that describe a file of weights.
+FILE_FLAGS = {
+    "release": "the release, for a CLIP that does not say its own",
+    "weights_key": "prefix of the towers, if it holds several; clip: without the heads of DRL",
+    "tokenizer": "its tokenizer, if that is not beside the file",
+}
 
 
 def weights_path(source: str | os.PathLike) -> Path:
     """The path of a file of weights, which is downloaded if it has to be.
 
     Args:
-      source: a path of a file, or of a folder that holds one; or, as a string, one of
-        `installed.NAMES` or a repository `hf-hub:ORG/NAME`, also if there is a file or directory of
-        that name.
+      source: a path of a file, or of a folder that holds one; or, as a string, one of NAMES or a
+        repository `hf-hub:ORG/NAME`, also if there is a file or directory of that name.
 
     Raises:
-      InstalledWeightsError: the installed file or its record is missing or damaged.
       HubError: see `hub.download`.
-      WeightsFileError: a folder has no weights, or several.
+      WeightsFileError: a folder has no weights, or several; an installed file is missing or
+        damaged.
+      Unavailable: a folder or an installed file cannot be read.
     """
     if hub.is_hub_name(source):
         return hub.download(source)
-    if source in installed.NAMES:
-        return installed.installed_path(source)
-    return file_of_weights(Path(source))
+    return installed_path(source) if source in NAMES else file_of_weights(Path(source))
 
 
 def is_weights(source: str | os.PathLike) -> bool:
@@ -40,6 +52,33 @@ def is_weights(source: str | os.PathLike) -> bool:
 
 def weights_sha256(source: str | os.PathLike) -> str:
     """SHA-256 of a file of weights, or of those of all its parts."""
-    files = files_of(weights_path(source))
-    hashes = {path.name: sha256(path) for path in files}
-    return hashes[files[0].name] if len(files) == 1 else json_sha256(hashes)
+    path = weights_path(source)
+    hashes = {file.name: sha256(file) for file in files_of(path)}
+    return json_sha256(hashes) if len(hashes) > 1 else hashes[path.name]
+
+
+def installed_path(name: str) -> Path:
+    """The path of the weights of a name in NAMES; their hash is that of their record.
+
+    Raises:
+      WeightsFileError: the file or its record is missing or damaged.
+      Unavailable: one of them cannot be read.
+    """
+    path = DIRECTORY / f"{name}.safetensors"
+    record = path.with_suffix(".json")
+    try:
+        recorded = json.loads(record.read_text(encoding="utf-8"))["sha256"]
+        if sha256(path) == recorded:
+            return path
+        problem = f"{path} is damaged: its sha256 is not that of its record"
+    except FileNotFoundError as error:
+        problem = f"{error.filename} is missing"
+    except OSError as error:
+        raise Unavailable(path, error) from error
+    except (ValueError, KeyError, TypeError):
+        problem = f"{record} is damaged"
+    raise WeightsFileError(
+        f"the weights {name} cannot be used: {problem}; reinstall drl_jax, or in a clone run"
+        " `git checkout -- drl_jax/weights/files`",
+        names_file=True,
+    )

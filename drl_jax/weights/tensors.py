@@ -7,15 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drl_jax.runtime.errors import Unavailable, UserError
-from drl_jax.runtime.files import naming
+from drl_jax.weights.errors import WeightsFileError, about
 
 # Bytes that are read at a time. They are transposed in the processor's cache.
 PIECE = 2**20
-
-
-class WeightsFileError(UserError):
-    """A file of weights that is damaged, dangerous or of an unknown format."""
 
 
 class _Span(NamedTuple):
@@ -36,7 +31,7 @@ class _Span(NamedTuple):
         for axis in reversed(order):
             is_dense &= self.strides[axis] == step or self.shape[axis] == 1
             step *= self.shape[axis]
-        with naming(self.path), self.path.open("rb") as file:
+        with about(self.path), self.path.open("rb") as file:
             file.seek(self.offset)
             if not out.ndim or not is_dense:
                 last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
@@ -54,7 +49,7 @@ class _Span(NamedTuple):
     def _read(self, file: Any, elements: int) -> np.ndarray:
         data = file.read(elements * self.dtype.itemsize)
         if len(data) != elements * self.dtype.itemsize:
-            raise WeightsFileError(f"{self.path} is damaged: it ends inside a tensor")
+            raise WeightsFileError("is damaged: it ends inside a tensor")
         return np.frombuffer(data, self.dtype)
 
 
@@ -120,25 +115,18 @@ class Tensor:
           WeightsFileError: the file has become shorter.
           Unavailable: it cannot be read.
         """
+        if len(self.spans) == 1:
+            self.spans[0].copy_to(out)
+            return
         row = 0
-        try:
-            for span in self.spans:
-                many = len(self.spans) > 1
-                span.copy_to(out[row : row + span.shape[0]] if many else out)
-                row += span.shape[0] if many else 0
-        except OSError as error:
-            raise Unavailable(self.spans[0].path, error) from error
+        for span in self.spans:
+            span.copy_to(out[row : row + span.shape[0]])
+            row += span.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         out = np.empty(self.shape, self.dtype)
         self.copy_to(out)
         return out if dtype is None else out.astype(dtype, copy=False)
-
-
-def some(names: list[str], most: int = 4) -> str:
-    """The first few of a list of names."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # Tensors by name; those of models in memory are arrays.

@@ -18,22 +18,15 @@ import ml_dtypes
 import numpy as np
 
 from drl_jax.runtime.files import check_memo
-from drl_jax.weights.tensors import WeightsFileError
+from drl_jax.weights.errors import refused
 
 # PyTorch's names of types of elements, with and without "Storage".
 _DTYPES = {
-    "Double": np.dtype(np.float64),
-    "Float": np.dtype(np.float32),
-    "Half": np.dtype(np.float16),
-    "BFloat16": np.dtype(ml_dtypes.bfloat16),
-    "Long": np.dtype(np.int64),
-    "Int": np.dtype(np.int32),
-    "Short": np.dtype(np.int16),
-    "Char": np.dtype(np.int8),
-    "Byte": np.dtype(np.uint8),
-    "Bool": np.dtype(np.bool_),
+    **{"Double": np.float64, "Float": np.float32, "Half": np.float16},
+    **{"BFloat16": ml_dtypes.bfloat16, "Long": np.int64, "Int": np.int32, "Short": np.int16},
+    **{"Char": np.int8, "Byte": np.uint8, "Bool": np.bool_},
     # Of any type: PyTorch's newer form, in which the tensor has it.
-    "Untyped": np.dtype(np.uint8),
+    "Untyped": np.uint8,
 }
 # Patterns of the plain values of the standard library and of PyTorch, which are kept inert; the
 # rest of them is refused.
@@ -137,14 +130,12 @@ class _Unpickler(pickle.Unpickler):
         if top == "__torch__":
             return _inert(module)
         if module in ("torch", "torch.storage") and kind != name and kind in _DTYPES:
-            return _StorageType(_DTYPES[kind])
+            return _StorageType(np.dtype(_DTYPES[kind]))
         if (module, name) in _CONSTRUCTORS:
             return _CONSTRUCTORS[module, name]
         is_standard = top in sys.stdlib_module_names or module in ("torch", "torch.hub")
         if "." in name or (is_standard and not re.fullmatch(_PLAIN.get(module, "(?!)"), name)):
-            raise WeightsFileError(
-                f"refused: the file asks for {module}.{name}, which a state dict does not need"
-            )
+            raise refused(f"it asks for {module}.{name}, which a state dict does not need")
         return _inert(f"{module}.{name}")
 
     def persistent_load(self, reference: Any) -> Any:
@@ -152,14 +143,14 @@ class _Unpickler(pickle.Unpickler):
             return reference[1]  # Of a whole model: its class and source code.
         kind, storage_type, key, _, numel, *view = reference
         if kind not in ("storage", b"storage") or not isinstance(storage_type, _StorageType):
-            raise WeightsFileError(f"refused: unknown reference {kind!r}")
+            raise refused(f"unknown reference {kind!r}")
         if any(view):
-            raise WeightsFileError("refused: a view of a storage")
+            raise refused("a view of a storage")
         if type(key) is not str or type(numel) is not int or numel < 0:
-            raise WeightsFileError(f"refused: storage {key!r} of {numel!r} elements")
+            raise refused(f"storage {key!r} of {numel!r} elements")
         storage = Storage(key, storage_type.dtype, numel)
         if self.storages.setdefault(key, storage) != storage:
-            raise WeightsFileError(f"refused: storage {key} has two sizes or types")
+            raise refused(f"storage {key} has two sizes or types")
         return storage
 
 
@@ -167,24 +158,17 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
     """`torch._utils._rebuild_tensor_v2`, with every bound checked."""
     numbers = (offset, *size, *stride)
     if not isinstance(storage, Storage) or len(size) != len(stride):
-        raise WeightsFileError("refused: a tensor without storage or with odd strides")
+        raise refused("a tensor without storage or with odd strides")
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise WeightsFileError(
-            f"refused: a tensor of size {size}, stride {stride}, offset {offset}"
-        )
+        raise refused(f"a tensor of size {size}, stride {stride}, offset {offset}")
     if math.prod(size):
+        what, numel = f"a tensor of size {tuple(size)}", storage.numel
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if last >= storage.numel:
-            raise WeightsFileError(
-                f"refused: a tensor of size {tuple(size)} reaches element {last} of a storage of"
-                f" {storage.numel}"
-            )
+        if last >= numel:
+            raise refused(f"{what} reaches element {last} of a storage of {numel}")
         # A view with overlapping elements can be larger than the file: a memory bomb.
-        if math.prod(size) > storage.numel:
-            raise WeightsFileError(
-                f"refused: a tensor of size {tuple(size)} overlaps itself in a storage of"
-                f" {storage.numel} elements"
-            )
+        if math.prod(size) > numel:
+            raise refused(f"{what} overlaps itself in a storage of {numel} elements")
     return View(storage, offset, tuple(size), tuple(stride))
 
 

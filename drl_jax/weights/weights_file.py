@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from drl_jax.config import Config, ConfigError
 from drl_jax.models.drl import Params, config_from_dict
+from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import tokenizer_of_weights
 from drl_jax.runtime.errors import Unavailable, one_line
 from drl_jax.runtime.files import replacing, sha256
@@ -22,38 +22,30 @@ from drl_jax.weights.beside import unknown_model_type
 from drl_jax.weights.containers import Contents, crc32_of, open_weights
 from drl_jax.weights.description import Description, check_beside, check_release, describe
 from drl_jax.weights.download import MODELS
-from drl_jax.weights.families import Towers, WeightsError, find_towers, to_publisher
+from drl_jax.weights.errors import WeightsError, WeightsFileError, about
+from drl_jax.weights.families import Towers, find_towers, to_publisher
 from drl_jax.weights.hub import is_hub_name, resolved_revision
-from drl_jax.weights.names import entries
 from drl_jax.weights.releases import PUBLISHED
 from drl_jax.weights.source import weights_path
-from drl_jax.weights.tensors import StateDict, Tensor, WeightsFileError
+from drl_jax.weights.tensors import StateDict, Tensor
 
 # Integers that OpenAI's archives store beside the weights.
-_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+_OPENAI_EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
 # Keys in the metadata of a safetensors file that we write.
 _CONFIG_KEY, _ORIGIN_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_origin", "drl_jax_crc32"
+_LICENCES = {p.source: p.licence for p in PUBLISHED.values() if is_hub_name(p.source)}
 
 
 class Weights(NamedTuple):
-    """The content of a file of weights.
+    """The content of a file of weights."""
 
-    Attributes:
-      state: tensors under the reference's names (those of the towers with the prefix `clip.`).
-      description: of the towers.
-      config: the configuration that the file was exported with; None if it does not have one.
-      tokenizer: path of the tokenizer beside the file; empty if there is none, or if the towers
-        have CLIP's.
-      contents: of the file; None if there is none.
-      towers: how they are in the file.
-    """
-
-    state: StateDict
+    state: StateDict  # under the reference's names; those of the towers begin with `clip.`
     description: Description
-    config: Config | None = None
-    tokenizer: str = ""
-    contents: Contents | None = None
-    towers: Towers | None = None
+    config: Config | None = None  # that the file was exported with
+    tokenizer: str = ""  # path of the one beside the file; empty: none, or the towers have CLIP's
+    contents: Contents | None = None  # of the file, if there is one
+    is_of_drl: bool = False  # whether it has the names of DRL and CLIP4Clip: `clip.` and heads
+    origin: Mapping[str, Any] = {}  # "step" and "run" that it was exported from
 
     @property
     def has_heads(self) -> bool:
@@ -70,14 +62,13 @@ class Weights(NamedTuple):
         if self.contents is None:
             return
         self.contents.verify(self.state.values())
-        metadata, tensors = self.contents.metadata, self.contents.tensors
-        stored = metadata.get(_CHECKSUM_KEY)
-        about = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
-        if stored is not None and stored != _checksum(tensors, about):
-            (path,) = self.contents.files
-            raise WeightsFileError(
-                f"{path} is damaged: its checksum is wrong; copy or export it again"
-            )
+        metadata = self.contents.metadata
+        if _CHECKSUM_KEY not in metadata:
+            return
+        with about(self.contents.files[0]):
+            said = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
+            if metadata[_CHECKSUM_KEY] != _checksum(self.contents.tensors, said):
+                raise WeightsFileError("is damaged: its checksum is wrong; copy or export it again")
 
 
 def read_weights(source: str | os.PathLike, release: str = "", key: str = "") -> Weights:
@@ -90,62 +81,62 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
       key: prefix of the towers in a file with several pairs of them.
 
     Raises:
-      InstalledWeightsError: installed weights are missing or damaged.
       HubError: a repository cannot be used, see `hub.download`.
       WeightsFileError: the file cannot be read safely, or is damaged.
       WeightsError: it does not hold supported towers, nothing says their activation, or what the
         file, the release and a description beside it say is contradictory.
+      Unavailable: a file is absent, or cannot be read.
     """
     check_release(release)
     path = weights_path(source)
     contents = open_weights(path)
-    try:
-        return _described(source, path, contents, release, key)
-    except WeightsError as error:
-        if str(path.parent) in str(error):
-            raise  # Of this file, or of one beside it.
-        raise WeightsError(f"{path} {error}") from error
+    with about(path):
+        try:
+            tensors = {n: t for n, t in contents.tensors.items() if n not in _OPENAI_EXTRAS}
+            found = find_towers(tensors, contents.inert, key)
+        except WeightsError as error:
+            if of_others := unknown_model_type(path):
+                raise WeightsError(of_others) from error
+            raise
+        config, tokenizer, origin = None, "", {}
+        if _CONFIG_KEY in contents.metadata:
+            if release:
+                raise WeightsError("says what it is; leave the release out")
+            config, origin = _stored_config(contents.metadata)
+            where = f", step {origin['step']} of run {origin['run']}" if origin else ""
+            backbone, tokenizer = config.model.backbone, config.model.tokenizer
+            check_beside(path, found.state, backbone)
+            description = Description(backbone, f"the file{where}")
+        else:
+            is_archive = contents.tensors.keys() >= _OPENAI_EXTRAS
+            release, evidence = _evidence(path, found, release, is_archive)
+            description = describe(found.family, found.state, path, release, evidence)
+            licence = description.licence or _LICENCES.get(source, "")
+            description = description._replace(revision=resolved_revision(path), licence=licence)
+        names = f"names of {found.publisher}, prefix {found.prefix[:-1] or 'none'}"
+        description = description._replace(names=names, notes=found.notes)
+        tokenizer = tokenizer_of_weights(path, description.backbone, tokenizer)
+    state = {f"clip.{name}": tensor for name, tensor in found.state.items()} | found.heads
+    return Weights(state, description, config, tokenizer, contents, _is_of_drl(found), origin)
 
 
-def _described(
-    source: str | os.PathLike, path: Path, contents: Contents, release: str, key: str
-) -> Weights:
-    """The weights in an opened file."""
-    metadata, tensors = contents.metadata, dict(contents.tensors)
-    # Of the archives that OpenAI published.
-    is_archive = all(name in tensors for name in _OPENAI_EXTRAS)
-    for name in _OPENAI_EXTRAS:
-        tensors.pop(name, None)
-    try:
-        found = find_towers(tensors, contents.inert, key)
-    except WeightsError as error:
-        raise WeightsError(unknown_model_type(path) or str(error)) from error
-    state = found.state
-    towers = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
-    if _CONFIG_KEY in metadata:
-        config, origin = _stored_config(path, metadata)
-        if release:
-            raise WeightsError("says what it is; leave the release out")
-        check_beside(path, found.family, towers, config.model.backbone)
-        description = Description(config.model.backbone, f"the file{origin}", notes=found.notes)
-        tokenizer = tokenizer_of_weights(path, config.model.backbone, config.model.tokenizer)
-        return Weights(state, description, config, tokenizer, contents, found)
-    is_openais = is_archive and sha256(path) in MODELS.values()
-    likeness = ""
-    if found.prefix == "clip." and found.form.publisher != "Hugging Face":
-        # As checkpoints of the PyTorch original of DRL, which knows OpenAI's CLIP only.
-        likeness = "names of tensors as in DRL's original"
+def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tuple[str, str]:
+    """The release, and what proves that it is OpenAI's; or none, and what suggests that."""
+    if is_archive and sha256(path) in MODELS.values():
+        proof = "OpenAI's archive (by its sha256)"
+        if release not in ("", "openai"):
+            raise WeightsError(f"is {proof}, not of the release {release}; leave that out")
+        return "openai", proof
+    if release:
+        return release, ""
     if is_archive:
-        likeness = f"OpenAI's archive (by its {'sha256' if is_openais else 'form'})"
-    description = describe(
-        found.family, towers, path, release=release, likeness=likeness, is_openais=is_openais
-    )
-    licences = {published.source: published.licence for published in PUBLISHED.values()}
-    licence = description.licence or (is_hub_name(source) and licences.get(source)) or ""
-    revision = resolved_revision(path) or ""
-    description = description._replace(revision=revision, licence=licence, notes=found.notes)
-    tokenizer = tokenizer_of_weights(path, description.backbone)
-    return Weights(state, description, None, tokenizer, contents, found)
+        return "", "OpenAI's archive (by its form)"
+    # The PyTorch original of DRL knows OpenAI's CLIP only.
+    return "", "names of tensors as in DRL's original" if _is_of_drl(found) else ""
+
+
+def _is_of_drl(found: Towers) -> bool:
+    return found.prefix == "clip." and found.publisher != "Hugging Face"
 
 
 def _checksum(state: StateDict, about: str) -> str:
@@ -161,16 +152,14 @@ def _checksum(state: StateDict, about: str) -> str:
     return str(crc32)
 
 
-def _stored_config(path: Path, metadata: Mapping[str, str]) -> tuple[Config, str]:
-    """The configuration of an exported file, and its step and run in words."""
+def _stored_config(metadata: Mapping[str, str]) -> tuple[Config, dict[str, Any]]:
+    """The configuration of an exported file, and its step and run, if it is of one."""
     try:
         config = config_from_dict(json.loads(metadata[_CONFIG_KEY]))
-        if _ORIGIN_KEY not in metadata:
-            return config, ""
-        origin = json.loads(metadata[_ORIGIN_KEY])
-        return config, f", step {origin['step']} of run {origin['run']}"
+        origin = json.loads(metadata.get(_ORIGIN_KEY, "{}"))
+        return config, {name: origin[name] for name in ("step", "run") if origin}
     except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise WeightsError(f"{path}: its stored configuration cannot be used: {error}") from error
+        raise WeightsError(f"has a stored configuration that cannot be used: {error}") from error
 
 
 def save_weights(
@@ -213,11 +202,11 @@ def save_weights(
         if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
             raise WeightsError(f"{name} is too large for float16; use float32")
         state[name] = np.ascontiguousarray(tensor, dtype) if tensor.ndim else tensor.astype(dtype)
-    about = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
+    said = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
     if origin is not None:
-        about[_ORIGIN_KEY] = json.dumps(origin)
-    checksum = _checksum(state, "".join(about.values()))
-    metadata = {"format": "pt", **about, _CHECKSUM_KEY: checksum}
+        said[_ORIGIN_KEY] = json.dumps(origin)
+    checksum = _checksum(state, "".join(said.values()))
+    metadata = {"format": "pt", **said, _CHECKSUM_KEY: checksum}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
@@ -226,13 +215,3 @@ def save_weights(
         raise Unavailable(path, error, "written") from error
     except SafetensorError as error:
         raise WeightsError(f"{path} cannot be written: {one_line(error)}") from error
-
-
-def state_dict_from_params(params: Params) -> StateDict:
-    """Converts parameters to a state dict under the reference's names, float32."""
-    leaves = jax.tree.leaves(params)
-    return {
-        name: np.ascontiguousarray(tensor) if tensor.ndim else tensor
-        for entry, leaf in zip(entries(params), leaves, strict=True)
-        for name, tensor in zip(entry.names, entry.to_reference(np.asarray(leaf)), strict=True)
-    }

@@ -7,7 +7,7 @@ import numpy as np
 
 from drl_jax.config import BackboneConfig, ModelConfig
 from drl_jax.models.drl import BACKBONES, param_shapes
-from drl_jax.weights.weights_file import state_dict_from_params
+from drl_jax.models.reference_names import state_dict_from_params
 
 TINY = BackboneConfig(
     embed_dim=128,

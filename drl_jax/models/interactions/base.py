@@ -56,6 +56,8 @@ class Interaction(Head):
     # Whether `query_vectors` and `video_vectors` exist, and their dot product approximates the
     # similarity.
     HAS_VECTORS: ClassVar[bool] = False
+    # Whether `similarity` draws dropout with its key.
+    HAS_DROPOUT: ClassVar[bool] = False
     # Whether similarities are of single tokens and frames; the arrays then have features of both,
     # which is what `attribution` needs.
     COMPARES_TOKENS: ClassVar[bool] = False

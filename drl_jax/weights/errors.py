@@ -1,0 +1,71 @@
+"""Errors about weights: what is wrong is said where it is found, and the file is named here."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from drl_jax.runtime.errors import Unavailable, UserError, one_line
+from drl_jax.runtime.files import parse_json
+
+
+class WeightsError(UserError):
+    """Weights that do not fit the model, or that nothing describes.
+
+    Attributes:
+      names_file: whether the message has the path of the file; if not, `about` adds it.
+    """
+
+    def __init__(self, message: str, *, names_file: bool = False):
+        super().__init__(message)
+        self.names_file = names_file
+
+
+class WeightsFileError(WeightsError):
+    """A file of weights that is damaged, dangerous or of an unknown format."""
+
+
+def refused(problem: str) -> WeightsFileError:
+    """The error of a file that may be an attack."""
+    return WeightsFileError(f"refused: {problem}")
+
+
+@contextlib.contextmanager
+def about(path: Path, mark: str = "") -> Iterator[None]:
+    """Names the file in the errors of a block that reads it: WeightsError, OSError."""
+    try:
+        yield
+    except WeightsError as error:
+        if error.names_file:
+            raise
+        raise type(error)(f"{path}{mark} {error}", names_file=True) from error
+    except OSError as error:
+        raise Unavailable(path, error) from error
+
+
+def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no file, and it is optional.
+
+    Raises:
+      WeightsFileError: it is damaged.
+      Unavailable: it is absent, or cannot be read.
+    """
+    with about(path):
+        try:
+            content = parse_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if is_optional:
+                return None
+            raise
+        except (ValueError, RecursionError) as error:
+            problem = f"is damaged: it is not JSON ({one_line(error)}); get it again"
+            raise WeightsFileError(problem) from error
+        if not isinstance(content, dict):
+            raise WeightsFileError("is damaged: it is not a JSON object; get it again")
+        return content
+
+
+def some(names: list[str], most: int = 4) -> str:
+    """The first few of a list of names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
