@@ -80,8 +80,9 @@ LONG = "a man in a red coat walks slowly along the river " * 4
 
 def test_towers_alone_are_zero_shot_retrieval_and_read_all_words(openai_shaped, tmp_path):
     state = state_dict_from_params({"backbone": openai_shaped["backbone"]})
+    state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
     save_file(state, tmp_path / "clip.safetensors")
-    model = drl_jax.load(tmp_path / "clip.safetensors")
+    model = drl_jax.load(tmp_path / "clip.safetensors", release="openai")
     assert (model.config.model.interaction, model.config.model.agg_module) == ("dp", "none")
     assert (model.config.data.max_words, model.config.data.max_frames) == (77, 12)
     captions = ["a dog", LONG, "dog " * 75, "dog " * 76]

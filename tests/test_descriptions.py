@@ -295,7 +295,7 @@ NORM = "ln_final.weight"
          "is quantised; get the float weights"),
         ({**tiny_state(), NORM: np.zeros(64, np.int8)}, f"is quantised: {NORM} is int8"),
         ({**tiny_state(), NORM: np.zeros(64, ml_dtypes.float8_e4m3fn)},
-         f"is quantised: {NORM} is F8_E4M3"),
+         f"{NORM} in the form of F8_E4M3: sparse, quantised"),
         (without_class_token(), "is a PE-Core G, without a class token; supported are"),
     ],
 )  # fmt: skip

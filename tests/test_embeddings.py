@@ -320,7 +320,10 @@ def test_mistakes_are_one_line(search_run, videos, tmp_path, capsys):
         ((run, of_videos, "--out=no/x.npz"), "--out=no/x.npz: there is no directory no"),
         ((run, out, of_videos), "no run in nowhere"),
         ((run, "--weights=a.pt", out, of_videos), "give --workdir or --weights, not both"),
-        ((run, "--release=openai", out, of_videos), "--release, --weights_key, --tokenizer describe --weights"),
+        (
+            (run, "--release=openai", out, of_videos),
+            "--release, --weights_key, --tokenizer describe",
+        ),
         ((known, out, "--videos=nowhere"), "no directory nowhere"),
         ((known, out, f"--videos={tmp_path / 'empty'}"), f"no video in {tmp_path / 'empty'} ("),
         ((run, out, of_captions, "--windows"), "--windows is of videos; omit it"),

@@ -69,6 +69,8 @@ def test_a_training_checkpoint_keeps_more_than_weights(is_legacy, tmp_path):
         "size": Call(Global("torch", "Size"), [1, 2]),
         "dtype": Global("torch", "float32"),
         "path": Call(Global("pathlib", "PosixPath"), "a", "b"),
+        "best": Call(Global("numpy", "scalar"), Call(Global("_codecs", "encode"), "x", "latin1")),
+        "options": Global("typing", "Any"),
         "epoch": 3,
     }
     write(tmp_path / "a.pt", content, storages, is_legacy=is_legacy)
@@ -126,7 +128,10 @@ def test_what_is_beside_the_towers_is_named_or_refused(tmp_path):
     save_file({**TOWERS, **beside, "visual.num_batches_tracked": np.array(3)}, file)
     names = "visual.num_batches_tracked, attn_mask, classifier.weight"
     assert f"not used: 3 tensors: {names}" in str(read(file).description)
-    for name in ("visual.ln_mid.weight", "transformer.resblocks.0.ls_1.gamma"):
+    for name in (
+        *("visual.ln_mid.weight", "transformer.resblocks.0.ls_1.gamma"),
+        *("visual_projection.bias", "token_embedding.scale"),
+    ):
         save_file({**TOWERS, name: np.ones(64, np.float32)}, file)
         with pytest.raises(UserError, match=f"has {name}, which a clip does not have: an adapter"):
             read(file)
@@ -138,6 +143,39 @@ def test_what_is_beside_the_towers_is_named_or_refused(tmp_path):
     with pytest.raises(UserError, match=r"pool_frames\.linear\.weight, .*--weights_key=clip"):
         initial_params(config.model, weights, jax.random.key(0))
     read(file, "clip")
+
+
+def test_what_changes_the_numbers_of_a_tensor_is_refused(tmp_path):
+    file = tmp_path / "a.safetensors"
+    state = to_hugging_face(TOWERS)
+    name = "vision_model.encoder.layers.0.self_attn.k_proj.weight"
+    for other in (state[name][:, :1], state[name].astype(np.int8), state[name].reshape(-1)):
+        save_file({**state, name: np.ascontiguousarray(other)}, file)
+        with pytest.raises(UserError, match=f"has {name} of another shape or type"):
+            read(file)
+    save_file({**state, "visual_projection.lora_A": np.ones((2, 2), np.float32)}, file)
+    with pytest.raises(UserError, match="is a LoRA adapter"):
+        read(file)
+    storages: list[bytes] = []
+    tensors = stored(TOWERS, storages)
+    rebuild, arguments = tensors["visual.proj"].call
+    tensors["visual.proj"] = Call(rebuild, *arguments, {"neg": True})
+    write(tmp_path / "a.pt", tensors, storages)
+    with pytest.raises(UserError, match=r"has visual\.proj in the form of .* with metadata"):
+        read(tmp_path / "a.pt")
+
+
+def test_the_key_of_nested_pairs(tmp_path):
+    """The exact prefix wins; "." is the top level; `clip` is found below a wrapper."""
+    file = tmp_path / "a.safetensors"
+    other = {name: np.asarray(tensor * 2) for name, tensor in TOWERS.items()}
+    save_file(prefixed("model.", TOWERS) | prefixed("model.teacher.", other), file)
+    read(file, "model")
+    save_file(TOWERS | prefixed("teacher.", other), file)
+    read(file, ".")
+    head = {"model.pool_frames.weight": np.ones((4, 4), np.float32)}
+    save_file(prefixed("model.clip.", TOWERS) | head, file)
+    assert not read(file, "clip").has_heads
 
 
 def test_scalars_may_be_vectors_of_one_element(tmp_path):

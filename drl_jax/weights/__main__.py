@@ -8,16 +8,26 @@ import sys
 from collections.abc import Sequence
 
 from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.errors import printable
 from drl_jax.weights.source import FILE_FLAGS
 
 
 def _print(source: str, release: str, key: str, tokenizer: str) -> None:
     from drl_jax.models.drl import param_shapes
     from drl_jax.models.tokenizers import check_cleaning
+    from drl_jax.weights.description import UNSTATED
+    from drl_jax.weights.errors import WeightsError
     from drl_jax.weights.load import check_state, config_of_weights
     from drl_jax.weights.weights_file import read_weights
 
-    weights = read_weights(source, release, key)
+    unstated = None
+    try:
+        weights = read_weights(source, release, key)
+    except WeightsError as error:
+        if UNSTATED not in str(error):
+            raise
+        # The rest is the same for any activation.
+        weights, unstated = read_weights(source, "openai", key), error
     weights = weights._replace(tokenizer=tokenizer or weights.tokenizer)
     contents, description = weights.contents, weights.description
     backbone, model = description.backbone, config_of_weights(weights).model
@@ -34,13 +44,16 @@ def _print(source: str, release: str, key: str, tokenizer: str) -> None:
          f" {backbone.vision_patch_size}"),
         ("captions", f"{_tower(backbone, 'text')}; {backbone.context_length} positions,"
          f" {backbone.vocab_size} tokens"),
-        ("activation", f"{activations} ({says} {description.activation_from})"),
+        ("activation", "not stated" if unstated else f"{activations} ({says}"
+         f" {description.activation_from})"),
         ("tokenizer", f"{weights.tokenizer or usual}; cleaning {backbone.text_cleaning}"),
         ("heads", heads if weights.has_heads else "none"),
-        ("licence", description.licence or "not stated by the file"),
+        ("licence", "" if unstated else description.licence or "not stated by the file"),
         *(("note", note) for note in description.notes),
     ):  # fmt: skip
-        print(f"{label:<10} {text}")
+        print(f"{label:<10} {printable(text)}")
+    if unstated is not None:
+        raise unstated
     shapes = param_shapes(model)
     shapes = shapes if weights.has_heads else {"backbone": shapes["backbone"]}
     table = check_state(weights.state, shapes)

@@ -235,10 +235,13 @@ def _open_clip(values: JSONValues, _: Path) -> dict[str, Any]:
     siglip = family == "siglip"
     vision.check("attentional_pool", False)
     vision.check("pool_type", "tok")
+    vision.check("global_average_pool", False)
+    vision.check("no_ln_pre", False)
     vision.check("timm_pool", "map" if family else "")
     text.check("pool_type", "last" if siglip else "argmax")
     text.check("no_causal_mask", siglip)
     text.check("embed_cls", False)
+    text.check("proj_type", "linear")
     usual = "quick_gelu" if model.get("quick_gelu", FLAG, False) and not family else "gelu"
     activations, epsilons = [], []
     for tower in (vision, text):

@@ -98,9 +98,11 @@ def open_weights(path: Path, *, is_part: bool = False) -> Contents:
         code in it was executed.
       Unavailable: there is no such file, or it cannot be read.
     """
-    with about(path), path.open("rb") as file:
-        start = file.read(64)
     with about(path):
+        if path.exists() and not path.is_file():
+            raise WeightsFileError("is no regular file")
+        with path.open("rb") as file:
+            start = file.read(64)
         if SHARD.search(path.name) and not is_part:
             index = SHARD.sub(lambda match: "." + match[0].rpartition(".")[2] + INDEX, path.name)
             raise WeightsFileError(f"is one part of several; name {index} or the folder")
@@ -144,14 +146,15 @@ def _open_safetensors(path: Path) -> Contents:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
-    tensors = {}
+    tensors, inert = {}, {}
     for name, entry in header.items():
         dtype = entry["dtype"]
         if dtype not in _SAFETENSORS_DTYPES:
-            raise WeightsFileError(f"is quantised: {name} is {dtype}; get the float weights")
+            inert[name] = dtype
+            continue
         at = 8 + size + entry["data_offsets"][0]
         tensors[name] = Tensor.at(path, np.dtype(_SAFETENSORS_DTYPES[dtype]), at, entry["shape"])
-    return Contents(tensors, "safetensors", (path,), metadata)
+    return Contents(tensors, "safetensors", (path,), metadata, inert)
 
 
 def _open_index(path: Path) -> Contents:
@@ -180,6 +183,8 @@ def _contents(
     for name, found in named_values(value):
         # A whole model has its modules and tensors in these.
         name = re.sub(r"(?:^|(?<=\.))_(?:modules|parameters|buffers)\.", "", name)
+        if name in tensors:
+            raise WeightsFileError(f"has two tensors with the name {name}")
         if isinstance(found, View):
             storage = found.storage
             offset = at[storage] + found.offset * storage.dtype.itemsize

@@ -19,6 +19,7 @@ _HEADS_OF_WIDTH = {
     "vision": {1152: 16, 1280: 16, 1408: 16, 1536: 16, 1664: 16, 1792: 16},
     "text": {1152: 16, 1280: 20},
 }
+UNSTATED = "does not say its activation"
 # Where a release is named.
 RELEASE_FLAGS = "--config.model.release=NAME of a training, --release=NAME of other commands"
 
@@ -100,7 +101,7 @@ def describe(
         source, is_guessed = beside.name, False
     if "activation" not in known:
         raise WeightsError(
-            "does not say its activation, and neither a config.json nor an open_clip_config.json"
+            f"{UNSTATED}, and neither a config.json nor an open_clip_config.json"
             f" beside it does; name the release ({RELEASE_FLAGS}), one of {', '.join(RELEASES)}"
         )
     if family == "siglip":

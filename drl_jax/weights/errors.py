@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drl_jax.runtime.errors import Unavailable, UserError, one_line
+from drl_jax.runtime.errors import Unavailable, UserError, one_line, printable
 from drl_jax.runtime.files import parse_json
+
+_MAX_JSON_BYTES = 100 * 2**20
 
 
 class WeightsError(UserError):
@@ -52,7 +54,9 @@ def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any] | None
     """
     with about(path):
         try:
-            content = parse_json(path.read_text(encoding="utf-8"))
+            if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES):
+                raise WeightsFileError("is no regular file of at most 100 MB")
+            content = parse_json(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             if is_optional:
                 return None
@@ -66,6 +70,6 @@ def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any] | None
 
 
 def some(names: list[str], most: int = 4) -> str:
-    """The first few of a list of names."""
+    """The first few of a list of names, which may be anything."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(printable(name[:100]) for name in names[:most]) + more

@@ -6,7 +6,7 @@ A tower is a module of `drl_jax.models` and a row of FAMILIES here. Names in mem
 
 import collections
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -154,9 +154,14 @@ _OURS = re.compile(
 # Buffers of towers that are computed from their sizes, and counters.
 _BUFFERS = re.compile(r"(.*\.)?(attn_mask|position_ids|num_batches_tracked|mask[12]|inv_freq)")
 _SCALARS = ("logit_scale", "logit_bias")
+# Modules of towers, in any form.
+_INSIDE = re.compile(
+    r"(visual|transformer|text|vision_model|text_model|visual_projection|text_projection"
+    r"|token_embedding|ln_final)\."
+)
 # (pattern of a name below the prefix of the towers, what has such names)
 _UNSUPPORTED = (
-    (r".*(lora_[AB]|lora_(up|down)|lora_embedding_[AB])\.",
+    (r".*lora_([AB]|up|down|embedding_[AB])\b",
      "a LoRA adapter, which has to be merged into the model first (merge_and_unload)"),
     (r".*(qweight|weight_scale|weight_scale_inv|\.SCB|absmax|quant_state.*)$",
      "quantised; get the float weights"),
@@ -167,7 +172,7 @@ _UNSUPPORTED = (
     (r"mit\.|prompts_generator\.|visual\..*\.message_fc", "an X-CLIP of Microsoft, a video model"),
     (r"vision_(encoder|align)\.", "InternVideo2 or a model like it"),
     (r"(text\.)?cls_emb$|visual\.attn_pool\.query$", "a CoCa"),
-    (r"visual_encoder\.|text_decoder\.|.*qformer", "a BLIP"),
+    (r"visual_encoder\.|text_decoder\.|[\w.]*qformer", "a BLIP"),
     (r"bert\.|text_model\.encoder\.layer\.", "a CLIP with a BERT as text tower, as Chinese-CLIP"),
     (r"(text_model\.)?roberta\.", "a CLIP with a RoBERTa as text tower, as AltCLIP"),
     (r"text\.transformer\.(embeddings|encoder|shared|layers?)\.", "a CLIP with a text tower of"
@@ -213,13 +218,18 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     state, unknown = _rename(form, below)
     # A head of a DRL checkpoint is beside `clip`, unless `clip` is what was asked for.
     parent = prefix.removesuffix("clip.")
-    is_drl = parent != prefix and form.publisher != "Hugging Face" and key != prefix[:-1]
+    is_asked = bool(key) and f".{prefix}".endswith(f".{key}.") and f".{key}".endswith(".clip")
+    is_drl = parent != prefix and form.publisher != "Hugging Face" and not is_asked
     heads = {
         name.removeprefix(parent): tensor
         for name, tensor in tensors.items()
         if is_drl and name.startswith(parent) and not name.startswith(prefix) and tensor.ndim
     }
-    used = {prefix + name for name in below if name not in unknown} | {parent + n for n in heads}
+    for name, kind in inert.items():
+        if name.startswith(prefix) and _OURS.fullmatch(form.renamed(name.removeprefix(prefix))):
+            raise WeightsError(_not_plain(name, kind))
+    left_out = set(unknown)
+    used = {prefix + name for name in below if name not in left_out} | {parent + n for n in heads}
     if unused := [name for name in tensors if name not in used]:
         notes.append(f"not used: {_counted(unused)}")
     if prefix not in ("", "clip."):
@@ -241,9 +251,8 @@ def _choose(
     whole = sorted(p for p in prefixes if any(p + text in tensors for text in _TEXTS))
     if not whole:
         for name, kind in inert.items():
-            if "._rebuild_" in kind:
-                problem = f"has {name} in the form of {kind}: sparse, quantised or of 8 bits"
-                raise WeightsError(f"{problem}; get or save dense tensors of 16 or 32 bits")
+            if "._rebuild_" in kind or re.fullmatch("[A-Z]+[0-9]+\\w*", kind):
+                raise WeightsError(_not_plain(name, kind))
         _refuse_names(tensors)
         if prefixes:
             raise WeightsError("holds an image tower without a text tower")
@@ -254,21 +263,31 @@ def _choose(
             raise WeightsError(f"holds no {held}; {SUPPORTED}")
         kind = next(iter(inert.values()))
         raise WeightsError(f"holds no tensors, but a {kind}; save the state_dict() of a model")
-    keys = " and ".join(repr(prefix[:-1]) for prefix in whole)
+    keys = " and ".join(repr(prefix[:-1] or ".") for prefix in whole)
     if key:
-        chosen = [p for p in whole if f"{p}.".startswith(f"{key}.")]
-        if len(chosen) != 1:
-            raise WeightsError(f"has towers under {keys}, and the key is {key!r}")
-        return chosen[0], []
+        tests: tuple[Callable[[str], bool], ...] = (
+            lambda prefix: prefix[:-1] == key or (key == "." and not prefix),
+            lambda prefix: f".{prefix}".endswith(f".{key}."),
+            lambda prefix: prefix.startswith(f"{key}."),
+        )
+        for fits in tests:
+            if len(chosen := [prefix for prefix in whole if fits(prefix)]) == 1:
+                return chosen[0], []
+        raise WeightsError(f"has towers under {keys}, and the key is {key!r}")
     if len(whole) == 1:
         return whole[0], []
-    averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p))]
+    averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p.lower()))]
     if len(averages) + 1 != len(whole):
         flags = "--weights_key=KEY (--config.model.weights_key=KEY of a training)"
         raise WeightsError(f"has several pairs of towers, under {keys}; choose one with {flags}")
     names = " and ".join(repr(prefix[:-1]) for prefix in averages)
     (chosen,) = set(whole) - set(averages)
     return chosen, [f"a moving average is under {names} (--weights_key)"]
+
+
+def _not_plain(name: str, kind: str) -> str:
+    what = f"{some([name])} in the form of {some([kind])}"
+    return f"has {what}: sparse, quantised or complex; get or save dense tensors of 16 or 32 bits"
 
 
 def _form(below: Mapping[str, Tensor]) -> tuple[str, Form]:
@@ -296,7 +315,13 @@ def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[st
             if match[2] != "q":
                 continue  # Part of the fused projection, which is made with the query.
             parts = (f"{match[1]}{part}_proj.{match[3]}" for part in ("q", "k", "v", "kv"))
-            tensor = Tensor.joined(renamed[part][1] for part in parts if part in renamed)
+            joined = [renamed[part] for part in parts if part in renamed]
+            for theirs, part in joined:
+                is_equal = tensor.ndim > 0 and part.shape[1:] == tensor.shape[1:]
+                if not (is_equal and part.ndim == tensor.ndim and part.dtype == tensor.dtype):
+                    problem = f"{part.dtype} {list(part.shape)} beside {list(tensor.shape)}"
+                    raise WeightsError(f"has {theirs} of another shape or type: {problem}")
+            tensor = Tensor.joined(part for _, part in joined)
             ours = f"{match[1]}in_proj_{match[3]}"
         if not _OURS.fullmatch(ours):
             unknown.append(name)
@@ -309,7 +334,7 @@ def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[st
         state[ours] = tensor if ndim is None else tensor.squeezed(ndim)
     if (rest := below.get("positional_embedding_res")) is not None:
         # Long-CLIP keeps CLIP's first 20 positions, and learns the others apart.
-        first = state["positional_embedding"]
+        first = state.get("positional_embedding", rest.rows(0, 0) if rest.ndim else rest)
         if first.shape != rest.shape or len(first.shape) != 2 or rest.shape[0] < 20:
             raise WeightsError(f"has {rest.shape} positions beside {first.shape}")
         parts = (first.rows(0, 20), rest.rows(20, rest.shape[0]))
@@ -323,12 +348,12 @@ def _check_unknown(family: str, below: Mapping[str, Tensor], unknown: list[str])
     inside = [
         name
         for name in unknown
-        if re.match(r"(visual|transformer|text|vision_model|text_model)\.", name)
+        if _INSIDE.match(name)
         and not _BUFFERS.fullmatch(name)
         # timm gives the projection a bias, which is 0: other files have none.
         and not (name == "visual.trunk.head.bias" and not np.any(np.asarray(below[name])))
     ]
-    _refuse_names(inside)
+    _refuse_names([name for name in unknown if not name.startswith("visual.trunk.head.")])
     if inside:
         problem = f"has {some(inside)}, which a {family} does not have: an adapter or another model"
         raise WeightsError(f"{problem}; {SUPPORTED}")
@@ -337,9 +362,10 @@ def _check_unknown(family: str, below: Mapping[str, Tensor], unknown: list[str])
 def _refuse_names(names: Collection[str]) -> None:
     """Raises WeightsError, by what has such names."""
     for pattern, what in _UNSUPPORTED:
+        found = re.compile(pattern[2:] if pattern.startswith(".*") else rf"(?:^|\.)(?:{pattern})")
         for name in names:
-            if re.search(rf"(?:^|\.)(?:{pattern})", name):
-                raise WeightsError(f"is {what} ({name}); {SUPPORTED}")
+            if found.search(name):
+                raise WeightsError(f"is {what} ({some([name])}); {SUPPORTED}")
 
 
 def _counted(names: Collection[str]) -> str:

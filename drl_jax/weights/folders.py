@@ -48,7 +48,10 @@ def file_of_weights(path: Path) -> Path:
     with about(path):
         if not path.is_dir():
             return path
-        name, problem = choose_weights(e.name + "/" * e.is_dir() for e in path.iterdir())
+        names = [e.name + "/" * e.is_dir() for e in path.iterdir() if not e.name.startswith("._")]
+        name, problem = choose_weights(names)
+        if "adapter_config.json" in names and not problem:
+            raise WeightsFileError(f"has an adapter beside {name}; merge it, or name one file")
         if problem:
             raise WeightsFileError(f"{problem}; name the file")
         return path / name

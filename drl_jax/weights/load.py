@@ -22,7 +22,7 @@ from drl_jax.models.reference_names import Entry, entries
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.tokenizers import check_cleaning
 from drl_jax.models.towers import INITIAL_LOGIT_BIAS
-from drl_jax.weights.errors import WeightsError, some
+from drl_jax.weights.errors import WeightsError, about, some
 from drl_jax.weights.tensors import StateDict, Tensor
 from drl_jax.weights.weights_file import Weights
 
@@ -149,7 +149,8 @@ def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = F
         leaf = _filled(entry, tensors, np.dtype(dtype))
         # A sum in float64 overflows for no float32; a mask would need memory.
         if not np.isfinite(np.sum(leaf, dtype=np.float64)):
-            name = next(n for n in entry.names if not np.isfinite(np.asarray(state[n])).all())
+            lost = (n for n in entry.names if not np.isfinite(np.asarray(state[n])).all())
+            name = next(lost, entry.names[0])
             raise WeightsError(f"{name} has values that are not finite; get the file again")
         leaves.append(jax.device_put(leaf))
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -234,6 +235,15 @@ def initial_params(
     """
     # Said before anything large is read.
     check_cleaning(config)
+    if weights.contents is not None:
+        with about(weights.contents.files[0]):
+            return _initial_params(config, weights, key, for_use=for_use)
+    return _initial_params(config, weights, key, for_use=for_use)
+
+
+def _initial_params(
+    config: ModelConfig, weights: Weights, key: jax.Array, *, for_use: bool
+) -> Params:
     weights.verify()
     as_bfloat16 = for_use and config.array_dtype == "bfloat16"
     shapes, state = param_shapes(config), weights.state

@@ -1,8 +1,8 @@
 """The pickles in PyTorch files, read without executing code in them.
 
 A pickle is a program. This reader calls an exact list of constructors, which describe tensors. Any
-other class becomes an inert object, which remembers its name and what is assigned to it; functions
-of Python's standard library are refused, since only an attack needs them.
+other class or function becomes an inert object, which remembers its name and what is assigned to
+it; what only an attack needs is refused.
 """
 
 import collections
@@ -10,7 +10,6 @@ import functools
 import math
 import pickle
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -28,24 +27,15 @@ _DTYPES = {
     # Of any type: PyTorch's newer form, in which the tensor has it.
     "Untyped": np.uint8,
 }
-# Patterns of the plain values of the standard library and of PyTorch, which are kept inert; the
-# rest of them is refused.
-_PLAIN = {
-    "argparse": "Namespace",
-    "builtins": "bool|bytearray|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice"
-    "|str|tuple",
-    "collections": "Counter|defaultdict|deque",
-    "copyreg": "_reconstructor",
-    "datetime": "date|datetime|time|timedelta|timezone",
-    "decimal": "Decimal",
-    "enum": "Enum|IntEnum",
-    "fractions": "Fraction",
-    "functools": "partial",
-    "pathlib": r"\w*Path",
-    "torch": r"[A-Z]\w*|device|strided|bool|u?int\d+|b?float\d+\w*|complex\d+|qu?int\w+",
-    "types": "SimpleNamespace",
-    "uuid": "UUID",
+# Patterns of functions that only an attack needs. Nothing is called in any case; these are refused
+# so that whoever opens such a file hears of it.
+_ATTACKS = {
+    **dict.fromkeys(("os", "posix", "nt", "subprocess", "sys", "importlib", "runpy"), ".*"),
+    **dict.fromkeys(("ctypes", "socket", "shutil", "pty", "code", "pickle", "marshal"), ".*"),
+    "builtins": "eval|exec|compile|open|__import__|input|breakpoint|globals|[sd][et][tl]attr",
+    "torch": "load|hub.*",
 }
+_MAX_AXES, _MAX_NAME = 32, 1000
 # Python 2's names, in old files.
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
@@ -133,8 +123,8 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(np.dtype(_DTYPES[kind]))
         if (module, name) in _CONSTRUCTORS:
             return _CONSTRUCTORS[module, name]
-        is_standard = top in sys.stdlib_module_names or module in ("torch", "torch.hub")
-        if "." in name or (is_standard and not re.fullmatch(_PLAIN.get(module, "(?!)"), name)):
+        parts = {top, *name.split(".")[:-1]}
+        if any(re.fullmatch(_ATTACKS.get(part, "(?!)"), name.split(".")[-1]) for part in parts):
             raise refused(f"it asks for {module}.{name}, which a state dict does not need")
         return _inert(f"{module}.{name}")
 
@@ -142,25 +132,31 @@ class _Unpickler(pickle.Unpickler):
         if len(reference) == 4 and reference[0] == "module":
             return reference[1]  # Of a whole model: its class and source code.
         kind, storage_type, key, _, numel, *view = reference
+        if kind in ("storage", b"storage") and isinstance(storage_type, type):
+            return storage_type()  # Of elements that NumPy does not have.
         if kind not in ("storage", b"storage") or not isinstance(storage_type, _StorageType):
-            raise refused(f"unknown reference {kind!r}")
+            raise refused("an unknown reference")
         if any(view):
             raise refused("a view of a storage")
         if type(key) is not str or type(numel) is not int or numel < 0:
-            raise refused(f"storage {key!r} of {numel!r} elements")
+            raise refused("a storage without a name and a number of elements")
         storage = Storage(key, storage_type.dtype, numel)
         if self.storages.setdefault(key, storage) != storage:
             raise refused(f"storage {key} has two sizes or types")
         return storage
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> View:
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> View | Inert:
     """`torch._utils._rebuild_tensor_v2`, with every bound checked."""
+    if isinstance(storage, Inert):
+        return _inert(f"torch._utils._rebuild_tensor of {storage.name}")()
+    if len(more) > 2 and more[2]:  # Conjugated or negated when it is read.
+        return _inert("torch._utils._rebuild_tensor with metadata")()
     numbers = (offset, *size, *stride)
-    if not isinstance(storage, Storage) or len(size) != len(stride):
+    if not isinstance(storage, Storage) or len(size) != len(stride) or len(size) > _MAX_AXES:
         raise refused("a tensor without storage or with odd strides")
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise refused(f"a tensor of size {size}, stride {stride}, offset {offset}")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+        raise refused("a tensor whose size, stride or offset is no usual number")
     if math.prod(size):
         what, numel = f"a tensor of size {tuple(size)}", storage.numel
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -172,20 +168,25 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
     return View(storage, offset, tuple(size), tuple(stride))
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
+class _Constructor:
+    """A function that a pickle may call, and not change."""
 
+    def __init__(self, function: Callable):
+        self.function = function
 
-def _size(values: Any = ()) -> tuple:
-    return tuple(values)
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise refused("a state for a function")
 
 
 _CONSTRUCTORS: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch", "Size"): _size,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch", "Size"): _Constructor(lambda values=(): tuple(values)),
+    ("torch._utils", "_rebuild_tensor_v2"): _Constructor(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Constructor(lambda data, *_: data),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Constructor(lambda data, *_: data),
 }
 
 
@@ -195,6 +196,8 @@ def named_values(value: Any) -> Iterator[tuple[str, View | Inert]]:
     stack = [("", value)]
     while stack:
         name, value = stack.pop()
+        if len(name) > _MAX_NAME:
+            raise refused(f"a name of more than {_MAX_NAME} characters")
         if isinstance(value, View):
             yield name, value
             continue
@@ -206,5 +209,7 @@ def named_values(value: Any) -> Iterator[tuple[str, View | Inert]]:
         if not isinstance(children, dict) or id(value) in seen:
             continue
         seen.add(id(value))
-        named = [(f"{name}.{key}" if name else str(key), child) for key, child in children.items()]
-        stack.extend(reversed(named))
+        # Other keys may be large, and hold nothing of a model.
+        pairs = [(key, child) for key, child in children.items() if isinstance(key, str | int)]
+        start = f"{name}." if name else ""
+        stack.extend((f"{start}{key}", child) for key, child in reversed(pairs))

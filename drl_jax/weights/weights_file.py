@@ -12,18 +12,18 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from drl_jax.config import Config, ConfigError
+from drl_jax.config import Config
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import tokenizer_of_weights
-from drl_jax.runtime.errors import Unavailable, one_line
+from drl_jax.runtime.errors import Unavailable, UserError, one_line
 from drl_jax.runtime.files import replacing, sha256
 from drl_jax.weights.beside import unknown_model_type
 from drl_jax.weights.containers import Contents, crc32_of, open_weights
 from drl_jax.weights.description import Description, check_beside, check_release, describe
 from drl_jax.weights.download import MODELS
 from drl_jax.weights.errors import WeightsError, WeightsFileError, about
-from drl_jax.weights.families import Towers, find_towers, to_publisher
+from drl_jax.weights.families import Towers, find_towers, sizes_of, to_publisher
 from drl_jax.weights.hub import is_hub_name, resolved_revision
 from drl_jax.weights.releases import PUBLISHED
 from drl_jax.weights.source import weights_path
@@ -105,6 +105,9 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
             config, origin = _stored_config(contents.metadata)
             where = f", step {origin['step']} of run {origin['run']}" if origin else ""
             backbone, tokenizer = config.model.backbone, config.model.tokenizer
+            layers = sizes_of(found.state)
+            if any(layers[name] != getattr(backbone, name) for name in layers if "layers" in name):
+                raise WeightsError("has a configuration of other sizes than its tensors")
             check_beside(path, found.state, backbone)
             description = Description(backbone, f"the file{where}")
         else:
@@ -136,7 +139,7 @@ def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tupl
 
 
 def _is_of_drl(found: Towers) -> bool:
-    return found.prefix == "clip." and found.publisher != "Hugging Face"
+    return f".{found.prefix}".endswith(".clip.") and found.publisher != "Hugging Face"
 
 
 def _checksum(state: StateDict, about: str) -> str:
@@ -158,7 +161,8 @@ def _stored_config(metadata: Mapping[str, str]) -> tuple[Config, dict[str, Any]]
         config = config_from_dict(json.loads(metadata[_CONFIG_KEY]))
         origin = json.loads(metadata.get(_ORIGIN_KEY, "{}"))
         return config, {name: origin[name] for name in ("step", "run") if origin}
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    # Python's parser and the checks raise many types for what is not a configuration.
+    except (ArithmeticError, RuntimeError, LookupError, ValueError, TypeError, UserError) as error:
         raise WeightsError(f"has a stored configuration that cannot be used: {error}") from error
 
 
