@@ -5,8 +5,6 @@ Decoding workers import this module, so it does not import jax.
 
 import dataclasses
 
-import numpy as np
-
 from drl_jax.config import BackboneConfig
 
 
@@ -46,10 +44,3 @@ class FrameForm:
         names = ("resize", "interpolation", "as_shown")
         fields = {name: getattr(self, name) for name in names}
         return {name: value for name, value in fields.items() if value != getattr(default, name)}
-
-
-def pad_frames(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads a video [F, H, W, 3] with black frames to [max_frames, H, W, 3], with a mask."""
-    padding = max_frames - len(frames)
-    mask = np.arange(max_frames) < len(frames)
-    return np.pad(frames, ((0, padding), (0, 0), (0, 0), (0, 0))), mask
