@@ -68,14 +68,14 @@ def walk(
             if instruction.kind in ("while", "call", "conditional", "async-start"):
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.line)
                 called = re.findall(r"(?:body|to_apply|calls)=%?([\w.\-]+)", instruction.line)
-                called += re.findall(r"false_computation=%?([\w.\-]+)", instruction.line)
+                called += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.line)
                 for branches in re.findall(r"branch_computations=\{(.*?)\}", instruction.line):
                     called += re.findall(r"%?([\w.\-]+)", branches)[:1]
                 stack += [(c, times * (int(trips[1]) if trips else 1)) for c in called]
 
 
 def kernels(hlo: str) -> list[Kernel]:
-    """The kernels of a program, in no order; of a conditional, those of the branch if not."""
+    """The kernels of a program, in no order; of a conditional, those of both branches."""
     found = []
     for instruction, shapes, bodies, times in walk(hlo):
         if instruction.kind in _NO_KERNEL or instruction.kind.startswith(_KINDS):

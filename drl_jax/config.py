@@ -124,7 +124,8 @@ class ModelConfig:
     # What computes attention, one of ATTENTION: auto takes cuDNN's kernel on an NVIDIA GPU if
     # `dtype` is bfloat16, and XLA otherwise.
     attention: str = "auto"
-    # Layers per iteration of lax.scan. More take longer to compile; measure before changing it.
+    # Layers per iteration of lax.scan on CPUs; GPUs run no loop over layers. More take longer to
+    # compile; measure before changing it.
     scan_unroll: int = 1
     # Videos compared with all texts at a time; bounds the memory of the token-wise product, which
     # is recomputed in the backward pass. 0: all videos.

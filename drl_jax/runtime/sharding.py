@@ -79,8 +79,8 @@ class Layout:
         Every program of a model needs it. `attend` takes the kind of the devices from the mesh, and
         `split_rows` and `replicate` do nothing without it. Products of float32 arrays are float32
         on every platform; JAX's default is less on GPUs (TF32) and TPUs (bfloat16). With the dtypes
-        "tf32" and "bfloat16" of `ModelConfig`, they may be TF32: of a batch of 16,384, similarities
-        in float32 would take as long as the towers. The function takes positional arguments.
+        "tf32" and "bfloat16" of `ModelConfig`, they may be TF32. The function takes positional
+        arguments.
         """
         precision = "highest" if dtype == "float32" else "tensorfloat32"
 

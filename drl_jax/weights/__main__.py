@@ -1,4 +1,4 @@
-"""Says what a file of weights is, and whether it loads; reads no values of tensors.
+"""Says what a file of weights is, and whether it would load, without loading it.
 
 python -m drl_jax.weights FILE|FOLDER|hf-hub:ORG/NAME
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.files import json_sha256, sha256
 from drl_jax.weights import hub
-from drl_jax.weights.errors import WeightsFileError
+from drl_jax.weights.errors import WeightsFileError, about
 from drl_jax.weights.folders import choose_weights, file_of_weights, files_of
 
 # Installed weights: NAME.safetensors and NAME.json, its record: how it was made, its metrics and
@@ -47,7 +47,8 @@ def is_weights(source: str | os.PathLike) -> bool:
         return True
     if (folder / "checkpoints").is_dir():
         return False
-    return bool(choose_weights(entry.name for entry in folder.iterdir())[0])
+    with about(folder):
+        return bool(choose_weights(entry.name for entry in folder.iterdir())[0])
 
 
 def weights_sha256(source: str | os.PathLike) -> str:
