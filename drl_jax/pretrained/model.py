@@ -24,6 +24,7 @@ from drl_jax.data.video import read_timed_frames
 from drl_jax.data.video_file import VideoError
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.openvino_encoder import OpenVINOImages, choose_encoder
+from drl_jax.hub.repository import is_hub_name
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
@@ -31,7 +32,6 @@ from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.errors import WeightsError
-from drl_jax.weights.hub import is_hub_name
 from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.source import NAMES, is_weights, weights_path
 from drl_jax.weights.weights_file import read_weights

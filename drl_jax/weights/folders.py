@@ -17,8 +17,8 @@ SUFFIXES = (".safetensors", ".pt")
 INDEX, SHARD = ".index.json", re.compile(r"-\d+-of-\d+\.[a-z]+$")
 # Hugging Face's preprocessing; newer versions of its library write the second one.
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# Files beside weights that describe them.
-DESCRIPTIONS = ("open_clip_config.json", "config.json", *PREPROCESSORS)
+# Files beside weights that describe them, and their tokenizers.
+BESIDE = ("open_clip_config.json", "config.json", *PREPROCESSORS, "tokenizer.json", "spiece.model")
 
 
 def choose_weights(names: Iterable[str]) -> tuple[str, str]:

@@ -1,14 +1,23 @@
 """Where weights come from: a path, a name of installed weights, or a repository of the Hub."""
 
+import functools
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+from drl_jax.hub import repository
 from drl_jax.runtime.errors import Unavailable
 from drl_jax.runtime.files import json_sha256, sha256
-from drl_jax.weights import hub
 from drl_jax.weights.errors import WeightsFileError, about
-from drl_jax.weights.folders import choose_weights, file_of_weights, files_of
+from drl_jax.weights.folders import (
+    BESIDE,
+    PREFERRED,
+    SUFFIXES,
+    choose_weights,
+    file_of_weights,
+    files_of,
+)
 
 # Installed weights: NAME.safetensors and NAME.json, its record: how it was made, its metrics and
 # its sha256.
@@ -30,20 +39,33 @@ def weights_path(source: str | os.PathLike) -> Path:
         repository `hf-hub:ORG/NAME`, also if there is a file or directory of that name.
 
     Raises:
-      HubError: see `hub.download`.
+      HubError: see `repository.download`.
       WeightsFileError: a folder has no weights, or several; an installed file is missing or
         damaged.
       Unavailable: a folder or an installed file cannot be read.
     """
-    if hub.is_hub_name(source):
-        return hub.download(source)
+    if repository.is_hub_name(source):
+        choose = functools.partial(_wanted, source)
+        return repository.download(source, choose, lambda path: files_of(path)[1:])
     return installed_path(source) if source in NAMES else file_of_weights(Path(source))
+
+
+def _wanted(source: str, names: Iterable[str]) -> list[str]:
+    """Of the files of a repository, the weights and before them those that belong beside them."""
+    names = list(names)
+    name, problem = choose_weights(names)
+    if problem:
+        raise repository.HubError(
+            f"{source} {problem}; supported are {', '.join(PREFERRED)} or a single file *"
+            f"{' or *'.join(SUFFIXES)}; download the right one with `hf download` and give its path"
+        )
+    return [*(other for other in BESIDE if other in names), name]
 
 
 def is_weights(source: str | os.PathLike) -> bool:
     """Whether a source names weights, and not a directory of a run."""
     folder = Path(source)
-    if hub.is_hub_name(source) or not folder.is_dir():
+    if repository.is_hub_name(source) or not folder.is_dir():
         return True
     if (folder / "checkpoints").is_dir():
         return False

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from drl_jax.config import Config
+from drl_jax.hub.openai import MODELS
+from drl_jax.hub.repository import is_hub_name, resolved_revision
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import tokenizer_of_weights
@@ -21,10 +23,8 @@ from drl_jax.runtime.files import replacing, sha256
 from drl_jax.weights.beside import unknown_model_type
 from drl_jax.weights.containers import Contents, crc32_of, open_weights
 from drl_jax.weights.description import Description, check_beside, check_release, describe
-from drl_jax.weights.download import MODELS
 from drl_jax.weights.errors import WeightsError, WeightsFileError, about
 from drl_jax.weights.families import Towers, find_towers, sizes_of, to_publisher
-from drl_jax.weights.hub import is_hub_name, resolved_revision
 from drl_jax.weights.releases import PUBLISHED
 from drl_jax.weights.source import weights_path
 from drl_jax.weights.tensors import StateDict, Tensor
@@ -81,7 +81,7 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
       key: prefix of the towers in a file with several pairs of them.
 
     Raises:
-      HubError: a repository cannot be used, see `hub.download`.
+      HubError: a repository cannot be used, see `repository.download`.
       WeightsFileError: the file cannot be read safely, or is damaged.
       WeightsError: it does not hold supported towers, nothing says their activation, or what the
         file, the release and a description beside it say is contradictory.
