@@ -13,6 +13,7 @@ from support.towers import PE, SIGLIP, tiny_state
 
 from drl_jax.config import Config, DataConfig, LossConfig, ModelConfig
 from drl_jax.hub import openai
+from drl_jax.hub.releases import PUBLISHED, RELEASES
 from drl_jax.models.drl import BACKBONES, param_shapes
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
@@ -20,7 +21,6 @@ from drl_jax.weights import description
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.families import to_publisher
 from drl_jax.weights.load import config_of_weights, head_start, initial_params, with_backbone_of
-from drl_jax.weights.releases import PUBLISHED, RELEASES
 from drl_jax.weights.weights_file import read_weights, save_weights
 
 

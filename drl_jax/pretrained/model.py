@@ -269,7 +269,7 @@ def load(
         weights are downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       release: of a CLIP whose activation nothing else says, one of
-        `drl_jax.weights.releases.RELEASES`.
+        `drl_jax.hub.releases.RELEASES`.
       weights_key: prefix of the towers in a file that holds several pairs of them; "clip": of a DRL
         checkpoint, without its heads.
       tokenizer: file of the tokenizer of a file of weights, if it is not beside it.
