@@ -26,6 +26,7 @@ import drl_jax
 from data_prep.dataset_config import SHAPES_BACKBONE
 from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.convert import main as convert
+from drl_jax.hub.installed import DIRECTORY, NAMES
 from drl_jax.models.drl import param_shapes
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.runs.checkpoint_files import read_info
@@ -39,7 +40,6 @@ from drl_jax.weights.load import (
     params_from_state,
     with_backbone_of,
 )
-from drl_jax.weights.source import DIRECTORY, NAMES
 from drl_jax.weights.weights_file import read_weights, save_weights
 
 WHOLE = "drl_wti_seqtransf.bin"
@@ -214,7 +214,7 @@ def test_installed_weights_are_those_of_their_record(name):
 def installed_copy(tmp_path, monkeypatch):
     """A copy of the installed files that can be damaged."""
     copy = shutil.copytree(DIRECTORY, tmp_path / "files")
-    monkeypatch.setattr("drl_jax.weights.source.DIRECTORY", copy)
+    monkeypatch.setattr("drl_jax.hub.installed.DIRECTORY", copy)
     return copy
 
 

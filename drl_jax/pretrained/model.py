@@ -24,6 +24,7 @@ from drl_jax.data.video import read_timed_frames
 from drl_jax.data.video_file import VideoError
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.openvino_encoder import OpenVINOImages, choose_encoder
+from drl_jax.hub.installed import NAMES
 from drl_jax.hub.repository import is_hub_name
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
@@ -33,7 +34,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import NAMES, is_weights, weights_path
+from drl_jax.weights.source import is_weights, weights_path
 from drl_jax.weights.weights_file import read_weights
 
 
@@ -265,7 +266,7 @@ def load(
       path: directory of a run; a file of weights or a folder with one: towers of CLIP, SigLIP or
         Perception Encoder, which get no temporal head and the interaction dp, as in zero-shot
         retrieval, a DRL checkpoint, or an exported run; or, as a string, the name of installed
-        weights (`drl_jax.weights.source.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
+        weights (`drl_jax.hub.installed.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
         weights are downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       release: of a CLIP whose activation nothing else says, one of

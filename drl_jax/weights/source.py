@@ -1,15 +1,13 @@
 """Where weights come from: a path, a name of installed weights, or a repository of the Hub."""
 
 import functools
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from drl_jax.hub import repository
-from drl_jax.runtime.errors import Unavailable
+from drl_jax.hub import installed, repository
 from drl_jax.runtime.files import json_sha256, sha256
-from drl_jax.weights.errors import WeightsFileError, about
+from drl_jax.weights.errors import about
 from drl_jax.weights.folders import (
     BESIDE,
     PREFERRED,
@@ -19,10 +17,6 @@ from drl_jax.weights.folders import (
     files_of,
 )
 
-# Installed weights: NAME.safetensors and NAME.json, its record: how it was made, its metrics and
-# its sha256.
-DIRECTORY = Path(__file__).parent / "files"
-NAMES = ("shapes_clip",)
 # Flags of commands that describe a file of weights.
 FILE_FLAGS = {
     "release": "the release, for a CLIP that does not say its own",
@@ -35,19 +29,22 @@ def weights_path(source: str | os.PathLike) -> Path:
     """The path of a file of weights, which is downloaded if it has to be.
 
     Args:
-      source: a path of a file, or of a folder that holds one; or, as a string, one of NAMES or a
-        repository `hf-hub:ORG/NAME`, also if there is a file or directory of that name.
+      source: a path of a file, or of a folder that holds one; or, as a string, one of
+        `installed.NAMES` or a repository `hf-hub:ORG/NAME`, also if there is a file or directory
+        of that name.
 
     Raises:
       HubError: see `repository.download`.
-      WeightsFileError: a folder has no weights, or several; an installed file is missing or
-        damaged.
+      InstallationError: an installed file is missing or damaged.
+      WeightsFileError: a folder has no weights, or several.
       Unavailable: a folder or an installed file cannot be read.
     """
     if repository.is_hub_name(source):
         choose = functools.partial(_wanted, source)
         return repository.download(source, choose, lambda path: files_of(path)[1:])
-    return installed_path(source) if source in NAMES else file_of_weights(Path(source))
+    if source in installed.NAMES:
+        return installed.path_of(source)
+    return file_of_weights(Path(source))
 
 
 def _wanted(source: str, names: Iterable[str]) -> list[str]:
@@ -78,30 +75,3 @@ def weights_sha256(source: str | os.PathLike) -> str:
     path = weights_path(source)
     hashes = {file.name: sha256(file) for file in files_of(path)}
     return json_sha256(hashes) if len(hashes) > 1 else hashes[path.name]
-
-
-def installed_path(name: str) -> Path:
-    """The path of the weights of a name in NAMES; their hash is that of their record.
-
-    Raises:
-      WeightsFileError: the file or its record is missing or damaged.
-      Unavailable: one of them cannot be read.
-    """
-    path = DIRECTORY / f"{name}.safetensors"
-    record = path.with_suffix(".json")
-    try:
-        recorded = json.loads(record.read_text(encoding="utf-8"))["sha256"]
-        if sha256(path) == recorded:
-            return path
-        problem = f"{path} is damaged: its sha256 is not that of its record"
-    except FileNotFoundError as error:
-        problem = f"{error.filename} is missing"
-    except OSError as error:
-        raise Unavailable(path, error) from error
-    except (ValueError, KeyError, TypeError):
-        problem = f"{record} is damaged"
-    raise WeightsFileError(
-        f"the weights {name} cannot be used: {problem}; reinstall drl_jax, or in a clone run"
-        " `git checkout -- drl_jax/weights/files`",
-        names_file=True,
-    )
