@@ -53,13 +53,8 @@ def describe(
 ) -> Description:
     """Describes towers from a release, a description beside them, or what their tensors suggest.
 
-    Args:
-      family: of the towers.
-      state: their tensors under OpenAI's names.
-      path: of the file; None: nothing is beside them.
-      release: a name of `RELEASES`; empty: none is known.
-      evidence: what proves the release, if nobody named it; without a release, what suggests that
-        a CLIP is OpenAI's, unless a description says something else.
+    `state` has OpenAI's names. `evidence` is what proves the release, if nobody named it; without a
+    release, what suggests that a CLIP is OpenAI's, unless a description says something else.
 
     Raises:
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.

@@ -180,9 +180,7 @@ def save_weights(
     """Writes safetensors atomically under the reference's names, with the configuration.
 
     Args:
-      path: of the file.
-      params: parameters of the model.
-      config: its configuration.
+      path, params, config: of the file; of the model.
       dtype: "float32" or "float16", of the tensors in the file.
       clip_only: write the towers alone, under their publisher's names (SigLIP: Hugging Face's), as
         a model with the interaction dp and without temporal head.
