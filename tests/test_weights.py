@@ -33,6 +33,7 @@ from drl_jax.runs.checkpoint_files import read_info
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import sha256
+from drl_jax.weights import containers
 from drl_jax.weights.containers import open_weights
 from drl_jax.weights.errors import WeightsError, WeightsFileError
 from drl_jax.weights.load import (
@@ -126,6 +127,19 @@ def test_a_truncated_file_is_refused(tmp_path, file):
         (tmp_path / file).write_bytes(whole[: int(len(whole) * kept)])
         with pytest.raises(WeightsFileError, match=file):
             open_weights(tmp_path / file)
+
+
+def test_a_legacy_file_that_shrinks_while_it_is_opened_is_damaged(tmp_path, monkeypatch):
+    file = Path(shutil.copy(GOLDEN / "clip_legacy.pt", tmp_path))
+    load_pickle = containers.load_pickle
+
+    def shrink(*arguments):
+        os.truncate(file, 0)
+        return load_pickle(*arguments)
+
+    monkeypatch.setattr(containers, "load_pickle", shrink)
+    with pytest.raises(WeightsFileError, match=r"clip_legacy\.pt is damaged"):
+        open_weights(file)
 
 
 # ---------------------------------------------------------------- accounting

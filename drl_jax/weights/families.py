@@ -50,6 +50,7 @@ class Family(NamedTuple):
 _CONV, _PROBE = "visual.conv1.weight", "visual.attn_pool.probe"
 _HF_CONV = "vision_model.embeddings.patch_embedding.weight"
 _TIMM_CONV = "visual.trunk.patch_embed.proj.weight"
+_LATENT, _CLASS_TOKEN = "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"
 _MLP = ((".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
 _HUGGING_FACE = (
     ("text_model.embeddings.token_embedding.", "token_embedding."),
@@ -64,16 +65,20 @@ _HUGGING_FACE = (
     ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
     *((".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".self_attn.", ".attn."), *_MLP),
 )
+_CLIP_HF = (
+    *_HUGGING_FACE,
+    *(("text_projection.weight", "text_projection"), ("visual_projection.weight", "visual.proj")),
+)
 # open_clip's CustomTextCLIP, and timm's image towers in it.
 _CUSTOM_TEXT = (("text.", ""),)
 _TIMM = (
-    ("visual.trunk.cls_token", "visual.class_embedding"),
+    (_CLASS_TOKEN, "visual.class_embedding"),
     ("visual.trunk.pos_embed", "visual.positional_embedding"),
     ("visual.trunk.patch_embed.proj.", "visual.conv1."),
     ("visual.trunk.norm_pre.", "visual.ln_pre."),
     ("visual.trunk.norm.", "visual.ln_post."),
     ("visual.trunk.head.weight", "visual.proj"),
-    ("visual.trunk.attn_pool.latent", _PROBE),
+    (_LATENT, _PROBE),
     ("visual.trunk.attn_pool.norm.", "visual.attn_pool.layernorm."),
     ("visual.trunk.attn_pool.mlp.", "visual.attn_pool.mlp."),
     ("visual.trunk.attn_pool.proj.", "visual.attn_pool.attn.out_proj."),
@@ -93,12 +98,7 @@ _SIGLIP_HF = Form(
         ("vision_model.head.", "visual.attn_pool."),
     ),
 )
-_LATENT, _CLASS_TOKEN = "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"
 _PE_G = "a PE-Core G, without a class token"
-_PROJECTIONS = (
-    ("text_projection.weight", "text_projection"),
-    ("visual_projection.weight", "visual.proj"),
-)
 _SQUASHED = {"pixel_mean": (0.5,) * 3, "pixel_std": (0.5,) * 3, "resize": "squash"}
 
 FAMILIES: dict[str, Family] = {
@@ -130,12 +130,7 @@ FAMILIES: dict[str, Family] = {
         (
             Form("OpenAI", (_CONV, "token_embedding.weight")),
             Form("open_clip", (_CONV,), _CUSTOM_TEXT),
-            Form(
-                "Hugging Face",
-                (_HF_CONV,),
-                (*_HUGGING_FACE, *_PROJECTIONS),
-                ("text_projection", "visual.proj"),
-            ),
+            Form("Hugging Face", (_HF_CONV,), _CLIP_HF, ("text_projection", "visual.proj")),
         ),
         {},
     ),
