@@ -19,8 +19,7 @@ from drl_jax.hub import repository
 from drl_jax.hub.repository import HubError, resolved_revision
 from drl_jax.weights import download
 from drl_jax.weights.errors import WeightsFileError
-from drl_jax.weights.folders import PREFERRED, choose_weights
-from drl_jax.weights.source import _wanted, weights_path
+from drl_jax.weights.source import PREFERRED, _wanted, choose_weights, weights_path
 
 NAME = "hf-hub:org/tiny"
 COMMIT, NEXT_COMMIT = "a1" * 20, "b2" * 20

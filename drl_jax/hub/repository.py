@@ -14,9 +14,9 @@ PREFIX = "hf-hub:"
 _NAME = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
-# Of the names of the files of a repository, those that are wanted; the path of the last one is
+# Of a source and the names of its files, those that are wanted; the path of the last one is
 # returned. It raises HubError if they are not there.
-Choose = Callable[[Iterable[str]], list[str]]
+Choose = Callable[[str, Iterable[str]], list[str]]
 # Of that path, others that belong to it.
 Parts = Callable[[Path], list[Path]]
 # What `download` has returned in this process: a run reads its weights and hashes the same file.
@@ -99,7 +99,7 @@ def _download(source: str, repository: str, revision: str, choose: Choose, parts
     # No connection, offline mode, a proxy or a server that fails.
     except Exception as error:
         return _cached(source, repository, revision, choose, parts, error)
-    for name in choose([sibling.rfilename for sibling in info.siblings or ()]):
+    for name in choose(source, [sibling.rfilename for sibling in info.siblings or ()]):
         path = Path(hf_hub_download(repository, name, revision=revision))
         # The others are of the same commit, even if the branch moves now.
         revision = path.parent.name
@@ -117,7 +117,7 @@ def _cached(
 
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        wanted = choose([path.name for path in folder.iterdir() if path.is_file()])
+        wanted = choose(source, [path.name for path in folder.iterdir() if path.is_file()])
     except (LocalEntryNotFoundError, HubError):
         raise error from None
     path = folder / wanted[-1]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from drl_jax.config import ACTIVATIONS, INTERPOLATIONS, RESIZES, TEXT_CLEANINGS, BackboneConfig
 from drl_jax.weights.errors import WeightsError, about, read_json
 from drl_jax.weights.families import FAMILIES, SUPPORTED
-from drl_jax.weights.folders import PREPROCESSORS
+from drl_jax.weights.source import PREPROCESSORS
 
 # ---------------------------------------------------------------- values in JSON files
 

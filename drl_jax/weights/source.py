@@ -1,22 +1,26 @@
-"""Where weights come from: a path, a name of installed weights, or a repository of the Hub."""
+"""Where weights are: in a file, a folder, a repository of the Hub, or installed under a name."""
 
-import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from drl_jax.hub import installed, repository
 from drl_jax.runtime.files import json_sha256, sha256
-from drl_jax.weights.errors import about
-from drl_jax.weights.folders import (
-    BESIDE,
-    PREFERRED,
-    SUFFIXES,
-    choose_weights,
-    file_of_weights,
-    files_of,
-)
+from drl_jax.weights.containers import INDEX, SHARD, parts_of
+from drl_jax.weights.errors import WeightsFileError, about, some
 
+# Names of weights, the preferred one first. open_clip's come first: its repositories may have an
+# image tower alone under Hugging Face's name.
+PREFERRED = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+SUFFIXES = (".safetensors", ".pt")
+# Hugging Face's preprocessing; newer versions of its library write the second one.
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Files beside weights that describe them, and their tokenizers.
+_BESIDE = ("open_clip_config.json", "config.json", *PREPROCESSORS, "tokenizer.json", "spiece.model")
 # Flags of commands that describe a file of weights.
 FILE_FLAGS = {
     "release": "the release, for a CLIP that does not say its own",
@@ -40,11 +44,10 @@ def weights_path(source: str | os.PathLike) -> Path:
       Unavailable: a folder or an installed file cannot be read.
     """
     if repository.is_hub_name(source):
-        choose = functools.partial(_wanted, source)
-        return repository.download(source, choose, lambda path: files_of(path)[1:])
+        return repository.download(source, _wanted, _parts)
     if source in installed.NAMES:
         return installed.path_of(source)
-    return file_of_weights(Path(source))
+    return _file_of_weights(Path(source))
 
 
 def _wanted(source: str, names: Iterable[str]) -> list[str]:
@@ -56,7 +59,44 @@ def _wanted(source: str, names: Iterable[str]) -> list[str]:
             f"{source} {problem}; supported are {', '.join(PREFERRED)} or a single file *"
             f"{' or *'.join(SUFFIXES)}; download the right one with `hf download` and give its path"
         )
-    return [*(other for other in BESIDE if other in names), name]
+    return [*(other for other in _BESIDE if other in names), name]
+
+
+def choose_weights(names: Iterable[str]) -> tuple[str, str]:
+    """The file of weights among those of a folder, or "" and what is wrong."""
+    names = {name for name in names if "/" not in name[:-1]}
+    for name in PREFERRED:
+        if name in names:
+            return name, ""
+    parts = sorted(name for name in names if SHARD.search(name) or name.endswith(INDEX))
+    files = sorted(name for name in names - set(parts) if name.endswith(SUFFIXES))
+    if len(files) == 1:
+        return files[0], ""
+    if files:
+        return "", f"has several files of weights: {some(files)}"
+    if parts:
+        return "", f"has its weights in parts, without one of their usual lists: {some(parts)}"
+    return "", f"has no weights: it has {some(sorted(names)) or 'no files'}"
+
+
+def _file_of_weights(path: Path) -> Path:
+    """The file of weights in a folder; another path as it is."""
+    with about(path):
+        if not path.is_dir():
+            return path
+        names = [e.name + "/" * e.is_dir() for e in path.iterdir() if not e.name.startswith("._")]
+        name, problem = choose_weights(names)
+        if "adapter_config.json" in names and not problem:
+            raise WeightsFileError(f"has an adapter beside {name}; merge it, or name one file")
+        if problem:
+            raise WeightsFileError(f"{problem}; name the file")
+        return path / name
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that a list of parts names; of another file of weights none."""
+    names = set(parts_of(path).values()) if path.name.endswith(INDEX) else ()
+    return [path.with_name(name) for name in sorted(names)]
 
 
 def is_weights(source: str | os.PathLike) -> bool:
@@ -73,5 +113,5 @@ def is_weights(source: str | os.PathLike) -> bool:
 def weights_sha256(source: str | os.PathLike) -> str:
     """SHA-256 of a file of weights, or of those of all its parts."""
     path = weights_path(source)
-    hashes = {file.name: sha256(file) for file in files_of(path)}
+    hashes = {file.name: sha256(file) for file in (path, *_parts(path))}
     return json_sha256(hashes) if len(hashes) > 1 else hashes[path.name]
