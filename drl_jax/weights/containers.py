@@ -22,12 +22,11 @@ import numpy as np
 import safetensors
 
 from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
-from drl_jax.weights.errors import WeightsFileError, about, read_json, refused
+from drl_jax.weights.errors import WeightsFileError, about, refused
+from drl_jax.weights.source import INDEX, SHARD, parts_of
 from drl_jax.weights.tensors import PIECE, Tensor
 from drl_jax.weights.torch_pickle import Inert, Storage, View, load_pickle, named_values
 
-# Names of lists of parts, and how those of the parts end.
-INDEX, SHARD = ".index.json", re.compile(r"-\d+-of-\d+\.[a-z]+$")
 # The first number of a legacy file, and the protocol that follows it.
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MAX_PICKLE_BYTES = 256 * 2**20
@@ -152,23 +151,6 @@ def _open_index(path: Path) -> Contents:
     inert = {name: kind for part in parts.values() for name, kind in part.inert.items()}
     checksums = tuple(checksum for part in parts.values() for checksum in part.checksums)
     return Contents(tensors, form, tuple(map(path.with_name, parts)), {}, inert, checksums)
-
-
-def parts_of(path: Path) -> dict[str, str]:
-    """The file of each tensor, of Hugging Face's list of several files.
-
-    Raises:
-      WeightsFileError: the list is damaged, or names files elsewhere.
-      Unavailable: it cannot be read.
-    """
-    files = read_json(path).get("weight_map")
-    with about(path):
-        if not isinstance(files, dict) or not files:
-            raise WeightsFileError('is no list of files of weights: it has no "weight_map"')
-        for name in files.values():
-            if not isinstance(name, str) or Path(name).name != name or name.endswith(INDEX):
-                raise WeightsFileError(f"names {name!r}, which is no file beside it")
-    return files
 
 
 # ---------------------------------------------------------------- PyTorch

@@ -1,13 +1,13 @@
 """Where weights are: in a file, a folder, a repository of the Hub, or installed under a name."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from drl_jax.hub import installed, repository
 from drl_jax.runtime.files import json_sha256, sha256
-from drl_jax.weights.containers import INDEX, SHARD, parts_of
-from drl_jax.weights.errors import WeightsFileError, about, some
+from drl_jax.weights.errors import WeightsFileError, about, read_json, some
 
 # Names of weights, the preferred one first. open_clip's come first: its repositories may have an
 # image tower alone under Hugging Face's name.
@@ -17,6 +17,8 @@ PREFERRED = (
     *("open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 SUFFIXES = (".safetensors", ".pt")
+# Names of lists of parts, and how those of the parts end.
+INDEX, SHARD = ".index.json", re.compile(r"-\d+-of-\d+\.[a-z]+$")
 # Hugging Face's preprocessing; newer versions of its library write the second one.
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Files beside weights that describe them, and their tokenizers.
@@ -97,6 +99,23 @@ def _parts(path: Path) -> list[Path]:
     """The files that a list of parts names; of another file of weights none."""
     names = set(parts_of(path).values()) if path.name.endswith(INDEX) else ()
     return [path.with_name(name) for name in sorted(names)]
+
+
+def parts_of(path: Path) -> dict[str, str]:
+    """The file of each tensor, of Hugging Face's list of several files.
+
+    Raises:
+      WeightsFileError: the list is damaged, or names files elsewhere.
+      Unavailable: it cannot be read.
+    """
+    files = read_json(path).get("weight_map")
+    with about(path):
+        if not isinstance(files, dict) or not files:
+            raise WeightsFileError('is no list of files of weights: it has no "weight_map"')
+        for name in files.values():
+            if not isinstance(name, str) or Path(name).name != name or name.endswith(INDEX):
+                raise WeightsFileError(f"names {name!r}, which is no file beside it")
+    return files
 
 
 def is_weights(source: str | os.PathLike) -> bool:
