@@ -271,8 +271,8 @@ def _explain(options: argparse.Namespace) -> None:
     model, path = model_of_flags(options), options.video
     if options.index is not None:
         index = Index(options.index, model)
-        model = index.model
-        path = path if path.exists() else file_of(index.state().folder, str(path))
+        model, state = index.model, index.state()
+        path = path if path.exists() else file_of(state.folder, str(path))
     if model is None:
         raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
     (query,) = encode_sentences(model, [options.query])
@@ -311,6 +311,7 @@ def _open(options: argparse.Namespace) -> Index:
 
         ask_engine = Qdrant(options.url, search_options.correction)
     index = Index(options.index, model_of_flags(options), search_options, ask_engine)
+    index.state()  # It is there.
     if ask_engine is not None:
         ask_engine.check(index.state())
     return index
