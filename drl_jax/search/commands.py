@@ -48,11 +48,7 @@ def _index(options: argparse.Namespace) -> None:
         print(f"frames are encoded by {model.encoder} in {model.config.model.dtype}")
         given["bank"] = _bank_captions(options.bank, model) if options.bank else ()
         report = update_index(model, options.videos, options.index, cluster=cluster, **given)
-    print(
-        f"{options.index}: {report.added} added, {report.changed} changed, {report.moved} moved,"
-        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
-        f" {report.nbytes / 1e6:.1f} MB ({options.storage})"
-    )
+    print(f"{options.index}: {report} ({options.storage})")
     for reasons, title in (
         (report.bad, "files cannot be searched"),
         (report.unavailable, "files could not be read this time"),

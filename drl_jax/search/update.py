@@ -61,7 +61,7 @@ def is_in_shard(path: str, shard: str) -> bool:
     return int.from_bytes(digest[:8]) % int(count) == int(number)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class IndexReport:
     """Numbers of files, and of windows and bytes of the whole index."""
 
@@ -75,6 +75,13 @@ class IndexReport:
     unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
     windows: int = 0
     nbytes: int = 0
+
+    def __str__(self) -> str:
+        counts = [f"{getattr(self, n)} {n}" for n in ("added", "changed", "moved", "removed")]
+        counts = ", ".join([*counts, f"{self.unchanged} unchanged"])
+        return f"{counts}; {self.windows} windows take {self.nbytes / 1e6:.1f} MB"
+
+    __repr__ = __str__
 
 
 def update_index(
