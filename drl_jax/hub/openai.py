@@ -23,6 +23,14 @@ class DownloadError(UserError):
     """A download failed; a partial download is kept."""
 
 
+def cached(model: str) -> Path:
+    """The file of a model in the cache of OpenAI's package; or as `download`, its download."""
+    url = url_of(model)
+    target = Path("~/.cache/clip").expanduser() / url.rsplit("/", 1)[1]
+    download(url, MODELS[model], target)
+    return target
+
+
 def url_of(model: str) -> str:
     """URL of a model's weights on OpenAI's server."""
     return f"{_SERVER}/{MODELS[model]}/{model.replace('/', '-').replace('@', '-')}.pt"

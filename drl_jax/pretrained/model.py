@@ -24,8 +24,6 @@ from drl_jax.config import FRAME_CLOCKS, Config
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.openvino_encoder import OpenVINOImages, choose_encoder
-from drl_jax.hub.installed import NAMES
-from drl_jax.hub.repository import is_hub_name
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
@@ -35,7 +33,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import is_weights, weights_path
+from drl_jax.weights.source import is_name, is_weights, weights_path
 from drl_jax.weights.weights_file import read_weights
 
 # What `encode_videos` does with videos that cannot be read.
@@ -314,8 +312,8 @@ def load(
       path: directory of a run; a file of weights or a folder with one: towers of CLIP, SigLIP or
         Perception Encoder, which get no temporal head and the interaction dp, as in zero-shot
         retrieval, a DRL checkpoint, or an exported run; or, as a string, the name of installed
-        weights (`drl_jax.hub.installed.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
-        weights are downloaded.
+        weights (`drl_jax.hub.installed.NAMES`), or of OpenAI's models ("ViT-B/32") or a repository
+        (`hf-hub:ORG/NAME`), whose weights are downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       device: "cpu", "gpu" or "tpu", one of them as "gpu:1", or devices of JAX. None: all.
       dtype: of the computation, one of `config.DTYPES`. None: that of the run; float32 of a file.
@@ -331,7 +329,7 @@ def load(
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
     """
-    source = os.fspath(path)
+    source, is_file = os.fspath(path), not is_name(path)
     # A run may have the name of installed weights.
     is_run = not is_weights(path)
     path = Path(path) if is_run else weights_path(path)
@@ -358,7 +356,6 @@ def load(
         origin = {"workdir": str(path.resolve()), "checkpoint": str(step)}
         towers = ""
     else:
-        is_file = not is_hub_name(source) and source not in NAMES
         weights = read_weights(path if is_file else source, release, weights_key)
         if tokenizer:
             weights = weights._replace(tokenizer=str(Path(tokenizer).resolve()))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from drl_jax.hub import installed, repository
+from drl_jax.hub import installed, openai, repository
 from drl_jax.runtime.files import json_sha256, sha256
 from drl_jax.weights.errors import WeightsFileError, about, read_json, some
 
@@ -36,11 +36,12 @@ def weights_path(source: str | os.PathLike) -> Path:
 
     Args:
       source: a path of a file, or of a folder that holds one; or, as a string, one of
-        `installed.NAMES` or a repository `hf-hub:ORG/NAME`, also if there is a file or directory
-        of that name.
+        `installed.NAMES` or `openai.MODELS`, or a repository `hf-hub:ORG/NAME`, also if there is a
+        file or directory of that name.
 
     Raises:
       HubError: see `repository.download`.
+      DownloadError: see `openai.download`.
       InstallationError: an installed file is missing or damaged.
       WeightsFileError: a folder has no weights, or several.
       Unavailable: a folder or an installed file cannot be read.
@@ -49,7 +50,14 @@ def weights_path(source: str | os.PathLike) -> Path:
         return repository.download(source, _wanted, _parts)
     if source in installed.NAMES:
         return installed.path_of(source)
+    if source in openai.MODELS:
+        return openai.cached(source)
     return _file_of_weights(Path(source))
+
+
+def is_name(source: str | os.PathLike) -> bool:
+    """Whether a source of weights is a name that `weights_path` knows, and no path."""
+    return repository.is_hub_name(source) or source in (*installed.NAMES, *openai.MODELS)
 
 
 def _wanted(source: str, names: Iterable[str]) -> list[str]:
