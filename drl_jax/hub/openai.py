@@ -25,10 +25,17 @@ class DownloadError(UserError):
 
 def cached(model: str) -> Path:
     """The file of a model in the cache of OpenAI's package; or as `download`, its download."""
-    url = url_of(model)
-    target = Path("~/.cache/clip").expanduser() / url.rsplit("/", 1)[1]
-    download(url, MODELS[model], target)
+    download(url_of(model), MODELS[model], target := _cached_path(model))
     return target
+
+
+def is_cached(model: str) -> bool:
+    """Whether `cached` downloads nothing."""
+    return _cached_path(model).exists()
+
+
+def _cached_path(model: str) -> Path:
+    return Path("~/.cache/clip").expanduser() / url_of(model).rsplit("/", 1)[1]
 
 
 def url_of(model: str) -> str:

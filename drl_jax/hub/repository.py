@@ -3,6 +3,7 @@
 The package `huggingface_hub` downloads, and keeps its cache. It is imported at the first download.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -79,6 +80,31 @@ def download(source: str, choose: Choose, parts: Parts) -> Path:
     return path
 
 
+def to_download(source: str, choose: Choose) -> int | None:
+    """Bytes of the chosen files of a repository that are not in the cache; None: not known.
+
+    Raises the errors of `download`, but not where there is no connection.
+    """
+    repository, _, revision = source.removeprefix(PREFIX).partition("@")
+    try:
+        from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    except ImportError:
+        return None  # `download` says so.
+    revision = revision or "main"
+    try:
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(
+            repository, revision=revision, timeout=timeout, files_metadata=True
+        )
+    except Exception:  # Of many types; `download` explains what concerns the user.
+        return None
+    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+    wanted = choose(source, sizes)
+    is_there = functools.partial(try_to_load_from_cache, repository, revision=info.sha)
+    missing = [name for name in wanted if not isinstance(is_there(name), str)]
+    return None if None in map(sizes.get, missing) else sum(map(sizes.get, missing))
+
+
 def resolved_revision(path: Path) -> str:
     """The commit of a path that `download` returned; empty for one outside a snapshot folder."""
     commit, in_cache = path.parent.name, path.parent.parent.name == "snapshots"
@@ -148,6 +174,6 @@ def _explanation(source: str, repository: str, revision: str, error: Exception) 
         return f"{source} cannot be stored: {where}: {error.strerror}; HF_HOME moves the cache"
     return (
         f"{source} is not in the cache {cache}, and its download from {hub} failed"
-        f" ({one_line(error)}); check the connection and try again, or copy the cache of another"
-        " machine"
+        f" ({one_line(error)}); check the connection and try again, copy the cache of another"
+        f" machine, or download the files of {hub}/{repository} elsewhere and name their folder"
     )

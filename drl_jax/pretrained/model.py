@@ -33,7 +33,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import is_name, is_weights, weights_path
+from drl_jax.weights.source import is_name, is_weights, resolved, weights_path
 from drl_jax.weights.weights_file import read_weights
 
 # What `encode_videos` does with videos that cannot be read.
@@ -312,8 +312,9 @@ def load(
       path: directory of a run; a file of weights or a folder with one: towers of CLIP, SigLIP or
         Perception Encoder, which get no temporal head and the interaction dp, as in zero-shot
         retrieval, a DRL checkpoint, or an exported run; or, as a string, the name of installed
-        weights (`drl_jax.hub.installed.NAMES`), or of OpenAI's models ("ViT-B/32") or a repository
-        (`hf-hub:ORG/NAME`), whose weights are downloaded.
+        weights (`drl_jax.hub.installed.NAMES`), or of OpenAI's models ("ViT-B/32"), a model of
+        `drl_jax.hub.recommended.RECOMMENDED` or a repository (`hf-hub:ORG/NAME`), whose weights are
+        downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       device: "cpu", "gpu" or "tpu", one of them as "gpu:1", or devices of JAX. None: all.
       dtype: of the computation, one of `config.DTYPES`. None: that of the run; float32 of a file.
@@ -329,6 +330,7 @@ def load(
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
     """
+    path = resolved(path)
     source, is_file = os.fspath(path), not is_name(path)
     # A run may have the name of installed weights.
     is_run = not is_weights(path)

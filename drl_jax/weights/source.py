@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from drl_jax.hub import installed, openai, repository
+from drl_jax.hub.recommended import RECOMMENDED
 from drl_jax.runtime.files import json_sha256, sha256
 from drl_jax.weights.errors import WeightsFileError, about, read_json, some
 
@@ -36,8 +37,8 @@ def weights_path(source: str | os.PathLike) -> Path:
 
     Args:
       source: a path of a file, or of a folder that holds one; or, as a string, one of
-        `installed.NAMES` or `openai.MODELS`, or a repository `hf-hub:ORG/NAME`, also if there is a
-        file or directory of that name.
+        `installed.NAMES`, `openai.MODELS` or RECOMMENDED, or a repository `hf-hub:ORG/NAME`, also
+        if there is a file or directory of that name.
 
     Raises:
       HubError: see `repository.download`.
@@ -46,6 +47,7 @@ def weights_path(source: str | os.PathLike) -> Path:
       WeightsFileError: a folder has no weights, or several.
       Unavailable: a folder or an installed file cannot be read.
     """
+    source = resolved(source)
     if repository.is_hub_name(source):
         return repository.download(source, _wanted, _parts)
     if source in installed.NAMES:
@@ -57,7 +59,21 @@ def weights_path(source: str | os.PathLike) -> Path:
 
 def is_name(source: str | os.PathLike) -> bool:
     """Whether a source of weights is a name that `weights_path` knows, and no path."""
-    return repository.is_hub_name(source) or source in (*installed.NAMES, *openai.MODELS)
+    names = (*installed.NAMES, *openai.MODELS, *RECOMMENDED)
+    return repository.is_hub_name(source) or source in names
+
+
+def resolved(source: str | os.PathLike) -> str | os.PathLike:
+    """The source that a name of RECOMMENDED stands for; another one as it is."""
+    return RECOMMENDED[source].source if source in RECOMMENDED else source
+
+
+def to_download(source: str) -> int | None:
+    """Bytes that `weights_path` has to download of a name; None: their number is not known."""
+    source = resolved(source)
+    if repository.is_hub_name(source):
+        return repository.to_download(source, _wanted)
+    return None if source in openai.MODELS and not openai.is_cached(source) else 0
 
 
 def _wanted(source: str, names: Iterable[str]) -> list[str]:
