@@ -52,6 +52,10 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
     Its TFDS configuration has the name of a storage variant.
     """
 
+    def __init_subclass__(cls, **options: Any):
+        # `data_prep.datasets` is the registry; TFDS refuses two classes of one name.
+        super().__init_subclass__(skip_registration=True, **options)
+
     VERSION = tfds.core.Version(FORMAT_VERSION)
     # Storage variant of a build without flags, and of the dataset's training configuration.
     DEFAULT_STORAGE: ClassVar[StorageSpec] = StorageSpec(FrameForm(224), 12, "jpeg")

@@ -10,11 +10,28 @@ model.similarity(text, video)  # float32 [1, 1]
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from drl_jax.models.registry import register_interaction, register_temporal_head
     from drl_jax.pretrained.model import RetrievalModel, Video, load
     from drl_jax.runtime.errors import UserError
+    from drl_jax.runtime.plugins import register_dataset
 
 __version__ = "0.3.0"
-__all__ = ["RetrievalModel", "UserError", "Video", "load"]
+__all__ = [
+    "RetrievalModel",
+    "UserError",
+    "Video",
+    "load",
+    "register_dataset",
+    "register_interaction",
+    "register_temporal_head",
+]
+# Where those are that are not in `pretrained.model`.
+_MODULES = {
+    "UserError": "runtime.errors",
+    "register_dataset": "runtime.plugins",
+    "register_interaction": "models.registry",
+    "register_temporal_head": "models.registry",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -23,8 +40,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module = "drl_jax.runtime.errors" if name == "UserError" else "drl_jax.pretrained.model"
-    return getattr(importlib.import_module(module), name)
+    module = _MODULES.get(name, "pretrained.model")
+    return getattr(importlib.import_module(f"drl_jax.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.cli import Parser, add_plugin_flag, run_command
 
 
 def _parser() -> Parser:
@@ -18,6 +18,7 @@ def _parser() -> Parser:
     add("--checkpoint", default="best", help="of both: best, latest or a step (%(default)s)")
     add("--split", default="test", help="train, val, test or a stored split (%(default)s)")
     add("--data_dir", help="directory of built datasets, if they were moved")
+    add_plugin_flag(parser)
     return parser
 
 
@@ -27,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from drl_jax.runs.compare_run import compare
+        from drl_jax.runtime.plugins import load_plugins
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
+        load_plugins(options.plugin)
         keep_freed_memory()
         cache_compilations()
         what = {"checkpoint": options.checkpoint, "split_name": options.split}

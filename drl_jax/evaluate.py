@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.runtime.cli import Parser, positive_int, run_command
+from drl_jax.runtime.cli import Parser, add_plugin_flag, positive_int, run_command
 
 # None, and the methods of `evaluation/post_processing.py`, which imports more than --help needs.
 _POST = ("none", "is", "qbnorm", "nnn", "dsl")
@@ -35,6 +35,7 @@ def _parser() -> Parser:
     report = "write DIR/index.html, one page with the metrics, curves and pictures of the run"
     add("--report", type=Path, metavar="DIR", help=report)
     add("--data_dir", help="directory of built datasets, if they were moved")
+    add_plugin_flag(parser)
     return parser
 
 
@@ -55,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.report import prepare_directory, write_report
         from drl_jax.runs.evaluate_run import evaluate
         from drl_jax.runs.workdir import load_config, with_data_dir
+        from drl_jax.runtime.plugins import load_plugins
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
+        load_plugins(options.plugin)
         config = with_data_dir(load_config(options.workdir), options.data_dir)
         if options.report is not None:
             prepare_directory(options.report)

@@ -13,6 +13,7 @@ from drl_jax.embed.files import DTYPES, SHARD_SIZE, SUFFIXES, read_captions
 from drl_jax.pretrained.flags import add_encoder_flag, add_model_flags, required_model
 from drl_jax.runtime.cli import Parser, positive_int, positive_seconds, run_command
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.plugins import load_plugins
 
 
 def _parser() -> Parser:
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()
+        load_plugins(options.plugin)
         out = options.out
         if out.suffix not in SUFFIXES:
             raise UserError(f"--out={out}: the formats are {', '.join(SUFFIXES)}")
@@ -60,13 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.encoder != "auto":
                 raise UserError("--encoder is of videos, JAX encodes captions; omit it")
             captions, unit = read_captions(options.captions), "captions"
-            output = embed_captions(required_model(options), captions, out, **stored)
+            model = required_model(options)
+            output = embed_captions(model, captions, out, **stored)
         else:
             model, unit = required_model(options), "windows" if options.windows else "videos"
             model = model.with_encoder(options.encoder)
             print(f"frames are encoded by {model.encoder} in {model.config.model.dtype}")
             stored |= {"windows": options.windows, "timeout": options.timeout}
             output = embed_videos(model, options.videos, out, **stored)
+        if not model.interaction.HAS_POOLED:
+            name = model.config.model.interaction
+            print(f"the interaction {name} has no pooled vectors: the files have no pooled")
         first, *others = output.files
         where = f"{first} and others" if others else first
         files = f"{len(output.files)} files" if others else "1 file"

@@ -111,7 +111,8 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
     hubs = hubness(sim_matrix, _HUBS)
     duplicates = duplicate_captions(captions, text_to_video)[:_DUPLICATES]
     pairs: list[tuple[int, int]] = []
-    if INTERACTIONS[opened.config.model.interaction].COMPARES_TOKENS:
+    interaction = INTERACTIONS[opened.config.model.interaction]
+    if interaction.COMPARES_TOKENS and interaction.HAS_EXPLANATION:
         pairs = mapped_pairs(sim_matrix, ranks, [query.caption for query in worst])
     shown = [
         *(video for query in worst for video in (query.video, query.returned)),

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drl_jax.pretrained.flags import add_encoder_flag, add_model_flags
-from drl_jax.runtime.cli import Parser, add_ray_flag, positive_int, positive_seconds, run_command
+from drl_jax.runtime.cli import (
+    Parser,
+    add_plugin_flag,
+    add_ray_flag,
+    positive_int,
+    positive_seconds,
+    run_command,
+)
+from drl_jax.runtime.plugins import load_plugins
 from drl_jax.search import CANDIDATES, ENGINES, MOMENTS, REFINE, SCAN_FROM, STORAGES
 
 
@@ -41,7 +49,7 @@ def _parser() -> Parser:
     text = "measure how much of the exact answer the candidates contain, and the times"
     _add_recall_flags(add_command("recall", text, model, index, hubness, output))
     text = "list videos that show the same, also scaled, compressed or mirrored"
-    add_command("duplicates", text, index, output)
+    add_plugin_flag(add_command("duplicates", text, index, output))
     text = "draw how the words and frames of one pair contribute to its score"
     _add_explain_flags(add_command("explain", text, model))
     return parser
@@ -155,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.search.commands import COMMANDS
 
         cache_compilations()
+        load_plugins(getattr(options, "plugin", []))
         COMMANDS[options.command](options)
 
     kept = "the index is kept; rerun the command to continue" if options.command == "index" else ""
