@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
+    options = _parse(arguments)
     return run_command(
         "data_prep.build",
-        lambda: _build(_parse(arguments)),  # A plugin is code, and takes a while.
+        lambda: _build(options),
         on_interrupt="decoded videos are kept; rerun the command to continue",
     )
 

@@ -30,15 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = sorted(set(dataset_names()) - set(DRAWN))
     parser.add_argument("dataset", help=f"{', '.join(names)}, or that of --plugin")
     add_source_flags(parser, required=True)
-
-    def work() -> int:
-        try:
-            options = parse(parser, arguments, names)
-        except UserError as error:
-            raise _CheckError(str(error)) from error
-        return _check(options)
-
-    return run_command(_NAME, work, on_interrupt="nothing was written")
+    options = parse(parser, arguments, names)
+    return run_command(_NAME, lambda: _check(options), on_interrupt="nothing was written")
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -63,13 +63,12 @@ def plan_of(options: argparse.Namespace, quarantine: Mapping[str, str]) -> "Plan
 def parse(
     parser: Parser, arguments: Sequence[str] | None, names: Collection[str]
 ) -> argparse.Namespace:
-    """Parses arguments, of which `dataset` is one of `names` or registered by `--plugin`.
-
-    Raises:
-      UserError: a plugin cannot be used.
-    """
+    """Parses arguments, of which `dataset` is one of `names` or registered by `--plugin`."""
     options = parser.parse_args(arguments)
-    load_plugins(options.plugin)
+    try:
+        load_plugins(options.plugin)
+    except UserError as error:
+        parser.error(str(error))
     if options.dataset not in (known := sorted({*names, *DATASETS})):
         parser.error(f"invalid choice: {options.dataset!r} (choose from {', '.join(known)})")
     return options

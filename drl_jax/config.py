@@ -37,10 +37,6 @@ class ConfigError(UserError):
 class UnregisteredError(ConfigError):
     """A configuration has an interaction or a temporal head that this process does not know."""
 
-    def __init__(self, problem: str):
-        super().__init__(f"{problem}; one of your own needs --plugin=FILE")
-        self.problem = problem
-
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
@@ -353,7 +349,8 @@ def _check_value(
     if name in choices and value not in choices[name]:
         names = " or ".join(", ".join(choices[name]).rsplit(", ", 1))
         if name in ("interaction", "agg_module"):
-            raise UnregisteredError(f"{where} is {names}, not {value!r}")
+            own = "one of your own needs --plugin=FILE"
+            raise UnregisteredError(f"{where} is {names}, not {value!r}; {own}")
         raise ConfigError(f"{where} is {names}, not {value!r}")
     if type(value) not in (int, float) or name in _OTHERWISE_BOUNDED:
         return

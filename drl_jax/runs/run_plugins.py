@@ -62,13 +62,9 @@ def changed_plugins(manifest: Mapping[str, Any] | None, config: Config) -> list[
 
 
 def how_to_open(workdir: Path, manifest: Mapping[str, Any] | None) -> str:
-    """What a user has to do who opens a run and lacks its classes."""
+    """What a user needs who opens a run without its classes."""
     for row in (manifest or {}).get("plugins", []):
         if not row["file"]:
-            return (
-                f"register the class {row['class']}, as drl_jax.register_interaction does; its"
-                " source is in manifest.json"
-            )
-    copies = sorted((workdir / PLUGINS).glob("*.py"))
-    flags = " ".join(f"--plugin={copy}" for copy in copies) or "--plugin=FILE"
-    return f"read the run's copy and add {flags}, or register the class in Python before"
+            return f"here, the class {row['class']}, whose source is in manifest.json: register it"
+    copies = [f"--plugin={copy}" for copy in sorted((workdir / PLUGINS).glob("*.py"))]
+    return f"the run's copy, which you should read: {' '.join(copies) or 'none'}"

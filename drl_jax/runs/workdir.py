@@ -112,10 +112,8 @@ def stored_config(workdir: Path) -> Config:
     except OSError as error:
         raise Unavailable(path, error) from error
     except UnregisteredError as error:
-        raise WorkdirError(
-            f"the run in {workdir} needs a plugin ({error.problem}):"
-            f" {how_to_open(workdir, own_manifest(workdir))}"
-        ) from error
+        how = how_to_open(workdir, own_manifest(workdir))
+        raise WorkdirError(f"{path}: {error}; {how}") from error
     except (ValueError, ConfigError) as error:
         raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error
     manifest = own_manifest(workdir)

@@ -1,6 +1,8 @@
 """Classes of one's own: files that commands execute (`--plugin`), and where each class is from."""
 
-import inspect
+import ast
+import contextlib
+import linecache
 import re
 import sys
 import traceback
@@ -118,10 +120,15 @@ def _find_origin(cls: type) -> Origin:
     name = _qualified_name(cls)
     if _executed is not None:
         return Origin(name, *_executed)
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    if cls.__module__ != "__main__" and file:
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
+    if cls.__module__ != "__main__" and file.endswith(".py"):
         return Origin(name, Path(file).name, Path(file).read_bytes())
-    try:
-        return Origin(name, "", inspect.getsource(cls).encode())
-    except (OSError, TypeError):
-        return Origin(name, "", b"")
+    # `inspect.getsource` finds no class of a notebook; its functions know the text of their cell.
+    functions = (value for value in vars(cls).values() if isinstance(value, types.FunctionType))
+    for function in functions:
+        cell = "".join(linecache.getlines(function.__code__.co_filename))
+        with contextlib.suppress(SyntaxError):
+            for node in ast.walk(ast.parse(cell)):
+                if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+                    return Origin(name, "", ast.get_source_segment(cell, node).encode())
+    return Origin(name, "", b"")
