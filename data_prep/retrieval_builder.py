@@ -52,10 +52,6 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
     Its TFDS configuration has the name of a storage variant.
     """
 
-    def __init_subclass__(cls, **options: Any):
-        # `data_prep.datasets` is the registry; TFDS refuses two classes of one name.
-        super().__init_subclass__(skip_registration=True, **options)
-
     VERSION = tfds.core.Version(FORMAT_VERSION)
     # Storage variant of a build without flags, and of the dataset's training configuration.
     DEFAULT_STORAGE: ClassVar[StorageSpec] = StorageSpec(FrameForm(224), 12, "jpeg")
@@ -68,6 +64,10 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
     PROTOCOLS: ClassVar[Sequence[Collection[str]]] = ()
     # Whether decoded frames stay cached after a build, for a build with other annotations.
     KEEPS_CACHE: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any):
+        # `data_prep.datasets` is the registry; TFDS refuses two classes of one name.
+        super().__init_subclass__(skip_registration=True, **options)
 
     @classmethod
     @abc.abstractmethod

@@ -93,6 +93,9 @@ def test_a_run_keeps_its_plugin_and_needs_it_to_be_named(best_run, tmp_path, cap
         model.interaction.video_as_text({})
     assert convert([str(best_run), str(exported), f"--plugin={copy}"]) == 0
     assert drl_jax.load(exported).fingerprint == model.fingerprint
+    del INTERACTIONS["best"]
+    with pytest.raises(UserError, match="b.safetensors .*not 'best'; one of your own needs --plug"):
+        drl_jax.load(exported)
 
 
 def test_another_version_of_a_plugin(best_run, tiny_arguments, tmp_path, capsys):
