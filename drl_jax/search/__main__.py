@@ -26,7 +26,11 @@ from drl_jax.search import CANDIDATES, ENGINES, MOMENTS, REFINE, SCAN_FROM, STOR
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m drl_jax.search", description=__doc__.splitlines()[0])
+    text = (
+        f"{__doc__.splitlines()[0]} FOLDER [FOLDER ...] [SENTENCE] indexes folders, and answers the"
+        " sentence or serves the search page: see FOLDER --help. The commands do one thing each."
+    )
+    parser = Parser("python -m drl_jax.search", description=text)
     what = "FOLDER | COMMAND"
     commands = parser.add_subparsers(dest="command", required=True, metavar=what)
 

@@ -35,11 +35,11 @@ def search_folders(options: argparse.Namespace) -> None:
     folders, sentence = split_words(options.words)
     directory = options.index or default_index(folders[0])
     model = _model_of(directory, options.model, agrees=options.yes)
-    print(f"model: {' '.join(model.source.values())}; index: {directory}", flush=True)
+    _tell(f"model: {' '.join(model.source.values())}; index: {directory}")
     index = Index(directory, model)
     if sentence:
         for folder in folders:
-            print(f"{folder}: {index.add(folder, progress=True)}")
+            _tell(f"{folder}: {index.add(folder, progress=True)}")
         hits = index.search(sentence, top=options.top)
         print(json.dumps([hit.to_json() for hit in hits]) if options.json else format_hits(hits))
         return
@@ -66,10 +66,10 @@ class _Updating(threading.Thread):
     def run(self) -> None:
         try:
             for folder in self._folders:
-                print(f"{folder}: {self._index.add(folder, progress=True)}", flush=True)
+                _tell(f"{folder}: {self._index.add(folder, progress=True)}")
         except UserError as error:
             self._error = error
-            print(f"drl_jax.search: {error}", file=sys.stderr, flush=True)
+            _tell(f"drl_jax.search: {error}")
 
     def is_searchable(self) -> bool:
         """Whether a video can be searched; raises a UserError if there will be none."""
@@ -80,6 +80,11 @@ class _Updating(threading.Thread):
             if not self.is_alive():
                 raise (self._error or error) from None
             return False
+
+
+def _tell(line: str) -> None:
+    """Prints what happens; the answer alone is on stdout."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[Path], str]:
@@ -119,10 +124,10 @@ def _ask(name: str, size: int | None, *, agrees: bool) -> None:
     facts = [f"{size / 1e9:.2f} GB"] if size else []
     if known is not None:
         facts += [f"licence {known.licence}", f"languages: {known.languages}"]
-    print(f"the model {source} is downloaded once ({'; '.join(facts) or 'size unknown'})")
+    _tell(f"the model {source} is downloaded once ({'; '.join(facts) or 'size unknown'})")
     if known is RECOMMENDED["general"]:
         others = ", ".join(f"{n} ({r.languages})" for n, r in RECOMMENDED.items() if n != "general")
-        print(f"others with --model=NAME: {others}, a file, a run, or hf-hub:ORG/NAME")
+        _tell(f"others with --model=NAME: {others}, a file, a run, or hf-hub:ORG/NAME")
     if agrees:
         return
     if not sys.stdin.isatty():
