@@ -21,7 +21,7 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb and returns its exit status; 2: there is no such verb."""
-    verb, *rest = arguments if arguments is not None else sys.argv[1:] or ["--help"]
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
         lines = [f"  {name:<10}{text}" for name, (text, _) in VERBS.items()]
         usage = "usage: drl_jax VERB ...\n\n{}\n\ndrl_jax VERB --help says more of a verb"

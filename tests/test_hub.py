@@ -1,5 +1,6 @@
 """`hf-hub:` names, with caches made by hand and a local server that speaks the Hub's protocol."""
 
+import hashlib
 import http.server
 import json
 import os
@@ -19,7 +20,7 @@ from drl_jax.hub import repository
 from drl_jax.hub.repository import HubError, resolved_revision
 from drl_jax.weights import download
 from drl_jax.weights.errors import WeightsFileError
-from drl_jax.weights.source import PREFERRED, _wanted, choose_weights, weights_path
+from drl_jax.weights.source import PREFERRED, _wanted, choose_weights, to_download, weights_path
 
 NAME = "hf-hub:org/tiny"
 COMMIT, NEXT_COMMIT = "a1" * 20, "b2" * 20
@@ -154,7 +155,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `org/tiny` as the Hub does; other repositories fail in the ways of the Hub."""
 
     def do_GET(self):
-        parts = self.path.strip("/").split("/")
+        parts = self.path.partition("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             self._list(parts[3], self._commit(parts[5]))
         elif parts[2:3] == ["resolve"]:
@@ -172,7 +173,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif commit is None:
             self._send(404, {"X-Error-Code": "RevisionNotFound"})
         else:
-            siblings = [{"rfilename": file} for file in self.server.files]
+            hashes = {file: self.server.hash_of(file) for file in self.server.files}
+            siblings = [
+                {
+                    "rfilename": file,
+                    "size": len(content),
+                    "lfs": {"sha256": hashes[file], "size": len(content), "pointerSize": 1},
+                }
+                for file, content in self.server.files.items()
+            ]
             content = {"id": f"org/{name}", "sha": commit, "siblings": siblings}
             self._send(200, content=json.dumps(content).encode())
 
@@ -209,6 +218,7 @@ def server(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         server.files, server.main, server.sent = dict(FILES), COMMIT, []
+        server.hash_of = lambda file: hashlib.sha256(server.files[file]).hexdigest()
         server.stalls_at, server.stalled, server.released = "", threading.Event(), threading.Event()
         # Polls often, because shutting down waits for the next poll.
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -221,21 +231,31 @@ def server(tmp_path, monkeypatch):
 
 
 def test_weights_and_their_descriptions_are_downloaded_once(server, monkeypatch):
+    names = ("config.json", "tokenizer.json", "model.safetensors")
+    assert to_download(NAME) == sum(len(FILES[name]) for name in names)
     path = weights_path(NAME)
     snapshot = server.cache / "models--org--tiny" / "snapshots" / COMMIT
     assert path == snapshot / "model.safetensors"
+    assert to_download(NAME) == 0
     # Not README.md and pytorch_model.bin.
     assert len(list(snapshot.iterdir())) == 3
     for file in snapshot.iterdir():
         assert file.read_bytes() == FILES[file.name]
     # The weights come last: where they are, the others are too.
-    names = ("config.json", "tokenizer.json", "model.safetensors")
     assert server.sent == [(name, COMMIT) for name in names]
     use(monkeypatch, cache=server.cache, endpoint=server.address)
     assert weights_path(NAME) == path
     assert len(server.sent) == 3
     use(monkeypatch, cache=server.cache, offline=True)
     assert weights_path(NAME) == weights_path(f"{NAME}@{COMMIT}") == path
+
+
+def test_a_download_with_another_hash_is_refused(server):
+    server.hash_of = lambda file: "0" * 64
+    with pytest.raises(HubError, match=r"config.json has another hash than 000000000000\.\.\., "):
+        weights_path(NAME)
+    server.hash_of = lambda file: hashlib.sha256(server.files[file]).hexdigest()
+    assert weights_path(NAME).read_bytes() == FILES["model.safetensors"]
 
 
 def test_a_branch_that_moves_is_followed_by_the_next_process(server, monkeypatch):

@@ -8,8 +8,13 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.runtime.files import sha256
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 PREFIX = "hf-hub:"
 _NAME = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -87,15 +92,9 @@ def to_download(source: str, choose: Choose) -> int | None:
     """
     repository, _, revision = source.removeprefix(PREFIX).partition("@")
     try:
-        from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    except ImportError:
-        return None  # `download` says so.
-    revision = revision or "main"
-    try:
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(
-            repository, revision=revision, timeout=timeout, files_metadata=True
-        )
+        from huggingface_hub import try_to_load_from_cache
+
+        info = _info(repository, revision or "main")
     except Exception:  # Of many types; `download` explains what concerns the user.
         return None
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
@@ -113,24 +112,47 @@ def resolved_revision(path: Path) -> str:
 
 def _download(source: str, repository: str, revision: str, choose: Choose, parts: Parts) -> Path:
     """The file in the cache; it comes last: where it is, the others are too."""
-    from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        # The default is to wait forever.
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(repository, revision=revision, timeout=timeout)
+        info = _info(repository, revision)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
     # No connection, offline mode, a proxy or a server that fails.
     except Exception as error:
         return _cached(source, repository, revision, choose, parts, error)
-    for name in choose(source, [sibling.rfilename for sibling in info.siblings or ()]):
-        path = Path(hf_hub_download(repository, name, revision=revision))
+    files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    for name in choose(source, files):
+        path = _fetch(source, repository, revision, files[name])
         # The others are of the same commit, even if the branch moves now.
         revision = path.parent.name
     for part in parts(path):
-        hf_hub_download(repository, part.name, revision=revision)
+        _fetch(source, repository, revision, files[part.name])
+    return path
+
+
+def _info(repository: str, revision: str) -> "ModelInfo":
+    """The files of a revision, with sizes and hashes."""
+    from huggingface_hub import HfApi, constants
+
+    # The default is to wait forever.
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    return HfApi().model_info(repository, revision=revision, timeout=timeout, files_metadata=True)
+
+
+def _fetch(source: str, repository: str, revision: str, file: "RepoSibling") -> Path:
+    """The path of a file in the cache; a download has the SHA-256 that the Hub states."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    name = file.rfilename
+    is_there = isinstance(try_to_load_from_cache(repository, name, revision=revision), str)
+    path = Path(hf_hub_download(repository, name, revision=revision))
+    # Small files, which are text, have no such hash.
+    if not is_there and file.lfs is not None and sha256(path) != file.lfs.sha256:
+        path.resolve().unlink()
+        path.unlink()
+        problem = f"has another hash than {file.lfs.sha256[:12]}..., which the Hub states"
+        raise HubError(f"{source}: the download of {name} {problem}; try again")
     return path
 
 
