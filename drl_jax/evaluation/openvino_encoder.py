@@ -1,7 +1,7 @@
 """Encodes images on CPUs with OpenVINO, faster than XLA: several times in bfloat16.
 
 OpenVINO's front end reads the program that JAX traces. It knows no loops and no calls, so these are
-written out first (`_written_out`).
+written out first (`written_out`).
 """
 
 import dataclasses
@@ -122,10 +122,10 @@ def _trace(model: ModelConfig, params: Params) -> core.ClosedJaxpr:
         return nnx.merge(definition, params).backbone.encode_image(images, np.ones(_IMAGES, bool))
 
     traced = jax.make_jaxpr(encode)(images)
-    return jax.make_jaxpr(functools.partial(_written_out, traced.jaxpr, traced.consts))(images)
+    return jax.make_jaxpr(functools.partial(written_out, traced.jaxpr, traced.consts))(images)
 
 
-def _written_out(jaxpr: core.Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:
+def written_out(jaxpr: core.Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:
     """Computes a program without loops, calls and what the front end does not know.
 
     Parameters stay NumPy arrays: their parts are constants of the result.
@@ -143,12 +143,15 @@ def _written_out(jaxpr: core.Jaxpr, consts: Sequence[Any], *arguments: Any) -> l
         inner = getattr(called, "jaxpr", called), getattr(called, "consts", ())
         if primitive.name == "scan":
             first, second = about["num_consts"], about["num_consts"] + about["num_carry"]
-            results = given[first:second]
+            results, rows = given[first:second], []
             for layer in range(about["length"]):
                 row = [stacked[layer] for stacked in given[second:]]
-                results = _written_out(*inner, *given[:first], *results, *row)
+                results = written_out(*inner, *given[:first], *results[: second - first], *row)
+                rows.append(results[second - first :])
+            stacked = (jnp.stack(column) for column in zip(*rows, strict=True))
+            results = [*results[: second - first], *stacked]
         elif called is not None:
-            results = _written_out(*inner, *given)
+            results = written_out(*inner, *given)
         elif primitive.name == "split":
             (whole,), axis = given, (slice(None),) * about["axis"]
             ends = np.cumsum(about["sizes"]).tolist()
@@ -156,6 +159,9 @@ def _written_out(jaxpr: core.Jaxpr, consts: Sequence[Any], *arguments: Any) -> l
         elif primitive.name == "stack":
             parts = [jnp.expand_dims(part, about["axis"]) for part in given]
             results = [jnp.concatenate(parts, about["axis"])]
+        elif primitive.name == "select_n" and given[1].dtype == bool:
+            which, *cases = given  # onnxruntime chooses between numbers alone.
+            results = [(which & cases[1]) | (~which & cases[0])]
         else:
             results = primitive.bind(*given, **about)
             results = results if primitive.multiple_results else [results]
