@@ -40,10 +40,14 @@ def run_program(directory: Path, name: str, arrays: dict) -> dict[str, np.ndarra
     return results
 
 
-@pytest.fixture(scope="module", params=[("wti", "seqTransf"), ("xti", "seqLSTM")], ids="-".join)
+MODELS = [("wti", "seqTransf", "clip"), ("xti", "seqLSTM", "clip"), ("ti", "none", "siglip")]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def model(request, shapes_config, tmp_path_factory) -> drl_jax.RetrievalModel:
-    interaction, head = request.param
-    model = dataclasses.replace(shapes_config.model, agg_module=head)
+    interaction, head, family = request.param
+    backbone = dataclasses.replace(shapes_config.model.backbone, family=family)
+    model = dataclasses.replace(shapes_config.model, agg_module=head, backbone=backbone)
     workdir = tmp_path_factory.mktemp("export") / "run"
     make_run(workdir, dataclasses.replace(shapes_config, model=model), interaction)
     return drl_jax.load(workdir)
