@@ -118,7 +118,7 @@ def _about(model: "RetrievalModel") -> dict[str, Any]:
 
 
 def _programs(model: "RetrievalModel") -> Iterator[Program]:
-    """The programs of a model; they are traced for a CPU, where layers are not laid out for a GPU."""
+    """The programs of a model, traced as for CPUs: those of GPUs fix layouts of arrays."""
     import jax
     import numpy as np
     from flax import nnx
@@ -183,7 +183,7 @@ def _onnx_writer() -> Callable[[Program, Path], None]:
     import jax
     from jax.extend import core
 
-    from drl_jax.evaluation.openvino_encoder import written_out
+    from drl_jax.models.programs import written_out
 
     def write(program: Program, path: Path) -> None:
         names, specs = list(program.inputs), list(program.inputs.values())

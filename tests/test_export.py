@@ -33,8 +33,8 @@ def run_program(directory: Path, name: str, arrays: dict) -> dict[str, np.ndarra
         assert program.platforms == ("cpu", "cuda")
         results = {key: np.asarray(array) for key, array in program.call(**arrays).items()}
     sizes = {"A": len(CAPTIONS)}
-    for arrays, described in ((arrays, inputs), (results, outputs)):
-        for key, array in arrays.items():
+    for named, described in ((arrays, inputs), (results, outputs)):
+        for key, array in named.items():
             for size, symbol in zip(array.shape, described[key]["shape"], strict=True):
                 assert size == sizes.setdefault(symbol, size if isinstance(symbol, str) else symbol)
     return results
@@ -100,7 +100,9 @@ def test_the_description_has_what_a_caller_needs(model, exported):
     assert about["frames"]["pixel_std"] == list(model.config.model.backbone.pixel_std)
 
 
-def test_what_cannot_be_exported_is_one_line(search_model, search_run, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_exported_is_one_line(
+    search_model, search_run, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for directory, format, message in (
@@ -128,7 +130,7 @@ def test_what_onnx_lacks_is_one_line(search_model, tmp_path, monkeypatch):
         raise NotImplementedError("no operator\nfor it")
 
     monkeypatch.setattr(jax2onnx, "to_onnx", fail)
-    with pytest.raises(drl_jax.UserError, match="'text' of the model .NotImplementedError: no op"):
+    with pytest.raises(drl_jax.UserError, match="'text' of the model"):
         export(search_model, tmp_path / "new", "onnx")
     assert not list(tmp_path.iterdir())
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.runs import make_run
+from support.videos import numbered_frames, write_video
 
 mteb = pytest.importorskip("mteb")
 
@@ -104,7 +105,7 @@ def test_late_interaction_is_that_of_evaluate(kind, evaluated, pairs, tmp_path):
         np.testing.assert_allclose(similarity, row, rtol=0, atol=1e-4)
         assert list(found[query].values()) == sorted(found[query].values(), reverse=True)
     # Of some documents, as in reranking, and the best of them.
-    chosen = {query: names[:3] for query in names}
+    chosen = dict.fromkeys(names, names[:3])
     reranked = searched.search(split["queries"], top_k=2, top_ranked=chosen, **options)
     for query in names:
         expected = sorted(names[:3], key=found[query].get, reverse=True)[:2]
@@ -130,8 +131,6 @@ def test_pooled_vectors_are_those_of_the_api(kind, evaluated, pairs):
 
 def test_clips_are_files_bytes_or_pictures(search_model, shapes_data, tmp_path):
     """Frames of another size are resized as those of files are."""
-    from support.videos import numbered_frames, write_video
-
     frames = numbered_frames(8, 48, 96)
     write_video(tmp_path / "a.mp4", frames, fps=2)
     expected = search_model.encode_videos([tmp_path / "a.mp4"])

@@ -12,18 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import datasets
 import numpy as np
-from mteb._create_dataloaders import create_dataloader
-from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.types import PromptType
 
 from drl_jax.data.pictures import to_form
 from drl_jax.data.video import read_frames, sample_positions
 from drl_jax.data.video_file import VideoError
-from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
+
+try:
+    import datasets
+    from mteb._create_dataloaders import create_dataloader
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+    from mteb.types import PromptType
+except ImportError as error:
+    raise ImportError(f"MTEB is missing ({error}): pip install 'drl_jax[mteb]'") from error
 
 
 class LateInteraction:
@@ -35,7 +38,7 @@ class LateInteraction:
     def __init__(self, model: RetrievalModel):
         self._model = model
         self._kind, self._ids = "", np.array([], str)
-        self._corpus: Features = {}
+        self._corpus: dict[str, np.ndarray] = {}
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
@@ -81,7 +84,7 @@ class LateInteraction:
 
     def _encode(
         self, rows: datasets.Dataset, side: PromptType, **options: Any
-    ) -> tuple[str, Features]:
+    ) -> tuple[str, dict[str, np.ndarray]]:
         """As MTEB hands the rows to an encoder: titles before texts, instructions after them."""
         about = {name: options[name] for name in ("task_metadata", "num_proc")}
         return _encoded(self._model, create_dataloader(rows, prompt_type=side, **about).dataset)
@@ -135,7 +138,7 @@ def _meta(model: RetrievalModel, suffix: str, compared: ScoringFunction, kind: s
     )
 
 
-def _encoded(model: RetrievalModel, rows: datasets.Dataset) -> tuple[str, Features]:
+def _encoded(model: RetrievalModel, rows: datasets.Dataset) -> tuple[str, dict[str, np.ndarray]]:
     """The kind of the rows of a task, "text" or "video", and their arrays."""
     kinds = [kind for kind in ("text", "image", "video") if kind in rows.column_names]
     if kinds not in (["text"], ["video"]):
