@@ -44,12 +44,12 @@ def ranked(ids, similarity) -> list[str]:
     return ids[np.argsort(-similarity, kind="stable")][:BEST].tolist()
 
 
-def max_sim(search_model, videos) -> np.ndarray:
-    """Each token with its best valid frame, summed, by caption and video."""
+def max_sim(search_model, videos, weight: str) -> np.ndarray:
+    """Each token with its best valid frame, summed by weights, for each caption and video."""
     text = search_model.encode_text(CAPTIONS)
     pairs = np.einsum("ald,bfd->abfl", text["text_unit"], videos["frame_unit"])
     best = np.where(videos["frame_mask"][None, :, :, None], pairs, -np.inf).max(axis=2)
-    return (best * text["text_mask"][:, None]).sum(axis=2)
+    return (best * text[weight][:, None]).sum(axis=2)
 
 
 def assert_columns(search_model, videos, queries, ids, pooled, frame_unit) -> None:
@@ -96,7 +96,8 @@ def test_lancedb(search_model, files, videos, queries, ids, tmp_path):
     for query in queries:
         assert found(query, "pooled", "dot") == ranked(ids, pooled @ query)
     tokens = pyarrow.parquet.read_table(files[1])["text_unit"].to_pylist()
-    for query, expected in zip(tokens, max_sim(search_model, videos), strict=True):
+    similarity = max_sim(search_model, videos, "text_mask")
+    for query, expected in zip(tokens, similarity, strict=True):
         assert found(query, "frame_unit", "cosine") == ranked(ids, expected)
 
 
@@ -129,6 +130,8 @@ def test_qdrant(search_model, files, videos, queries, ids):
     for query in queries:
         expected = ranked(ids, search_model.pool_videos(videos) @ query)
         assert found(query.tolist(), "pooled") == expected
-    tokens = pyarrow.parquet.read_table(files[1])["text_unit"].to_pylist()
-    for query, expected in zip(tokens, max_sim(search_model, videos), strict=True):
-        assert found(query, "frame_unit") == ranked(ids, expected)
+    captions = pyarrow.parquet.read_table(files[1]).to_pylist()
+    similarity = max_sim(search_model, videos, "text_weight")
+    for caption, expected in zip(captions, similarity, strict=True):
+        query = np.array(caption["text_unit"]) * np.array(caption["text_weight"])[:, None]
+        assert found(query.tolist(), "frame_unit") == ranked(ids, expected)
