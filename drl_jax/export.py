@@ -210,6 +210,8 @@ def _onnx_writer() -> Callable[[Program, Path], None]:
                 input_names=names,
                 output_names=outputs,
             )
+        except OSError:
+            raise
         except Exception as error:  # Of many kinds, for what it does not know.
             raise UserError(
                 f"jax2onnx cannot take the program {program.name!r} of the model"
