@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from drl_jax.hub.installed import DIRECTORY
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256, write_json
-from drl_jax.weights.source import DIRECTORY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,12 +31,12 @@ from benchmarks.measure import (
     step_columns,
 )
 from drl_jax.config import REMAT, BackboneConfig, LossConfig, ModelConfig, OptimConfig
+from drl_jax.hub.releases import PUBLISHED
 from drl_jax.runtime.resources import keep_freed_memory
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import create_state, make_train_step
-from drl_jax.weights.releases import PUBLISHED
 
 
 def backbones(text: str) -> dict[str, BackboneConfig]:

@@ -17,7 +17,7 @@ from drl_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from drl_jax.weights.releases import CLIP_B16, CLIP_B32, PUBLISHED
+from drl_jax.hub.releases import CLIP_B16, CLIP_B32, PUBLISHED
 
 # interaction, agg_module, cdcr, alpha1. The reference's script trains its rows "without CDCR" with
 # its default of `--cdcr`, 3; here they have none.

@@ -3,11 +3,32 @@
 python -m drl_jax.compare RUN_A RUN_B [--split=test] [--checkpoint=best|latest|STEP]
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from drl_jax import CallableModule
 from drl_jax.runtime.cli import Parser, run_command
+
+if TYPE_CHECKING:
+    from drl_jax.runs.compare_run import Comparison
+
+
+def compare(
+    one: str | os.PathLike,
+    other: str | os.PathLike,
+    *,
+    checkpoint: str | int = "best",
+    split: str = "test",
+    data_dir: str | None = None,
+) -> "Comparison":
+    """Compares two runs on the same queries; arguments and errors as of `compare_run.compare`."""
+    from drl_jax.runs import compare_run
+
+    what = {"checkpoint": str(checkpoint), "split_name": split, "data_dir": data_dir}
+    return compare_run.compare(Path(one), Path(other), **what)
 
 
 def _parser() -> Parser:
@@ -26,16 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def work() -> None:
-        from drl_jax.runs.compare_run import compare
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
         keep_freed_memory()
         cache_compilations()
-        what = {"checkpoint": options.checkpoint, "split_name": options.split}
-        compare(options.one, options.other, data_dir=options.data_dir, **what)
+        what = {"checkpoint": options.checkpoint, "split": options.split}
+        print(compare(options.one, options.other, data_dir=options.data_dir, **what))
 
     return run_command("drl_jax.compare", work)
 
 
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = CallableModule

@@ -90,7 +90,7 @@ class ModelConfig:
     # (`shapes_clip`). Their description replaces `backbone` if it is the default one. Empty: random
     # initialisation.
     init: str = ""
-    # Name of the release that `init` is of (`weights.releases.RELEASES`), for a file that does not
+    # Name of the release that `init` is of (`hub.releases.RELEASES`), for a file that does not
     # say its activation and has no description beside it. Empty: the file says it.
     release: str = ""
     # Prefix of the towers in `init`, if it holds several pairs of them, e.g. "teacher"; "clip": the

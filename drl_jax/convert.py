@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from drl_jax.hub.installed import NAMES
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
-from drl_jax.weights.source import FILE_FLAGS, NAMES
+from drl_jax.weights.source import FILE_FLAGS
 
 
 def _parser() -> Parser:

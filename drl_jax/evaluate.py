@@ -5,14 +5,75 @@ python -m drl_jax.evaluate --workdir=DIR [--checkpoint=best|latest|STEP] [--spli
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from drl_jax import CallableModule
 from drl_jax.runtime.cli import Parser, positive_int, run_command
+from drl_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from drl_jax.runs.evaluate_run import Result
 
 # None, and the methods of `evaluation/post_processing.py`, which imports more than --help needs.
 _POST = ("none", "is", "qbnorm", "nnn", "dsl")
+_FRAME_ORDERS = ("time", "content")
+
+
+def evaluate(
+    run: str | os.PathLike,
+    *,
+    checkpoint: str | int = "best",
+    split: str = "test",
+    frame_order: str = "time",
+    post: str | Sequence[str] = "none",
+    bank_size: int | None = None,
+    report: str | os.PathLike | None = None,
+    data_dir: str | None = None,
+    show: "Callable[[Result], object]" = lambda result: None,
+) -> "Result | dict[str, Result]":
+    """Computes the metrics of a checkpoint on a split, and stores them in the run.
+
+    Args:
+      run: its directory.
+      report: a directory in which to write `index.html`, the report of the run.
+      data_dir: directory of built datasets, if they were moved.
+      The others are those of `runs.evaluate_run.evaluate`.
+
+    Returns:
+      The result; for several methods of post-processing, the results by their names.
+
+    Raises:
+      UserError: no such run, checkpoint, dataset, split or method, or a file cannot be written.
+    """
+    from drl_jax.report import prepare_directory, write_report
+    from drl_jax.runs import evaluate_run
+    from drl_jax.runs.workdir import load_config, with_data_dir
+
+    workdir, methods = Path(run), [post] if isinstance(post, str) else list(post)
+    if wrong := [name for name in methods if name not in _POST]:
+        raise UserError(f"there is no post-processing {wrong[0]!r}, but {', '.join(_POST)}")
+    if frame_order not in _FRAME_ORDERS:
+        raise UserError(f"frame_order={frame_order!r}: choose {' or '.join(_FRAME_ORDERS)}")
+    config = with_data_dir(load_config(workdir), data_dir)
+    if report is not None:
+        prepare_directory(Path(report))
+    evaluated = evaluate_run.evaluate(
+        workdir,
+        config,
+        checkpoint=str(checkpoint),
+        split_name=split,
+        frame_order=frame_order,
+        post=methods,
+        bank_size=bank_size,
+        show=show,
+    )
+    if report is not None:
+        write_report(Path(report), workdir, evaluated)
+    return evaluated.results[post] if isinstance(post, str) else evaluated.results
 
 
 def _parser() -> Parser:
@@ -22,7 +83,7 @@ def _parser() -> Parser:
     add("--checkpoint", default="best", help="best, latest or a step (%(default)s)")
     add("--split", default="test", help="train, val, test or a stored split (%(default)s)")
     order = "content: sort the frames of videos by their pixels, which hides time from the model"
-    add("--frame_order", choices=("time", "content"), default="time", help=order)
+    add("--frame_order", choices=_FRAME_ORDERS, default="time", help=order)
     legacy = (
         "print a second table with the tie rule of DRL's original and CLIP4Clip, for comparison"
         " with papers"
@@ -51,32 +112,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     options = _parser().parse_args(arguments)
 
+    def show(result: "Result") -> None:
+        print(result)
+        if options.legacy:
+            print(result.legacy_table())
+        sys.stdout.flush()
+
     def work() -> None:
-        from drl_jax.report import prepare_directory, write_report
-        from drl_jax.runs.evaluate_run import evaluate
-        from drl_jax.runs.workdir import load_config, with_data_dir
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
-        config = with_data_dir(load_config(options.workdir), options.data_dir)
-        if options.report is not None:
-            prepare_directory(options.report)
         keep_freed_memory()
         cache_compilations()
-        evaluated = evaluate(
+        evaluate(
             options.workdir,
-            config,
             checkpoint=options.checkpoint,
-            split_name=options.split,
+            split=options.split,
             frame_order=options.frame_order,
-            legacy=options.legacy,
             post=options.post,
             bank_size=options.bank_size,
+            report=options.report,
+            data_dir=options.data_dir,
+            show=show,
         )
-        if options.report is not None:
-            write_report(options.report, options.workdir, evaluated)
 
     return run_command("drl_jax.evaluate", work)
 
 
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = CallableModule

@@ -6,17 +6,70 @@ python -m drl_jax.train --reproduce=RUN/manifest.json [--workdir=DIR]
 """
 
 import argparse
+import dataclasses
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from drl_jax import CallableModule
 from drl_jax.runtime.cli import (
     Parser,
     add_config_flag,
+    config_of_file,
     parse_with_config,
     positive_int,
     run_command,
+    with_overrides,
 )
+from drl_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from drl_jax.config import Config
+    from drl_jax.runs.evaluate_run import Result
+
+
+def train(
+    config: "str | os.PathLike | ConfigDict | Config",
+    workdir: str | os.PathLike | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+) -> "Result":
+    """Trains a run, or resumes the one in its directory, and tests its best checkpoint.
+
+    Args:
+      config: a file of configuration, FILE:VARIANT, as `--config` takes it; or a configuration.
+      workdir: directory of the run. None: runs/NAME_VARIANT, of a file.
+      overrides: values of fields, e.g. {"optim.lr": 3e-4}.
+
+    Returns:
+      The metrics of the best checkpoint on *test*.
+
+    Raises:
+      UserError: the configuration is wrong, or see `runs.train_run.train`.
+    """
+    from ml_collections import ConfigDict
+
+    from drl_jax.config import Config
+    from drl_jax.models.drl import config_from_dict
+    from drl_jax.runs import train_run
+    from drl_jax.runs.evaluate_run import Result
+    from drl_jax.runs.protocol_card import ProtocolCard
+
+    if isinstance(config, str | os.PathLike):
+        workdir = workdir or _default_workdir(os.fspath(config))
+        config = config_of_file(os.fspath(config))
+    if workdir is None:
+        raise UserError("give the directory of the run: train(config, workdir)")
+    if isinstance(config, Config):
+        config = ConfigDict(dataclasses.asdict(config))
+    config = config_from_dict(with_overrides(config, overrides or {}).to_dict())
+    found = train_run.train(config, Path(workdir))
+    card = ProtocolCard.from_dict(found["card"])
+    return Result(Path(workdir), "test", found["test"], found["test_intervals"], card)
 
 
 def _parser() -> Parser:
@@ -75,12 +128,9 @@ def _step_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-def _default_workdir(options: argparse.Namespace) -> Path:
-    """As the help of `--workdir` says: from DIR/NAME.py:VARIANT, or DIR/NAME/manifest.json."""
-    if options.reproduce:
-        return Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
-    path, _, variant = options.config.partition(":")
-    suffix = "seeds" if options.seeds else ""
+def _default_workdir(config: str, suffix: str = "") -> Path:
+    """As the help of `--workdir` says, from DIR/NAME.py:VARIANT."""
+    path, _, variant = config.partition(":")
     return Path("runs") / "_".join(filter(None, (Path(path).stem, variant, suffix)))
 
 
@@ -97,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--profile_steps traces one run; omit --seeds")
 
         from drl_jax.models.drl import config_from_dict
-        from drl_jax.runs.train_run import train
+        from drl_jax.runs import train_run
         from drl_jax.runs.train_seeds import train_seeds
         from drl_jax.runtime.distributed import end_together, initialize
         from drl_jax.runtime.errors import Interrupted
@@ -113,13 +163,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             local_device_ids=options.local_device_ids,
             timeout=options.init_timeout,
         )
-        workdir, steps = options.workdir or _default_workdir(options), options.profile_steps
+        workdir, steps = options.workdir, options.profile_steps
+        if workdir is None and options.reproduce:
+            workdir = Path("runs") / f"reproduced_{options.reproduce.absolute().parent.name}"
+        elif workdir is None:
+            workdir = _default_workdir(options.config, "seeds" if options.seeds else "")
         try:
             checked = config_from_dict(config.to_dict())
             if options.seeds:
                 train_seeds(checked, workdir, options.seeds)
             else:
-                train(checked, workdir, reproduce=options.reproduce, profile_steps=steps)
+                train_run.train(checked, workdir, reproduce=options.reproduce, profile_steps=steps)
         except Interrupted:
             raise  # In all processes.
         except Exception as error:
@@ -131,3 +185,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = CallableModule

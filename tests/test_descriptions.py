@@ -12,14 +12,15 @@ from support.golden import GOLDEN
 from support.towers import PE, SIGLIP, tiny_state
 
 from drl_jax.config import Config, DataConfig, LossConfig, ModelConfig
+from drl_jax.hub import openai
+from drl_jax.hub.releases import PUBLISHED, RELEASES
 from drl_jax.models.drl import BACKBONES, param_shapes
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
-from drl_jax.weights import description, download
+from drl_jax.weights import description
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.families import to_publisher
 from drl_jax.weights.load import config_of_weights, head_start, initial_params, with_backbone_of
-from drl_jax.weights.releases import PUBLISHED, RELEASES
 from drl_jax.weights.weights_file import read_weights, save_weights
 
 
@@ -168,7 +169,7 @@ def test_a_release_wins_over_names_and_form(suggestive_file):
 
 def test_the_sha256_of_openais_archives_is_a_proof(tmp_path, monkeypatch):
     file = shutil.copy(GOLDEN / "clip_torchscript.pt", tmp_path / "any name.pt")
-    monkeypatch.setitem(download.MODELS, "ViT-B/32", sha256(file))
+    monkeypatch.setitem(openai.MODELS, "ViT-B/32", sha256(file))
     description = read_weights(file).description
     assert "quick_gelu (from OpenAI's archive (by its sha256)), licence: MIT" in str(description)
     assert read_weights(file, "openai").description == description

@@ -1,4 +1,4 @@
-"""`drl_jax.weights.download` with a local server."""
+"""Downloads of OpenAI's files with a local server."""
 
 import hashlib
 import http.server
@@ -7,7 +7,8 @@ import threading
 import pytest
 from support.commands import error_of
 
-from drl_jax.weights.download import MODELS, DownloadError, download, main, url_of
+from drl_jax.hub.openai import MODELS, DownloadError, download, url_of
+from drl_jax.weights.download import main
 
 CONTENT = bytes(range(256)) * 5000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -79,7 +80,7 @@ def test_the_url_contains_the_digest():
 
 
 def test_the_command(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("drl_jax.weights.download._SERVER", server.address)
+    monkeypatch.setattr("drl_jax.hub.openai._SERVER", server.address)
     monkeypatch.setitem(MODELS, "ViT-B/32", SHA256)
     arguments = ["ViT-B/32", f"--out={tmp_path / 'weights'}"]
     assert main(arguments) == 0

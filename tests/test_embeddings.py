@@ -316,8 +316,8 @@ def test_mistakes_are_one_line(search_run, videos, tmp_path, capsys):
     of_videos, of_captions = f"--videos={videos}", "--captions=none.txt"
     for flags, message in (
         ((run, out), "one of the arguments --videos --captions is required"),
-        ((run, of_videos, "--out=x.csv"), "--out=x.csv: the formats are .npz, .parquet"),
-        ((run, of_videos, "--out=no/x.npz"), "--out=no/x.npz: there is no directory no"),
+        ((run, of_videos, "--out=x.csv"), "x.csv: the formats are .npz, .parquet"),
+        ((run, of_videos, "--out=no/x.npz"), "no/x.npz: there is no directory no"),
         ((run, out, of_videos), "no run in nowhere"),
         ((run, "--weights=a.pt", out, of_videos), "give --workdir or --weights, not both"),
         (

@@ -15,11 +15,11 @@ from support.commands import error_of, start_interruptible
 
 import drl_jax
 from drl_jax.convert import main as convert
-from drl_jax.weights import download, hub
+from drl_jax.hub import repository
+from drl_jax.hub.repository import HubError, resolved_revision
+from drl_jax.weights import download
 from drl_jax.weights.errors import WeightsFileError
-from drl_jax.weights.folders import PREFERRED, choose_weights
-from drl_jax.weights.hub import HubError, _chosen, resolved_revision
-from drl_jax.weights.source import weights_path
+from drl_jax.weights.source import PREFERRED, _wanted, choose_weights, weights_path
 
 NAME = "hf-hub:org/tiny"
 COMMIT, NEXT_COMMIT = "a1" * 20, "b2" * 20
@@ -41,7 +41,7 @@ PARTS = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
-        *((PREFERRED[i:], name) for i, name in enumerate(hub.PREFERRED)),
+        *((PREFERRED[i:], name) for i, name in enumerate(PREFERRED)),
         (("pytorch_model.bin", "other.safetensors", "a.pt"), "pytorch_model.bin"),
         (("PE.pt", "config.json", "onnx/model.safetensors"), "PE.pt"),
         (("x.safetensors", "training_args.bin"), "x.safetensors"),
@@ -64,7 +64,7 @@ def test_one_file_of_weights_is_chosen(names, chosen):
 )
 def test_other_repositories_are_refused_in_one_line(names, problem):
     with pytest.raises(HubError) as raised:
-        _chosen(names, NAME)
+        _wanted(NAME, names)
     assert f"{NAME} has " in str(raised.value)
     assert problem in str(raised.value)
     assert "supported are open_clip_model.safetensors, " in str(raised.value)
@@ -88,7 +88,7 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
 
 def use(monkeypatch, *, cache: Path, endpoint: str = CLOSED_PORT, offline: bool = False) -> None:
     """Sets what huggingface_hub reads from the environment at import, as in a new process."""
-    monkeypatch.setattr(hub, "_downloaded", {})
+    monkeypatch.setattr(repository, "_downloaded", {})
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     url = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)

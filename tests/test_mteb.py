@@ -85,7 +85,7 @@ def scores_of(model, task) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", [ShapesTask, ShapesV2T])
 def test_late_interaction_is_that_of_evaluate(kind, evaluated, pairs, tmp_path):
-    (_, evaluation), model = evaluated
+    evaluation, model = evaluated[0].evaluation, evaluated[1]
     task = make_task(kind, *pairs, {name: {name: 1} for name in pairs[0]})
     # MTEB forgets it.
     split, searched = task.dataset["default"]["test"], LateInteraction(model)
@@ -114,7 +114,7 @@ def test_late_interaction_is_that_of_evaluate(kind, evaluated, pairs, tmp_path):
 
 @pytest.mark.parametrize("kind", [ShapesTask, ShapesV2T])
 def test_pooled_vectors_are_those_of_the_api(kind, evaluated, pairs):
-    (_, evaluation), model = evaluated
+    evaluation, model = evaluated[0].evaluation, evaluated[1]
     captions, files = pairs
     scores = scores_of(
         PooledVectors(model), make_task(kind, *pairs, {name: {name: 1} for name in captions})

@@ -100,7 +100,7 @@ def test_a_film_is_indexed_as_windows(session):
     assert spans == [(0, 4), (4, 5), *within, (25, 29), (27, 31)]
     assert film.duration == pytest.approx(31)
     assert (film.times[:4], picture.times) == ((0.0, 1.0, 2.0, 3.0), (0.0,))
-    with Image.open(io.BytesIO(state.frames_of(film, film.windows[4].frames))) as strip:
+    with Image.open(io.BytesIO(film.thumbnails(film.windows[4].frames))) as strip:
         assert strip.size == (4 * 64, 64)
     assert not (session.directory / "spool").exists()
 

@@ -26,12 +26,14 @@ import drl_jax
 from data_prep.dataset_config import SHAPES_BACKBONE
 from drl_jax.config import BackboneConfig, Config, DataConfig, ModelConfig
 from drl_jax.convert import main as convert
+from drl_jax.hub.installed import DIRECTORY, NAMES
 from drl_jax.models.drl import param_shapes
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.runs.checkpoint_files import read_info
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import sha256
+from drl_jax.weights import containers
 from drl_jax.weights.containers import open_weights
 from drl_jax.weights.errors import WeightsError, WeightsFileError
 from drl_jax.weights.load import (
@@ -39,7 +41,6 @@ from drl_jax.weights.load import (
     params_from_state,
     with_backbone_of,
 )
-from drl_jax.weights.source import DIRECTORY, NAMES
 from drl_jax.weights.weights_file import read_weights, save_weights
 
 WHOLE = "drl_wti_seqtransf.bin"
@@ -128,6 +129,19 @@ def test_a_truncated_file_is_refused(tmp_path, file):
             open_weights(tmp_path / file)
 
 
+def test_a_legacy_file_that_shrinks_while_it_is_opened_is_damaged(tmp_path, monkeypatch):
+    file = Path(shutil.copy(GOLDEN / "clip_legacy.pt", tmp_path))
+    load_pickle = containers.load_pickle
+
+    def shrink(*arguments):
+        os.truncate(file, 0)
+        return load_pickle(*arguments)
+
+    monkeypatch.setattr(containers, "load_pickle", shrink)
+    with pytest.raises(WeightsFileError, match=r"clip_legacy\.pt is damaged"):
+        open_weights(file)
+
+
 # ---------------------------------------------------------------- accounting
 
 
@@ -214,7 +228,7 @@ def test_installed_weights_are_those_of_their_record(name):
 def installed_copy(tmp_path, monkeypatch):
     """A copy of the installed files that can be damaged."""
     copy = shutil.copytree(DIRECTORY, tmp_path / "files")
-    monkeypatch.setattr("drl_jax.weights.source.DIRECTORY", copy)
+    monkeypatch.setattr("drl_jax.hub.installed.DIRECTORY", copy)
     return copy
 
 

@@ -17,12 +17,13 @@ from support.torch_files import Call, Global, stored, write
 from support.towers import SIGLIP, tiny_state, to_hugging_face
 
 import drl_jax
+from drl_jax.hub.installed import path_of
 from drl_jax.models.drl import model_definition
 from drl_jax.runtime.errors import UserError
 from drl_jax.weights.__main__ import main
 from drl_jax.weights.families import to_publisher
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import installed_path, weights_path, weights_sha256
+from drl_jax.weights.source import weights_path, weights_sha256
 from drl_jax.weights.weights_file import read_weights
 
 TOWERS = tiny_state()
@@ -233,7 +234,7 @@ def test_a_folder_with_parts_is_one_model(folder):
 
 
 def test_a_folder_is_a_model_or_a_run(search_run, tmp_path):
-    shutil.copy(installed_path("shapes_clip"), tmp_path / "any name.safetensors")
+    shutil.copy(path_of("shapes_clip"), tmp_path / "any name.safetensors")
     model = drl_jax.load(tmp_path)
     assert model.source == {"weights": str(tmp_path / "any name.safetensors")}
     assert drl_jax.load(search_run).source["workdir"] == str(search_run)

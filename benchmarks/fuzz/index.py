@@ -52,7 +52,7 @@ def read(root: Path, name: str, directory: Path) -> str:
     state, digest = index.state(), hashlib.sha256()
     for video in state.videos:
         digest.update(repr(video.record[:7]).encode())  # All but its arrays and thumbnails.
-        digest.update(state.frames_of(video, range(len(video.times))))
+        digest.update(video.thumbnails(range(len(video.times))))
         for array in sorted(video.record.arrays):
             digest.update(video.record.arrays[array].tobytes())
     return json.dumps([hits, state.unsearchable(), state.header, digest.hexdigest()])

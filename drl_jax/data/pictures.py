@@ -3,13 +3,14 @@
 Decoding workers import this module, so it does not import jax.
 """
 
+import contextlib
 import functools
 import tempfile
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, ImageOps
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.video_file import VideoError
@@ -57,6 +58,20 @@ def to_form(image: np.ndarray, form: FrameForm) -> np.ndarray:
     left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
     resized = Image.fromarray(image).resize((new_width, new_height), resampling)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turns a picture as its camera was held, and converts it to RGB, on white."""
+    with contextlib.suppress(Exception):  # The metadata are damaged.
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow cuts at 255.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def what_is_changed(frame: av.VideoFrame) -> set[str]:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drl_jax.embed.files import DTYPES, SHARD_SIZE, SUFFIXES, read_captions
+from drl_jax.embed import embed
+from drl_jax.embed.files import DTYPES, SHARD_SIZE, SUFFIXES, check_out, read_captions
 from drl_jax.pretrained.flags import add_encoder_flag, add_model_flags, required_model
 from drl_jax.runtime.cli import Parser, positive_int, positive_seconds, run_command
 from drl_jax.runtime.errors import UserError
@@ -44,29 +45,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def work() -> int:
-        from drl_jax.embed.encode import embed_captions, embed_videos
         from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()
-        out = options.out
-        if out.suffix not in SUFFIXES:
-            raise UserError(f"--out={out}: the formats are {', '.join(SUFFIXES)}")
-        if not out.parent.is_dir():
-            raise UserError(f"--out={out}: there is no directory {out.parent}")
-        stored = {"dtype": options.dtype, "shard_size": options.shard_size}
-        if options.captions:
-            if options.windows:
-                raise UserError("--windows is of videos; omit it")
-            if options.encoder != "auto":
-                raise UserError("--encoder is of videos, JAX encodes captions; omit it")
-            captions, unit = read_captions(options.captions), "captions"
-            output = embed_captions(required_model(options), captions, out, **stored)
+        # Before a model is loaded.
+        check_out(options.out)
+        if options.captions and options.windows:
+            raise UserError("--windows is of videos; omit it")
+        captions = read_captions(options.captions) if options.captions else None
+        if captions and options.encoder != "auto":
+            raise UserError("--encoder is of videos, JAX encodes captions; omit it")
+        model, unit = required_model(options), "windows" if options.windows else "videos"
+        if captions:
+            unit = "captions"
         else:
-            model, unit = required_model(options), "windows" if options.windows else "videos"
             model = model.with_encoder(options.encoder)
             print(f"frames are encoded by {model.encoder} in {model.config.model.dtype}")
-            stored |= {"windows": options.windows, "timeout": options.timeout}
-            output = embed_videos(model, options.videos, out, **stored)
+        output = embed(
+            model,
+            options.out,
+            videos=options.videos,
+            captions=captions,
+            windows=options.windows,
+            dtype=options.dtype,
+            shard_size=options.shard_size,
+            timeout=options.timeout,
+        )
         first, *others = output.files
         where = f"{first} and others" if others else first
         files = f"{len(output.files)} files" if others else "1 file"

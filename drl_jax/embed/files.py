@@ -37,6 +37,14 @@ _CAPTION_SUFFIXES = (".txt", ".csv", ".jsonl", ".json")
 _FIELD, _ABOUT = "caption", "drl_jax"
 
 
+def check_out(out: Path) -> None:
+    """Raises a UserError if an output cannot have this path."""
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"{out}: the formats are {', '.join(SUFFIXES)}")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: there is no directory {out.parent}")
+
+
 def read_captions(path: Path) -> list[str]:
     """Reads the captions of a file by its suffix.
 

@@ -143,7 +143,9 @@ class Embedder:
         token-wise product of two blocks has to fit in memory, for any A and B.
         """
         texts, videos = (len(next(iter(arrays.values()))) for arrays in (text, video))
-        size = self._batch_rows(self._config.eval.text_block, texts)
+        size = self._batch_rows(self._config.eval.text_block, _rounded(texts))
+        rows = np.minimum(np.arange(_rounded(videos)), videos - 1)
+        video = {name: array[rows] for name, array in video.items()}
         video = jax.device_put(video, self._layout.replicated)
         sim_matrix = np.empty((texts, videos), np.float32)
         own = self._layout.local_rows(size)
@@ -152,7 +154,7 @@ class Embedder:
             part = {name: array[rows[own]] for name, array in text.items()}
             block = self._steps.similarity(params, self._layout.put_batch(part), video)
             valid = min(size, texts - start)
-            sim_matrix[start : start + valid] = np.asarray(block)[:valid]
+            sim_matrix[start : start + valid] = np.asarray(block)[:valid, :videos]
         return sim_matrix
 
     def _batch_rows(self, wanted: int, available: int) -> int:
@@ -168,9 +170,7 @@ class Embedder:
         count: int,
         unit: str,
     ) -> Features:
-        # Few shapes: a number that is smaller than a batch is rounded up to a power of two.
-        rounded = 1 << (count - 1).bit_length()
-        parts, size = [], self._batch_rows(self._config.eval.batch_size, rounded)
+        parts, size = [], self._batch_rows(self._config.eval.batch_size, _rounded(count))
         own = self._layout.local_rows(size)
         # None: shown on a terminal only.
         shown = {"unit": unit, "leave": False, "disable": None if is_main() else True}
@@ -184,6 +184,11 @@ class Embedder:
                 parts.append({name: np.asarray(array)[:valid] for name, array in feat.items()})
                 progress.update(valid)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _rounded(count: int) -> int:
+    """Up to a power of two, or a multiple of 1,024: few shapes, and few programs to compile."""
+    return min(1 << (count - 1).bit_length(), -(-count // 1024) * 1024)
 
 
 class EmbedSteps(NamedTuple):

@@ -1,5 +1,6 @@
 """Figures of similarities: of words and frames of one pair, and of all captions and videos."""
 
+import io
 import warnings
 from collections.abc import Sequence
 
@@ -17,6 +18,15 @@ _BLUE, _MOMENT = "#3b6ea5", "#d1603d"
 _COLORS = "viridis"
 # Largest number of rows and of columns of a matrix that is drawn as it is.
 _MOST_CELLS = 256
+
+
+class _NotebookFigure(Figure):
+    """A figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
 
 
 def interaction_figure(
@@ -37,7 +47,7 @@ def interaction_figure(
     """
     count = len(moments)
     height, width = _ROW * len(words), _COLUMN * count
-    figure = Figure(figsize=(width + 3.4, height + 3.6), layout="constrained")
+    figure = _NotebookFigure(figsize=(width + 3.4, height + 3.6), layout="constrained")
     grid = figure.add_gridspec(
         3, 2, height_ratios=(_COLUMN, max(height, 0.8), 1.0), width_ratios=(width, 1.4)
     )

@@ -7,16 +7,11 @@ model = LateInteraction(drl_jax.load("runs/msrvtt"))
 mteb.evaluate(model, mteb.get_tasks(["MSRVTTT2V", "MSRVTTV2T"]))
 """
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from drl_jax.data.pictures import to_form
-from drl_jax.data.video import read_frames, sample_positions
-from drl_jax.data.video_file import VideoError
 from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
 
@@ -150,34 +145,11 @@ def _encoded(model: RetrievalModel, rows: datasets.Dataset) -> tuple[str, dict[s
     if isinstance(rows.features["video"], datasets.Video):
         # The files: MTEB's decoder does not read them as `read_video` does.
         rows = rows.cast_column("video", datasets.Video(decode=False))
-    size, parts = model.config.eval.batch_size, []
-    for start in range(0, len(rows), size):
-        clips = rows[start : start + size]["video"]
-        parts.append(model.encode_videos([_frames(model, clip) for clip in clips]))
-    return kind, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return kind, model.encode_videos(map(_clip, rows["video"]))
 
 
-class _Content(NamedTuple):
-    """A video file in memory."""
-
-    path: str
-    content: bytes
-
-    def open(self, mode: str = "rb") -> BinaryIO:
-        return io.BytesIO(self.content)
-
-
-def _frames(model: RetrievalModel, clip: Any) -> np.ndarray:
-    """The frames that the model encodes, of a file or of decoded pictures uint8 [T, C, H, W]."""
-    data, form = model.config.data, model.frame_form
-    if isinstance(clip, dict):
-        path, content = clip["path"], clip["bytes"]
-        file = Path(path) if content is None else _Content(path or "a video", content)
-        try:
-            return read_frames(file, data.max_frames, form, clock=data.frame_clock)
-        except VideoError as error:
-            raise UserError(f"MTEB: {path or 'a video'} {error}") from error
-    pictures = np.asarray(clip, np.uint8).transpose(0, 2, 3, 1)
-    # Without their times, those of the clip are evenly spaced.
-    chosen = sample_positions(len(pictures), 1, data.max_frames)
-    return np.stack([to_form(picture, form) for picture in pictures[chosen]])
+def _clip(value: Any) -> str | bytes | np.ndarray:
+    """A file, its content, or decoded pictures [T, C, H, W], as `encode_videos` takes them."""
+    if not isinstance(value, dict):
+        return np.asarray(value, np.uint8)
+    return value["path"] if value["bytes"] is None else value["bytes"]

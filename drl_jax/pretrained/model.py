@@ -9,9 +9,11 @@ model.similarity(text, video)  # [1, 1]
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +22,25 @@ import numpy as np
 
 from drl_jax.config import FRAME_CLOCKS, Config
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.data.video import read_timed_frames
-from drl_jax.data.video_file import VideoError
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.openvino_encoder import OpenVINOImages, choose_encoder
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
+from drl_jax.pretrained.inputs import Video, captions_of, items_of, read_video
 from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.errors import WeightsError
-from drl_jax.weights.hub import is_hub_name
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.source import NAMES, is_weights, weights_path
+from drl_jax.weights.source import is_name, is_weights, resolved, weights_path
 from drl_jax.weights.weights_file import read_weights
 
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-    """Decoded frames of a video."""
-
-    frames: np.ndarray  # uint8 [F, S, S, 3], F at most the model's `data.max_frames`
-    times: tuple[float, ...]  # F seconds from the start of the video
+# What `encode_videos` does with videos that cannot be read.
+ERRORS = ("raise", "skip", "return")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class RetrievalModel:
     """A model with parameters, ready to encode."""
 
@@ -56,7 +51,7 @@ class RetrievalModel:
     source: dict[str, str]
     # What a file of weights says about its towers; empty for a run.
     towers: str
-    _embedder: Embedder = dataclasses.field(repr=False)
+    _embedder: Embedder
     # What encodes frames, "jax" or "openvino".
     encoder: str = "jax"
 
@@ -82,7 +77,7 @@ class RetrievalModel:
         embedder = self._embedder.with_images_by(images)
         return dataclasses.replace(self, encoder=encoder, _embedder=embedder)
 
-    def encode_text(self, captions: Sequence[str]) -> Features:
+    def encode_text(self, captions: Iterable[str]) -> Features:
         """Encodes N captions; one `UserWarning` says how many are cut to `data.max_words` tokens.
 
         Returns:
@@ -92,14 +87,7 @@ class RetrievalModel:
         Raises:
           UserError: there is no caption, or one is blank or no string.
         """
-        if isinstance(captions, str):
-            raise UserError("encode_text takes a list of captions, not one string")
-        if not len(captions):
-            raise UserError("there is no caption to encode")
-        if wrong := [caption for caption in captions if not isinstance(caption, str)]:
-            raise UserError(f"a caption is a string, not {type(wrong[0]).__name__}")
-        if not all(caption.strip() for caption in captions):
-            raise UserError("a query is blank; write a sentence")
+        captions = captions_of(captions)
         tokens = self.tokenize(captions)
         warn_of_cut(int(tokens.is_cut.sum()), len(captions), self.config.data.max_words)
         return self.encode_tokens(tokens)
@@ -112,27 +100,59 @@ class RetrievalModel:
         """As `encode_text`, of captions that `tokenize` has read."""
         return self._embedder.encode_text(self.params, tokens)
 
-    def encode_videos(self, videos: Sequence[str | os.PathLike | np.ndarray]) -> Features:
-        """Encodes N videos: paths of files, or frames uint8 [F, S, S, 3] as of `read_video`.
+    def encode_videos(
+        self, videos: Iterable[Any], *, errors: str = "raise", urls: bool = False
+    ) -> Features | tuple[Features, dict[int, UserError]]:
+        """Encodes N videos, each of them anything that `read_video` takes.
+
+        Args:
+          videos: a list, a column of a table, or a generator; they are read as they are encoded.
+          errors: what to do with videos that cannot be read. "raise": raise the error of the first;
+            "skip": leave them out, with a `UserWarning`; "return": leave them out, and return their
+            errors by number, too.
+          urls: see `read_video`.
 
         Returns:
           NumPy arrays by name, first axis N: what the interaction compares (for wti `frame_unit`
-          [N, F, D], `frame_mask` [N, F], `frame_weight` [N, F]), and features of all frames.
+          [N, F, D], `frame_mask` [N, F], `frame_weight` [N, F]), and features of all frames. With
+          errors="return", these and the errors.
 
         Raises:
-          UserError: there is no video, a file cannot be read, or frames have a wrong shape.
+          UserError: there is no video, or one, or with the other choices all, cannot be read.
         """
-        if isinstance(videos, str | os.PathLike):
-            raise UserError("encode_videos takes a list of videos, not one path")
-        if not len(videos):
+        if errors not in ERRORS:
+            raise UserError(f"errors={errors!r}: choose {', '.join(ERRORS)}")
+        failed: dict[int, UserError] = {}
+
+        def read() -> Iterator[np.ndarray]:
+            for number, video in enumerate(items_of(videos, "encode_videos", "video")):
+                try:
+                    yield self.read_video(video, urls=urls, name=f"video {number}").frames
+                except UserError as error:
+                    if errors == "raise":
+                        raise
+                    failed[number] = error
+
+        readable, size, parts = read(), self.config.eval.batch_size, []
+        while batch := list(itertools.islice(readable, size)):
+            # Batches after the first have its shape.
+            rows = [*batch, *batch[-1:] * (size - len(batch))] if parts else batch
+            encoded = self._embedder.encode_video(
+                self.params, lambda numbers, rows=rows: [rows[n] for n in numbers], len(rows)
+            )
+            parts.append({name: array[: len(batch)] for name, array in encoded.items()})
+        if not parts:
+            if failed:
+                raise UserError(f"no video can be read; the first one: {failed[min(failed)]}")
             raise UserError("there is no video to encode")
-
-        def read(rows: np.ndarray) -> list[np.ndarray]:
-            # The embedder repeats the last row to fill its batch.
-            frames = {row: self._frames(videos[row]) for row in dict.fromkeys(rows.tolist())}
-            return [frames[row] for row in rows.tolist()]
-
-        return self._embedder.encode_video(self.params, read, len(videos))
+        features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if errors == "return":
+            return features, failed
+        if failed:
+            first, count = min(failed), len(failed)
+            text = f"{count} videos cannot be read and are left out; number {first}"
+            warnings.warn(f"{text}: {failed[first]}", UserWarning, stacklevel=2)
+        return features
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
         """Frames uint8 [F, S, S, 3], maybe mapped -> features before the temporal head [F, D]."""
@@ -151,17 +171,20 @@ class RetrievalModel:
         """As `encode_frame_windows`, of the frames of a video; every frame is encoded once."""
         return self.encode_frame_windows(self.encode_frames(frames), windows)
 
-    def read_video(self, path: str | os.PathLike) -> Video:
-        """Decodes the frames of a file that the model encodes; UserError: it cannot be read."""
-        try:
-            data = self.config.data
-            clock = data.frame_clock
-            frames, times = read_timed_frames(
-                Path(path), data.max_frames, self.frame_form, clock=clock
-            )
-        except VideoError as error:
-            raise UserError(f"{path} {error}") from error
-        return Video(frames, tuple(map(float, times)))
+    def read_video(self, video: Any, *, urls: bool = False, name: str = "the video") -> Video:
+        """The frames of a video that the model encodes.
+
+        Args:
+          video: a path; bytes of a video file, or an open file; an array of NumPy, JAX or torch,
+            [F, H, W, 3] or [F, 3, H, W], uint8 or float in [0, 1]; a PIL image; a list of images;
+            or what `read_video` returned.
+          urls: whether an address http://... or https://... is downloaded.
+          name: of a video without a path, for messages.
+
+        Raises:
+          UserError: it cannot be read, or is none of these.
+        """
+        return read_video(video, self.frame_form, self.config.data, urls=urls, name=name)
 
     def pool_text(self, text: Features) -> np.ndarray:
         """One unit vector for each of A texts, e.g. for a clustering: float32 [A, D].
@@ -228,17 +251,39 @@ class RetrievalModel:
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
-    def _frames(self, video: str | os.PathLike | np.ndarray) -> np.ndarray:
-        if not isinstance(video, np.ndarray):
-            return self.read_video(video).frames
-        most, shape = self.config.data.max_frames, self.frame_form.shape
-        valid = video.dtype == np.uint8 and video.ndim == 4 and video.shape[1:] == shape
-        if not valid or not 1 <= len(video) <= most:
-            raise UserError(
-                f"frames must be uint8 [1 to {most}, {', '.join(map(str, shape))}], not"
-                f" {video.dtype} {list(video.shape)}"
+    def __repr__(self) -> str:
+        """Five lines: where it is from, its towers, interaction, parameters and devices."""
+        model, data, tower = self.config.model, self.config.data, self.config.model.backbone
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        devices = self.layout.mesh.devices
+        return "\n".join(
+            (
+                f"RetrievalModel of {' '.join(self.source.values())}",
+                f"  towers       {tower.family}, {tower.vision_layers} x {tower.vision_width} image"
+                f" and {tower.text_layers} x {tower.text_width} text, {tower.embed_dim} channels",
+                f"  input        {data.max_frames} frames of {tower.image_resolution} pixels,"
+                f" {data.max_words} tokens",
+                f"  interaction  {model.interaction}, temporal head {model.agg_module}",
+                f"  parameters   {count / 1e6:.1f} M, {model.dtype} on {devices.size}"
+                f" {devices.flat[0].platform} device(s), frames by {self.encoder}",
             )
-        return video
+        )
+
+    def __reduce__(self) -> tuple:
+        """Pickles configuration and parameters; the process that loads it has its own devices."""
+        params = jax.tree.map(np.asarray, self.params)
+        return _unpickled, (self.config, params, self.source, self.towers, self.encoder)
+
+
+def _unpickled(
+    config: Config, params: Params, source: dict[str, str], towers: str, encoder: str
+) -> RetrievalModel:
+    layout = make_layout()
+    params, embedder = (
+        jax.device_put(params, layout.replicated),
+        Embedder(config, layout, keep_tokens=True),
+    )
+    return RetrievalModel(config, params, layout, source, towers, embedder).with_encoder(encoder)
 
 
 def _compared(arrays: Features, names: Sequence[str], origin: str) -> Features:
@@ -254,10 +299,12 @@ def load(
     path: str | os.PathLike,
     checkpoint: str | int = "best",
     *,
+    device: str | jax.Device | Sequence[jax.Device] | None = None,
+    dtype: str | None = None,
+    max_words: int | None = None,
     release: str = "",
     weights_key: str = "",
     tokenizer: str = "",
-    max_words: int | None = None,
 ) -> RetrievalModel:
     """Loads a model.
 
@@ -265,11 +312,14 @@ def load(
       path: directory of a run; a file of weights or a folder with one: towers of CLIP, SigLIP or
         Perception Encoder, which get no temporal head and the interaction dp, as in zero-shot
         retrieval, a DRL checkpoint, or an exported run; or, as a string, the name of installed
-        weights (`drl_jax.weights.source.NAMES`) or of a repository (`hf-hub:ORG/NAME`), whose
-        weights are downloaded.
+        weights (`drl_jax.hub.installed.NAMES`), or of OpenAI's models ("ViT-B/32"), a model of
+        `drl_jax.hub.recommended.RECOMMENDED` or a repository (`hf-hub:ORG/NAME`), whose weights are
+        downloaded.
       checkpoint: of a run: "best", "latest" or a step.
+      device: "cpu", "gpu" or "tpu", one of them as "gpu:1", or devices of JAX. None: all.
+      dtype: of the computation, one of `config.DTYPES`. None: that of the run; float32 of a file.
       release: of a CLIP whose activation nothing else says, one of
-        `drl_jax.weights.releases.RELEASES`.
+        `drl_jax.hub.releases.RELEASES`.
       weights_key: prefix of the towers in a file that holds several pairs of them; "clip": of a DRL
         checkpoint, without its heads.
       tokenizer: file of the tokenizer of a file of weights, if it is not beside it.
@@ -280,25 +330,34 @@ def load(
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
     """
-    source = os.fspath(path)
+    path = resolved(path)
+    source, is_file = os.fspath(path), not is_name(path)
     # A run may have the name of installed weights.
     is_run = not is_weights(path)
     path = Path(path) if is_run else weights_path(path)
-    layout = make_layout()
+    layout = make_layout(_devices(device))
     if not path.exists():
         raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")
     given = {"release": release, "weights_key": weights_key, "tokenizer": tokenizer}
     given = {name: value for name, value in given.items() if value}
+    changed = {"max_words": max_words, "dtype": dtype}
+    changed = {name: value for name, value in changed.items() if value is not None}
+
+    def as_asked(config: Config) -> Config:
+        fields = dataclasses.asdict(config)
+        fields["data"] |= {n: v for n, v in changed.items() if n == "max_words"}
+        fields["model"] |= {n: v for n, v in changed.items() if n == "dtype"}
+        return config_from_dict(fields)
+
     if is_run:
         if given:
             raise UserError(f"{path} is a run, which has its {min(given)}; leave that out")
-        config = load_config(path)
+        config = as_asked(load_config(path))
         step, params = _run_params(path, config, layout, str(checkpoint))
         # Absolute: an index is also asked from other directories.
         origin = {"workdir": str(path.resolve()), "checkpoint": str(step)}
         towers = ""
     else:
-        is_file = not is_hub_name(source) and source not in NAMES
         weights = read_weights(path if is_file else source, release, weights_key)
         if tokenizer:
             weights = weights._replace(tokenizer=str(Path(tokenizer).resolve()))
@@ -306,16 +365,28 @@ def load(
         if weights.config is None:  # They are not of a run, which has its own way to sample.
             data = dataclasses.replace(config.data, frame_clock="time", as_shown=True)
             config = dataclasses.replace(config, data=data)
-        towers = str(weights.description)
+        config, towers = as_asked(config), str(weights.description)
         params = initial_params(config.model, weights, jax.random.key(0), for_use=True)
         params = jax.device_put(params, layout.replicated)
         origin = {"weights": str(path.absolute()) if is_file else source, **given}
-    if max_words is not None:
-        data = dataclasses.replace(config.data, max_words=max_words)
-        config = config_from_dict(dataclasses.asdict(dataclasses.replace(config, data=data)))
-        origin["max_words"] = str(max_words)
+    origin |= {name: str(value) for name, value in changed.items()}
     embedder = Embedder(config, layout, keep_tokens=True)
     return RetrievalModel(config, params, layout, origin, towers, embedder)
+
+
+def _devices(wanted: Any) -> Sequence[jax.Device] | None:
+    """The devices of a name such as "gpu" or "gpu:1", or devices themselves; None: all."""
+    if wanted is None:
+        return None
+    if not isinstance(wanted, str):
+        return [wanted] if isinstance(wanted, jax.Device) else list(wanted)
+    platform, _, number = wanted.partition(":")
+    try:
+        devices = jax.devices(platform)
+        return [devices[int(number)]] if number else devices
+    except (RuntimeError, ValueError, IndexError) as error:
+        there = ", ".join(f"{one.platform}:{one.id}" for one in jax.devices())
+        raise UserError(f"there is no device {wanted!r}, but {there}") from error
 
 
 def _run_params(

@@ -5,6 +5,7 @@ are kept.
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,9 @@ DAMAGED_DIRECTORY = "damaged_checkpoints"
 # The devices that hold copies of an array each save a slice of it, if slices have this many bytes.
 # By default Orbax slices every array, and saves a small model on 8 devices a third as fast.
 _MIN_SLICE_BYTES = 2**20
+
+# It warns of its own settings, also in a notebook, which has no `run_command`.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class Checkpoints:

@@ -33,6 +33,21 @@ class RankedRun(NamedTuple):
     card: ProtocolCard
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two runs, and their differences by metric (`bootstrap.differences`)."""
+
+    one: RankedRun
+    other: RankedRun
+    differences: dict[str, Difference]
+
+    def __str__(self) -> str:
+        """A table, and one sentence on which run is better."""
+        return _report(self.one, self.other, self.differences)
+
+    __repr__ = __str__
+
+
 def compare(
     one: Path,
     other: Path,
@@ -40,8 +55,8 @@ def compare(
     checkpoint: str = "best",
     split_name: str = "test",
     data_dir: str | None = None,
-) -> dict[str, Difference]:
-    """Prints the differences of two runs on a split, and whether they are more than luck.
+) -> Comparison:
+    """Compares two runs on a split: their differences, and whether they are more than luck.
 
     Ranks that an evaluation of the same parameters has stored are used; without them, the run is
     evaluated, and they are stored.
@@ -51,17 +66,12 @@ def compare(
       split_name: "test", "val", "train", or a stored split of the dataset.
       data_dir: directory of built datasets, if they were moved.
 
-    Returns:
-      The differences by metric (`bootstrap.differences`).
-
     Raises:
       UserError: no such run, checkpoint, dataset or split, or the splits have different queries.
     """
     runs = [_ranked(workdir, checkpoint, split_name, data_dir) for workdir in (one, other)]
     check_same_queries(*runs)
-    found = differences(runs[0].ranks, runs[1].ranks)
-    print(_report(*runs, found=found))
-    return found
+    return Comparison(runs[0], runs[1], differences(runs[0].ranks, runs[1].ranks))
 
 
 def check_same_queries(one: RankedRun, other: RankedRun) -> None:

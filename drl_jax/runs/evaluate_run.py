@@ -6,7 +6,7 @@ those of a grid that are best on *val*.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,13 @@ from drl_jax.evaluation.post_processing import (
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer
-from drl_jax.runs.protocol_card import ProtocolCard, evaluation_path, protocol_card, write_ranks
+from drl_jax.runs.protocol_card import (
+    RAW,
+    ProtocolCard,
+    evaluation_path,
+    protocol_card,
+    write_ranks,
+)
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
@@ -74,11 +80,67 @@ class OpenEvaluation:
         return self.evaluator.run(self.params, split, frame_order=self.frame_order)
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Metrics of a checkpoint of a run on a split.
+
+    Attributes:
+      split: as it was asked for.
+      metrics: by direction, "t2v" and "v2t": recall in percent, and ranks from 1; and "pairs" where
+        the split has pairs of hard negatives.
+      intervals: of 95 %: [lower, upper] in place of each metric.
+      card: the protocol.
+      legacy: metrics with the tie rule of DRL's original; None after a training.
+      title: of the post-processing, in a few words.
+    """
+
+    workdir: Path
+    split: str
+    metrics: dict[str, dict[str, float]]
+    intervals: dict[str, Any]
+    card: ProtocolCard
+    legacy: dict[str, Any] | None = None
+    title: str = RAW
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `eval_SPLIT_STEP.json`."""
+        return {
+            "split": self.split,
+            "step": self.card.step,
+            "frame_order": self.card.frame_order,
+            "metrics": self.metrics,
+            "intervals": self.intervals,
+            "legacy": self.legacy,
+            "card": dataclasses.asdict(self.card),
+        }
+
+    def __str__(self) -> str:
+        """The table of the metrics, and the protocol."""
+        title = (
+            f"{self.split} of checkpoint {self.card.step}, {self.card.videos} videos, {self.title},"
+            " with 95 % intervals:"
+        )
+        return f"{title}\n{format_table(self.metrics, self.intervals)}\nprotocol\n{self.card}"
+
+    __repr__ = __str__
+
+    def legacy_table(self) -> str:
+        """The table of the metrics with the tie rule of DRL's original."""
+        counts = ", ".join(
+            f"{name} averages {self.legacy[name]['ranks']:,} ranks of"
+            f" {self.legacy[name]['queries']:,} queries"
+            for name in ("t2v", "v2t")
+        )
+        title = "legacy, the tie rule of DRL's original and CLIP4Clip, for comparison with papers:"
+        return f"{title}\n{format_table(self.legacy)}\n{counts}"
+
+
 class Evaluated(NamedTuple):
-    """What was evaluated, and the result without post-processing."""
+    """What was evaluated; the result without post-processing; and results by post-processing."""
 
     opened: OpenEvaluation
     evaluation: Evaluation
+    results: dict[str, Result]
 
 
 class Ranked(NamedTuple):
@@ -103,9 +165,9 @@ def evaluate(
     checkpoint: str = "best",
     split_name: str = "test",
     frame_order: str = "time",
-    legacy: bool = False,
     post: Sequence[str] = (NONE,),
     bank_size: int | None = None,
+    show: Callable[[Result], object] = print,
 ) -> Evaluated:
     """Computes the metrics of a checkpoint on a split; writes `eval_SPLIT_STEP.json` and `.npz`.
 
@@ -117,14 +179,14 @@ def evaluate(
       split_name: "test", "val", "train", or a stored split of the dataset.
       frame_order: "time", or "content" to sort the frames of each video by their pixels, which
         hides time from the model (`_content` is added to the names).
-      legacy: whether to print the tables of `legacy_metrics`, too.
       post: NONE for raw similarities, and names of `post_processing.METHODS`, which are added to
         the names; one table each.
       bank_size: see `PostProcessing`.
+      show: takes each result before its files are written.
 
     Raises:
       UserError: no such run, checkpoint, dataset or split, or `PostProcessing` cannot be done; or,
-        after the metrics were printed, the files cannot be written.
+        after the metrics were shown, the files cannot be written.
     """
     methods = [name for name in post if name != NONE]
     if bank_size is not None and not methods:
@@ -138,20 +200,21 @@ def evaluate(
     ranked = {NONE: Ranked(evaluation.ranks, sim_matrix, sim_matrix, raw, raw)}
     if processing is not None:
         ranked |= processing.run(evaluation)
+    results = {}
     for name in dict.fromkeys(post):
         card = dataclasses.replace(opened.card, post_processing=ranked[name].description)
-        result = _result(ranked[name], split_name, frame_order, card)
-        _print_result(ranked[name].title, result, card, legacy)
+        results[name] = result = _result(workdir, split_name, ranked[name], card)
+        show(result)
         order = "_content" if frame_order == "content" else ""
         method = "" if name == NONE else f"_{name}"
         path = evaluation_path(workdir, split_name, card.step, order + method)
         try:
             write_ranks(path.with_suffix(".npz"), ranked[name].ranks, card)
-            write_json(path, result)
+            write_json(path, result.to_json())
         except OSError as error:
             reason = Unavailable(path, error, "written")
             raise UserError(f"the metrics are complete, but {reason}") from error
-    return Evaluated(opened, evaluation)
+    return Evaluated(opened, evaluation, results)
 
 
 def open_evaluation(
@@ -178,40 +241,14 @@ def _checked_split(dataset: VideoDataset, name: str, config: Config) -> Split:
     return split
 
 
-def _result(
-    ranked: Ranked, split_name: str, frame_order: str, card: ProtocolCard
-) -> dict[str, Any]:
+def _result(workdir: Path, split_name: str, ranked: Ranked, card: ProtocolCard) -> Result:
     text_to_video = ranked.ranks.text_to_video
-    return {
-        "split": split_name,
-        "step": card.step,
-        "frame_order": frame_order,
-        "metrics": metrics_of(ranked.ranks),
-        "intervals": intervals(ranked.ranks),
-        "legacy": {
-            "t2v": legacy_metrics(ranked.t2v_scores, text_to_video)["t2v"],
-            "v2t": legacy_metrics(ranked.v2t_scores, text_to_video)["v2t"],
-        },
-        "card": dataclasses.asdict(card),
+    legacy = {
+        "t2v": legacy_metrics(ranked.t2v_scores, text_to_video)["t2v"],
+        "v2t": legacy_metrics(ranked.v2t_scores, text_to_video)["v2t"],
     }
-
-
-def _print_result(title: str, result: dict[str, Any], card: ProtocolCard, legacy: bool) -> None:
-    print(
-        f"{result['split']} of checkpoint {card.step}, {card.videos} videos, {title}, with 95 %"
-        " intervals:"
-    )
-    print(format_table(result["metrics"], result["intervals"]))
-    if legacy:
-        metrics = result["legacy"]
-        counts = ", ".join(
-            f"{name} averages {metrics[name]['ranks']:,} ranks of {metrics[name]['queries']:,}"
-            " queries"
-            for name in ("t2v", "v2t")
-        )
-        print("legacy, the tie rule of DRL's original and CLIP4Clip, for comparison with papers:")
-        print(f"{format_table(metrics)}\n{counts}")
-    print(f"protocol\n{card}", flush=True)
+    metrics, of_metrics = metrics_of(ranked.ranks), intervals(ranked.ranks)
+    return Result(workdir, split_name, metrics, of_metrics, card, legacy, ranked.title)
 
 
 # ---------------------------------------------------------------- post-processing

@@ -21,7 +21,7 @@ import signal
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -197,7 +197,10 @@ def parse_with_config(
     if getattr(options, "reproduce", None) is not None:
         config = _config_of_manifest(parser, options.reproduce)
     else:
-        config = _config_of_file(parser, options.config)
+        try:
+            config = config_of_file(options.config)
+        except UserError as error:
+            parser.error(str(error))
     from absl import flags
     from ml_collections import config_flags
 
@@ -214,14 +217,17 @@ def parse_with_config(
     return options, values.config
 
 
-def _config_of_file(parser: Parser, name: str) -> "ConfigDict":
-    """The configuration of FILE:VARIANT; a file of the package if the working one is absent."""
+def config_of_file(name: str) -> "ConfigDict":
+    """The configuration of FILE:VARIANT; a file of the package if the working one is absent.
+
+    Raises a UserError if there is no such file, or its code raises an error.
+    """
     path, _, variant = name.partition(":")
     installed = Path(__file__).parents[1] / path
     if Path(path).parts[:1] == ("configs",) and not Path(path).exists() and installed.exists():
         path = str(installed)
     if not Path(path).is_file():
-        parser.error(f"no configuration file {name}")
+        raise UserError(f"no configuration file {name}")
     # It is code and may raise anything.
     try:
         config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
@@ -229,7 +235,18 @@ def _config_of_file(parser: Parser, name: str) -> "ConfigDict":
         return config
     except Exception as error:
         message = " ".join(str(error).split())
-        parser.error(f"--config={name}: {type(error).__name__}: {message}")
+        raise UserError(f"--config={name}: {type(error).__name__}: {message}") from error
+
+
+def with_overrides(config: "ConfigDict", fields: Mapping[str, Any]) -> "ConfigDict":
+    """A configuration with other values of fields such as "optim.lr"; or UserError."""
+    changed = config.copy_and_resolve_references()
+    try:
+        changed.update_from_flattened_dict(dict(fields))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        line = _unknown_field(config.to_dict(), [f"config.{name}" for name in fields])
+        raise UserError(line or " ".join(str(error).split())) from error
+    return changed
 
 
 def _config_of_manifest(parser: Parser, path: Path) -> "ConfigDict":

@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -284,8 +283,6 @@ def _run(function: Callable, arguments: tuple, timeout: float | None, needs: Nee
         # The node may have joined after the others were checked.
         if problem := problem_of_node(needs):
             raise ClusterError(f"{_own_name()} {problem}")
-        # A spawned process imports the main module of its parent, and that of a worker all of Ray.
-        vars(sys.modules["__main__"]).pop("__file__", None)
         _pool = CallPool(1)
     result = _pool.call(function, *arguments, timeout=timeout)
     if isinstance(result, OSError):

@@ -20,8 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context, resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
 from drl_jax.runtime.errors import Unavailable, UserError, one_line, refusal
@@ -111,8 +110,7 @@ class CallPool:
         ]
         for thread in self._threads:
             thread.start()
-        # Before multiprocessing ends the processes, for which their threads would start others. A
-        # generator that holds a pool may be closed only afterwards, when threads run no more.
+        # A generator that holds a pool may be closed only when threads run no more.
         atexit.register(self.close)
 
     def call(
@@ -167,7 +165,7 @@ class _Worker:
 
     def __init__(self, is_closed: threading.Event):
         self._is_closed = is_closed
-        self._process: Any = None
+        self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
 
     def call(self, function: Callable, arguments: tuple, timeout: float | None) -> Any:
@@ -224,29 +222,31 @@ class _Worker:
         self._connection.close()
         for seconds in (patience, _END_SECONDS):
             end = time.monotonic() + seconds
-            # Not `join`: where another thread has seen the end, the code may come a moment later.
-            while process.exitcode is None and time.monotonic() < end:
+            # Not `wait`: where another thread has seen the end, the code may come a moment later.
+            while process.poll() is None and time.monotonic() < end:
                 time.sleep(0.001)
             process.kill()
-        return process.exitcode
+        return process.poll()
 
     def _start(self) -> None:
-        # Spawned: forking a process in which TFDS or jax runs threads can deadlock.
-        context = get_context("spawn")
-        self._connection, other = context.Pipe()
-        process = context.Process(target=_serve_calls, args=(other, os.getpid()), daemon=True)
+        # A new interpreter: forking a process in which TFDS or jax runs threads can deadlock, and
+        # what multiprocessing spawns runs the script of its parent again.
+        self._connection, other = Pipe()
+        start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve_calls"
+        code = f"{start}; _serve_calls({other.fileno()}, {os.getpid()})"
         # Ctrl-C reaches every process of a terminal, and the owner of the pool ends its workers:
-        # they inherit that this thread blocks it, which the start of the tracker would undo.
-        resource_tracker.ensure_running()
+        # they inherit that this thread blocks it.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         with contextlib.closing(other):
-            process.start()
-        self._process = process
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[other.fileno()]
+            )
         if self._is_closed.is_set():  # `close` may not have seen the process.
             self.kill()
 
 
-def _serve_calls(connection: Connection, parent: int) -> None:
+def _serve_calls(handle: int, parent: int) -> None:
+    connection = Connection(handle)
     _exit_with_parent(parent)
     with contextlib.suppress(EOFError, OSError):  # The parent has ended.
         while True:

@@ -1,5 +1,6 @@
 """Searches your own videos with a sentence.
 
+python -m drl_jax.search FOLDER [FOLDER ...] ["a dog catches a ball"]
 python -m drl_jax.search index --workdir=RUN --videos=DIR --index=DIR
 python -m drl_jax.search query --index=DIR "a dog catches a ball" --top=5
 python -m drl_jax.search serve --index=DIR
@@ -18,7 +19,8 @@ from drl_jax.search import CANDIDATES, ENGINES, MOMENTS, REFINE, SCAN_FROM, STOR
 
 def _parser() -> Parser:
     parser = Parser("python -m drl_jax.search", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    what = "FOLDER | COMMAND"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=what)
 
     def add_command(name: str, text: str, *parents: Parser) -> Parser:
         return commands.add_parser(name, parents=parents, help=text, description=text)
@@ -44,6 +46,26 @@ def _parser() -> Parser:
     add_command("duplicates", text, index, output)
     text = "draw how the words and frames of one pair contribute to its score"
     _add_explain_flags(add_command("explain", text, model))
+    return parser
+
+
+def _folder_parser() -> Parser:
+    """The parser of FOLDER ..., which is index, query and serve in one."""
+    text = "Indexes folders of videos; answers a sentence, or serves the search page."
+    parser = Parser("drl_jax search", description=text)
+    add = parser.add_argument
+    add("words", nargs="+", metavar="FOLDER ... [SENTENCE]", help="folders, then a sentence")
+    text = "directory of the index (in ~/.local/share/drl_jax, by the first folder)"
+    add("--index", type=Path, help=text)
+    text = (
+        "of a new index: general, large, multilingual, fast; a run, a file of weights, ViT-B/32,"
+        " hf-hub:ORG/NAME (general on CPUs, large on GPUs)"
+    )
+    add("--model", default="", help=text)
+    add("--yes", action="store_true", help="agree to download the model")
+    add("--json", action="store_true", help="print the answer to a sentence as JSON")
+    add("--no_browser", action="store_true", help="open no browser")
+    _add_serve_flags(parser)
     return parser
 
 
@@ -113,6 +135,8 @@ def _add_serve_flags(parser: Parser) -> None:
     add("--top", type=positive_int, default=12, help="hits per query (%(default)s)")
     text = "of a video that is sent as a query, at most (%(default)s)"
     add("--max_upload", type=positive_int, default=500, metavar="MB", help=text)
+    # Called with the address of the page.
+    parser.set_defaults(on_start=None)
 
 
 def _add_recall_flags(parser: Parser) -> None:
@@ -148,17 +172,33 @@ def _frame_rate(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    """Runs the command and returns its exit status."""
+    words, parser = sys.argv[1:] if arguments is None else list(arguments), _parser()
+    # A word that is a command is the command: a folder of this name is written ./query.
+    has_folder = bool(words) and not words[0].startswith("-") and words[0] not in _commands(parser)
+    options = (_folder_parser() if has_folder else parser).parse_args(words)
 
     def work() -> None:
         from drl_jax.runtime.resources import cache_compilations
-        from drl_jax.search.commands import COMMANDS
 
         cache_compilations()
-        COMMANDS[options.command](options)
+        if has_folder:
+            from drl_jax.search.folders import search_folders
 
-    kept = "the index is kept; rerun the command to continue" if options.command == "index" else ""
+            search_folders(options)
+        else:
+            from drl_jax.search.commands import COMMANDS
+
+            COMMANDS[options.command](options)
+
+    is_kept = has_folder or options.command == "index"
+    kept = "the index is kept; rerun the command to continue" if is_kept else ""
     return run_command("drl_jax.search", work, on_interrupt=kept)
+
+
+def _commands(parser: Parser) -> Sequence[str]:
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return list(commands.choices)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,7 @@ def _index(options: argparse.Namespace) -> None:
         print(f"frames are encoded by {model.encoder} in {model.config.model.dtype}")
         given["bank"] = _bank_captions(options.bank, model) if options.bank else ()
         report = update_index(model, options.videos, options.index, cluster=cluster, **given)
-    print(
-        f"{options.index}: {report.added} added, {report.changed} changed, {report.moved} moved,"
-        f" {report.removed} removed, {report.unchanged} unchanged; {report.windows} windows take"
-        f" {report.nbytes / 1e6:.1f} MB ({options.storage})"
-    )
+    print(f"{options.index}: {report} ({options.storage})")
     for reasons, title in (
         (report.bad, "files cannot be searched"),
         (report.unavailable, "files could not be read this time"),
@@ -271,8 +267,8 @@ def _explain(options: argparse.Namespace) -> None:
     model, path = model_of_flags(options), options.video
     if options.index is not None:
         index = Index(options.index, model)
-        model = index.model
-        path = path if path.exists() else file_of(index.state().folder, str(path))
+        model, state = index.model, index.state()
+        path = path if path.exists() else file_of(state.folder, str(path))
     if model is None:
         raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
     (query,) = encode_sentences(model, [options.query])
@@ -311,6 +307,7 @@ def _open(options: argparse.Namespace) -> Index:
 
         ask_engine = Qdrant(options.url, search_options.correction)
     index = Index(options.index, model_of_flags(options), search_options, ask_engine)
+    index.state()  # It is there.
     if ask_engine is not None:
         ask_engine.check(index.state())
     return index

@@ -89,7 +89,7 @@ def same_picture(index: OpenIndex, picture: np.ndarray) -> list[IndexedVideo]:
 
 
 def _thumbnail(index: OpenIndex, place: tuple[int, int], frame: int) -> Image.Image:
-    return Image.open(io.BytesIO(index.frames_of(index.video(*place), [int(frame)])))
+    return Image.open(io.BytesIO(index.video(*place).thumbnails([int(frame)])))
 
 
 def _is_like(thumbnail: Image.Image, picture: Image.Image) -> bool:

@@ -158,15 +158,22 @@ def describe_bank(captions: Sequence[str]) -> dict[str, Any]:
 def encode_banks(
     model: RetrievalModel, directory: Path, header: Mapping[str, Any]
 ) -> list[Features]:
-    """The captions of weak matches, and those for hubs; a SearchIndexError if these changed."""
-    bank = model.encode_text(header["bank"])
+    """The captions of weak matches, and those for hubs, encoded; or as `read_bank`."""
+    banks = [model.encode_text(header["bank"])]
+    if captions := read_bank(directory, header):
+        banks.append(model.encode_text(captions))
+    return banks
+
+
+def read_bank(directory: Path, header: Mapping[str, Any]) -> list[str]:
+    """The captions for hubs of an index, if it has them; a SearchIndexError if these changed."""
     if "hubness" not in header:
-        return [bank]
+        return []
     path = directory / BANK_FILE
     try:
         captions = json.loads(path.read_text(encoding="utf-8"))
         if json_sha256(captions) == header["hubness"]["sha256"]:
-            return [bank, model.encode_text(captions)]
+            return captions
         reason = "has changed"
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({one_line(error)})"

@@ -1,19 +1,28 @@
 """What a query finds: videos, their moments, and why."""
 
+import base64
 import dataclasses
 import functools
+import html
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from drl_jax.models.interactions import Attribution, Features, Interaction
 from drl_jax.models.tokenizers.base import END, START
+from drl_jax.runtime.errors import UserError, printable
 from drl_jax.search.encoding import WEAK
 from drl_jax.search.engine import Part
 from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.windows import Window
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +159,75 @@ class Hit:
         facts = {"rank": self.rank or None, "score": score, "weak": self.is_weak}
         return facts | {"same_picture": self.is_same, "duration": round(self.video.duration, 3)}
 
+    def explain(self, moment: int = 0) -> "Figure":
+        """A figure of matplotlib: the cosines of the words and frames of one of the moments.
+
+        Raises UserError if the hit has no such moment, or the index is damaged.
+        """
+        from drl_jax.evaluation.figures import interaction_figure
+
+        if not 0 <= moment < len(self.moments):
+            raise UserError(f"the hit has {len(self.moments)} moments, from 0, and none {moment}")
+        shown = self.moments[moment]
+        explanation = shown.explanation
+        strip = Image.open(io.BytesIO(self.video.thumbnails(shown.window.frames)))
+        frames = np.split(np.asarray(strip), len(shown.window.frames), axis=1)
+        clocks = list(map(format_timestamp, explanation.times))
+        title = f"{self.path.name}  {shown.score:.4f}"
+        return interaction_figure(
+            explanation.attribution, explanation.tokens, clocks, frames, title
+        )
+
+    def __str__(self) -> str:
+        moments = ", ".join(
+            f"{format_timestamp(m.start)} to {format_timestamp(m.end)} ({m.score:.4f})"
+            for m in self.moments
+        )
+        weak = "  weak" if self.is_weak else ""
+        return f"{self.rank:4}  {printable(str(self.path))}  {moments}{weak}"
+
+    def _repr_html_(self) -> str:
+        """The best moment as a strip of pictures, with the times and scores of all moments."""
+        strip = ""
+        if self.moments:
+            jpeg = base64.b64encode(self.video.thumbnails(self.moments[0].window.frames)).decode()
+            strip = f'<br><img src="data:image/jpeg;base64,{jpeg}" alt="" style="max-width:100%">'
+        return f"<p>{html.escape(str(self).strip())}{strip}</p>"
+
     def to_json(self) -> dict[str, Any]:
         moments = [{**m.to_json(), "explanation": m.explanation.to_json()} for m in self.moments]
         return {**self.facts(), "path": str(self.path), "moments": moments}
+
+
+class Hits(list[Hit]):
+    """The hits of a query, best first. A notebook shows them as pictures with times and scores."""
+
+    def __init__(self, hits: Sequence[Hit], query: str = ""):
+        super().__init__(hits)
+        self.query = query
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row per moment: query, rank, path, start, end and peak in seconds, score, is_weak.
+
+        Raises UserError if pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError("to_pandas needs pandas; install it: pip install pandas") from error
+        columns = ("query", "rank", "path", "start", "end", "peak", "score", "is_weak")
+        rows = [
+            (self.query, hit.rank, str(hit.path), m.start, m.end, m.peak, m.score, hit.is_weak)
+            for hit in self
+            for m in hit.moments
+        ]
+        return pandas.DataFrame(rows, columns=columns)
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{len(self)} hits of {self.query!r}", *map(str, self)])
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self.query)}</p>{''.join(hit._repr_html_() for hit in self)}"
 
 
 def rounded(values: np.ndarray, digits: int = 4) -> list[float]:

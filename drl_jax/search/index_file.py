@@ -2,12 +2,14 @@
 
 The file says what the index was made with, which segments it has, and which of their videos are
 gone. An update writes new segments and then replaces the file, which is the commit: a writer that
-is killed leaves segments that nothing lists, and the next one deletes them. A joined index lists
-other indexes instead, its parts, which are updated on their own.
+is killed leaves segments that nothing lists, and the next one deletes them. Other indexes may be
+listed, too, or instead: parts, which are updated on their own. The videos of a second folder are
+such a part.
 """
 
 import concurrent.futures
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -28,6 +30,7 @@ from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoReco
 FORMAT = 9
 LOCK = "lock"
 _INDEX, _SEGMENTS, _DAMAGED, _SPOOL = "index.json", "segments", "damaged_segments", "spool"
+_PARTS = "parts"
 # Fields of the header in which updates, and those in which parts must agree; names in messages.
 MADE_WITH = {
     "fingerprint": "model",
@@ -82,9 +85,16 @@ def read_header(directory: Path) -> dict[str, Any]:
     return {"encoder": "jax", **header}  # The only one, before it was recorded.
 
 
+def has_index(directory: Path) -> bool:
+    """Whether a directory is an index, maybe of an earlier version."""
+    return (directory / _INDEX).exists() or _is_earlier(directory)
+
+
 def recorded_encoder(directory: Path) -> str | None:
     """What encoded the frames of an index; None: there is no index."""
-    return read_header(directory)["encoder"] if (directory / _INDEX).exists() else None
+    if not has_index(directory):
+        return None
+    return read_header(part_directories(directory)[0])["encoder"]
 
 
 def _is_earlier(directory: Path) -> bool:
@@ -92,11 +102,48 @@ def _is_earlier(directory: Path) -> bool:
 
 
 def part_directories(directory: Path) -> list[Path]:
-    """The directories of the parts of an index, its own or those that it joins."""
-    parts = read_header(directory).get("parts")
-    if parts is None:
-        return [directory]
-    return [Path(os.path.normpath(directory.resolve() / part)) for part in parts]
+    """The directories of the parts of an index: its own, if it has videos, and others it lists."""
+    header, here = read_header(directory), directory.resolve()
+    others = [Path(os.path.normpath(here / part)) for part in header.get("parts", ())]
+    return [directory, *others] if "segments" in header else others
+
+
+def directory_for(directory: Path, folder: Path) -> Path:
+    """The part of an index that has the videos of a folder, or will have them.
+
+    Raises a SearchIndexError if a part has a folder around it or inside it, or its shards.
+    """
+    if not has_index(directory):
+        return directory
+    parts = {part: read_header(part) for part in part_directories(directory)}
+    for part, header in parts.items():
+        other = Path(header["videos"])
+        is_moved = part == directory and len(parts) == 1 and not other.is_dir()
+        if other == folder or is_moved:
+            if "shard" in header and part != directory:
+                what = "joins the shards of a folder; index the videos of each on its own"
+                raise SearchIndexError(f"{directory} {what}")
+            return part
+        if folder.is_relative_to(other) or other.is_relative_to(folder):
+            raise SearchIndexError(
+                f"{folder} overlaps with {other}, which the index {directory} has: add that folder"
+                " again, or give another --index"
+            )
+    return directory / _PARTS / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+
+
+def list_part(directory: Path, part: Path) -> None:
+    """Lists another index as a part of an index; raises the errors of `join`."""
+    parts = part_directories(directory)
+    if part in parts:
+        return
+    if "segments" not in read_header(directory):
+        join(directory, [*parts, part])
+        return
+    check_alike([IndexPart(directory), IndexPart(part)])
+    with IndexWriter(directory) as writer:
+        others = writer.header.get("parts", [])
+        writer.update_header(parts=[*others, os.path.relpath(part, directory)])
 
 
 def index_version(directory: Path) -> dict[Path, tuple[int, ...]]:
@@ -202,9 +249,9 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         self.directory, self.header, self._next_progress = directory, {}, 0.0
         with contextlib.ExitStack() as stack, _writing(directory):
             stack.enter_context(locked(directory / LOCK, f"the index {directory}"))
-            if (directory / _INDEX).exists() or _is_earlier(directory):
+            if has_index(directory):
                 self.header = read_header(directory)
-            if "parts" in self.header:
+            if self.header and "segments" not in self.header:
                 what = "joins other indexes; index their videos, each on its own"
                 raise SearchIndexError(f"{directory} {what}")
             (directory / _SEGMENTS).mkdir(exist_ok=True)
@@ -354,7 +401,7 @@ def join(directory: Path, shards: Sequence[Path]) -> list[IndexPart]:
 
     Raises a SearchIndexError if they cannot be opened as one, or Unavailable.
     """
-    if (directory / _INDEX).exists() and "parts" not in read_header(directory):
+    if (directory / _INDEX).exists() and "segments" in read_header(directory):
         raise SearchIndexError(f"{directory} is an index with videos; give another --index")
     here = directory.resolve()
     found = (part.resolve() for shard in shards for part in part_directories(shard))

@@ -64,6 +64,21 @@ class IndexedVideo:
             for (start, end), numbers in zip(spans.tolist(), frames, strict=True)
         )
 
+    def thumbnails(self, frames: Sequence[int]) -> bytes:
+        """A JPEG file with thumbnails of some of its frames side by side."""
+        with _reported(self.segment):
+            strips = {n: self.record.strip(n) for n in {f // STRIP_FRAMES for f in frames}}
+        if list(frames) == list(range(len(self.times))) and len(strips) == 1:
+            return strips[0]
+        pictures = []
+        for frame in frames:
+            with Image.open(io.BytesIO(strips[frame // STRIP_FRAMES])) as strip:
+                side, column = strip.height, frame % STRIP_FRAMES
+                pictures.append(strip.crop((column * side, 0, (column + 1) * side, side)))
+        file = io.BytesIO()
+        Image.fromarray(np.concatenate(pictures, axis=1)).save(file, "JPEG", quality=85)
+        return file.getvalue()
+
     @property
     def slots(self) -> np.ndarray:
         """int64 [W], of its windows."""
@@ -292,21 +307,6 @@ class OpenIndex:
     def progress(self) -> dict[str, int] | None:
         """How many files, `done` of `total`, updates of the index have read; None without one."""
         return index_file.read_progress(*self.version)
-
-    def frames_of(self, video: IndexedVideo, frames: Sequence[int]) -> bytes:
-        """A JPEG file with thumbnails of some frames of a video side by side."""
-        with _reported(video.segment):
-            strips = {n: video.record.strip(n) for n in {f // STRIP_FRAMES for f in frames}}
-        if list(frames) == list(range(len(video.times))) and len(strips) == 1:
-            return strips[0]
-        pictures = []
-        for frame in frames:
-            with Image.open(io.BytesIO(strips[frame // STRIP_FRAMES])) as strip:
-                side, column = strip.height, frame % STRIP_FRAMES
-                pictures.append(strip.crop((column * side, 0, (column + 1) * side, side)))
-        file = io.BytesIO()
-        Image.fromarray(np.concatenate(pictures, axis=1)).save(file, "JPEG", quality=85)
-        return file.getvalue()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 Worker processes import this module, so it does not import jax.
 """
 
-import contextlib
 import dataclasses
 import io
 import os
@@ -16,11 +15,11 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.long_video import sample_video
-from drl_jax.data.pictures import to_form
+from drl_jax.data.pictures import to_form, to_rgb
 from drl_jax.data.video import sampled_frames
 from drl_jax.data.video_file import (
     VIDEO_SUFFIXES,
@@ -96,7 +95,7 @@ def file_of(folder: Path, path: str) -> Path:
 def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
     """The video file of `--only`, or None; UserError if `find_videos` cannot yield the path."""
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
-        raise UserError(f"--only takes paths below {folder}, not {path}")
+        raise UserError(f"a path below {folder} is needed, not {path}")
     path = path_of(path)
     # A folder is listed by its own path only.
     file, root = file_of(folder, path), folder.resolve()
@@ -305,7 +304,7 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
             if image.width * image.height > _MAX_PIXELS:
                 return f"has {width} x {height} pixels; at most {_MAX_PIXELS:,} are decoded"
             image.load()
-            return to_form(np.asarray(_rgb(image)), form).tobytes()
+            return to_form(np.asarray(to_rgb(image)), form).tobytes()
     except UnidentifiedImageError:
         return f"is not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file; convert it to one"
     except VideoError as error:
@@ -315,17 +314,3 @@ def _decode(path: Path, form: FrameForm) -> bytes | str:
         if isinstance(error, OSError) and error.errno is not None:
             return f"cannot be read: {error.strerror}"
         return "is damaged, or too large"  # Decoders do not say whether memory was missing.
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Turns a picture as its camera was held, and converts it to RGB, on white."""
-    with contextlib.suppress(Exception):  # The metadata are damaged.
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow cuts at 255.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image.getchannel("A"))
-    return white

@@ -144,7 +144,7 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
         last = len(video.times) - 1
         names = request.query_params.get("frames", request.query_params.get("frame", "0"))
         chosen = [parse_number("frame", n, 0, last) for n in names.split(",")[:_MOST_FRAMES]]
-        return _jpeg(request, state.frames_of(video, chosen))
+        return _jpeg(request, video.thumbnails(chosen))
 
     def picture(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
         time = parse_time("t", request.query_params.get("t", "0"))

@@ -158,6 +158,8 @@ def serve(index: Index, options: argparse.Namespace) -> None:
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **limits)
         try:
             print(f"{len(index.videos)} videos on {access.url(port)}  (Ctrl-C stops)", flush=True)
+            if options.on_start is not None:
+                options.on_start(access.url(port))
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             print()

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +17,14 @@ from drl_jax.runtime.errors import Notice, UserError
 from drl_jax.search import MOMENTS
 from drl_jax.search.duplicates import same_picture
 from drl_jax.search.filters import Filters
-from drl_jax.search.hits import Hit
-from drl_jax.search.index_file import index_version, part_directories, read_header
+from drl_jax.search.hits import Hit, Hits
+from drl_jax.search.index_file import (
+    has_index,
+    index_version,
+    part_directories,
+    read_header,
+    recorded_encoder,
+)
 from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos
 from drl_jax.search.query import (
     EncodedQuery,
@@ -56,7 +62,7 @@ class _Request:
 
 
 class Index:
-    """An open index and its model. Safe to use from several threads.
+    """An index of the videos of folders, and its model. Safe to use from several threads.
 
     Every query is answered from the current state of the index, or from the one before while the
     current one takes long to open.
@@ -66,11 +72,22 @@ class Index:
         self,
         directory: str | os.PathLike,
         model: RetrievalModel | None = None,
-        options: SearchOptions = SearchOptions(),  # noqa: B008
+        options: SearchOptions | None = None,
         ask_engine: FindCandidates | None = None,
     ):
-        """Opens an index, and loads the model it was made with if it is not given; or UserError."""
-        self.directory = Path(directory)
+        """Opens an index, or with a model makes one, which is empty until `add`.
+
+        Args:
+          directory: of the index.
+          model: the one it was made with. None: it is loaded from where it was.
+          options: how queries are answered.
+          ask_engine: finds candidates elsewhere.
+
+        Raises:
+          UserError: there is no index and no model, or it is damaged, or of another model.
+        """
+        self.directory, options = Path(directory), options or SearchOptions()
+        is_new = model is not None and not has_index(self.directory)
         if model is None:
             model = load_source(read_header(part_directories(self.directory)[0])["source"])
         self.model, self.ranker = model, Ranker(model, options, ask_engine)
@@ -78,37 +95,54 @@ class Index:
         self._waiting: list[_Request] = []
         self._failure: Exception | None = None
         self._opening, self._ready_by = threading.Thread(), 0.0
-        self._state = OpenIndex(self.directory, model)
-        if options.correction is not None:
+        self._state: OpenIndex | None = None if is_new else OpenIndex(self.directory, model)
+        if self._state is not None and options.correction is not None:
             self._state.biases(options.correction)
-        if options.engine == "auto" and self.ranker.scans(self._state):
+        if self._state is not None and options.engine == "auto" and self.ranker.scans(self._state):
             windows, count = len(self._state.gallery), options.candidates
             text = f"{windows:,} windows are scanned, and the best {count:,} are compared exactly"
             warnings.warn(f"{text}; engine=exact compares all", Notice, stacklevel=2)
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._encode)
         self._found = functools.lru_cache(maxsize=_KEPT)(self._find)
 
-    @classmethod
-    def open(cls, directory: str | os.PathLike, **options: Any) -> "Index":
-        """Opens an index with fields of `SearchOptions`, e.g. `engine="exact"`."""
-        return cls(directory, options=SearchOptions(**options))
+    def add(
+        self, videos: str | os.PathLike | Sequence[str | os.PathLike], *, progress: bool = False
+    ) -> "IndexReport":
+        """Adds the videos of a folder, or updates the index to them; or only some files.
 
-    def add(self, videos: Sequence[str | os.PathLike]) -> "IndexReport":
-        """Adds, updates or removes videos of the folder of the index, by paths below it."""
-        from drl_jax.search.update import update_index
+        Args:
+          videos: a folder, which is searched recursively; or files of the folders of the index, to
+            add, update or remove. Their paths may be relative to its folder.
+          progress: whether to print a bar.
 
-        state, paths = self.state(), [os.fspath(path) for path in videos]
-        how = {name: state.header[name] for name in ("storage", "fps")}
-        return update_index(self._updating, state.folder, self.directory, only=paths, **how)
+        Returns:
+          The numbers of files that were added, changed, moved and removed, and of those that cannot
+          be read why.
+
+        Raises:
+          UserError: there is no such folder, or no video in it, a file is in no folder of the
+            index, or it was made with something else.
+        """
+        from drl_jax.search.update import add_videos
+
+        return add_videos(self._updating, self.directory, videos, shows_progress=progress)
 
     @functools.cached_property
     def _updating(self) -> RetrievalModel:
         """The model with the encoder of the index, which is compiled once."""
-        return self.model.with_encoder(self._state.header["encoder"])
+        return self.model.with_encoder("auto", recorded_encoder(self.directory))
+
+    def __repr__(self) -> str:
+        if self._state is None and not has_index(self.directory):
+            return f"Index of no video yet in {self.directory}: add(folder)"
+        state = self.state()
+        return f"Index of {state.count} videos of {state.folder} in {self.directory}"
 
     def state(self) -> OpenIndex:
         """A state of the index to answer from; raises as `__init__` does."""
         with self._refreshing:
+            if self._state is None:
+                self._state = OpenIndex(self.directory, self.model)
             version = index_version(self.directory)
             if version == self._state.version and all(version.values()):
                 self._failure = None
@@ -144,7 +178,7 @@ class Index:
         *,
         filters: Filters | None = None,
         moments: int = MOMENTS,
-    ) -> list[Hit] | list[list[Hit]]:
+    ) -> Hits | list[Hits]:
         """The `top` best videos for a query, or for each of several sentences.
 
         Raises UserError if a query is empty or cannot be read, or no video passes the filters.
@@ -157,10 +191,12 @@ class Index:
             query = Query(query)
         if isinstance(query, Query):
             return self.answer(state, query, top, among, moments=moments)
+        query = list(query)
         encoded = encode_sentences(self.model, query)
         with self._searching:
             answers = self.ranker.rank(state, encoded, top, among)
-            return [answer.hits(answer.videos(top), moments) for answer in answers]
+            found = [answer.hits(answer.videos(top), moments) for answer in answers]
+        return [Hits(hits, sentence) for hits, sentence in zip(found, query, strict=True)]
 
     def answer(
         self,
@@ -171,7 +207,7 @@ class Index:
         *,
         offset: int = 0,
         moments: int = MOMENTS,
-    ) -> list[Hit]:
+    ) -> Hits:
         """The hits of one query in one state of the index, those before `offset` left out."""
         if isinstance(query.video, Path):  # What is kept of a query has no file that can change.
             query = dataclasses.replace(query, video=encode_video_file(self.model, query.video))
@@ -184,7 +220,8 @@ class Index:
             videos = list(dict.fromkeys([*same, *request.answer.videos(top)]))[offset:top]
             hits = request.answer.hits(videos, moments)
         ranked = enumerate(hits, start=offset + 1)
-        return [dataclasses.replace(h, rank=rank, is_same=h.video in same) for rank, h in ranked]
+        hits = [dataclasses.replace(h, rank=rank, is_same=h.video in same) for rank, h in ranked]
+        return Hits(hits, query.sentence)
 
     def _encode(self, query: Query) -> EncodedQuery:
         with self._encoding:

@@ -20,7 +20,16 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search import encoding, reading
-from drl_jax.search.index_file import MADE_WITH, IndexWriter, KnownFile
+from drl_jax.search.index_file import (
+    MADE_WITH,
+    IndexWriter,
+    KnownFile,
+    directory_for,
+    has_index,
+    list_part,
+    part_directories,
+    read_header,
+)
 from drl_jax.search.query import sampling_of
 from drl_jax.search.reading import FoundFile, VideoRead
 from drl_jax.search.segments import SearchIndexError, VideoRecord
@@ -52,7 +61,7 @@ def is_in_shard(path: str, shard: str) -> bool:
     return int.from_bytes(digest[:8]) % int(count) == int(number)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class IndexReport:
     """Numbers of files, and of windows and bytes of the whole index."""
 
@@ -67,6 +76,13 @@ class IndexReport:
     windows: int = 0
     nbytes: int = 0
 
+    def __str__(self) -> str:
+        counts = [f"{getattr(self, n)} {n}" for n in ("added", "changed", "moved", "removed")]
+        counts = ", ".join([*counts, f"{self.unchanged} unchanged"])
+        return f"{counts}; {self.windows} windows take {self.nbytes / 1e6:.1f} MB"
+
+    __repr__ = __str__
+
 
 def update_index(
     model: RetrievalModel,
@@ -79,6 +95,7 @@ def update_index(
     prune: bool = False,
     bank: Sequence[str] = (),
     only: Sequence[str] = (),
+    shows_progress: bool = True,
     shard: str | None = None,
     cluster: "RayCluster | None" = None,
 ) -> IndexReport:
@@ -88,13 +105,15 @@ def update_index(
     A file with the content of one that is gone takes over its features.
 
     Args:
-      videos: their folder, searched recursively. That of an existing index may have been moved.
+      videos: their folder, searched recursively. That of an existing index may have been moved. An
+        index that has another folder gets a part for this one, made as that was.
       storage: of features, one of `drl_jax.search.STORAGES`.
       fps: frames a second that are stored of files of several windows, 1 to 4.
       timeout: see `allowed_seconds`. A video that took longer is tried again when this is larger.
       prune: remove files that are gone also if they are most of the index.
       bank: of a new index: captions of other videos, to rank without hubs.
       only: paths in the folder; empty: all. The time for a few does not depend on its size.
+      shows_progress: whether to print a bar.
       shard: of a new index: only the files of this shard, NUMBER/COUNT.
 
     Raises UserError: there is no video, most files are gone, the index was made with something
@@ -102,29 +121,80 @@ def update_index(
     """
     if not videos.is_dir():
         raise UserError(f"no directory {videos}; --videos names the folder of the videos")
+    folder, whole = videos.resolve(), directory
+    directory, first = directory_for(whole, folder), {}
+    if directory != whole:
+        parent = part_directories(whole)[0]
+        first = read_header(parent)
+        bank = bank or encoding.read_bank(parent, first)
     made_with = {"source": model.source, "fingerprint": model.fingerprint}
-    made_with |= {"videos": str(videos.resolve()), "storage": storage, "fps": fps}
+    made_with |= {"videos": str(folder), "storage": storage, "fps": fps}
     made_with["encoder"] = model.encoder
     made_with["frames"] = "by time, as shown"
     if bank:
         made_with["hubness"] = encoding.describe_bank(bank)
     if shard is not None:
         made_with["shard"] = parse_shard(shard)
+    if first:
+        _check_made_with(whole, first, {n: v for n, v in made_with.items() if n != "videos"})
+        directory.mkdir(parents=True, exist_ok=True)
     with IndexWriter(directory) as writer:
         if not writer.header:
-            writer.update_header(**made_with, bank=encoding.bank_of(model.config))
-        _check_made_with(writer, made_with)
+            captions = first["bank"] if first else encoding.bank_of(model.config)
+            writer.update_header(**made_with, bank=captions)
+        _check_made_with(directory, writer.header, made_with)
+        if writer.header["videos"] != made_with["videos"]:  # It was moved.
+            writer.update_header(videos=made_with["videos"])
         if bank:
             write_json(directory / encoding.BANK_FILE, list(bank))
-        update = _Update(writer, model, videos, timeout)
+        if first:
+            list_part(whole, directory)
+        update = _Update(writer, model, videos, timeout, shows_progress)
         update.compare(only)
         if not prune:
             update.check_mounted()
         return update.run(cluster)
 
 
-def _check_made_with(writer: IndexWriter, given: Mapping[str, Any]) -> None:
-    header = writer.header
+def add_videos(
+    model: RetrievalModel,
+    directory: Path,
+    videos: str | os.PathLike | Sequence[str | os.PathLike],
+    **how: Any,
+) -> IndexReport:
+    """Updates an index as it was made: to a folder, or to files of its folders (`Index.add`)."""
+    given = [videos] if isinstance(videos, str | os.PathLike) else list(videos)
+    headers = []
+    if has_index(directory):
+        headers = [read_header(part) for part in part_directories(directory)]
+        how |= {name: headers[0][name] for name in ("storage", "fps")}
+    folders = [Path(header["videos"]) for header in headers]
+    chosen: dict[Path, list[str]] = {}
+    for path in map(Path, given):
+        if path.is_dir():
+            chosen[path] = []
+            continue
+        place = path.parent.resolve() / path.name
+        own = next((folder for folder in folders if place.is_relative_to(folder)), None)
+        if own is None and not path.is_absolute() and folders and not place.exists():
+            own, place = folders[0], folders[0] / path
+        if own is None:
+            if not place.exists():
+                raise UserError(f"{path} does not exist, and no video of the index has that path")
+            raise UserError(f"{path} is in no folder of the index {directory}; add its folder")
+        chosen.setdefault(own, []).append(str(place.relative_to(own)))
+    if not chosen:
+        raise UserError("there is no video to add; give a folder or files")
+    total = IndexReport()
+    for folder, only in chosen.items():
+        report = update_index(model, folder, directory, only=only, **how)
+        for field in dataclasses.fields(IndexReport):
+            one, other = getattr(total, field.name), getattr(report, field.name)
+            setattr(total, field.name, one | other if isinstance(one, dict) else one + other)
+    return total
+
+
+def _check_made_with(directory: Path, header: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     for name, what in MADE_WITH.items():
         is_moved = name == "videos" and not Path(header[name]).is_dir()
         if name not in given or header.get(name) == given[name] or is_moved:
@@ -132,19 +202,22 @@ def _check_made_with(writer: IndexWriter, given: Mapping[str, Any]) -> None:
         other = f"another {what}" if name in header else f"no {what}"
         if isinstance(header.get(name), str | float) and name != "fingerprint":
             other += f", {header[name]}"
-        raise SearchIndexError(
-            f"the index {writer.directory} was made with {other}; give another --index"
-        )
-    if header["videos"] != given["videos"]:
-        writer.update_header(videos=given["videos"])
+        raise SearchIndexError(f"the index {directory} was made with {other}; give another --index")
 
 
 class _Update:
     """One update of an index: files are compared, then read, and encoded in batches."""
 
-    def __init__(self, writer: IndexWriter, model: RetrievalModel, folder: Path, timeout: float):
+    def __init__(
+        self,
+        writer: IndexWriter,
+        model: RetrievalModel,
+        folder: Path,
+        timeout: float,
+        shows_progress: bool,
+    ):
         self._writer, self._model, self._folder, self._timeout = writer, model, folder, timeout
-        self._report = IndexReport()
+        self._report, self._is_silent = IndexReport(), not shows_progress
         self._paths: list[str] | None = None  # The files of `--only`; None: all.
         # New and changed files, and those with damaged features; what the index has of them.
         self._pending: list[FoundFile] = []
@@ -173,9 +246,9 @@ class _Update:
             raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
         for path in self._paths or ():
             if path not in known and named[path] is None:
-                raise UserError(f"--only={path}: neither {folder} nor the index has such a video")
+                raise UserError(f"{path}: neither {folder} nor the index has such a video")
             if not self._is_ours(path):
-                raise UserError(f"--only={path}: it is not in the shard of the index")
+                raise UserError(f"{path} is not in the shard of the index")
         for file in files:
             if self._is_ours(file.path):
                 self._compare(known.pop(file.path, None), file)
@@ -221,7 +294,9 @@ class _Update:
     def run(self, cluster: "RayCluster | None") -> IndexReport:
         writer, report, total = self._writer, self._report, len(self._pending)
         reads = zip(self._pending, self._read(cluster), strict=True)
-        shown = tqdm(reads, desc="indexing", total=total, unit="video", disable=not total)
+        shown = tqdm(
+            reads, desc="indexing", total=total, unit="video", disable=self._is_silent or not total
+        )
         for number, (file, read) in enumerate(shown, start=1):
             writer.show_progress(number, total)
             self._take(file, read)

@@ -7,12 +7,12 @@ in a file is executed.
 
 import io
 import json
-import mmap
+import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -23,7 +23,7 @@ import safetensors
 
 from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
 from drl_jax.weights.errors import WeightsFileError, about, refused
-from drl_jax.weights.folders import INDEX, SHARD, parts_of
+from drl_jax.weights.source import INDEX, SHARD, parts_of
 from drl_jax.weights.tensors import PIECE, Tensor
 from drl_jax.weights.torch_pickle import Inert, Storage, View, load_pickle, named_values
 
@@ -61,20 +61,6 @@ class Contents(NamedTuple):
     # CRC-32 of byte ranges: (file, offset, bytes, checksum).
     checksums: tuple[tuple[Path, int, int, int], ...] = ()
 
-    def verify(self, tensors: Iterable[Tensor]) -> None:
-        """Compares the checksums of what these tensors are in.
-
-        Raises:
-          WeightsFileError: the file is damaged.
-          Unavailable: it cannot be read.
-        """
-        used = {(span.path, span.offset) for tensor in tensors for span in tensor.spans}
-        for path, offset, size, expected in self.checksums:
-            is_used = any(where == path and offset <= at < offset + size for where, at in used)
-            if is_used and crc32_of(path, offset, size) != expected:
-                problem = f"{path} is damaged: a checksum is wrong; get it again"
-                raise WeightsFileError(problem, names_file=True)
-
 
 def crc32_of(path: Path, offset: int, size: int, start: int = 0) -> int:
     """CRC-32 of a range of bytes, continued from `start`."""
@@ -87,11 +73,6 @@ def crc32_of(path: Path, offset: int, size: int, start: int = 0) -> int:
 
 def open_weights(path: Path, *, is_part: bool = False) -> Contents:
     """Opens a file of weights and lists its tensors.
-
-    Args:
-      path: a TorchScript archive, a file of `torch.save` (zip or legacy), a safetensors file, or an
-        `index.json` of several of these beside it.
-      is_part: whether it is one of several.
 
     Raises:
       WeightsFileError: the file cannot be read safely and completely, or it is none of these; no
@@ -235,10 +216,21 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
             raise refused(f"a pickle of {entry.file_size} bytes")
 
 
+class _Stream(io.BufferedReader):
+    """A file of which no read asks for more than it has: a pickle may ask for any number."""
+
+    def __init__(self, raw: io.RawIOBase):
+        super().__init__(raw)
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _open_legacy(path: Path) -> Contents:
     """Magic, protocol, system info, content, storage keys, then the bytes of each storage."""
-    # In memory, a read is never longer than the file.
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+    with _Stream(path.open("rb", buffering=0)) as file:
         if load_pickle(file) != _LEGACY_MAGIC or load_pickle(file) != _LEGACY_PROTOCOL:
             raise WeightsFileError("is a pickle, but not of PyTorch")
         if not load_pickle(file).get("little_endian", True):
@@ -253,11 +245,11 @@ def _open_legacy(path: Path) -> Contents:
                 raise WeightsFileError(f"storage {key} has {numel} elements, which none expects")
             at[storage] = file.tell()
             end = file.tell() + numel * storage.dtype.itemsize
-            if end > len(file):
+            if end > file.size:
                 raise WeightsFileError(f"ends inside storage {key}")
             file.seek(end)
         if missing := set(storages.values()) - at.keys():
             raise WeightsFileError(f"lacks storage {min(missing).key}")
-        if left := len(file) - file.tell():
+        if left := file.size - file.tell():
             raise WeightsFileError(f"has {left} bytes after its end")
     return _contents(path, "torch.save, legacy", value, at)

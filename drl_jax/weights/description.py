@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drl_jax.config import BackboneConfig
+from drl_jax.hub.releases import RELEASES
 from drl_jax.weights.beside import Beside, read_beside
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.families import FAMILIES, sizes_of
-from drl_jax.weights.releases import RELEASES
 from drl_jax.weights.tensors import StateDict
 
 # Channels of an attention head of a tower of at most this width, and the heads of wider ones and
@@ -49,21 +49,12 @@ class Description(NamedTuple):
 
 
 def describe(
-    family: str,
-    state: StateDict,
-    path: Path | None = None,
-    release: str = "",
-    evidence: str = "",
+    family: str, state: StateDict, path: Path | None = None, release: str = "", evidence: str = ""
 ) -> Description:
     """Describes towers from a release, a description beside them, or what their tensors suggest.
 
-    Args:
-      family: of the towers.
-      state: their tensors under OpenAI's names.
-      path: of the file; None: nothing is beside them.
-      release: a name of `RELEASES`; empty: none is known.
-      evidence: what proves the release, if nobody named it; without a release, what suggests that
-        a CLIP is OpenAI's, unless a description says something else.
+    `state` has OpenAI's names. `evidence` is what proves the release, if nobody named it; without a
+    release, what suggests that a CLIP is OpenAI's, unless a description says something else.
 
     Raises:
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.
@@ -121,11 +112,6 @@ def describe(
 def check_beside(path: Path, state: StateDict, backbone: BackboneConfig) -> None:
     """Checks a description beside a file that describes itself.
 
-    Args:
-      path: of the file.
-      state: tensors of its towers under OpenAI's names.
-      backbone: what it says of itself.
-
     Raises:
       WeightsError: the description has the sizes of the tensors, and something else differs.
     """
@@ -138,12 +124,6 @@ def check_beside(path: Path, state: StateDict, backbone: BackboneConfig) -> None
             " move one of them",
             names_file=True,
         )
-
-
-def check_release(release: str) -> None:
-    """Raises WeightsError if a release has a name that is unknown; empty: none is given."""
-    if release and release not in RELEASES:
-        raise WeightsError(f"the release {release} is unknown; it is one of {', '.join(RELEASES)}")
 
 
 def _read_beside(

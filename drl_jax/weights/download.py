@@ -6,82 +6,12 @@ python -m drl_jax.weights.download hf-hub:ORG/NAME
 
 import argparse
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from drl_jax.hub import openai, repository
 from drl_jax.runtime.cli import Parser, run_command
-from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.files import sha256
-from drl_jax.weights import hub
-
-_SERVER = "https://openaipublic.azureedge.net/clip/models"
-# SHA-256 of each file; it is also part of its URL.
-MODELS = {
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-}
-
-
-class DownloadError(UserError):
-    """A download failed; a partial download is kept."""
-
-
-def url_of(model: str) -> str:
-    """URL of a model's weights on OpenAI's server."""
-    return f"{_SERVER}/{MODELS[model]}/{model.replace('/', '-').replace('@', '-')}.pt"
-
-
-def download(url: str, digest: str, target: Path) -> None:
-    """Downloads a file unless it exists; `target` is created only after verification.
-
-    Args:
-      url: URL of the file.
-      digest: expected SHA-256 of the file, hexadecimal.
-      target: path of the file; a partial download is in `target`.part and is continued.
-
-    Raises:
-      DownloadError: no connection, an error from the server, or a file with another digest.
-    """
-    if target.exists():
-        if sha256(target) == digest:
-            return
-        raise DownloadError(f"{target} exists but is a different file; move or delete it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".part")
-    done = total = unfinished.stat().st_size if unfinished.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            if done and response.status != 206:
-                done = 0  # The server does not support ranges and sends the whole file.
-            total = done + int(response.headers.get("Content-Length", 0))
-            bar = tqdm(total=total, initial=done, desc=target.name, unit="B", unit_scale=True)
-            with unfinished.open("ab" if done else "wb") as file, bar:
-                while chunk := response.read(2**20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # The partial download is already complete.
-            raise DownloadError(f"{url}: the server returned status {error.code}") from error
-    except OSError as error:
-        raise DownloadError(
-            f"cannot download {url} ({getattr(error, 'reason', error)}); rerun the command to"
-            f" continue, or copy the file to {target} on a machine without internet"
-        ) from error
-    if (found := sha256(unfinished)) != digest:
-        if total > unfinished.stat().st_size:
-            problem = "ended early; rerun the command to continue"
-            raise DownloadError(f"the download of {target.name} {problem}")
-        unfinished.unlink()
-        problem = f"a file with SHA-256 {found}, not {digest}; deleted the file"
-        raise DownloadError(f"{url} returned {problem}")
-    unfinished.rename(target)
+from drl_jax.weights.source import weights_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,25 +19,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "drl_jax.weights.download"
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(f"python -m {name}", description=__doc__, formatter_class=layout)
-    choices = f"{', '.join(MODELS)} or {hub.PREFIX}ORG/NAME"
+    choices = f"{', '.join(openai.MODELS)} or {repository.PREFIX}ORG/NAME"
     parser.add_argument("model", metavar="MODEL", help=f"{choices}[@REVISION]")
     out = "directory for a file of OpenAI's (weights)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=out)
     options = parser.parse_args(arguments)
-    model, is_hub = options.model, hub.is_hub_name(options.model)
-    if model not in MODELS and not is_hub:
+    model, is_hub = options.model, repository.is_hub_name(options.model)
+    if model not in openai.MODELS and not is_hub:
         parser.error(f"argument MODEL: {model!r} is not {choices}")
     if is_hub and options.out:
         parser.error("--out is for OpenAI's files; HF_HOME moves the cache of the Hub")
 
     def work() -> None:
         if is_hub:
-            path = hub.download(model)
-            init = f"{model.partition('@')[0]}@{hub.resolved_revision(path)}"
+            path = weights_path(model)
+            init = f"{model.partition('@')[0]}@{repository.resolved_revision(path)}"
         else:
-            url = url_of(model)
+            url = openai.url_of(model)
             init = path = (options.out or Path("weights")) / url.rsplit("/", 1)[1]
-            download(url, MODELS[model], path)
+            openai.download(url, openai.MODELS[model], path)
         print(f"{path}; train with --config.model.init={init}")
 
     kept = "the partial download is kept; rerun the command to continue"

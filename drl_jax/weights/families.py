@@ -4,7 +4,6 @@ A tower is a module of `drl_jax.models` and a row of FAMILIES here. Names in mem
 `Form` translates those of another publisher.
 """
 
-import collections
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ class Form(NamedTuple):
     # beginnings. Other names stay as they are.
     names: tuple[tuple[str, str], ...] = ()
     transposed: tuple[str, ...] = ()  # our names of matrices that are stored transposed
+    refused: str = ""  # what such files are, if they are not supported
 
     def renamed(self, name: str, *, back: bool = False) -> str:
         """One of their names -> ours; or with `back`, ours -> theirs."""
@@ -50,6 +50,7 @@ class Family(NamedTuple):
 _CONV, _PROBE = "visual.conv1.weight", "visual.attn_pool.probe"
 _HF_CONV = "vision_model.embeddings.patch_embedding.weight"
 _TIMM_CONV = "visual.trunk.patch_embed.proj.weight"
+_LATENT, _CLASS_TOKEN = "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"
 _MLP = ((".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
 _HUGGING_FACE = (
     ("text_model.embeddings.token_embedding.", "token_embedding."),
@@ -64,16 +65,20 @@ _HUGGING_FACE = (
     ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
     *((".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".self_attn.", ".attn."), *_MLP),
 )
+_CLIP_HF = (
+    *_HUGGING_FACE,
+    *(("text_projection.weight", "text_projection"), ("visual_projection.weight", "visual.proj")),
+)
 # open_clip's CustomTextCLIP, and timm's image towers in it.
 _CUSTOM_TEXT = (("text.", ""),)
 _TIMM = (
-    ("visual.trunk.cls_token", "visual.class_embedding"),
+    (_CLASS_TOKEN, "visual.class_embedding"),
     ("visual.trunk.pos_embed", "visual.positional_embedding"),
     ("visual.trunk.patch_embed.proj.", "visual.conv1."),
     ("visual.trunk.norm_pre.", "visual.ln_pre."),
     ("visual.trunk.norm.", "visual.ln_post."),
     ("visual.trunk.head.weight", "visual.proj"),
-    ("visual.trunk.attn_pool.latent", _PROBE),
+    (_LATENT, _PROBE),
     ("visual.trunk.attn_pool.norm.", "visual.attn_pool.layernorm."),
     ("visual.trunk.attn_pool.mlp.", "visual.attn_pool.mlp."),
     ("visual.trunk.attn_pool.proj.", "visual.attn_pool.attn.out_proj."),
@@ -89,19 +94,12 @@ _SIGLIP_HF = Form(
     (
         *_HUGGING_FACE,
         ("text_model.head.", "text_projection."),
-        ("vision_model.head.probe", _PROBE),
         ("vision_model.head.attention.", "visual.attn_pool.attn."),
-        ("vision_model.head.layernorm.", "visual.attn_pool.layernorm."),
-        ("vision_model.head.mlp.", "visual.attn_pool.mlp."),
+        ("vision_model.head.", "visual.attn_pool."),
     ),
 )
-_LATENT, _CLASS_TOKEN = "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"
-_PROJECTIONS = (
-    ("text_projection.weight", "text_projection"),
-    ("visual_projection.weight", "visual.proj"),
-)
-HALF = (0.5, 0.5, 0.5)
-_SQUASHED = {"pixel_mean": HALF, "pixel_std": HALF, "resize": "squash"}
+_PE_G = "a PE-Core G, without a class token"
+_SQUASHED = {"pixel_mean": (0.5,) * 3, "pixel_std": (0.5,) * 3, "resize": "squash"}
 
 FAMILIES: dict[str, Family] = {
     "siglip": Family(
@@ -122,6 +120,8 @@ FAMILIES: dict[str, Family] = {
         (
             Form("Meta", (_CONV, _PROBE, "visual.class_embedding")),
             Form("open_clip", (_TIMM_CONV, _LATENT, _CLASS_TOKEN), _TIMM, ("visual.proj",)),
+            Form("Meta", (_CONV, _PROBE, "text_projection"), refused=_PE_G),
+            Form("open_clip", (_TIMM_CONV, _LATENT), refused=_PE_G),
         ),
         {"activation": "gelu", "interpolation": "bilinear", **_SQUASHED},
     ),
@@ -130,12 +130,7 @@ FAMILIES: dict[str, Family] = {
         (
             Form("OpenAI", (_CONV, "token_embedding.weight")),
             Form("open_clip", (_CONV,), _CUSTOM_TEXT),
-            Form(
-                "Hugging Face",
-                (_HF_CONV,),
-                (*_HUGGING_FACE, *_PROJECTIONS),
-                ("text_projection", "visual.proj"),
-            ),
+            Form("Hugging Face", (_HF_CONV,), _CLIP_HF, ("text_projection", "visual.proj")),
         ),
         {},
     ),
@@ -197,17 +192,15 @@ class Towers(NamedTuple):
     prefix: str  # of their names in the file, up to the last dot
     state: StateDict  # their tensors under OpenAI's names
     heads: StateDict  # those of heads of DRL, under the reference's names
+    is_of_drl: bool  # whether they have the names of DRL and CLIP4Clip: `clip.`, beside heads
     notes: tuple[str, ...]  # what the user should know of how they were chosen
 
 
 def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: str = "") -> Towers:
     """Finds the towers among the tensors of a file, whatever wraps them.
 
-    Args:
-      tensors: by name.
-      inert: other values by name: their classes.
-      key: of two or more pairs of towers, the prefix of the one that is used; empty: the only one,
-        or the only one that is no moving average (EMA) of another.
+    `inert` has the classes of its other values. Of several pairs of towers, `key` is the prefix of
+    the one that is used; empty: the only one that is no moving average (EMA) of another.
 
     Raises:
       WeightsError: there are none that are supported, or several.
@@ -217,19 +210,19 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     family, form = _form(below)
     state, unknown = _rename(form, below)
     # A head of a DRL checkpoint is beside `clip`, unless `clip` is what was asked for.
+    is_of_drl = f".{prefix}".endswith(".clip.") and form.publisher != "Hugging Face"
     parent = prefix.removesuffix("clip.")
-    is_asked = bool(key) and f".{prefix}".endswith(f".{key}.") and f".{key}".endswith(".clip")
-    is_drl = parent != prefix and form.publisher != "Hugging Face" and not is_asked
+    is_asked = f".{prefix}".endswith(f".{key}.") and f".{key}".endswith(".clip")
     heads = {
         name.removeprefix(parent): tensor
         for name, tensor in tensors.items()
-        if is_drl and name.startswith(parent) and not name.startswith(prefix) and tensor.ndim
+        if name.startswith(parent) and not name.startswith(prefix) and tensor.ndim
     }
+    heads = heads if is_of_drl and not is_asked else {}
     for name, kind in inert.items():
         if name.startswith(prefix) and _OURS.fullmatch(form.renamed(name.removeprefix(prefix))):
             raise WeightsError(_not_plain(name, kind))
-    left_out = set(unknown)
-    used = {prefix + name for name in below if name not in left_out} | {parent + n for n in heads}
+    used = {prefix + n for n in below.keys() - set(unknown)} | {parent + n for n in heads}
     if unused := [name for name in tensors if name not in used]:
         notes.append(f"not used: {_counted(unused)}")
     if prefix not in ("", "clip."):
@@ -238,7 +231,7 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     for name, tensor in state.items():
         if tensor.dtype.kind in "iub":
             raise WeightsError(f"is quantised: {name} is {tensor.dtype}; get the float weights")
-    return Towers(family, form.publisher, prefix, state, heads, tuple(notes))
+    return Towers(family, form.publisher, prefix, state, heads, is_of_drl, tuple(notes))
 
 
 def _choose(
@@ -292,14 +285,11 @@ def _not_plain(name: str, kind: str) -> str:
 
 def _form(below: Mapping[str, Tensor]) -> tuple[str, Form]:
     """The family and form of towers with these names."""
-    is_metas = {_CONV, _PROBE, "text_projection"} <= below.keys()
-    is_timms = {_TIMM_CONV, _LATENT} <= below.keys() and "text.text_projection.weight" not in below
-    classes = {"visual.class_embedding", _CLASS_TOKEN}
-    if (is_metas or is_timms) and classes.isdisjoint(below):
-        raise WeightsError(f"is a PE-Core G, without a class token; {SUPPORTED}")
     for family, row in FAMILIES.items():
         for form in row.forms:
             if all(name in below for name in form.needs):
+                if form.refused:
+                    raise WeightsError(f"is {form.refused}; {SUPPORTED}")
                 return family, form
     _refuse_names(below)
     raise WeightsError(f"holds towers of an unknown form; {SUPPORTED}")
@@ -355,8 +345,8 @@ def _check_unknown(family: str, below: Mapping[str, Tensor], unknown: list[str])
     ]
     _refuse_names([name for name in unknown if not name.startswith("visual.trunk.head.")])
     if inside:
-        problem = f"has {some(inside)}, which a {family} does not have: an adapter or another model"
-        raise WeightsError(f"{problem}; {SUPPORTED}")
+        what = f"which a {family} does not have: an adapter or another model; {SUPPORTED}"
+        raise WeightsError(f"has {some(inside)}, {what}")
 
 
 def _refuse_names(names: Collection[str]) -> None:
@@ -370,12 +360,11 @@ def _refuse_names(names: Collection[str]) -> None:
 
 def _counted(names: Collection[str]) -> str:
     """How many tensors, and their names; those of one group are counted."""
-    sizes = collections.Counter(name.partition(".")[0] for name in names)
-    texts = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
-        group = name.partition(".")[0]
-        texts[group] = name if sizes[group] == 1 else f"{group}.* ({sizes[group]})"
-    return f"{len(names)} tensor{'s' * (len(names) > 1)}: {some(list(texts.values()))}"
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    texts = [f"{g}.* ({len(of)})" if len(of) > 1 else of[0] for g, of in groups.items()]
+    return f"{len(names)} tensor{'s' * (len(names) > 1)}: {some(texts)}"
 
 
 def to_publisher(family: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Loads foreign weights into our parameters and back; every name of both sides is accounted for."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -53,12 +54,10 @@ def heads_of_weights(config: ModelConfig, weights: Weights) -> ModelConfig:
 def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
     """The configuration of a model that is made of weights alone.
 
-    Args:
-      weights: with a stored configuration, which is used; or a complete DRL checkpoint, whose heads
-        are inferred, and which reads as many words as its original (without heads, CLIP4Clip's
-        meanP is dp); or towers alone, which get no
-        temporal head, as in zero-shot retrieval, and read all words that they have positions for.
-      interaction: "dp" or "ti", for weights without interaction parameters.
+    A stored configuration is used. The heads of a DRL checkpoint are inferred (without any,
+    CLIP4Clip's meanP is dp), and it reads as many words as its original. Towers alone get no
+    temporal head, as in zero-shot retrieval, and read all words that they have positions for.
+    `interaction` is "dp" or "ti", for weights without interaction parameters.
 
     Raises:
       ConfigError: the sizes are impossible.
@@ -67,11 +66,9 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
         changes = {"init": "", "release": "", "tokenizer": weights.tokenizer}
         model = dataclasses.replace(weights.config.model, **changes)
         return dataclasses.replace(weights.config, model=model)
-    model = ModelConfig(interaction=interaction, agg_module="none")
+    model = heads_of_weights(ModelConfig(interaction=interaction), weights)
     max_words = weights.description.backbone.context_length
-    if weights.has_heads:
-        model = heads_of_weights(model, weights)
-    if weights.has_heads or weights.is_of_drl:
+    if weights.is_of_drl:
         max_words = min(DataConfig.max_words, max_words)
     data = DataConfig(holdout=500, max_words=max_words)
     config = Config(data=data, model=model, loss=LossConfig(cdcr=0))
@@ -107,16 +104,14 @@ def _differences(wanted: BackboneConfig, found: BackboneConfig) -> list[str]:
     A configuration with the default sizes asks for none, and none asks for the default image size.
     What the file says of its input is not compared: it is known better than in a configuration.
     """
-    names = [name for name in dataclasses.asdict(found) if name not in _NO_SIZES]
-    changed = [n for n in names if getattr(wanted, n) != getattr(BackboneConfig, n)]
-    if "image_resolution" not in changed:
-        names.remove("image_resolution")
-    if set(changed) <= {"image_resolution"}:
-        names = changed
+    sizes = [field.name for field in dataclasses.fields(found) if field.name not in _NO_SIZES]
+    asked = {name for name in sizes if getattr(wanted, name) != getattr(BackboneConfig, name)}
+    if asked - {"image_resolution"}:
+        asked |= set(sizes) - {"image_resolution"}
     return [
         f"{name} is {getattr(found, name)}, not {getattr(wanted, name)}"
-        for name in names
-        if getattr(found, name) != getattr(wanted, name)
+        for name in sizes
+        if name in asked and getattr(found, name) != getattr(wanted, name)
     ]
 
 
@@ -124,16 +119,11 @@ def _differences(wanted: BackboneConfig, found: BackboneConfig) -> list[str]:
 
 
 def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = False) -> Params:
-    """Converts a state dict to parameters of the given shapes.
+    """Converts tensors under the reference's names to parameters of the given shapes.
 
-    Args:
-      state: tensors under the reference's names.
-      shapes: abstract parameters of the whole model, or {"backbone": ..} alone.
-      as_bfloat16: keep what bfloat16 takes nothing from: kernels that are rounded to it before each
-        product, and tensors that have this type.
-
-    Returns:
-      Arrays in the structure of `shapes`, float32 but for that.
+    `shapes` are those of the whole model, or {"backbone": ..} alone. The parameters are float32;
+    with `as_bfloat16`, those that lose nothing by it are bfloat16: kernels that are rounded to it
+    before each product, and tensors that have this type.
 
     Raises:
       WeightsError: a tensor is missing, unknown, of another shape, or not finite.
@@ -188,17 +178,16 @@ def check_state(state: StateDict, shapes: Params) -> list[Entry]:
     if missing := sorted(wanted.keys() - state.keys()):
         raise WeightsError(f"the weights lack {some(missing)}, which the model has")
     if unknown := sorted(state.keys() - known):
-        hint = "; the towers alone load with --weights_key=clip (config.model.weights_key)"
-        hint = "" if any(name.startswith("clip.") for name in unknown) else hint
         problem = f"the weights have {some(unknown)}, which the model does not have"
-        raise WeightsError(f"{problem}{hint}")
+        if not any(name.startswith("clip.") for name in unknown):
+            problem += "; the towers alone load with --weights_key=clip (config.model.weights_key)"
+        raise WeightsError(problem)
     for name, shape in wanted.items():
         found, dtype = state[name].shape, state[name].dtype
         if found != shape:
             raise WeightsError(f"{name} is {found} in the weights and {shape} in the model")
         if not jnp.issubdtype(dtype, jnp.floating):
-            problem = f"has the type {dtype}; weights are floating-point numbers"
-            raise WeightsError(f"{name} {problem}")
+            raise WeightsError(f"{name} is of {dtype}; weights are floating-point numbers")
     return table
 
 
@@ -223,11 +212,8 @@ def initial_params(
 ) -> Params:
     """Parameters to start training from.
 
-    Args:
-      config: the model, with the sizes of the weights.
-      weights: CLIP, or a complete DRL checkpoint.
-      key: for the heads that CLIP does not have; they start as copies of its text tower.
-      for_use: keep them in bfloat16 as far as a model that computes in it loses nothing.
+    Heads that the weights do not have start as copies of the text tower, or by `key`. `for_use`
+    keeps the parameters in bfloat16 as far as a model that computes in it loses nothing.
 
     Raises:
       WeightsError: the weights do not fit the model.
@@ -235,26 +221,18 @@ def initial_params(
     """
     # Said before anything large is read.
     check_cleaning(config)
-    if weights.contents is not None:
-        with about(weights.contents.files[0]):
-            return _initial_params(config, weights, key, for_use=for_use)
-    return _initial_params(config, weights, key, for_use=for_use)
-
-
-def _initial_params(
-    config: ModelConfig, weights: Weights, key: jax.Array, *, for_use: bool
-) -> Params:
-    weights.verify()
     as_bfloat16 = for_use and config.array_dtype == "bfloat16"
     shapes, state = param_shapes(config), weights.state
+    if not weights.has_heads:
+        shapes = {"backbone": shapes["backbone"]}
     if config.backbone.logit_bias and "clip.logit_bias" not in state:
         state = {**state, "clip.logit_bias": np.float32(INITIAL_LOGIT_BIAS)}
-    if weights.has_heads:
-        return params_from_state(state, shapes, as_bfloat16=as_bfloat16)
-    shapes = {"backbone": shapes["backbone"]}
-    backbone = params_from_state(state, shapes, as_bfloat16=as_bfloat16)["backbone"]
+    file = weights.contents and weights.contents.files[0]
+    with about(file) if file else contextlib.nullcontext():
+        weights.verify()
+        params = params_from_state(state, shapes, as_bfloat16=as_bfloat16)
     # Not the backbone: a compiled program returns a copy of it.
-    return {"backbone": backbone, **_init_heads(config, key, backbone)}
+    return params if weights.has_heads else params | _init_heads(config, key, params["backbone"])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,19 +1,29 @@
-"""Where weights come from: a path, a name of installed weights, or a repository of the Hub."""
+"""Where weights are: in a file, a folder, a repository of the Hub, or installed under a name."""
 
-import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from drl_jax.runtime.errors import Unavailable
+from drl_jax.hub import installed, openai, repository
+from drl_jax.hub.recommended import RECOMMENDED
 from drl_jax.runtime.files import json_sha256, sha256
-from drl_jax.weights import hub
-from drl_jax.weights.errors import WeightsFileError, about
-from drl_jax.weights.folders import choose_weights, file_of_weights, files_of
+from drl_jax.weights.errors import WeightsFileError, about, read_json, some
 
-# Installed weights: NAME.safetensors and NAME.json, its record: how it was made, its metrics and
-# its sha256.
-DIRECTORY = Path(__file__).parent / "files"
-NAMES = ("shapes_clip",)
+# Names of weights, the preferred one first. open_clip's come first: its repositories may have an
+# image tower alone under Hugging Face's name.
+PREFERRED = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+SUFFIXES = (".safetensors", ".pt")
+# Names of lists of parts, and how those of the parts end.
+INDEX, SHARD = ".index.json", re.compile(r"-\d+-of-\d+\.[a-z]+$")
+# Hugging Face's preprocessing; newer versions of its library write the second one.
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Files beside weights that describe them, and their tokenizers.
+_BESIDE = ("open_clip_config.json", "config.json", *PREPROCESSORS, "tokenizer.json", "spiece.model")
 # Flags of commands that describe a file of weights.
 FILE_FLAGS = {
     "release": "the release, for a CLIP that does not say its own",
@@ -26,24 +36,116 @@ def weights_path(source: str | os.PathLike) -> Path:
     """The path of a file of weights, which is downloaded if it has to be.
 
     Args:
-      source: a path of a file, or of a folder that holds one; or, as a string, one of NAMES or a
-        repository `hf-hub:ORG/NAME`, also if there is a file or directory of that name.
+      source: a path of a file, or of a folder that holds one; or, as a string, one of
+        `installed.NAMES`, `openai.MODELS` or RECOMMENDED, or a repository `hf-hub:ORG/NAME`, also
+        if there is a file or directory of that name.
 
     Raises:
-      HubError: see `hub.download`.
-      WeightsFileError: a folder has no weights, or several; an installed file is missing or
-        damaged.
+      HubError: see `repository.download`.
+      DownloadError: see `openai.download`.
+      InstallationError: an installed file is missing or damaged.
+      WeightsFileError: a folder has no weights, or several.
       Unavailable: a folder or an installed file cannot be read.
     """
-    if hub.is_hub_name(source):
-        return hub.download(source)
-    return installed_path(source) if source in NAMES else file_of_weights(Path(source))
+    source = resolved(source)
+    if repository.is_hub_name(source):
+        return repository.download(source, _wanted, _parts)
+    if source in installed.NAMES:
+        return installed.path_of(source)
+    if source in openai.MODELS:
+        return openai.cached(source)
+    return _file_of_weights(Path(source))
+
+
+def is_name(source: str | os.PathLike) -> bool:
+    """Whether a source of weights is a name that `weights_path` knows, and no path."""
+    names = (*installed.NAMES, *openai.MODELS, *RECOMMENDED)
+    return repository.is_hub_name(source) or source in names
+
+
+def resolved(source: str | os.PathLike) -> str | os.PathLike:
+    """The source that a name of RECOMMENDED stands for; another one as it is."""
+    return RECOMMENDED[source].source if source in RECOMMENDED else source
+
+
+def to_download(source: str) -> int | None:
+    """Bytes that `weights_path` has to download of a name; None: their number is not known."""
+    source = resolved(source)
+    if repository.is_hub_name(source):
+        return repository.to_download(source, _wanted)
+    return None if source in openai.MODELS and not openai.is_cached(source) else 0
+
+
+def _wanted(source: str, names: Iterable[str]) -> list[str]:
+    """Of the files of a repository, the weights and before them those that belong beside them."""
+    names = list(names)
+    name, problem = choose_weights(names)
+    if problem:
+        raise repository.HubError(
+            f"{source} {problem}; supported are {', '.join(PREFERRED)} or a single file *"
+            f"{' or *'.join(SUFFIXES)}; download the right one with `hf download` and give its path"
+        )
+    return [*(other for other in _BESIDE if other in names), name]
+
+
+def choose_weights(names: Iterable[str]) -> tuple[str, str]:
+    """The file of weights among those of a folder, or "" and what is wrong."""
+    names = {name for name in names if "/" not in name[:-1]}
+    for name in PREFERRED:
+        if name in names:
+            return name, ""
+    parts = sorted(name for name in names if SHARD.search(name) or name.endswith(INDEX))
+    files = sorted(name for name in names - set(parts) if name.endswith(SUFFIXES))
+    if len(files) == 1:
+        return files[0], ""
+    if files:
+        return "", f"has several files of weights: {some(files)}"
+    if parts:
+        return "", f"has its weights in parts, without one of their usual lists: {some(parts)}"
+    return "", f"has no weights: it has {some(sorted(names)) or 'no files'}"
+
+
+def _file_of_weights(path: Path) -> Path:
+    """The file of weights in a folder; another path as it is."""
+    with about(path):
+        if not path.is_dir():
+            return path
+        names = [e.name + "/" * e.is_dir() for e in path.iterdir() if not e.name.startswith("._")]
+        name, problem = choose_weights(names)
+        if "adapter_config.json" in names and not problem:
+            raise WeightsFileError(f"has an adapter beside {name}; merge it, or name one file")
+        if problem:
+            raise WeightsFileError(f"{problem}; name the file")
+        return path / name
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that a list of parts names; of another file of weights none."""
+    names = set(parts_of(path).values()) if path.name.endswith(INDEX) else ()
+    return [path.with_name(name) for name in sorted(names)]
+
+
+def parts_of(path: Path) -> dict[str, str]:
+    """The file of each tensor, of Hugging Face's list of several files.
+
+    Raises:
+      WeightsFileError: the list is damaged, or names files elsewhere.
+      Unavailable: it cannot be read.
+    """
+    files = read_json(path).get("weight_map")
+    with about(path):
+        if not isinstance(files, dict) or not files:
+            raise WeightsFileError('is no list of files of weights: it has no "weight_map"')
+        for name in files.values():
+            if not isinstance(name, str) or Path(name).name != name or name.endswith(INDEX):
+                raise WeightsFileError(f"names {name!r}, which is no file beside it")
+    return files
 
 
 def is_weights(source: str | os.PathLike) -> bool:
     """Whether a source names weights, and not a directory of a run."""
     folder = Path(source)
-    if hub.is_hub_name(source) or not folder.is_dir():
+    if repository.is_hub_name(source) or not folder.is_dir():
         return True
     if (folder / "checkpoints").is_dir():
         return False
@@ -54,32 +156,5 @@ def is_weights(source: str | os.PathLike) -> bool:
 def weights_sha256(source: str | os.PathLike) -> str:
     """SHA-256 of a file of weights, or of those of all its parts."""
     path = weights_path(source)
-    hashes = {file.name: sha256(file) for file in files_of(path)}
+    hashes = {file.name: sha256(file) for file in (path, *_parts(path))}
     return json_sha256(hashes) if len(hashes) > 1 else hashes[path.name]
-
-
-def installed_path(name: str) -> Path:
-    """The path of the weights of a name in NAMES; their hash is that of their record.
-
-    Raises:
-      WeightsFileError: the file or its record is missing or damaged.
-      Unavailable: one of them cannot be read.
-    """
-    path = DIRECTORY / f"{name}.safetensors"
-    record = path.with_suffix(".json")
-    try:
-        recorded = json.loads(record.read_text(encoding="utf-8"))["sha256"]
-        if sha256(path) == recorded:
-            return path
-        problem = f"{path} is damaged: its sha256 is not that of its record"
-    except FileNotFoundError as error:
-        problem = f"{error.filename} is missing"
-    except OSError as error:
-        raise Unavailable(path, error) from error
-    except (ValueError, KeyError, TypeError):
-        problem = f"{record} is damaged"
-    raise WeightsFileError(
-        f"the weights {name} cannot be used: {problem}; reinstall drl_jax, or in a clone run"
-        " `git checkout -- drl_jax/weights/files`",
-        names_file=True,
-    )

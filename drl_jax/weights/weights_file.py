@@ -13,6 +13,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from drl_jax.config import Config
+from drl_jax.hub.openai import MODELS
+from drl_jax.hub.releases import PUBLISHED, RELEASES
+from drl_jax.hub.repository import is_hub_name, resolved_revision
 from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import tokenizer_of_weights
@@ -20,12 +23,9 @@ from drl_jax.runtime.errors import Unavailable, UserError, one_line
 from drl_jax.runtime.files import replacing, sha256
 from drl_jax.weights.beside import unknown_model_type
 from drl_jax.weights.containers import Contents, crc32_of, open_weights
-from drl_jax.weights.description import Description, check_beside, check_release, describe
-from drl_jax.weights.download import MODELS
+from drl_jax.weights.description import Description, check_beside, describe
 from drl_jax.weights.errors import WeightsError, WeightsFileError, about
 from drl_jax.weights.families import Towers, find_towers, sizes_of, to_publisher
-from drl_jax.weights.hub import is_hub_name, resolved_revision
-from drl_jax.weights.releases import PUBLISHED
 from drl_jax.weights.source import weights_path
 from drl_jax.weights.tensors import StateDict, Tensor
 
@@ -61,33 +61,39 @@ class Weights(NamedTuple):
         """
         if self.contents is None:
             return
-        self.contents.verify(self.state.values())
+        spans = [span for tensor in self.state.values() for span in tensor.spans]
+        used = {(span.path, span.offset) for span in spans}
+        for path, offset, size, expected in self.contents.checksums:
+            is_used = any(where == path and offset <= at < offset + size for where, at in used)
+            if is_used and crc32_of(path, offset, size) != expected:
+                problem = f"{path} is damaged: a checksum is wrong; get it again"
+                raise WeightsFileError(problem, names_file=True)
         metadata = self.contents.metadata
-        if _CHECKSUM_KEY not in metadata:
-            return
-        with about(self.contents.files[0]):
-            said = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
-            if metadata[_CHECKSUM_KEY] != _checksum(self.contents.tensors, said):
-                raise WeightsFileError("is damaged: its checksum is wrong; copy or export it again")
+        said = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
+        if _CHECKSUM_KEY in metadata and metadata[_CHECKSUM_KEY] != _checksum(
+            self.contents.tensors, said
+        ):
+            problem = "is damaged: its checksum is wrong; copy or export it again"
+            raise WeightsFileError(f"{self.contents.files[0]} {problem}", names_file=True)
 
 
 def read_weights(source: str | os.PathLike, release: str = "", key: str = "") -> Weights:
     """Opens a file of weights and says what it is; the values are read when they are used.
 
     Args:
-      source: what `weights_path` takes: a file that `open_weights` opens or a folder with one, of
-        towers, a DRL checkpoint, or what `save_weights` wrote.
+      source: what `weights_path` takes, of towers, a DRL checkpoint, or what `save_weights` wrote.
       release: a name of `releases.RELEASES`, for a CLIP whose activation no description says.
       key: prefix of the towers in a file with several pairs of them.
 
     Raises:
-      HubError: a repository cannot be used, see `hub.download`.
+      HubError: a repository cannot be used, see `repository.download`.
       WeightsFileError: the file cannot be read safely, or is damaged.
       WeightsError: it does not hold supported towers, nothing says their activation, or what the
         file, the release and a description beside it say is contradictory.
       Unavailable: a file is absent, or cannot be read.
     """
-    check_release(release)
+    if release and release not in RELEASES:
+        raise WeightsError(f"the release {release} is unknown; it is one of {', '.join(RELEASES)}")
     path = weights_path(source)
     contents = open_weights(path)
     with about(path):
@@ -120,7 +126,7 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
         description = description._replace(names=names, notes=found.notes)
         tokenizer = tokenizer_of_weights(path, description.backbone, tokenizer)
     state = {f"clip.{name}": tensor for name, tensor in found.state.items()} | found.heads
-    return Weights(state, description, config, tokenizer, contents, _is_of_drl(found), origin)
+    return Weights(state, description, config, tokenizer, contents, found.is_of_drl, origin)
 
 
 def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tuple[str, str]:
@@ -135,11 +141,7 @@ def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tupl
     if is_archive:
         return "", "OpenAI's archive (by its form)"
     # The PyTorch original of DRL knows OpenAI's CLIP only.
-    return "", "names of tensors as in DRL's original" if _is_of_drl(found) else ""
-
-
-def _is_of_drl(found: Towers) -> bool:
-    return f".{found.prefix}".endswith(".clip.") and found.publisher != "Hugging Face"
+    return "", "names of tensors as in DRL's original" if found.is_of_drl else ""
 
 
 def _checksum(state: StateDict, about: str) -> str:
@@ -178,9 +180,7 @@ def save_weights(
     """Writes safetensors atomically under the reference's names, with the configuration.
 
     Args:
-      path: of the file.
-      params: parameters of the model.
-      config: its configuration.
+      path, params, config: of the file; of the model.
       dtype: "float32" or "float16", of the tensors in the file.
       clip_only: write the towers alone, under their publisher's names (SigLIP: Hugging Face's), as
         a model with the interaction dp and without temporal head.

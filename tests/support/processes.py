@@ -51,7 +51,7 @@ def killing_workers(most: int = 1000) -> Iterator[None]:
         while len(killed) < most and not has_ended.wait(0.01):
             for pid in set(children_of(os.getpid())) - set(killed):
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    if b"_serve_calls" in Path(f"/proc/{pid}/cmdline").read_bytes():
                         os.kill(pid, signal.SIGKILL)
                         killed.append(pid)
 

@@ -6,7 +6,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from drl_jax.config import BackboneConfig
-from drl_jax.weights.families import FAMILIES, HALF
+
+_HALF = (0.5, 0.5, 0.5)
 
 
 class Release(NamedTuple):
@@ -34,7 +35,7 @@ RELEASES: dict[str, Release] = {
     "laion400m_e32": _LAION_400M,
     "laion2b_s34b_b79k": Release("gelu", "MIT"),
     "laion2b_s34b_b88k": Release("gelu", "MIT"),
-    "laion2b_s32b_b82k": Release("gelu", "MIT", {"pixel_mean": HALF, "pixel_std": HALF}),
+    "laion2b_s32b_b82k": Release("gelu", "MIT", {"pixel_mean": _HALF, "pixel_std": _HALF}),
     "datacomp_xl_s13b_b90k": Release("gelu", "MIT"),
     "datacomp_s34b_b86k": Release("gelu", "MIT"),
     "dfn2b": Release("quick_gelu", _APPLE),
@@ -56,6 +57,7 @@ class Published(NamedTuple):
 CLIP_B32 = BackboneConfig()
 CLIP_B16 = dataclasses.replace(CLIP_B32, vision_patch_size=16)
 _LAION_B32 = dataclasses.replace(CLIP_B32, activation="gelu")
+_SQUASHED: Any = {"pixel_mean": _HALF, "pixel_std": _HALF, "resize": "squash"}
 _SIGLIP2_B16 = BackboneConfig(
     family="siglip",
     # Its preprocessor_config.json says it; that of the first SigLIP says bicubic.
@@ -66,8 +68,11 @@ _SIGLIP2_B16 = BackboneConfig(
     vocab_size=256_000,
     text_width=768,
     text_heads=12,
-    **FAMILIES["siglip"].fields,
-    **FAMILIES["siglip"].by_vocabulary[256_000],
+    activation="gelu_tanh",
+    layer_norm_eps=1e-6,
+    logit_bias=True,
+    text_cleaning="lower",
+    **_SQUASHED,
 )
 _PE_B16 = BackboneConfig(
     family="pe",
@@ -77,7 +82,9 @@ _PE_B16 = BackboneConfig(
     text_width=1024,
     text_heads=16,
     text_layers=24,
-    **FAMILIES["pe"].fields,
+    activation="gelu",
+    interpolation="bilinear",
+    **_SQUASHED,
 )
 _LAION_SOURCE = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 PUBLISHED: dict[str, Published] = {

@@ -1,23 +1,25 @@
-"""Weights of a repository on the Hugging Face Hub: `hf-hub:ORG/NAME` or `hf-hub:ORG/NAME@REVISION`.
+"""A repository on the Hugging Face Hub: `hf-hub:ORG/NAME` or `hf-hub:ORG/NAME@REVISION`.
 
 The package `huggingface_hub` downloads, and keeps its cache. It is imported at the first download.
 """
 
+import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from drl_jax.runtime.errors import UserError, one_line
-from drl_jax.weights.errors import some
-from drl_jax.weights.folders import DESCRIPTIONS, PREFERRED, SUFFIXES, choose_weights, files_of
 
 PREFIX = "hf-hub:"
-# Files that are downloaded with the weights, if they exist.
-_BESIDE = (*DESCRIPTIONS, "tokenizer.json", "spiece.model")
 _NAME = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
+# Of a source and the names of its files, those that are wanted; the path of the last one is
+# returned. It raises HubError if they are not there.
+Choose = Callable[[str, Iterable[str]], list[str]]
+# Of that path, others that belong to it.
+Parts = Callable[[Path], list[Path]]
 # What `download` has returned in this process: a run reads its weights and hashes the same file.
 _downloaded: dict[str, Path] = {}
 
@@ -31,22 +33,24 @@ def is_hub_name(source: str | os.PathLike) -> bool:
     return isinstance(source, str) and source.startswith(PREFIX)
 
 
-def download(source: str) -> Path:
-    """Downloads the weights of a repository, and their descriptions, unless they are in the cache.
+def download(source: str, choose: Choose, parts: Parts) -> Path:
+    """Downloads chosen files of a repository, unless they are in the cache.
 
     Without a connection, files of an earlier download are used. A second call in a process returns
     the same path, also if the branch has moved.
 
     Args:
       source: `hf-hub:ORG/NAME`, of the branch `main`; or with `@REVISION`, a branch, tag or commit.
+      choose: says which files.
+      parts: says which others they name.
 
     Returns:
-      The path of the weights in a snapshot folder of the cache, with the repository's descriptions
-      beside it. It is a link to a file with another name: do not resolve it.
+      The path of the last chosen file in a snapshot folder of the cache, with the others beside it.
+      It is a link to a file with another name: do not resolve it.
 
     Raises:
       HubError: the name is malformed, `huggingface_hub` is not installed, there is no such
-        repository or revision or no access to it, it has no single file of weights, or it can
+        repository or revision or no access to it, it does not have what is wanted, or it can
         neither be downloaded nor found in the cache.
       KeyboardInterrupt: with a message that says what to do.
     """
@@ -62,7 +66,7 @@ def download(source: str) -> Path:
         problem = "needs the package huggingface_hub: pip install 'drl_jax[hub]'"
         raise HubError(f"{source} {problem}") from error
     try:
-        path = _download(source, repository, revision)
+        path = _download(source, repository, revision, choose, parts)
     except UserError:
         raise
     # Errors of the HTTP client, whose package differs between versions, and of a native extension.
@@ -76,25 +80,39 @@ def download(source: str) -> Path:
     return path
 
 
+def to_download(source: str, choose: Choose) -> int | None:
+    """Bytes of the chosen files of a repository that are not in the cache; None: not known.
+
+    Raises the errors of `download`, but not where there is no connection.
+    """
+    repository, _, revision = source.removeprefix(PREFIX).partition("@")
+    try:
+        from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    except ImportError:
+        return None  # `download` says so.
+    revision = revision or "main"
+    try:
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(
+            repository, revision=revision, timeout=timeout, files_metadata=True
+        )
+    except Exception:  # Of many types; `download` explains what concerns the user.
+        return None
+    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+    wanted = choose(source, sizes)
+    is_there = functools.partial(try_to_load_from_cache, repository, revision=info.sha)
+    missing = [name for name in wanted if not isinstance(is_there(name), str)]
+    return None if None in map(sizes.get, missing) else sum(map(sizes.get, missing))
+
+
 def resolved_revision(path: Path) -> str:
     """The commit of a path that `download` returned; empty for one outside a snapshot folder."""
     commit, in_cache = path.parent.name, path.parent.parent.name == "snapshots"
     return commit if in_cache and _COMMIT.fullmatch(commit) else ""
 
 
-def _chosen(names: Iterable[str], source: str) -> str:
-    """The file of weights among the files of a repository."""
-    name, problem = choose_weights(names)
-    if problem:
-        raise HubError(
-            f"{source} {problem}; supported are {', '.join(PREFERRED)} or a single file *"
-            f"{' or *'.join(SUFFIXES)}; download the right one with `hf download` and give its path"
-        )
-    return name
-
-
-def _download(source: str, repository: str, revision: str) -> Path:
-    """The weights in the cache; they come last: where they are, the others are too."""
+def _download(source: str, repository: str, revision: str, choose: Choose, parts: Parts) -> Path:
+    """The file in the cache; it comes last: where it is, the others are too."""
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -105,36 +123,33 @@ def _download(source: str, repository: str, revision: str) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
     # No connection, offline mode, a proxy or a server that fails.
-    except Exception:
-        if (path := _cached(source, repository, revision)) is None:
-            raise
-        return path
-    names = [sibling.rfilename for sibling in info.siblings or ()]
-    weights = _chosen(names, source)
-    for name in (*(name for name in _BESIDE if name in names), weights):
+    except Exception as error:
+        return _cached(source, repository, revision, choose, parts, error)
+    for name in choose(source, [sibling.rfilename for sibling in info.siblings or ()]):
         path = Path(hf_hub_download(repository, name, revision=revision))
         # The others are of the same commit, even if the branch moves now.
         revision = path.parent.name
-    for part in files_of(path)[1:]:
+    for part in parts(path):
         hf_hub_download(repository, part.name, revision=revision)
     return path
 
 
-def _cached(source: str, repository: str, revision: str) -> Path | None:
-    """The weights of a revision in the cache; None: it has none."""
+def _cached(
+    source: str, repository: str, revision: str, choose: Choose, parts: Parts, error: Exception
+) -> Path:
+    """The file in the cache; raises `error` if it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    names = [path.name for path in folder.iterdir() if path.is_file()]
-    if not any(name.endswith((*SUFFIXES, ".bin", ".index.json")) for name in names):
-        return None
-    path = folder / _chosen(names, source)
-    if absent := [part.name for part in files_of(path) if not part.exists()]:
-        raise HubError(f"{source} is not complete in the cache: {some(absent)} is missing")
+        wanted = choose(source, [path.name for path in folder.iterdir() if path.is_file()])
+    except (LocalEntryNotFoundError, HubError):
+        raise error from None
+    path = folder / wanted[-1]
+    if absent := [part.name for part in parts(path) if not part.exists()]:
+        missing = f"{absent[0]} is missing" + f" with {len(absent) - 1} more" * (len(absent) > 1)
+        raise HubError(f"{source} is not complete in the cache: {missing}")
     return path
 
 
@@ -159,6 +174,6 @@ def _explanation(source: str, repository: str, revision: str, error: Exception) 
         return f"{source} cannot be stored: {where}: {error.strerror}; HF_HOME moves the cache"
     return (
         f"{source} is not in the cache {cache}, and its download from {hub} failed"
-        f" ({one_line(error)}); check the connection and try again, or copy the cache of another"
-        " machine"
+        f" ({one_line(error)}); check the connection and try again, copy the cache of another"
+        f" machine, or download the files of {hub}/{repository} elsewhere and name their folder"
     )

@@ -1,0 +1,31 @@
+"""Models for people who have videos and no model of their own.
+
+They load here, their licences are permissive, and their zero-shot retrieval is the best of their
+kind in publications (t2v R@1 on MSR-VTT: PE-Core B/16 47.6, L/14 50.3, CLIP ViT-B/32 31).
+"""
+
+from typing import NamedTuple
+
+
+class Recommended(NamedTuple):
+    """A model that is downloaded by its name.
+
+    Attributes:
+      source: as `weights.source.weights_path` takes it.
+      licence: of the weights.
+      languages: of the sentences it was trained with.
+    """
+
+    source: str
+    licence: str
+    languages: str
+
+
+RECOMMENDED = {
+    "general": Recommended("hf-hub:facebook/PE-Core-B16-224", "Apache-2.0", "English"),
+    "large": Recommended("hf-hub:facebook/PE-Core-L14-336", "Apache-2.0", "English"),
+    "multilingual": Recommended(
+        "hf-hub:google/siglip2-base-patch16-224", "Apache-2.0", "English and many others"
+    ),
+    "fast": Recommended("ViT-B/32", "MIT", "English"),
+}

@@ -1,0 +1,131 @@
+"""Searches folders of videos: chooses a model, indexes them, and answers or serves.
+
+`drl_jax search FOLDER ...` is the other commands in one, with an index of its own place.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import threading
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from drl_jax.hub.recommended import RECOMMENDED
+from drl_jax.pretrained.model import RetrievalModel, load, load_source
+from drl_jax.runtime.errors import UserError, printable
+from drl_jax.search.commands import format_hits
+from drl_jax.search.index_file import has_index, part_directories, read_header
+from drl_jax.search.session import Index
+from drl_jax.weights.source import is_name, resolved, to_download
+
+# Seconds between looks whether a new index can be searched.
+_PAUSE = 0.2
+
+
+def search_folders(options: argparse.Namespace) -> None:
+    """Indexes the folders, and answers the sentence, or else serves the page meanwhile.
+
+    Raises UserError: there is no such folder, no video in it, or the model is not there.
+    """
+    folders, sentence = split_words(options.words)
+    directory = options.index or default_index(folders[0])
+    model = _model_of(directory, options.model, agrees=options.yes)
+    print(f"model: {' '.join(model.source.values())}; index: {directory}", flush=True)
+    index = Index(directory, model)
+    if sentence:
+        for folder in folders:
+            print(f"{folder}: {index.add(folder, progress=True)}")
+        hits = index.search(sentence, top=options.top)
+        print(json.dumps([hit.to_json() for hit in hits]) if options.json else format_hits(hits))
+        return
+    # It imports a server, which answers need not.
+    from drl_jax.search.serve import serve
+
+    updating = _Updating(index, folders)
+    updating.start()
+    while not updating.is_searchable():
+        updating.join(_PAUSE)
+    if not options.no_browser and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        options.on_start = webbrowser.open
+    serve(index, options)
+
+
+class _Updating(threading.Thread):
+    """Adds folders to an index while it is served. A daemon: the next start does the rest."""
+
+    def __init__(self, index: Index, folders: Sequence[Path]):
+        super().__init__(daemon=True)
+        self._index, self._folders = index, folders
+        self._error: UserError | None = None
+
+    def run(self) -> None:
+        try:
+            for folder in self._folders:
+                print(f"{folder}: {self._index.add(folder, progress=True)}", flush=True)
+        except UserError as error:
+            self._error = error
+            print(f"drl_jax.search: {error}", file=sys.stderr, flush=True)
+
+    def is_searchable(self) -> bool:
+        """Whether a video can be searched; raises a UserError if there will be none."""
+        try:
+            self._index.state()
+            return True
+        except UserError as error:
+            if not self.is_alive():
+                raise (self._error or error) from None
+            return False
+
+
+def split_words(words: Sequence[str]) -> tuple[list[Path], str]:
+    """The folders among words, which come first, and the sentence that the others are."""
+    folders = [Path(word).expanduser() for word in words]
+    count = next((n for n, folder in enumerate(folders) if not folder.is_dir()), len(words))
+    # Words of a sentence have spaces, or there are several; a folder that is not there is neither.
+    rest = words[count:]
+    if not count or any("/" in word and " " not in word for word in rest):
+        wrong = rest[0] if rest else ""
+        raise UserError(f"there is no folder {printable(wrong)}: write drl_jax search FOLDER")
+    return folders[:count], " ".join(rest)
+
+
+def default_index(folder: Path) -> Path:
+    """Where the index of a folder is, unless the user names another place."""
+    home = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+    place = folder.resolve()
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:10]
+    return home / "drl_jax" / "indexes" / f"{printable(place.name) or 'root'}-{digest}"
+
+
+def _model_of(directory: Path, name: str, *, agrees: bool) -> RetrievalModel:
+    """The model of an index, the named one, or the recommended one of this machine."""
+    if not name and has_index(directory):
+        return load_source(read_header(part_directories(directory)[0])["source"])
+    name = name or ("general" if jax.default_backend() == "cpu" else "large")
+    if is_name(name) and (size := to_download(name)) != 0:
+        _ask(name, size, agrees=agrees)
+    return load(name)
+
+
+def _ask(name: str, size: int | None, *, agrees: bool) -> None:
+    """Says what is downloaded, and asks whether it may be; raises a UserError if it may not."""
+    source = resolved(name)
+    known = next((one for one in RECOMMENDED.values() if one.source == source), None)
+    facts = [f"{size / 1e9:.2f} GB"] if size else []
+    if known is not None:
+        facts += [f"licence {known.licence}", f"languages: {known.languages}"]
+    print(f"the model {source} is downloaded once ({'; '.join(facts) or 'size unknown'})")
+    if known is RECOMMENDED["general"]:
+        others = ", ".join(f"{n} ({r.languages})" for n, r in RECOMMENDED.items() if n != "general")
+        print(f"others with --model=NAME: {others}, a file, a run, or hf-hub:ORG/NAME")
+    if agrees:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("--yes agrees to the download; --model=FILE takes a file of weights")
+    if input("download it? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+        raise UserError("nothing was downloaded; --model=FILE takes a file of weights")

@@ -1,0 +1,100 @@
+"""`drl_jax.Index`: folders, files and hits, as a user of a notebook handles them."""
+
+import shutil
+
+import pytest
+
+import drl_jax
+from drl_jax.search.index_file import join
+from drl_jax.search.update import update_index
+
+
+@pytest.fixture
+def folders(test_videos, tmp_path):
+    made = []
+    for name, numbers in (("one", range(3)), ("two", range(3, 5))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in numbers:
+            video = sorted(test_videos.iterdir())[number]
+            shutil.copy(video, folder / video.name)
+        made.append(folder)
+    return made
+
+
+def test_folders_and_files_are_added(search_model, folders, tmp_path, capfd):
+    one, two = folders
+    index = drl_jax.Index(tmp_path / "index", search_model)
+    assert repr(index) == f"Index of no video yet in {tmp_path / 'index'}: add(folder)"
+    with pytest.raises(drl_jax.UserError, match="no index in"):
+        index.search("a dog")
+    assert index.add(one).added == 3
+    assert capfd.readouterr().err == ""
+    assert index.add(str(two), progress=True).added == 2
+    assert "indexing" in capfd.readouterr().err
+    assert repr(index).startswith(f"Index of 5 videos of {tmp_path} in")
+    paths = [hit.path for hit in index.search("a dog", top=9)]
+    assert sorted(paths) == sorted([*one.iterdir(), *two.iterdir()])
+    # The scores are those of an index of one folder with all of them.
+    alone = drl_jax.Index(tmp_path / "alone", search_model)
+    alone.add(two)
+    scores = {hit.path: hit.score for hit in index.search("a dog", top=9)}
+    for hit in alone.search("a dog", top=9):
+        assert scores[hit.path] == pytest.approx(hit.score, abs=1e-6)
+
+    assert index.add(one).unchanged == 3
+    (removed, *_), new = sorted(two.iterdir()), two / "new.mp4"
+    shutil.copy(removed, new)
+    assert index.add([new, one]).added == 1
+    new.unlink()
+    assert index.add([new]).removed == 1
+    assert len(drl_jax.Index(tmp_path / "index").search("a dog", top=9)) == 5
+    for given, message in (
+        ([], "no video to add"),
+        ("none", "none: neither .*one nor the index has such a video"),
+        (tmp_path, "overlaps with .*one, which the index"),
+        (__file__, "is in no folder of the index"),
+    ):
+        with pytest.raises(drl_jax.UserError, match=message):
+            index.add(given)
+
+
+def test_a_second_folder_is_made_as_the_first_one(search_model, folders, tmp_path):
+    one, two = folders
+    directory = tmp_path / "index"
+    update_index(search_model, one, directory, storage="int8", bank=["a dog", "a cat"])
+    with pytest.raises(drl_jax.UserError, match="made with another --storage, int8"):
+        update_index(search_model, two, directory, storage="float32")
+    index = drl_jax.Index(directory, search_model)
+    assert index.add(two).added == 2
+    assert index.state().header["hubness"]["captions"] == 2
+    assert len(index.search("a dog", top=9)) == 5
+    # A list of other indexes gets one, too.
+    shutil.copytree(directory / "parts", tmp_path / "parts")
+    (part,) = (tmp_path / "parts").iterdir()
+    join(tmp_path / "joined", [part])
+    joined = drl_jax.Index(tmp_path / "joined", search_model)
+    assert joined.add(one).added == 3
+    assert len(joined.search("a dog", top=9)) == 5
+
+
+def test_hits_are_shown(search_model, folders, tmp_path):
+    index = drl_jax.Index(tmp_path / "index", search_model)
+    (folders[0] / "a <b>.mp4").write_bytes(min(folders[1].iterdir()).read_bytes())
+    index.add(folders[0])
+    hits = index.search("a dog & a cat", top=4)
+    assert repr(hits).splitlines()[0] == "4 hits of 'a dog & a cat'"
+    html = hits._repr_html_()
+    assert "a dog &amp; a cat" in html
+    assert "a &lt;b&gt;.mp4" in html
+    assert html.count("data:image/jpeg;base64,") == 4
+    assert hits[0].explain()._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(drl_jax.UserError, match="has 1 moments, from 0, and none 3"):
+        hits[0].explain(3)
+    both = index.search(["a dog", "a cat"], top=2)
+    assert [one.query for one in both] == ["a dog", "a cat"]
+    pandas = pytest.importorskip("pandas")
+    table = hits.to_pandas()
+    assert isinstance(table, pandas.DataFrame)
+    assert table["rank"].tolist() == [1, 2, 3, 4]
+    assert table["score"].tolist() == [hit.score for hit in hits]
