@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.command import add_source_flags, disk_errors, plan_of, requested_storage
+from data_prep.command import add_source_flags, disk_errors, parse, plan_of, requested_storage
 from data_prep.datasets import DRAWN, builder_class, dataset_names
 from drl_jax.runtime.cli import Parser, add_ray_flag, run_command
 from drl_jax.runtime.errors import UserError
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("python -m data_prep.build", description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", choices=dataset_names())
+    parser.add_argument("dataset", help=f"{', '.join(dataset_names())}, or that of --plugin")
     add_source_flags(parser, required=False)
     number = "shapes and shapes_stills: number of videos"
     parser.add_argument("--size", choices=sorted(DRAWN["shapes"]), help=number)
@@ -47,7 +47,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         " annotations then decodes all videos again",
     )
     add_ray_flag(parser, "decode on")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, dataset_names())
     if options.dataset in DRAWN:
         if options.videos or options.annotations:
             parser.error(f"{options.dataset} draws its own videos: omit --videos and --annotations")

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import add_source_flags, disk_errors, plan_of, requested_storage
+from data_prep.command import add_source_flags, disk_errors, parse, plan_of, requested_storage
 from data_prep.datasets import DRAWN, dataset_names
 from drl_jax.runtime.cli import Parser, run_command
 from drl_jax.runtime.errors import UserError
@@ -27,9 +27,10 @@ class _CheckError(UserError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = Parser(f"python -m {_NAME}", description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", choices=sorted(set(dataset_names()) - set(DRAWN)))
+    names = sorted(set(dataset_names()) - set(DRAWN))
+    parser.add_argument("dataset", help=f"{', '.join(names)}, or that of --plugin")
     add_source_flags(parser, required=True)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, names)
     return run_command(_NAME, lambda: _check(options), on_interrupt="nothing was written")
 
 

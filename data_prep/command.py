@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,9 @@ from data_prep.datasets import builder_class
 from drl_jax.config import FRAME_CLOCKS, INTERPOLATIONS, RESIZES, STORAGE_ENCODINGS
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.storage import StorageSpec
-from drl_jax.runtime.cli import Parser, positive_int
+from drl_jax.runtime.cli import Parser, add_plugin_flag, positive_int
 from drl_jax.runtime.errors import Unavailable, UserError, one_line, system_errors
+from drl_jax.runtime.plugins import DATASETS, load_plugins
 
 if TYPE_CHECKING:
     from data_prep.video_folder import Plan
@@ -59,8 +60,23 @@ def plan_of(options: argparse.Namespace, quarantine: Mapping[str, str]) -> "Plan
     return make_plan(annotations, options.videos, quarantine, protocols=builder.PROTOCOLS)
 
 
+def parse(
+    parser: Parser, arguments: Sequence[str] | None, names: Collection[str]
+) -> argparse.Namespace:
+    """Parses arguments, of which `dataset` is one of `names` or registered by `--plugin`."""
+    options = parser.parse_args(arguments)
+    try:
+        load_plugins(options.plugin)
+    except UserError as error:
+        parser.error(str(error))
+    if options.dataset not in (known := sorted({*names, *DATASETS})):
+        parser.error(f"invalid choice: {options.dataset!r} (choose from {', '.join(known)})")
+    return options
+
+
 def add_source_flags(parser: Parser, *, required: bool) -> None:
-    """Adds the flags of the source files and of the storage variant."""
+    """Adds the flags of the source files and of the storage variant, and `--plugin`."""
+    add_plugin_flag(parser, "the dataset")
     # Not required: annotation files may contain the videos.
     parser.add_argument("--videos", type=Path, metavar="DIR", help="folder of the video files")
     parser.add_argument(

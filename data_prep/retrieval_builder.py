@@ -65,6 +65,10 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
     # Whether decoded frames stay cached after a build, for a build with other annotations.
     KEEPS_CACHE: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **options: Any):
+        # `data_prep.datasets` is the registry; TFDS refuses two classes of one name.
+        super().__init_subclass__(skip_registration=True, **options)
+
     @classmethod
     @abc.abstractmethod
     def read_annotations(cls, path: Path) -> Annotations:

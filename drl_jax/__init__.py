@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from drl_jax.compare import compare
     from drl_jax.embed import embed
     from drl_jax.evaluate import evaluate
+    from drl_jax.models.registry import register_interaction, register_temporal_head
     from drl_jax.pretrained.inputs import Video
     from drl_jax.pretrained.model import RetrievalModel, load
     from drl_jax.runtime.errors import UserError
+    from drl_jax.runtime.plugins import register_dataset
     from drl_jax.search.session import Index
     from drl_jax.train import train
 
@@ -39,6 +41,9 @@ __all__ = [
     "embed",
     "evaluate",
     "load",
+    "register_dataset",
+    "register_interaction",
+    "register_temporal_head",
     "train",
 ]
 # Where the names are; the others are modules of their own, see `CallableModule`.
@@ -48,6 +53,9 @@ _MODULES = {
     "UserError": "drl_jax.runtime.errors",
     "Video": "drl_jax.pretrained.inputs",
     "load": "drl_jax.pretrained.model",
+    "register_dataset": "drl_jax.runtime.plugins",
+    "register_interaction": "drl_jax.models.registry",
+    "register_temporal_head": "drl_jax.models.registry",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
-from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.cli import Parser, add_plugin_flag, run_command
 
 if TYPE_CHECKING:
     from drl_jax.runs.compare_run import Comparison
@@ -39,6 +39,7 @@ def _parser() -> Parser:
     add("--checkpoint", default="best", help="of both: best, latest or a step (%(default)s)")
     add("--split", default="test", help="train, val, test or a stored split (%(default)s)")
     add("--data_dir", help="directory of built datasets, if they were moved")
+    add_plugin_flag(parser)
     return parser
 
 
@@ -47,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def work() -> None:
+        from drl_jax.runtime.plugins import load_plugins
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
+        load_plugins(options.plugin)
         keep_freed_memory()
         cache_compilations()
         what = {"checkpoint": options.checkpoint, "split": options.split}

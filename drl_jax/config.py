@@ -34,6 +34,10 @@ class ConfigError(UserError):
     """A configuration that cannot work; the message names the field and what to do."""
 
 
+class UnregisteredError(ConfigError):
+    """A configuration has an interaction or a temporal head that this process does not know."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
     """Family and sizes of the image and the text tower; the defaults are OpenAI's CLIP ViT-B/32.
@@ -99,10 +103,10 @@ class ModelConfig:
     # Tokenizer: a `tokenizer.json` or a `spiece.model`. Empty: the one beside `init`, or CLIP's.
     tokenizer: str = ""
     # How texts and videos are compared: dp (dot product), ti (token-wise), wti (weighted
-    # token-wise) or xti (cross transformer).
+    # token-wise), xti (cross transformer), or the name of one of your own (`--plugin`).
     interaction: str = "wti"
     wti_arch: int = 2  # linear layers of wti's weights: 1, 2 or 3
-    # Temporal aggregation of frame features: none, seqLSTM or seqTransf.
+    # Temporal aggregation of frame features: none, seqLSTM, seqTransf, or one of your own.
     agg_module: str = "seqTransf"
     temporal_layers: int = 4  # of seqTransf
     # Layers of xti's cross transformer, and the dropout of its input.
@@ -285,6 +289,7 @@ def checked_config(
 
     Raises:
       ConfigError: names the field that is unknown, of a wrong type or cannot work.
+      UnregisteredError: the interaction or the temporal head is not known.
     """
     config = _from_dict(Config, values, "config")
     families = {"family": backbones, "interaction": interactions, "agg_module": temporal_heads}
@@ -343,6 +348,9 @@ def _check_value(
 ) -> None:
     if name in choices and value not in choices[name]:
         names = " or ".join(", ".join(choices[name]).rsplit(", ", 1))
+        if name in ("interaction", "agg_module"):
+            own = "one of your own needs --plugin=FILE"
+            raise UnregisteredError(f"{where} is {names}, not {value!r}; {own}")
         raise ConfigError(f"{where} is {names}, not {value!r}")
     if type(value) not in (int, float) or name in _OTHERWISE_BOUNDED:
         return

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drl_jax.hub.installed import NAMES
-from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.cli import Parser, add_plugin_flag, run_command
 from drl_jax.runtime.errors import UserError
 from drl_jax.weights.source import FILE_FLAGS
 
@@ -39,6 +39,7 @@ def _parser() -> Parser:
     add("--dtype", choices=("float32", "float16"), help=dtype)
     towers = "export the towers without the heads, under their publisher's names"
     add("--clip_only", action="store_true", help=towers)
+    add_plugin_flag(parser)
     return parser
 
 
@@ -49,10 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from drl_jax.runs.run_params import export_weights, import_weights
+        from drl_jax.runtime.plugins import load_plugins
         from drl_jax.runtime.resources import cache_compilations
         from drl_jax.weights.source import is_weights
 
         cache_compilations()
+        load_plugins(options.plugin)
         described = {name: getattr(options, name) for name in FILE_FLAGS}
         if is_weights(source):
             if options.clip_only or options.dtype:

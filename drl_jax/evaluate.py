@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
-from drl_jax.runtime.cli import Parser, positive_int, run_command
+from drl_jax.runtime.cli import Parser, add_plugin_flag, positive_int, run_command
 from drl_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def _parser() -> Parser:
     report = "write DIR/index.html, one page with the metrics, curves and pictures of the run"
     add("--report", type=Path, metavar="DIR", help=report)
     add("--data_dir", help="directory of built datasets, if they were moved")
+    add_plugin_flag(parser)
     return parser
 
 
@@ -119,8 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
 
     def work() -> None:
+        from drl_jax.runtime.plugins import load_plugins
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
+        load_plugins(options.plugin)
         keep_freed_memory()
         cache_compilations()
         evaluate(

@@ -17,6 +17,7 @@ from drl_jax import CallableModule
 from drl_jax.runtime.cli import (
     Parser,
     add_config_flag,
+    add_plugin_flag,
     config_of_file,
     parse_with_config,
     positive_int,
@@ -75,6 +76,7 @@ def train(
 def _parser() -> Parser:
     parser = Parser("python -m drl_jax.train", description=__doc__.splitlines()[0])
     add_config_flag(parser, reproduce=True)
+    add_plugin_flag(parser)
     workdir = (
         "directory of the run (runs/NAME_VARIANT; runs/reproduced_NAME with --reproduce), or of the"
         " runs with --seeds (runs/NAME_VARIANT_seeds)"
@@ -151,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.runs.train_seeds import train_seeds
         from drl_jax.runtime.distributed import end_together, initialize
         from drl_jax.runtime.errors import Interrupted
+        from drl_jax.runtime.plugins import load_plugins
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
         keep_freed_memory()
@@ -169,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif workdir is None:
             workdir = _default_workdir(options.config, "seeds" if options.seeds else "")
         try:
+            load_plugins(options.plugin)
             checked = config_from_dict(config.to_dict())
             if options.seeds:
                 train_seeds(checked, workdir, options.seeds)

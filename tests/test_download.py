@@ -7,8 +7,10 @@ import threading
 import pytest
 from support.commands import error_of
 
+from drl_jax.hub import openai
 from drl_jax.hub.openai import MODELS, DownloadError, download, url_of
 from drl_jax.weights.download import main
+from drl_jax.weights.source import to_download, weights_path
 
 CONTENT = bytes(range(256)) * 5000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -71,6 +73,19 @@ def test_a_file_with_another_digest_is_an_error(server, tmp_path):
 def test_without_a_connection_the_error_says_what_to_do(tmp_path):
     with pytest.raises(DownloadError, match=r"or copy the file to .*a\.pt"):
         download("http://127.0.0.1:9/a.pt", SHA256, tmp_path / "a.pt")
+
+
+def test_a_model_is_downloaded_once_into_the_cache_of_openais_package(
+    server, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(openai, "_SERVER", server.address)
+    monkeypatch.setitem(MODELS, "ViT-B/32", SHA256)
+    assert to_download("ViT-B/32") is None
+    for _ in range(2):
+        assert weights_path("ViT-B/32") == tmp_path / ".cache" / "clip" / "ViT-B-32.pt"
+    assert server.starts == [0]
+    assert to_download("fast") == 0
 
 
 def test_the_url_contains_the_digest():

@@ -26,7 +26,7 @@ _ANNOTATIONS = "annotations.json"
 _DIGEST = "drawing.sha256"
 
 
-class DrawnBuilder(RetrievalBuilder, skip_registration=True):  # type: ignore[call-arg]
+class DrawnBuilder(RetrievalBuilder):
     """Stores videos that `draw` makes, and their captions."""
 
     MAX_WORDS: ClassVar[int] = 24

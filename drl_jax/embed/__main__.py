@@ -14,6 +14,7 @@ from drl_jax.embed.files import DTYPES, SHARD_SIZE, SUFFIXES, check_out, read_ca
 from drl_jax.pretrained.flags import add_encoder_flag, add_model_flags, required_model
 from drl_jax.runtime.cli import Parser, positive_int, positive_seconds, run_command
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.plugins import load_plugins
 
 
 def _parser() -> Parser:
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()
+        load_plugins(options.plugin)
         # Before a model is loaded.
         check_out(options.out)
         if options.captions and options.windows:
@@ -71,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shard_size=options.shard_size,
             timeout=options.timeout,
         )
+        if not model.interaction.HAS_POOLED:
+            name = model.config.model.interaction
+            print(f"the interaction {name} has no pooled vectors: the files have no pooled")
         first, *others = output.files
         where = f"{first} and others" if others else first
         files = f"{len(output.files)} files" if others else "1 file"

@@ -1,7 +1,7 @@
 """Writes the embeddings of captions and of videos to files."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def embed_captions(
             tokens = model.tokenize(part)
             text = model.encode_tokens(tokens)
             words = model.token_strings(part)
-            features = _stored({"pooled": model.pool_text(text), **text}, dtype)
+            features = _stored(_pooled(model, model.pool_text, text) | text, dtype)
             arrays = {"caption": np.array(part), **features}
             found = np.array(list(chain.from_iterable(words)))
             arrays["token"] = np.zeros(text["text_mask"].shape, found.dtype)
@@ -182,8 +182,15 @@ def _of_videos(
     if windows:
         spans = np.concatenate([read.arrays["window.span"] for _, read in reads])
         arrays["start"], arrays["end"] = spans.astype(np.float32).T
-    features = {"pooled": model.pool_videos(video), **video}
+    features = _pooled(model, model.pool_videos, video) | video
     return {**arrays, **_stored(features, dtype), "frame_time": frame_time}
+
+
+def _pooled(
+    model: RetrievalModel, pool: Callable[[Features], np.ndarray], of: Features
+) -> Features:
+    """One vector of each item, if the interaction has them."""
+    return {"pooled": pool(of)} if model.interaction.HAS_POOLED else {}
 
 
 def _stored(features: Features, dtype: str) -> Features:

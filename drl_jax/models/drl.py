@@ -70,9 +70,18 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     return checked_config(values, BACKBONES, INTERACTIONS, TEMPORAL_HEADS)
 
 
-@functools.cache
 def _abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    heads = INTERACTIONS[config.interaction], TEMPORAL_HEADS[config.agg_module]
+    return _traced_model(config, heads)
+
+
+@functools.cache
+def _traced_model(
+    config: ModelConfig, heads: tuple[type | None, ...]
+) -> tuple[nnx.GraphDef, Params]:
     # Tracing takes a large part of a second, and several callers of a process need the same model.
+    # Another class of the same name makes another one.
+    del heads
     definition, params = nnx.split(nnx.eval_shape(lambda: DRL(config, rngs=nnx.Rngs(0))))
     return definition, nnx.to_pure_dict(params)
 

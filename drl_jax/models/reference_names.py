@@ -1,8 +1,9 @@
 """Parameter names: ours on one side, those of the reference's state dict on the other.
 
 The reference uses OpenAI's names for the towers, with the prefix `clip.`, and its own names for the
-heads, which each head translates (`reference_name`). Two differences are common to all: layers of a
-transformer are stacked on a leading axis, and kernels are [in, out] where torch's are [out, in].
+heads, which each head translates (`reference_name`); heads that it does not have keep ours. Two
+differences are common to all: layers of a transformer are stacked on a leading axis, and kernels
+are [in, out] where torch's are [out, in].
 """
 
 import re
@@ -37,7 +38,7 @@ class Entry(NamedTuple):
     def tensors_in(self, parameter: np.ndarray) -> list[np.ndarray]:
         """The reference's tensors as views of our parameter: to read them, or to fill it."""
         layers = list(parameter) if self.stacked else [parameter]
-        if self.path.endswith("conv1/kernel"):
+        if self.path.startswith("backbone/") and self.path.endswith("conv1/kernel"):
             # [p*p*3, D], rows in the order of the pixels of a patch -> [D, 3, p, p]
             patch = round((self.shape[0] / 3) ** 0.5)
             return [x.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1) for x in layers]
@@ -70,7 +71,7 @@ def _reference_path(path: str, paths: dict[str, Any]) -> str:
     for head in filter(None, _HEADS[module].values()):
         if name := head.reference_name(rest, siblings):
             return name
-    raise KeyError(f"no head has a parameter {path}")
+    return path.replace("/", ".")  # Of a head that the reference does not have.
 
 
 def state_dict_from_params(params: Any) -> dict[str, np.ndarray]:

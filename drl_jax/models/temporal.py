@@ -18,7 +18,7 @@ from drl_jax.models.ops import lengths_of
 class TemporalHead(Head):
     """Maps frame features to frame features that depend on each other.
 
-    A new head is a subclass and an entry of `TEMPORAL_HEADS`.
+    A new head is a subclass that is registered (`models.registry`) or an entry of `TEMPORAL_HEADS`.
     """
 
     def __call__(self, frame_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:

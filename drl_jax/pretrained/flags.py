@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drl_jax.runtime.cli import Parser
+from drl_jax.runtime.cli import Parser, add_plugin_flag
 from drl_jax.runtime.errors import UserError
 from drl_jax.weights.source import FILE_FLAGS
 
@@ -26,7 +26,7 @@ def add_encoder_flag(parser: Parser) -> None:
 
 
 def add_model_flags(parser: Parser) -> None:
-    """Adds `--workdir`, `--checkpoint`, `--weights` and FILE_FLAGS."""
+    """Adds `--workdir`, `--checkpoint`, `--weights`, FILE_FLAGS and `--plugin`."""
     add = parser.add_argument
     add("--workdir", type=Path, help="directory of the run with the model")
     add("--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)")
@@ -34,6 +34,7 @@ def add_model_flags(parser: Parser) -> None:
     add("--weights", help=file)
     for name, what in FILE_FLAGS.items():
         add(f"--{name}", default="", help=f"of --weights: {what}")
+    add_plugin_flag(parser)
 
 
 def model_of_flags(options: argparse.Namespace) -> "RetrievalModel | None":

@@ -30,6 +30,7 @@ from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained.inputs import Video, captions_of, items_of, read_video
 from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.plugins import origin_of
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.load import config_of_weights, initial_params
@@ -247,6 +248,8 @@ class RetrievalModel:
         if model.tokenizer:
             identity["tokenizer"] = self._embedder.tokenizer.sha256
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+        if (origin := origin_of(self.interaction)) is not None:
+            digest.update(origin.content)
         for leaf in jax.tree.leaves(self.params):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()

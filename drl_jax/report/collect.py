@@ -102,7 +102,7 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
       UserError: frames cannot be read.
       OSError: `metrics.jsonl` cannot be read.
     """
-    opened, evaluation = evaluated
+    opened, evaluation, _ = evaluated
     split = opened.split
     sim_matrix, ranks = evaluation.sim_matrix, evaluation.ranks
     text_to_video, captions = split.caption_pairs()
@@ -111,7 +111,8 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
     hubs = hubness(sim_matrix, _HUBS)
     duplicates = duplicate_captions(captions, text_to_video)[:_DUPLICATES]
     pairs: list[tuple[int, int]] = []
-    if INTERACTIONS[opened.config.model.interaction].COMPARES_TOKENS:
+    interaction = INTERACTIONS[opened.config.model.interaction]
+    if interaction.COMPARES_TOKENS and interaction.HAS_EXPLANATION:
         pairs = mapped_pairs(sim_matrix, ranks, [query.caption for query in worst])
     shown = [
         *(video for query in worst for video in (query.video, query.returned)),
@@ -202,7 +203,7 @@ def _rows(arrays: Features, rows: int | np.ndarray) -> Features:
 
 def _correlate(workdir: Path, evaluated: Evaluated) -> Channels | None:
     """Correlates the channels of videos and their first captions; None for xti, which has none."""
-    opened, evaluation = evaluated
+    opened, evaluation, _ = evaluated
     config, split = opened.config, opened.split
     variant = config.loss.cdcr or INTERACTIONS[config.model.interaction].CDCR_VARIANTS[-1]
     if not variant:

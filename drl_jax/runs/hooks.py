@@ -344,7 +344,8 @@ class Evaluations:
         pictures = {"eval/similarity": rendered(similarity_figure(evaluation.sim_matrix), _DPI)}
         interaction = INTERACTIONS[self._config.model.interaction]
         caption_to_video, captions = self._val.caption_pairs()
-        count = min(_PAIRS, len(captions)) if interaction.COMPARES_TOKENS else 0
+        has_maps = interaction.COMPARES_TOKENS and interaction.HAS_EXPLANATION
+        count = min(_PAIRS, len(captions)) if has_maps else 0
         tokenizer = load_tokenizer(self._config.model)
         for number in range(count):
             caption = number * len(captions) // count

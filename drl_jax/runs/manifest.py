@@ -22,6 +22,7 @@ from drl_jax.config import Config
 from drl_jax.data.records import VideoDataset
 from drl_jax.models.drl import config_from_dict
 from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.runs.run_plugins import changed_plugins, describe_plugins
 from drl_jax.runs.workdir import (
     FORMAT,
     MANIFEST_FILE,
@@ -63,6 +64,7 @@ class RunRecord:
             "id": "",
             "starts": [],
             "weights_sha256": self._weights_sha256,
+            "plugins": describe_plugins(config),
             "config_sha256": config_sha256(config),
         }
         if (found := own_manifest(workdir)) is not None:
@@ -192,6 +194,11 @@ def _check_inputs(
             f"the dataset in {dataset.directory} is not the one that {run} started with (content"
             f" {dataset.content[:12]}, was {expected[:12]}); build it again from the same files, or"
             " start a new run with another --workdir"
+        )
+    if changed := changed_plugins(manifest, config):
+        raise WorkdirError(
+            f"{changed[0]} is another version than {run} started with; give the copy in the run's"
+            " folder plugins, or start a new run with another --workdir"
         )
     if manifest.get("tokenizer_sha256", "") != _tokenizer_sha256(config):
         raise WorkdirError(

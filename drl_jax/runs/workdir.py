@@ -4,17 +4,19 @@ import contextlib
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from drl_jax.config import Config, ConfigError
+from drl_jax.config import Config, ConfigError, UnregisteredError
 from drl_jax.models.drl import config_from_dict
 from drl_jax.models.tokenizers import stored_name, with_tokenizer
+from drl_jax.runs.run_plugins import changed_plugins, how_to_open, keep_plugins
 from drl_jax.runtime.distributed import failing_together, from_main, is_main
-from drl_jax.runtime.errors import Unavailable, UserError, one_line
+from drl_jax.runtime.errors import Notice, Unavailable, UserError, one_line
 from drl_jax.runtime.files import copy_once, json_sha256, sha256, unseal, write_json
 from drl_jax.runtime.lock import LOCK_FILE, locked
 
@@ -66,6 +68,10 @@ def load_config(workdir: Path) -> Config:
       WorkdirError: the directory does not hold a run, or its files are damaged or changed.
     """
     config = stored_config(workdir)
+    manifest = own_manifest(workdir)
+    for name in changed_plugins(manifest, config):
+        text = f"the run in {workdir} was made with another version of {name}; results may differ"
+        warnings.warn(text, Notice, stacklevel=2)
     if not config.model.tokenizer:
         return config
     copy = workdir / stored_name(config.model.tokenizer)
@@ -77,7 +83,7 @@ def load_config(workdir: Path) -> Config:
         ) from error
     except OSError as error:
         raise Unavailable(copy, error) from error
-    recorded = (own_manifest(workdir) or {}).get("tokenizer_sha256")
+    recorded = (manifest or {}).get("tokenizer_sha256")
     if recorded and recorded != found:
         raise WorkdirError(
             f"{copy} is damaged or another file than the run was trained with (its sha256 was"
@@ -105,6 +111,9 @@ def stored_config(workdir: Path) -> Config:
         ) from error
     except OSError as error:
         raise Unavailable(path, error) from error
+    except UnregisteredError as error:
+        how = how_to_open(workdir, own_manifest(workdir))
+        raise WorkdirError(f"{path}: {error}; {how}") from error
     except (ValueError, ConfigError) as error:
         raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error
     manifest = own_manifest(workdir)
@@ -143,8 +152,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         values = unseal(path.read_text(encoding="utf-8"))
         if not values["starts"]:
             raise ValueError("it has no starts")
-        if values.get("format") == FORMAT:
-            config_from_dict(values["config"])
+        # One without the plugin of a run is not damaged.
+        with contextlib.suppress(UnregisteredError):
+            if values.get("format") == FORMAT:
+                config_from_dict(values["config"])
         return values
     except FileNotFoundError:
         raise
@@ -254,7 +265,7 @@ def exclusive(workdir: Path) -> Iterator[None]:
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
-    """Writes `config.json` and a copy of the tokenizer's file, or checks those of a run.
+    """Writes `config.json` and copies of the tokenizer and of plugins, or checks those of a run.
 
     Raises:
       WorkdirError: the directory holds a run of another configuration, or cannot be written.
@@ -278,8 +289,9 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Before the configuration: a run with a configuration has its tokenizer.
+        # Before the configuration: a run with a configuration has its tokenizer and plugins.
         _keep_tokenizer(workdir, config.model.tokenizer, old and old.model.tokenizer)
+        keep_plugins(workdir, config)
         write_json(workdir / CONFIG_FILE, dataclasses.asdict(config))
     except OSError as error:
         raise Unavailable(workdir, error, "written") from error

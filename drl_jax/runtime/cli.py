@@ -82,6 +82,14 @@ def add_ray_flag(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def add_plugin_flag(
+    parser: argparse.ArgumentParser, what: str = "an interaction or a head"
+) -> None:
+    """Adds `--plugin`; `runtime.plugins.load_plugins` executes the files."""
+    text = f"a file of yours that registers {what} (docs/tour.md), which is executed; repeatable"
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help=text)
+
+
 # ---------------------------------------------------------------- errors and exit status
 
 

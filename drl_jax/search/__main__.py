@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drl_jax.pretrained.flags import add_encoder_flag, add_model_flags
-from drl_jax.runtime.cli import Parser, add_ray_flag, positive_int, positive_seconds, run_command
+from drl_jax.runtime.cli import (
+    Parser,
+    add_plugin_flag,
+    add_ray_flag,
+    positive_int,
+    positive_seconds,
+    run_command,
+)
+from drl_jax.runtime.plugins import load_plugins
 from drl_jax.search import CANDIDATES, ENGINES, MOMENTS, REFINE, SCAN_FROM, STORAGES
 
 
@@ -43,7 +51,7 @@ def _parser() -> Parser:
     text = "measure how much of the exact answer the candidates contain, and the times"
     _add_recall_flags(add_command("recall", text, model, index, hubness, output))
     text = "list videos that show the same, also scaled, compressed or mirrored"
-    add_command("duplicates", text, index, output)
+    add_plugin_flag(add_command("duplicates", text, index, output))
     text = "draw how the words and frames of one pair contribute to its score"
     _add_explain_flags(add_command("explain", text, model))
     return parser
@@ -65,6 +73,7 @@ def _folder_parser() -> Parser:
     add("--yes", action="store_true", help="agree to download the model")
     add("--json", action="store_true", help="print the answer to a sentence as JSON")
     add("--no_browser", action="store_true", help="open no browser")
+    add_plugin_flag(parser)
     _add_serve_flags(parser)
     return parser
 
@@ -182,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from drl_jax.runtime.resources import cache_compilations
 
         cache_compilations()
+        load_plugins(getattr(options, "plugin", []))
         if has_folder:
             from drl_jax.search.folders import search_folders
 

@@ -92,7 +92,8 @@ class SearchAPI:
             moment = hit.moments[number]
             time = moment.start if time is None else time
             thumbnails = [_frames(video, frame=frame) for frame in moment.window.frames]
-            explanation = {**moment.explanation.to_json(), "thumbnails": thumbnails}
+            if moment.explanation is not None:
+                explanation = {**moment.explanation.to_json(), "thumbnails": thumbnails}
         return {
             **_hit_json(state, query, hit),
             "time": time or 0.0,

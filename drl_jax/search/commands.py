@@ -175,8 +175,11 @@ def format_hits(hits: Sequence[Hit]) -> str:
         lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(str(hit.path))}{same}")
         for moment in hit.moments:
             start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
-            lines.append(f"{'':14}{start} to {end}, best at {peak} ({moment.score:.4f})")
-        explanation, words = hit.moments[0].explanation, []
+            best = f", best at {peak}" if moment.explanation else ""
+            lines.append(f"{'':14}{start} to {end}{best} ({moment.score:.4f})")
+        if (explanation := hit.moments[0].explanation) is None:
+            continue
+        words = []
         for word, weight, similarity in explanation.words():
             share = f" ({weight:.0%})" if weight >= 0.005 else ""
             words.append(
@@ -271,6 +274,8 @@ def _explain(options: argparse.Namespace) -> None:
         path = path if path.exists() else file_of(state.folder, str(path))
     if model is None:
         raise UserError("name the model with --index=DIR, --workdir=RUN or --weights=FILE")
+    if not model.interaction.HAS_EXPLANATION:
+        model.interaction.attribution({}, {})  # Raises what is missing.
     (query,) = encode_sentences(model, [options.query])
     with temporary_directory() as folder:
         read = read_video(path, (), sampling_of(model), folder / "frames")

@@ -77,11 +77,15 @@ class Explanation:
 
 def explain(
     interaction: type[Interaction], part: Part, video: Features, tokens: list[str], times: Sequence
-) -> Explanation:
+) -> Explanation | None:
     """Explains the similarity of a window and the most similar text of a part of a query.
+
+    None if the interaction has no explanation.
 
     `video` has no axis of items; `tokens` are of the longest text, `times` of the frames, seconds.
     """
+    if not interaction.HAS_EXPLANATION:
+        return None
     count = len(part.text["text_mask"])
     texts = [{name: array[row] for name, array in part.text.items()} for row in range(count)]
     found = [interaction.attribution(text, video) for text in texts]
@@ -105,16 +109,21 @@ class Moment:
     window: Window
     number: int
     unusual: float | None
-    _explain: Callable[[], Explanation] = dataclasses.field(repr=False, compare=False)
+    _explain: Callable[[], Explanation | None] = dataclasses.field(repr=False, compare=False)
 
     @functools.cached_property
-    def explanation(self) -> Explanation:
+    def explanation(self) -> Explanation | None:
         """Why the window has its score, by the first part of the query; made when it is shown."""
         return self._explain()
 
     @property
     def peak(self) -> float:
-        """Time of the frame that contributes most; a moment can be a part of its window."""
+        """Time of the frame that contributes most; a moment can be a part of its window.
+
+        Without an explanation, the middle.
+        """
+        if self.explanation is None:
+            return (self.start + self.end) / 2
         return self.explanation.peak(self.start, self.end)
 
     def to_json(self) -> dict[str, Any]:
@@ -195,7 +204,10 @@ class Hit:
         return f"<p>{html.escape(str(self).strip())}{strip}</p>"
 
     def to_json(self) -> dict[str, Any]:
-        moments = [{**m.to_json(), "explanation": m.explanation.to_json()} for m in self.moments]
+        moments = [
+            {**m.to_json(), "explanation": m.explanation and m.explanation.to_json()}
+            for m in self.moments
+        ]
         return {**self.facts(), "path": str(self.path), "moments": moments}
 
 

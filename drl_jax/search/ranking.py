@@ -226,7 +226,7 @@ class Answer:
         path = self._index.folder / video.path
         return Hit(rank, path, video, tuple(moments), tuple(windows), scores)
 
-    def _explained(self, video: IndexedVideo, window: Window, number: int) -> Explanation:
+    def _explained(self, video: IndexedVideo, window: Window, number: int) -> Explanation | None:
         model = self._ranker.model
         if window.frames == video.windows[number].frames:
             arrays = {name: array[number] for name, array in stored_windows(video).items()}

@@ -48,6 +48,7 @@ def heads_of_weights(config: ModelConfig, weights: Weights) -> ModelConfig:
         for name, head in heads.items():
             if head and (fields := head.config_of_weights(names)) is not None:
                 changes |= {field: name, **fields}
+                break  # A registered subclass has the same names.
     return dataclasses.replace(config, **changes)
 
 

@@ -5,8 +5,9 @@ the encoder gives them, `*_unit` are divided by their L2 norm.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,18 @@ from flax import nnx
 from drl_jax.config import ModelConfig
 from drl_jax.models.heads import Head
 from drl_jax.models.towers import TextFeatures
+from drl_jax.runtime.errors import UserError
 
 # Named arrays of texts or of videos; the first axis is the item.
 Arrays = dict[str, jax.Array]
 # The same on the host.
 Features = dict[str, np.ndarray]
+# Methods that belong to one similarity: that of a subclass may be another.
+_INHERITABLE = {
+    "explanation": ("attribution",),
+    "pooled": ("pool_text", "pool_video"),
+    "vectors": ("query_vectors", "video_vectors"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +52,47 @@ class Attribution:
 class Interaction(Head):
     """Compares texts with videos (section 3.2 of the paper), which are encoded separately.
 
-    A new interaction is a subclass in a module of its own and an entry of `INTERACTIONS`;
-    everything that depends on the choice of the interaction is defined here.
+    A new interaction is a subclass that is registered (`models.registry`), or in a module of its
+    own and an entry of `INTERACTIONS`; everything that depends on the choice of the interaction is
+    defined here.
+
+    Raises:
+      UserError: a subclass inherits something that its parent does not have.
     """
+
+    # What a class takes from its parent, of "explanation", "pooled" and "vectors"; of these it has
+    # no others than it defines.
+    INHERITS: ClassVar[tuple[str, ...]] = ()
 
     # Values of `config.loss.cdcr` that the interaction supports.
     CDCR_VARIANTS: ClassVar[tuple[int, ...]] = (0,)
     # Names of the arrays of texts and of videos that `similarity` reads.
     TEXT_ARRAYS: ClassVar[tuple[str, ...]] = ()
     VIDEO_ARRAYS: ClassVar[tuple[str, ...]] = ()
-    # Whether `query_vectors` and `video_vectors` exist, and their dot product approximates the
-    # similarity.
+    # Whether there are an `attribution`; `pool_text` and `pool_video`; and `query_vectors` and
+    # `video_vectors`, whose dot product approximates the similarity. They follow from the methods.
+    HAS_EXPLANATION: ClassVar[bool] = True
+    HAS_POOLED: ClassVar[bool] = True
     HAS_VECTORS: ClassVar[bool] = False
     # Whether `similarity` draws dropout with its key.
     HAS_DROPOUT: ClassVar[bool] = False
     # Whether similarities are of single tokens and frames; the arrays then have features of both,
     # which is what `attribution` needs.
     COMPARES_TOKENS: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        inherits = vars(cls).get("INHERITS", ())
+        parent = next(base for base in cls.__mro__[1:] if issubclass(base, Interaction))
+        for what in inherits:
+            if what not in _INHERITABLE or not getattr(parent, f"HAS_{what.upper()}"):
+                raise UserError(f"{cls.__name__}: {parent.__name__} has no {what!r} to inherit")
+        for what, methods in _INHERITABLE.items():
+            missing = [name for name in methods if _is_inherited(cls, name)]
+            has = what in inherits or not missing
+            setattr(cls, f"HAS_{what.upper()}", has)
+            for name in () if has else missing:
+                setattr(cls, name, classmethod(functools.partial(_raise_missing, what)))
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Creates the parameters; the base class has none."""
@@ -136,7 +168,23 @@ class Interaction(Head):
     @classmethod
     def video_as_text(cls, video: Features) -> Features:
         """Arrays of videos in the place of texts, for queries by video: frames stand for tokens."""
-        raise NotImplementedError
+        raise UserError(
+            f"the interaction {cls.__name__} has no video_as_text: queries are sentences"
+        )
+
+
+def _is_inherited(cls: type, name: str) -> bool:
+    """Whether another interaction defines a method; a class that is none may provide it."""
+    definer = next(base for base in cls.__mro__ if name in vars(base))
+    return definer is not cls and issubclass(definer, Interaction)
+
+
+def _raise_missing(what: str, cls: type[Interaction], *_: Features) -> NoReturn:
+    noun = {"pooled": "pooled vectors"}.get(what, what)
+    raise UserError(
+        f"the interaction {cls.__name__} has no {noun}: define {' and '.join(_INHERITABLE[what])},"
+        f" or inherit them with INHERITS = ({what!r},)"
+    )
 
 
 def unit_features(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -38,6 +38,7 @@ _HEADS = 8
 class CrossTransformer(Interaction):
     """Transformer over [sentence, frames], then a pooler and a linear layer."""
 
+    INHERITS: ClassVar = ("explanation", "pooled")
     HAS_DROPOUT: ClassVar = True
     TEXT_ARRAYS: ClassVar = ("sentence_feat",)
     VIDEO_ARRAYS: ClassVar = ("frame_feat", "frame_mask")

@@ -23,7 +23,7 @@ class DotProduct(Interaction):
     CDCR_VARIANTS: ClassVar = (0, 1, 2, 3)
     TEXT_ARRAYS: ClassVar = ("sentence_unit",)
     VIDEO_ARRAYS: ClassVar = ("video_unit",)
-    HAS_VECTORS: ClassVar = True
+    INHERITS: ClassVar = ("explanation", "pooled")
 
     def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
         return {"sentence_unit": l2_normalize(text.sentence)}

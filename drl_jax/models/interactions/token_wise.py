@@ -44,7 +44,6 @@ class TokenWise(Interaction):
     CDCR_VARIANTS: ClassVar = (0, 1, 2)
     TEXT_ARRAYS: ClassVar = ("text_unit", "text_mask", "text_weight")
     VIDEO_ARRAYS: ClassVar = ("frame_unit", "frame_mask", "frame_weight")
-    HAS_VECTORS: ClassVar = True
     COMPARES_TOKENS: ClassVar = True
 
     def encode_text(self, text: TextFeatures, text_mask: jax.Array) -> Arrays:
@@ -131,6 +130,7 @@ class TokenWise(Interaction):
 class WeightedTokenWise(TokenWise):
     """wti: token-wise interaction with learned weights of tokens and frames."""
 
+    INHERITS: ClassVar = ("explanation", "pooled", "vectors")
     CDCR_VARIANTS: ClassVar = (0, 1, 2, 3)
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
