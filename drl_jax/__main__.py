@@ -13,6 +13,7 @@ VERBS = {
     "compare": ("two runs on the same queries", "drl_jax.compare"),
     "embed": ("write the features of videos or captions to files", "drl_jax.embed.__main__"),
     "convert": ("exchange weights between files and runs", "drl_jax.convert"),
+    "export": ("programs of a model for other runtimes", "drl_jax.export"),
     "weights": ("say what a file of weights is", "drl_jax.weights.__main__"),
     "build": ("decode a dataset for training", "data_prep.build"),
     "check": ("look for faults in a built dataset", "data_prep.check"),

@@ -2,6 +2,8 @@
 
 python -m drl_jax.convert ViT-B-32.pt runs/clip        (a file to a run)
 python -m drl_jax.convert runs/msrvtt drl.safetensors  (a run's checkpoint to a file)
+
+`python -m drl_jax.export` makes programs for other runtimes: StableHLO and ONNX.
 """
 
 import argparse

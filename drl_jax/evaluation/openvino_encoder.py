@@ -1,17 +1,15 @@
 """Encodes images on CPUs with OpenVINO, faster than XLA: several times in bfloat16.
 
 OpenVINO's front end reads the program that JAX traces. It knows no loops and no calls, so these are
-written out first (`_written_out`).
+written out first.
 """
 
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend import core
@@ -19,12 +17,11 @@ from tqdm import tqdm
 
 from drl_jax.config import ModelConfig
 from drl_jax.models.drl import Params, model_definition
+from drl_jax.models.programs import written_out
 from drl_jax.runtime.errors import UserError, one_line
 
 # Images of one program, whose shapes are fixed; several run at a time.
 _IMAGES = 8
-# Parameters of an equation that hold the program of a call or a loop.
-_PROGRAMS = ("jaxpr", "call_jaxpr")
 
 
 def choose_encoder(asked: str, recorded: str | None = None) -> str:
@@ -122,42 +119,4 @@ def _trace(model: ModelConfig, params: Params) -> core.ClosedJaxpr:
         return nnx.merge(definition, params).backbone.encode_image(images, np.ones(_IMAGES, bool))
 
     traced = jax.make_jaxpr(encode)(images)
-    return jax.make_jaxpr(functools.partial(_written_out, traced.jaxpr, traced.consts))(images)
-
-
-def _written_out(jaxpr: core.Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:
-    """Computes a program without loops, calls and what the front end does not know.
-
-    Parameters stay NumPy arrays: their parts are constants of the result.
-    """
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
-    values |= zip(jaxpr.invars, arguments, strict=True)
-
-    def read(name: Any) -> Any:
-        return name.val if isinstance(name, core.Literal) else values[name]
-
-    for equation in jaxpr.eqns:
-        given = [read(name) for name in equation.invars]
-        primitive, about = equation.primitive, equation.params
-        called = next((about[name] for name in _PROGRAMS if name in about), None)
-        inner = getattr(called, "jaxpr", called), getattr(called, "consts", ())
-        if primitive.name == "scan":
-            first, second = about["num_consts"], about["num_consts"] + about["num_carry"]
-            results = given[first:second]
-            for layer in range(about["length"]):
-                row = [stacked[layer] for stacked in given[second:]]
-                results = _written_out(*inner, *given[:first], *results, *row)
-        elif called is not None:
-            results = _written_out(*inner, *given)
-        elif primitive.name == "split":
-            (whole,), axis = given, (slice(None),) * about["axis"]
-            ends = np.cumsum(about["sizes"]).tolist()
-            results = [whole[(*axis, slice(*part))] for part in zip([0, *ends], ends, strict=False)]
-        elif primitive.name == "stack":
-            parts = [jnp.expand_dims(part, about["axis"]) for part in given]
-            results = [jnp.concatenate(parts, about["axis"])]
-        else:
-            results = primitive.bind(*given, **about)
-            results = results if primitive.multiple_results else [results]
-        values |= zip(equation.outvars, results, strict=True)
-    return [read(name) for name in jaxpr.outvars]
+    return jax.make_jaxpr(functools.partial(written_out, traced.jaxpr, traced.consts))(images)

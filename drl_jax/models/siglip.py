@@ -61,7 +61,7 @@ class SigLIP(Backbone):
         """
         length, positions = text_ids.shape[1], len(self.positional_embedding[...])
         text_ids = jnp.where(text_mask, text_ids, self.pad_id)
-        padding = ((0, 0), (0, positions - length))
-        text_ids = jnp.pad(text_ids, padding, constant_values=self.pad_id)
+        padding = jnp.full((text_ids.shape[0], positions - length), self.pad_id, text_ids.dtype)
+        text_ids = jnp.concatenate([text_ids, padding], axis=1)
         features = self.text_projection(self.run_text(text_ids, NO_MASK))
         return TextFeatures(features[:, :length], features[:, -1])

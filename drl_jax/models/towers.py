@@ -101,7 +101,7 @@ class ImageTower(nnx.Module):
         x = self.conv1(pixels.reshape(*pixels.shape[:2], -1))  # [B, N, p*p*3] -> [B, N, W]
         if self.class_embedding is None:
             return x + self.positional_embedding[...]
-        cls = jnp.broadcast_to(self.class_embedding[...], (len(x), 1, x.shape[-1]))
+        cls = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self.positional_embedding[...]
         return self.ln_pre(x)
 
