@@ -17,7 +17,12 @@ def get_config(variant: str = "full") -> ConfigDict:
     config = drawn_dataset_config(
         "shapes",
         model=ModelConfig(
-            backbone=SHAPES_BACKBONE, init="shapes_clip", position_std=0.4, scan_unroll=4
+            backbone=SHAPES_BACKBONE,
+            init="shapes_clip",
+            position_std=0.4,
+            # The activations of this model are small: nothing has to be computed again.
+            remat="none",
+            scan_unroll=4,
         ),
         loss=LossConfig(),
         optim=OptimConfig(lr=1.5e-3, coef_lr=0.5),

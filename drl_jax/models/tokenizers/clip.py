@@ -54,7 +54,7 @@ def _simple_tokenizer():
         raise RuntimeError(f"{vocabulary} is not OpenAI's vocabulary; reinstall openai-clip")
     spec = importlib.util.spec_from_file_location("drl_jax._openai_simple_tokenizer", source)
     module = importlib.util.module_from_spec(spec)
-    module.__builtins__ = {**vars(builtins), "__import__": _import}
+    vars(module)["__builtins__"] = {**vars(builtins), "__import__": _import}
     spec.loader.exec_module(module)
     return module.SimpleTokenizer(str(vocabulary))
 
