@@ -128,7 +128,7 @@ def _build_locked(options: argparse.Namespace) -> None:
             data_dir,
             storage,
             timeout=options.timeout,
-            keep_cache=False if options.discard_cache else None,
+            discard_cache=options.discard_cache,
             map_calls=map_calls,
         )
     dataset_build.print_report(built)

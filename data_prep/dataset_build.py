@@ -34,14 +34,14 @@ def build_dataset(
     storage: StorageSpec,
     *,
     timeout: float,
-    keep_cache: bool | None = None,
+    discard_cache: bool = False,
     map_calls: OrderedMap = map_in_processes,
 ) -> Path:
     """Decodes and stores a dataset, and replaces an existing one with the same storage.
 
     Frames decoded by an earlier build, even one that was killed, are reused. The caller holds the
-    lock of the dataset. `timeout` and `map_calls` are as in `decode_clips`; without `keep_cache`,
-    the dataset says whether decoded frames stay cached. Returns the directory.
+    lock of the dataset. `timeout` and `map_calls` are as in `decode_clips`; `discard_cache` deletes
+    the cache of decoded frames after the build. Returns the directory.
 
     Raises:
       UserError: nothing can be built, or a video could not be decoded for a reason that may pass.
@@ -74,7 +74,7 @@ def build_dataset(
         _remove(_previous(target))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    if not (cls.KEEPS_CACHE if keep_cache is None else keep_cache):
+    if discard_cache:
         shutil.rmtree(cache, ignore_errors=True)
         with contextlib.suppress(OSError):
             cache.parent.rmdir()  # Fails if it has the caches of other datasets.
@@ -103,10 +103,12 @@ def print_plan(dataset: str, plan: Plan, data_dir: Path, storage: StorageSpec) -
     existing = next(path for path in (absolute, *absolute.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     stored = format_bytes(stored_bytes(len(plan.clips) * storage.max_frames, storage))
+    has_cache = builder_class(dataset).HAS_CACHE
+    cached = ", and the cache of decoded frames the same again" if has_cache else ""
     print(
         f"{dataset}: found {len(plan.clips):,} of {len(plan.annotations.video_ids()):,} annotated"
-        f" videos; {storage.name} takes up to {stored}, and the cache of decoded frames the same"
-        f" again; {data_dir} has {format_bytes(free)} free",
+        f" videos; {storage.name} takes up to {stored}{cached}; {data_dir} has"
+        f" {format_bytes(free)} free",
         flush=True,
     )
     if plan.annotations.contained is not None and plan.unannotated:

@@ -39,16 +39,21 @@ def decoder_versions() -> dict[str, str]:
 class FrameCache:
     """Cache entries of one storage variant, in `directory`, which may not exist yet."""
 
-    def __init__(self, directory: Path, storage: StorageSpec):
-        """Chooses the variant's directory below `directory`; creates nothing."""
+    def __init__(self, directory: Path | None, storage: StorageSpec):
+        """Chooses the variant's directory below `directory`; creates nothing.
+
+        Without a directory, frames have no entries: every call of `decode_clips` decodes.
+        """
         versions = "_".join(f"{name}{version}" for name, version in decoder_versions().items())
-        self.directory = directory / f"{storage.name}_{versions}"
+        self.directory = directory and directory / f"{storage.name}_{versions}"
         self.storage = storage
         # The last source file: many clips may come from one.
         self._file: tuple[Path | None, tuple[str, int, int]] = (None, ("", 0, 0))
 
-    def entry(self, clip: Clip) -> Path:
+    def entry(self, clip: Clip) -> Path | None:
         """Path of a clip's entry, which may not exist; OSError if the source file does not."""
+        if self.directory is None:
+            return None
         place = () if isinstance(clip.location, Path) else clip.location.place
         identity = (*self._identity(file_of(clip.location)), *place, clip.span)
         key = hashlib.sha256(repr(identity).encode()).hexdigest()
@@ -101,7 +106,7 @@ def decode_clips(
       OSError: the cache cannot be written, e.g. because the disk is full, or an entry that was
         written cannot be read here.
     """
-    entries: list[Path | OSError] = []
+    entries: list[Path | OSError | None] = []
     for clip in clips:
         try:
             entries.append(cache.entry(clip))
@@ -109,40 +114,40 @@ def decode_clips(
             entries.append(error)
     # Absolute: the nodes of a cluster have other working directories.
     calls = [
-        (absolute(clip.location), clip.span, entry.absolute(), cache.storage)
+        (absolute(clip.location), clip.span, entry and entry.absolute(), cache.storage)
         for clip, entry in zip(clips, entries, strict=True)
-        if isinstance(entry, Path)
+        if not isinstance(entry, OSError)
     ]
-    with contextlib.closing(map_calls(_ensure_entry, calls, timeout=timeout)) as errors:
+    with contextlib.closing(map_calls(_decode, calls, timeout=timeout)) as results:
         for entry in entries:
             if isinstance(entry, OSError):
                 yield WorkerFailure(one_line(entry), is_passing=True)
                 continue
-            error = next(errors)
-            if isinstance(error, OSError):
-                raise error
-            if error is not None:
-                yield error
-                continue
-            if (frames := _read_entry(entry)) is None:
+            result = next(results)
+            if isinstance(result, OSError):
+                raise result
+            if result is None and (result := _read_entry(entry)) is None:
                 raise OSError(errno.EIO, "the entry was written and cannot be read", str(entry))
-            yield frames
+            yield result
 
 
-def _ensure_entry(
-    location: Location, span: Span | None, entry: Path, storage: StorageSpec
-) -> WorkerFailure | OSError | None:
-    """Decodes a video into the cache unless it is there.
+def _decode(
+    location: Location, span: Span | None, entry: Path | None, storage: StorageSpec
+) -> Frames | WorkerFailure | OSError | None:
+    """Decodes a video into the cache unless it is there; without an entry, returns the frames.
 
     Returns what is wrong with the video or with the cache: an exception would be that of a video.
     """
     try:
-        if _read_entry(entry) is None:
-            clock = storage.frame_clock
-            frames: Frames = read_frames(location, storage.max_frames, storage.form, span, clock)
-            if storage.encoding == "jpeg":
-                frames = [encode_jpeg(frame) for frame in frames]
-            _write_entry(entry, frames)
+        if entry is not None and _read_entry(entry) is not None:
+            return None
+        clock = storage.frame_clock
+        frames: Frames = read_frames(location, storage.max_frames, storage.form, span, clock)
+        if storage.encoding == "jpeg":
+            frames = [encode_jpeg(frame) for frame in frames]
+        if entry is None:
+            return frames
+        _write_entry(entry, frames)
     except VideoError as error:
         return WorkerFailure(str(error))
     except OSError as error:

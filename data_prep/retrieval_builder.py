@@ -62,8 +62,8 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
     PROTOCOL_NAMES: ClassVar[Mapping[str, str]] = {}
     # Splits that are used together, and so must not share videos; empty: all of them.
     PROTOCOLS: ClassVar[Sequence[Collection[str]]] = ()
-    # Whether decoded frames stay cached after a build, for a build with other annotations.
-    KEEPS_CACHE: ClassVar[bool] = True
+    # Whether decoded frames are cached, for a build with other annotations or after an accident.
+    HAS_CACHE: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any):
         # `data_prep.datasets` is the registry; TFDS refuses two classes of one name.
@@ -123,7 +123,7 @@ class RetrievalBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):  # t
             self.info, max_examples_per_shard=_VIDEOS_PER_SHARD, file_format="array_record"
         )
         writer.initialize_splits([VIDEOS_SPLIT])
-        cache = FrameCache(cache_dir, self._storage)
+        cache = FrameCache(cache_dir if self.HAS_CACHE else None, self._storage)
         decoded = decode_clips(plan.clips, cache=cache, timeout=timeout, map_calls=map_calls)
         clips = tqdm(plan.clips, "decoding", unit="video")
         with contextlib.closing(decoded):

@@ -215,7 +215,7 @@ class TrainConfig:
     microbatch: int = 0
     epochs: int = 5  # 0: no training; tests the weights of `model.init`
     log_every: int = 20
-    pictures: bool = True  # whether TensorBoard gets pictures of each evaluation
+    pictures: bool = True  # whether TensorBoard gets pictures of evaluations
     checkpoint_every: int = 1000  # steps, within an epoch (0: only at its end)
     keep_checkpoints: int = 2
     # Batches whose loss or gradient is not finite that a run leaves out before it stops.

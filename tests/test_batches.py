@@ -11,7 +11,7 @@ from data_prep.build import main as build
 from drl_jax.config import DataConfig
 from drl_jax.data import frames
 from drl_jax.data.batches import TrainBatches, load_split
-from drl_jax.data.frames import pad_frames
+from drl_jax.data.pictures import pad_frames
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.runtime.sharding import make_layout

@@ -21,6 +21,7 @@ from drl_jax.convert import main as convert
 from drl_jax.models.tokenizers import (
     CLIPTokenizer,
     TokenizerError,
+    clip,
     load_tokenizer,
     tokenizer_of_weights,
     with_tokenizer,
@@ -103,6 +104,28 @@ def shown(tokenizer, caption: str, length: int = 24) -> list[str]:
     """The text of each token."""
     ids, mask, _ = tokenizer.tokenize([caption], length)
     return tokenizer.token_strings(ids[0][mask[0]])
+
+
+def test_clips_ids_are_those_of_openais_tokenizer(monkeypatch):
+    """Also of text that ftfy need not see: random texts of what its rules are about."""
+    rng = np.random.default_rng(0)
+    pieces = [
+        *map(chr, range(32, 127)),
+        "'s",
+        "'LL",
+        "<|startoftext|>",
+        "dog",
+        "10",
+        "&amp;",
+        "amp;",
+    ]
+    pieces += ["&#x27;", "é", "Ã©", "ﬁ", "“", "\t", "\r\n", "\x1b[31m", "\x7f", "  "]
+    texts = ["".join(rng.choice(pieces, count)) for count in rng.integers(0, 12, 3000)]
+    found = CLIP.tokenize(texts, 77)
+    monkeypatch.setattr(clip, "_import", __import__)
+    openais = clip._simple_tokenizer.__wrapped__()
+    for text, ids, mask in zip(texts, found.text_ids, found.text_mask, strict=True):
+        assert ids[mask].tolist()[1:-1] == openais.encode(text)[:75], text
 
 
 def test_tokens_of_clip_as_text():

@@ -33,7 +33,7 @@ from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.evaluation.metrics import METRICS
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.runs.checkpoints import Checkpoints
-from drl_jax.runs.hooks import TrainingError
+from drl_jax.runs.hooks import TrainingError, has_pictures
 from drl_jax.runs.log_files import read_scalars
 from drl_jax.runs.train_run import _memory_errors
 from drl_jax.runs.train_seeds import format_seeds, summarise_seeds
@@ -126,7 +126,9 @@ def test_scalars_of_a_run(finished):
     assert_same_run(workdir, workdir)
 
 
-def test_pictures_of_each_evaluation(finished):
+def test_pictures_of_evaluations(finished):
+    assert has_pictures(0, 0)
+    assert [epoch for epoch in range(1, 11) if has_pictures(epoch, 10)] == [1, 2, 4, 8, 10]
     shown = summaries(finished[0])
     tags = {"eval/similarity", *(f"eval/words_and_frames_{number}" for number in (1, 2))}
     assert tags < shown.keys()

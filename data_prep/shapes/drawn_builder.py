@@ -31,7 +31,7 @@ class DrawnBuilder(RetrievalBuilder):
 
     MAX_WORDS: ClassVar[int] = 24
     # The videos stay in the data directory, and decoding them again is cheap.
-    KEEPS_CACHE: ClassVar[bool] = False
+    HAS_CACHE: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod

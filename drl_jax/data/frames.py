@@ -12,6 +12,7 @@ from jax.lax import with_sharding_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from drl_jax.data.pictures import pad_frames
 from drl_jax.data.records import DatasetError, VideoDataset
 from drl_jax.runtime.distributed import is_main
 from drl_jax.runtime.resources import available_cpus, available_memory
@@ -44,13 +45,6 @@ def choose_cache(cache: str, frame_bytes: int) -> str:
     if frame_bytes <= _CACHE_SHARE * stats.get("bytes_limit", 0) * jax.device_count():
         return "device"
     return "memory" if frame_bytes <= _CACHE_SHARE * available_memory() else "none"
-
-
-def pad_frames(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads a video [F, H, W, 3] with black frames to [max_frames, H, W, 3], with a mask."""
-    padding = max_frames - len(frames)
-    mask = np.arange(max_frames) < len(frames)
-    return np.pad(frames, ((0, padding), (0, 0), (0, 0), (0, 0))), mask
 
 
 class DiskFrames:

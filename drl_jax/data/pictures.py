@@ -1,4 +1,4 @@
-"""Pictures of decoded frames: what a screen shows of them, and the square that a model takes.
+"""Pictures of decoded frames: what a screen shows of them, and the array that a model takes.
 
 Decoding workers import this module, so it does not import jax.
 """
@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 from drl_jax.data.frame_form import FrameForm
-from drl_jax.data.video_file import VideoError
+from drl_jax.data.video_file import IN_ONE_THREAD, VideoError
 
 # PIL's filters; they average over all pixels that become one.
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -74,6 +74,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return white
 
 
+def pad_frames(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads a video [F, H, W, 3] with black frames to [max_frames, H, W, 3], with a mask."""
+    padding = max_frames - len(frames)
+    mask = np.arange(max_frames) < len(frames)
+    return np.pad(frames, ((0, padding), (0, 0), (0, 0), (0, 0))), mask
+
+
 def what_is_changed(frame: av.VideoFrame) -> set[str]:
     """What `as_shown` changes of a decoded frame: any of "HDR", "interlaced", "transparent"."""
     found = {
@@ -97,7 +104,7 @@ class FrameConverter:
 
     def __init__(self, as_shown: bool):
         self._as_shown = as_shown
-        self._reformatter = VideoReformatter()
+        self._reformat = functools.partial(VideoReformatter().reformat, **IN_ONE_THREAD)
         self._tone_mappers: dict[tuple[int, ...], av.filter.Graph] = {}
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
@@ -105,23 +112,23 @@ class FrameConverter:
         if self._as_shown and frame.color_trc in (_PQ, _HLG):
             rgb = self._tone_mapped(frame)
         elif self._as_shown and _has_alpha(frame):
-            rgba = self._reformatter.reformat(frame, format="rgba").to_ndarray()
+            rgba = self._reformat(frame, format="rgba").to_ndarray()
             alpha = rgba[..., 3:].astype(np.uint16)
             rgb = ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         else:
-            rgb = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+            rgb = self._reformat(frame, format="rgb24").to_ndarray()
         quarter_turns = round(frame.rotation) % 360 // 90
         return np.ascontiguousarray(np.rot90(rgb, quarter_turns))
 
     def _tone_mapped(self, frame: av.VideoFrame) -> np.ndarray:
-        deep = self._reformatter.reformat(frame, format="rgb48le")
+        deep = self._reformat(frame, format="rgb48le")
         is_wide = frame.color_primaries in (_BT2020, _UNKNOWN)
         key = frame.width, frame.height, frame.color_trc, is_wide
         if key not in self._tone_mappers:
             self._tone_mappers[key] = _tone_mapper(deep, _colour_table(*key[2:]))
         mapper = self._tone_mappers[key]
         mapper.push(deep)
-        return self._reformatter.reformat(mapper.pull(), format="rgb24").to_ndarray()
+        return self._reformat(mapper.pull(), format="rgb24").to_ndarray()
 
 
 def _tone_mapper(frame: av.VideoFrame, table: str) -> av.filter.Graph:

@@ -46,8 +46,12 @@ _HELD = 64_000_000
 _LONGEST_BACK, _LONGEST_STILL = 1.0, 3600.0
 # Decoders of an alpha plane, which FFmpeg's own decoders of these leave out.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_PYAV = int(av.__version__.partition(".")[0])
 # Titles in Latin-1 are common, and PyAV below 19 raises an error for them by default.
-_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+_LENIENT = {"metadata_errors": "replace"} if _PYAV < 19 else {}
+# From 17 on, PyAV converts a picture in as many threads as there are processors, which all have a
+# decoder already.
+IN_ONE_THREAD = {"threads": 1} if _PYAV >= 17 else {}
 
 
 class Openable(Protocol):

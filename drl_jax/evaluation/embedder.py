@@ -13,7 +13,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from drl_jax.config import Config, ModelConfig
-from drl_jax.data.frames import pad_frames
+from drl_jax.data.pictures import pad_frames
 from drl_jax.models.drl import Params, abstract_params, model_definition
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer

@@ -283,6 +283,12 @@ def _seconds_at_peak(config: Config) -> float | None:
     return train_step_flops(config.model, config.loss, *sizes) / (peak * jax.device_count())
 
 
+def has_pictures(epoch: int, epochs: int) -> bool:
+    """Whether the evaluation after an epoch has pictures, which take longer than it: 1, 2, 4, 8 and
+    so on, since a model changes most at first, and the last one."""
+    return epoch & (epoch - 1) == 0 or epoch == epochs
+
+
 class Evaluations:
     """Evaluates *val* after each epoch; the metric chooses the best checkpoint."""
 
@@ -321,7 +327,9 @@ class Evaluations:
     def _evaluate(self, step: int, state: TrainState) -> None:
         evaluation = self._evaluator.run(state.params, self._val)
         self._wall_time.spent_on("evaluation")
-        pictures = self._pictures(evaluation) if self._log.shows_pictures else {}
+        epoch = step // self._steps_per_epoch
+        is_drawn = self._log.shows_pictures and has_pictures(epoch, self._config.train.epochs)
+        pictures = self._pictures(evaluation) if is_drawn else {}
         # Before the metric: a run that is killed later does not evaluate this step again.
         self._log.evaluation(step, evaluation.metrics, pictures)
         self._wall_time.spent_on("logging")

@@ -4,13 +4,14 @@ Uses OpenAI's own `clip/simple_tokenizer.py` and its vocabulary from the PyPI pa
 The file is loaded by its path, because importing the package imports torch.
 """
 
+import builtins
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,9 +22,31 @@ _VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48
 _START_ID, _END_ID = 49406, 49407
 
 
+class _Ftfy:
+    """What OpenAI's file takes from ftfy, whose import takes as long as all else here."""
+
+    @staticmethod
+    def fix_text(text: str) -> str:
+        if _is_clean(text):
+            return text
+        import ftfy
+
+        return ftfy.fix_text(text)
+
+
+def _is_clean(text: str) -> bool:
+    """Whether ftfy leaves a text as it is: of ASCII it changes HTML entities and what is not
+    printable."""
+    return text.isascii() and text.isprintable() and "&" not in text
+
+
+def _import(name: str, *arguments: Any) -> Any:
+    return _Ftfy if name == "ftfy" else __import__(name, *arguments)
+
+
 @functools.cache
 def _simple_tokenizer():
-    """OpenAI's SimpleTokenizer, created once per process (about 0.2 s)."""
+    """OpenAI's SimpleTokenizer, created once per process (about 0.1 s)."""
     package = importlib.metadata.distribution("openai-clip")
     source = Path(str(package.locate_file("clip/simple_tokenizer.py")))
     vocabulary = source.with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -31,8 +54,14 @@ def _simple_tokenizer():
         raise RuntimeError(f"{vocabulary} is not OpenAI's vocabulary; reinstall openai-clip")
     spec = importlib.util.spec_from_file_location("drl_jax._openai_simple_tokenizer", source)
     module = importlib.util.module_from_spec(spec)
+    vars(module)["__builtins__"] = {**vars(builtins), "__import__": _import}
     spec.loader.exec_module(module)
     return module.SimpleTokenizer(str(vocabulary))
+
+
+@functools.lru_cache(maxsize=2**16)
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(_simple_tokenizer().encode(text))
 
 
 class CLIPTokenizer(Tokenizer):
@@ -48,7 +77,9 @@ class CLIPTokenizer(Tokenizer):
 
     def _encode(self, captions: Sequence[str]) -> Iterator[list[int]]:
         for caption in captions:
-            yield [_START_ID, *_simple_tokenizer().encode(caption), _END_ID]
+            # No token has white space, and words repeat.
+            texts = caption.split() if _is_clean(caption) else [caption]
+            yield [_START_ID, *(n for text in texts for n in _ids(text)), _END_ID]
 
     def token_strings(self, text_ids: np.ndarray) -> list[str]:
         marks = {_START_ID: START, _END_ID: END}
