@@ -38,7 +38,8 @@ class SearchAPI:
 
     def facts(self) -> dict[str, Any]:
         state = self.index.state()
-        return {**_facts_of(state), "indexing": state.progress()}
+        changing = {"transcripts": state.transcripts(), "indexing": state.progress()}
+        return {**_facts_of(state), **changing}
 
     def unsearchable(self) -> dict[str, Any]:
         files = self.index.state().unsearchable()
@@ -46,7 +47,7 @@ class SearchAPI:
 
     def search(self, query: PageQuery) -> dict[str, Any]:
         """The hits of a query, or the videos of the index where it looks for nothing."""
-        state, top = self.index.state(), query.top or self.top
+        state, top, notice = self.index.state(), query.top or self.top, ""
         # The addresses of hits do not depend on the video that is open.
         query = dataclasses.replace(query, video=None, time=None, moments=None)
         filters = query.filters
@@ -63,13 +64,16 @@ class SearchAPI:
             hits = [Hit(0, state.folder / video.path, video) for video in listed]
         else:
             asked = self._asked(state, query)
-            hits = self.index.answer(state, asked, end, among, offset=query.offset)
+            options = {"offset": query.offset, "text": bool(query.text)}
+            hits = self.index.answer(state, asked, end, among, **options)
+            notice = hits.notice
         return {
             "query": query.sentence,
             "offset": query.offset,
             "total": total,
             "next": query.address(offset=end) if end < total else None,
             "tokens_used": self._tokens_used(query.sentence or ""),
+            "notice": notice or None,
             "hits": [_hit_json(state, query, hit) for hit in hits],
         }
 
@@ -82,7 +86,8 @@ class SearchAPI:
         most, more = query.moments or MOMENTS, None
         hit = Hit(0, state.folder / video.path, video)
         if query.asks:
-            hit = self.index.in_video(state, self._asked(state, query), video, most)
+            asked, cues = self._asked(state, query), MAX_MOMENTS * query.text
+            hit = self.index.in_video(state, asked, video, most, cues=cues)
             if most < MAX_MOMENTS and len(find_spans(hit.windows, hit.scores, most + 1)) > most:
                 more = query.address(offset=0, moments=MAX_MOMENTS)
         # The moment with the time, or the nearest one; the best without a time.
@@ -154,15 +159,23 @@ def state_of(state: OpenIndex, video: IndexedVideo) -> str:
 def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
     video = hit.video
     best = hit.moments[0] if hit.moments else None
+    # It opens at what is said.
+    start = hit.cues[0].start if hit.cues else best and best.start
+
+    def page(time: float | None) -> str:
+        time = None if time is None else min(time, video.duration)
+        return query.address(video=video.path, time=time, offset=0)
+
     return {
         **hit.facts(),
         "path": video.path,
         "name": PurePosixPath(video.path).name,
         "state": state_of(state, video),
-        "page": query.address(video=video.path, time=best and best.start, offset=0),
+        "page": page(start),
         "media": file_address("videos", video.path),
         **_pictures(video, best.peak if best else video.duration / 2),
         "moments": [_moment_json(query, video, moment) for moment in hit.moments],
+        "cues": [{**cue._asdict(), "page": page(cue.start)} for cue in hit.cues],
     }
 
 
@@ -171,7 +184,7 @@ def _moment_json(query: PageQuery, video: IndexedVideo, moment: Moment) -> dict[
     # Of a long moment, the part around its peak.
     first = max(found["start"], min(moment.peak - MAX_CLIP / 2, found["end"] - MAX_CLIP))
     clip = {"start": f"{first:.3f}", "end": f"{min(first + MAX_CLIP, found['end']):.3f}"}
-    alone = query.closed(sentence=None, without=None, picture=None, by_video=None)
+    alone = query.closed(sentence=None, without=None, picture=None, by_video=None, text=0)
     return {
         **found,
         "like": alone.address(like=f"{video.path}@{moment.peak:.3f}"),
