@@ -51,6 +51,8 @@ SRT = "1\n00:00:01,000 --> 00:00:02,500\n{}\n"
             [(1.0, 2.0, "Hi you")],
         ),
         ("a.VTT", "WEBVTT\n", []),
+        # Text of marks that end nowhere takes no time.
+        ("a.srt", "0:01 --> 0:02\n" + "{\\<a" * 100_000, [(1.0, 2.0, "{\\<a" * 100_000)]),
         ("a.srt", "", []),
         (
             "a.json",
@@ -80,6 +82,7 @@ def test_the_encoding_of_a_transcript_is_found(encoding, tmp_path):
         ("a.srt", "no times", "has no line like 00:01:02,500 --> 00:01:04,000"),
         ("a.json", "{", "is no JSON"),
         ("a.json", "[" * 100_000, "is no JSON"),
+        ("a.json", f'[{{"start": 0, "end": {"9" * 400}, "text": ""}}]', "in segment 0"),
         ("a.json", "3", "has no start, end and text in segment 0"),
         ("a.json", '[{"start": 0, "end": 1, "text": ""}, {"start": NaN}]', "in segment 1"),
         ("a.json", '{"segments": [{"start": NaN, "end": 1, "text": ""}]}', "in segment 0"),
@@ -130,7 +133,11 @@ def text(tmp_path):
 
 
 def found(directory: Path, sentence: str, video: str = "") -> list[str]:
-    return [path.removesuffix(".mp4") for _, path, _ in find_cues(directory, sentence, video)]
+    failures: list[str] = []
+    cues = list(find_cues(directory, "", sentence, video, failures))
+    if failures:
+        raise UserError(*failures)
+    return [path.removesuffix(".mp4") for _, path, _ in cues]
 
 
 def test_only_what_changed_is_read(text, tmp_path, monkeypatch):
@@ -143,7 +150,7 @@ def test_only_what_changed_is_read(text, tmp_path, monkeypatch):
     monkeypatch.setattr("drl_jax.search.text_index.read_transcript", noted)
     assert text("a b c") == (0, {})
     assert not (tmp_path / FILE).exists()
-    assert list(find_cues(tmp_path, "word")) == []
+    assert found(tmp_path, "word") == []
     assert text("a b c", a="word one", b="word two") == (2, {})
     status = (tmp_path / FILE).stat()
     assert text("a b c") == (2, {})

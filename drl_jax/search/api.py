@@ -18,7 +18,7 @@ from drl_jax.search.addresses import (
     video_of,
 )
 from drl_jax.search.clips import MAX_CLIP
-from drl_jax.search.hits import Hit, Moment, rounded
+from drl_jax.search.hits import Hit, Hits, Moment, rounded
 from drl_jax.search.media import Media
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.query import Query
@@ -38,8 +38,11 @@ class SearchAPI:
 
     def facts(self) -> dict[str, Any]:
         state = self.index.state()
-        changing = {"transcripts": state.transcripts(), "indexing": state.progress()}
-        return {**_facts_of(state), **changing}
+        return {
+            **_facts_of(state),
+            "transcripts": state.transcripts(),
+            "indexing": state.progress(),
+        }
 
     def unsearchable(self) -> dict[str, Any]:
         files = self.index.state().unsearchable()
@@ -47,7 +50,7 @@ class SearchAPI:
 
     def search(self, query: PageQuery) -> dict[str, Any]:
         """The hits of a query, or the videos of the index where it looks for nothing."""
-        state, top, notice = self.index.state(), query.top or self.top, ""
+        state, top = self.index.state(), query.top or self.top
         # The addresses of hits do not depend on the video that is open.
         query = dataclasses.replace(query, video=None, time=None, moments=None)
         filters = query.filters
@@ -61,19 +64,18 @@ class SearchAPI:
         end = min(query.offset + top, total)
         if not query.asks or not total:
             listed = (state.videos if among is None else among)[query.offset : end]
-            hits = [Hit(0, state.folder / video.path, video) for video in listed]
+            hits = Hits([Hit(0, state.folder / video.path, video) for video in listed])
         else:
             asked = self._asked(state, query)
             options = {"offset": query.offset, "text": bool(query.text)}
             hits = self.index.answer(state, asked, end, among, **options)
-            notice = hits.notice
         return {
             "query": query.sentence,
             "offset": query.offset,
             "total": total,
             "next": query.address(offset=end) if end < total else None,
             "tokens_used": self._tokens_used(query.sentence or ""),
-            "notice": notice or None,
+            "notice": hits.notice or None,
             "hits": [_hit_json(state, query, hit) for hit in hits],
         }
 
@@ -86,8 +88,10 @@ class SearchAPI:
         most, more = query.moments or MOMENTS, None
         hit = Hit(0, state.folder / video.path, video)
         if query.asks:
-            asked, cues = self._asked(state, query), MAX_MOMENTS * query.text
-            hit = self.index.in_video(state, asked, video, most, cues=cues)
+            hit = self.index.in_video(state, self._asked(state, query), video, most)
+            if query.text and query.sentence:
+                cues, _ = state.find_cues(query.sentence, 1, MAX_MOMENTS, None, video.path)
+                hit = dataclasses.replace(hit, cues=tuple(*cues.values()))
             if most < MAX_MOMENTS and len(find_spans(hit.windows, hit.scores, most + 1)) > most:
                 more = query.address(offset=0, moments=MAX_MOMENTS)
         # The moment with the time, or the nearest one; the best without a time.

@@ -196,7 +196,9 @@ class Hit:
             f"{format_timestamp(m.start)} to {format_timestamp(m.end)} ({m.score:.4f})"
             for m in self.moments
         )
-        said = "".join(f"  {format_timestamp(cue.start)} “{cue.text}”" for cue in self.cues)
+        said = "".join(
+            f"  {format_timestamp(cue.start)} “{printable(cue.text)}”" for cue in self.cues
+        )
         weak = "  weak" if self.is_weak else ""
         return f"{self.rank:4}  {printable(str(self.path))}  {moments}{said}{weak}"
 

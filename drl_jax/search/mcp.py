@@ -10,21 +10,13 @@ from typing import Any
 import numpy as np
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.addresses import (
-    MAX_HITS,
-    MAX_MOMENTS,
-    PageQuery,
-    parse_number,
-    parse_time,
-    video_of,
-)
+from drl_jax.search.addresses import MAX_MOMENTS, PageQuery, parse_time, video_of
 from drl_jax.search.api import SearchAPI
 from drl_jax.search.routes import unchanged
 
 _INSTRUCTIONS = (
-    "Finds moments in the videos of a folder by what is seen in them, and by what is said or"
-    " written where they have transcripts. Times are seconds. Paths are those of `search`. A hit"
-    " that is weak is likely no answer."
+    "Finds moments in videos by what is seen and, where they have transcripts, said or written."
+    " Times are seconds, paths are those that `search` gives. A weak hit is likely no answer."
 )
 _HIT = ("path", "duration", "state", "score", "weak", "found_by")
 _MOMENT, _CUE = ("start", "end", "peak", "score", "unusual"), ("start", "end", "text", "file")
@@ -37,8 +29,7 @@ def serve_tools(api: SearchAPI) -> None:
         from mcp.server.mcpserver import Image
         from mcp.server.mcpserver.exceptions import ToolError
     except ImportError as error:
-        line = "the MCP SDK, version 2 or later, is not installed: pip install 'drl_jax[mcp]'"
-        raise UserError(line) from error
+        raise UserError("version 2 of mcp is not installed: pip install 'drl_jax[mcp]'") from error
 
     def search(sentence: str, top: int = 5, text: bool = False) -> dict[str, Any]:
         """Finds the videos with the best moments for a sentence, best first; at most 50.
@@ -46,24 +37,20 @@ def serve_tools(api: SearchAPI) -> None:
         `text` also looks for the words of the sentence in transcripts (`cues`). Without a sentence,
         videos are listed by their paths.
         """
-        top = parse_number("top", str(top), 1, MAX_HITS)
-        found = api.search(PageQuery(sentence or None, top=top, text=int(text)))
+        found = api.search(_query(q=sentence, top=top, text=int(text)))
         hits = [{"rank": hit["rank"], **_described(hit)} for hit in found["hits"]]
         return {"videos": found["total"], "notice": found["notice"], "hits": hits}
 
     def moments(path: str, sentence: str) -> dict[str, Any]:
         """Finds where in one video a sentence is true, or its words are said; best first."""
-        query = PageQuery(sentence or None, video=path, moments=MAX_MOMENTS, text=1)
-        return _described(api.video(query))
+        return _described(api.video(_query(q=sentence, video=path, moments=MAX_MOMENTS, text=1)))
 
     def explain(path: str, sentence: str, time: float) -> list[Any]:
         """Shows why a moment was found: the cosine of each word with each frame, and the frames.
 
         The picture has the frames of the moment at `time`, or of the nearest one, side by side.
         """
-        time = parse_time("time", str(time))
-        query = PageQuery(sentence or None, video=path, time=time, moments=MAX_MOMENTS)
-        found = api.video(query)
+        found = api.video(_query(q=sentence, video=path, t=time, moments=MAX_MOMENTS))
         if found["moment"] is None:
             raise UserError("give a sentence to explain")
         why = {name: part for name, part in found["explanation"].items() if name != "thumbnails"}
@@ -95,6 +82,10 @@ def serve_tools(api: SearchAPI) -> None:
     for answer in (search, moments, explain, clip):
         server.add_tool(reported(answer), structured_output=answer is not explain)
     server.run("stdio")
+
+
+def _query(**parameters: Any) -> PageQuery:
+    return PageQuery.of((name, str(value)) for name, value in parameters.items())
 
 
 def _described(hit: dict[str, Any]) -> dict[str, Any]:

@@ -276,17 +276,12 @@ class OpenIndex:
         The best are first. Also returns why there is no text, in one line, or "".
         """
         failures: list[str] = []
-
-        def of_part(directory: Path, prefix: str) -> Iterator[tuple[float, str, Cue]]:
-            try:
-                name = path.removeprefix(prefix)
-                for rank, video, cue in text_index.find_cues(directory, sentence, name):
-                    yield rank, prefix + video, cue._replace(file=prefix + cue.file)
-            except UserError as error:
-                failures.append(str(error))
-
         place_of, found = functools.cache(self._find), dict[Place, list[Cue]]()
-        parts = [of_part(*p) for p in self._prefixes.items() if not path or path.startswith(p[1])]
+        parts = [
+            text_index.find_cues(directory, prefix, sentence, path, failures)
+            for directory, prefix in self._prefixes.items()
+            if not path or path.startswith(prefix)
+        ]
         for _, video, cue in heapq.merge(*parts, key=lambda one: one[:2]):
             place = place_of(video)
             if place is None or not (among is None or among.valid[self._first_slot(place)]):
@@ -296,10 +291,8 @@ class OpenIndex:
             if len(cues := found.setdefault(place, [])) < most:
                 cues.append(cue)
         if not any((directory / text_index.FILE).exists() for directory in self._prefixes):
-            failures.append(
-                f"the index {self.directory} has no text: put transcripts (.srt, .vtt or .json)"
-                " beside the videos, and index them again"
-            )
+            line = "put transcripts (.srt, .vtt or .json) beside the videos, and index them again"
+            failures.append(f"the index {self.directory} has no text: {line}")
         return found, "; ".join(failures)
 
     def unsearchable(self) -> list[tuple[str, str]]:

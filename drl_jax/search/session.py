@@ -227,11 +227,8 @@ class Index:
         """The hits of one query in one state of the index, those before `offset` left out."""
         if isinstance(query.video, Path):  # What is kept of a query has no file that can change.
             query = dataclasses.replace(query, video=encode_video_file(self.model, query.video))
-        cues, notice = {}, ""
-        if text:
-            cues, notice = state.find_cues(query.sentence, _FUSED, moments, among)
-        wanted = max(top, _FUSED) if cues else top
-        request = _Request(state, self._encoded(query), wanted, among)
+        cues, notice = state.find_cues(query.sentence, _FUSED, moments, among) if text else ({}, "")
+        request = _Request(state, self._encoded(query), max(top, _FUSED) if cues else top, among)
         self._waiting.append(request)
         with self._searching:
             if request.answer is None:
@@ -244,8 +241,7 @@ class Index:
         shown = Hits((), query.sentence, notice)
         for rank, hit in enumerate(hits, start=offset + 1):
             said = tuple(cues.get(state.place(hit.video.slot), ()))
-            is_same = hit.video in same
-            shown.append(dataclasses.replace(hit, rank=rank, is_same=is_same, cues=said))
+            shown.append(dataclasses.replace(hit, rank=rank, is_same=hit.video in same, cues=said))
         return shown
 
     def _encode(self, query: Query) -> EncodedQuery:
@@ -270,19 +266,13 @@ class Index:
         found = same_picture(state, frame)
         return found if among is None else [v for v in found if among.valid[v.slot]]
 
-    def in_video(
-        self, state: OpenIndex, query: Query, video: IndexedVideo, most: int, cues: int = 0
-    ) -> Hit:
-        """The hit of a query in one video, as a search has it; with `cues` cues at most."""
+    def in_video(self, state: OpenIndex, query: Query, video: IndexedVideo, most: int) -> Hit:
+        """The hit of a query in one video, as a search that finds it has it."""
         with self._searching:
             answer = self._found(state, query, None)
             if answer.refined.keys().isdisjoint(video.slots.tolist()):
                 answer = self._found(state, query, video.path)
-            hit = answer.hits([video], most)[0]
-        if not cues:
-            return hit
-        found, _ = state.find_cues(query.sentence, 1, cues, None, video.path)
-        return dataclasses.replace(hit, cues=tuple(*found.values()))
+            return answer.hits([video], most)[0]
 
     def _find(self, state: OpenIndex, query: Query, path: str | None) -> Answer:
         among = None if path is None else state.filtered(Filters(only=(path,)))
@@ -295,9 +285,7 @@ def fuse(pictures: Sequence[Place], texts: Sequence[Place]) -> list[Place]:
     Of equal sums, as of the first ones of both, that of the picture comes first. Without texts, the
     pictures keep their order.
     """
-    sums: dict[Place, float] = collections.defaultdict(float)
+    sums: collections.Counter[Place] = collections.Counter()
     for ranking in (pictures[:_FUSED], texts):
-        for rank, place in enumerate(ranking, start=1):
-            sums[place] += 1 / (_RANK_OFFSET + rank)
-    first = sorted(sums, key=sums.__getitem__, reverse=True)
-    return list(dict.fromkeys([*first, *pictures]))
+        sums.update({place: 1 / (_RANK_OFFSET + rank) for rank, place in enumerate(ranking, 1)})
+    return list(dict.fromkeys([*dict(sums.most_common()), *pictures]))

@@ -10,12 +10,16 @@ import shutil
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 from urllib.parse import quote
 
-from drl_jax.runtime.errors import Unavailable, UserError, one_line
+from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.search.transcripts import Cue, Transcript, find_transcripts, read_transcript
 
 FILE = "text.sqlite"
+# Transcripts by video and path; how many an index has, and by path why others cannot be used.
+_Found: TypeAlias = Mapping[tuple[str, str], Transcript]
+_Result: TypeAlias = tuple[int, dict[str, str]]
 _VERSION = 1
 # The row of a cue is the id of its transcript, and its number in these bits.
 _BITS = 20
@@ -41,38 +45,25 @@ _MAX_WORDS = 64
 
 def update_text(
     directory: Path, work: Path, folder: Path, videos: Collection[str], *, is_all: bool
-) -> tuple[int, dict[str, str]]:
+) -> _Result:
     """Updates the text of an index to the transcripts beside some videos, or beside all of them.
 
     Only new and changed transcripts are read. `work` is a file to change a copy in. Returns how
-    many transcripts the index has, and by path why others cannot be used. Raises UserError if a
-    folder cannot be listed or the file cannot be written.
+    many transcripts the index has, and by path why others cannot be used. Raises UserError if the
+    file cannot be written, OSError if a folder cannot be listed.
     """
     path = directory / FILE
+    found = {one[:2]: one for one in find_transcripts(folder, videos)}
     try:
-        found = {one[:2]: one for one in find_transcripts(folder, videos)}
-    except OSError as error:
-        raise Unavailable(folder, error) from error
-    try:
-        try:
-            return _update(path, work, found, None if is_all else videos)
-        except sqlite3.OperationalError:  # E.g. the disk is full.
-            raise
-        except sqlite3.DatabaseError:  # It is damaged, or of another version.
-            path.unlink(missing_ok=True)
-            return _update(path, work, found, None)
-    except OSError as error:
-        raise Unavailable(path, error, "written") from error
-    except sqlite3.Error as error:
+        return _update(path, work, found, None if is_all else videos)
+    except sqlite3.OperationalError as error:  # E.g. the disk is full.
         raise UserError(f"{path} cannot be written ({one_line(error)})") from error
+    except sqlite3.DatabaseError:  # It is damaged, or of another version.
+        path.unlink()
+        return update_text(directory, work, folder, videos, is_all=is_all)
 
 
-def _update(
-    path: Path,
-    work: Path,
-    found: Mapping[tuple[str, str], Transcript],
-    videos: Collection[str] | None,
-) -> tuple[int, dict[str, str]]:
+def _update(path: Path, work: Path, found: _Found, videos: Collection[str] | None) -> _Result:
     known, bad = {}, {}
     if path.exists():
         with _reading(path) as database:
@@ -120,9 +111,8 @@ def _put(database: sqlite3.Connection, one: Transcript, known: int | None) -> No
     if known is not None:
         _delete(database, known)
     values = (*one[:4], len(cues), error)
-    row = database.execute(
-        "INSERT INTO transcripts VALUES (NULL, ?, ?, ?, ?, ?, ?)", values
-    ).lastrowid
+    insert = "INSERT INTO transcripts VALUES (NULL, ?, ?, ?, ?, ?, ?)"
+    row = database.execute(insert, values).lastrowid
     rows = ((row << _BITS | n, cue.text, cue.start, cue.end) for n, cue in enumerate(cues))
     database.executemany("INSERT INTO cues (rowid, text, start, end) VALUES (?, ?, ?, ?)", rows)
 
@@ -145,25 +135,25 @@ def count_transcripts(directory: Path) -> int:
     return 0
 
 
-def find_cues(directory: Path, sentence: str, video: str = "") -> Iterator[tuple[float, str, Cue]]:
+def find_cues(
+    directory: Path, prefix: str, sentence: str, video: str, failures: list[str]
+) -> Iterator[tuple[float, str, Cue]]:
     """Yields the cues with words of a sentence, the best first; of all videos, or of one.
 
-    Yields a number that is lower for better ones, the path of the video, and the cue; nothing if
-    the index has no text. Raises UserError if it is damaged.
+    Yields a number that is lower for better ones, the path of the video, which begins with
+    `prefix`, and the cue; nothing if the index has no text. Adds to `failures` why it is damaged.
     """
     path = directory / FILE
     if not path.exists():
         return
     try:
         with _reading(path) as database:
-            rows = database.execute(_SEARCH, (_expression(database, sentence), video))
-            for rank, of_video, *cue in rows:
-                yield rank, of_video, Cue(*cue)
+            given = (_expression(database, sentence), video.removeprefix(prefix))
+            for rank, of_video, start, end, text, name in database.execute(_SEARCH, given):
+                yield rank, prefix + of_video, Cue(start, end, text, prefix + name)
     except sqlite3.Error as error:
-        raise UserError(
-            f"the text of the index {directory} cannot be searched ({one_line(error)}); delete"
-            f" {path}, and index the videos again"
-        ) from error
+        why = f"the text of the index {directory} cannot be searched ({one_line(error)})"
+        failures.append(f"{why}; delete {path}, and index the videos again")
 
 
 def _expression(database: sqlite3.Connection, sentence: str) -> str:

@@ -8,7 +8,6 @@ notes of WebVTT as if they were said.
 import collections
 import html
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -18,11 +17,12 @@ from typing import NamedTuple
 from drl_jax.search.reading import file_of, path_of
 
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
-_TIME = r"(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)"
+_TIME = r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,6}(?:[.,]\d{1,9})?)"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
 # HTML and the times of words in WebVTT, not "a < b"; styles of SubRip.
-_MARKS = re.compile(r"</?[A-Za-z0-9][^<>]*>|\{\\[^}]*\}")
-_MAX_BYTES = 50_000_000
+_MARKS = re.compile(r"</?[A-Za-z0-9][^<>]*>|\{\\[^{}]*\}")
+_WIDE = (b"\xff\xfe", b"\xfe\xff")
+_MAX_BYTES, _MAX_SECONDS = 50_000_000, 1e9
 
 
 class Cue(NamedTuple):
@@ -54,7 +54,7 @@ def find_transcripts(folder: Path, videos: Iterable[str]) -> Iterator[Transcript
     for parent, of_stem in folders.items():
         try:
             entries = list(os.scandir(file_of(folder, parent)))
-        except FileNotFoundError:  # Its videos are gone.
+        except (FileNotFoundError, NotADirectoryError):  # Its videos are gone.
             continue
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = path_of(entry.name)
@@ -65,9 +65,8 @@ def find_transcripts(folder: Path, videos: Iterable[str]) -> Iterator[Transcript
             if stem not in of_stem and _LANGUAGE.fullmatch(language):
                 stem = base
             path, status = str(PurePosixPath(parent, name)), entry.stat()
-            for video in of_stem.get(stem, ()):
-                file = Path(entry.path)
-                yield Transcript(video, path, status.st_size, status.st_mtime_ns, file)
+            known = (path, status.st_size, status.st_mtime_ns, Path(entry.path))
+            yield from (Transcript(video, *known) for video in of_stem.get(stem, ()))
 
 
 def read_transcript(path: Path) -> list[Cue]:
@@ -80,9 +79,8 @@ def read_transcript(path: Path) -> list[Cue]:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise ValueError(f"is larger than {_MAX_BYTES // 1_000_000} MB")
-    is_wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
-        text = content.decode("utf-16" if is_wide else "utf-8-sig")
+        text = content.decode("utf-16" if content[:2] in _WIDE else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     found = []
@@ -98,18 +96,17 @@ def read_transcript(path: Path) -> list[Cue]:
 def _read_lines(text: str) -> Iterator[tuple[float, float, str]]:
     """SubRip and WebVTT: lines with times, and the text up to an empty line or the next times."""
     cues: list[tuple[float, float, list[str]]] = []
-    is_open = False
+    said: list[str] = []
     for line in text.splitlines():
         if times := _TIMES.match(line):
-            if is_open and len(said := cues[-1][2]) > 1 and said[-1].strip().isdecimal():
+            if len(said) > 1 and said[-1].strip().isdecimal():
                 said.pop()  # The number of this cue, without an empty line before it.
-            start, end = (_seconds(*times.groups()[first : first + 3]) for first in (0, 3))
-            cues.append((start, end, []))
-            is_open = True
-        elif is_open and line.strip():
-            cues[-1][2].append(line)
+            said = []
+            cues.append((_seconds(*times.groups()[:3]), _seconds(*times.groups()[3:]), said))
+        elif line.strip():
+            said.append(line)
         else:
-            is_open = False
+            said = []  # What follows is in no cue.
     if not cues and text.strip() and not text.lstrip().startswith("WEBVTT"):
         raise ValueError("has no line like 00:01:02,500 --> 00:01:04,000")
     return ((start, end, " ".join(said)) for start, end, said in cues)
@@ -131,7 +128,7 @@ def _read_json(text: str) -> Iterator[tuple[float, float, str]]:
     for number, segment in enumerate(segments if isinstance(segments, list) else [None]):
         match segment:
             case {"start": int() | float() as start, "end": int() | float() as end, "text": str()}:
-                if 0 <= start < math.inf and 0 <= end < math.inf:
+                if 0 <= start < _MAX_SECONDS and 0 <= end < _MAX_SECONDS:
                     yield float(start), float(end), segment["text"]
                     continue
         raise ValueError(f"has no start, end and text in segment {number}")
