@@ -330,6 +330,7 @@ def test_the_api_and_the_page_show_what_is_said(index):
     assert first["page"] == first["cues"][0]["page"]
     assert f"text=1&video={path}&t={end}" in first["page"]
     assert opened_video["cues"] == first["cues"]
+    assert first["picture"].split("?t=")[1].startswith(f"{opened_video['frames'][-1]:.3f}")
     assert "text=1" not in first["moments"][0]["like"]
     by_path = {hit["path"]: hit for hit in without["hits"]}
     for hit in found["hits"][1:]:

@@ -163,8 +163,9 @@ def state_of(state: OpenIndex, video: IndexedVideo) -> str:
 def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
     video = hit.video
     best = hit.moments[0] if hit.moments else None
-    # It opens at what is said.
-    start = hit.cues[0].start if hit.cues else best and best.start
+    start, shown = (best.start, best.peak) if best else (None, video.duration / 2)
+    if hit.cues:  # It opens at what is said.
+        start = shown = hit.cues[0].start
 
     def page(time: float | None) -> str:
         time = None if time is None else min(time, video.duration)
@@ -177,7 +178,7 @@ def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
         "state": state_of(state, video),
         "page": page(start),
         "media": file_address("videos", video.path),
-        **_pictures(video, best.peak if best else video.duration / 2),
+        **_pictures(video, shown),
         "moments": [_moment_json(query, video, moment) for moment in hit.moments],
         "cues": [{**cue._asdict(), "page": page(cue.start)} for cue in hit.cues],
     }
