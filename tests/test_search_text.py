@@ -186,6 +186,20 @@ def test_a_damaged_file_is_made_again(size, text, tmp_path):
     assert found(tmp_path, "word") == ["a", "b"]
 
 
+def test_text_that_cannot_be_written_is_one_line(text, tmp_path):
+    (tmp_path / "a.srt").write_text(SRT.format("word"))
+    work = tmp_path / "gone" / "work"
+    with pytest.raises(
+        UserError, match=r"text.sqlite cannot be written \(OperationalError: unable"
+    ):
+        update_text(tmp_path, work, tmp_path, ["a.mp4"], is_all=True)
+    text("a")
+    (tmp_path / "a.srt").write_text(SRT.format("other"))
+    with pytest.raises(FileNotFoundError):
+        update_text(tmp_path, work, tmp_path, ["a.mp4"], is_all=True)
+    assert found(tmp_path, "word") == ["a"]
+
+
 def test_words_are_no_syntax(text, tmp_path):
     text("a b c", a='He said "NEAR" (loud) café', b="don't", c="x-ray: AND OR NOT * ^ + -")
     for sentence, expected in {

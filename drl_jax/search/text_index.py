@@ -110,9 +110,8 @@ def _put(database: sqlite3.Connection, one: Transcript, known: int | None) -> No
         error = str(reason)
     if known is not None:
         _delete(database, known)
-    values = (*one[:4], len(cues), error)
     insert = "INSERT INTO transcripts VALUES (NULL, ?, ?, ?, ?, ?, ?)"
-    row = database.execute(insert, values).lastrowid
+    row = database.execute(insert, (*one[:4], len(cues), error)).lastrowid
     rows = ((row << _BITS | n, cue.text, cue.start, cue.end) for n, cue in enumerate(cues))
     database.executemany("INSERT INTO cues (rowid, text, start, end) VALUES (?, ?, ?, ?)", rows)
 

@@ -21,7 +21,6 @@ _TIME = r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,6}(?:[.,]\d{1,9})?)"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
 # HTML and the times of words in WebVTT, not "a < b"; styles of SubRip.
 _MARKS = re.compile(r"</?[A-Za-z0-9][^<>]*>|\{\\[^{}]*\}")
-_WIDE = (b"\xff\xfe", b"\xfe\xff")
 _MAX_BYTES, _MAX_SECONDS = 50_000_000, 1e9
 
 
@@ -79,8 +78,9 @@ def read_transcript(path: Path) -> list[Cue]:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise ValueError(f"is larger than {_MAX_BYTES // 1_000_000} MB")
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        text = content.decode("utf-16" if content[:2] in _WIDE else "utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     found = []
