@@ -286,7 +286,10 @@ def test_the_commands(search_run, videos, tmp_path, monkeypatch, capsys):
     assert [answer["query"] for answer in answers] == ["a red circle", "dog " * 22]
     assert "cut to" not in captured.err
     hit = answers[0]["hits"][0]
-    assert set(hit) == {"rank", "score", "weak", "same_picture", "path", "duration", "moments"}
+    assert set(hit) == {
+        *("rank", "score", "weak", "same_picture", "found_by", "path", "duration", "moments"),
+        "cues",
+    }
     moment = hit["moments"][0]
     assert set(moment) == {"start", "end", "peak", "score", "unusual", "explanation"}
     words = [word["word"] for word in moment["explanation"]["words"]]

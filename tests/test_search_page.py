@@ -183,6 +183,7 @@ def test_the_api_is_as_described(served):
     assert {route.path for route in routes} == {path for path in paths if path.startswith("/api/")}
     for address in (
         *(f"/api/search{ASKED}", "/api/search?folder=sub%20folder", f"/api/search{ASKED}&name=zz"),
+        f"/api/search{ASKED}&text=1",
         *(f"/api/video{ASKED}&video={LONG}&t=20", f"/api/video?video={LONG}"),
         *(f"/api/search{ASKED}&only={LONG}&only=video0.mp4", "/api/unsearchable"),
         *(f"/api/video{ASKED}&video={LONG}&moments=30", "/api/index"),

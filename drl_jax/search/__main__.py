@@ -56,6 +56,7 @@ def _parser() -> Parser:
     _add_recall_flags(add_command("recall", text, model, index, hubness, output))
     text = "list videos that show the same, also scaled, compressed or mirrored"
     add_plugin_flag(add_command("duplicates", text, index, output))
+    add_command("mcp", "let agents search, by the Model Context Protocol", *answering)
     text = "draw how the words and frames of one pair contribute to its score"
     _add_explain_flags(add_command("explain", text, model))
     return parser
@@ -134,6 +135,8 @@ def _add_query_flags(parser: Parser) -> None:
     add("--since", default="", metavar="YYYY-MM-DD", help="changed then or later")
     add("--until", default="", metavar="YYYY-MM-DD", help="changed then or earlier")
     add("--only", action="append", default=[], metavar="PATH", help="only this video; repeatable")
+    text = "look for the words of a sentence in transcripts, too (.srt, .vtt, .json)"
+    add("--text", action="store_true", help=text)
     add("--sentences", type=Path, help="file of sentences to rank for --video")
     add("--top", type=positive_int, default=5, help="hits per query (%(default)s)")
     add("--moments", type=positive_int, default=MOMENTS, help="moments per hit (%(default)s)")

@@ -18,7 +18,7 @@ from drl_jax.search.addresses import (
     video_of,
 )
 from drl_jax.search.clips import MAX_CLIP
-from drl_jax.search.hits import Hit, Moment, rounded
+from drl_jax.search.hits import Hit, Hits, Moment, rounded
 from drl_jax.search.media import Media
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.query import Query
@@ -38,7 +38,11 @@ class SearchAPI:
 
     def facts(self) -> dict[str, Any]:
         state = self.index.state()
-        return {**_facts_of(state), "indexing": state.progress()}
+        return {
+            **_facts_of(state),
+            "transcripts": state.transcripts(),
+            "indexing": state.progress(),
+        }
 
     def unsearchable(self) -> dict[str, Any]:
         files = self.index.state().unsearchable()
@@ -60,16 +64,18 @@ class SearchAPI:
         end = min(query.offset + top, total)
         if not query.asks or not total:
             listed = (state.videos if among is None else among)[query.offset : end]
-            hits = [Hit(0, state.folder / video.path, video) for video in listed]
+            hits = Hits([Hit(0, state.folder / video.path, video) for video in listed])
         else:
             asked = self._asked(state, query)
-            hits = self.index.answer(state, asked, end, among, offset=query.offset)
+            options = {"offset": query.offset, "text": bool(query.text)}
+            hits = self.index.answer(state, asked, end, among, **options)
         return {
             "query": query.sentence,
             "offset": query.offset,
             "total": total,
             "next": query.address(offset=end) if end < total else None,
             "tokens_used": self._tokens_used(query.sentence or ""),
+            "notice": hits.notice or None,
             "hits": [_hit_json(state, query, hit) for hit in hits],
         }
 
@@ -83,6 +89,9 @@ class SearchAPI:
         hit = Hit(0, state.folder / video.path, video)
         if query.asks:
             hit = self.index.in_video(state, self._asked(state, query), video, most)
+            if query.text and query.sentence:
+                cues, _ = state.find_cues(query.sentence, 1, MAX_MOMENTS, None, video.path)
+                hit = dataclasses.replace(hit, cues=tuple(*cues.values()))
             if most < MAX_MOMENTS and len(find_spans(hit.windows, hit.scores, most + 1)) > most:
                 more = query.address(offset=0, moments=MAX_MOMENTS)
         # The moment with the time, or the nearest one; the best without a time.
@@ -155,15 +164,24 @@ def state_of(state: OpenIndex, video: IndexedVideo) -> str:
 def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:
     video = hit.video
     best = hit.moments[0] if hit.moments else None
+    start, shown = (best.start, best.peak) if best else (None, video.duration / 2)
+    if hit.cues:  # It opens at what is said.
+        start = shown = hit.cues[0].start
+
+    def page(time: float | None) -> str:
+        time = None if time is None else min(time, video.duration)
+        return query.address(video=video.path, time=time, offset=0)
+
     return {
         **hit.facts(),
         "path": video.path,
         "name": PurePosixPath(video.path).name,
         "state": state_of(state, video),
-        "page": query.address(video=video.path, time=best and best.start, offset=0),
+        "page": page(start),
         "media": file_address("videos", video.path),
-        **_pictures(video, best.peak if best else video.duration / 2),
+        **_pictures(video, shown),
         "moments": [_moment_json(query, video, moment) for moment in hit.moments],
+        "cues": [{**cue._asdict(), "page": page(cue.start)} for cue in hit.cues],
     }
 
 
@@ -172,7 +190,7 @@ def _moment_json(query: PageQuery, video: IndexedVideo, moment: Moment) -> dict[
     # Of a long moment, the part around its peak.
     first = max(found["start"], min(moment.peak - MAX_CLIP / 2, found["end"] - MAX_CLIP))
     clip = {"start": f"{first:.3f}", "end": f"{min(first + MAX_CLIP, found['end']):.3f}"}
-    alone = query.closed(sentence=None, without=None, picture=None, by_video=None)
+    alone = query.closed(sentence=None, without=None, picture=None, by_video=None, text=0)
     return {
         **found,
         "like": alone.address(like=f"{video.path}@{moment.peak:.3f}"),

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,8 +50,11 @@ def _index(options: argparse.Namespace) -> None:
         given["bank"] = _bank_captions(options.bank, model) if options.bank else ()
         report = update_index(model, options.videos, options.index, cluster=cluster, **given)
     print(f"{options.index}: {report} ({options.storage})")
+    if report.transcripts:
+        print(f"{report.transcripts} transcripts can be searched with --text")
     for reasons, title in (
         (report.bad, "files cannot be searched"),
+        (report.bad_transcripts, "transcripts cannot be read"),
         (report.unavailable, "files could not be read this time"),
     ):
         if reasons:
@@ -97,6 +101,8 @@ def _query(options: argparse.Namespace) -> None:
     if options.sentences and (options.query or options.queries):
         raise UserError("--sentences ranks the sentences of its file; give no other ones")
     others = options.video or options.picture or options.like
+    if options.text and (options.sentences or (others and not (options.query or options.queries))):
+        raise UserError("--text looks for the words of a sentence; give one")
     if options.hubness and (others or options.without):
         raise UserError(
             "--hubness ranks sentences; omit it with --video, --picture, --like or --without"
@@ -119,9 +125,8 @@ def _query(options: argparse.Namespace) -> None:
         video=encode_video_file(index.model, options.video) if options.video else None,
         like=moment_of(index.state(), options.like) if options.like else None,
     )
-    search = functools.partial(
-        index.search, top=options.top, filters=_filters(options), moments=options.moments
-    )
+    given = _given(options, "top", "moments", "text")
+    search = functools.partial(index.search, filters=_filters(options), **given)
     if query != Query():
         queries = [dataclasses.replace(query, sentence=text) for text in sentences or [""]]
         _print(options, sentences or [str(others)], map(search, queries))
@@ -177,6 +182,9 @@ def format_hits(hits: Sequence[Hit]) -> str:
             start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
             best = f", best at {peak}" if moment.explanation else ""
             lines.append(f"{'':14}{start} to {end}{best} ({moment.score:.4f})")
+        for cue in hit.cues:
+            said = f"{format_timestamp(cue.start)} “{printable(cue.text)}” ({printable(cue.file)})"
+            lines.append(f"{'':14}{said}")
         if (explanation := hit.moments[0].explanation) is None:
             continue
         words = []
@@ -264,6 +272,16 @@ def _serve(options: argparse.Namespace) -> None:
     serve(_open(options), options)
 
 
+def _mcp(options: argparse.Namespace) -> None:
+    from drl_jax.search.api import SearchAPI  # The other commands need no server.
+    from drl_jax.search.mcp import serve_tools
+
+    with contextlib.redirect_stdout(sys.stderr):  # Clients read stdout.
+        api = SearchAPI(_open(options), 0, 0)
+    with contextlib.closing(api.media):
+        serve_tools(api)
+
+
 def _explain(options: argparse.Namespace) -> None:
     from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
 
@@ -336,5 +354,5 @@ def _read_lines(path: Path) -> list[str]:
     return found
 
 
-_ALL = (_index, _join, _query, _export, _recall, _duplicates, _serve, _explain)
+_ALL = (_index, _join, _query, _export, _recall, _duplicates, _serve, _mcp, _explain)
 COMMANDS = {command.__name__.removeprefix("_"): command for command in _ALL}

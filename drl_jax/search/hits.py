@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from drl_jax.runtime.errors import UserError, printable
 from drl_jax.search.encoding import WEAK
 from drl_jax.search.engine import Part
 from drl_jax.search.open_index import IndexedVideo
+from drl_jax.search.transcripts import Cue
 from drl_jax.search.windows import Window
 
 if TYPE_CHECKING:
@@ -141,6 +143,7 @@ class Hit:
 
     The best of its moments is the first. Windows and scores, float [W], are of the coarse windows,
     refined where they were candidates; `is_same` is whether the picture that was asked is in it.
+    `cues` are lines of its transcripts with words that were looked for, the best first.
     """
 
     rank: int
@@ -150,6 +153,7 @@ class Hit:
     windows: tuple[Window, ...] = ()
     scores: np.ndarray | tuple[()] = ()
     is_same: bool = False
+    cues: tuple[Cue, ...] = ()
 
     @property
     def score(self) -> float | None:
@@ -158,15 +162,24 @@ class Hit:
 
     @property
     def is_weak(self) -> bool:
-        """Whether other captions, or other windows, are about as similar."""
-        unusual = self.moments[0].unusual if self.moments else None
-        return unusual is not None and unusual < WEAK and not self.is_same
+        """Whether nothing is said, and other captions, or other windows, are about as similar."""
+        return bool(self.moments) and self.found_by is None
+
+    @property
+    def found_by(self) -> str | None:
+        """What it was found by: picture, text or both; None if it is weak, or only listed."""
+        unusual = self.moments[0].unusual if self.moments else -math.inf
+        is_seen = self.is_same or unusual is None or unusual >= WEAK
+        if self.cues:
+            return "both" if is_seen else "text"
+        return "picture" if is_seen else None
 
     def facts(self) -> dict[str, Any]:
         """The hit as JSON, without its path and moments."""
         score = None if self.score is None else round(self.score, 6)
         facts = {"rank": self.rank or None, "score": score, "weak": self.is_weak}
-        return facts | {"same_picture": self.is_same, "duration": round(self.video.duration, 3)}
+        facts |= {"same_picture": self.is_same, "duration": round(self.video.duration, 3)}
+        return facts | {"found_by": self.found_by, "cues": [cue._asdict() for cue in self.cues]}
 
     def explain(self, moment: int = 0) -> "Figure":
         """A figure of matplotlib: the cosines of the words and frames of one of the moments.
@@ -192,8 +205,11 @@ class Hit:
             f"{format_timestamp(m.start)} to {format_timestamp(m.end)} ({m.score:.4f})"
             for m in self.moments
         )
+        said = "".join(
+            f"  {format_timestamp(cue.start)} “{printable(cue.text)}”" for cue in self.cues
+        )
         weak = "  weak" if self.is_weak else ""
-        return f"{self.rank:4}  {printable(str(self.path))}  {moments}{weak}"
+        return f"{self.rank:4}  {printable(str(self.path))}  {moments}{said}{weak}"
 
     def _repr_html_(self) -> str:
         """The best moment as a strip of pictures, with the times and scores of all moments."""
@@ -214,9 +230,9 @@ class Hit:
 class Hits(list[Hit]):
     """The hits of a query, best first. A notebook shows them as pictures with times and scores."""
 
-    def __init__(self, hits: Sequence[Hit], query: str = ""):
+    def __init__(self, hits: Sequence[Hit], query: str = "", notice: str = ""):
         super().__init__(hits)
-        self.query = query
+        self.query, self.notice = query, notice  # Why text that was asked for is missing.
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row per moment: query, rank, path, start, end and peak in seconds, score, is_weak.

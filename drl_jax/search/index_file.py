@@ -296,11 +296,11 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         self.header = {**self.header, **about}
         self._commit(self.listed)
 
-    def spool_file(self, number: int) -> Path:
+    def spool_file(self, name: int | str) -> Path:
         """A file that is deleted at the end."""
         with _writing(self.directory):
             (self.directory / _SPOOL).mkdir(exist_ok=True)
-        return self.directory / _SPOOL / str(number)
+        return self.directory / _SPOOL / str(name)
 
     def show_progress(self, done: int, total: int) -> None:
         """Tells processes that search how many files are read, once a second."""

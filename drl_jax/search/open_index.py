@@ -4,12 +4,14 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import heapq
 import io
 import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -18,14 +20,17 @@ from PIL import Image
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
-from drl_jax.search import STRIP_FRAMES, index_file
+from drl_jax.search import STRIP_FRAMES, index_file, text_index
 from drl_jax.search.encoding import HUBNESS_ARRAY, SCALE_WINDOWS, Correction, dequantize
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
 from drl_jax.search.filters import Filters, Listing, list_videos, passing
 from drl_jax.search.reading import file_of
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord
+from drl_jax.search.transcripts import Cue
 from drl_jax.search.windows import Window
 
+# The number of the segment of a video, and its row there.
+Place: TypeAlias = tuple[int, int]
 # Arrays of windows that queries are not compared with.
 _OTHERS = ("span", "frames", "bank_similarity", HUBNESS_ARRAY)
 # Windows that are checked before an index is open: a few tenths of a second.
@@ -144,9 +149,11 @@ class OpenIndex:
             )
         self.folder = Path(os.path.commonpath([part.header["videos"] for part in self._parts]))
         self.segments: list[Listed] = []
+        self._prefixes: dict[Path, str] = {}  # What the paths of a part begin with.
         first = 0
         for part in self._parts:
             prefix = f"{Path(part.header['videos']).relative_to(self.folder)}/".removeprefix("./")
+            self._prefixes[part.directory] = prefix
             for one in part.listed:
                 self.segments.append(dataclasses.replace(one, prefix=prefix, first_slot=first))
                 first += one.segment.window_count
@@ -227,8 +234,12 @@ class OpenIndex:
         with _reported(one.segment):
             one.segment.check_files()
             record = one.segment.read(row)
-        slot = one.first_slot + int(one.segment.firsts["window"][row])
-        return IndexedVideo(one.prefix + record.path, slot, one.segment, row, record)
+        path, slot = one.prefix + record.path, self._first_slot((segment, row))
+        return IndexedVideo(path, slot, one.segment, row, record)
+
+    def _first_slot(self, place: Place) -> int:
+        one = self.segments[place[0]]
+        return one.first_slot + int(one.segment.firsts["window"][place[1]])
 
     def place(self, slot: int) -> tuple[int, int]:
         """The segment and the row of the video that has a window."""
@@ -252,6 +263,37 @@ class OpenIndex:
         """The video with exactly this path relative to the folder, if it can be searched."""
         place = self._find(path)
         return None if place is None else self.video(*place)
+
+    def transcripts(self) -> int:
+        """How many transcripts the index has."""
+        return sum(map(text_index.count_transcripts, self._prefixes))
+
+    def find_cues(
+        self, sentence: str, videos: int, most: int, among: Videos | None, path: str = ""
+    ) -> tuple[dict[Place, list[Cue]], str]:
+        """The best videos by what is said in them, or the one at a path, with `most` cues of each.
+
+        The best are first. Also returns why there is no text, in one line, or "".
+        """
+        failures: list[str] = []
+        place_of, found = functools.cache(self._find), dict[Place, list[Cue]]()
+        parts = [
+            text_index.find_cues(directory, prefix, sentence, path, failures)
+            for directory, prefix in self._prefixes.items()
+            if not path or path.startswith(prefix)
+        ]
+        for _, video, cue in heapq.merge(*parts, key=lambda one: one[:2]):
+            place = place_of(video)
+            if place is None or not (among is None or among.valid[self._first_slot(place)]):
+                continue
+            if place not in found and len(found) == videos:
+                break
+            if len(cues := found.setdefault(place, [])) < most:
+                cues.append(cue)
+        if not any((directory / text_index.FILE).exists() for directory in self._prefixes):
+            line = "put transcripts (.srt, .vtt or .json) beside the videos, and index them again"
+            failures.append(f"the index {self.directory} has no text: {line}")
+        return found, "; ".join(failures)
 
     def unsearchable(self) -> list[tuple[str, str]]:
         return sorted(itertools.chain(*(one.errors() for one in self.segments)))

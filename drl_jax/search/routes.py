@@ -137,7 +137,7 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
         return endpoint
 
     def file(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
-        return FileResponse(_unchanged(state, video))
+        return FileResponse(unchanged(state, video))
 
     def frames(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
         """One frame, or several side by side."""
@@ -150,12 +150,12 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
         time = parse_time("t", request.query_params.get("t", "0"))
         if time > video.duration:
             raise outside(time, video)
-        return _jpeg(request, api.media.picture(_unchanged(state, video), time))
+        return _jpeg(request, api.media.picture(unchanged(state, video), time))
 
     def clip(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
         given = {"start": "0", "end": str(video.duration), **request.query_params}
         start, end = (parse_time(name, given[name]) for name in ("start", "end"))
-        file = api.media.clip(_unchanged(state, video), video, start, end)
+        file = api.media.clip(unchanged(state, video), video, start, end)
         name = f"{PurePosixPath(video.path).stem} {start:.1f}-{end:.1f}.mp4"
         return FileResponse(file, filename=name, content_disposition_type="inline")
 
@@ -166,7 +166,7 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
     ]
 
 
-def _unchanged(state: OpenIndex, video: IndexedVideo) -> Path:
+def unchanged(state: OpenIndex, video: IndexedVideo) -> Path:
     """The path of a file that is as it was indexed; one that was replaced could link anywhere."""
     found = state_of(state, video)
     if found != "ok":

@@ -1,5 +1,6 @@
 """An open index that follows its updates and answers queries."""
 
+import collections
 import dataclasses
 import functools
 import os
@@ -25,7 +26,7 @@ from drl_jax.search.index_file import (
     read_header,
     recorded_encoder,
 )
-from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos
+from drl_jax.search.open_index import IndexedVideo, OpenIndex, Place, Videos
 from drl_jax.search.query import (
     EncodedQuery,
     Query,
@@ -45,6 +46,9 @@ _PATIENCE = 0.1
 _TOGETHER = 32
 # Encoded queries, and their best windows, that are kept: a page asks for a query several times.
 _KEPT = 64
+# Videos that are ranked by both picture and text, and what is added to their ranks: the usual
+# constant of reciprocal rank fusion.
+_FUSED, _RANK_OFFSET = 200, 60
 
 
 @dataclasses.dataclass(eq=False)
@@ -178,8 +182,13 @@ class Index:
         *,
         filters: Filters | None = None,
         moments: int = MOMENTS,
+        text: bool = False,
     ) -> Hits | list[Hits]:
         """The `top` best videos for a query, or for each of several sentences.
+
+        With `text`, the words of sentences are also looked for in transcripts, and the ranks of
+        both are fused; hits have `cues`, and `moments` is the number of these at most, too. A
+        Notice says why there is no text.
 
         Raises UserError if a query is empty or cannot be read, or no video passes the filters.
         """
@@ -190,7 +199,13 @@ class Index:
         if isinstance(query, str):
             query = Query(query)
         if isinstance(query, Query):
-            return self.answer(state, query, top, among, moments=moments)
+            hits = self.answer(state, query, top, among, moments=moments, text=text)
+            if hits.notice:
+                warnings.warn(hits.notice, Notice, stacklevel=2)
+            return hits
+        if text:
+            options = {"filters": filters, "moments": moments, "text": True}
+            return [self.search(sentence, top, **options) for sentence in query]
         query = list(query)
         encoded = encode_sentences(self.model, query)
         with self._searching:
@@ -207,21 +222,27 @@ class Index:
         *,
         offset: int = 0,
         moments: int = MOMENTS,
+        text: bool = False,
     ) -> Hits:
         """The hits of one query in one state of the index, those before `offset` left out."""
         if isinstance(query.video, Path):  # What is kept of a query has no file that can change.
             query = dataclasses.replace(query, video=encode_video_file(self.model, query.video))
-        request = _Request(state, self._encoded(query), top, among)
+        cues, notice = state.find_cues(query.sentence, _FUSED, moments, among) if text else ({}, "")
+        request = _Request(state, self._encoded(query), max(top, _FUSED) if cues else top, among)
         self._waiting.append(request)
         with self._searching:
             if request.answer is None:
                 self._rank(request)
             same = self._same(state, query, among)
-            videos = list(dict.fromkeys([*same, *request.answer.videos(top)]))[offset:top]
+            places = fuse(request.answer.places(), [*cues])[:top]
+            found = [*same, *(state.video(*place) for place in places)]
+            videos = list(dict.fromkeys(found))[offset:top]
             hits = request.answer.hits(videos, moments)
-        ranked = enumerate(hits, start=offset + 1)
-        hits = [dataclasses.replace(h, rank=rank, is_same=h.video in same) for rank, h in ranked]
-        return Hits(hits, query.sentence)
+        shown = Hits((), query.sentence, notice)
+        for rank, hit in enumerate(hits, start=offset + 1):
+            said = tuple(cues.get(state.place(hit.video.slot), ()))
+            shown.append(dataclasses.replace(hit, rank=rank, is_same=hit.video in same, cues=said))
+        return shown
 
     def _encode(self, query: Query) -> EncodedQuery:
         with self._encoding:
@@ -256,3 +277,15 @@ class Index:
     def _find(self, state: OpenIndex, query: Query, path: str | None) -> Answer:
         among = None if path is None else state.filtered(Filters(only=(path,)))
         return self.ranker.rank(state, [self._encoded(query)], 1, among)[0]
+
+
+def fuse(pictures: Sequence[Place], texts: Sequence[Place]) -> list[Place]:
+    """Fuses two rankings by the sums of reciprocal ranks; later pictures follow.
+
+    Of equal sums, as of the first ones of both, that of the picture comes first. Without texts, the
+    pictures keep their order.
+    """
+    sums: collections.Counter[Place] = collections.Counter()
+    for ranking in (pictures[:_FUSED], texts):
+        sums.update({place: 1 / (_RANK_OFFSET + rank) for rank, place in enumerate(ranking, 1)})
+    return list(dict.fromkeys([*dict(sums.most_common()), *pictures]))

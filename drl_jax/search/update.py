@@ -19,7 +19,7 @@ from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
-from drl_jax.search import encoding, reading
+from drl_jax.search import encoding, reading, text_index
 from drl_jax.search.index_file import (
     MADE_WITH,
     IndexWriter,
@@ -73,6 +73,9 @@ class IndexReport:
     # By path, why files cannot be searched, and why the next update has to read others.
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
     unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Number of transcripts of the whole index; by path, why others cannot be used.
+    transcripts: int = 0
+    bad_transcripts: dict[str, str] = dataclasses.field(default_factory=dict)
     windows: int = 0
     nbytes: int = 0
 
@@ -219,6 +222,7 @@ class _Update:
         self._writer, self._model, self._folder, self._timeout = writer, model, folder, timeout
         self._report, self._is_silent = IndexReport(), not shows_progress
         self._paths: list[str] | None = None  # The files of `--only`; None: all.
+        self._found: list[str] = []  # Those of them that are there.
         # New and changed files, and those with damaged features; what the index has of them.
         self._pending: list[FoundFile] = []
         self._known: dict[str, KnownFile] = {}
@@ -251,6 +255,7 @@ class _Update:
                 raise UserError(f"{path} is not in the shard of the index")
         for file in files:
             if self._is_ours(file.path):
+                self._found.append(file.path)
                 self._compare(known.pop(file.path, None), file)
         for path in sorted(known):
             self._compare(known[path], None)
@@ -293,6 +298,10 @@ class _Update:
 
     def run(self, cluster: "RayCluster | None") -> IndexReport:
         writer, report, total = self._writer, self._report, len(self._pending)
+        work, videos = writer.spool_file(text_index.FILE), self._paths or self._found
+        report.transcripts, report.bad_transcripts = text_index.update_text(
+            writer.directory, work, self._folder, videos, is_all=self._paths is None
+        )
         reads = zip(self._pending, self._read(cluster), strict=True)
         shown = tqdm(
             reads, desc="indexing", total=total, unit="video", disable=self._is_silent or not total

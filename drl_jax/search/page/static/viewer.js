@@ -54,7 +54,7 @@ async function loadMoments(link) {
   const text = await fetchViewer(link.href);
   if (text === null) return;
   const video = player(), wasPlaying = video && !video.paused;
-  const before = content.querySelectorAll(".more-moments li").length;
+  const before = find(".more-moments").querySelectorAll("li").length;
   const unplayable = find(".unplayable").hidden;
   content.innerHTML = text;
   if (video) player()?.replaceWith(video);
@@ -63,7 +63,7 @@ async function loadMoments(link) {
   prepare();
   setPosition(video && !video.dataset.converted ? video.currentTime : Number(opened().time));
   if (wasPlaying) video.play().catch(() => {});
-  content.querySelectorAll(".more-moments li a")[before]?.focus();
+  find(".more-moments").querySelectorAll("li a")[before]?.focus();
 }
 
 function show() {
