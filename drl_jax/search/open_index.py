@@ -21,7 +21,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.search import STRIP_FRAMES, index_file
 from drl_jax.search.encoding import HUBNESS_ARRAY, SCALE_WINDOWS, Correction, dequantize
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
-from drl_jax.search.filters import Filters, Listing, list_videos, passing
+from drl_jax.search.filters import Filters, Listing, list_videos, natural_key, passing
 from drl_jax.search.reading import file_of
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord
 from drl_jax.search.windows import Window
@@ -86,7 +86,7 @@ class IndexedVideo:
 
 
 class Videos(Sequence[IndexedVideo]):
-    """Videos of an index in the order of their paths; each is read when it is accessed."""
+    """Videos of an index in the natural order of their paths; each is read when it is accessed."""
 
     def __init__(self, index: "OpenIndex", listing: Listing):
         self._index, self.listing = index, listing
@@ -254,7 +254,8 @@ class OpenIndex:
         return None if place is None else self.video(*place)
 
     def unsearchable(self) -> list[tuple[str, str]]:
-        return sorted(itertools.chain(*(one.errors() for one in self.segments)))
+        files = itertools.chain(*(one.errors() for one in self.segments))
+        return sorted(files, key=lambda file: natural_key(file[0]))
 
     def filtered(self, filters: Filters) -> Videos:
         """The videos that pass filters; raises a UserError if one of `only` is not there."""
