@@ -50,7 +50,7 @@ def find_duplicates(index: OpenIndex) -> list[Duplicate]:
 
 
 def same_moments(index: OpenIndex, parts: Sequence[tuple[IndexedVideo, float, float]]) -> list[int]:
-    """For each part of a video, seconds, the number of the first one that shows the same."""
+    """For each part of a video, seconds, the number of the first that shows the same, in order."""
     if not parts:
         return []
     hashes, starts, counts = [], [], []
@@ -63,7 +63,8 @@ def same_moments(index: OpenIndex, parts: Sequence[tuple[IndexedVideo, float, fl
         counts.append(last - first)
     places = [index.place(video.slot) for video, *_ in parts]
     firsts = np.cumsum([0, *counts])
-    pairs = _find_pairs(index, _Frames(np.concatenate(hashes), firsts, places, starts))
+    frames = _Frames(np.concatenate(hashes), firsts, places, starts)
+    pairs = _find_pairs(index, frames, in_order=True)
     same = list(range(len(parts)))
     for one, other in sorted(pairs):  # What is like a later one is like the first of these, too.
         same[other] = min(same[other], same[one])
@@ -79,7 +80,9 @@ class _Frames(NamedTuple):
     starts: Sequence[int]  # Number of the first frame in its video.
 
 
-def _find_pairs(index: OpenIndex, frames: _Frames) -> dict[tuple[int, int], tuple[float, bool]]:
+def _find_pairs(
+    index: OpenIndex, frames: _Frames, *, in_order: bool = False
+) -> dict[tuple[int, int], tuple[float, bool]]:
     """Pairs of parts that show the same: the share of the shorter one, and whether not mirrored."""
     hashes, firsts, places, starts = frames
     counts, found = np.diff(firsts), {}
@@ -90,9 +93,12 @@ def _find_pairs(index: OpenIndex, frames: _Frames) -> dict[tuple[int, int], tupl
         mask = MIRRORED if is_mirrored else np.uint64(0)
         row = hashes[firsts[long] : firsts[long + 1]]
         bits = np.bitwise_count((hashes[firsts[short] + shown] ^ mask)[:, None] ^ row)
-        equal = bits.min(axis=1)[bits.min(axis=1) <= _BITS]
+        is_equal = bits.min(axis=1) <= _BITS
+        equal, nearest = bits.min(axis=1)[is_equal], bits.argmin(axis=1)[is_equal]
         most = max(len(shown), len(chosen) / 2)  # A title between black frames is not the video.
         if len(equal) < min(most, _SHARE * most + 1):
+            continue
+        if in_order and nearest[0] > nearest[-1]:  # Played backwards.
             continue
         if equal.mean() > _CLEAR:
             a, b = np.unravel_index(bits.argmin(), bits.shape)

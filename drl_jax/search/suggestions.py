@@ -19,8 +19,8 @@ _MOST, _TOGETHER = 4, 32
 class Suggestions:
     """Sentences for the current state of an index, which a thread finds; until then earlier ones.
 
-    Of a list of scenes, those with the most unusual scores among windows spread over the index, for
-    each another video; none that would find weak matches only.
+    Of a list of scenes, those with the most unusual scores in windows spread over the index, each
+    for another video; none that would find weak matches only.
     """
 
     def __init__(self, model: RetrievalModel):
@@ -55,18 +55,19 @@ class Suggestions:
             self._found = []
             return
         windows = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        best: list[tuple[float, str, str]] = []
+        found: list[tuple[float, str, str]] = []
         for first in range(0, len(self._scenes), _TOGETHER):
             if self._closed:
                 return
             sentences = self._scenes[first : first + _TOGETHER]
             similarity = self._model.similarity(self._model.encode_text(sentences), windows)
-            for sentence, scores in zip(sentences, similarity, strict=True):
-                calibrated = [*map(unusual, scores.tolist(), scales)]
-                highest = max(calibrated)
-                if highest >= WEAK:
-                    best.append((highest, sentence, owners[calibrated.index(highest)]))
-        of_videos: dict[str, str] = {}
-        for _, sentence, owner in sorted(best, reverse=True):
-            of_videos.setdefault(owner, sentence)
-        self._found = list(of_videos.values())[:_MOST]
+            for sentence, scores in zip(sentences, similarity.tolist(), strict=True):
+                calibrated = map(unusual, scores, scales)
+                found += [
+                    (c, sentence, o) for c, o in zip(calibrated, owners, strict=True) if c >= WEAK
+                ]
+        chosen: dict[str, str] = {}
+        for _, sentence, owner in sorted(found, reverse=True):
+            if sentence not in chosen and owner not in chosen.values():
+                chosen[sentence] = owner
+        self._found = list(chosen)[:_MOST]

@@ -138,7 +138,25 @@ function startPlayer() {
       if (player() === video) setPosition(video.currentTime); // It may be closed by then.
     });
   }
+  stopAtEnd(video);
   if (!still.matches) video.play().catch(() => {}); // May be blocked; the controls remain.
+}
+
+/** Pauses once where the moment ends, unless somebody has gone on from there before. */
+function stopAtEnd(video) {
+  let end = Number(opened().end ?? Infinity);
+  const check = () => {
+    if (video.currentTime < end) return true;
+    if (!video.seeking) video.pause();
+    end = Infinity;
+    return false;
+  };
+  const watch = () => {
+    if (player() === video && !video.paused && check()) requestAnimationFrame(watch);
+  };
+  video.addEventListener("play", watch);
+  video.addEventListener("seeking", check);
+  video.addEventListener("timeupdate", check); // In a tab that is hidden.
 }
 
 const clock = (seconds) => {
