@@ -9,6 +9,7 @@ from typing import IO, Any
 import numpy as np
 
 from drl_jax.models.tokenizers.base import END, START
+from drl_jax.runtime.errors import printable
 from drl_jax.search import MOMENTS
 from drl_jax.search.addresses import (
     MAX_HITS,
@@ -154,9 +155,10 @@ class SearchAPI:
             score = next((m.score for m in moments if m.start < end and start < m.end), None)
         try:
             file = unchanged_file(state, video)
-            return Cut.of(video, file, start, end, score, self.media.timing(file))
+            return Cut(video, file, start, end, score, self.media.timing(file))
         except BadRequest as error:
-            raise BadRequest(f"{video.path}: {error}", error.http_status) from error
+            line = f"{printable(video.path)}: {error}"
+            raise BadRequest(line, error.http_status) from error
 
     def _asked(self, state: OpenIndex, query: PageQuery) -> Query:
         return Query(

@@ -5,18 +5,14 @@ moment; where it varies, the nearest ones at the nominal rate.
 """
 
 import csv
-import dataclasses
 import io
 import math
 import os
-import re
-import tempfile
-import zipfile
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import IO
+from typing import NamedTuple
 from urllib.parse import quote
 from xml.etree import ElementTree
 
@@ -38,14 +34,13 @@ FORMATS = {
 MAX_SECONDS = 600.0
 # Rates that have timecodes; those of 29.97 and 59.94 leave out numbers (drop-frame).
 _NTSC = Fraction(1000, 1001)
-_RATES = (24 * _NTSC, Fraction(24), Fraction(25), 30 * _NTSC, Fraction(30))
-_RATES += (48 * _NTSC, Fraction(48), Fraction(50), 60 * _NTSC, Fraction(60))
-_CODE = re.compile(r"(\d\d):(\d\d):(\d\d)([:;.,])(\d\d)")
+_DROP = (30 * _NTSC, 60 * _NTSC)
+_RATES = (24 * _NTSC, 48 * _NTSC, *_DROP, *map(Fraction, (24, 25, 30, 48, 50, 60)))
+_COLUMNS = ("path", "start", "end", "start_timecode", "end_timecode", "frames_per_second", "score")
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """A moment of a video, seconds, and its frames: `first` and the one after the last."""
+class Cut(NamedTuple):
+    """A moment of a video, seconds."""
 
     video: IndexedVideo
     file: Path
@@ -53,43 +48,33 @@ class Cut:
     end: float
     score: float | None
     timing: Timing
-    rate: Fraction
-    first: int
-    stop: int
-    count: int  # Frames of the video.
-    offset: int  # Number that the timecode of the file gives its first frame.
-
-    @classmethod
-    def of(
-        cls,
-        video: IndexedVideo,
-        file: Path,
-        start: float,
-        end: float,
-        score: float | None,
-        timing: Timing,
-    ) -> "Cut":
-        # Of a low rate, a multiple has timecodes.
-        multiples = [rate for rate in _RATES if (rate / timing.rate).denominator == 1]
-        rate = [*multiples, min(_RATES, key=lambda rate: abs(rate - timing.rate))][0]
-        step = int(rate / timing.rate) if multiples else 1
-        numbers = np.asarray(video.times) * float(rate / step)
-        is_constant = np.abs(numbers - np.rint(numbers)).max() <= 1.5 * ROUNDING * rate
-
-        def frame_at(time: float) -> int:
-            if is_constant:
-                return step * math.ceil((time - ROUNDING) * rate / step)
-            return step * round(time * rate / step)
-
-        count = max(step, frame_at(video.duration))
-        first = min(max(0, frame_at(start)), count - step)
-        stop = max(first + step, min(frame_at(end), count))
-        offset = _number_of(timing.timecode, rate)
-        return cls(video, file, start, end, score, timing, rate, first, stop, count, offset)
 
     @property
     def name(self) -> str:
         return clean(PurePosixPath(self.video.path).name)
+
+    @property
+    def rate(self) -> Fraction:
+        """Of its timecode: that of the file, the least multiple that has one, or the nearest."""
+        own = self.timing.rate
+        return min(_RATES, key=lambda rate: ((rate / own).denominator > 1, abs(rate - own)))
+
+    @property
+    def frames(self) -> tuple[int, int, int]:
+        """The first one, the one after the last, and how many the video has, at its rate."""
+        step = self.rate / self.timing.rate
+        step = int(step) if step.denominator == 1 else 1
+        rate = self.rate / step
+        numbers = np.asarray(self.video.times) * float(rate)
+        is_constant = np.abs(numbers - np.rint(numbers)).max() <= 1.5 * ROUNDING * rate
+
+        def frame_at(time: float) -> int:
+            return math.ceil((time - ROUNDING) * rate) if is_constant else round(time * rate)
+
+        count = max(1, frame_at(self.video.duration))
+        first = min(max(0, frame_at(self.start)), count - 1)
+        stop = max(first + 1, min(frame_at(self.end), count))
+        return step * first, step * stop, step * count
 
 
 def clean(name: str) -> str:
@@ -97,41 +82,17 @@ def clean(name: str) -> str:
     return "".join(c if c.isprintable() and c not in "'\"<>:|?*\\/" else "_" for c in name)
 
 
-def timecode(number: int, rate: Fraction) -> str:
-    """Hours, minutes, seconds and frames of the number of a frame; with `;` in drop-frame."""
-    base, dropped = round(rate), _dropped(rate)
-    if dropped:
-        tens, rest = divmod(number, 600 * base - 9 * dropped)
-        number += dropped * (9 * tens + max(0, rest - dropped) // (60 * base - dropped))
-    seconds, frame = divmod(number, base)
-    minutes, second = divmod(seconds, 60)
-    code = f"{minutes // 60 % 24:02}:{minutes % 60:02}:{second:02}"
-    return f"{code}{';' if dropped else ':'}{frame:02}"
-
-
-def _dropped(rate: Fraction) -> int:
-    """Numbers that the timecode leaves out in most minutes."""
-    return round(rate) // 15 if rate in (30 * _NTSC, 60 * _NTSC) else 0
-
-
-def _number_of(code: str, rate: Fraction) -> int:
-    """The number of the frame with a timecode; 0 for what is none."""
-    if (match := _CODE.fullmatch(code)) is None:
-        return 0
-    hours, minutes, seconds, frame = (int(match[group]) for group in (1, 2, 3, 5))
-    minutes += 60 * hours
-    dropped = 0 if match[4] == ":" else _dropped(rate) * (minutes - minutes // 10)
-    return (60 * minutes + seconds) * round(rate) + frame - dropped
-
-
 def cut_list(kind: str, cuts: Sequence[Cut], title: str) -> bytes:
-    """A file of cuts, one after another.
+    """A file of cuts, one after another; a CSV has timecodes if OpenTimelineIO is installed.
 
-    Raises BadRequest if OpenTimelineIO is not installed, or an EDL would have several rates.
+    Raises BadRequest if it is not and another format needs it, or an EDL would have several rates.
     """
-    if kind == "csv":
-        return _csv(cuts)
     otio, title = _opentimelineio(), clean(title) or "Moments"
+    if kind == "csv":
+        return _csv(otio, cuts)
+    if otio is None:
+        install = "pip install 'drl_jax[editing]'"
+        raise BadRequest(f"the server lacks OpenTimelineIO or its adapters: {install}", 501)
     if kind == "otio":
         return otio.adapters.write_to_string(_timeline(otio, cuts, title), "otio_json").encode()
     if kind == "fcpxml":
@@ -142,34 +103,41 @@ def cut_list(kind: str, cuts: Sequence[Cut], title: str) -> bytes:
         raise BadRequest(f"{line}; choose videos of one rate, or another format")
     text = otio.adapters.write_to_string(_timeline(otio, cuts, title), "cmx_3600")
     # Which timecodes they are, the adapter leaves out.
-    mode = "DROP FRAME" if _dropped(cuts[0].rate) else "NON-DROP FRAME"
+    mode = "DROP FRAME" if cuts[0].rate in _DROP else "NON-DROP FRAME"
     return text.replace("\n", f"\nFCM: {mode}\n", 1).encode()
 
 
-def _csv(cuts: Iterable[Cut]) -> bytes:
-    writer = csv.writer(text := io.StringIO())
-    writer.writerow(
-        ("path", "start", "end", "start_timecode", "end_timecode", "frames_per_second", "score")
-    )
-    for cut in cuts:
-        codes = (timecode(cut.offset + number, cut.rate) for number in (cut.first, cut.stop))
-        times = (f"{cut.start:.3f}", f"{cut.end:.3f}", *codes, f"{float(cut.rate):.6g}")
-        writer.writerow((cut.video.path, *times, "" if cut.score is None else f"{cut.score:.6f}"))
-    return text.getvalue().encode(errors="surrogateescape")
-
-
-def _opentimelineio() -> ModuleType:
+def _opentimelineio() -> ModuleType | None:
     try:
         import opentimelineio as otio
-
-        if {"cmx_3600", "fcpx_xml"} <= {*otio.adapters.available_adapter_names()}:
-            return otio
     except ImportError:
-        pass
-    raise BadRequest(
-        "the server needs OpenTimelineIO and its adapters for this: pip install 'drl_jax[editing]'",
-        501,
-    )
+        return None
+    return otio if {"cmx_3600", "fcpx_xml"} <= {*otio.adapters.available_adapter_names()} else None
+
+
+def _csv(otio: ModuleType | None, cuts: Iterable[Cut]) -> bytes:
+    writer = csv.writer(text := io.StringIO())
+    writer.writerow(_COLUMNS)
+    for cut in cuts:
+        codes = ["", ""]
+        if otio is not None:
+            begin = _begin(otio, cut)
+            codes = [_time(otio, cut, begin + one).to_timecode() for one in cut.frames[:2]]
+        times = (f"{cut.start:.3f}", f"{cut.end:.3f}", *codes, f"{float(cut.rate):.6g}")
+        writer.writerow((cut.video.path, *times, "" if cut.score is None else f"{cut.score:.6f}"))
+    return text.getvalue().encode()
+
+
+def _time(otio: ModuleType, cut: Cut, frame: int):
+    return otio.opentime.RationalTime(frame, float(cut.rate))
+
+
+def _begin(otio: ModuleType, cut: Cut) -> int:
+    """The frame that the timecode of the file gives its first one."""
+    try:
+        return round(otio.opentime.from_timecode(cut.timing.timecode, float(cut.rate)).value)
+    except ValueError:
+        return 0
 
 
 def _address(cut: Cut, host: str = "") -> str:
@@ -178,18 +146,17 @@ def _address(cut: Cut, host: str = "") -> str:
 
 def _timeline(otio: ModuleType, cuts: Iterable[Cut], title: str, host: str = ""):
     """The cuts, one after another, as OpenTimelineIO's Timeline."""
-    time = otio.opentime
     track = otio.schema.Track("Moments", kind=otio.schema.TrackKind.Video)
     for cut in cuts:
-
-        def frames(first: int, count: int, rate: float = float(cut.rate)):
-            return time.TimeRange(time.RationalTime(first, rate), time.RationalTime(count, rate))
-
-        media = otio.schema.ExternalReference(_address(cut, host), frames(cut.offset, cut.count))
-        part = frames(cut.offset + cut.first, cut.stop - cut.first)
+        begin, (first, stop, count) = _begin(otio, cut), cut.frames
+        of_file, of_cut = (
+            otio.opentime.TimeRange(_time(otio, cut, start), _time(otio, cut, length))
+            for start, length in ((begin, count), (begin + first, stop - first))
+        )
+        media = otio.schema.ExternalReference(_address(cut, host), of_file)
         # AX: programs look for the file by its name.
         about = {"cmx_3600": {"reel": "AX"}, "drl_jax": {"score": cut.score}}
-        track.append(otio.schema.Clip(cut.name, media, part, about))
+        track.append(otio.schema.Clip(cut.name, media, of_cut, about))
     timeline = otio.schema.Timeline(title)
     timeline.tracks.append(track)
     return timeline
@@ -200,43 +167,25 @@ def _fcpxml(otio: ModuleType, cuts: Sequence[Cut], title: str) -> bytes:
     host = "localhost"
     text = otio.adapters.write_to_string(_timeline(otio, cuts, title, host), "fcpx_xml")
     root = ElementTree.fromstring(text.encode())
-    resources, formats = root.find("resources"), dict[tuple, ElementTree.Element]()
+    resources, sequence = root.find("resources"), root.find("project/sequence")
     # The adapter knows no rates of NTSC, merges such formats, and leaves the sound out.
-    for one in resources.findall("format"):
-        resources.remove(one)
+    for one in (*resources.findall("format"), *root.findall("asset-clip")):
+        (resources if one.tag == "format" else root).remove(one)
     by_address = {_address(cut, host): cut for cut in cuts}
-    format_of = {}
-    for asset in resources.findall("asset"):
+    for number, asset in enumerate(resources.findall("asset"), start=1):
         cut = by_address[asset.get("src")]
-        key = rate, width, height = cut.rate, cut.timing.width, cut.timing.height
-        if key not in formats:
-            about = {"id": f"f{len(formats) + 1}", "width": str(width), "height": str(height)}
-            about["frameDuration"] = f"{rate.denominator}/{rate.numerator}s"
-            formats[key] = ElementTree.Element("format", about)
-            resources.insert(len(formats) - 1, formats[key])
-        format_of[asset.get("id")] = formats[key].get("id")
-        asset.set("src", _address(cut))
-        asset.set("format", formats[key].get("id"))
-        asset.set("hasAudio", str(int(cut.timing.has_sound)))
-    for one in root.findall("asset-clip"):  # Clips beside the project.
-        root.remove(one)
-    sequence = root.find("project/sequence")
+        duration = f"{cut.rate.denominator}/{cut.rate.numerator}s"
+        sides = {"width": str(cut.timing.width), "height": str(cut.timing.height)}
+        about = {"id": f"f{number}", "frameDuration": duration, **sides}
+        resources.insert(number - 1, ElementTree.Element("format", about))
+        sound = str(int(cut.timing.has_sound))
+        asset.attrib |= {"src": _address(cut), "format": about["id"], "hasAudio": sound}
     sequence.set("format", "f1")
     for clip in sequence.find("spine"):
         (picture,) = clip
-        clip.tag, asset = "asset-clip", picture.get("ref")
-        clip.attrib |= {"ref": asset, "format": format_of[asset]}
+        clip.tag = "asset-clip"
+        clip.set("ref", picture.get("ref"))
         clip.remove(picture)
     ElementTree.indent(root)
     head = '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE fcpxml>\n'
     return (head + ElementTree.tostring(root, "unicode") + "\n").encode()
-
-
-def zip_file(clips: Iterable[tuple[str, Path]], folder: Path) -> IO[bytes]:
-    """An open temporary file with clips by their names, at its start."""
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, clip in clips:
-            archive.write(clip, name)
-    file.seek(0)
-    return file
