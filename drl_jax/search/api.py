@@ -24,7 +24,6 @@ from drl_jax.search.addresses import (
 from drl_jax.search.clips import MAX_CLIP
 from drl_jax.search.duplicates import same_moments
 from drl_jax.search.exports import FORMATS, Cut, cut_list
-from drl_jax.search.filters import natural_key
 from drl_jax.search.hits import Hit, Moment, rounded
 from drl_jax.search.media import Media
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
@@ -181,13 +180,14 @@ class SearchAPI:
 @functools.lru_cache(maxsize=1)  # Every page shows them.
 def _facts_of(state: OpenIndex) -> dict[str, Any]:
     listing = state.videos.listing
-    folders = {path.rpartition("/")[0] for path in listing["path"].to_pylist()} - {""}
+    # In the order of the listing.
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in listing["path"].to_pylist())
     return {
         "folder": str(state.folder),
         "videos": state.count,
         "windows": len(state.gallery),
         "hours": round(float(listing["duration"].to_numpy().sum()) / 3600, 3),
-        "folders": sorted(folders, key=natural_key)[:_FOLDERS],
+        "folders": [folder for folder in folders if folder][:_FOLDERS],
         "unsearchable": state.unsearchable_count,
     }
 

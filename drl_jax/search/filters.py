@@ -34,14 +34,17 @@ def list_videos(segments: Sequence[Listed], rows: Sequence[Sequence[int]]) -> Li
         of_segment = np.full(len(chosen), number)
         tables.append(pa.table([path, *others, of_segment, chosen], _COLUMNS))
     listing = pa.concat_tables(tables)
-    paths = listing["path"].to_pylist()
-    keys = [natural_key(path) for path in paths]
-    return listing.take(sorted(range(len(paths)), key=keys.__getitem__)).combine_chunks()
+    keys = [natural_key(path) for path in listing["path"].to_pylist()]
+    return listing.take(sorted(range(len(keys)), key=keys.__getitem__)).combine_chunks()
 
 
 def natural_key(path: str) -> tuple[str, str]:
-    """Orders paths by their numbers, and equal ones by their digits."""
-    return _NUMBER.sub(lambda match: match[0].lstrip("0").zfill(20), path), path
+    """Orders paths by their numbers, of up to 20 digits, and equal ones by their digits."""
+    return _NUMBER.sub(_padded, path), path
+
+
+def _padded(match: re.Match[str]) -> str:
+    return match[0].zfill(20)
 
 
 @dataclasses.dataclass(frozen=True)
