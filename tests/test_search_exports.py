@@ -128,6 +128,10 @@ def test_a_varying_rate_has_the_nearest_frames(tmp_path):
     cut = cut_of(path, times, 1.237, 3.018)
     assert 28 < cut.timing.rate < 32
     assert cut.frames[:2] == (round(1.237 * cut.rate), round(3.018 * cut.rate))
+    # Few sampled frames may be on those of a constant rate, but the file says that it has none.
+    assert cut.timing.may_vary
+    cut.video.times = [0.0]
+    assert cut.frames[:2] == (round(1.237 * cut.rate), round(3.018 * cut.rate))
 
 
 # ---------------------------------------------------------------------- the server

@@ -59,6 +59,7 @@ class Timing(NamedTuple):
     """What a file says of itself: of its first video stream, and whether it has sound."""
 
     rate: Fraction  # Average, frames a second.
+    may_vary: bool  # Whether the time stamps have another rate, and no multiple.
     timecode: str  # Of the first frame; empty without one.
     width: int
     height: int
@@ -71,7 +72,9 @@ def read_timing(path: Path) -> Timing:
         rate = video.average_rate or video.guessed_rate or Fraction(25)
         stated = (one.metadata.get("timecode") for one in (container, *container.streams))
         code = next(filter(None, stated), "")
-        return Timing(Fraction(rate), code, video.width, video.height, bool(sound))
+        ratio = float((video.base_rate or rate) / rate)
+        may_vary = abs(ratio - round(ratio)) > 1e-3
+        return Timing(Fraction(rate), may_vary, code, video.width, video.height, bool(sound))
 
 
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:

@@ -66,7 +66,8 @@ class Cut(NamedTuple):
         step = int(step) if step.denominator == 1 else 1
         rate = self.rate / step
         numbers = np.asarray(self.video.times) * float(rate)
-        is_constant = np.abs(numbers - np.rint(numbers)).max() <= 1.5 * ROUNDING * rate
+        off = np.abs(numbers - np.rint(numbers)).max()
+        is_constant = not self.timing.may_vary and off <= 1.5 * ROUNDING * rate
 
         def frame_at(time: float) -> int:
             return math.ceil((time - ROUNDING) * rate) if is_constant else round(time * rate)
