@@ -78,6 +78,11 @@ class BackboneConfig:
     pad_id: int = 0
 
     @property
+    def is_multilingual(self) -> bool:
+        """Whether its vocabulary is larger than those of English: CLIP's, and SigLIP's of c4_en."""
+        return self.vocab_size > type(self).vocab_size
+
+    @property
     def vision_hidden_width(self) -> int:
         return self.vision_mlp_width or 4 * self.vision_width
 

@@ -11,7 +11,7 @@ from support.videos import write_video
 from drl_jax.data.pictures import to_form
 from drl_jax.data.video import read_timed_frames
 from drl_jax.search import duplicates
-from drl_jax.search.duplicates import find_duplicates, same_picture
+from drl_jax.search.duplicates import find_duplicates, same_moments, same_picture
 from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.open_index import OpenIndex
 from drl_jax.search.reading import MIRRORED, picture_hash
@@ -74,6 +74,23 @@ def test_copies_are_found(index):
         ("mirrored.mp4", "small.mp4", 1.0, True),
         ("symmetrical.mp4", "symmetrical2.mp4", 1.0, False),
     ]
+
+
+def test_moments_that_show_the_same_are_folded_under_the_first(index):
+    def parts(*names: str, start: float = 2.0) -> list:
+        return [(index.video_at(f"{name}.mp4"), start, start + 5) for name in names]
+
+    same = parts("film2", "small", "film0", "film1", "mirrored", "all")
+    assert same_moments(index, same) == [0, 1, 1, 3, 1, 3]
+    # Videos have the same pictures at other times.
+    assert same_moments(index, parts("film0") + parts("small", start=7)) == [0, 1]
+    assert same_moments(index, []) == []
+    # A film that is played backwards is another one.
+    hashes = np.random.default_rng(0).integers(1, 2**63, 5, np.uint64)
+    both = np.concatenate([hashes, hashes[::-1]])
+    frames = duplicates._Frames(both, np.array([0, 5, 10]), [(0, 0), (0, 1)], [0, 0])
+    assert duplicates._find_pairs(index, frames) == {(0, 1): (1.0, True)}
+    assert duplicates._find_pairs(index, frames, in_order=True) == {}
 
 
 def test_videos_that_are_gone_are_not(search_model, index, tmp_path):

@@ -1,6 +1,7 @@
 """The search page of a real server and its JSON API, over HTTP and in a real browser."""
 
 import contextlib
+import csv
 import http.client
 import io
 import json
@@ -22,9 +23,11 @@ from support.commands import error_of
 from support.processes import wait_until
 from support.served import Served, check_schema, join_clips, port_of, serving
 
-from drl_jax.search import index_file
+from drl_jax.search import index_file, open_index
 from drl_jax.search.index_file import IndexWriter
 from drl_jax.search.routes import api_routes
+from drl_jax.search.session import Index
+from drl_jax.search.suggestions import Suggestions
 from drl_jax.search.update import update_index
 
 SENTENCE = "a green triangle shrinks"
@@ -160,7 +163,8 @@ def test_bad_requests_are_one_line(served):
         found, _, body = served.get(f"/api/search?{query}")
         assert (found, message in json.loads(body)["error"]) == (status, True), body
         found, _, body = served.get(f"/?{query}")
-        assert (found, b'role="alert"' in body) == (status, True)
+        assert (found, b'role="alert" >' in body) == (status, True)
+    assert b'role="alert" hidden>' in served.get("/")[2]
     for path, status, message in (
         (f"/api/video?video={LONG}&t=99", 400, b"t=99 is outside the video, which has 32.5 s"),
         (f"/pictures/{LONG}?t=99", 400, b"t=99 is outside the video"),
@@ -187,6 +191,7 @@ def test_the_api_is_as_described(served):
         *(f"/api/video{ASKED}&video={LONG}&t=20", f"/api/video?video={LONG}"),
         *(f"/api/search{ASKED}&only={LONG}&only=video0.mp4", "/api/unsearchable"),
         *(f"/api/video{ASKED}&video={LONG}&moments=30", "/api/index"),
+        f"/api/export?format=csv&moment={LONG}@1-2&moment=video0.mp4@0-1&q=a",
         *("/api/openapi.json", f"/videos/{LONG}", f"/frames/{LONG}?frame=1"),
         *(f"/pictures/{LONG}?t=3", f"/clips/{LONG}?start=1&end=2"),
     ):
@@ -207,6 +212,30 @@ def test_the_api_is_as_described(served):
             check_schema(json.loads(body), content["schema"], components["schemas"])
     error = json.loads(served.get("/api/search?top=0")[2])
     check_schema(error, components["schemas"]["Error"], components["schemas"])
+
+
+def test_suggestions_are_what_the_index_answers(served, search_model, monkeypatch):
+    index = Index(served.index, search_model)
+
+    def suggested(least: float) -> list[str]:
+        monkeypatch.setattr("drl_jax.search.suggestions.WEAK", least)
+        suggestions = Suggestions(search_model)
+        wait_until(lambda: suggestions.of(index.state()) is not None)
+        suggestions.close()
+        return suggestions.of(index.state())
+
+    # A random model finds weak matches.
+    sentences = suggested(-np.inf)
+    assert len(sentences) == 4
+    assert suggested(np.inf) == []
+    # The first has the most unusual score of all.
+    scenes = json.loads((Path(open_index.__file__).parent / "page/scenes.json").read_text())
+    text, best = search_model.encode_text(scenes["shapes"]), []
+    for video in index.videos:
+        scores = search_model.similarity(text, open_index.stored_windows(video))
+        mean, deviation = video.record.arrays["window.bank_similarity"].T
+        best.append(((scores - mean) / deviation).max(axis=1))
+    assert scenes["shapes"][np.max(best, axis=0).argmax()] == sentences[0]
 
 
 def test_pictures_and_moments_are_queries(served):
@@ -464,9 +493,17 @@ def test_the_page_without_a_query_has_examples_and_recent_queries(page: Page, se
     page.goto(served.url)
     expect(page.locator("#q")).to_be_focused()
     expect(page.locator("#status")).to_contain_text("6 videos in")
-    page.locator("#empty .chip").first.click()
+    expect(page.locator("#model")).to_contain_text("knows drawn shapes · English · clip, wti, 64")
+    # What is found while the page is open already.
+    facts = served.json("/api/index") | {"suggestions": [SENTENCE, "<b>"]}
+    page.route("**/api/index", lambda route: route.fulfill(json=facts))
+    chips = page.locator("#suggestions .chip")
+    expect(chips).to_have_text([SENTENCE, "<b>"], timeout=20_000)
+    chips.first.click()
     expect(page.locator(".above h2")).to_have_text(FOUND)
     query = page.locator("#q").input_value()
+    assert query == SENTENCE
+    page.wait_for_function("() => localStorage.getItem('drl_jax.recent')")
     page.goto(page.url.split("?")[0])
     expect(page.locator("#recent .chip")).to_have_text([query])
     page.locator("#forget").click()
@@ -587,6 +624,34 @@ def test_the_viewer_shows_a_timeline_and_why(page: Page, served):
     playing_from(page, float(last.get_attribute("data-seek")))
 
 
+def test_a_moment_stops_at_its_end_and_plays_on(page: Page, served):
+    page.goto(f"{served.url}{ASKED}&video={LONG}")
+    moments = page.locator(".more-moments li a")
+    moments.last.click()
+    expect(moments.last).to_have_attribute("aria-current", "true")
+    page.wait_for_url("**&t=*")
+    video = served.json(f"/api/video?{page.url.partition('?')[2]}")
+    moment = video["moments"][video["moment"]]
+    assert moment["end"] < video["duration"] - 1
+    paused = "() => { const v = document.querySelector('#viewer video'); return v.paused"
+    paused += " && v.currentTime"
+    page.wait_for_function(f"{paused} >= {moment['end'] - 0.01} }}")
+    now = page.evaluate("document.querySelector('#viewer video').currentTime")
+    assert now < moment["end"] + 0.25
+    page.locator("#viewer-title").click()
+    page.keyboard.press("Space")
+    plays = "time => { const v = document.querySelector('#viewer video');"
+    plays += " return !v.paused && v.currentTime > time; }"
+    page.wait_for_function(plays, arg=now + 1)
+    # Nothing stops where somebody goes on from beyond the end.
+    moments.last.click()
+    page.wait_for_function(f"() => document.querySelector('#viewer video').currentTime < {now}")
+    box = page.locator(".timeline").bounding_box()
+    beyond = (moment["end"] + 2) / video["duration"]
+    page.mouse.click(box["x"] + box["width"] * beyond, box["y"] + 20)
+    page.wait_for_function(plays, arg=moment["end"] + 2.5)
+
+
 def test_a_video_that_the_browser_cannot_play_is_shown_and_converted(page: Page, served):
     page.goto(f"{served.url}{ASKED}&video={UNPLAYABLE}")
     expect(page.locator(".unplayable")).to_be_visible()
@@ -626,8 +691,17 @@ def test_hits_are_selected_to_be_searched(page: Page, served):
     page.goto(f"{served.url}?top=6")
     expect(page.locator("#picked")).to_be_hidden()
     for name in (ODD.rpartition("/")[2], LONG):
-        page.get_by_role("checkbox", name=f"Search only in {' '.join(name.split())}").check()
+        page.get_by_role("checkbox", name=f"Select {' '.join(name.split())}").check()
     expect(page.locator("#picked p")).to_have_text("2 videos selected")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="CSV").click()
+    assert download.value.suggested_filename == "moments.csv"
+    with Path(download.value.path()).open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [(row["path"], row["end"]) for row in rows] == [(LONG, "32.500"), (ODD, "3.250")]
+    # A list of whole videos, of which one is too long for a clip.
+    page.get_by_role("button", name="Clips (zip)").click()
+    expect(page.locator("#picked p")).to_have_text("Exported.")
     page.fill("#q", SENTENCE)
     page.get_by_role("button", name="Search only in these").click()
     expect(page.locator("#status")).to_have_text("2 videos of 6")
@@ -655,10 +729,14 @@ def test_a_video_is_sent_as_a_query(page: Page, served):
           document.dispatchEvent(new DragEvent('drop', { dataTransfer }));
         }"""
     )
-    expect(page.locator("#status")).to_contain_text("the video is not a video: its content is text")
+    problem = page.get_by_role("alert")
+    expect(problem).to_have_text(
+        re.compile("^notes.mkv is not used: the video is not a video: its content is text")
+    )
+    expect(page.locator("#status")).to_contain_text("6 videos searched")
     large = {"name": "large.mp4", "mimeType": "video/mp4", "buffer": bytes(2_000_001)}
     page.set_input_files("#file", large)
-    expect(page.locator("#status")).to_have_text("a video has at most 2 MB")
+    expect(problem).to_have_text("large.mp4 is not used: a video has at most 2 MB")
     assert page.url == address
 
 

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import socket
 import time
 import types
@@ -20,7 +21,7 @@ from starlette.responses import PlainTextResponse
 from drl_jax.models.interactions import Attribution
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import BadRequest, PageQuery
-from drl_jax.search.filters import Filters, passing
+from drl_jax.search.filters import Filters, natural_key, passing
 from drl_jax.search.hits import Explanation
 from drl_jax.search.media import upload_routes
 from drl_jax.search.routes import TEMPLATES
@@ -153,6 +154,13 @@ def test_filters():
     assert not Filters(only=("a.mp4",)).of_properties
 
 
+def test_paths_are_in_the_order_of_their_numbers():
+    ordered = ["1.mp4", "02", "2", "10 a2", "10 a11", "20240101123045.mp4", "a", "a1\n2", "a1\n10"]
+    ordered += ["b00000000000000000012", "b12345678901234567890", "ä2", "ä10"]
+    for paths in (ordered, ordered[::-1]):
+        assert sorted(paths, key=natural_key) == ordered
+
+
 def test_addresses_survive_a_round_trip():
     path = 'a/5\'s #5% "<b>"\nä.mp4'
     filters = Filters(folder="a & b", name='"%#', min_length=62.5, only=(path, "b & c.mp4"))
@@ -218,6 +226,28 @@ def test_files_that_are_sent_are_read_one_by_one():
     answers = asyncio.run(send_five())
     assert [json.loads(answer.body) for answer in answers] == 5 * [{"picture": "name"}]
     assert most == [1, 1, 1, 1, 1]
+
+
+def test_hits_with_the_same_pictures_are_folded():
+    def hit(path: str, same_as: str | None) -> dict:
+        moment = {"start": 1.0, "end": 2.0, "strip": "", "strip_frames": 1}
+        texts = dict.fromkeys(("page", "media", "picture", "thumbnail"), "")
+        facts = {"state": "ok", "weak": False, "same_picture": False, "duration": 9.0}
+        return {"path": path, "name": path, "same_as": same_as, "moments": [moment]} | texts | facts
+
+    paths = {"a & b.mp4": None, "c.mp4": "a & b.mp4", "d.mp4": None, "e.mp4": "a & b.mp4"}
+    found = {"hits": [hit(*pair) for pair in paths.items()], "next": None}
+    tiles = TEMPLATES.env.get_template("tiles.html")
+    text = tiles.render(found=found, query=PageQuery("a dog", offset=4))
+    assert re.findall('data-video="(.*?)"', text) == ["a &amp; b.mp4", "d.mp4"]
+    assert re.findall('data-moment="(.*?)"', text)[0] == "a &amp; b.mp4@1.000-2.000"
+    (link,) = re.findall('class="folded" href="(.*?)">2 more with the same pictures<', text)
+    assert link == "/?q=a%20dog&amp;only=a%20%26%20b.mp4&amp;only=c.mp4&amp;only=e.mp4"
+    # Its page shows all of them, whose selection is for exports.
+    shown = tiles.render(found=found, query=PageQuery("a dog", filters=Filters(only=tuple(paths))))
+    assert len(re.findall("data-video=", shown)) == 4
+    assert 'class="folded"' not in shown
+    assert ('name="only"' in text, 'name="only"' in shown) == (True, False)
 
 
 def words_of_page() -> types.ModuleType:

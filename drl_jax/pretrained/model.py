@@ -66,6 +66,22 @@ class RetrievalModel:
         """The form of the frames that the model takes."""
         return FrameForm.of(self.config.model.backbone, self.config.data.as_shown)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its users are told: name, family, interaction, resolution, knows, languages."""
+        tower, dataset = self.config.model.backbone, self.config.data.dataset
+        name = self.source.get("weights") or self.source["workdir"]
+        knows = f"scenes as in {dataset}" if "workdir" in self.source else "everyday scenes"
+        return {
+            "name": name if is_name(name) else "/".join(Path(name).parts[-2:]),
+            "family": tower.family,
+            "interaction": self.config.model.interaction,
+            "resolution": tower.image_resolution,
+            # Datasets of drawn clips and stills have these names.
+            "knows": "drawn shapes" if dataset.startswith("shapes") else knows,
+            "languages": "many languages" if tower.is_multilingual else "English",
+        }
+
     def with_encoder(self, encoder: str, recorded: str | None = None) -> "RetrievalModel":
         """The model with another encoder of frames: "jax", "openvino", or "auto".
 

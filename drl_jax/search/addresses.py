@@ -142,6 +142,20 @@ def moment_of(state: OpenIndex, text: str) -> tuple[IndexedVideo, float]:
     return video, time
 
 
+def span_of(state: OpenIndex, text: str) -> tuple[IndexedVideo, float, float]:
+    """The video and the seconds of PATH@START-END; a BadRequest if there is no such part."""
+    path, _, span = text.rpartition("@")
+    first, _, last = span.partition("-")
+    if not path:
+        raise BadRequest(f"moment takes PATH@START-END, not {text[:100]!r}")
+    video = video_of(state, path)
+    start, end = (parse_time("moment", one) for one in (first, last))
+    # Addresses have milliseconds.
+    if not start < min(end, video.duration) or end > video.duration + 0.002:
+        raise BadRequest(f"moment: {path} has the seconds 0 to {video.duration:.3f}, not {span}")
+    return video, start, end
+
+
 _FILTERS = [field.name for field in dataclasses.fields(Filters)]
 # The field of each parameter, in the order of addresses.
 _FIELDS = {

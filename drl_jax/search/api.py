@@ -2,32 +2,44 @@
 
 import dataclasses
 import functools
-from pathlib import PurePosixPath
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import numpy as np
 
 from drl_jax.models.tokenizers.base import END, START
+from drl_jax.runtime.errors import printable
 from drl_jax.search import MOMENTS
 from drl_jax.search.addresses import (
+    MAX_HITS,
     MAX_MOMENTS,
     BadRequest,
     PageQuery,
     file_address,
     moment_of,
+    span_of,
     video_of,
 )
 from drl_jax.search.clips import MAX_CLIP
+from drl_jax.search.duplicates import same_moments
+from drl_jax.search.exports import FORMATS, Cut, cut_list
 from drl_jax.search.hits import Hit, Hits, Moment, rounded
 from drl_jax.search.media import Media
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.query import Query
 from drl_jax.search.reading import file_of
 from drl_jax.search.session import Index
+from drl_jax.search.suggestions import Suggestions
 from drl_jax.search.windows import find_spans
 
 # Folders that are suggested at most.
 _FOLDERS = 200
+# States of files that cannot be shown: why, and the status of answers.
+STATES = {
+    "changed": ("the file has changed since it was indexed; index the folder again", 409),
+    "missing": ("the file is missing: it was moved, deleted, or its disk is not mounted", 410),
+}
 
 
 class SearchAPI:
@@ -35,18 +47,26 @@ class SearchAPI:
 
     def __init__(self, index: Index, top: int, max_video: int):
         self.index, self.top, self.media = index, top, Media(index.model, max_video)
+        self._suggestions, self._model = Suggestions(index.model), {"model": index.model.about}
+
+    def close(self) -> None:
+        self._suggestions.close()
+        self.media.close()
 
     def facts(self) -> dict[str, Any]:
         state = self.index.state()
-        return {
-            **_facts_of(state),
+        suggestions = self._suggestions.of(state)
+        varying = {
             "transcripts": state.transcripts(),
             "indexing": state.progress(),
+            "suggestions": suggestions,
         }
+        return {**_facts_of(state), **self._model, **varying}
 
     def unsearchable(self) -> dict[str, Any]:
         files = self.index.state().unsearchable()
-        return {"files": [{"path": path, "reason": reason} for path, reason in files]}
+        found = [{"path": path, "reason": reason} for path, reason in files]
+        return {**self._model, "files": found}
 
     def search(self, query: PageQuery) -> dict[str, Any]:
         """The hits of a query, or the videos of the index where it looks for nothing."""
@@ -69,14 +89,19 @@ class SearchAPI:
             asked = self._asked(state, query)
             options = {"offset": query.offset, "text": bool(query.text)}
             hits = self.index.answer(state, asked, end, among, **options)
+        same = _same_as(state, hits)
         return {
+            **self._model,
             "query": query.sentence,
             "offset": query.offset,
             "total": total,
             "next": query.address(offset=end) if end < total else None,
             "tokens_used": self._tokens_used(query.sentence or ""),
             "notice": hits.notice or None,
-            "hits": [_hit_json(state, query, hit) for hit in hits],
+            "hits": [
+                {**_hit_json(state, query, hit), "same_as": path}
+                for hit, path in zip(hits, same, strict=True)
+            ],
         }
 
     def video(self, query: PageQuery) -> dict[str, Any]:
@@ -104,6 +129,7 @@ class SearchAPI:
             if moment.explanation is not None:
                 explanation = {**moment.explanation.to_json(), "thumbnails": thumbnails}
         return {
+            **self._model,
             **_hit_json(state, query, hit),
             "time": time or 0.0,
             "windows": len(video.windows),
@@ -117,6 +143,31 @@ class SearchAPI:
             "more": more,
             "explanation": explanation,
         }
+
+    def export(self, kind: str, moments: Sequence[str], query: PageQuery) -> bytes | IO[bytes]:
+        """A file, or an open one, with moments PATH@START-END; a query gives them their scores."""
+        if kind not in FORMATS:
+            raise BadRequest(f"format is one of {', '.join(FORMATS)}, not {kind[:100]!r}")
+        if not 1 <= len(moments) <= MAX_HITS:
+            line = f"name 1 to {MAX_HITS} moments with moment=PATH@START-END, not {len(moments)}"
+            raise BadRequest(line)
+        state = self.index.state()
+        asked = self._asked(state, query) if query.asks else None
+        cuts = [self._cut(state, asked, text) for text in moments]
+        return self.media.zip(cuts) if kind == "zip" else cut_list(kind, cuts, query.sentence or "")
+
+    def _cut(self, state: OpenIndex, asked: Query | None, text: str) -> Cut:
+        video, start, end = span_of(state, text)
+        score = None
+        if asked is not None:
+            moments = self.index.in_video(state, asked, video, MAX_MOMENTS).moments
+            score = next((m.score for m in moments if m.start < end and start < m.end), None)
+        try:
+            file = unchanged_file(state, video)
+            return Cut(video, file, start, end, score, self.media.timing(file))
+        except BadRequest as error:
+            line = f"{printable(video.path)}: {error}"
+            raise BadRequest(line, error.http_status) from error
 
     def _asked(self, state: OpenIndex, query: PageQuery) -> Query:
         return Query(
@@ -139,13 +190,14 @@ class SearchAPI:
 @functools.lru_cache(maxsize=1)  # Every page shows them.
 def _facts_of(state: OpenIndex) -> dict[str, Any]:
     listing = state.videos.listing
-    folders = {path.rpartition("/")[0] for path in listing["path"].to_pylist()} - {""}
+    # In the order of the listing.
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in listing["path"].to_pylist())
     return {
         "folder": str(state.folder),
         "videos": state.count,
         "windows": len(state.gallery),
         "hours": round(float(listing["duration"].to_numpy().sum()) / 3600, 3),
-        "folders": sorted(folders)[:_FOLDERS],
+        "folders": [folder for folder in folders if folder][:_FOLDERS],
         "unsearchable": state.unsearchable_count,
     }
 
@@ -159,6 +211,23 @@ def state_of(state: OpenIndex, video: IndexedVideo) -> str:
     if state.is_unchanged(video):
         return "ok"
     return "changed" if file_of(state.folder, video.path).exists() else "missing"
+
+
+def unchanged_file(state: OpenIndex, video: IndexedVideo) -> Path:
+    """The path of a file that is as it was indexed; one that was replaced could link anywhere."""
+    if (found := state_of(state, video)) != "ok":
+        raise BadRequest(*STATES[found])
+    return file_of(state.folder, video.path)
+
+
+def _same_as(state: OpenIndex, hits: Sequence[Hit]) -> list[str | None]:
+    """For each hit, the path of a better one whose best moment shows the same."""
+    if not all(hit.moments for hit in hits):  # A list of videos.
+        return [None] * len(hits)
+    moments = [hit.moments[0] for hit in hits]
+    parts = [(h.video, m.start, m.end) for h, m in zip(hits, moments, strict=True)]
+    same = enumerate(same_moments(state, parts))
+    return [None if first == number else hits[first].video.path for number, first in same]
 
 
 def _hit_json(state: OpenIndex, query: PageQuery, hit: Hit) -> dict[str, Any]:

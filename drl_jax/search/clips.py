@@ -1,4 +1,4 @@
-"""Pictures and clips of video files, for the page.
+"""Pictures and clips of video files, for the page, and what editing programs have to know of them.
 
 A clip is an mp4 file of H.264 and AAC, which browsers play. FFmpeg may crash or hang on a damaged
 file: the server calls these functions in processes, for which this module does not import jax.
@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import av
 from av.video.frame import PictureType
@@ -20,6 +20,8 @@ from drl_jax.data.video_file import VideoError, deinterlaced, ffmpeg_errors, ope
 
 # Longest clip, seconds.
 MAX_CLIP = 60.0
+# Times of a file and of an address are rounded to milliseconds, seconds.
+ROUNDING = 1e-3
 # Largest picture and clip, pixels.
 _PICTURE_SIDE, _CLIP_SIDE = 640, 1280
 _TIME_BASE = Fraction(1, 90_000)
@@ -40,7 +42,7 @@ def read_picture(path: Path, time: float) -> bytes:
         with _decoding(path, time) as (container, (video, *_), first):
             aspect = float(video.sample_aspect_ratio or 1)
             for frame in deinterlaced(_frames(container.demux(video))):
-                if frame.time is None or frame.time - first >= time - 1e-3:
+                if frame.time is None or frame.time - first >= time - ROUNDING:
                     break
         if frame is None:
             raise VideoError("no frame could be decoded")
@@ -51,6 +53,28 @@ def read_picture(path: Path, time: float) -> bytes:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=85)
     return file.getvalue()
+
+
+class Timing(NamedTuple):
+    """What a file says of itself: of its first video stream, and whether it has sound."""
+
+    rate: Fraction  # Average, frames a second.
+    may_vary: bool  # Whether the time stamps have another rate, and no multiple.
+    timecode: str  # Of the first frame; empty without one.
+    width: int
+    height: int
+    has_sound: bool
+
+
+def read_timing(path: Path) -> Timing:
+    """Raises VideoError if a file cannot be opened, and Unavailable if it cannot be read."""
+    with ffmpeg_errors(path), _opened(path, 0) as (container, (video, *sound), _):
+        rate = video.average_rate or video.guessed_rate or Fraction(25)
+        stated = (one.metadata.get("timecode") for one in (container, *container.streams))
+        code = next(filter(None, stated), "")
+        ratio = float((video.base_rate or rate) / rate)
+        may_vary = abs(ratio - round(ratio)) > 1e-3
+        return Timing(Fraction(rate), may_vary, code, video.width, video.height, bool(sound))
 
 
 def write_clip(path: Path, start: float, end: float, out: Path) -> None:
@@ -69,7 +93,7 @@ def _encode(path: Path, start: float, end: float, clip: av.container.OutputConta
         wanted = (p for p in container.demux(inputs) if p.stream.type not in done)
         for frame in deinterlaced(_frames(wanted)):
             kind = "audio" if isinstance(frame, av.AudioFrame) else "video"
-            time = -1.0 if frame.time is None else frame.time - first
+            time = -1.0 if frame.time is None else frame.time - first + ROUNDING
             if time >= end:
                 done.add(kind)
             if len(done) == len(inputs):
@@ -81,13 +105,13 @@ def _encode(path: Path, start: float, end: float, clip: av.container.OutputConta
                     outputs[kind] = clip.add_stream("aac", rate=frame.sample_rate, layout="stereo")
                 # The ticks of AVI are longer than a packet of AAC.
                 frame.time_base = Fraction(1, frame.sample_rate)
-                frame.pts = round((time - start) / frame.time_base)
+                frame.pts = round(max(0, time - ROUNDING - start) / frame.time_base)
             else:
                 frame = _even(frame, to_rgb)
                 if kind not in outputs:
                     outputs[kind] = _video_stream(clip, frame, inputs[0])
                 # The times of an AVI file with B-frames go back and forth; an encoder fails then.
-                last = max(last + 1, round((time - start) / _TIME_BASE))
+                last = max(last + 1, round((time - ROUNDING - start) / _TIME_BASE))
                 frame.pts, frame.time_base = last, _TIME_BASE
             packets += outputs[kind].encode(frame)
     packets += [packet for output in outputs.values() for packet in output.encode()]
@@ -140,7 +164,7 @@ def _can_start(path: Path, start: float, time: float) -> bool:
         frame = next(_frames(container.demux(video)), None)
         if frame is None or frame.is_corrupt or frame.time is None:
             return False
-        return frame.time - first <= time + 1e-3
+        return frame.time - first <= time + ROUNDING
 
 
 @contextlib.contextmanager

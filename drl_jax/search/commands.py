@@ -129,10 +129,12 @@ def _query(options: argparse.Namespace) -> None:
     search = functools.partial(index.search, filters=_filters(options), **given)
     if query != Query():
         queries = [dataclasses.replace(query, sentence=text) for text in sentences or [""]]
-        _print(options, sentences or [str(others)], map(search, queries))
+        _print(options, index, sentences or [str(others)], map(search, queries))
     elif sentences:
-        _print(options, sentences, search(sentences))
+        _print(options, index, sentences, search(sentences))
     else:
+        about = index.model.about
+        print(f"{about['name']} knows {about['knows']}, {about['languages']}")
         with contextlib.suppress(EOFError):
             while sentence := input("sentence (an empty line ends): ").strip():
                 try:
@@ -148,10 +150,13 @@ def _filters(options: argparse.Namespace) -> Filters:
     return Filters(only=tuple(options.only), **given)
 
 
-def _print(options: argparse.Namespace, names: Sequence[str], found: Iterable[list[Hit]]) -> None:
+def _print(
+    options: argparse.Namespace, index: Index, names: Sequence[str], found: Iterable[list[Hit]]
+) -> None:
     for name, hits in zip(names, found, strict=True):
         if options.json:
-            print(json.dumps({"query": name, "hits": [hit.to_json() for hit in hits]}))
+            answer = {"model": index.model.about, "query": name}
+            print(json.dumps({**answer, "hits": [hit.to_json() for hit in hits]}))
         else:
             print(f"{name}\n{format_hits(hits)}")
 

@@ -1,6 +1,7 @@
 """Finds the same pictures by hashes of sampled frames: duplicates, and the film of a picture."""
 
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +40,51 @@ def find_duplicates(index: OpenIndex) -> list[Duplicate]:
 
     Of many copies not all pairs are found, but each is in one.
     """
-    hashes, firsts, places = _sampled_frames(index)
+    frames = _sampled_frames(index)
+    found, places = _find_pairs(index, frames), frames.places
+    paths = {n: index.path_of(places[n]) for pair in found for n in pair}
+    return sorted(
+        Duplicate(*sorted((paths[a], paths[b])), share=share, is_mirrored=not is_direct)
+        for (a, b), (share, is_direct) in found.items()
+    )
+
+
+def same_moments(index: OpenIndex, parts: Sequence[tuple[IndexedVideo, float, float]]) -> list[int]:
+    """For each part of a video, seconds, the number of the first that shows the same, in order."""
+    if not parts:
+        return []
+    hashes, starts, counts = [], [], []
+    for video, start, end in parts:
+        # The frames that are seen in it.
+        first = max(0, int(np.searchsorted(video.times, start, side="right")) - 1)
+        last = max(first + 1, int(np.searchsorted(video.times, end)))
+        hashes.append(video.record.arrays["frame.hash"][first:last])
+        starts.append(first)
+        counts.append(last - first)
+    places = [index.place(video.slot) for video, *_ in parts]
+    firsts = np.cumsum([0, *counts])
+    frames = _Frames(np.concatenate(hashes), firsts, places, starts)
+    pairs = _find_pairs(index, frames, in_order=True)
+    same = list(range(len(parts)))
+    for one, other in sorted(pairs):  # What is like a later one is like the first of these, too.
+        same[other] = min(same[other], same[one])
+    return same
+
+
+class _Frames(NamedTuple):
+    """Hashes uint64 [N] of parts of videos, the first of each [V + 1], and where these are."""
+
+    hashes: np.ndarray
+    firsts: np.ndarray
+    places: list[tuple[int, int]]
+    starts: Sequence[int]  # Number of the first frame in its video.
+
+
+def _find_pairs(
+    index: OpenIndex, frames: _Frames, *, in_order: bool = False
+) -> dict[tuple[int, int], tuple[float, bool]]:
+    """Pairs of parts that show the same: the share of the shorter one, and whether not mirrored."""
+    hashes, firsts, places, starts = frames
     counts, found = np.diff(firsts), {}
     for one, other, is_mirrored in _candidates(hashes, counts):
         short, long = sorted((one, other), key=lambda n: counts[n])
@@ -48,24 +93,23 @@ def find_duplicates(index: OpenIndex) -> list[Duplicate]:
         mask = MIRRORED if is_mirrored else np.uint64(0)
         row = hashes[firsts[long] : firsts[long + 1]]
         bits = np.bitwise_count((hashes[firsts[short] + shown] ^ mask)[:, None] ^ row)
-        equal = bits.min(axis=1)[bits.min(axis=1) <= _BITS]
+        is_equal = bits.min(axis=1) <= _BITS
+        equal, nearest = bits.min(axis=1)[is_equal], bits.argmin(axis=1)[is_equal]
         most = max(len(shown), len(chosen) / 2)  # A title between black frames is not the video.
         if len(equal) < min(most, _SHARE * most + 1):
             continue
+        if in_order and nearest[0] > nearest[-1]:  # Played backwards.
+            continue
         if equal.mean() > _CLEAR:
             a, b = np.unravel_index(bits.argmin(), bits.shape)
-            picture = _thumbnail(index, places[short], shown[a])
+            picture = _thumbnail(index, places[short], starts[short] + shown[a])
             if is_mirrored:
                 picture = ImageOps.mirror(picture)
-            if not _is_like(_thumbnail(index, places[long], b), picture):
+            if not _is_like(_thumbnail(index, places[long], starts[long] + b), picture):
                 continue
         how = len(equal) / most, not is_mirrored  # Symmetrical pictures are like both.
         found[one, other] = max(how, found.get((one, other), how))
-    paths = {n: index.path_of(places[n]) for pair in found for n in pair}
-    return sorted(
-        Duplicate(*sorted((paths[a], paths[b])), share=share, is_mirrored=not is_direct)
-        for (a, b), (share, is_direct) in found.items()
-    )
+    return found
 
 
 def same_picture(index: OpenIndex, picture: np.ndarray) -> list[IndexedVideo]:
@@ -98,8 +142,8 @@ def _is_like(thumbnail: Image.Image, picture: Image.Image) -> bool:
     return np.corrcoef(*levels)[0, 1] >= _CORRELATION
 
 
-def _sampled_frames(index: OpenIndex) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """Hashes uint64 [N] of all videos, the first of each [V + 1], and the videos' places."""
+def _sampled_frames(index: OpenIndex) -> _Frames:
+    """All frames of all videos."""
     hashes, counts, places = [], [np.zeros(1, int)], []
     for number, one in enumerate(index.segments):
         if one.live.any():
@@ -107,7 +151,8 @@ def _sampled_frames(index: OpenIndex) -> tuple[np.ndarray, np.ndarray, list[tupl
             hashes.append(one.segment.arrays["frame.hash"][np.repeat(one.live, frames)])
             counts.append(frames[one.live])
             places += [(number, row) for row in np.flatnonzero(one.live).tolist()]
-    return np.concatenate(hashes), np.cumsum(np.concatenate(counts)), places
+    firsts = np.cumsum(np.concatenate(counts))
+    return _Frames(np.concatenate(hashes), firsts, places, [0] * len(places))
 
 
 def _candidates(hashes: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int]]:

@@ -6,7 +6,7 @@ import datetime
 import fnmatch
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -16,8 +16,10 @@ import pyarrow.compute as pc
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.segments import Listed
 
-# Videos, ordered by path; each has its number of the segment, and its row there.
+# Videos in the natural order of paths, clip2 before clip10; each has its number of the segment, and
+# its row there.
 Listing: TypeAlias = pa.Table
+_NUMBER = re.compile("[0-9]+")
 _COLUMNS = ["path", "mtime_ns", "duration", "segment", "row"]
 
 
@@ -31,7 +33,18 @@ def list_videos(segments: Sequence[Listed], rows: Sequence[Sequence[int]]) -> Li
         path = pc.binary_join_element_wise(prefix, path, end)
         of_segment = np.full(len(chosen), number)
         tables.append(pa.table([path, *others, of_segment, chosen], _COLUMNS))
-    return pa.concat_tables(tables).sort_by("path").combine_chunks()
+    listing = pa.concat_tables(tables)
+    keys = [natural_key(path) for path in listing["path"].to_pylist()]
+    return listing.take(sorted(range(len(keys)), key=keys.__getitem__)).combine_chunks()
+
+
+def natural_key(path: str) -> tuple[str, str]:
+    """Orders paths by their numbers, of up to 20 digits, and equal ones by their digits."""
+    return _NUMBER.sub(_padded, path), path
+
+
+def _padded(match: re.Match[str]) -> str:
+    return match[0].zfill(20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +68,11 @@ class Filters:
         """The filters without `only`: those by folder, name, length and day."""
         return dataclasses.replace(self, only=())
 
+    def within(self, paths: Iterable[str]) -> "Filters":
+        return dataclasses.replace(self, only=tuple(paths))
+
     def leaving_out(self, path: str) -> "Filters":
-        rest = tuple(other for other in self.only if other != path)
-        return dataclasses.replace(self, only=rest)
+        return self.within(other for other in self.only if other != path)
 
 
 def passing(listing: Listing, filters: Filters) -> Listing:

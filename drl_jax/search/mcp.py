@@ -12,7 +12,6 @@ import numpy as np
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import MAX_MOMENTS, PageQuery, parse_time, video_of
 from drl_jax.search.api import SearchAPI
-from drl_jax.search.routes import unchanged
 
 _INSTRUCTIONS = (
     "Finds moments in videos by what is seen and, where they have transcripts, said or written."
@@ -65,7 +64,7 @@ def serve_tools(api: SearchAPI) -> None:
         state = api.index.state()
         video = video_of(state, path)
         start, end = parse_time("start", str(start)), parse_time("end", str(end))
-        file = api.media.clip(unchanged(state, video), video, start, end)
+        file = api.media.clip(unchanged_file(state, video), video, start, end)
         return {"file": str(file), "seconds": min(end, video.duration) - start}
 
     def reported(answer: Callable) -> Callable:

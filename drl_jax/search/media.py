@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import tempfile
 import threading
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -14,11 +16,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from drl_jax.pretrained.model import RetrievalModel
+from drl_jax.runtime.errors import printable
 from drl_jax.runtime.files import sha256
 from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool, WorkerFailure
 from drl_jax.search.addresses import BadRequest
-from drl_jax.search.clips import MAX_CLIP, read_picture, write_clip
+from drl_jax.search.clips import MAX_CLIP, Timing, read_picture, read_timing, write_clip
+from drl_jax.search.exports import MAX_SECONDS, Cut
 from drl_jax.search.hits import format_clock
 from drl_jax.search.open_index import IndexedVideo
 from drl_jax.search.query import encode_read, sampling_of
@@ -78,6 +82,26 @@ class Media:
         """A JPEG file with the frame of an unchanged file at a time, seconds."""
         call = (read_picture, path, time)
         return self._call("page", "no picture can be read", _PICTURE_SECONDS, *call)
+
+    def timing(self, path: Path) -> Timing:
+        return self._call("page", "it cannot be read", _PICTURE_SECONDS, read_timing, path)
+
+    def zip(self, cuts: Iterable[Cut]) -> IO[bytes]:
+        """An open zip file with a clip of each cut, at its start."""
+        if sum(cut.end - cut.start for cut in cuts) > MAX_SECONDS:
+            raise BadRequest(f"a zip file has at most {MAX_SECONDS:g} s of clips; choose fewer")
+        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        with zipfile.ZipFile(file, "w") as archive:
+            for number, cut in enumerate(cuts, start=1):
+                try:
+                    clip = self.clip(cut.file, cut.video, cut.start, cut.end)
+                except BadRequest as error:
+                    line = f"{printable(cut.video.path)}: {error}"
+                    raise BadRequest(line, error.http_status) from error
+                name = f"{number:02} {Path(cut.name).stem} {cut.start:.1f}-{cut.end:.1f}.mp4"
+                archive.write(clip, name)
+        file.seek(0)
+        return file
 
     def clip(self, path: Path, video: IndexedVideo, start: float, end: float) -> Path:
         """An mp4 file with a part, seconds, of the unchanged file of a video."""

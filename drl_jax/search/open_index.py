@@ -23,7 +23,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.search import STRIP_FRAMES, index_file, text_index
 from drl_jax.search.encoding import HUBNESS_ARRAY, SCALE_WINDOWS, Correction, dequantize
 from drl_jax.search.engine import BLOCKS, VECTORS, Gallery
-from drl_jax.search.filters import Filters, Listing, list_videos, passing
+from drl_jax.search.filters import Filters, Listing, list_videos, natural_key, passing
 from drl_jax.search.reading import file_of
 from drl_jax.search.segments import Listed, SearchIndexError, Segment, VideoRecord
 from drl_jax.search.transcripts import Cue
@@ -91,7 +91,7 @@ class IndexedVideo:
 
 
 class Videos(Sequence[IndexedVideo]):
-    """Videos of an index in the order of their paths; each is read when it is accessed."""
+    """Videos of an index in the natural order of their paths; each is read when it is accessed."""
 
     def __init__(self, index: "OpenIndex", listing: Listing):
         self._index, self.listing = index, listing
@@ -296,7 +296,8 @@ class OpenIndex:
         return found, "; ".join(failures)
 
     def unsearchable(self) -> list[tuple[str, str]]:
-        return sorted(itertools.chain(*(one.errors() for one in self.segments)))
+        files = itertools.chain(*(one.errors() for one in self.segments))
+        return sorted(files, key=lambda file: natural_key(file[0]))
 
     def filtered(self, filters: Filters) -> Videos:
         """The videos that pass filters; raises a UserError if one of `only` is not there."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
@@ -18,27 +18,22 @@ from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import (
     MAX_CHARACTERS,
-    BadRequest,
     PageQuery,
     parse_number,
     parse_time,
     status_of,
     video_of,
 )
-from drl_jax.search.api import SearchAPI, outside, state_of
+from drl_jax.search.api import STATES, SearchAPI, outside, unchanged_file
+from drl_jax.search.exports import FORMATS
 from drl_jax.search.filters import Filters
 from drl_jax.search.hits import format_clock, format_timestamp
 from drl_jax.search.media import MAX_PICTURE, upload_routes
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
-from drl_jax.search.reading import file_of
 
 _PAGE = Path(__file__).parent / "page"
 # Frames side by side in one answer.
 _MOST_FRAMES = 64
-_STATES = {
-    "changed": ("the file has changed since it was indexed; index the folder again", 409),
-    "missing": ("the file is missing: it was moved, deleted, or its disk is not mounted", 410),
-}
 
 
 class _FilePath(PathConvertor):
@@ -54,7 +49,8 @@ TEMPLATES = Jinja2Templates(_PAGE)
 TEMPLATES.env.trim_blocks = TEMPLATES.env.lstrip_blocks = True
 TEMPLATES.env.filters |= {"clock": format_clock, "tenths": format_timestamp}
 TEMPLATES.env.globals |= {
-    "states": _STATES,
+    "states": STATES,
+    "formats": [*FORMATS],
     "no_filters": Filters(),
     "video_suffixes": VIDEO_SUFFIXES,
     "max_picture": MAX_PICTURE,
@@ -66,7 +62,7 @@ def _query(request: Request) -> PageQuery:
 
 
 def page_routes(api: SearchAPI) -> list[BaseRoute]:
-    constant = {"dataset": api.index.model.config.data.dataset, "max_video": api.media.max_video}
+    constant = {"max_video": api.media.max_video}
 
     def page(template: str, parts: Callable[[Request], Iterable[tuple[str, Any]]]) -> Callable:
         """A page that shows its parts up to the first one that is wrong, and why it is."""
@@ -117,10 +113,23 @@ def api_routes(api: SearchAPI) -> list[BaseRoute]:
     def of(answer: Callable[[PageQuery], dict[str, Any]]) -> Callable:
         return lambda request: JSONResponse(answer(_query(request)))
 
+    def export(request: Request) -> Response:
+        parameters = request.query_params.multi_items()
+        own = {name: [t for n, t in parameters if n == name] for name in ("format", "moment")}
+        kind = "".join(own["format"][-1:])
+        query = PageQuery.of((name, text) for name, text in parameters if name not in own)
+        answer = api.export(kind, own["moment"], query)
+        headers = {"Content-Disposition": f'attachment; filename="moments.{kind}"'}
+        if isinstance(answer, bytes):
+            return Response(answer, 200, headers, FORMATS[kind])
+        parts = iter(lambda: answer.read(1 << 20), b"")
+        return StreamingResponse(parts, 200, headers, FORMATS[kind])
+
     return [
         Route("/api/search", of(api.search)),
         Route("/api/video", of(api.video)),
         Route("/api/index", of(lambda query: api.facts())),
+        Route("/api/export", export),
         Route("/api/unsearchable", of(lambda query: api.unsearchable())),
         Route("/api/openapi.json", lambda request: FileResponse(_PAGE / "openapi.json")),
         *upload_routes(api.media),
@@ -137,7 +146,7 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
         return endpoint
 
     def file(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
-        return FileResponse(unchanged(state, video))
+        return FileResponse(unchanged_file(state, video))
 
     def frames(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
         """One frame, or several side by side."""
@@ -150,12 +159,12 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
         time = parse_time("t", request.query_params.get("t", "0"))
         if time > video.duration:
             raise outside(time, video)
-        return _jpeg(request, api.media.picture(unchanged(state, video), time))
+        return _jpeg(request, api.media.picture(unchanged_file(state, video), time))
 
     def clip(request: Request, state: OpenIndex, video: IndexedVideo) -> Response:
         given = {"start": "0", "end": str(video.duration), **request.query_params}
         start, end = (parse_time(name, given[name]) for name in ("start", "end"))
-        file = api.media.clip(unchanged(state, video), video, start, end)
+        file = api.media.clip(unchanged_file(state, video), video, start, end)
         name = f"{PurePosixPath(video.path).stem} {start:.1f}-{end:.1f}.mp4"
         return FileResponse(file, filename=name, content_disposition_type="inline")
 
@@ -164,14 +173,6 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
         *(Route(f"/{kind}/{{path:file}}", of_video(answer)) for kind, answer in kinds.items()),
         Mount("/static", StaticFiles(directory=_PAGE / "static")),
     ]
-
-
-def unchanged(state: OpenIndex, video: IndexedVideo) -> Path:
-    """The path of a file that is as it was indexed; one that was replaced could link anywhere."""
-    found = state_of(state, video)
-    if found != "ok":
-        raise BadRequest(*_STATES[found])
-    return file_of(state.folder, video.path)
 
 
 def _jpeg(request: Request, content: bytes) -> Response:

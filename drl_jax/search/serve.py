@@ -184,11 +184,12 @@ def make_app(index: Index, top: int, max_upload: int, access: Access) -> Starlet
         raise UserError(f"--top must be a number from 1 to {MAX_HITS}, not '{top}'")
     api = SearchAPI(index, top, 1_000_000 * max_upload)
     api.search(PageQuery("warm-up"))
+    api.facts()  # It looks for suggestions, too.
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        api.media.close()
+        api.close()
 
     return Starlette(
         routes=[*page_routes(api), *api_routes(api), *file_routes(api)],

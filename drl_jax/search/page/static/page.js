@@ -1,7 +1,7 @@
 // The search, the tiles, their selection and previews, and the queries that were asked before.
 import { startGrowing } from "./growing.js";
 import { startSending } from "./sending.js";
-import { openFrom, startViewer } from "./viewer.js";
+import { download, openFrom, startViewer } from "./viewer.js";
 
 const form = document.getElementById("search");
 const status = document.getElementById("status");
@@ -42,6 +42,22 @@ function countPicked() {
 }
 
 hits?.addEventListener("change", countPicked);
+picked?.addEventListener("click", async ({ target }) => {
+  const { format } = target.dataset;
+  if (!format) return;
+  const address = new URL("/api/export", location), say = picked.querySelector("p");
+  address.search = location.search; // What is asked for gives the moments their scores.
+  for (const name of ["video", "t", "moments", "offset", "top"]) address.searchParams.delete(name);
+  address.searchParams.set("format", format);
+  for (const { dataset } of hits.querySelectorAll(".pick :checked")) {
+    address.searchParams.append("moment", dataset.moment);
+  }
+  say.textContent = format === "zip" ? "Making the clips …" : "Making the list …";
+  target.disabled = true;
+  const problem = await download(address, `moments.${format}`);
+  target.disabled = false;
+  say.textContent = problem ?? "Exported.";
+});
 document.getElementById("unpick")?.addEventListener("click", () => {
   for (const box of hits.querySelectorAll(".pick :checked")) box.checked = false;
   countPicked();
@@ -106,7 +122,7 @@ function cycleInto(picture, { strip, count }) {
 }
 
 hits?.addEventListener("pointerover", (event) => {
-  const link = event.target.closest(".tile a");
+  const link = event.target.closest(".tile a[data-video]");
   if (link && link !== preview?.link && event.pointerType === "mouse") startPreview(link);
 });
 hits?.addEventListener("pointerleave", stopPreview);
@@ -114,10 +130,18 @@ hits?.addEventListener("pointerout", (event) => {
   if (preview && !preview.link.contains(event.relatedTarget)) stopPreview();
 });
 hits?.addEventListener("focusin", (event) => {
-  const link = event.target.closest(".tile a");
+  const link = event.target.closest(".tile a[data-video]");
   if (link?.matches(":focus-visible")) startPreview(link);
 });
 hits?.addEventListener("focusout", stopPreview);
+
+// The place of a picture pulses until it is there.
+document.addEventListener("load", ({ target }) => {
+  target.closest?.(".picture")?.classList.add("loaded");
+}, true);
+for (const image of document.querySelectorAll(".picture img")) {
+  if (image.complete && image.naturalWidth) image.parentElement.classList.add("loaded");
+}
 
 // A picture that cannot be read leaves the thumbnail under it.
 document.addEventListener("error", ({ target }) => {
@@ -130,7 +154,7 @@ for (const image of document.querySelectorAll("img.sharp")) {
 // ---------------------------------------------------------------------- hits
 
 hits?.addEventListener("click", async (event) => {
-  const link = event.target.closest("a");
+  const link = event.target.closest("a:not(.folded)");
   if (!link || event.button || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
   stopPreview();

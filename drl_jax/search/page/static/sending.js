@@ -1,21 +1,29 @@
 // Pictures and videos as queries: chosen, pasted or dropped, and sent to the server.
 
 const input = document.getElementById("file");
+const problem = document.getElementById("error");
 // A page that shows an error has no status line.
-const line = document.getElementById("status") ?? document.getElementById("error");
+const line = document.getElementById("status") ?? problem;
+const before = line.textContent;
 let sending = null;
 
-const say = (text) => { if (line && line.textContent !== text) line.textContent = text; };
+const say = (text) => { if (line.textContent !== text) line.textContent = text; };
+
+function reject(file, why) {
+  input.value = "";
+  say(before);
+  problem.textContent = `${file.name || "The file"} is not used: ${why}`;
+  problem.hidden = false;
+  problem.scrollIntoView({ block: "nearest" });
+}
 
 function send(file) {
   const picture = file.type.startsWith("image/");
   const what = picture ? "picture" : "video";
   const most = Number(picture ? input.dataset.maxPicture : input.dataset.maxVideo);
   sending?.abort();
-  if (file.size > most) {
-    input.value = "";
-    return say(`a ${what} has at most ${(most / 1e6).toLocaleString("en")} MB`);
-  }
+  if (file.size > most) return reject(file, `a ${what} has at most ${(most / 1e6).toLocaleString("en")} MB`);
+  problem.hidden = line !== problem;
   const request = sending = new XMLHttpRequest(); // Unlike fetch, it tells how much is sent.
   request.open("POST", picture ? "/api/pictures" : "/api/videos");
   request.setRequestHeader("Content-Type", "application/octet-stream");
@@ -27,10 +35,7 @@ function send(file) {
     if (share > 0 && share < 100) say(`Sending the ${what}: ${share} %`);
   });
   request.upload.addEventListener("load", () => say(`Reading the ${what} …`));
-  const fail = () => {
-    input.value = "";
-    say(request.response?.error ?? `the server does not take the ${what}`);
-  };
+  const fail = () => reject(file, request.response?.error ?? `the server does not take the ${what}`);
   request.addEventListener("error", fail);
   request.addEventListener("load", () => {
     if (request.status !== 200) return fail();

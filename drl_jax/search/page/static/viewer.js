@@ -13,7 +13,7 @@ let loads = 0;
 const find = (selector) => content.querySelector(selector);
 const player = () => find("video");
 const opened = () => find(".viewer")?.dataset;
-const tiles = () => [...document.querySelectorAll("#hits .tile a")];
+const tiles = () => [...document.querySelectorAll("#hits .tile a[data-video]")];
 const place = () => tiles().findIndex((link) => link.dataset.video === opened()?.video);
 
 function say(text) {
@@ -138,7 +138,25 @@ function startPlayer() {
       if (player() === video) setPosition(video.currentTime); // It may be closed by then.
     });
   }
+  stopAtEnd(video);
   if (!still.matches) video.play().catch(() => {}); // May be blocked; the controls remain.
+}
+
+/** Pauses once where the moment ends, unless somebody has gone on from there before. */
+function stopAtEnd(video) {
+  let end = Number(opened().end ?? Infinity);
+  const check = () => {
+    if (video.currentTime < end) return true;
+    if (!video.seeking) video.pause();
+    end = Infinity;
+    return false;
+  };
+  const watch = () => {
+    if (player() === video && !video.paused && check()) requestAnimationFrame(watch);
+  };
+  video.addEventListener("play", watch);
+  video.addEventListener("seeking", check);
+  video.addEventListener("timeupdate", check); // In a tab that is hidden.
 }
 
 const clock = (seconds) => {
@@ -251,15 +269,21 @@ async function copy() {
   }
 }
 
-/** Downloads the clip; a plain link would save the message of an error as a video. */
+/** Downloads a file, or returns why not; a plain link would save the message of an error. */
+export async function download(address, name) {
+  const answer = await fetch(address).catch(() => null);
+  if (!answer) return "the server does not answer";
+  const isJSON = answer.headers.get("Content-Type") === "application/json";
+  if (!answer.ok) return isJSON ? (await answer.json()).error : answer.text();
+  const file = URL.createObjectURL(await answer.blob());
+  Object.assign(document.createElement("a"), { href: file, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(file), 60000);
+  return null;
+}
+
 async function save(link) {
   say("Making the clip …");
-  const answer = await fetch(link.href).catch(() => null);
-  if (!answer?.ok) return say(answer ? await answer.text() : "the server does not answer");
-  const file = URL.createObjectURL(await answer.blob());
-  Object.assign(document.createElement("a"), { href: file, download: link.download }).click();
-  setTimeout(() => URL.revokeObjectURL(file), 60000);
-  say("Clip saved.");
+  say(await download(link.href, link.download) ?? "Clip saved.");
 }
 
 const ACTIONS = {
