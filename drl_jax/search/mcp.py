@@ -11,7 +11,7 @@ import numpy as np
 
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import MAX_MOMENTS, PageQuery, parse_time, video_of
-from drl_jax.search.api import SearchAPI
+from drl_jax.search.api import SearchAPI, unchanged_file
 
 _INSTRUCTIONS = (
     "Finds moments in videos by what is seen and, where they have transcripts, said or written."
