@@ -20,7 +20,7 @@ function showVideos(videos) {
 }
 
 async function look() {
-  const answer = document.hidden ? null : await fetch("/api/index").catch(() => null);
+  const answer = document.hidden ? null : await fetch(`${document.body.dataset.root}/api/index`).catch(() => null);
   const facts = answer?.ok ? await answer.json().catch(() => null) : null;
   if (facts) {
     showProgress(facts.indexing);

@@ -17,7 +17,7 @@ function send(file) {
     return say(`a ${what} has at most ${(most / 1e6).toLocaleString("en")} MB`);
   }
   const request = sending = new XMLHttpRequest(); // Unlike fetch, it tells how much is sent.
-  request.open("POST", picture ? "/api/pictures" : "/api/videos");
+  request.open("POST", `${document.body.dataset.root}/api/${picture ? "pictures" : "videos"}`);
   request.setRequestHeader("Content-Type", "application/octet-stream");
   request.responseType = "json";
   say(`Sending the ${what} …`);
