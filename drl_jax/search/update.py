@@ -89,7 +89,7 @@ class IndexReport:
         """The report as text: the numbers, and then the files with a reason."""
         yield (
             f"{self.added} added, {self.changed} changed, {self.moved} moved, {self.removed}"
-            f" removed, {self.unchanged} unchanged, {len(self.bad)} cannot be searched;"
+            f" removed, {self.unchanged} unchanged; {len(self.bad)} cannot be searched;"
             f" {self.windows} windows take {self.nbytes / 1e6:.1f} MB"
         )
         for reasons, title in (
