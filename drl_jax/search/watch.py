@@ -5,8 +5,10 @@ only when to look: it loses changes where a queue is full, a disk is mounted or 
 writes.
 """
 
+import atexit
 import contextlib
 import math
+import os
 import sys
 import threading
 import time
@@ -197,7 +199,10 @@ def print_error(error: UserError) -> None:
 
 @contextlib.contextmanager
 def following(index: Index) -> Iterator[None]:
-    """Follows the folders of an index in a thread, which prints what it does, in the block."""
+    """Follows the folders of an index in a thread, which prints what it does, in the block.
+
+    The process ends with status 0 if it does so in an update, of which the next one does the rest.
+    """
 
     def update(folder: Path, only: Sequence[str]) -> IndexReport:
         return index.add([folder / path for path in only] or folder)
@@ -206,7 +211,6 @@ def following(index: Index) -> Iterator[None]:
     parts, stop = part_directories(index.directory), threading.Event()
     folders = [Path(read_header(part)["videos"]) for part in parts]
     arguments = (update, folders, print_report, print_error, stop)
-    # A daemon: the end does not wait for a long update, of which the next one does the rest.
     thread = threading.Thread(target=follow, args=arguments, daemon=True)
     thread.start()
     try:
@@ -214,3 +218,7 @@ def following(index: Index) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(2.0)
+        if thread.is_alive():
+            # XLA may crash at the end of Python with what is left unfinished.
+            atexit.register(os._exit, 0)
+            atexit.register(sys.stdout.flush)
