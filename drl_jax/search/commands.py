@@ -81,7 +81,7 @@ def _follow(options: argparse.Namespace, update: Callable[..., IndexReport]) -> 
         watch.print_error(error)
 
     def update_some(folder: Path, only: Sequence[str]) -> IndexReport:
-        return update(folder, only=only)
+        return update(folder, only=only, shows_progress=not only)
 
     watch.follow(update_some, [options.videos], show, fail, threading.Event())
 
