@@ -24,14 +24,20 @@ from drl_jax.search.addresses import BadRequest, PageQuery
 from drl_jax.search.filters import Filters, natural_key, passing
 from drl_jax.search.hits import Explanation
 from drl_jax.search.media import upload_routes
-from drl_jax.search.routes import TEMPLATES
+from drl_jax.search.routes import TEMPLATES, health_route
+from drl_jax.search.segments import SearchIndexError
 from drl_jax.search.serve import Access, checked
 
 # ---------------------------------------------------------------------- access
 
 
 def answer_of(
-    access: Access, path: str = "/", query: str = "", method: str = "GET", **headers: str
+    access: Access,
+    path: str = "/",
+    query: str = "",
+    method: str = "GET",
+    scheme: str = "http",
+    **headers: str,
 ) -> tuple[int, dict[str, str], str]:
     """Status, headers and body of the answer to a request that reached 192.0.2.7:8000."""
     sent: list[dict] = []
@@ -44,8 +50,9 @@ def answer_of(
         **{"type": "http", "method": method, "path": path, "raw_path": path.encode()},
         **{"query_string": query.encode(), "server": ("192.0.2.7", 8000)},
         "headers": [(name.encode(), text.encode("latin-1")) for name, text in given.items()],
+        "scheme": scheme,
     }
-    app = checked(PlainTextResponse("inside"), access)
+    app = checked(PlainTextResponse("inside"), access, {"", "api", "videos", "health"})
     asyncio.run(app(scope, None, send))
     names = {name.decode(): text.decode() for name, text in sent[0]["headers"]}
     return sent[0]["status"], names, sent[1]["body"].decode()
@@ -122,6 +129,41 @@ def test_the_token_of_an_address_becomes_a_cookie():
             line = json.loads(body)["error"] if path.startswith("/api/") else body
             assert line.startswith("this server requires its token: open the address that it")
     assert answer_of(access, host="evil.example", cookie=cookie)[0] == 400
+
+
+def test_a_token_behind_a_proxy():
+    """Whether or not the proxy cuts its path off; the browser sees it, and HTTPS."""
+    access = Access("server", "192.0.2.7", root_path="videos/")
+    assert access.url(8000) == f"http://server:8000/videos/?token={access.token}"
+    token = f"token={access.token}"
+    for path in ("/videos/videos/a.mp4", "/videos/a.mp4"):
+        status, headers, _ = answer_of(access, path, token, scheme="https")
+        assert (status, headers["location"]) == (303, "/videos/videos/a.mp4")
+        cookie, _, attributes = headers["set-cookie"].partition("; ")
+        assert {"secure", "path=/videos"} <= {part.lower() for part in attributes.split("; ")}
+        assert answer_of(access, path, cookie=cookie)[0] == 200
+        assert answer_of(access, path)[0] == 401
+    assert "secure" not in answer_of(access, "/", token)[1]["set-cookie"].lower()
+    for path in ("/videos/api/index", "/api/index"):
+        assert "error" in json.loads(answer_of(access, path)[2])
+    assert answer_of(access, "/videos", "q=a?", cookie=cookie)[1]["location"] == "/videos/?q=a?"
+    for root in ("/a b", "http://a/", "/a//b", "/\xe4"):
+        with pytest.raises(UserError, match="write a path such as /videos"):
+            Access("localhost", "127.0.0.1", root_path=root)
+
+
+def test_health_needs_no_token_and_names_no_files():
+    access = Access("server", "192.0.2.7")
+    assert [answer_of(access, path)[0] for path in ("/health", "/healthy")] == [200, 401]
+    assert answer_of(access, "/health", host="evil.example")[0] == 400
+
+    def state() -> None:
+        raise SearchIndexError("the features of 'private.mp4' differ")
+
+    api = types.SimpleNamespace(index=types.SimpleNamespace(state=state))
+    for shows_reason in (False, True):
+        answer = health_route(api, shows_reason=shows_reason).endpoint(None)
+        assert (answer.status_code, b"private" in answer.body) == (503, shows_reason)
 
 
 def test_names_of_hosts_that_are_none_are_one_line():

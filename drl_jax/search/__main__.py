@@ -117,6 +117,7 @@ def _add_index_flags(parser: Parser) -> None:
     add("--only", action="append", default=[], metavar="PATH", help=text)
     text = "of a new index: only a part of the files, chosen by their paths, from 0/16 to 15/16"
     add("--shard", metavar="NUMBER/COUNT", help=text)
+    add("--watch", action="store_true", help="stay, and update the index when files change")
     add_ray_flag(parser, "decode on")
 
 
@@ -148,6 +149,9 @@ def _add_serve_flags(parser: Parser) -> None:
     add("--allowed_hosts", default="", metavar="NAME,...", help="other names of this server")
     add("--no_token", action="store_true", help="answer also other machines that send no token")
     add("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
+    text = "path of the page, for a proxy: with /videos it is http://HOST/videos/"
+    add("--root_path", default="", metavar="PATH", help=text)
+    add("--watch", action="store_true", help="update the index when files of its folders change")
     add("--top", type=positive_int, default=12, help="hits per query (%(default)s)")
     text = "of a video that is sent as a query, at most (%(default)s)"
     add("--max_upload", type=positive_int, default=500, metavar="MB", help=text)

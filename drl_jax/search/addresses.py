@@ -1,5 +1,6 @@
 """Addresses of the page and of its API: what a request asks for, and links to it."""
 
+import contextvars
 import dataclasses
 import functools
 import math
@@ -12,6 +13,8 @@ from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 from drl_jax.search.segments import SearchIndexError
 
+# Path before all addresses of the server that answers, e.g. /videos behind a proxy; "" is none.
+ROOT = contextvars.ContextVar("root", default="")
 # Maximum hits per request, and moments of the video that is open.
 MAX_HITS, MAX_MOMENTS = 50, 30
 # Maximum length of a parameter; a sentence has fewer tokens than this anyway.
@@ -88,7 +91,7 @@ class PageQuery:
         """The address of the page with these parameters, after `changes` of attributes."""
         given = dataclasses.replace(self, **changes).parameters
         text = urlencode(given, doseq=True, quote_via=quote, safe="/", errors="surrogateescape")
-        return f"/?{text}" if text else "/"
+        return f"{ROOT.get()}/?{text}" if text else f"{ROOT.get()}/"
 
     def closed(self, **changes: Any) -> "PageQuery":
         """The first hits and no open video, after `changes` of attributes."""
@@ -97,7 +100,7 @@ class PageQuery:
 
 def file_address(kind: str, path: str, **parameters: Any) -> str:
     """The address of something of an indexed file: `kind` is videos, frames, pictures or clips."""
-    address = f"/{kind}/{quote(path, safe='/', errors='surrogateescape')}"
+    address = f"{ROOT.get()}/{kind}/{quote(path, safe='/', errors='surrogateescape')}"
     return f"{address}?{urlencode(parameters)}" if parameters else address
 
 

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from drl_jax.runtime.cluster import connect
 from drl_jax.runtime.errors import UserError, printable
 from drl_jax.runtime.lock import temporary_directory
 from drl_jax.runtime.worker_pool import CallPool
+from drl_jax.search import watch
 from drl_jax.search.addresses import moment_of
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
@@ -29,7 +31,7 @@ from drl_jax.search.query import Query, encode_sentences, encode_video_file, sam
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import file_of, frames_of, open_picture, read_video
 from drl_jax.search.session import Index
-from drl_jax.search.update import parse_shard, update_index
+from drl_jax.search.update import IndexReport, parse_shard, update_index
 
 # Missing shards that are named.
 _SHOWN = 20
@@ -42,30 +44,47 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _index(options: argparse.Namespace) -> None:
     if options.shard is not None:
         parse_shard(options.shard)
+    if options.watch and options.only:
+        raise UserError("--watch follows the whole folder; omit --only")
     given = _given(options, "storage", "fps", "timeout", "prune", "only", "shard")
     with connect(options.ray) if options.ray else contextlib.nullcontext() as cluster:
         recorded = recorded_encoder(options.index)
         model = required_model(options).with_encoder(options.encoder, recorded)
         print(f"frames are encoded by {model.encoder} in {model.config.model.dtype}")
         given["bank"] = _bank_captions(options.bank, model) if options.bank else ()
-        report = update_index(model, options.videos, options.index, cluster=cluster, **given)
-    print(f"{options.index}: {report} ({options.storage})")
-    if report.transcripts:
-        print(f"{report.transcripts} transcripts can be searched with --text")
-    for reasons, title in (
-        (report.bad, "files cannot be searched"),
-        (report.bad_transcripts, "transcripts cannot be read"),
-        (report.unavailable, "files could not be read this time"),
-    ):
-        if reasons:
-            print(f"{len(reasons)} {title}:")
-        for path, reason in reasons.items():
-            print(f"  {printable(path)}: {reason}")
+        update = functools.partial(
+            update_index, model, directory=options.index, cluster=cluster, **given
+        )
+        if options.watch:
+            _follow(options, update)
+        report = update(options.videos)
+    first, *rest = report.lines()
+    print("\n".join([f"{options.index}: {first} ({options.storage})", *rest]))
     if report.unavailable:
         raise UserError(
             f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
             " to try them again"
         )
+
+
+def _follow(options: argparse.Namespace, update: Callable[..., IndexReport]) -> None:
+    """Updates an index until it is interrupted; raises what the first update raises."""
+    has_reported = False
+
+    def show(report: IndexReport) -> None:
+        nonlocal has_reported
+        has_reported = True
+        watch.print_report(report)
+
+    def fail(error: UserError) -> None:
+        if not has_reported:
+            raise error
+        watch.print_error(error)
+
+    def update_some(folder: Path, only: Sequence[str]) -> IndexReport:
+        return update(folder, only=only, shows_progress=not only)
+
+    watch.follow(update_some, [options.videos], show, fail, threading.Event())
 
 
 def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
@@ -283,7 +302,7 @@ def _mcp(options: argparse.Namespace) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):  # Clients read stdout.
         api = SearchAPI(_open(options), 0, 0)
-    with contextlib.closing(api.media):
+    with contextlib.closing(api):
         serve_tools(api)
 
 

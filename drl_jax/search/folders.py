@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sys
-import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ from drl_jax.weights.source import is_name, resolved, to_download
 
 # Seconds between looks whether a new index can be searched.
 _PAUSE = 0.2
+# Without them, a browser would be one of text, in the terminal of the server.
+_DISPLAYS = ("DISPLAY", "WAYLAND_DISPLAY")
 
 
 def search_folders(options: argparse.Namespace) -> None:
@@ -45,41 +46,25 @@ def search_folders(options: argparse.Namespace) -> None:
         return
     # It imports a server, which answers need not.
     from drl_jax.search.serve import serve
+    from drl_jax.search.watch import updating
 
-    updating = _Updating(index, folders)
-    updating.start()
-    while not updating.is_searchable():
-        updating.join(_PAUSE)
-    if not options.no_browser and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        options.on_start = webbrowser.open
-    serve(index, options)
+    with updating(index, folders, follows=options.watch) as (thread, errors):
+        while not _is_searchable(index):
+            thread.join(_PAUSE)
+            if not thread.is_alive() and not _is_searchable(index):
+                raise errors[0] if errors else UserError(f"no video of {folders[0]} is searchable")
+        if not options.no_browser and any(map(os.environ.get, _DISPLAYS)):
+            options.on_start = webbrowser.open
+        options.watch = False
+        serve(index, options)
 
 
-class _Updating(threading.Thread):
-    """Adds folders to an index while it is served. A daemon: the next start does the rest."""
-
-    def __init__(self, index: Index, folders: Sequence[Path]):
-        super().__init__(daemon=True)
-        self._index, self._folders = index, folders
-        self._error: UserError | None = None
-
-    def run(self) -> None:
-        try:
-            for folder in self._folders:
-                _tell(f"{folder}: {self._index.add(folder, progress=True)}")
-        except UserError as error:
-            self._error = error
-            _tell(f"drl_jax.search: {error}")
-
-    def is_searchable(self) -> bool:
-        """Whether a video can be searched; raises a UserError if there will be none."""
-        try:
-            self._index.state()
-            return True
-        except UserError as error:
-            if not self.is_alive():
-                raise (self._error or error) from None
-            return False
+def _is_searchable(index: Index) -> bool:
+    try:
+        index.state()
+        return True
+    except UserError:
+        return False
 
 
 def _tell(line: str) -> None:

@@ -3,6 +3,7 @@
 Worker processes import this module, so it does not import jax.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -74,8 +75,8 @@ def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Itera
         path = path_of(name)
         if path != name and file_of(folder, path) != folder / name:
             unusable[path] = "its name is not UTF-8, and that of another file when it is escaped"
-        else:
-            yield _found_file(folder, path, timeout)
+        elif (file := _found_file(folder, path, timeout)) is not None:
+            yield file
 
 
 def path_of(name: str) -> str:
@@ -105,10 +106,13 @@ def find_named(folder: Path, path: str, timeout: float) -> FoundFile | None:
     return _found_file(folder, path, timeout) if _is_video(path) and file.is_file() else None
 
 
-def _found_file(folder: Path, path: str, timeout: float) -> FoundFile:
-    status = file_of(folder, path).stat()
-    size = status.st_size
-    return FoundFile(path, size, status.st_mtime_ns, allowed_seconds(timeout, size))
+def _found_file(folder: Path, path: str, timeout: float) -> FoundFile | None:
+    """A file, or None: it is gone since it was listed."""
+    with contextlib.suppress(FileNotFoundError):
+        status = file_of(folder, path).stat()
+        allowed = allowed_seconds(timeout, status.st_size)
+        return FoundFile(path, status.st_size, status.st_mtime_ns, allowed)
+    return None
 
 
 def allowed_seconds(timeout: float, size: int) -> float:

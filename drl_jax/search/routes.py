@@ -18,6 +18,7 @@ from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.addresses import (
     MAX_CHARACTERS,
+    ROOT,
     PageQuery,
     parse_number,
     parse_time,
@@ -31,6 +32,7 @@ from drl_jax.search.hits import format_clock, format_timestamp
 from drl_jax.search.media import MAX_PICTURE, upload_routes
 from drl_jax.search.open_index import IndexedVideo, OpenIndex
 
+HEALTH = "/health"
 _PAGE = Path(__file__).parent / "page"
 # Frames side by side in one answer.
 _MOST_FRAMES = 64
@@ -54,6 +56,7 @@ TEMPLATES.env.globals |= {
     "no_filters": Filters(),
     "video_suffixes": VIDEO_SUFFIXES,
     "max_picture": MAX_PICTURE,
+    "root": ROOT.get,
 }
 
 
@@ -134,6 +137,22 @@ def api_routes(api: SearchAPI) -> list[BaseRoute]:
         Route("/api/openapi.json", lambda request: FileResponse(_PAGE / "openapi.json")),
         *upload_routes(api.media),
     ]
+
+
+def health_route(api: SearchAPI, *, shows_reason: bool) -> Route:
+    """Whether the index can be searched, for programs that restart servers. Names no files."""
+
+    def endpoint(request: Request) -> Response:
+        try:
+            state = api.index.state()
+        except UserError as error:
+            # Its line names files, and the answer needs no token.
+            line = str(error) if shows_reason else "the index cannot be opened: see /api/index"
+            return JSONResponse({"status": "error", "error": line}, 503)
+        facts = {"status": "ok", "videos": state.count, "indexing": state.progress()}
+        return JSONResponse(facts)
+
+    return Route(HEALTH, endpoint)
 
 
 def file_routes(api: SearchAPI) -> list[BaseRoute]:

@@ -12,7 +12,7 @@ import ipaddress
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,10 +23,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drl_jax.runtime.errors import UserError
-from drl_jax.search.addresses import MAX_HITS, PageQuery, status_of
+from drl_jax.search.addresses import MAX_HITS, ROOT, PageQuery, status_of
 from drl_jax.search.api import SearchAPI
-from drl_jax.search.routes import api_routes, file_routes, page_routes
+from drl_jax.search.routes import HEALTH, api_routes, file_routes, health_route, page_routes
 from drl_jax.search.session import Index
+from drl_jax.search.watch import folders_of, updating
 
 # Bytes of a request without its body.
 _MAX_REQUEST = 1 << 20
@@ -44,6 +45,7 @@ _HEADERS = {
 }
 # A name or an IPv6 address, and a port.
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z._-]+))(?::\d*)?")
+_ROOT = re.compile(r"(?:/[0-9A-Za-z._~-]+)*")
 _REQUIRED = (
     "this server requires its token: open the address that it printed, or send"
     " 'Authorization: Bearer TOKEN'"
@@ -81,8 +83,22 @@ def _parse_hosts(text: str) -> list[_Host]:
 class Access:
     """Which requests a server accepts: to its hosts or loopback, with the token if there is one."""
 
-    def __init__(self, host: str, address: str, allowed: str = "", *, needs_token: bool = True):
-        """The access to an address, for which the user wrote `host`, and to names in `allowed`."""
+    def __init__(
+        self,
+        host: str,
+        address: str,
+        allowed: str = "",
+        *,
+        needs_token: bool = True,
+        root_path: str = "",
+    ):
+        """The access to an address, for which the user wrote `host`, and to names in `allowed`.
+
+        All addresses begin with `root_path`.
+        """
+        self.root = f"/{root_path.strip('/')}".rstrip("/")
+        if not _ROOT.fullmatch(self.root):
+            raise UserError(f"--root_path={root_path}: write a path such as /videos")
         found = _parse_host(address)
         # No machine has the address that stands for all.
         self._name = socket.gethostname() if getattr(found, "is_unspecified", False) else host
@@ -91,7 +107,21 @@ class Access:
 
     def url(self, port: int) -> str:
         name = f"[{self._name}]" if ":" in self._name else self._name
-        return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
+        return f"http://{name}:{port}{self.root}/" + (f"?token={self.token}" if self.token else "")
+
+    def below_root(self, scope: Scope, names: Collection[str]) -> Scope:
+        """The scope with the root path before its path, where a proxy has cut that off.
+
+        It has not if one of `names`, of all addresses here, follows: a folder /videos is below the
+        root path /videos, too.
+        """
+        path, raw = scope["path"], scope["raw_path"]
+        rest = path.removeprefix(self.root)
+        if not self.root or path == self.root:
+            return scope
+        if rest == path or rest[0] != "/" or rest.split("/")[1] not in names:
+            path, raw = self.root + path, self.root.encode() + raw
+        return {**scope, "root_path": self.root, "path": path, "raw_path": raw}
 
     def refusal(self, scope: Scope) -> Response | None:
         """Refuses other hosts, asks for the token, or exchanges that of an address for a cookie."""
@@ -103,7 +133,7 @@ class Access:
             return _line(
                 scope, 400, f"this server is not {text[:100]!r}; --allowed_hosts adds names"
             )
-        if not self.token:
+        if not self.token or _inside(scope) == HEALTH:
             return None
         # Cookies do not distinguish the ports of a host.
         cookie = f"drl_jax_token_{port}"
@@ -113,7 +143,14 @@ class Access:
             rest = "&".join(text for text in parameters if text not in tokens)
             path = "/" + scope["raw_path"].decode("latin-1").lstrip("/")
             answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
-            answer.set_cookie(cookie, self.token, httponly=True, samesite="lax")
+            answer.set_cookie(
+                cookie,
+                self.token,
+                path=self.root or "/",
+                secure=scope.get("scheme") == "https",
+                httponly=True,
+                samesite="lax",
+            )
             return answer
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if self._knows(given if kind.lower() == "bearer" else request.cookies.get(cookie, "")):
@@ -125,8 +162,11 @@ class Access:
         return hmac.compare_digest(token.encode(), self.token.encode())
 
 
-def checked(app: ASGIApp, access: Access) -> ASGIApp:
-    """ASGI middleware: refuses requests in one line, and adds _HEADERS to all answers."""
+def checked(app: ASGIApp, access: Access, names: Collection[str] = ()) -> ASGIApp:
+    """ASGI middleware: refuses requests in one line, and adds _HEADERS to all answers.
+
+    `names` are what the addresses of the application begin with, behind the root path.
+    """
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -134,14 +174,26 @@ def checked(app: ASGIApp, access: Access) -> ASGIApp:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        refusal = access.refusal(scope) if scope["type"] == "http" else None
+        refusal = None
+        if scope["type"] == "http":
+            ROOT.set(access.root)
+            scope = access.below_root(scope, names)
+            refusal = access.refusal(scope)
+            if refusal is None and scope["path"] == access.root:
+                query = scope["query_string"].decode("latin-1")
+                refusal = RedirectResponse(f"{access.root}/{query and f'?{query}'}", 307)
         await (refusal or app)(scope, receive, send_with_headers)
 
     return answer
 
 
+def _inside(scope: Scope) -> str:
+    """The path behind the root path."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
 def _line(scope: Scope, status: int, line: str, headers: dict[str, str] | None = None) -> Response:
-    if scope["path"].startswith("/api/"):
+    if _inside(scope).startswith("/api/"):
         return JSONResponse({"error": line}, status, headers)
     return PlainTextResponse(line, status, headers)
 
@@ -150,8 +202,13 @@ def serve(index: Index, options: argparse.Namespace) -> None:
     """Serves the page of an index until it is interrupted; a UserError if the flags are wrong."""
     with _listener(options.host, options.port) as listener:
         address, port = listener.getsockname()[:2]
-        needs_token = not options.no_token
-        access = Access(options.host, address, options.allowed_hosts, needs_token=needs_token)
+        access = Access(
+            options.host,
+            address,
+            options.allowed_hosts,
+            needs_token=not options.no_token,
+            root_path=options.root_path,
+        )
         app = make_app(index, options.top, options.max_upload, access)
         # With h11, a long query gets an answer that says what is wrong.
         limits = {"http": "h11", "h11_max_incomplete_event_size": _MAX_REQUEST}
@@ -160,7 +217,11 @@ def serve(index: Index, options: argparse.Namespace) -> None:
             print(f"{len(index.videos)} videos on {access.url(port)}  (Ctrl-C stops)", flush=True)
             if options.on_start is not None:
                 options.on_start(access.url(port))
-            uvicorn.Server(config).run(sockets=[listener])
+            following = contextlib.nullcontext()
+            if options.watch:
+                following = updating(index, folders_of(index), follows=True)
+            with following:
+                uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             print()
 
@@ -191,12 +252,17 @@ def make_app(index: Index, top: int, max_upload: int, access: Access) -> Starlet
         yield
         api.close()
 
-    return Starlette(
-        routes=[*page_routes(api), *api_routes(api), *file_routes(api)],
-        middleware=[Middleware(checked, access=access)],
+    health = health_route(api, shows_reason=not access.token)
+    routes = [*page_routes(api), *api_routes(api), *file_routes(api), health]
+    names = {route.path.split("/")[1] for route in routes}
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(checked, access=access, names=names)],
         exception_handlers=dict.fromkeys((UserError, Exception), _error),
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # To an address with the host that the proxy asked for.
+    return app
 
 
 def _error(request: Request, error: Exception) -> Response:

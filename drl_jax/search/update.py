@@ -16,7 +16,7 @@ from tqdm import tqdm
 from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, printable
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search import encoding, reading, text_index
@@ -63,7 +63,10 @@ def is_in_shard(path: str, shard: str) -> bool:
 
 @dataclasses.dataclass(repr=False)
 class IndexReport:
-    """Numbers of files, and of windows and bytes of the whole index."""
+    """Numbers of files, and of windows and bytes of the whole index.
+
+    Added and changed ones can be searched; those that cannot are in `bad`.
+    """
 
     added: int = 0
     changed: int = 0  # Or with damaged features.
@@ -79,10 +82,32 @@ class IndexReport:
     windows: int = 0
     nbytes: int = 0
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether anything was done, or could not be."""
+        counts = (self.added, self.changed, self.moved, self.removed)
+        return any(counts) or bool(self.bad or self.unavailable)
+
+    def lines(self) -> Iterator[str]:
+        """The report as text: the numbers, and then the files with a reason."""
+        yield (
+            f"{self.added} added, {self.changed} changed, {self.moved} moved, {self.removed}"
+            f" removed, {self.unchanged} unchanged; {len(self.bad)} cannot be searched;"
+            f" {self.windows} windows take {self.nbytes / 1e6:.1f} MB"
+        )
+        if self.transcripts:
+            yield f"{self.transcripts} transcripts can be searched with --text"
+        for reasons, title in (
+            (self.bad, "files cannot be searched"),
+            (self.bad_transcripts, "transcripts cannot be read"),
+            (self.unavailable, "files could not be read this time"),
+        ):
+            if reasons:
+                yield f"{len(reasons)} {title}:"
+            yield from (f"  {printable(path)}: {reason}" for path, reason in reasons.items())
+
     def __str__(self) -> str:
-        counts = [f"{getattr(self, n)} {n}" for n in ("added", "changed", "moved", "removed")]
-        counts = ", ".join([*counts, f"{self.unchanged} unchanged"])
-        return f"{counts}; {self.windows} windows take {self.nbytes / 1e6:.1f} MB"
+        return "\n".join(self.lines())
 
     __repr__ = __str__
 
@@ -351,21 +376,22 @@ class _Update:
         known = None
         if read.is_known:
             known = next(known for known in self._like(file) if known.sha256 == read.sha256)
-        if known is None or known.path in self._moved:  # There, by a file with the same content.
-            is_changed = file.path in self._known
-            self._report.changed += is_changed
-            self._report.added += not is_changed
-        elif known.path == file.path:  # Only its times have changed.
-            self._report.unchanged += 1
-        else:
-            self._moved.add(known.path)
-            self._left.append(known.path)
         if known is None:
             fields = (read.sha256, read.error, allowed, read.duration, read.arrays)
             record = VideoRecord(*file[:3], *fields)
         else:
             stored = known.segment.read(known.row)
             record = stored._replace(path=file.path, mtime_ns=file.mtime_ns)
+        if known is None or known.path in self._moved:  # There, by a file with the same content.
+            if not record.error:
+                is_changed = file.path in self._known
+                self._report.changed += is_changed
+                self._report.added += not is_changed
+        elif known.path == file.path:  # Only its times have changed.
+            self._report.unchanged += 1
+        else:
+            self._moved.add(known.path)
+            self._left.append(known.path)
         if not self._batch:
             self._since = time.monotonic()
         self._batch.append((record, read))

@@ -34,7 +34,7 @@ function showSuggestions(sentences) {
 }
 
 async function look() {
-  const answer = document.hidden ? null : await fetch("/api/index").catch(() => null);
+  const answer = document.hidden ? null : await fetch(`${document.body.dataset.root}/api/index`).catch(() => null);
   const facts = answer?.ok ? await answer.json().catch(() => null) : null;
   if (facts) {
     showProgress(facts.indexing);

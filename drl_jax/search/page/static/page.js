@@ -164,7 +164,7 @@ hits?.addEventListener("click", async (event) => {
 
 async function loadMore(link) {
   link.setAttribute("aria-busy", "true");
-  const answer = await fetch(`/tiles${new URL(link.href).search}`).catch(() => null);
+  const answer = await fetch(`${document.body.dataset.root}/tiles${new URL(link.href).search}`).catch(() => null);
   const text = answer ? await answer.text() : "the server does not answer";
   link.removeAttribute("aria-busy");
   if (!answer?.ok) {
@@ -211,7 +211,7 @@ const recent = document.getElementById("recent");
 if (recent && recentQueries().length) {
   for (const text of recentQueries()) {
     const link = Object.assign(document.createElement("a"), { className: "chip", textContent: text });
-    link.href = `/?${new URLSearchParams({ q: text })}`;
+    link.href = `${document.body.dataset.root}/?${new URLSearchParams({ q: text })}`;
     recent.lastElementChild.before(link, " ");
   }
   recent.hidden = false;

@@ -25,7 +25,7 @@ function send(file) {
   if (file.size > most) return reject(file, `a ${what} has at most ${(most / 1e6).toLocaleString("en")} MB`);
   problem.hidden = line !== problem;
   const request = sending = new XMLHttpRequest(); // Unlike fetch, it tells how much is sent.
-  request.open("POST", picture ? "/api/pictures" : "/api/videos");
+  request.open("POST", `${document.body.dataset.root}/api/${picture ? "pictures" : "videos"}`);
   request.setRequestHeader("Content-Type", "application/octet-stream");
   request.responseType = "json";
   say(`Sending the ${what} …`);

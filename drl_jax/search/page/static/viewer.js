@@ -31,7 +31,7 @@ export async function openFrom(address) {
 /** The viewer of an address as HTML; null if there is none, which is said, or another was opened. */
 async function fetchViewer(address) {
   const mine = ++loads;
-  const answer = await fetch(`/viewer${new URL(address, location).search}`).catch(() => null);
+  const answer = await fetch(`${document.body.dataset.root}/viewer${new URL(address, location).search}`).catch(() => null);
   const text = answer ? await answer.text() : "the server does not answer";
   if (mine !== loads) return null; // Another one was asked for meanwhile.
   if (answer?.ok) return text;
@@ -231,7 +231,7 @@ async function hover(event) {
   box.hidden = false;
   if (facts === null) {
     facts = {}; // Asked for.
-    const answer = await fetch(`/api/video${location.search}`).catch(() => null);
+    const answer = await fetch(`${document.body.dataset.root}/api/video${location.search}`).catch(() => null);
     if (answer?.ok && facts !== null) facts = await answer.json();
   }
   if (!facts?.frames || facts.path !== opened()?.video) return;
