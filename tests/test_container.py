@@ -81,7 +81,12 @@ def test_the_steps_of_the_image(search_model, test_videos, tmp_path):
         shutil.copy(path, videos)
     update_index(search_model, videos, state / "index", shows_progress=False)
     started = json.loads(final["ENTRYPOINT"]) + json.loads(final["CMD"]) + ["--port=0"]
-    started = [part.replace("/state", str(state)) for part in started]
+    places = {"/state": str(state), "/videos": str(videos)}
+    for place, path in places.items():
+        started = [
+            part.replace(place, path, 1) if part.startswith(("--index", place)) else part
+            for part in started
+        ]
     environment |= {"HOME": str(state), "PYTHONPATH": str(packages), "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = start_interruptible(["env", "-C", str(state), *started], env=environment, **pipes)
