@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from drl_jax import __version__
+
 # What each verb does, and its module.
 VERBS = {
     "search": ("search videos with a sentence: drl_jax search FOLDER", "drl_jax.search.__main__"),
@@ -27,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = [f"  {name:<10}{text}" for name, (text, _) in VERBS.items()]
         usage = "usage: drl_jax VERB ...\n\n{}\n\ndrl_jax VERB --help says more of a verb"
         print(usage.format("\n".join(lines)))
+        return 0
+    if verb == "--version":
+        print(f"drl_jax {__version__}")
         return 0
     if verb not in VERBS:
         (likely,) = difflib.get_close_matches(verb, VERBS, n=1) or [""]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
 from drl_jax.runtime.cli import Parser, add_plugin_flag, run_command
+from drl_jax.runtime.errors import as_path
 
 if TYPE_CHECKING:
     from drl_jax.runs.compare_run import Comparison
@@ -28,7 +29,7 @@ def compare(
     from drl_jax.runs import compare_run
 
     what = {"checkpoint": str(checkpoint), "split_name": split, "data_dir": data_dir}
-    return compare_run.compare(Path(one), Path(other), **what)
+    return compare_run.compare(*(as_path(run, "a run") for run in (one, other)), **what)
 
 
 def _parser() -> Parser:

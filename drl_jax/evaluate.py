@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
 from drl_jax.runtime.cli import Parser, add_plugin_flag, positive_int, run_command
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, as_path
 
 if TYPE_CHECKING:
     from drl_jax.runs.evaluate_run import Result
@@ -53,14 +53,17 @@ def evaluate(
     from drl_jax.runs import evaluate_run
     from drl_jax.runs.workdir import load_config, with_data_dir
 
-    workdir, methods = Path(run), [post] if isinstance(post, str) else list(post)
+    workdir = as_path(run, "the run")
+    methods = [post] if isinstance(post, str) else post
+    if not isinstance(methods, list | tuple) or not methods:
+        raise UserError(f"post is a name or a list of names, {', '.join(_POST)}")
     if wrong := [name for name in methods if name not in _POST]:
         raise UserError(f"there is no post-processing {wrong[0]!r}, but {', '.join(_POST)}")
     if frame_order not in _FRAME_ORDERS:
         raise UserError(f"frame_order={frame_order!r}: choose {' or '.join(_FRAME_ORDERS)}")
     config = with_data_dir(load_config(workdir), data_dir)
     if report is not None:
-        prepare_directory(Path(report))
+        prepare_directory(as_path(report, "the report"))
     evaluated = evaluate_run.evaluate(
         workdir,
         config,

@@ -24,7 +24,7 @@ from drl_jax.runtime.cli import (
     run_command,
     with_overrides,
 )
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, as_path
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -63,14 +63,18 @@ def train(
     if isinstance(config, str | os.PathLike):
         workdir = workdir or _default_workdir(os.fspath(config))
         config = config_of_file(os.fspath(config))
-    if workdir is None:
-        raise UserError("give the directory of the run: train(config, workdir)")
     if isinstance(config, Config):
         config = ConfigDict(dataclasses.asdict(config))
+    if not isinstance(config, ConfigDict):
+        what = "a file such as configs/shapes.py, or a configuration"
+        raise UserError(f"config is {what}, not {type(config).__name__}")
+    if workdir is None:
+        raise UserError("give the directory of the run: train(config, workdir)")
+    workdir = as_path(workdir, "workdir")
     config = config_from_dict(with_overrides(config, overrides or {}).to_dict())
-    found = train_run.train(config, Path(workdir))
+    found = train_run.train(config, workdir)
     card = ProtocolCard.from_dict(found["card"])
-    return Result(Path(workdir), "test", found["test"], found["test_intervals"], card)
+    return Result(workdir, "test", found["test"], found["test_intervals"], card)
 
 
 def _parser() -> Parser:

@@ -1,11 +1,7 @@
 """The Python API as a user calls it."""
 
-import ast
 import dataclasses
 import inspect
-import itertools
-import json
-import pickle
 import pkgutil
 import re
 import subprocess
@@ -16,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
-from support.commands import ROOT, TINY
+from support.commands import ROOT
 from support.golden import GOLDEN
 from support.params import openai_shaped_backbone, random_params
 from support.runs import make_run
@@ -30,7 +26,6 @@ from drl_jax.models.drl import model_definition
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import CLIPTokenizer
 from drl_jax.pretrained.model import load_source
-from drl_jax.runtime.cli import config_of_file
 
 
 def test_the_documented_lines_run_in_a_process_of_their_own(search_run, test_videos):
@@ -204,113 +199,12 @@ def test_the_documented_api_is_the_public_one():
 def arguments_of(function) -> str:
     """The parameters of a function and their defaults, as the documentation writes them."""
     parameters = inspect.signature(function).parameters.values()
-    return ", ".join(
+    shown = [p for p in parameters if p.name not in ("self", "show")]
+    words = [
         p.name if p.default is p.empty else f"{p.name}={p.default!r}".replace("'", '"')
-        for p in parameters
-        if p.name not in ("self", "show")
-    )
-
-
-def test_a_model_is_described_in_five_lines_and_pickled(search_model, search_run):
-    lines = repr(search_model).splitlines()
-    assert lines[0] == f"RetrievalModel of {search_run} {search_model.source['checkpoint']}"
-    assert len(lines) == 5
-    assert max(map(len, lines)) < 100 + len(str(search_run))
-    again = pickle.loads(pickle.dumps(search_model))
-    assert again.fingerprint == search_model.fingerprint
-    text, same = (model.encode_text(["a dog"]) for model in (search_model, again))
-    np.testing.assert_allclose(text["text_unit"], same["text_unit"], atol=1e-6)
-
-
-def test_a_model_on_a_device_in_a_precision(search_run):
-    model = drl_jax.load(search_run, device="cpu:3", dtype="bfloat16")
-    assert [device.id for device in model.layout.mesh.devices] == [3]
-    assert load_source(model.source).config.model.dtype == "bfloat16"
-    assert drl_jax.load(search_run, device=jax.devices()[:2]).layout.device_count == 2
-    for device in ("gpu", "cpu:99", "cpu:x"):
-        with pytest.raises(drl_jax.UserError, match=f"no device '{device}', but cpu:0"):
-            drl_jax.load(search_run, device=device)
-    with pytest.raises(drl_jax.UserError, match="dtype is float32, tf32 or bfloat16, not 'int8'"):
-        drl_jax.load(search_run, dtype="int8")
-
-
-def test_similarities_do_not_depend_on_the_number_of_others(search_model):
-    rng, form = np.random.default_rng(0), search_model.frame_form.shape
-    videos = rng.integers(0, 256, (5, 3, *form)).astype(np.uint8)
-    captions = ["a dog", "a red circle moves left", "it"]
-    text, video = search_model.encode_text(captions), search_model.encode_videos(list(videos))
-    whole = search_model.similarity(text, video)
-    for row, column in itertools.product(range(3), range(5)):
-        one = {name: array[[row]] for name, array in text.items()}
-        other = {name: array[[column]] for name, array in video.items()}
-        pair = search_model.similarity(one, other)
-        np.testing.assert_allclose(pair, whole[row : row + 1, column : column + 1], atol=1e-6)
-
-
-def test_training_and_evaluation_from_python(tmp_path, shapes_data, tiny_weights, capsys):
-    overrides = dict(
-        flag.removeprefix("--config.").split("=") for flag in TINY if not flag.endswith("=")
-    )
-    overrides = {name: ast.literal_eval(value) for name, value in overrides.items()}
-    overrides |= {"data.data_dir": str(shapes_data), "model.init": str(tiny_weights)}
-    run = tmp_path / "run"
-    trained = drl_jax.train("configs/shapes.py:smoke", run, overrides=overrides)
-    # The second call resumes a run that is complete.
-    assert drl_jax.train("configs/shapes.py:smoke", run, overrides=overrides) == trained
-    capsys.readouterr()
-    result = drl_jax.evaluate(run)
-    assert capsys.readouterr() == ("", "")
-    assert result.metrics == trained.metrics
-    assert (result.card, result.intervals) == (trained.card, trained.intervals)
-    assert repr(result).startswith(f"test of checkpoint {result.card.step}, 32 videos, raw")
-    stored = json.loads((run / f"eval_test_{result.card.step}.json").read_text())
-    assert stored == json.loads(json.dumps(result.to_json()))
-    results = drl_jax.evaluate(run, post=["none", "dsl"])
-    assert list(results) == ["none", "dsl"]
-    compared = drl_jax.compare(run, run)
-    assert compared.differences["t2v R@1"].low == 0
-    assert "t2v R@1 is the same for A and B." in repr(compared)
-    for call, message in (
-        (lambda: drl_jax.train("no.py"), "no configuration file no.py"),
-        (lambda: drl_jax.train(shapes_config_dict()), "give the directory of the run"),
-        (lambda: drl_jax.train("configs/shapes.py", run, overrides={"a": 1}), "no field 'a'"),
-        (
-            lambda: drl_jax.train("configs/shapes.py", run, overrides={"optim.lr": "x"}),
-            "optim.lr|str",
-        ),
-        (lambda: drl_jax.evaluate(run, post="other"), "no post-processing 'other', but none"),
-        (lambda: drl_jax.evaluate(run, frame_order="x"), "frame_order='x': choose time or"),
-        (lambda: drl_jax.embed(None, "x.csv", videos="."), "x.csv: the formats are"),
-        (lambda: drl_jax.embed(None, "x.npz"), "give videos or captions"),
-    ):
-        with pytest.raises(drl_jax.UserError, match=message):
-            call()
-
-
-def shapes_config_dict():
-    return config_of_file("configs/shapes.py")
-
-
-def test_embeddings_from_python(search_model, test_videos, tmp_path):
-    output = drl_jax.embed(search_model, tmp_path / "a.npz", captions=["a dog", "a cat"])
-    assert (output.rows, output.files.keys()) == (2, {tmp_path / "a.npz"})
-    with np.load(tmp_path / "a.npz") as file:
-        expected = search_model.pool_text(search_model.encode_text(["a dog", "a cat"]))
-        np.testing.assert_allclose(file["pooled"], expected, atol=1e-6)
-    output = drl_jax.embed(search_model, tmp_path / "v.parquet", videos=test_videos)
-    assert (output.rows, output.unreadable) == (32, {})
-    with pytest.raises(drl_jax.UserError, match="windows are parts of videos"):
-        drl_jax.embed(search_model, tmp_path / "b.npz", captions=["a"], windows=True)
-
-
-def test_a_script_without_a_guard_makes_an_index(search_run, test_videos, tmp_path):
-    """Processes that decode do not run the script again."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import drl_jax\n"
-        "print('once')\n"
-        f"index = drl_jax.Index({str(tmp_path / 'index')!r}, drl_jax.load({str(search_run)!r}))\n"
-        f"print(index.add({str(test_videos)!r}).added, len(index.search('a dog')))\n"
-    )
-    finished = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=ROOT)
-    assert (finished.stdout, finished.stderr) == ("once\n32 5\n", "")
+        for p in shown
+    ]
+    named = [row for row, p in enumerate(shown) if p.kind is p.KEYWORD_ONLY]
+    if named:
+        words.insert(named[0], "*")
+    return ", ".join(words)

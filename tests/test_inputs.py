@@ -121,7 +121,7 @@ def test_bad_videos_are_raised_left_out_or_returned(search_model, file, expected
     given = [file, "none.mp4", b"text of a page", file]
     with pytest.raises(drl_jax.UserError, match=r"none\.mp4 cannot be read"):
         search_model.encode_videos(given)
-    with pytest.warns(UserWarning, match=r"2 videos cannot .* number 1: none\.mp4 cannot"):
+    with pytest.warns(UserWarning, match=r"2 of 4 videos cannot .* number 1: none\.mp4 cannot"):
         features = search_model.encode_videos(given, errors="skip")
     assert len(features["frame_mask"]) == 2
     features, errors = search_model.encode_videos(iter(given), errors="return")
@@ -130,6 +130,8 @@ def test_bad_videos_are_raised_left_out_or_returned(search_model, file, expected
     assert str(errors[2]).startswith("video 2 is not a video: its content is text")
     with pytest.raises(drl_jax.UserError, match="no video can be read; the first one: none"):
         search_model.encode_videos(given[1:2], errors="skip")
+    features, errors = search_model.encode_videos(given[1:2], errors="return")
+    assert (len(errors), features["frame_unit"].shape) == (1, (0, *expected["frame_unit"][0].shape))
 
 
 FRAMES = np.zeros((2, 9, 9, 3), np.uint8)
@@ -143,7 +145,7 @@ closed.close()
         (FRAMES, r"an array \[2, 9, 9, 3\] may be one video or many pictures"),
         ({"a": 1}, "not a dict: pass a list"),
         (3, "takes a list of videos, not int"),
-        ([None], "video 0 is NoneType; a video is a path"),
+        ([None], "video 0 is or has a NoneType; a video is a path"),
         ([FRAMES, FRAMES[0, 0]], r"video 1 has the shape \[9, 3\], not \[F, H, W, 3\]"),
         ([FRAMES[:0]], "video 0 has no frame"),
         ([[]], "video 0 has no frame"),
@@ -152,7 +154,7 @@ closed.close()
         ([FRAMES + 2.5], "float frames from 2.5 to 2.5; pass float in"),
         ([FRAMES * np.nan], "float frames from nan to nan"),
         ([np.zeros((1, 2, 900, 3))], "video 0: picture of 900 x 2 pixels is too thin"),
-        ([closed], "video 0: I/O operation on closed file"),
+        ([closed], "video 0 cannot be read .*closed file"),
         ([io.StringIO("a")], "video 0 is a file of text; open it with mode 'rb'"),
         (["http://localhost/a.mp4"], "is an address; download the file, or pass urls=True"),
     ],

@@ -35,13 +35,13 @@ def test_a_sentence_is_answered(videos, search_run, capsys):
     hits = json.loads(captured.out)
     assert [hit["rank"] for hit in hits] == [1, 2]
     assert "query: 3 added" in captured.err
-    assert default_index(videos).parent == videos.parent / "data" / "drl_jax" / "indexes"
-    assert (default_index(videos) / "index.json").exists()
+    assert default_index([videos]).parent == videos.parent / "data" / "drl_jax" / "indexes"
+    assert (default_index([videos]) / "index.json").exists()
     # The index knows its model, and where its videos are.
     assert main(command) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == hits
-    assert f"model: {search_run} 0; index: {default_index(videos)}" in captured.err
+    assert f"model: {search_run} 0; index: {default_index([videos])}" in captured.err
     assert "3 unchanged" in captured.err
 
 

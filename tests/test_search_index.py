@@ -25,7 +25,11 @@ def folders(test_videos, tmp_path):
 def test_folders_and_files_are_added(search_model, folders, tmp_path, capfd):
     one, two = folders
     index = drl_jax.Index(tmp_path / "index", search_model)
-    assert repr(index) == f"Index of no video yet in {tmp_path / 'index'}: add(folder)"
+    assert repr(index).startswith(f"Index {tmp_path / 'index'}: there is no index in")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(drl_jax.UserError, match=r"no video in .*empty"):
+        index.add(empty)
     with pytest.raises(drl_jax.UserError, match="no index in"):
         index.search("a dog")
     assert index.add(one).added == 3
@@ -54,6 +58,8 @@ def test_folders_and_files_are_added(search_model, folders, tmp_path, capfd):
         ("none", "none: neither .*one nor the index has such a video"),
         (tmp_path, "overlaps with .*one, which the index"),
         (__file__, "is in no folder of the index"),
+        (None, "takes a folder, or a list of files, not NoneType"),
+        ("", "a video: the path is empty"),
     ):
         with pytest.raises(drl_jax.UserError, match=message):
             index.add(given)
@@ -76,6 +82,27 @@ def test_a_second_folder_is_made_as_the_first_one(search_model, folders, tmp_pat
     joined = drl_jax.Index(tmp_path / "joined", search_model)
     assert joined.add(one).added == 3
     assert len(joined.search("a dog", top=9)) == 5
+
+
+def test_an_index_without_a_video_is_filled_later(search_model, folders, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.mp4").write_bytes(b"")
+    assert drl_jax.Index(tmp_path / "index", search_model).add(bad).bad.keys() == {"a.mp4"}
+    index = drl_jax.Index(tmp_path / "index")
+    with pytest.raises(drl_jax.UserError, match=r"has no video that can be searched \(1 cannot\)"):
+        index.search("a dog")
+    shutil.copy(min(folders[0].iterdir()), bad / "b.mp4")
+    assert index.add(bad).added == 1
+    assert len(index.search("a dog")) == 1
+    with pytest.raises(drl_jax.UserError, match="path is empty"):
+        drl_jax.Index("", search_model)
+    for arguments in ({"top": 0}, {"top": True}, {"moments": 2.5}, {"filters": "x"}):
+        with pytest.raises(drl_jax.UserError):
+            index.search("a dog", **arguments)
+    for query in (None, 3, {"a": 1}, [None]):
+        with pytest.raises(drl_jax.UserError, match="a query is a sentence"):
+            index.search(query)
 
 
 def test_hits_are_shown(search_model, folders, tmp_path):

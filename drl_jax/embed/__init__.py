@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, as_path
 
 if TYPE_CHECKING:
     from drl_jax.embed.files import Output
@@ -48,15 +48,21 @@ def embed(
     from drl_jax.embed.encode import embed_captions, embed_videos
     from drl_jax.embed.files import DTYPES, check_out, read_captions
     from drl_jax.pretrained.inputs import captions_of
+    from drl_jax.pretrained.model import RetrievalModel
 
-    out, stored = Path(out), {"dtype": dtype, "shard_size": shard_size}
+    out, stored = as_path(out, "out"), {"dtype": dtype, "shard_size": shard_size}
+    if not isinstance(model, RetrievalModel):
+        raise UserError("the first argument is a model that drl_jax.load returns")
+    if not isinstance(shard_size, int) or shard_size < 1:
+        raise UserError(f"shard_size is a positive whole number, not {shard_size!r}")
     if (videos is None) == (captions is None):
         raise UserError("give videos or captions, one of them")
     check_out(out)
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: choose {' or '.join(DTYPES)}")
     if videos is not None:
-        return embed_videos(model, Path(videos), out, windows=windows, timeout=timeout, **stored)
+        folder = as_path(videos, "videos, a folder")
+        return embed_videos(model, folder, out, windows=windows, timeout=timeout, **stored)
     if windows:
         raise UserError("windows are parts of videos; omit it with captions")
     is_file = isinstance(captions, str | os.PathLike)

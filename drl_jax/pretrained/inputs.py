@@ -21,7 +21,7 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.pictures import to_form, to_rgb
 from drl_jax.data.video import read_timed_frames
 from drl_jax.data.video_file import VideoError, VideoFile
-from drl_jax.runtime.errors import UserError, one_line
+from drl_jax.runtime.errors import UserError, as_path, one_line
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Seconds without an answer of a server.
@@ -99,7 +99,7 @@ def read_video(
         with _downloaded(video) as file:
             return _read_file(Path(file.name), form, data, video)
     if isinstance(video, str | os.PathLike):
-        return _read_file(Path(video), form, data, str(video))
+        return _read_file(as_path(video, name), form, data, str(video))
     if isinstance(video, bytes | bytearray | memoryview):
         return _read_file(_OpenFile(io.BytesIO(video), name), form, data, name)
     if hasattr(video, "read"):
@@ -109,10 +109,14 @@ def read_video(
     if len(pictures) > data.max_frames:
         chosen = np.linspace(0, len(pictures) - 1, data.max_frames, dtype=int)
     times = video.times if isinstance(video, Video) else chosen
+    if len(times) < len(chosen):
+        raise UserError(f"{name} has {len(pictures)} frames and {len(times)} times")
     try:
         frames = np.stack([to_form(_rgb(pictures[row], name), form) for row in chosen])
     except VideoError as error:
         raise UserError(f"{name}: {error}") from error
+    except MemoryError as error:
+        raise UserError(f"{name} is too large: a frame does not fit in memory") from error
     return Video(frames, tuple(float(times[row]) for row in range(len(frames))))
 
 
@@ -126,8 +130,8 @@ class _OpenFile:
                 raise UserError(f"{name} is a file of text; open it with mode 'rb'")
             if not (file.seekable() if hasattr(file, "seekable") else False):
                 self._file = io.BytesIO(file.read())
-        except ValueError as error:  # It is closed.
-            raise UserError(f"{name}: {error}") from error
+        except (ValueError, OSError) as error:  # E.g. it is closed, or not for reading.
+            raise UserError(f"{name} cannot be read ({one_line(error)})") from error
 
     @contextlib.contextmanager
     def open(self, mode: str = "rb") -> Iterator[BinaryIO]:
@@ -182,7 +186,7 @@ def _array_of(value: Any, name: str) -> np.ndarray:
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() else value
     if not hasattr(value, "__array__"):
-        raise UserError(f"{name} is {type(value).__name__}; a video is {_ACCEPTED}")
+        raise UserError(f"{name} is or has a {type(value).__name__}; a video is {_ACCEPTED}")
     return np.asarray(value)
 
 

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained.inputs import Video, captions_of, items_of, read_video
 from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, as_path, one_line
 from drl_jax.runtime.plugins import origin_of
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.weights.errors import WeightsError
@@ -135,7 +135,7 @@ class RetrievalModel:
           errors="return", these and the errors.
 
         Raises:
-          UserError: there is no video, or one, or with the other choices all, cannot be read.
+          UserError: there is no video, or one, or with "skip" all, cannot be read.
         """
         if errors not in ERRORS:
             raise UserError(f"errors={errors!r}: choose {', '.join(ERRORS)}")
@@ -159,15 +159,23 @@ class RetrievalModel:
             )
             parts.append({name: array[: len(batch)] for name, array in encoded.items()})
         if not parts:
-            if failed:
+            if not failed:
+                raise UserError("there is no video to encode")
+            if errors != "return":
                 raise UserError(f"no video can be read; the first one: {failed[min(failed)]}")
-            raise UserError("there is no video to encode")
+            black = np.zeros((1, *self.frame_form.shape), np.uint8)
+            encoded = self._embedder.encode_video(
+                self.params, lambda numbers: [black] * len(numbers), 1
+            )
+            parts.append({name: array[:0] for name, array in encoded.items()})
         features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if errors == "return":
             return features, failed
         if failed:
-            first, count = min(failed), len(failed)
-            text = f"{count} videos cannot be read and are left out; number {first}"
+            first, count = min(failed), len(failed) + len(features["frame_mask"])
+            text = (
+                f"{len(failed)} of {count} videos cannot be read, and are left out; number {first}"
+            )
             warnings.warn(f"{text}: {failed[first]}", UserWarning, stacklevel=2)
         return features
 
@@ -208,7 +216,7 @@ class RetrievalModel:
 
         dp and xti: the sentence feature. ti and wti: the mean of the tokens by their weights.
         """
-        return self.interaction.pool_text(text)
+        return _checked(self.interaction.pool_text, text, "encode_text")
 
     def pool_videos(self, videos: Features) -> np.ndarray:
         """One unit vector for each of B videos, to be compared with those of texts and videos.
@@ -217,7 +225,7 @@ class RetrievalModel:
         the dot products with vectors of texts are the similarities; for the others, they
         approximate them.
         """
-        return self.interaction.pool_video(videos)
+        return _checked(self.interaction.pool_video, videos, "encode_videos")
 
     def similarity(self, text: Features, video: Features) -> np.ndarray:
         """Compares A texts (`encode_text`) with B videos (`encode_videos`).
@@ -294,9 +302,25 @@ class RetrievalModel:
         return _unpickled, (self.config, params, self.source, self.towers, self.encoder)
 
 
+# The process that has loaded a model.
+_process: int | None = None
+
+
+def _claim_process() -> None:
+    """Raises a UserError in a fork of a process that has loaded a model, where JAX would hang."""
+    global _process
+    if _process not in (None, os.getpid()):
+        raise UserError(
+            "JAX cannot be used in a forked process: start it with"
+            " multiprocessing.get_context('spawn')"
+        )
+    _process = os.getpid()
+
+
 def _unpickled(
     config: Config, params: Params, source: dict[str, str], towers: str, encoder: str
 ) -> RetrievalModel:
+    _claim_process()
     layout = make_layout()
     params, embedder = (
         jax.device_put(params, layout.replicated),
@@ -305,11 +329,26 @@ def _unpickled(
     return RetrievalModel(config, params, layout, source, towers, embedder).with_encoder(encoder)
 
 
+def _checked(pool: Callable[[Features], np.ndarray], arrays: Any, origin: str) -> np.ndarray:
+    try:
+        return pool(arrays)
+    except (TypeError, LookupError, ValueError, AttributeError) as error:
+        raise UserError(f"pass the arrays that {origin} returns ({one_line(error)})") from error
+
+
 def _compared(arrays: Features, names: Sequence[str], origin: str) -> Features:
     """Those of the arrays that an interaction compares, as they were encoded."""
+    if not isinstance(arrays, Mapping):
+        raise UserError(f"pass the arrays that {origin} returns, not {type(arrays).__name__}")
     if missing := [name for name in names if name not in arrays]:
         raise UserError(f"there is no {missing[0]}; pass the arrays that {origin} returns")
     chosen = {name: np.asarray(arrays[name]) for name in names}
+    counts = {array.shape[:1] for array in chosen.values()}
+    if len(counts) > 1 or counts == {(0,)} or min(a.ndim for a in chosen.values()) < 1:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in chosen.items())
+        raise UserError(f"arrays of {origin} have one first axis, of one item at least: {shapes}")
+    if wrong := [n for n, a in chosen.items() if a.dtype.kind not in "bfV"]:
+        raise UserError(f"{wrong[0]} is {chosen[wrong[0]].dtype}; pass what {origin} returns")
     precise = {n: a.astype(np.float32, copy=False) for n, a in chosen.items() if a.dtype != bool}
     return chosen | precise
 
@@ -349,6 +388,8 @@ def load(
     Raises:
       UserError: there is no such run, checkpoint or file, or it cannot be read.
     """
+    as_path(path, "the model")
+    _claim_process()
     path = resolved(path)
     source, is_file = os.fspath(path), not is_name(path)
     # A run may have the name of installed weights.
@@ -397,11 +438,17 @@ def _devices(wanted: Any) -> Sequence[jax.Device] | None:
     """The devices of a name such as "gpu" or "gpu:1", or devices themselves; None: all."""
     if wanted is None:
         return None
+    if isinstance(wanted, jax.Device):
+        return [wanted]
+    if isinstance(wanted, list | tuple) and wanted:
+        return list(wanted)
     if not isinstance(wanted, str):
-        return [wanted] if isinstance(wanted, jax.Device) else list(wanted)
+        raise UserError(f"a device is a name such as gpu:0, or devices of JAX, not {wanted!r}")
     platform, _, number = wanted.partition(":")
     try:
-        devices = jax.devices(platform)
+        devices = jax.devices(platform or "none")
+        if number and not number.isdecimal():
+            raise ValueError(number)
         return [devices[int(number)]] if number else devices
     except (RuntimeError, ValueError, IndexError) as error:
         there = ", ".join(f"{one.platform}:{one.id}" for one in jax.devices())

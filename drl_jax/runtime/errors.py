@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # What damaged contents cause: a part that was written, e.g. a file of a checkpoint, is no longer
 # there, or an offset is impossible. All other errors of the operating system say nothing about
@@ -69,6 +70,15 @@ class Unavailable(UserError):
         if error.errno not in _OF_CONTENTS:
             message += "; nothing was moved or deleted, try again when the cause is removed"
         super().__init__(message)
+
+
+def as_path(value: Any, what: str) -> Path:
+    """A path that a user gave; UserError if it is none, or empty."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{what} is a path, not {type(value).__name__}")
+    if not os.fspath(value):
+        raise UserError(f"{what}: the path is empty")
+    return Path(value)
 
 
 def system_errors(error: BaseException) -> Iterator[OSError]:

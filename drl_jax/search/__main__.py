@@ -77,6 +77,7 @@ def _folder_parser() -> Parser:
     add("--model", default="", help=text)
     add("--yes", action="store_true", help="agree to download the model")
     add("--json", action="store_true", help="print the answer to a sentence as JSON")
+    add("--text", action="store_true", help="look for its words in transcripts, too")
     add("--no_browser", action="store_true", help="open no browser")
     add_plugin_flag(parser)
     _add_serve_flags(parser)

@@ -34,14 +34,15 @@ def search_folders(options: argparse.Namespace) -> None:
     Raises UserError: there is no such folder, no video in it, or the model is not there.
     """
     folders, sentence = split_words(options.words)
-    directory = options.index or default_index(folders[0])
+    directory = options.index or default_index(folders)
     model = _model_of(directory, options.model, agrees=options.yes)
     _tell(f"model: {' '.join(model.source.values())}; index: {directory}")
     index = Index(directory, model)
     if sentence:
+        _tell(f"sentence: {sentence}")
         for folder in folders:
             _tell(f"{folder}: {index.add(folder, progress=True)}")
-        hits = index.search(sentence, top=options.top)
+        hits = index.search(sentence, top=options.top, text=options.text)
         print(json.dumps([hit.to_json() for hit in hits]) if options.json else format_hits(hits))
         return
     # It imports a server, which answers need not.
@@ -74,7 +75,7 @@ def _tell(line: str) -> None:
 
 def split_words(words: Sequence[str]) -> tuple[list[Path], str]:
     """The folders among words, which come first, and the sentence that the others are."""
-    folders = [Path(word).expanduser() for word in words]
+    folders = [_expanded(word) for word in words]
     count = next((n for n, folder in enumerate(folders) if not folder.is_dir()), len(words))
     # Words of a sentence have spaces, or there are several; a folder that is not there is neither.
     rest = words[count:]
@@ -84,12 +85,19 @@ def split_words(words: Sequence[str]) -> tuple[list[Path], str]:
     return folders[:count], " ".join(rest)
 
 
-def default_index(folder: Path) -> Path:
-    """Where the index of a folder is, unless the user names another place."""
+def _expanded(word: str) -> Path:
+    try:
+        return Path(word or "no folder").expanduser()
+    except RuntimeError:  # Of a user who is not there.
+        return Path(word)
+
+
+def default_index(folders: Sequence[Path]) -> Path:
+    """Where the index of some folders is, unless the user names another place."""
     home = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
-    place = folder.resolve()
-    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:10]
-    return home / "drl_jax" / "indexes" / f"{printable(place.name) or 'root'}-{digest}"
+    places = [folder.resolve() for folder in folders]
+    digest = hashlib.sha256(b"\0".join(map(os.fsencode, places))).hexdigest()[:10]
+    return home / "drl_jax" / "indexes" / f"{printable(places[0].name) or 'root'}-{digest}"
 
 
 def _model_of(directory: Path, name: str, *, agrees: bool) -> RetrievalModel:

@@ -137,7 +137,7 @@ class Moment:
         }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Hit:
     """A video that a query found; the first rank is 1. One that is only listed has none, 0.
 
@@ -200,7 +200,12 @@ class Hit:
             explanation.attribution, explanation.tokens, clocks, frames, title
         )
 
-    def __str__(self) -> str:
+    def __reduce__(self) -> tuple:
+        raise UserError(
+            "a hit is a part of an open index: store hit.to_json(), or hits.to_pandas()"
+        )
+
+    def __repr__(self) -> str:
         moments = ", ".join(
             f"{format_timestamp(m.start)} to {format_timestamp(m.end)} ({m.score:.4f})"
             for m in self.moments
@@ -217,7 +222,7 @@ class Hit:
         if self.moments:
             jpeg = base64.b64encode(self.video.thumbnails(self.moments[0].window.frames)).decode()
             strip = f'<br><img src="data:image/jpeg;base64,{jpeg}" alt="" style="max-width:100%">'
-        return f"<p>{html.escape(str(self).strip())}{strip}</p>"
+        return f"<p>{html.escape(repr(self).strip())}{strip}</p>"
 
     def to_json(self) -> dict[str, Any]:
         moments = [
@@ -252,7 +257,7 @@ class Hits(list[Hit]):
         return pandas.DataFrame(rows, columns=columns)
 
     def __repr__(self) -> str:
-        return "\n".join([f"{len(self)} hits of {self.query!r}", *map(str, self)])
+        return "\n".join([f"{len(self)} hits of {self.query!r}", *map(repr, self)])
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.query)}</p>{''.join(hit._repr_html_() for hit in self)}"

@@ -39,6 +39,10 @@ _AT_ONCE = 10_000
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+class EmptyIndexError(SearchIndexError):
+    """An index has no video that can be searched, maybe not yet."""
+
+
 @dataclasses.dataclass(frozen=True)
 class IndexedVideo:
     """A video file of an open index; `path` is relative to its folder.
@@ -165,7 +169,7 @@ class OpenIndex:
             if (progress := self.progress()) is not None:
                 read = f"{progress['done']} of {progress['total']} files are read"
                 why = f"is being made ({read}), and no video is stored yet; try again in a minute"
-            raise SearchIndexError(f"the index {directory} {why}")
+            raise EmptyIndexError(f"the index {directory} {why}")
         parts = [_windows(one.segment.arrays) for one in self.segments]
         self.gallery = Gallery(parts, model.layout, self._small_order()).only(self.valid)
         self._damage: UserError | None = None

@@ -33,6 +33,13 @@ class Query:
     video: "Path | EncodedQuery | None" = None
     like: tuple[IndexedVideo, float] | None = None  # And a time in it, seconds.
 
+    def __post_init__(self) -> None:
+        if isinstance(self.video, str):
+            object.__setattr__(self, "video", Path(self.video))
+        texts = isinstance(self.sentence, str) and isinstance(self.without, str)
+        if not texts or not isinstance(self.picture, bytes):
+            raise UserError("a Query has sentences as strings, and a picture as bytes")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedQuery:

@@ -1,8 +1,10 @@
 """An open index that follows its updates and answers queries."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import numbers
 import os
 import threading
 import time
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from drl_jax.pretrained.model import RetrievalModel, load_source
-from drl_jax.runtime.errors import Notice, UserError
+from drl_jax.runtime.errors import Notice, UserError, as_path
 from drl_jax.search import MOMENTS
 from drl_jax.search.duplicates import same_picture
 from drl_jax.search.filters import Filters
@@ -26,7 +28,7 @@ from drl_jax.search.index_file import (
     read_header,
     recorded_encoder,
 )
-from drl_jax.search.open_index import IndexedVideo, OpenIndex, Place, Videos
+from drl_jax.search.open_index import EmptyIndexError, IndexedVideo, OpenIndex, Place, Videos
 from drl_jax.search.query import (
     EncodedQuery,
     Query,
@@ -90,7 +92,11 @@ class Index:
         Raises:
           UserError: there is no index and no model, or it is damaged, or of another model.
         """
-        self.directory, options = Path(directory), options or SearchOptions()
+        self.directory = as_path(directory, "the index").absolute()
+        options = options or SearchOptions()
+        if not isinstance(model, RetrievalModel | None) or not isinstance(options, SearchOptions):
+            raise UserError("an Index takes a model that drl_jax.load returns, and SearchOptions")
+        self._adding = threading.Lock()
         is_new = model is not None and not has_index(self.directory)
         if model is None:
             model = load_source(read_header(part_directories(self.directory)[0])["source"])
@@ -99,7 +105,10 @@ class Index:
         self._waiting: list[_Request] = []
         self._failure: Exception | None = None
         self._opening, self._ready_by = threading.Thread(), 0.0
-        self._state: OpenIndex | None = None if is_new else OpenIndex(self.directory, model)
+        self._state: OpenIndex | None = None
+        if not is_new:
+            with contextlib.suppress(EmptyIndexError):
+                self._state = OpenIndex(self.directory, self.model)
         if self._state is not None and options.correction is not None:
             self._state.biases(options.correction)
         if self._state is not None and options.engine == "auto" and self.ranker.scans(self._state):
@@ -110,7 +119,11 @@ class Index:
         self._found = functools.lru_cache(maxsize=_KEPT)(self._find)
 
     def add(
-        self, videos: str | os.PathLike | Sequence[str | os.PathLike], *, progress: bool = False
+        self,
+        videos: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        progress: bool = False,
+        prune: bool = False,
     ) -> "IndexReport":
         """Adds the videos of a folder, or updates the index to them; or only some files.
 
@@ -118,6 +131,7 @@ class Index:
           videos: a folder, which is searched recursively; or files of the folders of the index, to
             add, update or remove. Their paths may be relative to its folder.
           progress: whether to print a bar.
+          prune: remove files that are gone also if they are most of a folder.
 
         Returns:
           The numbers of files that were added, changed, moved and removed, and of those that cannot
@@ -129,7 +143,9 @@ class Index:
         """
         from drl_jax.search.update import add_videos
 
-        return add_videos(self._updating, self.directory, videos, shows_progress=progress)
+        how = {"shows_progress": progress, "prune": prune}
+        with self._adding:
+            return add_videos(self._updating, self.directory, videos, **how)
 
     @functools.cached_property
     def _updating(self) -> RetrievalModel:
@@ -137,9 +153,10 @@ class Index:
         return self.model.with_encoder("auto", recorded_encoder(self.directory))
 
     def __repr__(self) -> str:
-        if self._state is None and not has_index(self.directory):
-            return f"Index of no video yet in {self.directory}: add(folder)"
-        state = self.state()
+        try:
+            state = self.state()
+        except UserError as error:
+            return f"Index {self.directory}: {error}"
         return f"Index of {state.count} videos of {state.folder} in {self.directory}"
 
     def state(self) -> OpenIndex:
@@ -171,6 +188,10 @@ class Index:
         self._state, self._failure = state, None
         self._found.cache_clear()  # It holds the state before, whose files may be deleted.
 
+    def __reduce__(self) -> tuple:
+        """Pickles where the index is; it is opened again."""
+        return Index, (self.directory, self.model, self.ranker.options)
+
     @property
     def videos(self) -> Videos:
         return self.state().videos
@@ -192,6 +213,15 @@ class Index:
 
         Raises UserError if a query is empty or cannot be read, or no video passes the filters.
         """
+        for name, number in (("top", top), ("moments", moments)):
+            if not isinstance(number, numbers.Integral) or number is True or number < 1:
+                raise UserError(f"{name} is a positive whole number, not {number!r}")
+        if not isinstance(filters, Filters | None):
+            raise UserError(f"filters are Filters(...), not {type(filters).__name__}")
+        if not isinstance(query, str | Query | list | tuple) or not all(
+            isinstance(part, str) for part in (query if isinstance(query, list | tuple) else ())
+        ):
+            raise UserError("a query is a sentence, a list of sentences, or a Query")
         state = self.state()
         among = state.filtered(filters) if filters else None
         if among is not None and not len(among):

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
-from drl_jax.runtime.errors import UserError, printable
+from drl_jax.runtime.errors import UserError, as_path, printable
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 from drl_jax.search import encoding, reading, text_index
@@ -167,20 +167,22 @@ def update_index(
         _check_made_with(whole, first, {n: v for n, v in made_with.items() if n != "videos"})
         directory.mkdir(parents=True, exist_ok=True)
     with IndexWriter(directory) as writer:
-        if not writer.header:
+        is_new = not writer.header
+        if is_new:
             captions = first["bank"] if first else encoding.bank_of(model.config)
-            writer.update_header(**made_with, bank=captions)
+            writer.header = {**made_with, "bank": captions}
         _check_made_with(directory, writer.header, made_with)
-        if writer.header["videos"] != made_with["videos"]:  # It was moved.
+        update = _Update(writer, model, videos, timeout, shows_progress)
+        update.compare(only)
+        if not prune:
+            update.check_mounted()
+        # Nothing is written before the above succeeds. The folder may have been moved.
+        if is_new or writer.header["videos"] != made_with["videos"]:
             writer.update_header(videos=made_with["videos"])
         if bank:
             write_json(directory / encoding.BANK_FILE, list(bank))
         if first:
             list_part(whole, directory)
-        update = _Update(writer, model, videos, timeout, shows_progress)
-        update.compare(only)
-        if not prune:
-            update.check_mounted()
         return update.run(cluster)
 
 
@@ -191,14 +193,17 @@ def add_videos(
     **how: Any,
 ) -> IndexReport:
     """Updates an index as it was made: to a folder, or to files of its folders (`Index.add`)."""
-    given = [videos] if isinstance(videos, str | os.PathLike) else list(videos)
+    given = [videos] if isinstance(videos, str | os.PathLike) else videos
+    if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+        raise UserError(f"add takes a folder, or a list of files, not {type(videos).__name__}")
+    given = [as_path(path, "a video") for path in given]
     headers = []
     if has_index(directory):
         headers = [read_header(part) for part in part_directories(directory)]
         how |= {name: headers[0][name] for name in ("storage", "fps")}
     folders = [Path(header["videos"]) for header in headers]
     chosen: dict[Path, list[str]] = {}
-    for path in map(Path, given):
+    for path in given:
         if path.is_dir():
             chosen[path] = []
             continue
