@@ -345,7 +345,7 @@ MAKE = ("index", "--index=I", "--videos=V")
         (MAKE, "name the model with --workdir=RUN or --weights"),
         ((*MAKE, "--workdir=nowhere"), "no run in nowhere"),
         ((*MAKE, "--shard="), "--shard=: write NUMBER/COUNT"),
-        (("query", "--index=nowhere", "a dog"), "no index in nowhere; make it with"),
+        (("query", "--index=nowhere", "a dog"), "nowhere; make it with"),
         (
             ("query", "--index=I", "a dog", "--video=v.mp4", "--sentences=s.txt"),
             "--sentences ranks the sentences of its file",

@@ -381,7 +381,7 @@ def test_other_processes_see_the_progress(search_model, copy, monkeypatch):
         if not seen:
             seen.append(read_progress(directory))
             with pytest.raises(SearchIndexError, match=r"is being made \(6 of 7 files are read\),"):
-                Index(directory, search_model)
+                Index(directory, search_model).search("a")
         put(writer, videos, *arguments)
 
     monkeypatch.setattr(IndexWriter, "put", watched)
