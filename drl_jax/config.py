@@ -169,6 +169,13 @@ class OptimConfig:
     weight_decay: float = 0.2
     warmup_proportion: float = 0.1
     max_grad_norm: float = 1.0
+    # What is trained, as GROUP, GROUP=FACTOR or GROUP@LAYER=FACTOR, with commas between them:
+    # image, text, embeddings, temporal, interaction, logit_scale, lora. FACTOR multiplies the
+    # learning rate; `image@8` leaves the first 8 layers, and what is before them, as they are. The
+    # last one that names a parameter counts. Empty: everything (docs/training.md).
+    trainable: str = ""
+    # Multiplies the learning rate of the towers once for each layer between it and the output.
+    layer_decay: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,6 +397,7 @@ def _conditions(
         "set one of data.val_split (a stored split) and data.holdout (a number of training videos):"
         " training evaluates on it after each epoch",
     )
+    yield optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay:g} is above 1"
     yield optim.lr <= _MAX_LR, f"optim.lr={optim.lr:g} is above {_MAX_LR:g}"
     yield (
         optim.lr * optim.coef_lr <= _MAX_LR,

@@ -86,9 +86,19 @@ def _traced_model(
     return definition, nnx.to_pure_dict(params)
 
 
-def model_definition(config: ModelConfig) -> nnx.GraphDef:
-    """The model without parameters; `nnx.merge(definition, params)` reconstructs the model."""
-    return _abstract_model(config)[0]
+def model_definition(config: ModelConfig, frozen_layers: tuple[int, int] = (0, 0)) -> nnx.GraphDef:
+    """The model without parameters; `nnx.merge(definition, params)` reconstructs the model.
+
+    The first layers of the image and of the text tower, as many as `frozen_layers`, get no
+    gradient.
+    """
+    definition, params = _abstract_model(config)
+    if not any(frozen_layers):
+        return definition
+    model = nnx.merge(definition, params)
+    backbone = model.backbone
+    backbone.visual.transformer.frozen_layers, backbone.transformer.frozen_layers = frozen_layers
+    return nnx.split(model)[0]
 
 
 def param_shapes(config: ModelConfig) -> Params:

@@ -192,6 +192,8 @@ class Transformer(nnx.Module):
     ):
         self.dtype, self.remat = jnp.dtype(run.array_dtype), run.remat
         self.unroll = min(run.scan_unroll, layers)
+        # The first layers whose parameters have no gradient (`drl.model_definition`).
+        self.frozen_layers = 0
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(layer_rngs: nnx.Rngs) -> ResidualAttentionBlock:
@@ -227,9 +229,17 @@ class Transformer(nnx.Module):
         if not is_on_cpu():
             split = zip(*(jnp.split(leaf, len(leaf)) for leaf in leaves), strict=True)
             *first, last = (tree.unflatten([leaf[0] for leaf in layer]) for layer in split)
+            frozen = self.frozen_layers
+            first = [*jax.lax.stop_gradient(first[:frozen]), *first[frozen:]]
             for params in first:
                 x = run_block(x, params)[0]
             return block_function(queries or x.shape[1])(x, last)[0]
+        if self.frozen_layers:
+            parts = [jnp.split(leaf, [self.frozen_layers]) for leaf in leaves]
+            frozen, leaves = zip(*parts, strict=True)
+            # A loop of their own: one over all layers would have a backward pass over all.
+            frozen = jax.lax.stop_gradient(tree.unflatten(frozen))
+            x, stacked = jax.lax.scan(run_block, x, frozen)[0], tree.unflatten(leaves)
         if queries is None:
             return jax.lax.scan(run_block, x, stacked, unroll=self.unroll)[0]
         parts = [jnp.split(leaf, [len(leaf) - 1]) for leaf in leaves]

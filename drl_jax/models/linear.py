@@ -8,6 +8,9 @@ from jax.experimental.layout import with_layout_constraint
 
 from drl_jax.runtime.sharding import is_on_cpu, replicate
 
+# Names of a low-rank adapter's parameters.
+ADAPTER = ("lora_a", "lora_b")
+
 
 class Linear(nnx.Linear):
     """`nnx.Linear` that flattens the leading axes of its input.

@@ -16,7 +16,7 @@ from drl_jax.data.storage import StorageSpec
 from drl_jax.evaluation.bootstrap import intervals
 from drl_jax.evaluation.evaluator import Evaluator, check_split
 from drl_jax.evaluation.metrics import format_table
-from drl_jax.models.drl import Params, abstract_params
+from drl_jax.models.drl import Params, abstract_params, param_shapes
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.checkpoint_files import owner
 from drl_jax.runs.checkpoints import Checkpoints
@@ -30,13 +30,16 @@ from drl_jax.runtime.files import write_json
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.runtime.signals import StopRequest
 from drl_jax.runtime.worker_pool import run_module
+from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import (
+    TrainState,
     abstract_state,
     create_state,
     make_train_step,
     state_from_params,
 )
+from drl_jax.training.trainable import Trainable
 from drl_jax.weights.load import head_start, initial_params, with_backbone_of
 from drl_jax.weights.weights_file import read_weights, save_weights
 
@@ -75,6 +78,8 @@ def train(
     _check_divisible(config.train, layout)
     with failing_together(UserError):
         config, pretrained = _read_init(config)
+        trainable = Trainable.of(config.optim)
+        trainable.check(param_shapes(config.model))
         tokenizer = load_tokenizer(config.model)
         wall_time.spent_on("start")
         dataset = _open_dataset(config)
@@ -107,6 +112,7 @@ def train(
         seed=config.seed,
         microbatch=config.train.microbatch,
         norms_every=config.train.log_every,
+        trainable=trainable,
     )
     evaluator = Evaluator(config, dataset, layout)
     abstract = abstract_params(config.model, layout)
@@ -138,6 +144,8 @@ def train(
             if saved:
                 print(f"resuming {workdir} from step {start} of {total_steps}")
             _print_start(config, dataset, batches, layout)
+            if total_steps:
+                _print_cost(config, trainable, state)
         record.start(checkpoints.identity.run, start, total_steps)
         if total_steps == 0:
             checkpoints.save(state)
@@ -265,6 +273,19 @@ def _print_start(
             f" {manifest['versions']['av']}, {len(manifest['left_out'])} videos left out"
             f" ({dataset.directory / MANIFEST})"
         )
+
+
+def _print_cost(config: Config, trainable: Trainable, state: TrainState) -> None:
+    """Prints how much is trained, and the optimiser's memory and the work that it takes."""
+    trained, _ = jax.eval_shape(trainable.split, state.params)
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, state.params)]
+    memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    sizes = (config.train.batch_size, config.data.max_frames, config.data.max_words)
+    flops = train_step_flops(config.model, config.loss, *sizes, trainable) / sizes[0]
+    print(
+        f"trained: {counts[0]:,} of {counts[1]:,} parameters; optimiser {memory / 1e6:,.2f} MB;"
+        f" {flops / 1e9:,.3g} GFLOP a pair"
+    )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from drl_jax.config import OptimConfig
+from drl_jax.models.linear import ADAPTER
+from drl_jax.training.trainable import Trainable
 
 # CLIP bounds exp(logit_scale) by 100.
 MAX_LOGIT_SCALE = 4.605170185988092
@@ -75,7 +77,8 @@ def make_schedule(
 
 def parameter_group(path: tuple) -> str:
     """`backbone` for the pretrained towers and the temperature, `new` for everything else."""
-    return "backbone" if path[0].key == "backbone" else "new"
+    is_new = path[0].key != "backbone" or path[-1].key in ADAPTER
+    return "new" if is_new else "backbone"
 
 
 def norms(name: str, tree: optax.Updates) -> dict[str, jax.Array]:
@@ -96,7 +99,12 @@ def decays(path: tuple) -> bool:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then BertAdam with the learning rate of each group."""
+    """Gradient clipping by global norm, then BertAdam with the learning rate of each group.
+
+    It takes all parameters, and gradients of the trained ones (`Trainable`), which alone have
+    moments and updates.
+    """
+    trainable = Trainable.of(config)
     lr = {"backbone": config.lr * config.coef_lr, "new": config.lr}
 
     def by_path(function):
@@ -106,11 +114,19 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         schedule = make_schedule(base, config.warmup_proportion, total_steps)
         return optax.scale_by_learning_rate(schedule)
 
-    return optax.chain(
+    chain = optax.chain(
         clip_by_global_norm(config.max_grad_norm),
         scale_by_bert_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=by_path(decays)),
         optax.partition(
             {group: scaled(base) for group, base in lr.items()}, by_path(parameter_group)
         ),
+    )
+
+    def update(grads, state, params):
+        updates, state = chain.update(grads, state, trainable.split(params)[0])
+        return trainable.scaled(updates, params), state
+
+    return optax.GradientTransformation(
+        lambda params: chain.init(trainable.split(params)[0]), update
     )
