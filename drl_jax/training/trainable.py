@@ -126,9 +126,10 @@ class Trainable:
             raise ConfigError("config.optim.trainable names nothing to train: every factor is 0")
         for path, (start, factors) in parts.items():
             if not factors[start:].all():
+                name = "/".join(map(str, path))
                 raise ConfigError(
-                    f"config.optim.trainable freezes layers of {'/'.join(map(str, path))} after trained ones;"
-                    " freeze the first layers only"
+                    f"config.optim.trainable freezes layers of {name} after trained ones; freeze the"
+                    " first layers only"
                 )
 
     def frozen_layers(self, params: Params) -> tuple[int, int]:
@@ -137,8 +138,8 @@ class Trainable:
         for path, part in self.parts(params).items():
             if "resblocks" in path:
                 starts.setdefault(_tower(path), []).append(part.start)
-        towers = (("backbone", "visual"), ("backbone",))
-        return tuple(min(starts.get(tower, [0])) for tower in towers)
+        image, text = (min(starts.get(p, [0])) for p in (("backbone", "visual"), ("backbone",)))
+        return image, text
 
     # ------------------------------------------------------------ the two parts
 
