@@ -21,6 +21,8 @@ REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla")
 # Activations of the towers' MLPs.
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
+# Layers of the towers' blocks that can have an adapter: `LoRAConfig.targets`.
+LORA_TARGETS = ("in_proj", "out_proj", "c_fc", "c_proj")
 # How an image becomes a square, and how it is resampled.
 RESIZES = ("crop", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -87,6 +89,22 @@ class BackboneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters in the blocks of both towers: x W + alpha / rank * (x A) B."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 0.0  # 0: the rank
+    dropout: float = 0.0  # of x, in training
+    # The layers that have one: the fused queries, keys and values, the output of attention, and the
+    # two layers of the MLP.
+    targets: str = "in_proj,out_proj,c_fc,c_proj"
+
+    @property
+    def scale(self) -> float:
+        return (self.alpha or self.rank) / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     backbone: BackboneConfig = BackboneConfig()
     # Initial weights: a file of towers (docs/weights.md has the table) or of a DRL checkpoint,
@@ -116,6 +134,8 @@ class ModelConfig:
     # width**-0.5 and frames copy the text tower's, as in the reference. Small models learn
     # places and the order of frames faster with larger values (docs/benchmarks.md).
     position_std: float = 0.0
+    # Adapters; with them, the towers' own parameters are not trained (`OptimConfig.trainable`).
+    lora: LoRAConfig = LoRAConfig()
     # Matrix products of the transformers: float32, tf32 or bfloat16. Parameters, norms, softmax,
     # features, similarities and losses are float32 arrays in all cases. With tf32 and bfloat16,
     # products of float32 arrays round their inputs to 11 significant bits on GPUs that can (TF32),
@@ -176,6 +196,9 @@ class OptimConfig:
     trainable: str = ""
     # Multiplies the learning rate of the towers once for each layer between it and the output.
     layer_decay: float = 1.0
+    # Decay of the exponential moving average of what is trained, which is what is evaluated and
+    # exported: min(ema, (1 + step) / (10 + step)). 0: none.
+    ema: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,9 +296,10 @@ _CHOICES: dict[str, typing.Collection[str]] = {
 # Numbers that may be 0, that are in [0, 1), and that have other bounds; all others are positive.
 _ZERO_IS_VALID = (
     *("vision_mlp_width", "text_mlp_width", "pad_id", "similarity_block", "position_std"),
+    *("rank", "alpha"),
     *("holdout", "num_threads", "microbatch", "epochs", "checkpoint_every", "skip_nonfinite"),
 )
-_BELOW_ONE = ("cross_dropout", "b1", "b2", "warmup_proportion")
+_BELOW_ONE = ("cross_dropout", "dropout", "ema", "b1", "b2", "warmup_proportion")
 _OTHERWISE_BOUNDED = (
     *("seed", "weight_decay", "cdcr", "cdcr_alpha1", "cdcr_alpha2", "cdcr_lambda"),
 )
@@ -381,6 +405,16 @@ def _conditions(
     yield (
         bool(model.init) or not model.release,
         f"model.release={model.release} describes model.init, which is empty",
+    )
+    narrowest = min(model.backbone.vision_width, model.backbone.text_width)
+    yield (
+        model.lora.rank <= narrowest,
+        f"model.lora.rank={model.lora.rank} is above the width of a tower, {narrowest}",
+    )
+    targets = model.lora.targets.split(",")
+    yield (
+        set(targets) <= set(LORA_TARGETS),
+        f"model.lora.targets={model.lora.targets} are some of {','.join(LORA_TARGETS)}",
     )
     yield (
         not train.microbatch or train.batch_size % train.microbatch == 0,

@@ -1,15 +1,18 @@
 """Fine-tuning: what is trained, adapters, averages and interpolation."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from support.params import random_batch, random_params
 
-from drl_jax.config import ConfigError, LossConfig, OptimConfig
-from drl_jax.models.drl import param_shapes
+from drl_jax.config import Config, ConfigError, DataConfig, LoRAConfig, LossConfig, OptimConfig
+from drl_jax.evaluation.embedder import make_embed_steps
+from drl_jax.models.drl import config_from_dict, init_params, param_shapes
+from drl_jax.models.linear import ADAPTER, merge_adapters, without_adapters
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
@@ -79,11 +82,18 @@ def test_frozen_layers_and_towers_stay_and_have_no_moments(model):
     assert moments[in_proj].shape[0] == 1
 
 
-def gradient_of(model, optim, params):
-    layout, trainable = make_layout(jax.devices()[:1]), Trainable.of(optim)
-    gradient = layout.on_mesh(make_gradient(model, LOSS, layout, trainable), "float32")
+@functools.cache
+def compiled_gradient(model, trainable, microbatch):
+    layout = make_layout(jax.devices()[:1])
+    gradient = make_gradient(model, LOSS, layout, trainable, microbatch)
+    return jax.jit(layout.on_mesh(gradient, "float32"))
+
+
+def gradient_of(model, optim, params, *, key=1, microbatch=0):
+    trainable, layout = Trainable.of(optim), make_layout(jax.devices()[:1])
+    gradient = compiled_gradient(model, trainable, microbatch)
     batch = layout.put_batch(random_batch(B, L, F, SIZE))
-    return jax.device_get(jax.jit(gradient)(*trainable.split(params), batch, jax.random.key(1))[0])
+    return jax.device_get(gradient(*trainable.split(params), batch, jax.random.key(key))[0])
 
 
 def test_a_trained_part_has_the_gradient_of_the_whole(model):
@@ -143,6 +153,98 @@ def test_the_count_of_work_and_memory_is_the_measured_one(model, groups):
     assert 2 * sizes[1] <= sizes[0] <= 2 * sizes[1] + 4
     if groups:
         assert expected < 0.6 * train_step_flops(model, LOSS, B, F, L)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    """The model with adapters, of dropout 0.5; and its parameters, of which B is not 0."""
+    lora = LoRAConfig(rank=2, alpha=6.0, dropout=0.5)
+    config = dataclasses.replace(model, lora=lora)
+    flat = flatten_dict(random_params(config))
+    # Changes of the size that training makes.
+    small = {path: 0.02 * leaf for path, leaf in flat.items() if path[-1] == "lora_b"}
+    return config, unflatten_dict(flat | small)
+
+
+def similarities(model, params):
+    steps = make_embed_steps(model, make_layout(jax.devices()[:1]))
+    batch = random_batch(B, L, F, SIZE)
+    text = steps.encode_text(params, batch["text_ids"], batch["text_mask"])
+    video = steps.encode_video(params, batch["frames"], batch["frame_mask"])
+    return np.asarray(steps.similarity(params, text, video))
+
+
+def test_an_adapter_changes_nothing_at_the_start_and_merges_at_the_end(model, adapted):
+    config, params = adapted
+    base = without_adapters(params)
+    plain = similarities(model, base)
+    new = init_params(config, jax.random.key(0), base["backbone"])
+    adapters = {path for path in flatten_dict(new) if path[-1] in ADAPTER}
+    assert len(adapters) == 2 * 4 * 2
+    started = {**base, "backbone": new["backbone"]}
+    np.testing.assert_array_equal(similarities(config, started), plain)
+    found = similarities(config, params)
+    assert np.abs(found - plain).max() > 1e-3
+    merged = merge_adapters(params, config.lora.scale)
+    np.testing.assert_allclose(similarities(model, merged), found, rtol=0, atol=1e-6)
+
+
+def test_adapters_and_heads_alone_are_trained_with_dropout(model, adapted):
+    config, params = adapted
+    trained = flatten_dict(Trainable.of(optim_of("")).split(params)[0])
+    assert {path[0] for path in trained} == {"backbone", "temporal", "interaction"}
+    own = [path for path in trained if path[0] == "backbone"]
+    assert len(own) == 2 * 4 * 2 + 1
+    assert all(path[-1] in (*ADAPTER, "logit_scale") for path in own)
+    optim = optim_of("lora")
+    gradients = [
+        flatten_dict(gradient_of(config, optim, params, key=key, microbatch=micro))
+        for key, micro in ((1, 0), (1, 0), (2, 0), (1, 2))
+    ]
+    path = ("backbone", "transformer", "resblocks", "mlp", "c_fc", "lora_b")
+    first, again, other, in_parts = (gradient[path] for gradient in gradients)
+    np.testing.assert_array_equal(again, first)
+    assert np.abs(other - first).max() > 1e-6
+    assert np.isfinite(in_parts).all()
+    assert np.abs(in_parts - first).max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 33}, "model.lora.rank=33 is above the width of a tower, 32"),
+        ({"rank": 2, "targets": "qkv"}, "model.lora.targets=qkv are some of in_proj"),
+        ({"rank": 2, "dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_adapters_that_cannot_be(model, lora, message):
+    config = dataclasses.replace(model, lora=LoRAConfig(**lora))
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(dataclasses.asdict(Config(model=config, data=DataConfig(holdout=2))))
+
+
+# ---------------------------------------------------------------- averages
+
+
+def test_the_average_of_the_trained_parameters(model):
+    """`params` of a state are the average; a state that is restored goes on with the same bits."""
+    params = random_params(model)
+    optim = optim_of("temporal", ema=0.5)
+    states = run(model, optim, params)
+    plain = run(model, optim_of("temporal"), params)
+    average = flatten_dict(params["temporal"])
+    for step, (state, other) in enumerate(zip(states, plain, strict=True)):
+        iterate = flatten_dict(state.opt_state.iterate["temporal"])
+        expected, decay = flatten_dict(other.params["temporal"]), min(0.5, (1 + step) / (10 + step))
+        for path, value in iterate.items():
+            np.testing.assert_array_equal(value, expected[path])
+            average[path] = decay * average[path] + (1 - decay) * value
+            found = flatten_dict(state.params["temporal"])[path]
+            np.testing.assert_allclose(found, average[path], rtol=0, atol=1e-6)
+    assert changed(params, states[-1].params).keys() == changed(params, plain[-1].params).keys()
 
 
 @pytest.mark.parametrize(

@@ -151,19 +151,24 @@ def import_weights(
     Raises:
       UserError: the file cannot be read or does not fit, or `workdir` holds a run.
     """
-    if (workdir / CONFIG_FILE).exists():
-        raise WorkdirError(f"{workdir} already holds a run; choose another directory")
     weights = read_weights(source, release, weights_key)
     if tokenizer:
         weights = weights._replace(tokenizer=tokenizer)
     config = config_of_weights(weights, interaction)
     check_cleaning(config.model)
     params = initial_params(config.model, weights, jax.random.key(seed))
+    create_run(workdir, config, params)
+    return config, weights.description
+
+
+def create_run(workdir: Path, config: Config, params: Params) -> None:
+    """Creates a run with one checkpoint, of step 0; WorkdirError: `workdir` holds a run."""
+    if (workdir / CONFIG_FILE).exists():
+        raise WorkdirError(f"{workdir} already holds a run; choose another directory")
     claim_workdir(workdir, config)
     state = state_from_params(params, make_optimizer(config.optim, 0), make_layout())
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(state)
-    return config, weights.description
 
 
 def export_weights(

@@ -22,6 +22,13 @@ class BertAdamState(NamedTuple):
     nu: optax.Updates
 
 
+class Averaged(NamedTuple):
+    """The state of an optimiser of which the model has an average: `OptimConfig.ema`."""
+
+    iterate: optax.Params  # the trained parameters, at which gradients are
+    state: optax.OptState
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """torch's clip_grad_norm_: multiplies by max_norm / (norm + 1e-6) if that is below 1.
 
@@ -102,7 +109,7 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     """Gradient clipping by global norm, then BertAdam with the learning rate of each group.
 
     It takes all parameters, and gradients of the trained ones (`Trainable`), which alone have
-    moments and updates.
+    moments and updates. With `config.ema`, updates are those of `Averaged.iterate`.
     """
     trainable = Trainable.of(config)
     lr = {"backbone": config.lr * config.coef_lr, "new": config.lr}
@@ -123,10 +130,17 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         ),
     )
 
+    def init(params):
+        trained = trainable.split(params)[0]
+        state = chain.init(trained)
+        # A copy: an array can be donated once.
+        return Averaged(jax.tree.map(jnp.copy, trained), state) if config.ema else state
+
     def update(grads, state, params):
+        if config.ema:
+            updates, inner = chain.update(grads, state.state, state.iterate)
+            return trainable.scaled(updates, params), Averaged(state.iterate, inner)
         updates, state = chain.update(grads, state, trainable.split(params)[0])
         return trainable.scaled(updates, params), state
 
-    return optax.GradientTransformation(
-        lambda params: chain.init(trainable.split(params)[0]), update
-    )
+    return optax.GradientTransformation(init, update)

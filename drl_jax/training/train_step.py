@@ -26,8 +26,9 @@ from drl_jax.models.drl import (
 )
 from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import map_video_blocks
+from drl_jax.models.linear import adapter_dropout
 from drl_jax.runtime.sharding import Layout, gather_and_compare, map_batch_chunks
-from drl_jax.training.optimizer import MAX_LOGIT_SCALE, norms
+from drl_jax.training.optimizer import MAX_LOGIT_SCALE, Averaged, norms
 from drl_jax.training.trainable import Trainable
 
 Batch = Arrays
@@ -106,8 +107,16 @@ def loss_and_parts(
 
     def encode(params: Params, batch: Batch) -> tuple[Arrays, Arrays]:
         model = nnx.merge(definition, params)
-        text = model.encode_text(batch["text_ids"], batch["text_mask"])
-        return text, model.encode_video(batch["frames"], batch["frame_mask"])
+        keys = [jax.random.key(seeds[0]) for seeds in batch.get("seeds", ())] or [None, None]
+        with adapter_dropout(keys[0]):
+            text = model.encode_text(batch["text_ids"], batch["text_mask"])
+        with adapter_dropout(keys[1]):
+            return text, model.encode_video(batch["frames"], batch["frame_mask"])
+
+    if model.backbone.transformer.dropout:
+        # One for each row, of which a chunk of rows uses its first.
+        bits = jax.random.bits(jax.random.fold_in(key, 2), (2, len(batch["text_ids"])))
+        batch = {**batch, "seeds": tuple(bits)}
 
     if microbatch and microbatch < len(batch["text_ids"]):
         text, video = map_batch_chunks(encode, params, batch, chunk=microbatch, layout=layout)
@@ -268,7 +277,10 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         # Depends on the seed and the step only, so that a resumed run draws the same numbers.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, scalars = gradient(*trainable.split(state.params), batch, key)
+        trained, frozen = trainable.split(state.params)
+        if isinstance(state.opt_state, Averaged):
+            trained = state.opt_state.iterate
+        grads, scalars = gradient(trained, frozen, batch, key)
         scalars |= norms("grad_norm", grads) | _state_norms(state, grads, tx, norms_every)
         scalars["logit_scale"] = jnp.exp(state.params["backbone"]["logit_scale"])
         if is_sigmoid:
@@ -325,10 +337,16 @@ def apply_gradients(
     bound_scale: bool = True,
 ) -> TrainState:
     """Updates the state; with `bound_scale`, exp(logit_scale) stays at most 100, as in CLIP."""
-    trained, frozen = trainable.split(state.params)
+    average, frozen = trainable.split(state.params)
+    is_averaged = isinstance(state.opt_state, Averaged)
+    trained = state.opt_state.iterate if is_averaged else average
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     trained = optax.apply_updates(trained, updates)
     if bound_scale and "logit_scale" in trained.get("backbone", {}):
         logit_scale = trained["backbone"]["logit_scale"]
         trained["backbone"]["logit_scale"] = jnp.minimum(logit_scale, MAX_LOGIT_SCALE)
+    if is_averaged:
+        opt_state = opt_state._replace(iterate=trained)
+        decay = jnp.minimum(trainable.ema, (1 + state.step) / (10 + state.step))
+        trained = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, trained)
     return TrainState(state.step + 1, trainable.join(trained, frozen), opt_state)

@@ -54,6 +54,7 @@ class Trainable:
 
     groups: tuple[Group, ...] = ()
     layer_decay: float = 1.0
+    ema: float = 0.0  # `OptimConfig.ema`
 
     @classmethod
     def of(cls, config: OptimConfig) -> "Trainable":
@@ -74,7 +75,7 @@ class Trainable:
             if first is not None and name not in ("image", "text", "lora"):
                 raise ConfigError(f"config.optim.trainable: {item!r}: {name} has no layers")
             groups.append(Group(name, int(first or 0), factor))
-        return cls(tuple(groups), config.layer_decay)
+        return cls(tuple(groups), config.layer_decay, config.ema)
 
     # ------------------------------------------------------------ which parameters
 
@@ -128,8 +129,8 @@ class Trainable:
             if not factors[start:].all():
                 name = "/".join(map(str, path))
                 raise ConfigError(
-                    f"config.optim.trainable freezes layers of {name} after trained ones; freeze the"
-                    " first layers only"
+                    f"config.optim.trainable freezes layers of {name} after trained ones; freeze"
+                    " the first layers only"
                 )
 
     def frozen_layers(self, params: Params) -> tuple[int, int]:

@@ -12,11 +12,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from drl_jax.config import Config
+from drl_jax.config import Config, LoRAConfig
 from drl_jax.hub.openai import MODELS
 from drl_jax.hub.releases import PUBLISHED, RELEASES
 from drl_jax.hub.repository import is_hub_name, resolved_revision
 from drl_jax.models.drl import Params, config_from_dict
+from drl_jax.models.linear import merge_adapters
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import tokenizer_of_weights
 from drl_jax.runtime.errors import Unavailable, UserError, one_line
@@ -24,7 +25,7 @@ from drl_jax.runtime.files import replacing, sha256
 from drl_jax.weights.beside import unknown_model_type
 from drl_jax.weights.containers import Contents, crc32_of, open_weights
 from drl_jax.weights.description import Description, check_beside, describe
-from drl_jax.weights.errors import WeightsError, WeightsFileError, about
+from drl_jax.weights.errors import WeightsError, WeightsFileError, about, some
 from drl_jax.weights.families import Towers, find_towers, sizes_of, to_publisher
 from drl_jax.weights.source import weights_path
 from drl_jax.weights.tensors import StateDict, Tensor
@@ -33,6 +34,7 @@ from drl_jax.weights.tensors import StateDict, Tensor
 _OPENAI_EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
 # Keys in the metadata of a safetensors file that we write.
 _CONFIG_KEY, _ORIGIN_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_origin", "drl_jax_crc32"
+_ADAPTERS = "make a run of it and its base with python -m drl_jax.convert"
 _LICENCES = {p.source: p.licence for p in PUBLISHED.values() if is_hub_name(p.source)}
 
 
@@ -68,13 +70,17 @@ class Weights(NamedTuple):
             if is_used and crc32_of(path, offset, size) != expected:
                 problem = f"{path} is damaged: a checksum is wrong; get it again"
                 raise WeightsFileError(problem, names_file=True)
-        metadata = self.contents.metadata
-        said = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
-        if _CHECKSUM_KEY in metadata and metadata[_CHECKSUM_KEY] != _checksum(
-            self.contents.tensors, said
-        ):
-            problem = "is damaged: its checksum is wrong; copy or export it again"
-            raise WeightsFileError(f"{self.contents.files[0]} {problem}", names_file=True)
+        origin_of(self.contents)
+
+
+def origin_of(contents: Contents) -> dict[str, Any]:
+    """The origin that `save_weights` wrote; WeightsFileError: the checksum of the file is wrong."""
+    metadata = contents.metadata
+    said = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
+    if _CHECKSUM_KEY in metadata and metadata[_CHECKSUM_KEY] != _checksum(contents.tensors, said):
+        problem = "is damaged: its checksum is wrong; copy or export it again"
+        raise WeightsFileError(f"{contents.files[0]} {problem}", names_file=True)
+    return json.loads(metadata.get(_ORIGIN_KEY, "{}"))
 
 
 def read_weights(source: str | os.PathLike, release: str = "", key: str = "") -> Weights:
@@ -99,6 +105,8 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
     with about(path):
         try:
             tensors = {n: t for n, t in contents.tensors.items() if n not in _OPENAI_EXTRAS}
+            if adapters := [name for name in tensors if ".lora_" in name]:
+                raise WeightsError(f"has adapters ({some(adapters)}): {_ADAPTERS}")
             found = find_towers(tensors, contents.inert, key)
         except WeightsError as error:
             if of_others := unknown_model_type(path):
@@ -108,7 +116,7 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
         if _CONFIG_KEY in contents.metadata:
             if release:
                 raise WeightsError("says what it is; leave the release out")
-            config, origin = _stored_config(contents.metadata)
+            config, origin = stored_config(contents.metadata)
             where = f", step {origin['step']} of run {origin['run']}" if origin else ""
             backbone, tokenizer = config.model.backbone, config.model.tokenizer
             layers = sizes_of(found.state)
@@ -157,7 +165,7 @@ def _checksum(state: StateDict, about: str) -> str:
     return str(crc32)
 
 
-def _stored_config(metadata: Mapping[str, str]) -> tuple[Config, dict[str, Any]]:
+def stored_config(metadata: Mapping[str, str]) -> tuple[Config, dict[str, Any]]:
     """The configuration of an exported file, and its step and run, if it is of one."""
     try:
         config = config_from_dict(json.loads(metadata[_CONFIG_KEY]))
@@ -175,6 +183,7 @@ def save_weights(
     *,
     dtype: str = "float32",
     clip_only: bool = False,
+    merge: bool = True,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes safetensors atomically under the reference's names, with the configuration.
@@ -184,6 +193,7 @@ def save_weights(
       dtype: "float32" or "float16", of the tensors in the file.
       clip_only: write the towers alone, under their publisher's names (SigLIP: Hugging Face's), as
         a model with the interaction dp and without temporal head.
+      merge: add adapters to their kernels, and leave them out.
       origin: the "step" and "run" that the parameters are of, and what else identifies them, as
         JSON values; None if they are of no run.
 
@@ -191,6 +201,10 @@ def save_weights(
       WeightsError: a parameter is too large for float16.
       Unavailable: the file cannot be written.
     """
+    if merge and config.model.lora.rank:
+        params = merge_adapters(params, config.model.lora.scale)
+        model = dataclasses.replace(config.model, lora=LoRAConfig())
+        config = dataclasses.replace(config, model=model)
     if clip_only:
         params = {"backbone": params["backbone"]}
         config = dataclasses.replace(
