@@ -1,19 +1,32 @@
 """Fine-tuning: what is trained, adapters, averages and interpolation."""
 
+import contextlib
 import dataclasses
 import functools
+import io
+import json
+import re
 
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from support.params import random_batch, random_params
+from safetensors.numpy import load_file, save_file
+from support.commands import error_of
+from support.finished_runs import metrics
+from support.params import assert_same_arrays, random_batch, random_params
 
 from drl_jax.config import Config, ConfigError, DataConfig, LoRAConfig, LossConfig, OptimConfig
+from drl_jax.convert import main as convert
+from drl_jax.evaluate import main as evaluate
 from drl_jax.evaluation.embedder import make_embed_steps
 from drl_jax.models.drl import config_from_dict, init_params, param_shapes
 from drl_jax.models.linear import ADAPTER, merge_adapters, without_adapters
+from drl_jax.runs.hooks import TrainLog
+from drl_jax.runs.run_params import restore_params
+from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.sharding import make_layout
+from drl_jax.train import main as train
 from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import make_gradient, make_train_step, state_from_params
@@ -263,3 +276,146 @@ def test_the_average_of_the_trained_parameters(model):
 def test_groups_that_name_nothing(model, trainable, message):
     with pytest.raises(ConfigError, match=message):
         Trainable.of(optim_of(trainable)).check(param_shapes(model))
+
+
+# ---------------------------------------------------------------- runs and files
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_arguments, tmp_path_factory):
+    """A run with adapters and an average, what it printed, and its flags. Not to be changed."""
+    workdir = tmp_path_factory.mktemp("runs") / "adapted"
+    flags = (
+        *("--config.model.lora.rank=2", "--config.model.lora.targets=in_proj,c_fc"),
+        *("--config.optim.ema=0.5", "--config.optim.lr=0.01"),
+        "--config.train.checkpoint_every=4",
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert train(tiny_arguments(workdir, *flags)) == 0
+    return workdir, printed.getvalue(), flags
+
+
+def test_a_run_says_what_it_trains_and_writes_its_adapter_alone(finished):
+    workdir, printed, _ = finished
+    (line,) = [line for line in printed.splitlines() if line.startswith("trained: ")]
+    trained, total, memory = (
+        float(re.search(pattern, line)[1].replace(",", ""))
+        for pattern in (r"([\d,]+) of", r"of ([\d,]+)", r"optimiser ([\d.,]+) MB")
+    )
+    assert trained < 0.2 * total
+    # Two moments and the parameters that are trained.
+    assert memory == pytest.approx(3 * 4 * trained / 1e6, abs=0.01)
+    assert not (workdir / "best.safetensors").exists()
+    tensors = load_file(workdir / "adapter.safetensors")
+    assert sum(array.size for array in tensors.values()) == trained
+
+
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(
+    finished, tiny_arguments, tmp_path, monkeypatch
+):
+    expected, _, flags = finished
+    workdir = tmp_path / "killed"
+    after_step = TrainLog.after_step
+
+    def kill(log, step, state, scalars):
+        after_step(log, step, state, scalars)
+        if step == 5:
+            raise MemoryError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainLog, "after_step", kill)
+        with pytest.raises(MemoryError):
+            train(tiny_arguments(workdir, *flags))
+    assert train(tiny_arguments(workdir, *flags)) == 0
+    assert metrics(workdir) == metrics(expected)
+    found, wanted = (load_file(run / "adapter.safetensors") for run in (workdir, expected))
+    assert_same_arrays(found, wanted)
+
+
+def parameters_of(run):
+    config = load_config(run)
+    params = restore_params(run, config.model, make_layout(), "best")[1]
+    return config, jax.device_get(params)
+
+
+def test_an_adapter_and_its_base_make_the_run_again(finished, tiny_weights, tmp_path, capsys):
+    workdir = finished[0]
+    adapter, peft = tmp_path / "adapter.safetensors", tmp_path / "peft"
+    assert convert([str(workdir), str(adapter), "--adapter=drl"]) == 0
+    assert_same_arrays(load_file(adapter), load_file(workdir / "adapter.safetensors"))
+    assert convert([str(workdir), str(peft), "--adapter=peft"]) == 0
+    config, expected = parameters_of(workdir)
+    expected = flatten_dict(expected)
+    for source, *flags in ((adapter,), (peft, f"--base={tiny_weights}")):
+        copy = tmp_path / f"run_{source.stem}"
+        assert convert([str(source), str(copy), *flags]) == 0
+        other, found = parameters_of(copy)
+        assert dataclasses.replace(other.model.lora, alpha=0.0) == config.model.lora
+        assert other.model.lora.scale == config.model.lora.scale
+        for path, leaf in flatten_dict(found).items():
+            # PEFT's files have no heads.
+            if source == adapter or path[-1] in ADAPTER:
+                np.testing.assert_array_equal(leaf, expected[path], err_msg=str(path))
+    whole = tmp_path / "whole.safetensors"
+    assert convert([str(workdir), str(whole)]) == 0
+    for arguments, message in (
+        ((adapter, tmp_path / "x", f"--base={whole}"), "is of another base than"),
+        ((peft, tmp_path / "x"), "give it with --base"),
+        ((tiny_weights, tmp_path / "x", f"--base={whole}"), "has none"),
+    ):
+        assert message in error_of("drl_jax.convert", *map(str, arguments), capsys=capsys)
+    arguments = ("--config=configs/shapes.py:smoke", f"--workdir={tmp_path / 'x'}")
+    arguments += (f"--config.model.init={adapter}",)
+    assert "has adapters" in error_of("drl_jax.train", *arguments, capsys=capsys)
+
+
+def test_adapters_of_peft_with_an_a_for_each_product(tiny_weights, tmp_path):
+    """Queries and values alone, as PEFT does by default: the changes of the kernels are theirs."""
+    folder, rng, rank = tmp_path / "peft", np.random.default_rng(0), 2
+    folder.mkdir()
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 3.0, "lora_dropout": 0.1}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    tensors, changes = {}, {}
+    for tower, width in (("vision", 32), ("text", 16)):
+        change = changes[tower] = np.zeros((width, 3 * width))
+        for third, product in ((0, "q_proj"), (2, "v_proj")):
+            a, b = rng.normal(size=(rank, width)), rng.normal(size=(width, rank))
+            name = f"base_model.model.{tower}_model.encoder.layers.0.self_attn.{product}"
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            change[:, third * width : (third + 1) * width] = 1.5 * (b @ a).T
+    tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert convert([str(folder), str(tmp_path / "run"), f"--base={tiny_weights}"]) == 0
+    config, params = parameters_of(tmp_path / "run")
+    assert config.model.lora == LoRAConfig(3 * rank, 4.5 * rank, 0.1, "in_proj")
+    merged, flat = (
+        flatten_dict(merge_adapters(params, config.model.lora.scale)),
+        flatten_dict(params),
+    )
+    for above, tower in ((("backbone", "visual"), "vision"), (("backbone",), "text")):
+        path = (*above, "transformer", "resblocks", "attn", "in_proj", "kernel")
+        found = merged[path] - flat[path]
+        np.testing.assert_allclose(found[0], changes[tower], rtol=0, atol=1e-5)
+
+
+def test_interpolation_from_the_start_to_the_end(finished, tiny_weights, tmp_path, capsys):
+    workdir, whole = finished[0], tmp_path / "whole.safetensors"
+    assert convert([str(workdir), str(whole)]) == 0
+    start, end = load_file(tiny_weights), load_file(whole)
+    for alpha in (0, 0.25, 1):
+        target = tmp_path / f"mixed_{alpha}.safetensors"
+        command = ["interpolate", str(tiny_weights), str(workdir), str(target)]
+        assert convert([*command, f"--alpha={alpha}"]) == 0
+        for name, array in load_file(target).items():
+            expected = (1 - alpha) * start[name] + alpha * end[name]
+            np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6, err_msg=name)
+    assert evaluate([f"--workdir={workdir}", "--alphas=1,0.5", "--second=shapes"]) == 0
+    (file,) = workdir.glob("alphas_test_*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["alpha"] for row in rows] == [0.0, 0.5, 1.0]
+    result = json.loads((workdir / "result.json").read_text())
+    assert rows[-1]["t2v_R@1"] == pytest.approx(result["test"]["t2v"]["R@1"])
+    for row in rows:
+        assert row["forgetting"] == rows[0]["second_t2v_R@1"] - row["t2v_R@1"]
+    arguments = ("interpolate", "a", "b", "c", "--alpha=2")
+    assert "from 0 to 1" in error_of("drl_jax.convert", *arguments, capsys=capsys)

@@ -18,12 +18,13 @@ from drl_jax.evaluation.evaluator import Evaluator, check_split
 from drl_jax.evaluation.metrics import format_table
 from drl_jax.models.drl import Params, abstract_params, param_shapes
 from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.runs.adapter_files import save_adapter
 from drl_jax.runs.checkpoint_files import owner
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
-from drl_jax.runs.manifest import differences, recorded
+from drl_jax.runs.manifest import differences, recorded, weights_sha256
 from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
-from drl_jax.runs.workdir import BEST_FILE, CHECKPOINTS, exclusive, read_manifest
+from drl_jax.runs.workdir import ADAPTER_FILE, BEST_FILE, CHECKPOINTS, exclusive, read_manifest
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
 from drl_jax.runtime.errors import Interrupted, Notice, Unavailable, UserError, one_line
 from drl_jax.runtime.files import write_json
@@ -244,6 +245,8 @@ def _read_init(config: Config) -> tuple[Config, Params | None]:
 def _write_best(workdir: Path, config: Config, step: int, params: Params) -> None:
     """Writes the best parameters as one file, which opens without Orbax; a full disk is no error.
 
+    With adapters, those and the heads, without the base.
+
     With fsdp over several processes, no process has them all.
     """
     leaves = jax.tree.leaves(params)
@@ -251,7 +254,11 @@ def _write_best(workdir: Path, config: Config, step: int, params: Params) -> Non
         return
     origin = owner(workdir / CHECKPOINTS / str(step))
     try:
-        save_weights(workdir / BEST_FILE, params, config, origin=origin)
+        if not config.model.lora.rank:
+            save_weights(workdir / BEST_FILE, params, config, origin=origin)
+        elif config.model.init:
+            base = weights_sha256(config)
+            save_adapter(workdir / ADAPTER_FILE, params, config, base, origin)
     except Unavailable as error:
         warnings.warn(f"{error}; the run is complete without it", Notice, stacklevel=2)
 
