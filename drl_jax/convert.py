@@ -51,7 +51,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _interpolate_parser() -> Parser:
+def _interpolate(arguments: Sequence[str]) -> int:
     parser = Parser("python -m drl_jax.convert interpolate", description="Mixes two models.")
     add = parser.add_argument
     add("start", metavar="A", help="a file of weights or a run")
@@ -59,11 +59,7 @@ def _interpolate_parser() -> Parser:
     add("target", metavar="OUT", type=Path, help="NAME.safetensors")
     add("--alpha", type=fraction, required=True, help="0: A, 1: B")
     add_plugin_flag(parser)
-    return parser
-
-
-def _interpolate(arguments: Sequence[str]) -> int:
-    options = _interpolate_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     def work() -> None:
         from drl_jax.runs.interpolation import interpolate
@@ -104,8 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"wrote {target}: the base with the adapters of {source}")
             return
         if is_weights(source):
-            if options.clip_only or options.dtype:
-                raise UserError(f"--dtype and --clip_only export a run, and {source} is none")
+            if options.clip_only or options.dtype or options.adapter:
+                flags = "--dtype, --clip_only and --adapter"
+                raise UserError(f"{flags} export a run, and {source} is none")
             config, towers = import_weights(source, target, options.interaction, **described)
             model = config.model
             print(f"{source}: {towers}")
@@ -116,14 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{flags} describe a file, and {source} is a run")
         if target.suffix != ".safetensors" and options.adapter != "peft":
             raise UserError(f"a run is exported to a file NAME.safetensors, not {target}")
-        if options.adapter:
-            step = export_adapter(
-                Path(source), target, options.checkpoint, as_peft=options.adapter == "peft"
-            )
-            print(f"wrote {target}: the adapter of checkpoint {step} of {source}")
-            return
         form = {"dtype": options.dtype or "float32", "clip_only": options.clip_only}
-        step = export_weights(Path(source), target, options.checkpoint, **form)
+        if options.adapter:
+            as_peft = options.adapter == "peft"
+            step = export_adapter(Path(source), target, options.checkpoint, as_peft=as_peft)
+        else:
+            step = export_weights(Path(source), target, options.checkpoint, **form)
         print(f"wrote {target}: checkpoint {step} of {source}")
 
     return run_command("drl_jax.convert", work)

@@ -142,7 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cache_compilations()
         if options.second and not options.alphas:
             raise UserError("--second is that of --alphas; give both")
+        others = (options.post, options.frame_order, options.legacy, options.report)
         if options.alphas:
+            if others != (["none"], "time", False, None):
+                raise UserError("--alphas is of raw similarities, without a report; leave it out")
             evaluate_alphas(
                 options.workdir,
                 with_data_dir(load_config(options.workdir), options.data_dir),

@@ -161,50 +161,33 @@ def _from_peft(folder: Path, config: Config) -> tuple[LoRAConfig, dict[tuple, np
         if unknown := [name for name, match in matched.items() if match is None]:
             raise WeightsError(f"has adapters of other layers than CLIP's: {some(unknown)}")
         try:
-            rank, alpha = int(said["r"]), float(said["lora_alpha"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{PEFT_CONFIG} does not say r and lora_alpha") from error
-        scale = alpha / (rank**0.5 if said.get("use_rslora") else rank)
+            rank, dropout = int(said["r"]), float(said.get("lora_dropout") or 0.0)
+            scale = float(said["lora_alpha"]) / (rank**0.5 if said.get("use_rslora") else rank)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise WeightsError(f"has no r and lora_alpha in {PEFT_CONFIG}") from error
         layers: dict[tuple[str, int, str], dict[str, np.ndarray]] = {}
         for name, match in matched.items():
             tower, layer, product, side = match.groups()
             of_layer = layers.setdefault((tower, int(layer), product), {})
             of_layer[side] = np.asarray(tensors[name], np.float32).T
-        is_shared = all(
-            _PRODUCTS[product][1] is None or _shares_first(layers, tower, layer)
-            for tower, layer, product in layers
-        )
         targets = {_PRODUCTS[product][0] for _, _, product in layers}
-        width = rank if is_shared or "in_proj" not in targets else 3 * rank
+        width = 3 * rank if "in_proj" in targets else rank
         names = ",".join(name for name in LORA_TARGETS if name in targets)
-        dropout = float(said.get("lora_dropout") or 0.0)
         lora = LoRAConfig(width, scale * width, dropout, names)
-        shapes = flatten_dict(
-            param_shapes(dataclasses.replace(config.model, lora=lora))["backbone"]
-        )
-        found = {
-            ("backbone", *path): np.zeros(leaf.shape, np.float32)
-            for path, leaf in shapes.items()
-            if path[-1] in ADAPTER
-        }
+        shapes = flatten_dict(param_shapes(dataclasses.replace(config.model, lora=lora)))
+        adapters = [path for path in shapes if path[-1] in ADAPTER]
+        found = {path: np.zeros(shapes[path].shape, np.float32) for path in adapters}
         for (tower, layer, product), sides in layers.items():
             a, b = (found[(*_layer_path(tower, product), name)] for name in ADAPTER)
             third = _PRODUCTS[product][1]
-            start = 0 if third is None or is_shared else third * rank
             out = b.shape[2] if third is None else b.shape[2] // 3
+            row, column = rank * (third or 0), out * (third or 0)
             expected = {"A": (a.shape[1], rank), "B": (rank, out)}
             if layer >= len(a) or {s: x.shape for s, x in sides.items()} != expected:
                 raise WeightsError(f"is of another base: its {tower} tower has other sizes")
-            a[layer, :, start : start + rank] = sides["A"]
-            column = out * (third or 0)
-            b[layer, start : start + rank, column : column + out] = sides["B"]
+            a[layer, :, row : row + rank] = sides["A"]
+            b[layer, row : row + rank, column : column + out] = sides["B"]
     return lora, found
-
-
-def _shares_first(layers: dict, tower: str, layer: int) -> bool:
-    """Whether queries, keys and values of a layer have one A, as `save_peft` writes."""
-    parts = [layers.get((tower, layer, f"self_attn.{name}_proj"), {}).get("A") for name in "qkv"]
-    return all(part is not None and np.array_equal(part, parts[0]) for part in parts)
 
 
 def _layer_path(tower: str, product: str) -> tuple[str, ...]:

@@ -16,14 +16,7 @@ from flax import nnx
 from jax.lax import with_sharding_constraint
 
 from drl_jax.config import LossConfig, ModelConfig
-from drl_jax.models.drl import (
-    DRL,
-    Params,
-    abstract_params,
-    init_params,
-    model_definition,
-    param_shapes,
-)
+from drl_jax.models.drl import DRL, Params, abstract_params, init_params
 from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import map_video_blocks
 from drl_jax.models.linear import adapter_dropout
@@ -136,30 +129,18 @@ def loss_and_parts(
 
 
 def make_gradient(
-    model: ModelConfig,
-    loss: LossConfig,
-    layout: Layout,
-    trainable: Trainable,
-    microbatch: int = 0,
+    model: ModelConfig, loss: LossConfig, layout: Layout, trainable: Trainable, microbatch: int = 0
 ) -> Callable[[Params, Params, Batch, jax.Array], tuple[Params, Scalars]]:
     """The gradient of the trained part of the parameters, and `loss_and_parts`' scalars.
 
     The function takes the two parts of `Trainable.split`, a batch and a key.
     """
-    definition = model_definition(model, trainable.frozen_layers(param_shapes(model)))
+    settings: dict[str, Any] = {"config": loss, "layout": layout, "microbatch": microbatch}
+    definition = trainable.definition(model)
 
-    def of_parts(
-        trained: Params, frozen: Params, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Scalars]:
-        return loss_and_parts(
-            trainable.join(trained, frozen),
-            batch,
-            key,
-            definition=definition,
-            config=loss,
-            layout=layout,
-            microbatch=microbatch,
-        )
+    def of_parts(trained: Params, frozen: Params, *inputs: Any) -> tuple[jax.Array, Scalars]:
+        params = trainable.join(trained, frozen)
+        return loss_and_parts(params, *inputs, definition=definition, **settings)
 
     return jax.grad(of_parts, has_aux=True)
 

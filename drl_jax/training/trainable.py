@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from drl_jax.config import ConfigError, OptimConfig
-from drl_jax.models.drl import Params
+from drl_jax.config import ConfigError, ModelConfig, OptimConfig
+from drl_jax.models.drl import Params, model_definition, param_shapes
 from drl_jax.models.linear import ADAPTER
 
 GROUPS = ("image", "text", "embeddings", "temporal", "interaction", "logit_scale", "lora")
@@ -133,14 +134,14 @@ class Trainable:
                     " the first layers only"
                 )
 
-    def frozen_layers(self, params: Params) -> tuple[int, int]:
-        """The first layers of the image and of the text tower whose parameters are not trained."""
-        starts: dict[_Path, list[int]] = {}
-        for path, part in self.parts(params).items():
-            if "resblocks" in path:
-                starts.setdefault(_tower(path), []).append(part.start)
-        image, text = (min(starts.get(p, [0])) for p in (("backbone", "visual"), ("backbone",)))
-        return image, text
+    def definition(self, model: ModelConfig) -> nnx.GraphDef:
+        """The model, whose first layers that are not trained get no gradient."""
+        starts: dict[_Path, list[int]] = {("backbone", "visual"): [], ("backbone",): []}
+        for path, part in self.parts(param_shapes(model)).items():
+            if path[0] == "backbone" and "resblocks" in path:
+                starts[_tower(path)].append(part.start)
+        image, text = (min(of_tower, default=0) for of_tower in starts.values())
+        return model_definition(model, (image, text))
 
     # ------------------------------------------------------------ the two parts
 
