@@ -313,6 +313,13 @@ def test_a_run_says_what_it_trains_and_writes_its_adapter_alone(finished):
     assert sum(array.size for array in tensors.values()) == trained
 
 
+def test_a_wrong_group_is_one_line_and_nothing_is_written(tiny_arguments, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    arguments = tiny_arguments(workdir, "--config.optim.trainable=text,image@9=0.5")
+    assert "image@9 names no layer" in error_of("drl_jax.train", *arguments, capsys=capsys)
+    assert not workdir.exists()
+
+
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(
     finished, tiny_arguments, tmp_path, monkeypatch
 ):
@@ -374,7 +381,7 @@ def test_an_adapter_and_its_base_make_the_run_again(finished, tiny_weights, tmp_
         assert message in error_of("drl_jax.convert", *map(str, arguments), capsys=capsys)
     arguments = ("--config=configs/shapes.py:smoke", f"--workdir={tmp_path / 'x'}")
     arguments += (f"--config.model.init={adapter}",)
-    assert "has adapters" in error_of("drl_jax.train", *arguments, capsys=capsys)
+    assert "is a LoRA adapter" in error_of("drl_jax.train", *arguments, capsys=capsys)
 
 
 def test_adapters_of_peft_with_an_a_for_each_product(tiny_weights, tmp_path):

@@ -14,9 +14,10 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.drl import Params
 from drl_jax.models.linear import merge_adapters
+from drl_jax.models.tokenizers import with_tokenizer
 from drl_jax.runs.evaluate_run import checked_split, open_evaluation
 from drl_jax.runs.protocol_card import evaluation_path
-from drl_jax.runs.run_params import remake_initial_params, restore_params
+from drl_jax.runs.run_params import remake_initial_params, restore_params, write_tokenizer
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_json
@@ -55,7 +56,10 @@ def interpolate(start: str, end: str, target: Path, alpha: float) -> None:
       UserError: see `mix`; one of them cannot be read, or `target` cannot be written.
     """
     (_, first), (config, last) = map(_whole, (start, end))
-    save_weights(target, mix(first, last, alpha), config)
+    mixed = mix(first, last, alpha)
+    if config.model.tokenizer:
+        config = with_tokenizer(config, write_tokenizer(Path(config.model.tokenizer), target))
+    save_weights(target, mixed, config)
 
 
 def _whole(source: str) -> tuple[Config, Params]:

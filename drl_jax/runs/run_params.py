@@ -191,13 +191,14 @@ def export_weights(
     config = load_config(workdir)
     step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
     if config.model.tokenizer:
-        config = with_tokenizer(config, _write_tokenizer(Path(config.model.tokenizer), target))
+        config = with_tokenizer(config, write_tokenizer(Path(config.model.tokenizer), target))
     origin = owner(workdir / CHECKPOINTS / str(step))
     save_weights(target, params, config, dtype=dtype, clip_only=clip_only, origin=origin)
     return step
 
 
-def _write_tokenizer(tokenizer: Path, target: Path) -> str:
+def write_tokenizer(tokenizer: Path, target: Path) -> str:
+    """Copies a tokenizer beside a file of weights, and returns its name there."""
     copy = target.with_name(stored_name(tokenizer))
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ EVERYTHING = Trainable()
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step changes."""
+    """Everything that a training step changes; `params` are the average if there is one."""
 
     step: jax.Array
     params: Params

@@ -25,7 +25,7 @@ from drl_jax.runtime.files import replacing, sha256
 from drl_jax.weights.beside import unknown_model_type
 from drl_jax.weights.containers import Contents, crc32_of, open_weights
 from drl_jax.weights.description import Description, check_beside, describe
-from drl_jax.weights.errors import WeightsError, WeightsFileError, about, some
+from drl_jax.weights.errors import WeightsError, WeightsFileError, about
 from drl_jax.weights.families import Towers, find_towers, sizes_of, to_publisher
 from drl_jax.weights.source import weights_path
 from drl_jax.weights.tensors import StateDict, Tensor
@@ -34,7 +34,6 @@ from drl_jax.weights.tensors import StateDict, Tensor
 _OPENAI_EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
 # Keys in the metadata of a safetensors file that we write.
 _CONFIG_KEY, _ORIGIN_KEY, _CHECKSUM_KEY = "drl_jax_config", "drl_jax_origin", "drl_jax_crc32"
-_ADAPTERS = "make a run of it and its base with python -m drl_jax.convert"
 _LICENCES = {p.source: p.licence for p in PUBLISHED.values() if is_hub_name(p.source)}
 
 
@@ -105,8 +104,6 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
     with about(path):
         try:
             tensors = {n: t for n, t in contents.tensors.items() if n not in _OPENAI_EXTRAS}
-            if adapters := [name for name in tensors if ".lora_" in name]:
-                raise WeightsError(f"has adapters ({some(adapters)}): {_ADAPTERS}")
             found = find_towers(tensors, contents.inert, key)
         except WeightsError as error:
             if of_others := unknown_model_type(path):
