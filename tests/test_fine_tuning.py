@@ -399,8 +399,9 @@ def test_adapters_of_peft_with_an_a_for_each_product(tiny_weights, tmp_path):
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
             change[:, third * width : (third + 1) * width] = 1.5 * (b @ a).T
     tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    assert convert([str(folder), str(tmp_path / "run"), f"--base={tiny_weights}"]) == 0
+    file = folder / "adapter_model.safetensors"
+    save_file(tensors, file)
+    assert convert([str(file), str(tmp_path / "run"), f"--base={tiny_weights}"]) == 0
     config, params = parameters_of(tmp_path / "run")
     assert config.model.lora == LoRAConfig(3 * rank, 4.5 * rank, 0.1, "in_proj")
     merged, flat = (

@@ -72,8 +72,8 @@ def export_adapter(workdir: Path, target: Path, checkpoint: str = "best", *, as_
     """Writes the adapter of a checkpoint of a run; returns its step.
 
     Raises:
-      UserError: no such run or checkpoint, it has no adapters or no base, the base is another file
-        than that of the run, or a file cannot be written.
+      UserError: no such run or checkpoint, it has no adapters or no base, or a file cannot be
+        written.
     """
     config = load_config(workdir)
     if not config.model.lora.rank or not config.model.init:
@@ -82,10 +82,9 @@ def export_adapter(workdir: Path, target: Path, checkpoint: str = "best", *, as_
     if as_peft:
         save_peft(target, params, config)
     else:
-        base = (own_manifest(workdir) or {}).get("weights_sha256") or weights_sha256(
-            config.model.init
-        )
-        save_adapter(target, params, config, base, owner(workdir / CHECKPOINTS / str(step)))
+        manifest, origin = own_manifest(workdir), owner(workdir / CHECKPOINTS / str(step))
+        base = manifest["weights_sha256"] if manifest else weights_sha256(config.model.init)
+        save_adapter(target, params, config, base, origin)
     return step
 
 
@@ -102,7 +101,7 @@ def import_adapter(
     """Creates a run with one checkpoint, of step 0, from an adapter and its base.
 
     Args:
-      source: a file of `save_adapter`, or a folder of PEFT.
+      source: a file of `save_adapter`, or a folder of PEFT or the file of weights in it.
       base: file or name of the base; empty: that which the file names.
       The others are those of `import_weights`, of the base of a folder of PEFT.
 
@@ -110,6 +109,8 @@ def import_adapter(
       UserError: a file cannot be read, or is damaged; the base is another one; or `workdir` holds
         a run.
     """
+    if source.name == _PEFT_FILE:
+        source = source.parent
     if source.is_dir():
         if not base:
             raise UserError(f"{source} names no file of its base; give it with --base=FILE")

@@ -22,9 +22,16 @@ from drl_jax.runs.adapter_files import save_adapter
 from drl_jax.runs.checkpoint_files import owner
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
-from drl_jax.runs.manifest import differences, recorded, weights_sha256
+from drl_jax.runs.manifest import differences, recorded
 from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
-from drl_jax.runs.workdir import ADAPTER_FILE, BEST_FILE, CHECKPOINTS, exclusive, read_manifest
+from drl_jax.runs.workdir import (
+    ADAPTER_FILE,
+    BEST_FILE,
+    CHECKPOINTS,
+    exclusive,
+    own_manifest,
+    read_manifest,
+)
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
 from drl_jax.runtime.errors import Interrupted, Notice, Unavailable, UserError, one_line
 from drl_jax.runtime.files import write_json
@@ -257,7 +264,7 @@ def _write_best(workdir: Path, config: Config, step: int, params: Params) -> Non
         if not config.model.lora.rank:
             save_weights(workdir / BEST_FILE, params, config, origin=origin)
         elif config.model.init:
-            base = weights_sha256(config)
+            base = own_manifest(workdir)["weights_sha256"]
             save_adapter(workdir / ADAPTER_FILE, params, config, base, origin)
     except Unavailable as error:
         warnings.warn(f"{error}; the run is complete without it", Notice, stacklevel=2)

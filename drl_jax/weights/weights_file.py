@@ -79,7 +79,11 @@ def origin_of(contents: Contents) -> dict[str, Any]:
     if _CHECKSUM_KEY in metadata and metadata[_CHECKSUM_KEY] != _checksum(contents.tensors, said):
         problem = "is damaged: its checksum is wrong; copy or export it again"
         raise WeightsFileError(f"{contents.files[0]} {problem}", names_file=True)
-    return json.loads(metadata.get(_ORIGIN_KEY, "{}"))
+    try:
+        origin = json.loads(metadata.get(_ORIGIN_KEY, "{}"))
+    except ValueError:
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def read_weights(source: str | os.PathLike, release: str = "", key: str = "") -> Weights:
