@@ -21,6 +21,8 @@ REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla")
 # Activations of the towers' MLPs.
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
+# Layers of the towers' blocks that can have an adapter: `LoRAConfig.targets`.
+LORA_TARGETS = ("in_proj", "out_proj", "c_fc", "c_proj")
 # How an image becomes a square, and how it is resampled.
 RESIZES = ("crop", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -92,6 +94,22 @@ class BackboneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters in the blocks of both towers: x W + alpha / rank * (x A) B."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 0.0  # 0: the rank
+    dropout: float = 0.0  # of x, in training
+    # The layers that have one: the fused queries, keys and values, the output of attention, and the
+    # two layers of the MLP.
+    targets: str = "in_proj,out_proj,c_fc,c_proj"
+
+    @property
+    def scale(self) -> float:
+        return (self.alpha or self.rank) / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     backbone: BackboneConfig = BackboneConfig()
     # Initial weights: a file of towers (docs/weights.md has the table) or of a DRL checkpoint,
@@ -121,6 +139,8 @@ class ModelConfig:
     # width**-0.5 and frames copy the text tower's, as in the reference. Small models learn
     # places and the order of frames faster with larger values (docs/benchmarks.md).
     position_std: float = 0.0
+    # Adapters; with them, the towers' own parameters are not trained (`OptimConfig.trainable`).
+    lora: LoRAConfig = LoRAConfig()
     # Matrix products of the transformers: float32, tf32 or bfloat16. Parameters, norms, softmax,
     # features, similarities and losses are float32 arrays in all cases. With tf32 and bfloat16,
     # products of float32 arrays round their inputs to 11 significant bits on GPUs that can (TF32),
@@ -174,6 +194,16 @@ class OptimConfig:
     weight_decay: float = 0.2
     warmup_proportion: float = 0.1
     max_grad_norm: float = 1.0
+    # What is trained, as GROUP, GROUP=FACTOR or GROUP@LAYER=FACTOR, with commas between them:
+    # image, text, embeddings, temporal, interaction, logit_scale, lora. FACTOR multiplies the
+    # learning rate; `image@8` leaves the first 8 layers, and what is before them, as they are. The
+    # last one that names a parameter counts. Empty: everything (docs/training.md).
+    trainable: str = ""
+    # Multiplies the learning rate of the towers once for each layer between it and the output.
+    layer_decay: float = 1.0
+    # Decay of the exponential moving average of what is trained, which is what is evaluated and
+    # exported: min(ema, (1 + step) / (10 + step)). 0: none.
+    ema: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +301,10 @@ _CHOICES: dict[str, typing.Collection[str]] = {
 # Numbers that may be 0, that are in [0, 1), and that have other bounds; all others are positive.
 _ZERO_IS_VALID = (
     *("vision_mlp_width", "text_mlp_width", "pad_id", "similarity_block", "position_std"),
+    *("rank", "alpha"),
     *("holdout", "num_threads", "microbatch", "epochs", "checkpoint_every", "skip_nonfinite"),
 )
-_BELOW_ONE = ("cross_dropout", "b1", "b2", "warmup_proportion")
+_BELOW_ONE = ("cross_dropout", "dropout", "ema", "b1", "b2", "warmup_proportion")
 _OTHERWISE_BOUNDED = (
     *("seed", "weight_decay", "cdcr", "cdcr_alpha1", "cdcr_alpha2", "cdcr_lambda"),
 )
@@ -380,6 +411,16 @@ def _conditions(
         bool(model.init) or not model.release,
         f"model.release={model.release} describes model.init, which is empty",
     )
+    narrowest = min(model.backbone.vision_width, model.backbone.text_width)
+    yield (
+        model.lora.rank <= narrowest,
+        f"model.lora.rank={model.lora.rank} is above the width of a tower, {narrowest}",
+    )
+    targets = model.lora.targets.split(",")
+    yield (
+        set(targets) <= set(LORA_TARGETS),
+        f"model.lora.targets={model.lora.targets} are some of {','.join(LORA_TARGETS)}",
+    )
     yield (
         not train.microbatch or train.batch_size % train.microbatch == 0,
         f"train.microbatch={train.microbatch} must divide train.batch_size={train.batch_size} (or"
@@ -395,6 +436,7 @@ def _conditions(
         "set one of data.val_split (a stored split) and data.holdout (a number of training videos):"
         " training evaluates on it after each epoch",
     )
+    yield optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay:g} is above 1"
     yield optim.lr <= _MAX_LR, f"optim.lr={optim.lr:g} is above {_MAX_LR:g}"
     yield (
         optim.lr * optim.coef_lr <= _MAX_LR,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
-from drl_jax.runtime.cli import Parser, add_plugin_flag, positive_int, run_command
+from drl_jax.runtime.cli import Parser, add_plugin_flag, fraction, positive_int, run_command
 from drl_jax.runtime.errors import UserError, as_path
 
 if TYPE_CHECKING:
@@ -96,11 +96,23 @@ def _parser() -> Parser:
     add("--post", type=_methods, default=["none"], metavar="METHOD[,METHOD...]", help=post)
     size = "captions of train that post-processing takes (5000, or all if there are fewer)"
     add("--bank_size", type=positive_int, metavar="N", help=size)
+    alphas = (
+        "numbers from 0 to 1: evaluate (1 - alpha) start + alpha checkpoint, where the start is the"
+        " weights that the run began with"
+    )
+    add("--alphas", type=_alphas, metavar="ALPHA,..", help=alphas)
+    second = "with --alphas: another built dataset, to measure forgetting on its test"
+    add("--second", default="", metavar="DATASET", help=second)
     report = "write DIR/index.html, one page with the metrics, curves and pictures of the run"
     add("--report", type=Path, metavar="DIR", help=report)
     add("--data_dir", help="directory of built datasets, if they were moved")
     add_plugin_flag(parser)
     return parser
+
+
+def _alphas(text: str) -> list[float]:
+    """Argument type: fractions, separated by commas."""
+    return [fraction(part) for part in text.split(",")]
 
 
 def _methods(text: str) -> list[str]:
@@ -123,12 +135,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
 
     def work() -> None:
+        from drl_jax.runs.interpolation import evaluate_alphas
+        from drl_jax.runs.workdir import load_config, with_data_dir
         from drl_jax.runtime.plugins import load_plugins
         from drl_jax.runtime.resources import cache_compilations, keep_freed_memory
 
         load_plugins(options.plugin)
         keep_freed_memory()
         cache_compilations()
+        if options.second and not options.alphas:
+            raise UserError("--second is that of --alphas; give both")
+        others = (options.post, options.frame_order, options.legacy, options.report)
+        if options.alphas:
+            if others != (["none"], "time", False, None):
+                raise UserError("--alphas is of raw similarities, without a report; leave it out")
+            evaluate_alphas(
+                options.workdir,
+                with_data_dir(load_config(options.workdir), options.data_dir),
+                options.alphas,
+                second=options.second,
+                checkpoint=options.checkpoint,
+                split_name=options.split,
+            )
+            return
         evaluate(
             options.workdir,
             checkpoint=options.checkpoint,

@@ -370,8 +370,14 @@ def test_a_stored_configuration_that_cannot_be_used_is_refused(shapes_config, tm
         (["README.md", "out"], "README.md is damaged, or not a PyTorch or safetensors file"),
         (["tests", "out"], "a run is exported to a file NAME.safetensors, not out"),
         (["tests", "out.safetensors"], "no run in tests"),
-        (["shapes_clip", "out", "--clip_only"], "--clip_only export a run, and shapes_clip is no"),
-        (["shapes_clip", "out", "--dtype=float32"], "--dtype and --clip_only export a run, and sh"),
+        (
+            ["shapes_clip", "out", "--clip_only"],
+            "and --adapter export a run, and shapes_clip is no",
+        ),
+        (
+            ["shapes_clip", "out", "--dtype=float32"],
+            "--clip_only and --adapter export a run, and sh",
+        ),
     ],
 )
 def test_convert_mistakes_are_one_line(arguments, message, capsys):

@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drl_jax.config import Config, ModelConfig, checked_config
 from drl_jax.models.clip import CLIP
 from drl_jax.models.interactions import INTERACTIONS, Arrays
 from drl_jax.models.interactions.base import similarity_in_blocks
+from drl_jax.models.linear import without_adapters
 from drl_jax.models.pe import PerceptionEncoder
 from drl_jax.models.siglip import SigLIP
 from drl_jax.models.temporal import TEMPORAL_HEADS
@@ -101,9 +103,19 @@ def _traced_model(
     return definition, nnx.to_pure_dict(params)
 
 
-def model_definition(config: ModelConfig) -> nnx.GraphDef:
-    """The model without parameters; `nnx.merge(definition, params)` reconstructs the model."""
-    return _abstract_model(config)[0]
+def model_definition(config: ModelConfig, frozen_layers: tuple[int, int] = (0, 0)) -> nnx.GraphDef:
+    """The model without parameters; `nnx.merge(definition, params)` reconstructs the model.
+
+    The first layers of the image and of the text tower, as many as `frozen_layers`, get no
+    gradient.
+    """
+    definition, params = _abstract_model(config)
+    if not any(frozen_layers):
+        return definition
+    model = nnx.merge(definition, params)
+    backbone = model.backbone
+    backbone.visual.transformer.frozen_layers, backbone.transformer.frozen_layers = frozen_layers
+    return nnx.split(model)[0]
 
 
 def param_shapes(config: ModelConfig) -> Params:
@@ -119,11 +131,13 @@ def abstract_params(config: ModelConfig, layout: Layout) -> Params:
 def init_params(config: ModelConfig, key: jax.Array, backbone: Params | None = None) -> Params:
     """New parameters as a nested dict; heads start as copies of the text tower (`copy_text_tower`).
 
-    `backbone` has the parameters of a pretrained one; under `jax.jit`, none are drawn for it then.
+    `backbone` has the parameters of a pretrained one, adapters are added to it if it has none;
+    under `jax.jit`, none are drawn for it then.
     """
     params = nnx.to_pure_dict(nnx.split(DRL(config, rngs=nnx.Rngs(key)))[1])
     if backbone is not None:
-        params["backbone"] = backbone
+        new = flatten_dict(params["backbone"])
+        params["backbone"] = unflatten_dict(new | flatten_dict(backbone))
     return copy_text_tower(config, params)
 
 
@@ -141,7 +155,7 @@ def copy_text_tower(config: ModelConfig, params: Params) -> Params:
     """
     if not copies_text_tower(config):
         return params
-    backbone, params = params["backbone"], dict(params)
+    backbone, params = without_adapters(params["backbone"]), dict(params)
     for name, head in (
         ("temporal", TEMPORAL_HEADS[config.agg_module]),
         ("interaction", INTERACTIONS[config.interaction]),

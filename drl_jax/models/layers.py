@@ -15,9 +15,9 @@ from jax.experimental.layout import Layout as DenseLayout
 from jax.experimental.layout import with_layout_constraint
 from jax.nn.initializers import Initializer, normal, xavier_uniform
 
-from drl_jax.config import BackboneConfig, ModelConfig
+from drl_jax.config import BackboneConfig, LoRAConfig, ModelConfig
 from drl_jax.models.attention import NO_MASK, AttentionMask, Rotation, attend, rotate
-from drl_jax.models.linear import Linear, project
+from drl_jax.models.linear import Linear, adapter_dropout, adapter_dropout_key, project
 from drl_jax.runtime.sharding import is_on_cpu, split_rows
 
 # LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
@@ -188,14 +188,23 @@ class Transformer(nnx.Module):
         *,
         init: BlockInit,
         run: ModelConfig,
+        lora: LoRAConfig | None = None,
         rngs: nnx.Rngs,
     ):
+        has_adapters = lora is not None and lora.rank > 0
+        self.dropout = lora.dropout if has_adapters else 0.0
         self.dtype, self.remat = jnp.dtype(run.array_dtype), run.remat
         self.unroll = min(run.scan_unroll, layers)
+        # The first layers whose parameters have no gradient (`drl.model_definition`).
+        self.frozen_layers = 0
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(layer_rngs: nnx.Rngs) -> ResidualAttentionBlock:
-            return ResidualAttentionBlock(config, init, run, rngs=layer_rngs)
+            block = ResidualAttentionBlock(config, init, run, rngs=layer_rngs)
+            for name in lora.targets.split(",") if has_adapters else ():
+                module = block.attn if hasattr(block.attn, name) else block.mlp
+                getattr(module, name).add_adapter(lora, name, rngs=layer_rngs)
+            return block
 
         self.resblocks = stack(rngs.split(layers))
 
@@ -214,8 +223,10 @@ class Transformer(nnx.Module):
         block, stacked = nnx.split(self.resblocks)
 
         def block_function(queries: int):
-            def run_block(carry, params):
-                return nnx.merge(block, params)(carry, mask, queries, rotation), None
+            def run_block(carry, layer):
+                params, key = layer
+                with adapter_dropout(None if key is None else jax.random.wrap_key_data(key)):
+                    return nnx.merge(block, params)(carry, mask, queries, rotation), None
 
             return rematerialized(run_block, self.remat)
 
@@ -223,15 +234,27 @@ class Transformer(nnx.Module):
         x = split_rows(x.astype(self.dtype))
         run_block = block_function(x.shape[1])
         # Split instead of indexed: see SelfAttention.
-        leaves, tree = jax.tree.flatten(stacked)
+        key = adapter_dropout_key() if self.dropout else None
+        if key is not None:
+            layers = len(jax.tree.leaves(stacked)[0])
+            key = jax.random.key_data(jax.random.split(key, layers))
+        leaves, tree = jax.tree.flatten((stacked, key))
         if not is_on_cpu():
             split = zip(*(jnp.split(leaf, len(leaf)) for leaf in leaves), strict=True)
             *first, last = (tree.unflatten([leaf[0] for leaf in layer]) for layer in split)
+            frozen = self.frozen_layers
+            first = [*jax.lax.stop_gradient(first[:frozen]), *first[frozen:]]
             for params in first:
                 x = run_block(x, params)[0]
             return block_function(queries or x.shape[1])(x, last)[0]
+        if self.frozen_layers:
+            parts = [jnp.split(leaf, [self.frozen_layers]) for leaf in leaves]
+            frozen, leaves = zip(*parts, strict=True)
+            # A loop of their own: one over all layers would have a backward pass over all.
+            frozen = jax.lax.stop_gradient(tree.unflatten(frozen))
+            x = jax.lax.scan(run_block, x, frozen, unroll=self.unroll)[0]
         if queries is None:
-            return jax.lax.scan(run_block, x, stacked, unroll=self.unroll)[0]
+            return jax.lax.scan(run_block, x, tree.unflatten(leaves), unroll=self.unroll)[0]
         parts = [jnp.split(leaf, [len(leaf) - 1]) for leaf in leaves]
         first, last = (tree.unflatten(part) for part in zip(*parts, strict=True))
         x = jax.lax.scan(run_block, x, first, unroll=self.unroll)[0]

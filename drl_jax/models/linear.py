@@ -1,12 +1,38 @@
-"""Linear layers, whose weight gradients are float32 and contract one axis."""
+"""Linear layers, whose weight gradients are float32 and contract one axis, and their adapters."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout as DenseLayout
 from jax.experimental.layout import with_layout_constraint
+from jax.nn.initializers import variance_scaling
 
+from drl_jax.config import LORA_TARGETS, LoRAConfig
 from drl_jax.runtime.sharding import is_on_cpu, replicate
+
+# Names of a low-rank adapter's parameters.
+ADAPTER = ("lora_a", "lora_b")
+# Of the adapters' dropout; None: there is none.
+_KEY: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("key", default=None)
+
+
+@contextlib.contextmanager
+def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
+    """Enables the dropout of adapters in what the block traces; None: it stays disabled."""
+    token = _KEY.set(key)
+    try:
+        yield
+    finally:
+        _KEY.reset(token)
+
+
+def adapter_dropout_key() -> jax.Array | None:
+    return _KEY.get()
 
 
 class Linear(nnx.Linear):
@@ -17,10 +43,29 @@ class Linear(nnx.Linear):
     rows and over devices keep their bits.
     """
 
+    adapter: LoRAConfig | None = None
+
+    def add_adapter(self, config: LoRAConfig, name: str, *, rngs: nnx.Rngs) -> None:
+        """Adds a low-rank adapter that changes nothing yet; `name` is one of LORA_TARGETS."""
+        self.adapter, self.adapter_number = config, LORA_TARGETS.index(name)
+        # Kaiming's initialisation with a = sqrt(5), as torch's linear layers and PEFT.
+        initial = variance_scaling(1 / 3, "fan_in", "uniform")
+        self.lora_a = nnx.Param(initial(rngs.params(), (self.in_features, config.rank)))
+        self.lora_b = nnx.Param(jnp.zeros((config.rank, self.out_features)))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., Din] -> [..., Dout]."""
         bias = None if self.bias is None else self.bias[...]
-        return project(x, self.kernel[...], bias, self.dtype)
+        y = project(x, self.kernel[...], bias, self.dtype)
+        if self.adapter is None:
+            return y
+        if (key := adapter_dropout_key()) is not None:
+            kept = 1.0 - self.adapter.dropout
+            mask = jax.random.bernoulli(jax.random.fold_in(key, self.adapter_number), kept, x.shape)
+            x = jnp.where(mask, x / kept, 0.0)
+        # Not merged into the kernel, whose gradient would have all its rows and columns.
+        low = project(x, self.lora_a[...], None, self.dtype)
+        return y + self.adapter.scale * project(low, self.lora_b[...], None, self.dtype)
 
 
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -90,3 +135,28 @@ def linear_without_bias_gradient(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     counts; so it gets none. Under the sigmoid loss, `logit_bias` is learned instead of xti's.
     """
     return x @ layer.kernel[...] + jax.lax.stop_gradient(layer.bias[...])
+
+
+# ---------------------------------------------------------------- parameters of adapters
+
+
+def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
+    """A tree of parameters without those of adapters."""
+    return {
+        name: without_adapters(value) if isinstance(value, dict) else value
+        for name, value in params.items()
+        if name not in ADAPTER
+    }
+
+
+def merge_adapters(params: dict[str, Any], scale: float) -> dict[str, Any]:
+    """A tree of parameters whose kernels have their adapters added; it has none then."""
+    merged = {
+        name: merge_adapters(value, scale) if isinstance(value, dict) else value
+        for name, value in params.items()
+        if name not in ADAPTER
+    }
+    if "lora_a" in params:
+        change = jnp.matmul(params["lora_a"], params["lora_b"], precision="highest")
+        merged["kernel"] = params["kernel"] + scale * change
+    return merged

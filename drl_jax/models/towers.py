@@ -74,6 +74,7 @@ class ImageTower(nnx.Module):
             layers,
             init=clip_block_init(width, layers),
             run=model,
+            lora=model.lora,
             rngs=rngs,
         )
         self.ln_post = layer_norm(width, eps, rngs=rngs)
@@ -136,6 +137,7 @@ class Backbone(nnx.Module):
             layers,
             init=clip_block_init(width, layers),
             run=model,
+            lora=model.lora,
             rngs=rngs,
         )
         self.ln_final = layer_norm(width, config.layer_norm_eps, rngs=rngs)

@@ -227,7 +227,7 @@ def open_evaluation(
     manifest = own_manifest(workdir)
     if manifest and manifest["dataset"]["content"] != dataset.content:
         print(f"note: {workdir} was trained with other frames or captions than {dataset.directory}")
-    split = _checked_split(dataset, split_name, config)
+    split = checked_split(dataset, split_name, config)
     inputs = (workdir, config, dataset, split_name, split)
     card = protocol_card(*inputs, checkpoint, step, params, frame_order=frame_order)
     evaluator = Evaluator(config, dataset, layout)
@@ -235,7 +235,7 @@ def open_evaluation(
     return OpenEvaluation(config, params, dataset, split_name, split, evaluator, order, card)
 
 
-def _checked_split(dataset: VideoDataset, name: str, config: Config) -> Split:
+def checked_split(dataset: VideoDataset, name: str, config: Config) -> Split:
     split = load_split(dataset, name, config.data)
     check_split(name, split, dataset, load_tokenizer(config.model), config.data.max_words)
     return split
@@ -274,7 +274,7 @@ class PostProcessing:
         """
         self._opened, self._methods = opened, methods
         try:
-            self._val = _checked_split(opened.dataset, "val", opened.config)
+            self._val = checked_split(opened.dataset, "val", opened.config)
         except DatasetError as error:
             raise UserError(
                 f"post-processing fits its parameters on val, which is missing: {error};"

@@ -31,6 +31,7 @@ from drl_jax.runtime.files import write_json
 from drl_jax.training.flops import peak_flops, train_step_flops
 from drl_jax.training.optimizer import make_schedule
 from drl_jax.training.train_step import Scalars, TrainState
+from drl_jax.training.trainable import Trainable
 
 # Tags of what differs between runs that are otherwise the same.
 TIMING_TAGS = ("train/examples_per_second", "train/data_seconds", "train/mfu")
@@ -280,7 +281,8 @@ def _seconds_at_peak(config: Config) -> float | None:
     if peak is None:
         return None
     sizes = (config.train.batch_size, config.data.max_frames, config.data.max_words)
-    return train_step_flops(config.model, config.loss, *sizes) / (peak * jax.device_count())
+    flops = train_step_flops(config.model, config.loss, *sizes, Trainable.of(config.optim))
+    return flops / (peak * jax.device_count())
 
 
 def has_pictures(epoch: int, epochs: int) -> bool:

@@ -151,19 +151,24 @@ def import_weights(
     Raises:
       UserError: the file cannot be read or does not fit, or `workdir` holds a run.
     """
-    if (workdir / CONFIG_FILE).exists():
-        raise WorkdirError(f"{workdir} already holds a run; choose another directory")
     weights = read_weights(source, release, weights_key)
     if tokenizer:
         weights = weights._replace(tokenizer=tokenizer)
     config = config_of_weights(weights, interaction)
     check_cleaning(config.model)
     params = initial_params(config.model, weights, jax.random.key(seed))
+    create_run(workdir, config, params)
+    return config, weights.description
+
+
+def create_run(workdir: Path, config: Config, params: Params) -> None:
+    """Creates a run with one checkpoint, of step 0; WorkdirError: `workdir` holds a run."""
+    if (workdir / CONFIG_FILE).exists():
+        raise WorkdirError(f"{workdir} already holds a run; choose another directory")
     claim_workdir(workdir, config)
     state = state_from_params(params, make_optimizer(config.optim, 0), make_layout())
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(state)
-    return config, weights.description
 
 
 def export_weights(
@@ -186,13 +191,14 @@ def export_weights(
     config = load_config(workdir)
     step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
     if config.model.tokenizer:
-        config = with_tokenizer(config, _write_tokenizer(Path(config.model.tokenizer), target))
+        config = with_tokenizer(config, write_tokenizer(Path(config.model.tokenizer), target))
     origin = owner(workdir / CHECKPOINTS / str(step))
     save_weights(target, params, config, dtype=dtype, clip_only=clip_only, origin=origin)
     return step
 
 
-def _write_tokenizer(tokenizer: Path, target: Path) -> str:
+def write_tokenizer(tokenizer: Path, target: Path) -> str:
+    """Copies a tokenizer beside a file of weights, and returns its name there."""
     copy = target.with_name(stored_name(tokenizer))
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)

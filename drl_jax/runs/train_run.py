@@ -16,27 +16,38 @@ from drl_jax.data.storage import StorageSpec
 from drl_jax.evaluation.bootstrap import intervals
 from drl_jax.evaluation.evaluator import Evaluator, check_split
 from drl_jax.evaluation.metrics import format_table
-from drl_jax.models.drl import Params, abstract_params
+from drl_jax.models.drl import Params, abstract_params, param_shapes
 from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.runs.adapter_files import save_adapter
 from drl_jax.runs.checkpoint_files import owner
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
 from drl_jax.runs.manifest import differences, recorded
 from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
-from drl_jax.runs.workdir import BEST_FILE, CHECKPOINTS, exclusive, read_manifest
+from drl_jax.runs.workdir import (
+    ADAPTER_FILE,
+    BEST_FILE,
+    CHECKPOINTS,
+    exclusive,
+    own_manifest,
+    read_manifest,
+)
 from drl_jax.runtime.distributed import StopPoll, failing_together, is_main
 from drl_jax.runtime.errors import Interrupted, Notice, Unavailable, UserError, one_line
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.runtime.signals import StopRequest
 from drl_jax.runtime.worker_pool import run_module
+from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import (
+    TrainState,
     abstract_state,
     create_state,
     make_train_step,
     state_from_params,
 )
+from drl_jax.training.trainable import Trainable
 from drl_jax.weights.load import head_start, initial_params, with_backbone_of
 from drl_jax.weights.weights_file import read_weights, save_weights
 
@@ -75,6 +86,8 @@ def train(
     _check_divisible(config.train, layout)
     with failing_together(UserError):
         config, pretrained = _read_init(config)
+        trainable = Trainable.of(config.optim)
+        trainable.check(param_shapes(config.model))
         tokenizer = load_tokenizer(config.model)
         wall_time.spent_on("start")
         dataset = _open_dataset(config)
@@ -107,6 +120,7 @@ def train(
         seed=config.seed,
         microbatch=config.train.microbatch,
         norms_every=config.train.log_every,
+        trainable=trainable,
     )
     evaluator = Evaluator(config, dataset, layout)
     abstract = abstract_params(config.model, layout)
@@ -138,6 +152,8 @@ def train(
             if saved:
                 print(f"resuming {workdir} from step {start} of {total_steps}")
             _print_start(config, dataset, batches, layout)
+            if total_steps:
+                _print_cost(config, trainable, state)
         record.start(checkpoints.identity.run, start, total_steps)
         if total_steps == 0:
             checkpoints.save(state)
@@ -236,6 +252,8 @@ def _read_init(config: Config) -> tuple[Config, Params | None]:
 def _write_best(workdir: Path, config: Config, step: int, params: Params) -> None:
     """Writes the best parameters as one file, which opens without Orbax; a full disk is no error.
 
+    With adapters, those and the heads, without the base.
+
     With fsdp over several processes, no process has them all.
     """
     leaves = jax.tree.leaves(params)
@@ -243,7 +261,11 @@ def _write_best(workdir: Path, config: Config, step: int, params: Params) -> Non
         return
     origin = owner(workdir / CHECKPOINTS / str(step))
     try:
-        save_weights(workdir / BEST_FILE, params, config, origin=origin)
+        if not config.model.lora.rank:
+            save_weights(workdir / BEST_FILE, params, config, origin=origin)
+        elif config.model.init:
+            base = own_manifest(workdir)["weights_sha256"]
+            save_adapter(workdir / ADAPTER_FILE, params, config, base, origin)
     except Unavailable as error:
         warnings.warn(f"{error}; the run is complete without it", Notice, stacklevel=2)
 
@@ -265,6 +287,19 @@ def _print_start(
             f" {manifest['versions']['av']}, {len(manifest['left_out'])} videos left out"
             f" ({dataset.directory / MANIFEST})"
         )
+
+
+def _print_cost(config: Config, trainable: Trainable, state: TrainState) -> None:
+    """Prints how much is trained, and the optimiser's memory and the work that it takes."""
+    trained, _ = jax.eval_shape(trainable.split, state.params)
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, state.params)]
+    memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    sizes = (config.train.batch_size, config.data.max_frames, config.data.max_words)
+    flops = train_step_flops(config.model, config.loss, *sizes, trainable) / sizes[0]
+    print(
+        f"trained: {counts[0]:,} of {counts[1]:,} parameters; optimiser {memory / 1e6:,.2f} MB;"
+        f" {flops / 1e9:,.3g} GFLOP a pair"
+    )
 
 
 @contextlib.contextmanager

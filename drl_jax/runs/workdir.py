@@ -23,6 +23,8 @@ from drl_jax.runtime.lock import LOCK_FILE, locked
 CONFIG_FILE, MANIFEST_FILE, CHECKPOINTS = "config.json", "manifest.json", "checkpoints"
 # Parameters of the best checkpoint of a complete run, as an exported file.
 BEST_FILE = "best.safetensors"
+# With adapters instead: them and the heads, without the base.
+ADAPTER_FILE = "adapter.safetensors"
 # Of the directory of a run; its manifest and its checkpoints name it. Increase it when an earlier
 # run cannot be read any more.
 FORMAT = 2

@@ -1,7 +1,6 @@
 """FLOPs of a training step, and the peak rates of devices: what model FLOPs utilisation needs."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 
@@ -11,9 +10,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from drl_jax.config import LossConfig, ModelConfig
-from drl_jax.models.drl import model_definition, param_shapes
+from drl_jax.models.drl import param_shapes
 from drl_jax.runtime.sharding import make_layout
-from drl_jax.training.train_step import loss_and_parts
+from drl_jax.training.train_step import EVERYTHING, make_gradient
+from drl_jax.training.trainable import Trainable
 
 _TERA = 1e12
 # Peak rates of one device, FLOP/s, by `Device.device_kind` and `ModelConfig.dtype`: dense products
@@ -40,7 +40,12 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 def train_step_flops(
-    model: ModelConfig, loss: LossConfig, batch_size: int, frames: int, words: int
+    model: ModelConfig,
+    loss: LossConfig,
+    batch_size: int,
+    frames: int,
+    words: int,
+    trainable: Trainable = EVERYTHING,
 ) -> float:
     """FLOPs of the matrix products of a step's loss and gradient, over all devices.
 
@@ -59,11 +64,11 @@ def train_step_flops(
         "frame_mask": jax.ShapeDtypeStruct((batch_size, frames), jnp.bool_),
     }
     layout = make_layout(jax.local_devices()[:1])
-    function = functools.partial(
-        loss_and_parts, definition=model_definition(model), config=loss, layout=layout
-    )
-    traced = jax.make_jaxpr(layout.on_mesh(jax.grad(function, has_aux=True), model.dtype))(
-        param_shapes(model), shapes, jax.eval_shape(lambda: jax.random.key(0))
+    gradient = make_gradient(model, loss, layout, trainable)
+    traced = jax.make_jaxpr(layout.on_mesh(gradient, model.dtype))(
+        *jax.eval_shape(trainable.split, param_shapes(model)),
+        shapes,
+        jax.eval_shape(lambda: jax.random.key(0)),
     )
     # The gradient of the pixels is traced, and nothing needs it.
     needed, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))

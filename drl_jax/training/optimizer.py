@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from drl_jax.config import OptimConfig
+from drl_jax.models.linear import ADAPTER
+from drl_jax.training.trainable import Trainable
 
 # CLIP bounds exp(logit_scale) by 100.
 MAX_LOGIT_SCALE = 4.605170185988092
@@ -18,6 +20,13 @@ class BertAdamState(NamedTuple):
 
     mu: optax.Updates
     nu: optax.Updates
+
+
+class Averaged(NamedTuple):
+    """The state of an optimiser of which the model has an average: `OptimConfig.ema`."""
+
+    iterate: optax.Params  # the trained parameters, at which gradients are
+    state: optax.OptState
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -75,7 +84,8 @@ def make_schedule(
 
 def parameter_group(path: tuple) -> str:
     """`backbone` for the pretrained towers and the temperature, `new` for everything else."""
-    return "backbone" if path[0].key == "backbone" else "new"
+    is_new = path[0].key != "backbone" or path[-1].key in ADAPTER
+    return "new" if is_new else "backbone"
 
 
 def norms(name: str, tree: optax.Updates) -> dict[str, jax.Array]:
@@ -96,7 +106,12 @@ def decays(path: tuple) -> bool:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then BertAdam with the learning rate of each group."""
+    """Gradient clipping by global norm, then BertAdam with the learning rate of each group.
+
+    It takes all parameters, and gradients of the trained ones (`Trainable`), which alone have
+    moments and updates. With `config.ema`, updates are those of `Averaged.iterate`.
+    """
+    trainable = Trainable.of(config)
     lr = {"backbone": config.lr * config.coef_lr, "new": config.lr}
 
     def by_path(function):
@@ -106,7 +121,7 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         schedule = make_schedule(base, config.warmup_proportion, total_steps)
         return optax.scale_by_learning_rate(schedule)
 
-    return optax.chain(
+    chain = optax.chain(
         clip_by_global_norm(config.max_grad_norm),
         scale_by_bert_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=by_path(decays)),
@@ -114,3 +129,18 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
             {group: scaled(base) for group, base in lr.items()}, by_path(parameter_group)
         ),
     )
+
+    def init(params):
+        trained = trainable.split(params)[0]
+        state = chain.init(trained)
+        # A copy: an array can be donated once.
+        return Averaged(jax.tree.map(jnp.copy, trained), state) if config.ema else state
+
+    def update(grads, state, params):
+        if config.ema:
+            updates, inner = chain.update(grads, state.state, state.iterate)
+            return trainable.scaled(updates, params), Averaged(state.iterate, inner)
+        updates, state = chain.update(grads, state, trainable.split(params)[0])
+        return trainable.scaled(updates, params), state
+
+    return optax.GradientTransformation(init, update)

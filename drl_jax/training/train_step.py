@@ -16,20 +16,23 @@ from flax import nnx
 from jax.lax import with_sharding_constraint
 
 from drl_jax.config import LossConfig, ModelConfig
-from drl_jax.models.drl import DRL, Params, abstract_params, init_params, model_definition
+from drl_jax.models.drl import DRL, Params, abstract_params, init_params
 from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import map_video_blocks
+from drl_jax.models.linear import adapter_dropout
 from drl_jax.runtime.sharding import Layout, gather_and_compare, map_batch_chunks
-from drl_jax.training.optimizer import MAX_LOGIT_SCALE, norms
+from drl_jax.training.optimizer import MAX_LOGIT_SCALE, Averaged, norms
+from drl_jax.training.trainable import Trainable
 
 Batch = Arrays
 Scalars = dict[str, jax.Array]
+EVERYTHING = Trainable()
 
 # ---------------------------------------------------------------- state
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step changes."""
+    """Everything that a training step changes; `params` are the average if there is one."""
 
     step: jax.Array
     params: Params
@@ -97,8 +100,16 @@ def loss_and_parts(
 
     def encode(params: Params, batch: Batch) -> tuple[Arrays, Arrays]:
         model = nnx.merge(definition, params)
-        text = model.encode_text(batch["text_ids"], batch["text_mask"])
-        return text, model.encode_video(batch["frames"], batch["frame_mask"])
+        keys = [jax.random.key(seeds[0]) for seeds in batch.get("seeds", ())] or [None, None]
+        with adapter_dropout(keys[0]):
+            text = model.encode_text(batch["text_ids"], batch["text_mask"])
+        with adapter_dropout(keys[1]):
+            return text, model.encode_video(batch["frames"], batch["frame_mask"])
+
+    if model.backbone.transformer.dropout:
+        # One for each row, of which a chunk of rows uses its first.
+        bits = jax.random.bits(jax.random.fold_in(key, 2), (2, len(batch["text_ids"])))
+        batch = {**batch, "seeds": tuple(bits)}
 
     if microbatch and microbatch < len(batch["text_ids"]):
         text, video = map_batch_chunks(encode, params, batch, chunk=microbatch, layout=layout)
@@ -115,6 +126,23 @@ def loss_and_parts(
     loss = contrastive + config.cdcr_lambda * cdcr
     terms = {"loss": loss, "contrastive_loss": contrastive, "cdcr_loss": cdcr}
     return loss, {**terms, **parts, **model.interaction.statistics(text, video)}
+
+
+def make_gradient(
+    model: ModelConfig, loss: LossConfig, layout: Layout, trainable: Trainable, microbatch: int = 0
+) -> Callable[[Params, Params, Batch, jax.Array], tuple[Params, Scalars]]:
+    """The gradient of the trained part of the parameters, and `loss_and_parts`' scalars.
+
+    The function takes the two parts of `Trainable.split`, a batch and a key.
+    """
+    settings: dict[str, Any] = {"config": loss, "layout": layout, "microbatch": microbatch}
+    definition = trainable.definition(model)
+
+    def of_parts(trained: Params, frozen: Params, *inputs: Any) -> tuple[jax.Array, Scalars]:
+        params = trainable.join(trained, frozen)
+        return loss_and_parts(params, *inputs, definition=definition, **settings)
+
+    return jax.grad(of_parts, has_aux=True)
 
 
 def _contrastive_loss(
@@ -214,26 +242,26 @@ def make_train_step(
     seed: int = 0,
     microbatch: int = 0,
     norms_every: int = 1,
+    trainable: Trainable = EVERYTHING,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """Compiles an optimiser step for the mesh; the state it is given is donated.
+
+    `trainable` is that of the optimiser `tx`.
 
     It returns the new state, and scalars of the old one to log (docs/metrics.md). If the loss or a
     gradient is not finite, parameters and moments stay as they were, and counters advance: the
     batch is left out. Norms of parameters and updates are NaN but every `norms_every` steps.
     """
-    loss_function = functools.partial(
-        loss_and_parts,
-        definition=model_definition(model),
-        config=loss,
-        layout=layout,
-        microbatch=microbatch,
-    )
+    gradient = make_gradient(model, loss, layout, trainable, microbatch)
     is_sigmoid = loss.contrastive == "sigmoid"
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         # Depends on the seed and the step only, so that a resumed run draws the same numbers.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, scalars = jax.grad(loss_function, has_aux=True)(state.params, batch, key)
+        trained, frozen = trainable.split(state.params)
+        if isinstance(state.opt_state, Averaged):
+            trained = state.opt_state.iterate
+        grads, scalars = gradient(trained, frozen, batch, key)
         scalars |= norms("grad_norm", grads) | _state_norms(state, grads, tx, norms_every)
         scalars["logit_scale"] = jnp.exp(state.params["backbone"]["logit_scale"])
         if is_sigmoid:
@@ -243,7 +271,7 @@ def make_train_step(
         # Always true, but the update now waits for the norms of the state that it overwrites. XLA
         # would copy the parameters otherwise.
         finite &= ~(scalars["update_norm"] < 0)
-        new = apply_gradients(state, grads, tx, bound_scale=not is_sigmoid)
+        new = apply_gradients(state, grads, tx, trainable, bound_scale=not is_sigmoid)
 
         def select(new: jax.Array, old: jax.Array) -> jax.Array:
             is_counter = jnp.issubdtype(new.dtype, jnp.integer)
@@ -282,12 +310,24 @@ def _state_norms(
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, tx: optax.GradientTransformation, *, bound_scale: bool = True
+    state: TrainState,
+    grads: Params,
+    tx: optax.GradientTransformation,
+    trainable: Trainable = EVERYTHING,
+    *,
+    bound_scale: bool = True,
 ) -> TrainState:
     """Updates the state; with `bound_scale`, exp(logit_scale) stays at most 100, as in CLIP."""
+    average, frozen = trainable.split(state.params)
+    is_averaged = isinstance(state.opt_state, Averaged)
+    trained = state.opt_state.iterate if is_averaged else average
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if bound_scale:
-        logit_scale = params["backbone"]["logit_scale"]
-        params["backbone"]["logit_scale"] = jnp.minimum(logit_scale, MAX_LOGIT_SCALE)
-    return TrainState(state.step + 1, params, opt_state)
+    trained = optax.apply_updates(trained, updates)
+    if bound_scale and "logit_scale" in trained.get("backbone", {}):
+        logit_scale = trained["backbone"]["logit_scale"]
+        trained["backbone"]["logit_scale"] = jnp.minimum(logit_scale, MAX_LOGIT_SCALE)
+    if is_averaged:
+        opt_state = opt_state._replace(iterate=trained)
+        decay = jnp.minimum(trainable.ema, (1 + state.step) / (10 + state.step))
+        trained = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, trained)
+    return TrainState(state.step + 1, trainable.join(trained, frozen), opt_state)

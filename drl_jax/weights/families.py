@@ -156,8 +156,9 @@ _INSIDE = re.compile(
 )
 # (pattern of a name below the prefix of the towers, what has such names)
 _UNSUPPORTED = (
-    (r".*lora_([AB]|up|down|embedding_[AB])\b",
-     "a LoRA adapter, which has to be merged into the model first (merge_and_unload)"),
+    (r".*lora_([ABab]|up|down|embedding_[AB])\b",
+     "a LoRA adapter, which has to be merged into the model first (merge_and_unload), or made a run"
+     " with its base (python -m drl_jax.convert)"),
     (r".*(qweight|weight_scale|weight_scale_inv|\.SCB|absmax|quant_state.*)$",
      "quantised; get the float weights"),
     (r".*\.mlp\.c_fc\.theta$", "a GmP-CLIP, whose matrices are lengths and directions; convert it"

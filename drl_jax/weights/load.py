@@ -9,6 +9,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, LossConfig, ModelConfig
 from drl_jax.models.drl import (
@@ -19,6 +20,7 @@ from drl_jax.models.drl import (
     param_shapes,
 )
 from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.models.linear import without_adapters
 from drl_jax.models.reference_names import Entry, entries
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.tokenizers import check_cleaning
@@ -223,7 +225,7 @@ def initial_params(
     # Said before anything large is read.
     check_cleaning(config)
     as_bfloat16 = for_use and config.array_dtype == "bfloat16"
-    shapes, state = param_shapes(config), weights.state
+    shapes, state = without_adapters(param_shapes(config)), weights.state
     if not weights.has_heads:
         shapes = {"backbone": shapes["backbone"]}
     if config.backbone.logit_bias and "clip.logit_bias" not in state:
@@ -232,11 +234,15 @@ def initial_params(
     with about(file) if file else contextlib.nullcontext():
         weights.verify()
         params = params_from_state(state, shapes, as_bfloat16=as_bfloat16)
-    # Not the backbone: a compiled program returns a copy of it.
-    return params if weights.has_heads else params | _init_heads(config, key, params["backbone"])
+    if weights.has_heads and not config.lora.rank:
+        return params
+    new = _init_new(config, key, params["backbone"])
+    return unflatten_dict({**new, **flatten_dict(params)})
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init_heads(config: ModelConfig, key: jax.Array, backbone: Params) -> Params:
-    params = init_params(config, key, backbone)
-    return {name: params[name] for name in params if name != "backbone"}
+def _init_new(config: ModelConfig, key: jax.Array, backbone: Params) -> dict[tuple, jax.Array]:
+    """Heads and adapters by path. Nothing else: a compiled program returns a copy of it."""
+    base = flatten_dict(backbone)
+    params = flatten_dict(init_params(config, key, backbone)).items()
+    return {path: leaf for path, leaf in params if path[0] != "backbone" or path[1:] not in base}

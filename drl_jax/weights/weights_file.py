@@ -12,11 +12,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from drl_jax.config import Config
+from drl_jax.config import Config, LoRAConfig
 from drl_jax.hub.openai import MODELS
 from drl_jax.hub.releases import PUBLISHED, RELEASES
 from drl_jax.hub.repository import is_hub_name, resolved_revision
 from drl_jax.models.drl import Params, config_from_dict
+from drl_jax.models.linear import merge_adapters
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.models.tokenizers import tokenizer_of_weights
 from drl_jax.runtime.errors import Unavailable, UserError, one_line
@@ -68,13 +69,21 @@ class Weights(NamedTuple):
             if is_used and crc32_of(path, offset, size) != expected:
                 problem = f"{path} is damaged: a checksum is wrong; get it again"
                 raise WeightsFileError(problem, names_file=True)
-        metadata = self.contents.metadata
-        said = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
-        if _CHECKSUM_KEY in metadata and metadata[_CHECKSUM_KEY] != _checksum(
-            self.contents.tensors, said
-        ):
-            problem = "is damaged: its checksum is wrong; copy or export it again"
-            raise WeightsFileError(f"{self.contents.files[0]} {problem}", names_file=True)
+        origin_of(self.contents)
+
+
+def origin_of(contents: Contents) -> dict[str, Any]:
+    """The origin that `save_weights` wrote; WeightsFileError: the checksum of the file is wrong."""
+    metadata = contents.metadata
+    said = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
+    if _CHECKSUM_KEY in metadata and metadata[_CHECKSUM_KEY] != _checksum(contents.tensors, said):
+        problem = "is damaged: its checksum is wrong; copy or export it again"
+        raise WeightsFileError(f"{contents.files[0]} {problem}", names_file=True)
+    try:
+        origin = json.loads(metadata.get(_ORIGIN_KEY, "{}"))
+    except ValueError:
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def read_weights(source: str | os.PathLike, release: str = "", key: str = "") -> Weights:
@@ -108,7 +117,7 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
         if _CONFIG_KEY in contents.metadata:
             if release:
                 raise WeightsError("says what it is; leave the release out")
-            config, origin = _stored_config(contents.metadata)
+            config, origin = stored_config(contents.metadata)
             where = f", step {origin['step']} of run {origin['run']}" if origin else ""
             backbone, tokenizer = config.model.backbone, config.model.tokenizer
             layers = sizes_of(found.state)
@@ -157,7 +166,7 @@ def _checksum(state: StateDict, about: str) -> str:
     return str(crc32)
 
 
-def _stored_config(metadata: Mapping[str, str]) -> tuple[Config, dict[str, Any]]:
+def stored_config(metadata: Mapping[str, str]) -> tuple[Config, dict[str, Any]]:
     """The configuration of an exported file, and its step and run, if it is of one."""
     try:
         config = config_from_dict(json.loads(metadata[_CONFIG_KEY]))
@@ -175,6 +184,7 @@ def save_weights(
     *,
     dtype: str = "float32",
     clip_only: bool = False,
+    merge: bool = True,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes safetensors atomically under the reference's names, with the configuration.
@@ -184,6 +194,7 @@ def save_weights(
       dtype: "float32" or "float16", of the tensors in the file.
       clip_only: write the towers alone, under their publisher's names (SigLIP: Hugging Face's), as
         a model with the interaction dp and without temporal head.
+      merge: add adapters to their kernels, and leave them out.
       origin: the "step" and "run" that the parameters are of, and what else identifies them, as
         JSON values; None if they are of no run.
 
@@ -191,6 +202,10 @@ def save_weights(
       WeightsError: a parameter is too large for float16.
       Unavailable: the file cannot be written.
     """
+    if merge and config.model.lora.rank:
+        params = merge_adapters(params, config.model.lora.scale)
+        model = dataclasses.replace(config.model, lora=LoRAConfig())
+        config = dataclasses.replace(config, model=model)
     if clip_only:
         params = {"backbone": params["backbone"]}
         config = dataclasses.replace(
