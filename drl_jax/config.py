@@ -154,6 +154,10 @@ class LossConfig:
     cdcr_alpha1: float = 0.11
     cdcr_alpha2: float = 0.0
     cdcr_lambda: float = 0.001
+    # Adaptive margin (`train_step.adaptive_margin`) of softmax: the largest one (AVIGATE: 0.1; 0:
+    # none), and the margin per cosine distance of two pairs.
+    margin: float = 0.0
+    margin_scale: float = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +271,7 @@ _CHOICES: dict[str, typing.Collection[str]] = {
 _ZERO_IS_VALID = (
     *("vision_mlp_width", "text_mlp_width", "pad_id", "similarity_block", "position_std"),
     *("holdout", "num_threads", "microbatch", "epochs", "checkpoint_every", "skip_nonfinite"),
+    "margin",
 )
 _BELOW_ONE = ("cross_dropout", "b1", "b2", "warmup_proportion")
 _OTHERWISE_BOUNDED = (
@@ -411,6 +416,10 @@ def _conditions(
         loss.contrastive != "sigmoid" or model.backbone.logit_bias or bool(model.init),
         "loss.contrastive=sigmoid needs a bias of the logits; set"
         " --config.model.backbone.logit_bias=True",
+    )
+    yield (
+        not loss.margin or loss.contrastive == "softmax",
+        f"loss.margin={loss.margin:g} goes with loss.contrastive=softmax; set loss.margin=0",
     )
     yield (
         3 <= data.max_words <= length,
