@@ -29,6 +29,7 @@ OTHERS = ["activitynet", "custom", "didemo", "lsmdc", "msvd", "vatex"]
 SHIPPED = [
     *("msrvtt", *(f"msrvtt:{name}" for name in MSRVTT)),
     *("shapes", "shapes:scratch", "shapes:smoke", "shapes_clip", "shapes_clip:smoke"),
+    *("shapes_events", "shapes_events:smoke"),
     *OTHERS,
 ]
 
