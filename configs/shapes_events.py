@@ -19,7 +19,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             backbone=SHAPES_BACKBONE, init="shapes_clip", position_std=0.4, scan_unroll=4
         ),
         loss=LossConfig(),
-        optim=OptimConfig(lr=1.5e-3, coef_lr=0.5),
+        optim=OptimConfig(lr=3e-3, coef_lr=0.5),
         train=TrainConfig(batch_size=96, epochs=8, checkpoint_every=0),
         smoke=variant == "smoke",
     )

@@ -12,11 +12,7 @@ if TYPE_CHECKING:
     from data_prep.retrieval_builder import RetrievalBuilder
 
 # Datasets that the build draws, with their numbers of train, val and test videos by `--size`.
-DRAWN = {
-    "shapes": scenes.SIZES,
-    "shapes_events": events.SIZES,
-    "shapes_stills": stills.SIZES,
-}
+DRAWN = {"shapes": scenes.SIZES, "shapes_events": events.SIZES, "shapes_stills": stills.SIZES}
 
 
 def dataset_names() -> list[str]:

@@ -206,7 +206,7 @@ class DataConfig:
     # computes the step; beside an accelerator, device if the frames take at most 30 % of the
     # devices' memory, or else memory if they take at most 30 % of the host's.
     cache: str = "auto"
-    # Build the dataset if it is absent. Only `shapes` and `shapes_stills` need no source files.
+    # Build the dataset if it is absent. Only drawn ones (`shapes`, ...) need no source files.
     build_if_absent: bool = False
     build_flags: str = ""  # of that build, e.g. "--size=smoke"
 

@@ -25,8 +25,8 @@ SECONDS = 3
 FRAMES = SECONDS * FPS + 1
 # Of a clip of events, each one picture. Three gestures have many places among eight.
 EVENT_SECONDS = 8
-_LONGEST_GESTURE = 3  # seconds, so that the shape rests for most of the time
-_COUNTED_SECONDS = 3  # of all gestures that are counted, so that a frame says nothing about both
+# The same number of seconds for each count, so that single frames do not tell it.
+_COUNTED_SECONDS = {2: ((1, 2, 5), (1, 4, 5)), 3: ((1, 3, 5),)}
 _SUPERSAMPLE = 4
 _COLOURS = {
     "red": (225, 50, 45),
@@ -97,14 +97,11 @@ def draw_event_clip(clip: EventClip, seed: int) -> list[np.ndarray]:
 def _event_times(clip: EventClip, rng: random.Random) -> tuple[Sequence[int], Sequence[int]]:
     """The seconds in which each shape of a clip makes its gesture."""
     if clip.kind == "count":
-        seconds = itertools.combinations(range(EVENT_SECONDS), _COUNTED_SECONDS)
-        runs = {s: sum(second - 1 not in s for second in s) for s in seconds}
-        return rng.choice([s for s in runs if runs[s] == clip.count]), ()
-    bounds = itertools.combinations(range(EVENT_SECONDS + 1), 4)
-    a, b, c, d = rng.choice(
-        [x for x in bounds if max(x[1] - x[0], x[3] - x[2]) <= _LONGEST_GESTURE]
-    )
-    return range(a, b), range(c, d)
+        return rng.choice(_COUNTED_SECONDS[clip.count]), ()
+    # In either half, one to three seconds.
+    runs = [range(*bounds) for bounds in itertools.combinations(range(EVENT_SECONDS // 2 + 1), 2)]
+    first, second = rng.choices([run for run in runs if len(run) <= 3], k=2)
+    return first, range(EVENT_SECONDS - second.stop, EVENT_SECONDS - second.start)
 
 
 def _background(rng: random.Random) -> tuple[int, ...]:
@@ -138,10 +135,9 @@ def _gesture(shape: MovingShape, rng: random.Random) -> Track:
     """Position and radius of a shape at rest and in its gesture, if it makes one."""
     radius, big, reach = (rng.uniform(*r) for r in (_RADII["medium"], _RADII["big"], (14, 18)))
     x = rng.uniform(big + 1, SIZE - big - 1)
-    y = rng.uniform(radius + reach + 1, SIZE - radius - reach - 1)
+    y = rng.uniform(radius + reach + 1, SIZE - big - 1)
     gestures = {
         "hop": (x, y - reach, radius),
-        "dip": (x, y + reach, radius),
         "swell": (x, y, big),
         "blink": (-SIZE, y, radius),  # outside the frame
     }

@@ -15,38 +15,28 @@ import itertools
 import random
 
 from data_prep.shapes import scenes
-from data_prep.shapes.scenes import (
-    MOTION_WORDS,
-    REVERSED,
-    SHAPE_WORDS,
-    SHAPES,
-    TEMPLATES,
-    MovingShape,
-    distinct,
-)
+from data_prep.shapes.scenes import REVERSED, MovingShape, distinct
 
 # Number of clips of train, val and test.
-SIZES = {"full": (4000, 250, 500), "smoke": (192, 30, 30)}
+SIZES = {"full": (4000, 150, 300), "smoke": (192, 50, 50)}
+# Pairs of each kind among 5 of val and test.
+_SHARES = {"order": 2, "binding": 1, "count": 2}
 
-COLOURS = (*scenes.COLOURS, "yellow")
-# Pairs of each kind among 25 of val and test; about the kinds' shares of all clips.
-_SHARES = {"order": 12, "binding": 5, "count": 8}
 _GESTURE_WORDS = {
     "hop": ("hops", "jumps"),
-    "dip": ("dips", "ducks"),
     "swell": ("swells", "puffs up"),
     "blink": ("blinks", "vanishes"),
 }
-_WORDS = {**MOTION_WORDS, **_GESTURE_WORDS}
+_WORDS = {**scenes.MOTION_WORDS, **_GESTURE_WORDS}
 _COUNT_WORDS = {2: ("twice", "two times"), 3: ("thrice", "three times")}
 _TEMPLATES = {
     "order": (
         "a {a} {moves_a} , then a {b} {moves_b}",
         "first a {a} {moves_a} and then a {b} {moves_b}",
-        "a {b} {moves_b} after a {a} {moves_a}",
-        "before a {b} {moves_b} , a {a} {moves_a}",
+        "a {a} {moves_a} before a {b} {moves_b}",
+        "a {a} {moves_a} , followed by a {b} that {moves_b}",
     ),
-    "binding": TEMPLATES,
+    "binding": scenes.TEMPLATES,
     "count": (
         "a {a} {moves_a} {times} and a {b} rests",
         "a {b} rests while a {a} {moves_a} {times}",
@@ -87,7 +77,7 @@ class EventClip:
 def pairs_of_clips() -> dict[str, list[tuple[EventClip, EventClip]]]:
     """All clips of each kind with their counterparts."""
     clips = []
-    for one, other in itertools.permutations(itertools.product(COLOURS, SHAPES), 2):
+    for one, other in itertools.permutations(itertools.product(scenes.COLOURS, scenes.SHAPES), 2):
         if one[0] == other[0]:
             continue
         for gesture in _GESTURE_WORDS:
@@ -95,11 +85,10 @@ def pairs_of_clips() -> dict[str, list[tuple[EventClip, EventClip]]]:
             clips.append(EventClip("count", first, MovingShape(*other, "still"), 2))
             clips += [EventClip("order", first, MovingShape(*other, g)) for g in _GESTURE_WORDS]
         for motion, opposite in REVERSED.items() if one < other else ():
-            clips.append(
-                EventClip("binding", MovingShape(*one, motion), MovingShape(*other, opposite))
-            )
+            shapes = MovingShape(*one, motion), MovingShape(*other, opposite)
+            clips.append(EventClip("binding", *shapes))
     pairs = sorted({tuple(sorted((clip, clip.counterpart()))) for clip in clips})
-    return {kind: [pair for pair in pairs if pair[0].kind == kind] for kind in _SHARES}
+    return {kind: [pair for pair in pairs if pair[0].kind == kind] for kind in _TEMPLATES}
 
 
 def split_clips(
@@ -107,21 +96,19 @@ def split_clips(
 ) -> tuple[dict[str, list[EventClip]], dict[str, list[tuple[int, int]]]]:
     """Assigns clips to splits; a clip and its counterpart are in one split.
 
-    All clips of val and test are in pairs, whose indices are returned, too. Training clips are
-    drawn with replacement.
+    All clips of val and test are in pairs, whose indices are returned, too. A third of the training
+    clips is of each kind; they are drawn with replacement.
     """
     rng = random.Random(seed)
-    rest = pairs_of_clips()
-    clips: dict[str, list[EventClip]] = {}
-    for kind in rest:
-        rng.shuffle(rest[kind])
-    for split, size in (("test", test), ("val", val)):
-        clips[split] = []
-        for kind, share in _SHARES.items():
-            number = size // 2 * share // sum(_SHARES.values())
-            clips[split] += itertools.chain(*rest[kind][:number])
-            rest[kind] = rest[kind][number:]
-    clips["train"] = rng.choices([*itertools.chain(*itertools.chain(*rest.values()))], k=train)
+    clips: dict[str, list[EventClip]] = {"train": [], "val": [], "test": []}
+    for kind, pairs in pairs_of_clips().items():
+        rng.shuffle(pairs)
+        for split, size in (("val", val), ("test", test)):
+            number = size // 2 * _SHARES[kind] // sum(_SHARES.values())
+            clips[split] += itertools.chain(*pairs[:number])
+            pairs = pairs[number:]
+        clips["train"] += rng.choices([*itertools.chain(*pairs)], k=-(-train // len(_SHARES)))
+    del clips["train"][train:]
     for split, pair_size in (("train", 1), ("val", 2), ("test", 2)):
         clips[split] = [
             dataclasses.replace(clip, wording=number // pair_size)
@@ -139,7 +126,7 @@ def captions(clip: EventClip, count: int) -> list[str]:
 
     def draw() -> str:
         # The counterpart has the same colours and motions, so it draws the same words.
-        nouns = {s.colour: f"{s.colour} {rng.choice(SHAPE_WORDS[s.shape])}" for s in shapes}
+        nouns = {s.colour: f"{s.colour} {rng.choice(scenes.SHAPE_WORDS[s.shape])}" for s in shapes}
         verbs = {motion: rng.choice(_WORDS[motion]) for motion in motions}
         a, b = rng.sample(clip.shapes, 2) if clip.kind == "binding" else clip.shapes
         times = rng.randrange(2)
