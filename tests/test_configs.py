@@ -158,6 +158,15 @@ def test_invalid_fields_are_named(field, value, message):
         config_from_dict(values)
 
 
+def test_a_margin_is_of_softmax():
+    values = load("shapes").to_dict()
+    values["loss"] |= {"contrastive": "sigmoid", "margin": 0.1}
+    with pytest.raises(
+        ConfigError, match=r"config.loss.margin=0.1 goes with loss.contrastive=softm"
+    ):
+        config_from_dict(values)
+
+
 def test_configurations_of_the_package_are_found_from_everywhere(tmp_path, monkeypatch):
     def parse(argument):
         parser = Parser("tests")
