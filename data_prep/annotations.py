@@ -59,7 +59,8 @@ class Annotations:
       files: the annotation files that were read, but for those in `hashes`.
       sources: candidate sources by video id, in order of preference, for videos that are not a
         whole file named after their id.
-      reversed_pairs: for each split, pairs of ids of a clip and its time reversal.
+      reversed_pairs: for each split, pairs of ids of a clip and its time reversal, or another
+        order of its frames.
       missing_files: optional annotation files that are missing, with their purpose.
       hashes: hashes, by name, of what was read from files that are too large to be hashed.
       contained: the videos, if they are inside these files.

@@ -37,7 +37,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("python -m data_prep.build", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", help=f"{', '.join(dataset_names())}, or that of --plugin")
     add_source_flags(parser, required=False)
-    number = "shapes and shapes_stills: number of videos"
+    number = f"{', '.join(DRAWN)}: number of videos"
     parser.add_argument("--size", choices=sorted(DRAWN["shapes"]), help=number)
     parser.add_argument("--overwrite", action="store_true", help="rebuild an existing dataset")
     parser.add_argument(
@@ -58,7 +58,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         kind = "FILE" if options.dataset == "custom" else "DIR"
         parser.error(f"{options.dataset} needs --videos=DIR and --annotations={kind}")
     elif options.size:
-        parser.error("--size is for shapes and shapes_stills")
+        parser.error(f"--size is for {', '.join(DRAWN)}")
     return options
 
 

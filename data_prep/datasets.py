@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.shapes import scenes, stills
+from data_prep.shapes import events, scenes, stills
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.plugins import DATASETS
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from data_prep.retrieval_builder import RetrievalBuilder
 
 # Datasets that the build draws, with their numbers of train, val and test videos by `--size`.
-DRAWN = {"shapes": scenes.SIZES, "shapes_stills": stills.SIZES}
+DRAWN = {"shapes": scenes.SIZES, "shapes_events": events.SIZES, "shapes_stills": stills.SIZES}
 
 
 def dataset_names() -> list[str]:

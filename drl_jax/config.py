@@ -179,6 +179,10 @@ class LossConfig:
     cdcr_alpha1: float = 0.11
     cdcr_alpha2: float = 0.0
     cdcr_lambda: float = 0.001
+    # Adaptive margin (`train_step.adaptive_margin`) of softmax: the largest one (AVIGATE: 0.1; 0:
+    # none), and the margin per cosine distance of two pairs.
+    margin: float = 0.0
+    margin_scale: float = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +241,7 @@ class DataConfig:
     # computes the step; beside an accelerator, device if the frames take at most 30 % of the
     # devices' memory, or else memory if they take at most 30 % of the host's.
     cache: str = "auto"
-    # Build the dataset if it is absent. Only `shapes` and `shapes_stills` need no source files.
+    # Build the dataset if it is absent. Only drawn ones (`shapes`, ...) need no source files.
     build_if_absent: bool = False
     build_flags: str = ""  # of that build, e.g. "--size=smoke"
 
@@ -303,6 +307,7 @@ _ZERO_IS_VALID = (
     *("vision_mlp_width", "text_mlp_width", "pad_id", "similarity_block", "position_std"),
     *("rank", "alpha"),
     *("holdout", "num_threads", "microbatch", "epochs", "checkpoint_every", "skip_nonfinite"),
+    "margin",
 )
 _BELOW_ONE = ("cross_dropout", "dropout", "ema", "b1", "b2", "warmup_proportion")
 _OTHERWISE_BOUNDED = (
@@ -458,6 +463,10 @@ def _conditions(
         loss.contrastive != "sigmoid" or model.backbone.logit_bias or bool(model.init),
         "loss.contrastive=sigmoid needs a bias of the logits; set"
         " --config.model.backbone.logit_bias=True",
+    )
+    yield (
+        not loss.margin or loss.contrastive == "softmax",
+        f"loss.margin={loss.margin:g} goes with loss.contrastive=softmax; set loss.margin=0",
     )
     yield (
         3 <= data.max_words <= length,

@@ -381,7 +381,7 @@ def test_a_cache_entry_that_cannot_be_read_ends_a_build(sources, built, tmp_path
         (["custom", "--videos=a"], "custom needs --videos=DIR and --annotations=FILE"),
         (["shapes_stills", "--annotations=a"], "shapes_stills draws its own videos"),
         (["msvd", "--videos=a", "--annotations=b", "--size=smoke"],
-         "--size is for shapes and shapes_stills"),
+         "--size is for shapes, shapes_events, shapes_stills"),
         (["shapes", "--image_size=0"], "must be a positive whole number, not '0'"),
         (["custom", "--annotations={0}/2.csv", "--videos={0}/absent"], "no directory {0}/absent"),
         (["custom", "--annotations={0}/2.csv", "--videos={0}/empty"], "no video in {0}/empty or"),

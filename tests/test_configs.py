@@ -29,6 +29,7 @@ OTHERS = ["activitynet", "custom", "didemo", "lsmdc", "msvd", "vatex"]
 SHIPPED = [
     *("msrvtt", *(f"msrvtt:{name}" for name in MSRVTT)),
     *("shapes", "shapes:scratch", "shapes:smoke", "shapes_clip", "shapes_clip:smoke"),
+    *("shapes_events", "shapes_events:smoke"),
     *OTHERS,
 ]
 
@@ -154,6 +155,15 @@ def test_invalid_fields_are_named(field, value, message):
     *groups, name = field.split(".")
     functools.reduce(lambda group, key: group[key], groups, values)[name] = value
     with pytest.raises(ConfigError, match=message):
+        config_from_dict(values)
+
+
+def test_a_margin_is_of_softmax():
+    values = load("shapes").to_dict()
+    values["loss"] |= {"contrastive": "sigmoid", "margin": 0.1}
+    with pytest.raises(
+        ConfigError, match=r"config.loss.margin=0.1 goes with loss.contrastive=softm"
+    ):
         config_from_dict(values)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from support.params import random_batch, random_params
 
 from benchmarks.hlo import collective_bytes
@@ -196,11 +197,14 @@ def gradient(model, params, batch, loss=None, devices=1, *, fsdp=False, microbat
     return {name: float(value) for name, value in parts.items()}, jax.device_get(grads)
 
 
-@pytest.mark.parametrize(("contrastive", "interaction"), [("softmax", "xti"), ("sigmoid", "wti")])
-def test_gradients_do_not_depend_on_the_devices(model, batch, contrastive, interaction):
+@pytest.mark.parametrize(
+    ("contrastive", "interaction", "margin"),
+    [("softmax", "xti", 0.0), ("sigmoid", "wti", 0.0), ("softmax", "wti", 0.1)],
+)
+def test_gradients_do_not_depend_on_the_devices(model, batch, contrastive, interaction, margin):
     """Nor on fsdp, microbatches and blocks; but dropout has other random numbers in each block."""
     cdcr = 3 if interaction == "wti" else 0
-    config = LossConfig(contrastive=contrastive, cdcr=cdcr, cdcr_lambda=0.1)
+    config = LossConfig(contrastive=contrastive, cdcr=cdcr, cdcr_lambda=0.1, margin=margin)
     model = dataclasses.replace(model, interaction=interaction)
     params = random_params(model)
     # Near zero, so that every pair has a gradient that counts.
@@ -219,6 +223,42 @@ def test_gradients_do_not_depend_on_the_devices(model, batch, contrastive, inter
         np.testing.assert_allclose(
             leaf, wanted, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path)
         )
+
+
+def test_the_adaptive_margin_is_its_formula_and_has_no_gradient(model, batch):
+    params = random_params(model)
+    definition, config = model_definition(model), LossConfig(cdcr=0, margin=0.03, margin_scale=0.12)
+    mask = batch["frame_mask"]
+
+    def similarities(params):
+        whole = nnx.merge(definition, params)
+        tokens = whole.backbone.encode_text(batch["text_ids"], batch["text_mask"])
+        text = whole.encode_text(batch["text_ids"], batch["text_mask"])
+        sim_matrix = whole.similarity(text, whole.encode_video(batch["frames"], mask))
+        scale = jnp.exp(whole.backbone.logit_scale[...])
+        return sim_matrix, scale, tokens.sentence, whole.image_features(batch["frames"], mask)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    with jax.default_matmul_precision("highest"):
+        _, _, sentence, images = map(np.float64, jax.jit(similarities)(params))
+        sentence, video = unit(sentence), unit((unit(images) * mask[:, :, None]).sum(1))
+        margin = 0.12 * (1 - (sentence @ sentence.T + video @ video.T) / 2)
+        assert 0.1 < (margin > 0.03).mean() < 0.9
+        margin = np.minimum(margin, 0.03) * (1 - np.eye(B))
+
+        def expected(params):
+            sim_matrix, scale, *_ = similarities(params)
+            logits = scale * (sim_matrix + margin.astype(np.float32))
+            by_text, by_video = (jax.nn.log_softmax(logits, axis) for axis in (1, 0))
+            return -(jnp.trace(by_text) + jnp.trace(by_video)) / (2 * B)
+
+        wanted, wanted_gradient = jax.jit(jax.value_and_grad(expected))(params)
+    parts, found = gradient(model, params, batch, config)
+    assert parts["loss"] == pytest.approx(float(wanted), rel=1e-5)
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted_gradient), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-4 * max(np.abs(other).max(), 1e-4))
 
 
 def test_gradients_of_bfloat16_are_summed_in_float32(model, params, batch, one_device):

@@ -1,8 +1,9 @@
 """Draws scenes and stills as frames, and writes H.264 files; worker processes import it."""
 
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data_prep.shapes.events import EventClip
 from data_prep.shapes.scenes import MovingShape, Scene
 from data_prep.shapes.stills import COLUMNS, ROWS, PlacedShape, Still
 from drl_jax.runtime.files import replacing
@@ -21,6 +23,10 @@ SECONDS = 3
 # One frame more than SECONDS * FPS, so that sampling at 1 frame per second includes the first and
 # the last frame: a reversed clip then gives the same frames in reverse order.
 FRAMES = SECONDS * FPS + 1
+# Of a clip of events, each one picture. Three gestures have many places among eight.
+EVENT_SECONDS = 8
+# The same number of seconds for each count, so that single frames do not tell it.
+_COUNTED_SECONDS = {2: ((1, 2, 5), (1, 4, 5)), 3: ((1, 3, 5),)}
 _SUPERSAMPLE = 4
 _COLOURS = {
     "red": (225, 50, 45),
@@ -66,15 +72,50 @@ def draw_still(still: Still, seed: int) -> list[np.ndarray]:
     return [_draw_frame(background, zip(shapes, (first, second), strict=True))]
 
 
+def draw_event_clip(clip: EventClip, seed: int) -> list[np.ndarray]:
+    """Draws the frames of a clip of events: FPS * EVENT_SECONDS arrays, as `draw_clip`.
+
+    With the same seed, a clip and its counterpart give the same pictures in another order.
+    """
+    # The counterpart has another count, or is the time reversal.
+    forward = clip if clip.kind == "count" else min(clip, clip.counterpart())
+    times = dict(zip(forward.shapes, _event_times(forward, random.Random(f"{seed}")), strict=True))
+    rng = random.Random(seed)
+    background = _background(rng)
+
+    def place(shape: MovingShape, rng: random.Random) -> Track:
+        if clip.kind == "binding":
+            return _track(shape, rng, EVENT_SECONDS)
+        rest, gesture = _gesture(shape, rng)
+        return [gesture if second in times[shape] else rest for second in range(EVENT_SECONDS)]
+
+    places = zip(*_least_overlapping(place, forward.shapes, rng, tries=32), strict=True)
+    pictures = [_draw_frame(background, zip(forward.shapes, at, strict=True)) for at in places]
+    return [picture for picture in pictures[:: 1 if clip == forward else -1] for _ in range(FPS)]
+
+
+def _event_times(clip: EventClip, rng: random.Random) -> tuple[Sequence[int], Sequence[int]]:
+    """The seconds in which each shape of a clip makes its gesture."""
+    if clip.kind == "count":
+        return rng.choice(_COUNTED_SECONDS[clip.count]), ()
+    # In either half, one to three seconds.
+    runs = [range(*bounds) for bounds in itertools.combinations(range(EVENT_SECONDS // 2 + 1), 2)]
+    first, second = rng.choices([run for run in runs if len(run) <= 3], k=2)
+    return first, range(EVENT_SECONDS - second.stop, EVENT_SECONDS - second.start)
+
+
 def _background(rng: random.Random) -> tuple[int, ...]:
     return tuple(rng.randint(10, 60) for _ in range(3))
 
 
 def _least_overlapping(
-    place: Callable[[Any, random.Random], Track], shapes: tuple[Any, Any], rng: random.Random
+    place: Callable[[Any, random.Random], Track],
+    shapes: tuple[Any, Any],
+    rng: random.Random,
+    tries: int = 16,
 ) -> list[Track]:
-    """Of 16 random placements of two shapes, the one in which they overlap least."""
-    placements = ([place(shape, rng) for shape in shapes] for _ in range(16))
+    """Of some random placements of two shapes, the one in which they overlap least."""
+    placements = ([place(shape, rng) for shape in shapes] for _ in range(tries))
     return max(placements, key=lambda tracks: _least_gap(*tracks))
 
 
@@ -90,7 +131,20 @@ def _place(shape: PlacedShape, rng: random.Random) -> Track:
     return [(within(COLUMNS.index(shape.column)), within(ROWS.index(shape.row)), radius)]
 
 
-def _track(shape: MovingShape, rng: random.Random) -> Track:
+def _gesture(shape: MovingShape, rng: random.Random) -> Track:
+    """Position and radius of a shape at rest and in its gesture, if it makes one."""
+    radius, big, reach = (rng.uniform(*r) for r in (_RADII["medium"], _RADII["big"], (14, 18)))
+    x = rng.uniform(big + 1, SIZE - big - 1)
+    y = rng.uniform(radius + reach + 1, SIZE - big - 1)
+    gestures = {
+        "hop": (x, y - reach, radius),
+        "swell": (x, y, big),
+        "blink": (-SIZE, y, radius),  # outside the frame
+    }
+    return [(x, y, radius), gestures.get(shape.motion, (x, y, radius))]
+
+
+def _track(shape: MovingShape, rng: random.Random, frames: int = FRAMES) -> Track:
     """Position and radius of a shape in each frame.
 
     A motion and its reverse have the same distribution of positions, so a single frame does not
@@ -101,19 +155,19 @@ def _track(shape: MovingShape, rng: random.Random) -> Track:
     if shape.motion in ("grow", "shrink"):
         small, big = rng.uniform(*_RADII["small"]), rng.uniform(*_RADII["big"])
         x, y = (rng.uniform(big + 1, SIZE - big - 1) for _ in range(2))
-        track = [(x, y, small + (big - small) * t) for t in _times()]
+        track = [(x, y, small + (big - small) * t) for t in _times(frames)]
         return track if shape.motion == "grow" else track[::-1]
     x, y = (rng.uniform(low, high) for _ in range(2))
     if shape.motion == "still":
-        return [(x, y, radius)] * FRAMES
+        return [(x, y, radius)] * frames
     if shape.motion == "swing":
         # Two full periods, starting and ending at rest: symmetric in time.
         reach = rng.uniform(10, 14)
         x = rng.uniform(low + reach, high - reach)
-        return [(x + reach * math.cos(4 * math.pi * t), y, radius) for t in _times()]
+        return [(x + reach * math.cos(4 * math.pi * t), y, radius) for t in _times(frames)]
     span = rng.uniform(0.65, 1.0) * (high - low)
     start = rng.uniform(low, high - span)
-    along = [start + span * t for t in _times()]
+    along = [start + span * t for t in _times(frames)]
     if shape.motion in ("left", "up"):
         along.reverse()
     if shape.motion in ("right", "left"):
@@ -121,8 +175,8 @@ def _track(shape: MovingShape, rng: random.Random) -> Track:
     return [(x, position, radius) for position in along]
 
 
-def _times() -> Iterator[float]:
-    return (frame / (FRAMES - 1) for frame in range(FRAMES))
+def _times(frames: int) -> Iterator[float]:
+    return (frame / (frames - 1) for frame in range(frames))
 
 
 def _least_gap(one: Track, other: Track) -> float:

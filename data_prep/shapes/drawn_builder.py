@@ -20,7 +20,7 @@ from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_text
 from drl_jax.runtime.worker_pool import WorkerFailure, map_in_processes
 
-# Captions by video of each split, and pairs of a clip and its time reversal.
+# Captions by video of each split, and pairs of a clip and another order of its frames.
 _ANNOTATIONS = "annotations.json"
 # Hash of the scenes and of the module that draws them.
 _DIGEST = "drawing.sha256"
@@ -64,7 +64,7 @@ def draw_files(
 
     `draw` returns the frames of an item, given a seed; worker processes import it. `caption` is
     called once for each item, in order; videos of `val` and `test` have its first caption only.
-    `pairs` are indices of items and their time reversals, which get the same seed.
+    `pairs` are indices of two items of the same frames, which get the same seed.
     """
     drawings: list[tuple[Path, Callable, Any, int]] = []
     captions: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}

@@ -100,7 +100,7 @@ def distinct(draw: Callable[[], str], count: int, first: Sequence[str] = ()) -> 
     return list(found)
 
 
-_MOTION_WORDS = {
+MOTION_WORDS = {
     "right": ("moves right", "goes to the right", "drifts right"),
     "left": ("moves left", "goes to the left", "drifts left"),
     "up": ("moves up", "rises", "goes upward"),
@@ -110,7 +110,7 @@ _MOTION_WORDS = {
     "still": ("stays still", "does not move"),
     "swing": ("swings from side to side", "sways"),
 }
-_TEMPLATES = (
+TEMPLATES = (
     "a {a} {moves_a} and a {b} {moves_b}",
     "the {a} {moves_a} while the {b} {moves_b}",
     "a {a} that {moves_a} and a {b} that {moves_b}",
@@ -127,11 +127,11 @@ def captions(scene: Scene, count: int, rng: random.Random) -> list[str]:
 
     def draw() -> str:
         a, b = rng.sample((scene.first, scene.second), 2)
-        return rng.choice(_TEMPLATES).format(
+        return rng.choice(TEMPLATES).format(
             a=f"{a.colour} {rng.choice(SHAPE_WORDS[a.shape])}",
             b=f"{b.colour} {rng.choice(SHAPE_WORDS[b.shape])}",
-            moves_a=rng.choice(_MOTION_WORDS[a.motion]),
-            moves_b=rng.choice(_MOTION_WORDS[b.motion]),
+            moves_a=rng.choice(MOTION_WORDS[a.motion]),
+            moves_b=rng.choice(MOTION_WORDS[b.motion]),
         )
 
     return distinct(draw, count)

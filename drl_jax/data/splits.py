@@ -87,8 +87,8 @@ class Split:
     Attributes:
       videos: int32 [V], record indices of the videos.
       captions: the captions of each video, at least one.
-      reversed_pairs: int32 [P, 2], indices into `videos` of a clip and its time reversal (P = 0 for
-        most datasets).
+      reversed_pairs: int32 [P, 2], indices into `videos` of a clip and its time reversal, or
+        another order of its frames (P = 0 for most datasets).
     """
 
     videos: np.ndarray

@@ -12,7 +12,7 @@ _NAME = re.compile(
     rf"(?:_({'|'.join(FRAME_CLOCKS[1:])}))?"
 )
 # Datasets that the build draws, so that it needs no source files (`data_prep.datasets.DRAWN`).
-DRAWN_DATASETS = ("shapes", "shapes_stills")
+DRAWN_DATASETS = ("shapes", "shapes_events", "shapes_stills")
 # Those of the user's own videos, which are sampled as a viewer sees them.
 OWN_DATASETS = ("custom",)
 

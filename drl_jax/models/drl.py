@@ -49,9 +49,13 @@ class DRL(nnx.Module):
 
     def frame_features(self, frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
         """uint8 [B, F, H, W, 3], bool [B, F] -> frame_feat [B, F, D], after the temporal head."""
+        return self.aggregate(self.image_features(frames, frame_mask), frame_mask)
+
+    def image_features(self, frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
+        """uint8 [B, F, H, W, 3], bool [B, F] -> features of single frames [B, F, D]."""
         images = frames.reshape(-1, *frames.shape[2:])  # [B*F, H, W, 3]
-        frame_feat = self.backbone.encode_image(images, frame_mask.reshape(-1))  # [B*F, D]
-        return self.aggregate(frame_feat.reshape(*frame_mask.shape, -1), frame_mask)
+        image_feat = self.backbone.encode_image(images, frame_mask.reshape(-1))  # [B*F, D]
+        return image_feat.reshape(*frame_mask.shape, -1)
 
     def aggregate(self, image_feat: jax.Array, frame_mask: jax.Array) -> jax.Array:
         """Features of single frames [B, F, D], bool [B, F] -> frame_feat [B, F, D]."""

@@ -1,8 +1,9 @@
 """The training step: state, loss and update, as pure functions that are compiled for the mesh.
 
 The loss is contrastive, symmetric InfoNCE or SigLIP's, plus channel decorrelation (CDCR, section
-3.3 of the paper). Under jit it sees the *global* batch: there is no explicit all-gather, gradients
-are exact, and the result does not depend on the number of devices.
+3.3 of the paper); softmax may have an adaptive margin. Under jit it sees the *global* batch: there
+is no explicit all-gather, gradients are exact, and the result does not depend on the number of
+devices.
 """
 
 import functools
@@ -20,6 +21,7 @@ from drl_jax.models.drl import DRL, Params, abstract_params, init_params
 from drl_jax.models.interactions import Arrays
 from drl_jax.models.interactions.base import map_video_blocks
 from drl_jax.models.linear import adapter_dropout
+from drl_jax.models.ops import l2_normalize, masked_mean
 from drl_jax.runtime.sharding import Layout, gather_and_compare, map_batch_chunks
 from drl_jax.training.optimizer import MAX_LOGIT_SCALE, Averaged, norms
 from drl_jax.training.trainable import Trainable
@@ -98,13 +100,18 @@ def loss_and_parts(
     """
     model = nnx.merge(definition, params)
 
-    def encode(params: Params, batch: Batch) -> tuple[Arrays, Arrays]:
+    def encode(params: Params, batch: Batch) -> tuple[Arrays, Arrays, jax.Array | None]:
         model = nnx.merge(definition, params)
         keys = [jax.random.key(seeds[0]) for seeds in batch.get("seeds", ())] or [None, None]
+        frame_mask = batch["frame_mask"]
         with adapter_dropout(keys[0]):
-            text = model.encode_text(batch["text_ids"], batch["text_mask"])
+            tokens = model.backbone.encode_text(batch["text_ids"], batch["text_mask"])
+        text = model.interaction.encode_text(tokens, batch["text_mask"])
         with adapter_dropout(keys[1]):
-            return text, model.encode_video(batch["frames"], batch["frame_mask"])
+            images = model.image_features(batch["frames"], frame_mask)
+        video = model.interaction.encode_video(model.aggregate(images, frame_mask), frame_mask)
+        unit = pair_unit(tokens.sentence, images, frame_mask) if config.margin else None
+        return text, video, unit
 
     if model.backbone.transformer.dropout:
         # One for each row, of which a chunk of rows uses its first.
@@ -112,12 +119,14 @@ def loss_and_parts(
         batch = {**batch, "seeds": tuple(bits)}
 
     if microbatch and microbatch < len(batch["text_ids"]):
-        text, video = map_batch_chunks(encode, params, batch, chunk=microbatch, layout=layout)
+        encoded = map_batch_chunks(encode, params, batch, chunk=microbatch, layout=layout)
     else:
-        text, video = encode(params, batch)
+        encoded = encode(params, batch)
+    text, video, unit = encoded
+    margin = None if unit is None else adaptive_margin(unit, config, layout)
     dropout_key, cdcr_key = jax.random.split(key)
     contrastive, parts = _contrastive_loss(
-        model, text, video, dropout_key, name=config.contrastive, layout=layout
+        model, text, video, margin, dropout_key, name=config.contrastive, layout=layout
     )
     cdcr = jnp.zeros(())
     if config.cdcr:
@@ -145,21 +154,53 @@ def make_gradient(
     return jax.grad(of_parts, has_aux=True)
 
 
+def pair_unit(sentence: jax.Array, images: jax.Array, frame_mask: jax.Array) -> jax.Array:
+    """A unit vector of each pair for `adaptive_margin`, without a gradient.
+
+    The cosine of two pairs is the mean of those of their sentences and of their videos, each the
+    mean of unit frames before the temporal head: [B, D], [B, F, D], bool [B, F] -> [B, 2 * D].
+    """
+    video = l2_normalize(masked_mean(l2_normalize(images), frame_mask))
+    both = jnp.concatenate([l2_normalize(sentence), video], axis=1)
+    return jax.lax.stop_gradient(both * 0.5**0.5)
+
+
+def adaptive_margin(unit: jax.Array, config: LossConfig, layout: Layout) -> jax.Array:
+    """What is added to the similarity of text i and video j: [B, D], batch-sharded -> [B, B].
+
+    min(margin_scale * (1 - cosine of the pairs i and j), margin); 0 where i = j. Negatives that are
+    unlike the positive have to be further away than those that may be true. From AVIGATE
+    (arXiv 2504.02397), which uses margin 0.1 and margin_scale 0.2.
+    """
+    cosine = gather_and_compare(lambda rows, all_: rows @ all_.T, unit, unit, layout=layout)
+    margin = jnp.minimum(config.margin_scale * (1 - cosine), config.margin)
+    return jnp.where(jnp.eye(len(margin), dtype=bool), 0.0, margin)
+
+
 def _contrastive_loss(
-    model: DRL, text: Arrays, video: Arrays, key: jax.Array, *, name: str, layout: Layout
+    model: DRL,
+    text: Arrays,
+    video: Arrays,
+    margin: jax.Array | None,
+    key: jax.Array,
+    *,
+    name: str,
+    layout: Layout,
 ) -> tuple[jax.Array, Scalars]:
     """The loss `name` (`LossConfig.contrastive`) of batch-sharded pairs, and its parts by name."""
     scale = jnp.exp(model.backbone.logit_scale[...])
     if name == "softmax" and not model.interaction.HAS_DROPOUT:
         compare = functools.partial(model.similarity, key=None)
-        return softmax_loss(scale * gather_and_compare(compare, text, video, layout=layout))
+        sim_matrix = gather_and_compare(compare, text, video, layout=layout)
+        return softmax_loss(scale * (sim_matrix if margin is None else sim_matrix + margin))
     # Texts stay sharded and videos are gathered once. Without the constraints, XLA gathers the
     # smaller operand and may split the columns instead.
     all_videos = jax.tree.map(lambda x: with_sharding_constraint(x, layout.replicated), video)
     if name == "softmax":
         # Dropout is drawn for the global batch.
         sim_matrix = model.similarity(text, all_videos, key)
-        return softmax_loss(scale * with_sharding_constraint(sim_matrix, layout.batch_sharded))
+        sim_matrix = with_sharding_constraint(sim_matrix, layout.batch_sharded)
+        return softmax_loss(scale * (sim_matrix if margin is None else sim_matrix + margin))
     bias = model.backbone.logit_bias[...]
 
     def logits(part: Arrays, key: jax.Array | None) -> jax.Array:
