@@ -23,9 +23,10 @@ SECONDS = 3
 # One frame more than SECONDS * FPS, so that sampling at 1 frame per second includes the first and
 # the last frame: a reversed clip then gives the same frames in reverse order.
 FRAMES = SECONDS * FPS + 1
-# Of a clip of events, each one picture. Three gestures have many places among eight.
+# Of a clip of events, each one picture: three gestures, and a rest before and after each.
 EVENT_SECONDS = 8
-# The same number of seconds for each count, so that single frames do not tell it.
+# As many seconds for either count, so that single frames do not tell it. With random ones, a short
+# training learns nothing about it.
 _COUNTED_SECONDS = {2: ((1, 2, 5), (1, 4, 5)), 3: ((1, 3, 5),)}
 _SUPERSAMPLE = 4
 _COLOURS = {

@@ -17,7 +17,8 @@ import random
 from data_prep.shapes import scenes
 from data_prep.shapes.scenes import REVERSED, MovingShape, distinct
 
-# Number of clips of train, val and test.
+# Number of clips of train, val and test. There are few scenes, so that a training batch often has
+# both of a pair; otherwise nothing makes a model look at time.
 SIZES = {"full": (4000, 150, 300), "smoke": (192, 50, 50)}
 # Pairs of each kind among 5 of val and test.
 _SHARES = {"order": 2, "binding": 1, "count": 2}
