@@ -91,8 +91,10 @@ def test_the_steps_of_the_image(search_model, test_videos, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = start_interruptible(["env", "-C", str(state), *started], env=environment, **pipes)
     try:
-        line = process.stdout.readline()
-        assert line.startswith("2 videos on http://"), process.communicate()
+        # The update is reported beside the address.
+        lines = iter(process.stdout.readline, "")
+        line = next((line for line in lines if line.startswith("2 videos on http://")), None)
+        assert line is not None, process.communicate()
         check = json.loads(final["HEALTHCHECK"].partition("CMD ")[2])
         check[-1] = check[-1].replace("8000", str(port_of(line.split()[3])))
         assert final["EXPOSE"] == "8000"

@@ -99,7 +99,7 @@ def test_an_index_that_loses_a_worker_and_a_node_is_that_of_a_local_run(
     captured = capsys.readouterr()
     assert "raylet" not in captured.out + captured.err
     assert 0 < killed_at[0] < 99
-    assert (report.added, report.bad.keys()) == (99, {"text.mp4"})
+    assert (report.added, report.bad.keys()) == (98, {"text.mp4"})
     assert not (directory / "spool").exists()
     index(tmp_path / "local")
     assert content(directory) == content(tmp_path / "local")
