@@ -386,7 +386,8 @@ class _Update:
             record = VideoRecord(*file[:3], *fields)
         else:
             stored = known.segment.read(known.row)
-            record = stored._replace(path=file.path, mtime_ns=file.mtime_ns)
+            # Its size, too: a file that is replaced while it is read has that of before.
+            record = stored._replace(path=file.path, size=file.size, mtime_ns=file.mtime_ns)
         if known is None or known.path in self._moved:  # There, by a file with the same content.
             if not record.error:
                 is_changed = file.path in self._known
