@@ -1,7 +1,7 @@
 """Models for people who have videos and no model of their own.
 
-They load here, their licences are permissive, and their zero-shot retrieval is the best of their
-kind in publications (t2v R@1 on MSR-VTT: PE-Core B/16 47.6, L/14 50.3, CLIP ViT-B/32 31).
+They are of families that load here, and their licences are permissive. Published zero-shot t2v R@1
+on MSR-VTT is 47.6 (PE-Core B/16), 50.3 (L/14) and 31 (CLIP ViT-B/32); SigLIP 2 is multilingual.
 """
 
 from typing import NamedTuple

@@ -375,7 +375,8 @@ def load(
         downloaded.
       checkpoint: of a run: "best", "latest" or a step.
       device: "cpu", "gpu" or "tpu", one of them as "gpu:1", or devices of JAX. None: all.
-      dtype: of the computation, one of `config.DTYPES`. None: that of the run; float32 of a file.
+      dtype: of the computation, "float32", "tf32" or "bfloat16". None: that of the run; float32 of
+        a file.
       release: of a CLIP whose activation nothing else says, one of
         `drl_jax.hub.releases.RELEASES`.
       weights_key: prefix of the towers in a file that holds several pairs of them; "clip": of a DRL

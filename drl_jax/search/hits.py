@@ -184,14 +184,16 @@ class Hit:
     def explain(self, moment: int = 0) -> "Figure":
         """A figure of matplotlib: the cosines of the words and frames of one of the moments.
 
-        Raises UserError if the hit has no such moment, or the index is damaged.
+        Raises UserError if the hit has no such moment, the interaction has no explanation, or the
+        index is damaged.
         """
         from drl_jax.evaluation.figures import interaction_figure
 
         if not 0 <= moment < len(self.moments):
             raise UserError(f"the hit has {len(self.moments)} moments, from 0, and none {moment}")
         shown = self.moments[moment]
-        explanation = shown.explanation
+        if (explanation := shown.explanation) is None:
+            raise UserError("the interaction of this index has no explanation")
         strip = Image.open(io.BytesIO(self.video.thumbnails(shown.window.frames)))
         frames = np.split(np.asarray(strip), len(shown.window.frames), axis=1)
         clocks = list(map(format_timestamp, explanation.times))
