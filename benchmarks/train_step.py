@@ -30,7 +30,14 @@ from benchmarks.measure import (
     report,
     step_columns,
 )
-from drl_jax.config import REMAT, BackboneConfig, LossConfig, ModelConfig, OptimConfig
+from drl_jax.config import (
+    REMAT,
+    BackboneConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from drl_jax.hub.releases import PUBLISHED
 from drl_jax.runtime.resources import keep_freed_memory
 from drl_jax.runtime.sharding import make_layout
@@ -82,7 +89,8 @@ def measure(
     }
     data = layout.put_batch(arrays)
     start = time.perf_counter()
-    step = make_train_step(config, LossConfig(), tx, layout, microbatch=microbatch)
+    options_of_step = {"microbatch": microbatch, "norms_every": TrainConfig().log_every}
+    step = make_train_step(config, LossConfig(), tx, layout, **options_of_step)
     step = step.lower(state, data).compile()
     compile_seconds = time.perf_counter() - start
 

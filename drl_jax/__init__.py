@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from drl_jax.compare import compare
     from drl_jax.embed import embed
     from drl_jax.evaluate import evaluate
-    from drl_jax.models.registry import register_interaction, register_temporal_head
+    from drl_jax.models.extractors import FeatureExtractor
+    from drl_jax.models.registry import (
+        register_feature_extractor,
+        register_interaction,
+        register_temporal_head,
+    )
     from drl_jax.pretrained.inputs import Video
     from drl_jax.pretrained.model import RetrievalModel, load
     from drl_jax.runtime.errors import UserError
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.3.0"
 __all__ = [
+    "FeatureExtractor",
     "Index",
     "RetrievalModel",
     "UserError",
@@ -42,18 +48,21 @@ __all__ = [
     "evaluate",
     "load",
     "register_dataset",
+    "register_feature_extractor",
     "register_interaction",
     "register_temporal_head",
     "train",
 ]
 # Where the names are; the others are modules of their own, see `CallableModule`.
 _MODULES = {
+    "FeatureExtractor": "drl_jax.models.extractors",
     "Index": "drl_jax.search.session",
     "RetrievalModel": "drl_jax.pretrained.model",
     "UserError": "drl_jax.runtime.errors",
     "Video": "drl_jax.pretrained.inputs",
     "load": "drl_jax.pretrained.model",
     "register_dataset": "drl_jax.runtime.plugins",
+    "register_feature_extractor": "drl_jax.models.registry",
     "register_interaction": "drl_jax.models.registry",
     "register_temporal_head": "drl_jax.models.registry",
 }

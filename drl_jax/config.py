@@ -37,7 +37,7 @@ class ConfigError(UserError):
 
 
 class UnregisteredError(ConfigError):
-    """A configuration has an interaction or a temporal head that this process does not know."""
+    """A configuration has an interaction, a head or a family that this process does not know."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,8 @@ class BackboneConfig:
     A file of weights replaces all of it (`ModelConfig.init`).
     """
 
-    # clip (OpenAI, open_clip), siglip (SigLIP and SigLIP 2) or pe (Perception Encoder).
+    # clip (OpenAI, open_clip), siglip (SigLIP and SigLIP 2), pe (Perception Encoder), or the name
+    # of a feature extractor of your own (`--plugin`).
     family: str = "clip"
     embed_dim: int = 512
     image_resolution: int = 224
@@ -244,6 +245,10 @@ class DataConfig:
     # Build the dataset if it is absent. Only drawn ones (`shapes`, ...) need no source files.
     build_if_absent: bool = False
     build_flags: str = ""  # of that build, e.g. "--size=smoke"
+    # Directory of the features of the frozen towers, with which training leaves them out; they are
+    # computed where they are absent (docs/training.md). Empty: the towers run in each step.
+    features: str = ""
+    features_dtype: str = "bfloat16"  # of the stored features, bfloat16 or float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +306,7 @@ _CHOICES: dict[str, typing.Collection[str]] = {
     "storage": STORAGE_ENCODINGS,
     "frame_clock": FRAME_CLOCKS,
     "cache": ("auto", "none", "memory", "device"),
+    "features_dtype": ("bfloat16", "float32"),
 }
 # Numbers that may be 0, that are in [0, 1), and that have other bounds; all others are positive.
 _ZERO_IS_VALID = (
@@ -389,7 +395,7 @@ def _check_value(
 ) -> None:
     if name in choices and value not in choices[name]:
         names = " or ".join(", ".join(choices[name]).rsplit(", ", 1))
-        if name in ("interaction", "agg_module"):
+        if name in ("family", "interaction", "agg_module"):
             own = "one of your own needs --plugin=FILE"
             raise UnregisteredError(f"{where} is {names}, not {value!r}; {own}")
         raise ConfigError(f"{where} is {names}, not {value!r}")

@@ -86,6 +86,11 @@ def _parser() -> Parser:
         " runs with --seeds (runs/NAME_VARIANT_seeds)"
     )
     parser.add_argument("--workdir", type=Path, help=workdir)
+    features = (
+        "store the features of the frozen towers there, or use those that are: heads are then"
+        " trained without the towers (sets config.data.features)"
+    )
+    parser.add_argument("--features", metavar="DIR", help=features)
     seeds = (
         "train a run for each seed, one after another, in WORKDIR/seed_N, and print mean, deviation"
         " and worst of their tests; replaces config.seed"
@@ -149,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, config = parse_with_config(parser, arguments)
         if options.seeds and options.reproduce:
             parser.error("--seeds goes with --config: --reproduce repeats a run with its own seed")
+        if options.features:
+            config.data.features = options.features
         if options.seeds and options.profile_steps:
             parser.error("--profile_steps traces one run; omit --seeds")
 

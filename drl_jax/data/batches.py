@@ -6,6 +6,7 @@ A batch has `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B,
 
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import jax
@@ -81,7 +82,7 @@ class TrainBatches:
 
     Attributes:
       num_examples: pairs, or videos, of an epoch.
-      cache: where frames are kept, see `DataConfig.cache`; not `auto`.
+      cache: where frames are kept, see `DataConfig.cache`; not `auto`, but `features` with those.
     """
 
     def __init__(
@@ -92,10 +93,13 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         tokenizer: Tokenizer,
+        features: Any = None,
     ):
         """Tokenises the captions, unless their tokens are stored (`caption_tokens`).
 
-        `batch_size` is that of the global batch; `seed` determines order and drawn captions.
+        `batch_size` is that of the global batch; `seed` determines order and drawn captions. With
+        `features`, a `runs.stored_features.StoredFeatures`, batches have those in place of pixels
+        and ids (`training.train_step.loss_and_parts`).
 
         Raises:
           DatasetError: the split has fewer examples than a batch, or does not fit in the cache.
@@ -108,8 +112,12 @@ class TrainBatches:
                 f"{config.train_split} has {self.num_examples} examples, fewer than a batch"
                 f" (config.train.batch_size={batch_size})"
             )
-        self._frames = DiskFrames(dataset, config.max_frames)
         self._threads = reader_threads(config.num_threads)
+        if features is not None:
+            self._frames, self.cache = features, "features"
+            self._tokens = features.of_captions(self._captions)
+            return
+        self._frames = DiskFrames(dataset, config.max_frames)
         frame_bytes = len(split.videos) * self._frames.read(split.videos[0])[0].nbytes
         self.cache = choose_cache(config.cache, frame_bytes)
         if self.cache == "memory":

@@ -75,10 +75,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def pad_frames(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads a video [F, H, W, 3] with black frames to [max_frames, H, W, 3], with a mask."""
-    padding = max_frames - len(frames)
+    """Pads a video [F, H, W, 3], or features [F, D], with zeros to max_frames, with a mask."""
+    padding = (0, max_frames - len(frames))
     mask = np.arange(max_frames) < len(frames)
-    return np.pad(frames, ((0, padding), (0, 0), (0, 0), (0, 0))), mask
+    return np.pad(frames, (padding, *[(0, 0)] * (frames.ndim - 1))), mask
 
 
 def what_is_changed(frame: av.VideoFrame) -> set[str]:

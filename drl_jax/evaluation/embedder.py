@@ -4,6 +4,7 @@ Used by evaluation and search. Everything is encoded once, in batches of one sha
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from drl_jax.config import Config, ModelConfig
 from drl_jax.data.pictures import pad_frames
 from drl_jax.models.drl import Params, abstract_params, model_definition
+from drl_jax.models.extractors import EXTRACTORS, frame_features
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.models.tokenizers.base import Tokenized
@@ -38,13 +40,17 @@ class Embedder:
         """Functions are compiled at their first call; raises the errors of `load_tokenizer`."""
         self.tokenizer = load_tokenizer(config.model)
         self._config, self._layout = config, layout
-        self._encode_images: EncodeImages | None = None
+        family = config.model.backbone.family
+        self._own_images: EncodeImages | None = None
+        if family in EXTRACTORS:
+            self._own_images = functools.partial(frame_features, family)
+        self._encode_images = self._own_images
         self._steps = make_embed_steps(config.model, layout, keep_tokens=keep_tokens)
 
     def with_images_by(self, encode_images: EncodeImages | None) -> "Embedder":
         """The same, whose image tower another function computes; None: it itself."""
         other = copy.copy(self)
-        other._encode_images = encode_images
+        other._encode_images = encode_images or self._own_images
         return other
 
     def tokenize(self, captions: Sequence[str]) -> Tokenized:
@@ -58,15 +64,32 @@ class Embedder:
         of a token does not depend on the padding after it, and interactions multiply that of the
         padding by 0.
         """
+        return self._encode_texts(params, self._steps.encode_text, tokens)
+
+    def encode_text_features(self, params: Params, tokens: Tokenized) -> list[np.ndarray]:
+        """The tokens of N captions -> the features of each sentence and its tokens, [1 + L, D]."""
+        if tokens.text_ids.ndim == 3:
+            found = tokens.text_ids
+        else:
+            text = self._encode_texts(params, self._steps.encode_tokens, tokens)
+            found = np.concatenate([text["sentence"][:, None], text["text_feat"]], axis=1)
+        lengths = tokens.text_mask.sum(axis=1)
+        return [row[: 1 + length] for row, length in zip(found, lengths, strict=True)]
+
+    def _encode_texts(
+        self, params: Params, encode: Callable[..., dict[str, jax.Array]], tokens: Tokenized
+    ) -> Features:
         text_ids, text_mask, _ = tokens
         longest = int(text_mask.sum(axis=1).max())
         positions = max(_LEAST_POSITIONS, 1 << (longest - 1).bit_length())
-        added = max(0, text_ids.shape[1] - positions)
+        added = max(0, text_mask.shape[1] - positions)
+        # Stored features have that of the sentence before those of its tokens.
+        width = min(positions, text_mask.shape[1]) + text_ids.ndim - 2
 
         def read(rows: np.ndarray) -> tuple[np.ndarray, ...]:
-            return text_ids[rows, :positions], text_mask[rows, :positions]
+            return text_ids[rows, :width], text_mask[rows, :positions]
 
-        text = self._encode(params, self._steps.encode_text, read, len(text_ids), "caption")
+        text = self._encode(params, encode, read, len(text_ids), "caption")
         for name in [name for name in text if added and name.startswith("text_")]:
             rest = [(0, 0)] * (text[name].ndim - 2)
             text[name] = np.pad(text[name], [(0, 0), (0, added), *rest])
@@ -195,6 +218,7 @@ class EmbedSteps(NamedTuple):
     """Compiled functions of parameters and arrays; the encoders return arrays by name."""
 
     encode_text: Callable  # text_ids, text_mask -> as `DRL.encode_text`
+    encode_tokens: Callable  # the same -> `text_feat` [B, L, D] and `sentence` [B, D] of the tower
     encode_video: Callable  # frames, frame_mask -> as `DRL.encode_video`
     encode_image: Callable  # images uint8 [B, H, W, 3], mask bool [B] -> `image_feat` [B, D]
     encode_window: Callable  # image_feat [B, F, D], mask bool [B, F] -> as `encode_video`
@@ -217,9 +241,13 @@ def make_embed_steps(
 
     def encode_text(params, text_ids, text_mask):
         model = nnx.merge(definition, params)
-        feat = model.backbone.encode_text(text_ids, text_mask)
+        feat = model.text_features(text_ids, text_mask)
         text = model.interaction.encode_text(feat, text_mask)
         return with_tokens(text, "text", feat.tokens, text_mask)
+
+    def encode_tokens(params, text_ids, text_mask):
+        feat = nnx.merge(definition, params).text_features(text_ids, text_mask)
+        return {"text_feat": feat.tokens, "sentence": feat.sentence}
 
     def encode_video(params, frames, frame_mask):
         model = nnx.merge(definition, params)
@@ -253,6 +281,6 @@ def make_embed_steps(
         )
 
     pair = (sharded, sharded)
-    encoders = (encode_text, encode_video, encode_image, encode_window)
+    encoders = (encode_text, encode_tokens, encode_video, encode_image, encode_window)
     steps = {function.__name__: compiled(function, *pair) for function in encoders}
     return EmbedSteps(**steps, similarity=compiled(similarity, sharded, replicated))

@@ -40,7 +40,9 @@ class Evaluation:
 class Evaluator:
     """Evaluates parameters on splits of a dataset; compiled once."""
 
-    def __init__(self, config: Config, dataset: VideoDataset, layout: Layout):
+    def __init__(self, config: Config, dataset: VideoDataset, layout: Layout, features: Any = None):
+        """`features`, `runs.stored_features.StoredFeatures`, are used in place of the towers."""
+        self._features = features
         self._dataset, self._num_threads = dataset, reader_threads(config.data.num_threads)
         self.embedder = Embedder(config, layout)
 
@@ -57,12 +59,18 @@ class Evaluator:
 
     def encode_captions(self, params: Params, captions: list[str]) -> Features:
         """N captions -> the interaction's arrays, [N, ...] each."""
-        return self.embedder.encode_text(params, self.embedder.tokenize(captions))
+        source = self.embedder.tokenize if self._features is None else self._features.tokenized
+        return self.embedder.encode_text(params, source(captions))
 
     def encode_videos(
         self, params: Params, videos: np.ndarray, *, frame_order: FrameOrder | None = None
     ) -> Features:
         """Videos of the dataset, record indices int [N], -> the interaction's arrays."""
+        if self._features is not None and frame_order is None:
+            rows = [self._features.frames(video) for video in videos]
+            ends = np.cumsum([len(row) for row in rows])
+            windows = [range(end - len(row), end) for row, end in zip(rows, ends, strict=True)]
+            return self.embedder.encode_windows(params, np.concatenate(rows), windows)
 
         def read_one(video: int) -> np.ndarray:
             frames = self._dataset.read_frames(video)
@@ -91,7 +99,8 @@ def check_split(
     text_to_video, captions = split.caption_pairs()
     # A caption without words has the tokens of an empty one.
     text_ids, text_mask, is_cut = tokenizer.tokenize(["", *captions], max_words)
-    empty = (text_ids == text_ids[0]).all(axis=1) & (text_mask == text_mask[0]).all(axis=1)
+    tokens = text_ids.reshape(len(text_ids), -1)
+    empty = (tokens == tokens[0]).all(axis=1) & (text_mask == text_mask[0]).all(axis=1)
     if empty[1:].any():
         row = int(np.argmax(empty[1:]))
         video = dataset.video_ids[split.videos[text_to_video[row]]]

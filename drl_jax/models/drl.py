@@ -5,23 +5,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drl_jax.config import Config, ModelConfig, checked_config
 from drl_jax.models.clip import CLIP
+from drl_jax.models.extractors import EXTRACTORS, ExtractedBackbone, as_text_features
 from drl_jax.models.interactions import INTERACTIONS, Arrays
 from drl_jax.models.interactions.base import similarity_in_blocks
 from drl_jax.models.linear import without_adapters
 from drl_jax.models.pe import PerceptionEncoder
 from drl_jax.models.siglip import SigLIP
 from drl_jax.models.temporal import TEMPORAL_HEADS
-from drl_jax.models.towers import Backbone
+from drl_jax.models.towers import Backbone, TextFeatures
 from drl_jax.runtime.sharding import Layout
 
 Params = dict[str, Any]
 
 BACKBONES: dict[str, type[Backbone]] = {"clip": CLIP, "siglip": SigLIP, "pe": PerceptionEncoder}
+
+
+def families() -> dict[str, Any]:
+    """The classes of backbones by `BackboneConfig.family`, with registered extractors."""
+    return {**BACKBONES, **dict.fromkeys(EXTRACTORS, ExtractedBackbone)}
 
 
 class DRL(nnx.Module):
@@ -32,7 +39,7 @@ class DRL(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.backbone = BACKBONES[config.backbone.family](config, rngs=rngs)
+        self.backbone = families()[config.backbone.family](config, rngs=rngs)
         head = TEMPORAL_HEADS[config.agg_module]
         self.temporal = head and head(config, rngs=rngs)
         self.interaction = INTERACTIONS[config.interaction](config, rngs=rngs)
@@ -40,8 +47,18 @@ class DRL(nnx.Module):
 
     def encode_text(self, text_ids: jax.Array, text_mask: jax.Array) -> Arrays:
         """int32 [A, L], bool [A, L] -> the interaction's arrays of the texts."""
-        text = self.backbone.encode_text(text_ids, text_mask)
+        text = self.text_features(text_ids, text_mask)
         return self.interaction.encode_text(text, text_mask)
+
+    def text_features(self, text_ids: jax.Array, text_mask: jax.Array) -> TextFeatures:
+        """int32 [A, L], bool [A, L] -> features of tokens and sentences.
+
+        Instead of `text_ids`, the features themselves, [A, 1 + L, D], as they are stored: of the
+        sentence and then of each token.
+        """
+        if text_ids.ndim == 3:
+            return as_text_features(text_ids)
+        return self.backbone.encode_text(text_ids, text_mask)
 
     def encode_video(self, frames: jax.Array, frame_mask: jax.Array) -> Arrays:
         """uint8 [B, F, H, W, 3], bool [B, F] -> the interaction's arrays of the videos."""
@@ -52,7 +69,12 @@ class DRL(nnx.Module):
         return self.aggregate(self.image_features(frames, frame_mask), frame_mask)
 
     def image_features(self, frames: jax.Array, frame_mask: jax.Array) -> jax.Array:
-        """uint8 [B, F, H, W, 3], bool [B, F] -> features of single frames [B, F, D]."""
+        """uint8 [B, F, H, W, 3], bool [B, F] -> features of single frames [B, F, D].
+
+        Instead of `frames`, the features themselves, [B, F, D], as they are stored.
+        """
+        if frames.ndim == 3:
+            return frames.astype(jnp.float32)
         images = frames.reshape(-1, *frames.shape[2:])  # [B*F, H, W, 3]
         image_feat = self.backbone.encode_image(images, frame_mask.reshape(-1))  # [B*F, D]
         return image_feat.reshape(*frame_mask.shape, -1)
@@ -73,7 +95,7 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: a value is wrong, or the model cannot be built.
     """
-    return checked_config(values, BACKBONES, INTERACTIONS, TEMPORAL_HEADS)
+    return checked_config(values, families(), INTERACTIONS, TEMPORAL_HEADS)
 
 
 class _SameKey(nnx.RngStream):
@@ -147,7 +169,8 @@ def init_params(config: ModelConfig, key: jax.Array, backbone: Params | None = N
 
 def copies_text_tower(config: ModelConfig) -> bool:
     """Whether blocks of the text tower fit the heads, which have the width of the features."""
-    return config.backbone.text_width == config.backbone.embed_dim
+    has_tower = config.backbone.family not in EXTRACTORS
+    return has_tower and config.backbone.text_width == config.backbone.embed_dim
 
 
 def copy_text_tower(config: ModelConfig, params: Params) -> Params:

@@ -1,8 +1,9 @@
-"""Registers interactions and temporal heads of one's own."""
+"""Registers interactions, temporal heads and feature extractors of one's own."""
 
 import jax
 
-from drl_jax.models.heads import Head
+from drl_jax.models.drl import BACKBONES
+from drl_jax.models.extractors import EXTRACTORS, FeatureExtractor
 from drl_jax.models.interactions import INTERACTIONS, Interaction
 from drl_jax.models.temporal import TEMPORAL_HEADS, TemporalHead
 from drl_jax.runtime.errors import UserError
@@ -32,7 +33,23 @@ def register_temporal_head(name: str, cls: type[TemporalHead]) -> None:
     _register("temporal head", name, cls, TEMPORAL_HEADS)
 
 
-def _check(cls: type, base: type[Head], needed: tuple[str, ...]) -> None:
+def register_feature_extractor(name: str, cls: type[FeatureExtractor]) -> None:
+    """Makes a class the family `name` of `config.model.backbone.family`; else as above.
+
+    Raises:
+      UserError: `cls` is no subclass of `FeatureExtractor`, lacks a method or a size, or the name
+        is taken.
+    """
+    _check(cls, FeatureExtractor, ("encode_frames", "encode_tokens"))
+    sizes = [getattr(cls, field, None) for field in ("CHANNELS", "IMAGE_SIZE")]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise UserError(f"{cls.__name__}: CHANNELS and IMAGE_SIZE are positive integers")
+    if name in BACKBONES:
+        raise UserError(f"{name!r} is a family of towers of drl_jax; choose another name")
+    _register("feature extractor", name, cls, EXTRACTORS)
+
+
+def _check(cls: type, base: type, needed: tuple[str, ...]) -> None:
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise UserError(f"a subclass of {base.__name__} can be registered, not {cls!r}")
     if missing := [name for name in needed if getattr(cls, name) is getattr(base, name)]:

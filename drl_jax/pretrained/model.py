@@ -25,7 +25,9 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.openvino_encoder import OpenVINOImages, choose_encoder
 from drl_jax.models.drl import Params, config_from_dict
+from drl_jax.models.extractors import EXTRACTORS
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
+from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained.inputs import Video, captions_of, items_of, read_video
 from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
@@ -88,6 +90,10 @@ class RetrievalModel:
         "auto" is what was `recorded` before, or else openvino on CPUs, if it is installed. Raises a
         UserError if OpenVINO is asked for and not there.
         """
+        if (family := self.config.model.backbone.family) in EXTRACTORS:
+            if encoder == "openvino":
+                raise UserError(f"the feature extractor {family} encodes frames, not OpenVINO")
+            return self
         if (encoder := choose_encoder(encoder, recorded)) == self.encoder:
             return self
         images = OpenVINOImages(self.config.model, self.params) if encoder == "openvino" else None
@@ -245,11 +251,7 @@ class RetrievalModel:
 
     def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
         """The tokens of each caption as the model reads them, truncated, with start and end."""
-        text_ids, text_mask, _ = self.tokenize(captions)
-        return [
-            self._embedder.tokenizer.token_strings(ids[mask])
-            for ids, mask in zip(text_ids, text_mask, strict=True)
-        ]
+        return self._embedder.tokenizer.strings_of(self.tokenize(captions))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -272,8 +274,10 @@ class RetrievalModel:
         if model.tokenizer:
             identity["tokenizer"] = self._embedder.tokenizer.sha256
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        if (origin := origin_of(self.interaction)) is not None:
-            digest.update(origin.content)
+        head, family = TEMPORAL_HEADS[model.agg_module], EXTRACTORS.get(model.backbone.family)
+        for registered in (self.interaction, head, family):
+            if (origin := origin_of(registered)) is not None:
+                digest.update(origin.content)
         for leaf in jax.tree.leaves(self.params):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()

@@ -189,7 +189,7 @@ def _maps(
     maps = []
     for caption, video in pairs:
         tokens = tokenizer.tokenize([captions[caption]], config.data.max_words)
-        words = tokenizer.token_strings(tokens.text_ids[0][tokens.text_mask[0]])
+        (words,) = tokenizer.strings_of(tokens)
         attribution = interaction.attribution(
             _rows(evaluation.text, caption), _rows(evaluation.video, video)
         )

@@ -281,7 +281,8 @@ def _seconds_at_peak(config: Config) -> float | None:
     if peak is None:
         return None
     sizes = (config.train.batch_size, config.data.max_frames, config.data.max_words)
-    flops = train_step_flops(config.model, config.loss, *sizes, Trainable.of(config.optim))
+    trainable, stored = Trainable.of(config.optim), bool(config.data.features)
+    flops = train_step_flops(config.model, config.loss, *sizes, trainable, stored)
     return flops / (peak * jax.device_count())
 
 
@@ -369,7 +370,7 @@ class Evaluations:
             frames = self._dataset.read_frames(record)
             figure = interaction_figure(
                 attribution,
-                tokenizer.token_strings(tokens.text_ids[0][tokens.text_mask[0]]),
+                tokenizer.strings_of(tokens)[0],
                 [f"frame {frame + 1}" for frame in range(len(frames))],
                 frames,
                 f"{self._dataset.video_ids[record]}: {sentence}",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from drl_jax.config import Config
+from drl_jax.models.extractors import EXTRACTORS
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.runtime.files import replacing
@@ -17,9 +18,13 @@ PLUGINS = "plugins"
 
 def _registered(config: Config) -> Iterator[tuple[str, str, Origin]]:
     """Field of ModelConfig, name and origin of each class of a model that is not the package's."""
-    for field, registry in (("interaction", INTERACTIONS), ("agg_module", TEMPORAL_HEADS)):
-        name = getattr(config.model, field)
-        if (origin := origin_of(registry[name])) is not None:
+    model = config.model
+    for field, name, registry in (
+        ("interaction", model.interaction, INTERACTIONS),
+        ("agg_module", model.agg_module, TEMPORAL_HEADS),
+        ("backbone.family", model.backbone.family, EXTRACTORS),
+    ):
+        if (origin := origin_of(registry.get(name))) is not None:
             yield field, name, origin
 
 

@@ -24,6 +24,7 @@ from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
 from drl_jax.runs.manifest import differences, recorded
 from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
+from drl_jax.runs.stored_features import check_frozen, stored_features
 from drl_jax.runs.workdir import (
     ADAPTER_FILE,
     BEST_FILE,
@@ -57,6 +58,7 @@ _CACHED = {
     "none": "read from disk each epoch",
     "memory": "kept in memory",
     "device": "kept on the devices",
+    "features": "left out for their stored features",
 }
 
 
@@ -88,14 +90,22 @@ def train(
         config, pretrained = _read_init(config)
         trainable = Trainable.of(config.optim)
         trainable.check(param_shapes(config.model))
+        check_frozen(config)
         tokenizer = load_tokenizer(config.model)
         wall_time.spent_on("start")
         dataset = _open_dataset(config)
         wall_time.spent_on("dataset")
-        train_split = load_split(dataset, "train", config.data)
+        splits = [load_split(dataset, name, config.data) for name in ("train", "val", "test")]
+    features = None
+    if config.data.features:
+        features = stored_features(config, dataset, splits, pretrained, layout)
+        wall_time.spent_on("features")
+    with failing_together(UserError):
+        train_split, val, test = splits
         batch_size, seed = config.train.batch_size, config.seed
-        batches = TrainBatches(dataset, train_split, config.data, batch_size, seed, tokenizer)
-        val, test = (load_split(dataset, name, config.data) for name in ("val", "test"))
+        batches = TrainBatches(
+            dataset, train_split, config.data, batch_size, seed, tokenizer, features
+        )
         for name, split in (("val", val), ("test", test)):
             check_split(name, split, dataset, tokenizer, config.data.max_words)
         if reproduce is not None:
@@ -122,7 +132,7 @@ def train(
         norms_every=config.train.log_every,
         trainable=trainable,
     )
-    evaluator = Evaluator(config, dataset, layout)
+    evaluator = Evaluator(config, dataset, layout, features)
     abstract = abstract_params(config.model, layout)
 
     # Nothing is written before all of the above succeeds.
@@ -295,7 +305,8 @@ def _print_cost(config: Config, trainable: Trainable, state: TrainState) -> None
     counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, state.params)]
     memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     sizes = (config.train.batch_size, config.data.max_frames, config.data.max_words)
-    flops = train_step_flops(config.model, config.loss, *sizes, trainable) / sizes[0]
+    stored = bool(config.data.features)
+    flops = train_step_flops(config.model, config.loss, *sizes, trainable, stored) / sizes[0]
     print(
         f"trained: {counts[0]:,} of {counts[1]:,} parameters; optimiser {memory / 1e6:,.2f} MB;"
         f" {flops / 1e9:,.3g} GFLOP a pair"

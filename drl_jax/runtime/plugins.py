@@ -37,7 +37,7 @@ _origins: dict[type, Origin] = {}
 _executed: tuple[str, bytes] | None = None
 
 
-def origin_of(cls: type) -> Origin | None:
+def origin_of(cls: type | None) -> Origin | None:
     """Where a class is from; None if it was not registered, as those of the package."""
     return _origins.get(cls)
 
@@ -108,7 +108,7 @@ def load_plugins(paths: Sequence[str]) -> None:
         if len(_origins) == before:
             raise UserError(
                 f"--plugin={path} registers nothing; call drl_jax.register_interaction,"
-                " register_temporal_head or register_dataset in it"
+                " register_temporal_head, register_feature_extractor or register_dataset in it"
             )
 
 

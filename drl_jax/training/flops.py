@@ -46,8 +46,11 @@ def train_step_flops(
     frames: int,
     words: int,
     trainable: Trainable = EVERYTHING,
+    stored: bool = False,
 ) -> float:
     """FLOPs of the matrix products of a step's loss and gradient, over all devices.
+
+    `stored`: the features of the towers are stored (`config.data.features`).
 
     Counted in the traced program, without anything that is computed again to save memory: the
     model FLOPs of "MFU" (arXiv 2204.02311, appendix B). XLA's own count, `cost_analysis`, is of
@@ -63,6 +66,10 @@ def train_step_flops(
         "frames": jax.ShapeDtypeStruct((batch_size, frames, size, size, 3), jnp.uint8),
         "frame_mask": jax.ShapeDtypeStruct((batch_size, frames), jnp.bool_),
     }
+    if stored:
+        for name, rows in (("text_ids", 1 + words), ("frames", frames)):
+            shape = (batch_size, rows, model.backbone.embed_dim)
+            shapes[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     layout = make_layout(jax.local_devices()[:1])
     gradient = make_gradient(model, loss, layout, trainable)
     traced = jax.make_jaxpr(layout.on_mesh(gradient, model.dtype))(

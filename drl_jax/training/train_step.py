@@ -91,7 +91,8 @@ def loss_and_parts(
     Args:
       params: of the model `definition`.
       batch: `text_ids` int32 [B, L], `text_mask` bool [B, L], `frames` uint8 [B, F, H, W, 3],
-        `frame_mask` bool [B, F], batch-sharded.
+        `frame_mask` bool [B, F], batch-sharded. With stored features, `text_ids` are those of texts
+        [B, 1 + L, D] and `frames` those of frames [B, F, D].
       key: for xti's dropout and the random rows of `cdcr` 1.
       microbatch: pairs to encode at a time; 0: all. The loss is that of the whole batch.
 
@@ -105,7 +106,7 @@ def loss_and_parts(
         keys = [jax.random.key(seeds[0]) for seeds in batch.get("seeds", ())] or [None, None]
         frame_mask = batch["frame_mask"]
         with adapter_dropout(keys[0]):
-            tokens = model.backbone.encode_text(batch["text_ids"], batch["text_mask"])
+            tokens = model.text_features(batch["text_ids"], batch["text_mask"])
         text = model.interaction.encode_text(tokens, batch["text_mask"])
         with adapter_dropout(keys[1]):
             images = model.image_features(batch["frames"], frame_mask)
@@ -113,7 +114,7 @@ def loss_and_parts(
         unit = pair_unit(tokens.sentence, images, frame_mask) if config.margin else None
         return text, video, unit
 
-    if model.backbone.transformer.dropout:
+    if batch["frames"].ndim > 3 and model.backbone.transformer.dropout:
         # One for each row, of which a chunk of rows uses its first.
         bits = jax.random.bits(jax.random.fold_in(key, 2), (2, len(batch["text_ids"])))
         batch = {**batch, "seeds": tuple(bits)}

@@ -5,8 +5,10 @@ import functools
 from pathlib import Path
 
 from drl_jax.config import BackboneConfig, Config, ConfigError, ModelConfig
+from drl_jax.models.extractors import EXTRACTORS
 from drl_jax.models.tokenizers.base import Tokenizer
 from drl_jax.models.tokenizers.clip import CLIPTokenizer
+from drl_jax.models.tokenizers.extracted import ExtractedTokens
 from drl_jax.models.tokenizers.files import (
     CLEANINGS,
     FileTokenizer,
@@ -33,6 +35,8 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
       Unavailable: the file is missing, or cannot be read.
     """
     backbone, file = model.backbone, model.tokenizer
+    if backbone.family in EXTRACTORS:
+        return ExtractedTokens(backbone.family)
     check_cleaning(model)
     tokenizer = _from_file(Path(file), backbone) if file else CLIPTokenizer(backbone.pad_id)
     if backbone.vocab_size < tokenizer.vocabulary_size:

@@ -87,6 +87,11 @@ class Tokenizer:
             text_mask[row, : len(ids)] = True
         return Tokenized(text_ids, text_mask, is_cut)
 
+    def strings_of(self, tokens: Tokenized) -> list[list[str]]:
+        """The text of each token of N captions, as `token_strings`."""
+        rows = zip(tokens.text_ids, tokens.text_mask, strict=True)
+        return [self.token_strings(ids[mask]) for ids, mask in rows]
+
     def token_strings(self, text_ids: np.ndarray) -> list[str]:
         """The text of each token of a caption, int [L] without padding; with START and END.
 
