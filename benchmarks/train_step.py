@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step [--models=32,16] [--dtypes=float32,bfloat16] [--batches=4,8]
     python -m benchmarks.train_step --models=shapes --batches=96 --frames=4 --words=24
+    python -m benchmarks.train_step --trained=all,heads,stored
 
 `fraction_of_matmul` is the step's FLOP/s divided by that of a large matrix product of the same
 dtype, which is measured after every step, for other programs may slow the machine down at any time:
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import (
@@ -44,6 +46,11 @@ from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.flops import train_step_flops
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import create_state, make_train_step
+from drl_jax.training.trainable import Trainable
+
+# What a step trains: everything, or the heads, whose features may be stored.
+_HEADS = "temporal,interaction,logit_scale"
+TRAINED = {"all": "", "heads": _HEADS, "stored": _HEADS}
 
 
 def backbones(text: str) -> dict[str, BackboneConfig]:
@@ -72,12 +79,18 @@ def step_flags() -> list[tuple]:
 
 
 def measure(
-    name: str, config: ModelConfig, batch: int, microbatch: int, options: argparse.Namespace
+    name: str,
+    config: ModelConfig,
+    batch: int,
+    microbatch: int,
+    trained: str,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Compiles and times the training step on random input."""
+    """Compiles and times the training step on random input; `trained` is one of TRAINED."""
     frames, words = options.frames, options.words
-    layout = make_layout()
-    tx = make_optimizer(OptimConfig(), total_steps=1000)
+    layout, stored = make_layout(), trained == "stored"
+    optim = OptimConfig(trainable=TRAINED[trained])
+    trainable, tx = Trainable.of(optim), make_optimizer(optim, total_steps=1000)
     state = create_state(config, tx, seed=0, layout=layout)
     rng = np.random.default_rng(0)
     size = config.backbone.image_resolution
@@ -87,10 +100,21 @@ def measure(
         "frames": rng.integers(0, 256, (batch, frames, size, size, 3)).astype(np.uint8),
         "frame_mask": np.ones((batch, frames), bool),
     }
+    if stored:
+        for array, rows in (("text_ids", 1 + words), ("frames", frames)):
+            shape = (batch, rows, config.backbone.embed_dim)
+            arrays[array] = rng.standard_normal(shape).astype(jnp.bfloat16)
     data = layout.put_batch(arrays)
     start = time.perf_counter()
-    options_of_step = {"microbatch": microbatch, "norms_every": TrainConfig().log_every}
-    step = make_train_step(config, LossConfig(), tx, layout, **options_of_step)
+    step = make_train_step(
+        config,
+        LossConfig(),
+        tx,
+        layout,
+        microbatch=microbatch,
+        norms_every=TrainConfig().log_every,
+        trainable=trainable,
+    )
     step = step.lower(state, data).compile()
     compile_seconds = time.perf_counter() - start
 
@@ -102,12 +126,13 @@ def measure(
     columns = step_columns(
         run,
         lambda: matmul_rate(config.dtype, repeats=2) * jax.device_count(),
-        train_step_flops(config, LossConfig(), batch, frames, words),
+        train_step_flops(config, LossConfig(), batch, frames, words, trainable, stored),
         batch,
         options.steps,
     )
     return {
         "model": name,
+        "trained": trained,
         "dtype": config.dtype,
         "batch": batch,
         "microbatch": microbatch,
@@ -126,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("models", backbones, "32", towers),
         ("dtypes", names, "float32", "dtypes, e.g. float32,bfloat16"),
         *step_flags(),
+        ("trained", names, "all", f"of {', '.join(TRAINED)}, e.g. all,stored"),
         ("microbatch", int, 0, "pairs encoded at a time; 0: all"),
         ("remat", names, ModelConfig.remat, f"of {', '.join(REMAT)}, e.g. none,dots"),
         ("scan_unroll", positive_int, ModelConfig.scan_unroll, "layers per iteration of the scan"),
@@ -133,13 +159,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     keep_freed_memory()
     rows = []
-    for name, dtype, batch, remat in itertools.product(
-        options.models, options.dtypes, options.batches, options.remat
+    for name, dtype, batch, remat, trained in itertools.product(
+        options.models, options.dtypes, options.batches, options.remat, options.trained
     ):
         backbone, unroll = options.models[name], options.scan_unroll
         config = ModelConfig(backbone=backbone, dtype=dtype, remat=remat, scan_unroll=unroll)
         microbatch = options.microbatch if options.microbatch < batch else 0
-        rows.append(measure(name, config, batch, microbatch, options))
+        rows.append(measure(name, config, batch, microbatch, trained, options))
     fields = ("frames", "words", "scan_unroll")
     settings = {field: getattr(options, field) for field in fields}
     report(rows, options, **settings, matmul_gflops=matmul_rates())

@@ -18,6 +18,7 @@ from drl_jax.runtime.cli import (
     Parser,
     add_config_flag,
     add_plugin_flag,
+    add_ray_flag,
     config_of_file,
     parse_with_config,
     positive_int,
@@ -91,6 +92,7 @@ def _parser() -> Parser:
         " trained without the towers (sets config.data.features)"
     )
     parser.add_argument("--features", metavar="DIR", help=features)
+    add_ray_flag(parser, "compute the features of --features on")
     seeds = (
         "train a run for each seed, one after another, in WORKDIR/seed_N, and print mean, deviation"
         " and worst of their tests; replaces config.seed"
@@ -156,6 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--seeds goes with --config: --reproduce repeats a run with its own seed")
         if options.features:
             config.data.features = options.features
+        elif options.ray:
+            parser.error("--ray is for --features")
+        if options.ray and options.seeds:
+            parser.error("--ray goes with one run: store the features first")
         if options.seeds and options.profile_steps:
             parser.error("--profile_steps traces one run; omit --seeds")
 
@@ -188,7 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.seeds:
                 train_seeds(checked, workdir, options.seeds)
             else:
-                train_run.train(checked, workdir, reproduce=options.reproduce, profile_steps=steps)
+                train_run.train(
+                    checked,
+                    workdir,
+                    reproduce=options.reproduce,
+                    profile_steps=steps,
+                    ray=options.ray or "",
+                )
         except Interrupted:
             raise  # In all processes.
         except Exception as error:

@@ -1,5 +1,6 @@
 """Indexing on a real Ray cluster of two raylets gives the index of a local run."""
 
+import dataclasses
 import math
 import os
 import shutil
@@ -9,18 +10,27 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.ray_nodes import two_nodes
 from support.videos import numbered_frames, write_video
 
+from drl_jax.data.batches import load_split
 from drl_jax.data.frame_form import FrameForm
+from drl_jax.data.records import VideoDataset, dataset_dir
+from drl_jax.runs.stored_features import stored_features
 from drl_jax.runtime.cluster import connect
+from drl_jax.runtime.sharding import make_layout
 from drl_jax.runtime.worker_pool import WorkerFailure
 from drl_jax.search import update
 from drl_jax.search.index_file import IndexPart
 from drl_jax.search.reading import FrameSampling, read_video_on_node
 from drl_jax.search.segments import SearchIndexError
 from drl_jax.search.update import update_index
+from drl_jax.weights.load import initial_params
+from drl_jax.weights.weights_file import read_weights
 
 pytest.importorskip("ray")
 
@@ -115,3 +125,29 @@ def test_frames_that_a_node_cannot_write_name_the_node(cluster, tmp_path):
     node = f"(on node {socket.gethostname()})"
     reason = f"{spool} cannot be written: No such file or directory (ENOENT) {node}"
     assert result == WorkerFailure(reason, is_passing=True)
+
+
+def test_stored_features_are_those_of_a_local_run(
+    nodes, shapes_config, tiny_weights, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    weights = read_weights(str(tiny_weights))
+    model = dataclasses.replace(weights.config.model, init=str(tiny_weights))
+    config = dataclasses.replace(shapes_config, model=model)
+    dataset = VideoDataset(dataset_dir(config))
+    splits = [load_split(dataset, name, config.data) for name in ("train", "val", "test")]
+    params = initial_params(model, weights, jax.random.key(0))
+    # As many devices as a worker has, which decide the shapes of batches.
+    layout = make_layout(jax.devices()[:1])
+
+    def parts(name, ray):
+        data = dataclasses.replace(config.data, features=str(tmp_path / name))
+        here = dataclasses.replace(config, data=data)
+        stored_features(here, dataset, splits, params, layout, ray=ray)
+        paths = sorted((tmp_path / name).glob("*.npy"))
+        return {path.name: np.load(path).view(jnp.bfloat16).astype(np.float32) for path in paths}
+
+    found, expected = parts("ray", nodes.address), parts("local", "")
+    assert found.keys() == expected.keys()
+    for name, rows in expected.items():
+        np.testing.assert_allclose(found[name], rows, rtol=1e-2, atol=1e-2)

@@ -44,7 +44,7 @@ class Embedder:
         self._own_images: EncodeImages | None = None
         if family in EXTRACTORS:
             self._own_images = functools.partial(frame_features, family)
-        self._encode_images = self._own_images
+        self._encode_images: EncodeImages | None = self._own_images
         self._steps = make_embed_steps(config.model, layout, keep_tokens=keep_tokens)
 
     def with_images_by(self, encode_images: EncodeImages | None) -> "Embedder":

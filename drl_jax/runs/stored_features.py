@@ -12,6 +12,7 @@ one continues. Parts are mapped into memory.
 import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import warnings
@@ -25,21 +26,26 @@ import numpy as np
 from tqdm import tqdm
 
 from drl_jax.config import Config, ConfigError
+from drl_jax.data.batches import load_split
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.pictures import pad_frames
-from drl_jax.data.records import VideoDataset
+from drl_jax.data.records import MANIFEST, VideoDataset, dataset_dir
 from drl_jax.data.splits import Captions, Split
 from drl_jax.evaluation.embedder import Embedder
-from drl_jax.models.drl import Params, param_shapes
+from drl_jax.models.drl import Params, config_from_dict, param_shapes
 from drl_jax.models.extractors import EXTRACTORS
 from drl_jax.models.tokenizers.base import Tokenized
+from drl_jax.runtime.cluster import connect
 from drl_jax.runtime.distributed import barrier, from_main, is_main
 from drl_jax.runtime.errors import Notice, Unavailable, UserError, raise_if_refused
 from drl_jax.runtime.files import json_sha256, replacing, seal, sha256, unseal, write_json
 from drl_jax.runtime.lock import LOCK_FILE, locked
 from drl_jax.runtime.plugins import origin_of
-from drl_jax.runtime.sharding import Layout
+from drl_jax.runtime.sharding import Layout, make_layout
+from drl_jax.runtime.worker_pool import WorkerFailure
 from drl_jax.training.trainable import Trainable
+from drl_jax.weights.load import initial_params
+from drl_jax.weights.weights_file import read_weights
 
 _ABOUT = "features.json"
 _FORMAT = 1
@@ -136,21 +142,24 @@ def stored_features(
     splits: Sequence[Split],
     params: Params | None,
     layout: Layout,
+    *,
+    ray: str = "",
 ) -> StoredFeatures:
     """Opens the features in `config.data.features`; computes those that are missing or damaged.
 
-    All processes call it, and encode together; process 0 writes. `params` are of `config.model`, or
-    None with a feature extractor, which has none.
+    All processes call it, and encode together; process 0 writes. With `ray`, the nodes of that
+    cluster encode and write instead, each a part at a time, from `config.model.init`. `params` are
+    of `config.model`, or None with a feature extractor, which has none.
 
     Raises:
       FeaturesError: the directory has features of other weights, another dataset or another form.
       LockError: another process computes them.
+      ClusterError: the cluster cannot do the work.
       Unavailable: files cannot be read or written.
     """
     directory = Path(config.data.features)
-    videos = np.unique(np.concatenate([split.videos for split in splits]))
-    texts = sorted({text for split in splits for of_video in split.captions for text in of_video})
-    items: dict[str, Sequence[Any]] = {"frames": videos, "texts": texts}
+    items = _items(splits)
+    videos, texts = items.values()
     about = _about(config, dataset, videos, texts, params)
     names = [
         (kind, number)
@@ -165,12 +174,14 @@ def stored_features(
             if None in found.values():
                 stack.enter_context(locked(directory / LOCK_FILE, f"the directory {directory}"))
         missing = from_main(np.array([found[name] is None for name in names]))
-        if missing.any():
+        pending = [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
+        if pending and ray:
+            if is_main():
+                _compute_on(ray, config, dataset, pending)
+        elif pending:
             encode = _encoders(config, dataset, params, layout)
-            pending = [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
             for kind, number in _progress(pending, len(names)):
-                part = slice(number * _PART[kind], (number + 1) * _PART[kind])
-                rows = encode[kind](items[kind][part])
+                rows = encode[kind](_of_part(items, kind, number))
                 if is_main():
                     _write(directory, kind, number, rows, config.data.features_dtype)
     barrier("stored features")
@@ -179,6 +190,54 @@ def stored_features(
         raise FeaturesError(f"{directory}: part {damaged} cannot be read back; rerun")
     parts = {kind: [opened[kind, number] for k, number in names if k == kind] for kind in items}
     return StoredFeatures(parts, videos, texts, config.data.max_frames, config.data.max_words)
+
+
+def _items(splits: Sequence[Split]) -> dict[str, Any]:
+    """What has features, in the order of the parts: record indices of videos, and texts."""
+    videos = np.unique(np.concatenate([split.videos for split in splits]))
+    texts = {text for split in splits for of_video in split.captions for text in of_video}
+    return {"frames": videos, "texts": sorted(texts)}
+
+
+def _of_part(items: dict[str, Any], kind: str, number: int) -> Any:
+    return items[kind][number * _PART[kind] : (number + 1) * _PART[kind]]
+
+
+def _compute_on(
+    ray: str, config: Config, dataset: VideoDataset, pending: list[tuple[str, int]]
+) -> None:
+    """Has the nodes of a Ray cluster compute parts."""
+    if not config.model.init:
+        raise ConfigError("--ray is for features of towers: an extractor is in this process only")
+    values = json.dumps(dataclasses.asdict(config))
+    with connect(ray) as cluster:
+        cluster.check(
+            {"--features": Path(config.data.features)},
+            dataset.directory / MANIFEST,
+            packages=("jax", "numpy"),
+            modules=["drl_jax"],
+        )
+        done = cluster.map(_compute_part, [(values, *name) for name in pending])
+        for result in tqdm(done, "storing features", len(pending), unit="part"):
+            if isinstance(result, WorkerFailure):
+                raise FeaturesError(f"a part cannot be computed: {result.reason}")
+
+
+def _compute_part(values: str, kind: str, number: int) -> None:
+    config, items, encode = _opened(values)
+    rows = encode[kind](_of_part(items, kind, number))
+    _write(Path(config.data.features), kind, number, rows, config.data.features_dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(values: str) -> tuple[Config, dict[str, Any], dict[str, Callable]]:
+    """What a worker keeps between parts: configuration, items and encoders."""
+    config = config_from_dict(json.loads(values))
+    dataset, model = VideoDataset(dataset_dir(config)), config.model
+    splits = [load_split(dataset, name, config.data) for name in ("train", "val", "test")]
+    weights = read_weights(model.init, model.release, model.weights_key)
+    params = initial_params(model, weights, jax.random.key(config.seed))
+    return config, _items(splits), _encoders(config, dataset, params, make_layout())
 
 
 def _encoders(

@@ -63,7 +63,12 @@ _CACHED = {
 
 
 def train(
-    config: Config, workdir: Path, *, reproduce: Path | None = None, profile_steps: range = range(0)
+    config: Config,
+    workdir: Path,
+    *,
+    reproduce: Path | None = None,
+    profile_steps: range = range(0),
+    ray: str = "",
 ) -> dict[str, Any]:
     """Trains, evaluates every epoch on val, and tests the best checkpoint.
 
@@ -71,6 +76,7 @@ def train(
       workdir: directory for checkpoints, logs and results. A run in it is resumed.
       reproduce: manifest of a run that this one has to repeat.
       profile_steps: steps to trace, from 1; those that the run has made already are left out.
+      ray: address of a cluster whose nodes compute the stored features (`config.data.features`).
 
     Returns:
       The content of `result.json`: {"test": {"t2v": .., "v2t": ..}, "card": .., "best_step": ..,
@@ -98,7 +104,7 @@ def train(
         splits = [load_split(dataset, name, config.data) for name in ("train", "val", "test")]
     features = None
     if config.data.features:
-        features = stored_features(config, dataset, splits, pretrained, layout)
+        features = stored_features(config, dataset, splits, pretrained, layout, ray=ray)
         wall_time.spent_on("features")
     with failing_together(UserError):
         train_split, val, test = splits
