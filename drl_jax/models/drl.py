@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drl_jax.config import Config, ModelConfig, checked_config
 from drl_jax.models.clip import CLIP
-from drl_jax.models.extractors import EXTRACTORS, ExtractedBackbone, as_text_features
+from drl_jax.models.extracted import ExtractedBackbone, as_text_features
+from drl_jax.models.extractors import EXTRACTORS
 from drl_jax.models.interactions import INTERACTIONS, Arrays
 from drl_jax.models.interactions.base import similarity_in_blocks
 from drl_jax.models.linear import without_adapters
