@@ -20,6 +20,6 @@ def get_config(variant: str = "full") -> ConfigDict:
         ),
         loss=LossConfig(),
         optim=OptimConfig(lr=3e-3, coef_lr=0.5),
-        train=TrainConfig(batch_size=96, epochs=8, checkpoint_every=0),
+        train=TrainConfig(batch_size=96, epochs=10, checkpoint_every=0),
         smoke=variant == "smoke",
     )

@@ -146,10 +146,16 @@ def test_factors_multiply_updates_and_those_of_layers_decay(model):
 
 
 @pytest.mark.parametrize(
-    ("groups", "rank", "most"),
-    [("", 0, 1.0), ("temporal,interaction", 0, 0.45), ("image@1,temporal", 0, 0.6), ("", 4, 0.8)],
+    ("groups", "rank", "stored", "most"),
+    [
+        ("", 0, False, 1.0),
+        ("temporal,interaction", 0, False, 0.45),
+        ("image@1,temporal", 0, False, 0.6),
+        ("", 4, False, 0.8),
+        ("temporal,interaction", 0, True, 0.2),
+    ],
 )
-def test_the_count_of_work_and_memory_is_the_measured_one(model, groups, rank, most):
+def test_the_count_of_work_and_memory_is_the_measured_one(model, groups, rank, stored, most):
     """Of the compiled gradient without loops, whose products are nearly all of its work."""
     backbone = dataclasses.replace(
         model.backbone, vision_width=256, text_width=256, embed_dim=256, vision_layers=2
@@ -157,11 +163,14 @@ def test_the_count_of_work_and_memory_is_the_measured_one(model, groups, rank, m
     whole = dataclasses.replace(model, backbone=backbone, scan_unroll=2, remat="none")
     model = dataclasses.replace(whole, lora=LoRAConfig(rank=rank))
     trainable = Trainable.of(optim := optim_of(groups))
-    expected = train_step_flops(model, LOSS, B, F, L, trainable)
+    expected = train_step_flops(model, LOSS, B, F, L, trainable, stored)
     layout, shapes = make_layout(jax.devices()[:1]), param_shapes(model)
     gradient = jax.jit(layout.on_mesh(make_gradient(model, LOSS, layout, trainable), "float32"))
     trained, frozen = jax.eval_shape(trainable.split, shapes)
     batch = jax.eval_shape(lambda: random_batch(B, L, F, SIZE))
+    if stored:
+        for name, rows in (("text_ids", 1 + L), ("frames", F)):
+            batch[name] = jax.ShapeDtypeStruct((B, rows, backbone.embed_dim), np.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = gradient.lower(trained, frozen, batch, key).compile()
     assert compiled.cost_analysis()["flops"] == pytest.approx(expected, rel=0.1)

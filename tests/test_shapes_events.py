@@ -35,7 +35,7 @@ def test_no_clip_or_its_counterpart_is_in_two_splits(splits):
         for one, other in pairs[split]:
             assert clips[split][one].counterpart() == clips[split][other]
     kinds = Counter(clips["test"][one].kind for one, _ in pairs["test"])
-    assert kinds == {"order": 60, "binding": 30, "count": 60}
+    assert kinds == {"order": 90, "binding": 30, "count": 30}
 
 
 def test_a_pair_has_the_same_words_but_for_the_count(splits):

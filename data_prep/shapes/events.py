@@ -20,8 +20,8 @@ from data_prep.shapes.scenes import REVERSED, MovingShape, distinct
 # Number of clips of train, val and test. There are few scenes, so that a training batch often has
 # both of a pair; otherwise nothing makes a model look at time.
 SIZES = {"full": (4000, 150, 300), "smoke": (192, 50, 50)}
-# Pairs of each kind among 5 of val and test.
-_SHARES = {"order": 2, "binding": 1, "count": 2}
+# Pairs of each kind among 5. Counts are few: interactions that compare no words learn them best.
+_SHARES = {"order": 3, "binding": 1, "count": 1}
 
 _GESTURE_WORDS = {
     "hop": ("hops", "jumps"),
@@ -97,18 +97,20 @@ def split_clips(
 ) -> tuple[dict[str, list[EventClip]], dict[str, list[tuple[int, int]]]]:
     """Assigns clips to splits; a clip and its counterpart are in one split.
 
-    All clips of val and test are in pairs, whose indices are returned, too. A third of the training
-    clips is of each kind; they are drawn with replacement.
+    All clips of val and test are in pairs, whose indices are returned, too. Training clips are drawn
+    with replacement.
     """
-    rng = random.Random(seed)
+    rng, shares = random.Random(seed), sum(_SHARES.values())
     clips: dict[str, list[EventClip]] = {"train": [], "val": [], "test": []}
     for kind, pairs in pairs_of_clips().items():
         rng.shuffle(pairs)
         for split, size in (("val", val), ("test", test)):
-            number = size // 2 * _SHARES[kind] // sum(_SHARES.values())
+            number = size // 2 * _SHARES[kind] // shares
             clips[split] += itertools.chain(*pairs[:number])
             pairs = pairs[number:]
-        clips["train"] += rng.choices([*itertools.chain(*pairs)], k=-(-train // len(_SHARES)))
+        clips["train"] += rng.choices(
+            [*itertools.chain(*pairs)], k=-(-train * _SHARES[kind] // shares)
+        )
     del clips["train"][train:]
     for split, pair_size in (("train", 1), ("val", 2), ("test", 2)):
         clips[split] = [
