@@ -29,7 +29,13 @@ from drl_jax.weights.load import (
     with_backbone_of,
 )
 from drl_jax.weights.source import weights_sha256
-from drl_jax.weights.weights_file import origin_of, read_weights, save_weights, stored_config
+from drl_jax.weights.weights_file import (
+    CONFIG_KEY,
+    read_weights,
+    save_weights,
+    stored_config,
+    verify_export,
+)
 
 PEFT_CONFIG, _PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Our layer, and which third of its output: queries, keys and values are one product here.
@@ -65,7 +71,7 @@ def save_adapter(
 ) -> None:
     """Writes heads, adapters and what else is trained; errors as of `save_weights`."""
     origin = {**origin, "base": base_sha256}
-    save_weights(path, _of_adapter(config, params), config, origin=origin, merge=False)
+    save_weights(path, _of_adapter(config, params), config, origin=origin)
 
 
 def export_adapter(workdir: Path, target: Path, checkpoint: str = "best", *, as_peft: bool) -> int:
@@ -124,10 +130,12 @@ def import_adapter(
     else:
         contents = open_weights(source)
         with about(source):
-            origin = origin_of(contents)
+            verify_export(contents)
+            origin = {}
+            if CONFIG_KEY in contents.metadata:
+                config, origin = stored_config(contents)
             if "base" not in origin:
                 raise WeightsError("does not name the base of its adapters")
-            config = stored_config(contents.metadata)[0]
         base = base or config.model.init
         if (sha256 := weights_sha256(base)) != origin["base"]:
             raise UserError(

@@ -1,5 +1,6 @@
 """Parameters of a run that may be training meanwhile, and their exchange with files of weights."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import TypeVar
 
 import jax
 
-from drl_jax.config import Config, ModelConfig
-from drl_jax.models.drl import Params, abstract_params, init_params
+from drl_jax.config import Config, LoRAConfig, ModelConfig
+from drl_jax.models.drl import Params, abstract_params, copies_text_tower, init_params
+from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.models.linear import merge_adapters
+from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.tokenizers import check_cleaning, stored_name, with_tokenizer
 from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint, owner
 from drl_jax.runs.checkpoints import Checkpoints
@@ -28,7 +32,7 @@ from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import state_from_params
 from drl_jax.weights.description import Description
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import Weights, read_weights, save_weights
 
 # A checkpoint that cannot be read may be one that a training deletes at this moment. An error that
 # is the same after a pause is believed.
@@ -123,6 +127,22 @@ def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Para
     return jax.device_put(params, layout.parameters(params))
 
 
+def head_start(config: ModelConfig, weights: Weights) -> str:
+    """Says what the heads of a model start from."""
+    if weights.has_heads:
+        return "heads from the file, too"
+    names = {"temporal head": TEMPORAL_HEADS[config.agg_module]}
+    names |= {f"interaction {config.interaction}": INTERACTIONS[config.interaction]}
+    heads = [name for name, head in names.items() if head and head.COPIED_POSITIONS]
+    if not heads:
+        return "no head starts from the text tower"
+    if copies_text_tower(config):
+        return f"{' and '.join(heads)}: from the text tower's blocks"
+    backbone = config.backbone
+    sizes = f"{backbone.embed_dim} channels and the text tower {backbone.text_width}"
+    return f"{' and '.join(heads)}: new, since features have {sizes}"
+
+
 # ---------------------------------------------------------------- files of weights
 
 
@@ -171,6 +191,15 @@ def create_run(workdir: Path, config: Config, params: Params) -> None:
         checkpoints.save(state)
 
 
+def merged(config: Config, params: Params) -> tuple[Config, Params]:
+    """A model whose kernels have their adapters added; it has none then."""
+    if not config.model.lora.rank:
+        return config, params
+    model = dataclasses.replace(config.model, lora=LoRAConfig())
+    params = merge_adapters(params, config.model.lora.scale)
+    return dataclasses.replace(config, model=model), params
+
+
 def export_weights(
     workdir: Path,
     target: Path,
@@ -190,6 +219,7 @@ def export_weights(
     """
     config = load_config(workdir)
     step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
+    config, params = merged(config, params)
     if config.model.tokenizer:
         config = with_tokenizer(config, write_tokenizer(Path(config.model.tokenizer), target))
     origin = owner(workdir / CHECKPOINTS / str(step))

@@ -5,7 +5,7 @@ A tower is a module of `drl_jax.models` and a row of FAMILIES here. Names in mem
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,11 +108,11 @@ FAMILIES: dict[str, Family] = {
             Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), _TIMM),
             Form("drl_jax", (_CONV, _PROBE, "text_projection.weight")),
         ),
-        {"activation": "gelu_tanh", "layer_norm_eps": 1e-6, "logit_bias": True, **_SQUASHED},
+        {"activation": "gelu_tanh", "layer_norm_eps": 1e-6, "text_cleaning": "lower", **_SQUASHED},
         # Of SigLIP (c4_en) and of SigLIP 2 (Gemma).
         {
             32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
-            256_000: {"pad_id": 0, "text_cleaning": "lower"},
+            256_000: {"pad_id": 0},
         },
         export=_SIGLIP_HF,
     ),
@@ -148,7 +148,9 @@ _OURS = re.compile(
 )
 # Buffers of towers that are computed from their sizes, and counters.
 _BUFFERS = re.compile(r"(.*\.)?(attn_mask|position_ids|num_batches_tracked|mask[12]|inv_freq)")
-_SCALARS = ("logit_scale", "logit_bias")
+# Axes of tensors that some publishers store with more.
+_AXES = {"visual.class_embedding": 1, "visual.positional_embedding": 2}
+_AXES |= {"logit_scale": 0, "logit_bias": 0}
 # Modules of towers, in any form.
 _INSIDE = re.compile(
     r"(visual|transformer|text|vision_model|text_model|visual_projection|text_projection"
@@ -210,28 +212,31 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     family, form = _form(below)
     state, unknown = _rename(form, below)
+    for name, kind in inert.items():
+        if name.startswith(prefix) and _OURS.fullmatch(form.renamed(name.removeprefix(prefix))):
+            raise WeightsError(_not_plain(name, kind))
+    strange = [name for name in unknown if not _BUFFERS.fullmatch(name)]
+    if (bias := "visual.trunk.head.bias") in strange and not np.any(np.asarray(below[bias])):
+        strange.remove(bias)  # timm gives the projection one; other files have none.
+    _refuse_names(strange)
+    if inside := [name for name in strange if _INSIDE.match(name)]:
+        what = f"which a {family} does not have: an adapter or another model; {SUPPORTED}"
+        raise WeightsError(f"has {some(inside)}, {what}")
     # A head of a DRL checkpoint is beside `clip`, unless `clip` is what was asked for.
     is_of_drl = f".{prefix}".endswith(".clip.") and form.publisher != "Hugging Face"
-    parent = prefix.removesuffix("clip.")
     is_asked = f".{prefix}".endswith(f".{key}.") and f".{key}".endswith(".clip")
+    parent = prefix.removesuffix("clip.")
     heads = {
         name.removeprefix(parent): tensor
         for name, tensor in tensors.items()
         if name.startswith(parent) and not name.startswith(prefix) and tensor.ndim
+        if is_of_drl and not is_asked
     }
-    heads = heads if is_of_drl and not is_asked else {}
-    for name, kind in inert.items():
-        if name.startswith(prefix) and _OURS.fullmatch(form.renamed(name.removeprefix(prefix))):
-            raise WeightsError(_not_plain(name, kind))
     used = {prefix + n for n in below.keys() - set(unknown)} | {parent + n for n in heads}
     if unused := [name for name in tensors if name not in used]:
         notes.append(f"not used: {_counted(unused)}")
     if prefix not in ("", "clip."):
         notes.insert(0, f"found under {prefix[:-1]}")
-    _check_unknown(family, below, unknown)
-    for name, tensor in state.items():
-        if tensor.dtype.kind in "iub":
-            raise WeightsError(f"is quantised: {name} is {tensor.dtype}; get the float weights")
     return Towers(family, form.publisher, prefix, state, heads, is_of_drl, tuple(notes))
 
 
@@ -241,42 +246,41 @@ def _choose(
     """The prefix of the towers, and notes on others."""
     if any(name.endswith(_HF_CONV) and tensor.ndim == 2 for name, tensor in tensors.items()):
         raise WeightsError(f"is a NaFlex SigLIP 2, of any resolution; {SUPPORTED}")
-    prefixes = {n.removesuffix(p) for n in tensors for p in _PATCHES if f".{n}".endswith(f".{p}")}
-    whole = sorted(p for p in prefixes if any(p + text in tensors for text in _TEXTS))
+    images, texts = (
+        {n.removesuffix(end) for n in tensors for end in ends if f".{n}".endswith(f".{end}")}
+        for ends in (_PATCHES, _TEXTS)
+    )
+    # By the keys that choose them.
+    whole = {prefix[:-1] or ".": prefix for prefix in sorted(images & texts)}
     if not whole:
         for name, kind in inert.items():
             if "._rebuild_" in kind or re.fullmatch("[A-Z]+[0-9]+\\w*", kind):
                 raise WeightsError(_not_plain(name, kind))
         _refuse_names(tensors)
-        if prefixes:
-            raise WeightsError("holds an image tower without a text tower")
-        if any(f".{name}".endswith(f".{text}") for name in tensors for text in _TEXTS):
-            raise WeightsError("holds a text tower without an image tower")
+        if images or texts:
+            found, lacking = ("an image", "a text") if images else ("a text", "an image")
+            raise WeightsError(f"holds {found} tower without {lacking} tower")
         if tensors or not inert:
             held = f"towers, but {_counted(tensors)}" if tensors else "tensors"
             raise WeightsError(f"holds no {held}; {SUPPORTED}")
         kind = next(iter(inert.values()))
         raise WeightsError(f"holds no tensors, but a {kind}; save the state_dict() of a model")
-    keys = " and ".join(repr(prefix[:-1] or ".") for prefix in whole)
+    keys = " and ".join(map(repr, whole))
     if key:
-        tests: tuple[Callable[[str], bool], ...] = (
-            lambda prefix: prefix[:-1] == key or (key == "." and not prefix),
-            lambda prefix: f".{prefix}".endswith(f".{key}."),
-            lambda prefix: prefix.startswith(f"{key}."),
-        )
-        for fits in tests:
-            if len(chosen := [prefix for prefix in whole if fits(prefix)]) == 1:
+        exact = re.escape(key)
+        for pattern in (exact, rf"(.*\.)?{exact}", rf"{exact}\..*"):
+            chosen = [prefix for name, prefix in whole.items() if re.fullmatch(pattern, name)]
+            if len(chosen) == 1:
                 return chosen[0], []
         raise WeightsError(f"has towers under {keys}, and the key is {key!r}")
-    if len(whole) == 1:
-        return whole[0], []
-    averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p.lower()))]
-    if len(averages) + 1 != len(whole):
+    averages = [n for n in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", n.lower()))]
+    others = [name for name in whole if len(whole) == 1 or name not in averages]
+    if len(others) != 1:
         flags = "--weights_key=KEY (--config.model.weights_key=KEY of a training)"
         raise WeightsError(f"has several pairs of towers, under {keys}; choose one with {flags}")
-    names = " and ".join(repr(prefix[:-1]) for prefix in averages)
-    (chosen,) = set(whole) - set(averages)
-    return chosen, [f"a moving average is under {names} (--weights_key)"]
+    beside = " and ".join(repr(name) for name in averages if name not in others)
+    notes = [f"a moving average is under {beside} (--weights_key)"] if beside else []
+    return whole[others[0]], notes
 
 
 def _not_plain(name: str, kind: str) -> str:
@@ -306,48 +310,33 @@ def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[st
             if match[2] != "q":
                 continue  # Part of the fused projection, which is made with the query.
             parts = (f"{match[1]}{part}_proj.{match[3]}" for part in ("q", "k", "v", "kv"))
-            joined = [renamed[part] for part in parts if part in renamed]
-            for theirs, part in joined:
-                is_equal = tensor.ndim > 0 and part.shape[1:] == tensor.shape[1:]
-                if not (is_equal and part.ndim == tensor.ndim and part.dtype == tensor.dtype):
-                    problem = f"{part.dtype} {list(part.shape)} beside {list(tensor.shape)}"
-                    raise WeightsError(f"has {theirs} of another shape or type: {problem}")
-            tensor = Tensor.joined(part for _, part in joined)
+            tensor = _joined([renamed[part] for part in parts if part in renamed])
             ours = f"{match[1]}in_proj_{match[3]}"
         if not _OURS.fullmatch(ours):
             unknown.append(name)
             continue
         if ours in form.transposed:
             tensor = tensor.T
-        # Some publishers store them with more axes.
-        ndim = {"visual.class_embedding": 1, "visual.positional_embedding": 2}.get(ours)
-        ndim = 0 if ours in _SCALARS else ndim
-        state[ours] = tensor if ndim is None else tensor.squeezed(ndim)
+        state[ours] = tensor.squeezed(_AXES[ours]) if ours in _AXES else tensor
     if (rest := below.get("positional_embedding_res")) is not None:
         # Long-CLIP keeps CLIP's first 20 positions, and learns the others apart.
-        first = state.get("positional_embedding", rest.rows(0, 0) if rest.ndim else rest)
-        if first.shape != rest.shape or len(first.shape) != 2 or rest.shape[0] < 20:
+        name, first = "positional_embedding", state.get("positional_embedding", rest)
+        if first is rest or rest.ndim != 2 or first.shape != rest.shape or rest.shape[0] < 20:
             raise WeightsError(f"has {rest.shape} positions beside {first.shape}")
         parts = (first.rows(0, 20), rest.rows(20, rest.shape[0]))
-        state["positional_embedding"] = Tensor.joined(parts)
+        state[name] = _joined([(name, part) for part in parts])
         unknown.remove("positional_embedding_res")
     return state, unknown
 
 
-def _check_unknown(family: str, below: Mapping[str, Tensor], unknown: list[str]) -> None:
-    """Raises WeightsError if tensors that are left out take part in the towers' arithmetic."""
-    inside = [
-        name
-        for name in unknown
-        if _INSIDE.match(name)
-        and not _BUFFERS.fullmatch(name)
-        # timm gives the projection a bias, which is 0: other files have none.
-        and not (name == "visual.trunk.head.bias" and not np.any(np.asarray(below[name])))
-    ]
-    _refuse_names([name for name in unknown if not name.startswith("visual.trunk.head.")])
-    if inside:
-        what = f"which a {family} does not have: an adapter or another model; {SUPPORTED}"
-        raise WeightsError(f"has {some(inside)}, {what}")
+def _joined(parts: list[tuple[str, Tensor]]) -> Tensor:
+    first = parts[0][1]
+    for name, part in parts:
+        is_equal = first.ndim > 0 and part.shape[1:] == first.shape[1:]
+        if not (is_equal and part.ndim == first.ndim and part.dtype == first.dtype):
+            problem = f"{part.dtype} {list(part.shape)} beside {list(first.shape)}"
+            raise WeightsError(f"has {name} of another shape or type: {problem}")
+    return Tensor.joined(part for _, part in parts)
 
 
 def _refuse_names(names: Collection[str]) -> None:
@@ -375,7 +364,7 @@ def to_publisher(family: str, state: Mapping[str, np.ndarray]) -> dict[str, np.n
         return dict(state)
     named = {}
     for name, tensor in state.items():
-        if name in _SCALARS:
+        if not tensor.ndim:
             tensor = tensor.reshape(1)
         if match := re.match(r"(.*resblocks\.\d+\.attn)\.in_proj_(weight|bias)$", name):
             for part, rows in zip("qkv", np.split(tensor, 3), strict=True):

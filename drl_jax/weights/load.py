@@ -12,13 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, LossConfig, ModelConfig
-from drl_jax.models.drl import (
-    Params,
-    config_from_dict,
-    copies_text_tower,
-    init_params,
-    param_shapes,
-)
+from drl_jax.models.drl import Params, config_from_dict, init_params, param_shapes
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.linear import without_adapters
 from drl_jax.models.reference_names import Entry, entries
@@ -37,23 +31,6 @@ _ALIGNMENT = 64  # bytes
 # ---------------------------------------------------------------- configuration
 
 
-def heads_of_weights(config: ModelConfig, weights: Weights) -> ModelConfig:
-    """The configuration with the interaction and the temporal head of a DRL checkpoint.
-
-    `dp` and `ti` have no parameters: the configuration's own is kept if it is one of them, else
-    `dp`.
-    """
-    names = weights.state.keys()
-    bare = config.interaction if config.interaction in ("dp", "ti") else "dp"
-    changes = {"interaction": bare, "agg_module": "none"}
-    for field, heads in (("interaction", INTERACTIONS), ("agg_module", TEMPORAL_HEADS)):
-        for name, head in heads.items():
-            if head and (fields := head.config_of_weights(names)) is not None:
-                changes |= {field: name, **fields}
-                break  # A registered subclass has the same names.
-    return dataclasses.replace(config, **changes)
-
-
 def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
     """The configuration of a model that is made of weights alone.
 
@@ -69,13 +46,18 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
         changes = {"init": "", "release": "", "tokenizer": weights.tokenizer}
         model = dataclasses.replace(weights.config.model, **changes)
         return dataclasses.replace(weights.config, model=model)
-    model = heads_of_weights(ModelConfig(interaction=interaction), weights)
+    changes = {"interaction": interaction, "agg_module": "none"}
+    for field, heads in (("interaction", INTERACTIONS), ("agg_module", TEMPORAL_HEADS)):
+        for name, head in heads.items():
+            found = head and head.config_of_weights(weights.state.keys())
+            if found is not None:
+                changes |= {field: name, **found}
+                break  # A registered subclass has the same names.
     max_words = weights.description.backbone.context_length
     if weights.is_of_drl:
         max_words = min(DataConfig.max_words, max_words)
-    data = DataConfig(holdout=500, max_words=max_words)
-    config = Config(data=data, model=model, loss=LossConfig(cdcr=0))
-    return with_backbone_of(config, weights)
+    data, loss = DataConfig(holdout=500, max_words=max_words), LossConfig(cdcr=0)
+    return with_backbone_of(Config(data=data, model=ModelConfig(**changes), loss=loss), weights)
 
 
 def with_backbone_of(config: Config, weights: Weights) -> Config:
@@ -87,35 +69,27 @@ def with_backbone_of(config: Config, weights: Weights) -> Config:
       ConfigError: the configuration has other sizes, which are not the defaults; or the rest of it
         does not go with those of the weights.
     """
-    backbone = weights.description.backbone
-    if config.loss.contrastive == "sigmoid" or config.model.backbone.logit_bias:
-        backbone = dataclasses.replace(backbone, logit_bias=True)
-    if different := _differences(config.model.backbone, backbone):
+    wanted, found = config.model.backbone, weights.description.backbone
+    if config.loss.contrastive == "sigmoid" or wanted.logit_bias:
+        found = dataclasses.replace(found, logit_bias=True)
+    # A configuration with the default sizes asks for none, and none asks for the default image
+    # size. What the file says of its input is known better than in a configuration.
+    sizes = [field.name for field in dataclasses.fields(found) if field.name not in _NO_SIZES]
+    asked = {name for name in sizes if getattr(wanted, name) != getattr(BackboneConfig, name)}
+    if asked - {"image_resolution"}:
+        asked |= set(sizes) - {"image_resolution"}
+    values = {n: (getattr(found, n), getattr(wanted, n)) for n in sizes if n in asked}
+    if different := [
+        f"{n} is {one}, not {other}" for n, (one, other) in values.items() if one != other
+    ]:
         raise ConfigError(
             f"config.model.init={config.model.init} has other sizes than the configuration:"
             f" {', '.join(different)}; choose a configuration with these or with the default sizes"
             " (configs/msrvtt.py), or train from scratch with --config.model.init="
         )
     tokenizer = config.model.tokenizer or weights.tokenizer
-    model = dataclasses.replace(config.model, backbone=backbone, tokenizer=tokenizer)
+    model = dataclasses.replace(config.model, backbone=found, tokenizer=tokenizer)
     return config_from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))
-
-
-def _differences(wanted: BackboneConfig, found: BackboneConfig) -> list[str]:
-    """The sizes that a configuration asks for and the weights do not have.
-
-    A configuration with the default sizes asks for none, and none asks for the default image size.
-    What the file says of its input is not compared: it is known better than in a configuration.
-    """
-    sizes = [field.name for field in dataclasses.fields(found) if field.name not in _NO_SIZES]
-    asked = {name for name in sizes if getattr(wanted, name) != getattr(BackboneConfig, name)}
-    if asked - {"image_resolution"}:
-        asked |= set(sizes) - {"image_resolution"}
-    return [
-        f"{name} is {getattr(found, name)}, not {getattr(wanted, name)}"
-        for name in sizes
-        if name in asked and getattr(found, name) != getattr(wanted, name)
-    ]
 
 
 # ---------------------------------------------------------------- parameters
@@ -190,24 +164,8 @@ def check_state(state: StateDict, shapes: Params) -> list[Entry]:
         if found != shape:
             raise WeightsError(f"{name} is {found} in the weights and {shape} in the model")
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise WeightsError(f"{name} is of {dtype}; weights are floating-point numbers")
+            raise WeightsError(f"{name} is {dtype}: quantised; get the float weights")
     return table
-
-
-def head_start(config: ModelConfig, weights: Weights) -> str:
-    """Says what the heads of a model start from."""
-    if weights.has_heads:
-        return "heads from the file, too"
-    names = {"temporal head": TEMPORAL_HEADS[config.agg_module]}
-    names |= {f"interaction {config.interaction}": INTERACTIONS[config.interaction]}
-    heads = [name for name, head in names.items() if head and head.COPIED_POSITIONS]
-    if not heads:
-        return "no head starts from the text tower"
-    if copies_text_tower(config):
-        return f"{' and '.join(heads)}: from the text tower's blocks"
-    backbone = config.backbone
-    sizes = f"{backbone.embed_dim} channels and the text tower {backbone.text_width}"
-    return f"{' and '.join(heads)}: new, since features have {sizes}"
 
 
 def initial_params(

@@ -8,7 +8,7 @@ from pathlib import Path
 from drl_jax.hub import installed, openai, repository
 from drl_jax.hub.recommended import RECOMMENDED
 from drl_jax.runtime.files import json_sha256, sha256
-from drl_jax.weights.errors import WeightsFileError, about, read_json, some
+from drl_jax.weights.errors import WeightsError, about, read_json, some
 
 # Names of weights, the preferred one first. open_clip's come first: its repositories may have an
 # image tower alone under Hugging Face's name.
@@ -44,7 +44,7 @@ def weights_path(source: str | os.PathLike) -> Path:
       HubError: see `repository.download`.
       DownloadError: see `openai.download`.
       InstallationError: an installed file is missing or damaged.
-      WeightsFileError: a folder has no weights, or several.
+      WeightsError: a folder has no weights, or several.
       Unavailable: a folder or an installed file cannot be read.
     """
     source = resolved(source)
@@ -113,9 +113,9 @@ def _file_of_weights(path: Path) -> Path:
         names = [e.name + "/" * e.is_dir() for e in path.iterdir() if not e.name.startswith("._")]
         name, problem = choose_weights(names)
         if "adapter_config.json" in names and not problem:
-            raise WeightsFileError(f"has an adapter beside {name}; merge it, or name one file")
+            raise WeightsError(f"has an adapter beside {name}; merge it, or name one file")
         if problem:
-            raise WeightsFileError(f"{problem}; name the file")
+            raise WeightsError(f"{problem}; name the file")
         return path / name
 
 
@@ -129,16 +129,16 @@ def parts_of(path: Path) -> dict[str, str]:
     """The file of each tensor, of Hugging Face's list of several files.
 
     Raises:
-      WeightsFileError: the list is damaged, or names files elsewhere.
+      WeightsError: the list is damaged, or names files elsewhere.
       Unavailable: it cannot be read.
     """
     files = read_json(path).get("weight_map")
     with about(path):
         if not isinstance(files, dict) or not files:
-            raise WeightsFileError('is no list of files of weights: it has no "weight_map"')
+            raise WeightsError('is no list of files of weights: it has no "weight_map"')
         for name in files.values():
             if not isinstance(name, str) or Path(name).name != name or name.endswith(INDEX):
-                raise WeightsFileError(f"names {name!r}, which is no file beside it")
+                raise WeightsError(f"names {name!r}, which is no file beside it")
     return files
 
 
