@@ -8,8 +8,8 @@ from safetensors.numpy import save_file
 from support.towers import tiny_state, to_hugging_face
 
 from drl_jax.config import Config, DataConfig, ModelConfig
+from drl_jax.runs.run_params import with_backbone_of
 from drl_jax.weights.errors import WeightsError
-from drl_jax.weights.load import with_backbone_of
 from drl_jax.weights.weights_file import read_weights
 
 OPEN_CLIP = {
@@ -163,9 +163,12 @@ REFUSED = (
     (("config.json", "[]"), "is not a JSON object"),
     (
         ("open_clip_config.json", '{"model_cfg": {}}'),
-        "model_cfg.embed_dim is None, not a whole number of at least 1",
+        "model_cfg.embed_dim must be int, not None",
     ),
-    (towers("model_type", "blip"), "model_type is 'blip', not one of clip, metaclip_2, siglip, siglip2"),
+    (
+        towers("model_type", "blip"),
+        "model_type is 'blip', not one of clip, metaclip_2, siglip, siglip2",
+    ),
     (
         towers("vision_config.hidden_act", "relu"),
         "vision_config.hidden_act is 'relu', not one of quick_gelu, gelu, ",
@@ -186,15 +189,21 @@ REFUSED = (
     ),
     (
         open_clip("preprocess_cfg.interpolation", "random"),
-        "preprocess_cfg.interpolation is 'random', not one of bicubic, bilinear",
+        "preprocess_cfg.interpolation is bicubic or bilinear, not 'random'",
     ),
-    (open_clip("preprocess_cfg.mean", [0.5, 0.5]), "mean is [0.5, 0.5], not three numbers"),
+    (
+        open_clip("preprocess_cfg.mean", [0.5, 0.5]),
+        "mean must be a tuple of 3 numbers, not [0.5, 0.5]",
+    ),
     (
         open_clip("model_cfg.vision_cfg.timm_model_name", "vit_x"),
         "the tower vit_x is not supported",
     ),
     (("config.json", {**OURS, "vison_heads": 7}), "vison_heads is unknown; did you mean vision_h"),
-    (("config.json", {**OURS, "layer_norm_eps": 1e300}), "layer_norm_eps is 1e+300, not a number"),
+    (
+        ("config.json", {**OURS, "layer_norm_eps": 1e300}),
+        "layer_norm_eps must be in [0, 1), not 1e+300",
+    ),
     (("config.json", {**OURS, "attn_pooler_heads": 4}), "attn_pooler_heads=4 is not supported"),
 )
 
@@ -222,7 +231,7 @@ def test_descriptions_that_cannot_be_used_are_one_line(clip_file, file, message)
         ("resample", 0, "resample is 0, not one of 2, 3"),
         ("resample", [3], "resample is [3], not one of 2, 3"),
         ("size", {"height": [32]}, "size={'height': [32]} is not supported"),
-        ("image_mean", None, "image_mean is None, not three numbers"),
+        ("image_mean", None, "image_mean must be a tuple of 3 numbers, not None"),
     ],
 )
 def test_preprocessing_that_we_cannot_do_is_refused(hugging_face_file, field, value, message):

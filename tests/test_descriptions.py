@@ -15,15 +15,14 @@ from drl_jax.config import Config, DataConfig, LossConfig, ModelConfig
 from drl_jax.hub import openai
 from drl_jax.hub.releases import PUBLISHED, RELEASES
 from drl_jax.models.drl import BACKBONES, param_shapes
-from drl_jax.runs.run_params import head_start
+from drl_jax.models.reference_names import SIGLIP_HF, to_publisher
+from drl_jax.runs.run_params import head_start, with_backbone_of
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
 from drl_jax.weights import description
 from drl_jax.weights.errors import WeightsError
-from drl_jax.weights.families import to_publisher
-from drl_jax.weights.load import config_of_weights, initial_params, with_backbone_of
+from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.weights_file import read_weights, save_weights
-
 
 NORM = "ln_final.weight"
 
@@ -52,7 +51,7 @@ def described(loaded):
 
 def siglip(**changes):
     """SigLIP's towers under Hugging Face's names."""
-    return to_publisher("siglip", tiny_state(**{**SIGLIP, **changes}))
+    return to_publisher(tiny_state(**{**SIGLIP, **changes}), SIGLIP_HF)
 
 
 # ---------------------------------------------------------------- activation
@@ -222,7 +221,7 @@ def test_what_an_exported_file_says_is_not_contradicted_in_silence(loaded, tmp_p
 )
 def test_towers_alone_read_as_many_words_as_they_have_positions(changes, words, loaded):
     state, family = tiny_state(**changes), changes.get("family", "clip")
-    state = to_publisher("siglip", state) if family == "siglip" else state
+    state = to_publisher(state, SIGLIP_HF) if family == "siglip" else state
     config = {"family": family, "activation": "gelu", "pad": 1}
     data = config_of_weights(loaded(state, config=config)).data
     assert (data.max_words, data.max_frames) == (words, 12)

@@ -14,7 +14,7 @@ from drl_jax.config import LORA_TARGETS, Config, LoRAConfig
 from drl_jax.models.drl import Params, config_from_dict, param_shapes
 from drl_jax.models.linear import ADAPTER
 from drl_jax.runs.checkpoint_files import owner
-from drl_jax.runs.run_params import create_run, restore_params
+from drl_jax.runs.run_params import create_run, restore_params, with_backbone_of
 from drl_jax.runs.workdir import CHECKPOINTS, load_config, own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import replacing, write_json
@@ -22,12 +22,7 @@ from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.trainable import Trainable
 from drl_jax.weights.containers import open_weights
 from drl_jax.weights.errors import WeightsError, about, read_json, some
-from drl_jax.weights.load import (
-    config_of_weights,
-    initial_params,
-    params_from_state,
-    with_backbone_of,
-)
+from drl_jax.weights.load import config_of_weights, initial_params, params_from_state
 from drl_jax.weights.source import weights_sha256
 from drl_jax.weights.weights_file import (
     CONFIG_KEY,

@@ -8,8 +8,14 @@ from typing import TypeVar
 
 import jax
 
-from drl_jax.config import Config, LoRAConfig, ModelConfig
-from drl_jax.models.drl import Params, abstract_params, copies_text_tower, init_params
+from drl_jax.config import BackboneConfig, Config, ConfigError, LoRAConfig, ModelConfig
+from drl_jax.models.drl import (
+    Params,
+    abstract_params,
+    config_from_dict,
+    copies_text_tower,
+    init_params,
+)
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.linear import merge_adapters
 from drl_jax.models.temporal import TEMPORAL_HEADS
@@ -37,6 +43,9 @@ from drl_jax.weights.weights_file import Weights, read_weights, save_weights
 # A checkpoint that cannot be read may be one that a training deletes at this moment. An error that
 # is the same after a pause is believed.
 _ATTEMPTS, _PAUSE = 30, 0.5
+# Fields of BackboneConfig that say how frames and captions are prepared, and of the loss.
+_NO_SIZES = ("pixel_mean", "pixel_std", "resize", "interpolation", "text_cleaning", "pad_id",
+             "logit_bias")  # fmt: skip
 T = TypeVar("T")
 
 
@@ -125,6 +134,38 @@ def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Para
         weights = read_weights(model.init, model.release, model.weights_key)
         params = initial_params(model, weights, key)
     return jax.device_put(params, layout.parameters(params))
+
+
+def with_backbone_of(config: Config, weights: Weights) -> Config:
+    """The configuration with the description of the towers from the weights, checked again.
+
+    The sigmoid loss has a bias of the logits also where the weights have none.
+
+    Raises:
+      ConfigError: the configuration has other sizes, which are not the defaults; or the rest of it
+        does not go with those of the weights.
+    """
+    wanted, found = config.model.backbone, weights.description.backbone
+    if config.loss.contrastive == "sigmoid" or wanted.logit_bias:
+        found = dataclasses.replace(found, logit_bias=True)
+    # A configuration with the default sizes asks for none, and none asks for the default image
+    # size. What the file says of its input is known better than in a configuration.
+    sizes = [field.name for field in dataclasses.fields(found) if field.name not in _NO_SIZES]
+    asked = {name for name in sizes if getattr(wanted, name) != getattr(BackboneConfig, name)}
+    if asked - {"image_resolution"}:
+        asked |= set(sizes) - {"image_resolution"}
+    values = {n: (getattr(found, n), getattr(wanted, n)) for n in sizes if n in asked}
+    if different := [
+        f"{n} is {one}, not {other}" for n, (one, other) in values.items() if one != other
+    ]:
+        raise ConfigError(
+            f"config.model.init={config.model.init} has other sizes than the configuration:"
+            f" {', '.join(different)}; choose a configuration with these or with the default sizes"
+            " (configs/msrvtt.py), or train from scratch with --config.model.init="
+        )
+    tokenizer = config.model.tokenizer or weights.tokenizer
+    model = dataclasses.replace(config.model, backbone=found, tokenizer=tokenizer)
+    return config_from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))
 
 
 def head_start(config: ModelConfig, weights: Weights) -> str:

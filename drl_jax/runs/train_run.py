@@ -24,7 +24,7 @@ from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
 from drl_jax.runs.manifest import differences, recorded
 from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
-from drl_jax.runs.run_params import head_start
+from drl_jax.runs.run_params import head_start, with_backbone_of
 from drl_jax.runs.workdir import (
     ADAPTER_FILE,
     BEST_FILE,
@@ -49,7 +49,7 @@ from drl_jax.training.train_step import (
     state_from_params,
 )
 from drl_jax.training.trainable import Trainable
-from drl_jax.weights.load import initial_params, with_backbone_of
+from drl_jax.weights.load import initial_params
 from drl_jax.weights.weights_file import read_weights, save_weights
 
 RESULT_FILE = "result.json"

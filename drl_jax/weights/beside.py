@@ -6,37 +6,21 @@ Each reader returns fields of BackboneConfig. What it cannot represent, it refus
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drl_jax.config import ACTIVATIONS, INTERPOLATIONS, RESIZES, TEXT_CLEANINGS, BackboneConfig
+from drl_jax.config import (
+    TEXT_CLEANINGS,
+    BackboneConfig,
+    ConfigError,
+    checked_backbone_field,
+)
 from drl_jax.weights.errors import WeightsError, about, read_json
 from drl_jax.weights.families import FAMILIES, SUPPORTED
 from drl_jax.weights.source import PREPROCESSORS
 
 # ---------------------------------------------------------------- values in JSON files
-
-# What a value may be: choices, or one of these.
-_FRACTION, _RGB = "a number between 0 and 1", "three numbers between -1 and 1"
-_FLAG, _COUNT = (False, True), range(1, 2**31)
-# Of fields of BackboneConfig.
-_KINDS: dict[str, Sequence] = {
-    **{f.name: _COUNT for f in dataclasses.fields(BackboneConfig) if f.type is int},
-    **{"pad_id": range(2**31), "logit_bias": _FLAG, "family": tuple(FAMILIES)},
-    **dict.fromkeys(("activation", "text_activation"), ACTIVATIONS),
-    **{"resize": RESIZES, "interpolation": INTERPOLATIONS, "text_cleaning": TEXT_CLEANINGS},
-    **{"layer_norm_eps": _FRACTION, "pixel_mean": _RGB, "pixel_std": _RGB},
-}
-
-
-def _is(value: Any, kind: Sequence) -> bool:
-    if kind is _FRACTION:
-        return type(value) is float and 0 < value < 1
-    if kind is _RGB:
-        numbers = value if isinstance(value, list) else []
-        return len(numbers) == 3 and all(type(v) in (int, float) and abs(v) <= 1 for v in numbers)
-    return type(value) is type(kind[0]) and value in kind
 
 
 class _Values:
@@ -58,17 +42,29 @@ class _Values:
                 break
         return value
 
-    def get(self, name: str, kind: Sequence, default: Any = None) -> Any:
-        """A value of a kind; WeightsError: it is of another one, or absent and has no default."""
-        value = self.raw(name)
-        value = default if value is None else value
-        if not _is(value, kind):
-            if isinstance(kind, range):
-                kind = f"a whole number of at least {kind[0]}"
-            elif not isinstance(kind, str):
-                kind = f"one of {', '.join(map(str, kind)).lower()}"
-            raise WeightsError(f"{name} is {value!r}, not {kind}")
-        return tuple(map(float, value)) if kind is _RGB else value
+    def choice(self, name: str, choices: Collection, default: Any = None) -> Any:
+        """One of some values of one type."""
+        value = default if self.raw(name) is None else self.raw(name)
+        if type(value) is not type(next(iter(choices))) or value not in choices:
+            names = ", ".join(map(str, choices)).lower()
+            raise WeightsError(f"{name} is {value!r}, not one of {names}")
+        return value
+
+    def field(self, field: str, name: str, default: Any = None) -> Any:
+        """A value that a field of BackboneConfig can have."""
+        value = default if self.raw(name) is None else self.raw(name)
+        try:
+            return checked_backbone_field(field, value, name)
+        except ConfigError as error:
+            raise WeightsError(str(error)) from error
+
+    def fields(self, group: str, *, required: bool = False, **places: str) -> dict[str, Any]:
+        """Fields of BackboneConfig by their places in a group: those that are there, or all."""
+        return {
+            field: self.field(field, group + place)
+            for field, place in places.items()
+            if required or self.raw(group + place) is not None
+        }
 
     def check(self, group: str, **supported: Any) -> None:
         """Raises WeightsError unless these values are absent, or those that are supported."""
@@ -78,14 +74,6 @@ class _Values:
 
     def unsupported(self, name: str) -> WeightsError:
         return WeightsError(f"{name}={self.raw(name)!r} is not supported")
-
-    def fields(self, group: str, *, required: bool = False, **places: str) -> dict[str, Any]:
-        """Fields of BackboneConfig by their places in a group: those that are there, or all."""
-        return {
-            field: self.get(group + place, _KINDS[field])
-            for field, place in places.items()
-            if required or self.raw(group + place) is not None
-        }
 
 
 # ---------------------------------------------------------------- descriptions
@@ -149,7 +137,10 @@ def _config(values: _Values, file: Path) -> dict[str, Any]:
     """Fields of a config.json, of Hugging Face or of ours; none if it is of something else."""
     if "vision_config" not in values.content:
         return {} if values.content.keys().isdisjoint(("family", "activation")) else _own(values)
-    fields, size = _hugging_face(values), values.get("vision_config.image_size", _COUNT, 224)
+    fields, size = (
+        _hugging_face(values),
+        values.field("image_resolution", "vision_config.image_size", 224),
+    )
     for other in map(file.with_name, PREPROCESSORS):
         with about(other, ":"):
             preprocessor = _Values(other)
@@ -163,13 +154,14 @@ def _own(values: _Values) -> dict[str, Any]:
 
     Unknown names are comments, unless they look like one of a field.
     """
-    values.get("activation", ACTIVATIONS)
+    values.field("activation", "activation")
     values.check("", attn_pooler_heads=8)
+    known = [field.name for field in dataclasses.fields(BackboneConfig)]
     places = {_SHORT.get(name, name): name for name in values.content}
-    for name in (name for field, name in places.items() if field not in _KINDS):
-        if close := difflib.get_close_matches(name, [*_KINDS, *_SHORT], n=1, cutoff=0.85):
+    for name in (name for field, name in places.items() if field not in known):
+        if close := difflib.get_close_matches(name, [*known, *_SHORT], n=1, cutoff=0.85):
             raise WeightsError(f"{name} is unknown; did you mean {close[0]}?")
-    return values.fields("", **{f: name for f, name in places.items() if f in _KINDS})
+    return values.fields("", **{f: name for f, name in places.items() if f in known})
 
 
 def _of_towers(activations: list[str], epsilons: list[float]) -> dict[str, Any]:
@@ -183,16 +175,16 @@ def _of_towers(activations: list[str], epsilons: list[float]) -> dict[str, Any]:
 
 def _hugging_face(values: _Values) -> dict[str, Any]:
     """Fields of Hugging Face's config.json; what it leaves out has the library's default."""
-    family = _MODEL_TYPES[values.get("model_type", tuple(_MODEL_TYPES))]
+    family = _MODEL_TYPES[values.choice("model_type", _MODEL_TYPES)]
     siglip = family == "siglip"
     usual, eps, heads = ("gelu_pytorch_tanh", 1e-6, 12) if siglip else ("quick_gelu", 1e-5, 8)
     fields = {"family": family, "vision_heads": 12, "text_heads": heads}
     activations, epsilons = [], []
     for tower in ("vision", "text"):
         at = f"{tower}_config."
-        name = values.get(f"{at}hidden_act", tuple(_HUGGING_FACE_ACTIVATIONS), usual)
+        name = values.choice(f"{at}hidden_act", _HUGGING_FACE_ACTIVATIONS, usual)
         activations.append(_HUGGING_FACE_ACTIVATIONS[name])
-        epsilons.append(values.get(f"{at}layer_norm_eps", _FRACTION, eps))
+        epsilons.append(values.field("layer_norm_eps", f"{at}layer_norm_eps", eps))
         sizes = {"width": "hidden_size", "layers": "num_hidden_layers"}
         sizes |= {"heads": "num_attention_heads"}
         fields |= values.fields(at, **{f"{tower}_{name}": place for name, place in sizes.items()})
@@ -215,13 +207,12 @@ def _preprocessing(values: _Values, wanted: int) -> dict[str, Any]:
     pixels = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
     fields = values.fields(at, **pixels) and values.fields(at, required=True, **pixels)
     if values.raw(f"{at}resample") is not None:
-        filters = tuple(_RESAMPLING)
-        fields["interpolation"] = _RESAMPLING[values.get(f"{at}resample", filters)]
+        fields["interpolation"] = _RESAMPLING[values.choice(f"{at}resample", _RESAMPLING)]
     if (size := values.raw(f"{at}size")) is not None:
         # Early files of CLIP have a number.
         sides = size if isinstance(size, dict) else {"shortest_edge": size}
         crops = "shortest_edge" in sides
-        is_cropped = values.get(f"{at}do_center_crop", _FLAG, crops)
+        is_cropped = values.choice(f"{at}do_center_crop", (False, True), crops)
         if any(side != wanted for side in sides.values()) or not sides or crops != is_cropped:
             raise values.unsupported(f"{at}size")
         fields["resize"] = "crop" if crops else "squash"
@@ -240,13 +231,13 @@ def _open_clip(values: _Values, _: Path) -> dict[str, Any]:
     values.check(vision, no_ln_pre=False, timm_pool="" if is_clip else "map")
     values.check(text, pool_type="last" if siglip else "argmax", no_causal_mask=siglip)
     values.check(text, embed_cls=False, proj_type="linear")
-    quick = values.get("model_cfg.quick_gelu", _FLAG, False) and is_clip
+    quick = values.choice("model_cfg.quick_gelu", (False, True), False) and is_clip
     activations, epsilons = [], []
     for tower in (vision, text):
         forms = ("none",) if quick else ("none", "tanh")
-        tanh = values.get(f"{tower}act_kwargs.approximate", forms, "none") == "tanh"
+        tanh = values.choice(f"{tower}act_kwargs.approximate", forms, "none") == "tanh"
         activations.append("quick_gelu" if quick else "gelu_tanh" if tanh else "gelu")
-        epsilons.append(values.get(f"{tower}norm_kwargs.eps", _FRACTION, 1e-5))
+        epsilons.append(values.field("layer_norm_eps", f"{tower}norm_kwargs.eps", 1e-5))
     sizes = {"text_width": "width", "text_heads": "heads", "text_layers": "layers"}
     pixels = {"pixel_mean": "mean", "pixel_std": "std", "interpolation": "interpolation"}
     usual = {name: getattr(BackboneConfig, name) for name in ("context_length", "vocab_size")}
@@ -261,8 +252,8 @@ def _open_clip(values: _Values, _: Path) -> dict[str, Any]:
     if is_clip:
         sizes = {"vision_layers": "layers", "vision_width": "width"}
         fields |= values.fields(vision, required=True, **sizes, vision_patch_size="patch_size")
-        channels = values.get(f"{vision}head_width", _COUNT, 64)
-        fields["vision_heads"] = fields["vision_width"] // channels
+        of_head = values.field("vision_width", f"{vision}head_width", 64)
+        fields["vision_heads"] = fields["vision_width"] // of_head
     else:
         activations[0] = "gelu_tanh" if re.fullmatch(_TIMM_TANH, timm) else "gelu"
         epsilons[0] = FAMILIES[family].fields.get("layer_norm_eps", 1e-5)
@@ -274,6 +265,6 @@ def _open_clip(values: _Values, _: Path) -> dict[str, Any]:
     if values.raw(f"{preprocess}size") not in (None, size, [size, size]):
         raise values.unsupported(f"{preprocess}size")
     if values.raw(f"{preprocess}resize_mode") is not None:
-        mode = values.get(f"{preprocess}resize_mode", ("shortest", "squash"))
+        mode = values.choice(f"{preprocess}resize_mode", ("shortest", "squash"))
         fields["resize"] = "crop" if mode == "shortest" else "squash"
     return fields

@@ -35,29 +35,16 @@ _SAFETENSORS_DTYPES = {
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8},
     **{"U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_},
 }
-# (how other files begin, what they are)
-_OTHERS = (
-    (rb"version https://git-lfs", "a Git LFS pointer instead of the file; run `git lfs pull`"),
-    (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file; download it again"),
-    (rb"\x89HDF", "a Keras file of TensorFlow; get the safetensors file of the same model"),
-    (rb"GGUF|GGML|ggml", "quantised, in the form of llama.cpp; get the float weights"),
-    (rb"[\x80-\x8f\xde\xdf][\x00-\xff]{0,4}[\xa0-\xbf\xd9][a-z_]",
-     "a msgpack file of Flax; get the safetensors or PyTorch file of the same model"),
-    (rb"\x08[\x01-\x20][\x12:\x3a]", "an ONNX model; get the safetensors or PyTorch file of it"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc|Rar!", "a compressed archive; unpack it"),
-    (rb"\{", "JSON: name the file of weights that it describes"),
-)  # fmt: skip
 
 
 class Contents(NamedTuple):
     """What a file of weights holds."""
 
     tensors: dict[str, Tensor]  # by name; those of nested dicts and modules are joined by dots
+    inert: dict[str, str]  # the classes of other values, by name
     form: str  # of the file, in words
     files: tuple[Path, ...]  # that the tensors are in
     metadata: Mapping[str, str] = MappingProxyType({})  # of a safetensors file
-    # Names of values that are no tensors, and their classes.
-    inert: Mapping[str, str] = MappingProxyType({})
 
 
 def open_weights(path: Path, *, is_part: bool = False) -> Contents:
@@ -76,34 +63,20 @@ def open_weights(path: Path, *, is_part: bool = False) -> Contents:
         if SHARD.search(path.name) and not is_part:
             index = SHARD.sub(lambda match: "." + match[0].rpartition(".")[2] + INDEX, path.name)
             raise WeightsError(f"is one part of several; name {index} or the folder")
+        kinds = (kind for pattern, kind in _KINDS if re.match(pattern, start, re.I | re.S))
+        kind, problem = next(kinds, ""), "is damaged, or not a PyTorch or safetensors file"
+        if isinstance(kind, str) and path.name.endswith(INDEX):
+            kind = _open_index
+        if isinstance(kind, str):
+            raise WeightsError(f"is {kind}" if kind else problem)
         try:
-            return _opener(path, start)(path)
+            return kind(path)
         except UserError:
             raise
-        except safetensors.SafetensorError as error:
-            problem = f"is not a complete safetensors file ({one_line(error)})"
-            raise WeightsError(problem) from error
-        # The standard library raises many types of errors for damaged pickles and archives.
+        # Libraries raise many types of errors for damaged files.
         except Exception as error:
             raise_if_refused(path, error)
-            problem = f"is damaged, or not a PyTorch or safetensors file ({one_line(error)})"
-            raise WeightsError(problem) from error
-
-
-def _opener(path: Path, start: bytes) -> Callable[[Path], Contents]:
-    """What opens a file that begins like this."""
-    if start[:4] == b"PK\x03\x04":
-        return _open_zip
-    if start[8:9] == b"{" and start[5:8] == bytes(3):
-        return _open_safetensors
-    if path.name.endswith(INDEX):
-        return _open_index
-    if re.match(rb"\x80[\x02-\x05]", start):
-        return _open_legacy
-    for pattern, what in _OTHERS:
-        if re.match(pattern, start, re.IGNORECASE):
-            raise WeightsError(f"is {what}")
-    raise WeightsError("is damaged, or not a PyTorch or safetensors file")
+            raise WeightsError(f"{problem} ({one_line(error)})") from error
 
 
 # ---------------------------------------------------------------- safetensors
@@ -125,7 +98,7 @@ def _open_safetensors(path: Path) -> Contents:
         shape, at = entry["shape"], 8 + size + entry["data_offsets"][0]
         storage = Storage(path, np.dtype(_SAFETENSORS_DTYPES[dtype]), math.prod(shape), at)
         tensors[name] = Tensor(storage, shape)
-    return Contents(tensors, "safetensors", (path,), metadata, inert)
+    return Contents(tensors, inert, "safetensors", (path,), metadata)
 
 
 def _open_index(path: Path) -> Contents:
@@ -139,7 +112,7 @@ def _open_index(path: Path) -> Contents:
         tensors[name] = parts[file].tensors[name]
     form = f"{len(parts)} parts, {next(iter(parts.values())).form}"
     inert = {name: kind for part in parts.values() for name, kind in part.inert.items()}
-    return Contents(tensors, form, tuple(map(path.with_name, parts)), {}, inert)
+    return Contents(tensors, inert, form, tuple(map(path.with_name, parts)))
 
 
 # ---------------------------------------------------------------- PyTorch
@@ -168,8 +141,7 @@ def _open_zip(path: Path) -> Contents:
             storage.crc32 = entry.CRC
         is_script = any(name.startswith(f"{root}code/") for name in names)
     form = "TorchScript archive" if is_script else "torch.save, zip"
-    tensors, inert = find_tensors(value)
-    return Contents(tensors, form, (path,), inert=inert)
+    return Contents(*find_tensors(value), form, (path,))
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:
@@ -220,5 +192,21 @@ def _open_legacy(path: Path) -> Contents:
             raise WeightsError(f"lacks storage {missing[0]}")
         if left := file.size - file.tell():
             raise WeightsError(f"has {left} bytes after its end")
-    tensors, inert = find_tensors(value)
-    return Contents(tensors, "torch.save, legacy", (path,), inert=inert)
+    return Contents(*find_tensors(value), "torch.save, legacy", (path,))
+
+
+# (how files begin, what opens them, or what else they are)
+_KINDS: tuple[tuple[bytes, Callable[[Path], Contents] | str], ...] = (
+    (rb"PK\x03\x04", _open_zip),
+    (rb".{5}\0\0\0\{", _open_safetensors),
+    (rb"\x80[\x02-\x05]", _open_legacy),
+    (rb"version https://git-lfs", "a Git LFS pointer instead of the file; run `git lfs pull`"),
+    (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file; download it again"),
+    (rb"\x89HDF", "a Keras file of TensorFlow; get the safetensors file of the same model"),
+    (rb"GGUF|GGML|ggml", "quantised, in the form of llama.cpp; get the float weights"),
+    (rb"[\x80-\x8f\xde\xdf][\x00-\xff]{0,4}[\xa0-\xbf\xd9][a-z_]",
+     "a msgpack file of Flax; get the safetensors or PyTorch file of the same model"),
+    (rb"\x08[\x01-\x20][\x12:\x3a]", "an ONNX model; get the safetensors or PyTorch file of it"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc|Rar!", "a compressed archive; unpack it"),
+    (rb"\{", "JSON: name the file of weights that it describes"),
+)  # fmt: skip

@@ -35,14 +35,18 @@ class Description(NamedTuple):
     names: str = ""  # whose names the tensors have in the file, and their prefix
     notes: tuple[str, ...] = ()  # on what else is in the file
 
+    @property
+    def source(self) -> str:
+        return f"{'guessed ' if self.is_guessed else ''}from {self.activation_from}"
+
     def __str__(self) -> str:
         backbone = self.backbone
         form = f"{backbone.resize}, {backbone.interpolation}"
         return (
             f"{backbone.family}, patches of {backbone.vision_patch_size} pixels at"
             f" {backbone.image_resolution} ({form}), captions: {backbone.text_cleaning}, activation"
-            f" {backbone.activation} ({'guessed ' if self.is_guessed else ''}from"
-            f" {self.activation_from}), licence: {self.licence or 'not stated by the file'}"
+            f" {backbone.activation} ({self.source}), licence:"
+            f" {self.licence or 'not stated by the file'}"
             f"{self.revision and f', commit {self.revision}'}"
             + "".join(f"; {note}" for note in self.notes)
         )

@@ -49,14 +49,14 @@ def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any]:
       Unavailable: it is absent, or cannot be read.
     """
     with about(path):
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES):
+            raise WeightsError("is no regular file of at most 100 MB")
         try:
-            if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES):
-                raise WeightsError("is no regular file of at most 100 MB")
             content = parse_json(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
-            if is_optional:
-                return {}
-            raise
+            if not is_optional:
+                raise
+            return {}
         except (ValueError, RecursionError) as error:
             problem = f"is damaged: it is not JSON ({one_line(error)}); get it again"
             raise WeightsError(problem) from error

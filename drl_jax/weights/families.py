@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from drl_jax.models.heads import count_blocks
+from drl_jax.models.reference_names import CLIP_HF, CUSTOM_TEXT, SIGLIP_HF, TIMM, Names, renamed
 from drl_jax.weights.errors import WeightsError, some
 from drl_jax.weights.tensors import StateDict, Tensor
 
@@ -20,22 +21,9 @@ class Form(NamedTuple):
 
     publisher: str
     needs: tuple[str, ...]  # names that tell such files
-    # (theirs, ours): how names begin; and parts, with dots around them, of names with one of these
-    # beginnings. Other names stay as they are.
-    names: tuple[tuple[str, str], ...] = ()
+    names: Names = ()  # if they are not OpenAI's
     transposed: tuple[str, ...] = ()  # our names of matrices that are stored transposed
     refused: str = ""  # what such files are, if they are not supported
-
-    def renamed(self, name: str, *, back: bool = False) -> str:
-        """One of their names -> ours; or with `back`, ours -> theirs."""
-        pairs = [pair[::-1] for pair in self.names] if back else self.names
-        for old, new in pairs:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                for part, new_part in pairs:
-                    name = name.replace(part, new_part) if part.startswith(".") else name
-                return name
-        return name
 
 
 class Family(NamedTuple):
@@ -44,68 +32,21 @@ class Family(NamedTuple):
     forms: tuple[Form, ...]  # of its files; the first that fits is taken
     fields: Mapping[str, Any]  # of BackboneConfig, for what nothing says
     by_vocabulary: Mapping[int, Mapping[str, Any]] = {}  # more, by rows of the token embedding
-    export: Form | None = None  # of towers that are exported alone
+    export: Names = ()  # of towers that are exported alone
 
 
 _CONV, _PROBE = "visual.conv1.weight", "visual.attn_pool.probe"
 _HF_CONV = "vision_model.embeddings.patch_embedding.weight"
 _TIMM_CONV = "visual.trunk.patch_embed.proj.weight"
 _LATENT, _CLASS_TOKEN = "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"
-_MLP = ((".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
-_HUGGING_FACE = (
-    ("text_model.embeddings.token_embedding.", "token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.final_layer_norm.", "ln_final."),
-    ("text_model.encoder.layers.", "transformer.resblocks."),
-    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-    ("vision_model.pre_layrnorm.", "visual.ln_pre."),  # sic
-    ("vision_model.post_layernorm.", "visual.ln_post."),
-    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-    *((".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".self_attn.", ".attn."), *_MLP),
-)
-_CLIP_HF = (
-    *_HUGGING_FACE,
-    *(("text_projection.weight", "text_projection"), ("visual_projection.weight", "visual.proj")),
-)
-# open_clip's CustomTextCLIP, and timm's image towers in it.
-_CUSTOM_TEXT = (("text.", ""),)
-_TIMM = (
-    (_CLASS_TOKEN, "visual.class_embedding"),
-    ("visual.trunk.pos_embed", "visual.positional_embedding"),
-    ("visual.trunk.patch_embed.proj.", "visual.conv1."),
-    ("visual.trunk.norm_pre.", "visual.ln_pre."),
-    ("visual.trunk.norm.", "visual.ln_post."),
-    ("visual.trunk.head.weight", "visual.proj"),
-    (_LATENT, _PROBE),
-    ("visual.trunk.attn_pool.norm.", "visual.attn_pool.layernorm."),
-    ("visual.trunk.attn_pool.mlp.", "visual.attn_pool.mlp."),
-    ("visual.trunk.attn_pool.proj.", "visual.attn_pool.attn.out_proj."),
-    ("visual.trunk.attn_pool.q.", "visual.attn_pool.attn.q_proj."),
-    ("visual.trunk.attn_pool.kv.", "visual.attn_pool.attn.kv_proj."),
-    ("visual.trunk.blocks.", "visual.transformer.resblocks."),
-    *((".norm1.", ".ln_1."), (".norm2.", ".ln_2."), *_MLP),
-    *((".attn.qkv.", ".attn.in_proj_"), (".attn.proj.", ".attn.out_proj."), *_CUSTOM_TEXT),
-)
-_SIGLIP_HF = Form(
-    "Hugging Face",
-    (_HF_CONV, "vision_model.head.probe"),
-    (
-        *_HUGGING_FACE,
-        ("text_model.head.", "text_projection."),
-        ("vision_model.head.attention.", "visual.attn_pool.attn."),
-        ("vision_model.head.", "visual.attn_pool."),
-    ),
-)
 _PE_G = "a PE-Core G, without a class token"
 _SQUASHED = {"pixel_mean": (0.5,) * 3, "pixel_std": (0.5,) * 3, "resize": "squash"}
 
 FAMILIES: dict[str, Family] = {
     "siglip": Family(
         (
-            _SIGLIP_HF,
-            Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), _TIMM),
+            Form("Hugging Face", (_HF_CONV, "vision_model.head.probe"), SIGLIP_HF),
+            Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), TIMM),
             Form("drl_jax", (_CONV, _PROBE, "text_projection.weight")),
         ),
         {"activation": "gelu_tanh", "layer_norm_eps": 1e-6, "text_cleaning": "lower", **_SQUASHED},
@@ -114,12 +55,12 @@ FAMILIES: dict[str, Family] = {
             32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
             256_000: {"pad_id": 0},
         },
-        export=_SIGLIP_HF,
+        export=SIGLIP_HF,
     ),
     "pe": Family(
         (
             Form("Meta", (_CONV, _PROBE, "visual.class_embedding")),
-            Form("open_clip", (_TIMM_CONV, _LATENT, _CLASS_TOKEN), _TIMM, ("visual.proj",)),
+            Form("open_clip", (_TIMM_CONV, _LATENT, _CLASS_TOKEN), TIMM, ("visual.proj",)),
             Form("Meta", (_CONV, _PROBE, "text_projection"), refused=_PE_G),
             Form("open_clip", (_TIMM_CONV, _LATENT), refused=_PE_G),
         ),
@@ -129,8 +70,8 @@ FAMILIES: dict[str, Family] = {
     "clip": Family(
         (
             Form("OpenAI", (_CONV, "token_embedding.weight")),
-            Form("open_clip", (_CONV,), _CUSTOM_TEXT),
-            Form("Hugging Face", (_HF_CONV,), _CLIP_HF, ("text_projection", "visual.proj")),
+            Form("open_clip", (_CONV,), CUSTOM_TEXT),
+            Form("Hugging Face", (_HF_CONV,), CLIP_HF, ("text_projection", "visual.proj")),
         ),
         {},
     ),
@@ -213,7 +154,9 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     family, form = _form(below)
     state, unknown = _rename(form, below)
     for name, kind in inert.items():
-        if name.startswith(prefix) and _OURS.fullmatch(form.renamed(name.removeprefix(prefix))):
+        if name.startswith(prefix) and _OURS.fullmatch(
+            renamed(name.removeprefix(prefix), form.names)
+        ):
             raise WeightsError(_not_plain(name, kind))
     strange = [name for name in unknown if not _BUFFERS.fullmatch(name)]
     if (bias := "visual.trunk.head.bias") in strange and not np.any(np.asarray(below[bias])):
@@ -302,15 +245,15 @@ def _form(below: Mapping[str, Tensor]) -> tuple[str, Form]:
 
 def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
     """The tensors under our names; and the names of those that belong to no tower of ours."""
-    renamed = {form.renamed(name): (name, tensor) for name, tensor in below.items()}
+    by_name = {renamed(name, form.names): (name, tensor) for name, tensor in below.items()}
     state: StateDict = {}
     unknown = []
-    for ours, (name, tensor) in renamed.items():
+    for ours, (name, tensor) in by_name.items():
         if match := re.fullmatch(r"(.*\.attn\.)(q|k|v|kv)_proj\.(weight|bias)", ours):
             if match[2] != "q":
                 continue  # Part of the fused projection, which is made with the query.
             parts = (f"{match[1]}{part}_proj.{match[3]}" for part in ("q", "k", "v", "kv"))
-            tensor = _joined([renamed[part] for part in parts if part in renamed])
+            tensor = _joined([by_name[part] for part in parts if part in by_name])
             ours = f"{match[1]}in_proj_{match[3]}"
         if not _OURS.fullmatch(ours):
             unknown.append(name)
@@ -355,23 +298,6 @@ def _counted(names: Collection[str]) -> str:
         groups.setdefault(name.partition(".")[0], []).append(name)
     texts = [f"{g}.* ({len(of)})" if len(of) > 1 else of[0] for g, of in groups.items()]
     return f"{len(names)} tensor{'s' * (len(names) > 1)}: {some(texts)}"
-
-
-def to_publisher(family: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our names of towers -> those in which their publisher exports them; the reverse of `Form`."""
-    form = FAMILIES[family].export
-    if form is None:
-        return dict(state)
-    named = {}
-    for name, tensor in state.items():
-        if not tensor.ndim:
-            tensor = tensor.reshape(1)
-        if match := re.match(r"(.*resblocks\.\d+\.attn)\.in_proj_(weight|bias)$", name):
-            for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
-                named[form.renamed(f"{match[1]}.{part}_proj.{match[2]}", back=True)] = rows
-        else:
-            named[form.renamed(name, back=True)] = tensor
-    return named
 
 
 # ---------------------------------------------------------------- sizes

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from drl_jax.config import BackboneConfig, Config, ConfigError, DataConfig, LossConfig, ModelConfig
+from drl_jax.config import Config, DataConfig, LossConfig, ModelConfig
 from drl_jax.models.drl import Params, config_from_dict, init_params, param_shapes
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.linear import without_adapters
@@ -23,9 +23,6 @@ from drl_jax.weights.errors import WeightsError, about, some
 from drl_jax.weights.tensors import StateDict, Tensor
 from drl_jax.weights.weights_file import Weights
 
-# Fields of BackboneConfig that say how frames and captions are prepared, and of the loss.
-_NO_SIZES = ("pixel_mean", "pixel_std", "resize", "interpolation", "text_cleaning", "pad_id",
-             "logit_bias")  # fmt: skip
 _ALIGNMENT = 64  # bytes
 
 # ---------------------------------------------------------------- configuration
@@ -56,40 +53,12 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
     max_words = weights.description.backbone.context_length
     if weights.is_of_drl:
         max_words = min(DataConfig.max_words, max_words)
-    data, loss = DataConfig(holdout=500, max_words=max_words), LossConfig(cdcr=0)
-    return with_backbone_of(Config(data=data, model=ModelConfig(**changes), loss=loss), weights)
-
-
-def with_backbone_of(config: Config, weights: Weights) -> Config:
-    """The configuration with the description of the towers from the weights, checked again.
-
-    The sigmoid loss has a bias of the logits also where the weights have none.
-
-    Raises:
-      ConfigError: the configuration has other sizes, which are not the defaults; or the rest of it
-        does not go with those of the weights.
-    """
-    wanted, found = config.model.backbone, weights.description.backbone
-    if config.loss.contrastive == "sigmoid" or wanted.logit_bias:
-        found = dataclasses.replace(found, logit_bias=True)
-    # A configuration with the default sizes asks for none, and none asks for the default image
-    # size. What the file says of its input is known better than in a configuration.
-    sizes = [field.name for field in dataclasses.fields(found) if field.name not in _NO_SIZES]
-    asked = {name for name in sizes if getattr(wanted, name) != getattr(BackboneConfig, name)}
-    if asked - {"image_resolution"}:
-        asked |= set(sizes) - {"image_resolution"}
-    values = {n: (getattr(found, n), getattr(wanted, n)) for n in sizes if n in asked}
-    if different := [
-        f"{n} is {one}, not {other}" for n, (one, other) in values.items() if one != other
-    ]:
-        raise ConfigError(
-            f"config.model.init={config.model.init} has other sizes than the configuration:"
-            f" {', '.join(different)}; choose a configuration with these or with the default sizes"
-            " (configs/msrvtt.py), or train from scratch with --config.model.init="
-        )
-    tokenizer = config.model.tokenizer or weights.tokenizer
-    model = dataclasses.replace(config.model, backbone=found, tokenizer=tokenizer)
-    return config_from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))
+    backbone = weights.description.backbone
+    model = ModelConfig(backbone=backbone, tokenizer=weights.tokenizer, **changes)
+    data = DataConfig(holdout=500, max_words=max_words)
+    return config_from_dict(
+        dataclasses.asdict(Config(data=data, model=model, loss=LossConfig(cdcr=0)))
+    )
 
 
 # ---------------------------------------------------------------- parameters
@@ -168,6 +137,21 @@ def check_state(state: StateDict, shapes: Params) -> list[Entry]:
     return table
 
 
+def state_and_shapes(config: ModelConfig, weights: Weights) -> tuple[StateDict, Params]:
+    """What `check_state` and `params_from_state` take of weights for a model.
+
+    Raises:
+      ConfigError: there is no tokenizer, or another one is needed.
+    """
+    check_cleaning(config)
+    shapes, state = without_adapters(param_shapes(config)), weights.state
+    if not weights.has_heads:
+        shapes = {"backbone": shapes["backbone"]}
+    if config.backbone.logit_bias and "clip.logit_bias" not in state:
+        state = {**state, "clip.logit_bias": np.float32(INITIAL_LOGIT_BIAS)}
+    return state, shapes
+
+
 def initial_params(
     config: ModelConfig, weights: Weights, key: jax.Array, *, for_use: bool = False
 ) -> Params:
@@ -180,14 +164,9 @@ def initial_params(
       WeightsError: the weights do not fit the model.
       UserError: it has no tokenizer, or the file is damaged.
     """
-    # Said before anything large is read.
-    check_cleaning(config)
+    # What is missing is said before anything large is read.
+    state, shapes = state_and_shapes(config, weights)
     as_bfloat16 = for_use and config.array_dtype == "bfloat16"
-    shapes, state = without_adapters(param_shapes(config)), weights.state
-    if not weights.has_heads:
-        shapes = {"backbone": shapes["backbone"]}
-    if config.backbone.logit_bias and "clip.logit_bias" not in state:
-        state = {**state, "clip.logit_bias": np.float32(INITIAL_LOGIT_BIAS)}
     file = weights.contents and weights.contents.files[0]
     with about(file) if file else contextlib.nullcontext():
         weights.verify()

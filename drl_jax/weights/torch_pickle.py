@@ -180,8 +180,8 @@ class _Constructor(Sealed):
         return self.function(*arguments)
 
 
-_CONSTRUCTORS = {
-    ("collections", "OrderedDict"): _Constructor(collections.OrderedDict),
+_CONSTRUCTORS: dict[tuple[str, str], Callable] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): _Constructor(_Tuple),
     ("torch._utils", "_rebuild_tensor_v2"): _Constructor(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): _Constructor(lambda data, *_: data),

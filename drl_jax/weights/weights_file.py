@@ -17,7 +17,7 @@ from drl_jax.hub.openai import MODELS
 from drl_jax.hub.releases import PUBLISHED, RELEASES
 from drl_jax.hub.repository import is_hub_name, resolved_revision
 from drl_jax.models.drl import Params, config_from_dict
-from drl_jax.models.reference_names import state_dict_from_params
+from drl_jax.models.reference_names import state_dict_from_params, to_publisher
 from drl_jax.models.tokenizers import tokenizer_of_weights
 from drl_jax.runtime.errors import Unavailable, UserError, one_line
 from drl_jax.runtime.files import replacing, sha256
@@ -25,7 +25,7 @@ from drl_jax.weights.beside import unknown_model_type
 from drl_jax.weights.containers import Contents, open_weights
 from drl_jax.weights.description import Description, describe
 from drl_jax.weights.errors import WeightsError, about
-from drl_jax.weights.families import find_towers, to_publisher
+from drl_jax.weights.families import FAMILIES, find_towers
 from drl_jax.weights.source import weights_path
 from drl_jax.weights.tensors import StateDict, Tensor
 
@@ -194,7 +194,8 @@ def save_weights(
     state = state_dict_from_params(params)
     if clip_only:
         state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
-        state = to_publisher(config.model.backbone.family, state)
+        if names := FAMILIES[config.model.backbone.family].export:
+            state = to_publisher(state, names)
     for name, tensor in state.items():
         if dtype == "float16" and np.abs(tensor).max() > np.finfo(dtype).max:
             raise WeightsError(f"{name} is too large for float16; use float32")
