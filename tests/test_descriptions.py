@@ -17,12 +17,13 @@ from drl_jax.hub.releases import PUBLISHED, RELEASES
 from drl_jax.models.drl import BACKBONES, param_shapes
 from drl_jax.models.reference_names import SIGLIP_HF, to_publisher
 from drl_jax.runs.run_params import head_start, with_backbone_of
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
 from drl_jax.weights import description
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import read_weights
 
 NORM = "ln_final.weight"
 

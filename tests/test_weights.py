@@ -31,6 +31,7 @@ from drl_jax.models.drl import param_shapes
 from drl_jax.models.reference_names import state_dict_from_params
 from drl_jax.runs.checkpoint_files import read_info
 from drl_jax.runs.run_params import with_backbone_of
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import sha256
@@ -38,7 +39,7 @@ from drl_jax.weights import containers
 from drl_jax.weights.containers import open_weights
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.load import config_of_weights, params_from_state
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import read_weights
 
 WHOLE = "drl_wti_seqtransf.bin"
 

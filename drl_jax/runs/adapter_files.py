@@ -15,6 +15,7 @@ from drl_jax.models.drl import Params, config_from_dict, param_shapes
 from drl_jax.models.linear import ADAPTER
 from drl_jax.runs.checkpoint_files import owner
 from drl_jax.runs.run_params import create_run, restore_params, with_backbone_of
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runs.workdir import CHECKPOINTS, load_config, own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import replacing, write_json
@@ -27,7 +28,6 @@ from drl_jax.weights.source import weights_sha256
 from drl_jax.weights.weights_file import (
     CONFIG_KEY,
     read_weights,
-    save_weights,
     stored_config,
     verify_export,
 )

@@ -16,19 +16,15 @@ from drl_jax.models.drl import Params
 from drl_jax.models.tokenizers import with_tokenizer
 from drl_jax.runs.evaluate_run import checked_split, open_evaluation
 from drl_jax.runs.protocol_card import evaluation_path
-from drl_jax.runs.run_params import (
-    merged,
-    remake_initial_params,
-    restore_params,
-    write_tokenizer,
-)
+from drl_jax.runs.run_params import remake_initial_params, restore_params
+from drl_jax.runs.weights_writer import merged, save_weights, write_tokenizer
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.source import is_weights
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import read_weights
 
 
 def mix(start: Params, end: Params, alpha: float) -> Params:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import jax
 
-from drl_jax.config import BackboneConfig, Config, ConfigError, LoRAConfig, ModelConfig
+from drl_jax.config import BackboneConfig, Config, ConfigError, ModelConfig
 from drl_jax.models.drl import (
     Params,
     abstract_params,
@@ -17,12 +17,12 @@ from drl_jax.models.drl import (
     init_params,
 )
 from drl_jax.models.interactions import INTERACTIONS
-from drl_jax.models.linear import merge_adapters
 from drl_jax.models.temporal import TEMPORAL_HEADS
-from drl_jax.models.tokenizers import check_cleaning, stored_name, with_tokenizer
+from drl_jax.models.tokenizers import check_cleaning, with_tokenizer
 from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint, owner
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.manifest import weights_sha256
+from drl_jax.runs.weights_writer import merged, save_weights, write_tokenizer
 from drl_jax.runs.workdir import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -32,13 +32,12 @@ from drl_jax.runs.workdir import (
     own_manifest,
 )
 from drl_jax.runtime.errors import Unavailable, UserError
-from drl_jax.runtime.files import copy_once
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import state_from_params
 from drl_jax.weights.description import Description
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.weights_file import Weights, read_weights, save_weights
+from drl_jax.weights.weights_file import Weights, read_weights
 
 # A checkpoint that cannot be read may be one that a training deletes at this moment. An error that
 # is the same after a pause is believed.
@@ -232,15 +231,6 @@ def create_run(workdir: Path, config: Config, params: Params) -> None:
         checkpoints.save(state)
 
 
-def merged(config: Config, params: Params) -> tuple[Config, Params]:
-    """A model whose kernels have their adapters added; it has none then."""
-    if not config.model.lora.rank:
-        return config, params
-    model = dataclasses.replace(config.model, lora=LoRAConfig())
-    params = merge_adapters(params, config.model.lora.scale)
-    return dataclasses.replace(config, model=model), params
-
-
 def export_weights(
     workdir: Path,
     target: Path,
@@ -266,18 +256,3 @@ def export_weights(
     origin = owner(workdir / CHECKPOINTS / str(step))
     save_weights(target, params, config, dtype=dtype, clip_only=clip_only, origin=origin)
     return step
-
-
-def write_tokenizer(tokenizer: Path, target: Path) -> str:
-    """Copies a tokenizer beside a file of weights, and returns its name there."""
-    copy = target.with_name(stored_name(tokenizer))
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy_once(tokenizer, copy)
-    except FileExistsError as error:
-        raise UserError(
-            f"{copy} is another tokenizer than the run's; export to another folder"
-        ) from error
-    except OSError as error:
-        raise Unavailable(copy, error, "written") from error
-    return copy.name

@@ -25,6 +25,7 @@ from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog
 from drl_jax.runs.manifest import differences, recorded
 from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
 from drl_jax.runs.run_params import head_start, with_backbone_of
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runs.workdir import (
     ADAPTER_FILE,
     BEST_FILE,
@@ -50,7 +51,7 @@ from drl_jax.training.train_step import (
 )
 from drl_jax.training.trainable import Trainable
 from drl_jax.weights.load import initial_params
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import read_weights
 
 RESULT_FILE = "result.json"
 # Values of `TrainBatches.cache`.

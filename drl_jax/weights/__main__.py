@@ -11,7 +11,7 @@ from drl_jax.runtime.cli import Parser, add_file_flags, run_command
 from drl_jax.runtime.errors import printable
 
 
-def _print(source: str, release: str, key: str, tokenizer: str) -> None:
+def _print(source: str, release: str, weights_key: str, tokenizer: str) -> None:
     from drl_jax.weights.description import UNSTATED
     from drl_jax.weights.errors import WeightsError
     from drl_jax.weights.load import check_state, config_of_weights, state_and_shapes
@@ -19,12 +19,12 @@ def _print(source: str, release: str, key: str, tokenizer: str) -> None:
 
     unstated = None
     try:
-        weights = read_weights(source, release, key)
+        weights = read_weights(source, release, weights_key)
     except WeightsError as error:
         if UNSTATED not in str(error):
             raise
         # The rest is the same for any activation.
-        weights, unstated = read_weights(source, "openai", key), error
+        weights, unstated = read_weights(source, "openai", weights_key), error
     weights = weights._replace(tokenizer=tokenizer or weights.tokenizer)
     contents, description = weights.contents, weights.description
     backbone, model = description.backbone, config_of_weights(weights).model
@@ -68,12 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m drl_jax.weights", description=__doc__, formatter_class=layout)
     parser.add_argument("source", metavar="WEIGHTS", help="a file, a folder or hf-hub:ORG/NAME")
     add_file_flags(parser)
-    given = parser.parse_args(arguments)
-
-    def work() -> None:
-        _print(given.source, given.release, given.weights_key, given.tokenizer)
-
-    return run_command("drl_jax.weights", work)
+    given = vars(parser.parse_args(arguments))
+    return run_command("drl_jax.weights", lambda: _print(**given))
 
 
 if __name__ == "__main__":

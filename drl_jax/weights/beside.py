@@ -20,8 +20,6 @@ from drl_jax.weights.errors import WeightsError, about, read_json
 from drl_jax.weights.families import FAMILIES, SUPPORTED
 from drl_jax.weights.source import PREPROCESSORS
 
-# ---------------------------------------------------------------- values in JSON files
-
 
 class _Values:
     """A JSON object of a file; null is the same as an absent value.
@@ -32,19 +30,19 @@ class _Values:
     def __init__(self, file: Path):
         self.content = read_json(file, is_optional=True)
 
-    def raw(self, name: str) -> Any:
-        """A value of any type; None if it is absent."""
+    def raw(self, name: str, default: Any = None) -> Any:
+        """A value of any type; the default if it is absent."""
         value: Any = self.content
         for part in name.split("."):
             if not isinstance(value, dict):
                 raise WeightsError(f"{name} is inside of {value!r}, which is no group of fields")
             if (value := value.get(part)) is None:
-                break
+                return default
         return value
 
     def choice(self, name: str, choices: Collection, default: Any = None) -> Any:
         """One of some values of one type."""
-        value = default if self.raw(name) is None else self.raw(name)
+        value = self.raw(name, default)
         if type(value) is not type(next(iter(choices))) or value not in choices:
             names = ", ".join(map(str, choices)).lower()
             raise WeightsError(f"{name} is {value!r}, not one of {names}")
@@ -52,9 +50,8 @@ class _Values:
 
     def field(self, field: str, name: str, default: Any = None) -> Any:
         """A value that a field of BackboneConfig can have."""
-        value = default if self.raw(name) is None else self.raw(name)
         try:
-            return checked_backbone_field(field, value, name)
+            return checked_backbone_field(field, self.raw(name, default), name)
         except ConfigError as error:
             raise WeightsError(str(error)) from error
 
@@ -76,8 +73,6 @@ class _Values:
         return WeightsError(f"{name}={self.raw(name)!r} is not supported")
 
 
-# ---------------------------------------------------------------- descriptions
-
 # Short names of fields in a config.json of ours.
 _SHORT = {
     **{"mean": "pixel_mean", "std": "pixel_std", "pad": "pad_id", "patch": "vision_patch_size"},
@@ -89,8 +84,12 @@ _HUGGING_FACE_ACTIVATIONS = {
     **{"quick_gelu": "quick_gelu", "gelu": "gelu"},
     **{"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"},
 }
+_HUGGING_FACE_SIZES = {
+    **{"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+}
 # PIL's numbers of filters.
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
+_RESIZES = {"shortest": "crop", "squash": "squash"}  # of open_clip
 # Image towers of timm: their family, and the pattern of those with the tanh form of GELU.
 _TIMM = {r"vit_\w+_siglip_\d+": "siglip", r"vit_pe_core_(tiny|small|base|large)\w+": "pe"}
 _TIMM_TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_\d+|vit_large\w+_512"
@@ -106,18 +105,14 @@ class Beside(NamedTuple):
 def read_beside(path: Path) -> Beside | None:
     """The description beside a file of weights; None if there is none that says the activation.
 
-    That of open_clip is preferred: a publisher may put both into one folder.
-
-    Raises:
-      WeightsError: a file is damaged, describes what is not supported, or another one says another
-        activation.
+    WeightsError: a file is damaged, or describes what is not supported, or two disagree.
     """
+    # That of open_clip is preferred: a publisher may put both into one folder.
     found = []
     for name, reader in (("open_clip_config.json", _open_clip), ("config.json", _config)):
         file = path.with_name(name)
         with about(file, ":"):
-            values = _Values(file)
-            if values.content and (fields := reader(values, file)):
+            if (values := _Values(file)).content and (fields := reader(values, file)):
                 found.append(Beside(file, fields))
     if len({beside.fields["activation"] for beside in found}) > 1:
         said = " and ".join(f"{beside.path.name} {beside.fields['activation']}" for beside in found)
@@ -137,23 +132,17 @@ def _config(values: _Values, file: Path) -> dict[str, Any]:
     """Fields of a config.json, of Hugging Face or of ours; none if it is of something else."""
     if "vision_config" not in values.content:
         return {} if values.content.keys().isdisjoint(("family", "activation")) else _own(values)
-    fields, size = (
-        _hugging_face(values),
-        values.field("image_resolution", "vision_config.image_size", 224),
-    )
+    fields = _hugging_face(values)
     for other in map(file.with_name, PREPROCESSORS):
         with about(other, ":"):
-            preprocessor = _Values(other)
-            if preprocessor.content:
+            if (preprocessor := _Values(other)).content:
+                size = values.raw("vision_config.image_size", 224)
                 return fields | _preprocessing(preprocessor, size)
     return fields
 
 
 def _own(values: _Values) -> dict[str, Any]:
-    """Fields with the names of BackboneConfig, and a few shorter ones.
-
-    Unknown names are comments, unless they look like one of a field.
-    """
+    """Fields with the names of BackboneConfig, and a few shorter ones; other names are comments."""
     values.field("activation", "activation")
     values.check("", attn_pooler_heads=8)
     known = [field.name for field in dataclasses.fields(BackboneConfig)]
@@ -165,12 +154,11 @@ def _own(values: _Values) -> dict[str, Any]:
 
 
 def _of_towers(activations: list[str], epsilons: list[float]) -> dict[str, Any]:
-    """Fields that both towers have: of images, then of captions."""
-    if epsilons[0] != epsilons[1]:
+    (image, text), (eps, other) = activations, epsilons
+    if eps != other:
         raise WeightsError("layer_norm_eps differs between the towers, which is not supported")
-    image, text = activations
-    fields = {"activation": image, "text_activation": "" if text == image else text}
-    return {**fields, "layer_norm_eps": epsilons[0]}
+    text = "" if text == image else text
+    return {"activation": image, "text_activation": text, "layer_norm_eps": eps}
 
 
 def _hugging_face(values: _Values) -> dict[str, Any]:
@@ -185,9 +173,8 @@ def _hugging_face(values: _Values) -> dict[str, Any]:
         name = values.choice(f"{at}hidden_act", _HUGGING_FACE_ACTIVATIONS, usual)
         activations.append(_HUGGING_FACE_ACTIVATIONS[name])
         epsilons.append(values.field("layer_norm_eps", f"{at}layer_norm_eps", eps))
-        sizes = {"width": "hidden_size", "layers": "num_hidden_layers"}
-        sizes |= {"heads": "num_attention_heads"}
-        fields |= values.fields(at, **{f"{tower}_{name}": place for name, place in sizes.items()})
+        for size, place in _HUGGING_FACE_SIZES.items():
+            fields |= values.fields(at, **{f"{tower}_{size}": place})
     places = {"vision_patch_size": "patch_size", "image_resolution": "image_size"}
     fields |= values.fields("vision_config.", **places)
     places = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings"}
@@ -233,10 +220,10 @@ def _open_clip(values: _Values, _: Path) -> dict[str, Any]:
     values.check(text, embed_cls=False, proj_type="linear")
     quick = values.choice("model_cfg.quick_gelu", (False, True), False) and is_clip
     activations, epsilons = [], []
+    forms = {"none": "quick_gelu"} if quick else {"none": "gelu", "tanh": "gelu_tanh"}
     for tower in (vision, text):
-        forms = ("none",) if quick else ("none", "tanh")
-        tanh = values.choice(f"{tower}act_kwargs.approximate", forms, "none") == "tanh"
-        activations.append("quick_gelu" if quick else "gelu_tanh" if tanh else "gelu")
+        form = values.choice(f"{tower}act_kwargs.approximate", forms, "none")
+        activations.append(forms[form])
         epsilons.append(values.field("layer_norm_eps", f"{tower}norm_kwargs.eps", 1e-5))
     sizes = {"text_width": "width", "text_heads": "heads", "text_layers": "layers"}
     pixels = {"pixel_mean": "mean", "pixel_std": "std", "interpolation": "interpolation"}
@@ -258,13 +245,11 @@ def _open_clip(values: _Values, _: Path) -> dict[str, Any]:
         activations[0] = "gelu_tanh" if re.fullmatch(_TIMM_TANH, timm) else "gelu"
         epsilons[0] = FAMILIES[family].fields.get("layer_norm_eps", 1e-5)
     fields |= _of_towers(activations, epsilons)
-    cleaning = values.raw(f"{text}tokenizer_kwargs.clean")
-    if siglip and cleaning in TEXT_CLEANINGS:
+    if siglip and (cleaning := values.raw(f"{text}tokenizer_kwargs.clean")) in TEXT_CLEANINGS:
         fields["text_cleaning"] = cleaning
     size = fields["image_resolution"]
     if values.raw(f"{preprocess}size") not in (None, size, [size, size]):
         raise values.unsupported(f"{preprocess}size")
     if values.raw(f"{preprocess}resize_mode") is not None:
-        mode = values.choice(f"{preprocess}resize_mode", ("shortest", "squash"))
-        fields["resize"] = "crop" if mode == "shortest" else "squash"
+        fields["resize"] = _RESIZES[values.choice(f"{preprocess}resize_mode", _RESIZES)]
     return fields

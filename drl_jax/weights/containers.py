@@ -51,8 +51,7 @@ def open_weights(path: Path, *, is_part: bool = False) -> Contents:
     """Opens a file of weights and lists its tensors.
 
     Raises:
-      WeightsError: the file cannot be read safely and completely, or it is none of these; no
-        code in it was executed.
+      WeightsError: the file cannot be read safely and completely, or it is none of these.
       Unavailable: there is no such file, or it cannot be read.
     """
     with about(path):
@@ -161,13 +160,11 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
 class _Stream(io.BufferedReader):
     """A file of which no read asks for more than it has: a pickle may ask for any number."""
 
-    def __init__(self, raw: io.RawIOBase):
-        super().__init__(raw)
-        self.size = os.fstat(self.fileno()).st_size
+    def left(self) -> int:
+        return max(0, os.fstat(self.fileno()).st_size - self.tell())
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.size - self.tell())
-        return super().read(left if size is None or size < 0 else min(size, left))
+        return super().read(self.left() if size is None or size < 0 else min(size, self.left()))
 
 
 def _open_legacy(path: Path) -> Contents:
@@ -185,12 +182,12 @@ def _open_legacy(path: Path) -> Contents:
             if storage is None or storage.size != size or storage.start >= 0:
                 raise WeightsError(f"has a storage of {size} elements, which no tensor expects")
             storage.start = file.tell()
-            if storage.start + storage.nbytes > file.size:
+            if storage.nbytes > file.left():
                 raise WeightsError(f"ends inside storage {key}")
             file.seek(storage.nbytes, os.SEEK_CUR)
         if missing := [key for key, storage in storages.items() if storage.start < 0]:
             raise WeightsError(f"lacks storage {missing[0]}")
-        if left := file.size - file.tell():
+        if left := file.left():
             raise WeightsError(f"has {left} bytes after its end")
     return Contents(*find_tensors(value), "torch.save, legacy", (path,))
 

@@ -62,9 +62,8 @@ def describe(
 ) -> Description:
     """Describes towers from a release, a description beside them, or what their tensors suggest.
 
-    `state` has OpenAI's names. `evidence` is what proves the release, if nobody named it; without a
-    release, what suggests that a CLIP is OpenAI's, unless a description says something else. With
-    `stored`, it says where the file has that description of its own.
+    `state` has OpenAI's names. `evidence` is what proves the release, or suggests that a CLIP is
+    OpenAI's; or what has the description `stored`.
 
     Raises:
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.
@@ -84,7 +83,9 @@ def describe(
                 )
             beside = None
     if stored:
-        if any(sizes[name] != getattr(stored, name) for name in sizes if "layers" in name):
+        # The others may be stated in more than one way.
+        same = [name for name in sizes if name != "image_resolution" and "mlp" not in name]
+        if any(sizes[name] != getattr(stored, name) for name in same):
             raise WeightsError("has a configuration of other sizes than its tensors")
         if wrong := _disagreement(beside, dataclasses.asdict(stored)):
             raise WeightsError(f"contradicts {beside.path}: {wrong}; move one of them")

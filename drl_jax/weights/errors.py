@@ -44,9 +44,7 @@ def about(path: Path, mark: str = "") -> Iterator[None]:
 def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is no file, and it is optional.
 
-    Raises:
-      WeightsError: it is damaged.
-      Unavailable: it is absent, or cannot be read.
+    Raises WeightsError if it is damaged, and Unavailable if it cannot be read.
     """
     with about(path):
         if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES):

@@ -145,9 +145,7 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
 
     `inert` has the classes of its other values. Of several pairs of towers, `key` is the prefix of
     the one that is used; empty: the only one that is no moving average (EMA) of another.
-
-    Raises:
-      WeightsError: there are none that are supported, or several.
+    WeightsError: there are none that are supported, or several.
     """
     prefix, notes = _choose(tensors, inert, key)
     below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -300,17 +298,11 @@ def _counted(names: Collection[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) > 1)}: {some(texts)}"
 
 
-# ---------------------------------------------------------------- sizes
-
-
 def sizes_of(state: StateDict) -> dict[str, int]:
     """The sizes of BackboneConfig that the shapes of towers say, under OpenAI's names.
 
     `image_resolution` is that of the patches: an image may have a few more pixels, which the patch
-    embedding leaves out.
-
-    Raises:
-      WeightsError: a tensor that says a size is missing or has another rank.
+    embedding leaves out. WeightsError: a tensor is missing or has another rank.
     """
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -329,9 +321,8 @@ def sizes_of(state: StateDict) -> dict[str, int]:
     projection = shape("text_projection.weight" if is_layer else "text_projection", 2)
     sizes = {
         "embed_dim": projection[0 if is_layer else 1],
-        "image_resolution": side * patch,
+        **{"image_resolution": side * patch, "vision_patch_size": patch},
         "vision_width": vision_width,
-        "vision_patch_size": patch,
         "context_length": shape("positional_embedding", 2)[0],
         "vocab_size": shape("token_embedding.weight", 2)[0],
         "text_width": shape("ln_final.weight", 1)[0],

@@ -50,12 +50,10 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
             if found is not None:
                 changes |= {field: name, **found}
                 break  # A registered subclass has the same names.
-    max_words = weights.description.backbone.context_length
-    if weights.is_of_drl:
-        max_words = min(DataConfig.max_words, max_words)
     backbone = weights.description.backbone
+    usual = DataConfig.max_words if weights.is_of_drl else backbone.context_length
     model = ModelConfig(backbone=backbone, tokenizer=weights.tokenizer, **changes)
-    data = DataConfig(holdout=500, max_words=max_words)
+    data = DataConfig(holdout=500, max_words=min(usual, backbone.context_length))
     return config_from_dict(
         dataclasses.asdict(Config(data=data, model=model, loss=LossConfig(cdcr=0)))
     )
@@ -78,11 +76,10 @@ def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = F
     leaves = []
     for entry in table:
         tensors = [state[name] for name in entry.names]
-        is_kept = re.search(r"/(attn|mlp)/\w+/kernel$|/conv1/kernel$", entry.path) or all(
-            tensor.dtype == jnp.bfloat16 for tensor in tensors
-        )
-        dtype = jnp.bfloat16 if as_bfloat16 and is_kept else np.float32
-        leaf = _filled(entry, tensors, np.dtype(dtype))
+        is_rounded = re.search(r"/(attn|mlp)/\w+/kernel$|/conv1/kernel$", entry.path)
+        is_kept = is_rounded or {tensor.dtype for tensor in tensors} == {jnp.dtype("bfloat16")}
+        dtype = np.dtype(jnp.bfloat16 if as_bfloat16 and is_kept else np.float32)
+        leaf = _filled(entry, tensors, dtype)
         # A sum in float64 overflows for no float32; a mask would need memory.
         if not np.isfinite(np.sum(leaf, dtype=np.float64)):
             lost = (n for n in entry.names if not np.isfinite(np.asarray(state[n])).all())
@@ -93,10 +90,7 @@ def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = F
 
 
 def _filled(entry: Entry, tensors: list, dtype: np.dtype) -> np.ndarray:
-    """A parameter of the reference's tensors, which are read into it without a copy in between.
-
-    The array is aligned as JAX's own, so that a CPU device takes it over instead of copying it.
-    """
+    """A parameter of the reference's tensors, aligned so that a CPU device takes it over."""
     size = math.prod(entry.shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -110,11 +104,7 @@ def _filled(entry: Entry, tensors: list, dtype: np.dtype) -> np.ndarray:
 
 
 def check_state(state: StateDict, shapes: Params) -> list[Entry]:
-    """The entries of `shapes`; checks names, shapes and types of a state dict; reads no values.
-
-    Raises:
-      WeightsError: see `params_from_state`.
-    """
+    """The entries of `shapes`; raises the errors of `params_from_state`, but reads no values."""
     table = list(entries(shapes))
     wanted = {name: entry.reference_shape() for entry in table for name in entry.names}
     known = set(wanted)
@@ -138,11 +128,7 @@ def check_state(state: StateDict, shapes: Params) -> list[Entry]:
 
 
 def state_and_shapes(config: ModelConfig, weights: Weights) -> tuple[StateDict, Params]:
-    """What `check_state` and `params_from_state` take of weights for a model.
-
-    Raises:
-      ConfigError: there is no tokenizer, or another one is needed.
-    """
+    """What `check_state` and `params_from_state` take; ConfigError: the model has no tokenizer."""
     check_cleaning(config)
     shapes, state = without_adapters(param_shapes(config)), weights.state
     if not weights.has_heads:

@@ -35,10 +35,8 @@ def weights_path(source: str | os.PathLike) -> Path:
         if there is a file or directory of that name.
 
     Raises:
-      HubError, DownloadError, InstallationError: see `repository.download`, `openai.download` and
-        `installed.path_of`.
       WeightsError: a folder has no weights, or several.
-      Unavailable: a folder or an installed file cannot be read.
+      UserError: see `repository.download`, `openai.download` and `installed.path_of`.
     """
     source = resolved(source)
     if repository.is_hub_name(source):
@@ -124,17 +122,12 @@ def _wanted(source: str, names: Iterable[str]) -> list[str]:
 
 
 def _parts(path: Path) -> list[Path]:
-    names = set(parts_of(path).values()) if path.name.endswith(INDEX) else ()
-    return [path.with_name(name) for name in sorted(names)]
+    parts = parts_of(path) if path.name.endswith(INDEX) else {}
+    return [path.with_name(name) for name in sorted(set(parts.values()))]
 
 
 def parts_of(path: Path) -> dict[str, str]:
-    """The file of each tensor, of Hugging Face's list of several files.
-
-    Raises:
-      WeightsError: the list is damaged, or names files elsewhere.
-      Unavailable: it cannot be read.
-    """
+    """The file of each tensor, of Hugging Face's list of several; errors as of `read_json`."""
     files = read_json(path).get("weight_map")
     with about(path):
         if not isinstance(files, dict) or not files:

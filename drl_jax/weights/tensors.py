@@ -24,10 +24,8 @@ class Sealed:
 class Storage(Sealed):
     """Elements of one type that follow each other in a file.
 
-    Attributes:
-      path, dtype, size: the file; type and number of elements.
-      start: the first byte; a pickle names storages before that is known.
-      crc32: the checksum that the file states, or None.
+    `size` is their number, `start` the first byte (a pickle names storages before that is known),
+    and `crc32` the checksum that the file states, or None.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, size: int, start: int = -1):

@@ -38,10 +38,8 @@ _ATTACKS = {
     "torch": "load|hub.*",
 }
 _MAX_AXES, _MAX_NAME = 32, 1000
-# Python 2's names, in old files.
-_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-# Attributes of a module that hold its parts.
-_PARTS = ("_modules", "_parameters", "_buffers")
+_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names, in old files.
+_PARTS = ("_modules", "_parameters", "_buffers")  # Attributes of a module.
 
 
 class _Inert:
@@ -54,9 +52,6 @@ class _Inert:
         value = super().__new__(cls)
         value.attributes = {}
         return value
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        pass
 
     def __call__(self, *arguments: Any, **named: Any) -> "_Inert":
         return self
@@ -96,7 +91,7 @@ class _Tuple(tuple):
 
 
 def _with_tuple(load: Callable) -> Callable:
-    def load_tuple(unpickler: pickle._Unpickler) -> None:
+    def load_tuple(unpickler: Any) -> None:
         load(unpickler)
         unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
 
@@ -193,8 +188,7 @@ def find_tensors(value: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of nested dicts and modules, and the classes of other values, by dotted names."""
     tensors: dict[str, Tensor] = {}
     inert: dict[str, str] = {}
-    seen: set[int] = set()
-    stack = [("", value)]
+    stack, seen = [("", value)], set()
     while stack:
         name, value = stack.pop()
         if len(name) > _MAX_NAME:
@@ -212,10 +206,7 @@ def find_tensors(value: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         if isinstance(children, dict) and id(value) not in seen:
             seen.add(id(value))
             # Other keys may be large, and hold nothing of a model.
-            pairs = [(key, child) for key, child in children.items() if isinstance(key, str | int)]
-            start = f"{name}." if name else ""
-            stack.extend(
-                (name if key in _PARTS else f"{start}{key}", child)
-                for key, child in reversed(pairs)
-            )
+            for key in reversed([key for key in children if isinstance(key, str | int)]):
+                below = f"{name}.{key}" if name else str(key)
+                stack.append((name if key in _PARTS else below, children[key]))
     return tensors, inert
