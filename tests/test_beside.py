@@ -78,7 +78,7 @@ def test_open_clip_config(clip_file):
     write(clip_file, "open_clip_config.json", OPEN_CLIP)
     description = read_weights(clip_file).description
     backbone = description.backbone
-    assert (backbone.activation, description.activation_from) == ("gelu", "open_clip_config.json")
+    assert (backbone.activation, description.source) == ("gelu", "from open_clip_config.json")
     assert (backbone.pixel_mean, backbone.pixel_std) == ((0.5,) * 3, (0.25,) * 3)
     assert (backbone.resize, backbone.interpolation) == ("squash", "bilinear")
     assert (backbone.vision_heads, backbone.text_heads) == (1, 4)
@@ -132,7 +132,7 @@ def test_our_own_form(clip_file):
     # Also without a family, which the tensors say.
     write(clip_file, "config.json", {"activation": "gelu", "text_heads": 4})
     description = read_weights(clip_file).description
-    assert (description.backbone.activation, description.is_guessed) == ("gelu", False)
+    assert (description.backbone.activation, description.source) == ("gelu", "from config.json")
 
 
 def test_the_file_wins_over_the_configuration_where_input_is_prepared(clip_file):
@@ -245,7 +245,7 @@ def test_preprocessing_that_we_cannot_do_is_refused(hugging_face_file, field, va
 def test_two_descriptions_with_two_activations(clip_file):
     write(clip_file, "open_clip_config.json", OPEN_CLIP)
     write(clip_file, "config.json", OURS)
-    assert read_weights(clip_file).description.activation_from == "open_clip_config.json"
+    assert read_weights(clip_file).description.source == "from open_clip_config.json"
     write(clip_file, "config.json", {**OURS, "activation": "quick_gelu"})
     with pytest.raises(
         WeightsError, match=r"open_clip_config.json gelu and config.json quick_gelu; move one"

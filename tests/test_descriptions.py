@@ -149,7 +149,6 @@ def suggestive_file(request, tmp_path):
 
 def test_a_guess_is_printed_as_one_and_a_description_wins(suggestive_file):
     guess = read_weights(suggestive_file).description
-    assert guess.is_guessed
     assert f"{guess.backbone.activation} (guessed from " in str(guess)
     assert "licence: not stated" in str(guess)
     other = "gelu" if guess.backbone.activation != "gelu" else "quick_gelu"
@@ -198,7 +197,7 @@ def test_what_an_exported_file_says_is_not_contradicted_in_silence(loaded, tmp_p
     config = config_of_weights(weights)
     params = initial_params(config.model, weights, jax.random.key(0))
     save_weights(file, params, config)
-    assert read_weights(file).description.activation_from == "the file"
+    assert read_weights(file).description.source == "from the file"
     (tmp_path / "config.json").write_text('{"family": "clip", "activation": "quick_gelu"}')
     with pytest.raises(WeightsError, match=r"a.safetensors contradicts .*config.json: act"):
         read_weights(file)

@@ -100,6 +100,16 @@ def test_unsafe_pickles_are_refused_by_name(tmp_path, monkeypatch, content, mess
     assert not Path("sentinel").exists()
 
 
+@pytest.mark.parametrize("is_deep", [True, False])
+def test_keys_that_cannot_be_hashed_are_left_out(is_deep, tmp_path):
+    """A tuple in 100,000 others overflows the stack; one of 2^60 shared parts takes for ever."""
+    parts = b"\x85" * 100_000 if is_deep else b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02})" + parts + b"K\x01s.")
+    with pytest.raises(WeightsError, match=r"a\.pt holds no tensors"):
+        read_weights(tmp_path / "a.pt")
+
+
 def test_archives_that_hide_their_size_are_refused(tmp_path):
     write_zip(tmp_path / "bomb.pt", {"a": torch_tensor()}, [bytes(24)], zipfile.ZIP_DEFLATED)
     with pytest.raises(WeightsError, match="is compressed"):

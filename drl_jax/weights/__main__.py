@@ -30,12 +30,9 @@ def _print(source: str, release: str, weights_key: str, tokenizer: str) -> None:
     backbone, model = description.backbone, config_of_weights(weights).model
     size = _bytes(sum(path.stat().st_size for path in contents.files))
     print(f"{contents.files[0]}: {contents.form}, {len(contents.tensors)} tensors, {size}")
-    image, text = (
-        "{} layers of {} channels in {} heads".format(
-            *(getattr(backbone, f"{tower}_{name}") for name in ("layers", "width", "heads"))
-        )
-        for tower in ("vision", "text")
-    )
+    of_tower = "{} layers of {} channels in {} heads".format
+    image = of_tower(backbone.vision_layers, backbone.vision_width, backbone.vision_heads)
+    text = of_tower(backbone.text_layers, backbone.text_width, backbone.text_heads)
     pixels = f"{backbone.image_resolution} pixels ({backbone.resize}, {backbone.interpolation})"
     activation = ", captions ".join(filter(None, (backbone.activation, backbone.text_activation)))
     usual = "of CLIP" if backbone.text_cleaning == "clip" else "none beside the file"

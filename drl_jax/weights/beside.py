@@ -8,14 +8,9 @@ import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from drl_jax.config import (
-    TEXT_CLEANINGS,
-    BackboneConfig,
-    ConfigError,
-    checked_backbone_field,
-)
+from drl_jax.config import TEXT_CLEANINGS, BackboneConfig, ConfigError, checked_backbone_field
 from drl_jax.weights.errors import WeightsError, about, read_json
 from drl_jax.weights.families import FAMILIES, SUPPORTED
 from drl_jax.weights.source import PREPROCESSORS
@@ -84,9 +79,7 @@ _HUGGING_FACE_ACTIVATIONS = {
     **{"quick_gelu": "quick_gelu", "gelu": "gelu"},
     **{"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"},
 }
-_HUGGING_FACE_SIZES = {
-    **{"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
-}
+_SIZES = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
 # PIL's numbers of filters.
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
 _RESIZES = {"shortest": "crop", "squash": "squash"}  # of open_clip
@@ -95,29 +88,22 @@ _TIMM = {r"vit_\w+_siglip_\d+": "siglip", r"vit_pe_core_(tiny|small|base|large)\
 _TIMM_TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_\d+|vit_large\w+_512"
 
 
-class Beside(NamedTuple):
-    """A description beside weights: the file, and fields of BackboneConfig."""
-
-    path: Path
-    fields: dict[str, Any]
-
-
-def read_beside(path: Path) -> Beside | None:
-    """The description beside a file of weights; None if there is none that says the activation.
+def read_beside(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The description beside a file of weights, and its fields; none without the activation.
 
     WeightsError: a file is damaged, or describes what is not supported, or two disagree.
     """
+    found: dict[Path, dict[str, Any]] = {}
     # That of open_clip is preferred: a publisher may put both into one folder.
-    found = []
     for name, reader in (("open_clip_config.json", _open_clip), ("config.json", _config)):
         file = path.with_name(name)
         with about(file, ":"):
             if (values := _Values(file)).content and (fields := reader(values, file)):
-                found.append(Beside(file, fields))
-    if len({beside.fields["activation"] for beside in found}) > 1:
-        said = " and ".join(f"{beside.path.name} {beside.fields['activation']}" for beside in found)
-        raise WeightsError(f"has two activations beside it: {said}; move one of them")
-    return found[0] if found else None
+                found[file] = fields
+    said = [f"{file.name} {fields['activation']}" for file, fields in found.items()]
+    if len({fields["activation"] for fields in found.values()}) > 1:
+        raise WeightsError(f"has two activations beside it: {' and '.join(said)}; move one of them")
+    return next(iter(found.items()), (path, {}))
 
 
 def unknown_model_type(path: Path) -> str:
@@ -173,7 +159,7 @@ def _hugging_face(values: _Values) -> dict[str, Any]:
         name = values.choice(f"{at}hidden_act", _HUGGING_FACE_ACTIVATIONS, usual)
         activations.append(_HUGGING_FACE_ACTIVATIONS[name])
         epsilons.append(values.field("layer_norm_eps", f"{at}layer_norm_eps", eps))
-        for size, place in _HUGGING_FACE_SIZES.items():
+        for size, place in _SIZES.items():
             fields |= values.fields(at, **{f"{tower}_{size}": place})
     places = {"vision_patch_size": "patch_size", "image_resolution": "image_size"}
     fields |= values.fields("vision_config.", **places)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from drl_jax.config import BackboneConfig
 from drl_jax.hub.releases import RELEASES
-from drl_jax.weights.beside import Beside, read_beside
+from drl_jax.weights.beside import read_beside
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.families import FAMILIES, sizes_of
 from drl_jax.weights.tensors import StateDict
@@ -28,16 +28,11 @@ class Description(NamedTuple):
     """What is known of the towers in a file; a text is empty if nothing says it."""
 
     backbone: BackboneConfig
-    activation_from: str  # what says the activation, or what it is guessed from
-    is_guessed: bool = False  # whether nothing says it
+    source: str  # of the activation: "from", or if nothing says it, "guessed from"
     licence: str = ""  # of the weights
     revision: str = ""  # commit of the repository that they were downloaded from
     names: str = ""  # whose names the tensors have in the file, and their prefix
     notes: tuple[str, ...] = ()  # on what else is in the file
-
-    @property
-    def source(self) -> str:
-        return f"{'guessed ' if self.is_guessed else ''}from {self.activation_from}"
 
     def __str__(self) -> str:
         backbone = self.backbone
@@ -69,48 +64,44 @@ def describe(
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.
     """
     row, sizes = FAMILIES[family], sizes_of(state)
-    beside = read_beside(path) if path else None
-    if beside:
-        # Images that have the patches of the tensors, and more pixels.
-        pixels, patch = beside.fields.get("image_resolution", 0), sizes["vision_patch_size"]
-        if pixels // patch == sizes["image_resolution"] // patch:
-            sizes["image_resolution"] = pixels
-        if wrong := _disagreement(beside, {"family": family, **sizes}):
-            if not (release or stored):
-                raise WeightsError(
-                    f"is beside {beside.path}, which describes other weights: {wrong}; move one of"
-                    f" them, or name the release ({RELEASE_FLAGS})"
-                )
-            beside = None
+    file, said = read_beside(path) if path else (path, {})
+    # Images that have the patches of the tensors, and more pixels.
+    pixels, patch = said.get("image_resolution", 0), sizes["vision_patch_size"]
+    if patch and pixels // patch == sizes["image_resolution"] // patch:
+        sizes["image_resolution"] = pixels
+    if wrong := _disagreement(said, {"family": family, **sizes}):
+        if not (release or stored):
+            raise WeightsError(
+                f"is beside {file}, which describes other weights: {wrong}; move one of them, or"
+                f" name the release ({RELEASE_FLAGS})"
+            )
+        said = {}
     if stored:
         # The others may be stated in more than one way.
         same = [name for name in sizes if name != "image_resolution" and "mlp" not in name]
         if any(sizes[name] != getattr(stored, name) for name in same):
             raise WeightsError("has a configuration of other sizes than its tensors")
-        if wrong := _disagreement(beside, dataclasses.asdict(stored)):
-            raise WeightsError(f"contradicts {beside.path}: {wrong}; move one of them")
-        return Description(stored, evidence)
+        if wrong := _disagreement(said, dataclasses.asdict(stored)):
+            raise WeightsError(f"contradicts {file}: {wrong}; move one of them")
+        return Description(stored, f"from {evidence}")
     known = {"family": family, **row.fields, **row.by_vocabulary.get(sizes["vocab_size"], {})}
-    source, is_guessed, licence = "its family", True, ""
+    source, licence = "guessed from its family", ""
     if not row.by_vocabulary and sizes["vocab_size"] > BackboneConfig.vocab_size:
         known["text_cleaning"] = "none"  # A multilingual vocabulary.
     if release and family != "clip":
         raise WeightsError(f"is a {family}, and the release {release} is a CLIP")
     if release or (evidence and family == "clip"):
-        said = RELEASES[release or "openai"]
-        fields = said.backbone_fields(sizes["vision_patch_size"])
-        source = evidence or f"the release {release}"
-        if release and (wrong := _disagreement(beside, fields)):
+        recipe = RELEASES[release or "openai"]
+        fields = recipe.backbone_fields(patch)
+        by = evidence or f"the release {release}"
+        if release and (wrong := _disagreement(said, fields)):
             leave = "" if evidence else ", or leave the release out"
-            raise WeightsError(
-                f"as {source} does not go with {beside.path}: {wrong}; move it{leave}"
-            )
+            raise WeightsError(f"as {by} does not go with {file}: {wrong}; move it{leave}")
         known |= fields
-        if release:
-            is_guessed, licence = False, said.licence
-    if beside:
-        known |= beside.fields
-        source, is_guessed = beside.path.name, False
+        source, licence = (f"from {by}", recipe.licence) if release else (f"guessed from {by}", "")
+    if said:
+        known |= said
+        source = f"from {file.name}"
     if "activation" not in known:
         raise WeightsError(
             f"{UNSTATED}, and neither a config.json nor an open_clip_config.json"
@@ -125,12 +116,12 @@ def describe(
         if f"{tower}_heads" not in known:
             known[f"{tower}_heads"] = _heads(tower, sizes[f"{tower}_width"])
     known |= {**sizes, "logit_bias": "logit_bias" in state}
-    return Description(BackboneConfig(**known), source, is_guessed, licence)
+    return Description(BackboneConfig(**known), source, licence)
 
 
-def _disagreement(beside: Beside | None, expected: Mapping[str, Any]) -> str:
+def _disagreement(said: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """The first field with two values; empty if there is none."""
-    for name, found in beside.fields.items() if beside else ():
+    for name, found in said.items():
         if found != expected.get(name, found):
             return f"{name} is {found} in one and {expected[name]} in the other"
     return ""

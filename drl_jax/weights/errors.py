@@ -12,15 +12,9 @@ _MAX_JSON_BYTES = 100 * 2**20
 
 
 class WeightsError(UserError):
-    """Weights that are damaged, dangerous or of an unknown form, or do not fit the model.
+    """Weights that are damaged, dangerous or of an unknown form, or do not fit the model."""
 
-    Attributes:
-      names_file: whether the message has the path of the file; if not, `about` adds it.
-    """
-
-    def __init__(self, message: str, *, names_file: bool = False):
-        super().__init__(message)
-        self.names_file = names_file
+    names_file = False  # whether the message has the path of the file; if not, `about` adds it
 
 
 def refused(problem: str) -> WeightsError:
@@ -36,7 +30,9 @@ def about(path: Path, mark: str = "") -> Iterator[None]:
     except WeightsError as error:
         if error.names_file:
             raise
-        raise WeightsError(f"{path}{mark} {error}", names_file=True) from error
+        named = WeightsError(f"{path}{mark} {error}")
+        named.names_file = True
+        raise named from error
     except OSError as error:
         raise Unavailable(path, error) from error
 

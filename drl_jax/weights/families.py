@@ -151,11 +151,9 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     family, form = _form(below)
     state, unknown = _rename(form, below)
-    for name, kind in inert.items():
-        if name.startswith(prefix) and _OURS.fullmatch(
-            renamed(name.removeprefix(prefix), form.names)
-        ):
-            raise WeightsError(_not_plain(name, kind))
+    for name in (n.removeprefix(prefix) for n in inert if n.startswith(prefix)):
+        if _OURS.fullmatch(renamed(name, form.names)):
+            raise WeightsError(_not_plain(prefix + name, inert[prefix + name]))
     strange = [name for name in unknown if not _BUFFERS.fullmatch(name)]
     if (bias := "visual.trunk.head.bias") in strange and not np.any(np.asarray(below[bias])):
         strange.remove(bias)  # timm gives the projection one; other files have none.
@@ -251,7 +249,7 @@ def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[st
             if match[2] != "q":
                 continue  # Part of the fused projection, which is made with the query.
             parts = (f"{match[1]}{part}_proj.{match[3]}" for part in ("q", "k", "v", "kv"))
-            tensor = _joined([by_name[part] for part in parts if part in by_name])
+            tensor = Tensor.joined([by_name[part] for part in parts if part in by_name])
             ours = f"{match[1]}in_proj_{match[3]}"
         if not _OURS.fullmatch(ours):
             unknown.append(name)
@@ -265,19 +263,9 @@ def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[st
         if first is rest or rest.ndim != 2 or first.shape != rest.shape or rest.shape[0] < 20:
             raise WeightsError(f"has {rest.shape} positions beside {first.shape}")
         parts = (first.rows(0, 20), rest.rows(20, rest.shape[0]))
-        state[name] = _joined([(name, part) for part in parts])
+        state[name] = Tensor.joined([(name, part) for part in parts])
         unknown.remove("positional_embedding_res")
     return state, unknown
-
-
-def _joined(parts: list[tuple[str, Tensor]]) -> Tensor:
-    first = parts[0][1]
-    for name, part in parts:
-        is_equal = first.ndim > 0 and part.shape[1:] == first.shape[1:]
-        if not (is_equal and part.ndim == first.ndim and part.dtype == first.dtype):
-            problem = f"{part.dtype} {list(part.shape)} beside {list(first.shape)}"
-            raise WeightsError(f"has {name} of another shape or type: {problem}")
-    return Tensor.joined(part for _, part in parts)
 
 
 def _refuse_names(names: Collection[str]) -> None:

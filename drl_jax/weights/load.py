@@ -23,8 +23,6 @@ from drl_jax.weights.errors import WeightsError, about, some
 from drl_jax.weights.tensors import StateDict, Tensor
 from drl_jax.weights.weights_file import Weights
 
-_ALIGNMENT = 64  # bytes
-
 # ---------------------------------------------------------------- configuration
 
 
@@ -91,9 +89,9 @@ def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = F
 
 def _filled(entry: Entry, tensors: list, dtype: np.dtype) -> np.ndarray:
     """A parameter of the reference's tensors, aligned so that a CPU device takes it over."""
-    size = math.prod(entry.shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
+    size, alignment = math.prod(entry.shape) * dtype.itemsize, 64
+    memory = np.empty(size + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
     parameter = memory[start : start + size].view(dtype).reshape(entry.shape)
     for part, tensor in zip(entry.tensors_in(parameter), tensors, strict=True):
         if isinstance(tensor, Tensor):
@@ -145,10 +143,7 @@ def initial_params(
 
     Heads that the weights do not have start as copies of the text tower, or by `key`. `for_use`
     keeps the parameters in bfloat16 as far as a model that computes in it loses nothing.
-
-    Raises:
-      WeightsError: the weights do not fit the model.
-      UserError: it has no tokenizer, or the file is damaged.
+    UserError: the weights do not fit the model, it has no tokenizer, or the file is damaged.
     """
     # What is missing is said before anything large is read.
     state, shapes = state_and_shapes(config, weights)

@@ -73,11 +73,17 @@ class Tensor(Sealed):
         self.dtype, self.ndim, self.size = storage.dtype, len(self.shape), math.prod(self.shape)
 
     @classmethod
-    def joined(cls, parts: "Iterable[Tensor]") -> "Tensor":
-        """Tensors of equal shapes but for the first axis, one after another."""
-        first, *others = parts = tuple(parts)
-        rows = sum(part.shape[0] for part in parts)
-        return cls(first.storage, (rows, *first.shape[1:]), parts=parts) if others else first
+    def joined(cls, named: "Iterable[tuple[str, Tensor]]") -> "Tensor":
+        """One after another, of equal types, and of equal shapes but for the first axis."""
+        names, parts = zip(*named, strict=True)
+        first = parts[0]
+        for name, part in zip(names, parts, strict=True):
+            is_equal = first.ndim > 0 and part.shape[1:] == first.shape[1:]
+            if not (is_equal and part.ndim == first.ndim and part.dtype == first.dtype):
+                problem = f"{part.dtype} {list(part.shape)} beside {list(first.shape)}"
+                raise WeightsError(f"has {name} of another shape or type: {problem}")
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        return cls(first.storage, shape, parts=parts) if len(parts) > 1 else first
 
     def _view(self, shape: Iterable[int], strides: Iterable[int], offset: int = 0) -> "Tensor":
         (_,) = self.parts

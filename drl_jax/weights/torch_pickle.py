@@ -141,9 +141,7 @@ class _Unpickler(pickle._Unpickler):
         return storage
 
 
-def _rebuild_tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, *more: Any
-) -> Tensor | _Inert:
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
     """`torch._utils._rebuild_tensor_v2`, with every bound checked."""
     if isinstance(storage, _Inert):
         return _inert(f"torch._utils._rebuild_tensor of {storage.name}")()
