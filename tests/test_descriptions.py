@@ -243,15 +243,10 @@ def test_a_release_of_a_file_that_says_what_it_is_is_refused():
         read_weights("shapes_clip", "openai")
 
 
-@pytest.mark.parametrize(
-    ("norm", "message"),
-    [(np.full(64, np.nan, np.float32), "has values that are not"),
-     (np.zeros(64, np.int8), "is int8: quantised")],
-)  # fmt: skip
-def test_values_that_are_not_finite_or_no_fractions_are_refused(loaded, norm, message):
-    weights = loaded({**tiny_state(), NORM: norm}, "openai")
+def test_values_that_are_not_finite_are_refused(loaded):
+    weights = loaded({**tiny_state(), NORM: np.full(64, np.nan, np.float32)}, "openai")
     config = config_of_weights(weights)
-    with pytest.raises(WeightsError, match=f"clip.{NORM} {message}"):
+    with pytest.raises(WeightsError, match=r"clip\.ln_final\.weight has values that are not"):
         initial_params(config.model, weights, jax.random.key(0))
 
 
@@ -297,6 +292,7 @@ def without_class_token():
          "is a NaFlex SigLIP 2"),
         ({**tiny_state(), "visual.proj.weight_scale": np.zeros(1)},
          "is quantised; get the float weights"),
+        ({**tiny_state(), NORM: np.zeros(64, np.int8)}, f"is quantised: {NORM} is int8"),
         ({**tiny_state(), NORM: np.zeros(64, ml_dtypes.float8_e4m3fn)},
          f"{NORM} in the form of F8_E4M3: sparse, quantised"),
         (without_class_token(), "is a PE-Core G, without a class token; supported are"),

@@ -1,4 +1,4 @@
-"""Parameter names: ours on one side, those of the reference's state dict on the other.
+"""Parameter names: ours, those of the reference's state dict, and of publishers of towers.
 
 The reference uses OpenAI's names for the towers, with the prefix `clip.`, and its own names for the
 heads, which each head translates (`reference_name`); heads that it does not have keep ours. Two

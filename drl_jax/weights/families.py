@@ -51,10 +51,7 @@ FAMILIES: dict[str, Family] = {
         ),
         {"activation": "gelu_tanh", "layer_norm_eps": 1e-6, "text_cleaning": "lower", **_SQUASHED},
         # Of SigLIP (c4_en) and of SigLIP 2 (Gemma).
-        {
-            32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
-            256_000: {"pad_id": 0},
-        },
+        {32_000: {"pad_id": 1, "text_cleaning": "canonicalize"}, 256_000: {"pad_id": 0}},
         export=SIGLIP_HF,
     ),
     "pe": Family(
@@ -161,6 +158,9 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
     if inside := [name for name in strange if _INSIDE.match(name)]:
         what = f"which a {family} does not have: an adapter or another model; {SUPPORTED}"
         raise WeightsError(f"has {some(inside)}, {what}")
+    if integers := [name for name, tensor in state.items() if tensor.dtype.kind in "iub"]:
+        what = f"{integers[0]} is {state[integers[0]].dtype}"
+        raise WeightsError(f"is quantised: {what}; get the float weights")
     # A head of a DRL checkpoint is beside `clip`, unless `clip` is what was asked for.
     is_of_drl = f".{prefix}".endswith(".clip.") and form.publisher != "Hugging Face"
     is_asked = f".{prefix}".endswith(f".{key}.") and f".{key}".endswith(".clip")
@@ -257,13 +257,14 @@ def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[st
         if ours in form.transposed:
             tensor = tensor.T
         state[ours] = tensor.squeezed(_AXES[ours]) if ours in _AXES else tensor
-    if (rest := below.get("positional_embedding_res")) is not None:
+    first, rest = state.get("positional_embedding"), below.get("positional_embedding_res")
+    if first is not None and rest is not None:
         # Long-CLIP keeps CLIP's first 20 positions, and learns the others apart.
-        name, first = "positional_embedding", state.get("positional_embedding", rest)
-        if first is rest or rest.ndim != 2 or first.shape != rest.shape or rest.shape[0] < 20:
+        if rest.ndim != 2 or first.shape != rest.shape or rest.shape[0] < 20:
             raise WeightsError(f"has {rest.shape} positions beside {first.shape}")
         parts = (first.rows(0, 20), rest.rows(20, rest.shape[0]))
-        state[name] = Tensor.joined([(name, part) for part in parts])
+        joined = Tensor.joined([("positional_embedding_res", part) for part in parts])
+        state["positional_embedding"] = joined
         unknown.remove("positional_embedding_res")
     return state, unknown
 

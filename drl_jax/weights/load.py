@@ -23,8 +23,6 @@ from drl_jax.weights.errors import WeightsError, about, some
 from drl_jax.weights.tensors import StateDict, Tensor
 from drl_jax.weights.weights_file import Weights
 
-# ---------------------------------------------------------------- configuration
-
 
 def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
     """The configuration of a model that is made of weights alone.
@@ -55,9 +53,6 @@ def config_of_weights(weights: Weights, interaction: str = "dp") -> Config:
     return config_from_dict(
         dataclasses.asdict(Config(data=data, model=model, loss=LossConfig(cdcr=0)))
     )
-
-
-# ---------------------------------------------------------------- parameters
 
 
 def params_from_state(state: StateDict, shapes: Params, *, as_bfloat16: bool = False) -> Params:

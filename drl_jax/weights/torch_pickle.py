@@ -75,9 +75,6 @@ def _inert(name: str) -> type[_Inert]:
     return type("Inert", (_Inert,), {"name": name})
 
 
-# ---------------------------------------------------------------- unpickling
-
-
 def load_pickle(file: Any, path: Path, storages: dict[str, Storage] | None = None) -> Any:
     """Unpickles the next object of a file, and adds all storages that it names, by key."""
     check_memo(file)
