@@ -96,6 +96,7 @@ def _with_tuple(load: Callable) -> Callable:
 
 
 class _Unpickler(pickle._Unpickler):
+    # Python's own, since the one in C makes no other tuples.
     dispatch = pickle._Unpickler.dispatch | {
         opcode[0]: _with_tuple(pickle._Unpickler.dispatch[opcode[0]])
         for opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
@@ -123,7 +124,7 @@ class _Unpickler(pickle._Unpickler):
         if len(reference) == 4 and reference[0] == "module":
             return reference[1]  # Of a whole model: its class and source code.
         word, kind, key, _, size, *view = reference
-        if word not in ("storage", b"storage") or not isinstance(kind, str | type):
+        if word not in ("storage", b"storage") or not (isinstance(kind, type) or kind in _DTYPES):
             raise refused("an unknown reference")
         if isinstance(kind, type):
             return kind()  # Of elements that NumPy does not have.

@@ -60,7 +60,8 @@ def verify_export(contents: Contents) -> None:
     """Raises WeightsError if the checksum that `save_weights` wrote is wrong."""
     config, origin, checksum = map(contents.metadata.get, (CONFIG_KEY, ORIGIN_KEY, CHECKSUM_KEY))
     with about(contents.files[0]):
-        if checksum and checksum != checksum_of(contents.tensors, f"{config or ''}{origin or ''}"):
+        said = f"{config or ''}{origin or ''}"
+        if checksum is not None and checksum != checksum_of(contents.tensors, said):
             raise WeightsError("is damaged: its checksum is wrong; copy or export it again")
 
 
