@@ -309,7 +309,7 @@ _ZERO_IS_VALID = (
     *("holdout", "num_threads", "microbatch", "epochs", "checkpoint_every", "skip_nonfinite"),
     "margin",
 )
-_BELOW_ONE = ("layer_norm_eps", "cross_dropout", "dropout", "ema", "b1", "b2", "warmup_proportion")
+_BELOW_ONE = ("cross_dropout", "dropout", "ema", "b1", "b2", "warmup_proportion")
 _OTHERWISE_BOUNDED = (
     *("seed", "weight_decay", "cdcr", "cdcr_alpha1", "cdcr_alpha2", "cdcr_lambda"),
 )
@@ -409,7 +409,9 @@ def _check_value(
         raise ConfigError(f"{where} must be of pixels in [0, 1], not {value}")
     if type(value) not in (int, float) or name in _OTHERWISE_BOUNDED:
         return
-    if name in _BELOW_ONE:
+    if name == "layer_norm_eps":
+        holds, bound = 0 < value < 1, "in (0, 1)"
+    elif name in _BELOW_ONE:
         holds, bound = 0 <= value < 1, "in [0, 1)"
     elif name in _ZERO_IS_VALID:
         holds, bound = value >= 0, "0 or positive"
