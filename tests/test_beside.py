@@ -202,7 +202,7 @@ REFUSED = (
     (("config.json", {**OURS, "vison_heads": 7}), "vison_heads is unknown; did you mean vision_h"),
     (
         ("config.json", {**OURS, "layer_norm_eps": 1e300}),
-        "layer_norm_eps must be in [0, 1), not 1e+300",
+        "layer_norm_eps must be in (0, 1), not 1e+300",
     ),
     (("config.json", {**OURS, "attn_pooler_heads": 4}), "attn_pooler_heads=4 is not supported"),
 )
