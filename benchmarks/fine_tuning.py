@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             same = ("trained", "optimiser_mb", "gflop_a_pair")
             row = {"dataset": dataset, "way": way, **{name: found[0][name] for name in same}}
             row |= {
-                name: _summary([one[name] for one in found]) for name in found[0] if name not in same
+                name: _summary([one[name] for one in found])
+                for name in found[0]
+                if name not in same
             }
             rows.append(row)
     report(rows, options, seeds=options.seeds)

@@ -355,6 +355,18 @@ def checked_config(
     return config
 
 
+def checked_backbone_field(name: str, value: Any, where: str) -> Any:
+    """A value of a field of BackboneConfig, which is at `where`, e.g. in a file.
+
+    Raises:
+      ConfigError: names the place, if the value is of a wrong type or cannot work.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(BackboneConfig)}
+    value = _typed(types[name], value, where)
+    _check_value(where, name, value, _CHOICES)
+    return value
+
+
 def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a group of fields, not {values!r}")
@@ -399,9 +411,13 @@ def _check_value(
             own = "one of your own needs --plugin=FILE"
             raise UnregisteredError(f"{where} is {names}, not {value!r}; {own}")
         raise ConfigError(f"{where} is {names}, not {value!r}")
+    if name in ("pixel_mean", "pixel_std") and max(map(abs, value)) > 1:
+        raise ConfigError(f"{where} must be of pixels in [0, 1], not {value}")
     if type(value) not in (int, float) or name in _OTHERWISE_BOUNDED:
         return
-    if name in _BELOW_ONE:
+    if name == "layer_norm_eps":
+        holds, bound = 0 < value < 1, "in (0, 1)"
+    elif name in _BELOW_ONE:
         holds, bound = 0 <= value < 1, "in [0, 1)"
     elif name in _ZERO_IS_VALID:
         holds, bound = value >= 0, "0 or positive"
@@ -464,7 +480,7 @@ def _conditions(
         f"loss.cdcr={loss.cdcr} does not go with model.interaction={model.interaction}; it takes"
         f" {', '.join(map(str, cdcr_variants))}",
     )
-    # With initial weights, the backbone gets one (`weights.load.with_backbone_of`).
+    # With initial weights, the backbone gets one (`runs.run_params.with_backbone_of`).
     yield (
         loss.contrastive != "sigmoid" or model.backbone.logit_bias or bool(model.init),
         "loss.contrastive=sigmoid needs a bias of the logits; set"

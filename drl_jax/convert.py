@@ -14,9 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drl_jax.hub.installed import NAMES
-from drl_jax.runtime.cli import Parser, add_plugin_flag, fraction, run_command
+from drl_jax.runtime.cli import (
+    FILE_FLAGS,
+    Parser,
+    add_file_flags,
+    add_plugin_flag,
+    fraction,
+    run_command,
+)
 from drl_jax.runtime.errors import UserError
-from drl_jax.weights.source import FILE_FLAGS
 
 
 def _parser() -> Parser:
@@ -35,8 +41,7 @@ def _parser() -> Parser:
     add("--checkpoint", default="best", help="of a run: best, latest or a step (%(default)s)")
     interaction = "for a file without interaction parameters (%(default)s)"
     add("--interaction", choices=("dp", "ti"), default="dp", help=interaction)
-    for name, what in FILE_FLAGS.items():
-        add(f"--{name}", default="", help=f"of a file: {what}")
+    add_file_flags(parser, "of a file: ")
     dtype = "of the tensors of an exported run (float32)"
     add("--dtype", choices=("float32", "float16"), help=dtype)
     towers = "export the towers without the heads, under their publisher's names"

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.cli import FILE_FLAGS, Parser, add_file_flags, run_command
 from drl_jax.runtime.errors import UserError, one_line
-from drl_jax.weights.source import FILE_FLAGS
 
 if TYPE_CHECKING:
     import jax
@@ -236,8 +235,7 @@ def _parser() -> Parser:
     source = "a run, a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME"
     add("model", metavar="MODEL", help=source)
     add("--checkpoint", default="best", help="of a run: best, latest or a step (%(default)s)")
-    for name, what in FILE_FLAGS.items():
-        add(f"--{name}", default="", help=f"of a file: {what}")
+    add_file_flags(parser, "of a file: ")
     formats = "stablehlo, which JAX reads on CPUs and CUDA; or onnx (drl_jax[onnx])"
     add("--format", choices=FORMATS, required=True, help=formats)
     out = "a new directory: text, video and similarity, and model.json, which describes them"

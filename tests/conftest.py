@@ -38,11 +38,11 @@ from drl_jax.config import BackboneConfig, Config, DataConfig, EvalConfig, Model
 from drl_jax.evaluation import embedder
 from drl_jax.models.drl import init_params
 from drl_jax.runs import train_run
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runtime.resources import cache_compilations
 from drl_jax.runtime.sharding import Layout
 from drl_jax.search import session
 from drl_jax.search.engine import SearchEngine
-from drl_jax.weights.weights_file import save_weights
 
 cache_compilations()
 

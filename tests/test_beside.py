@@ -8,8 +8,8 @@ from safetensors.numpy import save_file
 from support.towers import tiny_state, to_hugging_face
 
 from drl_jax.config import Config, DataConfig, ModelConfig
+from drl_jax.runs.run_params import with_backbone_of
 from drl_jax.weights.errors import WeightsError
-from drl_jax.weights.load import with_backbone_of
 from drl_jax.weights.weights_file import read_weights
 
 OPEN_CLIP = {
@@ -78,7 +78,7 @@ def test_open_clip_config(clip_file):
     write(clip_file, "open_clip_config.json", OPEN_CLIP)
     description = read_weights(clip_file).description
     backbone = description.backbone
-    assert (backbone.activation, description.activation_from) == ("gelu", "open_clip_config.json")
+    assert (backbone.activation, description.source) == ("gelu", "from open_clip_config.json")
     assert (backbone.pixel_mean, backbone.pixel_std) == ((0.5,) * 3, (0.25,) * 3)
     assert (backbone.resize, backbone.interpolation) == ("squash", "bilinear")
     assert (backbone.vision_heads, backbone.text_heads) == (1, 4)
@@ -132,7 +132,7 @@ def test_our_own_form(clip_file):
     # Also without a family, which the tensors say.
     write(clip_file, "config.json", {"activation": "gelu", "text_heads": 4})
     description = read_weights(clip_file).description
-    assert (description.backbone.activation, description.is_guessed) == ("gelu", False)
+    assert (description.backbone.activation, description.source) == ("gelu", "from config.json")
 
 
 def test_the_file_wins_over_the_configuration_where_input_is_prepared(clip_file):
@@ -162,39 +162,48 @@ REFUSED = (
     ),
     (("config.json", "[]"), "is not a JSON object"),
     (
-        ("open_clip_config.json", "{}"),
-        "model_cfg.embed_dim is None, not a whole number of at least 1",
+        ("open_clip_config.json", '{"model_cfg": {}}'),
+        "model_cfg.embed_dim must be int, not None",
     ),
-    (towers("model_type", "blip"), "model_type 'blip' is not supported"),
+    (
+        towers("model_type", "blip"),
+        "model_type is 'blip', not one of clip, metaclip_2, siglip, siglip2",
+    ),
     (
         towers("vision_config.hidden_act", "relu"),
-        "hidden_act='relu' is not supported",
+        "vision_config.hidden_act is 'relu', not one of quick_gelu, gelu, ",
     ),
     (towers("vision_config.layer_norm_eps", 1e-6), "layer_norm_eps differs between the towers"),
     (
         towers("vision_config.hidden_size", 768),
-        "describes other weights than model.safetensors: vision_width is 768 in one and 64",
+        "describes other weights: vision_width is 768 in one and 64",
     ),
     (
         open_clip("model_cfg.text_cfg.no_causal_mask", True),
         "text_cfg.no_causal_mask=True is not supported",
     ),
-    (open_clip("model_cfg.quick_gelu", "false"), "quick_gelu is 'false', not true or false"),
+    (open_clip("model_cfg.quick_gelu", "false"), "quick_gelu is 'false', not one of false, true"),
     (
         open_clip("model_cfg.vision_cfg.act_kwargs", {"approximate": "fast"}),
-        "vision_cfg.act_kwargs={'approximate': 'fast'} is not supported",
+        "vision_cfg.act_kwargs.approximate is 'fast', not one of none, tanh",
     ),
     (
         open_clip("preprocess_cfg.interpolation", "random"),
-        "preprocess_cfg.interpolation is 'random', not one of bicubic, bilinear",
+        "preprocess_cfg.interpolation is bicubic or bilinear, not 'random'",
     ),
-    (open_clip("preprocess_cfg.mean", [0.5, 0.5]), "mean is [0.5, 0.5], not three numbers"),
+    (
+        open_clip("preprocess_cfg.mean", [0.5, 0.5]),
+        "mean must be a tuple of 3 numbers, not [0.5, 0.5]",
+    ),
     (
         open_clip("model_cfg.vision_cfg.timm_model_name", "vit_x"),
         "the tower vit_x is not supported",
     ),
     (("config.json", {**OURS, "vison_heads": 7}), "vison_heads is unknown; did you mean vision_h"),
-    (("config.json", {**OURS, "layer_norm_eps": 1e300}), "layer_norm_eps is 1e+300, not a number"),
+    (
+        ("config.json", {**OURS, "layer_norm_eps": 1e300}),
+        "layer_norm_eps must be in (0, 1), not 1e+300",
+    ),
     (("config.json", {**OURS, "attn_pooler_heads": 4}), "attn_pooler_heads=4 is not supported"),
 )
 
@@ -219,10 +228,10 @@ def test_descriptions_that_cannot_be_used_are_one_line(clip_file, file, message)
         ("do_normalize", False, "do_normalize=False is not supported"),
         ("do_resize", False, "do_resize=False is not supported"),
         ("rescale_factor", 1.0, "rescale_factor=1.0 is not supported"),
-        ("resample", 0, "resample=0 is not supported"),
-        ("resample", [3], "resample=[3] is not supported"),
+        ("resample", 0, "resample is 0, not one of 2, 3"),
+        ("resample", [3], "resample is [3], not one of 2, 3"),
         ("size", {"height": [32]}, "size={'height': [32]} is not supported"),
-        ("image_mean", None, "image_mean is None, not three numbers"),
+        ("image_mean", None, "image_mean must be a tuple of 3 numbers, not None"),
     ],
 )
 def test_preprocessing_that_we_cannot_do_is_refused(hugging_face_file, field, value, message):
@@ -236,7 +245,7 @@ def test_preprocessing_that_we_cannot_do_is_refused(hugging_face_file, field, va
 def test_two_descriptions_with_two_activations(clip_file):
     write(clip_file, "open_clip_config.json", OPEN_CLIP)
     write(clip_file, "config.json", OURS)
-    assert read_weights(clip_file).description.activation_from == "open_clip_config.json"
+    assert read_weights(clip_file).description.source == "from open_clip_config.json"
     write(clip_file, "config.json", {**OURS, "activation": "quick_gelu"})
     with pytest.raises(
         WeightsError, match=r"open_clip_config.json gelu and config.json quick_gelu; move one"

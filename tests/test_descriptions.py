@@ -15,13 +15,17 @@ from drl_jax.config import Config, DataConfig, LossConfig, ModelConfig
 from drl_jax.hub import openai
 from drl_jax.hub.releases import PUBLISHED, RELEASES
 from drl_jax.models.drl import BACKBONES, param_shapes
+from drl_jax.models.reference_names import SIGLIP_HF, to_publisher
+from drl_jax.runs.run_params import head_start, with_backbone_of
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import sha256
 from drl_jax.weights import description
 from drl_jax.weights.errors import WeightsError
-from drl_jax.weights.families import to_publisher
-from drl_jax.weights.load import config_of_weights, head_start, initial_params, with_backbone_of
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.load import config_of_weights, initial_params
+from drl_jax.weights.weights_file import read_weights
+
+NORM = "ln_final.weight"
 
 
 @pytest.fixture
@@ -48,7 +52,7 @@ def described(loaded):
 
 def siglip(**changes):
     """SigLIP's towers under Hugging Face's names."""
-    return to_publisher("siglip", tiny_state(**{**SIGLIP, **changes}))
+    return to_publisher(tiny_state(**{**SIGLIP, **changes}), SIGLIP_HF)
 
 
 # ---------------------------------------------------------------- activation
@@ -145,7 +149,6 @@ def suggestive_file(request, tmp_path):
 
 def test_a_guess_is_printed_as_one_and_a_description_wins(suggestive_file):
     guess = read_weights(suggestive_file).description
-    assert guess.is_guessed
     assert f"{guess.backbone.activation} (guessed from " in str(guess)
     assert "licence: not stated" in str(guess)
     other = "gelu" if guess.backbone.activation != "gelu" else "quick_gelu"
@@ -194,9 +197,9 @@ def test_what_an_exported_file_says_is_not_contradicted_in_silence(loaded, tmp_p
     config = config_of_weights(weights)
     params = initial_params(config.model, weights, jax.random.key(0))
     save_weights(file, params, config)
-    assert read_weights(file).description.activation_from == "the file"
+    assert read_weights(file).description.source == "from the file"
     (tmp_path / "config.json").write_text('{"family": "clip", "activation": "quick_gelu"}')
-    with pytest.raises(WeightsError, match=r"config.json contradicts what a.safetensors says"):
+    with pytest.raises(WeightsError, match=r"a.safetensors contradicts .*config.json: act"):
         read_weights(file)
     # A description of other weights in the same folder.
     other = {"family": "clip", "activation": "gelu_tanh", "patch": 8}
@@ -218,7 +221,7 @@ def test_what_an_exported_file_says_is_not_contradicted_in_silence(loaded, tmp_p
 )
 def test_towers_alone_read_as_many_words_as_they_have_positions(changes, words, loaded):
     state, family = tiny_state(**changes), changes.get("family", "clip")
-    state = to_publisher("siglip", state) if family == "siglip" else state
+    state = to_publisher(state, SIGLIP_HF) if family == "siglip" else state
     config = {"family": family, "activation": "gelu", "pad": 1}
     data = config_of_weights(loaded(state, config=config)).data
     assert (data.max_words, data.max_frames) == (words, 12)
@@ -241,9 +244,7 @@ def test_a_release_of_a_file_that_says_what_it_is_is_refused():
 
 
 def test_values_that_are_not_finite_are_refused(loaded):
-    state = tiny_state()
-    state["ln_final.weight"][3] = np.nan
-    weights = loaded(state, "openai")
+    weights = loaded({**tiny_state(), NORM: np.full(64, np.nan, np.float32)}, "openai")
     config = config_of_weights(weights)
     with pytest.raises(WeightsError, match=r"clip\.ln_final\.weight has values that are not"):
         initial_params(config.model, weights, jax.random.key(0))
@@ -279,9 +280,6 @@ def without_class_token():
     state = tiny_state(**PE)
     del state["visual.class_embedding"]
     return state
-
-
-NORM = "ln_final.weight"
 
 
 @pytest.mark.parametrize(

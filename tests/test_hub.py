@@ -19,7 +19,7 @@ from drl_jax.convert import main as convert
 from drl_jax.hub import repository
 from drl_jax.hub.repository import HubError, resolved_revision
 from drl_jax.weights import download
-from drl_jax.weights.errors import WeightsFileError
+from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.source import PREFERRED, _wanted, choose_weights, to_download, weights_path
 
 NAME = "hf-hub:org/tiny"
@@ -303,7 +303,7 @@ def test_commands_and_the_api_read_a_repository(server, tiny_weights, tmp_path, 
     monkeypatch.chdir(tmp_path)
     # A run of this name would need a Path.
     (tmp_path / NAME).mkdir(parents=True)
-    with pytest.raises(WeightsFileError, match=f"{NAME} has no weights: it has no files"):
+    with pytest.raises(WeightsError, match=f"{NAME} has no weights: it has no files"):
         weights_path(Path(NAME))
     model = drl_jax.load(NAME)
     assert model.source == {"weights": NAME}

@@ -22,6 +22,7 @@ from drl_jax.embed.__main__ import main as embed
 from drl_jax.evaluate import main as evaluate
 from drl_jax.models.extractors import EXTRACTORS
 from drl_jax.models.tokenizers import load_tokenizer
+from drl_jax.runs.run_params import with_backbone_of
 from drl_jax.runs.stored_features import stored_features
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.plugins import load_plugins
@@ -30,7 +31,7 @@ from drl_jax.search.__main__ import main as search
 from drl_jax.train import main as train
 from drl_jax.training.train_step import make_gradient
 from drl_jax.training.trainable import Trainable
-from drl_jax.weights.load import initial_params, with_backbone_of
+from drl_jax.weights.load import initial_params
 from drl_jax.weights.weights_file import read_weights
 
 PLUGIN = ROOT / "tests" / "support" / "plugin_features.py"

@@ -27,10 +27,10 @@ from drl_jax.models.tokenizers import (
     with_tokenizer,
 )
 from drl_jax.models.tokenizers.files import canonicalize
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runs.workdir import WorkdirError, claim_workdir, load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.train import main as train
-from drl_jax.weights.weights_file import save_weights
 
 CAPTIONS = ["a red circle moves left", "the dog", "", "a cat runs quickly " * 20]
 CLIP = CLIPTokenizer()

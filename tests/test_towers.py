@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from support.params import assert_same_arrays
 
 from drl_jax.models.drl import BACKBONES, model_definition, param_shapes
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.weights.load import config_of_weights, params_from_state
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import read_weights
 
 # Those of DRL_TOWERS, and small ones that `golden/make_towers.py` wrote.
 TOWERS = Path(os.environ.get("DRL_TOWERS") or Path(__file__).parents[2] / "shared" / "towers")

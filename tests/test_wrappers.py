@@ -19,9 +19,9 @@ from support.towers import SIGLIP, tiny_state, to_hugging_face
 import drl_jax
 from drl_jax.hub.installed import path_of
 from drl_jax.models.drl import model_definition
+from drl_jax.models.reference_names import SIGLIP_HF, to_publisher
 from drl_jax.runtime.errors import UserError
 from drl_jax.weights.__main__ import main
-from drl_jax.weights.families import to_publisher
 from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.source import weights_path, weights_sha256
 from drl_jax.weights.weights_file import read_weights
@@ -365,7 +365,7 @@ def test_the_command_says_what_a_file_is(tmp_path, capsys):
         assert part in printed
     assert len(printed.splitlines()) <= 20
     # What is missing is said before anything large is read.
-    siglip = to_publisher("siglip", tiny_state(**{**SIGLIP, "vocab_size": 32_000}))
+    siglip = to_publisher(tiny_state(**{**SIGLIP, "vocab_size": 32_000}), SIGLIP_HF)
     save_file(siglip, tmp_path / "siglip.safetensors")
     line = error_of("drl_jax.weights", str(tmp_path / "siglip.safetensors"), capsys=capsys)
     assert "put tokenizer.json or spiece.model beside the weights" in line

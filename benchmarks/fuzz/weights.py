@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 from benchmarks.fuzz.damage import FAILURE, UNDETECTABLE, Damage, damage_file, damage_tree
 from drl_jax.models.drl import param_shapes
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.weights.load import config_of_weights, params_from_state
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import read_weights
 
 _GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 _ARCHIVES = ("clip_torchscript.pt", "clip_legacy.pt", "drl_wti_seqtransf.bin")

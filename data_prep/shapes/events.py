@@ -97,7 +97,7 @@ def split_clips(
 ) -> tuple[dict[str, list[EventClip]], dict[str, list[tuple[int, int]]]]:
     """Assigns clips to splits; a clip and its counterpart are in one split.
 
-    All clips of val and test are in pairs, whose indices are returned, too. Training clips are drawn
+    All clips of val and test are in pairs, whose indices are returned, too. The others are drawn
     with replacement.
     """
     rng, shares = random.Random(seed), sum(_SHARES.values())

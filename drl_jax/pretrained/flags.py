@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drl_jax.runtime.cli import Parser, add_plugin_flag
+from drl_jax.runtime.cli import FILE_FLAGS, Parser, add_file_flags, add_plugin_flag
 from drl_jax.runtime.errors import UserError
-from drl_jax.weights.source import FILE_FLAGS
 
 if TYPE_CHECKING:
     from drl_jax.pretrained.model import RetrievalModel
@@ -32,8 +31,7 @@ def add_model_flags(parser: Parser) -> None:
     add("--checkpoint", default="best", help="of the run: best, latest or a step (%(default)s)")
     file = "instead of a run: a file of weights (docs/weights.md), shapes_clip, hf-hub:ORG/NAME"
     add("--weights", help=file)
-    for name, what in FILE_FLAGS.items():
-        add(f"--{name}", default="", help=f"of --weights: {what}")
+    add_file_flags(parser, "of --weights: ")
     add_plugin_flag(parser)
 
 

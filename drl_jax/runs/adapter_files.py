@@ -14,7 +14,8 @@ from drl_jax.config import LORA_TARGETS, Config, LoRAConfig
 from drl_jax.models.drl import Params, config_from_dict, param_shapes
 from drl_jax.models.linear import ADAPTER
 from drl_jax.runs.checkpoint_files import owner
-from drl_jax.runs.run_params import create_run, restore_params
+from drl_jax.runs.run_params import create_run, restore_params, with_backbone_of
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runs.workdir import CHECKPOINTS, load_config, own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import replacing, write_json
@@ -22,14 +23,14 @@ from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.trainable import Trainable
 from drl_jax.weights.containers import open_weights
 from drl_jax.weights.errors import WeightsError, about, read_json, some
-from drl_jax.weights.load import (
-    config_of_weights,
-    initial_params,
-    params_from_state,
-    with_backbone_of,
-)
+from drl_jax.weights.load import config_of_weights, initial_params, params_from_state
 from drl_jax.weights.source import weights_sha256
-from drl_jax.weights.weights_file import origin_of, read_weights, save_weights, stored_config
+from drl_jax.weights.weights_file import (
+    CONFIG_KEY,
+    read_weights,
+    stored_config,
+    verify_export,
+)
 
 PEFT_CONFIG, _PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Our layer, and which third of its output: queries, keys and values are one product here.
@@ -65,7 +66,7 @@ def save_adapter(
 ) -> None:
     """Writes heads, adapters and what else is trained; errors as of `save_weights`."""
     origin = {**origin, "base": base_sha256}
-    save_weights(path, _of_adapter(config, params), config, origin=origin, merge=False)
+    save_weights(path, _of_adapter(config, params), config, origin=origin)
 
 
 def export_adapter(workdir: Path, target: Path, checkpoint: str = "best", *, as_peft: bool) -> int:
@@ -124,10 +125,12 @@ def import_adapter(
     else:
         contents = open_weights(source)
         with about(source):
-            origin = origin_of(contents)
+            verify_export(contents)
+            origin = {}
+            if CONFIG_KEY in contents.metadata:
+                config, origin = stored_config(contents)
             if "base" not in origin:
                 raise WeightsError("does not name the base of its adapters")
-            config = stored_config(contents.metadata)[0]
         base = base or config.model.init
         if (sha256 := weights_sha256(base)) != origin["base"]:
             raise UserError(

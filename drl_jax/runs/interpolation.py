@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from drl_jax.config import Config, LoRAConfig
+from drl_jax.config import Config
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.evaluation.evaluator import Evaluator
 from drl_jax.models.drl import Params
-from drl_jax.models.linear import merge_adapters
 from drl_jax.models.tokenizers import with_tokenizer
 from drl_jax.runs.evaluate_run import checked_split, open_evaluation
 from drl_jax.runs.protocol_card import evaluation_path
-from drl_jax.runs.run_params import remake_initial_params, restore_params, write_tokenizer
+from drl_jax.runs.run_params import remake_initial_params, restore_params
+from drl_jax.runs.weights_writer import merged, save_weights, write_tokenizer
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.files import write_json
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.source import is_weights
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import read_weights
 
 
 def mix(start: Params, end: Params, alpha: float) -> Params:
@@ -72,15 +72,7 @@ def _whole(source: str) -> tuple[Config, Params]:
             params = {"backbone": params["backbone"]}
         return config, params
     config = load_config(Path(source))
-    return _merged(config, restore_params(Path(source), config.model, make_layout(), "best")[1])
-
-
-def _merged(config: Config, params: Params) -> tuple[Config, Params]:
-    if not config.model.lora.rank:
-        return config, params
-    model = dataclasses.replace(config.model, lora=LoRAConfig())
-    merged = merge_adapters(params, config.model.lora.scale)
-    return dataclasses.replace(config, model=model), merged
+    return merged(config, restore_params(Path(source), config.model, make_layout(), "best")[1])
 
 
 def evaluate_alphas(
@@ -112,11 +104,11 @@ def evaluate_alphas(
         workdir, config, checkpoint=checkpoint, split_name=split_name, frame_order="time"
     )
     layout = make_layout(fsdp=config.sharding.fsdp)
-    start = _merged(config, remake_initial_params(workdir, config, layout))[1]
+    start = merged(config, remake_initial_params(workdir, config, layout))[1]
     model = config.model
     if not read_weights(model.init, model.release, model.weights_key).has_heads:
         start = {"backbone": start["backbone"]}
-    config, end = _merged(config, opened.params)
+    config, end = merged(config, opened.params)
     tasks = {"": (Evaluator(config, opened.dataset, layout), opened.split)}
     if second:
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=second))

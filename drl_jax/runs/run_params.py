@@ -1,5 +1,6 @@
 """Parameters of a run that may be training meanwhile, and their exchange with files of weights."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,21 @@ from typing import TypeVar
 
 import jax
 
-from drl_jax.config import Config, ModelConfig
-from drl_jax.models.drl import Params, abstract_params, init_params
-from drl_jax.models.tokenizers import check_cleaning, stored_name, with_tokenizer
+from drl_jax.config import BackboneConfig, Config, ConfigError, ModelConfig
+from drl_jax.models.drl import (
+    Params,
+    abstract_params,
+    config_from_dict,
+    copies_text_tower,
+    init_params,
+)
+from drl_jax.models.interactions import INTERACTIONS
+from drl_jax.models.temporal import TEMPORAL_HEADS
+from drl_jax.models.tokenizers import check_cleaning, with_tokenizer
 from drl_jax.runs.checkpoint_files import CheckpointError, DamagedCheckpoint, owner
 from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.manifest import weights_sha256
+from drl_jax.runs.weights_writer import merged, save_weights, write_tokenizer
 from drl_jax.runs.workdir import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -22,17 +32,19 @@ from drl_jax.runs.workdir import (
     own_manifest,
 )
 from drl_jax.runtime.errors import Unavailable, UserError
-from drl_jax.runtime.files import copy_once
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.training.optimizer import make_optimizer
 from drl_jax.training.train_step import state_from_params
 from drl_jax.weights.description import Description
 from drl_jax.weights.load import config_of_weights, initial_params
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.weights_file import Weights, read_weights
 
 # A checkpoint that cannot be read may be one that a training deletes at this moment. An error that
 # is the same after a pause is believed.
 _ATTEMPTS, _PAUSE = 30, 0.5
+# Fields of BackboneConfig that say how frames and captions are prepared, and of the loss.
+_NO_SIZES = ("pixel_mean", "pixel_std", "resize", "interpolation", "text_cleaning", "pad_id",
+             "logit_bias")  # fmt: skip
 T = TypeVar("T")
 
 
@@ -123,6 +135,54 @@ def remake_initial_params(workdir: Path, config: Config, layout: Layout) -> Para
     return jax.device_put(params, layout.parameters(params))
 
 
+def with_backbone_of(config: Config, weights: Weights) -> Config:
+    """The configuration with the description of the towers from the weights, checked again.
+
+    The sigmoid loss has a bias of the logits also where the weights have none.
+
+    Raises:
+      ConfigError: the configuration has other sizes, which are not the defaults; or the rest of it
+        does not go with those of the weights.
+    """
+    wanted, found = config.model.backbone, weights.description.backbone
+    if config.loss.contrastive == "sigmoid" or wanted.logit_bias:
+        found = dataclasses.replace(found, logit_bias=True)
+    # A configuration with the default sizes asks for none, and none asks for the default image
+    # size. What the file says of its input is known better than in a configuration.
+    sizes = [field.name for field in dataclasses.fields(found) if field.name not in _NO_SIZES]
+    asked = {name for name in sizes if getattr(wanted, name) != getattr(BackboneConfig, name)}
+    if asked - {"image_resolution"}:
+        asked |= set(sizes) - {"image_resolution"}
+    values = {n: (getattr(found, n), getattr(wanted, n)) for n in sizes if n in asked}
+    if different := [
+        f"{n} is {one}, not {other}" for n, (one, other) in values.items() if one != other
+    ]:
+        raise ConfigError(
+            f"config.model.init={config.model.init} has other sizes than the configuration:"
+            f" {', '.join(different)}; choose a configuration with these or with the default sizes"
+            " (configs/msrvtt.py), or train from scratch with --config.model.init="
+        )
+    tokenizer = config.model.tokenizer or weights.tokenizer
+    model = dataclasses.replace(config.model, backbone=found, tokenizer=tokenizer)
+    return config_from_dict(dataclasses.asdict(dataclasses.replace(config, model=model)))
+
+
+def head_start(config: ModelConfig, weights: Weights) -> str:
+    """Says what the heads of a model start from."""
+    if weights.has_heads:
+        return "heads from the file, too"
+    names = {"temporal head": TEMPORAL_HEADS[config.agg_module]}
+    names |= {f"interaction {config.interaction}": INTERACTIONS[config.interaction]}
+    heads = [name for name, head in names.items() if head and head.COPIED_POSITIONS]
+    if not heads:
+        return "no head starts from the text tower"
+    if copies_text_tower(config):
+        return f"{' and '.join(heads)}: from the text tower's blocks"
+    backbone = config.backbone
+    sizes = f"{backbone.embed_dim} channels and the text tower {backbone.text_width}"
+    return f"{' and '.join(heads)}: new, since features have {sizes}"
+
+
 # ---------------------------------------------------------------- files of weights
 
 
@@ -190,23 +250,9 @@ def export_weights(
     """
     config = load_config(workdir)
     step, params = restore_params(workdir, config.model, make_layout(), checkpoint)
+    config, params = merged(config, params)
     if config.model.tokenizer:
         config = with_tokenizer(config, write_tokenizer(Path(config.model.tokenizer), target))
     origin = owner(workdir / CHECKPOINTS / str(step))
     save_weights(target, params, config, dtype=dtype, clip_only=clip_only, origin=origin)
     return step
-
-
-def write_tokenizer(tokenizer: Path, target: Path) -> str:
-    """Copies a tokenizer beside a file of weights, and returns its name there."""
-    copy = target.with_name(stored_name(tokenizer))
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy_once(tokenizer, copy)
-    except FileExistsError as error:
-        raise UserError(
-            f"{copy} is another tokenizer than the run's; export to another folder"
-        ) from error
-    except OSError as error:
-        raise Unavailable(copy, error, "written") from error
-    return copy.name

@@ -24,7 +24,9 @@ from drl_jax.runs.checkpoints import Checkpoints
 from drl_jax.runs.hooks import Evaluations, StepProfile, TrainingError, TrainLog, WallTime
 from drl_jax.runs.manifest import differences, recorded
 from drl_jax.runs.protocol_card import evaluation_path, protocol_card, write_ranks
+from drl_jax.runs.run_params import head_start, with_backbone_of
 from drl_jax.runs.stored_features import check_frozen, stored_features
+from drl_jax.runs.weights_writer import save_weights
 from drl_jax.runs.workdir import (
     ADAPTER_FILE,
     BEST_FILE,
@@ -49,8 +51,8 @@ from drl_jax.training.train_step import (
     state_from_params,
 )
 from drl_jax.training.trainable import Trainable
-from drl_jax.weights.load import head_start, initial_params, with_backbone_of
-from drl_jax.weights.weights_file import read_weights, save_weights
+from drl_jax.weights.load import initial_params
+from drl_jax.weights.weights_file import read_weights
 
 RESULT_FILE = "result.json"
 # Values of `TrainBatches.cache`.

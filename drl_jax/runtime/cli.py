@@ -101,6 +101,20 @@ def add_plugin_flag(
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help=text)
 
 
+# Flags of commands that describe a file of weights.
+FILE_FLAGS = {
+    "release": "the release, for a CLIP that does not say its own",
+    "weights_key": "prefix of the towers, if it holds several; clip: without the heads of DRL",
+    "tokenizer": "its tokenizer, if that is not beside the file",
+}
+
+
+def add_file_flags(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """Adds FILE_FLAGS; `of` which file, for the help."""
+    for name, what in FILE_FLAGS.items():
+        parser.add_argument(f"--{name}", default="", help=of + what)
+
+
 # ---------------------------------------------------------------- errors and exit status
 
 

@@ -7,64 +7,52 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from drl_jax.runtime.cli import Parser, run_command
+from drl_jax.runtime.cli import Parser, add_file_flags, run_command
 from drl_jax.runtime.errors import printable
-from drl_jax.weights.source import FILE_FLAGS
 
 
-def _print(source: str, release: str, key: str, tokenizer: str) -> None:
-    from drl_jax.models.drl import param_shapes
-    from drl_jax.models.tokenizers import check_cleaning
+def _print(source: str, release: str, weights_key: str, tokenizer: str) -> None:
     from drl_jax.weights.description import UNSTATED
     from drl_jax.weights.errors import WeightsError
-    from drl_jax.weights.load import check_state, config_of_weights
+    from drl_jax.weights.load import check_state, config_of_weights, state_and_shapes
     from drl_jax.weights.weights_file import read_weights
 
     unstated = None
     try:
-        weights = read_weights(source, release, key)
+        weights = read_weights(source, release, weights_key)
     except WeightsError as error:
         if UNSTATED not in str(error):
             raise
         # The rest is the same for any activation.
-        weights, unstated = read_weights(source, "openai", key), error
+        weights, unstated = read_weights(source, "openai", weights_key), error
     weights = weights._replace(tokenizer=tokenizer or weights.tokenizer)
     contents, description = weights.contents, weights.description
     backbone, model = description.backbone, config_of_weights(weights).model
     size = _bytes(sum(path.stat().st_size for path in contents.files))
     print(f"{contents.files[0]}: {contents.form}, {len(contents.tensors)} tensors, {size}")
-    image = f"{backbone.image_resolution} pixels ({backbone.resize}, {backbone.interpolation})"
-    activations = ", captions ".join(filter(None, (backbone.activation, backbone.text_activation)))
-    says = "guessed from" if description.is_guessed else "from"
+    of_tower = "{} layers of {} channels in {} heads".format
+    image = of_tower(backbone.vision_layers, backbone.vision_width, backbone.vision_heads)
+    text = of_tower(backbone.text_layers, backbone.text_width, backbone.text_heads)
+    pixels = f"{backbone.image_resolution} pixels ({backbone.resize}, {backbone.interpolation})"
+    activation = ", captions ".join(filter(None, (backbone.activation, backbone.text_activation)))
     usual = "of CLIP" if backbone.text_cleaning == "clip" else "none beside the file"
     heads = f"interaction {model.interaction}, temporal head {model.agg_module}"
-    for label, text in (
+    for label, words in (
         ("family", f"{backbone.family}, {description.names}"),
-        ("images", f"{_tower(backbone, 'vision')}; {image} in patches of"
-         f" {backbone.vision_patch_size}"),
-        ("captions", f"{_tower(backbone, 'text')}; {backbone.context_length} positions,"
-         f" {backbone.vocab_size} tokens"),
-        ("activation", "not stated" if unstated else f"{activations} ({says}"
-         f" {description.activation_from})"),
+        ("images", f"{image}; {pixels} in patches of {backbone.vision_patch_size}"),
+        ("captions", f"{text}; {backbone.context_length} positions, {backbone.vocab_size} tokens"),
+        ("activation", "not stated" if unstated else f"{activation} ({description.source})"),
         ("tokenizer", f"{weights.tokenizer or usual}; cleaning {backbone.text_cleaning}"),
         ("heads", heads if weights.has_heads else "none"),
         ("licence", "" if unstated else description.licence or "not stated by the file"),
         *(("note", note) for note in description.notes),
-    ):  # fmt: skip
-        print(f"{label:<10} {printable(text)}")
+    ):
+        print(f"{label:<10} {printable(words)}")
     if unstated is not None:
         raise unstated
-    shapes = param_shapes(model)
-    shapes = shapes if weights.has_heads else {"backbone": shapes["backbone"]}
-    table = check_state(weights.state, shapes)
-    check_cleaning(model)
-    count = sum(weights.state[name].size for entry in table for name in entry.names)
+    state, shapes = state_and_shapes(model, weights)
+    count = sum(state[name].size for entry in check_state(state, shapes) for name in entry.names)
     print(f"loads      {count / 1e6:.1f} M parameters, {_bytes(4 * count)} in float32")
-
-
-def _tower(backbone: object, tower: str) -> str:
-    layers, width, heads = (getattr(backbone, f"{tower}_{n}") for n in ("layers", "width", "heads"))
-    return f"{layers} layers of {width} channels in {heads} heads"
 
 
 def _bytes(size: int) -> str:
@@ -76,14 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser("python -m drl_jax.weights", description=__doc__, formatter_class=layout)
     parser.add_argument("source", metavar="WEIGHTS", help="a file, a folder or hf-hub:ORG/NAME")
-    for name, what in FILE_FLAGS.items():
-        parser.add_argument(f"--{name}", default="", help=what)
-    options = parser.parse_args(arguments)
-
-    def work() -> None:
-        _print(options.source, options.release, options.weights_key, options.tokenizer)
-
-    return run_command("drl_jax.weights", work)
+    add_file_flags(parser)
+    given = vars(parser.parse_args(arguments))
+    return run_command("drl_jax.weights", lambda: _print(**given))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ in a file is executed.
 
 import io
 import json
+import math
 import os
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,99 +22,60 @@ import numpy as np
 import safetensors
 
 from drl_jax.runtime.errors import UserError, one_line, raise_if_refused
-from drl_jax.weights.errors import WeightsFileError, about, refused
+from drl_jax.weights.errors import WeightsError, about, refused
 from drl_jax.weights.source import INDEX, SHARD, parts_of
-from drl_jax.weights.tensors import PIECE, Tensor
-from drl_jax.weights.torch_pickle import Inert, Storage, View, load_pickle, named_values
+from drl_jax.weights.tensors import Storage, Tensor
+from drl_jax.weights.torch_pickle import find_tensors, load_pickle
 
 # The first number of a legacy file, and the protocol that follows it.
-_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_LEGACY_START = (0x1950A86A20F9469CFC6C, 1001)
 _MAX_PICKLE_BYTES = 256 * 2**20
 _SAFETENSORS_DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8},
     **{"U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_},
 }
-# (how other files begin, what they are)
-_OTHERS = (
-    (rb"version https://git-lfs", "a Git LFS pointer instead of the file; run `git lfs pull`"),
-    (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file; download it again"),
-    (rb"\x89HDF", "a Keras file of TensorFlow; get the safetensors file of the same model"),
-    (rb"GGUF|GGML|ggml", "quantised, in the form of llama.cpp; get the float weights"),
-    (rb"[\x80-\x8f\xde\xdf][\x00-\xff]{0,4}[\xa0-\xbf\xd9][a-z_]",
-     "a msgpack file of Flax; get the safetensors or PyTorch file of the same model"),
-    (rb"\x08[\x01-\x20][\x12:\x3a]", "an ONNX model; get the safetensors or PyTorch file of it"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc|Rar!", "a compressed archive; unpack it"),
-    (rb"\{", "JSON: name the file of weights that it describes"),
-)  # fmt: skip
 
 
 class Contents(NamedTuple):
     """What a file of weights holds."""
 
     tensors: dict[str, Tensor]  # by name; those of nested dicts and modules are joined by dots
+    inert: dict[str, str]  # the classes of other values, by name
     form: str  # of the file, in words
     files: tuple[Path, ...]  # that the tensors are in
     metadata: Mapping[str, str] = MappingProxyType({})  # of a safetensors file
-    # Names of values that are no tensors, and their classes.
-    inert: Mapping[str, str] = MappingProxyType({})
-    # CRC-32 of byte ranges: (file, offset, bytes, checksum).
-    checksums: tuple[tuple[Path, int, int, int], ...] = ()
-
-
-def crc32_of(path: Path, offset: int, size: int, start: int = 0) -> int:
-    """CRC-32 of a range of bytes, continued from `start`."""
-    with about(path), path.open("rb") as file:
-        file.seek(offset)
-        for done in range(0, size, PIECE):
-            start = zlib.crc32(file.read(min(PIECE, size - done)), start)
-    return start
 
 
 def open_weights(path: Path, *, is_part: bool = False) -> Contents:
     """Opens a file of weights and lists its tensors.
 
     Raises:
-      WeightsFileError: the file cannot be read safely and completely, or it is none of these; no
-        code in it was executed.
+      WeightsError: the file cannot be read safely and completely, or it is none of these.
       Unavailable: there is no such file, or it cannot be read.
     """
     with about(path):
         if path.exists() and not path.is_file():
-            raise WeightsFileError("is no regular file")
+            raise WeightsError("is no regular file")
         with path.open("rb") as file:
             start = file.read(64)
         if SHARD.search(path.name) and not is_part:
             index = SHARD.sub(lambda match: "." + match[0].rpartition(".")[2] + INDEX, path.name)
-            raise WeightsFileError(f"is one part of several; name {index} or the folder")
+            raise WeightsError(f"is one part of several; name {index} or the folder")
+        kinds = (kind for pattern, kind in _KINDS if re.match(pattern, start, re.I | re.S))
+        kind, problem = next(kinds, ""), "is damaged, or not a PyTorch or safetensors file"
+        if isinstance(kind, str) and path.name.endswith(INDEX):
+            kind = _open_index
+        if isinstance(kind, str):
+            raise WeightsError(f"is {kind}" if kind else problem)
         try:
-            return _opener(path, start)(path)
+            return kind(path)
         except UserError:
             raise
-        except safetensors.SafetensorError as error:
-            problem = f"is not a complete safetensors file ({one_line(error)})"
-            raise WeightsFileError(problem) from error
-        # The standard library raises many types of errors for damaged pickles and archives.
+        # Libraries raise many types of errors for damaged files.
         except Exception as error:
             raise_if_refused(path, error)
-            problem = f"is damaged, or not a PyTorch or safetensors file ({one_line(error)})"
-            raise WeightsFileError(problem) from error
-
-
-def _opener(path: Path, start: bytes) -> Callable[[Path], Contents]:
-    """What opens a file that begins like this."""
-    if start[:4] == b"PK\x03\x04":
-        return _open_zip
-    if start[8:9] == b"{" and start[5:8] == bytes(3):
-        return _open_safetensors
-    if path.name.endswith(INDEX):
-        return _open_index
-    if re.match(rb"\x80[\x02-\x05]", start):
-        return _open_legacy
-    for pattern, what in _OTHERS:
-        if re.match(pattern, start, re.IGNORECASE):
-            raise WeightsFileError(f"is {what}")
-    raise WeightsFileError("is damaged, or not a PyTorch or safetensors file")
+            raise WeightsError(f"{problem} ({one_line(error)})") from error
 
 
 # ---------------------------------------------------------------- safetensors
@@ -133,9 +94,10 @@ def _open_safetensors(path: Path) -> Contents:
         if dtype not in _SAFETENSORS_DTYPES:
             inert[name] = dtype
             continue
-        at = 8 + size + entry["data_offsets"][0]
-        tensors[name] = Tensor.at(path, np.dtype(_SAFETENSORS_DTYPES[dtype]), at, entry["shape"])
-    return Contents(tensors, "safetensors", (path,), metadata, inert)
+        shape, at = entry["shape"], 8 + size + entry["data_offsets"][0]
+        storage = Storage(path, np.dtype(_SAFETENSORS_DTYPES[dtype]), math.prod(shape), at)
+        tensors[name] = Tensor(storage, shape)
+    return Contents(tensors, inert, "safetensors", (path,), metadata)
 
 
 def _open_index(path: Path) -> Contents:
@@ -145,34 +107,14 @@ def _open_index(path: Path) -> Contents:
     tensors = {}
     for name, file in files.items():
         if name not in parts[file].tensors:
-            raise WeightsFileError(f"says that {file} has {name}, which it has not; get both again")
+            raise WeightsError(f"says that {file} has {name}, which it has not; get both again")
         tensors[name] = parts[file].tensors[name]
     form = f"{len(parts)} parts, {next(iter(parts.values())).form}"
     inert = {name: kind for part in parts.values() for name, kind in part.inert.items()}
-    checksums = tuple(checksum for part in parts.values() for checksum in part.checksums)
-    return Contents(tensors, form, tuple(map(path.with_name, parts)), {}, inert, checksums)
+    return Contents(tensors, inert, form, tuple(map(path.with_name, parts)))
 
 
 # ---------------------------------------------------------------- PyTorch
-
-
-def _contents(
-    path: Path, form: str, value: object, at: dict[Storage, int], checksums: tuple = ()
-) -> Contents:
-    """The tensors of an unpickled value, whose storages are at the offsets `at` of the file."""
-    tensors, inert = {}, {}
-    for name, found in named_values(value):
-        # A whole model has its modules and tensors in these.
-        name = re.sub(r"(?:^|(?<=\.))_(?:modules|parameters|buffers)\.", "", name)
-        if name in tensors:
-            raise WeightsFileError(f"has two tensors with the name {name}")
-        if isinstance(found, View):
-            storage = found.storage
-            offset = at[storage] + found.offset * storage.dtype.itemsize
-            tensors[name] = Tensor.at(path, storage.dtype, offset, found.size, found.stride)
-        elif isinstance(found, Inert):
-            inert[name] = found.name
-    return Contents(tensors, form, (path,), {}, inert, checksums)
 
 
 def _open_zip(path: Path) -> Contents:
@@ -181,25 +123,24 @@ def _open_zip(path: Path) -> Contents:
         names = archive.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise WeightsFileError("is a zip file, but not one of PyTorch (no data.pkl)")
+            raise WeightsError("is a zip file, but not one of PyTorch (no data.pkl)")
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise WeightsFileError("was written on a big-endian machine")
+            raise WeightsError("was written on a big-endian machine")
         storages: dict[str, Storage] = {}
-        value = load_pickle(io.BytesIO(archive.read(pickles[0])), storages)
-        at, checksums = {}, []
+        value = load_pickle(io.BytesIO(archive.read(pickles[0])), path, storages)
         for key, storage in storages.items():
             entry = archive.getinfo(f"{root}data/{key}")
-            if entry.file_size != storage.numel * storage.dtype.itemsize:
-                expected = f"{storage.numel} elements of {storage.dtype}"
-                raise WeightsFileError(f"storage {key} has {entry.file_size} bytes, not {expected}")
+            if entry.file_size != storage.nbytes:
+                expected = f"{storage.size} elements of {storage.dtype}"
+                raise WeightsError(f"storage {key} has {entry.file_size} bytes, not {expected}")
             # The data follow a header of 30 bytes, the name, and what makes them aligned.
             file.seek(entry.header_offset + 26)
-            at[storage] = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-            checksums.append((path, at[storage], entry.file_size, entry.CRC))
+            storage.start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            storage.crc32 = entry.CRC
         is_script = any(name.startswith(f"{root}code/") for name in names)
     form = "TorchScript archive" if is_script else "torch.save, zip"
-    return _contents(path, form, value, at, tuple(checksums))
+    return Contents(*find_tensors(value), form, (path,))
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:
@@ -219,37 +160,50 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
 class _Stream(io.BufferedReader):
     """A file of which no read asks for more than it has: a pickle may ask for any number."""
 
-    def __init__(self, raw: io.RawIOBase):
-        super().__init__(raw)
-        self.size = os.fstat(self.fileno()).st_size
+    def left(self) -> int:
+        return max(0, os.fstat(self.fileno()).st_size - self.tell())
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.size - self.tell())
-        return super().read(left if size is None or size < 0 else min(size, left))
+        return super().read(self.left() if size is None or size < 0 else min(size, self.left()))
 
 
 def _open_legacy(path: Path) -> Contents:
     """Magic, protocol, system info, content, storage keys, then the bytes of each storage."""
     with _Stream(path.open("rb", buffering=0)) as file:
-        if load_pickle(file) != _LEGACY_MAGIC or load_pickle(file) != _LEGACY_PROTOCOL:
-            raise WeightsFileError("is a pickle, but not of PyTorch")
-        if not load_pickle(file).get("little_endian", True):
-            raise WeightsFileError("was written on a big-endian machine")
+        if any(load_pickle(file, path) != word for word in _LEGACY_START):
+            raise WeightsError("is a pickle, but not of PyTorch")
+        if not load_pickle(file, path).get("little_endian", True):
+            raise WeightsError("was written on a big-endian machine")
         storages: dict[str, Storage] = {}
-        value = load_pickle(file, storages)
-        at: dict[Storage, int] = {}
-        for key in load_pickle(file):
-            numel = int.from_bytes(file.read(8), "little")
+        value = load_pickle(file, path, storages)
+        for key in load_pickle(file, path):
+            size = int.from_bytes(file.read(8), "little")
             storage = storages.get(key)
-            if storage is None or storage.numel != numel or storage in at:
-                raise WeightsFileError(f"storage {key} has {numel} elements, which none expects")
-            at[storage] = file.tell()
-            end = file.tell() + numel * storage.dtype.itemsize
-            if end > file.size:
-                raise WeightsFileError(f"ends inside storage {key}")
-            file.seek(end)
-        if missing := set(storages.values()) - at.keys():
-            raise WeightsFileError(f"lacks storage {min(missing).key}")
-        if left := file.size - file.tell():
-            raise WeightsFileError(f"has {left} bytes after its end")
-    return _contents(path, "torch.save, legacy", value, at)
+            if storage is None or storage.size != size or storage.start >= 0:
+                raise WeightsError(f"has a storage of {size} elements, which no tensor expects")
+            storage.start = file.tell()
+            if storage.nbytes > file.left():
+                raise WeightsError(f"ends inside storage {key}")
+            file.seek(storage.nbytes, os.SEEK_CUR)
+        if missing := [key for key, storage in storages.items() if storage.start < 0]:
+            raise WeightsError(f"lacks storage {missing[0]}")
+        if left := file.left():
+            raise WeightsError(f"has {left} bytes after its end")
+    return Contents(*find_tensors(value), "torch.save, legacy", (path,))
+
+
+# (how files begin, what opens them, or what else they are)
+_KINDS: tuple[tuple[bytes, Callable[[Path], Contents] | str], ...] = (
+    (rb"PK\x03\x04", _open_zip),
+    (rb".{5}\0\0\0\{", _open_safetensors),
+    (rb"\x80[\x02-\x05]", _open_legacy),
+    (rb"version https://git-lfs", "a Git LFS pointer instead of the file; run `git lfs pull`"),
+    (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file; download it again"),
+    (rb"\x89HDF", "a Keras file of TensorFlow; get the safetensors file of the same model"),
+    (rb"GGUF|GGML|ggml", "quantised, in the form of llama.cpp; get the float weights"),
+    (rb"[\x80-\x8f\xde\xdf][\x00-\xff]{0,4}[\xa0-\xbf\xd9][a-z_]",
+     "a msgpack file of Flax; get the safetensors or PyTorch file of the same model"),
+    (rb"\x08[\x01-\x20][\x12:\x3a]", "an ONNX model; get the safetensors or PyTorch file of it"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc|Rar!", "a compressed archive; unpack it"),
+    (rb"\{", "JSON: name the file of weights that it describes"),
+)  # fmt: skip

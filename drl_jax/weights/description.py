@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from drl_jax.config import BackboneConfig
 from drl_jax.hub.releases import RELEASES
-from drl_jax.weights.beside import Beside, read_beside
+from drl_jax.weights.beside import read_beside
 from drl_jax.weights.errors import WeightsError
 from drl_jax.weights.families import FAMILIES, sizes_of
 from drl_jax.weights.tensors import StateDict
@@ -28,8 +28,7 @@ class Description(NamedTuple):
     """What is known of the towers in a file; a text is empty if nothing says it."""
 
     backbone: BackboneConfig
-    activation_from: str  # what says the activation, or what it is guessed from
-    is_guessed: bool = False  # whether nothing says it
+    source: str  # of the activation: "from", or if nothing says it, "guessed from"
     licence: str = ""  # of the weights
     revision: str = ""  # commit of the repository that they were downloaded from
     names: str = ""  # whose names the tensors have in the file, and their prefix
@@ -41,110 +40,90 @@ class Description(NamedTuple):
         return (
             f"{backbone.family}, patches of {backbone.vision_patch_size} pixels at"
             f" {backbone.image_resolution} ({form}), captions: {backbone.text_cleaning}, activation"
-            f" {backbone.activation} ({'guessed ' if self.is_guessed else ''}from"
-            f" {self.activation_from}), licence: {self.licence or 'not stated by the file'}"
+            f" {backbone.activation} ({self.source}), licence:"
+            f" {self.licence or 'not stated by the file'}"
             f"{self.revision and f', commit {self.revision}'}"
             + "".join(f"; {note}" for note in self.notes)
         )
 
 
 def describe(
-    family: str, state: StateDict, path: Path | None = None, release: str = "", evidence: str = ""
+    family: str,
+    state: StateDict,
+    path: Path | None = None,
+    release: str = "",
+    evidence: str = "",
+    stored: BackboneConfig | None = None,
 ) -> Description:
     """Describes towers from a release, a description beside them, or what their tensors suggest.
 
-    `state` has OpenAI's names. `evidence` is what proves the release, if nobody named it; without a
-    release, what suggests that a CLIP is OpenAI's, unless a description says something else.
+    `state` has OpenAI's names. `evidence` is what proves the release, or suggests that a CLIP is
+    OpenAI's; or what has the description `stored`.
 
     Raises:
       WeightsError: the activation is unknown, descriptions disagree, or a size cannot be told.
     """
     row, sizes = FAMILIES[family], sizes_of(state)
+    file, said = read_beside(path) if path else (path, {})
+    # Images that have the patches of the tensors, and more pixels.
+    pixels, patch = said.get("image_resolution", 0), sizes["vision_patch_size"]
+    if patch and pixels // patch == sizes["image_resolution"] // patch:
+        sizes["image_resolution"] = pixels
+    if wrong := _disagreement(said, {"family": family, **sizes}):
+        if not (release or stored):
+            raise WeightsError(
+                f"is beside {file}, which describes other weights: {wrong}; move one of them, or"
+                f" name the release ({RELEASE_FLAGS})"
+            )
+        said = {}
+    if stored:
+        # The others may be stated in more than one way.
+        same = [name for name in sizes if name != "image_resolution" and "mlp" not in name]
+        if any(sizes[name] != getattr(stored, name) for name in same):
+            raise WeightsError("has a configuration of other sizes than its tensors")
+        if wrong := _disagreement(said, dataclasses.asdict(stored)):
+            raise WeightsError(f"contradicts {file}: {wrong}; move one of them")
+        return Description(stored, f"from {evidence}")
     known = {"family": family, **row.fields, **row.by_vocabulary.get(sizes["vocab_size"], {})}
-    source, is_guessed, licence = "its family", True, ""
+    source, licence = "guessed from its family", ""
     if not row.by_vocabulary and sizes["vocab_size"] > BackboneConfig.vocab_size:
         known["text_cleaning"] = "none"  # A multilingual vocabulary.
-    beside, is_of_others = _read_beside(path, family, sizes)
-    if is_of_others and not release:
-        raise WeightsError(
-            f"{path.with_name(beside.name)} describes other weights than {path.name}:"
-            f" {is_of_others}; move one of them, or name the release ({RELEASE_FLAGS})",
-            names_file=True,
-        )
-    beside = None if is_of_others else beside
     if release and family != "clip":
         raise WeightsError(f"is a {family}, and the release {release} is a CLIP")
     if release or (evidence and family == "clip"):
-        stated = RELEASES[release or "openai"]
-        fields = stated.backbone_fields(sizes["vision_patch_size"])
-        source = evidence or f"the release {release}"
-        if release and beside and (wrong := _disagreement(beside.fields, fields)):
-            raise WeightsError(
-                f"{source} does not go with {path.with_name(beside.name)}: {wrong}; move that file"
-                f"{'' if evidence else ', or leave the release out'}",
-                names_file=True,
-            )
+        recipe = RELEASES[release or "openai"]
+        fields = recipe.backbone_fields(patch)
+        by = evidence or f"the release {release}"
+        if release and (wrong := _disagreement(said, fields)):
+            leave = "" if evidence else ", or leave the release out"
+            raise WeightsError(f"as {by} does not go with {file}: {wrong}; move it{leave}")
         known |= fields
-        if release:
-            is_guessed, licence = False, stated.licence
-    if beside:
-        known |= beside.fields
-        source, is_guessed = beside.name, False
+        source, licence = (f"from {by}", recipe.licence) if release else (f"guessed from {by}", "")
+    if said:
+        known |= said
+        source = f"from {file.name}"
     if "activation" not in known:
         raise WeightsError(
             f"{UNSTATED}, and neither a config.json nor an open_clip_config.json"
             f" beside it does; name the release ({RELEASE_FLAGS}), one of {', '.join(RELEASES)}"
         )
-    if family == "siglip":
-        known = {"text_cleaning": "lower", **known}
-        if "pad_id" not in known:
-            raise WeightsError(
-                f"has {sizes['vocab_size']} tokens, unlike SigLIP and SigLIP 2; a config.json"
-                ' beside it has to say "pad_id", and "text_cleaning" if that is not "lower"'
-            )
+    if family == "siglip" and "pad_id" not in known:
+        raise WeightsError(
+            f"has {sizes['vocab_size']} tokens, unlike SigLIP and SigLIP 2; a config.json"
+            ' beside it has to say "pad_id", and "text_cleaning" if that is not "lower"'
+        )
     for tower in ("vision", "text"):
         if f"{tower}_heads" not in known:
             known[f"{tower}_heads"] = _heads(tower, sizes[f"{tower}_width"])
     known |= {**sizes, "logit_bias": "logit_bias" in state}
-    return Description(BackboneConfig(**known), source, is_guessed, licence)
+    return Description(BackboneConfig(**known), source, licence)
 
 
-def check_beside(path: Path, state: StateDict, backbone: BackboneConfig) -> None:
-    """Checks a description beside a file that describes itself.
-
-    Raises:
-      WeightsError: the description has the sizes of the tensors, and something else differs.
-    """
-    beside, is_of_others = _read_beside(path, backbone.family, sizes_of(state))
-    if beside is None or is_of_others:
-        return
-    if wrong := _disagreement(beside.fields, dataclasses.asdict(backbone)):
-        raise WeightsError(
-            f"{path.with_name(beside.name)} contradicts what {path.name} says of itself: {wrong};"
-            " move one of them",
-            names_file=True,
-        )
-
-
-def _read_beside(
-    path: Path | None, family: str, sizes: dict[str, int]
-) -> tuple[Beside | None, str]:
-    """The description beside a file, and what shows that it is of others; adapts the image size."""
-    beside = read_beside(path) if path else None
-    if beside is None:
-        return None, ""
-    # Images that have the patches of the tensors, and more pixels.
-    stated, patch = beside.fields.get("image_resolution", 0), sizes["vision_patch_size"]
-    if stated // patch == sizes["image_resolution"] // patch:
-        sizes["image_resolution"] = stated
-    return beside, _disagreement(beside.fields, {"family": family, **sizes})
-
-
-def _disagreement(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+def _disagreement(said: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """The first field with two values; empty if there is none."""
-    for name, value in expected.items():
-        if name in found and found[name] != value:
-            return f"{name} is {found[name]} in one and {value} in the other"
+    for name, found in said.items():
+        if found != expected.get(name, found):
+            return f"{name} is {found} in one and {expected[name]} in the other"
     return ""
 
 

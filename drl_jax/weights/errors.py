@@ -12,24 +12,14 @@ _MAX_JSON_BYTES = 100 * 2**20
 
 
 class WeightsError(UserError):
-    """Weights that do not fit the model, or that nothing describes.
+    """Weights that are damaged, dangerous or of an unknown form, or do not fit the model."""
 
-    Attributes:
-      names_file: whether the message has the path of the file; if not, `about` adds it.
-    """
-
-    def __init__(self, message: str, *, names_file: bool = False):
-        super().__init__(message)
-        self.names_file = names_file
+    names_file = False  # whether the message has the path of the file; if not, `about` adds it
 
 
-class WeightsFileError(WeightsError):
-    """A file of weights that is damaged, dangerous or of an unknown format."""
-
-
-def refused(problem: str) -> WeightsFileError:
+def refused(problem: str) -> WeightsError:
     """The error of a file that may be an attack."""
-    return WeightsFileError(f"refused: {problem}")
+    return WeightsError(f"refused: {problem}")
 
 
 @contextlib.contextmanager
@@ -40,32 +30,32 @@ def about(path: Path, mark: str = "") -> Iterator[None]:
     except WeightsError as error:
         if error.names_file:
             raise
-        raise type(error)(f"{path}{mark} {error}", names_file=True) from error
+        named = WeightsError(f"{path}{mark} {error}")
+        named.names_file = True
+        raise named from error
     except OSError as error:
         raise Unavailable(path, error) from error
 
 
-def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no file, and it is optional.
+def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no file, and it is optional.
 
-    Raises:
-      WeightsFileError: it is damaged.
-      Unavailable: it is absent, or cannot be read.
+    Raises WeightsError if it is damaged, and Unavailable if it cannot be read.
     """
     with about(path):
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES):
+            raise WeightsError("is no regular file of at most 100 MB")
         try:
-            if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES):
-                raise WeightsFileError("is no regular file of at most 100 MB")
             content = parse_json(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
-            if is_optional:
-                return None
-            raise
+            if not is_optional:
+                raise
+            return {}
         except (ValueError, RecursionError) as error:
             problem = f"is damaged: it is not JSON ({one_line(error)}); get it again"
-            raise WeightsFileError(problem) from error
+            raise WeightsError(problem) from error
         if not isinstance(content, dict):
-            raise WeightsFileError("is damaged: it is not a JSON object; get it again")
+            raise WeightsError("is damaged: it is not a JSON object; get it again")
         return content
 
 

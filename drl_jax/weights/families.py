@@ -5,12 +5,13 @@ A tower is a module of `drl_jax.models` and a row of FAMILIES here. Names in mem
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from drl_jax.models.heads import count_blocks
+from drl_jax.models.reference_names import CLIP_HF, CUSTOM_TEXT, SIGLIP_HF, TIMM, Names, renamed
 from drl_jax.weights.errors import WeightsError, some
 from drl_jax.weights.tensors import StateDict, Tensor
 
@@ -20,22 +21,9 @@ class Form(NamedTuple):
 
     publisher: str
     needs: tuple[str, ...]  # names that tell such files
-    # (theirs, ours): how names begin; and parts, with dots around them, of names with one of these
-    # beginnings. Other names stay as they are.
-    names: tuple[tuple[str, str], ...] = ()
+    names: Names = ()  # if they are not OpenAI's
     transposed: tuple[str, ...] = ()  # our names of matrices that are stored transposed
     refused: str = ""  # what such files are, if they are not supported
-
-    def renamed(self, name: str, *, back: bool = False) -> str:
-        """One of their names -> ours; or with `back`, ours -> theirs."""
-        pairs = [pair[::-1] for pair in self.names] if back else self.names
-        for old, new in pairs:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                for part, new_part in pairs:
-                    name = name.replace(part, new_part) if part.startswith(".") else name
-                return name
-        return name
 
 
 class Family(NamedTuple):
@@ -44,82 +32,32 @@ class Family(NamedTuple):
     forms: tuple[Form, ...]  # of its files; the first that fits is taken
     fields: Mapping[str, Any]  # of BackboneConfig, for what nothing says
     by_vocabulary: Mapping[int, Mapping[str, Any]] = {}  # more, by rows of the token embedding
-    export: Form | None = None  # of towers that are exported alone
+    export: Names = ()  # of towers that are exported alone
 
 
 _CONV, _PROBE = "visual.conv1.weight", "visual.attn_pool.probe"
 _HF_CONV = "vision_model.embeddings.patch_embedding.weight"
 _TIMM_CONV = "visual.trunk.patch_embed.proj.weight"
 _LATENT, _CLASS_TOKEN = "visual.trunk.attn_pool.latent", "visual.trunk.cls_token"
-_MLP = ((".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
-_HUGGING_FACE = (
-    ("text_model.embeddings.token_embedding.", "token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.final_layer_norm.", "ln_final."),
-    ("text_model.encoder.layers.", "transformer.resblocks."),
-    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-    ("vision_model.pre_layrnorm.", "visual.ln_pre."),  # sic
-    ("vision_model.post_layernorm.", "visual.ln_post."),
-    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-    *((".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".self_attn.", ".attn."), *_MLP),
-)
-_CLIP_HF = (
-    *_HUGGING_FACE,
-    *(("text_projection.weight", "text_projection"), ("visual_projection.weight", "visual.proj")),
-)
-# open_clip's CustomTextCLIP, and timm's image towers in it.
-_CUSTOM_TEXT = (("text.", ""),)
-_TIMM = (
-    (_CLASS_TOKEN, "visual.class_embedding"),
-    ("visual.trunk.pos_embed", "visual.positional_embedding"),
-    ("visual.trunk.patch_embed.proj.", "visual.conv1."),
-    ("visual.trunk.norm_pre.", "visual.ln_pre."),
-    ("visual.trunk.norm.", "visual.ln_post."),
-    ("visual.trunk.head.weight", "visual.proj"),
-    (_LATENT, _PROBE),
-    ("visual.trunk.attn_pool.norm.", "visual.attn_pool.layernorm."),
-    ("visual.trunk.attn_pool.mlp.", "visual.attn_pool.mlp."),
-    ("visual.trunk.attn_pool.proj.", "visual.attn_pool.attn.out_proj."),
-    ("visual.trunk.attn_pool.q.", "visual.attn_pool.attn.q_proj."),
-    ("visual.trunk.attn_pool.kv.", "visual.attn_pool.attn.kv_proj."),
-    ("visual.trunk.blocks.", "visual.transformer.resblocks."),
-    *((".norm1.", ".ln_1."), (".norm2.", ".ln_2."), *_MLP),
-    *((".attn.qkv.", ".attn.in_proj_"), (".attn.proj.", ".attn.out_proj."), *_CUSTOM_TEXT),
-)
-_SIGLIP_HF = Form(
-    "Hugging Face",
-    (_HF_CONV, "vision_model.head.probe"),
-    (
-        *_HUGGING_FACE,
-        ("text_model.head.", "text_projection."),
-        ("vision_model.head.attention.", "visual.attn_pool.attn."),
-        ("vision_model.head.", "visual.attn_pool."),
-    ),
-)
 _PE_G = "a PE-Core G, without a class token"
 _SQUASHED = {"pixel_mean": (0.5,) * 3, "pixel_std": (0.5,) * 3, "resize": "squash"}
 
 FAMILIES: dict[str, Family] = {
     "siglip": Family(
         (
-            _SIGLIP_HF,
-            Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), _TIMM),
+            Form("Hugging Face", (_HF_CONV, "vision_model.head.probe"), SIGLIP_HF),
+            Form("open_clip", (_TIMM_CONV, "text.text_projection.weight"), TIMM),
             Form("drl_jax", (_CONV, _PROBE, "text_projection.weight")),
         ),
-        {"activation": "gelu_tanh", "layer_norm_eps": 1e-6, "logit_bias": True, **_SQUASHED},
+        {"activation": "gelu_tanh", "layer_norm_eps": 1e-6, "text_cleaning": "lower", **_SQUASHED},
         # Of SigLIP (c4_en) and of SigLIP 2 (Gemma).
-        {
-            32_000: {"pad_id": 1, "text_cleaning": "canonicalize"},
-            256_000: {"pad_id": 0, "text_cleaning": "lower"},
-        },
-        export=_SIGLIP_HF,
+        {32_000: {"pad_id": 1, "text_cleaning": "canonicalize"}, 256_000: {"pad_id": 0}},
+        export=SIGLIP_HF,
     ),
     "pe": Family(
         (
             Form("Meta", (_CONV, _PROBE, "visual.class_embedding")),
-            Form("open_clip", (_TIMM_CONV, _LATENT, _CLASS_TOKEN), _TIMM, ("visual.proj",)),
+            Form("open_clip", (_TIMM_CONV, _LATENT, _CLASS_TOKEN), TIMM, ("visual.proj",)),
             Form("Meta", (_CONV, _PROBE, "text_projection"), refused=_PE_G),
             Form("open_clip", (_TIMM_CONV, _LATENT), refused=_PE_G),
         ),
@@ -129,8 +67,8 @@ FAMILIES: dict[str, Family] = {
     "clip": Family(
         (
             Form("OpenAI", (_CONV, "token_embedding.weight")),
-            Form("open_clip", (_CONV,), _CUSTOM_TEXT),
-            Form("Hugging Face", (_HF_CONV,), _CLIP_HF, ("text_projection", "visual.proj")),
+            Form("open_clip", (_CONV,), CUSTOM_TEXT),
+            Form("Hugging Face", (_HF_CONV,), CLIP_HF, ("text_projection", "visual.proj")),
         ),
         {},
     ),
@@ -148,7 +86,9 @@ _OURS = re.compile(
 )
 # Buffers of towers that are computed from their sizes, and counters.
 _BUFFERS = re.compile(r"(.*\.)?(attn_mask|position_ids|num_batches_tracked|mask[12]|inv_freq)")
-_SCALARS = ("logit_scale", "logit_bias")
+# Axes of tensors that some publishers store with more.
+_AXES = {"visual.class_embedding": 1, "visual.positional_embedding": 2}
+_AXES |= {"logit_scale": 0, "logit_bias": 0}
 # Modules of towers, in any form.
 _INSIDE = re.compile(
     r"(visual|transformer|text|vision_model|text_model|visual_projection|text_projection"
@@ -202,36 +142,40 @@ def find_towers(tensors: Mapping[str, Tensor], inert: Mapping[str, str], key: st
 
     `inert` has the classes of its other values. Of several pairs of towers, `key` is the prefix of
     the one that is used; empty: the only one that is no moving average (EMA) of another.
-
-    Raises:
-      WeightsError: there are none that are supported, or several.
+    WeightsError: there are none that are supported, or several.
     """
     prefix, notes = _choose(tensors, inert, key)
     below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     family, form = _form(below)
     state, unknown = _rename(form, below)
+    for name in (n.removeprefix(prefix) for n in inert if n.startswith(prefix)):
+        if _OURS.fullmatch(renamed(name, form.names)):
+            raise WeightsError(_not_plain(prefix + name, inert[prefix + name]))
+    strange = [name for name in unknown if not _BUFFERS.fullmatch(name)]
+    if (bias := "visual.trunk.head.bias") in strange and not np.any(np.asarray(below[bias])):
+        strange.remove(bias)  # timm gives the projection one; other files have none.
+    _refuse_names(strange)
+    if inside := [name for name in strange if _INSIDE.match(name)]:
+        what = f"which a {family} does not have: an adapter or another model; {SUPPORTED}"
+        raise WeightsError(f"has {some(inside)}, {what}")
+    if integers := [name for name, tensor in state.items() if tensor.dtype.kind in "iub"]:
+        what = f"{integers[0]} is {state[integers[0]].dtype}"
+        raise WeightsError(f"is quantised: {what}; get the float weights")
     # A head of a DRL checkpoint is beside `clip`, unless `clip` is what was asked for.
     is_of_drl = f".{prefix}".endswith(".clip.") and form.publisher != "Hugging Face"
-    parent = prefix.removesuffix("clip.")
     is_asked = f".{prefix}".endswith(f".{key}.") and f".{key}".endswith(".clip")
+    parent = prefix.removesuffix("clip.")
     heads = {
         name.removeprefix(parent): tensor
         for name, tensor in tensors.items()
         if name.startswith(parent) and not name.startswith(prefix) and tensor.ndim
+        if is_of_drl and not is_asked
     }
-    heads = heads if is_of_drl and not is_asked else {}
-    for name, kind in inert.items():
-        if name.startswith(prefix) and _OURS.fullmatch(form.renamed(name.removeprefix(prefix))):
-            raise WeightsError(_not_plain(name, kind))
     used = {prefix + n for n in below.keys() - set(unknown)} | {parent + n for n in heads}
     if unused := [name for name in tensors if name not in used]:
         notes.append(f"not used: {_counted(unused)}")
     if prefix not in ("", "clip."):
         notes.insert(0, f"found under {prefix[:-1]}")
-    _check_unknown(family, below, unknown)
-    for name, tensor in state.items():
-        if tensor.dtype.kind in "iub":
-            raise WeightsError(f"is quantised: {name} is {tensor.dtype}; get the float weights")
     return Towers(family, form.publisher, prefix, state, heads, is_of_drl, tuple(notes))
 
 
@@ -241,42 +185,41 @@ def _choose(
     """The prefix of the towers, and notes on others."""
     if any(name.endswith(_HF_CONV) and tensor.ndim == 2 for name, tensor in tensors.items()):
         raise WeightsError(f"is a NaFlex SigLIP 2, of any resolution; {SUPPORTED}")
-    prefixes = {n.removesuffix(p) for n in tensors for p in _PATCHES if f".{n}".endswith(f".{p}")}
-    whole = sorted(p for p in prefixes if any(p + text in tensors for text in _TEXTS))
+    images, texts = (
+        {n.removesuffix(end) for n in tensors for end in ends if f".{n}".endswith(f".{end}")}
+        for ends in (_PATCHES, _TEXTS)
+    )
+    # By the keys that choose them.
+    whole = {prefix[:-1] or ".": prefix for prefix in sorted(images & texts)}
     if not whole:
         for name, kind in inert.items():
             if "._rebuild_" in kind or re.fullmatch("[A-Z]+[0-9]+\\w*", kind):
                 raise WeightsError(_not_plain(name, kind))
         _refuse_names(tensors)
-        if prefixes:
-            raise WeightsError("holds an image tower without a text tower")
-        if any(f".{name}".endswith(f".{text}") for name in tensors for text in _TEXTS):
-            raise WeightsError("holds a text tower without an image tower")
+        if images or texts:
+            found, lacking = ("an image", "a text") if images else ("a text", "an image")
+            raise WeightsError(f"holds {found} tower without {lacking} tower")
         if tensors or not inert:
             held = f"towers, but {_counted(tensors)}" if tensors else "tensors"
             raise WeightsError(f"holds no {held}; {SUPPORTED}")
         kind = next(iter(inert.values()))
         raise WeightsError(f"holds no tensors, but a {kind}; save the state_dict() of a model")
-    keys = " and ".join(repr(prefix[:-1] or ".") for prefix in whole)
+    keys = " and ".join(map(repr, whole))
     if key:
-        tests: tuple[Callable[[str], bool], ...] = (
-            lambda prefix: prefix[:-1] == key or (key == "." and not prefix),
-            lambda prefix: f".{prefix}".endswith(f".{key}."),
-            lambda prefix: prefix.startswith(f"{key}."),
-        )
-        for fits in tests:
-            if len(chosen := [prefix for prefix in whole if fits(prefix)]) == 1:
+        exact = re.escape(key)
+        for pattern in (exact, rf"(.*\.)?{exact}", rf"{exact}\..*"):
+            chosen = [prefix for name, prefix in whole.items() if re.fullmatch(pattern, name)]
+            if len(chosen) == 1:
                 return chosen[0], []
         raise WeightsError(f"has towers under {keys}, and the key is {key!r}")
-    if len(whole) == 1:
-        return whole[0], []
-    averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p.lower()))]
-    if len(averages) + 1 != len(whole):
+    averages = [n for n in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", n.lower()))]
+    others = [name for name in whole if len(whole) == 1 or name not in averages]
+    if len(others) != 1:
         flags = "--weights_key=KEY (--config.model.weights_key=KEY of a training)"
         raise WeightsError(f"has several pairs of towers, under {keys}; choose one with {flags}")
-    names = " and ".join(repr(prefix[:-1]) for prefix in averages)
-    (chosen,) = set(whole) - set(averages)
-    return chosen, [f"a moving average is under {names} (--weights_key)"]
+    beside = " and ".join(repr(name) for name in averages if name not in others)
+    notes = [f"a moving average is under {beside} (--weights_key)"] if beside else []
+    return whole[others[0]], notes
 
 
 def _not_plain(name: str, kind: str) -> str:
@@ -298,56 +241,32 @@ def _form(below: Mapping[str, Tensor]) -> tuple[str, Form]:
 
 def _rename(form: Form, below: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
     """The tensors under our names; and the names of those that belong to no tower of ours."""
-    renamed = {form.renamed(name): (name, tensor) for name, tensor in below.items()}
+    by_name = {renamed(name, form.names): (name, tensor) for name, tensor in below.items()}
     state: StateDict = {}
     unknown = []
-    for ours, (name, tensor) in renamed.items():
+    for ours, (name, tensor) in by_name.items():
         if match := re.fullmatch(r"(.*\.attn\.)(q|k|v|kv)_proj\.(weight|bias)", ours):
             if match[2] != "q":
                 continue  # Part of the fused projection, which is made with the query.
             parts = (f"{match[1]}{part}_proj.{match[3]}" for part in ("q", "k", "v", "kv"))
-            joined = [renamed[part] for part in parts if part in renamed]
-            for theirs, part in joined:
-                is_equal = tensor.ndim > 0 and part.shape[1:] == tensor.shape[1:]
-                if not (is_equal and part.ndim == tensor.ndim and part.dtype == tensor.dtype):
-                    problem = f"{part.dtype} {list(part.shape)} beside {list(tensor.shape)}"
-                    raise WeightsError(f"has {theirs} of another shape or type: {problem}")
-            tensor = Tensor.joined(part for _, part in joined)
+            tensor = Tensor.joined([by_name[part] for part in parts if part in by_name])
             ours = f"{match[1]}in_proj_{match[3]}"
         if not _OURS.fullmatch(ours):
             unknown.append(name)
             continue
         if ours in form.transposed:
             tensor = tensor.T
-        # Some publishers store them with more axes.
-        ndim = {"visual.class_embedding": 1, "visual.positional_embedding": 2}.get(ours)
-        ndim = 0 if ours in _SCALARS else ndim
-        state[ours] = tensor if ndim is None else tensor.squeezed(ndim)
-    if (rest := below.get("positional_embedding_res")) is not None:
+        state[ours] = tensor.squeezed(_AXES[ours]) if ours in _AXES else tensor
+    first, rest = state.get("positional_embedding"), below.get("positional_embedding_res")
+    if first is not None and rest is not None:
         # Long-CLIP keeps CLIP's first 20 positions, and learns the others apart.
-        first = state.get("positional_embedding", rest.rows(0, 0) if rest.ndim else rest)
-        if first.shape != rest.shape or len(first.shape) != 2 or rest.shape[0] < 20:
+        if rest.ndim != 2 or first.shape != rest.shape or rest.shape[0] < 20:
             raise WeightsError(f"has {rest.shape} positions beside {first.shape}")
         parts = (first.rows(0, 20), rest.rows(20, rest.shape[0]))
-        state["positional_embedding"] = Tensor.joined(parts)
+        joined = Tensor.joined([("positional_embedding_res", part) for part in parts])
+        state["positional_embedding"] = joined
         unknown.remove("positional_embedding_res")
     return state, unknown
-
-
-def _check_unknown(family: str, below: Mapping[str, Tensor], unknown: list[str]) -> None:
-    """Raises WeightsError if tensors that are left out take part in the towers' arithmetic."""
-    inside = [
-        name
-        for name in unknown
-        if _INSIDE.match(name)
-        and not _BUFFERS.fullmatch(name)
-        # timm gives the projection a bias, which is 0: other files have none.
-        and not (name == "visual.trunk.head.bias" and not np.any(np.asarray(below[name])))
-    ]
-    _refuse_names([name for name in unknown if not name.startswith("visual.trunk.head.")])
-    if inside:
-        what = f"which a {family} does not have: an adapter or another model; {SUPPORTED}"
-        raise WeightsError(f"has {some(inside)}, {what}")
 
 
 def _refuse_names(names: Collection[str]) -> None:
@@ -368,34 +287,11 @@ def _counted(names: Collection[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) > 1)}: {some(texts)}"
 
 
-def to_publisher(family: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our names of towers -> those in which their publisher exports them; the reverse of `Form`."""
-    form = FAMILIES[family].export
-    if form is None:
-        return dict(state)
-    named = {}
-    for name, tensor in state.items():
-        if name in _SCALARS:
-            tensor = tensor.reshape(1)
-        if match := re.match(r"(.*resblocks\.\d+\.attn)\.in_proj_(weight|bias)$", name):
-            for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
-                named[form.renamed(f"{match[1]}.{part}_proj.{match[2]}", back=True)] = rows
-        else:
-            named[form.renamed(name, back=True)] = tensor
-    return named
-
-
-# ---------------------------------------------------------------- sizes
-
-
 def sizes_of(state: StateDict) -> dict[str, int]:
     """The sizes of BackboneConfig that the shapes of towers say, under OpenAI's names.
 
     `image_resolution` is that of the patches: an image may have a few more pixels, which the patch
-    embedding leaves out.
-
-    Raises:
-      WeightsError: a tensor that says a size is missing or has another rank.
+    embedding leaves out. WeightsError: a tensor is missing or has another rank.
     """
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -414,9 +310,8 @@ def sizes_of(state: StateDict) -> dict[str, int]:
     projection = shape("text_projection.weight" if is_layer else "text_projection", 2)
     sizes = {
         "embed_dim": projection[0 if is_layer else 1],
-        "image_resolution": side * patch,
+        **{"image_resolution": side * patch, "vision_patch_size": patch},
         "vision_width": vision_width,
-        "vision_patch_size": patch,
         "context_length": shape("positional_embedding", 2)[0],
         "vocab_size": shape("token_embedding.weight", 2)[0],
         "text_width": shape("ln_final.weight", 1)[0],

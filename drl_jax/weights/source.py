@@ -8,7 +8,7 @@ from pathlib import Path
 from drl_jax.hub import installed, openai, repository
 from drl_jax.hub.recommended import RECOMMENDED
 from drl_jax.runtime.files import json_sha256, sha256
-from drl_jax.weights.errors import WeightsFileError, about, read_json, some
+from drl_jax.weights.errors import WeightsError, about, read_json, some
 
 # Names of weights, the preferred one first. open_clip's come first: its repositories may have an
 # image tower alone under Hugging Face's name.
@@ -24,12 +24,6 @@ INDEX, SHARD = ".index.json", re.compile(r"-\d+-of-\d+\.[a-z]+$")
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Files beside weights that describe them, and their tokenizers.
 _BESIDE = ("open_clip_config.json", "config.json", *PREPROCESSORS, "tokenizer.json", "spiece.model")
-# Flags of commands that describe a file of weights.
-FILE_FLAGS = {
-    "release": "the release, for a CLIP that does not say its own",
-    "weights_key": "prefix of the towers, if it holds several; clip: without the heads of DRL",
-    "tokenizer": "its tokenizer, if that is not beside the file",
-}
 
 
 def weights_path(source: str | os.PathLike) -> Path:
@@ -41,11 +35,8 @@ def weights_path(source: str | os.PathLike) -> Path:
         if there is a file or directory of that name.
 
     Raises:
-      HubError: see `repository.download`.
-      DownloadError: see `openai.download`.
-      InstallationError: an installed file is missing or damaged.
-      WeightsFileError: a folder has no weights, or several.
-      Unavailable: a folder or an installed file cannot be read.
+      WeightsError: a folder has no weights, or several.
+      UserError: see `repository.download`, `openai.download` and `installed.path_of`.
     """
     source = resolved(source)
     if repository.is_hub_name(source):
@@ -54,7 +45,17 @@ def weights_path(source: str | os.PathLike) -> Path:
         return installed.path_of(source)
     if source in openai.MODELS:
         return openai.cached(source)
-    return _file_of_weights(Path(source))
+    path = Path(source)
+    with about(path):
+        if not path.is_dir():
+            return path
+        names = [e.name + "/" * e.is_dir() for e in path.iterdir() if not e.name.startswith("._")]
+        name, problem = choose_weights(names)
+        if problem:
+            raise WeightsError(f"{problem}; name the file")
+        if "adapter_config.json" in names:
+            raise WeightsError(f"has an adapter beside {name}; merge it, or name one file")
+        return path / name
 
 
 def is_name(source: str | os.PathLike) -> bool:
@@ -68,12 +69,44 @@ def resolved(source: str | os.PathLike) -> str | os.PathLike:
     return RECOMMENDED[source].source if source in RECOMMENDED else source
 
 
+def is_weights(source: str | os.PathLike) -> bool:
+    """Whether a source names weights, and not a directory of a run."""
+    folder = Path(source)
+    if repository.is_hub_name(source) or not folder.is_dir():
+        return True
+    with about(folder):
+        names = [entry.name for entry in folder.iterdir()]
+    return "checkpoints" not in names and bool(choose_weights(names)[0])
+
+
 def to_download(source: str) -> int | None:
     """Bytes that `weights_path` has to download of a name; None: their number is not known."""
     source = resolved(source)
     if repository.is_hub_name(source):
         return repository.to_download(source, _wanted)
     return None if source in openai.MODELS and not openai.is_cached(source) else 0
+
+
+def weights_sha256(source: str | os.PathLike) -> str:
+    """SHA-256 of a file of weights, or of those of all its parts."""
+    path = weights_path(source)
+    hashes = {file.name: sha256(file) for file in (path, *_parts(path))}
+    return json_sha256(hashes) if len(hashes) > 1 else hashes[path.name]
+
+
+def choose_weights(names: Iterable[str]) -> tuple[str, str]:
+    """The file of weights among those of a folder, or "" and what is wrong."""
+    names = {name for name in names if "/" not in name[:-1]}
+    parts = sorted(name for name in names if SHARD.search(name) or name.endswith(INDEX))
+    files = sorted(name for name in names - set(parts) if name.endswith(SUFFIXES))
+    usual = [name for name in PREFERRED if name in names]
+    if usual or len(files) == 1:
+        return (usual or files)[0], ""
+    if files:
+        return "", f"has several files of weights: {some(files)}"
+    if parts:
+        return "", f"has its weights in parts, without one of their usual lists: {some(parts)}"
+    return "", f"has no weights: it has {some(sorted(names)) or 'no files'}"
 
 
 def _wanted(source: str, names: Iterable[str]) -> list[str]:
@@ -88,73 +121,18 @@ def _wanted(source: str, names: Iterable[str]) -> list[str]:
     return [*(other for other in _BESIDE if other in names), name]
 
 
-def choose_weights(names: Iterable[str]) -> tuple[str, str]:
-    """The file of weights among those of a folder, or "" and what is wrong."""
-    names = {name for name in names if "/" not in name[:-1]}
-    for name in PREFERRED:
-        if name in names:
-            return name, ""
-    parts = sorted(name for name in names if SHARD.search(name) or name.endswith(INDEX))
-    files = sorted(name for name in names - set(parts) if name.endswith(SUFFIXES))
-    if len(files) == 1:
-        return files[0], ""
-    if files:
-        return "", f"has several files of weights: {some(files)}"
-    if parts:
-        return "", f"has its weights in parts, without one of their usual lists: {some(parts)}"
-    return "", f"has no weights: it has {some(sorted(names)) or 'no files'}"
-
-
-def _file_of_weights(path: Path) -> Path:
-    """The file of weights in a folder; another path as it is."""
-    with about(path):
-        if not path.is_dir():
-            return path
-        names = [e.name + "/" * e.is_dir() for e in path.iterdir() if not e.name.startswith("._")]
-        name, problem = choose_weights(names)
-        if "adapter_config.json" in names and not problem:
-            raise WeightsFileError(f"has an adapter beside {name}; merge it, or name one file")
-        if problem:
-            raise WeightsFileError(f"{problem}; name the file")
-        return path / name
-
-
 def _parts(path: Path) -> list[Path]:
-    """The files that a list of parts names; of another file of weights none."""
-    names = set(parts_of(path).values()) if path.name.endswith(INDEX) else ()
-    return [path.with_name(name) for name in sorted(names)]
+    parts = parts_of(path) if path.name.endswith(INDEX) else {}
+    return [path.with_name(name) for name in sorted(set(parts.values()))]
 
 
 def parts_of(path: Path) -> dict[str, str]:
-    """The file of each tensor, of Hugging Face's list of several files.
-
-    Raises:
-      WeightsFileError: the list is damaged, or names files elsewhere.
-      Unavailable: it cannot be read.
-    """
+    """The file of each tensor, of Hugging Face's list of several; errors as of `read_json`."""
     files = read_json(path).get("weight_map")
     with about(path):
         if not isinstance(files, dict) or not files:
-            raise WeightsFileError('is no list of files of weights: it has no "weight_map"')
+            raise WeightsError('is no list of files of weights: it has no "weight_map"')
         for name in files.values():
             if not isinstance(name, str) or Path(name).name != name or name.endswith(INDEX):
-                raise WeightsFileError(f"names {name!r}, which is no file beside it")
+                raise WeightsError(f"names {name!r}, which is no file beside it")
     return files
-
-
-def is_weights(source: str | os.PathLike) -> bool:
-    """Whether a source names weights, and not a directory of a run."""
-    folder = Path(source)
-    if repository.is_hub_name(source) or not folder.is_dir():
-        return True
-    if (folder / "checkpoints").is_dir():
-        return False
-    with about(folder):
-        return bool(choose_weights(entry.name for entry in folder.iterdir())[0])
-
-
-def weights_sha256(source: str | os.PathLike) -> str:
-    """SHA-256 of a file of weights, or of those of all its parts."""
-    path = weights_path(source)
-    hashes = {file.name: sha256(file) for file in (path, *_parts(path))}
-    return json_sha256(hashes) if len(hashes) > 1 else hashes[path.name]

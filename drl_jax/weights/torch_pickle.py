@@ -10,14 +10,16 @@ import functools
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from drl_jax.runtime.files import check_memo
-from drl_jax.weights.errors import refused
+from drl_jax.weights.errors import WeightsError, refused
+from drl_jax.weights.tensors import Sealed, Storage, Tensor
 
 # PyTorch's names of types of elements, with and without "Storage".
 _DTYPES = {
@@ -36,49 +38,22 @@ _ATTACKS = {
     "torch": "load|hub.*",
 }
 _MAX_AXES, _MAX_NAME = 32, 1000
-# Python 2's names, in old files.
-_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names, in old files.
+_PARTS = ("_modules", "_parameters", "_buffers")  # Attributes of a module.
 
 
-class _StorageType(NamedTuple):
-    """Represents `torch.FloatStorage` and the other storage types."""
-
-    dtype: np.dtype
-
-
-class Storage(NamedTuple):
-    """A named range of bytes in the file."""
-
-    key: str
-    dtype: np.dtype
-    numel: int
-
-
-class View(NamedTuple):
-    """A tensor: a view of a storage."""
-
-    storage: Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class Inert:
+class _Inert:
     """A value of a class that is not imported: its name and its attributes, without its code."""
 
     name = ""
-
     attributes: dict[Any, Any]
 
-    def __new__(cls, *arguments: Any, **named: Any) -> "Inert":
+    def __new__(cls, *arguments: Any, **named: Any) -> "_Inert":
         value = super().__new__(cls)
         value.attributes = {}
         return value
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        pass
-
-    def __call__(self, *arguments: Any, **named: Any) -> "Inert":
+    def __call__(self, *arguments: Any, **named: Any) -> "_Inert":
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -96,23 +71,40 @@ class Inert:
 
 
 @functools.lru_cache(maxsize=4096)
-def _inert(name: str) -> type[Inert]:
-    return type("Inert", (Inert,), {"name": name})
+def _inert(name: str) -> type[_Inert]:
+    return type("Inert", (_Inert,), {"name": name})
 
 
-# ---------------------------------------------------------------- unpickling
-
-
-def load_pickle(file: Any, storages: dict[str, Storage] | None = None) -> Any:
-    """Unpickles the next object of a file in memory; adds all storages that it names by key."""
+def load_pickle(file: Any, path: Path, storages: dict[str, Storage] | None = None) -> Any:
+    """Unpickles the next object of a file, and adds all storages that it names, by key."""
     check_memo(file)
-    return _Unpickler(file, {} if storages is None else storages).load()
+    return _Unpickler(file, path, {} if storages is None else storages).load()
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, storages: dict[str, Storage]):
+class _Tuple(tuple):
+    """Hashed by identity: to hash nested tuples, as keys of a dict, could crash or never end."""
+
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+
+def _with_tuple(load: Callable) -> Callable:
+    def load_tuple(unpickler: Any) -> None:
+        load(unpickler)
+        unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
+
+    return load_tuple
+
+
+class _Unpickler(pickle._Unpickler):
+    # Python's own, since the one in C makes no other tuples.
+    dispatch = pickle._Unpickler.dispatch | {
+        opcode[0]: _with_tuple(pickle._Unpickler.dispatch[opcode[0]])
+        for opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+    }
+
+    def __init__(self, file: Any, path: Path, storages: dict[str, Storage]):
         super().__init__(file)
-        self.storages = storages
+        self.path, self.storages = path, storages
 
     def find_class(self, module: str, name: str) -> Any:
         module = _MODULES.get(module, module)
@@ -120,7 +112,7 @@ class _Unpickler(pickle.Unpickler):
         if top == "__torch__":
             return _inert(module)
         if module in ("torch", "torch.storage") and kind != name and kind in _DTYPES:
-            return _StorageType(np.dtype(_DTYPES[kind]))
+            return kind
         if (module, name) in _CONSTRUCTORS:
             return _CONSTRUCTORS[module, name]
         parts = {top, *name.split(".")[:-1]}
@@ -131,24 +123,25 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, reference: Any) -> Any:
         if len(reference) == 4 and reference[0] == "module":
             return reference[1]  # Of a whole model: its class and source code.
-        kind, storage_type, key, _, numel, *view = reference
-        if kind in ("storage", b"storage") and isinstance(storage_type, type):
-            return storage_type()  # Of elements that NumPy does not have.
-        if kind not in ("storage", b"storage") or not isinstance(storage_type, _StorageType):
+        word, kind, key, _, size, *view = reference
+        if word not in ("storage", b"storage") or not (isinstance(kind, type) or kind in _DTYPES):
             raise refused("an unknown reference")
+        if isinstance(kind, type):
+            return kind()  # Of elements that NumPy does not have.
         if any(view):
             raise refused("a view of a storage")
-        if type(key) is not str or type(numel) is not int or numel < 0:
+        if type(key) is not str or type(size) is not int or size < 0:
             raise refused("a storage without a name and a number of elements")
-        storage = Storage(key, storage_type.dtype, numel)
-        if self.storages.setdefault(key, storage) != storage:
+        dtype = np.dtype(_DTYPES[kind])
+        storage = self.storages.setdefault(key, Storage(self.path, dtype, size))
+        if (storage.dtype, storage.size) != (dtype, size):
             raise refused(f"storage {key} has two sizes or types")
         return storage
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> View | Inert:
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
     """`torch._utils._rebuild_tensor_v2`, with every bound checked."""
-    if isinstance(storage, Inert):
+    if isinstance(storage, _Inert):
         return _inert(f"torch._utils._rebuild_tensor of {storage.name}")()
     if len(more) > 2 and more[2]:  # Conjugated or negated when it is read.
         return _inert("torch._utils._rebuild_tensor with metadata")()
@@ -158,18 +151,18 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: An
     if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
         raise refused("a tensor whose size, stride or offset is no usual number")
     if math.prod(size):
-        what, numel = f"a tensor of size {tuple(size)}", storage.numel
+        what, held = f"a tensor of size {tuple(size)}", storage.size
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if last >= numel:
-            raise refused(f"{what} reaches element {last} of a storage of {numel}")
+        if last >= held:
+            raise refused(f"{what} reaches element {last} of a storage of {held}")
         # A view with overlapping elements can be larger than the file: a memory bomb.
-        if math.prod(size) > numel:
-            raise refused(f"{what} overlaps itself in a storage of {numel} elements")
-    return View(storage, offset, tuple(size), tuple(stride))
+        if math.prod(size) > held:
+            raise refused(f"{what} overlaps itself in a storage of {held} elements")
+    return Tensor(storage, size, offset, stride)
 
 
-class _Constructor:
-    """A function that a pickle may call, and not change."""
+class _Constructor(Sealed):
+    """A function that a pickle may call."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -177,39 +170,39 @@ class _Constructor:
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments)
 
-    def __setstate__(self, state: Any) -> None:
-        raise refused("a state for a function")
-
 
 _CONSTRUCTORS: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch", "Size"): _Constructor(lambda values=(): tuple(values)),
+    ("torch", "Size"): _Constructor(_Tuple),
     ("torch._utils", "_rebuild_tensor_v2"): _Constructor(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): _Constructor(lambda data, *_: data),
     ("torch._utils", "_rebuild_parameter_with_state"): _Constructor(lambda data, *_: data),
 }
 
 
-def named_values(value: Any) -> Iterator[tuple[str, View | Inert]]:
-    """Yields the tensors of nested dicts and modules, and inert values; dots join the names."""
-    seen: set[int] = set()
-    stack = [("", value)]
+def find_tensors(value: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of nested dicts and modules, and the classes of other values, by dotted names."""
+    tensors: dict[str, Tensor] = {}
+    inert: dict[str, str] = {}
+    stack, seen = [("", value)], set()
     while stack:
         name, value = stack.pop()
         if len(name) > _MAX_NAME:
             raise refused(f"a name of more than {_MAX_NAME} characters")
-        if isinstance(value, View):
-            yield name, value
+        if isinstance(value, Tensor) and name in tensors:
+            raise WeightsError(f"has two tensors with the name {name}")
+        if isinstance(value, Tensor):
+            tensors[name] = value
             continue
         children = value
-        if isinstance(value, Inert):
+        if isinstance(value, _Inert):
             children = value.attributes
             if not value.name.startswith("__torch__"):
-                yield name, value
-        if not isinstance(children, dict) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        # Other keys may be large, and hold nothing of a model.
-        pairs = [(key, child) for key, child in children.items() if isinstance(key, str | int)]
-        start = f"{name}." if name else ""
-        stack.extend((f"{start}{key}", child) for key, child in reversed(pairs))
+                inert[name] = value.name
+        if isinstance(children, dict) and id(value) not in seen:
+            seen.add(id(value))
+            # Other keys may be large, and hold nothing of a model.
+            for key in reversed([key for key in children if isinstance(key, str | int)]):
+                below = f"{name}.{key}" if name else str(key)
+                stack.append((name if key in _PARTS else below, children[key]))
+    return tensors, inert
