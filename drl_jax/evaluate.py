@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
 from drl_jax.runtime.cli import Parser, add_plugin_flag, fraction, positive_int, run_command
-from drl_jax.runtime.errors import UserError, as_path
+from drl_jax.runtime.errors import UserError, as_path, check_count
 
 if TYPE_CHECKING:
     from drl_jax.runs.evaluate_run import Result
@@ -61,6 +61,8 @@ def evaluate(
         raise UserError(f"there is no post-processing {wrong[0]!r}, but {', '.join(_POST)}")
     if frame_order not in _FRAME_ORDERS:
         raise UserError(f"frame_order={frame_order!r}: choose {' or '.join(_FRAME_ORDERS)}")
+    if bank_size is not None:
+        check_count(bank_size, "bank_size")
     config = with_data_dir(load_config(workdir), data_dir)
     if report is not None:
         prepare_directory(as_path(report, "the report"))

@@ -281,9 +281,9 @@ def test_another_model_or_input_is_refused(search_model, videos, of_videos, tmp_
     before = out.read_bytes()
     for what, made in (
         ("list of videos", lambda: embed_videos(search_model, videos / "deep", out)),
-        ("--dtype", lambda: embed_videos(search_model, videos, out, dtype="float16")),
-        ("--windows", lambda: embed_videos(search_model, videos, out, windows=True)),
-        ("--shard_size", lambda: embed_videos(search_model, videos, out, shard_size=2)),
+        ("dtype", lambda: embed_videos(search_model, videos, out, dtype="float16")),
+        ("windows", lambda: embed_videos(search_model, videos, out, windows=True)),
+        ("shard_size", lambda: embed_videos(search_model, videos, out, shard_size=2)),
         ("list of captions", lambda: embed_captions(search_model, CAPTIONS, out)),
     ):
         with pytest.raises(drl_jax.UserError, match=f"was made with another {what}; give another"):

@@ -176,7 +176,7 @@ def test_damage_of_the_list_and_of_a_segment(index, capsys):
     text = (index / "index.json").read_text()
     for damaged in (text[:-40], text.replace('"fps": 1.0', '"fps": 2.0'), "[]", ""):
         (index / "index.json").write_text(damaged)
-        with pytest.raises(SearchIndexError, match=r"is damaged .* another --index, or restore"):
+        with pytest.raises(SearchIndexError, match=r"is damaged .* another directory, or restore"):
             read_header(index)
         with pytest.raises(SearchIndexError, match="is damaged"):
             IndexWriter(index)

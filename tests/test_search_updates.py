@@ -358,13 +358,13 @@ def test_an_index_belongs_to_what_it_was_made_with(search_model, copy):
         Index(copy / "all", other)
     given = {"model": search_model, "videos": copy / "videos", "storage": "float32"}
     for name, changes, message in (
-        ("all", {"model": other}, "was made with another model; give another --index"),
+        ("all", {"model": other}, "was made with another model; give another directory"),
         ("all", {"videos": copy / "videos" / "c"}, "overlaps with"),
-        ("all", {"storage": "int8"}, "another --storage, float32"),
-        ("all", {"fps": 2.0}, "another --fps, 1.0"),
-        ("all", {"bank": BANK[1:]}, "another --bank"),
+        ("all", {"storage": "int8"}, "another storage, float32"),
+        ("all", {"fps": 2.0}, "another fps, 1.0"),
+        ("all", {"bank": BANK[1:]}, "another bank"),
         ("all", {"shard": "0/2"}, "no --shard"),
-        ("shard1", {"shard": "0/2"}, "another --shard, 1/2"),
+        ("shard1", {"shard": "0/2"}, "another shard, 1/2"),
         ("joined", {}, "joins the shards of a folder; index the videos of each on its own"),
     ):
         with pytest.raises(SearchIndexError, match=message):

@@ -39,9 +39,15 @@ class Video:
     frames: np.ndarray  # uint8 [F, S, S, 3], F at most the model's `data.max_frames`
     times: tuple[float, ...]  # F seconds from the start of the video
 
+    def __repr__(self) -> str:
+        return f"Video of frames {list(np.shape(self.frames))} at {self.times} s"
+
 
 def items_of(values: Iterable[Any], call: str, what: str) -> Iterator[Any]:
-    """Iterates over the captions or videos that a call was given; UserError if it is one alone."""
+    """Yields the captions or videos that a call was given.
+
+    Raises a UserError if it is one alone, in no order, or a generator that fails.
+    """
     if isinstance(values, str | bytes | os.PathLike | Video | Image.Image):
         raise UserError(f"{call} takes a list of {what}s, not one {type(values).__name__}")
     if isinstance(values, Mapping | Set) or hasattr(values, "columns"):
@@ -55,11 +61,12 @@ def items_of(values: Iterable[Any], call: str, what: str) -> Iterator[Any]:
             f"{call}: an array {shape} may be one video or many pictures: pass [array]"
             " or list(array)"
         )
+    if not isinstance(values, Iterable):
+        raise UserError(f"{call} takes a list of {what}s, not {type(values).__name__}")
     try:
-        return iter(values)
-    except TypeError as error:
-        kind = type(values).__name__
-        raise UserError(f"{call} takes a list of {what}s, not {kind}") from error
+        yield from values
+    except Exception as error:  # Of the user's generator, or of an array without an axis.
+        raise UserError(f"{call}: the {what}s cannot be listed ({one_line(error)})") from error
 
 
 def captions_of(captions: Iterable[str]) -> list[str]:
@@ -94,7 +101,7 @@ def read_video(
       Unavailable: the operating system refuses to read it.
     """
     if isinstance(video, str) and _ADDRESS.match(video):
-        if not urls:
+        if urls is not True:
             raise UserError(f"{video} is an address; download the file, or pass urls=True")
         with _downloaded(video) as file:
             return _read_file(Path(file.name), form, data, video)
@@ -174,7 +181,8 @@ def _pictures_of(video: Any, name: str) -> Sequence[Any]:
         ]
     else:
         array = _array_of(video.frames if isinstance(video, Video) else video, name)
-        pictures = _channels_last(array[None] if array.ndim == 3 else array, name)
+        is_picture = array.ndim == 3 and 3 in (array.shape[0], array.shape[2])
+        pictures = _channels_last(array[None] if is_picture else array, name)
     if not len(pictures):
         raise UserError(f"{name} has no frame")
     return pictures
@@ -182,12 +190,15 @@ def _pictures_of(video: Any, name: str) -> Sequence[Any]:
 
 def _array_of(value: Any, name: str) -> np.ndarray:
     """A NumPy array of one of any library."""
-    if hasattr(value, "detach"):  # A tensor of torch, maybe on another device.
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
     if not hasattr(value, "__array__"):
-        raise UserError(f"{name} is or has a {type(value).__name__}; a video is {_ACCEPTED}")
-    return np.asarray(value)
+        raise UserError(f"{name}: there is a {type(value).__name__}; a video is {_ACCEPTED}")
+    try:
+        if hasattr(value, "detach"):  # A tensor of torch, maybe on another device.
+            value = value.detach().cpu()
+            value = value.float() if value.is_floating_point() else value
+        return np.asarray(value)
+    except Exception as error:  # E.g. of one that is deleted, or traced.
+        raise UserError(f"{name} is no array of numbers ({one_line(error)})") from error
 
 
 def _channels_last(frames: np.ndarray, name: str) -> np.ndarray:
@@ -207,7 +218,10 @@ def _channels_last(frames: np.ndarray, name: str) -> np.ndarray:
 def _rgb(picture: Image.Image | np.ndarray, name: str) -> np.ndarray:
     """A picture as uint8 [H, W, 3]."""
     if isinstance(picture, Image.Image):
-        return np.asarray(to_rgb(picture))
+        try:
+            return np.asarray(to_rgb(picture))
+        except Exception as error:  # Pillow reads the file only now.
+            raise UserError(f"{name}: a picture cannot be read ({one_line(error)})") from error
     if picture.dtype == np.uint8:
         return np.ascontiguousarray(picture)
     if not jnp.issubdtype(picture.dtype, np.floating):

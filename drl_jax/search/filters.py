@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import fnmatch
 import math
+import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -58,6 +59,16 @@ class Filters:
     since: datetime.date = datetime.date.min  # Days of the last change, both included.
     until: datetime.date = datetime.date.max
     only: tuple[str, ...] = ()  # The paths of all videos that are searched; empty: all.
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, expected = getattr(self, field.name), type(field.default)
+            accepted = numbers.Real if expected is float else expected
+            is_tuple = not isinstance(value, tuple) or all(isinstance(one, str) for one in value)
+            if not isinstance(value, accepted) or value != value or not is_tuple:
+                what = {str: "a string", float: "seconds", datetime.date: "a day, datetime.date"}
+                what = what.get(expected, "a tuple of paths")
+                raise UserError(f"Filters: {field.name} is {what}, not {value!r}")
 
     def __bool__(self) -> bool:
         """Whether a video can fail them."""

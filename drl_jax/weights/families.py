@@ -272,11 +272,11 @@ def _choose(
         return whole[0], []
     averages = [p for p in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", p.lower()))]
     if len(averages) + 1 != len(whole):
-        flags = "--weights_key=KEY (--config.model.weights_key=KEY of a training)"
+        flags = "weights_key=KEY (config.model.weights_key=KEY of a training)"
         raise WeightsError(f"has several pairs of towers, under {keys}; choose one with {flags}")
     names = " and ".join(repr(prefix[:-1]) for prefix in averages)
     (chosen,) = set(whole) - set(averages)
-    return chosen, [f"a moving average is under {names} (--weights_key)"]
+    return chosen, [f"a moving average is under {names} (weights_key)"]
 
 
 def _not_plain(name: str, kind: str) -> str:

@@ -94,7 +94,7 @@ def with_backbone_of(config: Config, weights: Weights) -> Config:
         raise ConfigError(
             f"config.model.init={config.model.init} has other sizes than the configuration:"
             f" {', '.join(different)}; choose a configuration with these or with the default sizes"
-            " (configs/msrvtt.py), or train from scratch with --config.model.init="
+            " (configs/msrvtt.py), or train from scratch with config.model.init="
         )
     tokenizer = config.model.tokenizer or weights.tokenizer
     model = dataclasses.replace(config.model, backbone=backbone, tokenizer=tokenizer)
@@ -183,7 +183,7 @@ def check_state(state: StateDict, shapes: Params) -> list[Entry]:
     if unknown := sorted(state.keys() - known):
         problem = f"the weights have {some(unknown)}, which the model does not have"
         if not any(name.startswith("clip.") for name in unknown):
-            problem += "; the towers alone load with --weights_key=clip (config.model.weights_key)"
+            problem += "; the towers alone load with weights_key=clip (config.model.weights_key)"
         raise WeightsError(problem)
     for name, shape in wanted.items():
         found, dtype = state[name].shape, state[name].dtype
