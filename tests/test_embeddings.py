@@ -297,6 +297,17 @@ def test_another_model_or_input_is_refused(search_model, videos, of_videos, tmp_
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"timeout": float("nan")}, {"timeout": "1"}, {"shard_size": True}, {"out": "/proc/a.npz"}],
+)
+def test_a_wrong_argument_is_one_line(wrong, search_model, videos, tmp_path):
+    given = {"out": tmp_path / "v.npz", "videos": videos, **wrong}
+    with pytest.raises(drl_jax.UserError, match=f"^{next(iter(wrong))} is|/proc/a.npz.* cannot be"):
+        drl_jax.embed(search_model, **given)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_file_is_not_replaced(search_model, of_videos, tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     foreign = (tmp_path / "other.npz").read_bytes()

@@ -345,10 +345,12 @@ def _checked(arrays: Any, origin: str, names: Sequence[str] = ()) -> Features:
         raise UserError(f"{name} is {array.dtype}; pass what {origin} returns")
     chosen = {name: array for name, array in chosen.items() if name not in wrong}
     counts = {array.shape[:1] for array in chosen.values()}
-    least = {name: 1 + name.endswith(_WITH_AXES) for name in chosen}
-    if len(counts) > 1 or counts == {(0,)} or any(a.ndim < least[n] for n, a in chosen.items()):
+    # Those of one name, as text_unit and text_mask, have the same tokens.
+    axes = {(n.split("_")[0], a.shape[:2]) for n, a in chosen.items() if n.endswith(_WITH_AXES)}
+    are_alike = len(dict(axes)) == len(axes) and all(len(shape) == 2 for _, shape in axes)
+    if len(counts) > 1 or not counts.isdisjoint({(), (0,)}) or not are_alike:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in chosen.items())
-        raise UserError(f"arrays of {origin} have one first axis, of one item at least: {shapes}")
+        raise UserError(f"these are not the arrays that {origin} returns: {shapes}")
     precise = {n: a.astype(np.float32, copy=False) for n, a in chosen.items() if a.dtype != bool}
     return chosen | precise
 

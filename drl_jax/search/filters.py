@@ -66,8 +66,8 @@ class Filters:
             accepted = numbers.Real if expected is float else expected
             is_tuple = not isinstance(value, tuple) or all(isinstance(one, str) for one in value)
             if not isinstance(value, accepted) or value != value or not is_tuple:
-                what = {str: "a string", float: "seconds", datetime.date: "a day, datetime.date"}
-                what = what.get(expected, "a tuple of paths")
+                what = {str: "a string", float: "a number of seconds", tuple: "a tuple of paths"}
+                what = what.get(expected, "a datetime.date")
                 raise UserError(f"Filters: {field.name} is {what}, not {value!r}")
 
     def __bool__(self) -> bool:
