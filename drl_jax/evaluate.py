@@ -4,7 +4,6 @@ python -m drl_jax.evaluate --workdir=DIR [--checkpoint=best|latest|STEP] [--spli
     [--report=DIR]
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -95,7 +94,8 @@ def _parser() -> Parser:
     )
     add("--legacy", action="store_true", help=legacy)
     post = f"post-processing of similarities, a table each: {', '.join(_POST)} (none)"
-    add("--post", type=_methods, default=["none"], metavar="METHOD[,METHOD...]", help=post)
+    methods = "METHOD[,METHOD...]"
+    add("--post", type=lambda text: text.split(","), default=["none"], metavar=methods, help=post)
     size = "captions of train that post-processing takes (5000, or all if there are fewer)"
     add("--bank_size", type=positive_int, metavar="N", help=size)
     alphas = (
@@ -115,15 +115,6 @@ def _parser() -> Parser:
 def _alphas(text: str) -> list[float]:
     """Argument type: fractions, separated by commas."""
     return [fraction(part) for part in text.split(",")]
-
-
-def _methods(text: str) -> list[str]:
-    """Argument type: names of `_POST`, separated by commas."""
-    names = text.split(",")
-    for name in names:
-        if name not in _POST:
-            raise argparse.ArgumentTypeError(f"there is no {name!r}, but {', '.join(_POST)}")
-    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,17 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 split_name=options.split,
             )
             return
-        evaluate(
-            options.workdir,
-            checkpoint=options.checkpoint,
-            split=options.split,
-            frame_order=options.frame_order,
-            post=options.post,
-            bank_size=options.bank_size,
-            report=options.report,
-            data_dir=options.data_dir,
-            show=show,
-        )
+        names = ("checkpoint", "split", "frame_order", "post", "bank_size", "report", "data_dir")
+        evaluate(options.workdir, show=show, **{name: getattr(options, name) for name in names})
 
     return run_command("drl_jax.evaluate", work)
 

@@ -21,11 +21,14 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.pictures import to_form, to_rgb
 from drl_jax.data.video import read_timed_frames
 from drl_jax.data.video_file import VideoError, VideoFile
+from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError, as_path, one_line
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Seconds without an answer of a server.
 _PATIENCE = 30.0
+# Arrays with such names have an axis of tokens, frames or channels, too.
+_WITH_AXES = ("_feat", "_unit", "_mask", "_weight")
 _ACCEPTED = (
     "a path, the bytes of a video file, an open file, an array [F, H, W, 3] or [F, 3, H, W], a PIL"
     " image, a list of these pictures, or what read_video returns"
@@ -61,7 +64,7 @@ def items_of(values: Iterable[Any], call: str, what: str) -> Iterator[Any]:
             f"{call}: an array {shape} may be one video or many pictures: pass [array]"
             " or list(array)"
         )
-    if not isinstance(values, Iterable):
+    if not (hasattr(values, "__iter__") or hasattr(values, "__getitem__")):
         raise UserError(f"{call} takes a list of {what}s, not {type(values).__name__}")
     try:
         yield from values
@@ -81,6 +84,28 @@ def captions_of(captions: Iterable[str]) -> list[str]:
         if not caption.strip():
             raise UserError(f"text {number} is blank; write a sentence")
     return [str(caption) for caption in found]
+
+
+def features_of(arrays: Any, origin: str, names: Sequence[str] = ()) -> Features:
+    """Features as they were encoded: those with some names, or all that are numbers or masks."""
+    if not isinstance(arrays, Mapping):
+        raise UserError(f"pass the arrays that {origin} returns, not {type(arrays).__name__}")
+    if missing := [name for name in names if name not in arrays]:
+        raise UserError(f"there is no {missing[0]}; pass the arrays that {origin} returns")
+    chosen = {name: np.asarray(arrays[name]) for name in names or arrays}
+    wrong = {n: chosen.pop(n).dtype for n, a in [*chosen.items()] if a.dtype.kind not in "bfV"}
+    if names and wrong:
+        name, dtype = wrong.popitem()
+        raise UserError(f"{name} is {dtype}; pass what {origin} returns")
+    counts = {array.shape[:1] for array in chosen.values()}
+    # Those of one name, as text_unit and text_mask, have the same tokens.
+    axes = {(n.split("_")[0], a.shape[:2]) for n, a in chosen.items() if n.endswith(_WITH_AXES)}
+    are_alike = len(dict(axes)) == len(axes) and all(len(shape) == 2 for _, shape in axes)
+    if len(counts) > 1 or not counts.isdisjoint({(), (0,)}) or not are_alike:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in chosen.items())
+        raise UserError(f"these are not the arrays that {origin} returns: {shapes}")
+    precise = {n: a.astype(np.float32, copy=False) for n, a in chosen.items() if a.dtype != bool}
+    return chosen | precise
 
 
 def read_video(
@@ -174,10 +199,12 @@ def _pictures_of(video: Any, name: str) -> Sequence[Any]:
     if isinstance(video, Image.Image):
         return [video]
     if isinstance(video, list | tuple):
-        pictures = [one if isinstance(one, Image.Image) else _array_of(one, name) for one in video]
         # Channels of single pictures are told from each other as those of a video.
         pictures = [
-            p if isinstance(p, Image.Image) else _channels_last(p[None], name)[0] for p in pictures
+            one
+            if isinstance(one, Image.Image)
+            else _channels_last(_array_of(one, name)[None], name)[0]
+            for one in video
         ]
     else:
         array = _array_of(video.frames if isinstance(video, Video) else video, name)

@@ -6,14 +6,16 @@ video = model.encode_videos(["clip.mp4"])
 model.similarity(text, video)  # [1, 1]
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from drl_jax.models.drl import Params, config_from_dict
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained.devices import claim_process, find_devices
-from drl_jax.pretrained.inputs import Video, captions_of, items_of, read_video
+from drl_jax.pretrained.inputs import Video, captions_of, features_of, items_of, read_video
 from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
 from drl_jax.runtime.errors import UserError, as_path, one_line
 from drl_jax.runtime.plugins import origin_of
@@ -38,8 +40,6 @@ from drl_jax.weights.load import config_of_weights, initial_params
 from drl_jax.weights.source import is_name, is_weights, resolved, weights_path
 from drl_jax.weights.weights_file import read_weights
 
-# Arrays with such names have an axis of tokens, frames or channels, too.
-_WITH_AXES = ("_feat", "_unit", "_mask", "_weight")
 # What `encode_videos` does with videos that cannot be read.
 ERRORS = ("raise", "skip", "return")
 
@@ -153,33 +153,31 @@ class RetrievalModel:
                         raise
                     failed[number] = error
 
+        def encode(batch: list[np.ndarray], size: int) -> Features:
+            rows = [*batch, *batch[-1:] * (size - len(batch))]
+            encoded = self._embedder.encode_video(
+                self.params, lambda numbers: [rows[n] for n in numbers], size
+            )
+            return {name: array[: len(batch)] for name, array in encoded.items()}
+
         readable, size, parts = read(), self.config.eval.batch_size, []
         while batch := list(itertools.islice(readable, size)):
             # Batches after the first have its shape.
-            rows = [*batch, *batch[-1:] * (size - len(batch))] if parts else batch
-            encoded = self._embedder.encode_video(
-                self.params, lambda numbers, rows=rows: [rows[n] for n in numbers], len(rows)
-            )
-            parts.append({name: array[: len(batch)] for name, array in encoded.items()})
+            parts.append(encode(batch, size if parts else len(batch)))
+        if not (parts or failed):
+            raise UserError("there is no video to encode")
+        if not parts and errors != "return":
+            raise UserError(f"no video can be read; the first one: {failed[min(failed)]}")
         if not parts:
-            if not failed:
-                raise UserError("there is no video to encode")
-            if errors != "return":
-                raise UserError(f"no video can be read; the first one: {failed[min(failed)]}")
             black = np.zeros((1, *self.frame_form.shape), np.uint8)
-            encoded = self._embedder.encode_video(
-                self.params, lambda numbers: [black] * len(numbers), 1
-            )
-            parts.append({name: array[:0] for name, array in encoded.items()})
+            parts = [{name: array[:0] for name, array in encode([black], 1).items()}]
         features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if errors == "return":
             return features, failed
         if failed:
             first, count = min(failed), len(failed) + len(features["frame_mask"])
-            text = (
-                f"{len(failed)} of {count} videos cannot be read, and are left out; number {first}"
-            )
-            warnings.warn(f"{text}: {failed[first]}", UserWarning, stacklevel=2)
+            text = f"{len(failed)} of {count} videos cannot be read, and are left out; number"
+            warnings.warn(f"{text} {first}: {failed[first]}", UserWarning, stacklevel=2)
         return features
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
@@ -219,7 +217,8 @@ class RetrievalModel:
 
         dp and xti: the sentence feature. ti and wti: the mean of the tokens by their weights.
         """
-        return _pooled(self.interaction.pool_text, text, "encode_text")
+        with _refusing_others():
+            return self.interaction.pool_text(features_of(text, "encode_text"))
 
     def pool_videos(self, videos: Features) -> np.ndarray:
         """One unit vector for each of B videos, to be compared with those of texts and videos.
@@ -228,7 +227,8 @@ class RetrievalModel:
         the dot products with vectors of texts are the similarities; for the others, they
         approximate them.
         """
-        return _pooled(self.interaction.pool_video, videos, "encode_videos")
+        with _refusing_others():
+            return self.interaction.pool_video(features_of(videos, "encode_videos"))
 
     def similarity(self, text: Features, video: Features) -> np.ndarray:
         """Compares A texts (`encode_text`) with B videos (`encode_videos`).
@@ -242,15 +242,10 @@ class RetrievalModel:
           UserError: an array is missing, or has another shape than it was encoded with.
         """
         interaction = self.interaction
-        text = _checked(text, "encode_text", interaction.TEXT_ARRAYS)
-        video = _checked(video, "encode_videos", interaction.VIDEO_ARRAYS)
-        try:
+        with _refusing_others():
+            text = features_of(text, "encode_text", interaction.TEXT_ARRAYS)
+            video = features_of(video, "encode_videos", interaction.VIDEO_ARRAYS)
             return self._embedder.similarity(self.params, text, video)
-        except (TypeError, ValueError, IndexError) as error:
-            shapes = ", ".join(f"{n} {list(array.shape)}" for n, array in (text | video).items())
-            raise UserError(
-                f"texts and videos of this model are compared, not arrays {shapes}"
-            ) from error
 
     def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
         """The tokens of each caption as the model reads them, truncated, with start and end."""
@@ -318,48 +313,25 @@ def _unpickled(
 ) -> RetrievalModel:
     claim_process()
     layout = make_layout()
-    params, embedder = (
-        jax.device_put(params, layout.replicated),
-        Embedder(config, layout, keep_tokens=True),
-    )
+    params = jax.device_put(params, layout.replicated)
+    embedder = Embedder(config, layout, keep_tokens=True)
     return RetrievalModel(config, params, layout, source, towers, embedder).with_encoder(encoder)
 
 
-def _pooled(pool: Callable[[Features], np.ndarray], arrays: Any, origin: str) -> np.ndarray:
+@contextlib.contextmanager
+def _refusing_others() -> Iterator[None]:
+    """Reports arrays that were not encoded by the model, which fail in many ways."""
     try:
-        return pool(_checked(arrays, origin))
+        yield
     except (TypeError, LookupError, ValueError) as error:
-        raise UserError(f"pass the arrays that {origin} returns ({one_line(error)})") from error
-
-
-def _checked(arrays: Any, origin: str, names: Sequence[str] = ()) -> Features:
-    """Features as they were encoded: those with some names, or all that are numbers or masks."""
-    if not isinstance(arrays, Mapping):
-        raise UserError(f"pass the arrays that {origin} returns, not {type(arrays).__name__}")
-    if missing := [name for name in names if name not in arrays]:
-        raise UserError(f"there is no {missing[0]}; pass the arrays that {origin} returns")
-    chosen = {name: np.asarray(arrays[name]) for name in names or arrays}
-    wrong = {n: a for n, a in chosen.items() if a.dtype.kind not in "bfV"}
-    if wrong and names:
-        name, array = wrong.popitem()
-        raise UserError(f"{name} is {array.dtype}; pass what {origin} returns")
-    chosen = {name: array for name, array in chosen.items() if name not in wrong}
-    counts = {array.shape[:1] for array in chosen.values()}
-    # Those of one name, as text_unit and text_mask, have the same tokens.
-    axes = {(n.split("_")[0], a.shape[:2]) for n, a in chosen.items() if n.endswith(_WITH_AXES)}
-    are_alike = len(dict(axes)) == len(axes) and all(len(shape) == 2 for _, shape in axes)
-    if len(counts) > 1 or not counts.isdisjoint({(), (0,)}) or not are_alike:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in chosen.items())
-        raise UserError(f"these are not the arrays that {origin} returns: {shapes}")
-    precise = {n: a.astype(np.float32, copy=False) for n, a in chosen.items() if a.dtype != bool}
-    return chosen | precise
+        line = f"pass what encode_text and encode_videos of this model return ({one_line(error)})"
+        raise UserError(line) from error
 
 
 def check_model(model: Any, user: str) -> None:
     """Raises a UserError if what a user gave is no model."""
     if not isinstance(model, RetrievalModel):
-        kind = type(model).__name__
-        raise UserError(f"{user} takes a model that drl_jax.load returns, not {kind}")
+        raise UserError(f"{user} takes a model that drl_jax.load returns, not {model!r}")
 
 
 def load(
@@ -411,7 +383,7 @@ def load(
     if not path.exists():
         raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")
     if not is_run and checkpoint != "best":
-        raise UserError(f"{path} is no run, which has a checkpoint {checkpoint!r}; leave that out")
+        raise UserError(f"{source} is no run, and has no checkpoint {checkpoint!r}; leave that out")
     given = {"release": release, "weights_key": weights_key, "tokenizer": tokenizer}
     given = {name: value for name, value in given.items() if value}
     changed = {"max_words": max_words, "dtype": dtype}
@@ -424,8 +396,7 @@ def load(
         try:
             return config_from_dict(fields)
         except ConfigError as error:  # Of what was given: the others are valid.
-            line = str(error).replace("config.data.", "").replace("config.model.", "")
-            raise UserError(line) from error
+            raise UserError(re.sub(r"config\.(data|model)\.", "", str(error))) from error
 
     if is_run:
         if given:

@@ -64,8 +64,10 @@ class Filters:
         for field in dataclasses.fields(self):
             value, expected = getattr(self, field.name), type(field.default)
             accepted = numbers.Real if expected is float else expected
-            is_tuple = not isinstance(value, tuple) or all(isinstance(one, str) for one in value)
-            if not isinstance(value, accepted) or value != value or not is_tuple:
+            parts = value if isinstance(value, tuple) else ()
+            is_wrong = not isinstance(value, accepted) or value != value
+            # A datetime is a date, and cannot be compared with one.
+            if is_wrong or isinstance(value, datetime.datetime) or set(map(type, parts)) - {str}:
                 what = {str: "a string", float: "a number of seconds", tuple: "a tuple of paths"}
                 what = what.get(expected, "a datetime.date")
                 raise UserError(f"Filters: {field.name} is {what}, not {value!r}")
