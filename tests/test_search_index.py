@@ -27,8 +27,8 @@ def folders(test_videos, tmp_path):
 def test_folders_and_files_are_added(search_model, folders, tmp_path, capfd):
     one, two = folders
     index = drl_jax.Index(tmp_path / "index", search_model)
-    assert repr(index) == f"Index of 0 videos in {tmp_path / 'index'}"
-    with pytest.raises(drl_jax.UserError, match="has no videos; add some"):
+    assert repr(index) == f"Index {tmp_path / 'index'} of 0 videos"
+    with pytest.raises(drl_jax.UserError, match=r"no index in .*; make it with drl_jax\.Index"):
         index.search("a dog")
     empty = tmp_path / "empty"
     empty.mkdir()

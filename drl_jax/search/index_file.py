@@ -65,8 +65,8 @@ def read_header(directory: Path) -> dict[str, Any]:
         header = unseal(path.read_text(encoding="utf-8"))
         version = header["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
-        line = f"there is no index in {directory}; add videos to drl_jax.Index(directory, model),"
-        line += f" or make it with: {_MAKE} --index={directory}"
+        line = f"there is no index in {directory}; make it with drl_jax.Index(directory,"
+        line += f" model).add(videos), or: {_MAKE} --index={directory}"
         if _is_earlier(directory):
             line = f"the index {directory} was made by an earlier version"
             line += f"; make it anew with: {_MAKE} --index=NEW"

@@ -157,18 +157,15 @@ class Index:
     def __repr__(self) -> str:
         try:
             state = self.state()
-        except EmptyIndexError:
-            return f"Index of 0 videos in {self.directory}"
         except UserError as error:
-            return f"Index in {self.directory}: {error}"
+            about = f": {error}" if has_index(self.directory) else " of 0 videos"
+            return f"Index {self.directory}{about}"
         return f"Index of {state.count} videos of {state.folder} in {self.directory}"
 
     def state(self) -> OpenIndex:
         """A state of the index to answer from; raises as `__init__` does."""
         with self._refreshing:
             if self._state is None:
-                if not has_index(self.directory):
-                    raise EmptyIndexError(f"the index {self.directory} has no videos; add some")
                 self._state = OpenIndex(self.directory, self.model)
             version = index_version(self.directory)
             if version == self._state.version and all(version.values()):
