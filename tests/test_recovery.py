@@ -195,7 +195,7 @@ def test_a_resumed_run_falls_back_to_the_latest_intact_checkpoint(
     line = error_of_training(run)
     assert "no checkpoint in" in line
     assert "is intact" in line
-    assert "they are kept: restore a backup, or train the run again with another" in line
+    assert "they are kept: restore a backup, or train the run again in another" in line
     assert contents(run / "checkpoints") == before
     assert "no other one is intact" in error_of_evaluation(run)
 
