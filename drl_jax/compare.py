@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load_plugins(options.plugin)
         keep_freed_memory()
         cache_compilations()
-        what = {"checkpoint": options.checkpoint, "split": options.split}
-        print(compare(options.one, options.other, data_dir=options.data_dir, **what))
+        what = {name: getattr(options, name) for name in ("checkpoint", "split", "data_dir")}
+        print(compare(options.one, options.other, **what))
 
     return run_command("drl_jax.compare", work)
 

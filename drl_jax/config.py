@@ -408,7 +408,7 @@ def _check_value(
     if name in choices and value not in choices[name]:
         names = " or ".join(", ".join(choices[name]).rsplit(", ", 1))
         if name in ("family", "interaction", "agg_module"):
-            own = "one of your own needs --plugin=FILE"
+            own = "register one of your own, or name its file with --plugin=FILE"
             raise UnregisteredError(f"{where} is {names}, not {value!r}; {own}")
         raise ConfigError(f"{where} is {names}, not {value!r}")
     if name in ("pixel_mean", "pixel_std") and max(map(abs, value)) > 1:
@@ -456,7 +456,7 @@ def _conditions(
     yield (
         train.batch_size > 1 or loss.contrastive != "softmax",
         "train.batch_size=1 leaves the softmax loss no other pair to compare with: choose at least"
-        " 2, or --config.loss.contrastive=sigmoid",
+        " 2, or config.loss.contrastive=sigmoid",
     )
     yield (
         bool(data.val_split) != bool(data.holdout),
@@ -484,7 +484,7 @@ def _conditions(
     yield (
         loss.contrastive != "sigmoid" or model.backbone.logit_bias or bool(model.init),
         "loss.contrastive=sigmoid needs a bias of the logits; set"
-        " --config.model.backbone.logit_bias=True",
+        " config.model.backbone.logit_bias=True",
     )
     yield (
         not loss.margin or loss.contrastive == "softmax",

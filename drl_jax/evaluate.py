@@ -4,7 +4,6 @@ python -m drl_jax.evaluate --workdir=DIR [--checkpoint=best|latest|STEP] [--spli
     [--report=DIR]
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
 from drl_jax.runtime.cli import Parser, add_plugin_flag, fraction, positive_int, run_command
-from drl_jax.runtime.errors import UserError, as_path
+from drl_jax.runtime.errors import UserError, as_path, check_count
 
 if TYPE_CHECKING:
     from drl_jax.runs.evaluate_run import Result
@@ -61,6 +60,8 @@ def evaluate(
         raise UserError(f"there is no post-processing {wrong[0]!r}, but {', '.join(_POST)}")
     if frame_order not in _FRAME_ORDERS:
         raise UserError(f"frame_order={frame_order!r}: choose {' or '.join(_FRAME_ORDERS)}")
+    if bank_size is not None:
+        check_count(bank_size, "bank_size")
     config = with_data_dir(load_config(workdir), data_dir)
     if report is not None:
         prepare_directory(as_path(report, "the report"))
@@ -93,7 +94,8 @@ def _parser() -> Parser:
     )
     add("--legacy", action="store_true", help=legacy)
     post = f"post-processing of similarities, a table each: {', '.join(_POST)} (none)"
-    add("--post", type=_methods, default=["none"], metavar="METHOD[,METHOD...]", help=post)
+    methods = "METHOD[,METHOD...]"
+    add("--post", type=lambda text: text.split(","), default=["none"], metavar=methods, help=post)
     size = "captions of train that post-processing takes (5000, or all if there are fewer)"
     add("--bank_size", type=positive_int, metavar="N", help=size)
     alphas = (
@@ -113,15 +115,6 @@ def _parser() -> Parser:
 def _alphas(text: str) -> list[float]:
     """Argument type: fractions, separated by commas."""
     return [fraction(part) for part in text.split(",")]
-
-
-def _methods(text: str) -> list[str]:
-    """Argument type: names of `_POST`, separated by commas."""
-    names = text.split(",")
-    for name in names:
-        if name not in _POST:
-            raise argparse.ArgumentTypeError(f"there is no {name!r}, but {', '.join(_POST)}")
-    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,17 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 split_name=options.split,
             )
             return
-        evaluate(
-            options.workdir,
-            checkpoint=options.checkpoint,
-            split=options.split,
-            frame_order=options.frame_order,
-            post=options.post,
-            bank_size=options.bank_size,
-            report=options.report,
-            data_dir=options.data_dir,
-            show=show,
-        )
+        names = ("checkpoint", "split", "frame_order", "post", "bank_size", "report", "data_dir")
+        evaluate(options.workdir, show=show, **{name: getattr(options, name) for name in names})
 
     return run_command("drl_jax.evaluate", work)
 

@@ -177,7 +177,7 @@ def _onnx_writer() -> Callable[[Program, Path], None]:
         from jax2onnx import to_onnx
     except ImportError as error:
         raise UserError(
-            f"--format=onnx needs jax2onnx ({one_line(error)}): pip install 'drl_jax[onnx]'"
+            f"format=onnx needs jax2onnx ({one_line(error)}): pip install 'drl_jax[onnx]'"
         ) from error
     import jax
     from jax.extend import core
@@ -214,7 +214,7 @@ def _onnx_writer() -> Callable[[Program, Path], None]:
         except Exception as error:  # Of many kinds, for what it does not know.
             raise UserError(
                 f"jax2onnx cannot take the program {program.name!r} of the model"
-                f" ({one_line(error)}); --format=stablehlo takes every model"
+                f" ({one_line(error)}); format=stablehlo takes every model"
             ) from error
         for weights in path.parent.glob(f"{path.name}.data"):
             weights.chmod(path.stat().st_mode)  # It was private.

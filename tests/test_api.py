@@ -161,6 +161,31 @@ def test_mistakes_say_what_to_do(search_model):
             call(argument)
     with pytest.raises(drl_jax.UserError, match="there is no text_unit; pass the arrays that"):
         search_model.similarity({}, {})
+    wrong = {"checkpoint": "3", "tokenizer": 3, "device": [None], "dtype": "x", "max_words": 0}
+    for name, value in wrong.items():
+        with pytest.raises(drl_jax.UserError, match=f"^(?!config).*{name}"):
+            drl_jax.load("shapes_clip", **{name: value})
+
+
+def test_features_of_another_shape_are_one_line(search_model):
+    text = search_model.encode_text(["a dog", "a cat"])
+    video = search_model.encode_videos([np.zeros((4, 32, 32, 3), np.uint8)])
+    assert search_model.similarity(text, video).shape == (2, 1)
+    for name, array in text.items():
+        for other in (array[:, :1], array[:1], array[0]):
+            with pytest.raises(drl_jax.UserError, match=name):
+                search_model.similarity({**text, name: other}, video)
+    of_one = {name: array[0] for name, array in text.items()}
+    for wrong in (of_one, {**text, "text_weight": text["text_weight"][:1]}, video, None, ["a"]):
+        with pytest.raises(drl_jax.UserError, match="encode_text"):
+            search_model.pool_text(wrong)
+
+
+def test_objects_are_short(search_model):
+    video = search_model.read_video(np.zeros((2, 32, 32, 3), np.uint8))
+    assert repr(video) == f"Video of frames {list(video.frames.shape)} at (0.0, 1.0) s"
+    model = drl_jax.load("shapes_clip", dtype="bfloat16")
+    assert repr(model).startswith("RetrievalModel of shapes_clip (dtype=bfloat16)\n")
 
 
 def test_the_fingerprint_depends_on_results_only(search_model):

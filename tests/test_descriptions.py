@@ -63,7 +63,7 @@ def test_a_clip_that_does_not_say_its_activation_is_refused(described, tmp_path)
         described(tiny_state())
     message = str(error.value)
     assert f"{tmp_path / 'a.safetensors'} does not say its activation" in message
-    assert "--release=NAME of other commands), one of openai, laion400m_e31" in message
+    assert "or release=NAME), one of openai, laion400m_e31" in message
     assert "\n" not in message
     with pytest.raises(WeightsError, match="the release laion is unknown; it is one of openai, "):
         described(tiny_state(), "laion")

@@ -281,9 +281,9 @@ def test_another_model_or_input_is_refused(search_model, videos, of_videos, tmp_
     before = out.read_bytes()
     for what, made in (
         ("list of videos", lambda: embed_videos(search_model, videos / "deep", out)),
-        ("--dtype", lambda: embed_videos(search_model, videos, out, dtype="float16")),
-        ("--windows", lambda: embed_videos(search_model, videos, out, windows=True)),
-        ("--shard_size", lambda: embed_videos(search_model, videos, out, shard_size=2)),
+        ("dtype", lambda: embed_videos(search_model, videos, out, dtype="float16")),
+        ("windows", lambda: embed_videos(search_model, videos, out, windows=True)),
+        ("shard_size", lambda: embed_videos(search_model, videos, out, shard_size=2)),
         ("list of captions", lambda: embed_captions(search_model, CAPTIONS, out)),
     ):
         with pytest.raises(drl_jax.UserError, match=f"was made with another {what}; give another"):
@@ -295,6 +295,17 @@ def test_another_model_or_input_is_refused(search_model, videos, of_videos, tmp_
         with made, pytest.raises(drl_jax.UserError, match=message):
             embed_videos(search_model, videos, out)
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"timeout": float("nan")}, {"timeout": "1"}, {"shard_size": True}, {"out": "/proc/a.npz"}],
+)
+def test_a_wrong_argument_is_one_line(wrong, search_model, videos, tmp_path):
+    given = {"out": tmp_path / "v.npz", "videos": videos, **wrong}
+    with pytest.raises(drl_jax.UserError, match=f"^{next(iter(wrong))} is|/proc/a.npz.* cannot be"):
+        drl_jax.embed(search_model, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_file_is_not_replaced(search_model, of_videos, tmp_path):

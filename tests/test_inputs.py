@@ -137,6 +137,15 @@ def test_bad_videos_are_raised_left_out_or_returned(search_model, file, expected
 FRAMES = np.zeros((2, 9, 9, 3), np.uint8)
 closed = io.BytesIO()
 closed.close()
+closed_picture = Image.new("RGB", (9, 9))
+closed_picture.close()
+deleted = jnp.zeros((2, 9, 9, 3), jnp.uint8)
+deleted.delete()
+
+
+def failing():
+    yield FRAMES
+    raise OSError("the disk is gone")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +154,7 @@ closed.close()
         (FRAMES, r"an array \[2, 9, 9, 3\] may be one video or many pictures"),
         ({"a": 1}, "not a dict: pass a list"),
         (3, "takes a list of videos, not int"),
-        ([None], "video 0 is or has a NoneType; a video is a path"),
+        ([None], "video 0: there is a NoneType; a video is a path"),
         ([FRAMES, FRAMES[0, 0]], r"video 1 has the shape \[9, 3\], not \[F, H, W, 3\]"),
         ([FRAMES[:0]], "video 0 has no frame"),
         ([[]], "video 0 has no frame"),
@@ -155,6 +164,11 @@ closed.close()
         ([FRAMES * np.nan], "float frames from nan to nan"),
         ([np.zeros((1, 2, 900, 3))], "video 0: picture of 900 x 2 pixels is too thin"),
         ([closed], "video 0 cannot be read .*closed file"),
+        ([closed_picture], "video 0: a picture cannot be read .*closed image"),
+        ([deleted], "video 0 is no array of numbers .*deleted"),
+        ([FRAMES[..., 0]], r"video 0 has the shape \[2, 9, 9\], not"),
+        (failing(), "the videos cannot be listed .OSError: the disk is gone"),
+        (["a\0.mp4"], r"video 0: 'a\\x00\.mp4' is no path"),
         ([io.StringIO("a")], "video 0 is a file of text; open it with mode 'rb'"),
         (["http://localhost/a.mp4"], "is an address; download the file, or pass urls=True"),
     ],

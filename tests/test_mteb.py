@@ -171,6 +171,12 @@ def test_what_is_not_a_text_or_a_video_is_one_line(search_model, tmp_path):
         searched.search(texts, top_k=1, **options)
 
 
+def test_other_objects_are_no_models():
+    for wrapper in (LateInteraction, PooledVectors):
+        with pytest.raises(drl_jax.UserError, match="takes a model that"):
+            wrapper("runs/shapes")
+
+
 def test_names_tell_models_apart(evaluated):
     _, model = evaluated
     late, pooled = LateInteraction(model).mteb_model_meta, PooledVectors(model).mteb_model_meta

@@ -94,7 +94,7 @@ def test_a_run_keeps_its_plugin_and_needs_it_to_be_named(best_run, tmp_path, cap
     assert convert([str(best_run), str(exported), f"--plugin={copy}"]) == 0
     assert drl_jax.load(exported).fingerprint == model.fingerprint
     del INTERACTIONS["best"]
-    with pytest.raises(UserError, match="not 'best'; one of your own needs --plugin=FILE"):
+    with pytest.raises(UserError, match="not 'best'; register one of your own, or name its file"):
         drl_jax.load(exported)
 
 

@@ -90,9 +90,9 @@ def test_dsl_alone_needs_no_bank(run, shapes_config, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "data", "message"),
     [
-        (["--post=csls"], {}, "there is no 'csls', but none, is, qbnorm, nnn, dsl"),
-        (["--bank_size=9"], {}, "--bank_size is that of --post=METHOD"),
-        (["--post=is", "--bank_size=100000"], {}, "--bank_size=100000 is more than the"),
+        (["--post=csls"], {}, "there is no post-processing 'csls', but none, is, qbnorm, nnn, dsl"),
+        (["--bank_size=9"], {}, "bank_size is that of post=METHOD"),
+        (["--post=is", "--bank_size=100000"], {}, "bank_size=100000 is more than the"),
         (["--post=is", "--split=train"], {}, "train, which shares 192 videos with the split train"),
         (["--post=dsl", "--split=val"], {}, "val, which shares 32 videos with the split val"),
         (["--post=is"], {"train_split": "val"}, "train, which shares 32 videos with the split val"),

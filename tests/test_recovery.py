@@ -195,7 +195,7 @@ def test_a_resumed_run_falls_back_to_the_latest_intact_checkpoint(
     line = error_of_training(run)
     assert "no checkpoint in" in line
     assert "is intact" in line
-    assert "they are kept: restore a backup, or train the run again with another" in line
+    assert "they are kept: restore a backup, or train the run again in another" in line
     assert contents(run / "checkpoints") == before
     assert "no other one is intact" in error_of_evaluation(run)
 
@@ -312,14 +312,14 @@ def test_a_step_that_is_not_finite_is_named_and_can_be_skipped(
     path = run / f"nonfinite_{step}.json"
     assert "the contrastive loss is not finite" in line
     assert f"its 8 examples are in {path}" in line
-    assert "--config.train.skip_nonfinite=1" in line
+    assert "with config.train.skip_nonfinite=1" in line
     examples = json.loads(path.read_text())["examples"]
     assert [row["caption"] for row in examples].count(f"a {RARE_WORD} runs") == 1
     with Checkpoints(run, read_only=True) as checkpoints:
         assert checkpoints.steps() == [] or checkpoints.steps()[-1] < step
 
     line = error_of_training(run, init, "--config.train.skip_nonfinite=2")
-    assert "--config.train.skip_nonfinite=3" in line
+    assert "with config.train.skip_nonfinite=3" in line
     assert train(arguments(run, init, "--config.train.skip_nonfinite=3")) == 0
     assert "left out, 3 of at most 3" in capsys.readouterr().out
     assert len(json.loads((run / "result.json").read_text())["skipped_steps"]) == 3

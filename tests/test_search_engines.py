@@ -346,7 +346,7 @@ def test_mistakes_are_one_line(exact, search_model, shapes_config, tmp_path, mon
             call(state)
     without = random_model(shapes_config, "xti")
     write(tmp_path, without, videos_of(search_model, 2))
-    with pytest.raises(UserError, match=r"xti has no vectors .* use --engine=exact"):
+    with pytest.raises(UserError, match=r"xti has no vectors .* use engine=exact"):
         Index(tmp_path, without, SearchOptions("qdrant"), memory())
     with pytest.raises(UserError, match="xti has no vectors that Qdrant can compare"):
         memory().export(Index(tmp_path, without).state())

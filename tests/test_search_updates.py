@@ -35,7 +35,6 @@ from drl_jax.search.filters import Filters
 from drl_jax.search.index_file import IndexPart, IndexWriter, join, read_header, read_progress
 from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
-from drl_jax.search.reading import file_of
 from drl_jax.search.segments import SearchIndexError
 from drl_jax.search.session import Index
 from drl_jax.search.update import IndexReport, is_in_shard, parse_shard, update_index
@@ -291,8 +290,10 @@ def test_names_that_are_not_utf8_are_escaped(search_model, copy):
     assert counts(update(search_model, copy, "all", name))[0] == 0
     index = Index(copy / "all", search_model)
     hits = index.search("a red circle", 99)
-    (hit,) = [hit for hit in hits if hit.path.name == "caf\\xe9.mp4"]
-    assert file_of(copy / "videos", hit.path.name).read_bytes()[4:8] == b"ftyp"
+    (hit,) = [hit for hit in hits if hit.path.name == name]
+    assert hit.path.read_bytes()[4:8] == b"ftyp"
+    assert hit.to_json()["path"].endswith("caf\\xe9.mp4")
+    hits._repr_html_().encode()
     write_video(copy / "videos" / "caf\\xe9.mp4", frames(3), fps=2)
     report = update(search_model, copy, "all")
     assert report.bad["caf\\xe9.mp4"].startswith("its name is not UTF-8")
@@ -358,13 +359,13 @@ def test_an_index_belongs_to_what_it_was_made_with(search_model, copy):
         Index(copy / "all", other)
     given = {"model": search_model, "videos": copy / "videos", "storage": "float32"}
     for name, changes, message in (
-        ("all", {"model": other}, "was made with another model; give another --index"),
+        ("all", {"model": other}, "was made with another model; give another directory"),
         ("all", {"videos": copy / "videos" / "c"}, "overlaps with"),
-        ("all", {"storage": "int8"}, "another --storage, float32"),
-        ("all", {"fps": 2.0}, "another --fps, 1.0"),
-        ("all", {"bank": BANK[1:]}, "another --bank"),
-        ("all", {"shard": "0/2"}, "no --shard"),
-        ("shard1", {"shard": "0/2"}, "another --shard, 1/2"),
+        ("all", {"storage": "int8"}, "another storage, float32"),
+        ("all", {"fps": 2.0}, "another fps, 1.0"),
+        ("all", {"bank": BANK[1:]}, "another bank"),
+        ("all", {"shard": "0/2"}, "no shard"),
+        ("shard1", {"shard": "0/2"}, "another shard, 1/2"),
         ("joined", {}, "joins the shards of a folder; index the videos of each on its own"),
     ):
         with pytest.raises(SearchIndexError, match=message):

@@ -278,7 +278,7 @@ def test_sizes_that_weights_do_not_have_are_one_line(tmp_path, capsys):
     line = error_of("drl_jax.train", *arguments, capsys=capsys)
     assert "config.model.init=shapes_clip has other sizes than the configuration: " in line
     assert "embed_dim is 64, not 128, text_width is 64, not 128;" in line
-    assert "or train from scratch with --config.model.init=" in line
+    assert "or train from scratch with config.model.init=" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -111,7 +111,7 @@ def test_two_pairs_of_towers(tmp_path, capsys):
     other = {name: np.asarray(tensor * 2) for name, tensor in TOWERS.items()}
     save_file(prefixed("model.", TOWERS) | prefixed("model_ema.", other), file)
     notes = str(read(file).description)
-    assert "a moving average is under 'model_ema' (--weights_key)" in notes
+    assert "a moving average is under 'model_ema' (weights_key)" in notes
     assert f"not used: {len(TOWERS)} tensors: model_ema.* ({len(TOWERS)})" in notes
     save_file(prefixed("student.", TOWERS) | prefixed("teacher.", other), file)
     with pytest.raises(UserError, match="several pairs of towers, under 'student' and 'teacher'; "):
@@ -141,7 +141,7 @@ def test_what_is_beside_the_towers_is_named_or_refused(tmp_path):
     weights = read_weights(file)
     config = config_of_weights(weights)
     assert config.data.max_words == 16  # 32, but for the positions of this tower
-    with pytest.raises(UserError, match=r"pool_frames\.linear\.weight, .*--weights_key=clip"):
+    with pytest.raises(UserError, match=r"pool_frames\.linear\.weight, .*weights_key=clip"):
         initial_params(config.model, weights, jax.random.key(0))
     read(file, "clip")
 

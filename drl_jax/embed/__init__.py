@@ -1,5 +1,6 @@
 """Files of the features of videos and captions."""
 
+import numbers
 import os
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drl_jax import CallableModule
-from drl_jax.runtime.errors import UserError, as_path
+from drl_jax.runtime.errors import UserError, as_path, check_count
 
 if TYPE_CHECKING:
     from drl_jax.embed.files import Output
@@ -48,13 +49,13 @@ def embed(
     from drl_jax.embed.encode import embed_captions, embed_videos
     from drl_jax.embed.files import DTYPES, check_out, read_captions
     from drl_jax.pretrained.inputs import captions_of
-    from drl_jax.pretrained.model import RetrievalModel
+    from drl_jax.pretrained.model import check_model
 
     out, stored = as_path(out, "out"), {"dtype": dtype, "shard_size": shard_size}
-    if not isinstance(model, RetrievalModel):
-        raise UserError("the first argument is a model that drl_jax.load returns")
-    if not isinstance(shard_size, int) or shard_size < 1:
-        raise UserError(f"shard_size is a positive whole number, not {shard_size!r}")
+    check_model(model, "embed")
+    check_count(shard_size, "shard_size")
+    if not isinstance(timeout, numbers.Real) or isinstance(timeout, bool) or not timeout > 0:
+        raise UserError(f"timeout is a positive number of seconds, not {timeout!r}")
     if (videos is None) == (captions is None):
         raise UserError("give videos or captions, one of them")
     check_out(out)
@@ -62,7 +63,7 @@ def embed(
         raise UserError(f"dtype={dtype!r}: choose {' or '.join(DTYPES)}")
     if videos is not None:
         folder = as_path(videos, "videos, a folder")
-        return embed_videos(model, folder, out, windows=windows, timeout=timeout, **stored)
+        return embed_videos(model, folder, out, windows=bool(windows), timeout=timeout, **stored)
     if windows:
         raise UserError("windows are parts of videos; omit it with captions")
     is_file = isinstance(captions, str | os.PathLike)

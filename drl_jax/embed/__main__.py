@@ -63,16 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             model = model.with_encoder(options.encoder)
             print(f"frames are encoded by {model.encoder} in {model.config.model.dtype}")
-        output = embed(
-            model,
-            options.out,
-            videos=options.videos,
-            captions=captions,
-            windows=options.windows,
-            dtype=options.dtype,
-            shard_size=options.shard_size,
-            timeout=options.timeout,
-        )
+        names = ("videos", "windows", "dtype", "shard_size", "timeout")
+        given = {name: getattr(options, name) for name in names}
+        output = embed(model, options.out, captions=captions, **given)
         if not model.interaction.HAS_POOLED:
             name = model.config.model.interaction
             print(f"the interaction {name} has no pooled vectors: the files have no pooled")

@@ -89,7 +89,7 @@ def embed_videos(
       UserError: there is no video; or a file cannot be written, or exists and is of another origin.
     """
     if not folder.is_dir():
-        raise UserError(f"no directory {folder}; --videos names the folder of the videos")
+        raise UserError(f"no directory {folder}; name the folder of the videos")
     unusable: dict[str, str] = {}
     found = list(find_videos(folder, timeout, unusable))
     if not found:

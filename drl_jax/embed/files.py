@@ -107,7 +107,7 @@ def _checked(value: Any, where: str) -> str:
     return caption
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Output:
     """The files of an output, which this process alone writes (`open_output`)."""
 
@@ -116,6 +116,10 @@ class Output:
     finished: set[Path] = dataclasses.field(default_factory=set)
     rows: int = 0  # of the finished files
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)  # why, by name
+
+    def __repr__(self) -> str:
+        lines = [f"{self.rows} rows in {', '.join(map(str, self.files))}"]
+        return "\n".join(lines + [f"  {name}: {why}" for name, why in self.unreadable.items()])
 
     def pending(self) -> dict[Path, range]:
         """Those of `files` that are not finished."""
@@ -167,16 +171,19 @@ def open_output(
     files = dict(zip(paths, parts, strict=True))
     output = Output(files, {**made_with, "--shard_size": shard_size})
     name = re.compile(re.escape(out.stem) + r"(-\d{5,}-of-\d{5,})?" + re.escape(out.suffix))
-    with locked(out.with_name(f"{out.name}.lock"), f"the output {out}"):
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = locked(out.with_name(f"{out.name}.lock"), f"the output {out}")
+            stack.enter_context(lock)
+        except OSError as error:
+            raise Unavailable(out, error, "written") from error
         for path in sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name)):
             # JAX was the only encoder, before it was recorded.
             about = {"--encoder": "jax", **_read_about(path)}
             for key, value in output.made_with.items():
                 if about.get(key) != value:
-                    raise UserError(
-                        f"{path} was made with another {key}; give another --out, or move the files"
-                        f" of {out} away"
-                    )
+                    other = f"was made with another {key.removeprefix('--')}"
+                    raise UserError(f"{path} {other}; give another name, or move it away")
             if about["is_finished"]:
                 output.add(path, about)
         # What a process that was killed left behind.
@@ -197,7 +204,7 @@ def _read_about(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise_if_refused(path, error)
         raise UserError(
-            f"{path} is damaged, or no file of drl_jax.embed; move it away, or give another --out"
+            f"{path} is damaged, or no file of drl_jax.embed; move it away, or give another name"
         ) from error
 
 

@@ -57,8 +57,8 @@ class OpenVINOImages:
             _import_openvino()
         except ImportError as error:
             raise UserError(
-                f"--encoder=openvino needs OpenVINO ({one_line(error)}): pip install"
-                " 'drl_jax[cpu]', or give --encoder=jax"
+                f"encoder=openvino needs OpenVINO ({one_line(error)}): pip install"
+                " 'drl_jax[cpu]', or give encoder=jax"
             ) from error
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -103,7 +103,7 @@ class OpenVINOImages:
         except Exception as error:  # The base of those of OpenVINO, which come from C++.
             raise UserError(
                 f"OpenVINO {openvino.__version__} cannot take the image tower of the model"
-                f" ({one_line(error)}); give --encoder=jax"
+                f" ({one_line(error)}); give encoder=jax"
             ) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from drl_jax.pretrained.model import RetrievalModel
+from drl_jax.pretrained.model import RetrievalModel, check_model
 from drl_jax.runtime.errors import UserError
 
 try:
@@ -31,6 +31,7 @@ class LateInteraction:
     """
 
     def __init__(self, model: RetrievalModel):
+        check_model(model, type(self).__name__)
         self._model = model
         self._kind, self._ids = "", np.array([], str)
         self._corpus: dict[str, np.ndarray] = {}
@@ -92,6 +93,7 @@ class PooledVectors:
     """
 
     def __init__(self, model: RetrievalModel):
+        check_model(model, type(self).__name__)
         self._model = model
 
     @property

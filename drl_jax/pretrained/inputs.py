@@ -21,11 +21,14 @@ from drl_jax.data.frame_form import FrameForm
 from drl_jax.data.pictures import to_form, to_rgb
 from drl_jax.data.video import read_timed_frames
 from drl_jax.data.video_file import VideoError, VideoFile
+from drl_jax.models.interactions import Features
 from drl_jax.runtime.errors import UserError, as_path, one_line
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Seconds without an answer of a server.
 _PATIENCE = 30.0
+# Arrays with such names have an axis of tokens, frames or channels, too.
+_WITH_AXES = ("_feat", "_unit", "_mask", "_weight")
 _ACCEPTED = (
     "a path, the bytes of a video file, an open file, an array [F, H, W, 3] or [F, 3, H, W], a PIL"
     " image, a list of these pictures, or what read_video returns"
@@ -39,9 +42,15 @@ class Video:
     frames: np.ndarray  # uint8 [F, S, S, 3], F at most the model's `data.max_frames`
     times: tuple[float, ...]  # F seconds from the start of the video
 
+    def __repr__(self) -> str:
+        return f"Video of frames {list(np.shape(self.frames))} at {self.times} s"
+
 
 def items_of(values: Iterable[Any], call: str, what: str) -> Iterator[Any]:
-    """Iterates over the captions or videos that a call was given; UserError if it is one alone."""
+    """Yields the captions or videos that a call was given.
+
+    Raises a UserError if it is one alone, in no order, or a generator that fails.
+    """
     if isinstance(values, str | bytes | os.PathLike | Video | Image.Image):
         raise UserError(f"{call} takes a list of {what}s, not one {type(values).__name__}")
     if isinstance(values, Mapping | Set) or hasattr(values, "columns"):
@@ -55,11 +64,12 @@ def items_of(values: Iterable[Any], call: str, what: str) -> Iterator[Any]:
             f"{call}: an array {shape} may be one video or many pictures: pass [array]"
             " or list(array)"
         )
+    if not (hasattr(values, "__iter__") or hasattr(values, "__getitem__")):
+        raise UserError(f"{call} takes a list of {what}s, not {type(values).__name__}")
     try:
-        return iter(values)
-    except TypeError as error:
-        kind = type(values).__name__
-        raise UserError(f"{call} takes a list of {what}s, not {kind}") from error
+        yield from values
+    except Exception as error:  # Of the user's generator, or of an array without an axis.
+        raise UserError(f"{call}: the {what}s cannot be listed ({one_line(error)})") from error
 
 
 def captions_of(captions: Iterable[str]) -> list[str]:
@@ -74,6 +84,28 @@ def captions_of(captions: Iterable[str]) -> list[str]:
         if not caption.strip():
             raise UserError(f"text {number} is blank; write a sentence")
     return [str(caption) for caption in found]
+
+
+def features_of(arrays: Any, origin: str, names: Sequence[str] = ()) -> Features:
+    """Features as they were encoded: those with some names, or all that are numbers or masks."""
+    if not isinstance(arrays, Mapping):
+        raise UserError(f"pass the arrays that {origin} returns, not {type(arrays).__name__}")
+    if missing := [name for name in names if name not in arrays]:
+        raise UserError(f"there is no {missing[0]}; pass the arrays that {origin} returns")
+    chosen = {name: np.asarray(arrays[name]) for name in names or arrays}
+    wrong = {n: chosen.pop(n).dtype for n, a in [*chosen.items()] if a.dtype.kind not in "bfV"}
+    if names and wrong:
+        name, dtype = wrong.popitem()
+        raise UserError(f"{name} is {dtype}; pass what {origin} returns")
+    counts = {array.shape[:1] for array in chosen.values()}
+    # Those of one name, as text_unit and text_mask, have the same tokens.
+    axes = {(n.split("_")[0], a.shape[:2]) for n, a in chosen.items() if n.endswith(_WITH_AXES)}
+    are_alike = len(dict(axes)) == len(axes) and all(len(shape) == 2 for _, shape in axes)
+    if len(counts) > 1 or not counts.isdisjoint({(), (0,)}) or not are_alike:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in chosen.items())
+        raise UserError(f"these are not the arrays that {origin} returns: {shapes}")
+    precise = {n: a.astype(np.float32, copy=False) for n, a in chosen.items() if a.dtype != bool}
+    return chosen | precise
 
 
 def read_video(
@@ -94,7 +126,7 @@ def read_video(
       Unavailable: the operating system refuses to read it.
     """
     if isinstance(video, str) and _ADDRESS.match(video):
-        if not urls:
+        if urls is not True:
             raise UserError(f"{video} is an address; download the file, or pass urls=True")
         with _downloaded(video) as file:
             return _read_file(Path(file.name), form, data, video)
@@ -167,14 +199,17 @@ def _pictures_of(video: Any, name: str) -> Sequence[Any]:
     if isinstance(video, Image.Image):
         return [video]
     if isinstance(video, list | tuple):
-        pictures = [one if isinstance(one, Image.Image) else _array_of(one, name) for one in video]
         # Channels of single pictures are told from each other as those of a video.
         pictures = [
-            p if isinstance(p, Image.Image) else _channels_last(p[None], name)[0] for p in pictures
+            one
+            if isinstance(one, Image.Image)
+            else _channels_last(_array_of(one, name)[None], name)[0]
+            for one in video
         ]
     else:
         array = _array_of(video.frames if isinstance(video, Video) else video, name)
-        pictures = _channels_last(array[None] if array.ndim == 3 else array, name)
+        is_picture = array.ndim == 3 and 3 in (array.shape[0], array.shape[2])
+        pictures = _channels_last(array[None] if is_picture else array, name)
     if not len(pictures):
         raise UserError(f"{name} has no frame")
     return pictures
@@ -182,12 +217,15 @@ def _pictures_of(video: Any, name: str) -> Sequence[Any]:
 
 def _array_of(value: Any, name: str) -> np.ndarray:
     """A NumPy array of one of any library."""
-    if hasattr(value, "detach"):  # A tensor of torch, maybe on another device.
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
     if not hasattr(value, "__array__"):
-        raise UserError(f"{name} is or has a {type(value).__name__}; a video is {_ACCEPTED}")
-    return np.asarray(value)
+        raise UserError(f"{name}: there is a {type(value).__name__}; a video is {_ACCEPTED}")
+    try:
+        if hasattr(value, "detach"):  # A tensor of torch, maybe on another device.
+            value = value.detach().cpu()
+            value = value.float() if value.is_floating_point() else value
+        return np.asarray(value)
+    except Exception as error:  # E.g. of one that is deleted, or traced.
+        raise UserError(f"{name} is no array of numbers ({one_line(error)})") from error
 
 
 def _channels_last(frames: np.ndarray, name: str) -> np.ndarray:
@@ -207,7 +245,10 @@ def _channels_last(frames: np.ndarray, name: str) -> np.ndarray:
 def _rgb(picture: Image.Image | np.ndarray, name: str) -> np.ndarray:
     """A picture as uint8 [H, W, 3]."""
     if isinstance(picture, Image.Image):
-        return np.asarray(to_rgb(picture))
+        try:
+            return np.asarray(to_rgb(picture))
+        except Exception as error:  # Pillow reads the file only now.
+            raise UserError(f"{name}: a picture cannot be read ({one_line(error)})") from error
     if picture.dtype == np.uint8:
         return np.ascontiguousarray(picture)
     if not jnp.issubdtype(picture.dtype, np.floating):

@@ -6,21 +6,23 @@ video = model.encode_videos(["clip.mp4"])
 model.similarity(text, video)  # [1, 1]
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from drl_jax.config import FRAME_CLOCKS, Config
+from drl_jax.config import FRAME_CLOCKS, Config, ConfigError
 from drl_jax.data.frame_form import FrameForm
 from drl_jax.evaluation.embedder import Embedder
 from drl_jax.evaluation.openvino_encoder import OpenVINOImages, choose_encoder
@@ -29,7 +31,8 @@ from drl_jax.models.extractors import EXTRACTORS
 from drl_jax.models.interactions import INTERACTIONS, Features, Interaction
 from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
-from drl_jax.pretrained.inputs import Video, captions_of, items_of, read_video
+from drl_jax.pretrained.devices import claim_process, find_devices
+from drl_jax.pretrained.inputs import Video, captions_of, features_of, items_of, read_video
 from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
 from drl_jax.runtime.errors import UserError, as_path, one_line
 from drl_jax.runtime.plugins import origin_of
@@ -156,33 +159,31 @@ class RetrievalModel:
                         raise
                     failed[number] = error
 
+        def encode(batch: list[np.ndarray], size: int) -> Features:
+            rows = [*batch, *batch[-1:] * (size - len(batch))]
+            encoded = self._embedder.encode_video(
+                self.params, lambda numbers: [rows[n] for n in numbers], size
+            )
+            return {name: array[: len(batch)] for name, array in encoded.items()}
+
         readable, size, parts = read(), self.config.eval.batch_size, []
         while batch := list(itertools.islice(readable, size)):
             # Batches after the first have its shape.
-            rows = [*batch, *batch[-1:] * (size - len(batch))] if parts else batch
-            encoded = self._embedder.encode_video(
-                self.params, lambda numbers, rows=rows: [rows[n] for n in numbers], len(rows)
-            )
-            parts.append({name: array[: len(batch)] for name, array in encoded.items()})
+            parts.append(encode(batch, size if parts else len(batch)))
+        if not (parts or failed):
+            raise UserError("there is no video to encode")
+        if not parts and errors != "return":
+            raise UserError(f"no video can be read; the first one: {failed[min(failed)]}")
         if not parts:
-            if not failed:
-                raise UserError("there is no video to encode")
-            if errors != "return":
-                raise UserError(f"no video can be read; the first one: {failed[min(failed)]}")
             black = np.zeros((1, *self.frame_form.shape), np.uint8)
-            encoded = self._embedder.encode_video(
-                self.params, lambda numbers: [black] * len(numbers), 1
-            )
-            parts.append({name: array[:0] for name, array in encoded.items()})
+            parts = [{name: array[:0] for name, array in encode([black], 1).items()}]
         features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if errors == "return":
             return features, failed
         if failed:
             first, count = min(failed), len(failed) + len(features["frame_mask"])
-            text = (
-                f"{len(failed)} of {count} videos cannot be read, and are left out; number {first}"
-            )
-            warnings.warn(f"{text}: {failed[first]}", UserWarning, stacklevel=2)
+            text = f"{len(failed)} of {count} videos cannot be read, and are left out; number"
+            warnings.warn(f"{text} {first}: {failed[first]}", UserWarning, stacklevel=2)
         return features
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
@@ -222,7 +223,8 @@ class RetrievalModel:
 
         dp and xti: the sentence feature. ti and wti: the mean of the tokens by their weights.
         """
-        return _checked(self.interaction.pool_text, text, "encode_text")
+        with _refusing_others():
+            return self.interaction.pool_text(features_of(text, "encode_text"))
 
     def pool_videos(self, videos: Features) -> np.ndarray:
         """One unit vector for each of B videos, to be compared with those of texts and videos.
@@ -231,7 +233,8 @@ class RetrievalModel:
         the dot products with vectors of texts are the similarities; for the others, they
         approximate them.
         """
-        return _checked(self.interaction.pool_video, videos, "encode_videos")
+        with _refusing_others():
+            return self.interaction.pool_video(features_of(videos, "encode_videos"))
 
     def similarity(self, text: Features, video: Features) -> np.ndarray:
         """Compares A texts (`encode_text`) with B videos (`encode_videos`).
@@ -242,12 +245,13 @@ class RetrievalModel:
           float32 [A, B], without the temperature, as evaluation ranks them.
 
         Raises:
-          UserError: an array is missing.
+          UserError: an array is missing, or has another shape than it was encoded with.
         """
         interaction = self.interaction
-        text = _compared(text, interaction.TEXT_ARRAYS, "encode_text")
-        video = _compared(video, interaction.VIDEO_ARRAYS, "encode_videos")
-        return self._embedder.similarity(self.params, text, video)
+        with _refusing_others():
+            text = features_of(text, "encode_text", interaction.TEXT_ARRAYS)
+            video = features_of(video, "encode_videos", interaction.VIDEO_ARRAYS)
+            return self._embedder.similarity(self.params, text, video)
 
     def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
         """The tokens of each caption as the model reads them, truncated, with start and end."""
@@ -287,9 +291,11 @@ class RetrievalModel:
         model, data, tower = self.config.model, self.config.data, self.config.model.backbone
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         devices = self.layout.mesh.devices
+        (_, source), *asked = self.source.items()
+        asked = f" ({', '.join(f'{name}={value}' for name, value in asked)})" if asked else ""
         return "\n".join(
             (
-                f"RetrievalModel of {' '.join(self.source.values())}",
+                f"RetrievalModel of {source}{asked}",
                 f"  towers       {tower.family}, {tower.vision_layers} x {tower.vision_width} image"
                 f" and {tower.text_layers} x {tower.text_width} text, {tower.embed_dim} channels",
                 f"  input        {data.max_frames} frames of {tower.image_resolution} pixels,"
@@ -306,55 +312,30 @@ class RetrievalModel:
         return _unpickled, (self.config, params, self.source, self.towers, self.encoder)
 
 
-# The process that has loaded a model.
-_process: int | None = None
-
-
-def _claim_process() -> None:
-    """Raises a UserError in a fork of a process that has loaded a model, where JAX would hang."""
-    global _process
-    if _process not in (None, os.getpid()):
-        raise UserError(
-            "JAX cannot be used in a forked process: start it with"
-            " multiprocessing.get_context('spawn')"
-        )
-    _process = os.getpid()
-
-
 def _unpickled(
     config: Config, params: Params, source: dict[str, str], towers: str, encoder: str
 ) -> RetrievalModel:
-    _claim_process()
+    claim_process()
     layout = make_layout()
-    params, embedder = (
-        jax.device_put(params, layout.replicated),
-        Embedder(config, layout, keep_tokens=True),
-    )
+    params = jax.device_put(params, layout.replicated)
+    embedder = Embedder(config, layout, keep_tokens=True)
     return RetrievalModel(config, params, layout, source, towers, embedder).with_encoder(encoder)
 
 
-def _checked(pool: Callable[[Features], np.ndarray], arrays: Any, origin: str) -> np.ndarray:
+@contextlib.contextmanager
+def _refusing_others() -> Iterator[None]:
+    """Reports arrays that were not encoded by the model, which fail in many ways."""
     try:
-        return pool(arrays)
-    except (TypeError, LookupError, ValueError, AttributeError) as error:
-        raise UserError(f"pass the arrays that {origin} returns ({one_line(error)})") from error
+        yield
+    except (TypeError, LookupError, ValueError) as error:
+        line = f"pass what encode_text and encode_videos of this model return ({one_line(error)})"
+        raise UserError(line) from error
 
 
-def _compared(arrays: Features, names: Sequence[str], origin: str) -> Features:
-    """Those of the arrays that an interaction compares, as they were encoded."""
-    if not isinstance(arrays, Mapping):
-        raise UserError(f"pass the arrays that {origin} returns, not {type(arrays).__name__}")
-    if missing := [name for name in names if name not in arrays]:
-        raise UserError(f"there is no {missing[0]}; pass the arrays that {origin} returns")
-    chosen = {name: np.asarray(arrays[name]) for name in names}
-    counts = {array.shape[:1] for array in chosen.values()}
-    if len(counts) > 1 or counts == {(0,)} or min(a.ndim for a in chosen.values()) < 1:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in chosen.items())
-        raise UserError(f"arrays of {origin} have one first axis, of one item at least: {shapes}")
-    if wrong := [n for n, a in chosen.items() if a.dtype.kind not in "bfV"]:
-        raise UserError(f"{wrong[0]} is {chosen[wrong[0]].dtype}; pass what {origin} returns")
-    precise = {n: a.astype(np.float32, copy=False) for n, a in chosen.items() if a.dtype != bool}
-    return chosen | precise
+def check_model(model: Any, user: str) -> None:
+    """Raises a UserError if what a user gave is no model."""
+    if not isinstance(model, RetrievalModel):
+        raise UserError(f"{user} takes a model that drl_jax.load returns, not {model!r}")
 
 
 def load(
@@ -394,15 +375,19 @@ def load(
       UserError: there is no such run, checkpoint or file, or it cannot be read.
     """
     as_path(path, "the model")
-    _claim_process()
+    if tokenizer:
+        tokenizer = str(as_path(tokenizer, "tokenizer").resolve())
+    claim_process()
     path = resolved(path)
     source, is_file = os.fspath(path), not is_name(path)
     # A run may have the name of installed weights.
     is_run = not is_weights(path)
     path = Path(path) if is_run else weights_path(path)
-    layout = make_layout(_devices(device))
+    layout = make_layout(find_devices(device))
     if not path.exists():
         raise UserError(f"no run in {path}: there is no such directory, nor a file of weights")
+    if not is_run and checkpoint != "best":
+        raise UserError(f"{source} is no run, and has no checkpoint {checkpoint!r}; leave that out")
     given = {"release": release, "weights_key": weights_key, "tokenizer": tokenizer}
     given = {name: value for name, value in given.items() if value}
     changed = {"max_words": max_words, "dtype": dtype}
@@ -410,9 +395,12 @@ def load(
 
     def as_asked(config: Config) -> Config:
         fields = dataclasses.asdict(config)
-        fields["data"] |= {n: v for n, v in changed.items() if n == "max_words"}
-        fields["model"] |= {n: v for n, v in changed.items() if n == "dtype"}
-        return config_from_dict(fields)
+        for group, name in (("data", "max_words"), ("model", "dtype")):
+            fields[group] |= {name: changed[name]} if name in changed else {}
+        try:
+            return config_from_dict(fields)
+        except ConfigError as error:  # Of what was given: the others are valid.
+            raise UserError(re.sub(r"config\.(data|model)\.", "", str(error))) from error
 
     if is_run:
         if given:
@@ -425,7 +413,7 @@ def load(
     else:
         weights = read_weights(path if is_file else source, release, weights_key)
         if tokenizer:
-            weights = weights._replace(tokenizer=str(Path(tokenizer).resolve()))
+            weights = weights._replace(tokenizer=tokenizer)
         config = config_of_weights(weights)
         if weights.config is None:  # They are not of a run, which has its own way to sample.
             data = dataclasses.replace(config.data, frame_clock="time", as_shown=True)
@@ -437,27 +425,6 @@ def load(
     origin |= {name: str(value) for name, value in changed.items()}
     embedder = Embedder(config, layout, keep_tokens=True)
     return RetrievalModel(config, params, layout, origin, towers, embedder)
-
-
-def _devices(wanted: Any) -> Sequence[jax.Device] | None:
-    """The devices of a name such as "gpu" or "gpu:1", or devices themselves; None: all."""
-    if wanted is None:
-        return None
-    if isinstance(wanted, jax.Device):
-        return [wanted]
-    if isinstance(wanted, list | tuple) and wanted:
-        return list(wanted)
-    if not isinstance(wanted, str):
-        raise UserError(f"a device is a name such as gpu:0, or devices of JAX, not {wanted!r}")
-    platform, _, number = wanted.partition(":")
-    try:
-        devices = jax.devices(platform or "none")
-        if number and not number.isdecimal():
-            raise ValueError(number)
-        return [devices[int(number)]] if number else devices
-    except (RuntimeError, ValueError, IndexError) as error:
-        there = ", ".join(f"{one.platform}:{one.id}" for one in jax.devices())
-        raise UserError(f"there is no device {wanted!r}, but {there}") from error
 
 
 def _run_params(

@@ -145,7 +145,7 @@ def read_info(directory: Path, identity: Identity = UNKNOWN) -> dict[str, Any]:
     if info.get("format") != FORMAT:
         raise CheckpointError(
             f"{directory} is of another version (format {info.get('format', 1)}, this one reads"
-            f" {FORMAT}); train the run again with another --workdir"
+            f" {FORMAT}); train the run again in another directory"
         )
     with _damage(path):
         other = identity.differences(Identity(*(info[name] for name in Identity._fields)))

@@ -290,7 +290,7 @@ class Checkpoints:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(
                 f"no checkpoint in {self._directory} is intact ({reasons}); they are kept: restore"
-                " a backup, or train the run again with another --workdir"
+                " a backup, or train the run again in another directory"
             )
         return None
 
@@ -306,7 +306,7 @@ class Checkpoints:
                 return step, params
         raise CheckpointError(
             f"no evaluated checkpoint in {self._directory} is intact; restore one from"
-            f" {self._damaged}, or train the run again with another --workdir"
+            f" {self._damaged}, or train the run again in another directory"
         )
 
     def restore_or_set_aside(self, step: int, abstract: Params) -> Params | None:

@@ -190,7 +190,7 @@ def evaluate(
     """
     methods = [name for name in post if name != NONE]
     if bank_size is not None and not methods:
-        raise UserError("--bank_size is that of --post=METHOD; give both")
+        raise UserError("bank_size is that of post=METHOD; give both")
     opened = open_evaluation(
         workdir, config, checkpoint=checkpoint, split_name=split_name, frame_order=frame_order
     )
@@ -278,7 +278,7 @@ class PostProcessing:
         except DatasetError as error:
             raise UserError(
                 f"post-processing fits its parameters on val, which is missing: {error};"
-                " --post=none needs none"
+                " post=none needs none"
             ) from error
         self._check_disjoint("fits its parameters on val", self._val)
         self._bank = None
@@ -357,7 +357,7 @@ def draw_bank(train: Split, size: int | None) -> Bank:
     """
     captions = train.captions
     if size is not None and size > captions.pairs:
-        raise UserError(f"--bank_size={size} is more than the {captions.pairs:,} captions of train")
+        raise UserError(f"bank_size={size} is more than the {captions.pairs:,} captions of train")
     rng = np.random.default_rng(_BANK_SEED)
 
     def draw(available: int) -> np.ndarray:

@@ -189,7 +189,7 @@ class TrainLog:
             raise TrainingError(
                 f"{found}. Earlier checkpoints are kept; look for damaged examples, try a smaller"
                 f" config.optim.lr, or leave out such batches with"
-                f" --config.train.skip_nonfinite={count} and rerun"
+                f" config.train.skip_nonfinite={count} and rerun"
             )
         if is_main():
             tqdm.write(f"{found}; left out, {count} of at most {limit}")

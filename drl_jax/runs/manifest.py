@@ -83,7 +83,7 @@ class RunRecord:
         if self._values["weights_sha256"] != self._weights_sha256:
             raise WorkdirError(
                 f"config.model.init={config.model.init} is another file than the run in"
-                f" {self._path.parent} was started with; choose another --workdir"
+                f" {self._path.parent} was started with; choose another directory"
             )
 
     def start(self, run: str, step: int, total_steps: int) -> None:
@@ -193,17 +193,17 @@ def _check_inputs(
         raise WorkdirError(
             f"the dataset in {dataset.directory} is not the one that {run} started with (content"
             f" {dataset.content[:12]}, was {expected[:12]}); build it again from the same files, or"
-            " start a new run with another --workdir"
+            " start a new run in another directory"
         )
     if changed := changed_plugins(manifest, config):
         raise WorkdirError(
             f"{changed[0]} is another version than {run} started with; give the copy in the run's"
-            " folder plugins, or start a new run with another --workdir"
+            " folder plugins, or start a new run in another directory"
         )
     if manifest.get("tokenizer_sha256", "") != _tokenizer_sha256(config):
         raise WorkdirError(
             f"config.model.tokenizer={config.model.tokenizer} is not the tokenizer that {run}"
-            " started with; choose another --workdir, or give the same file"
+            " started with; choose another directory, or give the same file"
         )
 
 

@@ -160,7 +160,7 @@ def with_backbone_of(config: Config, weights: Weights) -> Config:
         raise ConfigError(
             f"config.model.init={config.model.init} has other sizes than the configuration:"
             f" {', '.join(different)}; choose a configuration with these or with the default sizes"
-            " (configs/msrvtt.py), or train from scratch with --config.model.init="
+            " (configs/msrvtt.py), or train from scratch with config.model.init="
         )
     tokenizer = config.model.tokenizer or weights.tokenizer
     model = dataclasses.replace(config.model, backbone=found, tokenizer=tokenizer)

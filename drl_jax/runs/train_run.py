@@ -332,8 +332,8 @@ def _memory_errors(config: Config) -> Iterator[None]:
         train = config.train
         raise TrainingError(
             f"the devices do not have enough memory ({one_line(error)}); set"
-            f" --config.train.microbatch to a part of train.batch_size={train.batch_size} (it is"
-            f" {train.microbatch}), --config.model.remat=full, or --config.data.cache=none"
+            f" config.train.microbatch to a part of train.batch_size={train.batch_size} (it is"
+            f" {train.microbatch}), config.model.remat=full, or config.data.cache=none"
         ) from error
 
 

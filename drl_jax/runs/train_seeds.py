@@ -34,7 +34,7 @@ def train_seeds(config: Config, workdir: Path, seeds: Sequence[int]) -> None:
         if (workdir / CONFIG_FILE).exists():
             raise WorkdirError(
                 f"{workdir} holds a run, and --seeds makes a directory of runs; choose another"
-                " --workdir"
+                " directory"
             )
     # In this process, one after another: a process can join the others of a run only once, and
     # signals and the exit status stay those of a single training.

@@ -16,7 +16,7 @@ from drl_jax.models.drl import config_from_dict
 from drl_jax.models.tokenizers import stored_name, with_tokenizer
 from drl_jax.runs.run_plugins import changed_plugins, how_to_open, keep_plugins
 from drl_jax.runtime.distributed import failing_together, from_main, is_main
-from drl_jax.runtime.errors import Notice, Unavailable, UserError, one_line
+from drl_jax.runtime.errors import Notice, Unavailable, UserError, as_path, one_line
 from drl_jax.runtime.files import copy_once, json_sha256, sha256, unseal, write_json
 from drl_jax.runtime.lock import LOCK_FILE, locked
 
@@ -98,6 +98,7 @@ def with_data_dir(config: Config, data_dir: str | None) -> Config:
     """The configuration with another directory of built datasets; None: its own."""
     if not data_dir:
         return config
+    as_path(data_dir, "data_dir")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
 
 
@@ -280,12 +281,12 @@ def claim_workdir(workdir: Path, config: Config) -> None:
             raise WorkdirError(
                 f"{workdir} holds a run of another configuration: config.{name} was"
                 f" {before[name]!r}, now {after[name]!r} ({len(changed)} such fields); choose"
-                " another --workdir"
+                " another directory"
             )
     elif remains := [name for name in (MANIFEST_FILE, CHECKPOINTS) if (workdir / name).exists()]:
         raise WorkdirError(
             f"{workdir} has {remains[0]} but no {CONFIG_FILE}; restore that file, or choose another"
-            " --workdir"
+            " directory"
         )
     if not is_main():
         return
@@ -305,7 +306,7 @@ def _keep_tokenizer(workdir: Path, tokenizer: str, old: str | None) -> None:
     if old is not None and name != (stored_name(old) if old else ""):
         raise WorkdirError(
             f"{workdir} holds a run with another tokenizer: config.model.tokenizer was {old!r}, now"
-            f" {tokenizer!r}; choose another --workdir"
+            f" {tokenizer!r}; choose another directory"
         )
     if not tokenizer:
         return
@@ -314,7 +315,7 @@ def _keep_tokenizer(workdir: Path, tokenizer: str, old: str | None) -> None:
     except FileExistsError as error:
         raise WorkdirError(
             f"config.model.tokenizer={tokenizer} is another file than {workdir / name}; choose"
-            " another --workdir"
+            " another directory"
         ) from error
     except OSError as error:
         raise Unavailable(workdir / name, error, "copied") from error

@@ -268,11 +268,13 @@ def config_of_file(name: str) -> "ConfigDict":
         return config
     except Exception as error:
         message = " ".join(str(error).split())
-        raise UserError(f"--config={name}: {type(error).__name__}: {message}") from error
+        raise UserError(f"{name}: {type(error).__name__}: {message}") from error
 
 
 def with_overrides(config: "ConfigDict", fields: Mapping[str, Any]) -> "ConfigDict":
     """A configuration with other values of fields such as "optim.lr"; or UserError."""
+    if not isinstance(fields, Mapping):
+        raise UserError(f'overrides are a dict such as {{"optim.lr": 3e-4}}, not {fields!r}')
     changed = config.copy_and_resolve_references()
     try:
         changed.update_from_flattened_dict(dict(fields))

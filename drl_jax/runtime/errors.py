@@ -7,6 +7,7 @@ model, dataset or version.
 """
 
 import errno
+import numbers
 import os
 import re
 from collections.abc import Iterator
@@ -73,12 +74,23 @@ class Unavailable(UserError):
 
 
 def as_path(value: Any, what: str) -> Path:
-    """A path that a user gave; UserError if it is none, or empty."""
-    if not isinstance(value, str | os.PathLike):
+    """A path that a user gave; UserError if it is none."""
+    # `__fspath__` of a user's own class may raise anything.
+    try:
+        path = os.fspath(value)
+    except Exception:
+        path = b""
+    if not isinstance(path, str):
         raise UserError(f"{what} is a path, not {type(value).__name__}")
-    if not os.fspath(value):
-        raise UserError(f"{what}: the path is empty")
-    return Path(value)
+    if not path or "\0" in path:
+        raise UserError(f"{what}: {path!r} is no path" if path else f"{what}: the path is empty")
+    return Path(path)
+
+
+def check_count(value: Any, what: str) -> None:
+    """Raises a UserError if a number that a user gave is not whole and positive."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{what} is a positive whole number, not {value!r}")
 
 
 def system_errors(error: BaseException) -> Iterator[OSError]:

@@ -20,16 +20,21 @@ from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.cluster import connect
 from drl_jax.runtime.errors import UserError, printable
 from drl_jax.runtime.lock import temporary_directory
-from drl_jax.runtime.worker_pool import CallPool
 from drl_jax.search import watch
 from drl_jax.search.addresses import moment_of
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
 from drl_jax.search.hits import Hit, explain, format_timestamp
 from drl_jax.search.index_file import IndexPart, join, recorded_encoder
-from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
+from drl_jax.search.query import (
+    Query,
+    encode_sentences,
+    encode_video_file,
+    read_picture,
+    sampling_of,
+)
 from drl_jax.search.ranking import SearchOptions
-from drl_jax.search.reading import file_of, frames_of, open_picture, read_video
+from drl_jax.search.reading import file_of, frames_of, path_of, read_video
 from drl_jax.search.session import Index
 from drl_jax.search.update import IndexReport, parse_shard, update_index
 
@@ -133,14 +138,10 @@ def _query(options: argparse.Namespace) -> None:
     if options.sentences:
         _rank_sentences(options, index.model)
         return
-    picture = b""
-    if options.picture:
-        with contextlib.closing(CallPool(1)) as pool:
-            picture = open_picture(pool, options.picture, index.model.frame_form)
     query = Query(
         without=options.without,
-        picture=picture,
         # Decoded once for all sentences.
+        picture=read_picture(index.model, options.picture) if options.picture else b"",
         video=encode_video_file(index.model, options.video) if options.video else None,
         like=moment_of(index.state(), options.like) if options.like else None,
     )
@@ -201,7 +202,7 @@ def format_hits(hits: Sequence[Hit]) -> str:
         if hit.is_weak and "weak matches:" not in lines:
             lines.append("weak matches:")
         same = "  (has this picture)" if hit.is_same else ""
-        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(str(hit.path))}{same}")
+        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(path_of(hit.path))}{same}")
         for moment in hit.moments:
             start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
             best = f", best at {peak}" if moment.explanation else ""

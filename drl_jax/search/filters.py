@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import fnmatch
 import math
+import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -58,6 +59,18 @@ class Filters:
     since: datetime.date = datetime.date.min  # Days of the last change, both included.
     until: datetime.date = datetime.date.max
     only: tuple[str, ...] = ()  # The paths of all videos that are searched; empty: all.
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, expected = getattr(self, field.name), type(field.default)
+            accepted = numbers.Real if expected is float else expected
+            parts = value if isinstance(value, tuple) else ()
+            is_wrong = not isinstance(value, accepted) or value != value
+            # A datetime is a date, and cannot be compared with one.
+            if is_wrong or isinstance(value, datetime.datetime) or set(map(type, parts)) - {str}:
+                what = {str: "a string", float: "a number of seconds", tuple: "a tuple of paths"}
+                what = what.get(expected, "a datetime.date")
+                raise UserError(f"Filters: {field.name} is {what}, not {value!r}")
 
     def __bool__(self) -> bool:
         """Whether a video can fail them."""

@@ -19,6 +19,7 @@ from drl_jax.runtime.errors import UserError, printable
 from drl_jax.search.encoding import WEAK
 from drl_jax.search.engine import Part
 from drl_jax.search.open_index import IndexedVideo
+from drl_jax.search.reading import path_of
 from drl_jax.search.transcripts import Cue
 from drl_jax.search.windows import Window
 
@@ -197,7 +198,7 @@ class Hit:
         strip = Image.open(io.BytesIO(self.video.thumbnails(shown.window.frames)))
         frames = np.split(np.asarray(strip), len(shown.window.frames), axis=1)
         clocks = list(map(format_timestamp, explanation.times))
-        title = f"{self.path.name}  {shown.score:.4f}"
+        title = f"{path_of(self.path.name)}  {shown.score:.4f}"
         return interaction_figure(
             explanation.attribution, explanation.tokens, clocks, frames, title
         )
@@ -216,7 +217,7 @@ class Hit:
             f"  {format_timestamp(cue.start)} “{printable(cue.text)}”" for cue in self.cues
         )
         weak = "  weak" if self.is_weak else ""
-        return f"{self.rank:4}  {printable(str(self.path))}  {moments}{said}{weak}"
+        return f"{self.rank:4}  {printable(path_of(self.path))}  {moments}{said}{weak}"
 
     def _repr_html_(self) -> str:
         """The best moment as a strip of pictures, with the times and scores of all moments."""
@@ -231,7 +232,7 @@ class Hit:
             {**m.to_json(), "explanation": m.explanation and m.explanation.to_json()}
             for m in self.moments
         ]
-        return {**self.facts(), "path": str(self.path), "moments": moments}
+        return {**self.facts(), "path": path_of(self.path), "moments": moments}
 
 
 class Hits(list[Hit]):
@@ -241,8 +242,15 @@ class Hits(list[Hit]):
         super().__init__(hits)
         self.query, self.notice = query, notice  # Why text that was asked for is missing.
 
+    def __getitem__(self, which: Any) -> Any:
+        """A hit, or the `Hits` of a slice."""
+        found = super().__getitem__(which)
+        return Hits(found, self.query, self.notice) if isinstance(which, slice) else found
+
     def to_pandas(self) -> "pandas.DataFrame":
         """A row per moment: query, rank, path, start, end and peak in seconds, score, is_weak.
+
+        A path is text that can be stored; `hit.path` is the file, also if its name is not UTF-8.
 
         Raises UserError if pandas is not installed.
         """
@@ -252,7 +260,7 @@ class Hits(list[Hit]):
             raise UserError("to_pandas needs pandas; install it: pip install pandas") from error
         columns = ("query", "rank", "path", "start", "end", "peak", "score", "is_weak")
         rows = [
-            (self.query, hit.rank, str(hit.path), m.start, m.end, m.peak, m.score, hit.is_weak)
+            (self.query, hit.rank, path_of(hit.path), m.start, m.end, m.peak, m.score, hit.is_weak)
             for hit in self
             for m in hit.moments
         ]

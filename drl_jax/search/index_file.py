@@ -35,12 +35,12 @@ _PARTS = "parts"
 MADE_WITH = {
     "fingerprint": "model",
     "videos": "folder",
-    "storage": "--storage",
-    "encoder": "--encoder",
-    "fps": "--fps",
-    "shard": "--shard",
+    "storage": "storage",
+    "encoder": "encoder",
+    "fps": "fps",
+    "shard": "shard",
     "bank": "captions of weak matches (the dataset of the model is at hand for one of them only)",
-    "hubness": "--bank",
+    "hubness": "bank",
 }
 _SHARED = ("fingerprint", "storage", "encoder", "fps", "bank", "hubness")
 # As many segments of one size are merged; sizes grow by this factor. An update of single files
@@ -65,7 +65,8 @@ def read_header(directory: Path) -> dict[str, Any]:
         header = unseal(path.read_text(encoding="utf-8"))
         version = header["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
-        line = f"there is no index in {directory}; make it with: {_MAKE} --index={directory}"
+        line = f"there is no index in {directory}; make it with drl_jax.Index(directory,"
+        line += f" model).add(videos), or: {_MAKE} --index={directory}"
         if _is_earlier(directory):
             line = f"the index {directory} was made by an earlier version"
             line += f"; make it anew with: {_MAKE} --index=NEW"
@@ -74,7 +75,7 @@ def read_header(directory: Path) -> dict[str, Any]:
         raise Unavailable(path, error) from error
     except (ValueError, KeyError) as error:
         raise SearchIndexError(
-            f"{path} is damaged ({one_line(error)}); index the videos into another --index, or"
+            f"{path} is damaged ({one_line(error)}); index the videos into another directory, or"
             " restore this file"
         ) from error
     if version != FORMAT:
@@ -116,20 +117,38 @@ def directory_for(directory: Path, folder: Path) -> Path:
     if not has_index(directory):
         return directory
     parts = {part: read_header(part) for part in part_directories(directory)}
-    for part, header in parts.items():
-        other = Path(header["videos"])
-        is_moved = part == directory and len(parts) == 1 and not other.is_dir()
-        if other == folder or is_moved:
-            if "shard" in header and part != directory:
-                what = "joins the shards of a folder; index the videos of each on its own"
-                raise SearchIndexError(f"{directory} {what}")
-            return part
+    folders = {part: Path(header["videos"]) for part, header in parts.items()}
+    own = [part for part, other in folders.items() if other == folder]
+    gone = [] if own else [part for part, other in folders.items() if not other.is_dir()]
+    if gone and parts.keys() != {directory}:
+        gone = [part for part in gone if _has_files_of(part, folder)]
+    for part in [*own, *gone][:1]:
+        if "shard" in parts[part] and part != directory:
+            what = "joins the shards of a folder; index the videos of each on its own"
+            raise SearchIndexError(f"{directory} {what}")
+        return part
+    for other in folders.values():
         if folder.is_relative_to(other) or other.is_relative_to(folder):
             raise SearchIndexError(
                 f"{folder} overlaps with {other}, which the index {directory} has: add that folder"
-                " again, or give another --index"
+                " again, or give another directory"
             )
-    return directory / _PARTS / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    names = (f"{folder}{' ' * number}" for number in itertools.count())
+    found = (directory / _PARTS / hashlib.sha256(os.fsencode(n)).hexdigest()[:16] for n in names)
+    return next(part for part in found if part not in parts)
+
+
+def _has_files_of(part: Path, folder: Path) -> bool:
+    """Whether most files of a part are in a folder, at their places: that of the part was moved."""
+    found = []
+    for one in IndexPart(part).listed:
+        table = one.segment.table.select(["path", "size"]).take(np.flatnonzero(~one.gone))
+        for path, size in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            try:
+                found.append((folder / path).stat().st_size == size)
+            except OSError:
+                found.append(False)
+    return sum(found) > len(found) / 2
 
 
 def list_part(directory: Path, part: Path) -> None:
@@ -272,7 +291,7 @@ class IndexWriter(IndexPart, contextlib.AbstractContextManager):
         if not self.header and any(path.suffix != ".part" for path in found):
             raise SearchIndexError(
                 f"{self.directory / _INDEX} is missing, and its segments are there; restore this"
-                " file, or give another --index"
+                " file, or give another directory"
             )
         for path in found:
             if path.name not in names:
@@ -402,7 +421,7 @@ def join(directory: Path, shards: Sequence[Path]) -> list[IndexPart]:
     Raises a SearchIndexError if they cannot be opened as one, or Unavailable.
     """
     if (directory / _INDEX).exists() and "segments" in read_header(directory):
-        raise SearchIndexError(f"{directory} is an index with videos; give another --index")
+        raise SearchIndexError(f"{directory} is an index with videos; give another directory")
     here = directory.resolve()
     found = (part.resolve() for shard in shards for part in part_directories(shard))
     parts = [IndexPart(part) for part in dict.fromkeys(found)]

@@ -1,6 +1,8 @@
 """Queries: a sentence, a picture, a video, a moment of an indexed video, and their combinations."""
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,11 +10,18 @@ import numpy as np
 
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, as_path
 from drl_jax.runtime.lock import temporary_directory
+from drl_jax.runtime.worker_pool import CallPool
 from drl_jax.search.engine import Part
 from drl_jax.search.open_index import IndexedVideo, stored_windows
-from drl_jax.search.reading import FrameSampling, VideoRead, frames_of, read_video
+from drl_jax.search.reading import (
+    FrameSampling,
+    VideoRead,
+    frames_of,
+    open_picture,
+    read_video,
+)
 from drl_jax.search.windows import window_at
 
 # What `without` subtracts, as a share of the similarity to its sentence.
@@ -29,16 +38,21 @@ class Query:
 
     sentence: str = ""
     without: str = ""
-    picture: bytes = b""  # As `open_picture` decodes it.
+    picture: bytes | Path = b""  # A file, or as `read_picture` decodes it.
     video: "Path | EncodedQuery | None" = None
     like: tuple[IndexedVideo, float] | None = None  # And a time in it, seconds.
 
     def __post_init__(self) -> None:
-        if isinstance(self.video, str):
-            object.__setattr__(self, "video", Path(self.video))
-        texts = isinstance(self.sentence, str) and isinstance(self.without, str)
-        if not texts or not isinstance(self.picture, bytes):
-            raise UserError("a Query has sentences as strings, and a picture as bytes")
+        for name in ("picture", "video"):
+            if isinstance(file := getattr(self, name), str):
+                object.__setattr__(self, name, as_path(file, name))
+        kinds = {"sentence": str, "without": str, "picture": bytes | Path}
+        kinds |= {"video": Path | EncodedQuery | None, "like": tuple | None}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                what = "a string" if kind is str else "a path"
+                what = "a video of the index and a time" if name == "like" else what
+                raise UserError(f"{name} of a Query is {what}, not {getattr(self, name)!r}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +88,10 @@ def encode_query(model: RetrievalModel, query: Query) -> EncodedQuery:
     if query.picture:
         # A shot in which nothing moves. One frame alone is unlike the windows that a model is
         # trained with, and most like other windows of one frame, whatever they show.
-        frame = np.frombuffer(query.picture, np.uint8).reshape(1, *model.frame_form.shape)
+        frame = np.frombuffer(query.picture, np.uint8)
+        if frame.size != math.prod(model.frame_form.shape):
+            raise UserError("the picture of a Query is a path, or what read_picture returns")
+        frame = frame.reshape(1, *model.frame_form.shape)
         still = np.repeat(frame, model.config.data.max_frames, axis=0)
         encoded.append(_of_frames(model, model.encode_videos([still]), "[picture]"))
     if query.video is not None:
@@ -107,6 +124,12 @@ def sampling_of(model: RetrievalModel, fps: float = 1.0) -> FrameSampling:
     """What is sampled of a video: what a viewer sees of it, by the time at which it is seen."""
     form = dataclasses.replace(model.frame_form, as_shown=True)
     return FrameSampling(form, model.config.data.max_frames, fps)
+
+
+def read_picture(model: RetrievalModel, path: Path) -> bytes:
+    """Reads an image file, as a query: uint8 [S, S, 3]; raises UserError if it cannot be read."""
+    with contextlib.closing(CallPool(1)) as pool:
+        return open_picture(pool, path, model.frame_form)
 
 
 def encode_video_file(model: RetrievalModel, path: Path) -> EncodedQuery:

@@ -20,6 +20,7 @@ from drl_jax.search.engine import Gallery, Part, Ranking, SearchEngine
 from drl_jax.search.hits import Explanation, Hit, Moment, explain
 from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos, stored_windows
 from drl_jax.search.query import EncodedQuery
+from drl_jax.search.reading import file_of
 from drl_jax.search.refine import Candidate, Film, encode, refine, tighten
 from drl_jax.search.windows import Window, find_spans
 
@@ -49,7 +50,7 @@ class Ranker:
         if options.engine in ("scan", "qdrant") and not model.interaction.HAS_VECTORS:
             raise UserError(
                 f"the interaction {model.config.model.interaction} has no vectors that"
-                f" --engine={options.engine} can compare; use --engine=exact"
+                f" engine={options.engine} can compare; use engine=exact"
             )
         self.engine = SearchEngine(model.config.model, model.params)
         self.bank = functools.lru_cache(1)(model.encode_text)
@@ -223,7 +224,7 @@ class Answer:
             how_unusual = None if scale is None else unusual(score, scale)
             explained = functools.partial(self._explained, video, window, number)
             moments.append(Moment(start, end, score, window, number, how_unusual, explained))
-        path = self._index.folder / video.path
+        path = file_of(self._index.folder, video.path)
         return Hit(rank, path, video, tuple(moments), tuple(windows), scores)
 
     def _explained(self, video: IndexedVideo, window: Window, number: int) -> Explanation | None:

@@ -79,7 +79,7 @@ def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Itera
             yield file
 
 
-def path_of(name: str) -> str:
+def path_of(name: str | Path) -> str:
     r"""The path of a file in an index: a byte of the name that is not UTF-8 becomes \xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 

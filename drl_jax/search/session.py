@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import numbers
 import os
 import threading
 import time
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from drl_jax.pretrained.model import RetrievalModel, load_source
-from drl_jax.runtime.errors import Notice, UserError, as_path
+from drl_jax.pretrained.model import RetrievalModel, check_model, load_source
+from drl_jax.runtime.errors import Notice, UserError, as_path, check_count
 from drl_jax.search import MOMENTS
 from drl_jax.search.duplicates import same_picture
 from drl_jax.search.filters import Filters
@@ -35,6 +34,7 @@ from drl_jax.search.query import (
     encode_query,
     encode_sentences,
     encode_video_file,
+    read_picture,
 )
 from drl_jax.search.ranking import Answer, FindCandidates, Ranker, SearchOptions
 
@@ -94,8 +94,10 @@ class Index:
         """
         self.directory = as_path(directory, "the index").absolute()
         options = options or SearchOptions()
-        if not isinstance(model, RetrievalModel | None) or not isinstance(options, SearchOptions):
-            raise UserError("an Index takes a model that drl_jax.load returns, and SearchOptions")
+        if not isinstance(options, SearchOptions):
+            raise UserError(f"the options of an Index are SearchOptions(...), not {options!r}")
+        if model is not None:
+            check_model(model, "Index")
         self._adding = threading.Lock()
         is_new = model is not None and not has_index(self.directory)
         if model is None:
@@ -156,7 +158,8 @@ class Index:
         try:
             state = self.state()
         except UserError as error:
-            return f"Index {self.directory}: {error}"
+            about = f": {error}" if has_index(self.directory) else " of 0 videos"
+            return f"Index {self.directory}{about}"
         return f"Index of {state.count} videos of {state.folder} in {self.directory}"
 
     def state(self) -> OpenIndex:
@@ -213,9 +216,8 @@ class Index:
 
         Raises UserError if a query is empty or cannot be read, or no video passes the filters.
         """
-        for name, number in (("top", top), ("moments", moments)):
-            if not isinstance(number, numbers.Integral) or number is True or number < 1:
-                raise UserError(f"{name} is a positive whole number, not {number!r}")
+        check_count(top, "top")
+        check_count(moments, "moments")
         if not isinstance(filters, Filters | None):
             raise UserError(f"filters are Filters(...), not {type(filters).__name__}")
         if not isinstance(query, str | Query | list | tuple) or not all(
@@ -257,6 +259,8 @@ class Index:
         """The hits of one query in one state of the index, those before `offset` left out."""
         if isinstance(query.video, Path):  # What is kept of a query has no file that can change.
             query = dataclasses.replace(query, video=encode_video_file(self.model, query.video))
+        if isinstance(query.picture, Path):
+            query = dataclasses.replace(query, picture=read_picture(self.model, query.picture))
         cues, notice = state.find_cues(query.sentence, _FUSED, moments, among) if text else ({}, "")
         request = _Request(state, self._encoded(query), max(top, _FUSED) if cues else top, among)
         self._waiting.append(request)

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from drl_jax.data.video_file import VIDEO_SUFFIXES
 from drl_jax.models.interactions import Features
+from drl_jax.pretrained.inputs import items_of
 from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError, as_path, printable
 from drl_jax.runtime.files import write_json
@@ -147,9 +148,13 @@ def update_index(
     Raises UserError: there is no video, most files are gone, the index was made with something
     else, or a node of the cluster cannot work.
     """
-    if not videos.is_dir():
-        raise UserError(f"no directory {videos}; --videos names the folder of the videos")
     folder, whole = videos.resolve(), directory
+    if not videos.is_dir():
+        parts = part_directories(whole) if has_index(whole) else []
+        is_known = str(folder) in [read_header(part)["videos"] for part in parts]
+        if not (is_known and prune):
+            how = "is it mounted? pruning removes its videos" if is_known else "name the folder"
+            raise UserError(f"no directory {videos}; {how}")
     directory, first = directory_for(whole, folder), {}
     if directory != whole:
         parent = part_directories(whole)[0]
@@ -194,9 +199,7 @@ def add_videos(
 ) -> IndexReport:
     """Updates an index as it was made: to a folder, or to files of its folders (`Index.add`)."""
     given = [videos] if isinstance(videos, str | os.PathLike) else videos
-    if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
-        raise UserError(f"add takes a folder, or a list of files, not {type(videos).__name__}")
-    given = [as_path(path, "a video") for path in given]
+    given = [as_path(path, "a video") for path in items_of(given, "add", "file")]
     headers = []
     if has_index(directory):
         headers = [read_header(part) for part in part_directories(directory)]
@@ -204,7 +207,7 @@ def add_videos(
     folders = [Path(header["videos"]) for header in headers]
     chosen: dict[Path, list[str]] = {}
     for path in given:
-        if path.is_dir():
+        if path.is_dir() or path.resolve() in folders:
             chosen[path] = []
             continue
         place = path.parent.resolve() / path.name
@@ -235,7 +238,9 @@ def _check_made_with(directory: Path, header: Mapping[str, Any], given: Mapping[
         other = f"another {what}" if name in header else f"no {what}"
         if isinstance(header.get(name), str | float) and name != "fingerprint":
             other += f", {header[name]}"
-        raise SearchIndexError(f"the index {directory} was made with {other}; give another --index")
+        raise SearchIndexError(
+            f"the index {directory} was made with {other}; give another directory"
+        )
 
 
 class _Update:
@@ -273,6 +278,8 @@ class _Update:
             self._paths = list(dict.fromkeys(names))
             named = {path: reading.find_named(folder, path, self._timeout) for path in self._paths}
             files = [file for file in named.values() if file is not None]
+        elif not folder.is_dir():  # It is gone, and its videos are to be removed.
+            files = []
         else:
             files = list(reading.find_videos(folder, self._timeout, self._report.bad))
         known = {file.path: file for file in writer.files(self._paths)}
@@ -323,7 +330,7 @@ class _Update:
         if lost and not is_mounted:
             raise UserError(
                 f"{lost} of the {total} videos of the index {self._writer.directory} are not in"
-                f" {self._folder}: is it the right folder, and mounted? --prune removes them"
+                f" {self._folder}: is it the right folder, and mounted? pruning removes them"
             )
 
     def run(self, cluster: "RayCluster | None") -> IndexReport:

@@ -21,7 +21,7 @@ _HEADS_OF_WIDTH = {
 }
 UNSTATED = "does not say its activation"
 # Where a release is named.
-RELEASE_FLAGS = "--config.model.release=NAME of a training, --release=NAME of other commands"
+RELEASE_FLAGS = "config.model.release=NAME of a training, or release=NAME"
 
 
 class Description(NamedTuple):

@@ -215,10 +215,10 @@ def _choose(
     averages = [n for n in whole if {"ema", "swa", "averaged"} & set(re.split("[._]", n.lower()))]
     others = [name for name in whole if len(whole) == 1 or name not in averages]
     if len(others) != 1:
-        flags = "--weights_key=KEY (--config.model.weights_key=KEY of a training)"
+        flags = "weights_key=KEY (config.model.weights_key=KEY of a training)"
         raise WeightsError(f"has several pairs of towers, under {keys}; choose one with {flags}")
     beside = " and ".join(repr(name) for name in averages if name not in others)
-    notes = [f"a moving average is under {beside} (--weights_key)"] if beside else []
+    notes = [f"a moving average is under {beside} (weights_key)"] if beside else []
     return whole[others[0]], notes
 
 

@@ -109,7 +109,7 @@ def check_state(state: StateDict, shapes: Params) -> list[Entry]:
     if unknown := sorted(state.keys() - known):
         problem = f"the weights have {some(unknown)}, which the model does not have"
         if not any(name.startswith("clip.") for name in unknown):
-            problem += "; the towers alone load with --weights_key=clip (config.model.weights_key)"
+            problem += "; the towers alone load with weights_key=clip (config.model.weights_key)"
         raise WeightsError(problem)
     for name, shape in wanted.items():
         found, dtype = state[name].shape, state[name].dtype

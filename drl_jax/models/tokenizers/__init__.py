@@ -63,8 +63,8 @@ def check_cleaning(model: ModelConfig) -> None:
     if not model.tokenizer and cleaning != "clip":
         raise ConfigError(
             "these towers (SigLIP, MetaCLIP 2) have a tokenizer of their own: put"
-            f" {' or '.join(_KINDS)} beside the weights, or give --config.model.tokenizer=FILE (a"
-            " training) or --tokenizer=FILE (other commands)"
+            f" {' or '.join(_KINDS)} beside the weights, or give config.model.tokenizer=FILE (a"
+            " training) or tokenizer=FILE"
         )
 
 
