@@ -252,6 +252,7 @@ class _Update:
         self._writer, self._model, self._folder, self._timeout = writer, model, folder, timeout
         self._report, self._is_silent = IndexReport(), not shows_progress
         self._paths: list[str] | None = None  # The files of `--only`; None: all.
+        self._has_all = True  # Whether all files of the index are compared.
         self._found: list[str] = []  # Those of them that are there.
         # New and changed files, and those with damaged features; what the index has of them.
         self._pending: list[FoundFile] = []
@@ -267,6 +268,7 @@ class _Update:
     def compare(self, only: Sequence[str]) -> None:
         """Compares the index with the files of the folder, or only some; checks their features."""
         writer, folder, root = self._writer, self._folder, self._folder.absolute()
+        refused = self._report.unavailable
         if only:
             given = [PurePath(reading.path_of(path)) for path in only]
             names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in given]
@@ -274,9 +276,12 @@ class _Update:
             named = {path: reading.find_named(folder, path, self._timeout) for path in self._paths}
             files = [file for file in named.values() if file is not None]
         else:
-            files = list(reading.find_videos(folder, self._timeout, self._report.bad))
+            files = list(reading.find_videos(folder, self._timeout, self._report.bad, refused))
         known = {file.path: file for file in writer.files(self._paths)}
-        if not (only or known or files):
+        below = tuple(f"{name}/" for name in refused)
+        self._has_all = not only and not below
+        known = {path: file for path, file in known.items() if not path.startswith(below)}
+        if not (only or known or files or refused):
             raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
         for path in self._paths or ():
             if path not in known and named[path] is None:
@@ -330,7 +335,7 @@ class _Update:
         writer, report, total = self._writer, self._report, len(self._pending)
         work, videos = writer.spool_file(text_index.FILE), self._paths or self._found
         report.transcripts, report.bad_transcripts = text_index.update_text(
-            writer.directory, work, self._folder, videos, is_all=self._paths is None
+            writer.directory, work, self._folder, videos, is_all=self._has_all
         )
         reads = zip(self._pending, self._read(cluster), strict=True)
         shown = tqdm(

@@ -20,6 +20,7 @@ from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.search.index_file import part_directories, read_header
 from drl_jax.search.reading import find_videos
 from drl_jax.search.session import Index
+from drl_jax.search.transcripts import find_transcripts
 from drl_jax.search.update import IndexReport
 
 # Milliseconds between looks, at least: a file that two looks find alike is not being written.
@@ -110,7 +111,7 @@ def _notices(folders: Sequence[Path], stop: threading.Event) -> Iterator[bool]:
 class _Folder:
     """A folder that is followed. `waits`: a file may still be written; `seconds` of the last look.
 
-    Files are compared by their sizes and modification times, like those of an index.
+    Files are compared by sizes and modification times, with the transcripts beside them.
     """
 
     def __init__(
@@ -124,15 +125,15 @@ class _Folder:
         self._on_report, self._on_error = on_report, on_error
         self.waits, self.seconds, self._failure = False, 0.0, ""
         # As of the last update, by path; None: not known, and all files are compared.
-        self._seen: dict[str, tuple[int, int]] | None = None
-        self._listed: dict[str, tuple[int, int]] = {}
+        self._seen: dict[str, tuple] | None = None
+        self._listed: dict[str, tuple] = {}
         self._unread: set[str] = set()
 
     def look(self, *, is_timed: bool) -> bool:
         """Updates the index to what has changed and settled; whether something has changed."""
         start, self.waits = time.monotonic(), False
         try:
-            found = {f.path: (f.size, f.mtime_ns) for f in find_videos(self._folder, 0.0, {})}
+            found = self._list()
             self.seconds = time.monotonic() - start
             changed, settled = self._compare(found, is_timed)
             if settled is not None:
@@ -149,8 +150,16 @@ class _Folder:
             self._failure = str(line)
             return False
 
+    def _list(self) -> dict[str, tuple]:
+        """By the paths of videos: what tells whether they, or transcripts beside them, change."""
+        videos = find_videos(self._folder, 0.0, {}, {})
+        found: dict[str, tuple] = {file.path: (file.size, file.mtime_ns) for file in videos}
+        for one in find_transcripts(self._folder, found):
+            found[one.video] += one[1:4]
+        return found
+
     def _compare(
-        self, found: dict[str, tuple[int, int]], is_timed: bool
+        self, found: dict[str, tuple], is_timed: bool
     ) -> tuple[bool, list[str] | None]:
         """Whether files have changed, and which to update: [] is all of them, None is no update."""
         before, self._listed = self._listed, found
@@ -170,7 +179,7 @@ class _Folder:
             return True, []
         return bool(changed), settled or None
 
-    def _run(self, found: dict[str, tuple[int, int]], only: list[str]) -> None:
+    def _run(self, found: dict[str, tuple], only: list[str]) -> None:
         seen, self._seen = self._seen, None
         try:
             report = self._update(self._folder, only)
@@ -184,7 +193,7 @@ class _Folder:
             self._seen = {p: of for p, of in seen.items() if p not in {*only}} | now
         else:
             self._seen = found
-        self._unread |= report.unavailable.keys()
+        self._unread |= report.unavailable.keys() & found.keys()
         if seen is None or report.has_changed:
             self._on_report(report)
 
