@@ -178,6 +178,9 @@ def test_a_folder_that_is_not_mounted_is_one_line(tmp_path, monkeypatch):
     (folder / "late.mp4").write_text("")
     wait_until(lambda: len(calls) == 3)
     assert calls[1:] == 2 * [["late.mp4"]]
+    (folder / "0.en.srt").write_text("")
+    wait_until(lambda: len(calls) == 4)
+    assert calls.pop() == ["0.mp4"]
     away = folder.rename(tmp_path / "away")
     wait_until(lambda: len(errors) == 1)
     folder.mkdir()

@@ -67,8 +67,8 @@ def _folder_parser() -> Parser:
     text = "Indexes folders of videos; answers a sentence, or serves the search page."
     parser = Parser("drl_jax search", description=text)
     add = parser.add_argument
-    add("words", nargs="+", metavar="FOLDER ... [SENTENCE]", help="folders, then a sentence")
-    text = "directory of the index (in ~/.local/share/drl_jax, by the first folder)"
+    add("words", nargs="+", metavar="FOLDER", help="folders of videos, and then a sentence or none")
+    text = "directory of the index (one in ~/.local/share/drl_jax for these folders)"
     add("--index", type=Path, help=text)
     text = (
         "of a new index: general, large, multilingual, fast; a run, a file of weights, ViT-B/32,"
@@ -149,7 +149,7 @@ def _add_serve_flags(parser: Parser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--allowed_hosts", default="", metavar="NAME,...", help="other names of this server")
     add("--no_token", action="store_true", help="answer also other machines that send no token")
-    add("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
+    add("--port", type=_port, default=8000, help="0 chooses a free one (%(default)s)")
     text = "path of the page, for a proxy: with /videos it is http://HOST/videos/"
     add("--root_path", default="", metavar="PATH", help=text)
     add("--watch", action="store_true", help="update the index when files of its folders change")
@@ -185,6 +185,13 @@ def _count(text: str) -> int:
     return 0 if text == "0" else positive_int(text)
 
 
+def _port(text: str) -> int:
+    # Systems take a larger one for what is left of it.
+    if (port := _count(text)) > 65_535:
+        raise argparse.ArgumentTypeError(f"must be at most 65535, not {text!r}")
+    return port
+
+
 def _frame_rate(text: str) -> float:
     rate = positive_seconds(text)
     if not 1 <= rate <= 4:
@@ -196,8 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     words, parser = sys.argv[1:] if arguments is None else list(arguments), _parser()
     # A word that is a command is the command: a folder of this name is written ./query.
-    has_folder = bool(words) and not words[0].startswith("-") and words[0] not in _commands(parser)
-    options = (_folder_parser() if has_folder else parser).parse_args(words)
+    has_folder = bool(words) and words[0] not in ("-h", "--help", *_commands(parser))
+    # Flags may stand before, between and behind folders and a sentence.
+    parse = _folder_parser().parse_intermixed_args if has_folder else parser.parse_args
+    options = parse(words)
 
     def work() -> None:
         from drl_jax.runtime.resources import cache_compilations

@@ -69,20 +69,18 @@ def _index(options: argparse.Namespace) -> None:
 
 def _follow(options: argparse.Namespace, update: Callable[..., IndexReport]) -> None:
     """Updates an index until it is interrupted; raises what the first update raises."""
-    has_reported = False
-
-    def show(report: IndexReport) -> None:
-        nonlocal has_reported
-        has_reported = True
-        watch.print_report(report)
+    shown: list[None] = []
 
     def fail(error: UserError) -> None:
-        if not has_reported:
+        if not shown:
             raise error
-        watch.print_error(error)
+        watch.tell(error)
 
     def update_some(folder: Path, only: Sequence[str]) -> IndexReport:
         return update(folder, only=only, shows_progress=not only)
+
+    def show(report: str) -> None:
+        shown.append(print(report, flush=True))
 
     watch.follow(update_some, [options.videos], show, fail, threading.Event())
 
@@ -148,9 +146,9 @@ def _query(options: argparse.Namespace) -> None:
     search = functools.partial(index.search, filters=_filters(options), **given)
     if query != Query():
         queries = [dataclasses.replace(query, sentence=text) for text in sentences or [""]]
-        _print(options, index, sentences or [str(others)], map(search, queries))
+        print_answers(options, index, sentences or [str(others)], map(search, queries))
     elif sentences:
-        _print(options, index, sentences, search(sentences))
+        print_answers(options, index, sentences, search(sentences))
     else:
         about = index.model.about
         print(f"{about['name']} knows {about['knows']}, {about['languages']}")
@@ -169,9 +167,10 @@ def _filters(options: argparse.Namespace) -> Filters:
     return Filters(only=tuple(options.only), **given)
 
 
-def _print(
+def print_answers(
     options: argparse.Namespace, index: Index, names: Sequence[str], found: Iterable[list[Hit]]
 ) -> None:
+    """Prints the hits of queries with these names, or with `--json` an object for each of them."""
     for name, hits in zip(names, found, strict=True):
         if options.json:
             answer = {"model": index.model.about, "query": name}

@@ -96,14 +96,14 @@ class IndexReport:
             f" {self.windows} windows take {self.nbytes / 1e6:.1f} MB"
         )
         if self.transcripts:
-            yield f"{self.transcripts} transcripts can be searched with --text"
+            yield f"transcripts that --text searches: {self.transcripts}"
         for reasons, title in (
-            (self.bad, "files cannot be searched"),
-            (self.bad_transcripts, "transcripts cannot be read"),
-            (self.unavailable, "files could not be read this time"),
+            (self.bad, "cannot be searched"),
+            (self.bad_transcripts, "transcripts that cannot be read"),
+            (self.unavailable, "could not be read this time"),
         ):
             if reasons:
-                yield f"{len(reasons)} {title}:"
+                yield f"{title} ({len(reasons)}):"
             yield from (f"  {printable(path)}: {reason}" for path, reason in reasons.items())
 
     def __str__(self) -> str:
@@ -327,8 +327,8 @@ class _Update:
         is_mounted = lost <= total / 2 if self._paths is None else any(self._folder.iterdir())
         if lost and not is_mounted:
             raise UserError(
-                f"{lost} of the {total} videos of the index {self._writer.directory} are not in"
-                f" {self._folder}: is it the right folder, and mounted? --prune removes them"
+                f"{lost} of the {total} files of the index {self._writer.directory} are not in"
+                f" {self._folder}: is it the right folder, and mounted? index --prune removes them"
             )
 
     def run(self, cluster: "RayCluster | None") -> IndexReport:

@@ -39,7 +39,7 @@ UpdateFolder = Callable[[Path, Sequence[str]], IndexReport]
 def follow(
     update: UpdateFolder,
     folders: Sequence[Path],
-    on_report: Callable[[IndexReport], None],
+    on_report: Callable[[str], object],
     on_error: Callable[[UserError], None],
     stop: threading.Event,
 ) -> None:
@@ -50,7 +50,8 @@ def follow(
     Args:
       update: e.g. `update_index`; the paths are `only`, and none means the whole folder.
       folders: of the index.
-      on_report: called after the first update of a folder, and when one has changed something.
+      on_report: gets the folder and the report of its first update, and when one has changed
+        something.
       on_error: called when an update fails, unless it fails as the one before.
       stop: ends the following, not an update.
 
@@ -118,7 +119,7 @@ class _Folder:
         self,
         folder: Path,
         update: UpdateFolder,
-        on_report: Callable[[IndexReport], None],
+        on_report: Callable[[str], object],
         on_error: Callable[[UserError], None],
     ):
         self._folder, self._update = folder, update
@@ -158,9 +159,7 @@ class _Folder:
             found[one.video] += one[1:4]
         return found
 
-    def _compare(
-        self, found: dict[str, tuple], is_timed: bool
-    ) -> tuple[bool, list[str] | None]:
+    def _compare(self, found: dict[str, tuple], is_timed: bool) -> tuple[bool, list[str] | None]:
         """Whether files have changed, and which to update: [] is all of them, None is no update."""
         before, self._listed = self._listed, found
         if self._seen is None:
@@ -195,21 +194,17 @@ class _Folder:
             self._seen = found
         self._unread |= report.unavailable.keys() & found.keys()
         if seen is None or report.has_changed:
-            self._on_report(report)
+            self._on_report(f"{self._folder}: {report}")
 
 
-def print_report(report: IndexReport) -> None:
-    print("\n".join(report.lines()), flush=True)
-
-
-def print_error(error: UserError) -> None:
-    print(f"drl_jax.search: {error}", file=sys.stderr, flush=True)
+def tell(line: str | UserError) -> None:
+    """Prints what happens on stderr: the answers alone are on stdout."""
+    line = f"drl_jax.search: {line}" if isinstance(line, UserError) else line
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def updating(
-    index: Index, folders: Sequence[Path], *, follows: bool
-) -> Iterator[tuple[threading.Thread, list[UserError]]]:
+def updating(index: Index, folders: Sequence[Path], *, follows: bool) -> Iterator[threading.Thread]:
     """Updates an index to folders in a thread, which prints what it does, in the block.
 
     The process ends with status 0 if it does so in an update, of which the next one does the rest.
@@ -217,10 +212,9 @@ def updating(
     Args:
       follows: whether to follow the folders until the end of the block.
 
-    Yields:
-      The thread, and the errors of folders that are not followed.
+    Yields the thread, which ends early if it does not follow.
     """
-    stop, errors = threading.Event(), list[UserError]()
+    stop = threading.Event()
 
     def update(folder: Path, only: Sequence[str]) -> IndexReport:
         return index.add([folder / path for path in only] or folder)
@@ -228,24 +222,24 @@ def updating(
     def update_once() -> None:
         for folder in folders:
             try:
-                print_report(index.add(folder, progress=True))
+                tell(f"{folder}: {index.add(folder, progress=True)}")
             except UserError as error:
-                errors.append(error)
-                print_error(error)
+                tell(error)
 
     if follows:
         _watchfiles()
-        arguments = (update, folders, print_report, print_error, stop)
+        arguments = (update, folders, tell, tell, stop)
         thread = threading.Thread(target=follow, args=arguments, daemon=True)
     else:
         thread = threading.Thread(target=update_once, daemon=True)
     thread.start()
     try:
-        yield thread, errors
+        yield thread
     finally:
         stop.set()
         thread.join(2.0)
         if thread.is_alive():
+            tell("")  # Behind its bar.
             # XLA may crash at the end of Python with what is left unfinished.
             atexit.register(os._exit, 0)
             atexit.register(sys.stdout.flush)
