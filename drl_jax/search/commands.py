@@ -25,7 +25,7 @@ from drl_jax.search import watch
 from drl_jax.search.addresses import moment_of
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
-from drl_jax.search.hits import Hit, explain, format_timestamp
+from drl_jax.search.hits import Hits, explain, format_timestamp
 from drl_jax.search.index_file import IndexPart, join, recorded_encoder
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
@@ -58,8 +58,7 @@ def _index(options: argparse.Namespace) -> None:
         if options.watch:
             _follow(options, update)
         report = update(options.videos)
-    first, *rest = report.lines()
-    print("\n".join([f"{options.index}: {first} ({options.storage})", *rest]))
+    print(f"{options.index}: {report}")
     if report.unavailable:
         raise UserError(
             f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
@@ -155,7 +154,7 @@ def _query(options: argparse.Namespace) -> None:
         with contextlib.suppress(EOFError):
             while sentence := input("sentence (an empty line ends): ").strip():
                 try:
-                    print(f"{sentence}\n{format_hits(search(sentence))}")
+                    print(f"{sentence}\n{search(sentence)}")
                 except UserError as error:
                     print(error)
 
@@ -168,7 +167,7 @@ def _filters(options: argparse.Namespace) -> Filters:
 
 
 def print_answers(
-    options: argparse.Namespace, index: Index, names: Sequence[str], found: Iterable[list[Hit]]
+    options: argparse.Namespace, index: Index, names: Sequence[str], found: Iterable[Hits]
 ) -> None:
     """Prints the hits of queries with these names, or with `--json` an object for each of them."""
     for name, hits in zip(names, found, strict=True):
@@ -176,7 +175,7 @@ def print_answers(
             answer = {"model": index.model.about, "query": name}
             print(json.dumps({**answer, "hits": [hit.to_json() for hit in hits]}))
         else:
-            print(f"{name}\n{format_hits(hits)}")
+            print(f"{name}\n{hits}")
 
 
 def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
@@ -190,34 +189,6 @@ def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
         print(json.dumps({"video": str(options.video), "sentences": found}))
     else:
         print("\n".join(f"{score:8.4f}  {text}" for score, text in ranked))
-
-
-def format_hits(hits: Sequence[Hit]) -> str:
-    """Formats hits as text: rank, score and path; then each moment, with its words for the best."""
-    lines = []
-    # Weak ones are set apart instead of listed as if they were answers.
-    for hit in sorted(hits, key=lambda hit: hit.is_weak):
-        if hit.is_weak and "weak matches:" not in lines:
-            lines.append("weak matches:")
-        same = "  (has this picture)" if hit.is_same else ""
-        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(str(hit.path))}{same}")
-        for moment in hit.moments:
-            start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
-            best = f", best at {peak}" if moment.explanation else ""
-            lines.append(f"{'':14}{start} to {end}{best} ({moment.score:.4f})")
-        for cue in hit.cues:
-            said = f"{format_timestamp(cue.start)} “{printable(cue.text)}” ({printable(cue.file)})"
-            lines.append(f"{'':14}{said}")
-        if (explanation := hit.moments[0].explanation) is None:
-            continue
-        words = []
-        for word, weight, similarity in explanation.words():
-            share = f" ({weight:.0%})" if weight >= 0.005 else ""
-            words.append(
-                f"{word} {format_timestamp(explanation.times[similarity.argmax()])}{share}"
-            )
-        lines.append(f"{'':14}{'  '.join(words)}")
-    return "\n".join(lines)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -306,8 +277,6 @@ def _mcp(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
-
     model, path = model_of_flags(options), options.video
     if options.index is not None:
         index = Index(options.index, model)
@@ -330,10 +299,7 @@ def _explain(options: argparse.Namespace) -> None:
         times, pictures = read.arrays["frame.time"][chosen], np.array(frames[chosen])
     arrays = {name: array[best] for name, array in windows.items()}
     explanation = explain(model.interaction, query.parts[0], arrays, query.words, times)
-    title = f"“{options.query}”  {scores[best]:.4f}\n{path.name}"
-    clocks = list(map(format_timestamp, times))
-    words = explanation.tokens
-    figure = interaction_figure(explanation.attribution, words, clocks, pictures, title)
+    figure = explanation.figure(pictures, f"“{options.query}”  {scores[best]:.4f}\n{path.name}")
     try:
         figure.savefig(options.out, dpi=150)
     except (OSError, ValueError) as error:

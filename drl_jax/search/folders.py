@@ -52,10 +52,10 @@ def search_folders(options: argparse.Namespace) -> None:
     from drl_jax.search.serve import serve  # Answers need no server.
 
     with updating(index, folders, follows=options.watch) as thread:
-        while not _is_searchable(index):
+        while not (found := _is_searchable(index)) and thread.is_alive():
             thread.join(_PAUSE)
-            if not thread.is_alive() and not _is_searchable(index):
-                raise UserError(f"no video of {', '.join(map(str, folders))} can be searched")
+        if not (found or _is_searchable(index)):
+            raise UserError(f"no video of {', '.join(map(str, folders))} can be searched")
         if not options.no_browser and any(map(os.environ.get, _DISPLAYS)):
             options.on_start = webbrowser.open
         options.watch = False
@@ -72,8 +72,9 @@ def _is_searchable(index: Index) -> bool:
 
 def split_words(words: Sequence[str]) -> tuple[list[Path], str]:
     """The folders among words, which come first, and the sentence that the others are."""
-    folders = [_expanded(word) for word in words]
-    count = next((n for n, folder in enumerate(folders) if not folder.is_dir()), len(words))
+    folders = [Path(word) for word in words]
+    are_there = [bool(word) and Path(word).is_dir() for word in words]
+    count = [*are_there, False].index(False)
     # Words of a sentence have spaces, or there are several; a folder that is not there is neither.
     rest = words[count:]
     if not count or any("/" in word and " " not in word for word in rest):
@@ -81,13 +82,6 @@ def split_words(words: Sequence[str]) -> tuple[list[Path], str]:
         what = "is a file, and no folder" if Path(wrong).is_file() else "is no folder"
         raise UserError(f"{printable(wrong)} {what}: write drl_jax search FOLDER")
     return folders[:count], " ".join(rest)
-
-
-def _expanded(word: str) -> Path:
-    try:
-        return Path(word or "no folder").expanduser()
-    except RuntimeError:  # Of a user who is not there.
-        return Path(word)
 
 
 def default_index(folders: Sequence[Path]) -> Path:

@@ -155,9 +155,8 @@ def update_index(
         parent = part_directories(whole)[0]
         first = read_header(parent)
         bank = bank or encoding.read_bank(parent, first)
-    made_with = {"source": model.source, "fingerprint": model.fingerprint}
-    made_with |= {"videos": str(folder), "storage": storage, "fps": fps}
-    made_with["encoder"] = model.encoder
+    made_with = {"source": model.source, "fingerprint": model.fingerprint, "fps": fps}
+    made_with |= {"encoder": model.encoder, "videos": str(folder), "storage": storage}
     made_with["frames"] = "by time, as shown"
     if bank:
         made_with["hubness"] = encoding.describe_bank(bank)
