@@ -173,7 +173,7 @@ def test_a_folder_that_is_not_mounted_removes_nothing(search_model, copy):
     with pytest.raises(UserError, match=r"1 of the 1 files .* is it the right folder, and moun"):
         update(search_model, copy, "all", "a.mp4")
     shutil.copy2(away / "a.mp4", copy / "videos")
-    with pytest.raises(UserError, match=r"6 of the 7 videos .* is it the right folder, and moun"):
+    with pytest.raises(UserError, match=r"6 of the 7 files .* is it the right folder, and moun"):
         update(search_model, copy, "all")
     assert counts(update(search_model, copy, "all", "no.mp4")) == (0, 0, 0, 1, 0)
     assert counts(update(search_model, copy, "all", prune=True)) == (0, 0, 0, 5, 1)
@@ -269,7 +269,7 @@ def test_files_that_cannot_be_searched_are_listed_and_not_tried_again(search_mod
     (videos / "link.mp4").symlink_to("nowhere.mp4")
     report = update(search_model, copy, "all")
     assert counts(report) == (1, 0, 0, 0, 7)
-    text = "\n".join(report.lines())
+    text = str(report)
     assert text.startswith("1 added, 0 changed, 0 moved, 0 removed, 7 unchanged; 4 cannot be sea")
     assert "cannot be searched (4):\n" in text
     assert "is not a video: its content is text" in report.bad.pop("no.mp4")

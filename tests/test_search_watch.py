@@ -169,8 +169,12 @@ def test_a_folder_that_is_not_mounted_is_one_line(tmp_path, monkeypatch):
             raise UserError("refused")
         return IndexReport(unavailable={"late.mp4": "it is late"} if len(calls) == 2 else {})
 
+    def say(line: str | UserError) -> None:
+        if isinstance(line, UserError):
+            errors.append(line)
+
     stop = threading.Event()
-    arguments = (update, [folder], lambda report: None, errors.append, stop)
+    arguments = (update, [folder], stop, say)
     thread = threading.Thread(target=watch.follow, args=arguments)
     thread.start()
     wait_until(lambda: calls == [[]])

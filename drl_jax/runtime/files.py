@@ -227,11 +227,10 @@ def names_below(directory: Path, others: dict[str, OSError | None] | None = None
     found, seen = [], set()
 
     def refuse(name: str, error: OSError) -> None:
-        if name.rpartition("/")[2] == "lost+found":
-            return
-        if others is None or not name:
+        if others is not None and name:
+            others[name] = None if name.endswith("lost+found") else error
+        elif not name.endswith("lost+found"):
             raise error
-        others[name] = error
 
     folders, links = [""], []
     while folders or links:

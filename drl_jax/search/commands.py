@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,13 @@ from drl_jax.search import watch
 from drl_jax.search.addresses import moment_of
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
-from drl_jax.search.hits import Hits, explain, format_timestamp
+from drl_jax.search.hits import explain, format_timestamp
 from drl_jax.search.index_file import IndexPart, join, recorded_encoder
 from drl_jax.search.query import Query, encode_sentences, encode_video_file, sampling_of
 from drl_jax.search.ranking import SearchOptions
 from drl_jax.search.reading import file_of, frames_of, open_picture, read_video
 from drl_jax.search.session import Index
-from drl_jax.search.update import IndexReport, parse_shard, update_index
-
-# Missing shards that are named.
-_SHOWN = 20
+from drl_jax.search.update import parse_shard, update_index
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -44,8 +41,10 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _index(options: argparse.Namespace) -> None:
     if options.shard is not None:
         parse_shard(options.shard)
-    if options.watch and options.only:
-        raise UserError("--watch follows the whole folder; omit --only")
+    if options.watch:
+        watch.watchfiles()  # It is there.
+        if options.only:
+            raise UserError("--watch follows the whole folder; omit --only")
     given = _given(options, "storage", "fps", "timeout", "prune", "only", "shard")
     with connect(options.ray) if options.ray else contextlib.nullcontext() as cluster:
         recorded = recorded_encoder(options.index)
@@ -55,33 +54,19 @@ def _index(options: argparse.Namespace) -> None:
         update = functools.partial(
             update_index, model, directory=options.index, cluster=cluster, **given
         )
-        if options.watch:
-            _follow(options, update)
         report = update(options.videos)
-    print(f"{options.index}: {report}")
+        print(f"{options.index}: {report}", flush=True)
+        if options.watch:
+            watch.follow(
+                lambda folder, only: update(folder, only=only, shows_progress=False),
+                [options.videos],
+                threading.Event(),
+            )
     if report.unavailable:
         raise UserError(
             f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
             " to try them again"
         )
-
-
-def _follow(options: argparse.Namespace, update: Callable[..., IndexReport]) -> None:
-    """Updates an index until it is interrupted; raises what the first update raises."""
-    shown: list[None] = []
-
-    def fail(error: UserError) -> None:
-        if not shown:
-            raise error
-        watch.tell(error)
-
-    def update_some(folder: Path, only: Sequence[str]) -> IndexReport:
-        return update(folder, only=only, shows_progress=not only)
-
-    def show(report: str) -> None:
-        shown.append(print(report, flush=True))
-
-    watch.follow(update_some, [options.videos], show, fail, threading.Event())
 
 
 def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
@@ -107,8 +92,7 @@ def _join(options: argparse.Namespace) -> None:
     counts = sorted({int(shard.partition("/")[2]) for shard in given})
     wanted = [f"{number}/{count}" for count in counts for number in range(count)]
     if missing := [shard for shard in wanted if shard not in given]:
-        rest = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        print(f"shards that were not given: {' '.join(missing[:_SHOWN])}{rest}")
+        print(f"shards that were not given: {' '.join(missing)}")
 
 
 def _query(options: argparse.Namespace) -> None:
@@ -167,7 +151,7 @@ def _filters(options: argparse.Namespace) -> Filters:
 
 
 def print_answers(
-    options: argparse.Namespace, index: Index, names: Sequence[str], found: Iterable[Hits]
+    options: argparse.Namespace, index: Index, names: Sequence[str], found: Iterable[list[Any]]
 ) -> None:
     """Prints the hits of queries with these names, or with `--json` an object for each of them."""
     for name, hits in zip(names, found, strict=True):

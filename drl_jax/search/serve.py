@@ -218,10 +218,8 @@ def serve(index: Index, options: argparse.Namespace) -> None:
             print(f"{len(index.videos)} videos on {access.url(port)}  (Ctrl-C stops)", flush=True)
             if options.on_start is not None:
                 options.on_start(access.url(port))
-            following = contextlib.nullcontext()
-            if options.watch:
-                following = updating(index, folders_of(index), follows=True)
-            with following:
+            follows = updating(index, folders_of(index), follows=True) if options.watch else None
+            with follows or contextlib.nullcontext():
                 uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             print()

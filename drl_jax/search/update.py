@@ -88,28 +88,24 @@ class IndexReport:
         counts = (self.added, self.changed, self.moved, self.removed)
         return any(counts) or bool(self.bad or self.unavailable)
 
-    def lines(self) -> Iterator[str]:
-        """The report as text: the numbers, and then the files with a reason."""
-        yield (
+    def __repr__(self) -> str:
+        """The numbers, and then the files with a reason."""
+        lines = [
             f"{self.added} added, {self.changed} changed, {self.moved} moved, {self.removed}"
             f" removed, {self.unchanged} unchanged; {len(self.bad)} cannot be searched;"
             f" {self.windows} windows take {self.nbytes / 1e6:.1f} MB"
-        )
+        ]
         if self.transcripts:
-            yield f"transcripts that --text searches: {self.transcripts}"
+            lines.append(f"transcripts that --text searches: {self.transcripts}")
         for reasons, title in (
             (self.bad, "cannot be searched"),
             (self.bad_transcripts, "transcripts that cannot be read"),
             (self.unavailable, "could not be read this time"),
         ):
             if reasons:
-                yield f"{title} ({len(reasons)}):"
-            yield from (f"  {printable(path)}: {reason}" for path, reason in reasons.items())
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
-
-    __repr__ = __str__
+                lines.append(f"{title} ({len(reasons)}):")
+            lines += [f"  {printable(path)}: {reason}" for path, reason in reasons.items()]
+        return "\n".join(lines)
 
 
 def update_index(

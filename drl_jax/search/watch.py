@@ -7,6 +7,7 @@ writes.
 
 import atexit
 import contextlib
+import importlib
 import math
 import os
 import sys
@@ -34,14 +35,21 @@ _UNREAD = (-1, -1)
 
 # Updates an index to a folder, or only to some paths in it.
 UpdateFolder = Callable[[Path, Sequence[str]], IndexReport]
+# Gets what happens.
+Say = Callable[[str | UserError], object]
+
+
+def tell(line: str | UserError) -> None:
+    """Prints what happens on stderr: the answers alone are on stdout."""
+    line = f"drl_jax.search: {line}" if isinstance(line, UserError) else line
+    print(line, file=sys.stderr, flush=True)
 
 
 def follow(
     update: UpdateFolder,
     folders: Sequence[Path],
-    on_report: Callable[[str], object],
-    on_error: Callable[[UserError], None],
     stop: threading.Event,
+    say: Say = tell,
 ) -> None:
     """Updates an index to folders, and again when their files change, until `stop` is set.
 
@@ -50,15 +58,14 @@ def follow(
     Args:
       update: e.g. `update_index`; the paths are `only`, and none means the whole folder.
       folders: of the index.
-      on_report: gets the folder and the report of its first update, and when one has changed
-        something.
-      on_error: called when an update fails, unless it fails as the one before.
       stop: ends the following, not an update.
+      say: gets the report of an update that has changed something, and why one fails, unless it
+        fails as the one before.
 
     Raises UserError if watchfiles is not installed.
     """
-    _watchfiles()
-    followed = [_Folder(folder, update, on_report, on_error) for folder in folders]
+    watchfiles()
+    followed = [_Folder(folder, update, say) for folder in folders]
     next_timed = earliest = -math.inf
     is_due = False
     while not stop.is_set():
@@ -77,19 +84,19 @@ def follow(
             is_due = False
 
 
-def _watchfiles() -> ModuleType:
+def watchfiles() -> ModuleType:
+    """The library; raises a UserError if it is not installed."""
     try:
-        import watchfiles
+        return importlib.import_module("watchfiles")
     except ImportError as error:
         line = "--watch needs watchfiles: pip install 'drl_jax[watch]'"
         raise UserError(line) from error
-    return watchfiles
 
 
 def _notices(folders: Sequence[Path], stop: threading.Event) -> Iterator[bool]:
     """Whether the system noticed a change: at once, and then every second until `stop` is set."""
     yield False
-    changes = _watchfiles().watch(
+    changes = watchfiles().watch(
         *folders,
         watch_filter=None,
         debounce=5 * _BETWEEN,
@@ -115,15 +122,8 @@ class _Folder:
     Files are compared by sizes and modification times, with the transcripts beside them.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        update: UpdateFolder,
-        on_report: Callable[[str], object],
-        on_error: Callable[[UserError], None],
-    ):
-        self._folder, self._update = folder, update
-        self._on_report, self._on_error = on_report, on_error
+    def __init__(self, folder: Path, update: UpdateFolder, say: Say):
+        self._folder, self._update, self._say = folder, update, say
         self.waits, self.seconds, self._failure = False, 0.0, ""
         # As of the last update, by path; None: not known, and all files are compared.
         self._seen: dict[str, tuple] | None = None
@@ -147,7 +147,7 @@ class _Folder:
                 return True
             line = Unavailable(self._folder, error) if isinstance(error, OSError) else error
             if str(line) != self._failure:
-                self._on_error(line)
+                self._say(line)
             self._failure = str(line)
             return False
 
@@ -193,14 +193,8 @@ class _Folder:
         else:
             self._seen = found
         self._unread |= report.unavailable.keys() & found.keys()
-        if seen is None or report.has_changed:
-            self._on_report(f"{self._folder}: {report}")
-
-
-def tell(line: str | UserError) -> None:
-    """Prints what happens on stderr: the answers alone are on stdout."""
-    line = f"drl_jax.search: {line}" if isinstance(line, UserError) else line
-    print(line, file=sys.stderr, flush=True)
+        if report.has_changed:
+            self._say(f"{self._folder}: {report}")
 
 
 @contextlib.contextmanager
@@ -227,9 +221,8 @@ def updating(index: Index, folders: Sequence[Path], *, follows: bool) -> Iterato
                 tell(error)
 
     if follows:
-        _watchfiles()
-        arguments = (update, folders, tell, tell, stop)
-        thread = threading.Thread(target=follow, args=arguments, daemon=True)
+        watchfiles()
+        thread = threading.Thread(target=follow, args=(update, folders, stop), daemon=True)
     else:
         thread = threading.Thread(target=update_once, daemon=True)
     thread.start()
