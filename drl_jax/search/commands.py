@@ -63,10 +63,8 @@ def _index(options: argparse.Namespace) -> None:
                 threading.Event(),
             )
     if report.unavailable:
-        raise UserError(
-            f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
-            " to try them again"
-        )
+        line = f"could not be read, which may pass: {', '.join(report.unavailable)}"
+        raise UserError(f"{line}; rerun the command to try again")
 
 
 def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:

@@ -40,7 +40,6 @@ def search_folders(options: argparse.Namespace) -> None:
     tell(f"model: {' '.join(model.source.values())}; index: {directory}")
     index = Index(directory, model)
     if sentence:
-        tell(f"sentence: {sentence}")
         try:
             for folder in folders:
                 tell(f"{folder}: {index.add(folder, progress=True)}")

@@ -222,9 +222,8 @@ def updating(index: Index, folders: Sequence[Path], *, follows: bool) -> Iterato
 
     if follows:
         watchfiles()
-        thread = threading.Thread(target=follow, args=(update, folders, stop), daemon=True)
-    else:
-        thread = threading.Thread(target=update_once, daemon=True)
+    target, arguments = (follow, (update, folders, stop)) if follows else (update_once, ())
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
     thread.start()
     try:
         yield thread
