@@ -124,7 +124,7 @@ class _Folder:
 
     def __init__(self, folder: Path, update: UpdateFolder, say: Say):
         self._folder, self._update, self._say = folder, update, say
-        self.waits, self.seconds, self._failure = False, 0.0, ""
+        self.waits, self.seconds, self._failure, self._said = False, 0.0, "", ""
         # As of the last update, by path; None: not known, and all files are compared.
         self._seen: dict[str, tuple] | None = None
         self._listed: dict[str, tuple] = {}
@@ -193,8 +193,9 @@ class _Folder:
         else:
             self._seen = found
         self._unread |= report.unavailable.keys() & found.keys()
-        if report.has_changed:
-            self._say(f"{self._folder}: {report}")
+        if report.has_changed and (line := f"{self._folder}: {report}") != self._said:
+            self._said = line  # Once, that a file cannot be read.
+            self._say(line)
 
 
 @contextlib.contextmanager
