@@ -21,7 +21,6 @@ from drl_jax.data.video_file import open_video
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.runtime.errors import UserError
 from drl_jax.search.__main__ import main
-from drl_jax.search.commands import format_hits
 from drl_jax.search.encoding import dequantize, unusual
 from drl_jax.search.engine import Part
 from drl_jax.search.filters import Filters, parse_day
@@ -267,8 +266,8 @@ def test_a_figure_of_a_pair(search_run, videos, tmp_path, capsys):
 def test_a_name_with_a_newline_is_printed_in_one_line(session):
     ((hit,),) = session.search(["a"], top=1)
     named = dataclasses.replace(hit, path=Path("new\nline.mp4"))
-    assert format_hits([named]).count("\n") == format_hits([hit]).count("\n")
-    assert r"new\nline.mp4" in format_hits([named])
+    assert repr(named).count("\n") == repr(hit).count("\n")
+    assert r"new\nline.mp4" in repr(named)
 
 
 def test_the_commands(search_run, videos, tmp_path, monkeypatch, capsys):

@@ -11,9 +11,11 @@ from support.commands import ROOT
 
 import drl_jax.__main__
 from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.lock import locked
 from drl_jax.search import folders
 from drl_jax.search.__main__ import main
 from drl_jax.search.folders import default_index, split_words
+from drl_jax.search.index_file import LOCK
 
 
 @pytest.fixture
@@ -29,28 +31,39 @@ def videos(test_videos, tmp_path, monkeypatch):
 
 
 def test_a_sentence_is_answered(videos, search_run, capsys):
-    command = ["./query", "a", "red", "circle", "--json", "--top=2"]
+    # Flags may stand anywhere.
+    command = ["--top=2", "./query", "--json", "a", "red", "circle"]
     assert main([*command, f"--model={search_run}"]) == 0
     captured = capsys.readouterr()
-    hits = json.loads(captured.out)
-    assert [hit["rank"] for hit in hits] == [1, 2]
+    answer = json.loads(captured.out)
+    assert (answer["query"], answer["model"]["knows"]) == ("a red circle", "drawn shapes")
+    assert [hit["rank"] for hit in answer["hits"]] == [1, 2]
     assert "query: 3 added" in captured.err
     assert default_index([videos]).parent == videos.parent / "data" / "drl_jax" / "indexes"
     assert (default_index([videos]) / "index.json").exists()
     # The index knows its model, and where its videos are.
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == hits
+    assert json.loads(captured.out) == answer
     assert f"model: {search_run} 0; index: {default_index([videos])}" in captured.err
     assert "3 unchanged" in captured.err
+    # While a server updates it.
+    with locked(default_index([videos]) / LOCK, "the index"):
+        assert main(command) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == answer
+    assert "or stop it; what is stored is searched\n" in captured.err
+    assert main([*command, "--model=fast"]) == 1
+    assert "0: omit --model, or name an --index" in capsys.readouterr().err
 
 
 def test_words_are_folders_and_then_a_sentence(videos):
     (videos / "more").mkdir()
     both, sentence = split_words([str(videos), "query/more", "a dog", "and/or a cat"])
     assert (both, sentence) == ([videos, Path("query", "more")], "a dog and/or a cat")
-    for words in (["nowhere"], ["a dog"], ["./query", "./nowhere"], ["nowhere", "./query"]):
-        with pytest.raises(UserError, match=r"no folder .*: write drl_jax search FOLDER"):
+    file = str(next(videos.glob("*.mp4")))
+    for words in (["nowhere"], ["a dog"], ["./query", "./nowhere"], ["nowhere", "./query"], [file]):
+        with pytest.raises(UserError, match=r" no folder: write drl_jax search FOLDER"):
             split_words(words)
 
 
@@ -63,6 +76,8 @@ def test_the_page_is_served_while_folders_are_indexed(videos, search_run, monkey
     empty.mkdir()
     assert main([str(empty), f"--model={search_run}"]) == 1
     assert len(served) == 1
+    with pytest.raises(SystemExit):
+        main(["./query", "--port=65536"])
 
 
 class Terminal(io.StringIO):

@@ -55,7 +55,9 @@ async def converse(index: Path, temporary: Path) -> None:
             assert json.loads(result.content[0].text) == result.structured_content
             return result.structured_content
 
+        assert "knows drawn shapes, in English." in client.instructions
         found = await ask("search", sentence="a budget", text=True)
+        assert found["model"]["knows"] == "drawn shapes"
         assert (found["videos"], found["notice"], len(found["hits"])) == (3, None, 3)
         hit = found["hits"][0]
         assert (hit["path"], hit["rank"]) == ("video1.mp4", 1)
@@ -66,7 +68,7 @@ async def converse(index: Path, temporary: Path) -> None:
         assert hit["cues"] == [cue]
         without = await ask("search", sentence="a budget", top=1)
         assert [one["cues"] for one in without["hits"]] == [[]]
-        listed = await ask("search", sentence="")
+        listed = await ask("search")
         assert [one["path"] for one in listed["hits"]] == [f"video{n}.mp4" for n in range(3)]
 
         video = await ask("moments", path="video1.mp4", sentence="a budget")

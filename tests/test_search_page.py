@@ -193,7 +193,7 @@ def test_the_api_is_as_described(served):
         *(f"/api/video{ASKED}&video={LONG}&moments=30", "/api/index"),
         f"/api/export?format=csv&moment={LONG}@1-2&moment=video0.mp4@0-1&q=a",
         *("/api/openapi.json", f"/videos/{LONG}", f"/frames/{LONG}?frame=1"),
-        *(f"/pictures/{LONG}?t=3", f"/clips/{LONG}?start=1&end=2"),
+        *(f"/pictures/{LONG}?t=3", f"/clips/{LONG}?start=1&end=2", "/health"),
     ):
         path, _, query = address.partition("?")
         described = (paths.get(path) or paths[f"/{path.split('/')[1]}/{{path}}"])["get"]
@@ -212,6 +212,7 @@ def test_the_api_is_as_described(served):
             check_schema(json.loads(body), content["schema"], components["schemas"])
     error = json.loads(served.get("/api/search?top=0")[2])
     check_schema(error, components["schemas"]["Error"], components["schemas"])
+    assert json.loads(served.get("/api/none")[2]) == {"error": "Not Found"}
 
 
 def test_suggestions_are_what_the_index_answers(served, search_model, monkeypatch):

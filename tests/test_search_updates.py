@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
@@ -168,10 +169,10 @@ def test_a_folder_that_is_not_mounted_removes_nothing(search_model, copy):
     """There is an empty folder in its place, or a part of the files."""
     away = (copy / "videos").rename(copy / "away")
     (copy / "videos").mkdir()
-    with pytest.raises(UserError, match=r"1 of the 1 videos .* is it the right folder, and moun"):
+    with pytest.raises(UserError, match=r"1 of the 1 files .* is it the right folder, and moun"):
         update(search_model, copy, "all", "a.mp4")
     shutil.copy2(away / "a.mp4", copy / "videos")
-    with pytest.raises(UserError, match=r"6 of the 7 videos .* is it the right folder, and moun"):
+    with pytest.raises(UserError, match=r"6 of the 7 files .* is it the right folder, and moun"):
         update(search_model, copy, "all")
     assert counts(update(search_model, copy, "all", "no.mp4")) == (0, 0, 0, 1, 0)
     assert counts(update(search_model, copy, "all", prune=True)) == (0, 0, 0, 5, 1)
@@ -267,9 +268,9 @@ def test_files_that_cannot_be_searched_are_listed_and_not_tried_again(search_mod
     (videos / "link.mp4").symlink_to("nowhere.mp4")
     report = update(search_model, copy, "all")
     assert counts(report) == (1, 0, 0, 0, 7)
-    text = "\n".join(report.lines())
+    text = str(report)
     assert text.startswith("1 added, 0 changed, 0 moved, 0 removed, 7 unchanged; 4 cannot be sea")
-    assert "4 files cannot be searched:\n" in text
+    assert "cannot be searched (4):\n" in text
     assert "is not a video: its content is text" in report.bad.pop("no.mp4")
     none = "it is no file, e.g. a link to nothing"
     assert report.bad == {
@@ -281,6 +282,24 @@ def test_files_that_cannot_be_searched_are_listed_and_not_tried_again(search_mod
     report = update(search_model, copy, "all")
     assert counts(report) == (0, 1, 0, 0, 8)
     assert "no.mp4" not in report.bad
+
+
+def test_a_folder_that_may_not_be_listed_keeps_its_videos(search_model, copy, monkeypatch):
+    videos, scan = copy / "videos", os.scandir
+    (videos / "c" / "d.srt").write_text("1\n0:01 --> 0:02\nhello\n")
+    update(search_model, copy, "all")
+
+    def refuse(path):
+        if str(path).endswith("/c"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    write_video(videos / "new.mp4", frames(9), fps=2)
+    report = update(search_model, copy, "all")
+    assert (counts(report)[0], report.removed, report.transcripts) == (1, 0, 1)
+    assert report.unavailable == {"c": "it cannot be listed: Permission denied"}
+    assert {"c/d.mp4", "c/e.mp4", "new.mp4"} < contents(copy / "all").keys()
 
 
 def test_names_that_are_not_utf8_are_escaped(search_model, copy):

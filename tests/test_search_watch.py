@@ -169,8 +169,12 @@ def test_a_folder_that_is_not_mounted_is_one_line(tmp_path, monkeypatch):
             raise UserError("refused")
         return IndexReport(unavailable={"late.mp4": "it is late"} if len(calls) == 2 else {})
 
+    def say(line: str | UserError) -> None:
+        if isinstance(line, UserError):
+            errors.append(line)
+
     stop = threading.Event()
-    arguments = (update, [folder], lambda report: None, errors.append, stop)
+    arguments = (update, [folder], stop, say)
     thread = threading.Thread(target=watch.follow, args=arguments)
     thread.start()
     wait_until(lambda: calls == [[]])
@@ -178,6 +182,9 @@ def test_a_folder_that_is_not_mounted_is_one_line(tmp_path, monkeypatch):
     (folder / "late.mp4").write_text("")
     wait_until(lambda: len(calls) == 3)
     assert calls[1:] == 2 * [["late.mp4"]]
+    (folder / "0.en.srt").write_text("")
+    wait_until(lambda: len(calls) == 4)
+    assert calls.pop() == ["0.mp4"]
     away = folder.rename(tmp_path / "away")
     wait_until(lambda: len(errors) == 1)
     folder.mkdir()

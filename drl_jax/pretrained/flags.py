@@ -56,7 +56,7 @@ def required_model(options: argparse.Namespace) -> "RetrievalModel":
     """Loads the model that the flags must name, and prints what a file of weights is."""
     model = model_of_flags(options)
     if model is None:
-        raise UserError("name the model with --workdir=RUN or --weights=FILE")
+        raise UserError("name the model with --workdir=RUN or --weights=FILE, or --weights=general")
     if model.towers:
         print(f"{options.weights}: {model.towers}")
     return model

@@ -218,29 +218,49 @@ def files_below(directory: Path) -> list[Path]:
     return [directory / name for name in names_below(directory)]
 
 
-def names_below(directory: Path) -> list[str]:
-    """The paths of `files_below`, relative to the directory; light enough for millions of files."""
+def names_below(directory: Path, others: dict[str, OSError | None] | None = None) -> list[str]:
+    """The paths of `files_below`, relative to the directory; light enough for millions of files.
+
+    Adds to `others` the names of what is no file, e.g. links to nothing, and of what may not be
+    listed, with the error, which is raised without `others`.
+    """
     found, seen = [], set()
+
+    def refuse(name: str, error: OSError) -> None:
+        if others is not None and name:
+            others[name] = None if name.endswith("lost+found") else error
+        elif not name.endswith("lost+found"):
+            raise error
+
     folders, links = [""], []
     while folders or links:
         # All links last, so that a folder is listed by its own path.
         folder = folders.pop() if folders else links.pop(0)
         path = directory / folder
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        try:
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except PermissionError as error:
+            refuse(folder, error)
             continue
-        seen.add((status.st_dev, status.st_ino))
-        refused = (PermissionError,) if path.name == "lost+found" else ()
-        with contextlib.suppress(*refused), os.scandir(path) as entries:
-            # An entry knows what it is: most files need no system call of their own.
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                # A path ignores links in a circle, which an entry does not.
-                is_link = entry.is_symlink()
-                kind = path / entry.name if is_link else entry
+        for entry in listed:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            # An entry knows what it is: most files need no system call of their own. A path ignores
+            # links in a circle, which an entry does not.
+            is_link = entry.is_symlink()
+            kind = path / entry.name if is_link else entry
+            try:
                 if kind.is_dir():
                     (links if is_link else folders).append(name)
                 elif kind.is_file():
                     found.append(name)
+                elif others is not None:
+                    others[name] = None
+            except PermissionError as error:  # Of a link that leads where one may not look.
+                refuse(name, error)
     # By the names of folders and files, as paths are compared.
     return sorted(found, key=lambda name: name.split("/"))

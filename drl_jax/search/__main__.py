@@ -7,9 +7,10 @@ python -m drl_jax.search serve --index=DIR
 """
 
 import argparse
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from drl_jax.pretrained.flags import add_encoder_flag, add_model_flags
@@ -67,8 +68,8 @@ def _folder_parser() -> Parser:
     text = "Indexes folders of videos; answers a sentence, or serves the search page."
     parser = Parser("drl_jax search", description=text)
     add = parser.add_argument
-    add("words", nargs="+", metavar="FOLDER ... [SENTENCE]", help="folders, then a sentence")
-    text = "directory of the index (in ~/.local/share/drl_jax, by the first folder)"
+    add("words", nargs="+", metavar="FOLDER", help="folders of videos, and then a sentence or none")
+    text = "directory of the index (one in ~/.local/share/drl_jax for these folders)"
     add("--index", type=Path, help=text)
     text = (
         "of a new index: general, large, multilingual, fast; a run, a file of weights, ViT-B/32,"
@@ -99,7 +100,9 @@ def _add_engine_flags(hubness: Parser, engine: Parser) -> None:
     text = "windows that a scan or qdrant finds, to be compared exactly (%(default)s)"
     engine.add_argument("--candidates", type=positive_int, default=CANDIDATES, help=text)
     text = "windows that a query makes to find where moments start; 0: none (%(default)s)"
-    engine.add_argument("--refine", type=_count, default=REFINE, metavar="N", help=text)
+    engine.add_argument(
+        "--refine", type=_within(int, 0, 10_000), default=REFINE, metavar="N", help=text
+    )
 
 
 def _add_index_flags(parser: Parser) -> None:
@@ -108,7 +111,7 @@ def _add_index_flags(parser: Parser) -> None:
     add_encoder_flag(parser)
     add("--storage", choices=STORAGES, default=STORAGES[0], help="of features (%(default)s)")
     text = "frames a second that are stored of files of several windows, 1 to 4 (%(default)g)"
-    add("--fps", type=_frame_rate, default=1.0, help=text)
+    add("--fps", type=_within(float, 1, 4), default=1.0, help=text)
     text = "seconds for decoding a video, and one more for each MB (%(default)s)"
     add("--timeout", type=positive_seconds, default=300.0, help=text)
     add("--prune", action="store_true", help="remove files that are gone also if most of them are")
@@ -149,7 +152,12 @@ def _add_serve_flags(parser: Parser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--allowed_hosts", default="", metavar="NAME,...", help="other names of this server")
     add("--no_token", action="store_true", help="answer also other machines that send no token")
-    add("--port", type=int, default=8000, help="0 chooses a free one (%(default)s)")
+    add(
+        "--port",
+        type=_within(int, 0, 65_535),
+        default=8000,
+        help="0 chooses a free one (%(default)s)",
+    )
     text = "path of the page, for a proxy: with /videos it is http://HOST/videos/"
     add("--root_path", default="", metavar="PATH", help=text)
     add("--watch", action="store_true", help="update the index when files of its folders change")
@@ -181,23 +189,26 @@ def _positive_ints(text: str) -> list[int]:
     return [positive_int(number) for number in text.split(",")]
 
 
-def _count(text: str) -> int:
-    return 0 if text == "0" else positive_int(text)
+def _within(kind: type[int] | type[float], least: int, most: float) -> Callable[[str], float]:
+    """The type of an argument: a number from `least` to `most`."""
 
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number from {least} to {most}, not {text!r}")
 
-def _frame_rate(text: str) -> float:
-    rate = positive_seconds(text)
-    if not 1 <= rate <= 4:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 to 4, not {text!r}")
-    return rate
+    return read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     words, parser = sys.argv[1:] if arguments is None else list(arguments), _parser()
     # A word that is a command is the command: a folder of this name is written ./query.
-    has_folder = bool(words) and not words[0].startswith("-") and words[0] not in _commands(parser)
-    options = (_folder_parser() if has_folder else parser).parse_args(words)
+    has_folder = bool(words) and words[0] not in ("-h", "--help", *_commands(parser))
+    # Flags may stand before, between and behind folders and a sentence.
+    parse = _folder_parser().parse_intermixed_args if has_folder else parser.parse_args
+    options = parse(words)
 
     def work() -> None:
         from drl_jax.runtime.resources import cache_compilations

@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from drl_jax.search import watch
 from drl_jax.search.addresses import moment_of
 from drl_jax.search.encoding import Correction
 from drl_jax.search.filters import Filters, parse_day
-from drl_jax.search.hits import Hit, explain, format_timestamp
+from drl_jax.search.hits import explain, format_timestamp
 from drl_jax.search.index_file import IndexPart, join, recorded_encoder
 from drl_jax.search.query import (
     Query,
@@ -34,12 +34,9 @@ from drl_jax.search.query import (
     sampling_of,
 )
 from drl_jax.search.ranking import SearchOptions
-from drl_jax.search.reading import file_of, frames_of, path_of, read_video
+from drl_jax.search.reading import file_of, frames_of, read_video
 from drl_jax.search.session import Index
-from drl_jax.search.update import IndexReport, parse_shard, update_index
-
-# Missing shards that are named.
-_SHOWN = 20
+from drl_jax.search.update import parse_shard, update_index
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -49,8 +46,10 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _index(options: argparse.Namespace) -> None:
     if options.shard is not None:
         parse_shard(options.shard)
-    if options.watch and options.only:
-        raise UserError("--watch follows the whole folder; omit --only")
+    if options.watch:
+        watch.watchfiles()  # It is there.
+        if options.only:
+            raise UserError("--watch follows the whole folder; omit --only")
     given = _given(options, "storage", "fps", "timeout", "prune", "only", "shard")
     with connect(options.ray) if options.ray else contextlib.nullcontext() as cluster:
         recorded = recorded_encoder(options.index)
@@ -60,36 +59,17 @@ def _index(options: argparse.Namespace) -> None:
         update = functools.partial(
             update_index, model, directory=options.index, cluster=cluster, **given
         )
-        if options.watch:
-            _follow(options, update)
         report = update(options.videos)
-    first, *rest = report.lines()
-    print("\n".join([f"{options.index}: {first} ({options.storage})", *rest]))
+        print(f"{options.index}: {report}", flush=True)
+        if options.watch:
+            watch.follow(
+                lambda folder, only: update(folder, only=only, shows_progress=False),
+                [options.videos],
+                threading.Event(),
+            )
     if report.unavailable:
-        raise UserError(
-            f"{len(report.unavailable)} files could not be read, which may pass; rerun the command"
-            " to try them again"
-        )
-
-
-def _follow(options: argparse.Namespace, update: Callable[..., IndexReport]) -> None:
-    """Updates an index until it is interrupted; raises what the first update raises."""
-    has_reported = False
-
-    def show(report: IndexReport) -> None:
-        nonlocal has_reported
-        has_reported = True
-        watch.print_report(report)
-
-    def fail(error: UserError) -> None:
-        if not has_reported:
-            raise error
-        watch.print_error(error)
-
-    def update_some(folder: Path, only: Sequence[str]) -> IndexReport:
-        return update(folder, only=only, shows_progress=not only)
-
-    watch.follow(update_some, [options.videos], show, fail, threading.Event())
+        line = f"could not be read, which may pass: {', '.join(report.unavailable)}"
+        raise UserError(f"{line}; rerun the command to try again")
 
 
 def _bank_captions(bank: str, model: RetrievalModel) -> list[str]:
@@ -115,8 +95,7 @@ def _join(options: argparse.Namespace) -> None:
     counts = sorted({int(shard.partition("/")[2]) for shard in given})
     wanted = [f"{number}/{count}" for count in counts for number in range(count)]
     if missing := [shard for shard in wanted if shard not in given]:
-        rest = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        print(f"shards that were not given: {' '.join(missing[:_SHOWN])}{rest}")
+        print(f"shards that were not given: {' '.join(missing)}")
 
 
 def _query(options: argparse.Namespace) -> None:
@@ -149,16 +128,16 @@ def _query(options: argparse.Namespace) -> None:
     search = functools.partial(index.search, filters=_filters(options), **given)
     if query != Query():
         queries = [dataclasses.replace(query, sentence=text) for text in sentences or [""]]
-        _print(options, index, sentences or [str(others)], map(search, queries))
+        print_answers(options, index, sentences or [str(others)], map(search, queries))
     elif sentences:
-        _print(options, index, sentences, search(sentences))
+        print_answers(options, index, sentences, search(sentences))
     else:
         about = index.model.about
         print(f"{about['name']} knows {about['knows']}, {about['languages']}")
         with contextlib.suppress(EOFError):
             while sentence := input("sentence (an empty line ends): ").strip():
                 try:
-                    print(f"{sentence}\n{format_hits(search(sentence))}")
+                    print(f"{sentence}\n{search(sentence)}")
                 except UserError as error:
                     print(error)
 
@@ -170,15 +149,16 @@ def _filters(options: argparse.Namespace) -> Filters:
     return Filters(only=tuple(options.only), **given)
 
 
-def _print(
-    options: argparse.Namespace, index: Index, names: Sequence[str], found: Iterable[list[Hit]]
+def print_answers(
+    options: argparse.Namespace, index: Index, names: Sequence[str], found: Iterable[list[Any]]
 ) -> None:
+    """Prints the hits of queries with these names, or with `--json` an object for each of them."""
     for name, hits in zip(names, found, strict=True):
         if options.json:
             answer = {"model": index.model.about, "query": name}
             print(json.dumps({**answer, "hits": [hit.to_json() for hit in hits]}))
         else:
-            print(f"{name}\n{format_hits(hits)}")
+            print(f"{name}\n{hits}")
 
 
 def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
@@ -192,34 +172,6 @@ def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
         print(json.dumps({"video": str(options.video), "sentences": found}))
     else:
         print("\n".join(f"{score:8.4f}  {text}" for score, text in ranked))
-
-
-def format_hits(hits: Sequence[Hit]) -> str:
-    """Formats hits as text: rank, score and path; then each moment, with its words for the best."""
-    lines = []
-    # Weak ones are set apart instead of listed as if they were answers.
-    for hit in sorted(hits, key=lambda hit: hit.is_weak):
-        if hit.is_weak and "weak matches:" not in lines:
-            lines.append("weak matches:")
-        same = "  (has this picture)" if hit.is_same else ""
-        lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(path_of(hit.path))}{same}")
-        for moment in hit.moments:
-            start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
-            best = f", best at {peak}" if moment.explanation else ""
-            lines.append(f"{'':14}{start} to {end}{best} ({moment.score:.4f})")
-        for cue in hit.cues:
-            said = f"{format_timestamp(cue.start)} “{printable(cue.text)}” ({printable(cue.file)})"
-            lines.append(f"{'':14}{said}")
-        if (explanation := hit.moments[0].explanation) is None:
-            continue
-        words = []
-        for word, weight, similarity in explanation.words():
-            share = f" ({weight:.0%})" if weight >= 0.005 else ""
-            words.append(
-                f"{word} {format_timestamp(explanation.times[similarity.argmax()])}{share}"
-            )
-        lines.append(f"{'':14}{'  '.join(words)}")
-    return "\n".join(lines)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -308,8 +260,6 @@ def _mcp(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
-
     model, path = model_of_flags(options), options.video
     if options.index is not None:
         index = Index(options.index, model)
@@ -332,10 +282,7 @@ def _explain(options: argparse.Namespace) -> None:
         times, pictures = read.arrays["frame.time"][chosen], np.array(frames[chosen])
     arrays = {name: array[best] for name, array in windows.items()}
     explanation = explain(model.interaction, query.parts[0], arrays, query.words, times)
-    title = f"“{options.query}”  {scores[best]:.4f}\n{path.name}"
-    clocks = list(map(format_timestamp, times))
-    words = explanation.tokens
-    figure = interaction_figure(explanation.attribution, words, clocks, pictures, title)
+    figure = explanation.figure(pictures, f"“{options.query}”  {scores[best]:.4f}\n{path.name}")
     try:
         figure.savefig(options.out, dpi=150)
     except (OSError, ValueError) as error:

@@ -41,11 +41,7 @@ def list_videos(segments: Sequence[Listed], rows: Sequence[Sequence[int]]) -> Li
 
 def natural_key(path: str) -> tuple[str, str]:
     """Orders paths by their numbers, of up to 20 digits, and equal ones by their digits."""
-    return _NUMBER.sub(_padded, path), path
-
-
-def _padded(match: re.Match[str]) -> str:
-    return match[0].zfill(20)
+    return _NUMBER.sub(lambda match: match[0].zfill(20), path), path
 
 
 @dataclasses.dataclass(frozen=True)

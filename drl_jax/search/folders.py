@@ -5,7 +5,6 @@
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import webbrowser
@@ -17,9 +16,11 @@ import jax
 from drl_jax.hub.recommended import RECOMMENDED
 from drl_jax.pretrained.model import RetrievalModel, load, load_source
 from drl_jax.runtime.errors import UserError, printable
-from drl_jax.search.commands import format_hits
+from drl_jax.runtime.lock import LockError
+from drl_jax.search.commands import print_answers
 from drl_jax.search.index_file import has_index, part_directories, read_header
 from drl_jax.search.session import Index
+from drl_jax.search.watch import tell, updating
 from drl_jax.weights.source import is_name, resolved, to_download
 
 # Seconds between looks whether a new index can be searched.
@@ -36,24 +37,24 @@ def search_folders(options: argparse.Namespace) -> None:
     folders, sentence = split_words(options.words)
     directory = options.index or default_index(folders)
     model = _model_of(directory, options.model, agrees=options.yes)
-    _tell(f"model: {' '.join(model.source.values())}; index: {directory}")
+    tell(f"model: {' '.join(model.source.values())}; index: {directory}")
     index = Index(directory, model)
     if sentence:
-        _tell(f"sentence: {sentence}")
-        for folder in folders:
-            _tell(f"{folder}: {index.add(folder, progress=True)}")
-        hits = index.search(sentence, top=options.top, text=options.text)
-        print(json.dumps([hit.to_json() for hit in hits]) if options.json else format_hits(hits))
+        try:
+            for folder in folders:
+                tell(f"{folder}: {index.add(folder, progress=True)}")
+        except LockError as error:  # E.g. a server updates it.
+            tell(f"{error}; what is stored is searched")
+        answer = index.search(sentence, top=options.top, text=options.text)
+        print_answers(options, index, [sentence], [answer])
         return
-    # It imports a server, which answers need not.
-    from drl_jax.search.serve import serve
-    from drl_jax.search.watch import updating
+    from drl_jax.search.serve import serve  # Answers need no server.
 
-    with updating(index, folders, follows=options.watch) as (thread, errors):
-        while not _is_searchable(index):
+    with updating(index, folders, follows=options.watch) as thread:
+        while not (found := _is_searchable(index)) and thread.is_alive():
             thread.join(_PAUSE)
-            if not thread.is_alive() and not _is_searchable(index):
-                raise errors[0] if errors else UserError(f"no video of {folders[0]} is searchable")
+        if not (found or _is_searchable(index)):
+            raise UserError(f"no video of {', '.join(map(str, folders))} can be searched")
         if not options.no_browser and any(map(os.environ.get, _DISPLAYS)):
             options.on_start = webbrowser.open
         options.watch = False
@@ -68,28 +69,18 @@ def _is_searchable(index: Index) -> bool:
         return False
 
 
-def _tell(line: str) -> None:
-    """Prints what happens; the answer alone is on stdout."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def split_words(words: Sequence[str]) -> tuple[list[Path], str]:
     """The folders among words, which come first, and the sentence that the others are."""
-    folders = [_expanded(word) for word in words]
-    count = next((n for n, folder in enumerate(folders) if not folder.is_dir()), len(words))
+    folders = [Path(word) for word in words]
+    are_there = [bool(word) and Path(word).is_dir() for word in words]
+    count = [*are_there, False].index(False)
     # Words of a sentence have spaces, or there are several; a folder that is not there is neither.
     rest = words[count:]
     if not count or any("/" in word and " " not in word for word in rest):
         wrong = rest[0] if rest else ""
-        raise UserError(f"there is no folder {printable(wrong)}: write drl_jax search FOLDER")
+        what = "is a file, and no folder" if Path(wrong).is_file() else "is no folder"
+        raise UserError(f"{printable(wrong)} {what}: write drl_jax search FOLDER")
     return folders[:count], " ".join(rest)
-
-
-def _expanded(word: str) -> Path:
-    try:
-        return Path(word or "no folder").expanduser()
-    except RuntimeError:  # Of a user who is not there.
-        return Path(word)
 
 
 def default_index(folders: Sequence[Path]) -> Path:
@@ -102,10 +93,14 @@ def default_index(folders: Sequence[Path]) -> Path:
 
 def _model_of(directory: Path, name: str, *, agrees: bool) -> RetrievalModel:
     """The model of an index, the named one, or the recommended one of this machine."""
-    if not name and has_index(directory):
-        return load_source(read_header(part_directories(directory)[0])["source"])
+    made = read_header(part_directories(directory)[0])["source"] if has_index(directory) else {}
+    if made and not name:
+        return load_source(made)
     name = name or ("general" if jax.default_backend() == "cpu" else "large")
     if is_name(name) and (size := to_download(name)) != 0:
+        if made and resolved(name) not in map(resolved, made.values()):
+            other = " ".join(made.values())
+            raise UserError(f"{directory} was made with {other}: omit --model, or name an --index")
         _ask(name, size, agrees=agrees)
     return load(name)
 
@@ -117,10 +112,10 @@ def _ask(name: str, size: int | None, *, agrees: bool) -> None:
     facts = [f"{size / 1e9:.2f} GB"] if size else []
     if known is not None:
         facts += [f"licence {known.licence}", f"languages: {known.languages}"]
-    _tell(f"the model {source} is downloaded once ({'; '.join(facts) or 'size unknown'})")
+    tell(f"the model {source} is downloaded once ({'; '.join(facts) or 'size unknown'})")
     if known is RECOMMENDED["general"]:
         others = ", ".join(f"{n} ({r.languages})" for n, r in RECOMMENDED.items() if n != "general")
-        _tell(f"others with --model=NAME: {others}, a file, a run, or hf-hub:ORG/NAME")
+        tell(f"others with --model=NAME: {others}, a file, a run, or hf-hub:ORG/NAME")
     if agrees:
         return
     if not sys.stdin.isatty():

@@ -64,6 +64,13 @@ class Explanation:
             found.append((word, float(weight[rows].sum()), cosines))
         return found
 
+    def figure(self, frames: Sequence[np.ndarray], title: str) -> "Figure":
+        """The cosines of words and frames, below pictures of these, uint8 [S, S, 3]."""
+        from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
+
+        clocks = list(map(format_timestamp, self.times))
+        return interaction_figure(self.attribution, self.tokens, clocks, frames, title)
+
     def to_json(self) -> dict[str, Any]:
         """The words and frames; `marks_share` is that of the marks of start and end."""
         words = self.words()
@@ -188,8 +195,6 @@ class Hit:
         Raises UserError if the hit has no such moment, the interaction has no explanation, or the
         index is damaged.
         """
-        from drl_jax.evaluation.figures import interaction_figure
-
         if not 0 <= moment < len(self.moments):
             raise UserError(f"the hit has {len(self.moments)} moments, from 0, and none {moment}")
         shown = self.moments[moment]
@@ -197,11 +202,7 @@ class Hit:
             raise UserError("the interaction of this index has no explanation")
         strip = Image.open(io.BytesIO(self.video.thumbnails(shown.window.frames)))
         frames = np.split(np.asarray(strip), len(shown.window.frames), axis=1)
-        clocks = list(map(format_timestamp, explanation.times))
-        title = f"{path_of(self.path.name)}  {shown.score:.4f}"
-        return interaction_figure(
-            explanation.attribution, explanation.tokens, clocks, frames, title
-        )
+        return explanation.figure(frames, f"{path_of(self.path.name)}  {shown.score:.4f}")
 
     def __reduce__(self) -> tuple:
         raise UserError(
@@ -209,15 +210,18 @@ class Hit:
         )
 
     def __repr__(self) -> str:
-        moments = ", ".join(
-            f"{format_timestamp(m.start)} to {format_timestamp(m.end)} ({m.score:.4f})"
-            for m in self.moments
-        )
-        said = "".join(
-            f"  {format_timestamp(cue.start)} “{printable(cue.text)}”" for cue in self.cues
-        )
-        weak = "  weak" if self.is_weak else ""
-        return f"{self.rank:4}  {printable(path_of(self.path))}  {moments}{said}{weak}"
+        """Rank, score and path; then each moment, and each line that is said."""
+        score = f"{self.score:.4f}  " if self.moments else ""
+        same = "  (has this picture)" if self.is_same else ""
+        lines = [f"{self.rank:4}  {score}{printable(path_of(self.path))}{same}"]
+        for moment in self.moments:
+            start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
+            best = f", best at {peak}" if moment.explanation else ""
+            lines.append(f"{start} to {end}{best} ({moment.score:.4f})")
+        for cue in self.cues:
+            said = f"“{printable(cue.text)}” ({printable(cue.file)})"
+            lines.append(f"{format_timestamp(cue.start)} {said}")
+        return f"\n{'':14}".join(lines)
 
     def _repr_html_(self) -> str:
         """The best moment as a strip of pictures, with the times and scores of all moments."""
@@ -266,8 +270,14 @@ class Hits(list[Hit]):
         ]
         return pandas.DataFrame(rows, columns=columns)
 
+    def __str__(self) -> str:
+        """The hits as text; weak ones are set apart instead of listed as if they were answers."""
+        answers, weak = ([hit for hit in self if hit.is_weak is kind] for kind in (False, True))
+        title = ["weak matches:"] if weak else []
+        return "\n".join([*map(repr, answers), *title, *map(repr, weak)])
+
     def __repr__(self) -> str:
-        return "\n".join([f"{len(self)} hits of {self.query!r}", *map(repr, self)])
+        return f"{len(self)} hits of {self.query!r}\n{self}"
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.query)}</p>{''.join(hit._repr_html_() for hit in self)}"

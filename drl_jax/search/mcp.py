@@ -16,6 +16,7 @@ from drl_jax.search.api import SearchAPI, unchanged_file
 _INSTRUCTIONS = (
     "Finds moments in videos by what is seen and, where they have transcripts, said or written."
     " Times are seconds, paths are those that `search` gives. A weak hit is likely no answer."
+    " The model, {name}, knows {knows}, in {languages}."
 )
 _HIT = ("path", "duration", "state", "score", "weak", "found_by")
 _MOMENT, _CUE = ("start", "end", "peak", "score", "unusual"), ("start", "end", "text", "file")
@@ -30,7 +31,7 @@ def serve_tools(api: SearchAPI) -> None:
     except ImportError as error:
         raise UserError("version 2 of mcp is not installed: pip install 'drl_jax[mcp]'") from error
 
-    def search(sentence: str, top: int = 5, text: bool = False) -> dict[str, Any]:
+    def search(sentence: str = "", top: int = 5, text: bool = False) -> dict[str, Any]:
         """Finds the videos with the best moments for a sentence, best first; at most 50.
 
         `text` also looks for the words of the sentence in transcripts (`cues`). Without a sentence,
@@ -38,7 +39,8 @@ def serve_tools(api: SearchAPI) -> None:
         """
         found = api.search(_query(q=sentence, top=top, text=int(text)))
         hits = [{"rank": hit["rank"], **_described(hit)} for hit in found["hits"]]
-        return {"videos": found["total"], "notice": found["notice"], "hits": hits}
+        about = {"model": found["model"], "videos": found["total"], "notice": found["notice"]}
+        return {**about, "hits": hits}
 
     def moments(path: str, sentence: str) -> dict[str, Any]:
         """Finds where in one video a sentence is true, or its words are said; best first."""
@@ -77,7 +79,8 @@ def serve_tools(api: SearchAPI) -> None:
 
         return tool
 
-    server = MCPServer("drl_jax.search", instructions=_INSTRUCTIONS, log_level="WARNING")
+    about = _INSTRUCTIONS.format(**api.index.model.about)
+    server = MCPServer("drl_jax.search", instructions=about, log_level="WARNING")
     for answer in (search, moments, explain, clip):
         server.add_tool(reported(answer), structured_output=answer is not explain)
     server.run("stdio")

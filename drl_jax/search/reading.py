@@ -65,13 +65,23 @@ class FoundFile(NamedTuple):
     allowed: float
 
 
-def find_videos(folder: Path, timeout: float, unusable: dict[str, str]) -> Iterator[FoundFile]:
-    """Yields the video files below a folder; adds to `unusable` why other names are none."""
-    for parent, _, names in os.walk(folder):
-        paths = [Path(parent, name) for name in names if _is_video(name)]
-        others = [str(path.relative_to(folder)) for path in paths if not path.is_file()]
-        unusable |= dict.fromkeys(others, "it is no file, e.g. a link to nothing")
-    for name in filter(_is_video, names_below(folder)):
+def find_videos(
+    folder: Path, timeout: float, unusable: dict[str, str], refused: dict[str, str] | None = None
+) -> Iterator[FoundFile]:
+    """Yields the video files below a folder; adds to `unusable` why other names are none.
+
+    Adds to `refused` why folders below may not be listed, which is raised without it.
+    """
+    others: dict[str, OSError | None] = {}
+    names = names_below(folder, others)
+    for name, error in others.items():
+        if error is not None:
+            if refused is None:
+                raise error
+            refused[path_of(name)] = f"it cannot be listed: {error.strerror}"
+        elif _is_video(name):
+            unusable[path_of(name)] = "it is no file, e.g. a link to nothing"
+    for name in filter(_is_video, names):
         path = path_of(name)
         if path != name and file_of(folder, path) != folder / name:
             unusable[path] = "its name is not UTF-8, and that of another file when it is escaped"

@@ -185,7 +185,9 @@ def file_routes(api: SearchAPI) -> list[BaseRoute]:
         start, end = (parse_time(name, given[name]) for name in ("start", "end"))
         file = api.media.clip(unchanged_file(state, video), video, start, end)
         name = f"{PurePosixPath(video.path).stem} {start:.1f}-{end:.1f}.mp4"
-        return FileResponse(file, filename=name, content_disposition_type="inline")
+        # Of a name like data:x.mp4, no type is found.
+        how = {"media_type": "video/mp4", "content_disposition_type": "inline"}
+        return FileResponse(file, filename=name, **how)
 
     kinds = {"videos": file, "frames": frames, "pictures": picture, "clips": clip}
     return [

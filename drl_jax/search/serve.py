@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Collection
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -217,10 +218,8 @@ def serve(index: Index, options: argparse.Namespace) -> None:
             print(f"{len(index.videos)} videos on {access.url(port)}  (Ctrl-C stops)", flush=True)
             if options.on_start is not None:
                 options.on_start(access.url(port))
-            following = contextlib.nullcontext()
-            if options.watch:
-                following = updating(index, folders_of(index), follows=True)
-            with following:
+            follows = updating(index, folders_of(index), follows=True) if options.watch else None
+            with follows or contextlib.nullcontext():
                 uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             print()
@@ -231,9 +230,9 @@ def _listener(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         is_dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         return socket.create_server(address, family=family, dualstack_ipv6=is_dual)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         # `create_server` adds the address to what the system says.
-        reason = str(getattr(error, "strerror", error)).partition(" (while")[0]
+        reason = str(error.strerror).partition(" (while")[0]
         raise UserError(
             f"cannot listen on --host={host} --port={port} ({reason}); --port=0 chooses a free one"
         ) from error
@@ -258,7 +257,7 @@ def make_app(index: Index, top: int, max_upload: int, access: Access) -> Starlet
     app = Starlette(
         routes=routes,
         middleware=[Middleware(checked, access=access, names=names)],
-        exception_handlers=dict.fromkeys((UserError, Exception), _error),
+        exception_handlers=dict.fromkeys((UserError, HTTPException, Exception), _error),
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # To an address with the host that the proxy asked for.
@@ -268,4 +267,6 @@ def make_app(index: Index, top: int, max_upload: int, access: Access) -> Starlet
 def _error(request: Request, error: Exception) -> Response:
     if isinstance(error, UserError):
         return _line(request.scope, status_of(error), str(error))
+    if isinstance(error, HTTPException):
+        return _line(request.scope, error.status_code, error.detail, error.headers)
     return PlainTextResponse("internal error; the server's log has it", 500, _HEADERS)

@@ -38,8 +38,9 @@ SELECT rank, video, start, end, text, path
 FROM cues JOIN transcripts ON id = cues.rowid >> {_BITS}
 WHERE cues.text MATCH ?1 AND (?2 = '' OR video = ?2) ORDER BY rank, video, start, path
 """
-# Words in more than this share of the cues, like "the", are not looked for beside rarer ones.
-_COMMON = 0.1
+# Words in more than this share of the cues, and so many, like "the", are not looked for beside
+# other ones: a video in which nothing else of a sentence is said is no answer.
+_COMMON, _COMMON_FROM = 0.1, 5
 _MAX_WORDS = 64
 
 
@@ -129,7 +130,7 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
 def count_transcripts(directory: Path) -> int:
     """How many transcripts an index has; 0 if its file is missing or damaged."""
     with contextlib.suppress(sqlite3.Error), _reading(directory / FILE) as database:
-        counted = database.execute("SELECT count(*) FROM transcripts WHERE error = ''")
+        counted = database.execute("SELECT count(*) FROM transcripts WHERE number > 0")
         return counted.fetchone()[0]
     return 0
 
@@ -156,12 +157,13 @@ def find_cues(
 
 
 def _expression(database: sqlite3.Connection, sentence: str) -> str:
-    """What FTS5 looks for: any of the words, or of the rare ones if there are some."""
+    """What FTS5 looks for: any of the words that are rare, or of all if there is no rare one."""
     given = sentence.replace("\0", " ").encode("utf-8", "replace").decode().split()
     # In quotes, nothing of a word is syntax.
     words = ['"' + word.replace('"', '""') + '"' for word in dict.fromkeys(given)][:_MAX_WORDS]
-    most = _COMMON * (database.execute("SELECT sum(number) FROM transcripts").fetchone()[0] or 0)
+    count = database.execute("SELECT sum(number) FROM transcripts").fetchone()[0] or 0
+    most = max(_COMMON_FROM, _COMMON * count)
     of_word = "SELECT count(*) FROM cues WHERE cues MATCH ?"
     counts = [database.execute(of_word, (word,)).fetchone()[0] for word in words]
-    rare = [word for word, count in zip(words, counts, strict=True) if 0 < count <= most]
+    rare = [word for word, count in zip(words, counts, strict=True) if count <= most]
     return " OR ".join(rare or words) or '""'

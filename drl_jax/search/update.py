@@ -89,28 +89,24 @@ class IndexReport:
         counts = (self.added, self.changed, self.moved, self.removed)
         return any(counts) or bool(self.bad or self.unavailable)
 
-    def lines(self) -> Iterator[str]:
-        """The report as text: the numbers, and then the files with a reason."""
-        yield (
+    def __repr__(self) -> str:
+        """The numbers, and then the files with a reason."""
+        lines = [
             f"{self.added} added, {self.changed} changed, {self.moved} moved, {self.removed}"
             f" removed, {self.unchanged} unchanged; {len(self.bad)} cannot be searched;"
             f" {self.windows} windows take {self.nbytes / 1e6:.1f} MB"
-        )
+        ]
         if self.transcripts:
-            yield f"{self.transcripts} transcripts can be searched with --text"
+            lines.append(f"transcripts that --text searches: {self.transcripts}")
         for reasons, title in (
-            (self.bad, "files cannot be searched"),
-            (self.bad_transcripts, "transcripts cannot be read"),
-            (self.unavailable, "files could not be read this time"),
+            (self.bad, "cannot be searched"),
+            (self.bad_transcripts, "transcripts that cannot be read"),
+            (self.unavailable, "could not be read this time"),
         ):
             if reasons:
-                yield f"{len(reasons)} {title}:"
-            yield from (f"  {printable(path)}: {reason}" for path, reason in reasons.items())
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
-
-    __repr__ = __str__
+                lines.append(f"{title} ({len(reasons)}):")
+            lines += [f"  {printable(path)}: {reason}" for path, reason in reasons.items()]
+        return "\n".join(lines)
 
 
 def update_index(
@@ -160,9 +156,8 @@ def update_index(
         parent = part_directories(whole)[0]
         first = read_header(parent)
         bank = bank or encoding.read_bank(parent, first)
-    made_with = {"source": model.source, "fingerprint": model.fingerprint}
-    made_with |= {"videos": str(folder), "storage": storage, "fps": fps}
-    made_with["encoder"] = model.encoder
+    made_with = {"source": model.source, "fingerprint": model.fingerprint, "fps": fps}
+    made_with |= {"encoder": model.encoder, "videos": str(folder), "storage": storage}
     made_with["frames"] = "by time, as shown"
     if bank:
         made_with["hubness"] = encoding.describe_bank(bank)
@@ -257,6 +252,7 @@ class _Update:
         self._writer, self._model, self._folder, self._timeout = writer, model, folder, timeout
         self._report, self._is_silent = IndexReport(), not shows_progress
         self._paths: list[str] | None = None  # The files of `--only`; None: all.
+        self._has_all = True  # Whether all files of the index are compared.
         self._found: list[str] = []  # Those of them that are there.
         # New and changed files, and those with damaged features; what the index has of them.
         self._pending: list[FoundFile] = []
@@ -272,6 +268,7 @@ class _Update:
     def compare(self, only: Sequence[str]) -> None:
         """Compares the index with the files of the folder, or only some; checks their features."""
         writer, folder, root = self._writer, self._folder, self._folder.absolute()
+        refused = self._report.unavailable
         if only:
             given = [PurePath(reading.path_of(path)) for path in only]
             names = [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in given]
@@ -281,9 +278,12 @@ class _Update:
         elif not folder.is_dir():  # It is gone, and its videos are to be removed.
             files = []
         else:
-            files = list(reading.find_videos(folder, self._timeout, self._report.bad))
+            files = list(reading.find_videos(folder, self._timeout, self._report.bad, refused))
         known = {file.path: file for file in writer.files(self._paths)}
-        if not (only or known or files):
+        below = tuple(f"{name}/" for name in refused)
+        self._has_all = not only and not below
+        known = {path: file for path, file in known.items() if not path.startswith(below)}
+        if not (only or known or files or refused):
             raise UserError(f"no video in {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
         for path in self._paths or ():
             if path not in known and named[path] is None:
@@ -329,7 +329,7 @@ class _Update:
         is_mounted = lost <= total / 2 if self._paths is None else any(self._folder.iterdir())
         if lost and not is_mounted:
             raise UserError(
-                f"{lost} of the {total} videos of the index {self._writer.directory} are not in"
+                f"{lost} of the {total} files of the index {self._writer.directory} are not in"
                 f" {self._folder}: is it the right folder, and mounted? pruning removes them"
             )
 
@@ -337,7 +337,7 @@ class _Update:
         writer, report, total = self._writer, self._report, len(self._pending)
         work, videos = writer.spool_file(text_index.FILE), self._paths or self._found
         report.transcripts, report.bad_transcripts = text_index.update_text(
-            writer.directory, work, self._folder, videos, is_all=self._paths is None
+            writer.directory, work, self._folder, videos, is_all=self._has_all
         )
         reads = zip(self._pending, self._read(cluster), strict=True)
         shown = tqdm(

@@ -7,6 +7,7 @@ writes.
 
 import atexit
 import contextlib
+import importlib
 import math
 import os
 import sys
@@ -20,6 +21,7 @@ from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.search.index_file import part_directories, read_header
 from drl_jax.search.reading import find_videos
 from drl_jax.search.session import Index
+from drl_jax.search.transcripts import find_transcripts
 from drl_jax.search.update import IndexReport
 
 # Milliseconds between looks, at least: a file that two looks find alike is not being written.
@@ -33,14 +35,21 @@ _UNREAD = (-1, -1)
 
 # Updates an index to a folder, or only to some paths in it.
 UpdateFolder = Callable[[Path, Sequence[str]], IndexReport]
+# Gets what happens.
+Say = Callable[[str | UserError], object]
+
+
+def tell(line: str | UserError) -> None:
+    """Prints what happens on stderr: the answers alone are on stdout."""
+    line = f"drl_jax.search: {line}" if isinstance(line, UserError) else line
+    print(line, file=sys.stderr, flush=True)
 
 
 def follow(
     update: UpdateFolder,
     folders: Sequence[Path],
-    on_report: Callable[[IndexReport], None],
-    on_error: Callable[[UserError], None],
     stop: threading.Event,
+    say: Say = tell,
 ) -> None:
     """Updates an index to folders, and again when their files change, until `stop` is set.
 
@@ -49,14 +58,14 @@ def follow(
     Args:
       update: e.g. `update_index`; the paths are `only`, and none means the whole folder.
       folders: of the index.
-      on_report: called after the first update of a folder, and when one has changed something.
-      on_error: called when an update fails, unless it fails as the one before.
       stop: ends the following, not an update.
+      say: gets the report of an update that has changed something, and why one fails, unless it
+        fails as the one before.
 
     Raises UserError if watchfiles is not installed.
     """
-    _watchfiles()
-    followed = [_Folder(folder, update, on_report, on_error) for folder in folders]
+    watchfiles()
+    followed = [_Folder(folder, update, say) for folder in folders]
     next_timed = earliest = -math.inf
     is_due = False
     while not stop.is_set():
@@ -75,19 +84,19 @@ def follow(
             is_due = False
 
 
-def _watchfiles() -> ModuleType:
+def watchfiles() -> ModuleType:
+    """The library; raises a UserError if it is not installed."""
     try:
-        import watchfiles
+        return importlib.import_module("watchfiles")
     except ImportError as error:
         line = "--watch needs watchfiles: pip install 'drl_jax[watch]'"
         raise UserError(line) from error
-    return watchfiles
 
 
 def _notices(folders: Sequence[Path], stop: threading.Event) -> Iterator[bool]:
     """Whether the system noticed a change: at once, and then every second until `stop` is set."""
     yield False
-    changes = _watchfiles().watch(
+    changes = watchfiles().watch(
         *folders,
         watch_filter=None,
         debounce=5 * _BETWEEN,
@@ -110,29 +119,22 @@ def _notices(folders: Sequence[Path], stop: threading.Event) -> Iterator[bool]:
 class _Folder:
     """A folder that is followed. `waits`: a file may still be written; `seconds` of the last look.
 
-    Files are compared by their sizes and modification times, like those of an index.
+    Files are compared by sizes and modification times, with the transcripts beside them.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        update: UpdateFolder,
-        on_report: Callable[[IndexReport], None],
-        on_error: Callable[[UserError], None],
-    ):
-        self._folder, self._update = folder, update
-        self._on_report, self._on_error = on_report, on_error
-        self.waits, self.seconds, self._failure = False, 0.0, ""
+    def __init__(self, folder: Path, update: UpdateFolder, say: Say):
+        self._folder, self._update, self._say = folder, update, say
+        self.waits, self.seconds, self._failure, self._said = False, 0.0, "", ""
         # As of the last update, by path; None: not known, and all files are compared.
-        self._seen: dict[str, tuple[int, int]] | None = None
-        self._listed: dict[str, tuple[int, int]] = {}
+        self._seen: dict[str, tuple] | None = None
+        self._listed: dict[str, tuple] = {}
         self._unread: set[str] = set()
 
     def look(self, *, is_timed: bool) -> bool:
         """Updates the index to what has changed and settled; whether something has changed."""
         start, self.waits = time.monotonic(), False
         try:
-            found = {f.path: (f.size, f.mtime_ns) for f in find_videos(self._folder, 0.0, {})}
+            found = self._list()
             self.seconds = time.monotonic() - start
             changed, settled = self._compare(found, is_timed)
             if settled is not None:
@@ -145,13 +147,19 @@ class _Folder:
                 return True
             line = Unavailable(self._folder, error) if isinstance(error, OSError) else error
             if str(line) != self._failure:
-                self._on_error(line)
+                self._say(line)
             self._failure = str(line)
             return False
 
-    def _compare(
-        self, found: dict[str, tuple[int, int]], is_timed: bool
-    ) -> tuple[bool, list[str] | None]:
+    def _list(self) -> dict[str, tuple]:
+        """By the paths of videos: what tells whether they, or transcripts beside them, change."""
+        videos = find_videos(self._folder, 0.0, {}, {})
+        found: dict[str, tuple] = {file.path: (file.size, file.mtime_ns) for file in videos}
+        for one in find_transcripts(self._folder, found):
+            found[one.video] += one[1:4]
+        return found
+
+    def _compare(self, found: dict[str, tuple], is_timed: bool) -> tuple[bool, list[str] | None]:
         """Whether files have changed, and which to update: [] is all of them, None is no update."""
         before, self._listed = self._listed, found
         if self._seen is None:
@@ -170,7 +178,7 @@ class _Folder:
             return True, []
         return bool(changed), settled or None
 
-    def _run(self, found: dict[str, tuple[int, int]], only: list[str]) -> None:
+    def _run(self, found: dict[str, tuple], only: list[str]) -> None:
         seen, self._seen = self._seen, None
         try:
             report = self._update(self._folder, only)
@@ -184,23 +192,14 @@ class _Folder:
             self._seen = {p: of for p, of in seen.items() if p not in {*only}} | now
         else:
             self._seen = found
-        self._unread |= report.unavailable.keys()
-        if seen is None or report.has_changed:
-            self._on_report(report)
-
-
-def print_report(report: IndexReport) -> None:
-    print("\n".join(report.lines()), flush=True)
-
-
-def print_error(error: UserError) -> None:
-    print(f"drl_jax.search: {error}", file=sys.stderr, flush=True)
+        self._unread |= report.unavailable.keys() & found.keys()
+        if report.has_changed and (line := f"{self._folder}: {report}") != self._said:
+            self._said = line  # Once, that a file cannot be read.
+            self._say(line)
 
 
 @contextlib.contextmanager
-def updating(
-    index: Index, folders: Sequence[Path], *, follows: bool
-) -> Iterator[tuple[threading.Thread, list[UserError]]]:
+def updating(index: Index, folders: Sequence[Path], *, follows: bool) -> Iterator[threading.Thread]:
     """Updates an index to folders in a thread, which prints what it does, in the block.
 
     The process ends with status 0 if it does so in an update, of which the next one does the rest.
@@ -208,10 +207,9 @@ def updating(
     Args:
       follows: whether to follow the folders until the end of the block.
 
-    Yields:
-      The thread, and the errors of folders that are not followed.
+    Yields the thread, which ends early if it does not follow.
     """
-    stop, errors = threading.Event(), list[UserError]()
+    stop = threading.Event()
 
     def update(folder: Path, only: Sequence[str]) -> IndexReport:
         return index.add([folder / path for path in only] or folder)
@@ -219,24 +217,22 @@ def updating(
     def update_once() -> None:
         for folder in folders:
             try:
-                print_report(index.add(folder, progress=True))
+                tell(f"{folder}: {index.add(folder, progress=True)}")
             except UserError as error:
-                errors.append(error)
-                print_error(error)
+                tell(error)
 
     if follows:
-        _watchfiles()
-        arguments = (update, folders, print_report, print_error, stop)
-        thread = threading.Thread(target=follow, args=arguments, daemon=True)
-    else:
-        thread = threading.Thread(target=update_once, daemon=True)
+        watchfiles()
+    target, arguments = (follow, (update, folders, stop)) if follows else (update_once, ())
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
     thread.start()
     try:
-        yield thread, errors
+        yield thread
     finally:
         stop.set()
         thread.join(2.0)
         if thread.is_alive():
+            tell("")  # Behind its bar.
             # XLA may crash at the end of Python with what is left unfinished.
             atexit.register(os._exit, 0)
             atexit.register(sys.stdout.flush)
