@@ -31,6 +31,7 @@ def evaluate(
     frame_order: str = "time",
     post: str | Sequence[str] = "none",
     bank_size: int | None = None,
+    rerank: int = 0,
     report: str | os.PathLike | None = None,
     data_dir: str | None = None,
     show: "Callable[[Result], object]" = lambda result: None,
@@ -44,7 +45,8 @@ def evaluate(
       The others are those of `runs.evaluate_run.evaluate`.
 
     Returns:
-      The result; for several methods of post-processing, the results by their names.
+      The result; for several methods of post-processing, the results by their names; with
+      `rerank`, those of both stages, "none" and "rerank".
 
     Raises:
       UserError: no such run, checkpoint, dataset, split or method, or a file cannot be written.
@@ -72,11 +74,12 @@ def evaluate(
         frame_order=frame_order,
         post=methods,
         bank_size=bank_size,
+        rerank=rerank,
         show=show,
     )
     if report is not None:
         write_report(Path(report), workdir, evaluated)
-    return evaluated.results[post] if isinstance(post, str) else evaluated.results
+    return evaluated.results[post] if isinstance(post, str) and not rerank else evaluated.results
 
 
 def _parser() -> Parser:
@@ -96,6 +99,8 @@ def _parser() -> Parser:
     add("--post", type=_methods, default=["none"], metavar="METHOD[,METHOD...]", help=post)
     size = "captions of train that post-processing takes (5000, or all if there are fewer)"
     add("--bank_size", type=positive_int, metavar="N", help=size)
+    text = "candidates of each query that the run's reranker (drl_jax.rerank) ranks again"
+    add("--rerank", type=positive_int, default=0, metavar="N", help=text)
     alphas = (
         "numbers from 0 to 1: evaluate (1 - alpha) start + alpha checkpoint, where the start is the"
         " weights that the run began with"
@@ -145,10 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cache_compilations()
         if options.second and not options.alphas:
             raise UserError("--second is that of --alphas; give both")
-        others = (options.post, options.frame_order, options.legacy, options.report)
+        others = (options.post, options.frame_order, options.legacy, options.report, options.rerank)
         if options.alphas:
-            if others != (["none"], "time", False, None):
-                raise UserError("--alphas is of raw similarities, without a report; leave it out")
+            if others != (["none"], "time", False, None, 0):
+                line = "--alphas is of raw similarities, without --rerank and a report"
+                raise UserError(f"{line}; leave it out")
             evaluate_alphas(
                 options.workdir,
                 with_data_dir(load_config(options.workdir), options.data_dir),
@@ -165,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             frame_order=options.frame_order,
             post=options.post,
             bank_size=options.bank_size,
+            rerank=options.rerank,
             report=options.report,
             data_dir=options.data_dir,
             show=show,

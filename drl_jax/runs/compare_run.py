@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from drl_jax.evaluation.bootstrap import Difference, differences
+from drl_jax.evaluation.bootstrap import Difference, differences, format_differences
 from drl_jax.evaluation.metrics import RANK_METRICS, Ranks
 from drl_jax.runs.checkpoint_files import DamagedCheckpoint, owner
 from drl_jax.runs.evaluate_run import open_evaluation
@@ -130,16 +130,7 @@ def _report(one: RankedRun, other: RankedRun, found: Mapping[str, Difference]) -
             f"{name}  {run.workdir}: step {run.card.step}, {run.card.chosen}; seed {seed}; frames"
             f" {run.card.frames}"
         )
-    lines.append(f"{'':<14}{'A':>8}{'B':>8}{'B - A':>9}{'95 % interval':>19}{'p':>8}")
-    for name, metric in found.items():
-        bounds = f"[{metric.low:+.1f}, {metric.high:+.1f}]"
-        mark = " *" if metric.is_more_than_luck else ""
-        lines.append(
-            f"{name:<14}{metric.one:8.1f}{metric.other:8.1f}{metric.other - metric.one:+9.1f}"
-            f"{bounds:>19}{metric.p_value:8.3f}{mark}"
-        )
-    if any(metric.is_more_than_luck for metric in found.values()):
-        lines.append("* the interval leaves out 0; of 20 metrics of equal models, one may do so")
+    lines.append(format_differences(found, "A", "B"))
     return "\n".join([*lines, verdict(MAIN_METRIC, found[MAIN_METRIC])])
 
 

@@ -76,7 +76,7 @@ def origin_of(contents: Contents) -> dict[str, Any]:
     """The origin that `save_weights` wrote; WeightsFileError: the checksum of the file is wrong."""
     metadata = contents.metadata
     said = metadata.get(_CONFIG_KEY, "") + metadata.get(_ORIGIN_KEY, "")
-    if _CHECKSUM_KEY in metadata and metadata[_CHECKSUM_KEY] != _checksum(contents.tensors, said):
+    if _CHECKSUM_KEY in metadata and metadata[_CHECKSUM_KEY] != checksum_of(contents.tensors, said):
         problem = "is damaged: its checksum is wrong; copy or export it again"
         raise WeightsFileError(f"{contents.files[0]} {problem}", names_file=True)
     try:
@@ -153,7 +153,7 @@ def _evidence(path: Path, found: Towers, release: str, is_archive: bool) -> tupl
     return "", "names of tensors as in DRL's original" if found.is_of_drl else ""
 
 
-def _checksum(state: StateDict, about: str) -> str:
+def checksum_of(state: StateDict, about: str) -> str:
     """CRC-32 of the tensors, and of the configuration and origin; safetensors has no checksum."""
     crc32 = zlib.crc32(about.encode())
     for name, tensor in sorted(state.items()):
@@ -224,7 +224,7 @@ def save_weights(
     said = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
     if origin is not None:
         said[_ORIGIN_KEY] = json.dumps(origin)
-    checksum = _checksum(state, "".join(said.values()))
+    checksum = checksum_of(state, "".join(said.values()))
     metadata = {"format": "pt", **said, _CHECKSUM_KEY: checksum}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
