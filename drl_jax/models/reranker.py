@@ -148,7 +148,7 @@ def reranker_definition(config: RerankerConfig, dtype: str) -> tuple[nnx.GraphDe
 def init_reranker(
     config: RerankerConfig, model: ModelConfig, first_stage: Params, key: jax.Array
 ) -> Params:
-    """New parameters, with the first stage's temperature, and blocks of its text tower if they fit."""
+    """New parameters: the first stage's temperature, and blocks of its text tower if they fit."""
     reranker = Reranker(config, model.dtype, rngs=nnx.Rngs(key))
     params = nnx.to_pure_dict(nnx.split(reranker)[1])
     backbone = without_adapters(first_stage["backbone"])
