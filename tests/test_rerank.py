@@ -5,6 +5,7 @@ import functools
 import json
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from support.commands import error_of, start_module, wait_for
 from support.params import assert_same_arrays
 from support.runs import make_run
-from support.search import made_up_windows, random_model
+from support.search import made_up_videos, made_up_windows, random_model, write_index
 
 import drl_jax
 from drl_jax.config import ModelConfig
@@ -22,6 +23,7 @@ from drl_jax.evaluation.metrics import metrics_of, query_ranks
 from drl_jax.evaluation.reranking import PairScorer, replaced, rerank_evaluation
 from drl_jax.models.reranker import (
     RerankerConfig,
+    first_stage_sha256,
     init_reranker,
     pair_arrays,
     reranker_definition,
@@ -29,8 +31,19 @@ from drl_jax.models.reranker import (
 from drl_jax.rerank import main as rerank
 from drl_jax.runs.protocol_card import read_ranks
 from drl_jax.runs.rerank_training import hardest
+from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import make_layout
-from drl_jax.weights.reranker_file import RERANKER_FILE, read_tensors, save_reranker
+from drl_jax.search.__main__ import main as search
+from drl_jax.search.addresses import PageQuery
+from drl_jax.search.api import SearchAPI
+from drl_jax.search.filters import Filters
+from drl_jax.search.ranking import SearchOptions
+from drl_jax.weights.reranker_file import (
+    RERANKER_FILE,
+    read_reranker,
+    read_tensors,
+    save_reranker,
+)
 
 COUNT = 6
 FLAGS = (f"--candidates={COUNT}", "--epochs=2")
@@ -225,7 +238,110 @@ def test_evaluation_prints_both_stages(first_stage, capsys):
     assert (ranks.t2v[~outside] <= COUNT).all()
 
 
+# ---------------------------------------------------------------- search
+
+
+@pytest.fixture(scope="module")
+def index(shapes_config, sizes, test_videos, tmp_path_factory):
+    """An index of 32 clips, whose run has a reranker that changes the order."""
+    root = tmp_path_factory.mktemp("rerank_search")
+    make_run(root / "run", shapes_config)
+    model = drl_jax.load(root / "run")
+    params = new_params(sizes, model, trained=True)
+    about = {"first_stage": first_stage_sha256(model.params)}
+    save_reranker(root / "run" / RERANKER_FILE, sizes, params, about)
+    index = drl_jax.Index(root / "index", model)
+    index.add(test_videos)
+    return index
+
+
+def test_search_reranks_the_first_videos(index, sizes, test_videos, capsys):
+    sentence = "a red circle moves left"
+    before = index.search(sentence, top=32)
+    after = index.search(sentence, top=32, rerank=10)
+    assert before.rerank_ms is None
+    assert after.rerank_ms > 0
+    paths = [[hit.path for hit in hits] for hits in (before, after)]
+    assert paths[0][:10] != paths[1][:10]
+    assert paths[0][10:] == paths[1][10:]
+    assert {hit.path: hit.score for hit in before} == {hit.path: hit.score for hit in after}
+    # The same as the joint encoder of the pairs themselves.
+    file = read_reranker(
+        Path(index.model.source["workdir"]) / RERANKER_FILE,
+        index.model.config.model,
+        index.model.params,
+    )
+    text = index.model.encode_text([sentence])
+    video = index.model.encode_videos(paths[0][:10])
+    scorer = PairScorer(sizes, "float32", index.model.layout)
+    given = np.zeros(10, int), np.arange(10), np.array([hit.score for hit in before[:10]])
+    scores = scorer.scores(file.params, text, video, *given)
+    found = {hit.path: hit.reranked for hit in after[:10]}
+    np.testing.assert_allclose([found[path] for path in paths[0][:10]], scores, atol=1e-5)
+    assert (np.diff([hit.reranked for hit in after[:10]]) <= 0).all()
+    assert after[10].reranked is None
+    # Sentences that are asked together, and some of the videos.
+    together = index.search([sentence, "a blue square"], top=10, rerank=10)
+    assert [hit.path for hit in together[0]] == paths[1][:10]
+    only = tuple(sorted(path.name for path in paths[1][:10])[:3])
+    few = index.search(sentence, top=9, filters=Filters(only=only), rerank=10)
+    assert [hit.path for hit in few] == [path for path in paths[1] if path.name in only]
+    explanation = after[0].moments[0].explanation.to_json()
+    attention = explanation["attention"]
+    assert len(attention["words"]) == len(explanation["words"])
+    assert len(attention["frames"]) == len(explanation["times"])
+    assert 0 < sum(attention["words"] + attention["frames"]) < 1
+    assert before[0].moments[0].explanation.to_json()["attention"] is None
+
+
+def test_the_command_and_the_api_rerank(index, capsys):
+    sentence = "a red circle moves left"
+    expected = [str(hit.path) for hit in index.search(sentence, top=5, rerank=10)]
+    flags = ["query", f"--index={index.directory}", sentence, "--rerank=10"]
+    assert search([*flags, "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out.splitlines()[-1])["hits"]
+    assert [hit["path"] for hit in hits] == expected
+    assert search(flags) == 0
+    said = capsys.readouterr().out
+    assert "reranked in" in said
+    assert f"(reranked: {hits[0]['reranked']:.4f})" in said
+    api = SearchAPI(index, 5, 10**6)
+    answer = api.search(PageQuery.of([("q", sentence), ("rerank", "10")]))
+    assert [hit["reranked"] for hit in answer["hits"]] == [hit["reranked"] for hit in hits]
+    assert answer["rerank_ms"] > 0
+    video = answer["hits"][0]["path"]
+    opened = api.video(PageQuery.of([("q", sentence), ("rerank", "10"), ("video", video)]))
+    assert opened["explanation"]["attention"]
+    assert api.search(PageQuery.of([("q", sentence)]))["rerank_ms"] is None
+    api.close()
+
+
+def test_an_untrained_reranker_keeps_the_order_of_a_search(index, sizes):
+    sentence, path = "a blue square", Path(index.model.source["workdir"]) / RERANKER_FILE
+    trained = path.read_bytes()
+    about = {"first_stage": first_stage_sha256(index.model.params)}
+    save_reranker(path, sizes, new_params(sizes, index.model, trained=False), about)
+    other = drl_jax.Index(index.directory, index.model, SearchOptions(rerank=32))
+    path.write_bytes(trained)
+    before, after = index.search(sentence, top=32), other.search(sentence, top=32)
+    assert [hit.path for hit in after] == [hit.path for hit in before]
+    assert [hit.reranked for hit in after] == [hit.score for hit in before]
+
+
 # ---------------------------------------------------------------- refusals
+
+
+def test_an_index_that_cannot_be_reranked_is_refused(index, tmp_path, capsys):
+    flags = ["query", f"--index={index.directory}", "a circle"]
+    line = error_of("drl_jax.search", *flags, "--rerank=33", capsys=capsys)
+    assert "--rerank=33 is above the 32 videos of the index" in line
+    dp = random_model(index.model.config, "dp")
+    windows = made_up_windows(dp, 2)
+    windows["video_unit"] = windows["frame_unit"][:, 0]
+    videos = made_up_videos(dp, ["a.mp4", "b.mp4"], windows)
+    write_index(tmp_path / "dp", dp, [videos])
+    with pytest.raises(UserError, match="interaction dp does not have"):
+        drl_jax.Index(tmp_path / "dp", dp, SearchOptions(rerank=2))
 
 
 def test_what_does_not_fit_is_refused_in_one_line(first_stage, shapes_config, tmp_path, capsys):

@@ -177,7 +177,9 @@ def _print(
             answer = {"model": index.model.about, "query": name}
             print(json.dumps({**answer, "hits": [hit.to_json() for hit in hits]}))
         else:
-            print(f"{name}\n{format_hits(hits)}")
+            took = getattr(hits, "rerank_ms", None)
+            reranked = "" if took is None else f"  (reranked in {took:.0f} ms)"
+            print(f"{name}{reranked}\n{format_hits(hits)}")
 
 
 def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
@@ -201,6 +203,8 @@ def format_hits(hits: Sequence[Hit]) -> str:
         if hit.is_weak and "weak matches:" not in lines:
             lines.append("weak matches:")
         same = "  (has this picture)" if hit.is_same else ""
+        if hit.reranked is not None:
+            same += f"  (reranked: {hit.reranked:.4f})"
         lines.append(f"{hit.rank:4}  {hit.score:.4f}  {printable(str(hit.path))}{same}")
         for moment in hit.moments:
             start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
@@ -361,7 +365,7 @@ def _open(options: argparse.Namespace) -> Index:
 
 
 def _search_options(options: argparse.Namespace) -> SearchOptions:
-    given = _given(options, "engine", "candidates", "refine")
+    given = _given(options, "engine", "candidates", "refine", "rerank")
     if options.command == "recall":
         given["candidates"] = max(options.candidates)
     correction = Correction.parse(options.hubness) if options.hubness else None

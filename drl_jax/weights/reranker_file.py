@@ -80,6 +80,7 @@ def read_reranker(path: Path, model: ModelConfig, first_stage: Params) -> Rerank
       UserError: there is none, it is of another first stage, or of another width.
       WeightsFileError, Unavailable: as of `read_tensors`.
     """
+    RerankerConfig.of(model, 0, 0)  # A first stage that can have one.
     if not path.exists():
         raise UserError(f"there is no {path}; train it with python -m drl_jax.rerank --workdir=RUN")
     tensors, values = read_tensors(path)
