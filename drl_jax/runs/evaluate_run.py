@@ -150,11 +150,15 @@ class Result:
 
 
 class Evaluated(NamedTuple):
-    """What was evaluated; the result without post-processing; and results by post-processing."""
+    """What was evaluated; the result without post-processing; and results by post-processing.
+
+    `reranked` are the ranks after a reranker, None without one.
+    """
 
     opened: OpenEvaluation
     evaluation: Evaluation
     results: dict[str, Result]
+    reranked: Ranks | None = None
 
 
 class Ranked(NamedTuple):
@@ -238,7 +242,8 @@ def evaluate(
         except OSError as error:
             reason = Unavailable(path, error, "written")
             raise UserError(f"the metrics are complete, but {reason}") from error
-    return Evaluated(opened, evaluation, results)
+    reranked = ranked[RERANK].ranks if rerank else None
+    return Evaluated(opened, evaluation, results, reranked)
 
 
 def open_evaluation(
