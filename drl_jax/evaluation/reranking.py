@@ -86,7 +86,7 @@ class PairScorer:
           params: of the reranker.
           text, video: the arrays that the interaction compares.
           rows, columns: texts and videos of the pairs, int [...].
-          scores: their similarities, [...].
+          scores: their similarities, float32 [...].
         """
         shape, found = rows.shape, np.empty(rows.size, np.float64)
         rows, columns, scores = rows.ravel(), columns.ravel(), scores.ravel()
@@ -98,9 +98,10 @@ class PairScorer:
             pairs = self.pairs(text, video, rows[part], columns[part], scores[part])
             of_pairs = self._changes(params, self._layout.put_batch(pairs))
             valid = min(size, len(rows) - start)
-            found[start : start + valid] = np.asarray(of_pairs)[:valid]
-        # Without a change, the similarity itself, bit for bit.
-        return (found + scores).reshape(shape)
+            # Without a change, the similarity itself, bit for bit.
+            found[start : start + valid] = pairs["score"][:valid]
+            found[start : start + valid] += np.asarray(of_pairs)[:valid]
+        return found.reshape(shape)
 
     def attention(self, params: Params, text: Features, video: Features) -> np.ndarray:
         """The attention to the words and frames of one pair, float32 [L + F]."""

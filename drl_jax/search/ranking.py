@@ -252,10 +252,12 @@ class Answer:
                 break
         rows = np.array([*best.values()])
         slots = self.slots[rows].tolist()
-        biases = np.array([self._bias(slot) for slot in slots])
+        similarities = self.scores[rows] + np.array([self._bias(slot) for slot in slots])
+        similarities = similarities.astype(np.float32)
         windows, text = self._features(slots), self._query.parts[0].text
-        scores = reranker.scores(text, windows, self.scores[rows] + biases, count)
-        places, found = [*best], scores - biases
+        scores = reranker.scores(text, windows, similarities, count)
+        # Without a change, the order of the first stage, bit for bit.
+        places, found = [*best], self.scores[rows] + (scores - similarities)
         for number in np.argsort(-found, kind="stable").tolist():
             self.reranked[places[number]] = float(scores[number])
         self._reranker, self.rerank_ms = reranker, 1000 * (time.perf_counter() - start)
