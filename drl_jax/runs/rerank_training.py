@@ -7,6 +7,7 @@ first stage alone is what it has to beat.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from drl_jax.config import Config
@@ -24,6 +24,7 @@ from drl_jax.data.batches import load_split
 from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.data.splits import Split
 from drl_jax.evaluation.evaluator import Evaluator, check_split
+from drl_jax.evaluation.metrics import summary
 from drl_jax.evaluation.reranking import Change, PairScorer, rerank_evaluation
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
@@ -111,64 +112,67 @@ def train_reranker(
     with exclusive(workdir):
         stored = stored_features(config, dataset, splits, params, layout)
         evaluator = Evaluator(config, dataset, layout, stored)
-        first_stage = first_stage_sha256(params)
-        identity = {"first_stage": first_stage, "step": step, **dataclasses.asdict(settings)}
+        identity = {"first_stage": first_stage_sha256(params), "step": step}
+        identity |= dataclasses.asdict(settings)
         if target.exists():
             _, found = read_tensors(target)
             _check_same(target, found, identity)
             return found
-        examples = _Examples(evaluator, params, train, settings)
+        videos = evaluator.encode_videos(params, train.videos)
+        # As an index has them, which the first stage compares.
+        videos["frame_unit"] = videos["frame_unit"].astype(jnp.bfloat16).astype(np.float32)
         evaluation = evaluator.run(params, val)
         count = min(settings.candidates, len(val.videos))
         scorer = PairScorer(sizes, config.model.dtype, layout, change)
-
-        def recall(reranker: Params) -> float:
-            def score(*pairs: Any) -> np.ndarray:
-                return scorer.scores(reranker, *pairs)
-
-            return float((rerank_evaluation(score, evaluation, count).ranks.t2v <= 1).mean() * 100)
-
-        total = settings.epochs * examples.steps
-        warmup = int(_WARMUP * total)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, warmup, max(total, 1))
-        tx = optax.chain(
-            optax.clip_by_global_norm(_MAX_NORM), optax.adamw(schedule, weight_decay=_DECAY)
-        )
+        tx = _optimizer(settings, settings.epochs * _steps(len(train.videos)))
         step_function = make_step(sizes, config.model.dtype, tx, layout)
-        reranker = init_reranker(sizes, config.model, params, jax.random.key(settings.seed))
-        state = jax.device_put((reranker, tx.init(reranker)), layout.replicated)
-        best, losses = jax.device_get(reranker), []
-        history = [float(evaluation.metrics["t2v"]["R@1"])]
-        resumed = target.with_name(f"{target.stem}_state.safetensors")
-        if resumed.exists():
-            tensors, found = read_tensors(resumed)
-            _check_same(resumed, found, identity)
-            state, best = _restored(tensors, state, best, layout)
+        best = jax.device_get(
+            init_reranker(sizes, config.model, params, jax.random.key(settings.seed))
+        )
+        state = (best, tx.init(best))
+        history, losses = [float(evaluation.metrics["t2v"]["R@1"])], []
+        unfinished = target.with_name(f"{target.stem}_state.safetensors")
+        if unfinished.exists():
+            tensors, found = read_tensors(unfinished)
+            _check_same(unfinished, found, identity)
+            tree = jax.tree.structure((state, best))
+            state, best = tree.unflatten(tensors[str(n)] for n in range(len(tensors)))
             history, losses = found["val_t2v_R1"], found["losses"]
-            print(f"resuming {resumed} after epoch {len(history) - 1}")
+            print(f"resuming {unfinished} after epoch {len(losses)}")
+        state = jax.device_put(state, layout.replicated)
         for epoch in range(len(history), settings.epochs + 1):
+            batches = _batches(evaluator, params, train, videos, scorer, settings, epoch)
             of_steps = []
-            for batch in tqdm(
-                examples.epoch(epoch, scorer), f"epoch {epoch}", examples.steps, leave=False
-            ):
+            shown = tqdm(batches, f"epoch {epoch}", _steps(len(train.videos)), leave=False)
+            for batch in shown:
                 *state, loss = step_function(*state, layout.put_batch(batch))
                 of_steps.append(loss)
-            losses.append(float(np.mean(jax.device_get(of_steps))))
-            value = recall(state[0])
+            score = functools.partial(scorer.scores, state[0])
+            ranks = rerank_evaluation(score, evaluation, count).ranks
+            value = summary(ranks.t2v)["R@1"]
             if value > max(history):
                 best = jax.device_get(state[0])
             history.append(value)
+            losses.append(float(np.mean(jax.device_get(of_steps))))
             print(
-                f"epoch {epoch} of {settings.epochs}: loss {losses[-1]:.4f},"
-                f" val t2v R@1 {value:.1f} of {count} candidates (first stage {history[0]:.1f})",
+                f"epoch {epoch} of {settings.epochs}: loss {losses[-1]:.4f}, val t2v R@1"
+                f" {value:.1f} of {count} candidates (first stage {history[0]:.1f})",
                 flush=True,
             )
             about = {**identity, "val_t2v_R1": history, "losses": losses}
-            write_tensors(resumed, _tensors(state, best), about)
+            leaves = enumerate(jax.tree.leaves((tuple(state), best)))
+            write_tensors(unfinished, {str(n): np.asarray(x) for n, x in leaves}, about)
         about["epoch"] = int(np.argmax(history))
         save_reranker(target, sizes, best, about)
-        resumed.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return about
+
+
+def _optimizer(settings: RerankSettings, steps: int) -> optax.GradientTransformation:
+    warmup = int(_WARMUP * steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, warmup, steps)
+    clip = optax.clip_by_global_norm(_MAX_NORM)
+    return optax.chain(clip, optax.adamw(schedule, weight_decay=_DECAY))
 
 
 def make_step(
@@ -201,58 +205,52 @@ def make_step(
     )
 
 
-class _Examples:
-    """The batches of each epoch, which follow from the seed and its number."""
+def _steps(videos: int) -> int:
+    """Batches of an epoch."""
+    pools = np.array_split(np.arange(videos), -(-videos // _POOL))
+    return sum(max(1, len(pool) // _BATCH) for pool in pools)
 
-    def __init__(
-        self, evaluator: Evaluator, params: Params, train: Split, settings: RerankSettings
-    ):
-        self._evaluator, self._params, self._captions = evaluator, params, train.captions
-        self._settings = settings
-        self._video = _as_stored(evaluator.encode_videos(params, train.videos))
-        self._pools = -(-len(train.videos) // _POOL)
-        sizes = [len(part) for part in np.array_split(train.videos, self._pools)]
-        self.steps = sum(max(1, size // _BATCH) for size in sizes)
 
-    def epoch(self, epoch: int, scorer: PairScorer) -> Iterator[Features]:
-        rng = np.random.default_rng([self._settings.seed, epoch])
-        offsets = self._captions.offsets
-        drawn = offsets[:-1] + (rng.random(len(self._captions)) * np.diff(offsets)).astype(int)
-        for pool in np.array_split(rng.permutation(len(drawn)), self._pools):
-            captions = [self._captions.caption(pair) for pair in drawn[pool].tolist()]
-            text = self._evaluator.encode_captions(self._params, captions)
-            video = {name: array[pool] for name, array in self._video.items()}
-            sim = self._evaluator.embedder.similarity(self._params, text, video)
-            # Another video with the same caption is right, too.
-            same = np.unique(captions, return_inverse=True)[1]
-            is_right = same[:, None] == same
-            most = min(self._settings.candidates, len(pool) - 1)
-            wrong = [
-                rng.permuted(hardest(matrix, is_right, most), axis=1)[:, :_NEGATIVES]
-                for matrix in (sim, sim.T)
-            ]
-            # Few pairs are repeated: every batch has one shape.
-            order = np.resize(np.arange(len(pool)), max(_BATCH, len(pool) // _BATCH * _BATCH))
-            for own in order.reshape(-1, _BATCH):
-                videos, texts = (np.column_stack([own, found[own]]) for found in wrong)
-                own = np.broadcast_to(own[:, None], videos.shape)
-                rows, columns = np.concatenate([own, texts]), np.concatenate([videos, own])
-                batch = scorer.pairs(text, video, rows, columns, sim[rows, columns])
-                valid = ~is_right[rows, columns]
-                valid[:, 0] = True
-                yield {**batch, "valid": valid}
+def _batches(
+    evaluator: Evaluator,
+    params: Params,
+    train: Split,
+    videos: Features,
+    scorer: PairScorer,
+    settings: RerankSettings,
+    epoch: int,
+) -> Iterator[Features]:
+    """The batches of an epoch, which follow from the seed and its number."""
+    rng, offsets = np.random.default_rng([settings.seed, epoch]), train.captions.offsets
+    drawn = offsets[:-1] + (rng.random(len(train.captions)) * np.diff(offsets)).astype(int)
+    for pool in np.array_split(rng.permutation(len(drawn)), -(-len(drawn) // _POOL)):
+        captions = [train.captions.caption(pair) for pair in drawn[pool].tolist()]
+        text = evaluator.encode_captions(params, captions)
+        video = {name: array[pool] for name, array in videos.items()}
+        sim = evaluator.embedder.similarity(params, text, video)
+        # Another video with the same caption is right, too.
+        same = np.unique(captions, return_inverse=True)[1]
+        is_right = same[:, None] == same
+        most = min(settings.candidates, len(pool) - 1)
+        wrong = [
+            rng.permuted(hardest(matrix, is_right, most), axis=1)[:, :_NEGATIVES]
+            for matrix in (sim, sim.T)
+        ]
+        # Few pairs are repeated: every batch has one shape.
+        order = np.resize(np.arange(len(pool)), max(_BATCH, len(pool) // _BATCH * _BATCH))
+        for own in order.reshape(-1, _BATCH):
+            columns, rows = (np.column_stack([own, found[own]]) for found in wrong)
+            own = np.broadcast_to(own[:, None], rows.shape)
+            rows, columns = np.concatenate([own, rows]), np.concatenate([columns, own])
+            valid = ~is_right[rows, columns]
+            valid[:, 0] = True
+            yield {**scorer.pairs(text, video, rows, columns, sim[rows, columns]), "valid": valid}
 
 
 def hardest(sim: np.ndarray, is_right: np.ndarray, count: int) -> np.ndarray:
     """The most similar wrong columns of each row, the right ones last: int [N, count]."""
     sim = np.where(is_right, -np.inf, sim)
     return np.argsort(-sim, axis=1, kind="stable")[:, :count]
-
-
-def _as_stored(video: Features) -> Features:
-    """Features as an index has them, which the first stage compares: bfloat16, as float32."""
-    unit = video["frame_unit"]
-    return {**video, "frame_unit": unit.astype(jnp.bfloat16).astype(unit.dtype)}
 
 
 def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -262,18 +260,3 @@ def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
                 f"{path} is of another training: {name} {found.get(name)}, not {value}; move it"
                 " away to train anew"
             )
-
-
-def _tensors(state: Any, best: Params) -> dict[str, np.ndarray]:
-    leaves = {f"state/{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(state))}
-    return leaves | {f"best/{name}": x for name, x in flatten_dict(best, sep="/").items()}
-
-
-def _restored(
-    tensors: dict[str, np.ndarray], state: Any, best: Params, layout: Layout
-) -> tuple[Any, Params]:
-    leaves, tree = jax.tree.flatten(state)
-    found = tree.unflatten(tensors[f"state/{n}"] for n in range(len(leaves)))
-    paths = flatten_dict(best, sep="/", keep_empty_nodes=True)
-    flat = {name: tensors[f"best/{name}"] for name in paths}
-    return jax.device_put(found, layout.replicated), unflatten_dict(flat, sep="/")
