@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from drl_jax.models.reranker import RerankerConfig, pair_arrays, reranker_defini
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import Layout
 
-# Pairs that are compared at a time.
-_PAIRS = 256
+# Pairs that are compared at a time: the most, and what their number is a multiple of.
+_PAIRS, _MULTIPLE = 256, 4
 
 # Changes `pair_arrays`, for a study of what a reranker uses.
 Change = Callable[[Features], Features]
@@ -41,7 +42,6 @@ class PairScorer:
     ):
         self._config, self._layout, self._change = config, layout, change
         definition, _ = reranker_definition(config, dtype)
-        shardings = layout.replicated, layout.batch_sharded
 
         def changes(params, pairs):
             reranker = nnx.merge(definition, params)
@@ -50,58 +50,32 @@ class PairScorer:
         def attention(params, pairs):
             return nnx.merge(definition, params).attention(pairs)
 
+        ends: Any = {"in_shardings": (layout.replicated, layout.batch_sharded)}
+        ends["out_shardings"] = layout.replicated
         self._changes, self._attention = (
-            jax.jit(
-                layout.on_mesh(function, dtype),
-                in_shardings=shardings,
-                out_shardings=layout.replicated,
-            )
-            for function in (changes, attention)
+            jax.jit(layout.on_mesh(function, dtype), **ends) for function in (changes, attention)
         )
 
-    def pairs(
-        self,
-        text: Features,
-        video: Features,
-        rows: np.ndarray,
-        columns: np.ndarray,
-        scores: np.ndarray,
-    ) -> Features:
+    def pairs(self, text: Features, video: Features, *pairs: np.ndarray) -> Features:
         """As `models.reranker.pair_arrays`."""
-        pairs = pair_arrays(self._config, text, video, rows, columns, scores)
-        return pairs if self._change is None else self._change(pairs)
+        found = pair_arrays(self._config, text, video, *pairs)
+        return found if self._change is None else self._change(found)
 
     def scores(
-        self,
-        params: Params,
-        text: Features,
-        video: Features,
-        rows: np.ndarray,
-        columns: np.ndarray,
-        scores: np.ndarray,
+        self, params: Params, text: Features, video: Features, *pairs: np.ndarray
     ) -> np.ndarray:
-        """Similarities of pairs as the reranker changes them, float64 [...].
-
-        Args:
-          params: of the reranker.
-          text, video: the arrays that the interaction compares.
-          rows, columns: texts and videos of the pairs, int [...].
-          scores: their similarities, float32 [...].
-        """
-        shape, found = rows.shape, np.empty(rows.size, np.float64)
-        rows, columns, scores = rows.ravel(), columns.ravel(), scores.ravel()
-        devices = self._layout.device_count
-        size = -(-min(_PAIRS, len(rows)) // devices) * devices
-        for start in range(0, len(rows), size):
+        """Similarities of pairs (texts, videos, similarities [...]) as the reranker of `params`
+        changes them: float64 [...]. Without a change, the similarity itself, bit for bit."""
+        # Few shapes, which all devices share.
+        count, multiple = pairs[0].size, math.lcm(_MULTIPLE, self._layout.device_count)
+        size, found = -(-min(_PAIRS, count) // multiple) * multiple, []
+        for start in range(0, count, size):
             # The last batch repeats the last pair: one shape, one compilation.
-            part = np.minimum(np.arange(start, start + size), len(rows) - 1)
-            pairs = self.pairs(text, video, rows[part], columns[part], scores[part])
-            of_pairs = self._changes(params, self._layout.put_batch(pairs))
-            valid = min(size, len(rows) - start)
-            # Without a change, the similarity itself, bit for bit.
-            found[start : start + valid] = pairs["score"][:valid]
-            found[start : start + valid] += np.asarray(of_pairs)[:valid]
-        return found.reshape(shape)
+            part = np.minimum(np.arange(start, start + size), count - 1)
+            batch = self.pairs(text, video, *(array.ravel()[part] for array in pairs))
+            changes = self._changes(params, self._layout.put_batch(batch))
+            found.append(np.asarray(changes, np.float64) + batch["score"])
+        return np.concatenate(found)[:count].reshape(pairs[0].shape)
 
     def attention(self, params: Params, text: Features, video: Features) -> np.ndarray:
         """The attention to the words and frames of one pair, float32 [L + F]."""
@@ -130,9 +104,7 @@ def rerank_evaluation(
     The candidates of a video are sets of texts, by the best text of each. Pair accuracy compares
     both clips of each pair.
 
-    Args:
-      score: `PairScorer.scores` of texts, videos, rows, columns and scores.
-      reversed_pairs: as in `query_ranks`.
+    `score` is `PairScorer.scores` of some parameters; `reversed_pairs` are as in `query_ranks`.
     """
     sim, owner = evaluation.sim_matrix, evaluation.ranks.text_to_video
     score = functools.partial(score, evaluation.text, evaluation.video)

@@ -111,6 +111,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `eval_SPLIT_STEP.json`."""
+        changes = {name: one._asdict() for name, one in (self.differences or {}).items()}
         return {
             "split": self.split,
             "step": self.card.step,
@@ -119,11 +120,8 @@ class Result:
             "intervals": self.intervals,
             "legacy": self.legacy,
             "card": dataclasses.asdict(self.card),
-            **({"differences": self._changes()} if self.differences else {}),
+            **({"differences": changes} if changes else {}),
         }
-
-    def _changes(self) -> dict[str, dict[str, float]]:
-        return {name: metric._asdict() for name, metric in (self.differences or {}).items()}
 
     def __str__(self) -> str:
         """The table of the metrics, and the protocol."""

@@ -49,8 +49,9 @@ from drl_jax.weights.reranker_file import (
 
 # Pairs of a batch, and negatives of each text and each video.
 _BATCH, _NEGATIVES = 32, 7
-# Pairs among which negatives are found: their similarities fit in memory.
-_POOL = 8192
+# Pairs among which negatives are found, about as many as a gallery has. Among many more, the most
+# similar captions say the same, and their videos are no negatives.
+_POOL = 512
 _WARMUP, _DECAY, _MAX_NORM = 0.1, 0.02, 1.0
 
 

@@ -198,7 +198,7 @@ class SearchEngine:
 
     def scan(self, vectors: np.ndarray, gallery: Gallery, count: int) -> list[np.ndarray]:
         """The slots of the largest dot products with vectors, float32 [Q, D], ascending."""
-        padded = vectors[power_of_two(len(vectors))]
+        padded = vectors[_power_of_two(len(vectors))]
 
         def compare(block: tuple[np.ndarray, Features]) -> tuple[np.ndarray, np.ndarray]:
             slots, arrays = block
@@ -230,7 +230,7 @@ def _dot(rows: jax.Array, scale: jax.Array, vectors: jax.Array) -> jax.Array:
     return jnp.matmul(vectors, rows.T, precision="highest") * scale
 
 
-def power_of_two(count: int) -> np.ndarray:
+def _power_of_two(count: int) -> np.ndarray:
     """Numbers below `count`, the last one again up to a power of two: few shapes are compiled."""
     return np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1)
 
@@ -238,7 +238,7 @@ def power_of_two(count: int) -> np.ndarray:
 def _padded(text: Features) -> Features:
     """Rounds texts up to a power of two, and tokens to the longest text and a multiple of eight."""
     mask = text["text_mask"]
-    rows = power_of_two(len(mask))
+    rows = _power_of_two(len(mask))
     # One padded token is kept where there is one: its similarity, 0, takes part in the maxima of
     # token-wise interactions (see `weighted_token_wise`).
     length = min(-(-(int(mask.sum(axis=1).max()) + 1) // 8) * 8, mask.shape[1])

@@ -22,7 +22,7 @@ from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
 from drl_jax.search.encoding import BANK_ARRAY, Correction, dequantize, gallery_scale, unusual
-from drl_jax.search.engine import Gallery, Part, Ranking, SearchEngine, power_of_two
+from drl_jax.search.engine import Gallery, Part, Ranking, SearchEngine
 from drl_jax.search.hits import Explanation, Hit, Moment, explain
 from drl_jax.search.open_index import IndexedVideo, OpenIndex, Place, Videos, stored_windows
 from drl_jax.search.query import EncodedQuery
@@ -167,15 +167,10 @@ class _Reranker:
         self._scorer = PairScorer(found.config, config.dtype, model.layout)
         self._params = jax.device_put(found.params, model.layout.replicated)
 
-    def scores(
-        self, text: Features, windows: Features, scores: np.ndarray, most: int
-    ) -> np.ndarray:
-        """Scores of windows for one text, float64 [N]; N is filled up to one of few sizes."""
-        rows = power_of_two(len(scores))[: max(most, len(scores))]
-        found = self._scorer.scores(
-            self._params, text, windows, np.zeros_like(rows), rows, scores[rows]
-        )
-        return found[: len(scores)]
+    def scores(self, text: Features, windows: Features, scores: np.ndarray) -> np.ndarray:
+        """Scores of windows for one text, float64 [N]."""
+        sides, rows = (self._params, text, windows), np.arange(len(scores))
+        return self._scorer.scores(*sides, np.zeros_like(rows), rows, scores)
 
     def attention(self, text: Features, window: Features) -> np.ndarray:
         """As `PairScorer.attention`, of a window without an axis of items."""
@@ -255,7 +250,7 @@ class Answer:
         similarities = self.scores[rows] + np.array([self._bias(slot) for slot in slots])
         similarities = similarities.astype(np.float32)
         windows, text = self._features(slots), self._query.parts[0].text
-        scores = reranker.scores(text, windows, similarities, count)
+        scores = reranker.scores(text, windows, similarities)
         # Without a change, the order of the first stage, bit for bit.
         places, found = [*best], self.scores[rows] + (scores - similarities)
         for number in np.argsort(-found, kind="stable").tolist():
