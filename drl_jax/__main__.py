@@ -12,6 +12,7 @@ VERBS = {
     "search": ("search videos with a sentence: drl_jax search FOLDER", "drl_jax.search.__main__"),
     "train": ("fine-tune a model on a built dataset", "drl_jax.train"),
     "evaluate": ("metrics and report of a run", "drl_jax.evaluate"),
+    "rerank": ("train a reranker of a run, on stored features", "drl_jax.rerank"),
     "compare": ("two runs on the same queries", "drl_jax.compare"),
     "embed": ("write the features of videos or captions to files", "drl_jax.embed.__main__"),
     "convert": ("exchange weights between files and runs", "drl_jax.convert"),

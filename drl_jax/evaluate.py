@@ -30,6 +30,7 @@ def evaluate(
     frame_order: str = "time",
     post: str | Sequence[str] = "none",
     bank_size: int | None = None,
+    rerank: int = 0,
     report: str | os.PathLike | None = None,
     data_dir: str | None = None,
     show: "Callable[[Result], object]" = lambda result: None,
@@ -43,7 +44,8 @@ def evaluate(
       The others are those of `runs.evaluate_run.evaluate`.
 
     Returns:
-      The result; for several methods of post-processing, the results by their names.
+      The result; for several methods of post-processing, the results by their names; with
+      `rerank`, those of both stages, "none" and "rerank".
 
     Raises:
       UserError: no such run, checkpoint, dataset, split or method, or a file cannot be written.
@@ -73,11 +75,12 @@ def evaluate(
         frame_order=frame_order,
         post=methods,
         bank_size=bank_size,
+        rerank=rerank,
         show=show,
     )
     if report is not None:
         write_report(Path(report), workdir, evaluated)
-    return evaluated.results[post] if isinstance(post, str) else evaluated.results
+    return evaluated.results[post] if isinstance(post, str) and not rerank else evaluated.results
 
 
 def _parser() -> Parser:
@@ -98,6 +101,8 @@ def _parser() -> Parser:
     add("--post", type=lambda text: text.split(","), default=["none"], metavar=methods, help=post)
     size = "captions of train that post-processing takes (5000, or all if there are fewer)"
     add("--bank_size", type=positive_int, metavar="N", help=size)
+    text = "candidates of each query that the run's reranker (drl_jax.rerank) ranks again"
+    add("--rerank", type=positive_int, default=0, metavar="N", help=text)
     alphas = (
         "numbers from 0 to 1: evaluate (1 - alpha) start + alpha checkpoint, where the start is the"
         " weights that the run began with"
@@ -138,10 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cache_compilations()
         if options.second and not options.alphas:
             raise UserError("--second is that of --alphas; give both")
-        others = (options.post, options.frame_order, options.legacy, options.report)
+        others = (options.post, options.frame_order, options.legacy, options.report, options.rerank)
         if options.alphas:
-            if others != (["none"], "time", False, None):
-                raise UserError("--alphas is of raw similarities, without a report; leave it out")
+            if others != (["none"], "time", False, None, 0):
+                line = "--alphas is of raw similarities, without --rerank and a report"
+                raise UserError(f"{line}; leave it out")
             evaluate_alphas(
                 options.workdir,
                 with_data_dir(load_config(options.workdir), options.data_dir),
@@ -151,8 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 split_name=options.split,
             )
             return
-        names = ("checkpoint", "split", "frame_order", "post", "bank_size", "report", "data_dir")
-        evaluate(options.workdir, show=show, **{name: getattr(options, name) for name in names})
+        names = ("checkpoint", "split", "frame_order", "post", "bank_size", "rerank", "report")
+        what = {name: getattr(options, name) for name in (*names, "data_dir")}
+        evaluate(options.workdir, show=show, **what)
 
     return run_command("drl_jax.evaluate", work)
 

@@ -9,6 +9,7 @@ A draw is a count for each video, and every metric is a function of how often ea
 the metrics of all draws come from one matrix product: counts [R, V] by ranks of a video [V, U].
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,23 @@ def differences(
         p_value = min(1.0, 2 * float(tail) / (resamples + 1))
         found[name] = Difference(values[0][name], values[1][name], low, high, p_value)
     return found
+
+
+def format_differences(found: Mapping[str, Difference], one: str, other: str) -> str:
+    """The table of `differences` of two models."""
+    name = f"{other} - {one}"
+    lines = [f"{'':<14}{one:>8}{other:>10}{name:>{len(name) + 2}}{'95 % interval':>19}{'p':>8}"]
+    for metric, values in found.items():
+        bounds = f"[{values.low:+.1f}, {values.high:+.1f}]"
+        mark = " *" if values.is_more_than_luck else ""
+        change = f"{values.other - values.one:+{len(name) + 2}.1f}"
+        lines.append(
+            f"{metric:<14}{values.one:8.1f}{values.other:10.1f}{change}{bounds:>19}"
+            f"{values.p_value:8.3f}{mark}"
+        )
+    if any(values.is_more_than_luck for values in found.values()):
+        lines.append("* the interval leaves out 0; of 20 metrics of equal models, one may do so")
+    return "\n".join(lines)
 
 
 def _drawn_metrics(ranks: Ranks, resamples: int, seed: int) -> dict[str, Any]:

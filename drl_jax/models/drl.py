@@ -194,11 +194,12 @@ def copy_text_tower(config: ModelConfig, params: Params) -> Params:
         if name != "temporal" or not config.position_std:
             new[head.COPIED_POSITIONS] = {"embedding": backbone["positional_embedding"]}
         new["transformer"] = jax.tree.map(
-            _copy_first_blocks, new["transformer"], backbone["transformer"]
+            copy_first_blocks, new["transformer"], backbone["transformer"]
         )
     return params
 
 
-def _copy_first_blocks(new: jax.Array, old: jax.Array) -> jax.Array:
+def copy_first_blocks(new: jax.Array, old: jax.Array) -> jax.Array:
+    """A stacked parameter of blocks with the first ones of another: [N, ...], [M, ...]."""
     count = min(len(new), len(old))
     return new.at[:count].set(old[:count])

@@ -28,7 +28,7 @@ from drl_jax.report.findings import (
     hubness,
     worst_queries,
 )
-from drl_jax.runs.evaluate_run import Evaluated, OpenEvaluation
+from drl_jax.runs.evaluate_run import RERANK, Evaluated, OpenEvaluation, Result
 from drl_jax.runs.log_files import read_scalars
 from drl_jax.runs.protocol_card import ProtocolCard
 from drl_jax.runs.run_params import remake_initial_params
@@ -92,6 +92,7 @@ class ReportData:
     duplicates: list[Duplicate]
     frames: dict[int, np.ndarray]  # of the videos that are shown, uint8 [F, S, S, 3], by column
     maps: list[WordFrameMap]  # of the `mapped_pairs`, if the interaction compares words with frames
+    reranked: Result | None  # of the second stage, if there is one
     channels: Channels | None  # None for interactions without a correlation
 
 
@@ -102,7 +103,7 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
       UserError: frames cannot be read.
       OSError: `metrics.jsonl` cannot be read.
     """
-    opened, evaluation, _ = evaluated
+    opened, evaluation, *_ = evaluated
     split = opened.split
     sim_matrix, ranks = evaluation.sim_matrix, evaluation.ranks
     text_to_video, captions = split.caption_pairs()
@@ -138,6 +139,7 @@ def collect(workdir: Path, evaluated: Evaluated) -> ReportData:
         duplicates=duplicates,
         frames=frames,
         maps=_maps(evaluated, captions, pairs, frames),
+        reranked=evaluated.results.get(RERANK),
         channels=_correlate(workdir, evaluated),
     )
 
@@ -203,7 +205,7 @@ def _rows(arrays: Features, rows: int | np.ndarray) -> Features:
 
 def _correlate(workdir: Path, evaluated: Evaluated) -> Channels | None:
     """Correlates the channels of videos and their first captions; None for xti, which has none."""
-    opened, evaluation, _ = evaluated
+    opened, evaluation, *_ = evaluated
     config, split = opened.config, opened.split
     variant = config.loss.cdcr or INTERACTIONS[config.model.interaction].CDCR_VARIANTS[-1]
     if not variant:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from drl_jax.evaluation.bootstrap import Difference, differences
+from drl_jax.evaluation.bootstrap import Difference, differences, format_differences
 from drl_jax.evaluation.metrics import RANK_METRICS, Ranks
 from drl_jax.runs.checkpoint_files import DamagedCheckpoint, owner
-from drl_jax.runs.evaluate_run import open_evaluation
+from drl_jax.runs.evaluate_run import RERANK, evaluate, open_evaluation
 from drl_jax.runs.protocol_card import (
     ProtocolCard,
     evaluation_path,
@@ -54,6 +54,7 @@ def compare(
     *,
     checkpoint: str = "best",
     split_name: str = "test",
+    rerank: int = 0,
     data_dir: str | None = None,
 ) -> Comparison:
     """Compares two runs on a split: their differences, and whether they are more than luck.
@@ -64,12 +65,14 @@ def compare(
     Args:
       checkpoint: "best", "latest" or a step, of both.
       split_name: "test", "val", "train", or a stored split of the dataset.
+      rerank: candidates that the reranker of each run ranks again; 0: none.
       data_dir: directory of built datasets, if they were moved.
 
     Raises:
       UserError: no such run, checkpoint, dataset or split, or the splits have different queries.
     """
-    runs = [_ranked(workdir, checkpoint, split_name, data_dir) for workdir in (one, other)]
+    how = (checkpoint, split_name, rerank, data_dir)
+    runs = [_ranked(workdir, *how) for workdir in (one, other)]
     check_same_queries(*runs)
     return Comparison(runs[0], runs[1], differences(runs[0].ranks, runs[1].ranks))
 
@@ -93,9 +96,15 @@ def check_same_queries(one: RankedRun, other: RankedRun) -> None:
         )
 
 
-def _ranked(workdir: Path, checkpoint: str, split_name: str, data_dir: str | None) -> RankedRun:
+def _ranked(
+    workdir: Path, checkpoint: str, split_name: str, rerank: int, data_dir: str | None
+) -> RankedRun:
     config = with_data_dir(load_config(workdir), data_dir)
     step = find_step(workdir, checkpoint)
+    if rerank:
+        what = {"checkpoint": checkpoint, "split_name": split_name, "rerank": rerank}
+        evaluated = evaluate(workdir, config, **what, show=lambda result: None)
+        return RankedRun(workdir, evaluated.reranked, evaluated.results[RERANK].card)
     stored = read_ranks(evaluation_path(workdir, split_name, step).with_suffix(".npz"))
     current = None
     # The evaluation of a damaged checkpoint says what is damaged.
@@ -130,16 +139,7 @@ def _report(one: RankedRun, other: RankedRun, found: Mapping[str, Difference]) -
             f"{name}  {run.workdir}: step {run.card.step}, {run.card.chosen}; seed {seed}; frames"
             f" {run.card.frames}"
         )
-    lines.append(f"{'':<14}{'A':>8}{'B':>8}{'B - A':>9}{'95 % interval':>19}{'p':>8}")
-    for name, metric in found.items():
-        bounds = f"[{metric.low:+.1f}, {metric.high:+.1f}]"
-        mark = " *" if metric.is_more_than_luck else ""
-        lines.append(
-            f"{name:<14}{metric.one:8.1f}{metric.other:8.1f}{metric.other - metric.one:+9.1f}"
-            f"{bounds:>19}{metric.p_value:8.3f}{mark}"
-        )
-    if any(metric.is_more_than_luck for metric in found.values()):
-        lines.append("* the interval leaves out 0; of 20 metrics of equal models, one may do so")
+    lines.append(format_differences(found, "A", "B"))
     return "\n".join([*lines, verdict(MAIN_METRIC, found[MAIN_METRIC])])
 
 

@@ -6,6 +6,7 @@ those of a grid that are best on *val*.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from drl_jax.config import Config
 from drl_jax.data.batches import load_split
 from drl_jax.data.records import DatasetError, VideoDataset, dataset_dir
 from drl_jax.data.splits import Split
-from drl_jax.evaluation.bootstrap import intervals
+from drl_jax.evaluation.bootstrap import Difference, differences, format_differences, intervals
 from drl_jax.evaluation.evaluator import (
     Evaluation,
     Evaluator,
@@ -34,6 +35,7 @@ from drl_jax.evaluation.post_processing import (
     fit,
     post_processed,
 )
+from drl_jax.evaluation.reranking import PairScorer, check_candidates, rerank_evaluation
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer
@@ -44,14 +46,15 @@ from drl_jax.runs.protocol_card import (
     protocol_card,
     write_ranks,
 )
+from drl_jax.runs.reranker_file import RERANKER_FILE, read_reranker
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.files import write_json
-from drl_jax.runtime.sharding import make_layout
+from drl_jax.runtime.sharding import Layout, make_layout
 
-# No post-processing.
-NONE = "none"
+# No post-processing; and the result of the reranker, by its number of candidates.
+NONE, RERANK = "none", "rerank"
 # Captions, and videos, of a bank unless the user says how many; and the seed of the sample.
 BANK_SIZE, _BANK_SEED = 5000, 0
 
@@ -66,6 +69,8 @@ class OpenEvaluation:
       card: the protocol, without post-processing.
     """
 
+    workdir: Path
+    layout: Layout
     config: Config
     params: Params
     dataset: VideoDataset
@@ -92,6 +97,7 @@ class Result:
       card: the protocol.
       legacy: metrics with the tie rule of DRL's original; None after a training.
       title: of the post-processing, in a few words.
+      differences: of a reranked list to the first stage; None for others.
     """
 
     workdir: Path
@@ -101,9 +107,11 @@ class Result:
     card: ProtocolCard
     legacy: dict[str, Any] | None = None
     title: str = RAW
+    differences: dict[str, Difference] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of `eval_SPLIT_STEP.json`."""
+        changes = {name: one._asdict() for name, one in (self.differences or {}).items()}
         return {
             "split": self.split,
             "step": self.card.step,
@@ -112,6 +120,7 @@ class Result:
             "intervals": self.intervals,
             "legacy": self.legacy,
             "card": dataclasses.asdict(self.card),
+            **({"differences": changes} if changes else {}),
         }
 
     def __str__(self) -> str:
@@ -120,7 +129,10 @@ class Result:
             f"{self.split} of checkpoint {self.card.step}, {self.card.videos} videos, {self.title},"
             " with 95 % intervals:"
         )
-        return f"{title}\n{format_table(self.metrics, self.intervals)}\nprotocol\n{self.card}"
+        table = format_table(self.metrics, self.intervals)
+        if self.differences:
+            table += f"\n{format_differences(self.differences, 'first', 'reranked')}"
+        return f"{title}\n{table}\nprotocol\n{self.card}"
 
     __repr__ = __str__
 
@@ -136,11 +148,15 @@ class Result:
 
 
 class Evaluated(NamedTuple):
-    """What was evaluated; the result without post-processing; and results by post-processing."""
+    """What was evaluated; the result without post-processing; and results by post-processing.
+
+    `reranked` are the ranks after a reranker, None without one.
+    """
 
     opened: OpenEvaluation
     evaluation: Evaluation
     results: dict[str, Result]
+    reranked: Ranks | None = None
 
 
 class Ranked(NamedTuple):
@@ -167,6 +183,7 @@ def evaluate(
     frame_order: str = "time",
     post: Sequence[str] = (NONE,),
     bank_size: int | None = None,
+    rerank: int = 0,
     show: Callable[[Result], object] = print,
 ) -> Evaluated:
     """Computes the metrics of a checkpoint on a split; writes `eval_SPLIT_STEP.json` and `.npz`.
@@ -182,6 +199,8 @@ def evaluate(
       post: NONE for raw similarities, and names of `post_processing.METHODS`, which are added to
         the names; one table each.
       bank_size: see `PostProcessing`.
+      rerank: candidates of each query that the run's reranker ranks again; 0: none. Both stages
+        are results, `none` and `rerank`.
       show: takes each result before its files are written.
 
     Raises:
@@ -195,18 +214,25 @@ def evaluate(
         workdir, config, checkpoint=checkpoint, split_name=split_name, frame_order=frame_order
     )
     processing = PostProcessing(opened, methods, bank_size) if methods else None
+    reranking = Reranking(opened, rerank) if rerank else None
     evaluation, raw = opened.run(), opened.card.post_processing
     sim_matrix = evaluation.sim_matrix
     ranked = {NONE: Ranked(evaluation.ranks, sim_matrix, sim_matrix, raw, raw)}
     if processing is not None:
         ranked |= processing.run(evaluation)
+    if reranking is not None:
+        ranked[RERANK] = reranking.run(evaluation)
     results = {}
-    for name in dict.fromkeys(post):
+    for name in dict.fromkeys([*post, *([RERANK] if rerank else [])]):
         card = dataclasses.replace(opened.card, post_processing=ranked[name].description)
-        results[name] = result = _result(workdir, split_name, ranked[name], card)
+        result = _result(workdir, split_name, ranked[name], card)
+        if name == RERANK:
+            changes = differences(evaluation.ranks, ranked[name].ranks)
+            result = dataclasses.replace(result, differences=changes)
+        results[name] = result
         show(result)
         order = "_content" if frame_order == "content" else ""
-        method = "" if name == NONE else f"_{name}"
+        method = "" if name == NONE else f"_{name}{rerank if name == RERANK else ''}"
         path = evaluation_path(workdir, split_name, card.step, order + method)
         try:
             write_ranks(path.with_suffix(".npz"), ranked[name].ranks, card)
@@ -214,7 +240,8 @@ def evaluate(
         except OSError as error:
             reason = Unavailable(path, error, "written")
             raise UserError(f"the metrics are complete, but {reason}") from error
-    return Evaluated(opened, evaluation, results)
+    reranked = ranked[RERANK].ranks if rerank else None
+    return Evaluated(opened, evaluation, results, reranked)
 
 
 def open_evaluation(
@@ -232,7 +259,8 @@ def open_evaluation(
     card = protocol_card(*inputs, checkpoint, step, params, frame_order=frame_order)
     evaluator = Evaluator(config, dataset, layout)
     order = order_by_content if frame_order == "content" else None
-    return OpenEvaluation(config, params, dataset, split_name, split, evaluator, order, card)
+    files = (workdir, layout, config, params, dataset)
+    return OpenEvaluation(*files, split_name, split, evaluator, order, card)
 
 
 def checked_split(dataset: VideoDataset, name: str, config: Config) -> Split:
@@ -249,6 +277,24 @@ def _result(workdir: Path, split_name: str, ranked: Ranked, card: ProtocolCard) 
     }
     metrics, of_metrics = metrics_of(ranked.ranks), intervals(ranked.ranks)
     return Result(workdir, split_name, metrics, of_metrics, card, legacy, ranked.title)
+
+
+class Reranking:
+    """The first candidates of each query, ranked again by the reranker of the run."""
+
+    def __init__(self, opened: OpenEvaluation, count: int):
+        """Opens the reranker; UserError: there is none that fits, or there are fewer videos."""
+        model = opened.config.model
+        check_candidates(count, len(opened.split.videos), f"the split {opened.split_name}")
+        self._file = read_reranker(opened.workdir / RERANKER_FILE, model, opened.params)
+        self._opened, self._count = opened, count
+        self._scorer = PairScorer(self._file.config, model.dtype, opened.layout)
+
+    def run(self, evaluation: Evaluation) -> Ranked:
+        score = functools.partial(self._scorer.scores, self._file.params)
+        found = rerank_evaluation(score, evaluation, self._count, self._opened.split.reversed_pairs)
+        title = f"the first {self._count} candidates reranked"
+        return Ranked(*found, title, f"{title} by {self._file.sha256[:12]}")
 
 
 # ---------------------------------------------------------------- post-processing

@@ -263,8 +263,12 @@ def _about(
     """All that features depend on, by the name that a message has for it."""
     model, data = config.model, config.data
     weights = hashlib.sha256(model.backbone.family.encode())
-    for leaf in jax.tree.leaves(params["backbone"] if params else None):
-        weights.update(np.asarray(leaf).tobytes())
+    for name, tower in sorted((params or {}).get("backbone", {}).items()):
+        if not name.startswith(
+            "logit_"
+        ):  # Heads are trained with it; features do not depend on it.
+            for leaf in jax.tree.leaves(tower):
+                weights.update(np.asarray(leaf).tobytes())
     if (origin := origin_of(EXTRACTORS.get(model.backbone.family))) is not None:
         weights.update(origin.content)
     form = dataclasses.astuple(FrameForm.of(model.backbone, data.as_shown))

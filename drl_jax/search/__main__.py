@@ -100,9 +100,10 @@ def _add_engine_flags(hubness: Parser, engine: Parser) -> None:
     text = "windows that a scan or qdrant finds, to be compared exactly (%(default)s)"
     engine.add_argument("--candidates", type=positive_int, default=CANDIDATES, help=text)
     text = "windows that a query makes to find where moments start; 0: none (%(default)s)"
-    engine.add_argument(
-        "--refine", type=_within(int, 0, 10_000), default=REFINE, metavar="N", help=text
-    )
+    count = _within(int, 0, 10_000)
+    more = "videos that the reranker of the run orders anew, of sentences; 0: none (%(default)s)"
+    engine.add_argument("--rerank", type=count, default=0, metavar="N", help=more)
+    engine.add_argument("--refine", type=count, default=REFINE, metavar="N", help=text)
 
 
 def _add_index_flags(parser: Parser) -> None:

@@ -46,6 +46,7 @@ class PageQuery:
     by_video: str | None = None
     like: str | None = None  # PATH@SECONDS of an indexed video.
     text: int = 0  # 1: the words of the sentence are looked for in transcripts, too.
+    rerank: int | None = None  # Videos that a reranker orders anew; None: those of the server.
     top: int | None = None  # Number of hits, and of those before the first one.
     offset: int = 0
     filters: Filters = dataclasses.field(default=Filters())
@@ -169,6 +170,7 @@ _FIELDS = {
 _READERS = {
     "top": functools.partial(parse_number, least=1, most=MAX_HITS),
     "text": functools.partial(parse_number, least=0, most=1),
+    "rerank": functools.partial(parse_number, least=0, most=10**9),
     "offset": functools.partial(parse_number, least=0, most=10**9),
     "moments": functools.partial(parse_number, least=1, most=MAX_MOMENTS),
     **dict.fromkeys(("min_length", "max_length", "t"), parse_time),

@@ -87,7 +87,7 @@ class SearchAPI:
             hits = Hits([Hit(0, state.folder / video.path, video) for video in listed])
         else:
             asked = self._asked(state, query)
-            options = {"offset": query.offset, "text": bool(query.text)}
+            options = {"offset": query.offset, "text": bool(query.text), "rerank": query.rerank}
             hits = self.index.answer(state, asked, end, among, **options)
         same = _same_as(state, hits)
         return {
@@ -98,6 +98,7 @@ class SearchAPI:
             "next": query.address(offset=end) if end < total else None,
             "tokens_used": self._tokens_used(query.sentence or ""),
             "notice": hits.notice or None,
+            "rerank_ms": hits.rerank_ms and round(hits.rerank_ms, 1),
             "hits": [
                 {**_hit_json(state, query, hit), "same_as": path}
                 for hit, path in zip(hits, same, strict=True)
@@ -113,7 +114,8 @@ class SearchAPI:
         most, more = query.moments or MOMENTS, None
         hit = Hit(0, state.folder / video.path, video)
         if query.asks:
-            hit = self.index.in_video(state, self._asked(state, query), video, most)
+            asked = self._asked(state, query)
+            hit = self.index.in_video(state, asked, video, most, query.rerank)
             if query.text and query.sentence:
                 cues, _ = state.find_cues(query.sentence, 1, MAX_MOMENTS, None, video.path)
                 hit = dataclasses.replace(hit, cues=tuple(*cues.values()))

@@ -158,7 +158,9 @@ def print_answers(
             answer = {"model": index.model.about, "query": name}
             print(json.dumps({**answer, "hits": [hit.to_json() for hit in hits]}))
         else:
-            print(f"{name}\n{hits}")
+            took = getattr(hits, "rerank_ms", None)
+            reranked = "" if took is None else f"  (reranked in {took:.0f} ms)"
+            print(f"{name}{reranked}\n{hits}")
 
 
 def _rank_sentences(options: argparse.Namespace, model: RetrievalModel) -> None:
@@ -309,7 +311,7 @@ def _open(options: argparse.Namespace) -> Index:
 
 
 def _search_options(options: argparse.Namespace) -> SearchOptions:
-    given = _given(options, "engine", "candidates", "refine")
+    given = _given(options, "engine", "candidates", "refine", "rerank")
     if options.command == "recall":
         given["candidates"] = max(options.candidates)
     correction = Correction.parse(options.hubness) if options.hubness else None

@@ -30,11 +30,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """How L tokens of a query, also start and end, and F frames at some seconds make the score."""
+    """How L tokens of a query, also start and end, and F frames at some seconds make the score.
+
+    `attention` is that of a reranker to these tokens and frames, float [L + F], which is not what
+    they add to a score; None without one.
+    """
 
     tokens: list[str]
     times: np.ndarray
     attribution: Attribution
+    attention: np.ndarray | None = None
 
     def peak(self, start: float = -np.inf, end: float = np.inf) -> float:
         """Time of the frame from `start` to `end` that contributes most, seconds."""
@@ -47,6 +52,16 @@ class Explanation:
 
         For each: the word, its share of the score, and its cosine with each frame, float [F].
         """
+        weight, found = np.float64(self.attribution.token_weight), []
+        for word, rows in self._joined():
+            # Tokens of a word without any weight count equally.
+            shares = weight[rows] + 1e-12
+            cosines = np.average(self.attribution.similarity[rows], axis=0, weights=shares)
+            found.append((word, float(weight[rows].sum()), cosines))
+        return found
+
+    def _joined(self) -> list[tuple[str, list[int]]]:
+        """The words, and the numbers of their tokens."""
         joined: list[tuple[str, list[int]]] = []
         continues = False
         for row, token in enumerate(self.tokens):
@@ -56,13 +71,7 @@ class Explanation:
             # A trailing "-" says that the word continues; the token of a hyphen alone is "-".
             continues = len(token) > 1 and token.endswith("-")
             joined.append((word + (token[:-1] if continues else token), [*rows, row]))
-        weight, found = np.float64(self.attribution.token_weight), []
-        for word, rows in joined:
-            # Tokens of a word without any weight count equally.
-            shares = weight[rows] + 1e-12
-            cosines = np.average(self.attribution.similarity[rows], axis=0, weights=shares)
-            found.append((word, float(weight[rows].sum()), cosines))
-        return found
+        return joined
 
     def figure(self, frames: Sequence[np.ndarray], title: str) -> "Figure":
         """The cosines of words and frames, below pictures of these, uint8 [S, S, 3]."""
@@ -82,6 +91,16 @@ class Explanation:
                 {"word": word, "weight": round(weight, 4), "similarity": rounded(similarity)}
                 for word, weight, similarity in words
             ],
+            "attention": self._attention_json(),
+        }
+
+    def _attention_json(self) -> dict[str, list[float]] | None:
+        if self.attention is None:
+            return None
+        words = [self.attention[rows].sum() for _, rows in self._joined()]
+        return {
+            "words": rounded(np.array(words)),
+            "frames": rounded(self.attention[len(self.tokens) :]),
         }
 
 
@@ -152,6 +171,7 @@ class Hit:
     The best of its moments is the first. Windows and scores, float [W], are of the coarse windows,
     refined where they were candidates; `is_same` is whether the picture that was asked is in it.
     `cues` are lines of its transcripts with words that were looked for, the best first.
+    `reranked` is its similarity as a reranker changed it; None for others.
     """
 
     rank: int
@@ -162,6 +182,7 @@ class Hit:
     scores: np.ndarray | tuple[()] = ()
     is_same: bool = False
     cues: tuple[Cue, ...] = ()
+    reranked: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -186,6 +207,7 @@ class Hit:
         """The hit as JSON, without its path and moments."""
         score = None if self.score is None else round(self.score, 6)
         facts = {"rank": self.rank or None, "score": score, "weak": self.is_weak}
+        facts["reranked"] = None if self.reranked is None else round(self.reranked, 6)
         facts |= {"same_picture": self.is_same, "duration": round(self.video.duration, 3)}
         return facts | {"found_by": self.found_by, "cues": [cue._asdict() for cue in self.cues]}
 
@@ -213,6 +235,8 @@ class Hit:
         """Rank, score and path; then each moment, and each line that is said."""
         score = f"{self.score:.4f}  " if self.moments else ""
         same = "  (has this picture)" if self.is_same else ""
+        if self.reranked is not None:
+            same += f"  (reranked: {self.reranked:.4f})"
         lines = [f"{self.rank:4}  {score}{printable(path_of(self.path))}{same}"]
         for moment in self.moments:
             start, end, peak = map(format_timestamp, (moment.start, moment.end, moment.peak))
@@ -242,8 +266,15 @@ class Hit:
 class Hits(list[Hit]):
     """The hits of a query, best first. A notebook shows them as pictures with times and scores."""
 
-    def __init__(self, hits: Sequence[Hit], query: str = "", notice: str = ""):
+    def __init__(
+        self,
+        hits: Sequence[Hit],
+        query: str = "",
+        notice: str = "",
+        rerank_ms: float | None = None,  # What a reranker took.
+    ):
         super().__init__(hits)
+        self.rerank_ms = rerank_ms
         self.query, self.notice = query, notice  # Why text that was asked for is missing.
 
     def __getitem__(self, which: Any) -> Any:

@@ -2,23 +2,30 @@
 
 1. All coarse windows are compared exactly; or only those that a scan or an engine finds.
 2. The best of files of several windows are refined (`refine.py`), which decides the rank.
-3. The moments of the videos that are shown are found, and explained when they are shown.
+3. A reranker, if it is asked for, orders the first videos anew, by the best window of each.
+4. The moments of the videos that are shown are found, and explained when they are shown.
 """
 
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import jax
 import numpy as np
 
+from drl_jax.evaluation.reranking import PairScorer, check_candidates
+from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
+from drl_jax.runs.reranker_file import RERANKER_FILE, read_reranker
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
-from drl_jax.search.encoding import BANK_ARRAY, Correction, gallery_scale, unusual
+from drl_jax.search.encoding import BANK_ARRAY, Correction, dequantize, gallery_scale, unusual
 from drl_jax.search.engine import Gallery, Part, Ranking, SearchEngine
 from drl_jax.search.hits import Explanation, Hit, Moment, explain
-from drl_jax.search.open_index import IndexedVideo, OpenIndex, Videos, stored_windows
+from drl_jax.search.open_index import IndexedVideo, OpenIndex, Place, Videos, stored_windows
 from drl_jax.search.query import EncodedQuery
 from drl_jax.search.reading import file_of
 from drl_jax.search.refine import Candidate, Film, encode, refine, tighten
@@ -38,6 +45,7 @@ class SearchOptions:
     candidates: int = CANDIDATES
     refine: int = REFINE
     correction: Correction | None = None  # Of queries of one sentence.
+    rerank: int = 0  # Videos that the reranker of the model orders anew, of these queries.
 
 
 class Ranker:
@@ -56,15 +64,43 @@ class Ranker:
         self.bank = functools.lru_cache(1)(model.encode_text)
         self._biases = functools.lru_cache(1)(lambda index: index.biases(options.correction))
 
+    @functools.cached_property
+    def _reranker(self) -> "_Reranker":
+        return _Reranker(self.model)
+
+    def reranked(self, index: OpenIndex, count: int | None) -> int:
+        """How many videos are reranked, by default `options.rerank`; a UserError if they cannot."""
+        count = self.options.rerank if count is None else count
+        if count:
+            check_candidates(count, index.count, "the index")
+            _ = self._reranker  # It is there.
+        return count
+
     def scans(self, index: OpenIndex) -> bool:
         if self.options.engine != "auto":
             return self.options.engine == "scan"
         return self.model.interaction.HAS_VECTORS and len(index.gallery) > SCAN_FROM
 
     def rank(
+        self,
+        index: OpenIndex,
+        queries: Sequence[EncodedQuery],
+        top: int,
+        among: Videos | None,
+        rerank: int = 0,
+    ) -> list["Answer"]:
+        """Ranks one query or several sentences until `top` videos of `among` are found, or all.
+
+        The first `rerank` of them are reranked, of sentences.
+        """
+        answers = self._rank(index, queries, max(top, rerank), among)
+        for answer in answers if rerank and queries[0].is_sentence else ():
+            answer.rerank(self._reranker, rerank)
+        return answers
+
+    def _rank(
         self, index: OpenIndex, queries: Sequence[EncodedQuery], top: int, among: Videos | None
     ) -> list["Answer"]:
-        """Ranks one query or several sentences until `top` videos of `among` are found, or all."""
         index.check()
         wanted = min(top, index.count if among is None else len(among))
         gallery = self.gallery(index, queries[0], among)
@@ -77,7 +113,7 @@ class Ranker:
                 return answers
             if len(queries) > 1:  # What a query finds does not depend on the others.
                 pairs = zip(queries, answers, enough, strict=True)
-                return [one if e else self.rank(index, [q], top, among)[0] for q, one, e in pairs]
+                return [one if e else self._rank(index, [q], top, among)[0] for q, one, e in pairs]
             count = min(4 * count, len(gallery))  # A long video has many of the best windows.
 
     def gallery(self, index: OpenIndex, query: EncodedQuery, among: Videos | None) -> Gallery:
@@ -122,10 +158,32 @@ class Ranker:
         return self.engine.search([Part(together)], gallery, count, is_one=False)
 
 
+class _Reranker:
+    """The reranker beside the model of an index."""
+
+    def __init__(self, model: RetrievalModel):
+        source, config = model.source, model.config.model
+        folder = source.get("workdir") or Path(source["weights"]).parent
+        found = read_reranker(Path(folder) / RERANKER_FILE, config, model.params)
+        self._scorer = PairScorer(found.config, config.dtype, model.layout)
+        self._params = jax.device_put(found.params, model.layout.replicated)
+
+    def scores(self, text: Features, windows: Features, scores: np.ndarray) -> np.ndarray:
+        """Scores of windows for one text, float64 [N]."""
+        sides, rows = (self._params, text, windows), np.arange(len(scores))
+        return self._scorer.scores(*sides, np.zeros_like(rows), rows, scores)
+
+    def attention(self, text: Features, window: Features) -> np.ndarray:
+        """As `PairScorer.attention`, of a window without an axis of items."""
+        window = {name: array[None] for name, array in window.items()}
+        return self._scorer.attention(self._params, text, window)
+
+
 class Answer:
     """The best windows of a query in a state of an index, ranked: scores [N] and slots [N].
 
-    `refined` are, by slot, the windows that were made of candidates, and their similarities.
+    `refined` are, by slot, the windows that were made of candidates, and their similarities;
+    `reranked`, by place, the scores of videos that a reranker ordered, the best first.
     """
 
     def __init__(
@@ -138,6 +196,8 @@ class Answer:
     ):
         self._ranker, self._index, self._query = ranker, index, query
         self._biases, self.refined = biases, dict[int, tuple[Window, float]]()
+        self._reranker: _Reranker | None = None
+        self.reranked, self.rerank_ms = dict[Place, float](), None
         self._sort(*ranking)
         if candidates := self._candidates():
             most, scores = ranker.options.refine, self.scores.astype(np.float64)
@@ -177,7 +237,44 @@ class Answer:
 
     def places(self) -> list[tuple[int, int]]:
         """Segment and row of the videos of these windows, each once."""
-        return list(dict.fromkeys(map(self._index.place, self.slots.tolist())))
+        return list(dict.fromkeys([*self.reranked, *map(self._index.place, self.slots.tolist())]))
+
+    def rerank(self, reranker: _Reranker, count: int) -> None:
+        """Orders the first `count` videos anew, by the best window of each."""
+        start, index, best = time.perf_counter(), self._index, dict[Place, int]()
+        for row, slot in enumerate(self.slots.tolist()):
+            best.setdefault(index.place(slot), row)
+            if len(best) == count:
+                break
+        rows = np.array([*best.values()])
+        slots = self.slots[rows].tolist()
+        similarities = self.scores[rows] + np.array([self._bias(slot) for slot in slots])
+        similarities = similarities.astype(np.float32)
+        windows, text = self._features(slots), self._query.parts[0].text
+        scores = reranker.scores(text, windows, similarities)
+        # Without a change, the order of the first stage, bit for bit.
+        places, found = [*best], self.scores[rows] + (scores - similarities)
+        for number in np.argsort(-found, kind="stable").tolist():
+            self.reranked[places[number]] = float(scores[number])
+        self._reranker, self.rerank_ms = reranker, 1000 * (time.perf_counter() - start)
+
+    def _features(self, slots: list[int]) -> Features:
+        """Arrays of stored windows, or of the refined ones that took their places."""
+        names = self._ranker.model.interaction.VIDEO_ARRAYS
+        stored = self._index.gallery.take(np.array(slots))
+        stored = {n: a for n, a in stored.items() if n.removesuffix(".scale") in names}
+        found = {n: np.array(a) for n, a in jax.device_get(dequantize(stored)).items()}
+        made = {}
+        for row, slot in enumerate(slots):
+            if slot in self.refined:
+                video, (window, _) = self._index.video(*self._index.place(slot)), self.refined[slot]
+                if window.frames != video.windows[slot - video.slot].frames:
+                    made[row] = _film_of(video), window
+        if made:
+            encoded = encode(self._ranker.model, [*made.values()])
+            for name, array in found.items():
+                array[[*made]] = encoded[name]
+        return found
 
     def videos(self, top: int) -> list[IndexedVideo]:
         return [self._index.video(*place) for place in self.places()[:top]]
@@ -225,7 +322,8 @@ class Answer:
             explained = functools.partial(self._explained, video, window, number)
             moments.append(Moment(start, end, score, window, number, how_unusual, explained))
         path = file_of(self._index.folder, video.path)
-        return Hit(rank, path, video, tuple(moments), tuple(windows), scores)
+        reranked = self.reranked.get(self._index.place(video.slot))
+        return Hit(rank, path, video, tuple(moments), tuple(windows), scores, reranked=reranked)
 
     def _explained(self, video: IndexedVideo, window: Window, number: int) -> Explanation | None:
         model = self._ranker.model
@@ -235,7 +333,11 @@ class Answer:
             encoded = encode(model, [(_film_of(video), window)])
             arrays = {name: array[0] for name, array in encoded.items()}
         times = [video.times[frame] for frame in window.frames]
-        return explain(model.interaction, self._query.parts[0], arrays, self._query.words, times)
+        part = self._query.parts[0]
+        found = explain(model.interaction, part, arrays, self._query.words, times)
+        if found is None or self._reranker is None:
+            return found
+        return dataclasses.replace(found, attention=self._reranker.attention(part.text, arrays))
 
 
 def _film_of(video: IndexedVideo) -> Film:

@@ -59,11 +59,13 @@ class _Request:
     query: EncodedQuery
     top: int
     among: Videos | None
+    rerank: int
     answer: Answer | None = None
 
     def joins(self, other: "_Request") -> bool:
         are_sentences = self.query.is_sentence and other.query.is_sentence
-        are_alike = self.state is other.state and self.top == other.top
+        alike = ((one.top, one.rerank) for one in (self, other))
+        are_alike = self.state is other.state and len({*alike}) == 1
         return are_sentences and are_alike and self.among is other.among is None
 
 
@@ -113,6 +115,8 @@ class Index:
                 self._state = OpenIndex(self.directory, self.model)
         if self._state is not None and options.correction is not None:
             self._state.biases(options.correction)
+        if self._state is not None:
+            self.ranker.reranked(self._state, None)
         if self._state is not None and options.engine == "auto" and self.ranker.scans(self._state):
             windows, count = len(self._state.gallery), options.candidates
             text = f"{windows:,} windows are scanned, and the best {count:,} are compared exactly"
@@ -207,12 +211,14 @@ class Index:
         filters: Filters | None = None,
         moments: int = MOMENTS,
         text: bool = False,
+        rerank: int | None = None,
     ) -> Hits | list[Hits]:
         """The `top` best videos for a query, or for each of several sentences.
 
         With `text`, the words of sentences are also looked for in transcripts, and the ranks of
         both are fused; hits have `cues`, and `moments` is the number of these at most, too. A
-        Notice says why there is no text.
+        Notice says why there is no text. With `rerank`, the reranker of the model (docs/rerank.md)
+        orders so many of the first videos of sentences anew, instead of `SearchOptions.rerank`.
 
         Raises UserError if a query is empty or cannot be read, or no video passes the filters.
         """
@@ -231,19 +237,22 @@ class Index:
         if isinstance(query, str):
             query = Query(query)
         if isinstance(query, Query):
-            hits = self.answer(state, query, top, among, moments=moments, text=text)
+            options = {"moments": moments, "text": text, "rerank": rerank}
+            hits = self.answer(state, query, top, among, **options)
             if hits.notice:
                 warnings.warn(hits.notice, Notice, stacklevel=2)
             return hits
         if text:
-            options = {"filters": filters, "moments": moments, "text": True}
+            options = {"filters": filters, "moments": moments, "text": True, "rerank": rerank}
             return [self.search(sentence, top, **options) for sentence in query]
         query = list(query)
         encoded = encode_sentences(self.model, query)
         with self._searching:
-            answers = self.ranker.rank(state, encoded, top, among)
+            count = self.ranker.reranked(state, rerank)
+            answers = self.ranker.rank(state, encoded, top, among, count)
             found = [answer.hits(answer.videos(top), moments) for answer in answers]
-        return [Hits(hits, sentence) for hits, sentence in zip(found, query, strict=True)]
+        parts = zip(found, query, answers, strict=True)
+        return [Hits(hits, text, "", answer.rerank_ms) for hits, text, answer in parts]
 
     def answer(
         self,
@@ -255,6 +264,7 @@ class Index:
         offset: int = 0,
         moments: int = MOMENTS,
         text: bool = False,
+        rerank: int | None = None,
     ) -> Hits:
         """The hits of one query in one state of the index, those before `offset` left out."""
         if isinstance(query.video, Path):  # What is kept of a query has no file that can change.
@@ -262,7 +272,9 @@ class Index:
         if isinstance(query.picture, Path):
             query = dataclasses.replace(query, picture=read_picture(self.model, query.picture))
         cues, notice = state.find_cues(query.sentence, _FUSED, moments, among) if text else ({}, "")
-        request = _Request(state, self._encoded(query), max(top, _FUSED) if cues else top, among)
+        count = self.ranker.reranked(state, rerank)
+        most = max(top, _FUSED) if cues else top
+        request = _Request(state, self._encoded(query), most, among, count)
         self._waiting.append(request)
         with self._searching:
             if request.answer is None:
@@ -272,7 +284,7 @@ class Index:
             found = [*same, *(state.video(*place) for place in places)]
             videos = list(dict.fromkeys(found))[offset:top]
             hits = request.answer.hits(videos, moments)
-        shown = Hits((), query.sentence, notice)
+        shown = Hits((), query.sentence, notice, request.answer.rerank_ms)
         for rank, hit in enumerate(hits, start=offset + 1):
             said = tuple(cues.get(state.place(hit.video.slot), ()))
             shown.append(dataclasses.replace(hit, rank=rank, is_same=hit.video in same, cues=said))
@@ -288,7 +300,8 @@ class Index:
         batch = [request, *others[: _TOGETHER - 1]]
         self._waiting = [one for one in self._waiting if one not in batch]
         queries = [one.query for one in batch]
-        answers = self.ranker.rank(request.state, queries, request.top, request.among)
+        how = (request.top, request.among, request.rerank)
+        answers = self.ranker.rank(request.state, queries, *how)
         for one, answer in zip(batch, answers, strict=True):
             one.answer = answer
 
@@ -300,17 +313,25 @@ class Index:
         found = same_picture(state, frame)
         return found if among is None else [v for v in found if among.valid[v.slot]]
 
-    def in_video(self, state: OpenIndex, query: Query, video: IndexedVideo, most: int) -> Hit:
+    def in_video(
+        self,
+        state: OpenIndex,
+        query: Query,
+        video: IndexedVideo,
+        most: int,
+        rerank: int | None = None,
+    ) -> Hit:
         """The hit of a query in one video, as a search that finds it has it."""
+        count = self.ranker.reranked(state, rerank)
         with self._searching:
-            answer = self._found(state, query, None)
+            answer = self._found(state, query, None, count)
             if answer.refined.keys().isdisjoint(video.slots.tolist()):
-                answer = self._found(state, query, video.path)
+                answer = self._found(state, query, video.path, count)
             return answer.hits([video], most)[0]
 
-    def _find(self, state: OpenIndex, query: Query, path: str | None) -> Answer:
+    def _find(self, state: OpenIndex, query: Query, path: str | None, rerank: int) -> Answer:
         among = None if path is None else state.filtered(Filters(only=(path,)))
-        return self.ranker.rank(state, [self._encoded(query)], 1, among)[0]
+        return self.ranker.rank(state, [self._encoded(query)], 1, among, rerank)[0]
 
 
 def fuse(pictures: Sequence[Place], texts: Sequence[Place]) -> list[Place]:

@@ -1,0 +1,373 @@
+"""Rerankers: the joint encoder over the candidates of a first stage."""
+
+import dataclasses
+import functools
+import json
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from support.commands import error_of, start_module, wait_for
+from support.params import assert_same_arrays
+from support.runs import make_run
+from support.search import made_up_videos, made_up_windows, random_model, write_index
+
+import drl_jax
+from drl_jax.config import ModelConfig
+from drl_jax.evaluation.evaluator import Evaluation
+from drl_jax.evaluation.metrics import metrics_of, query_ranks
+from drl_jax.evaluation.reranking import PairScorer, replaced, rerank_evaluation
+from drl_jax.models.reranker import (
+    RerankerConfig,
+    first_stage_sha256,
+    init_reranker,
+    pair_arrays,
+    reranker_definition,
+)
+from drl_jax.rerank import main as rerank
+from drl_jax.runs.protocol_card import read_ranks
+from drl_jax.runs.rerank_training import hardest
+from drl_jax.runs.reranker_file import (
+    RERANKER_FILE,
+    read_reranker,
+    read_tensors,
+    save_reranker,
+)
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.sharding import make_layout
+from drl_jax.search.__main__ import main as search
+from drl_jax.search.addresses import PageQuery
+from drl_jax.search.api import SearchAPI
+from drl_jax.search.filters import Filters
+from drl_jax.search.ranking import SearchOptions
+
+COUNT = 6
+FLAGS = (f"--candidates={COUNT}", "--epochs=2")
+
+
+@pytest.fixture(scope="module")
+def first_stage(shapes_config, tmp_path_factory):
+    """A run of a random wti with a reranker of two epochs, and the stored features."""
+    root = tmp_path_factory.mktemp("rerank")
+    make_run(root / "run", shapes_config)
+    assert rerank([f"--workdir={root / 'run'}", f"--features={root / 'features'}", *FLAGS]) == 0
+    return root / "run", root / "features"
+
+
+@pytest.fixture(scope="module")
+def model(shapes_config):
+    return random_model(shapes_config, "wti")
+
+
+@pytest.fixture(scope="module")
+def sizes(model):
+    return RerankerConfig.of(model.config.model, 24, 4)
+
+
+def new_params(sizes, model, *, trained: bool):
+    params = init_reranker(sizes, model.config.model, model.params, jax.random.key(1))
+    if trained:  # Somewhere else than at the start.
+        shape = params["delta"]["kernel"].shape
+        params["delta"]["kernel"] = jax.random.normal(jax.random.key(2), shape)
+    return jax.device_get(params)
+
+
+def some_evaluation(model, texts=12, videos=12) -> Evaluation:
+    """Random texts and videos, two of which are the same, of a first stage."""
+    text = model.encode_text([f"shape {n} moves" + " left" * (n % 4) for n in range(texts)])
+    video = made_up_windows(model, videos)
+    video = {name: np.concatenate([array[:-1], array[:1]]) for name, array in video.items()}
+    sim = model.similarity(text, video)
+    ranks = query_ranks(sim, np.arange(texts) % videos, np.array([[0, 1], [4, 5]]))
+    return Evaluation(metrics_of(ranks), sim, ranks, text, video)
+
+
+# ---------------------------------------------------------------- the order of candidates
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_an_untrained_reranker_keeps_everything_bit_for_bit(model, sizes, count):
+    evaluation = some_evaluation(model)
+    scorer = PairScorer(sizes, "float32", model.layout)
+    score = functools.partial(scorer.scores, new_params(sizes, model, trained=False))
+    found = rerank_evaluation(score, evaluation, count, np.array([[0, 1], [4, 5]]))
+    assert (found.t2v_scores == evaluation.sim_matrix).all()
+    assert (found.v2t_scores == evaluation.sim_matrix).all()
+    for field in dataclasses.fields(evaluation.ranks):
+        one, other = (getattr(ranks, field.name) for ranks in (found.ranks, evaluation.ranks))
+        assert (one == other).all(), field.name
+
+
+def test_only_candidates_change_their_places():
+    sim = np.array([[0.1, 0.9, 0.5, 0.7, 0.3]], np.float32)
+    found = replaced(sim, np.array([[1, 3, 2]]), np.array([[-2.0, 5.0, 1.0]]))
+    assert np.argsort(-found[0]).tolist() == [3, 2, 1, 4, 0]
+
+
+def test_negatives_are_the_hardest_wrong_ones():
+    sim = np.array([[9, 3, 8], [1, 9, 2], [7, 8, 9]], np.float32)
+    is_right = np.eye(3, dtype=bool)
+    is_right[0, 2] = True  # It has the same caption.
+    assert hardest(sim, is_right, 2).tolist() == [[1, 0], [2, 0], [1, 0]]
+
+
+# ---------------------------------------------------------------- the joint encoder
+
+
+def test_scores_do_not_depend_on_the_batch(model, sizes):
+    evaluation, params = some_evaluation(model), new_params(sizes, model, trained=True)
+    scorer = PairScorer(sizes, "float32", model.layout)
+    rows, columns = map(np.ravel, np.indices((12, 12)))
+    scores = evaluation.sim_matrix[rows, columns]
+    score = functools.partial(scorer.scores, params, evaluation.text, evaluation.video)
+    together = score(rows, columns, scores)
+    assert np.std(together - scores) > 0.003
+    for number in (0, 7, 50):
+        one = slice(number, number + 1)
+        alone = score(rows[one], columns[one], scores[one])
+        np.testing.assert_allclose(alone, together[one], atol=2e-6)
+    # Neither on padding, of words or of frames.
+    mask = evaluation.video["frame_mask"]
+    assert mask.sum(axis=1).min() < mask.shape[1]
+    padded = {**evaluation.video, "frame_unit": evaluation.video["frame_unit"].copy()}
+    padded["frame_unit"][~mask] = 9.0
+    other = scorer.scores(params, evaluation.text, padded, rows, columns, scores)
+    assert (other == together).all()
+
+
+def test_words_frames_order_weights_and_score_count(model, sizes):
+    evaluation, params = some_evaluation(model), new_params(sizes, model, trained=True)
+    scorer = PairScorer(sizes, "float32", model.layout)
+    full = np.flatnonzero(evaluation.video["frame_mask"].all(axis=1))[:1]
+    video = {name: array[full] for name, array in evaluation.video.items()}
+    text = {name: array[:1] for name, array in evaluation.text.items()}
+    zero = np.zeros(1, int)
+
+    def change(video=video, text=text, score=0.3):
+        return float(scorer.scores(params, text, video, zero, zero, np.array([score]))[0]) - score
+
+    expected = change()
+    backwards = {**video, "frame_unit": video["frame_unit"][:, ::-1]}
+    weights = {**text, "text_weight": text["text_weight"][:, ::-1]}
+    words = {**text, "text_unit": text["text_unit"][:, ::-1]}
+    for found in (change(backwards), change(text=weights), change(text=words), change(score=0.2)):
+        assert abs(found - expected) > 1e-5
+    attention = scorer.attention(params, text, video)
+    assert len(attention) == text["text_mask"].sum() + video["frame_mask"].sum()
+    assert (attention > 0).all()
+    assert attention.sum() < 1  # The rest is on the pooling token.
+
+
+def test_pairs_hold_valid_tokens_as_an_index_stores_them(model, sizes):
+    evaluation = some_evaluation(model)
+    rows, columns = np.array([[0, 3]]), np.array([[2, 5]])
+    pairs = pair_arrays(sizes, evaluation.text, evaluation.video, rows, columns, np.zeros((1, 2)))
+    length = pairs["length"][0, 1] - 1
+    words = evaluation.text["text_unit"][3][evaluation.text["text_mask"][3]]
+    frames = evaluation.video["frame_unit"][5][evaluation.video["frame_mask"][5]]
+    expected = np.concatenate([words, frames]).astype(jax.numpy.bfloat16)
+    assert (pairs["tokens"][0, 1, :length] == expected).all()
+    assert not pairs["tokens"][0, 1, length:].any()
+    assert (1 + pairs["tokens"].shape[2]) % 8 == 0
+    position = [*range(len(words)), *range(sizes.words, sizes.words + len(frames))]
+    assert pairs["position"][0, 1, :length].tolist() == position
+
+
+def test_it_is_small_at_the_size_of_vit_b_32():
+    sizes = RerankerConfig.of(ModelConfig(interaction="wti"), 32, 12)
+    _, params = reranker_definition(sizes, "float32")
+    assert sum(leaf.size for leaf in flatten_dict(params).values()) <= 15e6
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_killed_training_continues_bit_for_bit(first_stage, shapes_config, tmp_path):
+    workdir, features = first_stage
+    make_run(tmp_path / "run", shapes_config)
+    arguments = (f"--workdir={tmp_path / 'run'}", f"--features={features}", *FLAGS)
+    state = tmp_path / "run" / "reranker_state.safetensors"
+    devices = {"JAX_NUM_CPU_DEVICES": "8"}
+    process = start_module("drl_jax.rerank", *arguments, env=devices)
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    wait_for(process)
+    assert not (tmp_path / "run" / RERANKER_FILE).exists()
+    # In this process, which has the same number of devices as the one that was not killed.
+    assert rerank(list(arguments)) == 0
+    assert not state.exists()
+    found, expected = (read_tensors(run / RERANKER_FILE) for run in (tmp_path / "run", workdir))
+    assert_same_arrays(found[0], expected[0])
+    assert found[1] == expected[1]  # Losses too, which follow from all that a state has.
+
+
+def test_one_and_eight_devices_agree(first_stage, shapes_config, tmp_path, monkeypatch):
+    workdir, features = first_stage
+    make_run(tmp_path / "run", shapes_config)
+    one = make_layout(jax.devices()[:1])
+    monkeypatch.setattr("drl_jax.runs.rerank_training.make_layout", lambda: one)
+    assert rerank([f"--workdir={tmp_path / 'run'}", f"--features={features}", *FLAGS]) == 0
+    found, expected = (read_tensors(run / RERANKER_FILE)[1] for run in (tmp_path / "run", workdir))
+    assert len(expected["losses"]) == 2
+    assert expected["losses"][1] < expected["losses"][0]
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
+
+
+def test_evaluation_prints_both_stages(first_stage, capsys):
+    workdir, _ = first_stage
+    results = drl_jax.evaluate(workdir, rerank=COUNT)
+    first, reranked = results["none"], results["rerank"]
+    assert f"the first {COUNT} candidates reranked by" in reranked.card.post_processing
+    assert "reranked - first" in str(reranked)
+    assert "protocol" in str(reranked)
+    step = first.card.step
+    stored = json.loads((workdir / f"eval_test_{step}_rerank{COUNT}.json").read_text())
+    assert stored["differences"]["t2v R@1"]["other"] == reranked.metrics["t2v"]["R@1"]
+    ranks, card = read_ranks(workdir / f"eval_test_{step}_rerank{COUNT}.npz")
+    assert card == reranked.card
+    before, _ = read_ranks(workdir / f"eval_test_{step}.npz")
+    # Beyond the candidates nothing changes.
+    outside = before.t2v > COUNT
+    assert outside.any()
+    assert (ranks.t2v[outside] == before.t2v[outside]).all()
+    assert (ranks.t2v[~outside] <= COUNT).all()
+
+
+# ---------------------------------------------------------------- search
+
+
+@pytest.fixture(scope="module")
+def index(shapes_config, sizes, test_videos, tmp_path_factory):
+    """An index of 32 clips, whose run has a reranker that changes the order."""
+    root = tmp_path_factory.mktemp("rerank_search")
+    make_run(root / "run", shapes_config)
+    model = drl_jax.load(root / "run")
+    params = new_params(sizes, model, trained=True)
+    about = {"first_stage": first_stage_sha256(model.params)}
+    save_reranker(root / "run" / RERANKER_FILE, sizes, params, about)
+    index = drl_jax.Index(root / "index", model)
+    index.add(test_videos)
+    return index
+
+
+def test_search_reranks_the_first_videos(index, sizes, test_videos, capsys):
+    sentence = "a red circle moves left"
+    before = index.search(sentence, top=32)
+    after = index.search(sentence, top=32, rerank=10)
+    assert before.rerank_ms is None
+    assert after.rerank_ms > 0
+    paths = [[hit.path for hit in hits] for hits in (before, after)]
+    assert paths[0][:10] != paths[1][:10]
+    assert paths[0][10:] == paths[1][10:]
+    assert {hit.path: hit.score for hit in before} == {hit.path: hit.score for hit in after}
+    # The same as the joint encoder of the pairs themselves.
+    file = read_reranker(
+        Path(index.model.source["workdir"]) / RERANKER_FILE,
+        index.model.config.model,
+        index.model.params,
+    )
+    text = index.model.encode_text([sentence])
+    video = index.model.encode_videos(paths[0][:10])
+    scorer = PairScorer(sizes, "float32", index.model.layout)
+    given = np.zeros(10, int), np.arange(10), np.array([hit.score for hit in before[:10]])
+    scores = scorer.scores(file.params, text, video, *given)
+    found = {hit.path: hit.reranked for hit in after[:10]}
+    np.testing.assert_allclose([found[path] for path in paths[0][:10]], scores, atol=1e-5)
+    assert (np.diff([hit.reranked for hit in after[:10]]) <= 0).all()
+    assert after[10].reranked is None
+    # Sentences that are asked together, and some of the videos.
+    together = index.search([sentence, "a blue square"], top=10, rerank=10)
+    assert [hit.path for hit in together[0]] == paths[1][:10]
+    only = tuple(sorted(path.name for path in paths[1][:10])[:3])
+    few = index.search(sentence, top=9, filters=Filters(only=only), rerank=10)
+    assert [hit.path for hit in few] == [path for path in paths[1] if path.name in only]
+    explanation = after[0].moments[0].explanation.to_json()
+    attention = explanation["attention"]
+    assert len(attention["words"]) == len(explanation["words"])
+    assert len(attention["frames"]) == len(explanation["times"])
+    assert 0 < sum(attention["words"] + attention["frames"]) < 1
+    assert before[0].moments[0].explanation.to_json()["attention"] is None
+
+
+def test_the_command_and_the_api_rerank(index, capsys):
+    sentence = "a red circle moves left"
+    expected = [str(hit.path) for hit in index.search(sentence, top=5, rerank=10)]
+    flags = ["query", f"--index={index.directory}", sentence, "--rerank=10"]
+    assert search([*flags, "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out.splitlines()[-1])["hits"]
+    assert [hit["path"] for hit in hits] == expected
+    assert search(flags) == 0
+    said = capsys.readouterr().out
+    assert "reranked in" in said
+    assert f"(reranked: {hits[0]['reranked']:.4f})" in said
+    api = SearchAPI(index, 5, 10**6)
+    answer = api.search(PageQuery.of([("q", sentence), ("rerank", "10")]))
+    assert [hit["reranked"] for hit in answer["hits"]] == [hit["reranked"] for hit in hits]
+    assert answer["rerank_ms"] > 0
+    video = answer["hits"][0]["path"]
+    opened = api.video(PageQuery.of([("q", sentence), ("rerank", "10"), ("video", video)]))
+    assert opened["explanation"]["attention"]
+    assert api.search(PageQuery.of([("q", sentence)]))["rerank_ms"] is None
+    api.close()
+
+
+def test_an_untrained_reranker_keeps_the_order_of_a_search(index, sizes):
+    sentence, path = "a blue square", Path(index.model.source["workdir"]) / RERANKER_FILE
+    trained = path.read_bytes()
+    about = {"first_stage": first_stage_sha256(index.model.params)}
+    save_reranker(path, sizes, new_params(sizes, index.model, trained=False), about)
+    other = drl_jax.Index(index.directory, index.model, SearchOptions(rerank=32))
+    path.write_bytes(trained)
+    before, after = index.search(sentence, top=32), other.search(sentence, top=32)
+    assert [hit.path for hit in after] == [hit.path for hit in before]
+    assert [hit.reranked for hit in after] == [hit.score for hit in before]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_an_index_that_cannot_be_reranked_is_refused(index, tmp_path, capsys):
+    flags = ["query", f"--index={index.directory}", "a circle"]
+    line = error_of("drl_jax.search", *flags, "--rerank=33", capsys=capsys)
+    assert "--rerank=33 is above the 32 videos of the index" in line
+    dp = random_model(index.model.config, "dp")
+    windows = made_up_windows(dp, 2)
+    windows["video_unit"] = windows["frame_unit"][:, 0]
+    videos = made_up_videos(dp, ["a.mp4", "b.mp4"], windows)
+    write_index(tmp_path / "dp", dp, [videos])
+    with pytest.raises(UserError, match="interaction dp does not have"):
+        drl_jax.Index(tmp_path / "dp", dp, SearchOptions(rerank=2))
+
+
+def test_what_does_not_fit_is_refused_in_one_line(first_stage, shapes_config, tmp_path, capsys):
+    workdir, features = first_stage
+    evaluate = functools.partial(error_of, "drl_jax.evaluate", capsys=capsys)
+    flag = f"--features={features}"
+    train = functools.partial(error_of, "drl_jax.rerank", flag, capsys=capsys)
+    assert "above the 32 videos of the split test" in evaluate(
+        f"--workdir={workdir}", "--rerank=33"
+    )
+    other = tmp_path / "other"
+    make_run(other, shapes_config, seed=4)
+    assert "there is no" in evaluate(f"--workdir={other}", "--rerank=5")
+    stored = (workdir / RERANKER_FILE).read_bytes()
+    (other / RERANKER_FILE).write_bytes(stored)
+    assert "is of another first stage" in evaluate(f"--workdir={other}", "--rerank=5")
+    tensors, values = read_tensors(workdir / RERANKER_FILE)
+    params = unflatten_dict(tensors, sep="/")
+    wide = RerankerConfig(*values.pop("sizes"))._replace(width=64)
+    save_reranker(other / RERANKER_FILE, wide, params, values)
+    assert "64 channels" in evaluate(f"--workdir={other}", "--rerank=5")
+    (other / RERANKER_FILE).write_bytes(stored[:-8] + bytes(8))
+    assert "its checksum is wrong" in evaluate(f"--workdir={other}", "--rerank=5")
+    assert "is of another training" in train(f"--workdir={workdir}", "--candidates=5")
+    assert "needs more than that" in train(f"--workdir={workdir}", "--candidates=9999")
+    make_run(tmp_path / "dp", shapes_config, "dp")
+    assert "interaction dp does not have" in train(f"--workdir={tmp_path / 'dp'}")
+    line = error_of("drl_jax.rerank", f"--workdir={workdir}", capsys=capsys)
+    assert "--features=DIR is missing" in line
