@@ -105,10 +105,11 @@ def query_ms(score: Callable, text: Features, video: Features, count: int) -> fl
 
 
 def gflop(sizes: RerankerConfig, positions: int, candidates: int) -> float:
-    """Products of a query: all blocks but the last for all positions, that for its first."""
+    """Products of a query: matches, all blocks for all positions, but the last for its first."""
+    matches = 2 * positions * sizes.width**2 + 4 * positions**2 * sizes.width
     full = 24 * positions * sizes.width**2 + 4 * positions**2 * sizes.width
     last = (6 * positions + 18) * sizes.width**2 + 4 * positions * sizes.width
-    return candidates * ((sizes.layers - 1) * full + last) / 1e9
+    return candidates * (matches + (sizes.layers - 1) * full + last) / 1e9
 
 
 def vit_b_32(candidates: list[int]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from drl_jax.models.layers import (
     new_block_init,
 )
 from drl_jax.models.linear import Linear, without_adapters
+from drl_jax.models.ops import masked_softmax
 from drl_jax.runtime.errors import UserError
 
 _LAYERS = 4
@@ -73,13 +74,17 @@ class Reranker(nnx.Module):
 
     def __init__(self, config: RerankerConfig, dtype: str, *, rngs: nnx.Rngs):
         width, self.words = config.width, config.words
-        embed = functools.partial(nnx.Embed, embedding_init=normal(0.02), rngs=rngs)
+        # As long as the features, which are unit vectors.
+        embed = functools.partial(nnx.Embed, embedding_init=normal(width**-0.5), rngs=rngs)
         linear = functools.partial(Linear, kernel_init=normal(0.02), dtype=jnp.float32, rngs=rngs)
         self.pool = nnx.Param(normal(0.02)(rngs.params(), (width,)))
         # Of words, then of frames: they are the embeddings of both types, too.
         self.position_embeddings = embed(config.words + config.frames, width)
         # Of a word and of a frame; multiplied by the weight of the first stage.
         self.weight_embeddings = embed(2, width)
+        # Of what a word, or a frame, is most similar to on the other side.
+        self.match = linear(width, width, kernel_init=normal(width**-0.5))
+        self.match_scale = nnx.Param(jnp.zeros(()))
         self.transformer = Transformer(
             BlockConfig(*config[:4], eps=BERT_LN_EPS),
             config.layers,
@@ -130,9 +135,17 @@ class Reranker(nnx.Module):
         tokens = pairs["tokens"].astype(jnp.float32)
         position = pairs["position"]
         x = tokens + self.position_embeddings(position)
-        kind = (position >= self.words).astype(jnp.int32)
-        x = x + pairs["weight"][..., None] * self.weight_embeddings(kind)
-        x = x.reshape(-1, *x.shape[-2:])
+        is_frame = position >= self.words
+        x = x + pairs["weight"][..., None] * self.weight_embeddings(is_frame.astype(jnp.int32))
+        # The matches of the first stage tell a word where it is, which a new transformer would have
+        # to learn.
+        similarity = jnp.exp(self.match_scale[...]) * jnp.einsum(
+            "...td,...sd->...ts", tokens, tokens
+        )
+        is_valid = jnp.arange(x.shape[-2]) < pairs["length"][..., None] - 1
+        is_other = (is_frame[..., :, None] != is_frame[..., None, :]) & is_valid[..., None, :]
+        matched = jnp.matmul(masked_softmax(similarity, is_other), x)
+        x = (x + self.match(matched)).reshape(-1, *x.shape[-2:])
         pool = jnp.broadcast_to(self.pool[...], (len(x), 1, x.shape[-1]))
         return jnp.concatenate([pool, x], axis=1), AttentionMask(lengths=pairs["length"].ravel())
 
@@ -152,7 +165,8 @@ def init_reranker(
     reranker = Reranker(config, model.dtype, rngs=nnx.Rngs(key))
     params = nnx.to_pure_dict(nnx.split(reranker)[1])
     backbone = without_adapters(first_stage["backbone"])
-    params["logit_scale"] = jnp.asarray(backbone["logit_scale"])
+    for name in ("logit_scale", "match_scale"):
+        params[name] = jnp.array(backbone["logit_scale"])
     if copies_text_tower(model):
         tower = backbone["transformer"]
         params["transformer"] = jax.tree.map(copy_first_blocks, params["transformer"], tower)
