@@ -66,7 +66,7 @@ class RerankSettings:
     candidates: int = 20
     epochs: int = 5
     seed: int = 0
-    lr: float = 3e-4
+    lr: float = 1e-3
 
 
 def train_reranker(
