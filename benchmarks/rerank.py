@@ -249,7 +249,7 @@ def main() -> int:
         "rerank",
         __doc__,
         ("seeds", _seeds, [0, 1, 2, 3, 4], "of first stages and rerankers"),
-        ("epochs", positive_int, 6, "of a reranker"),
+        ("epochs", positive_int, 20, "of a reranker"),
         ("lr", float, 1e-3, "of a reranker"),
         ("candidates", positive_ints, [10, 20, 100], "that are reranked; the second for variants"),
         ("config", str, "configs/shapes_events.py", "of the first stages"),

@@ -16,7 +16,7 @@ def _parser() -> Parser:
     add("--workdir", type=Path, required=True, help="directory of the run")
     text = "store the features of the towers there, or use those that are (those of the run)"
     add("--features", default="", metavar="DIR", help=text)
-    text = "hard videos and captions among which negatives are drawn (%(default)s)"
+    text = "of each query on val that are reranked, to choose the epoch (%(default)s)"
     add("--candidates", type=positive_int, default=20, help=text)
     add("--epochs", type=positive_int, default=5, help="%(default)s")
     add("--seed", type=int, default=0, help="%(default)s")
