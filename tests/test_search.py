@@ -286,7 +286,17 @@ def test_the_commands(search_run, videos, tmp_path, monkeypatch, capsys):
     assert "cut to" not in captured.err
     hit = answers[0]["hits"][0]
     assert set(hit) == {
-        *("rank", "score", "weak", "same_picture", "found_by", "path", "duration", "moments"),
+        *(
+            "rank",
+            "score",
+            "weak",
+            "same_picture",
+            "reranked",
+            "found_by",
+            "path",
+            "duration",
+            "moments",
+        ),
         "cues",
     }
     moment = hit["moments"][0]
