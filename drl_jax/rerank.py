@@ -27,7 +27,10 @@ def _parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"--seed={options.seed} must be 0 or positive")
 
     def work() -> None:
         from drl_jax.runs.rerank_training import RerankSettings, train_reranker

@@ -169,10 +169,16 @@ def stored_features(
     with contextlib.ExitStack() as stack:
         found: dict[tuple[str, int], _Part | None] = dict.fromkeys(names)
         if is_main():
-            _claim(directory, about)
-            found = {name: _read(directory, *name) for name in names}
+            if (directory / _ABOUT).exists():
+                _claim(directory, about)
+                found = {name: _read(directory, *name) for name in names}
             if None in found.values():
-                stack.enter_context(locked(directory / LOCK_FILE, f"the directory {directory}"))
+                try:
+                    lock = locked(directory / LOCK_FILE, f"the directory {directory}")
+                    stack.enter_context(lock)
+                except OSError as error:
+                    raise Unavailable(directory, error, "written") from error
+                _claim(directory, about)  # Now, no other process can claim it for others.
         missing = from_main(np.array([found[name] is None for name in names]))
         pending = [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
         if pending and ray:
@@ -263,12 +269,11 @@ def _about(
     """All that features depend on, by the name that a message has for it."""
     model, data = config.model, config.data
     weights = hashlib.sha256(model.backbone.family.encode())
-    for name, tower in sorted((params or {}).get("backbone", {}).items()):
-        if not name.startswith(
-            "logit_"
-        ):  # Heads are trained with it; features do not depend on it.
-            for leaf in jax.tree.leaves(tower):
-                weights.update(np.asarray(leaf).tobytes())
+    backbone = (params or {}).get("backbone", {})
+    # The temperature is trained with the heads, and features do not depend on it.
+    for name in sorted(name for name in backbone if not name.startswith("logit_")):
+        for leaf in jax.tree.leaves(backbone[name]):
+            weights.update(np.asarray(leaf).tobytes())
     if (origin := origin_of(EXTRACTORS.get(model.backbone.family))) is not None:
         weights.update(origin.content)
     form = dataclasses.astuple(FrameForm.of(model.backbone, data.as_shown))
