@@ -2,18 +2,17 @@
 
     python -m benchmarks.rerank [--seeds=0,1,2,3,4] [--directory=runs/rerank] [--record]
 
-Trains wti and xti for each seed, and rerankers of wti: as it is, without the first stage's score
-(`no_prior`), and without positions of frames (`no_positions`). What is there already is used again,
-so that a study continues. Prints R@1 and pair accuracy on test, the paired 95 % interval of the
-difference in t2v R@1 to wti, over all seeds together (videos are drawn, each with all its captions
-and seeds), the number of seeds with more than wti, milliseconds for a query and its candidates, and
-bytes of a window in an index. `ViT-B/32` is a reranker of that size with random parameters, and a
-query of 24 words. `--figure=FILE` draws R@1 against both costs.
+Trains wti and xti for each seed, and rerankers of wti: as it is, without the first stage's
+similarity (`no_prior`), and without the order of frames (`no_order`). What is there already is used
+again, so that a study continues. Prints R@1 and pair accuracy on test, the paired 95 % interval of
+the difference in t2v R@1 to wti, over all seeds together (videos are drawn, each with all its
+captions and seeds), the number of seeds with more than wti, milliseconds for a query and its
+candidates, and bytes of a window in an index. `ViT-B/32` is a reranker of that size with random
+parameters, and a query of 24 words. `--figure=FILE` draws R@1 against both costs.
 """
 
 import argparse
 import collections
-import functools
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 import drl_jax
@@ -29,27 +29,19 @@ from benchmarks.measure import arguments, positive_ints, report, table
 from drl_jax.config import ModelConfig
 from drl_jax.evaluation.evaluator import Evaluation
 from drl_jax.evaluation.metrics import Ranks, metrics_of
-from drl_jax.evaluation.reranking import PairScorer, rerank_evaluation
+from drl_jax.evaluation.reranking import RerankScorer, rerank_evaluation
+from drl_jax.models.drl import Params
 from drl_jax.models.interactions import INTERACTIONS, Features
-from drl_jax.models.reranker import RerankerConfig, pair_arrays, reranker_definition
+from drl_jax.models.reranker import RerankerConfig, reranker_definition
 from drl_jax.runs.evaluate_run import OpenEvaluation, open_evaluation
-from drl_jax.runs.rerank_training import RerankSettings, train_reranker
+from drl_jax.runs.rerank_training import NO_ORDER, NO_PRIOR, RerankSettings, train_reranker
 from drl_jax.runs.reranker_file import read_tensors
 from drl_jax.runs.workdir import load_config
 from drl_jax.runtime.cli import positive_int, run_command
-from drl_jax.runtime.sharding import make_layout
 from drl_jax.search.encoding import quantize
 
 _RESAMPLES = 2000
 _WORDS, _FRAMES = 24, 12
-
-
-def no_prior(pairs: Features) -> Features:
-    return {**pairs, "score": np.zeros_like(pairs["score"])}
-
-
-def no_positions(words: int, pairs: Features) -> Features:
-    return {**pairs, "position": np.minimum(pairs["position"], words)}
 
 
 def trained_run(options: argparse.Namespace, seed: int, interaction: str) -> Path:
@@ -98,26 +90,18 @@ def milliseconds(function: Callable[[], object], repeats: int = 10) -> float:
     return 1000 * float(np.median(times))
 
 
-def query_ms(score: Callable, text: Features, video: Features, count: int) -> float:
+def query_ms(scorer: RerankScorer, params: Params, text: Features, video: Features) -> float:
     """Milliseconds for one query and its candidates, which are in memory."""
-    rows, columns = np.zeros(count, int), np.arange(count) % len(video["frame_mask"])
-    return milliseconds(lambda: score(text, video, rows, columns, np.zeros(count, np.float32)))
-
-
-def gflop(sizes: RerankerConfig, positions: int, candidates: int) -> float:
-    """Products of a query: matches, all blocks for all positions, but the last for its first."""
-    matches = 2 * positions * sizes.width**2 + 4 * positions**2 * sizes.width
-    full = 24 * positions * sizes.width**2 + 4 * positions**2 * sizes.width
-    last = (6 * positions + 18) * sizes.width**2 + 4 * positions * sizes.width
-    return candidates * (matches + (sizes.layers - 1) * full + last) / 1e9
+    text = {name: array[:1] for name, array in text.items()}
+    return milliseconds(lambda: scorer.changes(params, text, video))
 
 
 def vit_b_32(candidates: list[int]) -> list[dict[str, Any]]:
     """The costs of a query of 24 words and windows of 12 frames."""
-    sizes = RerankerConfig.of(ModelConfig(interaction="wti"), 32, _FRAMES)
-    shapes, rng = reranker_definition(sizes, "float32")[1], np.random.default_rng(0)
+    sizes = RerankerConfig.of(ModelConfig(interaction="wti"), _FRAMES)
+    definition, shapes = reranker_definition(sizes)
+    rng, scorer = np.random.default_rng(0), RerankScorer(sizes)
     params = jax.tree.map(lambda x: 0.02 * rng.normal(size=x.shape).astype(np.float32), shapes)
-    scorer = PairScorer(sizes, "float32", make_layout())
 
     def side(name: str, items: int, length: int) -> Features:
         unit = rng.normal(size=(items, length, sizes.width)).astype(np.float32)
@@ -127,13 +111,15 @@ def vit_b_32(candidates: list[int]) -> list[dict[str, Any]]:
             f"{name}_weight": np.full((items, length), 1 / length, np.float32),
         }
 
-    text, video = side("text", 1, _WORDS), side("frame", max(candidates), _FRAMES)
-    score, rows = functools.partial(scorer.scores, jax.device_put(params)), []
-    for count in candidates:
-        pairs = pair_arrays(sizes, text, video, *np.zeros((2, 1), int), np.zeros(1))
-        work = gflop(sizes, 1 + pairs["tokens"].shape[1], count)
-        ms = query_ms(score, text, video, count)
-        rows.append({"method": f"ViT-B/32, rerank {count}", "ms": ms, "gflop": work})
+    text, rows = side("text", 1, _WORDS), []
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
+    for number in candidates:
+        video = side("frame", number, _FRAMES)
+        compiled = jax.jit(lambda p, *a: nnx.merge(definition, p)(*a)).lower(params, text, video)
+        work = compiled.compile().cost_analysis()["flops"] / 1e9
+        ms = query_ms(scorer, jax.device_put(params), text, video)
+        row = {"method": f"ViT-B/32, rerank {number}", "million": count, "gflop": work, "ms": ms}
+        rows.append(row)
     return rows
 
 
@@ -148,35 +134,31 @@ class Study:
         opened, evaluation = evaluated(trained_run(self.options, seed, "wti"))
         self.ranks["wti"].append(evaluation.ranks)
         self._cost("wti", opened, evaluation)
-        candidates, words = self.options.candidates, opened.config.data.max_words
-        for name, change in (
-            ("rerank", None),
-            ("no_prior", no_prior),
-            ("no_positions", functools.partial(no_positions, words)),
-        ):
+        for variant in ("", NO_PRIOR, NO_ORDER):
+            name = variant or "rerank"
             # A study of the same seed has its files.
             target = opened.workdir / f"{name}.safetensors"
-            settings = RerankSettings(20, self.options.epochs, seed, self.options.lr)
+            settings = RerankSettings(epochs=self.options.epochs, seed=seed, variant=variant)
             features = str(opened.workdir / "features")
-            train_reranker(
-                opened.workdir,
-                opened.config,
-                settings,
-                features=features,
-                target=target,
-                change=change,
-            )
+            given = (opened.workdir, opened.config, settings)
+            train_reranker(*given, features=features, target=target)
             tensors, about = read_tensors(target)
-            sizes = RerankerConfig(*about["sizes"])
-            scorer = PairScorer(sizes, opened.config.model.dtype, opened.layout, change)
-            score = functools.partial(scorer.scores, unflatten_dict(tensors, sep="/"))
-            for count in candidates if name == "rerank" else candidates[1:2]:
-                found = rerank_evaluation(score, evaluation, count, opened.split.reversed_pairs)
+            scorer, params = (
+                RerankScorer(RerankerConfig(*about["sizes"])),
+                unflatten_dict(tensors, sep="/"),
+            )
+            params, text = jax.device_put(params), evaluation.text
+            video, prior = settings.seen(evaluation.video, evaluation.sim_matrix)
+            scores = prior + scorer.changes(params, text, video)
+            candidates = self.options.candidates
+            for count in candidates[1:2] if variant else candidates:
+                found = rerank_evaluation(scores, evaluation, count, opened.split.reversed_pairs)
                 method = f"{name} {count}"
                 self.ranks[method].append(found.ranks)
-                ms = query_ms(score, evaluation.text, evaluation.video, count)
+                some = {side: array[:count] for side, array in video.items()}
                 first = self.costs["wti"]
-                self.costs[method] = {**first, "ms": first["ms"] + ms}
+                ms = first["ms"] + query_ms(scorer, params, text, some)
+                self.costs[method] = {**first, "ms": ms}
         opened, evaluation = evaluated(trained_run(self.options, seed, "xti"))
         self.ranks["xti"].append(evaluation.ranks)
         self._cost("xti", opened, evaluation)
@@ -249,8 +231,7 @@ def main() -> int:
         "rerank",
         __doc__,
         ("seeds", _seeds, [0, 1, 2, 3, 4], "of first stages and rerankers"),
-        ("epochs", positive_int, 20, "of a reranker"),
-        ("lr", float, 1e-3, "of a reranker"),
+        ("epochs", positive_int, 60, "of a reranker"),
         ("candidates", positive_ints, [10, 20, 100], "that are reranked; the second for variants"),
         ("config", str, "configs/shapes_events.py", "of the first stages"),
         ("directory", Path, Path("runs/rerank"), "of the runs"),
@@ -269,7 +250,7 @@ def main() -> int:
         print(table(costs))
         if options.figure:
             draw(rows, Path(options.figure))
-        settings = {name: getattr(options, name) for name in ("seeds", "epochs", "lr", "config")}
+        settings = {name: getattr(options, name) for name in ("seeds", "epochs", "config")}
         ranks = {
             method: [(one.t2v <= 1).astype(int).tolist() for one in of_seeds]
             for method, of_seeds in study.ranks.items()

@@ -1,6 +1,6 @@
 """Trains a reranker of a run, on stored features of its towers.
 
-python -m drl_jax.rerank --workdir=RUN [--features=DIR] [--candidates=20] [--epochs=5]
+python -m drl_jax.rerank --workdir=RUN [--features=DIR] [--candidates=20] [--epochs=60]
 """
 
 import sys
@@ -18,7 +18,7 @@ def _parser() -> Parser:
     add("--features", default="", metavar="DIR", help=text)
     text = "of each query on val that are reranked, to choose the epoch (%(default)s)"
     add("--candidates", type=positive_int, default=20, help=text)
-    add("--epochs", type=positive_int, default=5, help="%(default)s")
+    add("--epochs", type=positive_int, default=60, help="%(default)s")
     add("--seed", type=int, default=0, help="%(default)s")
     add("--data_dir", help="directory of built datasets, if they were moved")
     add_plugin_flag(parser)

@@ -35,6 +35,8 @@ def interaction_figure(
     moments: Sequence[str],
     frames: np.ndarray,
     title: str,
+    *,
+    added: np.ndarray | None = None,
 ) -> Figure:
     """Draws the token-frame interaction of one pair, as the paper does.
 
@@ -43,7 +45,7 @@ def interaction_figure(
     the frame that contributes most to the score.
 
     The attribution is of L tokens, `words`, and of F frames, uint8 [F, S, S, 3]; `moments` are
-    their names, e.g. times.
+    their names, e.g. times. `added`, float [F], is what a reranker adds by each frame.
     """
     count = len(moments)
     height, width = _ROW * len(words), _COLUMN * count
@@ -94,12 +96,16 @@ def interaction_figure(
     below.bar(columns, attribution.frame_weight, color=colors, width=0.6)
     below.set_xlim(-0.5, count - 0.5)
     below.set_ylim(0, 1)
-    below.set_xticks([])
+    below.set_xticks(
+        *((columns, [f"{value:+.3f}" for value in added]) if added is not None else ([],))
+    )
     below.set_ylabel("frame weight", fontsize=9)
     for bars in (right, below):
         bars.tick_params(labelsize=8)
         bars.spines[["top", "right"]].set_visible(False)
-    below.set_xlabel(f"cosine of words and frames; best moment {moments[best]}", fontsize=9)
+    of_reranker = "" if added is None else "; numbers: what the reranker adds to the score"
+    about = f"cosine of words and frames; best moment {moments[best]}{of_reranker}"
+    below.set_xlabel(about, fontsize=9)
     return figure
 
 

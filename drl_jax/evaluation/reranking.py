@@ -1,10 +1,8 @@
 """Ranks the first candidates of each query again with a reranker (`models.reranker`)."""
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +13,12 @@ from drl_jax.evaluation.evaluator import Evaluation
 from drl_jax.evaluation.metrics import Ranks, caption_sets, query_ranks
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
-from drl_jax.models.reranker import RerankerConfig, pair_arrays, reranker_definition
+from drl_jax.models.interactions.token_wise import TokenWise
+from drl_jax.models.reranker import RerankerConfig, reranker_definition
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.sharding import Layout
 
-# Pairs that are compared at a time: the most, and what their number is a multiple of.
-_PAIRS, _MULTIPLE = 256, 4
-
-# Changes `pair_arrays`, for a study of what a reranker uses.
-Change = Callable[[Features], Features]
+# Texts or videos that are encoded at a time, at most.
+_ROWS = 256
 
 
 class Reranked(NamedTuple):
@@ -34,55 +29,56 @@ class Reranked(NamedTuple):
     v2t_scores: np.ndarray
 
 
-class PairScorer:
-    """Scores pairs of encoded texts and videos; compiled once for each shape."""
+class RerankScorer:
+    """What a reranker adds to similarities; compiled for few shapes, on one device."""
 
-    def __init__(
-        self, config: RerankerConfig, dtype: str, layout: Layout, change: Change | None = None
-    ):
-        self._config, self._layout, self._change = config, layout, change
-        definition, _ = reranker_definition(config, dtype)
+    def __init__(self, config: RerankerConfig):
+        definition, _ = reranker_definition(config)
 
-        def changes(params, pairs):
-            reranker = nnx.merge(definition, params)
-            return reranker(pairs) / jnp.exp(reranker.logit_scale[...])
+        def text(params, arrays):
+            with jax.default_matmul_precision("highest"):
+                return nnx.merge(definition, params).text(arrays)
 
-        def attention(params, pairs):
-            return nnx.merge(definition, params).attention(pairs)
+        def video(params, arrays):
+            with jax.default_matmul_precision("highest"):
+                reranker = nnx.merge(definition, params)
+                return reranker.video(arrays) / jnp.exp(reranker.logit_scale[...])
 
-        ends: Any = {"in_shardings": (layout.replicated, layout.batch_sharded)}
-        ends["out_shardings"] = layout.replicated
-        self._changes, self._attention = (
-            jax.jit(layout.on_mesh(function, dtype), **ends) for function in (changes, attention)
+        self._text, self._video = jax.jit(text), jax.jit(video)
+
+    def changes(self, params: Params, text: Features, video: Features) -> np.ndarray:
+        """Arrays of A texts and B videos -> changes of their similarities, float32 [A, B]."""
+        of_text = _in_parts(lambda part: self._text(params, part)[0], text, TokenWise.TEXT_ARRAYS)
+        # Parts of a video are as large as its frames.
+        of_video = _in_parts(
+            lambda part: self._video(params, part).sum(axis=1), video, TokenWise.VIDEO_ARRAYS
         )
+        return of_text @ of_video.T
 
-    def pairs(self, text: Features, video: Features, *pairs: np.ndarray) -> Features:
-        """As `models.reranker.pair_arrays`."""
-        found = pair_arrays(self._config, text, video, *pairs)
-        return found if self._change is None else self._change(found)
+    def explain(
+        self, params: Params, text: Features, video: Features
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of one pair: attention to words [L], of all heads, and what frames add [F].
 
-    def scores(
-        self, params: Params, text: Features, video: Features, *pairs: np.ndarray
-    ) -> np.ndarray:
-        """Similarities of pairs (texts, videos, similarities [...]) as the reranker of `params`
-        changes them: float64 [...]. Without a change, the similarity itself, bit for bit."""
-        # Few shapes, which all devices share.
-        count, multiple = pairs[0].size, math.lcm(_MULTIPLE, self._layout.device_count)
-        size, found = -(-min(_PAIRS, count) // multiple) * multiple, []
-        for start in range(0, count, size):
-            # The last batch repeats the last pair: one shape, one compilation.
-            part = np.minimum(np.arange(start, start + size), count - 1)
-            batch = self.pairs(text, video, *(array.ravel()[part] for array in pairs))
-            changes = self._changes(params, self._layout.put_batch(batch))
-            found.append(np.asarray(changes, np.float64) + batch["score"])
-        return np.concatenate(found)[:count].reshape(pairs[0].shape)
+        Attention sums to 1, and what frames add to the change.
+        """
+        of_text, attention = self._text(params, text)
+        added = np.asarray(self._video(params, video)[0] @ of_text[0])
+        return np.asarray(attention[0].mean(axis=0)), added
 
-    def attention(self, params: Params, text: Features, video: Features) -> np.ndarray:
-        """The attention to the words and frames of one pair, float32 [L + F]."""
-        one = np.zeros(self._layout.device_count, int)
-        pairs = self.pairs(text, video, one, one, one)
-        found = np.asarray(self._attention(params, self._layout.put_batch(pairs)))[0]
-        return found[: int(pairs["length"][0]) - 1]
+
+def _in_parts(
+    encode: Callable[[Features], jax.Array], arrays: Features, names: tuple[str, ...]
+) -> np.ndarray:
+    """Encodes N rows, some at a time: float32 [N, D]."""
+    arrays = {name: np.asarray(arrays[name]) for name in names}
+    count = len(arrays[names[0]])
+    # The last part repeats the last row: few shapes, and few compilations.
+    size, found = min(_ROWS, 1 << (count - 1).bit_length()), []
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        found.append(np.asarray(encode({name: array[rows] for name, array in arrays.items()})))
+    return np.concatenate(found)[:count]
 
 
 def check_candidates(count: int, videos: int, where: str) -> None:
@@ -94,40 +90,29 @@ def check_candidates(count: int, videos: int, where: str) -> None:
 
 
 def rerank_evaluation(
-    score: Callable[..., np.ndarray],
+    scores: np.ndarray,
     evaluation: Evaluation,
     count: int,
     reversed_pairs: np.ndarray | None = None,
 ) -> Reranked:
-    """Ranks the first `count` candidates of each query of an evaluation again.
+    """Ranks the first `count` candidates of each query of an evaluation by other scores [A, B].
 
     The candidates of a video are sets of texts, by the best text of each. Pair accuracy compares
-    both clips of each pair.
-
-    `score` is `PairScorer.scores` of some parameters; `reversed_pairs` are as in `query_ranks`.
+    both clips of each pair. `reversed_pairs` are as in `query_ranks`.
     """
     sim, owner = evaluation.sim_matrix, evaluation.ranks.text_to_video
-    score = functools.partial(score, evaluation.text, evaluation.video)
-    texts, videos = (np.arange(size)[:, None] for size in sim.shape)
-
     columns = np.argsort(-sim, axis=1, kind="stable")[:, :count]
-    rows = np.broadcast_to(texts, columns.shape)
-    t2v = replaced(sim, columns, score(rows, columns, sim[rows, columns]))
+    t2v = replaced(sim, columns, np.take_along_axis(scores, columns, axis=1))
 
     best = _best_texts(sim, owner)  # [sets, videos]
+    videos = np.arange(sim.shape[1])[:, None]
     sets = np.argsort(-sim[best, videos.T].T, axis=1, kind="stable")[:, :count]  # [videos, count]
-    rows, columns = best[sets, videos], np.broadcast_to(videos, sets.shape)
-    v2t = replaced(sim.T, rows, score(rows, columns, sim[rows, columns])).T
+    rows = best[sets, videos]
+    v2t = replaced(sim.T, rows, scores[rows, videos]).T
 
     ranks = dataclasses.replace(query_ranks(t2v, owner), v2t=query_ranks(v2t, owner).v2t)
     if reversed_pairs is not None and len(reversed_pairs):
-        other = np.full(sim.shape[1], -1)
-        other[reversed_pairs[:, 0]], other[reversed_pairs[:, 1]] = reversed_pairs.T[::-1]
-        rows = np.flatnonzero(other[owner] >= 0)
-        columns = np.stack([owner[rows], other[owner[rows]]], axis=1)
-        rows, pairs = np.broadcast_to(rows[:, None], columns.shape), sim.astype(np.float64)
-        pairs[rows, columns] = score(rows, columns, sim[rows, columns])
-        of_pairs = query_ranks(pairs, owner, reversed_pairs)
+        of_pairs = query_ranks(scores, owner, reversed_pairs)
         ranks = dataclasses.replace(ranks, pair_scores=of_pairs.pair_scores, pair=of_pairs.pair)
     return Reranked(ranks, t2v, v2t)
 

@@ -6,7 +6,6 @@ those of a grid that are best on *val*.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ from drl_jax.evaluation.post_processing import (
     fit,
     post_processed,
 )
-from drl_jax.evaluation.reranking import PairScorer, check_candidates, rerank_evaluation
+from drl_jax.evaluation.reranking import RerankScorer, check_candidates, rerank_evaluation
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer
@@ -288,11 +287,12 @@ class Reranking:
         check_candidates(count, len(opened.split.videos), f"the split {opened.split_name}")
         self._file = read_reranker(opened.workdir / RERANKER_FILE, model, opened.params)
         self._opened, self._count = opened, count
-        self._scorer = PairScorer(self._file.config, model.dtype, opened.layout)
+        self._scorer = RerankScorer(self._file.config)
 
     def run(self, evaluation: Evaluation) -> Ranked:
-        score = functools.partial(self._scorer.scores, self._file.params)
-        found = rerank_evaluation(score, evaluation, self._count, self._opened.split.reversed_pairs)
+        changes = self._scorer.changes(self._file.params, evaluation.text, evaluation.video)
+        scores, pairs = evaluation.sim_matrix + changes, self._opened.split.reversed_pairs
+        found = rerank_evaluation(scores, evaluation, self._count, pairs)
         title = f"the first {self._count} candidates reranked"
         return Ranked(*found, title, f"{title} by {self._file.sha256[:12]}")
 

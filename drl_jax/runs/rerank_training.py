@@ -1,13 +1,12 @@
 """Trains the reranker of a run: after its first stage, on stored features.
 
-Each epoch draws one caption of every training video, and finds the wrong videos and captions that
-the first stage takes for the most similar ones. The loss is the mean of the cross-entropies of both
-directions, of the right candidate among some of these. The epoch that is best on *val* is kept; the
-first stage alone is what it has to beat.
+Each epoch draws one caption of every training video. The loss is the contrastive one of both
+directions, within batches as large as a gallery: the wrong candidates that the first stage takes
+for similar ones weigh most. The epoch that is best on *val* is kept; the first stage alone is what
+it has to beat.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from drl_jax.data.records import VideoDataset, dataset_dir
 from drl_jax.data.splits import Split
 from drl_jax.evaluation.evaluator import Evaluator, check_split
 from drl_jax.evaluation.metrics import summary
-from drl_jax.evaluation.reranking import Change, PairScorer, rerank_evaluation
+from drl_jax.evaluation.reranking import RerankScorer, rerank_evaluation
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
+from drl_jax.models.interactions.token_wise import TokenWise
+from drl_jax.models.ops import masked_mean
 from drl_jax.models.reranker import (
     RerankerConfig,
     first_stage_sha256,
@@ -45,14 +46,14 @@ from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.stored_features import stored_features
 from drl_jax.runs.workdir import exclusive
 from drl_jax.runtime.errors import UserError
-from drl_jax.runtime.sharding import Layout, make_layout
+from drl_jax.runtime.sharding import make_layout
 
-# Pairs of a batch, and negatives of each text and each video.
-_BATCH, _NEGATIVES = 32, 7
-# Pairs among which negatives are found, about as many as a gallery has. Among many more, the most
-# similar captions say the same, and their videos are no negatives.
-_POOL = 512
-_WARMUP, _DECAY, _MAX_NORM = 0.1, 0.02, 1.0
+_BATCH = 256  # Pairs, at most; smaller batches have fewer wrong candidates that are similar.
+_WARMUP, _DECAY, _MAX_NORM = 0.1, 0.1, 1.0
+# Videos whose words and frames are whitened.
+_WHITENED = 2000
+# Of a study: a reranker that does not see the first stage's similarity, or the order of frames.
+NO_PRIOR, NO_ORDER = "no_prior", "no_order"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,22 @@ class RerankSettings:
 
     Attributes:
       candidates: of each query on val that are ranked again, to choose the epoch.
+      variant: empty, or what the reranker lacks, for a study: NO_PRIOR or NO_ORDER.
     """
 
     candidates: int = 20
-    epochs: int = 5
+    epochs: int = 60
     seed: int = 0
-    lr: float = 1e-3
+    lr: float = 1e-2
+    variant: str = ""
+
+    def seen(self, video: Features, sim: np.ndarray) -> tuple[Features, np.ndarray]:
+        """What the reranker reads of videos, and of similarities [A, B]."""
+        if self.variant == NO_ORDER:
+            mean = masked_mean(video["frame_unit"], video["frame_mask"])
+            frames = np.broadcast_to(np.asarray(mean)[:, None], video["frame_unit"].shape)
+            video = {**video, "frame_unit": frames}
+        return video, np.zeros_like(sim) if self.variant == NO_PRIOR else sim
 
 
 def train_reranker(
@@ -76,7 +87,6 @@ def train_reranker(
     *,
     features: str = "",
     target: Path | None = None,
-    change: Change | None = None,
 ) -> dict[str, Any]:
     """Trains a reranker of the best checkpoint of a run, and writes `reranker.safetensors`.
 
@@ -85,7 +95,6 @@ def train_reranker(
     Args:
       features: directory of the stored features; empty: that of the run.
       target: the file to write; None: in the run.
-      change: of what the reranker reads, for a study.
 
     Returns:
       What the file says of the training.
@@ -95,7 +104,7 @@ def train_reranker(
         features of something else, or a file of another training.
     """
     target, layout = target or workdir / RERANKER_FILE, make_layout()
-    sizes = RerankerConfig.of(config.model, config.data.max_words, config.data.max_frames)
+    sizes = RerankerConfig.of(config.model, config.data.max_frames)
     if not (features := features or config.data.features):
         raise UserError("--features=DIR is missing: where the features of the towers are stored")
     step, params = restore_params(workdir, config.model, layout, "best")
@@ -124,16 +133,18 @@ def train_reranker(
         videos["frame_unit"] = videos["frame_unit"].astype(jnp.bfloat16).astype(np.float32)
         evaluation = evaluator.run(params, val)
         count = min(settings.candidates, len(val.videos))
-        scorer = PairScorer(sizes, config.model.dtype, layout, change)
-        tx = _optimizer(settings, settings.epochs * _steps(len(train.videos)))
-        step_function = make_step(sizes, config.model.dtype, tx, layout)
-        best = jax.device_get(
-            init_reranker(sizes, config.model, params, jax.random.key(settings.seed))
-        )
+        scorer, steps = RerankScorer(sizes), -(-len(train.videos) // _BATCH)
+        tx = _optimizer(settings, settings.epochs * steps)
+        step_function = make_step(sizes, tx)
+        first = train.captions.offsets[:-1][:_WHITENED].tolist()
+        text = evaluator.encode_captions(params, [train.captions.caption(n) for n in first])
+        some = {name: array[:_WHITENED] for name, array in videos.items()}
+        key = jax.random.key(settings.seed)
+        best = jax.device_get(init_reranker(sizes, params, text, some, key))
         state = (best, tx.init(best))
         history, losses = [float(evaluation.metrics["t2v"]["R@1"])], []
         # A variant of a study need not beat the first stage.
-        floor = history[0] if change is None else -1.0
+        floor = -1.0 if settings.variant else history[0]
         unfinished = target.with_name(f"{target.stem}_state.safetensors")
         if unfinished.exists():
             tensors, found = read_tensors(unfinished)
@@ -142,18 +153,18 @@ def train_reranker(
             state, best = tree.unflatten(tensors[str(n)] for n in range(len(tensors)))
             history, losses = found["val_t2v_R1"], found["losses"]
             print(f"resuming {unfinished} after epoch {len(losses)}")
-        state = jax.device_put(state, layout.replicated)
+        val_video, val_sim = settings.seen(evaluation.video, evaluation.sim_matrix)
         for epoch in range(len(history), settings.epochs + 1):
-            batches = _batches(evaluator, params, train, videos, scorer, settings, epoch)
+            batches = _batches(evaluator, params, train, videos, settings, epoch)
             of_steps = []
-            shown = tqdm(batches, f"epoch {epoch}", _steps(len(train.videos)), leave=False)
-            for batch in shown:
-                *state, loss = step_function(*state, layout.put_batch(batch))
+            for batch in tqdm(batches, f"epoch {epoch}", steps, leave=False):
+                *state, loss = step_function(*state, batch)
                 of_steps.append(loss)
-            score = functools.partial(scorer.scores, state[0])
-            ranks = rerank_evaluation(score, evaluation, count).ranks
+            scores = val_sim + scorer.changes(state[0], evaluation.text, val_video)
+            ranks = rerank_evaluation(scores, evaluation, count).ranks
             value = summary(ranks.t2v)["R@1"]
-            if value > max(floor, *history[1:], -1.0):
+            # Of equal epochs, the last one has learned most.
+            if value > floor and value >= max(history[1:], default=0):
                 best = jax.device_get(state[0])
             history.append(value)
             losses.append(float(np.mean(jax.device_get(of_steps))))
@@ -165,7 +176,7 @@ def train_reranker(
             about = {**identity, "val_t2v_R1": history, "losses": losses}
             leaves = enumerate(jax.tree.leaves((tuple(state), best)))
             write_tensors(unfinished, {str(n): np.asarray(x) for n, x in leaves}, about)
-        about["epoch"] = int(np.argmax([floor, *history[1:]]))
+        about["epoch"] = _best_epoch(floor, history[1:])
         save_reranker(target, sizes, best, about)
         unfinished.unlink(missing_ok=True)
     return about
@@ -178,40 +189,38 @@ def _optimizer(settings: RerankSettings, steps: int) -> optax.GradientTransforma
     return optax.chain(clip, optax.adamw(schedule, weight_decay=_DECAY))
 
 
-def make_step(
-    sizes: RerankerConfig, dtype: str, tx: optax.GradientTransformation, layout: Layout
-) -> Any:
+def _best_epoch(floor: float, values: list[float]) -> int:
+    """The last of the best epochs, from 1; 0: none is above the floor."""
+    best = max(values)
+    return len(values) - values[::-1].index(best) if best > floor else 0
+
+
+def make_step(sizes: RerankerConfig, tx: optax.GradientTransformation) -> Any:
     """The compiled update: parameters, state of the optimiser, batch -> both anew, and the loss.
 
-    A batch has `pair_arrays` [G, C, ...], of which the first of each group is the right one, and
-    `valid` bool [G, C].
+    A batch has the arrays `text` and `video` of B pairs, the similarities `sim` [B, B] of the first
+    stage, and bool `is_right` [B, B].
     """
-    definition, _ = reranker_definition(sizes, dtype)
+    definition, _ = reranker_definition(sizes)
 
     def loss_of(params, batch):
         reranker = nnx.merge(definition, params)
-        logits = jnp.exp(reranker.logit_scale[...]) * batch["score"] + reranker(batch)
-        logits = jnp.where(batch["valid"], logits, -jnp.inf)
-        return -jax.nn.log_softmax(logits)[:, 0].mean()
+        logits = jnp.exp(reranker.logit_scale[...]) * batch["sim"]
+        logits += reranker(batch["text"], batch["video"])
+        own = jnp.diagonal(logits)
+        # Another video with the same caption is neither wrong nor what is looked for.
+        others = batch["is_right"] & ~jnp.eye(len(own), dtype=bool)
+        logits = jnp.where(others, -jnp.inf, logits)
+        of_both = jax.nn.logsumexp(logits, axis=0) + jax.nn.logsumexp(logits, axis=1)
+        return jnp.mean(of_both / 2 - own)
 
     def step(params, opt_state, batch):
-        loss, gradient = jax.value_and_grad(loss_of)(params, batch)
+        with jax.default_matmul_precision("highest"):
+            loss, gradient = jax.value_and_grad(loss_of)(params, batch)
         updates, opt_state = tx.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    replicated = layout.replicated
-    return jax.jit(
-        layout.on_mesh(step, dtype),
-        in_shardings=(replicated, replicated, layout.batch_sharded),
-        out_shardings=replicated,
-        donate_argnums=(0, 1),
-    )
-
-
-def _steps(videos: int) -> int:
-    """Batches of an epoch."""
-    pools = np.array_split(np.arange(videos), -(-videos // _POOL))
-    return sum(max(1, len(pool) // _BATCH) for pool in pools)
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
 def _batches(
@@ -219,38 +228,29 @@ def _batches(
     params: Params,
     train: Split,
     videos: Features,
-    scorer: PairScorer,
     settings: RerankSettings,
     epoch: int,
-) -> Iterator[Features]:
+) -> Iterator[dict[str, Any]]:
     """The batches of an epoch, which follow from the seed and its number."""
     rng, offsets = np.random.default_rng([settings.seed, epoch]), train.captions.offsets
-    drawn = offsets[:-1] + (rng.random(len(train.captions)) * np.diff(offsets)).astype(int)
-    for pool in np.array_split(rng.permutation(len(drawn)), -(-len(drawn) // _POOL)):
-        captions = [train.captions.caption(pair) for pair in drawn[pool].tolist()]
+    drawn = offsets[:-1] + (rng.random(len(videos["frame_mask"])) * np.diff(offsets)).astype(int)
+    size = min(_BATCH, len(drawn))
+    # The last batch has some of the first one: every batch has one shape.
+    order = np.resize(rng.permutation(len(drawn)), -(-len(drawn) // size) * size)
+    for rows in order.reshape(-1, size):
+        captions = [train.captions.caption(pair) for pair in drawn[rows].tolist()]
         text = evaluator.encode_captions(params, captions)
-        video = {name: array[pool] for name, array in videos.items()}
+        video = {name: array[rows] for name, array in videos.items()}
         sim = evaluator.embedder.similarity(params, text, video)
-        # Another video with the same caption is right, too.
+        video, sim = settings.seen(video, sim)
         same = np.unique(captions, return_inverse=True)[1]
-        is_right = same[:, None] == same
-        most = min(_NEGATIVES, len(pool) - 1)
-        wrong = [hardest(matrix, is_right, most) for matrix in (sim, sim.T)]
-        # Few pairs are repeated: every batch has one shape.
-        order = np.resize(np.arange(len(pool)), max(_BATCH, len(pool) // _BATCH * _BATCH))
-        for own in order.reshape(-1, _BATCH):
-            columns, rows = (np.column_stack([own, found[own]]) for found in wrong)
-            own = np.broadcast_to(own[:, None], rows.shape)
-            rows, columns = np.concatenate([own, rows]), np.concatenate([columns, own])
-            valid = ~is_right[rows, columns]
-            valid[:, 0] = True
-            yield {**scorer.pairs(text, video, rows, columns, sim[rows, columns]), "valid": valid}
-
-
-def hardest(sim: np.ndarray, is_right: np.ndarray, count: int) -> np.ndarray:
-    """The most similar wrong columns of each row, the right ones last: int [N, count]."""
-    sim = np.where(is_right, -np.inf, sim)
-    return np.argsort(-sim, axis=1, kind="stable")[:, :count]
+        batch = {"sim": sim, "is_right": same[:, None] == same}
+        for side, arrays, names in (
+            ("text", text, TokenWise.TEXT_ARRAYS),
+            ("video", video, TokenWise.VIDEO_ARRAYS),
+        ):
+            batch[side] = {name: np.asarray(arrays[name]) for name in names}
+        yield batch
 
 
 def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

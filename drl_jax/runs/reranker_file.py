@@ -20,7 +20,7 @@ from drl_jax.weights.weights_file import checksum_of
 
 # Of a run, or beside a file of weights.
 RERANKER_FILE = "reranker.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 _ABOUT, _CHECKSUM = "drl_jax_reranker", "drl_jax_crc32"
 
 
@@ -80,23 +80,23 @@ def read_reranker(path: Path, model: ModelConfig, first_stage: Params) -> Rerank
       UserError: there is none, it is of another first stage, or of another width.
       WeightsError, Unavailable: as of `read_tensors`.
     """
-    RerankerConfig.of(model, 0, 0)  # A first stage that can have one.
+    RerankerConfig.of(model, 0)  # A first stage that can have one.
     if not path.exists():
         raise UserError(f"there is no {path}; train it with python -m drl_jax.rerank --workdir=RUN")
     tensors, values = read_tensors(path)
     config = RerankerConfig(*values["sizes"])
-    wanted = RerankerConfig.of(model, config.words, config.frames)
+    wanted = RerankerConfig.of(model, config.frames)
     if config != wanted:
         raise UserError(
-            f"{path} is of features with {config.width} channels, {config.heads} heads; those of"
-            f" the first stage have {wanted.width}, {wanted.heads}"
+            f"{path} is of features with {config.width} channels; those of the first stage have"
+            f" {wanted.width}"
         )
     if (found := first_stage_sha256(first_stage)) != values["first_stage"]:
         raise UserError(
             f"{path} is of another first stage: parameters {values['first_stage'][:12]}, not"
             f" {found[:12]}; train it with python -m drl_jax.rerank again"
         )
-    shapes = flatten_dict(reranker_definition(config, model.dtype)[1], sep="/")
+    shapes = flatten_dict(reranker_definition(config)[1], sep="/")
     if {n: x.shape for n, x in shapes.items()} != {n: x.shape for n, x in tensors.items()}:
         raise WeightsError(f"{path} has other parameters than its sizes say")
     return RerankerFile(config, unflatten_dict(tensors, sep="/"), values, sha256(path))

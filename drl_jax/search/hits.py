@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 class Explanation:
     """How L tokens of a query, also start and end, and F frames at some seconds make the score.
 
-    `attention` is that of a reranker to these tokens and frames, float [L + F], which is not what
-    they add to a score; None without one.
+    With a reranker, `attention` is its attention to the tokens, float [L], which is not what they
+    add to a score; and `added` is what the frames add to it, float [F].
     """
 
     tokens: list[str]
     times: np.ndarray
     attribution: Attribution
     attention: np.ndarray | None = None
+    added: np.ndarray | None = None
 
     def peak(self, start: float = -np.inf, end: float = np.inf) -> float:
         """Time of the frame from `start` to `end` that contributes most, seconds."""
@@ -78,7 +79,8 @@ class Explanation:
         from drl_jax.evaluation.figures import interaction_figure  # Others need no matplotlib.
 
         clocks = list(map(format_timestamp, self.times))
-        return interaction_figure(self.attribution, self.tokens, clocks, frames, title)
+        given = (self.attribution, self.tokens, clocks, frames, title)
+        return interaction_figure(*given, added=self.added)
 
     def to_json(self) -> dict[str, Any]:
         """The words and frames; `marks_share` is that of the marks of start and end."""
@@ -91,17 +93,14 @@ class Explanation:
                 {"word": word, "weight": round(weight, 4), "similarity": rounded(similarity)}
                 for word, weight, similarity in words
             ],
-            "attention": self._attention_json(),
+            "reranker": self._reranker_json(),
         }
 
-    def _attention_json(self) -> dict[str, list[float]] | None:
-        if self.attention is None:
+    def _reranker_json(self) -> dict[str, list[float]] | None:
+        if self.attention is None or self.added is None:
             return None
         words = [self.attention[rows].sum() for _, rows in self._joined()]
-        return {
-            "words": rounded(np.array(words)),
-            "frames": rounded(self.attention[len(self.tokens) :]),
-        }
+        return {"attention": rounded(np.array(words)), "added": rounded(self.added)}
 
 
 def explain(

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from drl_jax.evaluation.reranking import PairScorer, check_candidates
+from drl_jax.evaluation.reranking import RerankScorer, check_candidates
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runs.reranker_file import RERANKER_FILE, read_reranker
@@ -165,18 +165,17 @@ class _Reranker:
         source, config = model.source, model.config.model
         folder = source.get("workdir") or Path(source["weights"]).parent
         found = read_reranker(Path(folder) / RERANKER_FILE, config, model.params)
-        self._scorer = PairScorer(found.config, config.dtype, model.layout)
-        self._params = jax.device_put(found.params, model.layout.replicated)
+        self._scorer = RerankScorer(found.config)
+        self._params = jax.device_put(found.params)
 
-    def scores(self, text: Features, windows: Features, scores: np.ndarray) -> np.ndarray:
-        """Scores of windows for one text, float64 [N]."""
-        sides, rows = (self._params, text, windows), np.arange(len(scores))
-        return self._scorer.scores(*sides, np.zeros_like(rows), rows, scores)
+    def changes(self, text: Features, windows: Features) -> np.ndarray:
+        """Changes of the similarities of windows and one text, float32 [N]."""
+        return self._scorer.changes(self._params, text, windows)[0]
 
-    def attention(self, text: Features, window: Features) -> np.ndarray:
-        """As `PairScorer.attention`, of a window without an axis of items."""
+    def explain(self, text: Features, window: Features) -> tuple[np.ndarray, np.ndarray]:
+        """As `RerankScorer.explain`, of a window without an axis of items."""
         window = {name: array[None] for name, array in window.items()}
-        return self._scorer.attention(self._params, text, window)
+        return self._scorer.explain(self._params, text, window)
 
 
 class Answer:
@@ -249,13 +248,11 @@ class Answer:
         rows = np.array([*best.values()])
         slots = self.slots[rows].tolist()
         similarities = self.scores[rows] + np.array([self._bias(slot) for slot in slots])
-        similarities = similarities.astype(np.float32)
-        windows, text = self._features(slots), self._query.parts[0].text
-        scores = reranker.scores(text, windows, similarities)
+        changes = reranker.changes(self._query.parts[0].text, self._features(slots))
         # Without a change, the order of the first stage, bit for bit.
-        places, found = [*best], self.scores[rows] + (scores - similarities)
-        for number in np.argsort(-found, kind="stable").tolist():
-            self.reranked[places[number]] = float(scores[number])
+        places = [*best]
+        for number in np.argsort(-(self.scores[rows] + changes), kind="stable").tolist():
+            self.reranked[places[number]] = float(similarities[number] + changes[number])
         self._reranker, self.rerank_ms = reranker, 1000 * (time.perf_counter() - start)
 
     def _features(self, slots: list[int]) -> Features:
@@ -337,7 +334,10 @@ class Answer:
         found = explain(model.interaction, part, arrays, self._query.words, times)
         if found is None or self._reranker is None:
             return found
-        return dataclasses.replace(found, attention=self._reranker.attention(part.text, arrays))
+        attention, added = self._reranker.explain(part.text, arrays)
+        # Without padding.
+        shown = {"attention": attention[: len(found.tokens)], "added": added[: len(times)]}
+        return dataclasses.replace(found, **shown)
 
 
 def _film_of(video: IndexedVideo) -> Film:
