@@ -38,12 +38,13 @@ class Program(NamedTuple):
     outputs: Shapes
 
 
-def export(model: "RetrievalModel", directory: Path, format: str) -> None:
+def export(model: "RetrievalModel", directory: Path, format: str, *, rerank: bool = False) -> None:
     """Writes three programs and `model.json`, which describes them, to a new directory.
 
     - `text`: text_ids int32 [A, L], text_mask bool [A, L] -> the interaction's arrays of the texts.
     - `video`: frames uint8 [B, F, S, S, 3], frame_mask bool [B, F] -> those of the videos.
     - `similarity`: all these arrays -> similarity float32 [A, B].
+    - `reranked`: these and the similarity -> reranked float32 [A, B], with `rerank`.
 
     A and B are any numbers, L is `data.max_words` and F `data.max_frames`. Programs compute in
     float32, and normalise pixels themselves.
@@ -51,10 +52,11 @@ def export(model: "RetrievalModel", directory: Path, format: str) -> None:
     Args:
       directory: is empty or does not exist; its parent exists.
       format: "stablehlo", for CPUs and CUDA, which `jax.export.deserialize` reads; or "onnx".
+      rerank: writes the program of the reranker of the model, too.
 
     Raises:
-      UserError: another format, a directory with files, a package that is missing, or a model that
-        the format cannot take. Nothing is written then.
+      UserError: another format, a directory with files, a package or a reranker that is missing, or
+        a model that the format cannot take. Nothing is written then.
     """
     from drl_jax.runtime.files import publishing, write_json
 
@@ -67,7 +69,7 @@ def export(model: "RetrievalModel", directory: Path, format: str) -> None:
     write = _onnx_writer() if format == "onnx" else _write_stablehlo
     with publishing(directory) as unfinished:
         described = {}
-        for program in _programs(model):
+        for program in _programs(model, rerank=rerank):
             file = f"{program.name}.{format}"
             write(program, unfinished / file)
             ends = {"inputs": program.inputs, "outputs": program.outputs}
@@ -116,14 +118,17 @@ def _about(model: "RetrievalModel") -> dict[str, Any]:
 # ---------------------------------------------------------------- programs
 
 
-def _programs(model: "RetrievalModel") -> Iterator[Program]:
+def _programs(model: "RetrievalModel", *, rerank: bool) -> Iterator[Program]:
     """The programs of a model, traced as for CPUs: those of GPUs fix layouts of arrays."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from flax import nnx
     from jax.sharding import Mesh, use_abstract_mesh
 
     from drl_jax.models.drl import model_definition
+    from drl_jax.models.reranker import reranker_definition
+    from drl_jax.runs.reranker_file import read_reranker, reranker_path
 
     config, data = model.config.model, model.config.data
     definition = model_definition(dataclasses.replace(config, dtype="float32", remat="none"))
@@ -162,7 +167,19 @@ def _programs(model: "RetrievalModel") -> Iterator[Program]:
     text = program("text", encode_text, tokens)
     video = program("video", encode_video, {"frames": frames, "frame_mask": shape(clips, bool)})
     yield from (text, video)
-    yield program("similarity", compare, {**text.outputs, **video.outputs})
+    compared = program("similarity", compare, {**text.outputs, **video.outputs})
+    yield compared
+    if not rerank:
+        return
+    file = read_reranker(reranker_path(model.source), config, model.params)
+
+    def rerank_all(similarity, **arrays):
+        reranker = nnx.merge(reranker_definition(file.config)[0], file.params)
+        text, video = ({name: arrays[name] for name in names} for names in (texts, videos))
+        change = reranker(text, video) / jnp.exp(reranker.logit_scale[...])
+        return {"reranked": similarity + change}
+
+    yield program("reranked", rerank_all, {**compared.inputs, **compared.outputs})
 
 
 def _write_stablehlo(program: Program, path: Path) -> None:
@@ -238,6 +255,8 @@ def _parser() -> Parser:
     add_file_flags(parser, "of a file: ")
     formats = "stablehlo, which JAX reads on CPUs and CUDA; or onnx (drl_jax[onnx])"
     add("--format", choices=FORMATS, required=True, help=formats)
+    text = "also the program of the model's reranker (docs/rerank.md)"
+    add("--rerank", action="store_true", help=text)
     out = "a new directory: text, video and similarity, and model.json, which describes them"
     add("--out", type=Path, metavar="DIR", required=True, help=out)
     return parser
@@ -252,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         described = {name: getattr(options, name) for name in FILE_FLAGS}
         model = load(options.model, options.checkpoint, **described)
-        export(model, options.out, options.format)
+        export(model, options.out, options.format, rerank=options.rerank)
         nbytes = sum(file.stat().st_size for file in options.out.iterdir())
         print(f"wrote {options.out}: {options.format}, {nbytes / 1e6:.1f} MB")
 

@@ -9,9 +9,13 @@ import jax
 import numpy as np
 import pytest
 from support.runs import make_run
+from support.search import random_reranker
 
 import drl_jax
+from drl_jax.evaluation.reranking import RerankScorer
 from drl_jax.export import FORMATS, export, main
+from drl_jax.models.reranker import RerankerConfig, first_stage_sha256
+from drl_jax.runs.reranker_file import RERANKER_FILE, read_reranker, reranker_path, save_reranker
 
 CAPTIONS = ["a red circle moves left", "dogs, cats and a bird", "a blue square", "ein Mädchen"]
 
@@ -50,7 +54,12 @@ def model(request, shapes_config, tmp_path_factory) -> drl_jax.RetrievalModel:
     model = dataclasses.replace(shapes_config.model, agg_module=head, backbone=backbone)
     workdir = tmp_path_factory.mktemp("export") / "run"
     make_run(workdir, dataclasses.replace(shapes_config, model=model), interaction)
-    return drl_jax.load(workdir)
+    model = drl_jax.load(workdir)
+    if interaction != "xti":
+        sizes = RerankerConfig.of(model.config.model, model.config.data.max_frames)
+        about = {"first_stage": first_stage_sha256(model.params)}
+        save_reranker(workdir / RERANKER_FILE, sizes, random_reranker(model, sizes), about)
+    return model
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -58,7 +67,7 @@ def exported(request, model, tmp_path_factory) -> Path:
     if request.param == "onnx":
         pytest.importorskip("jax2onnx")
     directory = tmp_path_factory.mktemp("exported")
-    export(model, directory, request.param)
+    export(model, directory, request.param, rerank=model.config.model.interaction != "xti")
     return directory
 
 
@@ -87,7 +96,15 @@ def test_programs_agree_with_the_model(count, model, exported):
             rows = mask if array.shape[:2] == mask.shape and array.ndim == 3 else slice(None)
             np.testing.assert_allclose(array[rows], expected[name][rows], rtol=0, atol=1e-5)
     found = run_program(exported, "similarity", {**texts, **videos})["similarity"]
-    np.testing.assert_allclose(found, model.similarity(text, video), rtol=0, atol=1e-5)
+    similarity = model.similarity(text, video)
+    np.testing.assert_allclose(found, similarity, rtol=0, atol=1e-5)
+    if (path := reranker_path(model.source)).exists():
+        given = {**texts, **videos, "similarity": found}
+        found = run_program(exported, "reranked", given)["reranked"]
+        file = read_reranker(path, model.config.model, model.params)
+        changes = RerankScorer(file.config).changes(file.params, text, video)
+        assert np.std(changes) > 0.003
+        np.testing.assert_allclose(found, similarity + changes, rtol=0, atol=1e-5)
 
 
 def test_the_description_has_what_a_caller_needs(model, exported):

@@ -1,4 +1,4 @@
-"""Rerankers: the joint encoder over the candidates of a first stage."""
+"""Rerankers of the first candidates of a search."""
 
 import dataclasses
 import functools
@@ -9,28 +9,34 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from support.commands import error_of, start_module, wait_for
 from support.params import assert_same_arrays
 from support.runs import make_run
-from support.search import made_up_videos, made_up_windows, random_model, write_index
+from support.search import (
+    made_up_videos,
+    made_up_windows,
+    random_model,
+    random_reranker,
+    write_index,
+)
 
 import drl_jax
 from drl_jax.config import ModelConfig
 from drl_jax.evaluation.evaluator import Evaluation
 from drl_jax.evaluation.metrics import metrics_of, query_ranks
-from drl_jax.evaluation.reranking import PairScorer, replaced, rerank_evaluation
+from drl_jax.evaluation.reranking import RerankScorer, replaced, rerank_evaluation
 from drl_jax.models.reranker import (
     RerankerConfig,
     first_stage_sha256,
-    init_reranker,
-    pair_arrays,
     reranker_definition,
+    whitening,
 )
 from drl_jax.rerank import main as rerank
 from drl_jax.runs.protocol_card import read_ranks
-from drl_jax.runs.rerank_training import hardest
+from drl_jax.runs.rerank_training import RerankSettings, make_step
 from drl_jax.runs.reranker_file import (
     RERANKER_FILE,
     read_reranker,
@@ -46,12 +52,12 @@ from drl_jax.search.filters import Filters
 from drl_jax.search.ranking import SearchOptions
 
 COUNT = 6
-FLAGS = (f"--candidates={COUNT}", "--epochs=2")
+FLAGS = (f"--candidates={COUNT}", "--epochs=12")
 
 
 @pytest.fixture(scope="module")
 def first_stage(shapes_config, tmp_path_factory):
-    """A run of a random wti with a reranker of two epochs, and the stored features."""
+    """A run of a random wti with a reranker of twelve epochs, and the stored features."""
     root = tmp_path_factory.mktemp("rerank")
     make_run(root / "run", shapes_config)
     assert rerank([f"--workdir={root / 'run'}", f"--features={root / 'features'}", *FLAGS]) == 0
@@ -65,15 +71,7 @@ def model(shapes_config):
 
 @pytest.fixture(scope="module")
 def sizes(model):
-    return RerankerConfig.of(model.config.model, 24, 4)
-
-
-def new_params(sizes, model, *, trained: bool):
-    params = init_reranker(sizes, model.config.model, model.params, jax.random.key(1))
-    if trained:  # Somewhere else than at the start.
-        shape = params["delta"]["kernel"].shape
-        params["delta"]["kernel"] = jax.random.normal(jax.random.key(2), shape)
-    return jax.device_get(params)
+    return RerankerConfig.of(model.config.model, 4)
 
 
 def some_evaluation(model, texts=12, videos=12) -> Evaluation:
@@ -92,9 +90,10 @@ def some_evaluation(model, texts=12, videos=12) -> Evaluation:
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_an_untrained_reranker_keeps_everything_bit_for_bit(model, sizes, count):
     evaluation = some_evaluation(model)
-    scorer = PairScorer(sizes, "float32", model.layout)
-    score = functools.partial(scorer.scores, new_params(sizes, model, trained=False))
-    found = rerank_evaluation(score, evaluation, count, np.array([[0, 1], [4, 5]]))
+    params = random_reranker(model, sizes, trained=False)
+    changes = RerankScorer(sizes).changes(params, evaluation.text, evaluation.video)
+    scores = evaluation.sim_matrix + changes
+    found = rerank_evaluation(scores, evaluation, count, np.array([[0, 1], [4, 5]]))
     assert (found.t2v_scores == evaluation.sim_matrix).all()
     assert (found.v2t_scores == evaluation.sim_matrix).all()
     for field in dataclasses.fields(evaluation.ranks):
@@ -108,79 +107,107 @@ def test_only_candidates_change_their_places():
     assert np.argsort(-found[0]).tolist() == [3, 2, 1, 4, 0]
 
 
-def test_negatives_are_the_hardest_wrong_ones():
-    sim = np.array([[9, 3, 8], [1, 9, 2], [7, 8, 9]], np.float32)
-    is_right = np.eye(3, dtype=bool)
-    is_right[0, 2] = True  # It has the same caption.
-    assert hardest(sim, is_right, 2).tolist() == [[1, 0], [2, 0], [1, 0]]
+# ---------------------------------------------------------------- the model
 
 
-# ---------------------------------------------------------------- the joint encoder
-
-
-def test_scores_do_not_depend_on_the_batch(model, sizes):
-    evaluation, params = some_evaluation(model), new_params(sizes, model, trained=True)
-    scorer = PairScorer(sizes, "float32", model.layout)
-    rows, columns = map(np.ravel, np.indices((12, 12)))
-    scores = evaluation.sim_matrix[rows, columns]
-    score = functools.partial(scorer.scores, params, evaluation.text, evaluation.video)
-    together = score(rows, columns, scores)
-    assert np.std(together - scores) > 0.003
-    for number in (0, 7, 50):
-        one = slice(number, number + 1)
-        alone = score(rows[one], columns[one], scores[one])
-        np.testing.assert_allclose(alone, together[one], atol=2e-6)
-    # Neither on padding, of words or of frames.
-    mask = evaluation.video["frame_mask"]
+def test_changes_do_not_depend_on_the_batch_or_on_padding(model, sizes):
+    evaluation, params = some_evaluation(model), random_reranker(model, sizes)
+    scorer, text, video = RerankScorer(sizes), evaluation.text, evaluation.video
+    together = scorer.changes(params, text, video)
+    assert np.std(together) > 0.003
+    for row in (0, 7):
+        one = (
+            {name: array[row : row + 1] for name, array in side.items()} for side in (text, video)
+        )
+        np.testing.assert_allclose(
+            scorer.changes(params, *one)[0, 0], together[row, row], atol=2e-6
+        )
+    mask = video["frame_mask"]
     assert mask.sum(axis=1).min() < mask.shape[1]
-    padded = {**evaluation.video, "frame_unit": evaluation.video["frame_unit"].copy()}
+    padded = {**video, "frame_unit": video["frame_unit"].copy()}
     padded["frame_unit"][~mask] = 9.0
-    other = scorer.scores(params, evaluation.text, padded, rows, columns, scores)
-    assert (other == together).all()
+    longer = {name: np.pad(a, [(0, 0), (0, 3), (0, 0)][: a.ndim]) for name, a in text.items()}
+    np.testing.assert_allclose(scorer.changes(params, longer, padded), together, atol=2e-6)
 
 
-def test_words_frames_order_weights_and_score_count(model, sizes):
-    evaluation, params = some_evaluation(model), new_params(sizes, model, trained=True)
-    scorer = PairScorer(sizes, "float32", model.layout)
+def test_words_and_the_order_of_frames_count(model, sizes):
+    evaluation, params = some_evaluation(model), random_reranker(model, sizes)
+    scorer = RerankScorer(sizes)
     full = np.flatnonzero(evaluation.video["frame_mask"].all(axis=1))[:1]
     video = {name: array[full] for name, array in evaluation.video.items()}
     text = {name: array[:1] for name, array in evaluation.text.items()}
-    zero = np.zeros(1, int)
-
-    def change(video=video, text=text, score=0.3):
-        return float(scorer.scores(params, text, video, zero, zero, np.array([score]))[0]) - score
-
-    expected = change()
+    expected = scorer.changes(params, text, video)[0, 0]
     backwards = {**video, "frame_unit": video["frame_unit"][:, ::-1]}
-    weights = {**text, "text_weight": text["text_weight"][:, ::-1]}
-    words = {**text, "text_unit": text["text_unit"][:, ::-1]}
-    for found in (change(backwards), change(text=weights), change(text=words), change(score=0.2)):
-        assert abs(found - expected) > 1e-5
-    attention = scorer.attention(params, text, video)
-    assert len(attention) == text["text_mask"].sum() + video["frame_mask"].sum()
-    assert (attention > 0).all()
-    assert attention.sum() < 1  # The rest is on the pooling token.
+    words = {**text, "text_unit": np.roll(text["text_unit"], 1, axis=-1)}
+    for given in ((text, backwards), (words, video)):
+        assert abs(scorer.changes(params, *given)[0, 0] - expected) > 1e-5
+    attention, added = scorer.explain(params, text, video)
+    np.testing.assert_allclose(added.sum(), expected, rtol=1e-5)
+    np.testing.assert_allclose(attention.sum(), 1, rtol=1e-5)
+    assert not attention[~text["text_mask"][0]].any()
 
 
-def test_pairs_hold_valid_tokens_as_an_index_stores_them(model, sizes):
+def test_features_are_whitened():
+    features = (
+        np.random.default_rng(0).normal(size=(500, 8)) @ np.diag([9, 5, 3, 1, 1, 1, 1, 1]) + 3
+    )
+    layer = whitening(features)
+    found = features @ layer["kernel"] + layer["bias"]
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(found, rowvar=False), np.eye(8), atol=0.1)
+
+
+def test_the_loss_is_contrastive_and_leaves_equal_captions_out(model, sizes):
+    evaluation, params = some_evaluation(model), random_reranker(model, sizes)
+    is_right = np.eye(12, dtype=bool)
+    is_right[2, 5] = is_right[5, 2] = True
+    batch = {"text": evaluation.text, "video": evaluation.video, "sim": evaluation.sim_matrix}
+    tx = optax.sgd(0.0)
+    before = jax.tree.map(jax.numpy.asarray, params)
+    *_, loss = make_step(sizes, tx)(before, tx.init(before), {**batch, "is_right": is_right})
+    scale = np.exp(params["logit_scale"])
+    changes = RerankScorer(sizes).changes(params, evaluation.text, evaluation.video)
+    logits = np.where(is_right & ~np.eye(12, dtype=bool), -np.inf, scale * (batch["sim"] + changes))
+    lost = [jax.nn.logsumexp(logits, axis) - np.diag(logits) for axis in (0, 1)]
+    np.testing.assert_allclose(loss, np.mean(lost), rtol=1e-4)
+
+
+def test_training_learns_what_the_first_stage_does_not_see(model, sizes):
+    """Two orders of the same frames, which wti cannot tell apart."""
     evaluation = some_evaluation(model)
-    rows, columns = np.array([[0, 3]]), np.array([[2, 5]])
-    pairs = pair_arrays(sizes, evaluation.text, evaluation.video, rows, columns, np.zeros((1, 2)))
-    length = pairs["length"][0, 1] - 1
-    words = evaluation.text["text_unit"][3][evaluation.text["text_mask"][3]]
-    frames = evaluation.video["frame_unit"][5][evaluation.video["frame_mask"][5]]
-    expected = np.concatenate([words, frames]).astype(jax.numpy.bfloat16)
-    assert (pairs["tokens"][0, 1, :length] == expected).all()
-    assert not pairs["tokens"][0, 1, length:].any()
-    assert (1 + pairs["tokens"].shape[2]) % 8 == 0
-    position = [*range(len(words)), *range(sizes.words, sizes.words + len(frames))]
-    assert pairs["position"][0, 1, :length].tolist() == position
+    video = {name: np.repeat(a[:6], 2, axis=0) for name, a in evaluation.video.items()}
+    video["frame_mask"][:] = True
+    for name in ("frame_unit", "frame_weight"):
+        video[name][1::2] = video[name][1::2, ::-1]
+    batch = {"text": evaluation.text, "video": video, "is_right": np.eye(12, dtype=bool)}
+    batch["sim"] = model.similarity(evaluation.text, video)
+    np.testing.assert_allclose(batch["sim"][:, ::2], batch["sim"][:, 1::2], atol=1e-5)
+    state, tx = (
+        [jax.tree.map(jax.numpy.asarray, random_reranker(model, sizes, trained=False))],
+        optax.adam(1e-2),
+    )
+    step, losses = make_step(sizes, tx), []
+    state.append(tx.init(state[0]))
+    for _ in range(60):
+        *state, loss = step(*state, batch)
+        losses.append(float(loss))
+    assert losses[0] >= np.log(2)
+    assert losses[-1] < 0.1
+
+
+def test_a_variant_sees_less(model):
+    evaluation = some_evaluation(model)
+    video, sim = RerankSettings(variant="no_order").seen(evaluation.video, evaluation.sim_matrix)
+    assert (video["frame_unit"][:, :1] == video["frame_unit"]).all()
+    assert sim is evaluation.sim_matrix
+    _, sim = RerankSettings(variant="no_prior").seen(evaluation.video, evaluation.sim_matrix)
+    assert not sim.any()
 
 
 def test_it_is_small_at_the_size_of_vit_b_32():
-    sizes = RerankerConfig.of(ModelConfig(interaction="wti"), 32, 12)
-    _, params = reranker_definition(sizes, "float32")
-    assert sum(leaf.size for leaf in flatten_dict(params).values()) <= 15e6
+    sizes = RerankerConfig.of(ModelConfig(interaction="wti"), 12)
+    _, params = reranker_definition(sizes)
+    assert sum(leaf.size for leaf in flatten_dict(params).values()) <= 9e6
 
 
 # ---------------------------------------------------------------- training
@@ -213,8 +240,8 @@ def test_one_and_eight_devices_agree(first_stage, shapes_config, tmp_path, monke
     monkeypatch.setattr("drl_jax.runs.rerank_training.make_layout", lambda: one)
     assert rerank([f"--workdir={tmp_path / 'run'}", f"--features={features}", *FLAGS]) == 0
     found, expected = (read_tensors(run / RERANKER_FILE)[1] for run in (tmp_path / "run", workdir))
-    assert len(expected["losses"]) == 2
-    assert expected["losses"][1] < expected["losses"][0]
+    assert len(expected["losses"]) == 12
+    assert expected["losses"][-1] < expected["losses"][0]
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
 
 
@@ -247,7 +274,7 @@ def index(shapes_config, sizes, test_videos, tmp_path_factory):
     root = tmp_path_factory.mktemp("rerank_search")
     make_run(root / "run", shapes_config)
     model = drl_jax.load(root / "run")
-    params = new_params(sizes, model, trained=True)
+    params = random_reranker(model, sizes)
     about = {"first_stage": first_stage_sha256(model.params)}
     save_reranker(root / "run" / RERANKER_FILE, sizes, params, about)
     index = drl_jax.Index(root / "index", model)
@@ -273,9 +300,8 @@ def test_search_reranks_the_first_videos(index, sizes, test_videos, capsys):
     )
     text = index.model.encode_text([sentence])
     video = index.model.encode_videos(paths[0][:10])
-    scorer = PairScorer(sizes, "float32", index.model.layout)
-    given = np.zeros(10, int), np.arange(10), np.array([hit.score for hit in before[:10]])
-    scores = scorer.scores(file.params, text, video, *given)
+    changes = RerankScorer(sizes).changes(file.params, text, video)[0]
+    scores = np.array([hit.score for hit in before[:10]]) + changes
     found = {hit.path: hit.reranked for hit in after[:10]}
     np.testing.assert_allclose([found[path] for path in paths[0][:10]], scores, atol=1e-5)
     assert (np.diff([hit.reranked for hit in after[:10]]) <= 0).all()
@@ -287,11 +313,14 @@ def test_search_reranks_the_first_videos(index, sizes, test_videos, capsys):
     few = index.search(sentence, top=9, filters=Filters(only=only), rerank=10)
     assert [hit.path for hit in few] == [path for path in paths[1] if path.name in only]
     explanation = after[0].moments[0].explanation.to_json()
-    attention = explanation["attention"]
-    assert len(attention["words"]) == len(explanation["words"])
-    assert len(attention["frames"]) == len(explanation["times"])
-    assert 0 < sum(attention["words"] + attention["frames"]) < 1
-    assert before[0].moments[0].explanation.to_json()["attention"] is None
+    said = explanation["reranker"]
+    assert len(said["attention"]) == len(explanation["words"])
+    assert 0 < sum(said["attention"]) < 1  # The rest is on the marks of start and end.
+    assert len(said["added"]) == len(explanation["times"])
+    np.testing.assert_allclose(sum(said["added"]), after[0].reranked - after[0].score, atol=1e-3)
+    figure = after[0].explain()
+    assert f"{said['added'][0]:+.3f}" in [t.get_text() for t in figure.axes[-1].get_xticklabels()]
+    assert before[0].moments[0].explanation.to_json()["reranker"] is None
 
 
 def test_the_command_and_the_api_rerank(index, capsys):
@@ -311,7 +340,7 @@ def test_the_command_and_the_api_rerank(index, capsys):
     assert answer["rerank_ms"] > 0
     video = answer["hits"][0]["path"]
     opened = api.video(PageQuery.of([("q", sentence), ("rerank", "10"), ("video", video)]))
-    assert opened["explanation"]["attention"]
+    assert opened["explanation"]["reranker"]
     assert api.search(PageQuery.of([("q", sentence)]))["rerank_ms"] is None
     api.close()
 
@@ -320,7 +349,7 @@ def test_an_untrained_reranker_keeps_the_order_of_a_search(index, sizes):
     sentence, path = "a blue square", Path(index.model.source["workdir"]) / RERANKER_FILE
     trained = path.read_bytes()
     about = {"first_stage": first_stage_sha256(index.model.params)}
-    save_reranker(path, sizes, new_params(sizes, index.model, trained=False), about)
+    save_reranker(path, sizes, random_reranker(index.model, sizes, trained=False), about)
     other = drl_jax.Index(index.directory, index.model, SearchOptions(rerank=32))
     path.write_bytes(trained)
     before, after = index.search(sentence, top=32), other.search(sentence, top=32)

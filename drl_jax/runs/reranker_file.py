@@ -73,6 +73,11 @@ def save_reranker(
     write_tensors(path, tensors, {"sizes": list(config), **values})
 
 
+def reranker_path(source: Mapping[str, str]) -> Path:
+    """Where the reranker of a model is that comes from a run or a file of weights."""
+    return Path(source.get("workdir") or Path(source["weights"]).parent) / RERANKER_FILE
+
+
 def read_reranker(path: Path, model: ModelConfig, first_stage: Params) -> RerankerFile:
     """Opens the reranker of a first stage.
 

@@ -11,7 +11,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from drl_jax.evaluation.reranking import RerankScorer, check_candidates
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
-from drl_jax.runs.reranker_file import RERANKER_FILE, read_reranker
+from drl_jax.runs.reranker_file import read_reranker, reranker_path
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
 from drl_jax.search.encoding import BANK_ARRAY, Correction, dequantize, gallery_scale, unusual
@@ -162,9 +161,7 @@ class _Reranker:
     """The reranker beside the model of an index."""
 
     def __init__(self, model: RetrievalModel):
-        source, config = model.source, model.config.model
-        folder = source.get("workdir") or Path(source["weights"]).parent
-        found = read_reranker(Path(folder) / RERANKER_FILE, config, model.params)
+        found = read_reranker(reranker_path(model.source), model.config.model, model.params)
         self._scorer = RerankScorer(found.config)
         self._params = jax.device_put(found.params)
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from drl_jax.config import Config
 from drl_jax.evaluation.embedder import Embedder
+from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
+from drl_jax.models.reranker import RerankerConfig, init_reranker
 from drl_jax.pretrained.model import RetrievalModel
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.search.encoding import BANK_ARRAY, quantize
@@ -40,6 +42,19 @@ def made_up_windows(model: RetrievalModel, count: int, seed: int = 0) -> Feature
         "frame_mask": mask,
         "frame_weight": (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32),
     }
+
+
+def random_reranker(
+    model: RetrievalModel, sizes: RerankerConfig, *, trained: bool = True
+) -> Params:
+    """Parameters of a reranker of a model; those that are not trained change nothing."""
+    text = model.encode_text([f"shape {n} moves" for n in range(12)])
+    key = jax.random.key(1)
+    params = init_reranker(sizes, model.params, text, made_up_windows(model, 12), key)
+    if trained:
+        shape = params["frames_out"].shape
+        params["frames_out"] = jax.random.normal(jax.random.key(2), shape)
+    return jax.device_get(params)
 
 
 def made_up_videos(
