@@ -84,7 +84,7 @@ class Reranker(nnx.Module):
         words = self.words_in(_as_stored(text["text_unit"]))
         logits = jnp.swapaxes(self.heads(words), 1, 2)
         attention = masked_softmax(logits, text["text_mask"][:, None])
-        read = jnp.einsum("akl,ald->akd", attention, words).reshape(len(words), -1)
+        read = jnp.einsum("akl,ald->akd", attention, words).reshape(words.shape[0], -1)
         return self.text_out(jax.nn.gelu(self.hidden(read))), attention
 
     def video(self, video: Arrays) -> jax.Array:
