@@ -53,7 +53,7 @@ def random_reranker(
     params = init_reranker(sizes, model.params, text, made_up_windows(model, 12), key)
     if trained:
         shape = params["frames_out"].shape
-        params["frames_out"] = jax.random.normal(jax.random.key(2), shape)
+        params["frames_out"] = 0.01 * jax.random.normal(jax.random.key(2), shape)
     return jax.device_get(params)
 
 
