@@ -87,9 +87,9 @@ def evaluate_alphas(
     """Evaluates interpolations of a run with the weights that it started from; prints a table.
 
     Args:
-      alphas: 0 is the start, which is always evaluated, and 1 the checkpoint.
+      alphas: 0 is the start, and 1 the checkpoint; heads that the start lacks are those of it.
       second: a built dataset with the same storage, on whose *test* forgetting is measured: the
-        t2v R@1 of the start less that of the interpolation. Empty: none.
+        t2v R@1 of the start as it is, less that of the interpolation. Empty: none.
       The others are those of `evaluate_run.evaluate`.
 
     Returns:
@@ -106,7 +106,8 @@ def evaluate_alphas(
     layout = make_layout(fsdp=config.sharding.fsdp)
     start = merged(config, remake_initial_params(workdir, config, layout))[1]
     model = config.model
-    if not read_weights(model.init, model.release, model.weights_key).has_heads:
+    has_heads = read_weights(model.init, model.release, model.weights_key).has_heads
+    if not has_heads:
         start = {"backbone": start["backbone"]}
     config, end = merged(config, opened.params)
     tasks = {"": (Evaluator(config, opened.dataset, layout), opened.split)}
@@ -115,8 +116,13 @@ def evaluate_alphas(
         dataset = VideoDataset(dataset_dir(other))
         split = checked_split(dataset, "test", other)
         tasks["second_"] = (Evaluator(other, dataset, layout), split)
+        # Bare towers compare without heads.
+        bare = dataclasses.replace(config.model, interaction="dp", agg_module="none")
+        alone = dataclasses.replace(other, model=config.model if has_heads else bare)
+        before = Evaluator(alone, dataset, layout).run(start, split).metrics["t2v"]["R@1"]
+        print(f"{second} before: t2v R@1 {before:.2f}")
     rows: list[dict[str, float]] = []
-    for alpha in sorted({0.0, *alphas}):
+    for alpha in sorted(set(alphas)):
         params = jax.device_put(mix(start, end, jnp.float32(alpha)), layout.parameters(end))
         row: dict[str, Any] = {"alpha": alpha}
         for prefix, (evaluator, split) in tasks.items():
@@ -124,7 +130,7 @@ def evaluate_alphas(
             row |= {f"{prefix}{way}_R@1": metrics[way]["R@1"] for way in ("t2v", "v2t")}
         rows.append(row)
         if second:
-            row["forgetting"] = rows[0]["second_t2v_R@1"] - row["second_t2v_R@1"]
+            row["forgetting"] = before - row["second_t2v_R@1"]
         if len(rows) == 1:
             print("  ".join(f"{name:>14}" for name in row))
         print("  ".join(f"{value:14.2f}" for value in row.values()), flush=True)
