@@ -4,7 +4,7 @@
 
 Trains runs in `--directory`, each in a process of its own; those that are complete are kept. All
 start from the installed CLIP (`shapes_clip`), which was trained on `shapes_stills`. `forgotten` is
-the t2v R@1 on the test of `shapes_stills` that is lost (`evaluate --alphas --second`), after
+the t2v R@1 of the towers on the test of `shapes_stills` that is lost (`evaluate --alphas`), after
 fine-tuning and halfway between the start and its result. Values are means over seeds, with the
 lowest and the highest of them. `cpu_seconds` of the first run include building the dataset and
 storing the features.

@@ -87,9 +87,11 @@ def evaluate_alphas(
     """Evaluates interpolations of a run with the weights that it started from; prints a table.
 
     Args:
-      alphas: 0 is the start, and 1 the checkpoint; heads that the start lacks are those of it.
+      alphas: 0 is the start, which is always evaluated, and 1 the checkpoint; heads that the start
+        lacks are those of the checkpoint.
       second: a built dataset with the same storage, on whose *test* forgetting is measured: the
-        t2v R@1 of the start as it is, less that of the interpolation. Empty: none.
+        t2v R@1 of the start less that of the interpolation, both as the start compares: bare towers
+        without heads. Empty: none.
       The others are those of `evaluate_run.evaluate`.
 
     Returns:
@@ -113,24 +115,24 @@ def evaluate_alphas(
     tasks = {"": (Evaluator(config, opened.dataset, layout), opened.split)}
     if second:
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=second))
+        if not has_heads:
+            bare = dataclasses.replace(config.model, interaction="dp", agg_module="none")
+            other = dataclasses.replace(other, model=bare)
         dataset = VideoDataset(dataset_dir(other))
         split = checked_split(dataset, "test", other)
         tasks["second_"] = (Evaluator(other, dataset, layout), split)
-        # Bare towers compare without heads.
-        bare = dataclasses.replace(config.model, interaction="dp", agg_module="none")
-        alone = dataclasses.replace(other, model=config.model if has_heads else bare)
-        before = Evaluator(alone, dataset, layout).run(start, split).metrics["t2v"]["R@1"]
-        print(f"{second} before: t2v R@1 {before:.2f}")
     rows: list[dict[str, float]] = []
-    for alpha in sorted(set(alphas)):
+    for alpha in sorted({0.0, *alphas}):
         params = jax.device_put(mix(start, end, jnp.float32(alpha)), layout.parameters(end))
         row: dict[str, Any] = {"alpha": alpha}
         for prefix, (evaluator, split) in tasks.items():
-            metrics = evaluator.run(params, split).metrics
+            # Of the second dataset, only the towers if the start has no more.
+            given = {name: params[name] for name in start} if prefix else params
+            metrics = evaluator.run(given, split).metrics
             row |= {f"{prefix}{way}_R@1": metrics[way]["R@1"] for way in ("t2v", "v2t")}
         rows.append(row)
         if second:
-            row["forgetting"] = before - row["second_t2v_R@1"]
+            row["forgetting"] = rows[0]["second_t2v_R@1"] - row["second_t2v_R@1"]
         if len(rows) == 1:
             print("  ".join(f"{name:>14}" for name in row))
         print("  ".join(f"{value:14.2f}" for value in row.values()), flush=True)
