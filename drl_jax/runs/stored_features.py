@@ -114,8 +114,14 @@ class _CaptionFeatures(NamedTuple):
 
 
 def check_frozen(config: Config) -> None:
-    """Raises ConfigError unless a run can train on stored features, or needs none."""
+    """Raises ConfigError unless what stored features, or adapters, are of is there and frozen."""
     family = config.model.backbone.family
+    if config.model.lora.rank and (config.data.features or family in EXTRACTORS):
+        raise ConfigError(
+            "config.model.lora.rank adapts towers, which stored features are without; leave it out"
+        )
+    if config.model.lora.rank and not config.model.init:
+        raise ConfigError("config.model.lora.rank adapts trained towers: set --config.model.init")
     if not config.data.features:
         if family in EXTRACTORS:
             raise ConfigError(
