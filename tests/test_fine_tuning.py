@@ -501,20 +501,13 @@ def test_interpolation_from_the_start_to_the_end(
     for row in rows:
         assert row["forgetting"] == rows[0]["second_t2v_R@1"] - row["t2v_R@1"]
     config, params = parameters_of(workdir)
-    for changes in ({"activation": "gelu_tanh"}, {"vision_heads": 4}, {"text_layers": 1}):
-        backbone = dataclasses.replace(config.model.backbone, **changes)
-        model = dataclasses.replace(config.model, backbone=backbone, lora=LoRAConfig())
-        with monkeypatch.context() as patched:
-            patched.setattr(
-                interpolation,
-                "_whole",
-                lambda source, model=model: (
-                    dataclasses.replace(config, model=model) if source else config,
-                    params,
-                ),
-            )
-            with pytest.raises(UserError, match=f"the towers differ: {next(iter(changes))} is"):
-                interpolation.interpolate("", "other", tmp_path / "x.safetensors", 0.5)
+    for name, value in (("activation", "gelu_tanh"), ("vision_heads", 16), ("family", "mine")):
+        backbone = dataclasses.replace(config.model.backbone, **{name: value})
+        changed = dataclasses.replace(config.model, backbone=backbone)
+        both = {"a": config, "b": dataclasses.replace(config, model=changed)}
+        monkeypatch.setattr(interpolation, "_whole", lambda source, of=both: (of[source], params))
+        with pytest.raises(UserError, match=f"the towers differ: {name} is"):
+            interpolation.interpolate("a", "b", tmp_path / "x.safetensors", 0.5)
     for alpha in (math.nan, 1.5):
         with pytest.raises(UserError, match="alpha is from 0 to 1, not"):
             interpolation.interpolate("", "", tmp_path / "x.safetensors", alpha)
