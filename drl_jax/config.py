@@ -81,6 +81,13 @@ class BackboneConfig:
     pad_id: int = 0
 
     @property
+    def of_towers(self) -> dict[str, Any]:
+        """All that the output of the towers depends on beside their parameters, by name."""
+        values = dataclasses.asdict(self)
+        del values["logit_bias"]
+        return values
+
+    @property
     def is_multilingual(self) -> bool:
         """Whether its vocabulary is larger than those of English: CLIP's, and SigLIP's of c4_en."""
         return self.vocab_size > type(self).vocab_size
@@ -446,7 +453,7 @@ def _conditions(
     targets = model.lora.targets.split(",")
     yield (
         set(targets) <= set(LORA_TARGETS),
-        f"model.lora.targets={model.lora.targets} are some of {','.join(LORA_TARGETS)}",
+        f"model.lora.targets={model.lora.targets} must be some of {','.join(LORA_TARGETS)}",
     )
     yield (
         not train.microbatch or train.batch_size % train.microbatch == 0,

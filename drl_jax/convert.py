@@ -100,14 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_file = is_adapter(source)
         if options.base and not is_file:
             raise UserError(f"--base is that of an adapter, and {source} has none")
+        is_run = not is_file and not is_weights(source)
+        if not is_run and (options.clip_only or options.dtype or options.adapter):
+            flags = "--dtype, --clip_only and --adapter"
+            raise UserError(f"{flags} export a run, and {source} is none")
+        if options.adapter and (options.clip_only or options.dtype):
+            raise UserError("--dtype and --clip_only are of a whole model, not of --adapter")
         if is_file:
             import_adapter(Path(source), target, options.base, options.interaction, **described)
             print(f"wrote {target}: the base with the adapters of {source}")
             return
-        if is_weights(source):
-            if options.clip_only or options.dtype or options.adapter:
-                flags = "--dtype, --clip_only and --adapter"
-                raise UserError(f"{flags} export a run, and {source} is none")
+        if not is_run:
             config, towers = import_weights(source, target, options.interaction, **described)
             model = config.model
             print(f"{source}: {towers}")

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import re
 
 import jax
@@ -22,9 +23,12 @@ from drl_jax.evaluate import main as evaluate
 from drl_jax.evaluation.embedder import make_embed_steps
 from drl_jax.models.drl import config_from_dict, init_params, param_shapes
 from drl_jax.models.linear import ADAPTER, merge_adapters, without_adapters
+from drl_jax.runs import interpolation
 from drl_jax.runs.hooks import TrainLog
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import load_config
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import sha256
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.train import main as train
 from drl_jax.training.flops import train_step_flops
@@ -241,7 +245,7 @@ def test_adapters_and_heads_alone_are_trained_with_dropout(model, adapted):
     ("lora", "message"),
     [
         ({"rank": 33}, "model.lora.rank=33 is above the width of a tower, 32"),
-        ({"rank": 2, "targets": "qkv"}, "model.lora.targets=qkv are some of in_proj"),
+        ({"rank": 2, "targets": "qkv"}, "model.lora.targets=qkv must be some of in_proj"),
         ({"rank": 2, "dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     ],
 )
@@ -290,6 +294,20 @@ def test_groups_that_name_nothing(model, trainable, message):
         Trainable.of(optim_of(trainable)).check(param_shapes(model))
 
 
+def test_adapters_without_anything_to_adapt(model, tiny_arguments, tmp_path, capsys):
+    adapted = dataclasses.replace(model, lora=LoRAConfig(rank=2))
+    with pytest.raises(ConfigError, match="leaves out the adapters"):
+        Trainable.of(optim_of("temporal")).check(param_shapes(adapted))
+    rank = "--config.model.lora.rank=2"
+    for flags, message in (
+        (("--config.model.init=",), "adapts trained towers: set --config.model.init"),
+        ((f"--features={tmp_path / 'features'}",), "adapts towers, which stored features"),
+    ):
+        arguments = tiny_arguments(tmp_path / "run", rank, *flags)
+        assert message in error_of("drl_jax.train", *arguments, capsys=capsys)
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- runs and files
 
 
@@ -318,8 +336,9 @@ def test_a_run_says_what_it_trains_and_writes_its_adapter_alone(finished):
     # Two moments and the parameters that are trained.
     assert memory == pytest.approx(3 * 4 * trained / 1e6, abs=0.01)
     assert not (workdir / "best.safetensors").exists()
-    tensors = load_file(workdir / "adapter.safetensors")
-    assert sum(array.size for array in tensors.values()) == trained
+    file = workdir / "adapter.safetensors"
+    assert sum(array.size for array in load_file(file).values()) == trained
+    assert file.stat().st_mode == (workdir / "config.json").stat().st_mode
 
 
 def test_a_wrong_group_is_one_line_and_nothing_is_written(tiny_arguments, tmp_path, capsys):
@@ -386,14 +405,18 @@ def test_an_adapter_and_its_base_make_the_run_again(finished, tiny_weights, tmp_
         ((adapter, tmp_path / "x", f"--base={whole}"), "is of another base than"),
         ((peft, tmp_path / "x"), "give it with --base"),
         ((tiny_weights, tmp_path / "x", f"--base={whole}"), "has none"),
+        ((adapter, tmp_path / "x", "--dtype=float16"), "export a run, and"),
+        ((workdir, adapter, "--adapter=drl", "--clip_only"), "are of a whole model"),
     ):
         assert message in error_of("drl_jax.convert", *map(str, arguments), capsys=capsys)
     arguments = ("--config=configs/shapes.py:smoke", f"--workdir={tmp_path / 'x'}")
     arguments += (f"--config.model.init={adapter}",)
     assert "is a LoRA adapter" in error_of("drl_jax.train", *arguments, capsys=capsys)
+    said = error_of("drl_jax.weights", str(adapter), capsys=capsys)
+    assert f"of rank 2, of weights with sha256 {sha256(tiny_weights)}" in said
 
 
-def test_adapters_of_peft_with_an_a_for_each_product(tiny_weights, tmp_path):
+def test_adapters_of_peft_with_an_a_for_each_product(tiny_weights, tmp_path, capsys):
     """Queries and values alone, as PEFT does by default: the changes of the kernels are theirs."""
     folder, rng, rank = tmp_path / "peft", np.random.default_rng(0), 2
     folder.mkdir()
@@ -421,9 +444,44 @@ def test_adapters_of_peft_with_an_a_for_each_product(tiny_weights, tmp_path):
         path = (*above, "transformer", "resblocks", "attn", "in_proj", "kernel")
         found = merged[path] - flat[path]
         np.testing.assert_allclose(found[0], changes[tower], rtol=0, atol=1e-5)
+    name = "base_model.model.text_model.encoder.layers.{}.self_attn.q_proj.lora_{}.weight".format
+    first, second = name(0, "A"), name(0, "B")
+    nan, rest = np.full_like(tensors[first], np.nan), {**tensors}
+    del rest[first]
+    for fields, content, message in (
+        ({"init_lora_weights": "pissa"}, tensors, "has init_lora_weights='pissa', which is not"),
+        ({"fan_in_fan_out": True}, tensors, "has fan_in_fan_out=True"),
+        ({"peft_type": "LOHA"}, tensors, "has peft_type='LOHA'"),
+        ({"bias": "all"}, tensors, "has bias='all'"),
+        ({"lora_alpha": 0}, tensors, "has r=2, lora_alpha=0 and lora_dropout=0.1; they must be"),
+        ({"lora_alpha": math.nan}, tensors, "lora_alpha=nan and"),
+        ({"r": 20}, tensors, "has r=20 for each of queries, keys and values, 60 in all: above"),
+        ({}, {}, "has no adapters: adapter_model.safetensors has no tensors"),
+        ({}, {**tensors, first: nan}, f"{first} has values that are not finite"),
+        ({}, rest, "lacks lora_A of self_attn.q_proj of layer 0 of the text tower; get it again"),
+        (
+            {},
+            {**tensors, name(9, "A"): tensors[first], name(9, "B"): tensors[second]},
+            "layer 9 of",
+        ),
+        (
+            {},
+            {**tensors, first: tensors[first][:, :4].copy()},
+            "layer 0 of the text tower has other",
+        ),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(said | fields))
+        save_file(content, file)
+        arguments = (str(folder), str(tmp_path / "refused"), f"--base={tiny_weights}")
+        error = error_of("drl_jax.convert", *arguments, capsys=capsys)
+        assert message in error
+        assert str(folder) in error
+    assert not (tmp_path / "refused").exists()
 
 
-def test_interpolation_from_the_start_to_the_end(finished, tiny_weights, tmp_path, capsys):
+def test_interpolation_from_the_start_to_the_end(
+    finished, tiny_weights, tmp_path, capsys, monkeypatch
+):
     workdir, whole = finished[0], tmp_path / "whole.safetensors"
     assert convert([str(workdir), str(whole)]) == 0
     start, end = load_file(tiny_weights), load_file(whole)
@@ -442,6 +500,18 @@ def test_interpolation_from_the_start_to_the_end(finished, tiny_weights, tmp_pat
     assert rows[-1]["t2v_R@1"] == pytest.approx(result["test"]["t2v"]["R@1"])
     for row in rows:
         assert row["forgetting"] == rows[0]["second_t2v_R@1"] - row["t2v_R@1"]
+    config, params = parameters_of(workdir)
+    for name, value in (("activation", "gelu_tanh"), ("vision_heads", 16), ("family", "mine")):
+        backbone = dataclasses.replace(config.model.backbone, **{name: value})
+        changed = dataclasses.replace(config.model, backbone=backbone)
+        both = {"a": config, "b": dataclasses.replace(config, model=changed)}
+        monkeypatch.setattr(interpolation, "_whole", lambda source, of=both: (of[source], params))
+        with pytest.raises(UserError, match=f"the towers differ: {name} is"):
+            interpolation.interpolate("a", "b", tmp_path / "x.safetensors", 0.5)
+    for alpha in (math.nan, 1.5):
+        with pytest.raises(UserError, match="alpha is from 0 to 1, not"):
+            interpolation.interpolate("", "", tmp_path / "x.safetensors", alpha)
+    assert not (tmp_path / "x.safetensors").exists()
     arguments = ("interpolate", "a", "b", "c", "--alpha=2")
     assert "from 0 to 1" in error_of("drl_jax.convert", *arguments, capsys=capsys)
 

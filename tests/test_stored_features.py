@@ -5,6 +5,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,8 +24,9 @@ from drl_jax.evaluate import main as evaluate
 from drl_jax.models.extractors import EXTRACTORS
 from drl_jax.models.tokenizers import load_tokenizer
 from drl_jax.runs.run_params import with_backbone_of
-from drl_jax.runs.stored_features import stored_features
-from drl_jax.runtime.errors import UserError
+from drl_jax.runs.stored_features import FeaturesError, _about, _claim, stored_features
+from drl_jax.runs.workdir import changed_fields, load_config
+from drl_jax.runtime.errors import Unavailable, UserError
 from drl_jax.runtime.plugins import load_plugins
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.search.__main__ import main as search
@@ -145,8 +147,11 @@ def test_features_of_something_else_are_refused(feature_run, tiny_arguments, tmp
     _, features = feature_run
     arguments = tiny_arguments(tmp_path / "run", HEADS, f"--features={features}")
     for change, problem in (
-        ("--config.data.max_words=20", "another numbers of frames and words"),
-        ("--config.data.features_dtype=float32", "another dtype"),
+        ("--config.data.max_words=20", "max_words: 24 there, 20 here"),
+        (
+            "--config.data.features_dtype=float32",
+            "features_dtype: bfloat16 there, float32 here",
+        ),
         ("--config.optim.trainable=", "frozen towers"),
         ("--config.optim.trainable=image,temporal", "frozen towers"),
         ("--config.model.init=", "needs trained towers"),
@@ -155,12 +160,58 @@ def test_features_of_something_else_are_refused(feature_run, tiny_arguments, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_features_are_known_by_all_that_they_depend_on(shapes_config, tmp_path):
+    dataset = SimpleNamespace(content="")
+
+    def about(config, **backbone):
+        changed = dataclasses.replace(config.model.backbone, **backbone)
+        model = dataclasses.replace(config.model, backbone=changed)
+        config = dataclasses.replace(config, model=model)
+        return _about(config, dataset, np.arange(2), ["a"], None)
+
+    expected = about(shapes_config)
+    for changes in (
+        {"activation": "gelu_tanh"},
+        {"vision_heads": 4},
+        {"pixel_mean": (0.5, 0.5, 0.5)},
+    ):
+        assert about(shapes_config, **changes) != expected
+    data = dataclasses.replace(shapes_config.data, features="x", data_dir="y", num_threads=3)
+    assert about(dataclasses.replace(shapes_config, data=data), logit_bias=True) == expected
+    load_plugins([str(PLUGIN)])
+    extracted = about(shapes_config, family="colours")
+    assert about(shapes_config, family="colours", activation="gelu") == extracted
+    EXTRACTORS["colours"].VERSION = "2"
+    assert about(shapes_config, family="colours") != extracted
+    # A directory without any features is nobody's.
+    _claim(tmp_path, expected)
+    _claim(tmp_path, extracted)
+    (tmp_path / "frames-00000.npy").touch()
+    _claim(tmp_path, extracted)
+    with pytest.raises(FeaturesError, match=r"are of something else \(weights: "):
+        _claim(tmp_path, expected)
+
+
+def test_stored_features_may_be_moved(feature_run, tmp_path):
+    config = load_config(feature_run[0])
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, features="moved"))
+    assert changed_fields(config, moved) == []
+    without = dataclasses.replace(config, data=dataclasses.replace(config.data, features=""))
+    assert changed_fields(config, without) == ["data.features"]
+
+
+def test_a_refusal_without_a_number_is_said():
+    error = Unavailable("file", OSError("100 requested and 20 written"), "written")
+    assert "file cannot be written: OSError: 100 requested and 20 written; nothing" in str(error)
+
+
 def test_a_damaged_part_is_computed_again(feature_run, tiny_arguments, tmp_path, capsys):
     _, features = feature_run
     part = features / "frames-00001.npy"
     intact = part.read_bytes()
     part.write_bytes(intact[:-3] + b"abc")
     (features / "texts-00000.json").write_text("{}")
+    (features / "frames-00000.npy").unlink()
     assert train(tiny_arguments(tmp_path / "run", HEADS, f"--features={features}", SHORT)) == 0
     said = capsys.readouterr().err
     assert "frames-00001.npy is damaged" in said

@@ -17,10 +17,12 @@ class FeatureExtractor:
     Attributes:
       CHANNELS: D, of all features.
       IMAGE_SIZE: S, height and width of the frames that it gets.
+      VERSION: of files that it loads; features that are stored with another one are not used.
     """
 
     CHANNELS: ClassVar[int]
     IMAGE_SIZE: ClassVar[int]
+    VERSION: ClassVar[str] = ""
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
         """RGB frames uint8 [N, S, S, 3] -> a feature of each, [N, D]."""

@@ -1,6 +1,7 @@
 """Files of adapters: what a run trained, without the base that it names; and those of PEFT."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ _PRODUCTS = {
     "self_attn.out_proj": ("out_proj", None),
     "mlp.fc1": ("c_fc", None),
     "mlp.fc2": ("c_proj", None),
+}
+# Fields of a configuration of PEFT that change what an adapter does, and the values that are
+# supported beside none. Others of `init_lora_weights` belong to a base that they have changed.
+_PEFT_FIELDS: dict[str, tuple] = {
+    **{"peft_type": ("LORA",), "bias": ("none",)},
+    "init_lora_weights": (True, "gaussian", "orthogonal"),
+    **dict.fromkeys(("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"), ()),
+    **dict.fromkeys(("fan_in_fan_out", "layer_replication", "alora_invocation_tokens"), ()),
 }
 _PEFT_NAME = re.compile(
     r"(?:.*\.)?(vision|text)_model\.encoder\.layers\.(\d+)\."
@@ -158,24 +167,38 @@ def _from_peft(folder: Path, config: Config) -> tuple[LoRAConfig, dict[tuple, np
     """
     said, tensors = read_json(folder / PEFT_CONFIG), open_weights(folder / _PEFT_FILE).tensors
     with about(folder):
-        for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-            if said.get(name):
-                raise WeightsError(f"has {name}, which is not supported")
+        for name, supported in _PEFT_FIELDS.items():
+            if said.get(name) and said[name] not in supported:
+                raise WeightsError(f"has {name}={said[name]!r}, which is not supported")
+        if not tensors:
+            raise WeightsError(f"has no adapters: {_PEFT_FILE} has no tensors")
         matched = {name: _PEFT_NAME.fullmatch(name) for name in tensors}
         if unknown := [name for name, match in matched.items() if match is None]:
             raise WeightsError(f"has adapters of other layers than CLIP's: {some(unknown)}")
         try:
             rank, dropout = int(said["r"]), float(said.get("lora_dropout") or 0.0)
-            scale = float(said["lora_alpha"]) / (rank**0.5 if said.get("use_rslora") else rank)
+            alpha = float(said["lora_alpha"])
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise WeightsError(f"has no r and lora_alpha in {PEFT_CONFIG}") from error
+        if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
+            raise WeightsError(
+                f"has r={rank}, lora_alpha={alpha:g} and lora_dropout={dropout:g}; they must be"
+                " positive, positive and in [0, 1)"
+            )
+        scale = alpha / (rank**0.5 if said.get("use_rslora") else rank)
         layers: dict[tuple[str, int, str], dict[str, np.ndarray]] = {}
         for name, match in matched.items():
             tower, layer, product, side = match.groups()
             of_layer = layers.setdefault((tower, int(layer), product), {})
             of_layer[side] = np.asarray(tensors[name], np.float32).T
+            if not np.isfinite(of_layer[side]).all():
+                raise WeightsError(f"{name} has values that are not finite; get the file again")
         targets = {_PRODUCTS[product][0] for _, _, product in layers}
         width = 3 * rank if "in_proj" in targets else rank
+        narrowest = min(config.model.backbone.vision_width, config.model.backbone.text_width)
+        if width > narrowest:
+            fused = f" for each of queries, keys and values, {width} in all" * (width > rank)
+            raise WeightsError(f"has r={rank}{fused}: above the width of a tower, {narrowest}")
         names = ",".join(name for name in LORA_TARGETS if name in targets)
         lora = LoRAConfig(width, scale * width, dropout, names)
         shapes = flatten_dict(param_shapes(dataclasses.replace(config.model, lora=lora)))
@@ -187,8 +210,14 @@ def _from_peft(folder: Path, config: Config) -> tuple[LoRAConfig, dict[tuple, np
             out = b.shape[2] if third is None else b.shape[2] // 3
             row, column = rank * (third or 0), out * (third or 0)
             expected = {"A": (a.shape[1], rank), "B": (rank, out)}
-            if layer >= len(a) or {s: x.shape for s, x in sides.items()} != expected:
-                raise WeightsError(f"is of another base: its {tower} tower has other sizes")
+            where = f"{product} of layer {layer} of the {tower} tower"
+            if sides.keys() != expected.keys():
+                missing = f"lora_{min(expected.keys() - sides.keys())}"
+                raise WeightsError(f"is incomplete: it lacks {missing} of {where}; get it again")
+            if layer >= len(a):
+                raise WeightsError(f"is of another base: it has {where}, the base {len(a)} layers")
+            if {side: array.shape for side, array in sides.items()} != expected:
+                raise WeightsError(f"is of another base: {where} has other sizes")
             a[layer, :, row : row + rank] = sides["A"]
             b[layer, row : row + rank, column : column + out] = sides["B"]
     return lora, found

@@ -53,9 +53,16 @@ def interpolate(start: str, end: str, target: Path, alpha: float) -> None:
     Adapters are merged first. Of a run, it is the best checkpoint.
 
     Raises:
-      UserError: see `mix`; one of them cannot be read, or `target` cannot be written.
+      UserError: see `mix`; the towers are of another description, `alpha` is not in [0, 1], one of
+        them cannot be read, or `target` cannot be written.
     """
-    (_, first), (config, last) = map(_whole, (start, end))
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha is from 0 to 1, not {alpha:g}")
+    (other, first), (config, last) = map(_whole, (start, end))
+    found = other.model.backbone.of_towers
+    for name, value in config.model.backbone.of_towers.items():
+        if found[name] != value:
+            raise UserError(f"the towers differ: {name} is {found[name]} and {value}")
     mixed = mix(first, last, alpha)
     if config.model.tokenizer:
         config = with_tokenizer(config, write_tokenizer(Path(config.model.tokenizer), target))

@@ -26,9 +26,9 @@ from drl_jax.runs.run_plugins import changed_plugins, describe_plugins
 from drl_jax.runs.workdir import (
     FORMAT,
     MANIFEST_FILE,
-    RESUMABLE_FIELDS,
     Identity,
     WorkdirError,
+    changed_fields,
     claim_workdir,
     config_sha256,
     flatten,
@@ -155,9 +155,10 @@ def differences(manifest: Mapping[str, Any], config: Config, dataset: VideoDatas
     Raises:
       WorkdirError: other fields, weights, tokenizer or dataset, which make another run.
     """
-    there, here = flatten(config_from_dict(manifest["config"])), flatten(config)
+    original = config_from_dict(manifest["config"])
+    there, here = flatten(original), flatten(config)
     changed = [name for name in here if here[name] != there[name]]
-    if other := [name for name in changed if name not in (*RESUMABLE_FIELDS, "model.init")]:
+    if other := [name for name in changed_fields(original, config) if name != "model.init"]:
         name = other[0]
         raise WorkdirError(
             f"--reproduce starts the same run, but config.{name} is {there[name]!r} in the manifest"

@@ -48,7 +48,7 @@ from drl_jax.weights.load import initial_params
 from drl_jax.weights.weights_file import read_weights
 
 _ABOUT = "features.json"
-_FORMAT = 1
+_FORMAT = 2
 # Items of a part: what a killed process computes again.
 _PART = {"frames": 64, "texts": 1024}
 
@@ -114,8 +114,14 @@ class _CaptionFeatures(NamedTuple):
 
 
 def check_frozen(config: Config) -> None:
-    """Raises ConfigError unless a run can train on stored features, or needs none."""
+    """Raises ConfigError unless what stored features, or adapters, are of is there and frozen."""
     family = config.model.backbone.family
+    if config.model.lora.rank and (config.data.features or family in EXTRACTORS):
+        raise ConfigError(
+            "config.model.lora.rank adapts towers, which stored features are without; leave it out"
+        )
+    if config.model.lora.rank and not config.model.init:
+        raise ConfigError("config.model.lora.rank adapts trained towers: set --config.model.init")
     if not config.data.features:
         if family in EXTRACTORS:
             raise ConfigError(
@@ -169,7 +175,7 @@ def stored_features(
     with contextlib.ExitStack() as stack:
         found: dict[tuple[str, int], _Part | None] = dict.fromkeys(names)
         if is_main():
-            if (directory / _ABOUT).exists():
+            if _has_parts(directory):
                 _claim(directory, about)
                 found = {name: _read(directory, *name) for name in names}
             if None in found.values():
@@ -268,37 +274,50 @@ def _about(
 ) -> dict[str, Any]:
     """All that features depend on, by the name that a message has for it."""
     model, data = config.model, config.data
-    weights = hashlib.sha256(model.backbone.family.encode())
+    form = FrameForm.of(model.backbone, data.as_shown)
+    weights = hashlib.sha256()
     backbone = (params or {}).get("backbone", {})
     # The temperature is trained with the heads, and features do not depend on it.
     for name in sorted(name for name in backbone if not name.startswith("logit_")):
         for leaf in jax.tree.leaves(backbone[name]):
             weights.update(np.asarray(leaf).tobytes())
-    if (origin := origin_of(EXTRACTORS.get(model.backbone.family))) is not None:
-        weights.update(origin.content)
-    form = dataclasses.astuple(FrameForm.of(model.backbone, data.as_shown))
-    tokenizer = sha256(Path(model.tokenizer)) if model.tokenizer else ""
+    if (made := EXTRACTORS.get(model.backbone.family)) is None:
+        own = {**model.backbone.of_towers, "dtype": model.dtype}
+        own["tokenizer"] = sha256(Path(model.tokenizer)) if model.tokenizer else ""
+    else:
+        own = {"family": model.backbone.family, "VERSION": str(made.VERSION)}
+        if (origin := origin_of(made)) is not None:
+            weights.update(origin.content)
     return {
         "format": _FORMAT,
         "weights": weights.hexdigest(),
         "dataset": dataset.content,
         "splits": json_sha256([videos.tolist(), texts]),
-        "form": [form, model.dtype, tokenizer],
-        "numbers of frames and words": [data.max_frames, data.max_words],
-        "dtype": data.features_dtype,
+        **own,
+        **dataclasses.asdict(form),
+        **{n: getattr(data, n) for n in ("max_frames", "max_words", "features_dtype")},
     }
 
 
+def _has_parts(directory: Path) -> bool:
+    try:
+        return any(entry.suffix == ".npy" for entry in directory.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise Unavailable(directory, error) from error
+
+
 def _claim(directory: Path, about: dict[str, Any]) -> None:
-    """Writes what the features in a directory are of, or compares it."""
+    """Compares what the features in a directory are of, or writes it if there are none."""
     about, path = json.loads(json.dumps(about)), directory / _ABOUT
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if any(entry.suffix == ".npy" for entry in directory.iterdir()):
-                raise FeaturesError(f"{path} is missing; give another --features")
+        if not _has_parts(directory):
             write_json(path, seal(about), durable=True)
             return
+        if not path.exists():
+            raise FeaturesError(f"{path} is missing; give another --features")
         found = unseal(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Unavailable(directory, error, "read or written") from error
@@ -307,13 +326,13 @@ def _claim(directory: Path, about: dict[str, Any]) -> None:
     for name, value in about.items():
         if found.get(name) != value:
             raise FeaturesError(
-                f"the features in {directory} have another {name} (here {_short(value)}, there"
-                f" {_short(found.get(name))}); give another --features"
+                f"the features in {directory} are of something else ({name}:"
+                f" {_short(found.get(name))} there, {_short(value)} here); give another --features"
             )
 
 
 def _short(value: Any) -> str:
-    return value[:8] if isinstance(value, str) else str(value)
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _progress(pending: list, total: int) -> Iterator[tuple[str, int]]:
@@ -341,7 +360,7 @@ def _read(directory: Path, kind: str, number: int) -> _Part | None:
     path = directory / f"{kind}-{number:05d}.npy"
     about = path.with_suffix(".json")
     try:
-        if not about.exists():
+        if not (about.exists() and path.exists()):
             return None
         values = unseal(about.read_text(encoding="utf-8"))
         if sha256(path) != values["rows_sha256"]:

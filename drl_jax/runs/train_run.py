@@ -281,7 +281,7 @@ def _write_best(workdir: Path, config: Config, step: int, params: Params) -> Non
     try:
         if not config.model.lora.rank:
             save_weights(workdir / BEST_FILE, params, config, origin=origin)
-        elif config.model.init:
+        else:
             base = own_manifest(workdir)["weights_sha256"]
             save_adapter(workdir / ADAPTER_FILE, params, config, base, origin)
     except Unavailable as error:

@@ -186,14 +186,21 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def changed_fields(old: Config, new: Config) -> list[str]:
     """Names of the fields that differ and are not in RESUMABLE_FIELDS."""
-    before, after = flatten(old), flatten(new)
-    return [name for name in after if before[name] != after[name] and name not in RESUMABLE_FIELDS]
+    before, after = _kept(old), _kept(new)
+    return [name for name in after if before[name] != after[name]]
 
 
 def config_sha256(config: Config) -> str:
     """Hexadecimal SHA-256 of the fields that are not in RESUMABLE_FIELDS."""
+    return json_sha256(_kept(config))
+
+
+def _kept(config: Config) -> dict[str, Any]:
+    """The fields that are not in RESUMABLE_FIELDS; of stored features, only whether there are."""
     values = flatten(config)
-    return json_sha256({name: values[name] for name in values if name not in RESUMABLE_FIELDS})
+    # Where they are is no matter: their directory says what they are of.
+    values["data.features"] = values["data.features"] and "stored"
+    return {name: value for name, value in values.items() if name not in RESUMABLE_FIELDS}
 
 
 # ---------------------------------------------------------------- whose its files are

@@ -67,7 +67,9 @@ class Unavailable(UserError):
 
     def __init__(self, what: str | Path, error: OSError, action: str = "read"):
         name = errno.errorcode.get(error.errno, str(error.errno))
-        message = f"{error.filename or what} cannot be {action}: {error.strerror} ({name})"
+        # Errors of libraries have a message alone.
+        reason = f"{error.strerror} ({name})" if error.errno else one_line(error)
+        message = f"{error.filename or what} cannot be {action}: {reason}"
         if error.errno not in _OF_CONTENTS:
             message += "; nothing was moved or deleted, try again when the cause is removed"
         super().__init__(message)

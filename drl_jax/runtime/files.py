@@ -52,7 +52,12 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with naming(path):
+            # Libraries make private files; this one has the mode of any other.
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             yield unfinished
+            if unfinished.stat().st_mode != mode:
+                unfinished.chmod(mode)
             if durable:
                 _sync(unfinished)
             unfinished.replace(path)

@@ -110,7 +110,7 @@ class Trainable:
 
         Raises:
           ConfigError: a group has no parameters or fewer layers, nothing is trained, or a frozen
-            layer follows a trained one.
+            layer follows a trained one; or the model has adapters that are not trained.
         """
         flat = flatten_dict(params)
         for name, first, _ in self.groups:
@@ -126,6 +126,11 @@ class Trainable:
         parts = self.parts(params)
         if not parts:
             raise ConfigError("config.optim.trainable names nothing to train: every factor is 0")
+        if any(path[-1] in ADAPTER and path not in parts for path in flat):
+            raise ConfigError(
+                "config.optim.trainable leaves out the adapters of config.model.lora; add lora to"
+                " it, or set config.model.lora.rank=0"
+            )
         for path, (start, factors) in parts.items():
             if not factors[start:].all():
                 name = "/".join(map(str, path))

@@ -84,6 +84,13 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
     contents = open_weights(path)
     config, origin, evidence = None, {}, ""
     with about(path):
+        if CONFIG_KEY in contents.metadata:
+            config, origin = stored_config(contents)
+            if "base" in origin:
+                raise WeightsError(
+                    f"is a LoRA adapter of rank {config.model.lora.rank}, of weights with sha256"
+                    f" {origin['base']}; make both a run: python -m drl_jax.convert {path} DIR"
+                )
         try:
             tensors = {n: t for n, t in contents.tensors.items() if n not in _OPENAI_EXTRAS}
             found = find_towers(tensors, contents.inert, key)
@@ -92,10 +99,9 @@ def read_weights(source: str | os.PathLike, release: str = "", key: str = "") ->
                 raise WeightsError(of_others) from error
             raise
         is_archive = contents.tensors.keys() >= _OPENAI_EXTRAS
-        if CONFIG_KEY in contents.metadata:
+        if config is not None:
             if release:
                 raise WeightsError("says what it is; leave the release out")
-            config, origin = stored_config(contents)
             evidence = "the file"
             evidence += f", step {origin['step']} of run {origin['run']}" if origin else ""
         elif is_archive and sha256(path) in MODELS.values():
