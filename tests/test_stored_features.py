@@ -201,8 +201,10 @@ def test_stored_features_may_be_moved(feature_run, tmp_path):
 
 
 def test_a_refusal_without_a_number_is_said():
-    error = Unavailable("file", OSError("100 requested and 20 written"), "written")
-    assert "file cannot be written: OSError: 100 requested and 20 written; nothing" in str(error)
+    refused = OSError("100 requested and 20 written")
+    refused.filename = "file"  # As `files.naming` does.
+    error = Unavailable("other", refused, "written")
+    assert "file cannot be written: 100 requested and 20 written; nothing" in str(error)
 
 
 def test_a_damaged_part_is_computed_again(feature_run, tiny_arguments, tmp_path, capsys):

@@ -67,8 +67,8 @@ class Unavailable(UserError):
 
     def __init__(self, what: str | Path, error: OSError, action: str = "read"):
         name = errno.errorcode.get(error.errno, str(error.errno))
-        # Errors of libraries have a message alone.
-        reason = f"{error.strerror} ({name})" if error.errno else one_line(error)
+        # Errors of libraries have a message alone, which `str` drops beside a filename.
+        reason = f"{error.strerror} ({name})" if error.errno else " ".join(map(str, error.args))
         message = f"{error.filename or what} cannot be {action}: {reason}"
         if error.errno not in _OF_CONTENTS:
             message += "; nothing was moved or deleted, try again when the cause is removed"
