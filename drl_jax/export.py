@@ -171,7 +171,7 @@ def _programs(model: "RetrievalModel", *, rerank: bool) -> Iterator[Program]:
     yield compared
     if not rerank:
         return
-    file = read_reranker(reranker_path(model.source), config, model.params)
+    file = read_reranker(reranker_path(model.source), model.config, model.params)
 
     def rerank_all(similarity, **arrays):
         reranker = nnx.merge(reranker_definition(file.config)[0], file.params)

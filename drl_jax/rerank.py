@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.seed < 0:
-        parser.error(f"--seed={options.seed} must be 0 or positive")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed={options.seed} must be from 0 to {2**32 - 1}")
 
     def work() -> None:
         from drl_jax.runs.rerank_training import RerankSettings, train_reranker

@@ -103,7 +103,7 @@ def test_programs_agree_with_the_model(count, model, exported):
         given = {name: text[name] for name in texts} | {name: video[name] for name in videos}
         given = {name: np.asarray(array) for name, array in given.items()}
         found = run_program(exported, "reranked", {**given, "similarity": similarity})["reranked"]
-        file = read_reranker(path, model.config.model, model.params)
+        file = read_reranker(path, model.config, model.params)
         changes = RerankScorer(file.config).changes(file.params, text, video)
         assert np.std(changes) > 0.003
         np.testing.assert_allclose(found, similarity + changes, rtol=0, atol=1e-5)

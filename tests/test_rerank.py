@@ -42,6 +42,7 @@ from drl_jax.runs.reranker_file import (
     read_reranker,
     read_tensors,
     save_reranker,
+    write_tensors,
 )
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import make_layout
@@ -238,7 +239,12 @@ def test_one_and_eight_devices_agree(first_stage, shapes_config, tmp_path, monke
     make_run(tmp_path / "run", shapes_config)
     one = make_layout(jax.devices()[:1])
     monkeypatch.setattr("drl_jax.runs.rerank_training.make_layout", lambda: one)
-    assert rerank([f"--workdir={tmp_path / 'run'}", f"--features={features}", *FLAGS]) == 0
+    arguments = [f"--workdir={tmp_path / 'run'}", f"--features={features}", *FLAGS]
+    with monkeypatch.context() as patch:  # A kill after the last epoch, too, loses nothing.
+        patch.setattr("drl_jax.runs.rerank_training.save_reranker", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rerank(arguments)
+    assert rerank(arguments) == 0
     found, expected = (read_tensors(run / RERANKER_FILE)[1] for run in (tmp_path / "run", workdir))
     assert len(expected["losses"]) == 12
     assert expected["losses"][-1] < expected["losses"][0]
@@ -292,10 +298,10 @@ def test_search_reranks_the_first_videos(index, sizes, test_videos, capsys):
     assert paths[0][:10] != paths[1][:10]
     assert paths[0][10:] == paths[1][10:]
     assert {hit.path: hit.score for hit in before} == {hit.path: hit.score for hit in after}
-    # The same as the joint encoder of the pairs themselves.
+    # The same as of the pairs themselves.
     file = read_reranker(
         Path(index.model.source["workdir"]) / RERANKER_FILE,
-        index.model.config.model,
+        index.model.config,
         index.model.params,
     )
     text = index.model.encode_text([sentence])
@@ -320,6 +326,7 @@ def test_search_reranks_the_first_videos(index, sizes, test_videos, capsys):
     np.testing.assert_allclose(sum(said["added"]), after[0].reranked - after[0].score, atol=1e-3)
     figure = after[0].explain()
     assert f"{said['added'][0]:+.3f}" in [t.get_text() for t in figure.axes[-1].get_xticklabels()]
+    assert after[10].moments[0].explanation.to_json()["reranker"] is None
     assert before[0].moments[0].explanation.to_json()["reranker"] is None
 
 
@@ -363,7 +370,7 @@ def test_an_untrained_reranker_keeps_the_order_of_a_search(index, sizes):
 def test_an_index_that_cannot_be_reranked_is_refused(index, tmp_path, capsys):
     flags = ["query", f"--index={index.directory}", "a circle"]
     line = error_of("drl_jax.search", *flags, "--rerank=33", capsys=capsys)
-    assert "--rerank=33 is above the 32 videos of the index" in line
+    assert "rerank=33 is above the 32 videos of the index" in line
     dp = random_model(index.model.config, "dp")
     windows = made_up_windows(dp, 2)
     windows["video_unit"] = windows["frame_unit"][:, 0]
@@ -391,11 +398,20 @@ def test_what_does_not_fit_is_refused_in_one_line(first_stage, shapes_config, tm
     params = unflatten_dict(tensors, sep="/")
     wide = RerankerConfig(*values.pop("sizes"))._replace(width=64)
     save_reranker(other / RERANKER_FILE, wide, params, values)
-    assert "64 channels" in evaluate(f"--workdir={other}", "--rerank=5")
+    assert "has sizes [64, 4] (channels, frames)" in evaluate(f"--workdir={other}", "--rerank=5")
+    for change, line in (
+        ({"variant": "no_order"}, "is no complete reranker"),
+        ({"first_stage": "0" * 64}, "is of another first stage"),
+    ):
+        tensors, values = read_tensors(workdir / RERANKER_FILE)
+        write_tensors(other / RERANKER_FILE, tensors, values | change)
+        assert line in evaluate(f"--workdir={other}", "--rerank=5")
+    write_tensors(other / RERANKER_FILE, tensors, {})
+    assert "is no complete reranker" in evaluate(f"--workdir={other}", "--rerank=5")
     (other / RERANKER_FILE).write_bytes(stored[:-8] + bytes(8))
     assert "its checksum is wrong" in evaluate(f"--workdir={other}", "--rerank=5")
     assert "is of another training" in train(f"--workdir={workdir}", "--candidates=5")
-    assert "needs more than that" in train(f"--workdir={workdir}", "--candidates=9999")
+    assert "above the 32 videos of val" in train(f"--workdir={workdir}", "--candidates=9999")
     make_run(tmp_path / "dp", shapes_config, "dp")
     assert "interaction dp does not have" in train(f"--workdir={tmp_path / 'dp'}")
     line = error_of("drl_jax.rerank", f"--workdir={workdir}", capsys=capsys)

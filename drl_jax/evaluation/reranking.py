@@ -86,7 +86,7 @@ def check_candidates(count: int, videos: int, where: str) -> None:
     if not isinstance(count, int) or count < 1:
         raise UserError(f"rerank is a positive number of candidates, not {count!r}")
     if count > videos:
-        raise UserError(f"--rerank={count} is above the {videos:,} videos of {where}")
+        raise UserError(f"rerank={count} is above the {videos:,} videos of {where}")
 
 
 def rerank_evaluation(

@@ -9,17 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from drl_jax.config import LORA_TARGETS, Config, LoRAConfig
 from drl_jax.models.drl import Params, config_from_dict, param_shapes
 from drl_jax.models.linear import ADAPTER
 from drl_jax.runs.checkpoint_files import owner
 from drl_jax.runs.run_params import create_run, restore_params, with_backbone_of
-from drl_jax.runs.weights_writer import save_weights
+from drl_jax.runs.weights_writer import save_tensors, save_weights
 from drl_jax.runs.workdir import CHECKPOINTS, load_config, own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
-from drl_jax.runtime.files import replacing, write_json
+from drl_jax.runtime.files import write_json
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.trainable import Trainable
 from drl_jax.weights.containers import open_weights
@@ -266,9 +265,7 @@ def save_peft(folder: Path, params: Params, config: Config) -> None:
         "inference_mode": True,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / _PEFT_FILE) as unfinished:
-            save_file(tensors, unfinished, metadata={"format": "pt"})
+        save_tensors(folder / _PEFT_FILE, tensors, {"format": "pt"})
         write_json(folder / PEFT_CONFIG, said)
     except OSError as error:
         raise Unavailable(folder, error, "written") from error

@@ -283,9 +283,8 @@ class Reranking:
 
     def __init__(self, opened: OpenEvaluation, count: int):
         """Opens the reranker; UserError: there is none that fits, or there are fewer videos."""
-        model = opened.config.model
         check_candidates(count, len(opened.split.videos), f"the split {opened.split_name}")
-        self._file = read_reranker(opened.workdir / RERANKER_FILE, model, opened.params)
+        self._file = read_reranker(opened.workdir / RERANKER_FILE, opened.config, opened.params)
         self._opened, self._count = opened, count
         self._scorer = RerankScorer(self._file.config)
 

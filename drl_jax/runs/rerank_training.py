@@ -47,6 +47,7 @@ from drl_jax.runs.stored_features import stored_features
 from drl_jax.runs.workdir import exclusive
 from drl_jax.runtime.errors import UserError
 from drl_jax.runtime.sharding import make_layout
+from drl_jax.weights.errors import WeightsError
 
 _BATCH = 256  # Pairs, at most; smaller batches have fewer wrong candidates that are similar.
 _WARMUP, _DECAY, _MAX_NORM = 0.1, 0.1, 1.0
@@ -113,10 +114,9 @@ def train_reranker(
     dataset = VideoDataset(dataset_dir(config))
     splits = [load_split(dataset, name, config.data) for name in ("train", "val", "test")]
     train, val, _ = splits
-    if settings.candidates >= len(train.videos):
+    if settings.candidates > len(val.videos):
         raise UserError(
-            f"--candidates={settings.candidates}: train has {len(train.videos)} videos, and needs"
-            " more than that"
+            f"--candidates={settings.candidates} is above the {len(val.videos)} videos of val"
         )
     check_split("val", val, dataset, load_tokenizer(config.model), config.data.max_words)
     with exclusive(workdir):
@@ -132,7 +132,6 @@ def train_reranker(
         # As an index has them, which the first stage compares.
         videos["frame_unit"] = videos["frame_unit"].astype(jnp.bfloat16).astype(np.float32)
         evaluation = evaluator.run(params, val)
-        count = min(settings.candidates, len(val.videos))
         scorer, steps = RerankScorer(sizes), -(-len(train.videos) // _BATCH)
         tx = _optimizer(settings, settings.epochs * steps)
         step_function = make_step(sizes, tx)
@@ -147,12 +146,18 @@ def train_reranker(
         floor = -1.0 if settings.variant else history[0]
         unfinished = target.with_name(f"{target.stem}_state.safetensors")
         if unfinished.exists():
-            tensors, found = read_tensors(unfinished)
+            try:
+                tensors, found = read_tensors(unfinished)
+            except WeightsError as error:
+                raise WeightsError(f"{error}; delete it to train from the start") from error
             _check_same(unfinished, found, identity)
             tree = jax.tree.structure((state, best))
+            if len(tensors) != tree.num_leaves:
+                raise WeightsError(f"{unfinished} is no unfinished training; delete it")
             state, best = tree.unflatten(tensors[str(n)] for n in range(len(tensors)))
             history, losses = found["val_t2v_R1"], found["losses"]
             print(f"resuming {unfinished} after epoch {len(losses)}")
+        about = {**identity, "val_t2v_R1": history, "losses": losses}
         val_video, val_sim = settings.seen(evaluation.video, evaluation.sim_matrix)
         for epoch in range(len(history), settings.epochs + 1):
             batches = _batches(evaluator, params, train, videos, settings, epoch)
@@ -161,7 +166,7 @@ def train_reranker(
                 *state, loss = step_function(*state, batch)
                 of_steps.append(loss)
             scores = val_sim + scorer.changes(state[0], evaluation.text, val_video)
-            ranks = rerank_evaluation(scores, evaluation, count).ranks
+            ranks = rerank_evaluation(scores, evaluation, settings.candidates).ranks
             value = summary(ranks.t2v)["R@1"]
             # Of equal epochs, the last one has learned most.
             if value > floor and value >= max(history[1:], default=0):
@@ -170,10 +175,9 @@ def train_reranker(
             losses.append(float(np.mean(jax.device_get(of_steps))))
             print(
                 f"epoch {epoch} of {settings.epochs}: loss {losses[-1]:.4f}, val t2v R@1"
-                f" {value:.1f} of {count} candidates (first stage {history[0]:.1f})",
+                f" {value:.1f} of {settings.candidates} candidates (first stage {history[0]:.1f})",
                 flush=True,
             )
-            about = {**identity, "val_t2v_R1": history, "losses": losses}
             leaves = enumerate(jax.tree.leaves((tuple(state), best)))
             write_tensors(unfinished, {str(n): np.asarray(x) for n, x in leaves}, about)
         about["epoch"] = _best_epoch(floor, history[1:])

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
-from drl_jax.config import ModelConfig
+from drl_jax.config import Config
 from drl_jax.models.drl import Params
 from drl_jax.models.reranker import RerankerConfig, first_stage_sha256, reranker_definition
-from drl_jax.runtime.errors import Unavailable, UserError
-from drl_jax.runtime.files import replacing, sha256
+from drl_jax.runs.weights_writer import save_tensors
+from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.files import sha256
 from drl_jax.weights.containers import open_weights
 from drl_jax.weights.errors import WeightsError, about
 from drl_jax.weights.weights_file import checksum_of
@@ -34,15 +34,11 @@ class RerankerFile(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], values: dict[str, Any]) -> None:
-    """Replaces a file by tensors and values of JSON, all at once; Unavailable: it cannot."""
+    """Replaces a file by tensors and values of JSON; Unavailable: it cannot be written."""
     said = json.dumps({"format": _FORMAT, **values})
     state = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     metadata = {_ABOUT: said, _CHECKSUM: checksum_of(state, said)}
-    try:
-        with replacing(path, durable=True) as unfinished:
-            save_file(state, unfinished, metadata=metadata)
-    except OSError as error:
-        raise Unavailable(path, error, "written") from error
+    save_tensors(path, state, metadata, durable=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -78,30 +74,35 @@ def reranker_path(source: Mapping[str, str]) -> Path:
     return Path(source.get("workdir") or Path(source["weights"]).parent) / RERANKER_FILE
 
 
-def read_reranker(path: Path, model: ModelConfig, first_stage: Params) -> RerankerFile:
+def read_reranker(path: Path, config: Config, first_stage: Params) -> RerankerFile:
     """Opens the reranker of a first stage.
 
     Raises:
-      UserError: there is none, it is of another first stage, or of another width.
+      UserError: there is none, it is of another first stage, or of other sizes.
       WeightsError, Unavailable: as of `read_tensors`.
     """
-    RerankerConfig.of(model, 0)  # A first stage that can have one.
+    wanted = RerankerConfig.of(config.model, config.data.max_frames)
     if not path.exists():
-        raise UserError(f"there is no {path}; train it with python -m drl_jax.rerank --workdir=RUN")
-    tensors, values = read_tensors(path)
-    config = RerankerConfig(*values["sizes"])
-    wanted = RerankerConfig.of(model, config.frames)
-    if config != wanted:
         raise UserError(
-            f"{path} is of features with {config.width} channels; those of the first stage have"
-            f" {wanted.width}"
+            f"there is no {path}; train that of a run with python -m drl_jax.rerank, and copy it"
+            " beside a file of its weights"
+        )
+    tensors, values = read_tensors(path)
+    if not {"sizes", "first_stage"} <= values.keys() or values.get("variant"):
+        raise WeightsError(f"{path} is no complete reranker; train it with drl_jax.rerank")
+    if (*values["sizes"],) != wanted:
+        raise UserError(
+            f"{path} has sizes {values['sizes']} (channels, frames), and the first stage"
+            f" {[*wanted]}"
         )
     if (found := first_stage_sha256(first_stage)) != values["first_stage"]:
         raise UserError(
             f"{path} is of another first stage: parameters {values['first_stage'][:12]}, not"
-            f" {found[:12]}; train it with python -m drl_jax.rerank again"
+            f" {found[:12]}; it belongs to the best checkpoint that drl_jax.rerank was run with"
         )
-    shapes = flatten_dict(reranker_definition(config)[1], sep="/")
+    shapes = flatten_dict(reranker_definition(wanted)[1], sep="/")
     if {n: x.shape for n, x in shapes.items()} != {n: x.shape for n, x in tensors.items()}:
         raise WeightsError(f"{path} has other parameters than its sizes say")
-    return RerankerFile(config, unflatten_dict(tensors, sep="/"), values, sha256(path))
+    if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+        raise WeightsError(f"{path} has values that are not finite; train it again")
+    return RerankerFile(wanted, unflatten_dict(tensors, sep="/"), values, sha256(path))

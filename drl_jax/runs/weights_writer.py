@@ -73,14 +73,25 @@ def save_weights(
         said[ORIGIN_KEY] = json.dumps(origin)
     checksum = checksum_of(state, "".join(said.values()))
     metadata = {"format": "pt", **said, CHECKSUM_KEY: checksum}
+    save_tensors(path, state, metadata)
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: dict[str, str],
+    *,
+    durable: bool = False,
+) -> None:
+    """Replaces a safetensors file, all at once; Unavailable: it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
-            save_file(state, unfinished, metadata=metadata)
+        with replacing(path, durable=durable) as unfinished:
+            save_file(dict(tensors), unfinished, metadata=metadata)
     except OSError as error:
         raise Unavailable(path, error, "written") from error
-    except SafetensorError as error:
-        raise WeightsError(f"{path} cannot be written: {one_line(error)}") from error
+    except SafetensorError as error:  # Of a full disk, too.
+        raise Unavailable(path, OSError(one_line(error)), "written") from error
 
 
 def write_tokenizer(tokenizer: Path, target: Path) -> str:

@@ -68,8 +68,12 @@ class Ranker:
         return _Reranker(self.model)
 
     def reranked(self, index: OpenIndex, count: int | None) -> int:
-        """How many videos are reranked, by default `options.rerank`; a UserError if they cannot."""
-        count = self.options.rerank if count is None else count
+        """How many videos are reranked; a UserError if so many cannot.
+
+        None: `options.rerank`, or all of an index that has fewer by now.
+        """
+        if count is None:
+            return min(self.options.rerank, index.count)
         if count:
             check_candidates(count, index.count, "the index")
             _ = self._reranker  # It is there.
@@ -161,7 +165,7 @@ class _Reranker:
     """The reranker beside the model of an index."""
 
     def __init__(self, model: RetrievalModel):
-        found = read_reranker(reranker_path(model.source), model.config.model, model.params)
+        found = read_reranker(reranker_path(model.source), model.config, model.params)
         self._scorer = RerankScorer(found.config)
         self._params = jax.device_put(found.params)
 
@@ -244,12 +248,11 @@ class Answer:
                 break
         rows = np.array([*best.values()])
         slots = self.slots[rows].tolist()
-        similarities = self.scores[rows] + np.array([self._bias(slot) for slot in slots])
         changes = reranker.changes(self._query.parts[0].text, self._features(slots))
         # Without a change, the order of the first stage, bit for bit.
-        places = [*best]
-        for number in np.argsort(-(self.scores[rows] + changes), kind="stable").tolist():
-            self.reranked[places[number]] = float(similarities[number] + changes[number])
+        places, scores = [*best], self.scores[rows] + changes
+        for number in np.argsort(-scores, kind="stable").tolist():
+            self.reranked[places[number]] = float(scores[number])
         self._reranker, self.rerank_ms = reranker, 1000 * (time.perf_counter() - start)
 
     def _features(self, slots: list[int]) -> Features:
@@ -304,7 +307,7 @@ class Answer:
         scales = video.record.arrays[f"window.{BANK_ARRAY}"]
         is_sentence = self._query.is_sentence
         deviation = float(scales[:, 1].mean()) if is_sentence else 0.0
-        moments = []
+        moments, reranked = [], self.reranked.get(self._index.place(video.slot))
         for start, end, score, number in find_spans(windows, scores, most, deviation):
             window = windows[number]
             if is_sentence and not moments and len(windows) > 1 and (start, end) == window[:2]:
@@ -313,13 +316,16 @@ class Answer:
                 start, end, _ = tighten(model, self._query.parts, bank, _film_of(video), window)
             scale = scales[number] if is_sentence else self._scale
             how_unusual = None if scale is None else unusual(score, scale)
-            explained = functools.partial(self._explained, video, window, number)
+            # The reranker read the best moment.
+            reranker = None if reranked is None or moments else self._reranker
+            explained = functools.partial(self._explained, video, window, number, reranker)
             moments.append(Moment(start, end, score, window, number, how_unusual, explained))
         path = file_of(self._index.folder, video.path)
-        reranked = self.reranked.get(self._index.place(video.slot))
         return Hit(rank, path, video, tuple(moments), tuple(windows), scores, reranked=reranked)
 
-    def _explained(self, video: IndexedVideo, window: Window, number: int) -> Explanation | None:
+    def _explained(
+        self, video: IndexedVideo, window: Window, number: int, reranker: _Reranker | None
+    ) -> Explanation | None:
         model = self._ranker.model
         if window.frames == video.windows[number].frames:
             arrays = {name: array[number] for name, array in stored_windows(video).items()}
@@ -329,9 +335,9 @@ class Answer:
         times = [video.times[frame] for frame in window.frames]
         part = self._query.parts[0]
         found = explain(model.interaction, part, arrays, self._query.words, times)
-        if found is None or self._reranker is None:
+        if found is None or reranker is None:
             return found
-        attention, added = self._reranker.explain(part.text, arrays)
+        attention, added = reranker.explain(part.text, arrays)
         # Without padding.
         shown = {"attention": attention[: len(found.tokens)], "added": added[: len(times)]}
         return dataclasses.replace(found, **shown)

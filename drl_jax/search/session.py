@@ -116,7 +116,7 @@ class Index:
         if self._state is not None and options.correction is not None:
             self._state.biases(options.correction)
         if self._state is not None:
-            self.ranker.reranked(self._state, None)
+            self.ranker.reranked(self._state, options.rerank)
         if self._state is not None and options.engine == "auto" and self.ranker.scans(self._state):
             windows, count = len(self._state.gallery), options.candidates
             text = f"{windows:,} windows are scanned, and the best {count:,} are compared exactly"
@@ -326,7 +326,8 @@ class Index:
         with self._searching:
             answer = self._found(state, query, None, count)
             if answer.refined.keys().isdisjoint(video.slots.tolist()):
-                answer = self._found(state, query, video.path, count)
+                is_reranked = state.place(video.slot) in answer.reranked
+                answer = self._found(state, query, video.path, int(is_reranked))
             return answer.hits([video], most)[0]
 
     def _find(self, state: OpenIndex, query: Query, path: str | None, rerank: int) -> Answer:
