@@ -120,14 +120,14 @@ def train_reranker(
         )
     check_split("val", val, dataset, load_tokenizer(config.model), config.data.max_words)
     with exclusive(workdir):
-        stored = stored_features(config, dataset, splits, params, layout)
-        evaluator = Evaluator(config, dataset, layout, stored)
         identity = {"first_stage": first_stage_sha256(params), "step": step}
         identity |= dataclasses.asdict(settings)
         if target.exists():
             _, found = read_tensors(target)
             _check_same(target, found, identity)
             return found
+        stored = stored_features(config, dataset, splits, params, layout)
+        evaluator = Evaluator(config, dataset, layout, stored)
         videos = evaluator.encode_videos(params, train.videos)
         # As an index has them, which the first stage compares.
         videos["frame_unit"] = videos["frame_unit"].astype(jnp.bfloat16).astype(np.float32)
