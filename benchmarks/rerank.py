@@ -14,8 +14,6 @@ parameters, and a query of 24 words. `--figure=FILE` draws R@1 against both cost
 import argparse
 import collections
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 import drl_jax
-from benchmarks.measure import arguments, positive_ints, report, table
+from benchmarks.measure import arguments, positive_ints, report, seconds, table
 from drl_jax.config import ModelConfig
 from drl_jax.evaluation.evaluator import Evaluation
 from drl_jax.evaluation.metrics import Ranks, metrics_of
@@ -80,20 +78,10 @@ def interval(one: list[Ranks], other: list[Ranks]) -> tuple[float, float, float,
     return 100 * of_seeds.mean(), float(low), float(high), int((of_seeds.mean(axis=1) > 0).sum())
 
 
-def milliseconds(function: Callable[[], object], repeats: int = 10) -> float:
-    function()  # It compiles.
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1000 * float(np.median(times))
-
-
 def query_ms(scorer: RerankScorer, params: Params, text: Features, video: Features) -> float:
     """Milliseconds for one query and its candidates, which are in memory."""
     text = {name: array[:1] for name, array in text.items()}
-    return milliseconds(lambda: scorer.changes(params, text, video))
+    return 1000 * seconds(scorer.changes, params, text, video, repeats=10)
 
 
 def vit_b_32(candidates: list[int]) -> list[dict[str, Any]]:
@@ -115,8 +103,8 @@ def vit_b_32(candidates: list[int]) -> list[dict[str, Any]]:
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
     for number in candidates:
         video = side("frame", number, _FRAMES)
-        compiled = jax.jit(lambda p, *a: nnx.merge(definition, p)(*a)).lower(params, text, video)
-        work = compiled.compile().cost_analysis()["flops"] / 1e9
+        lowered = jax.jit(lambda p, *a: nnx.merge(definition, p)(*a)).lower(params, text, video)
+        work = lowered.compile().cost_analysis()["flops"] / 1e9
         ms = query_ms(scorer, jax.device_put(params), text, video)
         row = {"method": f"ViT-B/32, rerank {number}", "million": count, "gflop": work, "ms": ms}
         rows.append(row)
@@ -143,11 +131,9 @@ class Study:
             given = (opened.workdir, opened.config, settings)
             train_reranker(*given, features=features, target=target)
             tensors, about = read_tensors(target)
-            scorer, params = (
-                RerankScorer(RerankerConfig(*about["sizes"])),
-                unflatten_dict(tensors, sep="/"),
-            )
-            params, text = jax.device_put(params), evaluation.text
+            scorer = RerankScorer(RerankerConfig(*about["sizes"]))
+            params = jax.device_put(unflatten_dict(tensors, sep="/"))
+            text = evaluation.text
             video, prior = settings.seen(evaluation.video, evaluation.sim_matrix)
             scores = prior + scorer.changes(params, text, video)
             candidates = self.options.candidates
@@ -169,7 +155,7 @@ class Study:
         """Of one query and all videos; bytes are those that an index stores."""
         one = {name: array[:1] for name, array in evaluation.text.items()}
         compare = opened.evaluator.embedder.similarity
-        ms = milliseconds(lambda: compare(opened.params, one, evaluation.video))
+        ms = 1000 * seconds(compare, opened.params, one, evaluation.video, repeats=10)
         names = INTERACTIONS[opened.config.model.interaction].VIDEO_ARRAYS
         window = {name: evaluation.video[name][:1] for name in names}
         stored = quantize(window, "bfloat16")

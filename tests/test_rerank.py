@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -348,6 +349,12 @@ def test_the_command_and_the_api_rerank(index, capsys):
     video = answer["hits"][0]["path"]
     opened = api.video(PageQuery.of([("q", sentence), ("rerank", "10"), ("video", video)]))
     assert opened["explanation"]["reranker"]
+    # A video beyond the candidates is not reranked when it is opened, either.
+    given = [("q", sentence), ("rerank", "2")]
+    beyond = api.search(PageQuery.of(given))["hits"][2]
+    assert beyond["reranked"] is None
+    opened = api.video(PageQuery.of([*given, ("video", beyond["path"])]))
+    assert opened["explanation"]["reranker"] is None
     assert api.search(PageQuery.of([("q", sentence)]))["rerank_ms"] is None
     api.close()
 
@@ -359,6 +366,8 @@ def test_an_untrained_reranker_keeps_the_order_of_a_search(index, sizes):
     save_reranker(path, sizes, random_reranker(index.model, sizes, trained=False), about)
     other = drl_jax.Index(index.directory, index.model, SearchOptions(rerank=32))
     path.write_bytes(trained)
+    # Videos may be removed while it is open.
+    assert other.ranker.reranked(SimpleNamespace(count=31), None) == 31
     before, after = index.search(sentence, top=32), other.search(sentence, top=32)
     assert [hit.path for hit in after] == [hit.path for hit in before]
     assert [hit.reranked for hit in after] == [hit.score for hit in before]

@@ -96,15 +96,15 @@ def interaction_figure(
     below.bar(columns, attribution.frame_weight, color=colors, width=0.6)
     below.set_xlim(-0.5, count - 0.5)
     below.set_ylim(0, 1)
-    below.set_xticks(
-        *((columns, [f"{value:+.3f}" for value in added]) if added is not None else ([],))
-    )
+    below.set_xticks([])
     below.set_ylabel("frame weight", fontsize=9)
     for bars in (right, below):
         bars.tick_params(labelsize=8)
         bars.spines[["top", "right"]].set_visible(False)
-    of_reranker = "" if added is None else "; numbers: what the reranker adds to the score"
-    about = f"cosine of words and frames; best moment {moments[best]}{of_reranker}"
+    about = f"cosine of words and frames; best moment {moments[best]}"
+    if added is not None:
+        below.set_xticks(columns, [f"{value:+.3f}" for value in added])
+        about += "; numbers: what the reranker adds to the score"
     below.set_xlabel(about, fontsize=9)
     return figure
 

@@ -49,7 +49,6 @@ class RerankScorer:
     def changes(self, params: Params, text: Features, video: Features) -> np.ndarray:
         """Arrays of A texts and B videos -> changes of their similarities, float32 [A, B]."""
         of_text = _in_parts(lambda part: self._text(params, part)[0], text, TokenWise.TEXT_ARRAYS)
-        # Parts of a video are as large as its frames.
         of_video = _in_parts(
             lambda part: self._video(params, part).sum(axis=1), video, TokenWise.VIDEO_ARRAYS
         )
