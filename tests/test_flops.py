@@ -19,10 +19,10 @@ def test_the_count_is_that_of_the_formula(tiny_model):
     tokens = patches + 1
 
     def layer(queries, keys, width):
-        linear = 2 * (keys * 3 * width**2 + queries * width**2 + queries * 8 * width**2)
+        linear = 2 * (keys * 2 * width**2 + queries * 10 * width**2)
         return linear + 2 * 2 * queries * keys * width
 
-    # The last layer computes the class token alone.
+    # Of the last layer, the class token alone is a query.
     image = (backbone.vision_layers - 1) * layer(tokens, tokens, width) + layer(1, tokens, width)
     image += 2 * width * backbone.embed_dim
     text = backbone.text_layers * layer(L, L, backbone.text_width)

@@ -121,5 +121,5 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)  # [B, T, K, H/2, 2]
     turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    cos, sin = rotation.cos[:, None], rotation.sin[:, None]
+    cos, sin = (table[: x.shape[1], None] for table in rotation)
     return (x * cos + turned * sin).astype(x.dtype)

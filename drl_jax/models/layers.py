@@ -17,7 +17,7 @@ from jax.nn.initializers import Initializer, normal, xavier_uniform
 
 from drl_jax.config import BackboneConfig, LoRAConfig, ModelConfig
 from drl_jax.models.attention import NO_MASK, AttentionMask, Rotation, attend, rotate
-from drl_jax.models.linear import Linear, adapter_dropout, adapter_dropout_key, project
+from drl_jax.models.linear import KEPT, Linear, adapter_dropout, adapter_dropout_key
 from drl_jax.runtime.sharding import is_on_cpu, split_rows
 
 # LayerNorm epsilon of the reference's new heads, which come from a BERT implementation. CLIP's own
@@ -106,29 +106,25 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: AttentionMask, queries: int, rotation: Rotation | None = None
     ) -> jax.Array:
-        rows, positions, width = x.shape
-        # [B, T, 3D] -> three of [B, T, K, D/K]. The gradient of a split is a concatenation, that of
-        # three indexed parts a sum of three padded arrays.
+        rows, _, width = x.shape
+        # [B, Q or T, D] -> [B, Q or T, K, D/K]
         q, k, v = (
-            part.reshape(rows, positions, self.heads, width // self.heads)
-            for part in jnp.split(self.in_proj(x), 3, axis=-1)
+            part.reshape(rows, -1, self.heads, width // self.heads)
+            for part in self.in_proj.parts(x[:, :queries], x, x)
         )
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        attended = attend(q[:, :queries], k, v, mask, self.implementation)
+        attended = attend(q, k, v, mask, self.implementation)
         return self.out_proj(attended.reshape(rows, queries, width))  # [B, Q, K, D/K] -> [B, Q, D]
 
     def pool(self, x: jax.Array, probe: jax.Array) -> jax.Array:
         """Attends to all positions with one query: [B, T, D], [1, 1, D] -> [B, 1, D]."""
         rows, _, width = x.shape
-        kernel, bias, dtype = self.in_proj.kernel[...], self.in_proj.bias[...], self.in_proj.dtype
-        q = project(probe, kernel[:, :width], bias[:width], dtype)
-        kv = project(x, kernel[:, width:], bias[width:], dtype)  # [B, T, 2D]
-        q = jnp.broadcast_to(q, (rows, 1, width))
+        probe = jnp.broadcast_to(probe, (rows, 1, width))
         # [B, 1 or T, D] -> [B, 1 or T, K, D/K]
         q, k, v = (
             part.reshape(rows, -1, self.heads, width // self.heads)
-            for part in (q, *jnp.split(kv, 2, axis=-1))
+            for part in self.in_proj.parts(probe, x, x)
         )
         attended = attend(q, k, v, implementation=self.implementation)
         return self.out_proj(attended.reshape(rows, 1, width))
@@ -233,13 +229,13 @@ class Transformer(nnx.Module):
         # With fsdp, an embedding table that is split by columns would split all that follows, too.
         x = split_rows(x.astype(self.dtype))
         run_block = block_function(x.shape[1])
-        # Split instead of indexed: see SelfAttention.
         key = adapter_dropout_key() if self.dropout else None
         if key is not None:
             layers = len(jax.tree.leaves(stacked)[0])
             key = jax.random.key_data(jax.random.split(key, layers))
         leaves, tree = jax.tree.flatten((stacked, key))
         if not is_on_cpu():
+            # The gradient of a split is a concatenation, that of indexing a sum of padded arrays.
             split = zip(*(jnp.split(leaf, len(leaf)) for leaf in leaves), strict=True)
             *first, last = (tree.unflatten([leaf[0] for leaf in layer]) for layer in split)
             frozen = self.frozen_layers
@@ -284,7 +280,5 @@ def rematerialized(function: Callable, remat: str) -> Callable:
     """Chooses what the backward pass of a function computes again (`ModelConfig.remat`)."""
     if remat == "none":
         return function
-    # "dots" keeps products of activations with parameters; those of attention have batch axes.
-    keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policy = keep_dots if remat == "dots" else None
-    return jax.checkpoint(function, policy=policy)
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT)
+    return jax.checkpoint(function, policy=keep if remat == "dots" else None)

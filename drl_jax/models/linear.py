@@ -2,12 +2,13 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout as DenseLayout
 from jax.experimental.layout import with_layout_constraint
 from jax.nn.initializers import variance_scaling
@@ -15,6 +16,8 @@ from jax.nn.initializers import variance_scaling
 from drl_jax.config import LORA_TARGETS, LoRAConfig
 from drl_jax.runtime.sharding import is_on_cpu, replicate
 
+# Name of the results that a layer keeps for the backward pass (`layers.rematerialized`).
+KEPT = "linear"
 # Names of a low-rank adapter's parameters.
 ADAPTER = ("lora_a", "lora_b")
 # Of the adapters' dropout; None: there is none.
@@ -55,51 +58,98 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., Din] -> [..., Dout]."""
+        return self.parts(x)[0]
+
+    def parts(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+        """Each of n inputs [..., Din] with its n-th of the channels of the result: [..., Dout/n].
+
+        Products of their own need no copies that split the result and concatenate its gradient.
+        """
+        if len(inputs) > 1 and is_on_cpu() and all(x is inputs[0] for x in inputs):
+            # A copy takes less time there than narrow products lose.
+            return tuple(jnp.split(self(inputs[0]), len(inputs), axis=-1))
         bias = None if self.bias is None else self.bias[...]
-        y = project(x, self.kernel[...], bias, self.dtype)
+        found = project(inputs, self.kernel[...], bias, self.dtype)
         if self.adapter is None:
-            return y
+            return found
         if (key := adapter_dropout_key()) is not None:
-            kept = 1.0 - self.adapter.dropout
-            mask = jax.random.bernoulli(jax.random.fold_in(key, self.adapter_number), kept, x.shape)
-            x = jnp.where(mask, x / kept, 0.0)
+            key, kept = jax.random.fold_in(key, self.adapter_number), 1.0 - self.adapter.dropout
+            masks = (jax.random.bernoulli(key, kept, x.shape) for x in inputs)
+            inputs = [jnp.where(m, x / kept, 0.0) for m, x in zip(masks, inputs, strict=True)]
         # Not merged into the kernel, whose gradient would have all its rows and columns.
-        low = project(x, self.lora_a[...], None, self.dtype)
-        return y + self.adapter.scale * project(low, self.lora_b[...], None, self.dtype)
+        low = [project([x], self.lora_a[...], None, self.dtype)[0] for x in inputs]
+        added = project(low, self.lora_b[...], None, self.dtype)
+        return tuple(y + self.adapter.scale * z for y, z in zip(found, added, strict=True))
 
 
-def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """x @ kernel + bias in a dtype: [..., Din], float32 [Din, Dout], [Dout] -> [..., Dout]."""
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    y = matmul(rows, kernel)
-    if bias is not None:
-        # In float32, as the sum over rows that is its gradient.
-        y = (y + bias).astype(dtype)
-    return y.reshape(*x.shape[:-1], -1)
+def project(
+    inputs: Sequence[jax.Array], kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype
+) -> tuple[jax.Array, ...]:
+    """Products of n inputs [..., Din] and an n-th each of the columns of a kernel, plus the bias.
+
+    Float32 [Din, Dout] and [Dout] -> n of [..., Dout/n] in a dtype.
+    """
+    # Of an input that comes twice, once, so that cuBLAS adds its gradients to each other.
+    rows = {id(x): x.reshape(-1, x.shape[-1]).astype(dtype) for x in inputs}
+    found = _affine(tuple(rows[id(x)] for x in inputs), kernel, bias)
+    # With the bias, which cuBLAS adds to a product before it writes it.
+    found = (checkpoint_name(y, KEPT) for y in found)
+    return tuple(y.reshape(*x.shape[:-1], -1) for x, y in zip(inputs, found, strict=True))
 
 
 @jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[N, Din] times a float32 kernel [Din, Dout], in the dtype of `x`: [N, Dout]."""
-    return _product(x, gathered(kernel, x.dtype))
+def _affine(
+    inputs: tuple[jax.Array, ...], kernel: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """`project` of n inputs [N, Din] in its dtype."""
+    return _affine_forward(inputs, kernel, bias)[0]
 
 
-def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
-    # Not `matmul`: rematerialisation sees a product here, and may keep it.
-    return _product(x, gathered(kernel, x.dtype)), (x, kernel)
+def _affine_forward(
+    inputs: tuple[jax.Array, ...], kernel: jax.Array, bias: jax.Array | None
+) -> tuple[tuple[jax.Array, ...], tuple]:
+    found = [_product(x, part) for x, part in zip(inputs, _columns(kernel, inputs), strict=True)]
+    if bias is not None:
+        parts = jnp.split(bias.astype(inputs[0].dtype), len(inputs))
+        found = [y + part for y, part in zip(found, parts, strict=True)]
+    return tuple(found), (inputs, kernel, bias)
 
 
-def _matmul_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    of_x = _product(gradient, gathered(kernel, x.dtype), contracted=(1, 1))
+def _affine_backward(
+    saved: tuple, gradients: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array | None]:
+    inputs, kernel, bias = saved
+    of_inputs = tuple(
+        _product(gradient, part, contracted=(1, 1))
+        for gradient, part in zip(gradients, _columns(kernel, inputs), strict=True)
+    )
+    of_kernel = [_kernel_gradient(*pair) for pair in zip(inputs, gradients, strict=True)]
+    of_bias = None
+    if bias is not None:
+        of_bias = jnp.concatenate([jnp.sum(g, axis=0, dtype=bias.dtype) for g in gradients])
+    return of_inputs, jnp.concatenate(of_kernel, axis=1), of_bias
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
+def _columns(kernel: jax.Array, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """The columns for each input, in its dtype, whole on each device of the current mesh.
+
+    With fsdp, XLA otherwise splits the product by columns and moves activations between devices,
+    which are many times larger.
+    """
+    return jnp.split(replicate(kernel.astype(inputs[0].dtype)), len(inputs), axis=1)
+
+
+def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """[N, Din], [N, Dout] -> float32 [Din, Dout]."""
     if x.dtype == jnp.bfloat16 and is_on_cpu():
         transposed = with_layout_constraint(x.T, DenseLayout((0, 1)))
-        of_kernel = jnp.matmul(transposed, gradient, preferred_element_type=kernel.dtype)
-    else:
-        of_kernel = jax.lax.dot_general(
-            x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype
-        )
-    return of_x, of_kernel
+        return jnp.matmul(transposed, gradient, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _product(x: jax.Array, y: jax.Array, contracted: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -114,18 +164,6 @@ def _product(x: jax.Array, y: jax.Array, contracted: tuple[int, int] = (1, 0)) -
         y = jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
     return jax.lax.dot_general(x, y, dimensions)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def gathered(kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A kernel in a dtype, whole on each device of the current mesh.
-
-    With fsdp, XLA otherwise splits the product by columns and moves activations between devices,
-    which are many times larger.
-    """
-    return replicate(kernel.astype(dtype))
 
 
 def linear_without_bias_gradient(layer: nnx.Linear, x: jax.Array) -> jax.Array:
