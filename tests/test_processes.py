@@ -1,11 +1,11 @@
 """A call of a worker pool that hangs or dies fails alone; real processes and signals."""
 
+import contextlib
 import os
 import signal
 import struct
 import subprocess
 import sys
-import threading
 from multiprocessing import Pipe
 
 import pytest
@@ -57,12 +57,13 @@ def test_a_call_that_fails_in_passing_is_repeated_alone(tmp_path):
 
 def test_a_process_that_stops_while_it_sends_its_result_is_killed(monkeypatch):
     monkeypatch.setattr(worker_pool, "_START_SECONDS", 0.2)
-    worker, (reader, writer) = worker_pool._Worker(threading.Event()), Pipe()
-    worker._connection = reader
-    monkeypatch.setattr(worker, "kill", writer.close)
-    os.write(writer.fileno(), struct.pack("!i", 100) + b"half of it")
-    with pytest.raises(OSError, match="end of file"):
-        worker._receive(None)
+    with contextlib.closing(worker_pool.CallPool(1)) as pool:
+        (worker,), (reader, writer) = pool._workers, Pipe()
+        worker._connection = reader
+        monkeypatch.setattr(worker, "kill", writer.close)
+        os.write(writer.fileno(), struct.pack("!i", 100) + b"half of it")
+        with pytest.raises(OSError, match="end of file"):
+            worker._receive(None)
 
 
 def test_a_file_that_hangs_its_reader_times_out(tmp_path):

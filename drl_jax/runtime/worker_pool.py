@@ -108,6 +108,7 @@ class CallPool:
             threading.Thread(target=self._serve, args=(worker,), daemon=True)
             for worker in self._workers
         ]
+        self._threads.append(threading.Thread(target=self._end_stopped, daemon=True))
         for thread in self._threads:
             thread.start()
         # A generator that holds a pool may be closed only when threads run no more.
@@ -151,6 +152,14 @@ class CallPool:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
 
+    def _end_stopped(self) -> None:
+        """Kills processes that stop in a transfer; one thread, as a timer for each costs more."""
+        while not self._is_closed.wait(1.0):
+            for worker in self._workers:
+                deadline = worker.deadline  # Its thread may set it to None at any time.
+                if deadline is not None and time.monotonic() > deadline:
+                    worker.kill()
+
     def _serve(self, worker: "_Worker") -> None:
         while (item := self._calls.get()) is not None:
             future, is_fresh, call = item
@@ -167,6 +176,8 @@ class _Worker:
         self._is_closed = is_closed
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
+        # Of a transfer, in the time of `time.monotonic`.
+        self.deadline: float | None = None
 
     def call(self, function: Callable, arguments: tuple, timeout: float | None) -> Any:
         call = pickle.dumps((function, arguments))
@@ -176,7 +187,7 @@ class _Worker:
             self._start()
         has_started = False
         try:
-            with self._killing_after(_START_SECONDS):
+            with self._transfer():
                 self._connection.send_bytes(call)
             content = self._receive(_START_SECONDS)
             if has_started := not content:
@@ -196,19 +207,17 @@ class _Worker:
     def _receive(self, seconds: float | None) -> bytes:
         if not self._connection.poll(None if seconds is None else min(seconds, _LONGEST)):
             raise TimeoutError
-        with self._killing_after(_START_SECONDS):
+        with self._transfer():
             return self._connection.recv_bytes()
 
     @contextlib.contextmanager
-    def _killing_after(self, seconds: float) -> Iterator[None]:
-        """Ends a transfer in which the process stops: `poll` sees its first byte only."""
-        timer = threading.Timer(seconds, self.kill)
-        timer.daemon = True
-        timer.start()
+    def _transfer(self) -> Iterator[None]:
+        """One that the pool ends if the process stops in it: `poll` sees its first byte only."""
+        self.deadline = time.monotonic() + _START_SECONDS
         try:
             yield
         finally:
-            timer.cancel()
+            self.deadline = None
 
     def kill(self) -> None:
         if (process := self._process) is not None:
