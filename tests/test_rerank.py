@@ -1,5 +1,6 @@
 """Rerankers of the first candidates of a search."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -45,12 +46,13 @@ from drl_jax.runs.reranker_file import (
     save_reranker,
     write_tensors,
 )
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import Notice, UserError
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.search.__main__ import main as search
 from drl_jax.search.addresses import PageQuery
 from drl_jax.search.api import SearchAPI
 from drl_jax.search.filters import Filters
+from drl_jax.search.query import Query
 from drl_jax.search.ranking import SearchOptions
 
 COUNT = 6
@@ -309,10 +311,17 @@ def test_search_reranks_the_first_videos(index, sizes, test_videos, capsys):
     video = index.model.encode_videos(paths[0][:10])
     changes = RerankScorer(sizes).changes(file.params, text, video)[0]
     scores = np.array([hit.score for hit in before[:10]]) + changes
+    pairs = index.model.similarity(text, video)[0] + changes
+    np.testing.assert_array_equal(index.model.rerank(text, video)[0], pairs)
     found = {hit.path: hit.reranked for hit in after[:10]}
     np.testing.assert_allclose([found[path] for path in paths[0][:10]], scores, atol=1e-5)
     assert (np.diff([hit.reranked for hit in after[:10]]) <= 0).all()
     assert after[10].reranked is None
+    table = after.to_pandas().drop_duplicates("path")
+    assert table["reranked"].notna().tolist() == 10 * [True] + 22 * [False]
+    with pytest.warns(Notice, match="^only sentences are reranked$"):
+        other = index.search(Query(sentence, without="a blue square"), rerank=10)
+    assert other.rerank_ms is None
     # Sentences that are asked together, and some of the videos.
     together = index.search([sentence, "a blue square"], top=10, rerank=10)
     assert [hit.path for hit in together[0]] == paths[1][:10]
@@ -336,7 +345,9 @@ def test_the_command_and_the_api_rerank(index, capsys):
     expected = [str(hit.path) for hit in index.search(sentence, top=5, rerank=10)]
     flags = ["query", f"--index={index.directory}", sentence, "--rerank=10"]
     assert search([*flags, "--json"]) == 0
-    hits = json.loads(capsys.readouterr().out.splitlines()[-1])["hits"]
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["rerank_ms"] > 0
+    hits = answer["hits"]
     assert [hit["path"] for hit in hits] == expected
     assert search(flags) == 0
     said = capsys.readouterr().out
@@ -364,7 +375,8 @@ def test_an_untrained_reranker_keeps_the_order_of_a_search(index, sizes):
     trained = path.read_bytes()
     about = {"first_stage": first_stage_sha256(index.model.params)}
     save_reranker(path, sizes, random_reranker(index.model, sizes, trained=False), about)
-    other = drl_jax.Index(index.directory, index.model, SearchOptions(rerank=32))
+    model = copy.copy(index.model)  # A model keeps the reranker that it has opened.
+    other = drl_jax.Index(index.directory, model, SearchOptions(rerank=32))
     path.write_bytes(trained)
     # Videos may be removed while it is open.
     assert other.ranker.reranked(SimpleNamespace(count=31), None) == 31

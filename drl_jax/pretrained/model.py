@@ -33,6 +33,7 @@ from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained.devices import claim_process, find_devices
 from drl_jax.pretrained.inputs import Video, captions_of, features_of, items_of, read_video
+from drl_jax.pretrained.reranker import LoadedReranker
 from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
 from drl_jax.runtime.errors import UserError, as_path, one_line
 from drl_jax.runtime.plugins import origin_of
@@ -252,6 +253,27 @@ class RetrievalModel:
             text = features_of(text, "encode_text", interaction.TEXT_ARRAYS)
             video = features_of(video, "encode_videos", interaction.VIDEO_ARRAYS)
             return self._embedder.similarity(self.params, text, video)
+
+    @functools.cached_property
+    def reranker(self) -> LoadedReranker:
+        """The reranker of the run, or beside the file of weights (docs/rerank.md).
+
+        Raises:
+          UserError: there is none, or it is of another model, or damaged.
+        """
+        return LoadedReranker(self.source, self.config, self.params)
+
+    def rerank(self, text: Features, video: Features) -> np.ndarray:
+        """Compares A texts with B candidates, e.g. of a database, as the reranker ranks them.
+
+        Returns:
+          float32 [A, B]: `similarity` and what the reranker adds to it.
+
+        Raises:
+          UserError: as `similarity` and `reranker`.
+        """
+        scores = self.similarity(text, video)
+        return scores + self.reranker.changes(text, video)
 
     def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
         """The tokens of each caption as the model reads them, truncated, with start and end."""

@@ -154,11 +154,12 @@ def print_answers(
 ) -> None:
     """Prints the hits of queries with these names, or with `--json` an object for each of them."""
     for name, hits in zip(names, found, strict=True):
+        took = getattr(hits, "rerank_ms", None)
         if options.json:
             answer = {"model": index.model.about, "query": name}
+            answer |= {} if took is None else {"rerank_ms": round(took, 1)}
             print(json.dumps({**answer, "hits": [hit.to_json() for hit in hits]}))
         else:
-            took = getattr(hits, "rerank_ms", None)
             reranked = "" if took is None else f"  (reranked in {took:.0f} ms)"
             print(f"{name}{reranked}\n{hits}")
 

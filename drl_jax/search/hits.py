@@ -274,15 +274,17 @@ class Hits(list[Hit]):
     ):
         super().__init__(hits)
         self.rerank_ms = rerank_ms
-        self.query, self.notice = query, notice  # Why text that was asked for is missing.
+        self.query, self.notice = query, notice  # Why something that was asked for is missing.
 
     def __getitem__(self, which: Any) -> Any:
         """A hit, or the `Hits` of a slice."""
         found = super().__getitem__(which)
-        return Hits(found, self.query, self.notice) if isinstance(which, slice) else found
+        about = self.query, self.notice, self.rerank_ms
+        return Hits(found, *about) if isinstance(which, slice) else found
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """A row per moment: query, rank, path, start, end and peak in seconds, score, is_weak.
+        """A row per moment: query, rank, path, start, end and peak in seconds, score, is_weak,
+        reranked.
 
         A path is text that can be stored; `hit.path` is the file, also if its name is not UTF-8.
 
@@ -292,13 +294,13 @@ class Hits(list[Hit]):
             import pandas
         except ImportError as error:
             raise UserError("to_pandas needs pandas; install it: pip install pandas") from error
-        columns = ("query", "rank", "path", "start", "end", "peak", "score", "is_weak")
+        columns = ("query", "rank", "path", "start", "end", "peak", "score", "is_weak", "reranked")
         rows = [
-            (self.query, hit.rank, path_of(hit.path), m.start, m.end, m.peak, m.score, hit.is_weak)
+            (*(self.query, hit.rank, path_of(hit.path)), *found, hit.is_weak, hit.reranked)
             for hit in self
-            for m in hit.moments
+            for found in ((m.start, m.end, m.peak, m.score) for m in hit.moments)
         ]
-        return pandas.DataFrame(rows, columns=columns)
+        return pandas.DataFrame(rows, columns=columns).astype({"reranked": float})
 
     def __str__(self) -> str:
         """The hits as text; weak ones are set apart instead of listed as if they were answers."""

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from drl_jax.evaluation.reranking import RerankScorer, check_candidates
+from drl_jax.evaluation.reranking import check_candidates
 from drl_jax.models.interactions import Features
 from drl_jax.pretrained.model import RetrievalModel
-from drl_jax.runs.reranker_file import read_reranker, reranker_path
 from drl_jax.runtime.errors import UserError
 from drl_jax.search import CANDIDATES, MOMENTS, REFINE, SCAN_FROM
 from drl_jax.search.encoding import BANK_ARRAY, Correction, dequantize, gallery_scale, unusual
@@ -63,10 +62,6 @@ class Ranker:
         self.bank = functools.lru_cache(1)(model.encode_text)
         self._biases = functools.lru_cache(1)(lambda index: index.biases(options.correction))
 
-    @functools.cached_property
-    def _reranker(self) -> "_Reranker":
-        return _Reranker(self.model)
-
     def reranked(self, index: OpenIndex, count: int | None) -> int:
         """How many videos are reranked; a UserError if so many cannot.
 
@@ -76,7 +71,7 @@ class Ranker:
             return min(self.options.rerank, index.count)
         if count:
             check_candidates(count, index.count, "the index")
-            _ = self._reranker  # It is there.
+            _ = self.model.reranker  # It is there.
         return count
 
     def scans(self, index: OpenIndex) -> bool:
@@ -98,7 +93,7 @@ class Ranker:
         """
         answers = self._rank(index, queries, max(top, rerank), among)
         for answer in answers if rerank and queries[0].is_sentence else ():
-            answer.rerank(self._reranker, rerank)
+            answer.rerank(rerank)
         return answers
 
     def _rank(
@@ -161,24 +156,6 @@ class Ranker:
         return self.engine.search([Part(together)], gallery, count, is_one=False)
 
 
-class _Reranker:
-    """The reranker beside the model of an index."""
-
-    def __init__(self, model: RetrievalModel):
-        found = read_reranker(reranker_path(model.source), model.config, model.params)
-        self._scorer = RerankScorer(found.config)
-        self._params = jax.device_put(found.params)
-
-    def changes(self, text: Features, windows: Features) -> np.ndarray:
-        """Changes of the similarities of windows and one text, float32 [N]."""
-        return self._scorer.changes(self._params, text, windows)[0]
-
-    def explain(self, text: Features, window: Features) -> tuple[np.ndarray, np.ndarray]:
-        """As `RerankScorer.explain`, of a window without an axis of items."""
-        window = {name: array[None] for name, array in window.items()}
-        return self._scorer.explain(self._params, text, window)
-
-
 class Answer:
     """The best windows of a query in a state of an index, ranked: scores [N] and slots [N].
 
@@ -196,7 +173,6 @@ class Answer:
     ):
         self._ranker, self._index, self._query = ranker, index, query
         self._biases, self.refined = biases, dict[int, tuple[Window, float]]()
-        self._reranker: _Reranker | None = None
         self.reranked, self.rerank_ms = dict[Place, float](), None
         self._sort(*ranking)
         if candidates := self._candidates():
@@ -239,7 +215,7 @@ class Answer:
         """Segment and row of the videos of these windows, each once."""
         return list(dict.fromkeys([*self.reranked, *map(self._index.place, self.slots.tolist())]))
 
-    def rerank(self, reranker: _Reranker, count: int) -> None:
+    def rerank(self, count: int) -> None:
         """Orders the first `count` videos anew, by the best window of each."""
         start, index, best = time.perf_counter(), self._index, dict[Place, int]()
         for row, slot in enumerate(self.slots.tolist()):
@@ -248,12 +224,13 @@ class Answer:
                 break
         rows = np.array([*best.values()])
         slots = self.slots[rows].tolist()
-        changes = reranker.changes(self._query.parts[0].text, self._features(slots))
+        features = self._features(slots)
+        (changes,) = self._ranker.model.reranker.changes(self._query.parts[0].text, features)
         # Without a change, the order of the first stage, bit for bit.
         places, scores = [*best], self.scores[rows] + changes
         for number in np.argsort(-scores, kind="stable").tolist():
             self.reranked[places[number]] = float(scores[number])
-        self._reranker, self.rerank_ms = reranker, 1000 * (time.perf_counter() - start)
+        self.rerank_ms = 1000 * (time.perf_counter() - start)
 
     def _features(self, slots: list[int]) -> Features:
         """Arrays of stored windows, or of the refined ones that took their places."""
@@ -317,14 +294,14 @@ class Answer:
             scale = scales[number] if is_sentence else self._scale
             how_unusual = None if scale is None else unusual(score, scale)
             # The reranker read the best moment.
-            reranker = None if reranked is None or moments else self._reranker
-            explained = functools.partial(self._explained, video, window, number, reranker)
+            was_read = reranked is not None and not moments
+            explained = functools.partial(self._explained, video, window, number, was_read)
             moments.append(Moment(start, end, score, window, number, how_unusual, explained))
         path = file_of(self._index.folder, video.path)
         return Hit(rank, path, video, tuple(moments), tuple(windows), scores, reranked=reranked)
 
     def _explained(
-        self, video: IndexedVideo, window: Window, number: int, reranker: _Reranker | None
+        self, video: IndexedVideo, window: Window, number: int, was_read: bool
     ) -> Explanation | None:
         model = self._ranker.model
         if window.frames == video.windows[number].frames:
@@ -335,9 +312,9 @@ class Answer:
         times = [video.times[frame] for frame in window.frames]
         part = self._query.parts[0]
         found = explain(model.interaction, part, arrays, self._query.words, times)
-        if found is None or reranker is None:
+        if found is None or not was_read:
             return found
-        attention, added = reranker.explain(part.text, arrays)
+        attention, added = model.reranker.explain(part.text, arrays)
         # Without padding.
         shown = {"attention": attention[: len(found.tokens)], "added": added[: len(times)]}
         return dataclasses.replace(found, **shown)

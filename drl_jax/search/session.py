@@ -217,8 +217,9 @@ class Index:
 
         With `text`, the words of sentences are also looked for in transcripts, and the ranks of
         both are fused; hits have `cues`, and `moments` is the number of these at most, too. A
-        Notice says why there is no text. With `rerank`, the reranker of the model (docs/rerank.md)
-        orders so many of the first videos of sentences anew, instead of `SearchOptions.rerank`.
+        Notice says why there is no text, or no reranking. With `rerank`, the reranker of the model
+        (docs/rerank.md) orders so many of the first videos of sentences anew, instead of
+        `SearchOptions.rerank`.
 
         Raises UserError if a query is empty or cannot be read, or no video passes the filters.
         """
@@ -273,8 +274,10 @@ class Index:
             query = dataclasses.replace(query, picture=read_picture(self.model, query.picture))
         cues, notice = state.find_cues(query.sentence, _FUSED, moments, among) if text else ({}, "")
         count = self.ranker.reranked(state, rerank)
-        most = max(top, _FUSED) if cues else top
-        request = _Request(state, self._encoded(query), most, among, count)
+        encoded, most = self._encoded(query), max(top, _FUSED) if cues else top
+        if count and not encoded.is_sentence:
+            notice = "; ".join(filter(None, (notice, "only sentences are reranked")))
+        request = _Request(state, encoded, most, among, count)
         self._waiting.append(request)
         with self._searching:
             if request.answer is None:
