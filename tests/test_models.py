@@ -5,15 +5,17 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from support.params import random_batch, random_params
 
-from drl_jax.config import LossConfig, ModelConfig
+from drl_jax.config import LoRAConfig, LossConfig, ModelConfig
 from drl_jax.models.drl import copy_text_tower, model_definition, param_shapes
 from drl_jax.models.interactions import INTERACTIONS
 from drl_jax.models.layers import BlockConfig, Transformer, new_block_init
+from drl_jax.models.linear import Linear
 from drl_jax.models.temporal import SequenceTransformer
 from drl_jax.runtime.sharding import make_layout
 from drl_jax.training.train_step import loss_and_parts
@@ -111,6 +113,40 @@ def test_a_transformer_computes_only_the_positions_that_are_needed(tiny_model):
         lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6),
         gradient(params, x, 2),
         gradient(params, x, None),
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_parts_of_a_linear_layer_are_those_of_its_result(monkeypatch, dtype, tolerance, rank):
+    """Values and gradients, with and without an adapter, in a program as GPUs have it."""
+    layer = Linear(8, 12, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    if rank:
+        layer.add_adapter(LoRAConfig(rank=rank), "in_proj", rngs=nnx.Rngs(1))
+    definition, params = nnx.split(layer)
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    x, y = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
+    scale = jnp.arange(1.0, 4.0)
+
+    def whole(params, x, y):
+        of_x, of_y = (jnp.split(nnx.merge(definition, params)(z), 3, axis=-1) for z in (x, y))
+        return jnp.stack([of_y[0], *of_x[1:]])
+
+    def in_parts(params, x, y):
+        return jnp.stack(nnx.merge(definition, params).parts(y, x, x))
+
+    def gradient(function):
+        def loss(*arguments):
+            return jnp.einsum("p,pbtd->", scale, jnp.sin(function(*arguments).astype(float)))
+
+        return jax.grad(loss, (0, 1, 2))(params, x, y)
+
+    expected = whole(params, x, y), gradient(whole), whole(params, x, x)
+    monkeypatch.setattr("drl_jax.models.linear.is_on_cpu", lambda: False)
+    found = in_parts(params, x, y), gradient(in_parts), in_parts(params, x, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
+        *(jax.tree.map(lambda a: np.asarray(a, float), tree) for tree in (found, expected)),
     )
 
 
