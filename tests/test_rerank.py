@@ -235,6 +235,8 @@ def test_a_killed_training_continues_bit_for_bit(first_stage, shapes_config, tmp
     found, expected = (read_tensors(run / RERANKER_FILE) for run in (tmp_path / "run", workdir))
     assert_same_arrays(found[0], expected[0])
     assert found[1] == expected[1]  # Losses too, which follow from all that a state has.
+    files = [(run / RERANKER_FILE).read_bytes() for run in (tmp_path / "run", workdir)]
+    assert files[0] == files[1]
 
 
 def test_one_and_eight_devices_agree(first_stage, shapes_config, tmp_path, monkeypatch):
@@ -313,6 +315,11 @@ def test_search_reranks_the_first_videos(index, sizes, test_videos, capsys):
     scores = np.array([hit.score for hit in before[:10]]) + changes
     pairs = index.model.similarity(text, video)[0] + changes
     np.testing.assert_array_equal(index.model.rerank(text, video)[0], pairs)
+    longer = {name: np.concatenate([array, array], axis=1) for name, array in video.items()}
+    with pytest.raises(UserError, match="encode_videos"):
+        index.model.rerank(text, longer)
+    with pytest.raises(UserError, match="not True"):
+        index.search(sentence, rerank=True)
     found = {hit.path: hit.reranked for hit in after[:10]}
     np.testing.assert_allclose([found[path] for path in paths[0][:10]], scores, atol=1e-5)
     assert (np.diff([hit.reranked for hit in after[:10]]) <= 0).all()
@@ -430,7 +437,7 @@ def test_what_does_not_fit_is_refused_in_one_line(first_stage, shapes_config, tm
     write_tensors(other / RERANKER_FILE, tensors, {})
     assert "is no complete reranker" in evaluate(f"--workdir={other}", "--rerank=5")
     (other / RERANKER_FILE).write_bytes(stored[:-8] + bytes(8))
-    assert "its checksum is wrong" in evaluate(f"--workdir={other}", "--rerank=5")
+    assert "is damaged: delete it, and run" in evaluate(f"--workdir={other}", "--rerank=5")
     assert "is of another training" in train(f"--workdir={workdir}", "--candidates=5")
     assert "above the 32 videos of val" in train(f"--workdir={workdir}", "--candidates=9999")
     make_run(tmp_path / "dp", shapes_config, "dp")

@@ -82,7 +82,7 @@ def _in_parts(
 
 def check_candidates(count: int, videos: int, where: str) -> None:
     """Raises UserError unless there are as many videos as candidates."""
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise UserError(f"rerank is a positive number of candidates, not {count!r}")
     if count > videos:
         raise UserError(f"rerank={count} is above the {videos:,} videos of {where}")

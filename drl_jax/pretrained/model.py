@@ -273,7 +273,8 @@ class RetrievalModel:
           UserError: as `similarity` and `reranker`.
         """
         scores = self.similarity(text, video)
-        return scores + self.reranker.changes(text, video)
+        with _refusing_others():
+            return scores + self.reranker.changes(text, video)
 
     def token_strings(self, captions: Sequence[str]) -> list[list[str]]:
         """The tokens of each caption as the model reads them, truncated, with start and end."""

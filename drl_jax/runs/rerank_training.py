@@ -146,10 +146,7 @@ def train_reranker(
         floor = -1.0 if settings.variant else history[0]
         unfinished = target.with_name(f"{target.stem}_state.safetensors")
         if unfinished.exists():
-            try:
-                tensors, found = read_tensors(unfinished)
-            except WeightsError as error:
-                raise WeightsError(f"{error}; delete it to train from the start") from error
+            tensors, found = read_tensors(unfinished)
             _check_same(unfinished, found, identity)
             tree = jax.tree.structure((state, best))
             if len(tensors) != tree.num_leaves:

@@ -20,8 +20,8 @@ from drl_jax.weights.weights_file import checksum_of
 
 # Of a run, or beside a file of weights.
 RERANKER_FILE = "reranker.safetensors"
-_FORMAT = 2
-_ABOUT, _CHECKSUM = "drl_jax_reranker", "drl_jax_crc32"
+_FORMAT = 3
+_ABOUT = "drl_jax_reranker"
 
 
 class RerankerFile(NamedTuple):
@@ -35,10 +35,11 @@ class RerankerFile(NamedTuple):
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], values: dict[str, Any]) -> None:
     """Replaces a file by tensors and values of JSON; Unavailable: it cannot be written."""
-    said = json.dumps({"format": _FORMAT, **values})
+    said = json.dumps(values)
     state = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    metadata = {_ABOUT: said, _CHECKSUM: checksum_of(state, said)}
-    save_tensors(path, state, metadata, durable=True)
+    # One entry: safetensors writes several in any order.
+    sealed = {"format": _FORMAT, "crc32": checksum_of(state, said), "values": said}
+    save_tensors(path, state, {_ABOUT: json.dumps(sealed)}, durable=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -53,12 +54,17 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         said = contents.metadata.get(_ABOUT)
         if said is None:
             raise WeightsError("is no reranker of drl_jax")
-        if contents.metadata.get(_CHECKSUM) != checksum_of(contents.tensors, said):
-            raise WeightsError("is damaged: its checksum is wrong")
-        values = json.loads(said)
-        if values.pop("format") != _FORMAT:
-            raise WeightsError("is of another version: train it with drl_jax.rerank again")
-        return {name: np.asarray(tensor) for name, tensor in contents.tensors.items()}, values
+        try:
+            sealed = json.loads(said)
+            if sealed["format"] != _FORMAT:
+                raise WeightsError("is of another version: delete it, and run drl_jax.rerank")
+            is_intact = sealed["crc32"] == checksum_of(contents.tensors, sealed["values"])
+        except (ValueError, TypeError, LookupError):
+            is_intact = False
+        if not is_intact:
+            raise WeightsError("is damaged: delete it, and run drl_jax.rerank")
+        tensors = {name: np.asarray(tensor) for name, tensor in contents.tensors.items()}
+        return tensors, json.loads(sealed["values"])
 
 
 def save_reranker(
