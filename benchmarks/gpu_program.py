@@ -41,7 +41,7 @@ from drl_jax.config import (
     TrainConfig,
 )
 from drl_jax.runtime.cli import run_command
-from drl_jax.runtime.errors import UserError
+from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.training.flops import peak_flops, train_step_flops
 from drl_jax.training.optimizer import make_optimizer
@@ -72,8 +72,8 @@ def h100_layout(devices: int, *, fsdp: bool) -> Layout:
         )
     except Exception as error:
         raise UserError(
-            "this JAX cannot compile for a GPU; in a new virtual environment, run: pip install"
-            ' "jax[cuda12]" flax optax'
+            f"this JAX cannot compile for a GPU ({one_line(error)}); in a new virtual environment,"
+            ' run: pip install "jax[cuda12]" flax optax'
         ) from error
     return make_layout(topology.devices, fsdp=fsdp)
 
@@ -88,7 +88,7 @@ class Run(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Run":
         """Reads DEVICESxBATCH or DEVICESxBATCH/MICROBATCH."""
-        if not (match := re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)):
+        if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:/(\d+))?", text)):
             raise argparse.ArgumentTypeError(f"{text!r} is not DEVICESxBATCH[/MICROBATCH]")
         return cls(*(int(part or 0) for part in match.groups()))
 
@@ -100,7 +100,7 @@ def runs(text: str) -> list[Run]:
 
 def switches(text: str) -> list[bool]:
     """Argument type: 0 and 1, separated by commas."""
-    return [bool(int(part)) for part in names(text)]
+    return [bool(("0", "1").index(part)) for part in names(text)]
 
 
 def compile_step(
@@ -135,11 +135,12 @@ def roofline(hlo: str, devices: int) -> dict[str, Any]:
             row[column] += value
         row["kernels"] += 1
         row["ms"] += 1e3 * seconds
-    total = {column: sum(row[column] for row in found.values()) for column in row}
-    # A ring sends each byte of an all-reduce twice; what hides behind kernels is not known.
-    sent = sum(
-        size * (2 if "reduce" in kind else 1) for kind, size in collective_bytes(hlo).items()
-    )
+    columns = ("kernels", "gb", "tflop", "ms")
+    total = {column: sum(row[column] for row in found.values()) for column in columns}
+    # A ring sends each byte of an all-reduce twice, and the result of a reduce-scatter is a part of
+    # what is sent. What hides behind kernels is not known.
+    times = {"all-reduce": 2, "reduce-scatter": devices}
+    sent = sum(size * times.get(kind, 1) for kind, size in collective_bytes(hlo).items())
     sent *= (devices - 1) / devices
     rows = {"all": total, **dict(sorted(found.items()))}
     return {

@@ -15,7 +15,7 @@ HAS_PLUGIN = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for versi
 @pytest.mark.skipif(not HAS_PLUGIN, reason="jax's CUDA plugin is not installed (jax[cuda12])")
 def test_the_program_of_a_gpu_moves_no_more_than_its_record(tmp_path):
     """Memory, kernels, their bytes, and bytes between devices, on one device and on eight."""
-    flags = ("--layers=2", "--runs=1x128,8x256/128")
+    flags = ("--layers=2", "--runs=1x128,8x256/128", "--fsdp=0,1")
     command = [sys.executable, "-m", "benchmarks.gpu_program", *flags]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     (line,) = (line for line in printed.splitlines() if line.startswith('{"benchmark"'))

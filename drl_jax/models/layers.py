@@ -106,11 +106,13 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: AttentionMask, queries: int, rotation: Rotation | None = None
     ) -> jax.Array:
-        rows, _, width = x.shape
+        rows, positions, width = x.shape
+        # Not a slice of all: `parts` takes the same array as one.
+        asking = x if queries == positions else x[:, :queries]
         # [B, Q or T, D] -> [B, Q or T, K, D/K]
         q, k, v = (
             part.reshape(rows, -1, self.heads, width // self.heads)
-            for part in self.in_proj.parts(x[:, :queries], x, x)
+            for part in self.in_proj.parts(asking, x, x)
         )
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)

@@ -72,14 +72,18 @@ class Linear(nnx.Linear):
         found = project(inputs, self.kernel[...], bias, self.dtype)
         if self.adapter is None:
             return found
-        if (key := adapter_dropout_key()) is not None:
-            key, kept = jax.random.fold_in(key, self.adapter_number), 1.0 - self.adapter.dropout
-            masks = (jax.random.bernoulli(key, kept, x.shape) for x in inputs)
-            inputs = [jnp.where(m, x / kept, 0.0) for m, x in zip(masks, inputs, strict=True)]
         # Not merged into the kernel, whose gradient would have all its rows and columns.
-        low = [project([x], self.lora_a[...], None, self.dtype)[0] for x in inputs]
-        added = project(low, self.lora_b[...], None, self.dtype)
+        low = {id(x): self._low(x) for x in inputs}
+        added = project([low[id(x)] for x in inputs], self.lora_b[...], None, self.dtype)
         return tuple(y + self.adapter.scale * z for y, z in zip(found, added, strict=True))
+
+    def _low(self, x: jax.Array) -> jax.Array:
+        """The product with the first matrix of the adapter, after dropout."""
+        if (key := adapter_dropout_key()) is not None:
+            kept = 1.0 - self.adapter.dropout
+            mask = jax.random.bernoulli(jax.random.fold_in(key, self.adapter_number), kept, x.shape)
+            x = jnp.where(mask, x / kept, 0.0)
+        return project([x], self.lora_a[...], None, self.dtype)[0]
 
 
 def project(
