@@ -40,7 +40,7 @@ from drl_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from drl_jax.runtime.cli import run_command
+from drl_jax.runtime.cli import positive_int, run_command
 from drl_jax.runtime.errors import UserError, one_line
 from drl_jax.runtime.sharding import Layout, make_layout
 from drl_jax.training.flops import peak_flops, train_step_flops
@@ -90,7 +90,10 @@ class Run(NamedTuple):
         """Reads DEVICESxBATCH or DEVICESxBATCH/MICROBATCH."""
         if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:/(\d+))?", text)):
             raise argparse.ArgumentTypeError(f"{text!r} is not DEVICESxBATCH[/MICROBATCH]")
-        return cls(*(int(part or 0) for part in match.groups()))
+        run = cls(*(int(part or 0) for part in match.groups()))
+        if run.microbatch and run.batch % run.microbatch:
+            raise argparse.ArgumentTypeError(f"{text!r}: MICROBATCH does not divide BATCH")
+        return run
 
 
 def runs(text: str) -> list[Run]:
@@ -196,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *("gpu_program", __doc__),
         ("models", backbones, "32", "of ViT-B"),
         ("runs", runs, _RUNS, "DEVICESxBATCH/MICROBATCH, pairs on each device"),
-        ("layers", int, 0, "of each tower; 0: all"),
+        ("layers", positive_int, 0, "of each tower; 0: all"),
         ("fsdp", switches, "0", "0,1: replicated parameters, and sharded ones on several devices"),
         ("remat", names, ModelConfig.remat, f"of {', '.join(REMAT)}"),
         ("attention", names, ModelConfig.attention, f"of {', '.join(ATTENTION)}"),
