@@ -33,7 +33,7 @@ from drl_jax.models.temporal import TEMPORAL_HEADS
 from drl_jax.models.tokenizers.base import Tokenized, warn_of_cut
 from drl_jax.pretrained.devices import claim_process, find_devices
 from drl_jax.pretrained.inputs import Video, captions_of, features_of, items_of, read_video
-from drl_jax.pretrained.reranker import LoadedReranker
+from drl_jax.runs.reranker_file import LoadedReranker, reranker_path
 from drl_jax.runs.workdir import BEST_FILE, load_config, own_manifest
 from drl_jax.runtime.errors import UserError, as_path, one_line
 from drl_jax.runtime.plugins import origin_of
@@ -261,7 +261,7 @@ class RetrievalModel:
         Raises:
           UserError: there is none, or it is of another model, or damaged.
         """
-        return LoadedReranker(self.source, self.config, self.params)
+        return LoadedReranker(reranker_path(self.source), self.config, self.params)
 
     def rerank(self, text: Features, video: Features) -> np.ndarray:
         """Compares A texts with B candidates, e.g. of a database, as the reranker ranks them.

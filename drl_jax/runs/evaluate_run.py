@@ -34,7 +34,7 @@ from drl_jax.evaluation.post_processing import (
     fit,
     post_processed,
 )
-from drl_jax.evaluation.reranking import RerankScorer, check_candidates, rerank_evaluation
+from drl_jax.evaluation.reranking import check_candidates, rerank_evaluation
 from drl_jax.models.drl import Params
 from drl_jax.models.interactions import Features
 from drl_jax.models.tokenizers import load_tokenizer
@@ -45,7 +45,7 @@ from drl_jax.runs.protocol_card import (
     protocol_card,
     write_ranks,
 )
-from drl_jax.runs.reranker_file import RERANKER_FILE, read_reranker
+from drl_jax.runs.reranker_file import RERANKER_FILE, LoadedReranker
 from drl_jax.runs.run_params import restore_params
 from drl_jax.runs.workdir import own_manifest
 from drl_jax.runtime.errors import Unavailable, UserError
@@ -284,16 +284,16 @@ class Reranking:
     def __init__(self, opened: OpenEvaluation, count: int):
         """Opens the reranker; UserError: there is none that fits, or there are fewer videos."""
         check_candidates(count, len(opened.split.videos), f"the split {opened.split_name}")
-        self._file = read_reranker(opened.workdir / RERANKER_FILE, opened.config, opened.params)
+        path = opened.workdir / RERANKER_FILE
+        self._reranker = LoadedReranker(path, opened.config, opened.params)
         self._opened, self._count = opened, count
-        self._scorer = RerankScorer(self._file.config)
 
     def run(self, evaluation: Evaluation) -> Ranked:
-        changes = self._scorer.changes(self._file.params, evaluation.text, evaluation.video)
+        changes = self._reranker.changes(evaluation.text, evaluation.video)
         scores, pairs = evaluation.sim_matrix + changes, self._opened.split.reversed_pairs
         found = rerank_evaluation(scores, evaluation, self._count, pairs)
         title = f"the first {self._count} candidates reranked"
-        return Ranked(*found, title, f"{title} by {self._file.sha256[:12]}")
+        return Ranked(*found, title, f"{title} by {self._reranker.sha256[:12]}")
 
 
 # ---------------------------------------------------------------- post-processing

@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drl_jax.config import Config
+from drl_jax.evaluation.reranking import RerankScorer
 from drl_jax.models.drl import Params
+from drl_jax.models.interactions import Features
 from drl_jax.models.reranker import RerankerConfig, first_stage_sha256, reranker_definition
 from drl_jax.runs.weights_writer import save_tensors
 from drl_jax.runtime.errors import UserError
@@ -112,3 +115,21 @@ def read_reranker(path: Path, config: Config, first_stage: Params) -> RerankerFi
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         raise WeightsError(f"{path} has values that are not finite; train it again")
     return RerankerFile(wanted, unflatten_dict(tensors, sep="/"), values, sha256(path))
+
+
+class LoadedReranker:
+    """The reranker of a first stage, ready to use; errors are those of `read_reranker`."""
+
+    def __init__(self, path: Path, config: Config, first_stage: Params):
+        found = read_reranker(path, config, first_stage)
+        self.sha256 = found.sha256
+        self._scorer, self._params = RerankScorer(found.config), jax.device_put(found.params)
+
+    def changes(self, text: Features, video: Features) -> np.ndarray:
+        """Arrays of A texts and B videos -> changes of their similarities, float32 [A, B]."""
+        return self._scorer.changes(self._params, text, video)
+
+    def explain(self, text: Features, video: Features) -> tuple[np.ndarray, np.ndarray]:
+        """As `RerankScorer.explain`, of a video without an axis of items."""
+        video = {name: array[None] for name, array in video.items()}
+        return self._scorer.explain(self._params, text, video)
